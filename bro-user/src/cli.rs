@@ -1,0 +1,161 @@
+//! The command line: what each option means, in the words that `--help` and the man page print.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::target::Target;
+use crate::timespan::TimeSpan;
+
+/// Start any container on its first connection, relay it without losing a byte, and get out of the way.
+#[derive(Debug, Parser)]
+#[command(name = "bro", version, max_term_width = 100, propagate_version = true, subcommand_required = true)]
+#[command(after_help = "Exit status: 0 done; 1 failed; 2 wrong usage; 3 no socket was passed; 4 container, process or \
+    namespace not found; 5 not permitted.")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Relay the sockets that systemd passed to a service, starting its container on the first connection
+    #[command(after_long_help = FORWARD_EXAMPLES)]
+    Forward(Box<Forward>),
+    /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
+    #[command(hide = true)]
+    NetnsAgent(NetnsAgent),
+}
+
+const FORWARD_EXAMPLES: &str = "\
+Examples:
+  A rootless quadlet web.container (Network=none), asleep until the first connection to web-activator.socket:
+    ExecStart=bro forward --unit web.service --container systemd-web --exit-idle-time 5min 127.0.0.1:80
+
+  By hand, without systemd as PID 1, towards a network namespace made with `ip netns add demo`:
+    systemd-socket-activate -l 127.0.0.1:8080 bro forward --netns /run/netns/demo 127.0.0.1:80
+
+  Two sockets (FileDescriptorName=http and =metrics), one container:
+    bro forward --container web --target http=127.0.0.1:80 --target metrics=127.0.0.1:9100
+
+TARGET is HOST:PORT, [IPV6]:PORT, a PORT (of 127.0.0.1), a bare HOST (port 80), a /unix/path or an @abstract name.
+Time spans are systemd's: 90, 500ms, 1min 30s, infinity. A number alone is in seconds.
+
+Exit status: 0 done; 1 failed; 2 wrong usage; 3 no socket was passed; 4 container, process or namespace not found;
+5 not permitted.";
+
+/// `bro forward`.
+#[derive(Debug, Args)]
+pub struct Forward {
+    /// Where the service listens, for every socket without a --target of its own
+    #[arg(value_name = "TARGET")]
+    pub target: Option<Target>,
+
+    /// The target of the sockets whose FileDescriptorName= is NAME (repeatable)
+    #[arg(long = "target", value_name = "NAME=ADDR", value_parser = crate::target::parse_named)]
+    pub targets: Vec<(String, Target)>,
+
+    /// Listen on ADDR, for a host without systemd: [NAME=]HOST:PORT, PORT or a unix path (repeatable)
+    #[arg(long, value_name = "ADDR", value_parser = crate::listen::parse_listen)]
+    pub listen: Vec<crate::listen::ListenSpec>,
+
+    /// The Podman container whose network namespace (for a unix target: whose files) the target is in
+    #[arg(long, value_name = "NAME", group = "place")]
+    pub container: Option<String>,
+
+    /// The process whose network namespace the target is in
+    #[arg(long, value_name = "PID", group = "place", value_parser = clap::value_parser!(i32).range(1..))]
+    pub pid: Option<i32>,
+
+    /// The network namespace the target is in, as a file such as /run/netns/NAME
+    #[arg(long, value_name = "PATH", group = "place")]
+    pub netns: Option<PathBuf>,
+
+    /// The unit to start on the first connection (without it, the container is started by unit dependencies)
+    #[arg(long, value_name = "NAME.service")]
+    pub unit: Option<String>,
+
+    /// Start the unit on the user's service manager (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// Start the unit on the system's service manager (default for root)
+    #[arg(long)]
+    pub system: bool,
+
+    /// When the first client may be connected: listen, connect, healthy, exec:CMD or none
+    ///
+    /// listen: the kernel's table of listeners in the target's namespace shows the port; the service is not touched. It
+    /// promises a connection, not a recovered database. connect: a connection of bro's own succeeded (and is closed).
+    /// healthy: podman's health check passes (needs --container). exec:CMD: a shell command on the host exits with 0,
+    /// tried every 200 ms, each try for 10 s at most. none: at once; a refused connection is a reset for the client.
+    #[arg(long, value_name = "HOW", default_value = "listen")]
+    pub ready: crate::activate::ready::Ready,
+
+    /// How long clients are held while the service starts; then they are reset and the next client tries again
+    #[arg(long, value_name = "SPAN", default_value = "90s")]
+    pub start_timeout: TimeSpan,
+
+    /// Exit after SPAN without a connection
+    #[arg(long, value_name = "SPAN", default_value = "infinity")]
+    pub exit_idle_time: TimeSpan,
+
+    /// On SIGTERM, how long connections may take to finish (a second SIGTERM ends at once)
+    #[arg(long, value_name = "SPAN", default_value = "30s")]
+    pub drain_timeout: TimeSpan,
+
+    /// Abort a connection after SPAN without a byte in either direction
+    #[arg(long, value_name = "SPAN", default_value = "infinity")]
+    pub idle_timeout: TimeSpan,
+
+    /// How many connections at once; further clients wait in the kernel's backlog
+    #[arg(short = 'c', long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub connections_max: u32,
+
+    /// How many connections at once from one source address (or, over unix, one user); further ones are reset
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub connections_per_source: Option<u32>,
+
+    /// How bytes are moved: auto, splice (no copy into user space) or copy
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub relay: RelayChoice,
+
+    /// TCP keepalive on both legs: idle time before the first probe
+    #[arg(long, value_name = "SPAN", default_value = "2h")]
+    pub keepalive_time: TimeSpan,
+
+    /// TCP keepalive on both legs: time between probes
+    #[arg(long, value_name = "SPAN", default_value = "75s")]
+    pub keepalive_interval: TimeSpan,
+
+    /// TCP keepalive on both legs: unanswered probes before the connection is aborted
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=127))]
+    pub keepalive_probes: u32,
+
+    /// More log lines: -v for every connection's start, -vv for every step
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// `--relay=`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RelayChoice {
+    /// The best relay this host can have
+    Auto,
+    /// splice(2) through a pipe, bytes stay in the kernel
+    Splice,
+    /// recv and send through a buffer
+    Copy,
+}
+
+/// `bro netns-agent`, started by `bro forward` itself.
+#[derive(Debug, Args)]
+pub struct NetnsAgent {
+    /// The file of the network namespace to join.
+    pub netns: PathBuf,
+    /// The process whose root directory unix targets are resolved in.
+    #[arg(long)]
+    pub root_of: Option<i32>,
+}
