@@ -1,1 +1,4 @@
-//! x
+//! The harness: what every suite under `tests/tests/` stands on.
+
+pub mod bro;
+pub mod tier;

@@ -1,0 +1,23 @@
+//! The binary under test.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The `bro` binary: `BRO_BIN` when set (as `cargo xtask test` does), else built once by cargo beside the tests.
+#[must_use]
+pub fn binary() -> &'static PathBuf {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        if let Some(path) = std::env::var_os("BRO_BIN") {
+            return path.into();
+        }
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let built = Command::new(cargo).args(["build", "--quiet", "--package", "bro-user"]).status();
+        assert!(built.is_ok_and(|status| status.success()), "cargo could not build the bro binary");
+        let test = std::env::current_exe().expect("a test has a path");
+        let profile =
+            test.parent().and_then(|deps| deps.parent()).expect("a test lives in target/PROFILE/deps");
+        profile.join("bro")
+    })
+}

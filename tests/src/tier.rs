@@ -1,0 +1,88 @@
+//! What a test needs from the machine it runs on, and what happens when that is missing: a loud skip at home, a failure in
+//! CI (`CI=true`), each with the line that mends it.
+
+use std::io::Write as _;
+use std::path::Path;
+
+/// One thing a test cannot do without.
+#[derive(Debug, Clone, Copy)]
+pub enum Need {
+    /// User id 0 with the capabilities of a real root.
+    Root,
+    /// An ordinary user may make user namespaces.
+    UserNamespaces,
+    /// bpf(2) may load programs (root, CAP_BPF and CAP_NET_ADMIN, kernel BTF).
+    Bpf,
+    /// A program on the PATH (or in a usual system folder), and the Debian package it comes from.
+    Program(&'static str, &'static str),
+}
+
+impl Need {
+    fn missing(self) -> Option<String> {
+        match self {
+            Self::Root => (!nix::unistd::geteuid().is_root())
+                .then(|| "needs root: run `sudo --preserve-env=PATH,HOME cargo xtask test`".into()),
+            Self::UserNamespaces => {
+                let made = std::process::Command::new("unshare").args(["-Urn", "true"]).output();
+                (!made.is_ok_and(|out| out.status.success())).then(|| {
+                    "needs user namespaces: run `sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 \
+                     user.max_user_namespaces=10000`"
+                        .into()
+                })
+            }
+            Self::Bpf => (!nix::unistd::geteuid().is_root()
+                || !Path::new("/sys/kernel/btf/vmlinux").exists())
+            .then(|| {
+                "needs bpf(2) and kernel BTF: run as root on a kernel with CONFIG_DEBUG_INFO_BTF=y".into()
+            }),
+            Self::Program(program, package) => find_program(program)
+                .is_none()
+                .then(|| format!("needs {program}: run `sudo apt-get install {package}`")),
+        }
+    }
+}
+
+/// Where `program` is, looked for on the PATH and in the system folders that an ordinary user's PATH may lack.
+#[must_use]
+pub fn find_program(program: &str) -> Option<std::path::PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/lib/systemd"].map(Into::into))
+        .chain(
+            std::fs::read_dir("/usr/lib/postgresql")
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|e| e.path().join("bin")),
+        )
+        .map(|dir| dir.join(program))
+        .find(|path| path.is_file())
+}
+
+/// True when every need is met. Otherwise says on the real stderr (not the captured one) what is missing, notes it in the
+/// file named by `BRO_SKIPS` for the summary of `cargo xtask test`, and panics where `CI=true`.
+#[must_use]
+pub fn met(test: &str, needs: &[Need]) -> bool {
+    let missing: Vec<String> = needs.iter().filter_map(|need| need.missing()).collect();
+    if missing.is_empty() {
+        return true;
+    }
+    let line = format!("SKIPPED {test}: {}\n", missing.join("; "));
+    assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "{line}");
+    std::io::stderr().write_all(line.as_bytes()).ok();
+    if let Some(file) = std::env::var_os("BRO_SKIPS") {
+        let opened = std::fs::OpenOptions::new().append(true).create(true).open(file);
+        opened.and_then(|mut file| file.write_all(line.as_bytes())).ok();
+    }
+    false
+}
+
+/// Returns from the test, loudly, unless every need is met.
+#[macro_export]
+macro_rules! require {
+    ($($need:expr),+ $(,)?) => {
+        if !$crate::tier::met(std::thread::current().name().unwrap_or("?"), &[$($need),+]) {
+            return;
+        }
+    };
+}
