@@ -64,7 +64,10 @@ pub fn run(args: &Args) -> Result<()> {
     let socket = Socket::listen()?;
     let kind = if container.rootless { "user and network namespaces" } else { "a network namespace" };
     println!("bro         {}", bro.display());
-    println!("container   process {}, {kind} of its own: lo only, and nothing listens there", container.pid());
+    println!(
+        "container   process {}, {kind} of its own: lo only, and nothing listens there",
+        container.pid()
+    );
     println!("socket      {}, held open as systemd holds it; no forwarder runs", socket.address);
     println!();
 
@@ -106,7 +109,11 @@ fn tell_first_connection(
 
     let end = woken.forwarder.next_end()?;
     println!();
-    println!("cold start  {} for the client, {} ms by bro's count", ms(woken.answered).trim(), end.get("cold_start_ms"));
+    println!(
+        "cold start  {} for the client, {} ms by bro's count",
+        ms(woken.answered).trim(),
+        end.get("cold_start_ms")
+    );
     println!("relay       {}: {}", end.get("relay"), compare::why(end.get("relay")));
     println!(
         "bytes       {} to the service, {} to the client; the connection ended by {}",
@@ -160,7 +167,8 @@ fn wake(bro: &Path, container: &mut Container, socket: &Socket, options: &[Strin
             Err(RecvTimeoutError::Disconnected) => bail!("the client broke"),
         }
     };
-    let answer = answer.with_context(|| format!("the client got no answer; bro's log: {}", forwarder.story()))?;
+    let answer =
+        answer.with_context(|| format!("the client got no answer; bro's log: {}", forwarder.story()))?;
     ensure!(answer.1 == service::PAGE, "the client got another page than the service sent");
     Ok(Woken {
         forwarder,

@@ -90,7 +90,8 @@ pub fn table(bro: &Path, container: &mut Container) -> Result<()> {
     for line in failures {
         println!("{line}");
     }
-    println!("Medians of {ROUNDS} rounds in this run; every byte was compared. Two cores or fewer make figures jump.");
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    println!("Medians of {ROUNDS} rounds of this run on {cores} cores; every byte was compared.");
     for relay in left_out {
         println!("As root there would also be {}: {}.", relay.label, relay.means);
     }
@@ -106,7 +107,10 @@ fn print(rows: &[Row]) {
     let micros = |row: &Row| trip(row).as_secs_f64() * 1e6;
 
     let download = format!("download {} MiB", client::BULK >> 20);
-    println!("{:22} {download:>19}   {:>9}   {:>15}   {:>9}", "", "of direct", "round trip 64 B", "of direct");
+    println!(
+        "{:22} {download:>19}   {:>9}   {:>15}   {:>9}",
+        "", "of direct", "round trip 64 B", "of direct"
+    );
     let direct = &rows[0];
     for row in rows {
         println!(
@@ -122,7 +126,8 @@ fn print(rows: &[Row]) {
 
 /// How to run this very build as root, without a root-owned file in the target folder.
 fn root_hint(bro: &Path) -> String {
-    let task = std::env::current_exe().map_or_else(|_| "target/debug/xtask".into(), |p| p.display().to_string());
+    let task =
+        std::env::current_exe().map_or_else(|_| "target/debug/xtask".into(), |p| p.display().to_string());
     format!(
         "As root the container has no user namespace (a rootful one), and kernel relays can be loaded:\n  \
          sudo BRO_BIN={} {task} run",

@@ -40,7 +40,9 @@ pub fn stay_up(
     println!("Up until Ctrl-C. Open http://{address}/ in a browser, or run");
     println!("  curl http://{address}/");
     println!("  curl -o /dev/null 'http://{address}/bulk?bytes=1073741824'");
-    println!("{IDLE:?} after the last connection bro exits and the service is stopped; the next client wakes both.");
+    println!(
+        "{IDLE:?} after the last connection bro exits and the service is stopped; the next client wakes both."
+    );
     println!();
 
     let mut awake = Some(forwarder);
