@@ -32,7 +32,7 @@ impl Runner {
 
     /// `cargo test ARGS`, to the end even when tests fail.
     pub fn run(&self, args: &[&str]) -> Result<Count> {
-        self.count(cargo().args(["test", "--quiet", "--no-fail-fast"]).args(args), &self.skips)
+        self.count(cargo().args(["test", "--no-fail-fast"]).args(args), &self.skips)
     }
 
     /// Any command that prints as a test binary does, with `skips` as the file where tests note what they lack.
