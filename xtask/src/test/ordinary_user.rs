@@ -30,6 +30,8 @@ pub fn run(runner: &Runner, tiers: &[Tier]) -> Result<Count> {
         Ok(to)
     };
     own(&folder.0)?;
+    // As in a target folder: helpers lie one above the tests, where the harness looks for them.
+    std::fs::create_dir(folder.0.join("deps"))?;
     let bro = copy(&runner.bro, "bro")?;
     let runner = Runner::new(bro)?;
 
@@ -40,7 +42,12 @@ pub fn run(runner: &Runner, tiers: &[Tier]) -> Result<Count> {
             continue;
         }
         println!("-- {name}, as {USER} --");
-        let binary = copy(&built(package, name)?, name)?;
+        let built = Built::of(package, name)?;
+        for helper in &built.helpers {
+            let name = helper.file_name().and_then(|name| name.to_str()).context("a helper has a name")?;
+            copy(helper, name)?;
+        }
+        let binary = copy(&built.suite, &format!("deps/{name}"))?;
         let skips = folder.0.join("skips");
         std::fs::write(&skips, "")?;
         own(&skips)?;
@@ -67,21 +74,36 @@ pub fn run(runner: &Runner, tiers: &[Tier]) -> Result<Count> {
     Ok(total)
 }
 
-/// The binary of a suite, built unless it is up to date.
-fn built(package: &str, suite: &str) -> Result<PathBuf> {
-    let output = cargo()
-        .args(["test", "--quiet", "-p", package, "--test", suite, "--no-run", "--message-format=json"])
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    ensure!(output.status.success(), "cargo could not build the suite {suite}");
-    let messages = String::from_utf8(output.stdout)?;
-    let mut executables = messages.lines().filter_map(|line| {
-        let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        let wanted = message["target"]["name"] == suite && message["target"]["kind"][0] == "test";
-        wanted.then(|| message["executable"].as_str().map(PathBuf::from)).flatten()
-    });
-    executables.next_back().with_context(|| format!("cargo names no binary of the suite {suite}"))
+/// What cargo builds to run a suite.
+struct Built {
+    suite: PathBuf,
+    /// The package's own programs.
+    helpers: Vec<PathBuf>,
+}
+
+impl Built {
+    /// Builds it unless it is up to date.
+    fn of(package: &str, suite: &str) -> Result<Self> {
+        let output = cargo()
+            .args(["test", "--quiet", "-p", package, "--test", suite, "--no-run", "--message-format=json"])
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cannot run cargo")?;
+        ensure!(output.status.success(), "cargo could not build the suite {suite}");
+        let messages: Vec<serde_json::Value> = String::from_utf8(output.stdout)?
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect();
+        let executables = |kind: &'static str| {
+            let wanted = move |message: &&serde_json::Value| message["target"]["kind"][0] == kind;
+            messages
+                .iter()
+                .filter(wanted)
+                .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        };
+        let suite = executables("test").next().with_context(|| format!("cargo built no suite {suite}"))?;
+        Ok(Self { suite, helpers: executables("bin").collect() })
+    }
 }
 
 /// A folder under /tmp that is removed with everything in it.
