@@ -82,8 +82,10 @@ impl Tier {
     }
 }
 
-fn workspace() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+/// Of the clone that `cargo xtask` was typed in, even when clones share a target folder.
+fn workspace() -> PathBuf {
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).parent().map_or_else(|| ".".into(), Path::to_path_buf)
 }
 
 fn suites_in(folder: &Path) -> Result<Vec<String>> {
