@@ -17,8 +17,9 @@ pub fn bro() -> Result<PathBuf> {
         ensure!(path.is_file(), "BRO_BIN names {}, which is no file", path.display());
         return Ok(path);
     }
+    // Not --quiet: the first time takes minutes, and silence would look like a fault.
     let built = cargo()
-        .args(["build", "--quiet", "--release", "--package", "bro-user", "--bin", "bro"])
+        .args(["build", "--release", "--package", "bro-user", "--bin", "bro"])
         .status()
         .context("cannot run cargo")?;
     ensure!(built.success(), "cargo could not build the bro binary");

@@ -109,10 +109,10 @@ fn tell_first_connection(
 
     let end = woken.forwarder.next_end()?;
     println!();
+    let held = end.get("cold_start_ms");
     println!(
-        "cold start  {} for the client, {} ms by bro's count",
-        ms(woken.answered).trim(),
-        end.get("cold_start_ms")
+        "cold start  {} for the client; bro itself held it for {held} ms of that",
+        ms(woken.answered).trim()
     );
     println!("relay       {}: {}", end.get("relay"), compare::why(end.get("relay")));
     println!(
