@@ -44,8 +44,8 @@ enum Tier {
     OrdinaryUser,
 }
 
-/// Suites whose names begin so boot whole hosts or emulated kernels, or run for minutes.
-const SLOW: &[&str] = &["host", "kernels", "soak"];
+/// Suites whose names begin so boot whole hosts or emulated kernels, or take minutes for another reason.
+const SLOW: &[&str] = &["host", "kernels", "slow"];
 
 impl Tier {
     fn name(&self) -> &str {
