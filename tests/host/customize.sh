@@ -45,6 +45,17 @@ uid=1000
 for user in test other; do
     chroot "$root" useradd --uid $uid --create-home "$user"
     touch "$root/var/lib/systemd/linger/$user"
+    # The container image as this user's rootless Podman needs to have it: owned by the user and its subordinate ids.
+    subuid=$(sed -n "s/^$user:\([0-9]*\):65536\$/\1/p" "$root/etc/subuid")
+    mkdir -p "$root/srv/images/$user"
+    cat >"$root/etc/systemd/system/srv-images-$user.mount" <<M
+[Mount]
+What=/srv/image
+Where=/srv/images/$user
+Type=none
+Options=bind,X-mount.idmap=b:0:$uid:1 b:1:$subuid:65535
+M
+    ln -s "../srv-images-$user.mount" "$root/etc/systemd/system/multi-user.target.wants/"
     uid=$((uid + 1))
 done
 

@@ -73,6 +73,10 @@ init() {
     mkdir -p "$disk/merged/var/lib/containers"
     mount --bind "$disk/containers" "$disk/merged/var/lib/containers"
     mount --bind "$disk/home" "$disk/merged/home"
+    # The image of test containers: Rootfs=/srv/image:O. (The host's own / would not do: no overlay of a tree with mounts in
+    # it for an ordinary user.)
+    mkdir -p "$disk/merged/srv/image"
+    mount --bind "$run/root" "$disk/merged/srv/image"
     notify=$run/notify
     cd "$disk/merged"
 

@@ -129,6 +129,8 @@ impl Host {
             let unit = format!("user@{}.service", self.uid(user)?);
             self.run(&["systemctl", "start", &unit])?;
         }
+        let failed = self.run(&["systemctl", "--failed", "--no-legend", "--plain"])?;
+        ensure!(failed.is_empty(), "units of the host failed at boot: {failed}");
         self.booted_in = begin.elapsed();
         Ok(())
     }

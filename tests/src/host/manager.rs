@@ -98,6 +98,15 @@ impl Manager {
         Ok(())
     }
 
+    /// A root file system for containers (`Rootfs=…:O`) with PostgreSQL, nginx, redis and Python in it.
+    #[must_use]
+    pub fn image(self) -> String {
+        match self {
+            Self::System => "/srv/image".into(),
+            Self::User(user) => format!("/srv/images/{user}"),
+        }
+    }
+
     /// The journal is read as root, also a user's: that needs no membership in any group.
     fn journal_unit(self) -> &'static str {
         match self {
