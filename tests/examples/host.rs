@@ -10,7 +10,11 @@ fn main() -> anyhow::Result<()> {
     let host = Host::boot()?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.is_empty() {
-        eprintln!("booted in {:.1} s; to get in: nsenter --target {} --all", host.booted_in().as_secs_f64(), host.pid());
+        eprintln!(
+            "booted in {:.1} s; to get in: nsenter --target {} --all",
+            host.booted_in().as_secs_f64(),
+            host.pid()
+        );
         std::io::stdin().read_to_end(&mut Vec::new())?;
         return Ok(());
     }
