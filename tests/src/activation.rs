@@ -39,7 +39,8 @@ pub fn start(options: &[&str], arguments: &[String]) -> Result<(Forwarder, Vec<A
 
 /// Waits until the first client has turned `systemd-socket-activate` into bro: a service that a unit would start may start.
 pub fn wait_until_activated(forwarder: &Forwarder) -> Result<()> {
-    let activated = process::eventually(PATIENCE, || process::name(forwarder.pid()).as_deref() == Some("bro"));
+    let activated =
+        process::eventually(PATIENCE, || process::name(forwarder.pid()).as_deref() == Some("bro"));
     ensure!(activated, "no client has activated it within {:?}", Duration::from_secs(PATIENCE.as_secs()));
     Ok(())
 }

@@ -279,10 +279,8 @@ pub fn nobody_reads_in_either_direction(rig: &Rig) -> Result<()> {
     let (client, service) = rig.pair()?;
     let before = memory(rig)?;
     let bound = buffers_bound()?;
-    let (up, down) = both(
-        || client.pour_until_stuck(UP, bound, STUCK),
-        || service.pour_until_stuck(DOWN, bound, STUCK),
-    )?;
+    let (up, down) =
+        both(|| client.pour_until_stuck(UP, bound, STUCK), || service.pour_until_stuck(DOWN, bound, STUCK))?;
     expect_calm(rig, before)?;
     let side = |conn: &Conn, sends: Pattern, from: u64, reads: Pattern, expects: u64| {
         both(
@@ -553,7 +551,10 @@ pub fn closing_line_counts_every_byte(rig: &Rig) -> Result<()> {
         ensure!(closing.peer == address?.to_string(), "another peer: {closing:?}");
     }
     ensure!(closing.duration_ms < 20_000, "an impossible duration: {closing:?}");
-    ensure!(closing.cold_start_ms.is_some() || rig.lane == Lane::Direct, "the first connection woke the service");
+    ensure!(
+        closing.cold_start_ms.is_some() || rig.lane == Lane::Direct,
+        "the first connection woke the service"
+    );
     // Aborts are told apart by who aborted.
     for (index, reason) in [(1, "client-reset"), (2, "service-reset")] {
         let (client, service) = rig.pair()?;

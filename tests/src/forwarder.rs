@@ -136,18 +136,21 @@ impl Setup {
             program = copy;
         }
         let mut command = Command::new(bro::helper());
-        command.arg("launch").args(&self.launch);
+        command.arg("launch");
         if !self.pass_nothing && !self.sockets.is_empty() {
             command.arg(format!("listen-fds={}", self.sockets.len()));
             command.arg(format!("listen-names={}", self.names.join(":")));
         }
-        command.arg("--").arg(program);
+        // The test's own come last, and so prevail.
+        command.args(&self.launch).arg("--").arg(program);
         if !self.without_forward {
             command.arg("forward");
         }
         command.args(&self.arguments);
         // What the machine's own service manager may have given to the tests is not meant for the program.
-        for name in ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "RUST_LOG"] {
+        for name in
+            ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "RUST_LOG"]
+        {
             command.env_remove(name);
         }
         for name in ["WATCHDOG_PID", "JOURNAL_STREAM", "INVOCATION_ID", "RUST_BACKTRACE"] {

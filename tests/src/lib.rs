@@ -10,6 +10,7 @@ pub mod notify;
 pub mod pattern;
 pub mod peers;
 pub mod process;
+pub mod scene;
 pub mod scratch;
 pub mod suite;
 pub mod sys;

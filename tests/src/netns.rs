@@ -105,8 +105,7 @@ impl Place for Namespace {
         let mut parts = [IoSliceMut::new(&mut byte)];
         let mut space = cmsg_space!([RawFd; 1]);
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message =
-            recvmsg::<SockaddrStorage>(control.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+        let message = recvmsg::<SockaddrStorage>(control.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
         for part in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(fds) = part
                 && let [raw] = fds[..]

@@ -66,7 +66,11 @@ impl Pattern {
         }
         let index = wanted.iter().zip(buffer).position(|(want, got)| want != got).expect("they differ");
         let came = &buffer[index..buffer.len().min(index + 8)];
-        anyhow::bail!("wrong byte at offset {}: {}", offset + index as u64, self.locate(offset + index as u64, came));
+        anyhow::bail!(
+            "wrong byte at offset {}: {}",
+            offset + index as u64,
+            self.locate(offset + index as u64, came)
+        );
     }
 
     /// Where in the stream near `offset` the bytes in `came` really belong: tells a lost byte from a repeated one.
@@ -106,6 +110,9 @@ mod tests {
         let mut lost = stream[..40].to_vec();
         lost.extend(&stream[41..]);
         let error = Pattern(7).check(0, &lost).expect_err("a byte is missing").to_string();
-        assert!(error.contains("wrong byte at offset 40") && error.contains("belongs at offset 41"), "{error}");
+        assert!(
+            error.contains("wrong byte at offset 40") && error.contains("belongs at offset 41"),
+            "{error}"
+        );
     }
 }

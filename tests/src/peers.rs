@@ -234,7 +234,8 @@ impl Listener {
     pub fn try_accept(&self, within: Duration) -> Result<Option<Conn>> {
         let deadline = Instant::now() + within;
         loop {
-            if !wait_for(self.fd.as_fd(), PollFlags::POLLIN, remaining(deadline))?.contains(PollFlags::POLLIN) {
+            if !wait_for(self.fd.as_fd(), PollFlags::POLLIN, remaining(deadline))?.contains(PollFlags::POLLIN)
+            {
                 return Ok(None);
             }
             match socket::accept4(self.fd.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK) {
@@ -263,8 +264,8 @@ pub fn wait_for(fd: BorrowedFd<'_>, events: PollFlags, within: Duration) -> io::
     loop {
         let mut fds = [PollFd::new(fd, events)];
         // Rounded up, so that a wait never ends before its deadline.
-        let timeout = PollTimeout::try_from(remaining(deadline).as_micros().div_ceil(1000))
-            .unwrap_or(PollTimeout::MAX);
+        let timeout =
+            PollTimeout::try_from(remaining(deadline).as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
             Ok(0) => return Ok(PollFlags::empty()),
             Ok(_) => return Ok(fds[0].revents().unwrap_or(PollFlags::empty())),
@@ -480,7 +481,8 @@ impl Conn {
         let mut at = from;
         while at < to {
             let room = usize::try_from((to - at).min(buffer.len() as u64))?;
-            let count = self.recv(&mut buffer[..room]).with_context(|| format!("after {at} of {to} bytes"))?;
+            let count =
+                self.recv(&mut buffer[..room]).with_context(|| format!("after {at} of {to} bytes"))?;
             ensure!(count > 0, "the stream ended after {at} of {to} bytes");
             pattern.check(at, &buffer[..count])?;
             at += count as u64;

@@ -46,7 +46,8 @@ pub fn sockets(pid: i32) -> Result<Vec<OwnedFd>> {
 /// The memory of `pid` in KiB, shared pages counted by their share (Pss).
 pub fn memory_kib(pid: i32) -> Result<u64> {
     let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let line = rollup.lines().find(|line| line.starts_with("Pss:")).context("smaps_rollup has no Pss line")?;
+    let line =
+        rollup.lines().find(|line| line.starts_with("Pss:")).context("smaps_rollup has no Pss line")?;
     Ok(line.split_whitespace().nth(1).context("Pss has no value")?.parse()?)
 }
 

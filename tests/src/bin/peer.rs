@@ -70,7 +70,8 @@ fn hold(kind: Option<&str>) -> Result<()> {
 }
 
 fn launch(arguments: Vec<String>) -> Result<()> {
-    let split = arguments.iter().position(|argument| argument == "--").context("launch needs `-- PROGRAM`")?;
+    let split =
+        arguments.iter().position(|argument| argument == "--").context("launch needs `-- PROGRAM`")?;
     let mut command = std::process::Command::new(&arguments[split + 1]);
     command.args(&arguments[split + 2..]);
     let own_pid = std::process::id().to_string();
