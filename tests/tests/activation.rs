@@ -14,6 +14,10 @@ fn can_run(test: &str) -> bool {
     met(test, &needs)
 }
 
+fn loopback(family: Family) -> Result<Address> {
+    family.loopback().context("TCP has one")
+}
+
 fn netns(scene: &Scene) -> Vec<String> {
     vec!["--netns".into(), scene.namespace.path().display().to_string()]
 }
@@ -26,7 +30,7 @@ fn the_first_client_wakes_a_service_that_does_not_run_yet() -> Result<()> {
     let mut scene = Scene::new()?;
     let mut arguments = netns(&scene);
     arguments.extend(["--exit-idle-time=1s".into(), scene.target()]);
-    let (mut forwarder, addresses) = start(&["--listen=127.0.0.1:0"], &arguments)?;
+    let (mut forwarder, addresses) = start(&[loopback(Family::Tcp4)?], &[], &arguments)?;
     ensure!(process::name(forwarder.pid()).as_deref() != Some("bro"), "it runs before anybody has come");
 
     let client = Conn::new(&Here, &addresses[0])?;
@@ -53,8 +57,7 @@ fn several_sockets_of_several_kinds_by_their_names() -> Result<()> {
         return Ok(());
     }
     let mut scene = Scene::new()?;
-    let loopback = Family::Tcp4.loopback().context("TCP has one")?;
-    let metrics = Listener::new(&scene.namespace, &loopback)?;
+    let metrics = Listener::new(&scene.namespace, &loopback(Family::Tcp4)?)?;
     let path = scene.folder().join("front");
     let mut arguments = netns(&scene);
     arguments.extend([
@@ -62,9 +65,8 @@ fn several_sockets_of_several_kinds_by_their_names() -> Result<()> {
         format!("--target=metrics={}", metrics.address()),
         format!("--target=local={}", scene.target()),
     ]);
-    let unix = format!("--listen={}", path.display());
-    let options = ["--listen=127.0.0.1:0", "--listen=[::1]:0", unix.as_str(), "--fdname=web:metrics:local"];
-    let (forwarder, addresses) = start(&options, &arguments)?;
+    let fronts = [loopback(Family::Tcp4)?, loopback(Family::Tcp6)?, Address::Unix(path.clone())];
+    let (forwarder, addresses) = start(&fronts, &["--fdname=web:metrics:local"], &arguments)?;
     ensure!(addresses[2] == Address::Unix(path), "{addresses:?}");
     let service = scene.serve()?;
     for (address, service) in addresses.iter().zip([&service, &metrics, &service]) {
@@ -84,7 +86,7 @@ fn a_datagram_socket_is_refused() -> Result<()> {
     let scene = Scene::new()?;
     let mut arguments = netns(&scene);
     arguments.push(scene.target());
-    let (mut forwarder, addresses) = start(&["--datagram", "--listen=127.0.0.1:0"], &arguments)?;
+    let (mut forwarder, addresses) = start(&[loopback(Family::Tcp4)?], &["--datagram"], &arguments)?;
     let Address::Tcp(address) = addresses[0] else { anyhow::bail!("{addresses:?}") };
     std::net::UdpSocket::bind("127.0.0.1:0")?.send_to(b"x", address)?;
     forwarder.expect_exit(3)?;

@@ -138,7 +138,8 @@ fn the_first_psql_wakes_postgresql_and_pgbench_runs_through() -> Result<()> {
         "--exit-idle-time=2s".into(),
         format!("127.0.0.1:{inside}"),
     ];
-    let (mut forwarder, addresses) = start(&["--listen=127.0.0.1:0"], &arguments)?;
+    let front = Family::Tcp4.loopback().context("TCP has one")?;
+    let (mut forwarder, addresses) = start(&[front], &[], &arguments)?;
     let port = addresses[0].port().context("a TCP address")?;
 
     let first =
