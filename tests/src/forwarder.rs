@@ -273,7 +273,7 @@ impl Forwarder {
         Ok(())
     }
 
-    /// Memory (Pss) in KiB.
+    /// Memory in KiB.
     pub fn memory_kib(&self) -> Result<u64> {
         process::memory_kib(self.pid())
     }
@@ -302,9 +302,12 @@ impl Drop for Forwarder {
         }
         self.child.kill().ok();
         self.child.wait().ok();
-        if std::thread::panicking() {
-            println!("the log of the program under test:\n{}", self.log.lines().join("\n"));
-        }
+        // Seen only when the test fails.
+        let lines = self.log.lines();
+        println!(
+            "the log of the program under test:\n{}",
+            lines[lines.len().saturating_sub(60)..].join("\n")
+        );
     }
 }
 

@@ -72,6 +72,13 @@ impl Log {
             .with_context(|| format!("the awaited line never came; the log:\n{}", self.lines().join("\n")))
     }
 
+    /// The lines so far that complain: warnings and errors.
+    #[must_use]
+    pub fn complaints(&self) -> Vec<String> {
+        let complains = |line: &String| line.contains(" WARN ") || line.contains(" ERROR ");
+        self.lines().into_iter().filter(complains).collect()
+    }
+
     /// The closing lines of `count` connections, once there are so many.
     pub fn closings(&self, count: usize, within: Duration) -> Result<Vec<Closing>> {
         let closings = |state: &State| state.lines.iter().filter_map(|line| Closing::parse(line)).collect();

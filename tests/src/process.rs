@@ -43,12 +43,12 @@ pub fn sockets(pid: i32) -> Result<Vec<OwnedFd>> {
     Ok(sockets)
 }
 
-/// The memory of `pid` in KiB, shared pages counted by their share (Pss).
+/// The memory of `pid` in KiB: what it has allocated (RssAnon). The program's own pages, which it shares with every other
+/// instance, do not depend on what it does.
 pub fn memory_kib(pid: i32) -> Result<u64> {
-    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let line =
-        rollup.lines().find(|line| line.starts_with("Pss:")).context("smaps_rollup has no Pss line")?;
-    Ok(line.split_whitespace().nth(1).context("Pss has no value")?.parse()?)
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon line")?;
+    Ok(line.split_whitespace().nth(1).context("RssAnon has no value")?.parse()?)
 }
 
 /// The processor time that `pid` has used, user and system together.

@@ -180,13 +180,7 @@ pub fn run(lane: Lane, legs: Legs, behaviour: fn(&Rig) -> Result<()>) -> Result<
         return Ok(());
     }
     let rig = Rig::new(lane, legs)?;
-    let result = behaviour(&rig);
-    if result.is_err()
-        && let Some(forwarder) = rig.forwarder()
-    {
-        println!("the log of the program under test:\n{}", forwarder.log().lines().join("\n"));
-    }
-    result?;
+    behaviour(&rig)?;
     rig.finish()
 }
 

@@ -209,12 +209,11 @@ fn a_namespace_that_is_gone() -> Result<()> {
 fn a_file_that_is_no_network_namespace() -> Result<()> {
     let scratch = Scratch::new()?;
     std::fs::write(scratch.join("file"), "")?;
-    for path in
-        [scratch.join("file"), scratch.path().to_owned(), "/proc/self/ns/mnt".into(), "/dev/null".into()]
-    {
+    let others = ["/proc/self/ns/mnt", "/proc/self/ns/user", "/dev/null"].map(std::path::PathBuf::from);
+    for path in [scratch.join("file"), scratch.path().to_owned()].into_iter().chain(others) {
+        let name = path.display().to_string();
         let setup = Setup::new().socket(&listener()?).arg("--netns").arg(&path).arg("127.0.0.1:80");
-        refused(setup, NOT_FOUND, &[&path.display().to_string()])
-            .with_context(|| path.display().to_string())?;
+        refused(setup, NOT_FOUND, &[&name]).context(name)?;
     }
     Ok(())
 }

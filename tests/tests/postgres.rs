@@ -70,8 +70,9 @@ impl Cluster {
     fn start(&self, namespace: &Namespace, port: u16) -> Result<Server> {
         let mut command = self.as_ordinary_user(&namespace.enter());
         command.arg(self.programs.join("postgres")).arg("-D").arg(self.data());
+        // On the host's file system, where `pg_isready` finds it without entering the namespace.
+        command.arg(format!("-cunix_socket_directories={}", self.data().display()));
         command.arg(format!("-cport={port}")).args([
-            "-cunix_socket_directories=",
             "-clisten_addresses=127.0.0.1",
             "-cfsync=off",
             "-cmax_connections=20",
@@ -132,9 +133,14 @@ fn the_first_psql_wakes_postgresql_and_pgbench_runs_through() -> Result<()> {
     let probe = Bound::new(&namespace, &Family::Tcp4.loopback().context("TCP has one")?)?;
     let inside = probe.address().port().context("a TCP address")?;
     drop(probe);
+    // A listening server may still be recovering, and says so to whoever connects: readiness is what pg_isready says.
+    let is_ready = cluster.programs.join("pg_isready");
+    let is_ready =
+        format!("{} --quiet --host={} --port={inside}", is_ready.display(), cluster.data().display());
     let arguments = [
         "--netns".into(),
         namespace.path().display().to_string(),
+        format!("--ready=exec:{is_ready}"),
         "--exit-idle-time=2s".into(),
         format!("127.0.0.1:{inside}"),
     ];
