@@ -1,6 +1,6 @@
 //! The record of a lane, which the programs and the forwarder share through a memory-mapped array, and the counters.
 
-use core::sync::atomic::{AtomicU32, AtomicU64};
+use core::sync::atomic::AtomicU64;
 
 /// Why a message was left to ordinary TCP. The value indexes [`Record::passed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +44,7 @@ impl Reason {
     }
 }
 
-/// One direction of one connection. The first cache line is the forwarder's to write (but for `notified`), the others the
+/// One direction of one connection. All fields are 64 bits wide, the narrowest atomic a program has. The first cache line is the forwarder's to write (but for `notified`), the others the
 /// program's, under the sender's socket lock.
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
@@ -59,12 +59,12 @@ pub struct Record {
     /// How often the forwarder granted.
     pub grants: AtomicU64,
     /// Which use of this slot it is. A sender that still has an older number takes no notice of the record.
-    pub serial: AtomicU32,
+    pub serial: AtomicU64,
     /// The shortcut is open (1) or shut (0).
-    pub on: AtomicU32,
+    pub on: AtomicU64,
     /// The program told of low credit (1); the forwarder clears it.
-    pub notified: AtomicU32,
-    unused: [u32; 5],
+    pub notified: AtomicU64,
+    unused: u64,
     /// Socket memory charged, in total.
     pub spent: AtomicU64,
     /// Payload bytes redirected.
