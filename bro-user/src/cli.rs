@@ -10,8 +10,10 @@ use crate::timespan::TimeSpan;
 /// Start any container on its first connection, relay it without losing a byte, and get out of the way.
 #[derive(Debug, Parser)]
 #[command(name = "bro", version, max_term_width = 100, propagate_version = true, subcommand_required = true)]
-#[command(after_help = "Exit status: 0 done; 1 failed; 2 wrong usage; 3 no socket was passed; 4 container, process or \
-    namespace not found; 5 not permitted.")]
+#[command(
+    after_help = "Exit status: 0 done; 1 failed; 2 wrong usage; 3 no socket was passed; 4 container, process or \
+    namespace not found; 5 not permitted."
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -26,7 +28,7 @@ pub enum Command {
     Forward(Box<Forward>),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
-    NetnsAgent(NetnsAgent),
+    NetnsAgent,
 }
 
 const FORWARD_EXAMPLES: &str = "\
@@ -148,14 +150,4 @@ pub enum RelayChoice {
     Splice,
     /// recv and send through a buffer
     Copy,
-}
-
-/// `bro netns-agent`, started by `bro forward` itself.
-#[derive(Debug, Args)]
-pub struct NetnsAgent {
-    /// The file of the network namespace to join.
-    pub netns: PathBuf,
-    /// The process whose root directory unix targets are resolved in.
-    #[arg(long)]
-    pub root_of: Option<i32>,
 }

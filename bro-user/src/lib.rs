@@ -1,1 +1,20 @@
-//! x
+//! bro: start any container on its first connection, relay it without losing a byte, and get out of the way.
+//!
+//! The library behind the `bro` binary, so that tests and fuzzers reach its parts. Start reading at [`forward`] (one
+//! forwarder's life) and [`engine`] (one thread, one epoll, every connection); ARCHITECTURE.md is the map.
+
+pub mod activate;
+pub mod cli;
+pub mod connection;
+pub mod engine;
+pub mod exit;
+pub mod forward;
+pub mod life;
+pub mod listen;
+pub mod logging;
+pub mod netns;
+pub mod relay;
+pub mod stats;
+pub mod sys;
+pub mod target;
+pub mod timespan;

@@ -1,0 +1,369 @@
+//! Waking a target: start its unit, find its namespace, wait until it listens, and say how to connect to it.
+
+pub mod bus;
+pub mod container;
+pub mod ready;
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use nix::libc;
+use nix::sys::socket::UnixAddr;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+use tokio::time::sleep;
+
+use crate::engine::{Address, Destination, NamespaceFile, Via};
+use crate::exit::Failure;
+use crate::netns::{Namespace, Where};
+use crate::target::Target;
+use bus::{Bus, Manager};
+use container::Inspected;
+use ready::Ready;
+
+/// Where targets are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// In the forwarder's own namespace.
+    Own,
+    /// In a Podman container of this user.
+    Container(String),
+    /// Where this process is.
+    Pid(i32),
+    /// In the namespace that this file names.
+    Netns(PathBuf),
+}
+
+/// A namespace that was entered, for as long as it is the right one.
+#[derive(Debug)]
+pub struct Incarnation {
+    namespace: Arc<Namespace>,
+    /// Readable when the process it was found through has exited.
+    process: Option<AsyncFd<OwnedFd>>,
+    /// Device and inode of the namespace.
+    file: (u64, u64),
+}
+
+/// What starts and finds the targets; one for all of a forwarder's targets, since they share the container.
+#[derive(Debug)]
+pub struct Activator {
+    place: Place,
+    unit: Option<String>,
+    manager: Manager,
+    ready: Ready,
+    bus: Mutex<Option<Bus>>,
+    current: Mutex<Option<Arc<Incarnation>>>,
+    /// The unit was started by this process.
+    started: std::sync::atomic::AtomicBool,
+}
+
+/// Between two looks for a container that is being started.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// Between two questions to systemd whether the unit has failed.
+const WATCH: Duration = Duration::from_millis(50);
+
+/// How long to look for a running conmon before podman is asked.
+const ASK_PODMAN: Duration = Duration::from_secs(1);
+
+impl Activator {
+    /// An activator that has done nothing yet.
+    #[must_use]
+    pub fn new(place: Place, unit: Option<String>, manager: Manager, ready: Ready) -> Self {
+        Self {
+            place,
+            unit,
+            manager,
+            ready,
+            bus: Mutex::default(),
+            current: Mutex::default(),
+            started: std::sync::atomic::AtomicBool::new(false),
+        }
+    }
+
+    /// Checks what can be checked before the first client: that a place which nobody is going to start can be entered.
+    ///
+    /// # Errors
+    /// [`Failure::NotFound`] or [`Failure::NotPermitted`].
+    pub async fn check(&self) -> anyhow::Result<()> {
+        if self.unit.is_some() || self.place == Place::Own {
+            return Ok(());
+        }
+        // A container that another unit is starting may take a moment to show.
+        const GRACE: Duration = Duration::from_secs(3);
+        match tokio::time::timeout(GRACE, self.incarnation()).await {
+            Ok(result) => result.map(drop),
+            Err(_) => match &self.place {
+                Place::Container(name) => Err(Failure::NotFound(format!(
+                    "no container “{name}” of this user is running (see `podman ps --all`); give --unit so that bro starts it"
+                ))
+                .into()),
+                place => anyhow::bail!("entering {place:?} takes too long"),
+            },
+        }
+    }
+
+    /// Wakes one target. Cancelled by dropping it.
+    ///
+    /// # Errors
+    /// When it cannot be started, or its namespace cannot be entered.
+    pub async fn wake(&self, target: &Target) -> anyhow::Result<(Destination, Option<Arc<Incarnation>>)> {
+        let prepared = async {
+            let (place, incarnation) = match self.place {
+                Place::Own => (Where::Own, None),
+                _ => {
+                    let incarnation = self.incarnation().await?;
+                    (Where::Entered(incarnation.namespace.clone()), Some(incarnation))
+                }
+            };
+            let addresses = self.resolve(target).await?;
+            self.wait_ready(&place, &addresses).await?;
+            let via = match &place {
+                Where::Own => Via::Own,
+                Where::Entered(namespace) => Via::Agent(namespace.channel().await?),
+            };
+            let file = match (&self.place, &incarnation) {
+                (Place::Netns(path), Some(incarnation)) => {
+                    Some(NamespaceFile { path: path.clone(), id: incarnation.file })
+                }
+                _ => None,
+            };
+            anyhow::Ok((Destination { addresses, via, file }, incarnation))
+        };
+        // The unit is watched meanwhile: one that fails will never listen.
+        let Some(unit) = &self.unit else { return prepared.await };
+        tokio::select! {
+            biased;
+            prepared = prepared => prepared,
+            failed = self.start(unit) => match failed {
+                Ok(never) => match never {},
+                Err(error) => Err(error),
+            },
+        }
+    }
+
+    /// Starts the unit, then watches it for as long as it is waited for. Returns only to say that it failed.
+    async fn start(&self, unit: &str) -> anyhow::Result<std::convert::Infallible> {
+        let bus = self.bus().await?;
+        let before = bus.active_state(unit).await?;
+        if !matches!(before.as_str(), "active" | "activating" | "reloading") {
+            self.started.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+        let result = bus.start(unit).await.with_context(|| format!("cannot start {unit}"))?;
+        anyhow::ensure!(
+            result == "done",
+            "starting {unit} ended with “{result}”; see `journalctl --unit {unit}`"
+        );
+        loop {
+            let state = bus.active_state(unit).await?;
+            anyhow::ensure!(
+                !matches!(state.as_str(), "failed" | "inactive"),
+                "{unit} is {state} again before it listened; see `journalctl --unit {unit}`"
+            );
+            sleep(WATCH).await;
+        }
+    }
+
+    async fn bus(&self) -> anyhow::Result<Bus> {
+        let mut bus = self.bus.lock().await;
+        if let Some(bus) = &*bus {
+            return Ok(bus.clone());
+        }
+        Ok(bus.insert(Bus::connect(self.manager).await?).clone())
+    }
+
+    /// Forgets the bus and the namespace, after a failure that may have been theirs.
+    pub async fn forget(&self) {
+        *self.bus.lock().await = None;
+        *self.current.lock().await = None;
+    }
+
+    /// Stops the unit if this process started it.
+    ///
+    /// # Errors
+    /// When systemd refuses.
+    pub async fn stop_what_it_started(&self) -> anyhow::Result<()> {
+        match &self.unit {
+            Some(unit) if self.started.load(std::sync::atomic::Ordering::Relaxed) => {
+                let result = self.bus().await?.stop(unit).await?;
+                tracing::info!(unit, result, "stopped the unit, since nobody is connected");
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The entered namespace: the current one if it is still the right one, else it is found anew, however long that takes.
+    async fn incarnation(&self) -> anyhow::Result<Arc<Incarnation>> {
+        let mut current = self.current.lock().await;
+        if let Some(incarnation) = current.as_ref().filter(|incarnation| incarnation.is_current(&self.place))
+        {
+            return Ok(incarnation.clone());
+        }
+        *current = None;
+        let fresh = Arc::new(match &self.place {
+            Place::Own => unreachable!("the own namespace is not entered"),
+            Place::Pid(pid) => Incarnation::of_process(*pid).await?,
+            Place::Netns(path) => self.enter_file(path).await?,
+            Place::Container(name) => self.enter_container(name).await?,
+        });
+        *current = Some(fresh.clone());
+        Ok(fresh)
+    }
+
+    async fn enter_file(&self, path: &Path) -> anyhow::Result<Incarnation> {
+        loop {
+            match std::fs::File::open(path) {
+                Ok(file) => return Incarnation::new(file.into(), None, None).await,
+                // A unit may be about to make it.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.unit.is_some() => {
+                    sleep(LOOK * 5).await
+                }
+                Err(error) => {
+                    return Err(opening(&format!("the namespace {}", path.display()), &error).into());
+                }
+            }
+        }
+    }
+
+    async fn enter_container(&self, name: &str) -> anyhow::Result<Incarnation> {
+        let start = tokio::time::Instant::now();
+        let mut asked = start;
+        loop {
+            let mut pid = container::running(name);
+            // Without a unit nobody may be about to start it, so podman is asked at once; with one, only if conmon hides.
+            if pid.is_none() && (asked == start && self.unit.is_none() || asked.elapsed() > ASK_PODMAN) {
+                if let Inspected::Running(found) = container::inspect(name).await? {
+                    pid = Some(found);
+                }
+                asked = tokio::time::Instant::now();
+            }
+            if let Some(pid) = pid {
+                match Incarnation::of_process(pid).await {
+                    // It was just leaving; the next one will come.
+                    Err(error) if matches!(error.downcast_ref(), Some(Failure::NotFound(_))) => {}
+                    result => return result,
+                }
+            }
+            sleep(if start.elapsed() < ASK_PODMAN { LOOK } else { LOOK * 10 }).await;
+        }
+    }
+
+    async fn resolve(&self, target: &Target) -> anyhow::Result<Vec<Address>> {
+        Ok(match target {
+            Target::Tcp { host, port } => {
+                let found = tokio::net::lookup_host((host.as_str(), *port));
+                let found = found.await.with_context(|| format!("cannot look up the target {target}"))?;
+                found.map(Address::Tcp).collect()
+            }
+            Target::Abstract(name) => vec![Address::Unix(UnixAddr::new_abstract(name.as_bytes())?)],
+            Target::Unix(path) => match self.place {
+                Place::Container(_) | Place::Pid(_) => vec![Address::Inside(path.clone())],
+                Place::Own | Place::Netns(_) => vec![Address::Unix(UnixAddr::new(path)?)],
+            },
+        })
+    }
+
+    async fn wait_ready(&self, place: &Where, addresses: &[Address]) -> anyhow::Result<()> {
+        let tcp: Vec<SocketAddr> = addresses.iter().filter_map(Address::tcp).collect();
+        match &self.ready {
+            Ready::Unchecked => {}
+            Ready::Listen if !tcp.is_empty() => ready::listening(place, &tcp).await?,
+            Ready::Connect if !tcp.is_empty() => ready::connectable(place, &tcp).await?,
+            // A unix socket that nobody listens on refuses without the service noticing: the client's own connection is the
+            // test, and is tried until it succeeds.
+            Ready::Listen | Ready::Connect => {}
+            Ready::Healthy => {
+                let Place::Container(name) = &self.place else {
+                    anyhow::bail!(Failure::Usage(
+                        "--ready=healthy needs --container, whose health check it is".into()
+                    ));
+                };
+                ready::succeeding(|| {
+                    let mut podman = tokio::process::Command::new("podman");
+                    let _same = podman.args(["healthcheck", "run", name]);
+                    podman
+                })
+                .await;
+            }
+            Ready::Exec(line) => ready::succeeding(|| ready::shell(line)).await,
+        }
+        Ok(())
+    }
+}
+
+/// What to say when a namespace cannot be opened.
+fn opening(what: &str, error: &std::io::Error) -> Failure {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ESRCH) => Failure::NotFound(format!("{what} does not exist")),
+        Some(libc::EACCES | libc::EPERM) => {
+            Failure::NotPermitted(format!("{what} belongs to another user: run bro as that user, or as root"))
+        }
+        _ => Failure::NotFound(format!("{what} cannot be opened: {error}")),
+    }
+}
+
+impl Incarnation {
+    async fn new(netns: OwnedFd, root: Option<OwnedFd>, process: Option<OwnedFd>) -> anyhow::Result<Self> {
+        let stat = nix::sys::stat::fstat(&netns)?;
+        let namespace = Arc::new(Namespace::enter(netns, root).await?);
+        let process =
+            process.map(|pidfd| crate::sys::watch(pidfd, tokio::io::Interest::READABLE)).transpose()?;
+        Ok(Self { namespace, process, file: (stat.st_dev, stat.st_ino) })
+    }
+
+    async fn of_process(pid: i32) -> anyhow::Result<Self> {
+        let what = format!("process {pid}");
+        let open = |path: String, flags: i32| {
+            use std::os::unix::fs::OpenOptionsExt as _;
+            std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path).map(OwnedFd::from)
+        };
+        // First the process, then what belongs to it: if it is still there afterwards, both are its own.
+        let process = crate::sys::pidfd_open(pid).map_err(|error| opening(&what, &error))?;
+        let netns = open(format!("/proc/{pid}/ns/net"), 0).map_err(|error| opening(&what, &error))?;
+        let root = open(format!("/proc/{pid}/root"), libc::O_PATH | libc::O_DIRECTORY).ok();
+        if exited(&process) {
+            return Err(Failure::NotFound(format!("{what} has exited")).into());
+        }
+        Self::new(netns, root, Some(process)).await
+    }
+
+    /// Is this still the namespace that a client should be connected in?
+    fn is_current(&self, place: &Place) -> bool {
+        match place {
+            Place::Netns(path) => NamespaceFile { path: path.clone(), id: self.file }.is_current(),
+            _ => self.process.as_ref().is_none_or(|process| !exited(process.get_ref())),
+        }
+    }
+
+    /// Waits until its process has exited. (A namespace's file tells nobody when it is replaced; the engine looks at it.)
+    pub async fn gone(&self) {
+        match &self.process {
+            // An error would mean that the pidfd is no pidfd.
+            Some(process) => {
+                process.readable().await.map(|mut guard| guard.retain_ready()).unwrap_or_default()
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Activator {
+    /// Where its targets are.
+    #[must_use]
+    pub const fn place(&self) -> &Place {
+        &self.place
+    }
+}
+
+/// A pidfd is readable once its process has exited.
+fn exited(process: &OwnedFd) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd as _;
+    let mut polled = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    poll(&mut polled, PollTimeout::ZERO) != Ok(0)
+}

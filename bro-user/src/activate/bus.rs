@@ -1,0 +1,140 @@
+//! systemd over D-Bus (org.freedesktop.systemd1(5)): start a unit, see how it fares, stop it.
+
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use futures_lite::StreamExt as _;
+use zbus::OwnedObjectPath;
+
+/// Whose service manager.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manager {
+    /// The system's.
+    System,
+    /// This user's.
+    User,
+}
+
+impl Manager {
+    /// `--system`, `--user`, or that of whoever runs bro.
+    #[must_use]
+    pub fn choose(system: bool, user: bool) -> Self {
+        if system || (!user && nix::unistd::geteuid().is_root()) { Self::System } else { Self::User }
+    }
+}
+
+#[zbus::proxy(
+    interface = "org.freedesktop.systemd1.Manager",
+    default_service = "org.freedesktop.systemd1",
+    default_path = "/org/freedesktop/systemd1"
+)]
+trait Systemd {
+    fn subscribe(&self) -> zbus::Result<()>;
+    fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+
+    #[zbus(signal)]
+    fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String) -> zbus::Result<()>;
+}
+
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Unit", default_service = "org.freedesktop.systemd1")]
+trait Unit {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn active_state(&self) -> zbus::Result<String>;
+}
+
+/// A connection to a service manager.
+#[derive(Debug, Clone)]
+pub struct Bus {
+    systemd: SystemdProxy<'static>,
+}
+
+impl Bus {
+    /// Connects.
+    ///
+    /// # Errors
+    /// When there is no bus, or no systemd on it.
+    pub async fn connect(manager: Manager) -> anyhow::Result<Self> {
+        let connection = match manager {
+            Manager::System => zbus::Connection::system().await.context("cannot reach the system bus")?,
+            Manager::User => {
+                let builder = match user_bus() {
+                    Some(path) => {
+                        zbus::connection::Builder::address(format!("unix:path={}", path.display()).as_str())
+                    }
+                    None => zbus::connection::Builder::session(),
+                };
+                builder.build().await.context(
+                    "cannot reach this user's bus (is a user manager running? `loginctl enable-linger` starts one at boot)",
+                )?
+            }
+        };
+        let systemd = SystemdProxy::new(&connection).await?;
+        systemd.subscribe().await.context("no systemd answers on the bus")?;
+        Ok(Self { systemd })
+    }
+
+    /// The unit's ActiveState: active, activating, inactive, failed, …
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn active_state(&self, unit: &str) -> anyhow::Result<String> {
+        let path = self.systemd.load_unit(unit).await?;
+        Ok(UnitProxy::builder(self.systemd.inner().connection())
+            .path(path)
+            .build()
+            .await?
+            .active_state()
+            .await?)
+    }
+
+    /// Starts the unit and waits for the end of the job; what it returns is the job's result (`done` when it worked).
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn start(&self, unit: &str) -> anyhow::Result<String> {
+        let mut removed = self.systemd.receive_job_removed().await?;
+        let job = self.systemd.start_unit(unit, "replace").await.map_err(plain)?;
+        wait(&mut removed, &job).await
+    }
+
+    /// Stops the unit and waits for the end of the job.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn stop(&self, unit: &str) -> anyhow::Result<String> {
+        let mut removed = self.systemd.receive_job_removed().await?;
+        let job = self.systemd.stop_unit(unit, "replace").await.map_err(plain)?;
+        wait(&mut removed, &job).await
+    }
+}
+
+async fn wait(removed: &mut JobRemovedStream, job: &OwnedObjectPath) -> anyhow::Result<String> {
+    while let Some(signal) = removed.next().await {
+        let arguments = signal.args()?;
+        if arguments.job() == job {
+            return Ok(arguments.result().clone());
+        }
+    }
+    anyhow::bail!("the bus was closed")
+}
+
+/// systemd's own sentence, without the D-Bus name around it.
+fn plain(error: zbus::Error) -> anyhow::Error {
+    match error {
+        zbus::Error::MethodError(_, Some(sentence), _) => anyhow::anyhow!(sentence),
+        error => error.into(),
+    }
+}
+
+/// Where the user's bus listens when no environment says so: a system service with User= has none.
+fn user_bus() -> Option<PathBuf> {
+    if std::env::var_os("DBUS_SESSION_BUS_ADDRESS").is_some() {
+        return None;
+    }
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let path = runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bus");
+    std::fs::metadata(&path).is_ok_and(|metadata| metadata.file_type().is_socket()).then_some(path)
+}

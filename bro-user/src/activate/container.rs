@@ -1,0 +1,142 @@
+//! Finding a Podman container's process: through conmon, which runs for as long as the container does and says on its command
+//! line whose it is; podman itself, which takes tens of milliseconds, is asked only when that shows nothing.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::Command;
+
+use crate::exit::Failure;
+
+/// How long `podman inspect` may take.
+const PODMAN: Duration = Duration::from_secs(20);
+
+/// What a running conmon says of its container.
+#[derive(Debug, PartialEq, Eq)]
+struct Conmon {
+    name: String,
+    pidfile: String,
+}
+
+impl Conmon {
+    /// Reads a conmon's command line (NUL-separated): `-n NAME`, `-p PIDFILE`.
+    fn parse(cmdline: &[u8]) -> Option<Self> {
+        let mut words =
+            cmdline.split(|&byte| byte == 0).map(|word| std::str::from_utf8(word).unwrap_or_default());
+        if !words.next()?.ends_with("conmon") {
+            return None;
+        }
+        let (mut name, mut pidfile) = (None, None);
+        while let Some(word) = words.next() {
+            match word {
+                "-n" | "--name" => name = words.next(),
+                "-p" | "--container-pidfile" => pidfile = words.next(),
+                // Here conmon's own options end and podman's clean-up command begins.
+                "--exit-command" => break,
+                _ => {}
+            }
+        }
+        Some(Self { name: name?.to_owned(), pidfile: pidfile?.to_owned() })
+    }
+}
+
+/// The main process of this user's running container `name`, without running podman.
+#[must_use]
+pub fn running(name: &str) -> Option<i32> {
+    let me = nix::unistd::geteuid().as_raw();
+    let processes = std::fs::read_dir("/proc").ok()?.flatten();
+    for process in processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()) {
+        // The names of a process and its owner are cheap to read; its command line only follows for a conmon of ours.
+        let path = process.path();
+        if !std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n") || !owned_by(&path, me) {
+            continue;
+        }
+        let Ok(cmdline) = std::fs::read(path.join("cmdline")) else { continue };
+        let Some(conmon) = Conmon::parse(&cmdline).filter(|conmon| conmon.name == name) else { continue };
+        // Written once the container's namespaces exist.
+        let pid = std::fs::read_to_string(&conmon.pidfile).ok().and_then(|pid| pid.trim().parse().ok());
+        let child_of_conmon =
+            |pid: &i32| parent(*pid).map(|pid| pid.to_string()) == process.file_name().into_string().ok();
+        if let Some(pid) = pid.filter(child_of_conmon) {
+            return Some(pid);
+        }
+    }
+    None
+}
+
+fn owned_by(process: &Path, uid: u32) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata(process).is_ok_and(|metadata| metadata.uid() == uid)
+}
+
+/// A process's parent: the fourth field of proc_pid_stat(5), after a name that may hold spaces and parentheses.
+fn parent(pid: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// What podman says of the container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inspected {
+    /// It runs; its main process.
+    Running(i32),
+    /// It exists, and does not run.
+    Stopped,
+    /// There is none of that name.
+    Unknown,
+}
+
+/// Asks podman.
+///
+/// # Errors
+/// When podman cannot be run or fails for another reason than that.
+pub async fn inspect(name: &str) -> anyhow::Result<Inspected> {
+    let mut podman = Command::new("podman");
+    let _same = podman
+        .args(["container", "inspect", "--format", "{{.State.Pid}}", "--", name])
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    let output = match tokio::time::timeout(PODMAN, podman.output()).await {
+        Ok(Ok(output)) => output,
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Failure::NotFound(
+                "podman is not installed, so --container cannot be looked up".into(),
+            )
+            .into());
+        }
+        Ok(Err(error)) => anyhow::bail!("cannot run podman: {error}"),
+        Err(_) => anyhow::bail!("podman inspect did not answer within {PODMAN:?}"),
+    };
+    if output.status.success() {
+        return Ok(match String::from_utf8_lossy(&output.stdout).trim().parse() {
+            Ok(pid) if pid > 0 => Inspected::Running(pid),
+            _ => Inspected::Stopped,
+        });
+    }
+    let words = String::from_utf8_lossy(&output.stderr);
+    if words.contains("no such") {
+        return Ok(Inspected::Unknown);
+    }
+    anyhow::bail!("podman inspect failed: {}", words.trim().lines().last().unwrap_or("without a word"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_a_conmon_command_line() {
+        let line = b"/usr/bin/conmon\0--api-version\x001\0-c\0abc\0-n\0systemd-web\0-p\0/run/x/pidfile\0--exit-command\0/usr/bin/podman\0\
+                     --exit-command-arg\0-n\0";
+        let conmon = Conmon::parse(line).unwrap();
+        assert_eq!(conmon, Conmon { name: "systemd-web".into(), pidfile: "/run/x/pidfile".into() });
+        assert_eq!(Conmon::parse(b"/usr/bin/podman\0-n\0x\0-p\0y"), None);
+        assert_eq!(Conmon::parse(b""), None);
+    }
+
+    #[test]
+    fn knows_its_own_parent() {
+        assert_eq!(parent(std::process::id() as i32), Some(nix::unistd::getppid().as_raw()));
+    }
+}

@@ -1,0 +1,292 @@
+//! One client's story, in order: admitted, held until the service listens, given a socket, connected, relayed, closed.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{SockaddrStorage, setsockopt, sockopt};
+
+use crate::relay::{Broken, Direction, Method, Side, Tools};
+
+/// Who connected.
+#[derive(Debug, Clone)]
+pub enum Peer {
+    /// Over TCP, from this address (an IPv4 address even if it came through an IPv6 socket).
+    Tcp(std::net::SocketAddr),
+    /// Over a unix socket (unix(7) SO_PEERCRED).
+    Unix {
+        /// The user.
+        uid: u32,
+        /// The process, as this pid namespace sees it.
+        pid: i32,
+    },
+}
+
+/// What `--connections-per-source` counts by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// A host.
+    Address(IpAddr),
+    /// A user of this host.
+    User(u32),
+}
+
+impl Peer {
+    /// Reads who is at the other end.
+    #[must_use]
+    pub fn of(socket: BorrowedFd<'_>, address: Option<SockaddrStorage>) -> Self {
+        if let Some(v4) = address.as_ref().and_then(SockaddrStorage::as_sockaddr_in) {
+            return Self::Tcp(std::net::SocketAddrV4::from(*v4).into());
+        }
+        if let Some(v6) = address.as_ref().and_then(SockaddrStorage::as_sockaddr_in6) {
+            let v6 = std::net::SocketAddrV6::from(*v6);
+            return Self::Tcp(std::net::SocketAddr::new(v6.ip().to_canonical(), v6.port()));
+        }
+        match nix::sys::socket::getsockopt(&socket, sockopt::PeerCredentials) {
+            Ok(credentials) => Self::Unix { uid: credentials.uid(), pid: credentials.pid() },
+            Err(_) => Self::Unix { uid: u32::MAX, pid: 0 },
+        }
+    }
+
+    /// The source that limits count it under.
+    #[must_use]
+    pub const fn source(&self) -> Source {
+        match self {
+            Self::Tcp(address) => Source::Address(address.ip()),
+            Self::Unix { uid, .. } => Source::User(*uid),
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix { uid, pid } => write!(f, "unix:uid={uid},pid={pid}"),
+        }
+    }
+}
+
+/// Why a connection ended; the `reason` of its log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Both sides finished sending.
+    Eof,
+    /// The client aborted.
+    ClientReset(Errno),
+    /// The service aborted.
+    ServiceReset(Errno),
+    /// No byte for `--idle-timeout`.
+    IdleTimeout,
+    /// It outlived `--drain-timeout`.
+    DrainTimeout,
+    /// The service did not listen within `--start-timeout`.
+    StartTimeout,
+    /// The service could not be started.
+    StartFailed,
+    /// The service could not be connected to.
+    Refused(Errno),
+    /// The client left while it was held.
+    ClientLeft,
+    /// Over `--connections-per-source`.
+    SourceLimit,
+    /// A second SIGTERM.
+    Shutdown,
+}
+
+impl End {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Eof => "eof",
+            Self::ClientReset(_) => "client-reset",
+            Self::ServiceReset(_) => "service-reset",
+            Self::IdleTimeout => "idle-timeout",
+            Self::DrainTimeout => "drain-timeout",
+            Self::StartTimeout => "start-timeout",
+            Self::StartFailed => "start-failed",
+            Self::Refused(_) => "refused",
+            Self::ClientLeft => "client-left",
+            Self::SourceLimit => "source-limit",
+            Self::Shutdown => "shutdown",
+        }
+    }
+
+    /// What the kernel said, where it said something.
+    #[must_use]
+    pub fn detail(self) -> Option<&'static str> {
+        match self {
+            Self::ClientReset(errno) | Self::ServiceReset(errno) | Self::Refused(errno) => Some(errno.desc()),
+            _ => None,
+        }
+    }
+}
+
+impl From<Broken> for End {
+    fn from(broken: Broken) -> Self {
+        match broken.side {
+            Side::Client => Self::ClientReset(broken.errno),
+            Side::Service => Self::ServiceReset(broken.errno),
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// Where in its story a connection is.
+#[derive(Debug)]
+pub enum Stage {
+    /// The service does not listen yet.
+    Held,
+    /// It listens; a socket in its namespace is on the way.
+    AwaitingSocket,
+    /// The connection to the service is being made, to this one of its addresses.
+    Connecting {
+        /// The forwarder's socket towards the service.
+        service: OwnedFd,
+        /// The index of the address that is tried.
+        address: usize,
+    },
+    /// Bytes flow.
+    Relaying {
+        /// The forwarder's socket towards the service.
+        service: OwnedFd,
+        /// Client to service.
+        up: Direction,
+        /// Service to client.
+        down: Direction,
+    },
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Connection {
+    /// Its number in the log.
+    pub number: u64,
+    /// The forwarder's socket towards the client.
+    pub client: OwnedFd,
+    /// Who it is.
+    pub peer: Peer,
+    /// The index of its target.
+    pub backend: usize,
+    /// When it was accepted.
+    pub opened: Instant,
+    /// When bytes last moved (or it was accepted).
+    pub active: Instant,
+    /// It found the service asleep and was the first to.
+    pub woke: bool,
+    /// From accepted to connected, for the one that woke the service.
+    pub cold_start: Option<Duration>,
+    /// Where it stands.
+    pub stage: Stage,
+    /// What epoll was last told, per side.
+    pub registered: [Option<Interest>; 2],
+}
+
+/// What epoll is to report of a socket. Errors and hang-ups it always reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interest {
+    /// Readable.
+    pub read: bool,
+    /// Writable.
+    pub write: bool,
+}
+
+impl Connection {
+    /// The socket of one side, where there is one.
+    #[must_use]
+    pub fn socket(&self, side: Side) -> Option<BorrowedFd<'_>> {
+        match (side, &self.stage) {
+            (Side::Client, _) => Some(self.client.as_fd()),
+            (Side::Service, Stage::Connecting { service, .. } | Stage::Relaying { service, .. }) => {
+                Some(service.as_fd())
+            }
+            (Side::Service, Stage::Held | Stage::AwaitingSocket) => None,
+        }
+    }
+
+    /// What to wait for on one side; `None` when nothing more can come of it.
+    #[must_use]
+    pub fn interest(&self, side: Side) -> Option<Interest> {
+        match (&self.stage, side) {
+            // Only a reset is of interest while the client is held; what it sends waits in its socket.
+            (Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }, Side::Client) => {
+                Some(Interest { read: false, write: false })
+            }
+            (Stage::Connecting { .. }, Side::Service) => Some(Interest { read: false, write: true }),
+            (Stage::Held | Stage::AwaitingSocket, Side::Service) => None,
+            (Stage::Relaying { up, down, .. }, side) => {
+                let (from_here, to_here) = match side {
+                    Side::Client => (up.half(), down.half()),
+                    Side::Service => (down.half(), up.half()),
+                };
+                let interest = Interest { read: from_here.wants_read(), write: to_here.wants_write() };
+                // Once both FINs have passed here, the socket reports a hang-up for ever.
+                let over = !from_here.is_open() && to_here == crate::relay::half_close::Half::Finished;
+                (!over).then_some(interest)
+            }
+        }
+    }
+
+    /// The relay, as the log names it.
+    #[must_use]
+    pub const fn relay_name(method: Method) -> &'static str {
+        match method {
+            Method::Splice => "splice",
+            Method::Copy => "copy",
+        }
+    }
+
+    /// Bytes to the service and to the client so far.
+    #[must_use]
+    pub const fn totals(&self) -> (u64, u64) {
+        match &self.stage {
+            Stage::Relaying { up, down, .. } => (up.total, down.total),
+            _ => (0, 0),
+        }
+    }
+
+    /// Moves what can be moved in both directions; true when both are finished.
+    ///
+    /// # Errors
+    /// The side that broke.
+    pub fn pump(&mut self, tools: &mut Tools, up_ready: bool, down_ready: bool) -> Result<bool, Broken> {
+        let Stage::Relaying { service, up, down } = &mut self.stage else { return Ok(false) };
+        if up_ready {
+            up.pump(self.client.as_fd(), service.as_fd(), tools)?;
+        }
+        if down_ready {
+            down.pump(service.as_fd(), self.client.as_fd(), tools)?;
+        }
+        use crate::relay::half_close::Half;
+        Ok(up.half() == Half::Finished && down.half() == Half::Finished)
+    }
+
+    /// Ends it: sockets closed, as an abort (RST) unless both sides had finished, and borrowed pipes given up.
+    pub fn close(self, end: End, tools: &mut Tools) {
+        let abort = |socket: &OwnedFd| {
+            // A unix socket has no RST; closing it with unread bytes is the nearest there is.
+            let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+            setsockopt(socket, sockopt::Linger, &at_once).ok();
+        };
+        let aborted = end != End::Eof;
+        if aborted {
+            abort(&self.client);
+        }
+        match self.stage {
+            Stage::Relaying { service, mut up, mut down } => {
+                if aborted {
+                    abort(&service);
+                }
+                up.discard(tools);
+                down.discard(tools);
+            }
+            Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {}
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! The engine: one thread, one level-triggered epoll, every connection. It accepts, connects and relays; whatever may wait
+//! for somebody else (systemd, podman, a name server) is the control side's business ([`crate::forward`]), which it tells what
+//! it needs and which tells it when a target is ready.
+//!
+//! Level-triggered, because what to wait for is derived from the connection's state each time ([`Connection::interest`]): a
+//! short read then costs no second one, and no order of events can lose an edge.
+
+mod admission;
+mod backends;
+mod connections;
+pub mod handle;
+pub mod tcp;
+mod token;
+
+use std::collections::HashMap;
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use slab::Slab;
+
+use crate::connection::{Connection, End, Source};
+use crate::listen::Listener;
+use crate::relay::{Method, Tools};
+use crate::stats::Stats;
+use backends::Backend;
+use handle::{Command, Event, Mailbox, Outbox};
+use token::Token;
+
+pub use backends::{Address, Destination, NamespaceFile, Via};
+
+/// What the command line decided for the engine.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `--connections-max`
+    pub connections_max: usize,
+    /// `--connections-per-source`
+    pub connections_per_source: Option<u32>,
+    /// How bytes are moved.
+    pub method: Method,
+    /// `--keepalive-*`
+    pub keepalive: tcp::Keepalive,
+    /// `--idle-timeout`
+    pub idle_timeout: Option<Duration>,
+    /// `--start-timeout`: how long a client may wait for its connection to the service, all in all.
+    pub hold_limit: Duration,
+    /// Whether a refused connection means “not ready yet” (every `--ready` but `none`).
+    pub hold_refused: bool,
+}
+
+/// Whether new clients are accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Accepting {
+    /// Yes.
+    Open,
+    /// Not before a connection ends: `--connections-max` is reached.
+    Full,
+    /// Not before this instant: the kernel had no descriptor or memory.
+    BackingOff { until: Instant, pause: Duration },
+    /// No more: draining or stopped.
+    Closed,
+}
+
+/// The engine's state.
+#[derive(Debug)]
+pub struct Engine {
+    settings: Settings,
+    epoll: Epoll,
+    listeners: Vec<(Listener, usize)>,
+    accepting: Accepting,
+    draining: bool,
+    backends: Vec<Backend>,
+    connections: Slab<Connection>,
+    /// Connections that do not relay yet.
+    pending: usize,
+    per_source: HashMap<Source, u32>,
+    /// Connections to try again at the next tick (a unix service's backlog was full).
+    retries: Vec<usize>,
+    next_number: u64,
+    tools: Tools,
+    stats: Arc<Stats>,
+    mailbox: Mailbox,
+    outbox: Outbox,
+    last_tick: Instant,
+}
+
+/// Events taken per epoll_wait(2).
+const BATCH: usize = 128;
+
+/// How often connections that wait for something are looked at.
+const TICK: Duration = Duration::from_millis(100);
+
+/// How soon a unix connection whose service's backlog was full is tried again.
+const RETRY: Duration = Duration::from_millis(5);
+
+impl Engine {
+    /// An engine that accepts from `listeners`, each with the index of its target in `targets` (their names, for the log).
+    ///
+    /// # Errors
+    /// When epoll refuses one of the descriptors.
+    pub fn new(
+        settings: Settings,
+        listeners: Vec<(Listener, usize)>,
+        targets: Vec<String>,
+        stats: Arc<Stats>,
+        mailbox: Mailbox,
+        outbox: Outbox,
+    ) -> anyhow::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(mailbox.wakeup(), EpollEvent::new(EpollFlags::EPOLLIN, Token::Mailbox.into()))?;
+        // Two directions, and never more pipes than could leave descriptors for connections.
+        let pipes = settings.connections_max.saturating_mul(2).min(1024);
+        let mut engine = Self {
+            settings,
+            epoll,
+            listeners,
+            accepting: Accepting::Closed,
+            draining: false,
+            backends: targets.into_iter().map(Backend::asleep).collect(),
+            connections: Slab::new(),
+            pending: 0,
+            per_source: HashMap::new(),
+            retries: Vec::new(),
+            next_number: 1,
+            tools: Tools::new(pipes),
+            stats,
+            mailbox,
+            outbox,
+            last_tick: Instant::now(),
+        };
+        engine.set_accepting(Accepting::Open)?;
+        Ok(engine)
+    }
+
+    /// Runs until the control side is gone.
+    ///
+    /// # Errors
+    /// When epoll itself fails, which nothing can be done about.
+    pub fn run(mut self) -> anyhow::Result<()> {
+        let mut events = vec![EpollEvent::empty(); BATCH];
+        loop {
+            let count = match self.epoll.wait(&mut events, self.patience()) {
+                Ok(count) => count,
+                Err(Errno::EINTR) => 0,
+                Err(errno) => return Err(errno.into()),
+            };
+            for event in &events[..count] {
+                match Token::from(event.data()) {
+                    Token::Connection { index, generation, side } => {
+                        self.connection_event(index, generation, side, event.events());
+                    }
+                    Token::Listener(index) => self.accept_some(index)?,
+                    Token::Agent(backend) => self.agent_answered(backend),
+                    Token::Mailbox => {
+                        if !self.read_mailbox()? {
+                            return Ok(());
+                        }
+                    }
+                }
+            }
+            self.tick()?;
+            self.publish();
+        }
+    }
+
+    /// How long epoll may sleep.
+    fn patience(&self) -> EpollTimeout {
+        let mut patience: Option<Duration> = None;
+        let mut at_most =
+            |span: Duration| patience = Some(patience.map_or(span, |patience| patience.min(span)));
+        if !self.retries.is_empty() {
+            at_most(RETRY);
+        }
+        if self.pending > 0 {
+            at_most(TICK);
+        }
+        if let Some(limit) = self.settings.idle_timeout.filter(|_| !self.connections.is_empty()) {
+            at_most((limit / 8).clamp(Duration::from_millis(10), Duration::from_secs(1)));
+        }
+        if let Accepting::BackingOff { until, .. } = self.accepting {
+            at_most(until.saturating_duration_since(Instant::now()));
+        }
+        // One more millisecond than the wait, so that the instant has passed when epoll returns.
+        patience.map_or(EpollTimeout::NONE, |span| {
+            EpollTimeout::try_from(span + Duration::from_millis(1)).unwrap_or(EpollTimeout::ZERO)
+        })
+    }
+
+    /// Everything that is due by the clock.
+    fn tick(&mut self) -> anyhow::Result<()> {
+        if self.pending == 0
+            && self.settings.idle_timeout.is_none()
+            && !self.is_backing_off()
+            && self.retries.is_empty()
+        {
+            return Ok(());
+        }
+        let now = Instant::now();
+        if let Accepting::BackingOff { until, pause } = self.accepting
+            && now >= until
+        {
+            self.set_accepting(Accepting::Open)?;
+            self.accept_after_pause(pause)?;
+        }
+        if now.duration_since(self.last_tick) < RETRY {
+            return Ok(());
+        }
+        for index in std::mem::take(&mut self.retries) {
+            self.retry_connect(index);
+        }
+        let idle_step = self.settings.idle_timeout.map_or(TICK, |limit| (limit / 8).min(TICK));
+        if now.duration_since(self.last_tick) < idle_step {
+            return Ok(());
+        }
+        self.last_tick = now;
+        self.expire(now);
+        Ok(())
+    }
+
+    const fn is_backing_off(&self) -> bool {
+        matches!(self.accepting, Accepting::BackingOff { .. })
+    }
+
+    /// Takes the control side's commands; false when it is gone.
+    fn read_mailbox(&mut self) -> anyhow::Result<bool> {
+        loop {
+            match self.mailbox.next() {
+                Ok(None) => return Ok(true),
+                Err(handle::Gone) => return Ok(false),
+                Ok(Some(command)) => match command {
+                    Command::Ready { backend, destination } => self.backend_ready(backend, destination),
+                    Command::Failed { backend, end } => self.backend_failed(backend, end),
+                    Command::Gone { backend } => self.backend_gone(backend),
+                    Command::Drain => self.drain()?,
+                    Command::EndAll(end) => self.end_all(end),
+                    Command::StopIfIdle => {
+                        let idle = self.connections.is_empty();
+                        if idle {
+                            self.set_accepting(Accepting::Closed)?;
+                        }
+                        self.outbox.tell(Event::StoppedIfIdle(idle));
+                    }
+                    Command::Ping => self.outbox.tell(Event::Pong),
+                },
+            }
+        }
+    }
+
+    /// Accepts no more; what was accepted may finish.
+    fn drain(&mut self) -> anyhow::Result<()> {
+        self.draining = true;
+        self.set_accepting(Accepting::Closed)?;
+        if self.connections.is_empty() {
+            self.outbox.tell(Event::Drained);
+        }
+        Ok(())
+    }
+
+    fn publish(&self) {
+        Stats::set(&self.stats.spliced, self.tools.spliced);
+        Stats::set(&self.stats.copied, self.tools.copied);
+    }
+
+    fn set_accepting(&mut self, accepting: Accepting) -> anyhow::Result<()> {
+        let (was, is) = (self.accepting == Accepting::Open, accepting == Accepting::Open);
+        self.accepting = accepting;
+        for (index, (listener, _)) in self.listeners.iter().enumerate() {
+            if is && !was {
+                let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Listener(index).into());
+                self.epoll.add(listener.socket.as_fd(), event)?;
+            } else if was && !is {
+                self.epoll.delete(listener.socket.as_fd())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end_all(&mut self, end: End) {
+        let indices: Vec<usize> = self.connections.iter().map(|(index, _)| index).collect();
+        for index in indices {
+            self.finish(index, end);
+        }
+    }
+}

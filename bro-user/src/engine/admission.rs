@@ -1,0 +1,143 @@
+//! Letting clients in: accept, the limits on how many, and what happens when the kernel has no descriptor left.
+
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::{Accepting, Engine, tcp};
+use crate::connection::{Connection, End, Peer, Stage};
+use crate::engine::handle::Event;
+use crate::stats::Stats;
+
+/// Clients taken from one listener before others get their turn.
+const BURST: usize = 32;
+
+/// The first pause after EMFILE and its like; it doubles up to the last.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+impl Engine {
+    /// Accepts what waits on a listener.
+    pub(super) fn accept_some(&mut self, listener: usize) -> anyhow::Result<()> {
+        for _ in 0..BURST {
+            if self.accepting != Accepting::Open || !self.accept_one(listener, FIRST_PAUSE)? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// The first attempt after a pause: when it fails as well, the next pause is longer.
+    pub(super) fn accept_after_pause(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let longer = (pause * 2).min(LAST_PAUSE);
+        for listener in 0..self.listeners.len() {
+            if self.accepting == Accepting::Open {
+                let _more = self.accept_one(listener, longer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Accepts one client; false when there is none, or none can be taken.
+    fn accept_one(&mut self, listener: usize, pause: Duration) -> anyhow::Result<bool> {
+        if self.connections.len() >= self.settings.connections_max {
+            self.set_accepting(Accepting::Full)?;
+            return Ok(false);
+        }
+        let (socket, backend) = (self.listeners[listener].0.socket.as_fd(), self.listeners[listener].1);
+        match crate::sys::accept(socket) {
+            Ok((client, address)) => {
+                self.admit(client, address, backend);
+                Ok(true)
+            }
+            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::EAGAIN) => Ok(false),
+                // accept(2): errors of that one connection, or a signal.
+                Some(
+                    Errno::EINTR
+                    | Errno::ECONNABORTED
+                    | Errno::EPROTO
+                    | Errno::ENETDOWN
+                    | Errno::ENOPROTOOPT
+                    | Errno::EHOSTDOWN
+                    | Errno::ENONET
+                    | Errno::EHOSTUNREACH
+                    | Errno::ENETUNREACH,
+                ) => Ok(true),
+                // EMFILE, ENFILE, ENOBUFS, ENOMEM, or a listener that somebody shut down: nothing that trying at once mends.
+                _ => {
+                    if pause == FIRST_PAUSE {
+                        tracing::warn!(%error, "cannot accept; clients wait in the backlog until it works again");
+                    }
+                    self.set_accepting(Accepting::BackingOff { until: Instant::now() + pause, pause })?;
+                    Ok(false)
+                }
+            },
+        }
+    }
+
+    fn admit(
+        &mut self,
+        client: std::os::fd::OwnedFd,
+        address: Option<nix::sys::socket::SockaddrStorage>,
+        backend: usize,
+    ) {
+        let now = Instant::now();
+        let peer = Peer::of(client.as_fd(), address);
+        let number = self.next_number;
+        self.next_number += 1;
+        let connection = Connection {
+            number,
+            client,
+            peer,
+            backend,
+            opened: now,
+            active: now,
+            woke: false,
+            cold_start: None,
+            stage: Stage::Held,
+            registered: [None, None],
+        };
+        Stats::set(&self.stats.accepted, number);
+        if let Some(limit) = self.settings.connections_per_source {
+            let count = self.per_source.entry(connection.peer.source()).or_default();
+            if *count >= limit {
+                self.log_end(&connection, End::SourceLimit);
+                connection.close(End::SourceLimit, &mut self.tools);
+                return;
+            }
+            *count += 1;
+        }
+        tcp::set_options(&connection.client, self.settings.keepalive);
+        tracing::debug!(conn = number, peer = %connection.peer, target = %self.backends[backend].name, "accepted");
+        if self.connections.is_empty() {
+            self.outbox.tell(Event::Busy);
+        }
+        let index = self.connections.insert(connection);
+        self.pending += 1;
+        Stats::set(&self.stats.open, self.connections.len() as u64);
+        self.place(index);
+    }
+
+    /// After a connection has ended: room for the next, and news for those who wait for the last.
+    pub(super) fn after_end(&mut self, source: crate::connection::Source) {
+        if self.settings.connections_per_source.is_some()
+            && let Some(count) = self.per_source.get_mut(&source)
+        {
+            *count -= 1;
+            if *count == 0 {
+                let _gone = self.per_source.remove(&source);
+            }
+        }
+        Stats::set(&self.stats.open, self.connections.len() as u64);
+        if matches!(self.accepting, Accepting::Full)
+            && let Err(error) = self.set_accepting(Accepting::Open)
+        {
+            tracing::error!(%error, "cannot accept again");
+        }
+        if self.connections.is_empty() {
+            self.outbox.tell(if self.draining { Event::Drained } else { Event::Idle });
+        }
+    }
+}

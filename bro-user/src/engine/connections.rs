@@ -1,0 +1,191 @@
+//! What happens to a connection once it is admitted: its events, its timeouts, its end.
+
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::socket::{getsockopt, sockopt};
+
+use super::Engine;
+use super::token::{GENERATIONS, Token};
+use crate::connection::{Connection, End, Interest, Stage};
+use crate::relay::{Broken, Direction, Side};
+
+const SIDES: [Side; 2] = [Side::Client, Side::Service];
+
+fn generation(connection: &Connection) -> u32 {
+    (connection.number % GENERATIONS) as u32
+}
+
+impl Engine {
+    pub(super) fn connection_event(&mut self, index: usize, expected: u32, side: Side, events: EpollFlags) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        if generation(connection) != expected {
+            return;
+        }
+        let trouble = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
+        match (&connection.stage, side) {
+            (Stage::Relaying { .. }, _) => self.relay_event(index, side, events, trouble),
+            (Stage::Connecting { .. }, Side::Service) => self.connect_event(index),
+            // A held client that resets has left. (One that only finished sending still wants its answer.)
+            (Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }, Side::Client) if trouble => {
+                self.finish(index, End::ClientLeft);
+            }
+            _ => {}
+        }
+    }
+
+    fn relay_event(&mut self, index: usize, side: Side, events: EpollFlags, trouble: bool) {
+        let readable = trouble || events.contains(EpollFlags::EPOLLIN);
+        let writable = trouble || events.contains(EpollFlags::EPOLLOUT);
+        let (up, down) = match side {
+            Side::Client => (readable, writable),
+            Side::Service => (writable, readable),
+        };
+        self.pump(index, up, down);
+        if !trouble {
+            return;
+        }
+        // Whatever could be read has been. If the socket's error is still there, nobody was reading: the abort counts now.
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        let Some(socket) = connection.socket(side) else { return };
+        match getsockopt(&socket, sockopt::SocketError) {
+            Ok(0) | Err(_) => {
+                // A hang-up, with nothing to be done about it yet: silence it until there is.
+                if connection.interest(side) == Some(Interest { read: false, write: false }) {
+                    self.unregister(index, side);
+                }
+            }
+            Ok(code) => self.finish(index, Broken { side, errno: Errno::from_raw(code) }.into()),
+        }
+    }
+
+    /// Moves bytes, then ends the connection or tells epoll what it waits for now.
+    pub(super) fn pump(&mut self, index: usize, up: bool, down: bool) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        let before = connection.totals();
+        match connection.pump(&mut self.tools, up, down) {
+            Ok(true) => return self.finish(index, End::Eof),
+            Ok(false) => {}
+            Err(broken) => return self.finish(index, broken.into()),
+        }
+        if self.settings.idle_timeout.is_some() && connection.totals() != before {
+            connection.active = Instant::now();
+        }
+        self.register(index);
+    }
+
+    /// The service has accepted: bytes may flow.
+    pub(super) fn start_relay(&mut self, index: usize, service: std::os::fd::OwnedFd) {
+        let method = self.settings.method;
+        let keepalive = self.settings.keepalive;
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        super::tcp::set_options(&service, keepalive);
+        let now = Instant::now();
+        connection.active = now;
+        if connection.woke {
+            connection.cold_start = Some(now - connection.opened);
+        }
+        let (up, down) = (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
+        connection.stage = Stage::Relaying { service, up, down };
+        self.pending -= 1;
+        self.pump(index, true, false);
+    }
+
+    /// Brings epoll's view of both sockets up to date.
+    pub(super) fn register(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        for side in SIDES {
+            let wanted = connection.interest(side);
+            let registered = connection.registered[side as usize];
+            // A hung-up socket that was silenced stays so while it has nothing to do.
+            let silenced = registered.is_none() && wanted == Some(Interest { read: false, write: false });
+            if wanted == registered || (silenced && matches!(connection.stage, Stage::Relaying { .. })) {
+                continue;
+            }
+            let Some(socket) = connection.socket(side) else { continue };
+            let Some(interest) = wanted else {
+                self.epoll.delete(socket).ok();
+                connection.registered[side as usize] = None;
+                continue;
+            };
+            let mut flags = EpollFlags::empty();
+            flags.set(EpollFlags::EPOLLIN, interest.read);
+            flags.set(EpollFlags::EPOLLOUT, interest.write);
+            let token = Token::Connection { index, generation: generation(connection), side };
+            let mut event = EpollEvent::new(flags, token.into());
+            let done = match registered {
+                Some(_) => self.epoll.modify(socket, &mut event),
+                None => self.epoll.add(socket, event),
+            };
+            match done {
+                Ok(()) => connection.registered[side as usize] = wanted,
+                Err(errno) => return self.finish(index, Broken { side, errno }.into()),
+            }
+        }
+    }
+
+    fn unregister(&mut self, index: usize, side: Side) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        if connection.registered[side as usize].take().is_some()
+            && let Some(socket) = connection.socket(side)
+        {
+            self.epoll.delete(socket).ok();
+        }
+    }
+
+    /// Ends connections whose time is up.
+    pub(super) fn expire(&mut self, now: Instant) {
+        let mut due = Vec::new();
+        for (index, connection) in &self.connections {
+            match connection.stage {
+                Stage::Relaying { .. } => {
+                    if self.settings.idle_timeout.is_some_and(|limit| now - connection.active >= limit) {
+                        due.push((index, End::IdleTimeout));
+                    }
+                }
+                Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {
+                    // The control side's own limit runs from the wake; this one is each client's, and comes after it.
+                    if now - connection.opened >= self.settings.hold_limit.saturating_add(super::TICK * 5) {
+                        due.push((index, End::StartTimeout));
+                    }
+                }
+            }
+        }
+        for (index, end) in due {
+            self.finish(index, end);
+        }
+    }
+
+    /// Ends a connection.
+    pub(super) fn finish(&mut self, index: usize, end: End) {
+        let Some(connection) = self.connections.try_remove(index) else { return };
+        if !matches!(connection.stage, Stage::Relaying { .. }) {
+            self.pending -= 1;
+            self.forget_waiting(index, &connection);
+        }
+        self.log_end(&connection, end);
+        let source = connection.peer.source();
+        connection.close(end, &mut self.tools);
+        self.after_end(source);
+    }
+
+    /// The one line of a connection's end.
+    pub(super) fn log_end(&self, connection: &Connection, end: End) {
+        let (to_service, to_client) = connection.totals();
+        let cold_start_ms = connection.cold_start.map(|span| span.as_millis() as u64);
+        tracing::info!(
+            conn = connection.number,
+            peer = %connection.peer,
+            target = %self.backends[connection.backend].name,
+            relay = %Connection::relay_name(self.settings.method),
+            to_service,
+            to_client,
+            duration_ms = connection.opened.elapsed().as_millis() as u64,
+            reason = %end,
+            error = end.detail(),
+            cold_start_ms,
+            "connection closed"
+        );
+    }
+}

@@ -1,0 +1,65 @@
+//! What an epoll event is about, packed into the 64 bits that epoll carries.
+
+use crate::relay::Side;
+
+/// The subject of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Token {
+    /// One side of a connection. The generation tells it from an earlier one with the same index, whose last event may still
+    /// be in the batch.
+    Connection { index: usize, generation: u32, side: Side },
+    /// A listener.
+    Listener(usize),
+    /// The agent in a target's namespace.
+    Agent(usize),
+    /// The control side.
+    Mailbox,
+}
+
+/// Generations wrap at this many connections; a batch of events never spans so many.
+pub(super) const GENERATIONS: u64 = 1 << 29;
+
+impl From<Token> for u64 {
+    fn from(token: Token) -> Self {
+        match token {
+            Token::Connection { index, generation, side } => {
+                (u64::from(generation) << 33) | ((index as u64) << 1) | u64::from(side == Side::Service)
+            }
+            Token::Listener(index) => (1 << 62) | index as u64,
+            Token::Agent(index) => (2 << 62) | index as u64,
+            Token::Mailbox => 3 << 62,
+        }
+    }
+}
+
+impl From<u64> for Token {
+    fn from(packed: u64) -> Self {
+        let rest = packed & ((1 << 62) - 1);
+        match packed >> 62 {
+            0 => Self::Connection {
+                index: ((rest >> 1) & u64::from(u32::MAX)) as usize,
+                generation: (rest >> 33) as u32,
+                side: if rest & 1 == 1 { Side::Service } else { Side::Client },
+            },
+            1 => Self::Listener(rest as usize),
+            2 => Self::Agent(rest as usize),
+            _ => Self::Mailbox,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn unpacks_what_it_packs(index in 0usize..1 << 32, generation in 0u32..1 << 29, service: bool) {
+            let side = if service { Side::Service } else { Side::Client };
+            for token in [Token::Connection { index, generation, side }, Token::Listener(index), Token::Agent(index), Token::Mailbox] {
+                prop_assert_eq!(Token::from(u64::from(token)), token);
+            }
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! How the process ends: the errors that have an exit code of their own. Everything else is 1, and clap's usage errors are 2.
+
+use std::process::ExitCode;
+
+/// An error whose exit code a caller may want to tell from the others.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Two arguments that do not go together, found after clap accepted each.
+    #[error("{0}")]
+    Usage(String),
+    /// No listening socket to work with.
+    #[error("{0}")]
+    NoSocket(String),
+    /// The container, process or namespace is not there.
+    #[error("{0}")]
+    NotFound(String),
+    /// It is there, and this user may not enter it.
+    #[error("{0}")]
+    NotPermitted(String),
+}
+
+impl Failure {
+    fn code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => 2,
+            Self::NoSocket(_) => 3,
+            Self::NotFound(_) => 4,
+            Self::NotPermitted(_) => 5,
+        }
+    }
+}
+
+/// The exit code for `error`.
+#[must_use]
+pub fn code_of(error: &anyhow::Error) -> ExitCode {
+    ExitCode::from(error.downcast_ref::<Failure>().map_or(1, Failure::code))
+}

@@ -1,0 +1,364 @@
+//! `bro forward`: one forwarder's life, from the sockets it is passed to its exit. The control side: it starts the engine on a
+//! thread of its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use crate::activate::bus::Manager;
+use crate::activate::{Activator, Incarnation, Place};
+use crate::cli::{Forward, RelayChoice};
+use crate::connection::End;
+use crate::engine::handle::{Command, Event, Handle};
+use crate::engine::tcp::Keepalive;
+use crate::engine::{Destination, Engine, Settings, handle};
+use crate::exit::Failure;
+use crate::life;
+use crate::listen::{self, Environment, Listener};
+use crate::relay::Method;
+use crate::stats::Stats;
+use crate::target::Target;
+
+/// A target that refuses right after it was found to listen is not asked again sooner.
+const AFTER_REFUSAL: Duration = Duration::from_millis(20);
+
+/// The first of the failures after which nobody would be served before this has passed.
+const STATUS_STEP: Duration = Duration::from_secs(1);
+
+/// How often a drain asks the service manager for more time, and by how much.
+const EXTEND_EVERY: Duration = Duration::from_secs(5);
+const EXTEND_BY: Duration = Duration::from_secs(15);
+
+/// Each listener with the index of its target, and the targets.
+type Routes = (Vec<(Listener, usize)>, Vec<Target>);
+
+/// Pairs each listener with its target: the one named for it, else the positional one.
+fn route(options: &Forward, listeners: Vec<Listener>) -> Result<Routes, Failure> {
+    for (name, _) in &options.targets {
+        if !listeners.iter().any(|listener| listener.name == *name) {
+            let names: Vec<&str> = listeners.iter().map(|listener| listener.name.as_str()).collect();
+            return Err(Failure::Usage(format!(
+                "--target {name}=… matches no socket; the sockets passed are named {}",
+                names.join(", ")
+            )));
+        }
+    }
+    let mut targets: Vec<Target> = Vec::new();
+    let mut routes = Vec::with_capacity(listeners.len());
+    for listener in listeners {
+        let named = options.targets.iter().find(|(name, _)| *name == listener.name).map(|(_, target)| target);
+        let Some(target) = named.or(options.target.as_ref()) else {
+            return Err(Failure::Usage(format!(
+                "the socket “{}” ({}) has no target; give TARGET, or --target {}=ADDR",
+                listener.name, listener.address, listener.name
+            )));
+        };
+        let index = targets.iter().position(|known| known == target).unwrap_or_else(|| {
+            targets.push(target.clone());
+            targets.len() - 1
+        });
+        routes.push((listener, index));
+    }
+    Ok((routes, targets))
+}
+
+/// As many descriptors as this process may have: two a connection.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).ok();
+    }
+}
+
+/// Runs a forwarder until it is idle, told to stop, or fails. `environment` is what systemd passed.
+///
+/// # Errors
+/// Each with the exit code of [`crate::exit`].
+pub fn run(options: &Forward, environment: &Environment) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (listeners, targets) = route(options, listen::listeners(environment, &options.listen)?)?;
+        let place = match (&options.container, options.pid, &options.netns) {
+            (Some(name), _, _) => Place::Container(name.clone()),
+            (_, Some(pid), _) => Place::Pid(pid),
+            (_, _, Some(path)) => Place::Netns(path.clone()),
+            _ => Place::Own,
+        };
+        let healthy_without_container =
+            options.ready == crate::activate::ready::Ready::Healthy && options.container.is_none();
+        if healthy_without_container {
+            anyhow::bail!(Failure::Usage(
+                "--ready=healthy needs --container, whose health check it is".into()
+            ));
+        }
+        raise_descriptor_limit();
+        let manager = Manager::choose(options.system, options.user);
+        let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, options.ready.clone()));
+        activator.check().await?;
+        Control::start(options, listeners, targets, activator)?.run().await
+    })
+}
+
+/// What a finished wake reports.
+type Woken = (usize, anyhow::Result<(Destination, Option<Arc<Incarnation>>)>);
+
+/// How far along the end is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Clients are welcome.
+    Serving,
+    /// The engine was asked whether it is idle.
+    Leaving,
+    /// No more clients; those there are may finish until then.
+    Draining(Instant),
+}
+
+struct Control<'a> {
+    options: &'a Forward,
+    targets: Vec<Target>,
+    activator: Arc<Activator>,
+    stats: Arc<Stats>,
+    engine: Handle,
+    events: UnboundedReceiver<Event>,
+    thread: std::thread::JoinHandle<anyhow::Result<()>>,
+    woken: (UnboundedSender<Woken>, UnboundedReceiver<Woken>),
+    /// Targets whose namespace is gone.
+    gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
+    phase: Phase,
+    /// Nobody has been connected since.
+    idle_since: Option<Instant>,
+    failure: Option<anyhow::Error>,
+}
+
+impl<'a> Control<'a> {
+    fn start(
+        options: &'a Forward,
+        listeners: Vec<(Listener, usize)>,
+        targets: Vec<Target>,
+        activator: Arc<Activator>,
+    ) -> anyhow::Result<Self> {
+        let settings = Settings {
+            connections_max: options.connections_max as usize,
+            connections_per_source: options.connections_per_source,
+            method: match options.relay {
+                RelayChoice::Auto | RelayChoice::Splice => Method::Splice,
+                RelayChoice::Copy => Method::Copy,
+            },
+            keepalive: Keepalive::new(
+                options.keepalive_time.or_forever(),
+                options.keepalive_interval.or_forever(),
+                options.keepalive_probes,
+            ),
+            idle_timeout: options.idle_timeout.finite(),
+            hold_limit: options.start_timeout.or_forever(),
+            hold_refused: options.ready != crate::activate::ready::Ready::Unchecked,
+        };
+        for (listener, target) in &listeners {
+            tracing::info!(socket = %listener.name, address = %listener.address, target = %targets[*target], "listening");
+        }
+        let stats = Arc::<Stats>::default();
+        let names = targets.iter().map(Target::to_string).collect();
+        let (handle, events, mailbox, outbox) = handle::channel()?;
+        let engine = Engine::new(settings, listeners, names, stats.clone(), mailbox, outbox)?;
+        let thread = std::thread::Builder::new().name("bro-engine".into()).spawn(move || engine.run())?;
+        Ok(Self {
+            options,
+            targets,
+            activator,
+            stats,
+            engine: handle,
+            events,
+            thread,
+            woken: unbounded_channel(),
+            gone: unbounded_channel(),
+            phase: Phase::Serving,
+            idle_since: Some(Instant::now()),
+            failure: None,
+        })
+    }
+
+    async fn run(mut self) -> anyhow::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let watchdog = life::watchdog_interval();
+        let mut watch = tokio::time::interval(watchdog.unwrap_or(Duration::from_secs(3600)));
+        let mut status = tokio::time::interval(STATUS_STEP);
+        let mut extend = tokio::time::interval(EXTEND_EVERY);
+        let mut said = self.status();
+        life::ready(&said);
+        loop {
+            let idle_at = self.idle_deadline();
+            let draining_until = if let Phase::Draining(until) = self.phase { Some(until) } else { None };
+            tokio::select! {
+                event = self.events.recv() => match event {
+                    None => break,
+                    Some(Event::Drained) => break,
+                    Some(Event::StoppedIfIdle(true)) => {
+                        life::stopping("Idle: stopping", EXTEND_BY);
+                        self.stop_idle_unit().await;
+                        break;
+                    }
+                    Some(event) => self.event(event),
+                },
+                Some((backend, result)) = self.woken.1.recv() => self.woken(backend, result).await,
+                Some(backend) = self.gone.1.recv() => self.gone(backend),
+                _ = terminate.recv() => self.terminate(),
+                _ = interrupt.recv() => self.terminate(),
+                () = sleep_until(idle_at.unwrap_or_else(Instant::now)), if idle_at.is_some() => {
+                    self.phase = Phase::Leaving;
+                    self.engine.send(Command::StopIfIdle);
+                }
+                () = sleep_until(draining_until.unwrap_or_else(Instant::now)), if draining_until.is_some() => {
+                    self.engine.send(Command::EndAll(End::DrainTimeout));
+                }
+                _ = extend.tick(), if draining_until.is_some() => life::extend(EXTEND_BY),
+                _ = watch.tick(), if watchdog.is_some() => self.engine.send(Command::Ping),
+                _ = status.tick() => {
+                    let now = self.status();
+                    if now != said {
+                        life::status(&now);
+                        said = now;
+                    }
+                }
+            }
+        }
+        drop(self.engine);
+        let ended = self.thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the engine panicked")));
+        ended.context("the engine failed")?;
+        self.failure.map_or(Ok(()), Err)
+    }
+
+    /// When to leave for want of clients.
+    fn idle_deadline(&self) -> Option<Instant> {
+        let limit = self.options.exit_idle_time.finite()?;
+        self.idle_since.filter(|_| self.phase == Phase::Serving).map(|since| since + limit)
+    }
+
+    fn status(&self) -> String {
+        let (open, held) = (Stats::get(&self.stats.open), Stats::get(&self.stats.held));
+        let served = Stats::get(&self.stats.accepted);
+        let plural = |count: u64| if count == 1 { "" } else { "s" };
+        match self.phase {
+            Phase::Draining(_) => format!("Draining: {open} connection{} left", plural(open)),
+            _ if held > 0 => format!("Starting the service: {held} client{} waiting", plural(held)),
+            _ => format!("{open} connection{} now, {served} since the start", plural(open)),
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Wake { backend, peer, refused } => self.wake(backend, &peer, refused),
+            Event::Busy => self.idle_since = None,
+            Event::Idle => self.idle_since = Some(Instant::now()),
+            Event::StoppedIfIdle(_) => self.phase = Phase::Serving,
+            Event::Pong => life::alive(),
+            Event::Drained => {}
+        }
+    }
+
+    /// Wakes a target in the background.
+    fn wake(&self, backend: usize, peer: &str, refused: bool) {
+        let target = self.targets[backend].clone();
+        if refused {
+            tracing::debug!(%target, "the service refused a connection; waiting for it");
+        } else {
+            tracing::info!(%target, %peer, unit = self.options.unit.as_deref(), "waking the service for its first client");
+        }
+        let limit = self.options.start_timeout.or_forever();
+        let (activator, done) = (self.activator.clone(), self.woken.0.clone());
+        let waking = async move {
+            if refused {
+                sleep(AFTER_REFUSAL).await;
+            }
+            let result = match timeout(limit, activator.wake(&target)).await {
+                Ok(result) => result,
+                Err(elapsed) => Err(elapsed.into()),
+            };
+            done.send((backend, result)).ok();
+        };
+        drop(tokio::spawn(waking));
+    }
+
+    async fn woken(
+        &mut self,
+        backend: usize,
+        result: anyhow::Result<(Destination, Option<Arc<Incarnation>>)>,
+    ) {
+        match result {
+            Ok((destination, incarnation)) => {
+                self.engine.send(Command::Ready { backend, destination });
+                let Some(incarnation) = incarnation else { return };
+                let gone = self.gone.0.clone();
+                let watching = async move {
+                    incarnation.gone().await;
+                    gone.send(backend).ok();
+                };
+                drop(tokio::spawn(watching));
+            }
+            Err(error) => {
+                let target = &self.targets[backend];
+                let end = if error.is::<tokio::time::error::Elapsed>() {
+                    let limit = self.options.start_timeout;
+                    tracing::error!(%target, "the service did not listen within {limit}; the clients held for it are reset");
+                    End::StartTimeout
+                } else {
+                    tracing::error!(%target, "cannot start the service: {error:#}; the clients held for it are reset");
+                    End::StartFailed
+                };
+                self.engine.send(Command::Failed { backend, end });
+                self.activator.forget().await;
+                self.give_up_on_a_dead_process(error);
+            }
+        }
+    }
+
+    /// `--pid` names one process. When it has exited there will never be a namespace again, so the forwarder ends as well.
+    fn give_up_on_a_dead_process(&mut self, error: anyhow::Error) {
+        if matches!(self.activator.place(), Place::Pid(_))
+            && matches!(error.downcast_ref(), Some(Failure::NotFound(_)))
+        {
+            self.failure = Some(error);
+            self.begin_drain("The process that --pid names has exited");
+        }
+    }
+
+    fn gone(&self, backend: usize) {
+        tracing::info!(target = %self.targets[backend], "the service's namespace is gone; the next client wakes it again");
+        self.engine.send(Command::Gone { backend });
+    }
+
+    fn terminate(&mut self) {
+        if matches!(self.phase, Phase::Draining(_)) {
+            tracing::warn!("told twice to stop: ending every connection now");
+            self.engine.send(Command::EndAll(End::Shutdown));
+            return;
+        }
+        self.begin_drain("Told to stop");
+    }
+
+    fn begin_drain(&mut self, why: &str) {
+        let limit = self.options.drain_timeout.or_forever();
+        self.phase = Phase::Draining(Instant::now() + limit);
+        let open = Stats::get(&self.stats.open);
+        tracing::info!(open, "{why}: no more clients are accepted, those there are may finish");
+        life::stopping(&self.status(), EXTEND_BY.min(limit + Duration::from_secs(5)));
+        self.engine.send(Command::Drain);
+    }
+
+    async fn stop_idle_unit(&self) {
+        // systemd's own limit for our stop is longer by default; a unit that takes more than this stops without us.
+        const PATIENCE: Duration = Duration::from_secs(60);
+        tracing::info!("nobody is connected any more; exiting");
+        match timeout(PATIENCE, self.activator.stop_what_it_started()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!("cannot stop the unit: {error:#}"),
+            Err(_) => tracing::warn!("the unit takes long to stop; not waiting for it"),
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! Log lines: to journald with fields when systemd runs bro, as readable text on standard error otherwise.
+
+use std::os::fd::AsFd as _;
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, fmt};
+
+/// Sets logging up: `-v` and `-vv` raise the level, `BRO_LOG` (a tracing filter) overrides both.
+pub fn init(verbose: u8) {
+    let level = match verbose {
+        0 => LevelFilter::INFO,
+        1 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    // The libraries' own chatter is of use only to those who ask for it by name.
+    let default = format!("warn,bro={level},bro_user={level}");
+    let filter = EnvFilter::builder().parse(std::env::var("BRO_LOG").unwrap_or(default)).unwrap_or_default();
+    let registry = tracing_subscriber::registry().with(filter);
+    let journal = stderr_is_the_journal().then(tracing_journald::layer).and_then(Result::ok);
+    match journal {
+        // Fields become BRO_CONN=, BRO_PEER=, … (systemd.journal-fields(7)).
+        Some(journal) => registry.with(journal.with_field_prefix(Some("BRO".into()))).init(),
+        None => {
+            use std::io::IsTerminal as _;
+            let text = fmt::layer().with_writer(std::io::stderr).with_target(false);
+            registry.with(text.with_ansi(std::io::stderr().is_terminal())).init();
+        }
+    }
+}
+
+/// systemd.exec(5): JOURNAL_STREAM names the device and inode of the stream it connected our standard error to.
+fn stderr_is_the_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    let Ok(stat) = nix::sys::stat::fstat(std::io::stderr().as_fd()) else { return false };
+    stream == format!("{}:{}", stat.st_dev, stat.st_ino)
+}

@@ -1,0 +1,168 @@
+//! Sockets inside another network namespace: the forwarder's end of its [`agent`].
+
+pub mod agent;
+pub mod diag;
+pub mod wire;
+
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+
+use crate::exit::Failure;
+use crate::netns::wire::{Answer, Request};
+
+/// How long an agent may take for one answer. It only makes sockets; a longer silence is a fault.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A network namespace that was entered: its agent lives as long as this does.
+#[derive(Debug)]
+pub struct Namespace {
+    /// One request at a time; the answer belongs to the last one.
+    channel: Mutex<AsyncFd<OwnedFd>>,
+    _agent: tokio::process::Child,
+}
+
+impl Namespace {
+    /// Starts an agent in `netns`; `root` is where its unix paths start.
+    ///
+    /// # Errors
+    /// [`Failure::NotPermitted`] when this user may not enter it.
+    pub async fn enter(netns: OwnedFd, root: Option<OwnedFd>) -> anyhow::Result<Self> {
+        let (ours, theirs) = pair()?;
+        let agent = tokio::process::Command::new("/proc/self/exe")
+            .arg("netns-agent")
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::inherit())
+            .kill_on_drop(true)
+            .spawn()?;
+        let both = tokio::io::Interest::READABLE | tokio::io::Interest::WRITABLE;
+        let namespace = Self { channel: Mutex::new(crate::sys::watch(ours, both)?), _agent: agent };
+        let mut descriptors = vec![netns.as_fd()];
+        descriptors.extend(root.as_ref().map(|root| root.as_fd()));
+        match namespace.ask(&Request::Join, &descriptors).await? {
+            Ok(_) => Ok(namespace),
+            Err(Errno::EPERM | Errno::EACCES) => Err(Failure::NotPermitted(
+                "this user may not enter the target's network namespace: it belongs to another user (run bro as that \
+                 user, or as root)"
+                    .into(),
+            )
+            .into()),
+            Err(errno) => anyhow::bail!("cannot enter the target's network namespace: {}", errno.desc()),
+        }
+    }
+
+    /// Makes `count` sockets in the namespace, non-blocking.
+    ///
+    /// # Errors
+    /// socket(2)'s, or the agent's end.
+    pub async fn sockets(
+        &self,
+        domain: i32,
+        kind: i32,
+        protocol: i32,
+        count: u8,
+    ) -> io::Result<Vec<OwnedFd>> {
+        let answer = self.ask(&Request::Sockets { domain, kind, protocol, count }, &[]).await?;
+        answer.map_err(Into::into)
+    }
+
+    /// One socket.
+    ///
+    /// # Errors
+    /// As [`Namespace::sockets`].
+    pub async fn socket(&self, domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+        self.sockets(domain, kind, protocol, 1)
+            .await?
+            .pop()
+            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
+    /// Connects to a unix path below the root directory.
+    ///
+    /// # Errors
+    /// connect(2)'s, or the agent's end.
+    pub async fn connect(&self, path: &Path) -> io::Result<OwnedFd> {
+        let mut made = self.ask(&Request::Connect(path.to_owned()), &[]).await??;
+        made.pop().ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
+    /// Another channel to the same agent, for the engine to use on its own, non-blocking.
+    ///
+    /// # Errors
+    /// The agent's end.
+    pub async fn channel(&self) -> io::Result<OwnedFd> {
+        let (ours, theirs) = pair()?;
+        let _none = self.ask(&Request::Channel, &[theirs.as_fd()]).await??;
+        Ok(ours)
+    }
+
+    async fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<Answer> {
+        let exchange = async {
+            let channel = self.channel.lock().await;
+            let _sent = channel
+                .async_io(tokio::io::Interest::WRITABLE, |fd| request.send(fd.as_fd(), descriptors))
+                .await?;
+            channel.async_io(tokio::io::Interest::READABLE, |fd| wire::receive_answer(fd.as_fd())).await
+        };
+        let answered = tokio::time::timeout(PATIENCE, exchange).await;
+        answered.unwrap_or_else(|_| {
+            Err(io::Error::new(io::ErrorKind::TimedOut, "the namespace agent does not answer"))
+        })
+    }
+}
+
+/// A socket pair: our end non-blocking, theirs blocking.
+fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    let flags = nix::fcntl::OFlag::O_NONBLOCK;
+    let _zero = nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(flags))?;
+    Ok((ours, theirs))
+}
+
+/// Where to make a socket: here or in another namespace.
+#[derive(Debug, Clone)]
+pub enum Where {
+    /// The forwarder's own namespace.
+    Own,
+    /// An entered one.
+    Entered(std::sync::Arc<Namespace>),
+}
+
+impl Where {
+    /// One socket there.
+    ///
+    /// # Errors
+    /// socket(2)'s, or the agent's end.
+    pub async fn socket(&self, domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+        match self {
+            Self::Own => crate::sys::socket(domain, kind, protocol),
+            Self::Entered(namespace) => namespace.socket(domain, kind, protocol).await,
+        }
+    }
+
+    /// Is `address` one of the namespace's own, so that its table of listeners can show it?
+    ///
+    /// # Errors
+    /// As [`Where::socket`].
+    pub async fn is_local(&self, address: std::net::IpAddr) -> io::Result<bool> {
+        if address.is_loopback() || address.is_unspecified() {
+            return Ok(true);
+        }
+        let domain = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        let probe = self.socket(domain, libc::SOCK_STREAM, 0).await?;
+        let any_port = nix::sys::socket::SockaddrStorage::from(std::net::SocketAddr::new(address, 0));
+        use std::os::fd::AsRawFd as _;
+        Ok(nix::sys::socket::bind(probe.as_raw_fd(), &any_port) != Err(Errno::EADDRNOTAVAIL))
+    }
+}

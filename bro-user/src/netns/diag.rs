@@ -1,0 +1,162 @@
+//! The kernel's own table of TCP listeners in a namespace (sock_diag(7)), read without touching the service.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::inet::nlas::Nla;
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv, send};
+use std::os::fd::AsFd as _;
+
+use super::Where;
+
+/// The kernel answers a dump at once; this bounds a surprise.
+const PATIENCE_MS: u16 = 1000;
+
+/// A sock_diag socket in a namespace.
+#[derive(Debug)]
+pub struct Table {
+    socket: OwnedFd,
+}
+
+/// A listener of the namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listening {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// An IPv6 listener that takes no IPv4 client.
+    pub v6_only: bool,
+}
+
+impl Listening {
+    /// Would a client of `address` reach this listener?
+    #[must_use]
+    pub fn serves(self, address: SocketAddr) -> bool {
+        if self.address.port() != address.port() {
+            return false;
+        }
+        match (self.address.ip(), address.ip()) {
+            (IpAddr::V4(bound), IpAddr::V4(wanted)) => bound.is_unspecified() || bound == wanted,
+            (IpAddr::V6(bound), IpAddr::V6(wanted)) => bound.is_unspecified() || bound == wanted,
+            (IpAddr::V6(bound), IpAddr::V4(wanted)) => {
+                bound.to_ipv4_mapped() == Some(wanted) || (bound.is_unspecified() && !self.v6_only)
+            }
+            (IpAddr::V4(_), IpAddr::V6(_)) => false,
+        }
+    }
+}
+
+impl Table {
+    /// Opens the table of the namespace at `place`. Needs no capability.
+    ///
+    /// # Errors
+    /// socket(2)'s; the kernel may lack INET_DIAG.
+    pub async fn open(place: &Where) -> io::Result<Self> {
+        Ok(Self { socket: place.socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_SOCK_DIAG).await? })
+    }
+
+    /// Every TCP listener.
+    ///
+    /// # Errors
+    /// When the kernel refuses or answers nonsense.
+    pub fn listeners(&self) -> io::Result<Vec<Listening>> {
+        let mut found = Vec::new();
+        for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+            self.request(family, socket_id)?;
+            self.answers(&mut found)?;
+        }
+        Ok(found)
+    }
+
+    fn request(&self, family: u8, socket_id: SocketId) -> io::Result<()> {
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+        let listening = InetRequest {
+            family,
+            protocol: IPPROTO_TCP,
+            extensions: ExtensionFlags::empty(),
+            states: StateFlags::LISTEN,
+            socket_id,
+        };
+        let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(listening).into());
+        packet.finalize();
+        let mut bytes = vec![0; packet.buffer_len()];
+        packet.serialize(&mut bytes);
+        let _sent = send(self.socket.as_raw_fd(), &bytes, MsgFlags::empty())?;
+        Ok(())
+    }
+
+    fn answers(&self, found: &mut Vec<Listening>) -> io::Result<()> {
+        let mut buffer = vec![0; 32 * 1024];
+        loop {
+            let mut polled = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut polled, PollTimeout::from(PATIENCE_MS))? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+            let mut rest = &buffer[..length];
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+                match message.payload {
+                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
+                        found.push(read(&response))
+                    }
+                    NetlinkPayload::Done(_) => return Ok(()),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+                // Messages are padded to four bytes, and one of length 0 would loop for ever.
+                let step = (message.header.length as usize).next_multiple_of(4).max(4);
+                rest = rest.get(step..).unwrap_or_default();
+            }
+        }
+    }
+}
+
+fn read(response: &InetResponse) -> Listening {
+    let id = &response.header.socket_id;
+    Listening {
+        address: SocketAddr::new(id.source_address, id.source_port),
+        v6_only: response.nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listening(address: &str, v6_only: bool) -> Listening {
+        Listening { address: address.parse().unwrap(), v6_only }
+    }
+
+    #[test]
+    fn knows_who_would_answer() {
+        let local: SocketAddr = "127.0.0.1:80".parse().unwrap();
+        let local6: SocketAddr = "[::1]:80".parse().unwrap();
+        assert!(listening("127.0.0.1:80", false).serves(local));
+        assert!(listening("0.0.0.0:80", false).serves(local));
+        assert!(listening("[::]:80", false).serves(local));
+        assert!(listening("[::]:80", true).serves(local6));
+        assert!(!listening("[::]:80", true).serves(local));
+        assert!(!listening("127.0.0.2:80", false).serves(local));
+        assert!(!listening("0.0.0.0:80", false).serves(local6));
+        assert!(!listening("0.0.0.0:81", false).serves(local));
+    }
+
+    #[tokio::test]
+    async fn shows_a_listener_of_this_namespace() {
+        let table = Table::open(&Where::Own).await.unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        assert!(table.listeners().unwrap().iter().any(|found| found.serves(address)));
+        drop(listener);
+        assert!(!table.listeners().unwrap().iter().any(|found| found.serves(address)));
+    }
+}

@@ -1,0 +1,259 @@
+//! Moving a connection's bytes both ways until both FINs have passed or something fails.
+//!
+//! [`half_close`] decides, [`splice`] and [`copy`] move; this file puts them together for one direction at a time.
+
+pub mod copy;
+pub mod half_close;
+pub mod pipes;
+pub mod splice;
+
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+use bytes::Bytes;
+use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
+
+use half_close::Half;
+use pipes::{Pipe, Pool};
+
+/// How a direction's bytes are moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Through a pipe.
+    Splice,
+    /// Through a buffer.
+    Copy,
+}
+
+/// One end of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The client's.
+    Client,
+    /// The service's.
+    Service,
+}
+
+/// A call on one side's socket that failed: the connection's abort.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Broken {
+    /// Whose socket.
+    pub side: Side,
+    /// What the kernel said.
+    pub errno: Errno,
+}
+
+/// What all connections share: the pipes, the buffer, and the running totals.
+#[derive(Debug)]
+pub struct Tools {
+    /// The pipes.
+    pub pool: Pool,
+    scratch: Box<[u8]>,
+    /// Bytes moved by splice.
+    pub spliced: u64,
+    /// Bytes moved by copying.
+    pub copied: u64,
+    refusal_announced: bool,
+}
+
+impl Tools {
+    /// With a pool of at most `pipes` pipes.
+    #[must_use]
+    pub fn new(pipes: usize) -> Self {
+        Self {
+            pool: Pool::new(pipes),
+            scratch: vec![0; copy::CHUNK].into_boxed_slice(),
+            spliced: 0,
+            copied: 0,
+            refusal_announced: false,
+        }
+    }
+}
+
+/// Where a direction's waiting bytes are.
+#[derive(Debug)]
+enum Held {
+    Nothing,
+    // Boxed: idle connections, the most numerous, should not pay for what they do not hold.
+    Pipe(Box<Pipe>),
+    Bytes(Box<Bytes>),
+}
+
+/// One direction of a connection.
+#[derive(Debug)]
+pub struct Direction {
+    half: Half,
+    held: Held,
+    method: Method,
+    source: Side,
+    /// Bytes written to the sink.
+    pub total: u64,
+}
+
+/// After so many bytes in one go, others get their turn.
+const TURN: usize = 1024 * 1024;
+
+/// A read of at least this much suggests that more is there already; after less, epoll is asked.
+const LARGE: usize = 16 * 1024;
+
+impl Direction {
+    /// A direction that starts at `source`.
+    #[must_use]
+    pub const fn new(source: Side, method: Method) -> Self {
+        Self { half: Half::NEW, held: Held::Nothing, method, source, total: 0 }
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub const fn half(&self) -> Half {
+        self.half
+    }
+
+    const fn sink(&self) -> Side {
+        match self.source {
+            Side::Client => Side::Service,
+            Side::Service => Side::Client,
+        }
+    }
+
+    /// Moves what can be moved now, and passes the FIN on when it is due.
+    ///
+    /// # Errors
+    /// The side whose socket failed.
+    pub fn pump(
+        &mut self,
+        source: BorrowedFd<'_>,
+        sink: BorrowedFd<'_>,
+        tools: &mut Tools,
+    ) -> Result<(), Broken> {
+        let mut moved = 0;
+        loop {
+            if self.half.wants_write() && !self.flush(sink, tools)? {
+                return Ok(());
+            }
+            if self.half.fin_due() {
+                // ENOTCONN: the sink is already gone; reading from it will say how.
+                match shutdown(sink.as_raw_fd(), Shutdown::Write) {
+                    Ok(()) | Err(Errno::ENOTCONN) => self.half.fin_sent(),
+                    Err(errno) => return Err(Broken { side: self.sink(), errno }),
+                }
+            }
+            if !self.half.wants_read() || moved >= TURN {
+                return Ok(());
+            }
+            let Some(count) = self.fill(source, sink, tools)? else { return Ok(()) };
+            // A short read is left to level-triggered epoll: it costs nothing when there is no more, which is the usual case.
+            if self.half.is_open() && !self.half.wants_write() && count < LARGE {
+                return Ok(());
+            }
+            moved += count;
+        }
+    }
+
+    /// One read. `None` when nothing waits, `Some(0)` at the end of the stream.
+    fn fill(
+        &mut self,
+        source: BorrowedFd<'_>,
+        sink: BorrowedFd<'_>,
+        tools: &mut Tools,
+    ) -> Result<Option<usize>, Broken> {
+        let borrowed = if self.method == Method::Splice { tools.pool.borrow() } else { None };
+        let Some(pipe) = borrowed else { return self.fill_by_copy(source, sink, tools) };
+        match splice::fill(source, &pipe) {
+            Ok(0) => {
+                tools.pool.give_back(pipe);
+                self.half.ended();
+                Ok(Some(0))
+            }
+            Ok(count) => {
+                self.half.read(count);
+                self.held = Held::Pipe(Box::new(pipe));
+                let _emptied = self.flush(sink, tools)?;
+                Ok(Some(count))
+            }
+            // Nothing there, or an urgent byte in front, which splice does not pass and recv does.
+            Err(Errno::EAGAIN) => {
+                tools.pool.give_back(pipe);
+                match crate::sys::readable_bytes(source) {
+                    Ok(waiting) if waiting > 0 => self.fill_by_copy(source, sink, tools),
+                    _ => Ok(None),
+                }
+            }
+            Err(Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP) => {
+                tools.pool.give_back(pipe);
+                if !std::mem::replace(&mut tools.refusal_announced, true) {
+                    tracing::warn!("splice is refused for a socket; its bytes are copied");
+                }
+                self.method = Method::Copy;
+                self.fill_by_copy(source, sink, tools)
+            }
+            Err(errno) => {
+                tools.pool.give_back(pipe);
+                Err(Broken { side: self.source, errno })
+            }
+        }
+    }
+
+    fn fill_by_copy(
+        &mut self,
+        source: BorrowedFd<'_>,
+        sink: BorrowedFd<'_>,
+        tools: &mut Tools,
+    ) -> Result<Option<usize>, Broken> {
+        let count = match copy::read(source, &mut tools.scratch) {
+            Ok(count) => count,
+            Err(Errno::EAGAIN) => return Ok(None),
+            Err(errno) => return Err(Broken { side: self.source, errno }),
+        };
+        if count == 0 {
+            self.half.ended();
+            return Ok(Some(0));
+        }
+        self.half.read(count);
+        let written = match copy::write(&tools.scratch[..count], sink) {
+            Ok(written) => written,
+            Err(Errno::EAGAIN) => 0,
+            Err(errno) => return Err(Broken { side: self.sink(), errno }),
+        };
+        self.wrote(written);
+        tools.copied += written as u64;
+        if written < count {
+            self.held = Held::Bytes(Box::new(Bytes::copy_from_slice(&tools.scratch[written..count])));
+        }
+        Ok(Some(count))
+    }
+
+    /// Writes what waits; true when nothing waits any more.
+    fn flush(&mut self, sink: BorrowedFd<'_>, tools: &mut Tools) -> Result<bool, Broken> {
+        while self.half.wants_write() {
+            let written = match &mut self.held {
+                Held::Pipe(pipe) => {
+                    splice::empty(pipe, sink, self.half.held()).inspect(|n| tools.spliced += *n as u64)
+                }
+                Held::Bytes(rest) => copy::write_rest(rest, sink).inspect(|n| tools.copied += *n as u64),
+                Held::Nothing => unreachable!("bytes are held, and by nothing"),
+            };
+            match written {
+                Ok(written) => self.wrote(written),
+                Err(Errno::EAGAIN) => return Ok(false),
+                Err(errno) => return Err(Broken { side: self.sink(), errno }),
+            }
+        }
+        if let Held::Pipe(pipe) = std::mem::replace(&mut self.held, Held::Nothing) {
+            tools.pool.give_back(*pipe);
+        }
+        Ok(true)
+    }
+
+    fn wrote(&mut self, count: usize) {
+        self.half.wrote(count);
+        self.total += count as u64;
+    }
+
+    /// Gives up what is held.
+    pub fn discard(&mut self, tools: &mut Tools) {
+        if let Held::Pipe(pipe) = std::mem::replace(&mut self.held, Held::Nothing) {
+            tools.pool.discard(*pipe);
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The pipes that splice(2) moves bytes through: a bounded pool. A connection borrows one for as long as bytes wait in it, so
+//! idle connections hold none, and one pipe usually serves everybody.
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+/// What a pipe is asked to hold (the most that an ordinary user may ask for is fs.pipe-max-size, usually 1 MiB).
+pub const CAPACITY: usize = 256 * 1024;
+
+/// The kernel's default of sixteen pages. Less than this means that the user's fs.pipe-user-pages-soft is used up: pipe(2)
+/// still succeeds then, with two pages (`alloc_pipe_info`).
+const USABLE: i32 = 64 * 1024;
+
+/// Empty pipes kept for the next bytes.
+const KEPT: usize = 16;
+
+/// After a refusal, how long nobody asks the kernel again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// A pipe, empty whenever it is in the pool.
+#[derive(Debug)]
+pub struct Pipe {
+    /// Where bytes come out.
+    pub read: OwnedFd,
+    /// Where bytes go in.
+    pub write: OwnedFd,
+}
+
+/// The pool.
+#[derive(Debug)]
+pub struct Pool {
+    idle: Vec<Pipe>,
+    lent: usize,
+    limit: usize,
+    refused_at: Option<Instant>,
+    announced: bool,
+}
+
+impl Pool {
+    /// A pool of at most `limit` pipes.
+    #[must_use]
+    pub const fn new(limit: usize) -> Self {
+        Self { idle: Vec::new(), lent: 0, limit, refused_at: None, announced: false }
+    }
+
+    /// An empty pipe, or `None` when the pool's or the kernel's limit is reached: then bytes are copied.
+    pub fn borrow(&mut self) -> Option<Pipe> {
+        let pipe = match self.idle.pop() {
+            Some(pipe) => pipe,
+            None if self.lent >= self.limit => return None,
+            None if self.refused_at.is_some_and(|at| at.elapsed() < PAUSE) => return None,
+            None => match make() {
+                Ok(pipe) => pipe,
+                Err(reason) => {
+                    self.refused_at = Some(Instant::now());
+                    if !std::mem::replace(&mut self.announced, true) {
+                        tracing::warn!(%reason, "no pipe to splice through; bytes are copied until there is one again");
+                    }
+                    return None;
+                }
+            },
+        };
+        self.lent += 1;
+        Some(pipe)
+    }
+
+    /// Takes an empty pipe back.
+    pub fn give_back(&mut self, pipe: Pipe) {
+        self.lent -= 1;
+        if self.idle.len() < KEPT {
+            self.idle.push(pipe);
+        }
+    }
+
+    /// A borrowed pipe that still held bytes is gone with its connection.
+    pub fn discard(&mut self, pipe: Pipe) {
+        drop(pipe);
+        self.lent -= 1;
+    }
+
+    /// Pipes lent out now.
+    #[must_use]
+    pub const fn lent(&self) -> usize {
+        self.lent
+    }
+}
+
+fn make() -> Result<Pipe, String> {
+    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+        .map_err(|errno| format!("pipe2: {}", errno.desc()))?;
+    // A refusal (EPERM: beyond the user's quota) leaves the default size, which is checked next.
+    fcntl(&write, FcntlArg::F_SETPIPE_SZ(CAPACITY as i32)).ok();
+    match fcntl(&write, FcntlArg::F_GETPIPE_SZ) {
+        Ok(size) if size >= USABLE => Ok(Pipe { read, write }),
+        Ok(_) => Err("this user's pipe quota is used up (raise fs.pipe-user-pages-soft)".into()),
+        Err(errno) => Err(format!("F_GETPIPE_SZ: {}", errno.desc())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lends_no_more_than_its_limit() {
+        let mut pool = Pool::new(2);
+        let (first, second) = (pool.borrow().unwrap(), pool.borrow().unwrap());
+        assert!(pool.borrow().is_none());
+        pool.give_back(first);
+        pool.discard(second);
+        assert_eq!(pool.lent(), 0);
+        assert!(pool.borrow().is_some());
+    }
+}
