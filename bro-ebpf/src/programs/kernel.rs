@@ -24,7 +24,7 @@ static FILE_FLAGS: Global<u32> = Global::new(0);
 /// O_NONBLOCK on this architecture.
 #[unsafe(no_mangle)]
 static NONBLOCK: Global<u32> = Global::new(0);
-/// `sock.sk_flags`.
+/// `sock_common.skc_flags`.
 #[unsafe(no_mangle)]
 static SK_FLAGS: Global<u32> = Global::new(0);
 /// The bit number of SOCK_ZEROCOPY in it; 64 when the kernel has none.

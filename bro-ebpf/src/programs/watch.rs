@@ -1,6 +1,8 @@
 //! `sockops`: finds the senders, learns what kind a service is, and lets senders go.
 
+use core::arch::asm;
 use core::ffi::c_void;
+use core::mem::offset_of;
 
 use aya_ebpf::bindings::{
     BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
@@ -16,6 +18,30 @@ use bro_ebpf::{Counter, Flow, RawEvent, Route, Sender, SenderState, Watch, Watch
 use crate::kernel::{TcpSock, hook_blocking};
 use crate::maps::{SENDER, SENDERS, WATCHED, count, raw, tell};
 
+/// Reads a word of the context. In assembly, because the verifier wants every access to the context to be one load at a
+/// constant offset from the untouched pointer, and the compiler would rather compute addresses.
+#[inline(always)]
+fn word_at<const OFFSET: usize>(ops: *mut bpf_sock_ops) -> u32 {
+    let value: u64;
+    // SAFETY: the kernel passes a valid context; the verifier checks the access.
+    unsafe {
+        asm!(
+            "{value} = *(u32 *)({ops} + {offset})",
+            ops = in(reg) ops,
+            value = out(reg) value,
+            offset = const OFFSET,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+    value as u32
+}
+
+macro_rules! context {
+    ($ops:expr, $field:ident) => {
+        word_at::<{ offset_of!(bpf_sock_ops, $field) }>($ops)
+    };
+}
+
 /// `AF_INET`.
 const INET: u32 = 2;
 /// `BPF_NOEXIST`.
@@ -24,9 +50,7 @@ const NOEXIST: u64 = 1;
 /// One callback of one socket.
 #[inline(always)]
 pub fn event(ops: *mut bpf_sock_ops) {
-    // SAFETY: the kernel passes a valid context; the verifier checks each access.
-    let op = unsafe { (*ops).op };
-    match op {
+    match context!(ops, op) {
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => established(ops, role::SERVICE),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(ops, role::CLIENT),
         BPF_SOCK_OPS_RTT_CB => learn(ops),
@@ -39,9 +63,19 @@ pub fn event(ops: *mut bpf_sock_ops) {
 /// The socket of the context, when it is a full one.
 #[inline(always)]
 fn socket(ops: *mut bpf_sock_ops) -> Option<*mut c_void> {
-    // SAFETY: the verifier checks the access.
-    let sk = unsafe { (*ops).__bindgen_anon_2.sk };
-    (!sk.is_null()).then_some(sk.cast())
+    const SK: usize = offset_of!(bpf_sock_ops, __bindgen_anon_2);
+    let sk: *mut c_void;
+    // SAFETY: as in `word_at`; the kernel hands out a pointer here.
+    unsafe {
+        asm!(
+            "{sk} = *(u64 *)({ops} + {offset})",
+            ops = in(reg) ops,
+            sk = out(reg) sk,
+            offset = const SK,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+    (!sk.is_null()).then_some(sk)
 }
 
 /// What is known of a socket seen before.
@@ -63,8 +97,7 @@ fn watch_key(ops: *mut bpf_sock_ops, port: u32) -> WatchKey {
 /// A connection at a watched port exists: `wanted` says which end of it this is.
 #[inline(always)]
 fn established(ops: *mut bpf_sock_ops, wanted: u32) {
-    // SAFETY: the verifier checks each access.
-    let (local_port, remote_port) = unsafe { ((*ops).local_port, u32::from_be((*ops).remote_port)) };
+    let (local_port, remote_port) = (context!(ops, local_port), u32::from_be(context!(ops, remote_port)));
     let service = wanted == role::SERVICE;
     let key = watch_key(ops, if service { local_port } else { remote_port });
     let Some(watch) = WATCHED.get_ptr_mut(&key) else { return };
@@ -84,9 +117,7 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     let Some(sk) = socket(ops) else { return };
     let Some(tcp) = TcpSock::of(sk) else { return };
     let base = tcp.write_seq();
-    // SAFETY: the verifier checks each access.
-    let (next, sent) = unsafe { ((*ops).snd_nxt, (*ops).data_segs_out) };
-    if sent != 0 || base != next {
+    if context!(ops, data_segs_out) != 0 || context!(ops, snd_nxt) != base {
         // It sent data in its SYN: `base` would count bytes that may still be on their way.
         count(Counter::FastOpen);
         return;
@@ -145,8 +176,7 @@ fn hook(ops: *mut bpf_sock_ops, sender: &mut Sender) {
 /// kind of socket the service uses.
 #[inline(always)]
 fn learn(ops: *mut bpf_sock_ops) {
-    // SAFETY: the verifier checks the access.
-    if unsafe { (*ops).data_segs_out } == 0 {
+    if context!(ops, data_segs_out) == 0 {
         return;
     }
     let Some(sender) = known(ops) else { return };
@@ -183,8 +213,11 @@ fn learn(ops: *mut bpf_sock_ops) {
 /// A hooked sender that can send no more is let go: its later reads are ordinary TCP's again.
 #[inline(always)]
 fn state_changed(ops: *mut bpf_sock_ops) {
-    // SAFETY: the verifier checks the access.
-    let new = unsafe { (*ops).__bindgen_anon_1.args[1] };
+    // The callback's second argument, args[1]. (`offset_of` cannot look into an array.)
+    let new = {
+        const NEW_STATE: usize = offset_of!(bpf_sock_ops, __bindgen_anon_1) + 4;
+        word_at::<NEW_STATE>(ops)
+    };
     if new != BPF_TCP_FIN_WAIT1 && new != BPF_TCP_LAST_ACK && new != BPF_TCP_CLOSE {
         return;
     }
@@ -204,8 +237,7 @@ fn state_changed(ops: *mut bpf_sock_ops) {
 /// Something called listen().
 #[inline(always)]
 fn listening(ops: *mut bpf_sock_ops) {
-    // SAFETY: the verifier checks the access.
-    let key = watch_key(ops, unsafe { (*ops).local_port });
+    let key = watch_key(ops, context!(ops, local_port));
     let Some(watch) = WATCHED.get_ptr_mut(&key) else { return };
     // SAFETY: as above.
     if unsafe { (*watch).role } != role::SERVICE {
@@ -224,24 +256,33 @@ fn listening(ops: *mut bpf_sock_ops) {
 /// Switches callbacks on and off, leaving alone what other programs asked for.
 #[inline(always)]
 fn set_flags(ops: *mut bpf_sock_ops, on: u32, off: u32) {
-    // SAFETY: the verifier checks the access.
-    let flags = unsafe { (*ops).bpf_sock_ops_cb_flags };
+    let flags = context!(ops, bpf_sock_ops_cb_flags);
     // SAFETY: the context is the kernel's own. It fails for sockets that have no callbacks, which is no loss.
     unsafe { bpf_sock_ops_cb_flags_set(ops, (flags & !off | on) as i32) };
 }
 
 #[inline(always)]
 fn flow(ops: *mut bpf_sock_ops, netns: u64, local_port: u16, remote_port: u16) -> Flow {
-    // SAFETY: the verifier checks each access; addresses are in network byte order.
-    let (local, remote) = unsafe {
-        if (*ops).family == INET {
-            (v4_mapped((*ops).local_ip4.to_ne_bytes()), v4_mapped((*ops).remote_ip4.to_ne_bytes()))
-        } else {
-            (
-                six((*ops).local_ip6[0], (*ops).local_ip6[1], (*ops).local_ip6[2], (*ops).local_ip6[3]),
-                six((*ops).remote_ip6[0], (*ops).remote_ip6[1], (*ops).remote_ip6[2], (*ops).remote_ip6[3]),
-            )
-        }
+    let (local, remote) = if context!(ops, family) == INET {
+        let (local, remote) = (context!(ops, local_ip4), context!(ops, remote_ip4));
+        (v4_mapped(local.to_ne_bytes()), v4_mapped(remote.to_ne_bytes()))
+    } else {
+        const LOCAL: usize = offset_of!(bpf_sock_ops, local_ip6);
+        const REMOTE: usize = offset_of!(bpf_sock_ops, remote_ip6);
+        (
+            six(
+                word_at::<LOCAL>(ops),
+                word_at::<{ LOCAL + 4 }>(ops),
+                word_at::<{ LOCAL + 8 }>(ops),
+                word_at::<{ LOCAL + 12 }>(ops),
+            ),
+            six(
+                word_at::<REMOTE>(ops),
+                word_at::<{ REMOTE + 4 }>(ops),
+                word_at::<{ REMOTE + 8 }>(ops),
+                word_at::<{ REMOTE + 12 }>(ops),
+            ),
+        )
     };
     Flow::new(netns, local, local_port, remote, remote_port)
 }
