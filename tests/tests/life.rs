@@ -18,31 +18,36 @@ const MOMENT: Duration = Duration::from_millis(300);
 #[test]
 fn tells_the_service_manager_its_state() -> Result<()> {
     require_namespaces!();
-    for mut notify in [Notify::new()?, Notify::new_abstract()?] {
-        let mut scene = Scene::new()?;
-        let service = scene.serve()?;
-        let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
-        let mut forwarder = setup.start()?;
-        notify.wait(PATIENCE, |line| line == "READY=1")?;
-        notify.wait(PATIENCE, |line| line.starts_with("STATUS=")).context("a status from the start")?;
-        let pair = (scene.client()?, service.accept()?);
-        expect_relayed(&pair.0, &pair.1)?;
-        // The status counts: one open connection.
-        notify
-            .wait(PATIENCE, |line| line.starts_with("STATUS=") && line.contains('1'))
-            .context("a status with the connection")?;
-        drop(pair);
-        forwarder.closings(1)?;
-        forwarder.signal(Signal::SIGTERM)?;
-        forwarder.expect_exit(0)?;
-        notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
-        let seen = notify.seen();
-        ensure!(
-            !seen.iter().any(|line| line.starts_with("WATCHDOG")),
-            "nobody asked for a watchdog: {seen:?}"
-        );
-        ensure!(seen.iter().filter(|line| *line == "READY=1").count() == 1, "ready more than once: {seen:?}");
-    }
+    tells_its_state(Notify::new()?)
+}
+
+#[test]
+fn tells_its_state_to_an_abstract_socket_too() -> Result<()> {
+    require_namespaces!();
+    tells_its_state(Notify::new_abstract()?)
+}
+
+fn tells_its_state(mut notify: Notify) -> Result<()> {
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
+    let mut forwarder = setup.start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let is_status = |line: &str| line.starts_with("STATUS=");
+    let asleep = notify.wait(PATIENCE, is_status).context("a status from the start")?;
+    let pair = (scene.client()?, service.accept()?);
+    expect_relayed(&pair.0, &pair.1)?;
+    // The status tells of the open connection, and of its end.
+    let relaying = notify.wait_anew(PATIENCE, |line| is_status(line) && *line != asleep)?;
+    ensure!(relaying.contains('1'), "{relaying}");
+    drop(pair);
+    forwarder.closings(1)?;
+    forwarder.signal(Signal::SIGTERM)?;
+    forwarder.expect_exit(0)?;
+    notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
+    let seen = notify.seen();
+    ensure!(!seen.iter().any(|line| line.starts_with("WATCHDOG")), "nobody asked for a watchdog: {seen:?}");
+    ensure!(seen.iter().filter(|line| *line == "READY=1").count() == 1, "ready more than once: {seen:?}");
     Ok(())
 }
 
@@ -143,9 +148,11 @@ fn a_client_that_waits_for_the_service_keeps_it_from_leaving() -> Result<()> {
 #[test]
 fn sigterm_drains_and_cuts_nothing() -> Result<()> {
     require_namespaces!();
+    let mut notify = Notify::new()?;
     let mut scene = Scene::new()?;
     let service = scene.serve()?;
-    let mut forwarder = scene.start(&[])?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
+    let mut forwarder = setup.start()?;
     let pair = (scene.client()?, service.accept()?);
     expect_relayed(&pair.0, &pair.1)?;
     let half = 4 << 20;
@@ -157,6 +164,7 @@ fn sigterm_drains_and_cuts_nothing() -> Result<()> {
         });
         pair.1.pour(down, 0, half)?;
         forwarder.signal(Signal::SIGTERM)?;
+        notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
         // Whoever connects now is not for this process: the connection waits for the next.
         let late = scene.client()?;
         late.send(b"ping")?;
@@ -258,15 +266,20 @@ fn a_second_sigterm_ends_at_once() -> Result<()> {
 #[test]
 fn nothing_outlives_a_killed_forwarder() -> Result<()> {
     require_namespaces!();
+    let mut notify = Notify::new()?;
     let mut scene = Scene::new()?;
-    let mut forwarder = scene.start(&["--ready=exec:sleep 1000"])?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg("--ready=exec:sleep 1000; true");
+    let mut forwarder = setup.arg(scene.target()).start()?;
     let _held = scene.client()?;
     let _service = scene.serve()?;
-    let started = || process::members(forwarder.pid()).len() > 1;
+    let runs = |pid: &i32| process::name(*pid).as_deref() == Some("sleep");
+    let started = || process::members(forwarder.pid()).iter().any(runs);
     ensure!(process::eventually(PATIENCE, started), "the readiness command never ran");
     forwarder.signal(Signal::SIGTERM)?;
+    // Two signals before the first is handled are one.
+    notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
     forwarder.signal(Signal::SIGTERM)?;
-    ensure!(forwarder.wait(PATIENCE)?.is_some(), "still there");
+    ensure!(forwarder.wait(PATIENCE)?.is_some(), "still there after a second SIGTERM");
     forwarder.expect_nothing_left().context("after SIGTERM, twice")?;
 
     // Its helper in the namespace notices by itself even when it gets no chance to say goodbye.
