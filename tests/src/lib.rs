@@ -4,6 +4,7 @@ pub mod activation;
 pub mod behaviours;
 pub mod bro;
 pub mod forwarder;
+pub mod host;
 pub mod log;
 pub mod netns;
 pub mod notify;

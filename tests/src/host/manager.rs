@@ -1,0 +1,125 @@
+//! One of the host's service managers: the system's, or a user's. What differs between a rootful and a rootless set-up is here.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use super::{Host, Ran};
+
+/// Whose systemd and whose Podman.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manager {
+    /// PID 1, rootful Podman.
+    System,
+    /// An ordinary user's, rootless Podman.
+    User(&'static str),
+}
+
+impl Manager {
+    /// Writes a unit (`web-in.socket`) where its administrator would.
+    pub fn unit(self, host: &Host, name: &str, text: &str) -> Result<()> {
+        let folder = match self {
+            Self::System => "/etc/systemd/system".into(),
+            Self::User(user) => format!("/home/{user}/.config/systemd/user"),
+        };
+        host.write(&format!("{folder}/{name}"), text)
+    }
+
+    /// Writes a quadlet (`web.container`) where its administrator would.
+    pub fn quadlet(self, host: &Host, name: &str, text: &str) -> Result<()> {
+        let folder = match self {
+            Self::System => "/etc/containers/systemd".into(),
+            Self::User(user) => format!("/home/{user}/.config/containers/systemd"),
+        };
+        host.write(&format!("{folder}/{name}"), text)
+    }
+
+    /// Runs a command as the owner of this manager, whatever its exit code.
+    pub fn try_run(self, host: &Host, args: &[&str]) -> Result<Ran> {
+        match self {
+            Self::System => host.try_run(args),
+            Self::User(user) => host.try_run_as(user, args),
+        }
+    }
+
+    /// Runs a command as the owner of this manager.
+    pub fn run(self, host: &Host, args: &[&str]) -> Result<String> {
+        match self {
+            Self::System => host.run(args),
+            Self::User(user) => host.run_as(user, args),
+        }
+    }
+
+    /// systemctl, with --user where it belongs.
+    pub fn systemctl(self, host: &Host, args: &[&str]) -> Result<String> {
+        self.run(host, &self.with_scope("systemctl", args))
+    }
+
+    /// One property of a unit.
+    pub fn show(self, host: &Host, unit: &str, property: &str) -> Result<String> {
+        self.systemctl(host, &["show", "--value", "--property", property, unit])
+    }
+
+    /// Waits until a property of a unit has a value.
+    pub fn wait_for(
+        self,
+        host: &Host,
+        unit: &str,
+        property: &str,
+        value: &str,
+        limit: Duration,
+    ) -> Result<()> {
+        let mut last = String::new();
+        host.wait_until(&format!("{property}={value} of {unit}"), limit, || {
+            last = self.show(host, unit, property)?;
+            Ok(last == value)
+        })
+        .with_context(|| {
+            format!("{property} of {unit} is {last}\n{}", self.journal(host, unit).unwrap_or_default())
+        })
+    }
+
+    /// The messages a unit and systemd logged about it, one a line, oldest first.
+    pub fn journal(self, host: &Host, unit: &str) -> Result<String> {
+        host.run(&["journalctl", "--quiet", "--output=cat", self.journal_unit(), unit])
+    }
+
+    /// The same with all its fields.
+    pub fn journal_records(self, host: &Host, unit: &str) -> Result<Vec<Value>> {
+        let args = ["journalctl", "--quiet", "--output=json", "--all", self.journal_unit(), unit];
+        let text = host.run(&args)?;
+        text.lines().map(|line| serde_json::from_str(line).context("a journal record is no JSON")).collect()
+    }
+
+    /// Makes the busybox image `localhost/busybox` known to this manager's Podman.
+    pub fn import_busybox(self, host: &Host) -> Result<()> {
+        self.run(host, &["podman", "import", "--quiet", "/srv/busybox.tar", "localhost/busybox"])?;
+        Ok(())
+    }
+
+    /// A root file system for containers (`Rootfs=…:O`) with PostgreSQL, nginx, redis and Python in it.
+    #[must_use]
+    pub fn image(self) -> String {
+        match self {
+            Self::System => "/srv/image".into(),
+            Self::User(user) => format!("/srv/images/{user}"),
+        }
+    }
+
+    /// The journal is read as root, also a user's: that needs no membership in any group.
+    fn journal_unit(self) -> &'static str {
+        match self {
+            Self::System => "--unit",
+            Self::User(_) => "--user-unit",
+        }
+    }
+
+    fn with_scope<'a>(self, program: &'a str, args: &[&'a str]) -> Vec<&'a str> {
+        let scope = match self {
+            Self::System => "--system",
+            Self::User(_) => "--user",
+        };
+        [program, scope].into_iter().chain(args.iter().copied()).collect()
+    }
+}

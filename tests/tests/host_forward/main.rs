@@ -1,0 +1,75 @@
+//! `bro forward` on a real host: systemd as PID 1 listens, Podman (rootful, and rootless under an ordinary user's manager) runs
+//! quadlet containers with `Network=none`, and real services are behind it. `BRO_CASE=part` runs the cases so named.
+
+mod failures;
+mod life;
+mod services;
+mod site;
+mod users;
+mod waking;
+
+use anyhow::Result;
+use bro_tests::host::cases::{Cases, note};
+use bro_tests::host::{Host, Manager, NEEDS};
+
+/// A case that holds for rootful and for rootless containers.
+type Case = (&'static str, fn(&Host, Manager) -> Result<()>);
+
+const BOTH: &[Case] = &[
+    (
+        "the first client wakes, the last one lets sleep, the next one wakes again",
+        waking::wakes_sleeps_and_wakes,
+    ),
+    ("a unit that was running before is left running", waking::leaves_running_what_ran),
+    ("a container started by unit dependencies", waking::started_by_dependencies),
+    ("a container in a pod", waking::in_a_pod),
+    ("two sockets with targets of their own", waking::two_sockets),
+    ("a hundred clients in the first millisecond", waking::hundred_clients),
+    ("clients around the moment of the idle exit", waking::clients_around_idle_exit),
+    ("readiness: healthy, exec, connect", waking::other_readiness),
+    ("a container that restarts under a running forwarder", life::container_restarts),
+    ("stopping the forwarder lets a connection finish", life::drains),
+    ("what systemd is told", life::status),
+    ("a container that dies during its start", failures::dies_during_start),
+    ("a service that never listens", failures::never_listens),
+    ("an image that is not there", failures::cannot_start),
+    ("a unit that does not exist", failures::unknown_unit),
+    ("places that do not exist", failures::unknown_places),
+    ("PostgreSQL, psql and pgbench", services::postgresql),
+    ("nginx over TCP and over its unix socket", services::nginx),
+    ("redis and redis-benchmark", services::redis),
+];
+
+/// A case that chooses its managers itself.
+type OtherCase = (&'static str, fn(&Host) -> Result<()>);
+
+const OTHERS: &[OtherCase] = &[
+    (
+        "a system service with User= finds that user's manager without any environment",
+        users::bus_without_environment,
+    ),
+    ("somebody else's container, process and namespace", users::somebody_elses),
+    ("the system's manager is not an ordinary user's to command", users::systems_manager),
+];
+
+#[test]
+fn forwarders_on_a_real_host() {
+    if !bro_tests::tier::met("forwarders_on_a_real_host", &NEEDS) {
+        return;
+    }
+    let mut cases = Cases::default();
+    let mut host = Host::boot().expect("the host boots");
+    note(&format!("the host booted in {:.1} s", host.booted_in().as_secs_f64()));
+    site::prepare(&host).expect("the host can be prepared");
+    for manager in [Manager::System, Manager::User("test")] {
+        let kind = if manager == Manager::System { "rootful" } else { "rootless" };
+        for (name, case) in BOTH {
+            cases.case(&format!("{kind}: {name}"), || case(&host, manager));
+        }
+    }
+    for (name, case) in OTHERS {
+        cases.case(name, || case(&host));
+    }
+    cases.case("enabled sockets work after a reboot", || life::survives_reboot(&mut host));
+    cases.conclude();
+}
