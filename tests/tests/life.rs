@@ -330,6 +330,40 @@ fn each_named_socket_leads_to_its_target() -> Result<()> {
 }
 
 #[test]
+fn targets_are_read_as_systemd_socket_proxyd_reads_them() -> Result<()> {
+    require_namespaces!();
+    let scene = Scene::new()?;
+    // In a namespace of its own every port is free, and its owner may take the low ones.
+    let port_80 = Listener::new(&scene.namespace, &Address::Tcp("0.0.0.0:80".parse()?))?;
+    let port_81 = Listener::new(&scene.namespace, &Address::Tcp("127.0.0.1:81".parse()?))?;
+    let port_80_v6 = Listener::new(&scene.namespace, &Address::Tcp("[::1]:80".parse()?))?;
+    for (target, service) in [
+        ("127.0.0.1", &port_80),
+        ("127.0.0.2:80", &port_80),
+        ("81", &port_81),
+        ("127.0.0.1:81", &port_81),
+        ("[::1]", &port_80_v6),
+        ("[::1]:80", &port_80_v6),
+    ] {
+        let forwarder = scene.setup().arg(target).start()?;
+        let pair = (scene.client()?, service.accept().with_context(|| format!("TARGET {target}"))?);
+        expect_relayed(&pair.0, &pair.1)?;
+        drop(pair);
+        forwarder.stop()?;
+    }
+    // A name may have several addresses: any that is served will do.
+    let forwarder = scene.setup().arg("localhost").start()?;
+    let client = scene.client()?;
+    let served = match port_80.try_accept(MOMENT)? {
+        Some(served) => served,
+        None => port_80_v6.accept().context("TARGET localhost")?,
+    };
+    expect_relayed(&client, &served)?;
+    drop((client, served));
+    forwarder.stop().map(drop)
+}
+
+#[test]
 fn one_target_that_sleeps_does_not_hold_up_another() -> Result<()> {
     require_namespaces!();
     let mut scene = Scene::new()?;
