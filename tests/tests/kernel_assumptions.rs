@@ -248,8 +248,7 @@ fn an_unmodified_blocking_service_never_sees_eagain_from_a_signal() {
     let (mut service, _) = bench.service.accept().unwrap();
     let (told, thread) = std::sync::mpsc::channel();
     let reading = std::thread::spawn(move || {
-        // SAFETY: these two only tell numbers.
-        let id = unsafe { (libc::getpid(), libc::gettid()) };
+        let id = (std::process::id(), nix::unistd::gettid().as_raw());
         told.send(id).expect("the test waits for it");
         let mut byte = [0];
         service.read(&mut byte).map(|count| (count, byte))
