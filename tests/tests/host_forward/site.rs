@@ -23,6 +23,8 @@ pub const INNER: u16 = 7;
 pub struct Plan {
     /// `[Container]` of the quadlet.
     pub container: String,
+    /// The line that gives it its network.
+    pub network: &'static str,
     /// `[Unit]` of the quadlet.
     pub container_unit: &'static str,
     /// What follows `bro forward`.
@@ -38,6 +40,7 @@ impl Plan {
     pub fn new(container: &str, options: &str, inner: impl std::fmt::Display) -> Self {
         Self {
             container: container.into(),
+            network: "Network=none",
             container_unit: "",
             forward: format!("--unit {{name}}.service --container systemd-{{name}} {options} {inner}"),
             unit: "",
@@ -101,8 +104,8 @@ impl<'h> Site<'h> {
         plan: &Plan,
     ) -> Result<Self> {
         let site = Self { host, manager, name: name.into(), port: host.free_port()?, front };
-        let quadlet =
-            format!("[Unit]\n{}\n[Container]\nNetwork=none\n{}\n", plan.container_unit, plan.container);
+        let (container_unit, network, container) = (plan.container_unit, plan.network, &plan.container);
+        let quadlet = format!("[Unit]\n{container_unit}\n[Container]\n{network}\n{container}\n");
         manager.quadlet(host, &format!("{name}.container"), &quadlet.replace("{name}", name))?;
         // WatchdogSec= everywhere: a forwarder that stops answering for a second anywhere fails its case.
         let service = format!(

@@ -81,9 +81,9 @@ pub fn started_by_dependencies(host: &Host, manager: Manager) -> Result<()> {
 }
 
 pub fn in_a_pod(host: &Host, manager: Manager) -> Result<()> {
-    manager.quadlet(host, "peas.pod", "[Pod]\nPodmanArgs=--network=none\nExitPolicy=stop\n")?;
+    manager.quadlet(host, "peas.pod", "[Pod]\nNetwork=none\n")?;
     let mut plan = Plan::service(manager, 0.2, "--exit-idle-time 500ms");
-    plan.container.push_str("\nPod=peas.pod");
+    plan.network = "Pod=peas.pod";
     let site = Site::new(host, manager, "pea", &plan)?;
     for _ in 0..2 {
         site.check_echo()?;
