@@ -26,6 +26,8 @@ pub enum Command {
     /// Relay the sockets that systemd passed to a service, starting its container on the first connection
     #[command(after_long_help = FORWARD_EXAMPLES)]
     Forward(Box<Forward>),
+    /// What running forwarders of this user do: connections, bytes by relay, cold starts
+    Status(Status),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
     NetnsAgent,
@@ -139,6 +141,22 @@ pub struct Forward {
     /// More log lines: -v for every connection's start, -vv for every step
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
+}
+
+/// `bro status`.
+#[derive(Debug, Args)]
+pub struct Status {
+    /// The status sockets to ask, instead of all in this user's runtime directory
+    #[arg(value_name = "SOCKET")]
+    pub sockets: Vec<PathBuf>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// Print again each second, until interrupted
+    #[arg(short, long)]
+    pub watch: bool,
 }
 
 /// `--relay=`.

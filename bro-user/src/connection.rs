@@ -172,6 +172,8 @@ pub struct Connection {
     pub client: OwnedFd,
     /// Who it is.
     pub peer: Peer,
+    /// The index of the listener it came through.
+    pub listener: usize,
     /// The index of its target.
     pub backend: usize,
     /// When it was accepted.
@@ -231,6 +233,12 @@ impl Connection {
                 (!over).then_some(interest)
             }
         }
+    }
+
+    /// Is it waiting for the service to start?
+    #[must_use]
+    pub const fn is_held(&self) -> bool {
+        matches!(self.stage, Stage::Held)
     }
 
     /// The relay, as the log names it.

@@ -9,6 +9,7 @@ mod admission;
 mod backends;
 mod connections;
 pub mod handle;
+mod report;
 pub mod tcp;
 mod token;
 
@@ -24,7 +25,7 @@ use slab::Slab;
 use crate::connection::{Connection, End, Source};
 use crate::listen::Listener;
 use crate::relay::{Method, Tools};
-use crate::stats::Stats;
+use crate::stats::{Stats, Tally};
 use backends::Backend;
 use handle::{Command, Event, Mailbox, Outbox};
 use token::Token;
@@ -81,6 +82,7 @@ pub struct Engine {
     next_number: u64,
     tools: Tools,
     stats: Arc<Stats>,
+    tallies: Vec<Tally>,
     mailbox: Mailbox,
     outbox: Outbox,
     last_tick: Instant,
@@ -112,6 +114,7 @@ impl Engine {
         epoll.add(mailbox.wakeup(), EpollEvent::new(EpollFlags::EPOLLIN, Token::Mailbox.into()))?;
         // Two directions, and never more pipes than could leave descriptors for connections.
         let pipes = settings.connections_max.saturating_mul(2).min(1024);
+        let tallies = vec![Tally::default(); listeners.len()];
         let mut engine = Self {
             settings,
             epoll,
@@ -126,6 +129,7 @@ impl Engine {
             next_number: 1,
             tools: Tools::new(pipes),
             stats,
+            tallies,
             mailbox,
             outbox,
             last_tick: Instant::now(),
@@ -161,7 +165,6 @@ impl Engine {
                 }
             }
             self.tick()?;
-            self.publish();
         }
     }
 
@@ -243,6 +246,8 @@ impl Engine {
                         self.outbox.tell(Event::StoppedIfIdle(idle));
                     }
                     Command::Ping => self.outbox.tell(Event::Pong),
+                    // Whoever asked may have gone meanwhile.
+                    Command::Report(to) => drop(to.send(self.tallies())),
                 },
             }
         }
@@ -256,11 +261,6 @@ impl Engine {
             self.outbox.tell(Event::Drained);
         }
         Ok(())
-    }
-
-    fn publish(&self) {
-        Stats::set(&self.stats.spliced, self.tools.spliced);
-        Stats::set(&self.stats.copied, self.tools.copied);
     }
 
     fn set_accepting(&mut self, accepting: Accepting) -> anyhow::Result<()> {

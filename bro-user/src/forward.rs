@@ -17,11 +17,11 @@ use crate::engine::handle::{Command, Event, Handle};
 use crate::engine::tcp::Keepalive;
 use crate::engine::{Destination, Engine, Settings, handle};
 use crate::exit::Failure;
-use crate::life;
 use crate::listen::{self, Environment, Listener};
 use crate::relay::Method;
-use crate::stats::Stats;
+use crate::stats::{Stats, Tally};
 use crate::target::Target;
+use crate::{life, status};
 
 /// A target that refuses right after it was found to listen is not asked again sooner.
 const AFTER_REFUSAL: Duration = Duration::from_millis(20);
@@ -119,8 +119,20 @@ enum Phase {
     Draining(Instant),
 }
 
+/// Waits for somebody who asks for the status; for ever where there is no socket to ask at.
+async fn asked(server: Option<&status::Server>) -> std::io::Result<tokio::net::UnixStream> {
+    match server {
+        Some(server) => server.asked().await,
+        None => std::future::pending().await,
+    }
+}
+
 struct Control<'a> {
     options: &'a Forward,
+    /// Name, address and target of each listener.
+    listeners: Vec<(String, String, String)>,
+    started: Instant,
+    status: Option<status::Server>,
     targets: Vec<Target>,
     activator: Arc<Activator>,
     stats: Arc<Stats>,
@@ -162,6 +174,10 @@ impl<'a> Control<'a> {
         for (listener, target) in &listeners {
             tracing::info!(socket = %listener.name, address = %listener.address, target = %targets[*target], "listening");
         }
+        let described = listeners.iter().map(|(listener, target)| {
+            (listener.name.clone(), listener.address.clone(), targets[*target].to_string())
+        });
+        let described = described.collect();
         let stats = Arc::<Stats>::default();
         let names = targets.iter().map(Target::to_string).collect();
         let (handle, events, mailbox, outbox) = handle::channel()?;
@@ -169,6 +185,11 @@ impl<'a> Control<'a> {
         let thread = std::thread::Builder::new().name("bro-engine".into()).spawn(move || engine.run())?;
         Ok(Self {
             options,
+            listeners: described,
+            started: Instant::now(),
+            status: status::Server::start()
+                .inspect_err(|error| tracing::debug!(%error, "no status socket"))
+                .ok(),
             targets,
             activator,
             stats,
@@ -218,6 +239,7 @@ impl<'a> Control<'a> {
                     self.engine.send(Command::EndAll(End::DrainTimeout));
                 }
                 _ = extend.tick(), if draining_until.is_some() => life::extend(EXTEND_BY),
+                asked = asked(self.status.as_ref()) => self.report(asked),
                 _ = watch.tick(), if watchdog.is_some() => self.engine.send(Command::Ping),
                 _ = status.tick() => {
                     let now = self.status();
@@ -249,6 +271,48 @@ impl<'a> Control<'a> {
             _ if held > 0 => format!("Starting the service: {held} client{} waiting", plural(held)),
             _ => format!("{open} connection{} now, {served} since the start", plural(open)),
         }
+    }
+
+    /// Answers one who asked for the status, in the background.
+    fn report(&mut self, asked: std::io::Result<tokio::net::UnixStream>) {
+        let stream = match asked {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "no more status from this forwarder");
+                self.status = None;
+                return;
+            }
+        };
+        let mut report = status::Report {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            unit: self.options.unit.clone(),
+            uptime_s: self.started.elapsed().as_secs(),
+            state: self.status(),
+            relay: self.relay(),
+            listeners: Vec::new(),
+            total: Tally::default(),
+        };
+        let listeners = self.listeners.clone();
+        let (to, tallies) = tokio::sync::oneshot::channel();
+        self.engine.send(Command::Report(to));
+        let answering = async move {
+            let Ok(tallies) = tallies.await else { return };
+            for ((name, address, target), tally) in listeners.into_iter().zip(tallies) {
+                report.total += &tally;
+                report.listeners.push(status::Listener { name, address, target, tally });
+            }
+            status::answer(stream, &report).await;
+        };
+        drop(tokio::spawn(answering));
+    }
+
+    fn relay(&self) -> status::Relay {
+        let name = match self.options.relay {
+            RelayChoice::Auto | RelayChoice::Splice => "splice",
+            RelayChoice::Copy => "copy",
+        };
+        status::Relay { name: name.into(), reason: None }
     }
 
     fn event(&mut self, event: Event) {

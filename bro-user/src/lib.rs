@@ -15,6 +15,7 @@ pub mod logging;
 pub mod netns;
 pub mod relay;
 pub mod stats;
+pub mod status;
 pub mod sys;
 pub mod target;
 pub mod timespan;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use bro_user::cli::{Cli, Command};
 use bro_user::listen::Environment;
-use bro_user::{exit, forward, logging, netns};
+use bro_user::{exit, forward, logging, netns, status};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
@@ -15,6 +15,7 @@ fn main() -> ExitCode {
             logging::init(options.verbose);
             forward::run(&options, &environment)
         }
+        Command::Status(options) => status::run(&options),
         Command::NetnsAgent => netns::agent::run(),
     };
     match result {

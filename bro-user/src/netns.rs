@@ -110,7 +110,7 @@ impl Namespace {
     async fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<Answer> {
         let exchange = async {
             let channel = self.channel.lock().await;
-            let _sent = channel
+            channel
                 .async_io(tokio::io::Interest::WRITABLE, |fd| request.send(fd.as_fd(), descriptors))
                 .await?;
             channel.async_io(tokio::io::Interest::READABLE, |fd| wire::receive_answer(fd.as_fd())).await

@@ -1,8 +1,10 @@
-//! The forwarder's counters: written by the engine, read by STATUS=, logs and tests. Relaxed atomics: each is a figure of its own.
+//! What a forwarder counts: the engine keeps a tally per listener; three numbers are shared with the control side all the time.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// Totals since the start, and what is now.
+use serde::{Deserialize, Serialize};
+
+/// What STATUS= needs each second. Written by the engine alone, so relaxed stores are enough.
 #[derive(Debug, Default)]
 pub struct Stats {
     /// Connections accepted.
@@ -11,12 +13,6 @@ pub struct Stats {
     pub open: AtomicU64,
     /// Clients that wait for the service now.
     pub held: AtomicU64,
-    /// Times a client found the service asleep.
-    pub cold_starts: AtomicU64,
-    /// Bytes moved by splice.
-    pub spliced: AtomicU64,
-    /// Bytes moved by copying.
-    pub copied: AtomicU64,
 }
 
 impl Stats {
@@ -29,5 +25,42 @@ impl Stats {
     /// Sets a counter that only the caller writes.
     pub fn set(counter: &AtomicU64, value: u64) {
         counter.store(value, Relaxed);
+    }
+}
+
+/// One listener's figures, or all listeners' together.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    /// Connections accepted since the start.
+    pub accepted: u64,
+    /// Connections now, held ones included.
+    pub open: u64,
+    /// Clients that wait for the service now.
+    pub held: u64,
+    /// Times a client found the service asleep.
+    pub cold_starts: u64,
+    /// Bytes that took a kernel lane: the forwarder never woke up for them.
+    pub kernel: u64,
+    /// Bytes moved by splice.
+    pub spliced: u64,
+    /// Bytes moved by copying.
+    pub copied: u64,
+    /// Messages that a hooked sender gave to ordinary TCP, because the lane was shut at that moment.
+    pub passes: u64,
+    /// Times the forwarder granted a lane credit.
+    pub grants: u64,
+}
+
+impl std::ops::AddAssign<&Self> for Tally {
+    fn add_assign(&mut self, other: &Self) {
+        self.accepted += other.accepted;
+        self.open += other.open;
+        self.held += other.held;
+        self.cold_starts += other.cold_starts;
+        self.kernel += other.kernel;
+        self.spliced += other.spliced;
+        self.copied += other.copied;
+        self.passes += other.passes;
+        self.grants += other.grants;
     }
 }

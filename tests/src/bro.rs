@@ -15,9 +15,18 @@ pub fn binary() -> &'static PathBuf {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let built = Command::new(cargo).args(["build", "--quiet", "--package", "bro-user"]).status();
         assert!(built.is_ok_and(|status| status.success()), "cargo could not build the bro binary");
-        let test = std::env::current_exe().expect("a test has a path");
-        let profile =
-            test.parent().and_then(|deps| deps.parent()).expect("a test lives in target/PROFILE/deps");
-        profile.join("bro")
+        profile().join("bro")
     })
+}
+
+/// The folder that cargo builds into.
+fn profile() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    test.parent().and_then(|deps| deps.parent()).expect("a test lives in target/PROFILE/deps").to_owned()
+}
+
+/// The suites' helper program (`src/bin/peer.rs`), which cargo has built beside the tests.
+#[must_use]
+pub fn helper() -> PathBuf {
+    profile().join("peer")
 }

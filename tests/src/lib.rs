@@ -1,5 +1,19 @@
 //! The harness: what every suite under `tests/tests/` stands on.
 
+pub mod activation;
+pub mod behaviours;
 pub mod bro;
+pub mod forwarder;
 pub mod host;
+pub mod log;
+pub mod netns;
+pub mod notify;
+pub mod pattern;
+pub mod peers;
+pub mod process;
+pub mod scene;
+pub mod scratch;
+pub mod suite;
+pub mod sys;
 pub mod tier;
+pub mod torture;

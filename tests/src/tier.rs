@@ -86,3 +86,14 @@ macro_rules! require {
         }
     };
 }
+
+/// Returns from the test, loudly, unless a network namespace can be made here.
+#[macro_export]
+macro_rules! require_namespaces {
+    () => {
+        if !$crate::tier::met(std::thread::current().name().unwrap_or("?"), &$crate::suite::namespace_needs())
+        {
+            return Ok(());
+        }
+    };
+}

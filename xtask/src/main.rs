@@ -1,2 +1,44 @@
-//! x
-fn main() {}
+//! The project's own tasks, one file a task: `cargo xtask run` shows the main job on this host, `cargo xtask test` runs
+//! every tier of tests whose needs are met.
+
+mod build;
+mod run;
+mod test;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "The project's own tasks")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Show the main job here: a sleeping service in a namespace, woken by its first client
+    Run(run::Args),
+    /// Run every tier of tests whose needs are met, and say loudly what was left out
+    Test(test::Args),
+    /// A process of `run`: its container, service, client or forwarder
+    #[command(subcommand, hide = true)]
+    Part(run::Part),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().task {
+        Task::Run(args) => run::run(&args),
+        Task::Test(args) => test::run(&args),
+        Task::Part(part) => run::part(part),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            std::io::stderr().write_all(format!("xtask: {error:#}\n").as_bytes()).ok();
+            ExitCode::FAILURE
+        }
+    }
+}

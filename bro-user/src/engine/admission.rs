@@ -48,7 +48,7 @@ impl Engine {
         let (socket, backend) = (self.listeners[listener].0.socket.as_fd(), self.listeners[listener].1);
         match crate::sys::accept(socket) {
             Ok((client, address)) => {
-                self.admit(client, address, backend);
+                self.admit(client, address, listener, backend);
                 Ok(true)
             }
             Err(error) => match error.raw_os_error().map(Errno::from_raw) {
@@ -81,6 +81,7 @@ impl Engine {
         &mut self,
         client: std::os::fd::OwnedFd,
         address: Option<nix::sys::socket::SockaddrStorage>,
+        listener: usize,
         backend: usize,
     ) {
         let now = Instant::now();
@@ -91,6 +92,7 @@ impl Engine {
             number,
             client,
             peer,
+            listener,
             backend,
             opened: now,
             active: now,
@@ -100,6 +102,7 @@ impl Engine {
             registered: [None, None],
         };
         Stats::set(&self.stats.accepted, number);
+        self.tallies[listener].accepted += 1;
         if let Some(limit) = self.settings.connections_per_source {
             let count = self.per_source.entry(connection.peer.source()).or_default();
             if *count >= limit {

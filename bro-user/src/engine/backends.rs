@@ -171,7 +171,7 @@ impl Engine {
             let wake =
                 Event::Wake { backend: connection.backend, peer: connection.peer.to_string(), refused };
             if !refused {
-                Stats::set(&self.stats.cold_starts, Stats::get(&self.stats.cold_starts) + 1);
+                self.tallies[connection.listener].cold_starts += 1;
             }
             self.outbox.tell(wake);
         }

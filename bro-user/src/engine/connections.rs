@@ -64,7 +64,12 @@ impl Engine {
     pub(super) fn pump(&mut self, index: usize, up: bool, down: bool) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let before = connection.totals();
-        match connection.pump(&mut self.tools, up, down) {
+        let (spliced, copied) = (self.tools.spliced, self.tools.copied);
+        let pumped = connection.pump(&mut self.tools, up, down);
+        let tally = &mut self.tallies[connection.listener];
+        tally.spliced += self.tools.spliced - spliced;
+        tally.copied += self.tools.copied - copied;
+        match pumped {
             Ok(true) => return self.finish(index, End::Eof),
             Ok(false) => {}
             Err(broken) => return self.finish(index, broken.into()),

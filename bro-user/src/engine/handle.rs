@@ -7,6 +7,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::Destination;
 use crate::connection::End;
+use crate::stats::Tally;
 
 /// What the control side tells the engine.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ pub enum Command {
     StopIfIdle,
     /// Answer, to show that the engine turns.
     Ping,
+    /// Send each listener's figures there.
+    Report(tokio::sync::oneshot::Sender<Vec<Tally>>),
 }
 
 /// What the engine tells the control side. Bounded without a limit on the queue: per target one wake at a time, and the others

@@ -6,8 +6,13 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-/// What a pipe is asked to hold (the most that an ordinary user may ask for is fs.pipe-max-size, usually 1 MiB).
-pub const CAPACITY: usize = 256 * 1024;
+/// What the first pipes are asked to hold: the most that an ordinary user may ask for (fs.pipe-max-size). The more one splice
+/// moves, the fewer wake-ups a gigabyte costs.
+pub const CAPACITY: usize = 1024 * 1024;
+
+/// How many pipes are so large; the others have the kernel's default size, so that all of them together stay well below the
+/// user's quota, which other programs of the user need too (fs.pipe-user-pages-soft, 64 MiB).
+const LARGE: usize = 16;
 
 /// The kernel's default of sixteen pages. Less than this means that the user's fs.pipe-user-pages-soft is used up: pipe(2)
 /// still succeeds then, with two pages (`alloc_pipe_info`).
@@ -26,6 +31,7 @@ pub struct Pipe {
     pub read: OwnedFd,
     /// Where bytes go in.
     pub write: OwnedFd,
+    large: bool,
 }
 
 /// The pool.
@@ -33,6 +39,7 @@ pub struct Pipe {
 pub struct Pool {
     idle: Vec<Pipe>,
     lent: usize,
+    large: usize,
     limit: usize,
     refused_at: Option<Instant>,
     announced: bool,
@@ -42,7 +49,7 @@ impl Pool {
     /// A pool of at most `limit` pipes.
     #[must_use]
     pub const fn new(limit: usize) -> Self {
-        Self { idle: Vec::new(), lent: 0, limit, refused_at: None, announced: false }
+        Self { idle: Vec::new(), lent: 0, large: 0, limit, refused_at: None, announced: false }
     }
 
     /// An empty pipe, or `None` when the pool's or the kernel's limit is reached: then bytes are copied.
@@ -51,8 +58,11 @@ impl Pool {
             Some(pipe) => pipe,
             None if self.lent >= self.limit => return None,
             None if self.refused_at.is_some_and(|at| at.elapsed() < PAUSE) => return None,
-            None => match make() {
-                Ok(pipe) => pipe,
+            None => match make(self.large < LARGE) {
+                Ok(pipe) => {
+                    self.large += usize::from(pipe.large);
+                    pipe
+                }
                 Err(reason) => {
                     self.refused_at = Some(Instant::now());
                     if !std::mem::replace(&mut self.announced, true) {
@@ -68,16 +78,18 @@ impl Pool {
 
     /// Takes an empty pipe back.
     pub fn give_back(&mut self, pipe: Pipe) {
-        self.lent -= 1;
         if self.idle.len() < KEPT {
+            self.lent -= 1;
             self.idle.push(pipe);
+        } else {
+            self.discard(pipe);
         }
     }
 
     /// A borrowed pipe that still held bytes is gone with its connection.
     pub fn discard(&mut self, pipe: Pipe) {
-        drop(pipe);
         self.lent -= 1;
+        self.large -= usize::from(pipe.large);
     }
 
     /// Pipes lent out now.
@@ -87,13 +99,13 @@ impl Pool {
     }
 }
 
-fn make() -> Result<Pipe, String> {
+fn make(large: bool) -> Result<Pipe, String> {
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
         .map_err(|errno| format!("pipe2: {}", errno.desc()))?;
     // A refusal (EPERM: beyond the user's quota) leaves the default size, which is checked next.
-    fcntl(&write, FcntlArg::F_SETPIPE_SZ(CAPACITY as i32)).ok();
+    let large = large && fcntl(&write, FcntlArg::F_SETPIPE_SZ(CAPACITY as i32)).is_ok();
     match fcntl(&write, FcntlArg::F_GETPIPE_SZ) {
-        Ok(size) if size >= USABLE => Ok(Pipe { read, write }),
+        Ok(size) if size >= USABLE => Ok(Pipe { read, write, large }),
         Ok(_) => Err("this user's pipe quota is used up (raise fs.pipe-user-pages-soft)".into()),
         Err(errno) => Err(format!("F_GETPIPE_SZ: {}", errno.desc())),
     }

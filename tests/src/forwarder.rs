@@ -1,0 +1,321 @@
+//! A running `bro forward`: started as systemd would start it, watched, and certainly ended.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::log::{Closing, Log};
+use crate::netns::Namespace;
+use crate::peers::{Listener, PATIENCE};
+use crate::scratch::Scratch;
+use crate::{bro, process, sys};
+
+/// How it is to be started.
+#[derive(Debug, Default)]
+pub struct Setup {
+    arguments: Vec<OsString>,
+    sockets: Vec<OwnedFd>,
+    names: Vec<String>,
+    launch: Vec<String>,
+    environment: Vec<(OsString, OsString)>,
+    pass_nothing: bool,
+    without_forward: bool,
+    tools: Option<PathBuf>,
+    readable_copy: bool,
+}
+
+impl Setup {
+    /// Nothing but `bro forward`.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The same without `forward`.
+    #[must_use]
+    pub fn bare() -> Self {
+        Self { without_forward: true, ..Self::default() }
+    }
+
+    /// One more argument.
+    #[must_use]
+    pub fn arg(mut self, argument: impl Into<OsString>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// More arguments.
+    #[must_use]
+    pub fn args<T: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = T>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    /// `--netns` for `namespace`.
+    #[must_use]
+    pub fn netns(self, namespace: &Namespace) -> Self {
+        self.arg("--netns").arg(namespace.path())
+    }
+
+    /// `--pid` for `namespace`.
+    #[must_use]
+    pub fn pid(self, namespace: &Namespace) -> Self {
+        self.arg("--pid").arg(namespace.pid().to_string())
+    }
+
+    /// Passes `listener` as systemd does, under systemd's own name for a nameless one.
+    #[must_use]
+    pub fn socket(self, listener: &Listener) -> Self {
+        self.named(listener, "unknown")
+    }
+
+    /// Passes `listener` under `name`.
+    #[must_use]
+    pub fn named(self, listener: &Listener, name: &str) -> Self {
+        let fd = listener.as_fd().try_clone_to_owned().expect("a descriptor can be duplicated");
+        self.descriptor(fd, name)
+    }
+
+    /// Passes any descriptor as if it were a listening socket.
+    #[must_use]
+    pub fn descriptor(mut self, fd: OwnedFd, name: &str) -> Self {
+        self.sockets.push(fd);
+        self.names.push(name.to_owned());
+        self
+    }
+
+    /// Leaves the descriptors open but says nothing of them (no `LISTEN_` variable).
+    #[must_use]
+    pub const fn pass_nothing(mut self) -> Self {
+        self.pass_nothing = true;
+        self
+    }
+
+    /// An option of `peer launch`.
+    #[must_use]
+    pub fn launch(mut self, option: impl Into<String>) -> Self {
+        self.launch.push(option.into());
+        self
+    }
+
+    /// A variable of the environment.
+    #[must_use]
+    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Programs that come first on the PATH.
+    #[must_use]
+    pub fn tools(mut self, folder: PathBuf) -> Self {
+        self.tools = Some(folder);
+        self
+    }
+
+    /// Runs it as the user `uid`, from a copy that this user can read. Needs root.
+    #[must_use]
+    pub fn user(mut self, uid: u32) -> Self {
+        self.readable_copy = true;
+        self.launch(format!("uid={uid}"))
+    }
+
+    /// Starts it.
+    pub fn start(self) -> Result<Forwarder> {
+        let scratch = Scratch::new()?;
+        let mut program = bro::binary().clone();
+        if self.readable_copy {
+            let copy = scratch.join("bro");
+            std::fs::copy(&program, &copy)?;
+            program = copy;
+        }
+        let mut command = Command::new(bro::helper());
+        command.arg("launch");
+        if !self.pass_nothing && !self.sockets.is_empty() {
+            command.arg(format!("listen-fds={}", self.sockets.len()));
+            command.arg(format!("listen-names={}", self.names.join(":")));
+        }
+        // The test's own come last, and so prevail.
+        command.args(&self.launch).arg("--").arg(program);
+        if !self.without_forward {
+            command.arg("forward");
+        }
+        command.args(&self.arguments);
+        // What the machine's own service manager may have given to the tests is not meant for the program.
+        for name in
+            ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "RUST_LOG"]
+        {
+            command.env_remove(name);
+        }
+        for name in ["WATCHDOG_PID", "JOURNAL_STREAM", "INVOCATION_ID", "RUST_BACKTRACE"] {
+            command.env_remove(name);
+        }
+        command.envs(self.environment);
+        if let Some(tools) = self.tools {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let all = std::iter::once(tools).chain(std::env::split_paths(&path).collect::<Vec<_>>());
+            command.env("PATH", std::env::join_paths(all)?);
+        }
+        let borrowed: Vec<BorrowedFd<'_>> = self.sockets.iter().map(OwnedFd::as_fd).collect();
+        sys::pass_fds(&mut command, &borrowed)?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        Forwarder::spawn(command, scratch)
+    }
+}
+
+/// The running program. Dropping it kills it and everything it has started.
+#[derive(Debug)]
+pub struct Forwarder {
+    child: Child,
+    log: Log,
+    status: Option<ExitStatus>,
+    _scratch: Scratch,
+}
+
+impl Forwarder {
+    /// Starts `command`, which runs `peer launch` with stderr piped.
+    pub fn spawn(mut command: Command, scratch: Scratch) -> Result<Self> {
+        let mut child = command.spawn().context("starting the program under test")?;
+        let log = Log::collect(child.stderr.take().context("stderr is piped")?);
+        Ok(Self { child, log, status: None, _scratch: scratch })
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// What it says.
+    #[must_use]
+    pub const fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// The closing lines of `count` connections.
+    pub fn closings(&self, count: usize) -> Result<Vec<Closing>> {
+        self.log.closings(count, PATIENCE)
+    }
+
+    /// The closing line of the only connection so far.
+    pub fn closing(&self) -> Result<Closing> {
+        let mut all = self.closings(1)?;
+        ensure!(all.len() == 1, "more than one closing line: {all:?}");
+        Ok(all.remove(0))
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.pid()), signal)?)
+    }
+
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> Result<bool> {
+        if self.status.is_none() {
+            self.status = self.child.try_wait()?;
+        }
+        Ok(self.status.is_none())
+    }
+
+    /// Its exit status, if it ends within `within`.
+    pub fn wait(&mut self, within: Duration) -> Result<Option<ExitStatus>> {
+        if self.status.is_none() && process::ends(self.pid(), within)? {
+            self.status = Some(self.child.wait()?);
+        }
+        Ok(self.status)
+    }
+
+    /// Expects it to end by itself with `code`, leaving no process behind.
+    pub fn expect_exit(&mut self, code: i32) -> Result<()> {
+        self.expect_exit_within(code, PATIENCE)
+    }
+
+    /// The same, within `within`.
+    pub fn expect_exit_within(&mut self, code: i32, within: Duration) -> Result<()> {
+        let status = self.wait(within)?.context("it should have ended by now")?;
+        ensure!(
+            status.code() == Some(code),
+            "it ended with {:?} (signal {:?}), not {code}; the log:\n{}",
+            status.code(),
+            status.signal(),
+            self.log.lines().join("\n")
+        );
+        self.expect_nothing_left()
+    }
+
+    /// Expects that none of the processes it started is still there.
+    pub fn expect_nothing_left(&self) -> Result<()> {
+        let gone = process::eventually(Duration::from_secs(2), || process::members(self.pid()).is_empty());
+        ensure!(gone, "processes {:?} are left behind", process::members(self.pid()));
+        ensure!(self.log.ends(Duration::from_secs(2)), "a process of it still holds its stderr");
+        Ok(())
+    }
+
+    /// SIGTERM, and an exit with 0.
+    pub fn stop(mut self) -> Result<Log> {
+        self.signal(Signal::SIGTERM)?;
+        self.expect_exit(0)?;
+        self.expect_no_panic()?;
+        Ok(self.log.clone())
+    }
+
+    /// Expects that no thread of it has panicked.
+    pub fn expect_no_panic(&self) -> Result<()> {
+        let lines = self.log.lines();
+        let panicked = lines.iter().find(|line| line.contains("panicked at"));
+        ensure!(panicked.is_none(), "it panicked: {panicked:?}");
+        Ok(())
+    }
+
+    /// Memory in KiB.
+    pub fn memory_kib(&self) -> Result<u64> {
+        process::memory_kib(self.pid())
+    }
+
+    /// How many descriptors it holds.
+    pub fn descriptors(&self) -> Result<usize> {
+        Ok(process::descriptors(self.pid())?.len())
+    }
+
+    /// Expects that over a `span` in which nothing happens it uses next to no processor time.
+    pub fn expect_no_spin(&self, span: Duration) -> Result<()> {
+        let before = process::cpu_time(self.pid())?;
+        std::thread::sleep(span);
+        let used = process::cpu_time(self.pid())? - before;
+        ensure!(used <= span / 5, "it used {used:?} of processor time in {span:?} without work");
+        Ok(())
+    }
+}
+
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        // Its own session: see `peer launch`.
+        let members = process::members(self.pid());
+        for pid in members {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
+        }
+        self.child.kill().ok();
+        self.child.wait().ok();
+        // Seen only when the test fails.
+        let lines = self.log.lines();
+        println!(
+            "the log of the program under test:\n{}",
+            lines[lines.len().saturating_sub(60)..].join("\n")
+        );
+    }
+}
+
+/// The file `name` in `folder`, as a shell script with `body`.
+pub fn script(folder: &Path, name: &str, body: &str) -> Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = folder.join(name);
+    std::fs::write(&path, format!("#!/bin/sh\n{body}\n"))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}

@@ -1,0 +1,110 @@
+//! What the kernel says about a running process: its memory, its descriptors, its processor time, its session.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use nix::poll::PollFlags;
+
+use crate::peers::wait_for;
+use crate::sys;
+
+/// One open descriptor: its number and what it leads to (`socket:[123]`, `pipe:[456]`, a path).
+pub type Descriptor = (i32, String);
+
+/// The open descriptors of `pid`.
+pub fn descriptors(pid: i32) -> Result<Vec<Descriptor>> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        // A descriptor may be closed while we look.
+        if let Ok(link) = std::fs::read_link(entry.path()) {
+            let number = entry.file_name().to_string_lossy().parse()?;
+            all.push((number, link.to_string_lossy().into_owned()));
+        }
+    }
+    Ok(all)
+}
+
+/// How many pipe ends `pid` holds.
+pub fn pipe_ends(pid: i32) -> Result<usize> {
+    Ok(descriptors(pid)?.iter().filter(|(_, what)| what.starts_with("pipe:")).count())
+}
+
+/// The sockets of `pid`, as descriptors of our own that lead to the same sockets.
+pub fn sockets(pid: i32) -> Result<Vec<OwnedFd>> {
+    let pidfd = sys::pidfd_open(pid)?;
+    let mut sockets = Vec::new();
+    for (number, what) in descriptors(pid)? {
+        if what.starts_with("socket:") {
+            sockets.extend(sys::pidfd_getfd(pidfd.as_fd(), number).ok());
+        }
+    }
+    Ok(sockets)
+}
+
+/// The memory of `pid` in KiB: what it has allocated (RssAnon). The program's own pages, which it shares with every other
+/// instance, do not depend on what it does.
+pub fn memory_kib(pid: i32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon line")?;
+    Ok(line.split_whitespace().nth(1).context("RssAnon has no value")?.parse()?)
+}
+
+/// The processor time that `pid` has used, user and system together.
+pub fn cpu_time(pid: i32) -> Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = after_name(&stat)?;
+    let ticks = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
+    // USER_HZ is 100 on every architecture that a container host has.
+    Ok(Duration::from_millis(ticks * 10))
+}
+
+/// The fields of /proc/PID/stat from the third (state) on: the name before them may hold anything.
+fn after_name(stat: &str) -> Result<Vec<&str>> {
+    let (_, rest) = stat.rsplit_once(')').context("stat without a name")?;
+    Ok(rest.split_whitespace().collect())
+}
+
+/// The program name of `pid`, as the kernel knows it.
+#[must_use]
+pub fn name(pid: i32) -> Option<String> {
+    Some(std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim_end().to_owned())
+}
+
+/// The living processes of the session `session`.
+#[must_use]
+pub fn members(session: i32) -> Vec<i32> {
+    let Ok(proc) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = proc.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        after_name(&stat).is_ok_and(|fields| {
+            fields.get(3).is_some_and(|id| id.parse() == Ok(session)) && !matches!(fields[0], "Z" | "X")
+        })
+    })
+    .collect()
+}
+
+/// Whether `pid` has ended within `within`.
+pub fn ends(pid: i32, within: Duration) -> Result<bool> {
+    match sys::pidfd_open(pid) {
+        Ok(pidfd) => Ok(!wait_for(pidfd.as_fd(), PollFlags::POLLIN, within)?.is_empty()),
+        Err(error) if error.raw_os_error() == Some(nix::libc::ESRCH) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Asks `what` again and again, a few milliseconds apart, until it says yes or `within` has passed.
+pub fn eventually(within: Duration, mut what: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + within;
+    loop {
+        if what() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

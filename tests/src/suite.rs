@@ -1,0 +1,240 @@
+//! The one suite of relay behaviours, and what it is run over: every relay ([`Lane`]) with every kind of connection ([`Legs`]).
+//!
+//! A further relay joins as a variant of [`Lane`] and one line with [`relay_suite!`](crate::relay_suite).
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::forwarder::{Forwarder, Setup};
+use crate::netns::Namespace;
+use crate::peers::{Address, Conn, Family, Here, Listener};
+use crate::scratch::Scratch;
+use crate::tier::Need;
+
+/// What carries the bytes between client and service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// No forwarder: the client stands in the service's namespace. Shows that what the suite asks for is what a plain
+    /// connection does, so that a failure over a relay is the relay's.
+    Direct,
+    /// splice(2).
+    Splice,
+    /// recv and send.
+    Copy,
+}
+
+impl Lane {
+    /// The arguments of `bro forward` that choose it; `None` without a forwarder.
+    #[must_use]
+    pub const fn arguments(self) -> Option<&'static [&'static str]> {
+        match self {
+            Self::Direct => None,
+            Self::Splice => Some(&["--relay=splice"]),
+            Self::Copy => Some(&["--relay=copy"]),
+        }
+    }
+
+    /// The word in the closing line's `relay=`.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Direct => "",
+            Self::Splice => "splice",
+            Self::Copy => "copy",
+        }
+    }
+
+    /// What the machine must have for it.
+    #[must_use]
+    pub fn needs(self) -> Vec<Need> {
+        namespace_needs()
+    }
+}
+
+/// What it takes to make a network namespace: an ordinary user needs user namespaces.
+#[must_use]
+pub fn namespace_needs() -> Vec<Need> {
+    if nix::unistd::geteuid().is_root() { vec![Need::Root] } else { vec![Need::UserNamespaces] }
+}
+
+/// What a forwarded connection is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Legs {
+    /// Between client and forwarder.
+    pub front: Family,
+    /// Between forwarder and service.
+    pub back: Family,
+}
+
+impl Legs {
+    /// TCP over IPv4 on both sides.
+    pub const TCP4: Self = Self { front: Family::Tcp4, back: Family::Tcp4 };
+    /// TCP over IPv6 on both sides.
+    pub const TCP6: Self = Self { front: Family::Tcp6, back: Family::Tcp6 };
+    /// Unix streams on both sides.
+    pub const UNIX: Self = Self { front: Family::Unix, back: Family::Unix };
+    /// A TCP client, a service on a unix socket.
+    pub const TCP_TO_UNIX: Self = Self { front: Family::Tcp4, back: Family::Unix };
+    /// A unix client, a service on TCP.
+    pub const UNIX_TO_TCP: Self = Self { front: Family::Unix, back: Family::Tcp4 };
+
+    /// TCP all the way: the only kind on which an abort can be told from an end.
+    #[must_use]
+    pub const fn tell_aborts(self) -> bool {
+        self.front.is_tcp() && self.back.is_tcp()
+    }
+}
+
+/// A service that listens in a namespace, a forwarder towards it, and the address a client connects to.
+#[derive(Debug)]
+pub struct Rig {
+    /// The relay.
+    pub lane: Lane,
+    /// The kinds of connection.
+    pub legs: Legs,
+    // Before what it uses, so that it ends first.
+    forwarder: Option<Forwarder>,
+    front: Option<Listener>,
+    service: Listener,
+    namespace: Namespace,
+    connected: AtomicUsize,
+    _scratch: Scratch,
+}
+
+impl Rig {
+    /// The usual one.
+    pub fn new(lane: Lane, legs: Legs) -> Result<Self> {
+        Self::with(lane, legs, |setup| setup)
+    }
+
+    /// One whose forwarder has further settings.
+    pub fn with(lane: Lane, legs: Legs, adjust: impl FnOnce(Setup) -> Setup) -> Result<Self> {
+        let scratch = Scratch::new()?;
+        let namespace = Namespace::new()?;
+        let at = |family: Family, name: &str| {
+            family.loopback().unwrap_or_else(|| Address::Unix(scratch.join(name)))
+        };
+        let service = Listener::new(&namespace, &at(legs.back, "service"))?;
+        let (mut front, mut forwarder) = (None, None);
+        if let Some(arguments) = lane.arguments() {
+            let listener = Listener::new(&Here, &at(legs.front, "front"))?;
+            let setup = Setup::new().args(arguments.iter().copied()).netns(&namespace).socket(&listener);
+            let setup = adjust(setup).arg(service.address().to_string());
+            forwarder = Some(setup.start()?);
+            front = Some(listener);
+        }
+        let connected = AtomicUsize::new(0);
+        Ok(Self { lane, legs, forwarder, front, service, namespace, connected, _scratch: scratch })
+    }
+
+    /// The forwarder, if the lane has one.
+    #[must_use]
+    pub const fn forwarder(&self) -> Option<&Forwarder> {
+        self.forwarder.as_ref()
+    }
+
+    /// The service's listening socket.
+    #[must_use]
+    pub const fn service(&self) -> &Listener {
+        &self.service
+    }
+
+    /// A client's connection.
+    pub fn connect(&self) -> Result<Conn> {
+        let conn = match &self.front {
+            Some(front) => Conn::new(&Here, front.address()),
+            None => Conn::new(&self.namespace, self.service.address()),
+        }?;
+        self.connected.fetch_add(1, Ordering::Relaxed);
+        Ok(conn)
+    }
+
+    /// A connection's two ends: the client's and the service's.
+    pub fn pair(&self) -> Result<(Conn, Conn)> {
+        let client = self.connect()?;
+        let service = self.service.accept().context("the service waits for the client's connection")?;
+        Ok((client, service))
+    }
+
+    /// Ends the forwarder, and checks what must hold after any behaviour: it exits well, nobody has panicked, and each
+    /// client has exactly one closing line, which names the relay.
+    pub fn finish(mut self) -> Result<()> {
+        let Some(forwarder) = self.forwarder.take() else { return Ok(()) };
+        let clients = self.connected.load(Ordering::Relaxed);
+        forwarder.closings(clients)?;
+        let log = forwarder.stop()?;
+        let closings = log.closings(clients, std::time::Duration::ZERO)?;
+        ensure!(closings.len() == clients, "{} closing lines for {clients} clients", closings.len());
+        for closing in closings {
+            ensure!(closing.relay == self.lane.word(), "relayed by {:?}: {closing:?}", closing.relay);
+        }
+        Ok(())
+    }
+}
+
+/// Runs one behaviour over one lane and one kind of connection, if the machine has what that needs.
+pub fn run(lane: Lane, legs: Legs, behaviour: fn(&Rig) -> Result<()>) -> Result<()> {
+    let name = std::thread::current().name().unwrap_or("?").to_owned();
+    if !crate::tier::met(&name, &lane.needs()) {
+        return Ok(());
+    }
+    let rig = Rig::new(lane, legs)?;
+    behaviour(&rig)?;
+    rig.finish()
+}
+
+/// The whole suite over one lane: a module of tests for each kind of connection.
+#[macro_export]
+macro_rules! relay_suite {
+    ($lane:ident) => {
+        $crate::relay_suite!($lane over tcp [tcp4: TCP4, tcp6: TCP6] and
+            others [unix: UNIX, tcp_to_unix: TCP_TO_UNIX, unix_to_tcp: UNIX_TO_TCP]);
+    };
+    ($lane:ident over tcp [$($tcp:ident: $tcp_legs:ident),*] and others [$($other:ident: $other_legs:ident),*]) => {
+        $(mod $tcp {
+            $crate::relay_suite!(@common $lane $tcp_legs);
+            $crate::relay_suite!(@tests $lane $tcp_legs
+                urgent_byte_arrives_in_its_place,
+                urgent_byte_in_mid_stream,
+            );
+        })*
+        $(mod $other {
+            $crate::relay_suite!(@common $lane $other_legs);
+        })*
+    };
+    (@common $lane:ident $legs:ident) => {
+        $crate::relay_suite!(@tests $lane $legs
+            both_ends_at_once,
+            answer_after_the_clients_half_close,
+            service_closes_first,
+            service_half_closes_first_and_reads_on,
+            nothing_is_sent_at_all,
+            client_closes_with_bytes_still_under_way,
+            client_leaves_in_mid_download,
+            client_abort_is_seen_as_an_abort,
+            service_abort_is_seen_as_an_abort,
+            client_abort_after_its_half_close,
+            service_abort_after_its_half_close,
+            client_abort_under_back_pressure,
+            service_abort_under_back_pressure,
+            client_that_never_reads_then_reads_everything,
+            service_that_never_reads_then_reads_everything,
+            nobody_reads_in_either_direction,
+            one_byte_at_a_time,
+            small_writes_are_not_delayed,
+            megabytes_with_pauses,
+            mixed_torture,
+            idle_connections_cost_little,
+            descriptors_return_to_the_start,
+            closing_line_counts_every_byte,
+        );
+    };
+    (@tests $lane:ident $legs:ident $($behaviour:ident,)+) => {
+        $(#[test]
+        fn $behaviour() -> anyhow::Result<()> {
+            use $crate::suite::{Lane, Legs, run};
+            run(Lane::$lane, Legs::$legs, $crate::behaviours::$behaviour)
+        })+
+    };
+}

@@ -1,0 +1,180 @@
+//! `cargo xtask run`: the main job on this host, as an ordinary user or as root, with nothing but this binary and bro.
+//!
+//! The task plays systemd, a process in a namespace plays the container, and a client in this process plays the world.
+//! Everything printed was measured in the run that prints it.
+
+mod client;
+mod compare;
+mod keep;
+mod namespace;
+mod process;
+mod service;
+mod systemd;
+
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Subcommand;
+
+use namespace::{Container, SERVICE};
+use systemd::{Forwarder, Socket};
+
+/// `cargo xtask run`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Stay up until Ctrl-C, for a browser or curl
+    #[arg(long)]
+    keep: bool,
+}
+
+/// The parts that `run` starts as processes of their own.
+#[derive(Debug, Subcommand)]
+pub enum Part {
+    /// Hold a namespace, and start things in it as stdin says
+    Container,
+    /// Serve HTTP
+    Service { address: String },
+    /// Measure, and print the figures
+    Client { address: String },
+    /// Become the program that systemd would start with the socket that is stdin
+    Forwarder {
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+}
+
+/// One of the parts.
+pub fn part(part: Part) -> Result<()> {
+    match part {
+        Part::Container => namespace::main(),
+        Part::Service { address } => service::main(&address),
+        Part::Client { address } => client::main(&address),
+        Part::Forwarder { command } => systemd::become_forwarder(&command),
+    }
+}
+
+/// The task.
+pub fn run(args: &Args) -> Result<()> {
+    let interrupts = if args.keep { Some(keep::Interrupts::catch()?) } else { None };
+    let bro = crate::build::bro()?;
+
+    let mut container = Container::create()?;
+    let socket = Socket::listen()?;
+    let kind = if container.rootless { "user and network namespaces" } else { "a network namespace" };
+    println!("bro         {}", bro.display());
+    println!(
+        "container   process {}, {kind} of its own: lo only, and nothing listens there",
+        container.pid()
+    );
+    println!("socket      {}, held open as systemd holds it; no forwarder runs", socket.address);
+    println!();
+
+    let mut forwarder = tell_first_connection(&bro, &mut container, &socket, args)?;
+    println!();
+    compare::table(&bro, &mut container)?;
+    println!();
+
+    match interrupts {
+        Some(interrupts) => keep::stay_up(&bro, &mut container, &socket, forwarder, &interrupts)?,
+        None => {
+            forwarder.new_lines();
+            let status = forwarder.end()?;
+            ensure!(status.success(), "bro ended with {status} on SIGTERM");
+        }
+    }
+    Ok(())
+}
+
+/// The first client finds nobody there but the socket, and gets its answer all the same.
+fn tell_first_connection(
+    bro: &Path,
+    container: &mut Container,
+    socket: &Socket,
+    args: &Args,
+) -> Result<Forwarder> {
+    let mut forward = vec!["--relay=auto".to_owned()];
+    if args.keep {
+        forward.push(format!("--exit-idle-time={}s", keep::IDLE.as_secs()));
+    }
+    let mut woken = wake(bro, container, socket, &forward)?;
+    let ms = |since_request: Duration| format!("{:8.1} ms", since_request.as_secs_f64() * 1e3);
+    println!("client      GET http://{}/", socket.address);
+    println!("{}   systemd's part sees the client, and starts bro and the service:", ms(woken.activated));
+    println!("{:8}      bro {}", "", forward_line(container, &forward).join(" "));
+    println!("{}   the service listens on {SERVICE} in its namespace", ms(woken.listening));
+    let (status, page) = &woken.answer;
+    println!("{}   the client has its answer: {status}, {} bytes, as sent", ms(woken.answered), page.len());
+
+    let end = woken.forwarder.next_end()?;
+    println!();
+    let held = end.get("cold_start_ms");
+    println!(
+        "cold start  {} for the client; bro itself held it for {held} ms of that",
+        ms(woken.answered).trim()
+    );
+    println!("relay       {}: {}", end.get("relay"), compare::why(end.get("relay")));
+    println!(
+        "bytes       {} to the service, {} to the client; the connection ended by {}",
+        end.get("to_service"),
+        end.get("to_client"),
+        end.get("reason")
+    );
+    Ok(woken.forwarder)
+}
+
+/// The command line of `bro forward` for this container.
+fn forward_line(container: &Container, options: &[String]) -> Vec<String> {
+    let mut line = vec!["forward".to_owned(), format!("--pid={}", container.pid())];
+    line.push("--start-timeout=20s".into());
+    line.extend_from_slice(options);
+    line.push(SERVICE.into());
+    line
+}
+
+/// How a first connection went; times count from the client's connect().
+struct Woken {
+    forwarder: Forwarder,
+    activated: Duration,
+    listening: Duration,
+    answered: Duration,
+    answer: (String, String),
+}
+
+/// Lets a client connect to `socket`, and does for it what systemd does. Starts the service unless it runs already.
+fn wake(bro: &Path, container: &mut Container, socket: &Socket, options: &[String]) -> Result<Woken> {
+    let address = socket.address.to_string();
+    let (sender, answers) = channel();
+    // The client is a thread; the processes are started by this one, which they must not outlive.
+    std::thread::spawn(move || {
+        let begin = Instant::now();
+        let answer = client::get_page(&address);
+        sender.send((begin, begin.elapsed(), answer)).ok();
+    });
+    socket.wait_for_client(Duration::from_secs(10))?;
+    let activated = Instant::now();
+    let mut forwarder = socket.activate(bro, &forward_line(container, options))?;
+    container.start_service()?;
+    let listening = Instant::now();
+
+    let (begin, answered, answer) = loop {
+        match answers.recv_timeout(Duration::from_millis(100)) {
+            Ok(answer) => break answer,
+            Err(RecvTimeoutError::Timeout) => {
+                ensure!(!forwarder.has_exited()?, "bro gave up: {}", forwarder.story());
+            }
+            Err(RecvTimeoutError::Disconnected) => bail!("the client broke"),
+        }
+    };
+    let answer =
+        answer.with_context(|| format!("the client got no answer; bro's log: {}", forwarder.story()))?;
+    ensure!(answer.1 == service::PAGE, "the client got another page than the service sent");
+    Ok(Woken {
+        forwarder,
+        activated: activated.duration_since(begin),
+        listening: listening.duration_since(begin),
+        answered,
+        answer,
+    })
+}

@@ -1,0 +1,171 @@
+//! What systemd does for a socket unit: it listens, accepts nothing, and at the first client starts the program with the
+//! socket as descriptor 3 and LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES in its environment.
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::process::{Guarded, Lines, die_with_parent, part};
+
+/// A socket unit.
+pub struct Socket {
+    listener: TcpListener,
+    /// Where clients find it.
+    pub address: SocketAddr,
+}
+
+impl Socket {
+    /// Listens on a loopback port of the kernel's choice.
+    pub fn listen() -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen on 127.0.0.1")?;
+        let address = listener.local_addr()?;
+        Ok(Self { listener, address })
+    }
+
+    /// To poll for the first client.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    /// Waits for the first client, which stays in the backlog.
+    pub fn wait_for_client(&self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(0) => bail!("no client came for {limit:?}"),
+                Ok(_) => return Ok(()),
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context("poll"),
+            }
+        }
+    }
+
+    /// Starts `bro ARGS` with this socket.
+    pub fn activate(&self, bro: &Path, args: &[String]) -> Result<Forwarder> {
+        // The socket travels as stdin: the part moves it to descriptor 3 just before it becomes bro.
+        let passed = OwnedFd::from(self.listener.try_clone()?);
+        let bro = bro.to_str().context("the path of bro is no UTF-8")?;
+        let mut child = part(&["forwarder", "--", bro])
+            .args(args)
+            .stdin(Stdio::from(passed))
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start bro")?;
+        let log = Lines::of(child.stderr.take().context("stderr is a pipe")?);
+        Ok(Forwarder { process: Guarded(child), log, seen: Vec::new() })
+    }
+}
+
+/// A running `bro forward`.
+pub struct Forwarder {
+    process: Guarded,
+    log: Lines,
+    seen: Vec<String>,
+}
+
+impl Forwarder {
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.0.id()
+    }
+
+    /// Waits for the line that bro logs when a connection has ended, and gives its fields.
+    pub fn next_end(&mut self) -> Result<Fields> {
+        let ended = |line: &str| line.contains("reason=") && line.contains("relay=");
+        match self.log.until(Duration::from_secs(10), &mut self.seen, ended) {
+            Ok(line) => Ok(Fields::of(&line)),
+            Err(error) => Err(error.context(format!("bro's log: {}", self.story()))),
+        }
+    }
+
+    /// What bro has logged since the last call.
+    pub fn new_lines(&mut self) -> Vec<String> {
+        let lines: Vec<String> = self.log.so_far().collect();
+        self.seen.extend(lines.iter().cloned());
+        lines
+    }
+
+    /// All it has logged, for an error message.
+    pub fn story(&mut self) -> String {
+        self.new_lines();
+        if self.seen.is_empty() { "(nothing logged)".into() } else { self.seen.join("\n  ") }
+    }
+
+    /// Asks it to end with SIGTERM, and gives its exit status.
+    pub fn end(mut self) -> Result<ExitStatus> {
+        kill(Pid::from_raw(self.pid().try_into()?), Signal::SIGTERM).context("SIGTERM to bro")?;
+        // Its log ends when it does.
+        let ended = self.log.until(Duration::from_secs(10), &mut self.seen, |_| false);
+        ensure!(self.log.has_ended(), "bro did not end on SIGTERM ({ended:?}); its log: {}", self.story());
+        Ok(self.process.0.wait()?)
+    }
+
+    /// Whether it has exited by itself.
+    pub fn has_exited(&mut self) -> Result<bool> {
+        Ok(self.process.0.try_wait()?.is_some())
+    }
+}
+
+/// The `name=value` fields of a log line.
+#[derive(Debug)]
+pub struct Fields(HashMap<String, String>);
+
+impl Fields {
+    fn of(line: &str) -> Self {
+        let fields = line.split_whitespace().filter_map(|word| word.split_once('='));
+        Self(fields.map(|(name, value)| (name.into(), value.trim_matches('"').into())).collect())
+    }
+
+    /// The value of a field, `?` when the line has none.
+    pub fn get(&self, name: &str) -> &str {
+        self.0.get(name).map_or("?", String::as_str)
+    }
+}
+
+/// What happens between fork and exec of an activated program. LISTEN_PID must be the program's own, which is known
+/// only here; exec keeps it.
+pub fn become_forwarder(command: &[String]) -> Result<()> {
+    die_with_parent()?;
+    let (program, args) = command.split_first().context("a program to become")?;
+    // SAFETY: nothing in this process owns descriptor 3: it is single-threaded and has opened nothing so far.
+    let socket = unsafe { nix::unistd::dup2_raw(std::io::stdin(), 3) }.context("dup2 to descriptor 3")?;
+    // Without close-on-exec, which is the point; from here on the program owns it.
+    std::mem::forget(socket);
+    nix::unistd::dup2_stdin(std::fs::File::open("/dev/null")?).context("stdin from /dev/null")?;
+    let failed = Command::new(program)
+        .args(args)
+        .env("LISTEN_PID", std::process::id().to_string())
+        .env("LISTEN_FDS", "1")
+        .env("LISTEN_FDNAMES", "demo.socket")
+        // What an outer service manager said is not meant for it.
+        .env_remove("NOTIFY_SOCKET")
+        .env_remove("WATCHDOG_PID")
+        .env_remove("WATCHDOG_USEC")
+        .env_remove("JOURNAL_STREAM")
+        .exec();
+    Err(failed).with_context(|| format!("cannot run {program}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Fields;
+
+    #[test]
+    fn fields_are_read_from_a_log_line() {
+        let fields = Fields::of("INFO connection ended conn=1 relay=splice reason=\"eof\" to_client=12");
+        assert_eq!(fields.get("relay"), "splice");
+        assert_eq!(fields.get("reason"), "eof");
+        assert_eq!(fields.get("cold_start_ms"), "?");
+    }
+}

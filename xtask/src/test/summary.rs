@@ -1,0 +1,99 @@
+//! What is said at the end of a test run.
+
+use std::collections::BTreeMap;
+use std::ops::Add;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+/// How many tests of a tier ended how. A test that lacked what it needs counts as skipped only.
+#[derive(Debug, Default)]
+pub struct Count {
+    /// Ran and held.
+    pub passed: usize,
+    /// Ran and did not, or could not be built.
+    pub failed: usize,
+    /// Ran not, or found a need not met.
+    pub skipped: usize,
+    /// For each skipped test: its name and what it lacks, with the line that mends it.
+    pub skips: Vec<(String, String)>,
+}
+
+impl Count {
+    /// One check that is no test, such as the format.
+    pub fn check(passed: bool) -> Self {
+        Self { passed: passed.into(), failed: (!passed).into(), ..Self::default() }
+    }
+
+    /// A check whose tool is missing: a failure in CI.
+    pub fn missing(check: &str, need: &str) -> Self {
+        println!("{check}: {need}");
+        if in_ci() {
+            return Self::check(false);
+        }
+        Self { skipped: 1, skips: vec![(check.into(), need.into())], ..Self::default() }
+    }
+}
+
+/// Whether a missing need is a failure.
+pub fn in_ci() -> bool {
+    std::env::var_os("CI").is_some_and(|ci| ci == "true")
+}
+
+impl Add for Count {
+    type Output = Self;
+
+    fn add(mut self, other: Self) -> Self {
+        self.skips.extend(other.skips);
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+            skipped: self.skipped + other.skipped,
+            skips: self.skips,
+        }
+    }
+}
+
+/// All tiers so far.
+#[derive(Debug, Default)]
+pub struct Summary {
+    tiers: Vec<(String, Duration, Count)>,
+}
+
+impl Summary {
+    /// Notes a tier that has run.
+    pub fn add(&mut self, tier: &str, took: Duration, count: Count) {
+        self.tiers.push((tier.to_owned(), took, count));
+    }
+
+    /// Prints everything; an error when anything failed or nothing ran.
+    pub fn close(self, quick: bool) -> Result<()> {
+        println!("\n{:20} {:>7} {:>7} {:>8} {:>9}", "tier", "passed", "failed", "skipped", "seconds");
+        for (tier, took, count) in &self.tiers {
+            let seconds = took.as_secs_f64();
+            println!("{tier:20} {:>7} {:>7} {:>8} {seconds:>9.1}", count.passed, count.failed, count.skipped);
+        }
+        let total = self.tiers.into_iter().map(|(_, _, count)| count).fold(Count::default(), Count::add);
+
+        let mut by_need: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (test, need) in &total.skips {
+            by_need.entry(need).or_default().push(test);
+        }
+        if !by_need.is_empty() {
+            println!("\n!!!!!!!!!! NOT TESTED HERE: {} tests lack something !!!!!!!!!!", total.skips.len());
+        }
+        for (need, mut tests) in by_need {
+            tests.sort_unstable();
+            println!("{need}\n    {}", tests.join("\n    "));
+        }
+        if quick {
+            println!("\nLeft out by --quick: the tiers that take minutes (`cargo xtask test --list`).");
+        }
+        println!("\n{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
+        match (total.passed, total.failed) {
+            (0, 0) => bail!("no test ran"),
+            (_, 0) => Ok(()),
+            (_, failed) => bail!("{failed} failed"),
+        }
+    }
+}

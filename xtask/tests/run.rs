@@ -1,0 +1,131 @@
+//! `cargo xtask run` itself: it shows the main job, ends by itself and leaves nothing behind, even when it is killed.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use bro_tests::require;
+use bro_tests::tier::Need;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn task(args: &[&str]) -> Command {
+    let mut task = Command::new(env!("CARGO_BIN_EXE_xtask"));
+    task.arg("run").args(args).env("BRO_BIN", bro_tests::bro::binary()).stdin(Stdio::null());
+    task
+}
+
+#[test]
+fn shows_a_cold_start_and_every_relay_and_ends() {
+    require!(Need::UserNamespaces);
+    let output = task(&[]).output().expect("the task runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}\n{complaint}");
+    for wanted in
+        ["cold start", "200 OK", "relay       splice", "direct, both inside", "bro, splice", "bro, copy"]
+    {
+        assert!(said.contains(wanted), "no `{wanted}` in:\n{said}");
+    }
+    assert!(!said.contains("not to be had"), "{said}");
+}
+
+#[test]
+fn keep_answers_a_second_client_and_ends_on_an_interrupt() {
+    require!(Need::UserNamespaces);
+    let mut kept = Kept::start();
+    kept.get_the_page();
+    kept.signal(Signal::SIGINT);
+    assert!(kept.child.wait().expect("a status").success());
+    kept.assert_nothing_is_left();
+}
+
+#[test]
+fn kill_leaves_nothing_behind() {
+    require!(Need::UserNamespaces);
+    let mut kept = Kept::start();
+    kept.get_the_page();
+    kept.signal(Signal::SIGKILL);
+    kept.child.wait().expect("a status");
+    kept.assert_nothing_is_left();
+}
+
+/// A `cargo xtask run --keep` that is up.
+struct Kept {
+    child: Child,
+    address: String,
+    /// Every process below it, as it was when it came up.
+    family: Vec<i32>,
+}
+
+impl Kept {
+    fn start() -> Self {
+        let mut child = task(&["--keep"]).stdout(Stdio::piped()).spawn().expect("the task runs");
+        let stdout = child.stdout.take().expect("stdout is a pipe");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            BufReader::new(stdout).lines().map_while(Result::ok).for_each(|line| {
+                sender.send(line).ok();
+            });
+        });
+        let deadline = Instant::now() + LIMIT;
+        let address = loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let line = lines.recv_timeout(left).expect("the task comes up");
+            if let Some(rest) = line.strip_prefix("Up until Ctrl-C. Open http://") {
+                break rest.split('/').next().expect("an address").to_owned();
+            }
+        };
+        let mut family = Vec::new();
+        descendants(child.id() as i32, &mut family);
+        assert!(family.len() >= 3, "container, service and bro run: {family:?}");
+        Self { child, address, family }
+    }
+
+    fn get_the_page(&self) {
+        let mut stream = TcpStream::connect(&self.address).expect("the socket is open");
+        stream.set_read_timeout(Some(LIMIT)).expect("a limit");
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        assert!(answer.contains("It woke up."), "{answer}");
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).expect("the task is there");
+    }
+
+    fn assert_nothing_is_left(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let alive = |pid: &&i32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            // A zombie is gone: what holds it is whoever reaps here.
+            !stat.is_empty() && !stat.contains(") Z ") && !stat.contains(") X ")
+        };
+        while self.family.iter().any(|pid| alive(&pid)) {
+            let left: Vec<_> = self.family.iter().filter(alive).collect();
+            assert!(Instant::now() < deadline, "left behind: {left:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(TcpStream::connect(&self.address).is_err(), "the socket is still open");
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+fn descendants(pid: i32, found: &mut Vec<i32>) {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    for child in children.split_whitespace().filter_map(|child| child.parse().ok()) {
+        found.push(child);
+        descendants(child, found);
+    }
+}
