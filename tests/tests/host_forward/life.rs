@@ -55,14 +55,17 @@ pub fn drains(host: &Host, manager: Manager) -> Result<()> {
 }
 
 pub fn status(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::new(host, manager, "status", &Plan::service(manager, 0.0, ""))?;
+    let site = Site::new(host, manager, "status", &Plan::service(manager, 1.0, ""))?;
+    let says = |part: &str| {
+        let what = format!("“{part}” in the forwarder's status");
+        host.wait_until(&what, PATIENCE, || Ok(site.forwarder_show("StatusText")?.contains(part)))
+    };
     let mut client = site.client()?;
+    says("1 client waiting")?;
+    ensure!(site.forwarder_show("ActiveState")? == "active", "no READY=1 although it holds a client");
     client.write_all(b"hello")?;
     client.read_exact(&mut [0; 5])?;
-    ensure!(site.forwarder_show("ActiveState")? == "active", "not active although it serves: no READY=1");
-    host.wait_until("a status with a count of 1", PATIENCE, || {
-        Ok(site.forwarder_show("StatusText")?.contains('1'))
-    })?;
+    says("1 connection now")?;
     // The watchdog's three seconds pass twice; each site has WatchdogSec=.
     let pid = site.forwarder_show("MainPID")?;
     std::thread::sleep(Duration::from_secs(7));

@@ -3,6 +3,7 @@
 
 mod failures;
 mod life;
+mod places;
 mod services;
 mod site;
 mod users;
@@ -22,8 +23,12 @@ const BOTH: &[Case] = &[
     ),
     ("a unit that was running before is left running", waking::leaves_running_what_ran),
     ("a container started by unit dependencies", waking::started_by_dependencies),
-    ("a container in a pod", waking::in_a_pod),
-    ("two sockets with targets of their own", waking::two_sockets),
+    ("a container in a pod", places::in_a_pod),
+    ("containers with a network", places::other_networks),
+    ("containers with a user namespace of their own", places::user_namespaces),
+    ("a process and a namespace instead of a container", places::process_and_namespace),
+    ("two sockets with targets of their own", places::two_sockets),
+    ("sockets of IPv6 and unix", places::other_listeners),
     ("a hundred clients in the first millisecond", waking::hundred_clients),
     ("clients around the moment of the idle exit", waking::clients_around_idle_exit),
     ("readiness: healthy, exec, connect", waking::other_readiness),

@@ -141,6 +141,15 @@ impl<'h> Site<'h> {
         self.host.connect(self.port)
     }
 
+    /// Puts other lines into the socket's unit, and starts it anew.
+    pub fn change_socket(&self, lines: &str) -> Result<()> {
+        self.front.systemctl(self.host, &["stop", &self.socket()])?;
+        self.front.unit(self.host, &self.socket(), &format!("[Socket]\n{lines}\n"))?;
+        self.front.systemctl(self.host, &["daemon-reload"])?;
+        self.front.systemctl(self.host, &["start", &self.socket()])?;
+        Ok(())
+    }
+
     /// What comes back for `request`: sent, half-closed, read to the end.
     pub fn ask(&self, request: &[u8]) -> Result<Vec<u8>> {
         ask(self.client()?, request)
