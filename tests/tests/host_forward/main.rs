@@ -33,6 +33,9 @@ const BOTH: &[Case] = &[
     ("clients around the moment of the idle exit", waking::clients_around_idle_exit),
     ("readiness: healthy, exec, connect", waking::other_readiness),
     ("a container that restarts under a running forwarder", life::container_restarts),
+    ("a container that restarts itself while a client is held", life::container_restarts_itself),
+    ("a container that is slow to stop", life::slow_to_stop),
+    ("a client that leaves while it is held", life::client_leaves),
     ("stopping the forwarder lets a connection finish", life::drains),
     ("what systemd is told", life::status),
     ("a container that dies during its start", failures::dies_during_start),
@@ -54,6 +57,12 @@ const OTHERS: &[OtherCase] = &[
         users::bus_without_environment,
     ),
     ("somebody else's container, process and namespace", users::somebody_elses),
+    ("root's forwarder and a user's container", users::roots_forwarder),
+    (
+        "a symbolic link of the container's does not lead to the host's sockets",
+        users::symlink_in_the_container,
+    ),
+    ("a user's process that passes itself off as conmon gets no client of root's", users::false_conmon),
     ("the system's manager is not an ordinary user's to command", users::systems_manager),
 ];
 

@@ -204,7 +204,11 @@ impl<'h> Site<'h> {
 
     /// The container's unit is stopped, and podman knows no such container any more.
     pub fn await_container_gone(&self) -> Result<()> {
-        self.manager.wait_for(self.host, &self.unit(), "ActiveState", "inactive", PATIENCE)?;
+        // A container that had to be killed leaves its unit "failed"; it is gone all the same.
+        self.host.wait_until("the end of the container's unit", PATIENCE, || {
+            let state = self.manager.show(self.host, &self.unit(), "ActiveState")?;
+            Ok(matches!(state.as_str(), "inactive" | "failed"))
+        })?;
         let exists = ["podman", "container", "exists", &format!("systemd-{}", self.name)].map(str::to_owned);
         let exists: Vec<&str> = exists.iter().map(String::as_str).collect();
         ensure!(!self.manager.try_run(self.host, &exists)?.success(), "the container is still there");
@@ -256,6 +260,16 @@ impl Drop for Site<'_> {
         self.front.systemctl(self.host, &["stop", &socket, &forwarder]).ok();
         self.manager.systemctl(self.host, &["stop", &unit]).ok();
     }
+}
+
+/// A folder of its owner's for a container's volume.
+pub fn folder(host: &Host, manager: Manager, name: &str) -> Result<String> {
+    let folder = match manager {
+        Manager::System => format!("/srv/{name}"),
+        Manager::User(user) => format!("/home/{user}/{name}"),
+    };
+    host.write(&format!("{folder}/there"), "")?;
+    Ok(folder)
 }
 
 /// A field of a journal record.
