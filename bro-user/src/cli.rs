@@ -9,7 +9,7 @@ use crate::timespan::TimeSpan;
 
 /// Start any container on its first connection, relay it without losing a byte, and get out of the way.
 #[derive(Debug, Parser)]
-#[command(name = "bro", version, max_term_width = 100, propagate_version = true, subcommand_required = true)]
+#[command(name = "bro", version, long_version = long_version(), max_term_width = 100, propagate_version = true, subcommand_required = true)]
 #[command(
     after_help = "Exit status: 0 done; 1 failed; 2 wrong usage; 3 no socket was passed; 4 container, process or \
     namespace not found; 5 not permitted."
@@ -20,6 +20,15 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// The version, with what made the kernel relay's programs.
+fn long_version() -> &'static str {
+    static TEXT: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
+        let object = crate::kernel::OBJECT.lines().collect::<Vec<_>>().join("\n  ");
+        format!("{}\nkernel programs made by\n  {object}", env!("CARGO_PKG_VERSION"))
+    });
+    &TEXT
+}
+
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -28,6 +37,8 @@ pub enum Command {
     Forward(Box<Forward>),
     /// What running forwarders of this user do: connections, bytes by relay, cold starts
     Status(Status),
+    /// What this host can do for this user and what not, one line a check, with the fix
+    Doctor(Doctor),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
     NetnsAgent,
@@ -122,9 +133,24 @@ pub struct Forward {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_per_source: Option<u32>,
 
-    /// How bytes are moved: auto, splice (no copy into user space) or copy
+    /// How bytes are moved: auto, sockmap, splice or copy
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub relay: RelayChoice,
+
+    /// Let what clients on this host send take a kernel lane too: off, on, or a cgroup's path
+    ///
+    /// The lane's program then looks at every TCP connection that is made in that cgroup (on: in all of them) and takes
+    /// hold of those towards this forwarder's own sockets, so it is off unless asked for: the clients are other
+    /// people's programs. Their bytes go straight into the service's connection, and the forwarder sleeps.
+    #[arg(long, value_name = "off|on|CGROUP", default_value = "off")]
+    pub local_clients: LocalClients,
+
+    /// Let sockets in blocking mode take the kernel lanes too
+    ///
+    /// The kernel's receive path for such sockets has a flaw: a blocking recv that is interrupted by a signal (even with
+    /// SA_RESTART), or that follows a shutdown of the sending side, can fail with EAGAIN. Only for programs that bear it.
+    #[arg(long)]
+    pub blocking_sockets: bool,
 
     /// TCP keepalive on both legs: idle time before the first probe
     #[arg(long, value_name = "SPAN", default_value = "2h")]
@@ -141,6 +167,38 @@ pub struct Forward {
     /// More log lines: -v for every connection's start, -vv for every step
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
+}
+
+/// `--local-clients=`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LocalClients {
+    /// Clients' sockets are left alone.
+    Off,
+    /// Clients anywhere on this host.
+    On,
+    /// Clients in this cgroup and below.
+    Cgroup(PathBuf),
+}
+
+impl std::str::FromStr for LocalClients {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self::Off),
+            "on" => Ok(Self::On),
+            path if path.starts_with('/') => Ok(Self::Cgroup(path.into())),
+            _ => Err(format!("“{text}” is neither off, on, nor a cgroup's path such as /user.slice")),
+        }
+    }
+}
+
+/// `bro doctor`.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `bro status`.
@@ -164,6 +222,9 @@ pub struct Status {
 pub enum RelayChoice {
     /// The best relay this host can have
     Auto,
+    /// The kernel relay: what the service sends goes straight into the client's connection, without waking bro; what
+    /// cannot go that way is spliced. Where it cannot be had, this is an error
+    Sockmap,
     /// splice(2) through a pipe, bytes stay in the kernel
     Splice,
     /// recv and send through a buffer

@@ -4,8 +4,10 @@
 //! forwarder's life) and [`engine`] (one thread, one epoll, every connection); ARCHITECTURE.md is the map.
 
 pub mod activate;
+pub mod capabilities;
 pub mod cli;
 pub mod connection;
+pub mod doctor;
 pub mod engine;
 pub mod exit;
 pub mod forward;

@@ -71,16 +71,22 @@ fn forwarders_on_a_real_host() {
     if !bro_tests::tier::met("forwarders_on_a_real_host", &NEEDS) {
         return;
     }
-    let mut cases = Cases::default();
+    let cases = Cases::default();
     let mut host = Host::boot().expect("the host boots");
     note(&format!("the host booted in {:.1} s", host.booted_in().as_secs_f64()));
     site::prepare(&host).expect("the host can be prepared");
-    for manager in [Manager::System, Manager::User("test")] {
-        let kind = if manager == Manager::System { "rootful" } else { "rootless" };
-        for (name, case) in BOTH {
-            cases.case(&format!("{kind}: {name}"), || case(&host, manager));
+    // At once, as on a server: most of the time is spent waiting.
+    std::thread::scope(|scope| {
+        for manager in [Manager::System, Manager::User("test")] {
+            let (host, cases) = (&host, &cases);
+            scope.spawn(move || {
+                let kind = if manager == Manager::System { "rootful" } else { "rootless" };
+                for (name, case) in BOTH {
+                    cases.case(&format!("{kind}: {name}"), || case(host, manager));
+                }
+            });
         }
-    }
+    });
     for (name, case) in OTHERS {
         cases.case(name, || case(&host));
     }

@@ -75,8 +75,8 @@ pub fn symlink_in_the_container(host: &Host) -> Result<()> {
     Ok(())
 }
 
-/// An ordinary user's process that looks like the container's conmon, down to the owner of its folder in /proc (root's, since
-/// it is not dumpable), must not get the clients of root's container.
+/// An ordinary user's process with the name and the command line of the container's conmon must not get the clients of root's
+/// container, even if it hides whose it is as far as a process can.
 pub fn false_conmon(host: &Host) -> Result<()> {
     let system = Manager::System;
     host.write("/home/test/conmon.py", FALSE_CONMON)?;
