@@ -231,7 +231,7 @@ impl<'h> Site<'h> {
         self.host
             .wait_until(&format!("{count} lines about ended connections"), PATIENCE, || {
                 ended = self.front.journal_records(self.host, &self.forwarder())?;
-                ended.retain(|record| record.get("BRO_REASON").is_some());
+                ended.retain(|record| record.get("BRO_DURATION_MS").is_some());
                 Ok(ended.len() >= count)
             })
             .with_context(|| self.journal())?;
