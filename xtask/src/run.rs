@@ -71,20 +71,15 @@ pub fn run(args: &Args) -> Result<()> {
     println!("socket      {}, held open as systemd holds it; no forwarder runs", socket.address);
     println!();
 
-    let mut forwarder = tell_first_connection(&bro, &mut container, &socket, args)?;
+    let forwarder = tell_first_connection(&bro, &mut container, &socket, args)?;
     println!();
     compare::table(&bro, &mut container)?;
     println!();
 
     match interrupts {
-        Some(interrupts) => keep::stay_up(&bro, &mut container, &socket, forwarder, &interrupts)?,
-        None => {
-            forwarder.new_lines();
-            let status = forwarder.end()?;
-            ensure!(status.success(), "bro ended with {status} on SIGTERM");
-        }
+        Some(interrupts) => keep::stay_up(&bro, &mut container, &socket, forwarder, &interrupts),
+        None => forwarder.end(),
     }
-    Ok(())
 }
 
 /// The first client finds nobody there but the socket, and gets its answer all the same.
@@ -115,6 +110,9 @@ fn tell_first_connection(
         ms(woken.answered).trim()
     );
     println!("relay       {}: {}", end.get("relay"), compare::why(end.get("relay")));
+    for warning in woken.forwarder.warnings() {
+        println!("            bro: {warning}");
+    }
     println!(
         "bytes       {} to the service, {} to the client; the connection ended by {}",
         end.get("to_service"),
@@ -127,7 +125,7 @@ fn tell_first_connection(
 /// The command line of `bro forward` for this container.
 fn forward_line(container: &Container, options: &[String]) -> Vec<String> {
     let mut line = vec!["forward".to_owned(), format!("--pid={}", container.pid())];
-    line.push("--start-timeout=20s".into());
+    line.extend(["--start-timeout=20s".into(), "--drain-timeout=2s".into()]);
     line.extend_from_slice(options);
     line.push(SERVICE.into());
     line

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -58,7 +59,7 @@ fn kill_leaves_nothing_behind() {
 struct Kept {
     child: Child,
     address: String,
-    /// Every process below it, as it was when it came up.
+    /// Every process below it, after a client was served.
     family: Vec<i32>,
 }
 
@@ -80,19 +81,19 @@ impl Kept {
                 break rest.split('/').next().expect("an address").to_owned();
             }
         };
-        let mut family = Vec::new();
-        descendants(child.id() as i32, &mut family);
-        assert!(family.len() >= 3, "container, service and bro run: {family:?}");
-        Self { child, address, family }
+        Self { child, address, family: Vec::new() }
     }
 
-    fn get_the_page(&self) {
+    /// Wakes whatever slept: afterwards container, service and bro run.
+    fn get_the_page(&mut self) {
         let mut stream = TcpStream::connect(&self.address).expect("the socket is open");
         stream.set_read_timeout(Some(LIMIT)).expect("a limit");
         stream.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("a request");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("an answer");
         assert!(answer.contains("It woke up."), "{answer}");
+        descendants(self.child.id() as i32, &mut self.family);
+        assert!(self.family.len() >= 3, "container, service and bro run: {:?}", self.family);
     }
 
     fn signal(&self, signal: Signal) {
@@ -112,6 +113,10 @@ impl Kept {
             std::thread::sleep(Duration::from_millis(20));
         }
         assert!(TcpStream::connect(&self.address).is_err(), "the socket is still open");
+        for pid in &self.family {
+            let runtime = Path::new("/run/bro").join(pid.to_string());
+            assert!(!runtime.exists(), "{} is still there", runtime.display());
+        }
     }
 }
 

@@ -7,12 +7,13 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 
 use super::process::die_with_parent;
 use super::service::{pattern, read_head};
 
 /// One round of measuring: this download, then as many round trips of 64 bytes.
-pub const BULK: u64 = 256 << 20;
+pub const BULK: u64 = 128 << 20;
 /// See [`BULK`].
 pub const ROUND_TRIPS: usize = 2000;
 
@@ -45,7 +46,7 @@ impl FromStr for Figures {
 
 /// The client process inside the container.
 pub fn main(address: &str) -> Result<()> {
-    die_with_parent()?;
+    die_with_parent(Signal::SIGKILL)?;
     match measure(address) {
         Ok(figures) => println!("figures {figures}"),
         Err(error) => println!("error the client inside the container: {error:#}"),

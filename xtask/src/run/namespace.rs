@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::Signal;
 
 use super::client::Figures;
 use super::process::{Guarded, Lines, die_with_parent, part};
@@ -90,7 +91,7 @@ pub fn main() -> Result<()> {
 fn serve() -> Result<()> {
     let rootless = enter_new_namespace()?;
     // After unshare(): a change of credentials may forget the request.
-    die_with_parent()?;
+    die_with_parent(Signal::SIGKILL)?;
     lo_up().context("cannot bring lo up in the new namespace")?;
     println!("ready {}", if rootless { "rootless" } else { "rootful" });
 

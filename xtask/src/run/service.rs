@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 
 use super::process::die_with_parent;
 
@@ -19,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The service process. It ends when the container process ends it.
 pub fn main(address: &str) -> Result<()> {
-    die_with_parent()?;
+    die_with_parent(Signal::SIGKILL)?;
     let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     println!("listening");
     for client in listener.incoming() {

@@ -102,18 +102,41 @@ impl Forwarder {
         if self.seen.is_empty() { "(nothing logged)".into() } else { self.seen.join("\n  ") }
     }
 
-    /// Asks it to end with SIGTERM, and gives its exit status.
-    pub fn end(mut self) -> Result<ExitStatus> {
+    /// What it has warned of.
+    pub fn warnings(&mut self) -> Vec<String> {
+        self.new_lines();
+        let warnings = self.seen.iter().filter_map(|line| line.split_once(" WARN "));
+        warnings.map(|(_, warning)| warning.trim().to_owned()).collect()
+    }
+
+    /// Ends it, and makes sure that it ended well.
+    pub fn end(mut self) -> Result<()> {
+        let status = self.terminate()?;
+        ensure!(status.success(), "bro ended with {status} on SIGTERM; its log: {}", self.story());
+        Ok(())
+    }
+
+    fn terminate(&mut self) -> Result<ExitStatus> {
+        if let Some(status) = self.process.0.try_wait()? {
+            return Ok(status);
+        }
         kill(Pid::from_raw(self.pid().try_into()?), Signal::SIGTERM).context("SIGTERM to bro")?;
         // Its log ends when it does.
-        let ended = self.log.until(Duration::from_secs(10), &mut self.seen, |_| false);
-        ensure!(self.log.has_ended(), "bro did not end on SIGTERM ({ended:?}); its log: {}", self.story());
+        self.log.until(Duration::from_secs(10), &mut self.seen, |_| false).ok();
+        ensure!(self.log.has_ended(), "bro did not end on SIGTERM; its log: {}", self.story());
         Ok(self.process.0.wait()?)
     }
 
     /// Whether it has exited by itself.
     pub fn has_exited(&mut self) -> Result<bool> {
         Ok(self.process.0.try_wait()?.is_some())
+    }
+}
+
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        // What does not end so is killed, when `process` is dropped.
+        self.terminate().ok();
     }
 }
 
@@ -136,7 +159,8 @@ impl Fields {
 /// What happens between fork and exec of an activated program. LISTEN_PID must be the program's own, which is known
 /// only here; exec keeps it.
 pub fn become_forwarder(command: &[String]) -> Result<()> {
-    die_with_parent()?;
+    // Not SIGKILL: bro has a runtime directory to remove. It ends soon, for the service and the client go as well.
+    die_with_parent(Signal::SIGTERM)?;
     let (program, args) = command.split_first().context("a program to become")?;
     // SAFETY: nothing in this process owns descriptor 3: it is single-threaded and has opened nothing so far.
     let socket = unsafe { nix::unistd::dup2_raw(std::io::stdin(), 3) }.context("dup2 to descriptor 3")?;
