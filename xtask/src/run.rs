@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Subcommand;
+use nix::sys::signal::SigSet;
 
 use namespace::{Container, SERVICE};
 use systemd::{Forwarder, Socket};
@@ -47,6 +48,8 @@ pub enum Part {
 
 /// One of the parts.
 pub fn part(part: Part) -> Result<()> {
+    // `--keep` blocks signals in the task; its parts have inherited that, and systemd's programs would not.
+    SigSet::empty().thread_set_mask().context("cannot unblock signals")?;
     match part {
         Part::Container => namespace::main(),
         Part::Service { address } => service::main(&address),

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -61,6 +61,8 @@ struct Kept {
     address: String,
     /// Every process below it, after a client was served.
     family: Vec<i32>,
+    /// The runtime directories of those that are bro.
+    runtime: Vec<PathBuf>,
 }
 
 impl Kept {
@@ -81,7 +83,7 @@ impl Kept {
                 break rest.split('/').next().expect("an address").to_owned();
             }
         };
-        Self { child, address, family: Vec::new() }
+        Self { child, address, family: Vec::new(), runtime: Vec::new() }
     }
 
     /// Wakes whatever slept: afterwards container, service and bro run.
@@ -93,6 +95,12 @@ impl Kept {
         stream.read_to_string(&mut answer).expect("an answer");
         assert!(answer.contains("It woke up."), "{answer}");
         descendants(self.child.id() as i32, &mut self.family);
+        let is_bro = |pid: &&i32| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "bro")
+        };
+        let directory = |pid: &i32| Path::new("/run/bro").join(pid.to_string());
+        self.runtime = self.family.iter().filter(is_bro).map(directory).collect();
+        assert!(!self.runtime.is_empty(), "bro runs: {:?}", self.family);
         assert!(self.family.len() >= 3, "container, service and bro run: {:?}", self.family);
     }
 
@@ -113,9 +121,8 @@ impl Kept {
             std::thread::sleep(Duration::from_millis(20));
         }
         assert!(TcpStream::connect(&self.address).is_err(), "the socket is still open");
-        for pid in &self.family {
-            let runtime = Path::new("/run/bro").join(pid.to_string());
-            assert!(!runtime.exists(), "{} is still there", runtime.display());
+        for directory in &self.runtime {
+            assert!(!directory.exists(), "{} is still there", directory.display());
         }
     }
 }
