@@ -9,6 +9,7 @@ pub mod connection;
 pub mod engine;
 pub mod exit;
 pub mod forward;
+pub mod kernel;
 pub mod life;
 pub mod listen;
 pub mod logging;

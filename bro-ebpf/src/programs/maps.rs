@@ -1,0 +1,100 @@
+//! The maps. Sizes are the loader's to set; the numbers here are placeholders that the kernel would accept.
+
+use core::arch::asm;
+use core::ffi::c_void;
+use core::sync::atomic::AtomicU64;
+
+use aya_ebpf::btf_maps::{Array, HashMap, RingBuf, SkStorage, SockHash};
+use aya_ebpf::helpers::bpf_ringbuf_output;
+use aya_ebpf::macros::btf_map;
+use bro_ebpf::{Counter, Flow, RawEvent, Record, Route, Sender, TargetKey, Watch, WatchKey};
+
+/// `BPF_F_MMAPABLE`.
+const MMAPABLE: usize = 1 << 10;
+
+/// The lanes' records, shared with the forwarder by mmap.
+#[btf_map]
+pub static RECORDS: Array<Record, 64, MMAPABLE> = Array::new();
+/// What the programs count in all, by [`Counter`].
+#[btf_map]
+pub static TOTALS: Array<AtomicU64, { Counter::COUNT }, MMAPABLE> = Array::new();
+/// Which record a flow's sender uses. Written by the forwarder.
+#[btf_map]
+pub static ROUTES: HashMap<Flow, Route, 64> = HashMap::new();
+/// Which ports to watch. Written by the forwarder; the programs learn the kind.
+#[btf_map]
+pub static WATCHED: HashMap<WatchKey, Watch, 64> = HashMap::new();
+/// The hooked senders by socket cookie; `bro_send` is attached to this map, so it must not use it itself (a cycle of
+/// references would keep both alive).
+#[btf_map]
+pub static SENDERS: SockHash<u64, 64> = SockHash::new();
+/// The forwarder's sockets that senders may be redirected to. Has no program of its own.
+#[btf_map]
+pub static TARGETS: SockHash<TargetKey, 64> = SockHash::new();
+/// What is known of a watched socket; goes with the socket.
+#[btf_map]
+pub static SENDER: SkStorage<Sender> = SkStorage::new();
+/// Events for the forwarder.
+#[btf_map]
+pub static EVENTS: RingBuf<RawEvent, 65536> = RingBuf::new();
+
+/// The map as the helpers want it.
+#[inline(always)]
+pub fn raw<M>(map: &'static M) -> *mut c_void {
+    core::ptr::from_ref(map).cast_mut().cast()
+}
+
+/// Counts one.
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(total) = TOTALS.get(counter as u32) {
+        add(total, 1);
+    }
+}
+
+/// Tells the forwarder.
+#[inline(always)]
+pub fn tell(event: &RawEvent) {
+    let data = core::ptr::from_ref(event).cast_mut().cast();
+    // SAFETY: the event is plain bytes without padding, and the helper copies them before it returns.
+    let sent = unsafe { bpf_ringbuf_output(raw(&EVENTS), data, size_of::<RawEvent>() as u64, 0) };
+    if sent != 0 {
+        count(Counter::EventsLost);
+    }
+}
+
+/// Adds to a number that other CPUs add to as well. In assembly, because Rust gives this target no read-modify-write.
+#[inline(always)]
+fn add(to: &AtomicU64, more: u64) {
+    // SAFETY: one atomic instruction on a valid, aligned number.
+    unsafe { asm!("lock *(u64 *)({to} + 0) += {more}", to = in(reg) to.as_ptr(), more = in(reg) more) };
+}
+
+/// Reads a number with a full barrier: what is read after it is at least as new as what was read before it.
+#[inline(always)]
+pub fn load_with_barrier(from: &AtomicU64) -> u64 {
+    let mut value = 0u64;
+    // SAFETY: one atomic instruction on a valid, aligned number; it adds nothing to it.
+    unsafe {
+        asm!(
+            "{value} = atomic_fetch_add((u64 *)({from} + 0), {value})",
+            from = in(reg) from.as_ptr(),
+            value = inout(reg) value,
+        );
+    }
+    value
+}
+
+/// Reads a number of the record: one load. (This target cannot compile an atomic one.)
+#[inline(always)]
+pub fn load(from: &AtomicU64) -> u64 {
+    // SAFETY: the pointer is valid and aligned; an aligned load of a word is never torn.
+    unsafe { from.as_ptr().read_volatile() }
+}
+
+/// Writes a number of the record: one store.
+#[inline(always)]
+pub fn store(to: &AtomicU64, value: u64) {
+    // SAFETY: as above.
+    unsafe { to.as_ptr().write_volatile(value) }
+}

@@ -1,0 +1,294 @@
+//! `sockops`: finds the senders, learns what kind a service is, and lets senders go.
+
+use core::arch::asm;
+use core::ffi::c_void;
+use core::mem::offset_of;
+
+use aya_ebpf::bindings::{
+    BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+    BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT1, BPF_TCP_LAST_ACK, bpf_sock_ops,
+};
+use aya_ebpf::helpers::{
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_map_delete_elem, bpf_sk_storage_get,
+    bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
+};
+use bro_ebpf::{Counter, Flow, RawEvent, Route, Sender, SenderState, Watch, WatchKey, kind, role, v4_mapped};
+
+use crate::kernel::{TcpSock, hook_blocking};
+use crate::maps::{SENDER, SENDERS, WATCHED, count, raw, tell};
+
+/// Reads a word of the context. In assembly, because the verifier wants every access to the context to be one load at a
+/// constant offset from the untouched pointer, and the compiler would rather compute addresses.
+#[inline(always)]
+fn word_at<const OFFSET: usize>(ops: *mut bpf_sock_ops) -> u32 {
+    let value: u64;
+    // SAFETY: the kernel passes a valid context; the verifier checks the access.
+    unsafe {
+        asm!(
+            "{value} = *(u32 *)({ops} + {offset})",
+            ops = in(reg) ops,
+            value = out(reg) value,
+            offset = const OFFSET,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+    value as u32
+}
+
+macro_rules! context {
+    ($ops:expr, $field:ident) => {
+        word_at::<{ offset_of!(bpf_sock_ops, $field) }>($ops)
+    };
+}
+
+/// `AF_INET`.
+const INET: u32 = 2;
+/// `BPF_NOEXIST`.
+const NOEXIST: u64 = 1;
+
+/// One callback of one socket.
+#[inline(always)]
+pub fn event(ops: *mut bpf_sock_ops) {
+    match context!(ops, op) {
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => established(ops, role::SERVICE),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(ops, role::CLIENT),
+        BPF_SOCK_OPS_RTT_CB => learn(ops),
+        BPF_SOCK_OPS_STATE_CB => state_changed(ops),
+        BPF_SOCK_OPS_TCP_LISTEN_CB => listening(ops),
+        _ => {}
+    }
+}
+
+/// The socket of the context, when it is a full one.
+#[inline(always)]
+fn socket(ops: *mut bpf_sock_ops) -> Option<*mut c_void> {
+    const SK: usize = offset_of!(bpf_sock_ops, __bindgen_anon_2);
+    let sk: *mut c_void;
+    // SAFETY: as in `word_at`; the kernel hands out a pointer here.
+    unsafe {
+        asm!(
+            "{sk} = *(u64 *)({ops} + {offset})",
+            ops = in(reg) ops,
+            sk = out(reg) sk,
+            offset = const SK,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+    (!sk.is_null()).then_some(sk)
+}
+
+/// What is known of a socket seen before.
+#[inline(always)]
+fn known(ops: *mut bpf_sock_ops) -> Option<&'static mut Sender> {
+    let sk = socket(ops)?;
+    // SAFETY: `sk` is the context's own and not null.
+    let sender = unsafe { bpf_sk_storage_get(raw(&SENDER), sk, core::ptr::null_mut(), 0) };
+    // SAFETY: the storage lives as long as the socket, which is locked while its callbacks run.
+    unsafe { sender.cast::<Sender>().as_mut() }
+}
+
+#[inline(always)]
+fn watch_key(ops: *mut bpf_sock_ops, port: u32) -> WatchKey {
+    // SAFETY: the context is the kernel's own.
+    WatchKey { netns: unsafe { bpf_get_netns_cookie(ops.cast()) }, port, zero: 0 }
+}
+
+/// A connection at a watched port exists: `wanted` says which end of it this is.
+#[inline(always)]
+fn established(ops: *mut bpf_sock_ops, wanted: u32) {
+    let (local_port, remote_port) = (context!(ops, local_port), u32::from_be(context!(ops, remote_port)));
+    let service = wanted == role::SERVICE;
+    let key = watch_key(ops, if service { local_port } else { remote_port });
+    let Some(watch) = WATCHED.get_ptr_mut(&key) else { return };
+    // SAFETY: the verifier checks the access; each word is written whole.
+    let Watch { role, kind } = unsafe { *watch };
+    if role != wanted {
+        return;
+    }
+    if service && !hook_blocking() && (kind == kind::BLOCKING || kind == kind::ZEROCOPY) {
+        return;
+    }
+    let flow = flow(ops, key.netns, local_port as u16, remote_port as u16);
+    if !service && !flow.is_local() {
+        // A client of somebody else's server at the same port.
+        return;
+    }
+    let Some(sk) = socket(ops) else { return };
+    let Some(tcp) = TcpSock::of(sk) else { return };
+    let base = tcp.write_seq();
+    if context!(ops, data_segs_out) != 0 || context!(ops, snd_nxt) != base {
+        // It sent data in its SYN: `base` would count bytes that may still be on their way.
+        count(Counter::FastOpen);
+        return;
+    }
+    if tcp.zerocopy() {
+        if service {
+            // SAFETY: as above.
+            unsafe { (*watch).kind = kind::ZEROCOPY };
+        }
+        count(Counter::Zerocopy);
+        return;
+    }
+    // A client's socket has its file already; the service's has none before it is accepted, so the service is learned.
+    if !service && !hook_blocking() && tcp.nonblocking() != Some(true) {
+        count(Counter::Blocking);
+        return;
+    }
+    // SAFETY: the context is the kernel's own.
+    let cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };
+    let mut new = Sender { flow, watch: key, cookie, route: Route { record: 0, serial: 0 }, base, state: 0 };
+    let create = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
+    let value = core::ptr::from_mut(&mut new).cast();
+    // SAFETY: `sk` is the context's own and not null, `value` is of the storage's type.
+    let sender = unsafe { bpf_sk_storage_get(raw(&SENDER), sk, value, create) }.cast::<Sender>();
+    // SAFETY: the storage lives as long as the socket, which is locked while its callbacks run.
+    let Some(sender) = (unsafe { sender.as_mut() }) else { return };
+    if sender.state != 0 {
+        // The program is attached to a parent cgroup as well and saw this connection already.
+        return;
+    }
+    if service && !hook_blocking() && kind == kind::UNKNOWN {
+        sender.state = SenderState::LEARNING;
+        count(Counter::Watched);
+        set_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG, 0);
+    } else {
+        hook(ops, sender);
+    }
+}
+
+#[inline(always)]
+fn hook(ops: *mut bpf_sock_ops, sender: &mut Sender) {
+    set_flags(ops, BPF_SOCK_OPS_STATE_CB_FLAG, 0);
+    let mut key = sender.cookie;
+    let key = core::ptr::from_mut(&mut key).cast();
+    // SAFETY: the context is the kernel's own, the key is of the map's key type.
+    let hooked = unsafe { bpf_sock_hash_update(ops, raw(&SENDERS), key, NOEXIST) };
+    if hooked == 0 {
+        sender.state = SenderState::HOOKED;
+        count(Counter::Hooked);
+    } else {
+        count(Counter::HookRefused);
+    }
+}
+
+/// A segment of a watched service's first connection was acknowledged, so it has sent something: its file now says which
+/// kind of socket the service uses.
+#[inline(always)]
+fn learn(ops: *mut bpf_sock_ops) {
+    if context!(ops, data_segs_out) == 0 {
+        return;
+    }
+    let Some(sender) = known(ops) else { return };
+    if sender.state & SenderState::LEARNING == 0 {
+        return;
+    }
+    let Some(tcp) = socket(ops).and_then(TcpSock::of) else { return };
+    let Some(nonblocking) = tcp.nonblocking() else { return };
+    sender.state &= !SenderState::LEARNING;
+    set_flags(ops, 0, BPF_SOCK_OPS_RTT_CB_FLAG);
+    let learned = match (nonblocking, tcp.zerocopy()) {
+        (false, _) => kind::BLOCKING,
+        (true, true) => kind::ZEROCOPY,
+        (true, false) => kind::FIT,
+    };
+    let Some(watch) = WATCHED.get_ptr_mut(&sender.watch) else { return };
+    // SAFETY: the verifier checks the accesses; each word is written whole.
+    unsafe {
+        if (*watch).kind != kind::UNKNOWN {
+            return;
+        }
+        (*watch).kind = learned;
+    }
+    tell(&RawEvent {
+        what: RawEvent::LEARNED,
+        record: learned,
+        serial: 0,
+        port: sender.watch.port,
+        netns: sender.watch.netns,
+        socket: sender.cookie,
+    });
+}
+
+/// A hooked sender that can send no more is let go: its later reads are ordinary TCP's again.
+#[inline(always)]
+fn state_changed(ops: *mut bpf_sock_ops) {
+    // The callback's second argument, args[1]. (`offset_of` cannot look into an array.)
+    let new = {
+        const NEW_STATE: usize = offset_of!(bpf_sock_ops, __bindgen_anon_1) + 4;
+        word_at::<NEW_STATE>(ops)
+    };
+    if new != BPF_TCP_FIN_WAIT1 && new != BPF_TCP_LAST_ACK && new != BPF_TCP_CLOSE {
+        return;
+    }
+    let Some(sender) = known(ops) else { return };
+    if sender.state & SenderState::HOOKED == 0 {
+        return;
+    }
+    sender.state &= !SenderState::HOOKED;
+    let mut key = sender.cookie;
+    let key = core::ptr::from_mut(&mut key).cast();
+    // SAFETY: the key is of the map's key type.
+    if unsafe { bpf_map_delete_elem(raw(&SENDERS), key) } == 0 {
+        count(Counter::Unhooked);
+    }
+}
+
+/// Something called listen().
+#[inline(always)]
+fn listening(ops: *mut bpf_sock_ops) {
+    let key = watch_key(ops, context!(ops, local_port));
+    let Some(watch) = WATCHED.get_ptr_mut(&key) else { return };
+    // SAFETY: as above.
+    if unsafe { (*watch).role } != role::SERVICE {
+        return;
+    }
+    tell(&RawEvent {
+        what: RawEvent::LISTENING,
+        record: 0,
+        serial: 0,
+        port: key.port,
+        netns: key.netns,
+        socket: 0,
+    });
+}
+
+/// Switches callbacks on and off, leaving alone what other programs asked for.
+#[inline(always)]
+fn set_flags(ops: *mut bpf_sock_ops, on: u32, off: u32) {
+    let flags = context!(ops, bpf_sock_ops_cb_flags);
+    // SAFETY: the context is the kernel's own. It fails for sockets that have no callbacks, which is no loss.
+    unsafe { bpf_sock_ops_cb_flags_set(ops, (flags & !off | on) as i32) };
+}
+
+#[inline(always)]
+fn flow(ops: *mut bpf_sock_ops, netns: u64, local_port: u16, remote_port: u16) -> Flow {
+    let (local, remote) = if context!(ops, family) == INET {
+        let (local, remote) = (context!(ops, local_ip4), context!(ops, remote_ip4));
+        (v4_mapped(local.to_ne_bytes()), v4_mapped(remote.to_ne_bytes()))
+    } else {
+        const LOCAL: usize = offset_of!(bpf_sock_ops, local_ip6);
+        const REMOTE: usize = offset_of!(bpf_sock_ops, remote_ip6);
+        (
+            six(
+                word_at::<LOCAL>(ops),
+                word_at::<{ LOCAL + 4 }>(ops),
+                word_at::<{ LOCAL + 8 }>(ops),
+                word_at::<{ LOCAL + 12 }>(ops),
+            ),
+            six(
+                word_at::<REMOTE>(ops),
+                word_at::<{ REMOTE + 4 }>(ops),
+                word_at::<{ REMOTE + 8 }>(ops),
+                word_at::<{ REMOTE + 12 }>(ops),
+            ),
+        )
+    };
+    Flow::new(netns, local, local_port, remote, remote_port)
+}
+
+#[inline(always)]
+fn six(a: u32, b: u32, c: u32, d: u32) -> [u8; 16] {
+    // SAFETY: four words are sixteen bytes.
+    unsafe { core::mem::transmute([a, b, c, d]) }
+}

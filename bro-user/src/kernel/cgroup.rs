@@ -1,0 +1,60 @@
+//! Where processes are in the cgroup v2 tree, as paths that can be opened.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The folder at which cgroup v2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified beside version 1.
+///
+/// # Errors
+/// When it is not mounted.
+pub fn mount_point() -> io::Result<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
+    let found = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let (path, kind) = (fields.next()?, fields.next()?);
+        (kind == "cgroup2").then(|| path.replace("\\040", " ").into())
+    });
+    found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "cgroup v2 is not mounted"))
+}
+
+/// The folder of a process's cgroup.
+///
+/// # Errors
+/// When the process is gone, or the cgroup is outside what this process's cgroup namespace shows.
+pub fn of_process(pid: u32) -> io::Result<PathBuf> {
+    parse(&std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?, &mount_point()?)
+}
+
+/// The folder of this process's own cgroup.
+///
+/// # Errors
+/// As [`of_process`].
+pub fn of_self() -> io::Result<PathBuf> {
+    parse(&std::fs::read_to_string("/proc/self/cgroup")?, &mount_point()?)
+}
+
+fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
+    let path = table.lines().find_map(|line| line.strip_prefix("0::/"));
+    match path {
+        Some(path) if !path.starts_with("..") => Ok(mount.join(path)),
+        _ => Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 of it is visible here")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_of_version_2_counts() {
+        let mount = Path::new("/sys/fs/cgroup");
+        let path = |table| parse(table, mount).ok();
+        assert_eq!(
+            path("4:cpu:/x\n0::/a.slice/b.service\n"),
+            Some("/sys/fs/cgroup/a.slice/b.service".into())
+        );
+        assert_eq!(path("0::/\n"), Some("/sys/fs/cgroup/".into()));
+        assert_eq!(path("0::/../../other\n"), None);
+        assert_eq!(path("4:cpu:/x\n"), None);
+    }
+}

@@ -1,0 +1,252 @@
+//! The self-test: a service, a client and a forwarder in miniature, over loopback, with the real programs between them. What
+//! it finds broken would cost a user bytes or hang a service, so nothing is assumed from a version number.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, poll};
+
+use super::{Kernel, Kind, Lane, Reason, Role, SenderAddress, cgroup, netns_cookie};
+
+/// How long all of it may take.
+const LIMIT: Duration = Duration::from_secs(3);
+/// The service's answer to the first request: less than any send buffer's half.
+const SMALL: usize = 16 * 1024;
+
+type Outcome<T = ()> = Result<T, String>;
+
+/// Runs it and takes back what it changed, whatever came of it.
+pub(super) fn run(kernel: &mut Kernel) -> Outcome {
+    let own = cgroup::of_self().map_err(|error| format!("this process's cgroup: {error}"))?;
+    let attached_before = kernel.links.contains_key(&own);
+    kernel.attach(&own).map_err(|error| error.to_string())?;
+    let listener = listener()?;
+    let port = step("the listener's address", listener.local_addr())?.port();
+    let netns = step("the namespace's cookie", netns_cookie(listener.as_fd()))?;
+    let outcome = step("watching a port", kernel.watch(netns, port, Role::Service))
+        .and_then(|()| Test { kernel, listener, netns, port, deadline: Instant::now() + LIMIT }.run());
+    kernel.unwatch(netns, port);
+    if !attached_before {
+        kernel.detach(&own);
+    }
+    outcome
+}
+
+struct Test<'a> {
+    kernel: &'a mut Kernel,
+    listener: TcpListener,
+    netns: u64,
+    port: u16,
+    deadline: Instant,
+}
+
+/// The four sockets of a forwarded connection.
+struct Ends {
+    client: TcpStream,
+    accepted: TcpStream,
+    backend: TcpStream,
+    service: TcpStream,
+}
+
+impl Test<'_> {
+    fn run(mut self) -> Outcome {
+        self.learn()?;
+        let hooked = self.kernel.totals().hooked;
+        let (backend, service) = self.pair(&self.listener)?;
+        if self.kernel.totals().hooked == hooked {
+            return Err("the service's socket was not hooked".into());
+        }
+        let front = listener()?;
+        let (client, accepted) = self.pair(&front)?;
+        let mut ends = Ends { client, accepted, backend, service };
+        let lane = self.lane(&ends)?;
+        self.half_close(&mut ends, &lane)?;
+        let sent = self.fill(&mut ends, &lane)?;
+        self.drain(&mut ends, &lane, sent)?;
+        let unhooked = self.kernel.totals().unhooked;
+        if unhooked == 0 {
+            return Err("the service's socket was not let go when it closed".into());
+        }
+        Ok(())
+    }
+
+    /// The first connection only shows of which kind the service is.
+    fn learn(&mut self) -> Outcome {
+        let (mut backend, mut service) = self.pair(&self.listener)?;
+        step("the first byte", service.write_all(b"x"))?;
+        self.wait(&backend, PollFlags::POLLIN, "the first byte")?;
+        step("the first byte", backend.read_exact(&mut [0]))?;
+        loop {
+            match self.kernel.kind(self.netns, self.port) {
+                Some(Kind::Fit) => return Ok(()),
+                Some(Kind::Unknown) => {}
+                other => return Err(format!("a non-blocking service was taken for {other:?}")),
+            }
+            let events = PollFd::new(self.kernel.events_fd(), PollFlags::POLLIN);
+            wait(events, self.deadline, "the service's kind")?;
+            self.kernel.drain_events(|_| {});
+        }
+    }
+
+    fn lane(&self, ends: &Ends) -> Outcome<Lane> {
+        let address = |name: &str, address: std::io::Result<SocketAddr>| step(name, address);
+        let sender = SenderAddress {
+            netns: self.netns,
+            local: address("the service's address", ends.backend.peer_addr())?,
+            remote: address("the backend's address", ends.backend.local_addr())?,
+        };
+        self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0).map_err(|error| error.to_string())
+    }
+
+    /// The client has sent all it will ever send; the answer still takes the lane, and the forwarder's socket sees none of it.
+    fn half_close(&self, ends: &mut Ends, lane: &Lane) -> Outcome {
+        step("the half-close", ends.client.shutdown(Shutdown::Write))?;
+        self.wait(&ends.accepted, PollFlags::POLLIN, "the client's half-close")?;
+        expect_end("the accepted socket", &mut ends.accepted)?;
+        step("the half-close", ends.backend.shutdown(Shutdown::Write))?;
+        self.wait(&ends.service, PollFlags::POLLIN, "the half-close at the service")?;
+        expect_end("the service's socket", &mut ends.service)?;
+
+        let answer = content(0, SMALL);
+        step("the answer", ends.service.write_all(&answer))?;
+        if lane.bytes() != SMALL as u64 {
+            return Err(format!("{} of {SMALL} bytes took the lane: {:?}", lane.bytes(), lane.snapshot()));
+        }
+        let mut got = vec![0; SMALL];
+        let mut filled = 0;
+        while filled < SMALL {
+            self.wait(&ends.client, PollFlags::POLLIN, "the answer")?;
+            filled += step("the answer", ends.client.read(&mut got[filled..]))?;
+        }
+        if got != answer {
+            return Err("the answer was changed on its way".into());
+        }
+        match ends.backend.read(&mut [0]) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+            other => Err(format!("the forwarder's socket got something too: {other:?}")),
+        }
+    }
+
+    /// Nobody reads: the service sends until its own TCP is full, and then its socket must not claim to be writable.
+    fn fill(&self, ends: &mut Ends, lane: &Lane) -> Outcome<usize> {
+        // More than the largest buffers on the way, by far.
+        const MOST: usize = 1 << 28;
+        let mut sent = SMALL;
+        while sent < MOST {
+            let block = content(sent, 64 * 1024);
+            match ends.service.write(&block) {
+                Ok(count) => sent += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(format!("sending to nobody: {error}")),
+            }
+            self.in_time("filling the buffers")?;
+        }
+        let mut writable = [PollFd::new(ends.service.as_fd(), PollFlags::POLLOUT)];
+        step("poll", poll(&mut writable, 0u8))?;
+        if writable[0].any() == Some(true) {
+            return Err("a full target made the service's send fail while it polls writable".into());
+        }
+        if lane.snapshot().passed(Reason::Credit) == 0 {
+            return Err(format!("the lane has no bound: {:?}", lane.snapshot()));
+        }
+        Ok(sent)
+    }
+
+    /// Relays what was passed, as the forwarder does, and checks every byte and the end at the client.
+    fn drain(&self, ends: &mut Ends, lane: &Lane, sent: usize) -> Outcome {
+        step("the end", ends.service.shutdown(Shutdown::Write))?;
+        let mut buffer = vec![0; 256 * 1024];
+        let (mut pending, mut total, mut ended) = (Vec::new(), 0u64, false);
+        let mut received = SMALL;
+        loop {
+            if pending.is_empty() && !ended {
+                match ends.backend.read(&mut buffer) {
+                    Ok(0) => {
+                        ended = true;
+                        step("the end", ends.accepted.shutdown(Shutdown::Write))?;
+                    }
+                    Ok(count) => pending.extend_from_slice(&buffer[..count]),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(format!("reading what was passed: {error}")),
+                }
+            }
+            if !pending.is_empty() {
+                match ends.accepted.write(&pending) {
+                    Ok(count) => {
+                        pending.drain(..count);
+                        total += count as u64;
+                        step("a grant", lane.forwarded(total, ends.accepted.as_fd()))?;
+                    }
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(format!("relaying what was passed: {error}")),
+                }
+            }
+            match ends.client.read(&mut buffer) {
+                Ok(0) if received == sent => return Ok(()),
+                Ok(0) => return Err(format!("{received} of {sent} bytes arrived, then the end")),
+                Ok(count) if buffer[..count] == content(received, count) => received += count,
+                Ok(_) => return Err(format!("wrong bytes after {received}")),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let first = if pending.is_empty() && !ended { &ends.backend } else { &ends.client };
+                    self.wait(first, PollFlags::POLLIN, "the passed bytes")?;
+                }
+                Err(error) => return Err(format!("the client: {error}")),
+            }
+            self.in_time("the passed bytes")?;
+        }
+    }
+
+    /// A connection to a listener: the connecting end and the accepted one, both non-blocking.
+    fn pair(&self, to: &TcpListener) -> Outcome<(TcpStream, TcpStream)> {
+        let address = step("the listener's address", to.local_addr())?;
+        let connected = step("connect", TcpStream::connect_timeout(&address, LIMIT))?;
+        wait(PollFd::new(to.as_fd(), PollFlags::POLLIN), self.deadline, "a connection")?;
+        let (accepted, _) = step("accept", to.accept())?;
+        for socket in [&connected, &accepted] {
+            step("O_NONBLOCK", socket.set_nonblocking(true))?;
+        }
+        Ok((connected, accepted))
+    }
+
+    fn wait(&self, on: &TcpStream, until: PollFlags, what: &str) -> Outcome {
+        wait(PollFd::new(on.as_fd(), until), self.deadline, what)
+    }
+
+    fn in_time(&self, what: &str) -> Outcome {
+        if Instant::now() < self.deadline { Ok(()) } else { Err(format!("{what}: not within {LIMIT:?}")) }
+    }
+}
+
+fn wait(on: PollFd<'_>, deadline: Instant, what: &str) -> Outcome {
+    let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+    match poll(&mut [on], u16::try_from(left).unwrap_or(u16::MAX)) {
+        Ok(0) => Err(format!("{what}: not within {LIMIT:?}")),
+        // A signal or readiness; the caller looks for itself.
+        Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+        Err(error) => Err(format!("{what}: {error}")),
+    }
+}
+
+fn step<T, E: std::fmt::Display>(what: &str, result: Result<T, E>) -> Outcome<T> {
+    result.map_err(|error| format!("{what}: {error}"))
+}
+
+fn listener() -> Outcome<TcpListener> {
+    let listener = step("a listener", TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
+    step("O_NONBLOCK", listener.set_nonblocking(true))?;
+    Ok(listener)
+}
+
+fn expect_end(what: &str, socket: &mut TcpStream) -> Outcome {
+    match socket.read(&mut [0]) {
+        Ok(0) => Ok(()),
+        other => Err(format!("{what} did not see the end: {other:?}")),
+    }
+}
+
+/// Content that shows what is lost, repeated or reordered.
+fn content(from: usize, count: usize) -> Vec<u8> {
+    (from..from + count).map(|at| (at ^ at >> 8 ^ at >> 16) as u8).collect()
+}

@@ -1,0 +1,172 @@
+//! The kernel relay's unsafe code: memory shared with the programs, socket options that no library wraps, and the types
+//! that go through bpf(2) as plain bytes.
+#![allow(
+    unsafe_code,
+    reason = "this is the one place for it in the kernel relay; every block says why it is sound"
+)]
+
+use std::ffi::c_void;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
+
+use bro_ebpf::{Flow, Record, Route, Watch, WatchKey};
+use nix::libc;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+/// A type that user space and the programs may share in mapped memory.
+///
+/// # Safety
+/// It must consist of atomics alone (every bit pattern is valid, and nobody minds that others change it), need no drop, and
+/// its size must be a multiple of 8, so that it has the array map's own stride.
+unsafe trait Shared: Sync {}
+// SAFETY: 24 `AtomicU64`s and unused words of them, 192 bytes.
+unsafe impl Shared for Record {}
+// SAFETY: one atomic of 8 bytes.
+unsafe impl Shared for AtomicU64 {}
+
+/// The memory of a `BPF_F_MMAPABLE` array map.
+#[derive(Debug)]
+pub struct Mapping<T> {
+    start: NonNull<T>,
+    count: usize,
+    length: NonZeroUsize,
+}
+
+// SAFETY: the memory is not tied to a thread.
+unsafe impl<T: Sync> Send for Mapping<T> {}
+// SAFETY: only `&T` of a `Shared`, hence `Sync`, type is ever given out.
+unsafe impl<T: Sync> Sync for Mapping<T> {}
+
+impl Mapping<Record> {
+    /// Maps the records.
+    ///
+    /// # Errors
+    /// mmap's.
+    pub fn of_records(map: BorrowedFd<'_>, count: usize) -> io::Result<Self> {
+        Self::new(map, count)
+    }
+}
+
+impl Mapping<AtomicU64> {
+    /// Maps an array of numbers.
+    ///
+    /// # Errors
+    /// mmap's.
+    pub fn of_numbers(map: BorrowedFd<'_>, count: usize) -> io::Result<Self> {
+        Self::new(map, count)
+    }
+}
+
+impl<T> Mapping<T> {
+    fn new(map: BorrowedFd<'_>, count: usize) -> io::Result<Self>
+    where
+        T: Shared,
+    {
+        let length = NonZeroUsize::new(size_of::<T>() * count).ok_or(io::ErrorKind::InvalidInput)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice. The kernel checks the length against the map's.
+        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, map, 0) }?;
+        Ok(Self { start: start.cast(), count, length })
+    }
+
+    /// One element; `None` beyond the end.
+    pub fn get(&self, index: usize) -> Option<&T> {
+        if index >= self.count {
+            return None;
+        }
+        // SAFETY: within the mapping.
+        let element = unsafe { self.start.add(index) };
+        // SAFETY: page alignment is enough for T, the memory is mapped as long as `self` lives, any bits are a valid T, and
+        // whoever else writes there does so through atomics or whole words.
+        Some(unsafe { element.as_ref() })
+    }
+}
+
+impl<T> Drop for Mapping<T> {
+    fn drop(&mut self) {
+        // SAFETY: exactly what was mapped, and no reference outlives `self`.
+        let _unmapped = unsafe { munmap(self.start.cast::<c_void>(), self.length.get()) };
+    }
+}
+
+/// [`Flow`] as a map's key.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct FlowKey(pub Flow);
+/// [`Route`] as a map's key or value.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct RouteValue(pub Route);
+/// [`WatchKey`] as a map's key.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct PortKey(pub WatchKey);
+/// [`Watch`] as a map's value.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct WatchValue(pub Watch);
+// SAFETY: integers and arrays of them, without padding (asserted in bro-ebpf), valid in every bit pattern.
+unsafe impl aya::Pod for FlowKey {}
+// SAFETY: as above.
+unsafe impl aya::Pod for RouteValue {}
+// SAFETY: as above.
+unsafe impl aya::Pod for PortKey {}
+// SAFETY: as above.
+unsafe impl aya::Pod for WatchValue {}
+
+fn option<T: Copy>(socket: BorrowedFd<'_>, level: i32, name: i32, initial: T) -> io::Result<T> {
+    let mut value = initial;
+    let mut length = size_of::<T>() as libc::socklen_t;
+    let into = (&raw mut value).cast();
+    // SAFETY: `value` is `length` writable bytes of plain integers.
+    let result = unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, into, &raw mut length) };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What SO_MEMINFO tells of a socket's send side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SendMemory {
+    /// Its send buffer's size.
+    pub sndbuf: u64,
+    /// What is queued in it.
+    pub queued: u64,
+}
+
+/// A socket's send memory (`SO_MEMINFO`).
+///
+/// # Errors
+/// getsockopt's.
+pub fn send_memory(socket: BorrowedFd<'_>) -> io::Result<SendMemory> {
+    // The order of SK_MEMINFO_*: RMEM_ALLOC, RCVBUF, WMEM_ALLOC, SNDBUF, FWD_ALLOC, WMEM_QUEUED, OPTMEM, BACKLOG, DROPS.
+    const SO_MEMINFO: i32 = 55;
+    let info = option(socket, libc::SOL_SOCKET, SO_MEMINFO, [0u32; 9])?;
+    Ok(SendMemory { sndbuf: info[3].into(), queued: info[5].into() })
+}
+
+/// The cookie of the network namespace a socket belongs to.
+///
+/// # Errors
+/// ENOPROTOOPT before Linux 5.14.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    const SO_NETNS_COOKIE: i32 = 71;
+    option(socket, libc::SOL_SOCKET, SO_NETNS_COOKIE, 0u64)
+}
+
+/// Takes a host-wide net.ipv4.tcp_notsent_lowat out of the way: with it a socket counts as full long before its send
+/// buffer is.
+///
+/// # Errors
+/// setsockopt's.
+pub fn lift_notsent_lowat(socket: BorrowedFd<'_>) -> io::Result<()> {
+    const TCP_NOTSENT_LOWAT: i32 = 25;
+    let most: u32 = i32::MAX as u32;
+    let value = (&raw const most).cast();
+    let length = size_of::<u32>() as libc::socklen_t;
+    // SAFETY: `value` points to `length` readable bytes.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, value, length) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

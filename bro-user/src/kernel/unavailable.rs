@@ -1,0 +1,108 @@
+//! Why the kernel relay, or one lane of it, cannot be had: each reason with its mend.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::offsets::BtfError;
+
+/// Why the kernel relay cannot be had on this host, or not for this process.
+#[derive(Debug, thiserror::Error)]
+pub enum Unavailable {
+    /// bpf(2) said EPERM.
+    #[error("not permitted to {0}")]
+    NotPermitted(&'static str, #[source] io::Error),
+    /// The kernel does not describe its types, or lacks a field.
+    #[error("this kernel's types are not known")]
+    NoBtf(#[source] BtfError),
+    /// /sys/kernel/btf/vmlinux cannot be read.
+    #[error("the kernel's BTF (/sys/kernel/btf/vmlinux) cannot be read")]
+    UnreadableBtf(#[source] io::Error),
+    /// A map could not be made.
+    #[error("the kernel refused the map {name}")]
+    Map {
+        /// The map's name.
+        name: String,
+        /// What bpf(2) said.
+        #[source]
+        source: io::Error,
+    },
+    /// The verifier refused a program; the end of what it said.
+    #[error("the kernel refused the program {name}: {verifier}")]
+    Verifier {
+        /// The program's name.
+        name: &'static str,
+        /// The last lines of the verifier's log.
+        verifier: String,
+    },
+    /// The memory of a map could not be mapped.
+    #[error("the records cannot be shared with the kernel")]
+    Mapping(#[source] io::Error),
+    /// A cgroup's folder could not be opened.
+    #[error("the cgroup {} cannot be opened", .0.display())]
+    Cgroup(PathBuf, #[source] io::Error),
+    /// E2BIG: a cgroup takes 64 programs of one kind.
+    #[error("the cgroup {} has as many sockops programs as the kernel allows (64)", .0.display())]
+    CgroupFull(PathBuf),
+    /// EPERM at attaching although loading was permitted.
+    #[error("somebody attached a sockops program to the cgroup {} exclusively", .0.display())]
+    CgroupExclusive(PathBuf),
+    /// Attaching failed for another reason.
+    #[error("the sockops program could not be attached to {}", .0.display())]
+    Attach(PathBuf, #[source] io::Error),
+    /// The embedded object is not what this program expects.
+    #[error("the embedded programs are damaged: {0}")]
+    Object(String),
+    /// The self-test failed.
+    #[error("the self-test failed: {0}")]
+    SelfTest(String),
+}
+
+impl Unavailable {
+    /// What the user can do about it.
+    #[must_use]
+    pub fn mend(&self) -> &'static str {
+        match self {
+            Self::NotPermitted(..) => {
+                "give it AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_PERFMON (and none of them is taken away by \
+                 CapabilityBoundingSet= or a user namespace)"
+            }
+            Self::NoBtf(_) | Self::UnreadableBtf(_) => {
+                "use a kernel with CONFIG_DEBUG_INFO_BTF=y and /sys mounted"
+            }
+            Self::Map { .. } => {
+                "use Linux 5.15 or newer with CONFIG_BPF_STREAM_PARSER=y; if it is memory: LimitMEMLOCK=infinity or a \
+                 smaller --connections-max="
+            }
+            Self::Verifier { .. } => "use Linux 5.15 or newer; on such a one please report this line",
+            Self::Mapping(_) => "raise the memory limit of the unit (MemoryMax=, LimitAS=)",
+            Self::Cgroup(..) => "the cgroup must exist, below a mounted cgroup v2 file system",
+            Self::CgroupFull(_) => "detach what is no longer needed (bpftool cgroup tree)",
+            Self::CgroupExclusive(_) => {
+                "attach that program with BPF_F_ALLOW_MULTI (bpftool cgroup tree shows it)"
+            }
+            Self::Attach(..) => "see bpftool cgroup tree for what else is attached there",
+            Self::Object(_) => "build bro anew; cargo xtask build-ebpf remakes the programs",
+            Self::SelfTest(_) => "please report this line with the kernel's version",
+        }
+    }
+}
+
+/// Why one connection has no lane.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// All lanes are in use.
+    #[error("all lanes are in use")]
+    NoSlot,
+    /// The target half-closed already (EOPNOTSUPP).
+    #[error("the socket is no longer fully open")]
+    NotEstablished,
+    /// Another program's map has the target (EBUSY), or it has an upper-layer protocol (EINVAL).
+    #[error("the kernel did not take the socket into the map")]
+    Socket(#[source] io::Error),
+    /// The route could not be written.
+    #[error("the kernel did not take the route")]
+    Route(#[source] io::Error),
+    /// The target's send memory could not be read.
+    #[error("the socket's send memory cannot be read")]
+    Memory(#[source] io::Error),
+}
