@@ -5,9 +5,9 @@ pub mod container;
 pub mod ready;
 
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -17,8 +17,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 use tokio::time::sleep;
 
+use crate::engine::handle::{Command, Handle};
+use crate::engine::lanes::Watch;
 use crate::engine::{Address, Destination, NamespaceFile, Via};
 use crate::exit::Failure;
+use crate::kernel;
 use crate::netns::{Namespace, Where};
 use crate::target::Target;
 use bus::{Bus, Manager};
@@ -42,7 +45,9 @@ pub enum Place {
 #[derive(Debug)]
 pub struct Incarnation {
     namespace: Arc<Namespace>,
-    /// Readable when the process it was found through has exited.
+    /// The process it was found through.
+    pid: Option<i32>,
+    /// Readable when that has exited.
     process: Option<AsyncFd<OwnedFd>>,
     /// Device and inode of the namespace.
     file: (u64, u64),
@@ -59,6 +64,10 @@ pub struct Activator {
     current: Mutex<Option<Arc<Incarnation>>>,
     /// The unit was started by this process.
     started: std::sync::atomic::AtomicBool,
+    /// The engine, where its kernel relay can watch the service.
+    engine: OnceLock<Arc<Handle>>,
+    /// Counts up whenever the kernel relay's programs say that somebody listens.
+    listening: tokio::sync::watch::Sender<u64>,
 }
 
 /// Between two looks for a container that is being started.
@@ -82,7 +91,20 @@ impl Activator {
             bus: Mutex::default(),
             current: Mutex::default(),
             started: std::sync::atomic::AtomicBool::new(false),
+            engine: OnceLock::new(),
+            listening: tokio::sync::watch::Sender::new(0),
         }
+    }
+
+    /// Has the engine's kernel relay watch what is woken from now on.
+    pub fn watch_through(&self, engine: Arc<Handle>) {
+        // Set once, by whoever starts the engine.
+        self.engine.set(engine).ok();
+    }
+
+    /// The kernel relay's programs say that somebody listens.
+    pub fn heard(&self) {
+        self.listening.send_modify(|count| *count += 1);
     }
 
     /// Checks what can be checked before the first client: that a place which nobody is going to start can be entered.
@@ -111,7 +133,7 @@ impl Activator {
     ///
     /// # Errors
     /// When it cannot be started, or its namespace cannot be entered.
-    pub async fn wake(&self, target: &Target) -> anyhow::Result<(Destination, Option<Arc<Incarnation>>)> {
+    pub async fn wake(&self, backend: usize, target: &Target) -> anyhow::Result<(Destination, Option<Arc<Incarnation>>)> {
         let prepared = async {
             let (place, incarnation) = match self.place {
                 Place::Own => (Where::Own, None),
@@ -121,7 +143,8 @@ impl Activator {
                 }
             };
             let addresses = self.resolve(target).await?;
-            self.wait_ready(&place, &addresses).await?;
+            let heard = self.watch(backend, &place, incarnation.as_deref(), &addresses).await;
+            self.wait_ready(&place, &addresses, heard).await?;
             let via = match &place {
                 Where::Own => Via::Own,
                 Where::Entered(namespace) => Via::Agent(namespace.channel().await?),
@@ -218,7 +241,7 @@ impl Activator {
     async fn enter_file(&self, path: &Path) -> anyhow::Result<Incarnation> {
         loop {
             match std::fs::File::open(path) {
-                Ok(file) => return Incarnation::new(file.into(), None, None).await,
+                Ok(file) => return Incarnation::new(file.into(), None, None, None).await,
                 // A unit may be about to make it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.unit.is_some() => {
                     sleep(LOOK * 5).await
@@ -268,11 +291,49 @@ impl Activator {
         })
     }
 
-    async fn wait_ready(&self, place: &Where, addresses: &[Address]) -> anyhow::Result<()> {
+    /// Has the kernel relay's programs watch the service, where there are any and it is on this host: the first of its sockets
+    /// to listen is then heard of, and those it accepts can take lanes. What is returned changes when something listens.
+    async fn watch(
+        &self,
+        backend: usize,
+        place: &Where,
+        incarnation: Option<&Incarnation>,
+        addresses: &[Address],
+    ) -> Option<tokio::sync::watch::Receiver<u64>> {
+        let engine = self.engine.get()?;
+        let mut ports = Vec::new();
+        for address in addresses.iter().filter_map(Address::tcp) {
+            if place.is_local(address.ip()).await.unwrap_or(false) && !ports.contains(&address.port()) {
+                ports.push(address.port());
+            }
+        }
+        if ports.is_empty() {
+            return None;
+        }
+        let socket = place.socket(libc::AF_INET, libc::SOCK_STREAM, 0).await.ok()?;
+        let netns = kernel::netns_cookie(socket.as_fd()).ok()?;
+        let cgroup = match incarnation.and_then(|incarnation| incarnation.pid) {
+            Some(pid) => kernel::cgroup::shared_with(pid.unsigned_abs()),
+            None => kernel::cgroup::mount_point(),
+        };
+        let cgroup = cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;
+        // Before the programs watch, so that nothing they say is missed.
+        let heard = self.listening.subscribe();
+        let (to, watching) = tokio::sync::oneshot::channel();
+        engine.send(Command::Watch(Watch { backend, netns, ports, cgroup, watching: Some(to) }));
+        watching.await.is_ok_and(|watching| watching).then_some(heard)
+    }
+
+    async fn wait_ready(
+        &self,
+        place: &Where,
+        addresses: &[Address],
+        heard: Option<tokio::sync::watch::Receiver<u64>>,
+    ) -> anyhow::Result<()> {
         let tcp: Vec<SocketAddr> = addresses.iter().filter_map(Address::tcp).collect();
         match &self.ready {
             Ready::Unchecked => {}
-            Ready::Listen if !tcp.is_empty() => ready::listening(place, &tcp).await?,
+            Ready::Listen if !tcp.is_empty() => ready::listening(place, &tcp, heard).await?,
             Ready::Connect if !tcp.is_empty() => ready::connectable(place, &tcp).await?,
             // A unix socket that nobody listens on refuses without the service noticing: the client's own connection is the
             // test, and is tried until it succeeds.
@@ -308,12 +369,17 @@ fn opening(what: &str, error: &std::io::Error) -> Failure {
 }
 
 impl Incarnation {
-    async fn new(netns: OwnedFd, root: Option<OwnedFd>, process: Option<OwnedFd>) -> anyhow::Result<Self> {
+    async fn new(
+        netns: OwnedFd,
+        root: Option<OwnedFd>,
+        pid: Option<i32>,
+        process: Option<OwnedFd>,
+    ) -> anyhow::Result<Self> {
         let stat = nix::sys::stat::fstat(&netns)?;
         let namespace = Arc::new(Namespace::enter(netns, root).await?);
         let process =
             process.map(|pidfd| crate::sys::watch(pidfd, tokio::io::Interest::READABLE)).transpose()?;
-        Ok(Self { namespace, process, file: (stat.st_dev, stat.st_ino) })
+        Ok(Self { namespace, pid, process, file: (stat.st_dev, stat.st_ino) })
     }
 
     async fn of_process(pid: i32) -> anyhow::Result<Self> {
@@ -329,7 +395,7 @@ impl Incarnation {
         if exited(&process) {
             return Err(Failure::NotFound(format!("{what} has exited")).into());
         }
-        Self::new(netns, root, Some(process)).await
+        Self::new(netns, root, Some(pid), Some(process)).await
     }
 
     /// Is this still the namespace that a client should be connected in?

@@ -122,9 +122,24 @@ pub struct Forward {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_per_source: Option<u32>,
 
-    /// How bytes are moved: auto, splice (no copy into user space) or copy
+    /// How bytes are moved: auto, sockmap, splice or copy
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub relay: RelayChoice,
+
+    /// Let what clients on this host send take a kernel lane too: off, on, or a cgroup's path
+    ///
+    /// The lane's program then looks at every TCP connection that is made in that cgroup (on: in all of them) and takes
+    /// hold of those towards this forwarder's own sockets, so it is off unless asked for: the clients are other
+    /// people's programs. Their bytes go straight into the service's connection, and the forwarder sleeps.
+    #[arg(long, value_name = "off|on|CGROUP", default_value = "off")]
+    pub local_clients: LocalClients,
+
+    /// Let sockets in blocking mode take the kernel lanes too
+    ///
+    /// The kernel's receive path for such sockets has a flaw: a blocking recv that is interrupted by a signal (even with
+    /// SA_RESTART), or that follows a shutdown of the sending side, can fail with EAGAIN. Only for programs that bear it.
+    #[arg(long)]
+    pub blocking_sockets: bool,
 
     /// TCP keepalive on both legs: idle time before the first probe
     #[arg(long, value_name = "SPAN", default_value = "2h")]
@@ -141,6 +156,30 @@ pub struct Forward {
     /// More log lines: -v for every connection's start, -vv for every step
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
+}
+
+/// `--local-clients=`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LocalClients {
+    /// Clients' sockets are left alone.
+    Off,
+    /// Clients anywhere on this host.
+    On,
+    /// Clients in this cgroup and below.
+    Cgroup(PathBuf),
+}
+
+impl std::str::FromStr for LocalClients {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self::Off),
+            "on" => Ok(Self::On),
+            path if path.starts_with('/') => Ok(Self::Cgroup(path.into())),
+            _ => Err(format!("“{text}” is neither off, on, nor a cgroup's path such as /user.slice")),
+        }
+    }
 }
 
 /// `bro status`.
@@ -164,6 +203,9 @@ pub struct Status {
 pub enum RelayChoice {
     /// The best relay this host can have
     Auto,
+    /// The kernel relay: what the service sends goes straight into the client's connection, without waking bro; what
+    /// cannot go that way is spliced. Where it cannot be had, this is an error
+    Sockmap,
     /// splice(2) through a pipe, bytes stay in the kernel
     Splice,
     /// recv and send through a buffer

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, setsockopt, sockopt};
 
+use crate::kernel::Lane;
 use crate::relay::{Broken, Direction, Method, Side, Tools};
 
 /// Who connected.
@@ -178,8 +179,10 @@ pub struct Connection {
     pub backend: usize,
     /// When it was accepted.
     pub opened: Instant,
-    /// When bytes last moved (or it was accepted).
+    /// When bytes last moved (or it was accepted), as far as was noticed.
     pub active: Instant,
+    /// How many bytes had moved then.
+    pub moved: u64,
     /// It found the service asleep and was the first to.
     pub woke: bool,
     /// From accepted to connected, for the one that woke the service.
@@ -243,18 +246,28 @@ impl Connection {
 
     /// The relay, as the log names it.
     #[must_use]
-    pub const fn relay_name(method: Method) -> &'static str {
+    pub fn relay_name(&self, method: Method) -> &'static str {
         match method {
+            _ if self.lanes().any(|lane| lane.bytes() > 0) => "sockmap",
             Method::Splice => "splice",
             Method::Copy => "copy",
         }
     }
 
-    /// Bytes to the service and to the client so far.
+    /// Its lanes.
+    pub fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        let (up, down) = match &self.stage {
+            Stage::Relaying { up, down, .. } => (up.lane(), down.lane()),
+            _ => (None, None),
+        };
+        up.into_iter().chain(down)
+    }
+
+    /// Bytes that reached the service and the client so far.
     #[must_use]
-    pub const fn totals(&self) -> (u64, u64) {
+    pub fn totals(&self) -> (u64, u64) {
         match &self.stage {
-            Stage::Relaying { up, down, .. } => (up.total, down.total),
+            Stage::Relaying { up, down, .. } => (up.delivered(), down.delivered()),
             _ => (0, 0),
         }
     }

@@ -9,6 +9,7 @@ mod admission;
 mod backends;
 mod connections;
 pub mod handle;
+pub mod lanes;
 mod report;
 pub mod tcp;
 mod token;
@@ -47,6 +48,8 @@ pub struct Settings {
     pub idle_timeout: Option<Duration>,
     /// `--start-timeout`: how long a client may wait for its connection to the service, all in all.
     pub hold_limit: Duration,
+    /// `--local-clients`: the cgroup whose clients get a lane.
+    pub local_clients: Option<std::path::PathBuf>,
     /// Whether a refused connection means “not ready yet” (every `--ready` but `none`).
     pub hold_refused: bool,
 }
@@ -83,6 +86,9 @@ pub struct Engine {
     tools: Tools,
     stats: Arc<Stats>,
     tallies: Vec<Tally>,
+    lanes: Option<lanes::Lanes>,
+    /// What was to be watched before the kernel relay was loaded.
+    unwatched: Vec<lanes::Watch>,
     mailbox: Mailbox,
     outbox: Outbox,
     last_tick: Instant,
@@ -130,6 +136,8 @@ impl Engine {
             tools: Tools::new(pipes),
             stats,
             tallies,
+            lanes: None,
+            unwatched: Vec::new(),
             mailbox,
             outbox,
             last_tick: Instant::now(),
@@ -157,6 +165,7 @@ impl Engine {
                     }
                     Token::Listener(index) => self.accept_some(index)?,
                     Token::Agent(backend) => self.agent_answered(backend),
+                    Token::Kernel => self.kernel_events(),
                     Token::Mailbox => {
                         if !self.read_mailbox()? {
                             return Ok(());
@@ -226,13 +235,15 @@ impl Engine {
         matches!(self.accepting, Accepting::BackingOff { .. })
     }
 
-    /// Takes the control side's commands; false when it is gone.
+    /// Takes the control side's commands; false when it is done.
     fn read_mailbox(&mut self) -> anyhow::Result<bool> {
         loop {
             match self.mailbox.next() {
-                Ok(None) => return Ok(true),
-                Err(handle::Gone) => return Ok(false),
-                Ok(Some(command)) => match command {
+                None => return Ok(true),
+                Some(command) => match command {
+                    Command::Stop => return Ok(false),
+                    Command::Kernel(kernel) => self.kernel_loaded(*kernel),
+                    Command::Watch(watch) => self.watch(watch),
                     Command::Ready { backend, destination } => self.backend_ready(backend, destination),
                     Command::Failed { backend, end } => self.backend_failed(backend, end),
                     Command::Gone { backend } => self.backend_gone(backend),

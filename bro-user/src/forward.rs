@@ -1,22 +1,24 @@
 //! `bro forward`: one forwarder's life, from the sockets it is passed to its exit. The control side: it starts the engine on a
 //! thread of its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow, bail};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::activate::bus::Manager;
 use crate::activate::{Activator, Incarnation, Place};
-use crate::cli::{Forward, RelayChoice};
+use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::connection::End;
 use crate::engine::handle::{Command, Event, Handle};
 use crate::engine::tcp::Keepalive;
 use crate::engine::{Destination, Engine, Settings, handle};
 use crate::exit::Failure;
+use crate::kernel::{self, Kernel, Unavailable};
 use crate::listen::{self, Environment, Listener};
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
@@ -119,12 +121,68 @@ enum Phase {
     Draining(Instant),
 }
 
+/// Waits for the kernel relay to be loaded.
+async fn loaded(
+    loading: &mut Option<tokio::sync::oneshot::Receiver<Result<Kernel, Unavailable>>>,
+) -> Result<Kernel, Unavailable> {
+    match loading {
+        Some(loading) => loading.await.unwrap_or_else(|_| Err(Unavailable::SelfTest("it did not end".into()))),
+        None => Err(Unavailable::SelfTest("no thread to run it on".into())),
+    }
+}
+
 /// Waits for somebody who asks for the status; for ever where there is no socket to ask at.
 async fn asked(server: Option<&status::Server>) -> std::io::Result<tokio::net::UnixStream> {
     match server {
         Some(server) => server.asked().await,
         None => std::future::pending().await,
     }
+}
+
+/// Whether the kernel relay is to be had.
+#[derive(Debug)]
+enum KernelRelay {
+    /// Not known yet.
+    Loading,
+    /// It is in the engine's hands.
+    Loaded,
+    /// It is not, and why.
+    Unavailable(String),
+}
+
+/// Loads and tests the kernel relay on a thread of its own: it takes tens of milliseconds, which the first client, whose
+/// service is starting, is not to wait for.
+fn load_kernel_relay(options: &Forward) -> Option<tokio::sync::oneshot::Receiver<Result<Kernel, Unavailable>>> {
+    if !matches!(options.relay, RelayChoice::Auto | RelayChoice::Sockmap) {
+        return None;
+    }
+    let config = kernel::Config { connections: options.connections_max, hook_blocking: options.blocking_sockets };
+    let (to, loaded) = tokio::sync::oneshot::channel();
+    let load = move || {
+        let tested = Kernel::load(&config).and_then(|mut kernel| kernel.selftest().map(|()| kernel));
+        // The forwarder may have ended meanwhile.
+        drop(to.send(tested));
+    };
+    std::thread::Builder::new().name("bro-load".into()).spawn(load).ok()?;
+    Some(loaded)
+}
+
+/// The cgroup whose clients `--local-clients` names.
+fn local_clients(options: &Forward) -> anyhow::Result<Option<std::path::PathBuf>> {
+    let below = match &options.local_clients {
+        LocalClients::Off => return Ok(None),
+        _ if !matches!(options.relay, RelayChoice::Auto | RelayChoice::Sockmap) => {
+            bail!(Failure::Usage("--local-clients is part of the kernel relay: use --relay=auto or sockmap with it".into()))
+        }
+        LocalClients::On => Path::new("/"),
+        LocalClients::Cgroup(path) => path,
+    };
+    let root = kernel::cgroup::mount_point().context("--local-clients needs cgroup v2")?;
+    let path = if below.starts_with(&root) { below.to_owned() } else { root.join(below.strip_prefix("/")?) };
+    if !path.is_dir() {
+        bail!(Failure::Usage(format!("--local-clients: there is no cgroup {}", below.display())));
+    }
+    Ok(Some(path))
 }
 
 struct Control<'a> {
@@ -136,7 +194,10 @@ struct Control<'a> {
     targets: Vec<Target>,
     activator: Arc<Activator>,
     stats: Arc<Stats>,
-    engine: Handle,
+    engine: Arc<Handle>,
+    kernel: KernelRelay,
+    /// The kernel relay, while it is being loaded.
+    loading: Option<tokio::sync::oneshot::Receiver<Result<Kernel, Unavailable>>>,
     events: UnboundedReceiver<Event>,
     thread: std::thread::JoinHandle<anyhow::Result<()>>,
     woken: (UnboundedSender<Woken>, UnboundedReceiver<Woken>),
@@ -159,7 +220,7 @@ impl<'a> Control<'a> {
             connections_max: options.connections_max as usize,
             connections_per_source: options.connections_per_source,
             method: match options.relay {
-                RelayChoice::Auto | RelayChoice::Splice => Method::Splice,
+                RelayChoice::Auto | RelayChoice::Sockmap | RelayChoice::Splice => Method::Splice,
                 RelayChoice::Copy => Method::Copy,
             },
             keepalive: Keepalive::new(
@@ -168,6 +229,7 @@ impl<'a> Control<'a> {
                 options.keepalive_probes,
             ),
             idle_timeout: options.idle_timeout.finite(),
+            local_clients: local_clients(options)?,
             hold_limit: options.start_timeout.or_forever(),
             hold_refused: options.ready != crate::activate::ready::Ready::Unchecked,
         };
@@ -181,6 +243,11 @@ impl<'a> Control<'a> {
         let stats = Arc::<Stats>::default();
         let names = targets.iter().map(Target::to_string).collect();
         let (handle, events, mailbox, outbox) = handle::channel()?;
+        let handle = Arc::new(handle);
+        let loading = load_kernel_relay(options);
+        if loading.is_some() {
+            activator.watch_through(handle.clone());
+        }
         let engine = Engine::new(settings, listeners, names, stats.clone(), mailbox, outbox)?;
         let thread = std::thread::Builder::new().name("bro-engine".into()).spawn(move || engine.run())?;
         Ok(Self {
@@ -194,6 +261,8 @@ impl<'a> Control<'a> {
             activator,
             stats,
             engine: handle,
+            kernel: KernelRelay::Loading,
+            loading,
             events,
             thread,
             woken: unbounded_channel(),
@@ -211,6 +280,13 @@ impl<'a> Control<'a> {
         let mut watch = tokio::time::interval(watchdog.unwrap_or(Duration::from_secs(3600)));
         let mut status = tokio::time::interval(STATUS_STEP);
         let mut extend = tokio::time::interval(EXTEND_EVERY);
+        // Only who insists on the kernel relay waits for it.
+        if self.options.relay == RelayChoice::Sockmap {
+            let loaded = loaded(&mut self.loading).await;
+            self.kernel_loaded(loaded)?;
+        }
+        // The engine's thread attaches the programs; this one never needs the rights for that.
+        crate::capabilities::drop_the_kernel_relays();
         let mut said = self.status();
         life::ready(&said);
         loop {
@@ -239,6 +315,7 @@ impl<'a> Control<'a> {
                     self.engine.send(Command::EndAll(End::DrainTimeout));
                 }
                 _ = extend.tick(), if draining_until.is_some() => life::extend(EXTEND_BY),
+                loaded = loaded(&mut self.loading), if self.loading.is_some() => self.kernel_loaded(loaded)?,
                 asked = asked(self.status.as_ref()) => self.report(asked),
                 _ = watch.tick(), if watchdog.is_some() => self.engine.send(Command::Ping),
                 _ = status.tick() => {
@@ -250,7 +327,7 @@ impl<'a> Control<'a> {
                 }
             }
         }
-        drop(self.engine);
+        self.engine.send(Command::Stop);
         let ended = self.thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the engine panicked")));
         ended.context("the engine failed")?;
         self.failure.map_or(Ok(()), Err)
@@ -271,6 +348,29 @@ impl<'a> Control<'a> {
             _ if held > 0 => format!("Starting the service: {held} client{} waiting", plural(held)),
             _ => format!("{open} connection{} now, {served} since the start", plural(open)),
         }
+    }
+
+    /// Hands the kernel relay to the engine, or says why there is none.
+    fn kernel_loaded(&mut self, loaded: Result<Kernel, Unavailable>) -> anyhow::Result<()> {
+        self.loading = None;
+        match loaded {
+            Ok(kernel) => {
+                tracing::info!("kernel relay loaded and tested");
+                self.kernel = KernelRelay::Loaded;
+                self.engine.send(Command::Kernel(Box::new(kernel)));
+            }
+            Err(reason) => {
+                let (mend, permitted) = (reason.mend(), !matches!(reason, Unavailable::NotPermitted(..)));
+                let why = format!("{:#}", anyhow::Error::from(reason));
+                if self.options.relay == RelayChoice::Sockmap {
+                    let sentence = format!("--relay=sockmap cannot be had: {why}; {mend}");
+                    return Err(if permitted { anyhow!(sentence) } else { Failure::NotPermitted(sentence).into() });
+                }
+                tracing::info!("relaying by splice, without the kernel relay: {why}; {mend}");
+                self.kernel = KernelRelay::Unavailable(why);
+            }
+        }
+        Ok(())
     }
 
     /// Answers one who asked for the status, in the background.
@@ -308,11 +408,14 @@ impl<'a> Control<'a> {
     }
 
     fn relay(&self) -> status::Relay {
-        let name = match self.options.relay {
-            RelayChoice::Auto | RelayChoice::Splice => "splice",
-            RelayChoice::Copy => "copy",
+        let (name, reason) = match (&self.kernel, self.options.relay) {
+            (_, RelayChoice::Copy) => ("copy", Some("asked for with --relay=copy".to_owned())),
+            (_, RelayChoice::Splice) => ("splice", Some("asked for with --relay=splice".to_owned())),
+            (KernelRelay::Loading, _) => ("splice", Some("the kernel relay is being loaded".to_owned())),
+            (KernelRelay::Unavailable(reason), _) => ("splice", Some(reason.clone())),
+            (KernelRelay::Loaded, _) => ("sockmap", None),
         };
-        status::Relay { name: name.into(), reason: None }
+        status::Relay { name: name.into(), reason }
     }
 
     fn event(&mut self, event: Event) {
@@ -322,6 +425,10 @@ impl<'a> Control<'a> {
             Event::Idle => self.idle_since = Some(Instant::now()),
             Event::StoppedIfIdle(_) => self.phase = Phase::Serving,
             Event::Pong => life::alive(),
+            Event::Listening { netns, port } => {
+                tracing::debug!(netns, port, "the kernel says that somebody listens");
+                self.activator.heard();
+            }
             Event::Drained => {}
         }
     }
@@ -340,7 +447,7 @@ impl<'a> Control<'a> {
             if refused {
                 sleep(AFTER_REFUSAL).await;
             }
-            let result = match timeout(limit, activator.wake(&target)).await {
+            let result = match timeout(limit, activator.wake(backend, &target)).await {
                 Ok(result) => result,
                 Err(elapsed) => Err(elapsed.into()),
             };

@@ -285,7 +285,7 @@ impl Kernel {
     }
 
     /// Sends real bytes through the real programs, over loopback connections of this process, with a half-close and a full
-    /// send buffer. Attaches to this process's own cgroup for that time. Takes about 50 ms; bounded by 3 s.
+    /// send buffer. Attaches to this process's own cgroup for that time. Takes a few milliseconds; bounded by 10 s.
     ///
     /// # Errors
     /// When anything is not as the relay needs it.

@@ -4,6 +4,7 @@
 //! forwarder's life) and [`engine`] (one thread, one epoll, every connection); ARCHITECTURE.md is the map.
 
 pub mod activate;
+pub mod capabilities;
 pub mod cli;
 pub mod connection;
 pub mod engine;

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use nix::errno::Errno;
 use nix::sys::socket::{Shutdown, shutdown};
 
+use crate::kernel::Lane;
 use half_close::Half;
 use pipes::{Pipe, Pool};
 
@@ -86,7 +87,9 @@ pub struct Direction {
     held: Held,
     method: Method,
     source: Side,
-    /// Bytes written to the sink.
+    /// The kernel's shortcut past us, where this direction has one. Boxed: most connections of a host without have none.
+    lane: Option<Box<Lane>>,
+    /// Bytes that we wrote to the sink.
     pub total: u64,
 }
 
@@ -100,7 +103,24 @@ impl Direction {
     /// A direction that starts at `source`.
     #[must_use]
     pub const fn new(source: Side, method: Method) -> Self {
-        Self { half: Half::NEW, held: Held::Nothing, method, source, total: 0 }
+        Self { half: Half::NEW, held: Held::Nothing, method, source, lane: None, total: 0 }
+    }
+
+    /// Gives the direction a lane, before its first byte.
+    pub fn set_lane(&mut self, lane: Lane) {
+        self.lane = Some(Box::new(lane));
+    }
+
+    /// Its lane.
+    #[must_use]
+    pub fn lane(&self) -> Option<&Lane> {
+        self.lane.as_deref()
+    }
+
+    /// Bytes that reached the sink, ours and those of the lane.
+    #[must_use]
+    pub fn delivered(&self) -> u64 {
+        self.total + self.lane.as_ref().map_or(0, |lane| lane.bytes())
     }
 
     /// Where it stands.
@@ -159,7 +179,14 @@ impl Direction {
     ) -> Result<Option<usize>, Broken> {
         let borrowed = if self.method == Method::Splice { tools.pool.borrow() } else { None };
         let Some(pipe) = borrowed else { return self.fill_by_copy(source, sink, tools) };
-        match splice::fill(source, &pipe) {
+        let filled = match splice::fill(source, &pipe) {
+            // Nothing there, or it came just now, or an urgent byte is in front, which splice does not pass and recv does.
+            Err(Errno::EAGAIN) if crate::sys::readable_bytes(source).is_ok_and(|waiting| waiting > 0) => {
+                splice::fill(source, &pipe)
+            }
+            filled => filled,
+        };
+        match filled {
             Ok(0) => {
                 tools.pool.give_back(pipe);
                 self.half.ended();
@@ -171,7 +198,6 @@ impl Direction {
                 let _emptied = self.flush(sink, tools)?;
                 Ok(Some(count))
             }
-            // Nothing there, or an urgent byte in front, which splice does not pass and recv does.
             Err(Errno::EAGAIN) => {
                 tools.pool.give_back(pipe);
                 match crate::sys::readable_bytes(source) {
@@ -215,7 +241,7 @@ impl Direction {
             Err(Errno::EAGAIN) => 0,
             Err(errno) => return Err(Broken { side: self.sink(), errno }),
         };
-        self.wrote(written);
+        self.wrote(written, sink);
         tools.copied += written as u64;
         if written < count {
             self.held = Held::Bytes(Box::new(Bytes::copy_from_slice(&tools.scratch[written..count])));
@@ -234,7 +260,7 @@ impl Direction {
                 Held::Nothing => unreachable!("bytes are held, and by nothing"),
             };
             match written {
-                Ok(written) => self.wrote(written),
+                Ok(written) => self.wrote(written, sink),
                 Err(Errno::EAGAIN) => return Ok(false),
                 Err(errno) => return Err(Broken { side: self.sink(), errno }),
             }
@@ -245,9 +271,15 @@ impl Direction {
         Ok(true)
     }
 
-    fn wrote(&mut self, count: usize) {
+    /// Accounts for a write, which comes before the lane hears of it: a sender may take its shortcut again only once all that
+    /// it gave to us is in the sink.
+    fn wrote(&mut self, count: usize, sink: BorrowedFd<'_>) {
         self.half.wrote(count);
         self.total += count as u64;
+        if let Some(lane) = self.lane.as_ref().filter(|_| count > 0) {
+            // If the sink's room cannot be read the lane stays shut, and we go on.
+            lane.forwarded(self.total, sink).ok();
+        }
     }
 
     /// Gives up what is held.

@@ -1,15 +1,386 @@
-//! x
-use bro_user::kernel::{Config, Kernel};
-#[test]
-fn loads() {
-    let t = std::time::Instant::now();
-    let mut kernel = Kernel::load(&Config { connections: 16, hook_blocking: false }).unwrap();
-    println!("load {:?}", t.elapsed());
-    for _ in 0..5 {
-    let t = std::time::Instant::now();
-    let r = kernel.selftest();
-    println!("selftest {:?}", t.elapsed());
-    println!("{:?}", kernel.totals());
-    r.unwrap();
+//! The kernel relay's programs at work, with a forwarder in miniature between real sockets: every byte exact, both lanes, IPv4
+//! and IPv6, random half-closes, lanes shut and opened at random, and nothing left behind.
+
+mod kernel_relay;
+
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::thread::{JoinHandle, spawn};
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::require;
+use bro_tests::tier::Need;
+use bro_user::kernel::{Config, Event, Kernel, Kind, Reason, Role};
+
+use kernel_relay::content::{Numbers, Stream};
+use kernel_relay::forwarder::{Connection, relay};
+use kernel_relay::{Bench, connect_nonblocking, pair, receive, receive_end, send};
+
+type Peer = JoinHandle<Result<()>>;
+
+/// Sends `sends` bytes in random pieces while it receives `receives` bytes, then ends its side.
+fn peer(socket: TcpStream, seeds: (u64, u64), sends: usize, receives: usize) -> Peer {
+    let socket = Arc::new(socket);
+    let reader = Arc::clone(&socket);
+    spawn(move || {
+        let reading = spawn(move || {
+            receive(&reader, &mut Stream::new(seeds.1), receives)?;
+            receive_end(&reader)
+        });
+        let mut stream = Stream::new(seeds.0);
+        let mut numbers = Numbers::new(seeds.0);
+        let mut left = sends;
+        while left > 0 {
+            let most = [3, 200, 5000, 70_000, 300_000][numbers.below(5) as usize];
+            let size = (1 + numbers.below(most) as usize).min(left);
+            send(&socket, &mut stream, size).context("peer sends")?;
+            left -= size;
+            if numbers.below(8) == 0 {
+                std::thread::yield_now();
+            }
+        }
+        socket.shutdown(Shutdown::Write)?;
+        reading.join().expect("the reader ends by itself").context("peer receives")
+    })
+}
+
+fn join(peers: Vec<Peer>) -> Result<()> {
+    peers.into_iter().try_for_each(|peer| peer.join().expect("a peer ends by itself"))
+}
+
+/// `count` connections at once with streams both ways; the sum of what went where.
+fn exchange(
+    bench: &mut Bench,
+    count: u64,
+    sizes: u64,
+    toggle: Option<u64>,
+) -> Result<kernel_relay::forwarder::Moved> {
+    let (mut peers, mut connections) = (Vec::new(), Vec::new());
+    let mut numbers = Numbers::new(count ^ sizes);
+    let mut sum = 0;
+    for seed in 0..count {
+        let ends = bench.connect()?;
+        let lanes = (bench.service_lane(&ends)?, bench.client_lane(&ends)?);
+        let (up, down) = (numbers.below(sizes) as usize, numbers.below(sizes) as usize);
+        sum += up + down;
+        peers.push(peer(ends.client, (seed, seed + 1000), up, down));
+        peers.push(peer(ends.service, (seed + 1000, seed), down, up));
+        connections.push(Connection::new(ends.accepted, ends.backend, Some(lanes.0), Some(lanes.1)));
     }
+    let moved = relay(&mut bench.kernel, connections, toggle)?;
+    join(peers)?;
+    let through = moved.copied + moved.lanes.bytes;
+    ensure!(through == sum as u64, "{through} bytes counted, {sum} sent: {moved:?}");
+    Ok(moved)
+}
+
+#[test]
+fn the_self_test_passes_and_leaves_nothing_behind() {
+    require!(Need::Bpf);
+    let mut bench = Bench::new().unwrap();
+    bench.kernel.selftest().unwrap();
+    bench.kernel.selftest().unwrap();
+    assert_eq!(bench.kernel.hooked_now(), 0);
+    assert_eq!(bench.kernel.totals().open_lanes, 0);
+}
+
+#[test]
+fn random_streams_both_ways_over_both_lanes() {
+    require!(Need::Bpf);
+    let mut bench = Bench::new().and_then(Bench::fit).unwrap();
+    let moved = exchange(&mut bench, 12, 3_000_000, None).unwrap();
+    assert!(moved.lanes.bytes > 0, "no lane was ever taken: {moved:?}");
+    assert_eq!(bench.kernel.totals().hooked, 24, "{:?}", bench.kernel.totals());
+    assert_eq!(bench.kernel.hooked_now(), 0);
+    assert_eq!(bench.kernel.totals().open_lanes, 0);
+}
+
+#[test]
+fn random_streams_over_ipv6() {
+    require!(Need::Bpf);
+    let config = Config { connections: 64, hook_blocking: false };
+    let mut bench = Bench::with("[::1]:0", config).and_then(Bench::fit).unwrap();
+    let moved = exchange(&mut bench, 4, 2_000_000, None).unwrap();
+    assert!(moved.lanes.bytes > 0, "{moved:?}");
+}
+
+#[test]
+fn lanes_that_open_and_shut_while_bytes_flow() {
+    require!(Need::Bpf);
+    let mut bench = Bench::new().and_then(Bench::fit).unwrap();
+    let moved = exchange(&mut bench, 12, 3_000_000, Some(7)).unwrap();
+    assert!(moved.lanes.passed(Reason::Off) > 0, "no lane was ever shut: {moved:?}");
+    assert!(moved.lanes.bytes > 0 && moved.copied > 0, "{moved:?}");
+}
+
+/// A dual-stack listener sees an IPv4 client under a v4-mapped address; the client itself is plain IPv4.
+#[test]
+fn an_ipv4_client_of_a_dual_stack_listener_gets_its_lane() {
+    require!(Need::Bpf);
+    let config = Config { connections: 64, hook_blocking: false };
+    let bench = Bench::with("[::]:0", config).unwrap();
+    let port = bench.front.local_addr().unwrap().port();
+    let client = connect_nonblocking(([127, 0, 0, 1], port).into()).unwrap();
+    let (accepted, _) = bench.front.accept().unwrap();
+    let port = bench.port();
+    let backend = connect_nonblocking(([127, 0, 0, 1], port).into()).unwrap();
+    let (service, _) = bench.service.accept().unwrap();
+    let ends = kernel_relay::Ends { client, accepted, backend, service };
+    let lane = bench.client_lane(&ends).unwrap();
+    send(&ends.client, &mut Stream::new(1), 5000).unwrap();
+    receive(&ends.service, &mut Stream::new(1), 5000).unwrap();
+    assert_eq!(lane.bytes(), 5000);
+}
+
+/// Requests and answers: every message takes a lane, the forwarder moves nothing.
+#[test]
+fn round_trips_never_wake_the_forwarder_for_bytes() {
+    require!(Need::Bpf);
+    let mut bench = Bench::new().and_then(Bench::fit).unwrap();
+    let ends = bench.connect().unwrap();
+    let (down, up) = (bench.service_lane(&ends).unwrap(), bench.client_lane(&ends).unwrap());
+    let connection = Connection::new(ends.accepted, ends.backend, Some(down), Some(up));
+    let service = ends.service;
+    let answering = spawn(move || -> Result<()> {
+        let (mut requests, mut answers) = (Stream::new(1), Stream::new(2));
+        for _ in 0..5000 {
+            receive(&service, &mut requests, 64)?;
+            send(&service, &mut answers, 64)?;
+        }
+        receive_end(&service)
+    });
+    let client = ends.client;
+    let asking = spawn(move || -> Result<()> {
+        let (mut requests, mut answers) = (Stream::new(1), Stream::new(2));
+        for _ in 0..5000 {
+            send(&client, &mut requests, 64)?;
+            receive(&client, &mut answers, 64)?;
+        }
+        client.shutdown(Shutdown::Write)?;
+        receive_end(&client)
+    });
+    let moved = relay(&mut bench.kernel, vec![connection], None).unwrap();
+    join(vec![answering, asking]).unwrap();
+    assert_eq!(moved.copied, 0, "{moved:?}");
+    assert_eq!(moved.lanes.bytes, 2 * 5000 * 64);
+    assert!(moved.lanes.grants < 200, "a grant for every few messages: {moved:?}");
+}
+
+/// A reader as fast as the sender: nearly all of a long stream takes the lane.
+#[test]
+fn a_long_stream_to_a_fast_reader_takes_the_lane() {
+    require!(Need::Bpf);
+    const LENGTH: usize = 256 << 20;
+    let mut bench = Bench::new().and_then(Bench::fit).unwrap();
+    let ends = bench.connect().unwrap();
+    let lane = bench.service_lane(&ends).unwrap();
+    let connection = Connection::new(ends.accepted, ends.backend, Some(lane), None);
+    let (service, client) = (ends.service, ends.client);
+    let sending = spawn(move || -> Result<()> {
+        let block = vec![7u8; 64 * 1024];
+        for _ in 0..LENGTH / block.len() {
+            write_all(&service, &block)?;
+        }
+        service.shutdown(Shutdown::Write)?;
+        receive_end(&service)
+    });
+    let receiving = spawn(move || -> Result<()> {
+        let mut got = 0;
+        let mut buffer = vec![0; 256 * 1024];
+        loop {
+            kernel_relay::await_poll(client.as_fd(), nix::poll::PollFlags::POLLIN)?;
+            match std::io::Read::read(&mut &client, &mut buffer)? {
+                0 => break,
+                count => got += count,
+            }
+        }
+        ensure!(got == LENGTH, "{got} bytes");
+        Ok(client.shutdown(Shutdown::Write)?)
+    });
+    let moved = relay(&mut bench.kernel, vec![connection], None).unwrap();
+    join(vec![sending, receiving]).unwrap();
+    println!("{moved:?}");
+    assert_eq!(moved.copied + moved.lanes.bytes, LENGTH as u64);
+}
+
+fn write_all(mut to: &TcpStream, block: &[u8]) -> Result<()> {
+    let mut sent = 0;
+    while sent < block.len() {
+        match std::io::Write::write(&mut to, &block[sent..]) {
+            Ok(more) => sent += more,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                kernel_relay::await_poll(to.as_fd(), nix::poll::PollFlags::POLLOUT)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Nobody reads: what the lane takes is bounded by the target's send buffer, and the sender meets ordinary back-pressure.
+#[test]
+fn a_reader_that_never_reads_bounds_what_the_lane_takes() {
+    require!(Need::Bpf);
+    let bench = Bench::new().and_then(Bench::fit).unwrap();
+    let ends = bench.connect().unwrap();
+    let lane = bench.service_lane(&ends).unwrap();
+    let block = vec![0; 1 << 20];
+    let mut sent = 0u64;
+    loop {
+        match std::io::Write::write(&mut &ends.service, &block) {
+            Ok(count) => sent += count as u64,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+            Err(error) => panic!("{error}"),
+        }
+        assert!(sent < 1 << 28, "no bound");
+    }
+    let memory = bro_user::kernel::send_memory(ends.accepted.as_fd()).unwrap();
+    let taken = lane.bytes();
+    assert!(taken > 0 && taken <= memory.sndbuf, "{taken} bytes taken, {memory:?}");
+    let mut poll = [nix::poll::PollFd::new(ends.service.as_fd(), nix::poll::PollFlags::POLLOUT)];
+    assert_eq!(nix::poll::poll(&mut poll, 0u8), Ok(0), "a full sender polls writable: it would spin");
+}
+
+/// A service that leaves its sockets blocking is found out by its first connection and left alone.
+#[test]
+fn a_blocking_service_is_learned_and_never_hooked() {
+    require!(Need::Bpf);
+    let mut bench = Bench::new().unwrap();
+    for _ in 0..3 {
+        let backend = connect_nonblocking(bench.service.local_addr().unwrap()).unwrap();
+        let (service, _) = bench.service.accept().unwrap();
+        send(&service, &mut Stream::new(1), 10).unwrap();
+        receive(&backend, &mut Stream::new(1), 10).unwrap();
+        if bench.kind() == Some(Kind::Unknown) {
+            bench.await_event(|event| matches!(event, Event::Learned { .. })).unwrap();
+        }
+    }
+    assert_eq!(bench.kind(), Some(Kind::Blocking));
+    let totals = bench.kernel.totals();
+    assert_eq!((totals.hooked, totals.watched), (0, 1), "{totals:?}");
+}
+
+/// A service that is known to be non-blocking has one socket that is not: its first message is passed, it is let go, and the
+/// service counts as blocking from then on.
+#[test]
+fn a_blocking_socket_of_a_nonblocking_service_is_let_go_at_its_first_message() {
+    require!(Need::Bpf);
+    let mut bench = Bench::new().and_then(Bench::fit).unwrap();
+    let ends = bench.connect().unwrap();
+    assert_eq!(bench.kernel.hooked_now(), 2, "client and service");
+    let lane = bench.service_lane(&ends).unwrap();
+    ends.service.set_nonblocking(false).unwrap();
+    send(&ends.service, &mut Stream::new(1), 100).unwrap();
+    receive(&ends.backend, &mut Stream::new(1), 100).unwrap();
+    bench.await_event(|event| matches!(event, Event::BlockingSender { .. })).unwrap();
+    assert_eq!(lane.snapshot().passed(Reason::Blocking), 1);
+    assert_eq!(lane.bytes(), 0);
+    assert_eq!(bench.kind(), Some(Kind::Blocking));
+    assert_eq!(bench.kernel.hooked_now(), 1, "only the client is left");
+}
+
+#[test]
+fn the_listen_call_of_a_watched_service_is_an_event() {
+    require!(Need::Bpf);
+    let mut bench = Bench::new().unwrap();
+    // A port that is free for sure: one of our own, given back.
+    let old = std::mem::replace(&mut bench.service, std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let address = old.local_addr().unwrap();
+    drop(old);
+    let _again = std::net::TcpListener::bind(address).unwrap();
+    let wanted = Event::Listening { netns: bench.netns, port: address.port() };
+    assert_eq!(bench.await_event(|event| *event == wanted).unwrap(), wanted);
+}
+
+/// Several forwarders on one host, each with its own programs, service and clients.
+#[test]
+fn two_sets_of_programs_side_by_side() {
+    require!(Need::Bpf);
+    let mut one = Bench::new().and_then(Bench::fit).unwrap();
+    let mut two = Kernel::load(&Config { connections: 8, hook_blocking: false }).unwrap();
+    two.attach(one.cgroup.path()).unwrap();
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = other.local_addr().unwrap().port();
+    two.watch(one.netns, port, Role::Service).unwrap();
+    two.set_kind(one.netns, port, Kind::Fit).unwrap();
+    let ends = one.connect().unwrap();
+    let _other_ends = pair(&other).unwrap();
+    assert_eq!((one.kernel.totals().hooked, two.totals().hooked), (2, 1));
+    drop(ends);
+    exchange(&mut one, 2, 500_000, None).unwrap();
+}
+
+/// Watched by both, a socket belongs to the first that hooked it; the other splices.
+#[test]
+fn a_socket_that_another_forwarder_hooked_is_left_to_it() {
+    require!(Need::Bpf);
+    let one = Bench::new().and_then(Bench::fit).unwrap();
+    let mut two = Kernel::load(&Config { connections: 8, hook_blocking: false }).unwrap();
+    two.attach(one.cgroup.path()).unwrap();
+    two.watch(one.netns, one.port(), Role::Service).unwrap();
+    two.set_kind(one.netns, one.port(), Kind::Fit).unwrap();
+    let ends = one.connect().unwrap();
+    let hooked = one.kernel.totals().hooked + two.totals().hooked;
+    let refused = one.kernel.totals().hook_refused + two.totals().hook_refused;
+    assert_eq!((hooked, refused), (2, 1), "{:?} {:?}", one.kernel.totals(), two.totals());
+    send(&ends.service, &mut Stream::new(1), 100).unwrap();
+    receive(&ends.backend, &mut Stream::new(1), 100).unwrap();
+}
+
+/// A slot that is used again never gets the bytes of its former sender.
+#[test]
+fn a_closed_lane_is_never_hit_again() {
+    require!(Need::Bpf);
+    let config = Config { connections: 1, hook_blocking: false };
+    let bench = Bench::with("127.0.0.1:0", config).and_then(Bench::fit).unwrap();
+    let (old, new) = (bench.connect().unwrap(), bench.connect().unwrap());
+    let lane = bench.service_lane(&old).unwrap();
+    send(&old.service, &mut Stream::new(1), 100).unwrap();
+    assert_eq!(lane.bytes(), 100);
+    let first = lane.id();
+    drop(lane);
+    // Every slot in turn goes to the new connection.
+    for turn in 0..20 {
+        let lane = bench.service_lane(&new).unwrap();
+        assert_ne!(lane.id(), first);
+        send(&old.service, &mut Stream::new(9), 10).unwrap();
+        receive(&old.backend, &mut Stream::new(9), 10).unwrap();
+        send(&new.service, &mut Stream::new(turn), 10).unwrap();
+        receive(&new.client, &mut Stream::new(turn), 10).unwrap();
+        assert_eq!(lane.bytes(), 10, "turn {turn}");
+    }
+}
+
+#[test]
+fn when_all_lanes_are_taken_the_next_is_refused() {
+    require!(Need::Bpf);
+    let config = Config { connections: 1, hook_blocking: false };
+    let bench = Bench::with("127.0.0.1:0", config).unwrap();
+    let ends: Vec<_> = (0..5).map(|_| bench.connect().unwrap()).collect();
+    let lanes: Vec<_> = ends.iter().map(|ends| bench.service_lane(ends)).collect();
+    assert!(lanes[..4].iter().all(Result::is_ok), "{lanes:?}");
+    assert!(lanes[4].is_err());
+    drop(lanes);
+    assert!(bench.service_lane(&ends[4]).is_ok());
+}
+
+#[test]
+fn thousands_of_short_connections_leave_nothing_in_the_maps() {
+    require!(Need::Bpf);
+    let bench = Bench::new().and_then(Bench::fit).unwrap();
+    for turn in 0..3000u64 {
+        let ends = bench.connect().unwrap();
+        let lanes = (bench.service_lane(&ends).unwrap(), bench.client_lane(&ends).unwrap());
+        send(&ends.service, &mut Stream::new(turn), 1).unwrap();
+        receive(&ends.client, &mut Stream::new(turn), 1).unwrap();
+        match turn % 3 {
+            0 => drop(lanes),
+            1 => drop(ends),
+            _ => {}
+        }
+    }
+    let totals = bench.kernel.totals();
+    assert_eq!((totals.hooked, totals.hook_refused, totals.open_lanes), (6000, 0, 0), "{totals:?}");
+    assert_eq!(bench.kernel.hooked_now(), 0);
 }

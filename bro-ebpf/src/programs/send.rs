@@ -83,19 +83,26 @@ pub fn message(msg: *mut sk_msg_md) -> u32 {
     }
 }
 
-/// The sender's record, if the forwarder has opened a lane for it.
+/// The sender's record, if the forwarder has a lane open for it. The route is looked up once and kept with the socket, until
+/// the record's serial number says that the lane is another's by now.
 #[inline(always)]
 fn route(sender: &mut Sender) -> Option<&'static Record> {
-    if sender.route.serial == 0 {
-        // SAFETY: the value is copied at once. If the entry is removed meanwhile, its serial number no longer fits.
-        sender.route = *unsafe { ROUTES.get(&sender.flow) }?;
-    }
-    let record = RECORDS.get(sender.route.record)?;
-    if load(&record.serial) == u64::from(sender.route.serial) {
+    if let Some(record) = fitting(sender) {
         return Some(record);
     }
-    sender.route.serial = 0;
-    None
+    // SAFETY: the value is copied at once. If the entry is removed meanwhile, its serial number no longer fits.
+    sender.route = *unsafe { ROUTES.get(&sender.flow) }?;
+    fitting(sender)
+}
+
+#[inline(always)]
+fn fitting(sender: &Sender) -> Option<&'static Record> {
+    let serial = u64::from(sender.route.serial);
+    // 0 is no serial number, and what a closed lane's record has.
+    if serial == 0 {
+        return None;
+    }
+    RECORDS.get(sender.route.record).filter(|record| load(&record.serial) == serial)
 }
 
 #[inline(always)]

@@ -59,6 +59,9 @@ const EXEC_STEP: Duration = Duration::from_millis(200);
 /// How long one run of a command, or one connection of our own, may take.
 const TRY: Duration = Duration::from_secs(10);
 
+/// Between two looks at the table although the programs would tell.
+const GUARD: Duration = Duration::from_secs(1);
+
 /// Between two looks at the table of listeners: soon at first, when services usually come up, then with more patience.
 fn listen_step(waited: Duration) -> Duration {
     match waited.as_millis() {
@@ -69,11 +72,16 @@ fn listen_step(waited: Duration) -> Duration {
 }
 
 /// Waits until one of `addresses` has a listener in the table of the namespace at `place`. An address that is not the
-/// namespace's own is in no table of it: then the first client's own connection is the test.
+/// namespace's own is in no table of it: then the first client's own connection is the test. Where the kernel relay's programs
+/// tell when somebody listens (`heard`), nothing is polled; a rare look guards against an event that was lost.
 ///
 /// # Errors
 /// When the table cannot be read.
-pub async fn listening(place: &Where, addresses: &[SocketAddr]) -> io::Result<()> {
+pub async fn listening(
+    place: &Where,
+    addresses: &[SocketAddr],
+    mut heard: Option<tokio::sync::watch::Receiver<u64>>,
+) -> io::Result<()> {
     for address in addresses {
         if !place.is_local(address.ip()).await? {
             return Ok(());
@@ -86,7 +94,11 @@ pub async fn listening(place: &Where, addresses: &[SocketAddr]) -> io::Result<()
         if addresses.iter().any(|address| listeners.iter().any(|listener| listener.serves(*address))) {
             return Ok(());
         }
-        sleep(listen_step(start.elapsed())).await;
+        match &mut heard {
+            // The sender lives as long as the activator that waits here.
+            Some(heard) => drop(timeout(GUARD, heard.changed()).await),
+            None => sleep(listen_step(start.elapsed())).await,
+        }
     }
 }
 

@@ -96,6 +96,7 @@ impl Engine {
             backend,
             opened: now,
             active: now,
+            moved: 0,
             woke: false,
             cold_start: None,
             stage: Stage::Held,

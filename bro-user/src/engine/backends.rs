@@ -131,13 +131,15 @@ enum State {
 pub(super) struct Backend {
     /// Its name in the log.
     pub(super) name: String,
+    /// The cookie of the namespace in which the kernel relay's programs watch the service, if they do.
+    pub(super) watched: Option<u64>,
     state: State,
     held: VecDeque<usize>,
 }
 
 impl Backend {
     pub(super) const fn asleep(name: String) -> Self {
-        Self { name, state: State::Asleep, held: VecDeque::new() }
+        Self { name, watched: None, state: State::Asleep, held: VecDeque::new() }
     }
 }
 

@@ -63,7 +63,6 @@ impl Engine {
     /// Moves bytes, then ends the connection or tells epoll what it waits for now.
     pub(super) fn pump(&mut self, index: usize, up: bool, down: bool) {
         let Some(connection) = self.connections.get_mut(index) else { return };
-        let before = connection.totals();
         let (spliced, copied) = (self.tools.spliced, self.tools.copied);
         let pumped = connection.pump(&mut self.tools, up, down);
         let tally = &mut self.tallies[connection.listener];
@@ -73,9 +72,6 @@ impl Engine {
             Ok(true) => return self.finish(index, End::Eof),
             Ok(false) => {}
             Err(broken) => return self.finish(index, broken.into()),
-        }
-        if self.settings.idle_timeout.is_some() && connection.totals() != before {
-            connection.active = Instant::now();
         }
         self.register(index);
     }
@@ -94,6 +90,7 @@ impl Engine {
         let (up, down) = (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
         connection.stage = Stage::Relaying { service, up, down };
         self.pending -= 1;
+        self.open_lanes(index);
         self.pump(index, true, false);
     }
 
@@ -142,9 +139,15 @@ impl Engine {
     /// Ends connections whose time is up.
     pub(super) fn expire(&mut self, now: Instant) {
         let mut due = Vec::new();
-        for (index, connection) in &self.connections {
+        for (index, connection) in &mut self.connections {
             match connection.stage {
                 Stage::Relaying { .. } => {
+                    // Bytes that took a lane woke nobody, so they are noticed here.
+                    let (up, down) = connection.totals();
+                    if up + down != connection.moved {
+                        connection.moved = up + down;
+                        connection.active = now;
+                    }
                     if self.settings.idle_timeout.is_some_and(|limit| now - connection.active >= limit) {
                         due.push((index, End::IdleTimeout));
                     }
@@ -171,6 +174,7 @@ impl Engine {
         }
         self.log_end(&connection, end);
         let source = connection.peer.source();
+        self.close_lanes(&connection);
         connection.close(end, &mut self.tools);
         self.after_end(source);
     }
@@ -183,7 +187,7 @@ impl Engine {
             conn = connection.number,
             peer = %connection.peer,
             target = %self.backends[connection.backend].name,
-            relay = %Connection::relay_name(self.settings.method),
+            relay = %connection.relay_name(self.settings.method),
             to_service,
             to_client,
             duration_ms = connection.opened.elapsed().as_millis() as u64,

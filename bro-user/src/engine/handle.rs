@@ -39,6 +39,12 @@ pub enum Command {
     StopIfIdle,
     /// Answer, to show that the engine turns.
     Ping,
+    /// The kernel relay is loaded.
+    Kernel(Box<crate::kernel::Kernel>),
+    /// Have the kernel relay watch a target's service.
+    Watch(super::lanes::Watch),
+    /// End: the control side is done.
+    Stop,
     /// Send each listener's figures there.
     Report(tokio::sync::oneshot::Sender<Vec<Tally>>),
 }
@@ -55,6 +61,13 @@ pub enum Event {
         peer: String,
         /// The target was ready and refused a connection since.
         refused: bool,
+    },
+    /// Something began to listen at this port of the namespace with this cookie.
+    Listening {
+        /// The cookie.
+        netns: u64,
+        /// The port.
+        port: u16,
     },
     /// The first connection since it was idle.
     Busy,
@@ -84,19 +97,6 @@ impl Handle {
     }
 }
 
-impl Drop for Handle {
-    fn drop(&mut self) {
-        // Closes the queue first, so that the engine that this wakes up sees it closed.
-        let (closed, _) = mpsc::channel();
-        self.commands = closed;
-        self.wakeup.write(1).ok();
-    }
-}
-
-/// The control side has gone.
-#[derive(Debug)]
-pub struct Gone;
-
 /// The engine's end of the commands.
 #[derive(Debug)]
 pub struct Mailbox {
@@ -112,23 +112,13 @@ impl Mailbox {
     }
 
     /// The next command, if there is one.
-    ///
-    /// # Errors
-    /// When there can never be one again.
-    pub fn next(&self) -> Result<Option<Command>, Gone> {
-        match self.commands.try_recv() {
-            Ok(command) => Ok(Some(command)),
-            Err(mpsc::TryRecvError::Empty) => {
-                // Rearm, then look once more: a command may have come between.
-                self.wakeup.read().ok();
-                match self.commands.try_recv() {
-                    Ok(command) => Ok(Some(command)),
-                    Err(mpsc::TryRecvError::Empty) => Ok(None),
-                    Err(mpsc::TryRecvError::Disconnected) => Err(Gone),
-                }
-            }
-            Err(mpsc::TryRecvError::Disconnected) => Err(Gone),
-        }
+    #[must_use]
+    pub fn next(&self) -> Option<Command> {
+        self.commands.try_recv().ok().or_else(|| {
+            // Rearm, then look once more: a command may have come between.
+            self.wakeup.read().ok();
+            self.commands.try_recv().ok()
+        })
     }
 }
 

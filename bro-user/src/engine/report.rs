@@ -13,6 +13,9 @@ impl Engine {
             if connection.is_held() {
                 tally.held += 1;
             }
+            for lane in connection.lanes() {
+                super::lanes::add(tally, &lane.snapshot());
+            }
         }
         tallies
     }

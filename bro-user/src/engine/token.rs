@@ -14,6 +14,8 @@ pub(super) enum Token {
     Agent(usize),
     /// The control side.
     Mailbox,
+    /// The kernel relay's programs.
+    Kernel,
 }
 
 /// Generations wrap at this many connections; a batch of events never spans so many.
@@ -28,6 +30,7 @@ impl From<Token> for u64 {
             Token::Listener(index) => (1 << 62) | index as u64,
             Token::Agent(index) => (2 << 62) | index as u64,
             Token::Mailbox => 3 << 62,
+            Token::Kernel => (3 << 62) | 1,
         }
     }
 }
@@ -43,6 +46,7 @@ impl From<u64> for Token {
             },
             1 => Self::Listener(rest as usize),
             2 => Self::Agent(rest as usize),
+            _ if rest == 1 => Self::Kernel,
             _ => Self::Mailbox,
         }
     }
@@ -57,7 +61,7 @@ mod tests {
         #[test]
         fn unpacks_what_it_packs(index in 0usize..1 << 32, generation in 0u32..1 << 29, service: bool) {
             let side = if service { Side::Service } else { Side::Client };
-            for token in [Token::Connection { index, generation, side }, Token::Listener(index), Token::Agent(index), Token::Mailbox] {
+            for token in [Token::Connection { index, generation, side }, Token::Listener(index), Token::Agent(index), Token::Mailbox, Token::Kernel] {
                 prop_assert_eq!(Token::from(u64::from(token)), token);
             }
         }

@@ -33,6 +33,19 @@ pub fn of_self() -> io::Result<PathBuf> {
     parse(&std::fs::read_to_string("/proc/self/cgroup")?, &mount_point()?)
 }
 
+/// The deepest cgroup that holds both this process and `pid`. It exists for as long as this process does, however often a
+/// container's own cgroup is removed and made again, so what is attached there stays attached.
+///
+/// # Errors
+/// As [`of_process`].
+pub fn shared_with(pid: u32) -> io::Result<PathBuf> {
+    Ok(common(&of_self()?, &of_process(pid)?))
+}
+
+fn common(one: &Path, other: &Path) -> PathBuf {
+    one.components().zip(other.components()).take_while(|(one, other)| one == other).map(|(same, _)| same).collect()
+}
+
 fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
     let path = table.lines().find_map(|line| line.strip_prefix("0::/"));
     match path {
@@ -44,6 +57,14 @@ fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn finds_what_two_cgroups_share() {
+        let common = |one, other| common(Path::new(one), Path::new(other));
+        let (proxy, container) = ("/c/system.slice/web-proxy.service", "/c/system.slice/web.service/libpod-payload-1");
+        assert_eq!(common(proxy, container), Path::new("/c/system.slice"));
+        assert_eq!(common("/c", "/c/user.slice"), Path::new("/c"));
+    }
 
     #[test]
     fn the_line_of_version_2_counts() {

@@ -1,0 +1,230 @@
+//! The kernel relay's place in the engine: lanes are opened when a connection is, granted credit when the programs ask, and
+//! closed with the connection. Whatever is refused is relayed by splice, for that connection.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::PathBuf;
+
+use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
+use tokio::sync::oneshot;
+
+use super::Engine;
+use super::token::Token;
+use crate::connection::{Connection, Stage};
+use crate::engine::handle::Event;
+use crate::kernel::{self, Kernel, LaneCounters, LaneId, Role, SenderAddress};
+use crate::relay::Side;
+use crate::stats::Tally;
+
+/// What the programs are to watch for one target.
+#[derive(Debug)]
+pub struct Watch {
+    /// Which target.
+    pub backend: usize,
+    /// The cookie of the network namespace the service is in.
+    pub netns: u64,
+    /// The ports it may listen at.
+    pub ports: Vec<u16>,
+    /// A cgroup that holds the service.
+    pub cgroup: PathBuf,
+    /// Told whether the programs will say when the service listens.
+    pub watching: Option<oneshot::Sender<bool>>,
+}
+
+/// The loaded kernel relay and whose lane is whose.
+#[derive(Debug)]
+pub(super) struct Lanes {
+    kernel: Kernel,
+    /// The connection of a lane: its index, its number, and the side that the lane's bytes go to.
+    owners: HashMap<LaneId, (usize, u64, Side)>,
+    /// What each target's service is watched for.
+    watched: HashMap<usize, (u64, Vec<u16>)>,
+    /// The cookie of the listeners' namespace, where local clients are.
+    clients: Option<u64>,
+    refusal_announced: bool,
+    capabilities_dropped: bool,
+}
+
+/// Adds what a lane did to a tally.
+pub(super) fn add(tally: &mut Tally, lane: &LaneCounters) {
+    tally.kernel += lane.bytes;
+    tally.passes += lane.passed.iter().sum::<u64>();
+    tally.grants += lane.grants;
+}
+
+/// A TCP address as its owner's socket shows it, an IPv4 one always as such.
+fn tcp(address: Option<SockaddrStorage>) -> Option<SocketAddr> {
+    let address = address?;
+    if let Some(v4) = address.as_sockaddr_in() {
+        return Some(SocketAddr::V4((*v4).into()));
+    }
+    let v6 = std::net::SocketAddrV6::from(*address.as_sockaddr_in6()?);
+    Some(SocketAddr::new(v6.ip().to_canonical(), v6.port()))
+}
+
+impl Engine {
+    pub(super) fn kernel_loaded(&mut self, kernel: Kernel) {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Kernel.into());
+        if let Err(errno) = self.epoll.add(kernel.events_fd(), event) {
+            tracing::warn!(error = errno.desc(), "the kernel relay's events cannot be watched; splicing instead");
+            return;
+        }
+        self.lanes = Some(Lanes {
+            kernel,
+            owners: HashMap::new(),
+            watched: HashMap::new(),
+            clients: None,
+            refusal_announced: false,
+            capabilities_dropped: false,
+        });
+        self.watch_clients();
+        for watch in std::mem::take(&mut self.unwatched) {
+            self.watch(watch);
+        }
+    }
+
+    /// Has the programs look at clients of our own listeners, where the user asked for that.
+    fn watch_clients(&mut self) {
+        let (Some(lanes), Some(cgroup)) = (&mut self.lanes, &self.settings.local_clients) else { return };
+        if let Err(error) = lanes.kernel.attach(cgroup) {
+            tracing::warn!("no lane for local clients: {error} ({})", error.mend());
+            return;
+        }
+        for (listener, _) in &self.listeners {
+            let Some(address) = tcp(getsockname(listener.socket.as_raw_fd()).ok()) else { continue };
+            let watching = kernel::netns_cookie(listener.socket.as_fd())
+                .and_then(|cookie| lanes.kernel.watch(cookie, address.port(), Role::Client).map(|()| cookie));
+            match watching {
+                Ok(cookie) => lanes.clients = Some(cookie),
+                Err(error) => tracing::warn!(%error, "no lane for local clients of {}", listener.address),
+            }
+        }
+    }
+
+    /// Watches a target's service from now on. A namespace that it was in before is forgotten, with the kind that was learned.
+    pub(super) fn watch(&mut self, watch: Watch) {
+        let Some(lanes) = &mut self.lanes else {
+            // Whoever asks looks for listeners in another way meanwhile.
+            self.unwatched.retain(|other| other.backend != watch.backend);
+            self.unwatched.push(Watch { watching: None, ..watch });
+            return;
+        };
+        let Watch { backend, netns, ports, cgroup, watching } = watch;
+        if let Some((old, ports)) = lanes.watched.remove(&backend) {
+            for port in ports {
+                lanes.kernel.unwatch(old, port);
+            }
+        }
+        self.backends[backend].watched = None;
+        if let Err(error) = lanes.kernel.attach(&cgroup) {
+            tracing::warn!("no kernel lane for {}: {error} ({})", self.backends[backend].name, error.mend());
+            return;
+        }
+        // Attaching was the last thing that needs them: new incarnations of the container come to the same cgroup.
+        if !std::mem::replace(&mut lanes.capabilities_dropped, true) {
+            crate::capabilities::drop_the_kernel_relays();
+        }
+        for &port in &ports {
+            if let Err(error) = lanes.kernel.watch(netns, port, Role::Service) {
+                tracing::warn!(%error, "the kernel relay cannot watch port {port}; splicing instead");
+                return;
+            }
+        }
+        let _first = lanes.watched.insert(backend, (netns, ports));
+        self.backends[backend].watched = Some(netns);
+        if let Some(watching) = watching {
+            watching.send(true).ok();
+        }
+    }
+
+    /// Opens the lanes of a connection that has just been made.
+    pub(super) fn open_lanes(&mut self, index: usize) {
+        let Some(lanes) = &mut self.lanes else { return };
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        let (number, client) = (connection.number, connection.client.as_fd());
+        let Stage::Relaying { service, up, down } = &mut connection.stage else { return };
+        let ends = |fd: i32| {
+            let (own, peer) = (tcp(getsockname(fd).ok()), tcp(getpeername(fd).ok()));
+            own.zip(peer)
+        };
+        let watched = self.backends[connection.backend].watched;
+        // As the sender sees itself: its own address is our peer's.
+        if let (Some(netns), Some((own, peer))) = (watched, ends(service.as_raw_fd()))
+            && tcp(getsockname(client.as_raw_fd()).ok()).is_some()
+        {
+            let sender = SenderAddress { netns, local: peer, remote: own };
+            lanes.open(&sender, client, (index, number, Side::Client), |lane| down.set_lane(lane));
+        }
+        if let (Some(netns), Some((own, peer))) = (lanes.clients, ends(client.as_raw_fd()))
+            && (peer.ip() == own.ip() || peer.ip().is_loopback())
+            && tcp(getsockname(service.as_raw_fd()).ok()).is_some()
+        {
+            let sender = SenderAddress { netns, local: peer, remote: own };
+            lanes.open(&sender, service.as_fd(), (index, number, Side::Service), |lane| up.set_lane(lane));
+        }
+    }
+
+    /// Forgets the lanes of a connection that ends, and counts what they did.
+    pub(super) fn close_lanes(&mut self, connection: &Connection) {
+        let Some(lanes) = &mut self.lanes else { return };
+        for lane in connection.lanes() {
+            let _owner = lanes.owners.remove(&lane.id());
+            add(&mut self.tallies[connection.listener], &lane.snapshot());
+        }
+    }
+
+    /// Hears what the programs have to say.
+    pub(super) fn kernel_events(&mut self) {
+        let Some(lanes) = &mut self.lanes else { return };
+        let Lanes { kernel, owners, .. } = lanes;
+        let (connections, outbox) = (&self.connections, &self.outbox);
+        kernel.drain_events(|event| match event {
+            kernel::Event::LowCredit { record, serial } => {
+                let Some(&(index, number, sink)) = owners.get(&LaneId { record, serial }) else { return };
+                let Some(connection) = connections.get(index).filter(|connection| connection.number == number) else {
+                    return;
+                };
+                let Stage::Relaying { up, down, .. } = &connection.stage else { return };
+                let lane = match sink {
+                    Side::Client => down.lane(),
+                    Side::Service => up.lane(),
+                };
+                if let (Some(lane), Some(socket)) = (lane, connection.socket(sink)) {
+                    // Without a grant the sender's bytes come to us, and the next write grants anew.
+                    lane.grant(socket).ok();
+                }
+            }
+            kernel::Event::Listening { netns, port } => outbox.tell(Event::Listening { netns, port }),
+            kernel::Event::Learned { port, kind, .. } => {
+                tracing::debug!(port, kind = ?kernel::Kind::of(kind), "learned what kind of sockets the service uses");
+            }
+            kernel::Event::BlockingSender { port, .. } => {
+                tracing::debug!(port, "a socket in blocking mode was let go; its bytes are spliced");
+            }
+        });
+    }
+}
+
+impl Lanes {
+    fn open(
+        &mut self,
+        sender: &SenderAddress,
+        target: std::os::fd::BorrowedFd<'_>,
+        owner: (usize, u64, Side),
+        set: impl FnOnce(kernel::Lane),
+    ) {
+        match self.kernel.open_lane(sender, target, 0) {
+            Ok(lane) => {
+                let _none = self.owners.insert(lane.id(), owner);
+                set(lane);
+            }
+            Err(reason) => {
+                if !std::mem::replace(&mut self.refusal_announced, true) {
+                    tracing::info!(%reason, "a connection has no kernel lane and is spliced");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! What the suites of the kernel relay's programs share: a cgroup for one test, connections, and a forwarder in miniature.
+#![allow(dead_code, reason = "each suite uses a part of it")]
+
+pub mod cgroup;
+pub mod content;
+pub mod forwarder;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use bro_user::kernel::{Config, Event, Kernel, Kind, Lane, Role, SenderAddress, netns_cookie};
+use nix::poll::{PollFd, PollFlags, poll};
+
+use cgroup::Cgroup;
+use content::Stream;
+
+/// The time everything gets on a machine that does other things too.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// Waits until a socket polls as asked.
+pub fn await_poll(fd: BorrowedFd<'_>, flags: PollFlags) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+        ensure!(left > 0, "{flags:?} did not come within {LIMIT:?}");
+        match poll(&mut [PollFd::new(fd, flags)], u16::try_from(left).unwrap_or(u16::MAX)) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// A service's listener and the programs that watch it, in a cgroup and thread of their own.
+pub struct Bench {
+    pub kernel: Kernel,
+    pub service: TcpListener,
+    pub front: TcpListener,
+    pub netns: u64,
+    // Last, so that the programs are detached before the cgroup is removed.
+    pub cgroup: Cgroup,
+}
+
+/// The four sockets of a forwarded connection, all non-blocking.
+pub struct Ends {
+    pub client: TcpStream,
+    pub accepted: TcpStream,
+    pub backend: TcpStream,
+    pub service: TcpStream,
+}
+
+impl Bench {
+    pub fn new() -> Result<Self> {
+        Self::with("127.0.0.1:0", Config { connections: 64, hook_blocking: false })
+    }
+
+    /// Everything at `address`, with both lanes watched.
+    pub fn with(address: &str, config: Config) -> Result<Self> {
+        let cgroup = Cgroup::enter()?;
+        let mut kernel = Kernel::load(&config)?;
+        kernel.attach(cgroup.path())?;
+        let service = TcpListener::bind(address)?;
+        let front = TcpListener::bind(address)?;
+        let netns = netns_cookie(service.as_fd())?;
+        kernel.watch(netns, service.local_addr()?.port(), Role::Service)?;
+        kernel.watch(netns, front.local_addr()?.port(), Role::Client)?;
+        Ok(Self { kernel, service, front, netns, cgroup })
+    }
+
+    pub fn port(&self) -> u16 {
+        self.service.local_addr().map_or(0, |address| address.port())
+    }
+
+    pub fn kind(&self) -> Option<Kind> {
+        self.kernel.kind(self.netns, self.port())
+    }
+
+    /// As if a first connection had shown that the service is a non-blocking one.
+    pub fn fit(mut self) -> Result<Self> {
+        self.kernel.set_kind(self.netns, self.port(), Kind::Fit)?;
+        Ok(self)
+    }
+
+    /// One forwarded connection; the client connects the way non-blocking clients do.
+    pub fn connect(&self) -> Result<Ends> {
+        let (client, accepted) = pair(&self.front)?;
+        let (backend, service) = pair(&self.service)?;
+        Ok(Ends { client, accepted, backend, service })
+    }
+
+    pub fn service_lane(&self, ends: &Ends) -> Result<Lane> {
+        let sender = sender(self.netns, &ends.backend)?;
+        Ok(self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0)?)
+    }
+
+    pub fn client_lane(&self, ends: &Ends) -> Result<Lane> {
+        let sender = sender(self.netns, &ends.accepted)?;
+        Ok(self.kernel.open_lane(&sender, ends.backend.as_fd(), 0)?)
+    }
+
+    /// Waits for an event.
+    pub fn await_event(&mut self, wanted: impl Fn(&Event) -> bool) -> Result<Event> {
+        loop {
+            let mut found = None;
+            self.kernel.drain_events(|event| found = found.or(Some(event).filter(&wanted)));
+            if let Some(found) = found {
+                return Ok(found);
+            }
+            await_poll(self.kernel.events_fd(), PollFlags::POLLIN).context("an event")?;
+        }
+    }
+}
+
+/// The sender at the other end of a socket of the forwarder.
+pub fn sender(netns: u64, socket: &TcpStream) -> Result<SenderAddress> {
+    Ok(SenderAddress { netns, local: socket.peer_addr()?, remote: socket.local_addr()? })
+}
+
+/// connect(2) on a socket that is non-blocking before it connects, as an event loop does it.
+pub fn connect_nonblocking(to: SocketAddr) -> Result<TcpStream> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
+    let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+    let address = SockaddrStorage::from(to);
+    match connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &address) {
+        Ok(()) | Err(nix::errno::Errno::EINPROGRESS) => {}
+        Err(error) => return Err(error).context("connect"),
+    }
+    await_poll(socket.as_fd(), PollFlags::POLLOUT)?;
+    let stream = TcpStream::from(socket);
+    stream.take_error()?.map_or(Ok(stream), |error| Err(error.into()))
+}
+
+/// A connection to a listener: the connecting end and the accepted one.
+pub fn pair(to: &TcpListener) -> Result<(TcpStream, TcpStream)> {
+    let connected = connect_nonblocking(to.local_addr()?)?;
+    let (accepted, _) = to.accept()?;
+    accepted.set_nonblocking(true)?;
+    connected.set_nodelay(true)?;
+    accepted.set_nodelay(true)?;
+    Ok((connected, accepted))
+}
+
+/// Sends all of a stream's next `count` bytes, whatever blocks.
+pub fn send(mut to: &TcpStream, stream: &mut Stream, count: usize) -> Result<()> {
+    use io::Write as _;
+    let block = stream.next(count);
+    let mut sent = 0;
+    while sent < block.len() {
+        match to.write(&block[sent..]) {
+            Ok(more) => sent += more,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                await_poll(to.as_fd(), PollFlags::POLLOUT)?;
+            }
+            Err(error) => return Err(error).context("sending"),
+        }
+    }
+    Ok(())
+}
+
+/// Receives and checks a stream's next `count` bytes.
+pub fn receive(mut from: &TcpStream, stream: &mut Stream, count: usize) -> Result<()> {
+    use io::Read as _;
+    let mut block = vec![0; count.min(256 * 1024)];
+    let mut left = count;
+    while left > 0 {
+        let most = left.min(block.len());
+        match from.read(&mut block[..most]) {
+            Ok(0) => anyhow::bail!("the end came with {left} of {count} bytes missing"),
+            Ok(got) => {
+                stream.check(&block[..got])?;
+                left -= got;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                await_poll(from.as_fd(), PollFlags::POLLIN)?;
+            }
+            Err(error) => return Err(error).context("receiving"),
+        }
+    }
+    Ok(())
+}
+
+/// The stream has ended.
+pub fn receive_end(mut from: &TcpStream) -> Result<()> {
+    use io::Read as _;
+    loop {
+        match from.read(&mut [0; 64]) {
+            Ok(0) => return Ok(()),
+            Ok(got) => anyhow::bail!("{got} bytes instead of the end"),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                await_poll(from.as_fd(), PollFlags::POLLIN)?;
+            }
+            Err(error) => return Err(error).context("waiting for the end"),
+        }
+    }
+}
