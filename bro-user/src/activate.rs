@@ -133,7 +133,11 @@ impl Activator {
     ///
     /// # Errors
     /// When it cannot be started, or its namespace cannot be entered.
-    pub async fn wake(&self, backend: usize, target: &Target) -> anyhow::Result<(Destination, Option<Arc<Incarnation>>)> {
+    pub async fn wake(
+        &self,
+        backend: usize,
+        target: &Target,
+    ) -> anyhow::Result<(Destination, Option<Arc<Incarnation>>)> {
         let prepared = async {
             let (place, incarnation) = match self.place {
                 Place::Own => (Where::Own, None),
@@ -316,7 +320,8 @@ impl Activator {
             Some(pid) => kernel::cgroup::shared_with(pid.unsigned_abs()),
             None => kernel::cgroup::mount_point(),
         };
-        let cgroup = cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;
+        let cgroup =
+            cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;
         // Before the programs watch, so that nothing they say is missed.
         let heard = self.listening.subscribe();
         let (to, watching) = tokio::sync::oneshot::channel();

@@ -3,7 +3,8 @@
 use caps::{CapSet, Capability};
 
 /// What loading and attaching the kernel relay's programs takes.
-const KERNEL_RELAY: [Capability; 3] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
+pub const KERNEL_RELAY: [Capability; 3] =
+    [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
 
 /// Gives up, for the calling thread and the children it will have, what only the kernel relay's set-up needed. A thread that
 /// never had them loses nothing.

@@ -9,7 +9,7 @@ use crate::timespan::TimeSpan;
 
 /// Start any container on its first connection, relay it without losing a byte, and get out of the way.
 #[derive(Debug, Parser)]
-#[command(name = "bro", version, max_term_width = 100, propagate_version = true, subcommand_required = true)]
+#[command(name = "bro", version, long_version = long_version(), max_term_width = 100, propagate_version = true, subcommand_required = true)]
 #[command(
     after_help = "Exit status: 0 done; 1 failed; 2 wrong usage; 3 no socket was passed; 4 container, process or \
     namespace not found; 5 not permitted."
@@ -20,6 +20,15 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// The version, with what made the kernel relay's programs.
+fn long_version() -> &'static str {
+    static TEXT: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
+        let object = crate::kernel::OBJECT.lines().collect::<Vec<_>>().join("\n  ");
+        format!("{}\nkernel programs made by\n  {object}", env!("CARGO_PKG_VERSION"))
+    });
+    &TEXT
+}
+
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -28,6 +37,8 @@ pub enum Command {
     Forward(Box<Forward>),
     /// What running forwarders of this user do: connections, bytes by relay, cold starts
     Status(Status),
+    /// What this host can do for this user and what not, one line a check, with the fix
+    Doctor(Doctor),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
     NetnsAgent,
@@ -180,6 +191,14 @@ impl std::str::FromStr for LocalClients {
             _ => Err(format!("“{text}” is neither off, on, nor a cgroup's path such as /user.slice")),
         }
     }
+}
+
+/// `bro doctor`.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `bro status`.

@@ -126,7 +126,9 @@ async fn loaded(
     loading: &mut Option<tokio::sync::oneshot::Receiver<Result<Kernel, Unavailable>>>,
 ) -> Result<Kernel, Unavailable> {
     match loading {
-        Some(loading) => loading.await.unwrap_or_else(|_| Err(Unavailable::SelfTest("it did not end".into()))),
+        Some(loading) => {
+            loading.await.unwrap_or_else(|_| Err(Unavailable::SelfTest("it did not end".into())))
+        }
         None => Err(Unavailable::SelfTest("no thread to run it on".into())),
     }
 }
@@ -152,11 +154,14 @@ enum KernelRelay {
 
 /// Loads and tests the kernel relay on a thread of its own: it takes tens of milliseconds, which the first client, whose
 /// service is starting, is not to wait for.
-fn load_kernel_relay(options: &Forward) -> Option<tokio::sync::oneshot::Receiver<Result<Kernel, Unavailable>>> {
+fn load_kernel_relay(
+    options: &Forward,
+) -> Option<tokio::sync::oneshot::Receiver<Result<Kernel, Unavailable>>> {
     if !matches!(options.relay, RelayChoice::Auto | RelayChoice::Sockmap) {
         return None;
     }
-    let config = kernel::Config { connections: options.connections_max, hook_blocking: options.blocking_sockets };
+    let config =
+        kernel::Config { connections: options.connections_max, hook_blocking: options.blocking_sockets };
     let (to, loaded) = tokio::sync::oneshot::channel();
     let load = move || {
         let tested = Kernel::load(&config).and_then(|mut kernel| kernel.selftest().map(|()| kernel));
@@ -172,7 +177,9 @@ fn local_clients(options: &Forward) -> anyhow::Result<Option<std::path::PathBuf>
     let below = match &options.local_clients {
         LocalClients::Off => return Ok(None),
         _ if !matches!(options.relay, RelayChoice::Auto | RelayChoice::Sockmap) => {
-            bail!(Failure::Usage("--local-clients is part of the kernel relay: use --relay=auto or sockmap with it".into()))
+            bail!(Failure::Usage(
+                "--local-clients is part of the kernel relay: use --relay=auto or sockmap with it".into()
+            ))
         }
         LocalClients::On => Path::new("/"),
         LocalClients::Cgroup(path) => path,
@@ -364,7 +371,11 @@ impl<'a> Control<'a> {
                 let why = format!("{:#}", anyhow::Error::from(reason));
                 if self.options.relay == RelayChoice::Sockmap {
                     let sentence = format!("--relay=sockmap cannot be had: {why}; {mend}");
-                    return Err(if permitted { anyhow!(sentence) } else { Failure::NotPermitted(sentence).into() });
+                    return Err(if permitted {
+                        anyhow!(sentence)
+                    } else {
+                        Failure::NotPermitted(sentence).into()
+                    });
                 }
                 tracing::info!("relaying by splice, without the kernel relay: {why}; {mend}");
                 self.kernel = KernelRelay::Unavailable(why);

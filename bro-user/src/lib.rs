@@ -7,6 +7,7 @@ pub mod activate;
 pub mod capabilities;
 pub mod cli;
 pub mod connection;
+pub mod doctor;
 pub mod engine;
 pub mod exit;
 pub mod forward;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use bro_user::cli::{Cli, Command};
 use bro_user::listen::Environment;
-use bro_user::{exit, forward, logging, netns, status};
+use bro_user::{doctor, exit, forward, logging, netns, status};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
@@ -16,6 +16,13 @@ fn main() -> ExitCode {
             forward::run(&options, &environment)
         }
         Command::Status(options) => status::run(&options),
+        Command::Doctor(options) => doctor::run(&options).and_then(|well| {
+            if well {
+                Ok(())
+            } else {
+                anyhow::bail!("something that bro is for does not work here; see the lines marked BAD")
+            }
+        }),
         Command::NetnsAgent => netns::agent::run(),
     };
     match result {

@@ -16,6 +16,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use crate::kernel::Lane;
 use half_close::Half;
 use pipes::{Pipe, Pool};
+use splice::Filled;
 
 /// How a direction's bytes are moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -179,31 +180,25 @@ impl Direction {
     ) -> Result<Option<usize>, Broken> {
         let borrowed = if self.method == Method::Splice { tools.pool.borrow() } else { None };
         let Some(pipe) = borrowed else { return self.fill_by_copy(source, sink, tools) };
-        let filled = match splice::fill(source, &pipe) {
-            // Nothing there, or it came just now, or an urgent byte is in front, which splice does not pass and recv does.
-            Err(Errno::EAGAIN) if crate::sys::readable_bytes(source).is_ok_and(|waiting| waiting > 0) => {
-                splice::fill(source, &pipe)
-            }
-            filled => filled,
-        };
-        match filled {
-            Ok(0) => {
-                tools.pool.give_back(pipe);
-                self.half.ended();
-                Ok(Some(0))
-            }
-            Ok(count) => {
+        match splice::fill(source, &pipe) {
+            Ok(Filled::Bytes(count)) => {
                 self.half.read(count);
                 self.held = Held::Pipe(Box::new(pipe));
                 let _emptied = self.flush(sink, tools)?;
                 Ok(Some(count))
             }
-            Err(Errno::EAGAIN) => {
+            Ok(Filled::End) => {
                 tools.pool.give_back(pipe);
-                match crate::sys::readable_bytes(source) {
-                    Ok(waiting) if waiting > 0 => self.fill_by_copy(source, sink, tools),
-                    _ => Ok(None),
-                }
+                self.half.ended();
+                Ok(Some(0))
+            }
+            Ok(Filled::Nothing) => {
+                tools.pool.give_back(pipe);
+                Ok(None)
+            }
+            Ok(Filled::Urgent) => {
+                tools.pool.give_back(pipe);
+                self.fill_by_copy(source, sink, tools)
             }
             Err(Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP) => {
                 tools.pool.give_back(pipe);

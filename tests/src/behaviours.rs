@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::poll::PollFlags;
+use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::pattern::{Pattern, Rng};
@@ -438,7 +439,19 @@ pub fn urgent_byte_arrives_in_its_place(rig: &Rig) -> Result<()> {
             forwarder.expect_no_spin(Duration::from_millis(300))?;
         }
     }
-    exchange(&client, &service)
+    exchange(&client, &service)?;
+    // As the very last byte, with the end of the stream behind it: both are there before the relay looks again.
+    let (client, service) = rig.pair()?;
+    setsockopt(&service, sockopt::OobInline, &true)?;
+    exchange(&client, &service)?;
+    rig.forwarder().map_or(Ok(()), |forwarder| forwarder.signal(Signal::SIGSTOP))?;
+    client.send(b"abc")?;
+    client.send_urgent(b'!')?;
+    client.close_writing()?;
+    rig.forwarder().map_or(Ok(()), |forwarder| forwarder.signal(Signal::SIGCONT))?;
+    let (came, end) = service.read_to_end()?;
+    ensure!(came == b"abc!" && end == End::Eof, "came: {:?}, {end:?}", String::from_utf8_lossy(&came));
+    Ok(())
 }
 
 /// Urgent bytes now and then within a stream of megabytes change nothing about the stream.

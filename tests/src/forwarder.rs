@@ -252,7 +252,9 @@ impl Forwarder {
     /// Expects that none of the processes it started is still there.
     pub fn expect_nothing_left(&self) -> Result<()> {
         let gone = process::eventually(Duration::from_secs(2), || process::members(self.pid()).is_empty());
-        ensure!(gone, "processes {:?} are left behind", process::members(self.pid()));
+        let named = |pid: i32| (pid, process::name(pid));
+        let left: Vec<_> = process::members(self.pid()).into_iter().map(named).collect();
+        ensure!(gone, "processes are left behind: {left:?}");
         ensure!(self.log.ends(Duration::from_secs(2)), "a process of it still holds its stderr");
         Ok(())
     }

@@ -71,6 +71,30 @@ fn what_held_clients_have_sent_arrives_even_if_they_have_half_closed() -> Result
     forwarder.stop().map(drop)
 }
 
+/// Fire and forget: whoever sends and closes for good before the service is there has still sent.
+#[test]
+fn what_a_client_has_sent_before_it_closed_arrives() -> Result<()> {
+    require_namespaces!();
+    for (front, back) in
+        [(Family::Tcp4, Family::Tcp4), (Family::Unix, Family::Unix), (Family::Unix, Family::Tcp4)]
+    {
+        let mut scene = Scene::between(Namespace::new()?, front, back)?;
+        let forwarder = scene.start(&[])?;
+        let client = scene.client()?;
+        client.pour(Pattern(1), 0, 50_000)?;
+        drop(client);
+        // Long enough for a forwarder to notice that it has closed.
+        std::thread::sleep(MOMENT);
+        let service = scene.serve()?.accept().with_context(|| format!("{front:?} to {back:?}"))?;
+        service.drink(Pattern(1), 0, 50_000).with_context(|| format!("{front:?} to {back:?}"))?;
+        service.expect_eof()?;
+        drop(service);
+        ensure!(forwarder.closing()?.reason == "eof", "{:?}", forwarder.closing());
+        forwarder.stop()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_held_client_that_aborts_is_forgotten() -> Result<()> {
     require_namespaces!();

@@ -18,31 +18,36 @@ const MOMENT: Duration = Duration::from_millis(300);
 #[test]
 fn tells_the_service_manager_its_state() -> Result<()> {
     require_namespaces!();
-    for mut notify in [Notify::new()?, Notify::new_abstract()?] {
-        let mut scene = Scene::new()?;
-        let service = scene.serve()?;
-        let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
-        let mut forwarder = setup.start()?;
-        notify.wait(PATIENCE, |line| line == "READY=1")?;
-        notify.wait(PATIENCE, |line| line.starts_with("STATUS=")).context("a status from the start")?;
-        let pair = (scene.client()?, service.accept()?);
-        expect_relayed(&pair.0, &pair.1)?;
-        // The status counts: one open connection.
-        notify
-            .wait(PATIENCE, |line| line.starts_with("STATUS=") && line.contains('1'))
-            .context("a status with the connection")?;
-        drop(pair);
-        forwarder.closings(1)?;
-        forwarder.signal(Signal::SIGTERM)?;
-        forwarder.expect_exit(0)?;
-        notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
-        let seen = notify.seen();
-        ensure!(
-            !seen.iter().any(|line| line.starts_with("WATCHDOG")),
-            "nobody asked for a watchdog: {seen:?}"
-        );
-        ensure!(seen.iter().filter(|line| *line == "READY=1").count() == 1, "ready more than once: {seen:?}");
-    }
+    tells_its_state(Notify::new()?)
+}
+
+#[test]
+fn tells_its_state_to_an_abstract_socket_too() -> Result<()> {
+    require_namespaces!();
+    tells_its_state(Notify::new_abstract()?)
+}
+
+fn tells_its_state(mut notify: Notify) -> Result<()> {
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
+    let mut forwarder = setup.start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let is_status = |line: &str| line.starts_with("STATUS=");
+    let asleep = notify.wait(PATIENCE, is_status).context("a status from the start")?;
+    let pair = (scene.client()?, service.accept()?);
+    expect_relayed(&pair.0, &pair.1)?;
+    // The status tells of the open connection, and of its end.
+    let relaying = notify.wait_anew(PATIENCE, |line| is_status(line) && *line != asleep)?;
+    ensure!(relaying.contains('1'), "{relaying}");
+    drop(pair);
+    forwarder.closings(1)?;
+    forwarder.signal(Signal::SIGTERM)?;
+    forwarder.expect_exit(0)?;
+    notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
+    let seen = notify.seen();
+    ensure!(!seen.iter().any(|line| line.starts_with("WATCHDOG")), "nobody asked for a watchdog: {seen:?}");
+    ensure!(seen.iter().filter(|line| *line == "READY=1").count() == 1, "ready more than once: {seen:?}");
     Ok(())
 }
 
@@ -143,9 +148,11 @@ fn a_client_that_waits_for_the_service_keeps_it_from_leaving() -> Result<()> {
 #[test]
 fn sigterm_drains_and_cuts_nothing() -> Result<()> {
     require_namespaces!();
+    let mut notify = Notify::new()?;
     let mut scene = Scene::new()?;
     let service = scene.serve()?;
-    let mut forwarder = scene.start(&[])?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
+    let mut forwarder = setup.start()?;
     let pair = (scene.client()?, service.accept()?);
     expect_relayed(&pair.0, &pair.1)?;
     let half = 4 << 20;
@@ -157,6 +164,7 @@ fn sigterm_drains_and_cuts_nothing() -> Result<()> {
         });
         pair.1.pour(down, 0, half)?;
         forwarder.signal(Signal::SIGTERM)?;
+        notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
         // Whoever connects now is not for this process: the connection waits for the next.
         let late = scene.client()?;
         late.send(b"ping")?;
@@ -258,15 +266,20 @@ fn a_second_sigterm_ends_at_once() -> Result<()> {
 #[test]
 fn nothing_outlives_a_killed_forwarder() -> Result<()> {
     require_namespaces!();
+    let mut notify = Notify::new()?;
     let mut scene = Scene::new()?;
-    let mut forwarder = scene.start(&["--ready=exec:sleep 1000"])?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg("--ready=exec:sleep 1000; true");
+    let mut forwarder = setup.arg(scene.target()).start()?;
     let _held = scene.client()?;
     let _service = scene.serve()?;
-    let started = || process::members(forwarder.pid()).len() > 1;
+    let runs = |pid: &i32| process::name(*pid).as_deref() == Some("sleep");
+    let started = || process::members(forwarder.pid()).iter().any(runs);
     ensure!(process::eventually(PATIENCE, started), "the readiness command never ran");
     forwarder.signal(Signal::SIGTERM)?;
+    // Two signals before the first is handled are one.
+    notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
     forwarder.signal(Signal::SIGTERM)?;
-    ensure!(forwarder.wait(PATIENCE)?.is_some(), "still there");
+    ensure!(forwarder.wait(PATIENCE)?.is_some(), "still there after a second SIGTERM");
     forwarder.expect_nothing_left().context("after SIGTERM, twice")?;
 
     // Its helper in the namespace notices by itself even when it gets no chance to say goodbye.
@@ -313,6 +326,40 @@ fn each_named_socket_leads_to_its_target() -> Result<()> {
         let target = service.address().to_string();
         ensure!(closings.iter().any(|closing| closing.target == target), "{target} missing: {closings:?}");
     }
+    forwarder.stop().map(drop)
+}
+
+#[test]
+fn targets_are_read_as_systemd_socket_proxyd_reads_them() -> Result<()> {
+    require_namespaces!();
+    let scene = Scene::new()?;
+    // In a namespace of its own every port is free, and its owner may take the low ones.
+    let port_80 = Listener::new(&scene.namespace, &Address::Tcp("0.0.0.0:80".parse()?))?;
+    let port_81 = Listener::new(&scene.namespace, &Address::Tcp("127.0.0.1:81".parse()?))?;
+    let port_80_v6 = Listener::new(&scene.namespace, &Address::Tcp("[::1]:80".parse()?))?;
+    for (target, service) in [
+        ("127.0.0.1", &port_80),
+        ("127.0.0.2:80", &port_80),
+        ("81", &port_81),
+        ("127.0.0.1:81", &port_81),
+        ("[::1]", &port_80_v6),
+        ("[::1]:80", &port_80_v6),
+    ] {
+        let forwarder = scene.setup().arg(target).start()?;
+        let pair = (scene.client()?, service.accept().with_context(|| format!("TARGET {target}"))?);
+        expect_relayed(&pair.0, &pair.1)?;
+        drop(pair);
+        forwarder.stop()?;
+    }
+    // A name may have several addresses: any that is served will do.
+    let forwarder = scene.setup().arg("localhost").start()?;
+    let client = scene.client()?;
+    let served = match port_80.try_accept(MOMENT)? {
+        Some(served) => served,
+        None => port_80_v6.accept().context("TARGET localhost")?,
+    };
+    expect_relayed(&client, &served)?;
+    drop((client, served));
     forwarder.stop().map(drop)
 }
 

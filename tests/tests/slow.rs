@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use bro_tests::forwarder::Setup;
 use bro_tests::netns::Namespace;
 use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
+use bro_tests::scene::{Scene, expect_relayed};
 use bro_tests::suite::{Lane, Legs, Rig};
 use bro_tests::{bro, process, require_namespaces, torture};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -148,4 +149,22 @@ fn long_torture(lane: Lane) -> Result<()> {
         rig.finish().with_context(|| format!("{legs:?}"))?;
     }
     Ok(())
+}
+
+/// Each try of a readiness command is bounded: one that hangs is ended, with what it has started, and tried again.
+#[test]
+fn a_readiness_command_that_hangs_is_ended_and_tried_again() -> Result<()> {
+    require_namespaces!();
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let tried = scene.folder().join("tried");
+    let ready = format!("--ready=exec:test -e {0} || {{ touch {0}; sleep 1000; }}", tried.display());
+    let forwarder = scene.start(&[&ready])?;
+    let client = scene.client()?;
+    let served = service.accept().context("after the first try has been ended")?;
+    expect_relayed(&client, &served)?;
+    let left = |pid: &i32| process::name(*pid).as_deref() == Some("sleep");
+    ensure!(!process::members(forwarder.pid()).iter().any(left), "the hanging command is left behind");
+    drop((client, served));
+    forwarder.stop().map(drop)
 }

@@ -68,7 +68,10 @@ impl Engine {
     pub(super) fn kernel_loaded(&mut self, kernel: Kernel) {
         let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Kernel.into());
         if let Err(errno) = self.epoll.add(kernel.events_fd(), event) {
-            tracing::warn!(error = errno.desc(), "the kernel relay's events cannot be watched; splicing instead");
+            tracing::warn!(
+                error = errno.desc(),
+                "the kernel relay's events cannot be watched; splicing instead"
+            );
             return;
         }
         self.lanes = Some(Lanes {

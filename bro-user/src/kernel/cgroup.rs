@@ -43,7 +43,11 @@ pub fn shared_with(pid: u32) -> io::Result<PathBuf> {
 }
 
 fn common(one: &Path, other: &Path) -> PathBuf {
-    one.components().zip(other.components()).take_while(|(one, other)| one == other).map(|(same, _)| same).collect()
+    one.components()
+        .zip(other.components())
+        .take_while(|(one, other)| one == other)
+        .map(|(same, _)| same)
+        .collect()
 }
 
 fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
@@ -61,7 +65,8 @@ mod tests {
     #[test]
     fn finds_what_two_cgroups_share() {
         let common = |one, other| common(Path::new(one), Path::new(other));
-        let (proxy, container) = ("/c/system.slice/web-proxy.service", "/c/system.slice/web.service/libpod-payload-1");
+        let (proxy, container) =
+            ("/c/system.slice/web-proxy.service", "/c/system.slice/web.service/libpod-payload-1");
         assert_eq!(common(proxy, container), Path::new("/c/system.slice"));
         assert_eq!(common("/c", "/c/user.slice"), Path::new("/c"));
     }

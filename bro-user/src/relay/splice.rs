@@ -7,13 +7,37 @@ use nix::fcntl::{SpliceFFlags, splice};
 
 use super::pipes::{CAPACITY, Pipe};
 
-/// Fills `pipe` from `source`; 0 is the end of the stream.
+/// What came of filling a pipe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filled {
+    /// So many bytes.
+    Bytes(usize),
+    /// The end of the stream.
+    End,
+    /// Nothing waits now.
+    Nothing,
+    /// Something waits that splice does not pass: an urgent byte (`tcp_read_sock` stops in front of it; recv takes it).
+    Urgent,
+}
+
+/// Fills `pipe` from `source`.
 ///
 /// # Errors
-/// EAGAIN when nothing waits (also in front of an urgent byte, `__tcp_read_sock`), EINVAL when the socket cannot be spliced,
-/// else the connection's own error.
-pub fn fill(source: BorrowedFd<'_>, pipe: &Pipe) -> nix::Result<usize> {
-    retry(|| splice(source, None, &pipe.write, None, CAPACITY, flags()))
+/// EINVAL when the socket cannot be spliced, else the connection's own error.
+pub fn fill(source: BorrowedFd<'_>, pipe: &Pipe) -> nix::Result<Filled> {
+    let fill = || retry(|| splice(source, None, &pipe.write, None, CAPACITY, flags()));
+    let filled = match fill() {
+        // Bytes that came between the two calls are no reason to copy, so it is the second refusal that counts.
+        Err(Errno::EAGAIN) if crate::sys::readable_bytes(source).is_ok_and(|waiting| waiting > 0) => fill(),
+        Err(Errno::EAGAIN) => return Ok(Filled::Nothing),
+        filled => filled,
+    };
+    match filled {
+        Ok(0) => Ok(Filled::End),
+        Ok(count) => Ok(Filled::Bytes(count)),
+        Err(Errno::EAGAIN) => Ok(Filled::Urgent),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// Empties `held` bytes of `pipe` into `sink`. The exact count matters: asked for more than there is, the kernel would wait
