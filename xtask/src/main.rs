@@ -2,6 +2,7 @@
 //! every tier of tests whose needs are met.
 
 mod build;
+mod build_ebpf;
 mod run;
 mod test;
 
@@ -23,6 +24,8 @@ enum Task {
     Run(run::Args),
     /// Run every tier of tests whose needs are met, and say loudly what was left out
     Test(test::Args),
+    /// Make the kernel relay's programs from source, or check that those checked in are what the source makes
+    BuildEbpf(build_ebpf::Args),
     /// A process of `run`: its container, service, client or forwarder
     #[command(subcommand, hide = true)]
     Part(run::Part),
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Run(args) => run::run(&args),
         Task::Test(args) => test::run(&args),
+        Task::BuildEbpf(args) => build_ebpf::run(&args),
         Task::Part(part) => run::part(part),
     };
     match done {

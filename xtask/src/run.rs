@@ -9,6 +9,7 @@ mod keep;
 mod namespace;
 mod process;
 mod service;
+mod stream;
 mod systemd;
 
 use std::path::Path;
@@ -36,7 +37,7 @@ pub enum Part {
     /// Hold a namespace, and start things in it as stdin says
     Container,
     /// Serve HTTP
-    Service { address: String },
+    Service { addresses: Vec<String> },
     /// Measure, and print the figures
     Client { address: String },
     /// Become the program that systemd would start with the socket that is stdin
@@ -52,7 +53,7 @@ pub fn part(part: Part) -> Result<()> {
     SigSet::empty().thread_set_mask().context("cannot unblock signals")?;
     match part {
         Part::Container => namespace::main(),
-        Part::Service { address } => service::main(&address),
+        Part::Service { addresses } => service::main(&addresses),
         Part::Client { address } => client::main(&address),
         Part::Forwarder { command } => systemd::become_forwarder(&command),
     }
@@ -96,11 +97,11 @@ fn tell_first_connection(
     if args.keep {
         forward.push(format!("--exit-idle-time={}s", keep::IDLE.as_secs()));
     }
-    let mut woken = wake(bro, container, socket, &forward)?;
+    let mut woken = wake(bro, container, socket, &forward, SERVICE)?;
     let ms = |since_request: Duration| format!("{:8.1} ms", since_request.as_secs_f64() * 1e3);
     println!("client      GET http://{}/", socket.address);
     println!("{}   systemd's part sees the client, and starts bro and the service:", ms(woken.activated));
-    println!("{:8}      bro {}", "", forward_line(container, &forward).join(" "));
+    println!("{:8}      bro {}", "", forward_line(container, &forward, SERVICE).join(" "));
     println!("{}   the service listens on {SERVICE} in its namespace", ms(woken.listening));
     let (status, page) = &woken.answer;
     println!("{}   the client has its answer: {status}, {} bytes, as sent", ms(woken.answered), page.len());
@@ -113,8 +114,8 @@ fn tell_first_connection(
         ms(woken.answered).trim()
     );
     println!("relay       {}: {}", end.get("relay"), compare::why(end.get("relay")));
-    for warning in woken.forwarder.warnings() {
-        println!("            bro: {warning}");
+    if let Some(said) = woken.forwarder.on_the_kernel_relay() {
+        println!("            bro says: {said}");
     }
     println!(
         "bytes       {} to the service, {} to the client; the connection ended by {}",
@@ -126,11 +127,11 @@ fn tell_first_connection(
 }
 
 /// The command line of `bro forward` for this container.
-fn forward_line(container: &Container, options: &[String]) -> Vec<String> {
+fn forward_line(container: &Container, options: &[String], target: &str) -> Vec<String> {
     let mut line = vec!["forward".to_owned(), format!("--pid={}", container.pid())];
     line.extend(["--start-timeout=20s".into(), "--drain-timeout=2s".into()]);
     line.extend_from_slice(options);
-    line.push(SERVICE.into());
+    line.push(target.into());
     line
 }
 
@@ -144,7 +145,13 @@ struct Woken {
 }
 
 /// Lets a client connect to `socket`, and does for it what systemd does. Starts the service unless it runs already.
-fn wake(bro: &Path, container: &mut Container, socket: &Socket, options: &[String]) -> Result<Woken> {
+fn wake(
+    bro: &Path,
+    container: &mut Container,
+    socket: &Socket,
+    options: &[String],
+    target: &str,
+) -> Result<Woken> {
     let address = socket.address.to_string();
     let (sender, answers) = channel();
     // The client is a thread; the processes are started by this one, which they must not outlive.
@@ -155,7 +162,7 @@ fn wake(bro: &Path, container: &mut Container, socket: &Socket, options: &[Strin
     });
     socket.wait_for_client(Duration::from_secs(10))?;
     let activated = Instant::now();
-    let mut forwarder = socket.activate(bro, &forward_line(container, options))?;
+    let mut forwarder = socket.activate(bro, &forward_line(container, options, target))?;
     container.start_service()?;
     let listening = Instant::now();
 

@@ -20,19 +20,40 @@ fn task(args: &[&str]) -> Command {
     task
 }
 
+/// What the whole task says.
+fn said() -> String {
+    let output = task(&[]).output().expect("the task runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}\n{complaint}");
+    said
+}
+
+/// The line of the table for this relay, which has figures.
+fn row<'a>(said: &'a str, label: &str) -> &'a str {
+    let row = said.lines().find(|line| line.starts_with(label) && line.contains("GiB/s"));
+    row.unwrap_or_else(|| panic!("no figures for `{label}` in:\n{said}"))
+}
+
 #[test]
 fn shows_a_cold_start_and_every_relay_and_ends() {
     require!(Need::UserNamespaces);
-    let output = task(&[]).output().expect("the task runs");
-    let said = String::from_utf8_lossy(&output.stdout);
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}\n{complaint}");
-    for wanted in
-        ["cold start", "200 OK", "relay       splice", "direct, both inside", "bro, splice", "bro, copy"]
-    {
+    let said = said();
+    for wanted in ["cold start", "200 OK", "relay       splice"] {
         assert!(said.contains(wanted), "no `{wanted}` in:\n{said}");
     }
-    assert!(!said.contains("not to be had"), "{said}");
+    for label in ["direct, both inside", "bro, splice", "bro, copy"] {
+        assert!(!row(&said, label).contains("kernel"), "{said}");
+    }
+}
+
+#[test]
+fn shows_the_kernel_relay_at_work() {
+    require!(Need::Bpf);
+    let said = said();
+    for label in ["bro, sockmap  ", "bro, sockmap both ways"] {
+        assert!(row(&said, label).contains("% kernel"), "no byte took the kernel lane:\n{said}");
+    }
 }
 
 #[test]

@@ -2,10 +2,12 @@
 //! socket as descriptor 3 and LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES in its environment.
 
 use std::collections::HashMap;
+use std::io::Read as _;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -102,11 +104,36 @@ impl Forwarder {
         if self.seen.is_empty() { "(nothing logged)".into() } else { self.seen.join("\n  ") }
     }
 
-    /// What it has warned of.
-    pub fn warnings(&mut self) -> Vec<String> {
+    /// What it says of the kernel relay: that it has one, or why not and how to mend that.
+    pub fn on_the_kernel_relay(&mut self) -> Option<String> {
+        let ours = |line: &str| line.contains("kernel relay");
         self.new_lines();
-        let warnings = self.seen.iter().filter_map(|line| line.split_once(" WARN "));
-        warnings.map(|(_, warning)| warning.trim().to_owned()).collect()
+        if !self.seen.iter().any(|line| ours(line)) {
+            // It is loaded beside the first connection and may take a little longer than that.
+            self.log.until(Duration::from_secs(3), &mut self.seen, ours).ok()?;
+        }
+        let line = self.seen.iter().find(|line| ours(line))?;
+        Some(line.split_once(" INFO ").map_or(line.as_str(), |(_, said)| said.trim()).to_owned())
+    }
+
+    /// How the bytes so far were moved, in percent, as `bro status` has it; nothing where that has no directory.
+    pub fn shares(&self) -> Option<String> {
+        let base = match std::env::var_os("XDG_RUNTIME_DIR") {
+            _ if nix::unistd::geteuid().is_root() => "/run".into(),
+            Some(runtime) => PathBuf::from(runtime),
+            None => format!("/run/user/{}", nix::unistd::geteuid()).into(),
+        };
+        let mut status = UnixStream::connect(base.join(format!("bro/{}/status.sock", self.pid()))).ok()?;
+        status.set_read_timeout(Some(Duration::from_secs(3))).ok()?;
+        let mut report = String::new();
+        let _length = status.read_to_string(&mut report).ok()?;
+        let report: serde_json::Value = serde_json::from_str(&report).ok()?;
+        let bytes =
+            ["kernel", "spliced", "copied"].map(|way| (way, report["total"][way].as_u64().unwrap_or(0)));
+        let all: u64 = bytes.iter().map(|(_, bytes)| bytes).sum();
+        let shares = bytes.iter().filter(|(_, bytes)| *bytes > 0);
+        let shares = shares.map(|(way, bytes)| format!("{:.1} % {way}", *bytes as f64 * 100.0 / all as f64));
+        Some(shares.collect::<Vec<_>>().join(", "))
     }
 
     /// Ends it, and makes sure that it ended well.
