@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use nix::libc;
 use nix::sys::socket::UnixAddr;
 use tokio::io::unix::AsyncFd;
@@ -138,7 +138,7 @@ impl Activator {
         backend: usize,
         target: &Target,
     ) -> anyhow::Result<(Destination, Option<Arc<Incarnation>>)> {
-        let prepared = async {
+        let prepare = async || {
             let (place, incarnation) = match self.place {
                 Place::Own => (Where::Own, None),
                 _ => {
@@ -148,7 +148,10 @@ impl Activator {
             };
             let addresses = self.resolve(target).await?;
             let heard = self.watch(backend, &place, incarnation.as_deref(), &addresses).await;
-            self.wait_ready(&place, &addresses, heard).await?;
+            tokio::select! {
+                ready = self.wait_ready(&place, &addresses, heard) => ready?,
+                () = gone(incarnation.as_deref()) => return Ok(None),
+            }
             let via = match &place {
                 Where::Own => Via::Own,
                 Where::Entered(namespace) => Via::Agent(namespace.channel().await?),
@@ -159,7 +162,19 @@ impl Activator {
                 }
                 _ => None,
             };
-            anyhow::Ok((Destination { addresses, via, file }, incarnation))
+            anyhow::Ok(Some((Destination { addresses, via, file }, incarnation)))
+        };
+        // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
+        let prepared = async {
+            loop {
+                match prepare().await? {
+                    Some(prepared) => return Ok(prepared),
+                    None if self.unit.is_some() => {}
+                    None => {
+                        bail!(Failure::NotFound("the container's process exited before it listened".into()))
+                    }
+                }
+            }
         };
         // The unit is watched meanwhile: one that fails will never listen.
         let Some(unit) = &self.unit else { return prepared.await };
@@ -245,6 +260,9 @@ impl Activator {
     async fn enter_file(&self, path: &Path) -> anyhow::Result<Incarnation> {
         loop {
             match std::fs::File::open(path) {
+                Ok(file) if !crate::sys::is_network_namespace(file.as_fd()) => {
+                    bail!(Failure::NotFound(format!("{} is not a network namespace", path.display())));
+                }
                 Ok(file) => return Incarnation::new(file.into(), None, None, None).await,
                 // A unit may be about to make it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.unit.is_some() => {
@@ -359,6 +377,14 @@ impl Activator {
             Ready::Exec(line) => ready::succeeding(|| ready::shell(line)).await,
         }
         Ok(())
+    }
+}
+
+/// Waits until the process that an incarnation was found through has exited; for ever where there is none.
+async fn gone(incarnation: Option<&Incarnation>) {
+    match incarnation {
+        Some(incarnation) => incarnation.gone().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -244,11 +244,16 @@ impl Connection {
         matches!(self.stage, Stage::Held)
     }
 
-    /// The relay, as the log names it.
+    /// The relay, as the log names it: what was done, or was meant to be done where nothing was.
     #[must_use]
     pub fn relay_name(&self, method: Method) -> &'static str {
+        let (ours, copied) = match &self.stage {
+            Stage::Relaying { up, down, .. } => (up.total + down.total, up.copied + down.copied),
+            _ => (0, 0),
+        };
         match method {
             _ if self.lanes().any(|lane| lane.bytes() > 0) => "sockmap",
+            Method::Splice if ours > 0 && ours == copied => "copy",
             Method::Splice => "splice",
             Method::Copy => "copy",
         }

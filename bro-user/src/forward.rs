@@ -19,7 +19,7 @@ use crate::engine::tcp::Keepalive;
 use crate::engine::{Destination, Engine, Settings, handle};
 use crate::exit::Failure;
 use crate::kernel::{self, Kernel, Unavailable};
-use crate::listen::{self, Environment, Listener};
+use crate::listen::{self, Listener, Passed};
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
 use crate::target::Target;
@@ -68,24 +68,29 @@ fn route(options: &Forward, listeners: Vec<Listener>) -> Result<Routes, Failure>
     Ok((routes, targets))
 }
 
-/// As many descriptors as this process may have: two a connection.
-fn raise_descriptor_limit() {
+/// Descriptors that connections may not use up: waking a service takes some (the bus, the agent, pidfds), and so do pipes and
+/// the kernel relay's maps.
+const RESERVED_DESCRIPTORS: u64 = 128;
+
+/// Raises the limit on descriptors as far as may be, and says how many connections fit: two descriptors each, the rest kept
+/// for what is not a connection.
+fn connections_that_fit() -> usize {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).ok();
-    }
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return usize::MAX };
+    let limit =
+        if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_err() { soft } else { hard };
+    usize::try_from(((limit - RESERVED_DESCRIPTORS.min(limit / 4 * 3)) / 2).max(1)).unwrap_or(usize::MAX)
 }
 
-/// Runs a forwarder until it is idle, told to stop, or fails. `environment` is what systemd passed.
+/// Runs a forwarder until it is idle, told to stop, or fails. `passed` is what systemd passed.
 ///
 /// # Errors
 /// Each with the exit code of [`crate::exit`].
-pub fn run(options: &Forward, environment: &Environment) -> anyhow::Result<()> {
+pub fn run(options: &Forward, passed: Result<Vec<Passed>, Failure>) -> anyhow::Result<()> {
+    let listeners = listen::listeners(passed?, &options.listen)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let (listeners, targets) = route(options, listen::listeners(environment, &options.listen)?)?;
+        let (listeners, targets) = route(options, listeners)?;
         let place = match (&options.container, options.pid, &options.netns) {
             (Some(name), _, _) => Place::Container(name.clone()),
             (_, Some(pid), _) => Place::Pid(pid),
@@ -99,7 +104,6 @@ pub fn run(options: &Forward, environment: &Environment) -> anyhow::Result<()> {
                 "--ready=healthy needs --container, whose health check it is".into()
             ));
         }
-        raise_descriptor_limit();
         let manager = Manager::choose(options.system, options.user);
         let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, options.ready.clone()));
         activator.check().await?;
@@ -223,8 +227,15 @@ impl<'a> Control<'a> {
         targets: Vec<Target>,
         activator: Arc<Activator>,
     ) -> anyhow::Result<Self> {
+        let fit = connections_that_fit();
+        if fit < options.connections_max as usize {
+            let asked = options.connections_max;
+            tracing::warn!(
+                "--connections-max={asked} is more than the limit on descriptors allows: {fit} at once (LimitNOFILE=)"
+            );
+        }
         let settings = Settings {
-            connections_max: options.connections_max as usize,
+            connections_max: fit.min(options.connections_max as usize),
             connections_per_source: options.connections_per_source,
             method: match options.relay {
                 RelayChoice::Auto | RelayChoice::Sockmap | RelayChoice::Splice => Method::Splice,

@@ -6,9 +6,22 @@ use sd_notify::NotifyState;
 
 /// Tells the service manager; without one there is nobody to tell, and a full socket is not worth failing for.
 fn tell(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
+    let told = match std::env::var("NOTIFY_SOCKET") {
+        Ok(name) if name.starts_with('@') => tell_abstract(&name[1..], states),
+        _ => sd_notify::notify(states),
+    };
+    if let Err(error) = told {
         tracing::debug!(%error, "cannot notify the service manager");
     }
+}
+
+/// An abstract socket, which managers of containers use and the library does not know.
+fn tell_abstract(name: &str, states: &[NotifyState<'_>]) -> std::io::Result<()> {
+    use std::os::linux::net::SocketAddrExt as _;
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+    let message: String = states.iter().map(|state| format!("{state}\n")).collect();
+    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    socket.send_to_addr(message.as_bytes(), &address).map(drop)
 }
 
 /// Clients are accepted from now on.

@@ -125,15 +125,40 @@ impl Environment {
     }
 }
 
+/// A descriptor that systemd passed.
+#[derive(Debug)]
+pub struct Passed {
+    descriptor: OwnedFd,
+    number: RawFd,
+    name: String,
+}
+
+/// Takes what systemd passed to this process. To be called before anything else is opened: a number that is announced and not
+/// open would be given to something of our own.
+///
+/// # Errors
+/// When the environment is contradictory, or announces a descriptor that is not open.
+pub fn take_passed() -> Result<Vec<Passed>, Failure> {
+    let names = Environment::take().passed_to(std::process::id())?;
+    let adopt = |(number, name): (RawFd, String)| match sys::adopt(number) {
+        Ok(descriptor) => Ok(Passed { descriptor, number, name }),
+        Err(error) => Err(Failure::NoSocket(format!(
+            "descriptor {number} ({name}) was announced in LISTEN_FDS but is not open: {error}"
+        ))),
+    };
+    // All are looked at before one is dropped for another's sake.
+    let adopted: Vec<Result<Passed, Failure>> = (FIRST..).zip(names).map(adopt).collect();
+    adopted.into_iter().collect()
+}
+
 /// The sockets to accept from: those passed, and those of `--listen`.
 ///
 /// # Errors
 /// None at all, or one that is no listening stream socket.
-pub fn listeners(environment: &Environment, specs: &[ListenSpec]) -> anyhow::Result<Vec<Listener>> {
-    let names = environment.passed_to(std::process::id())?;
-    let mut listeners = Vec::with_capacity(names.len() + specs.len());
-    for (number, name) in (FIRST..).zip(names) {
-        listeners.push(inherited(number, name)?);
+pub fn listeners(passed: Vec<Passed>, specs: &[ListenSpec]) -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = Vec::with_capacity(passed.len() + specs.len());
+    for passed in passed {
+        listeners.push(inherited(passed)?);
     }
     for spec in specs {
         listeners.push(bind(spec)?);
@@ -148,10 +173,9 @@ pub fn listeners(environment: &Environment, specs: &[ListenSpec]) -> anyhow::Res
     Ok(listeners)
 }
 
-fn inherited(number: RawFd, name: String) -> anyhow::Result<Listener> {
+fn inherited(passed: Passed) -> anyhow::Result<Listener> {
+    let Passed { descriptor: socket, number, name } = passed;
     let refuse = |why: String| Failure::NoSocket(format!("descriptor {number} ({name}) {why}"));
-    let socket = sys::adopt(number)
-        .map_err(|error| refuse(format!("was announced in LISTEN_FDS but is not open: {error}")))?;
     let kind =
         socket::getsockopt(&socket, sockopt::SockType).map_err(|_| refuse("is not a socket".into()))?;
     if kind != SockType::Stream {

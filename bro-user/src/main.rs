@@ -3,17 +3,20 @@
 use std::process::ExitCode;
 
 use bro_user::cli::{Cli, Command};
-use bro_user::listen::Environment;
-use bro_user::{doctor, exit, forward, logging, netns, status};
+use bro_user::{doctor, exit, forward, listen, logging, netns, status};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    // Before any thread exists, since it changes the environment.
-    let environment = Environment::take();
-    let result = match Cli::parse().command {
+    // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
+    let passed = listen::take_passed();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return wrong_usage(&error),
+    };
+    let result = match cli.command {
         Command::Forward(options) => {
             logging::init(options.verbose);
-            forward::run(&options, &environment)
+            forward::run(&options, passed)
         }
         Command::Status(options) => status::run(&options),
         Command::Doctor(options) => doctor::run(&options).and_then(|well| {
@@ -32,6 +35,28 @@ fn main() -> ExitCode {
             exit::code_of(&error)
         }
     }
+}
+
+/// clap's own words in one sentence; its help and version as they are.
+#[expect(clippy::print_stderr, reason = "the one sentence that a failing command says")]
+fn wrong_usage(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind;
+    if error.kind() == ErrorKind::MissingSubcommand
+        || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+    {
+        eprintln!("bro: say what to do: `bro forward`, `bro status` or `bro doctor` (see `bro --help`)");
+        return ExitCode::from(2);
+    }
+    if !error.use_stderr() {
+        return error
+            .print()
+            .map_or(ExitCode::FAILURE, |()| ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2)));
+    }
+    let text = error.to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let first: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    eprintln!("bro: {} (see `bro --help`)", first.join(" "));
+    ExitCode::from(2)
 }
 
 #[expect(clippy::print_stderr, reason = "the one sentence that a failing command says")]

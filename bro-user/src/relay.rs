@@ -92,6 +92,8 @@ pub struct Direction {
     lane: Option<Box<Lane>>,
     /// Bytes that we wrote to the sink.
     pub total: u64,
+    /// How many of them were copied.
+    pub copied: u64,
 }
 
 /// After so many bytes in one go, others get their turn.
@@ -104,7 +106,7 @@ impl Direction {
     /// A direction that starts at `source`.
     #[must_use]
     pub const fn new(source: Side, method: Method) -> Self {
-        Self { half: Half::NEW, held: Held::Nothing, method, source, lane: None, total: 0 }
+        Self { half: Half::NEW, held: Held::Nothing, method, source, lane: None, total: 0, copied: 0 }
     }
 
     /// Gives the direction a lane, before its first byte.
@@ -237,6 +239,7 @@ impl Direction {
             Err(errno) => return Err(Broken { side: self.sink(), errno }),
         };
         self.wrote(written, sink);
+        self.copied += written as u64;
         tools.copied += written as u64;
         if written < count {
             self.held = Held::Bytes(Box::new(Bytes::copy_from_slice(&tools.scratch[written..count])));
@@ -251,7 +254,10 @@ impl Direction {
                 Held::Pipe(pipe) => {
                     splice::empty(pipe, sink, self.half.held()).inspect(|n| tools.spliced += *n as u64)
                 }
-                Held::Bytes(rest) => copy::write_rest(rest, sink).inspect(|n| tools.copied += *n as u64),
+                Held::Bytes(rest) => copy::write_rest(rest, sink).inspect(|n| {
+                    self.copied += *n as u64;
+                    tools.copied += *n as u64;
+                }),
                 Held::Nothing => unreachable!("bytes are held, and by nothing"),
             };
             match written {

@@ -78,6 +78,14 @@ pub fn owning_user_namespace(ns: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
+/// ioctl_ns(2) NS_GET_NSTYPE: is this the file of a network namespace?
+#[must_use]
+pub fn is_network_namespace(file: BorrowedFd<'_>) -> bool {
+    const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
+    // SAFETY: this request takes no argument; what is no namespace refuses it.
+    unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) == libc::CLONE_NEWNET }
+}
+
 /// openat2(2) with RESOLVE_IN_ROOT: `path` as a process whose root directory is `root` would see it, symlinks included.
 ///
 /// # Errors

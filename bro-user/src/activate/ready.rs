@@ -135,13 +135,28 @@ async fn connect(socket: OwnedFd, address: SocketAddr) -> io::Result<()> {
     }
 }
 
+/// A running command with whatever it started: all of it ends with this value.
+struct Group(nix::unistd::Pid);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // ESRCH when all of it has ended already, the usual case.
+        nix::sys::signal::killpg(self.0, nix::sys::signal::Signal::SIGKILL).ok();
+    }
+}
+
+async fn run(command: &mut Command) -> io::Result<std::process::ExitStatus> {
+    let _same = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    let mut child = command.kill_on_drop(true).spawn()?;
+    // The leader is not reaped before `wait` returns, so until then the group's number is its own.
+    let _group = child.id().and_then(|id| id.try_into().ok()).map(|id| Group(nix::unistd::Pid::from_raw(id)));
+    child.wait().await
+}
+
 /// Waits until `command` exits with 0.
 pub async fn succeeding(command: impl Fn() -> Command) {
     loop {
-        let mut command = command();
-        let _same =
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
-        match timeout(TRY, command.status()).await {
+        match timeout(TRY, run(&mut command())).await {
             Ok(Ok(status)) if status.success() => return,
             Ok(Ok(status)) => tracing::debug!(%status, "not ready yet"),
             Ok(Err(error)) => tracing::warn!(%error, "cannot run the readiness command"),

@@ -95,8 +95,9 @@ impl NamespaceFile {
     }
 }
 
-/// Unconnected sockets asked for at a time, so that the agent is woken once for many connections.
-const SUPPLY: u8 = 16;
+/// Unconnected sockets asked for at a time, so that the agent is woken once for many connections; fewer where few connections
+/// are allowed, since each is a descriptor.
+const SUPPLY: usize = 16;
 
 /// With this few left, more are asked for.
 const LOW: usize = 4;
@@ -143,6 +144,11 @@ impl Backend {
     }
 }
 
+/// The errors that pass when somebody else lets go of something.
+const fn out_of_descriptors(errno: Errno) -> bool {
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
+}
+
 /// The errors that mean “nobody listens (yet)”.
 const fn nobody_listens(errno: Errno) -> bool {
     matches!(errno, Errno::ECONNREFUSED | Errno::ENOENT | Errno::ENETUNREACH | Errno::EADDRNOTAVAIL)
@@ -169,7 +175,7 @@ impl Engine {
         backend.held.push_back(index);
         if matches!(backend.state, State::Asleep) {
             backend.state = State::Waking;
-            connection.woke = !refused;
+            connection.woke |= !refused;
             let wake =
                 Event::Wake { backend: connection.backend, peer: connection.peer.to_string(), refused };
             if !refused {
@@ -269,7 +275,7 @@ impl Engine {
                         supply.waiting.push_back((index, number));
                         self.register(index);
                     }
-                    Err(error) => self.refused(index, usize::MAX, errno_of(&error)),
+                    Err(error) => self.no_socket(index, usize::MAX, errno_of(&error)),
                 }
                 self.replenish(backend, domain);
             }
@@ -286,7 +292,8 @@ impl Engine {
             return;
         }
         supply.asked.push_back(Asked::Sockets(domain));
-        self.ask(backend, &Request::Sockets { domain, kind: libc::SOCK_STREAM, protocol: 0, count: SUPPLY });
+        let count = u8::try_from((self.settings.connections_max / 4).clamp(1, SUPPLY)).unwrap_or(1);
+        self.ask(backend, &Request::Sockets { domain, kind: libc::SOCK_STREAM, protocol: 0, count });
     }
 
     fn ask(&mut self, backend: usize, request: &Request) {
@@ -304,6 +311,8 @@ impl Engine {
         let answer = match wire::receive_answer(channel.as_fd()) {
             Ok(answer) => answer,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            // The answer came, but its descriptors did not fit: as if the agent had said so.
+            Err(error) if out_of_descriptors(errno_of(&error)) => Err(errno_of(&error)),
             Err(error) => {
                 tracing::debug!(%error, "the namespace agent has ended");
                 return self.backend_gone(backend);
@@ -318,7 +327,7 @@ impl Engine {
             }
             (Some(Asked::Sockets(_)), Err(errno)) => {
                 for (index, number) in std::mem::take(&mut supply.waiting) {
-                    self.refused(index, number, errno);
+                    self.no_socket(index, number, errno);
                 }
             }
             (Some(Asked::Connect(index, number)), answer) => {
@@ -329,10 +338,20 @@ impl Engine {
                     Ok(Some(service)) => self.start_relay(index, service),
                     Ok(None) => self.refused(index, 0, Errno::EPROTO),
                     Err(Errno::EAGAIN) => self.retries.push(index),
-                    Err(errno) => self.refused(index, 0, errno),
+                    Err(errno) => self.no_socket(index, 0, errno),
                 }
             }
             (None, _) => {}
+        }
+    }
+
+    /// No socket to connect with. When only descriptors are wanting, the client waits until one is free.
+    fn no_socket(&mut self, index: usize, number: usize, errno: Errno) {
+        if out_of_descriptors(errno) {
+            self.retries.push(index);
+            self.register(index);
+        } else {
+            self.refused(index, number, errno);
         }
     }
 

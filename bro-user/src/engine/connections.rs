@@ -1,5 +1,6 @@
 //! What happens to a connection once it is admitted: its events, its timeouts, its end.
 
+use std::os::fd::AsFd as _;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -27,11 +28,23 @@ impl Engine {
         match (&connection.stage, side) {
             (Stage::Relaying { .. }, _) => self.relay_event(index, side, events, trouble),
             (Stage::Connecting { .. }, Side::Service) => self.connect_event(index),
-            // A held client that resets has left. (One that only finished sending still wants its answer.)
             (Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }, Side::Client) if trouble => {
-                self.finish(index, End::ClientLeft);
+                self.held_client_hung_up(index);
             }
             _ => {}
+        }
+    }
+
+    /// A held client that reset has left, and so has one that closed without a word. What one has sent before it closed (over
+    /// unix that is a hang-up too) is delivered all the same.
+    fn held_client_hung_up(&mut self, index: usize) {
+        let Some(connection) = self.connections.get(index) else { return };
+        let reset = getsockopt(&connection.client, sockopt::SocketError) != Ok(0);
+        let unread = crate::sys::readable_bytes(connection.client.as_fd()).unwrap_or(0);
+        if reset || unread == 0 {
+            self.finish(index, End::ClientLeft);
+        } else {
+            self.unregister(index, Side::Client);
         }
     }
 

@@ -33,6 +33,8 @@ pub fn fill(source: BorrowedFd<'_>, pipe: &Pipe) -> nix::Result<Filled> {
         filled => filled,
     };
     match filled {
+        // With the FIN received, splice takes an urgent byte in front for the end.
+        Ok(0) if crate::sys::readable_bytes(source).is_ok_and(|waiting| waiting > 0) => Ok(Filled::Urgent),
         Ok(0) => Ok(Filled::End),
         Ok(count) => Ok(Filled::Bytes(count)),
         Err(Errno::EAGAIN) => Ok(Filled::Urgent),
