@@ -77,7 +77,7 @@ impl Tools {
             None,
         );
         for (cargo, rustc, env) in [debian, nightly] {
-            let ask = |arguments: &[&str]| output(&mut tool(rustc).args(arguments));
+            let ask = |arguments: &[&str]| output(tool(rustc).args(arguments));
             let (Ok(sysroot), Ok(version)) = (ask(&["--print", "sysroot"]), ask(&["-vV"])) else { continue };
             let sysroot = PathBuf::from(sysroot.trim());
             if !sysroot.join("lib/rustlib/src/rust/library/Cargo.lock").exists() {
