@@ -24,7 +24,7 @@ enum Task {
     Run(run::Args),
     /// Run every tier of tests whose needs are met, and say loudly what was left out
     Test(test::Args),
-    /// Make the kernel relay's programs from source
+    /// Make the kernel relay's programs from source, or check that those checked in are what the source makes
     BuildEbpf(build_ebpf::Args),
     /// A process of `run`: its container, service, client or forwarder
     #[command(subcommand, hide = true)]

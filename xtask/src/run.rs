@@ -9,6 +9,7 @@ mod keep;
 mod namespace;
 mod process;
 mod service;
+mod stream;
 mod systemd;
 
 use std::path::Path;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Subcommand;
+use nix::sys::signal::SigSet;
 
 use namespace::{Container, SERVICE};
 use systemd::{Forwarder, Socket};
@@ -35,7 +37,7 @@ pub enum Part {
     /// Hold a namespace, and start things in it as stdin says
     Container,
     /// Serve HTTP
-    Service { address: String },
+    Service { addresses: Vec<String> },
     /// Measure, and print the figures
     Client { address: String },
     /// Become the program that systemd would start with the socket that is stdin
@@ -47,9 +49,11 @@ pub enum Part {
 
 /// One of the parts.
 pub fn part(part: Part) -> Result<()> {
+    // `--keep` blocks signals in the task; its parts have inherited that, and systemd's programs would not.
+    SigSet::empty().thread_set_mask().context("cannot unblock signals")?;
     match part {
         Part::Container => namespace::main(),
-        Part::Service { address } => service::main(&address),
+        Part::Service { addresses } => service::main(&addresses),
         Part::Client { address } => client::main(&address),
         Part::Forwarder { command } => systemd::become_forwarder(&command),
     }
@@ -71,20 +75,15 @@ pub fn run(args: &Args) -> Result<()> {
     println!("socket      {}, held open as systemd holds it; no forwarder runs", socket.address);
     println!();
 
-    let mut forwarder = tell_first_connection(&bro, &mut container, &socket, args)?;
+    let forwarder = tell_first_connection(&bro, &mut container, &socket, args)?;
     println!();
     compare::table(&bro, &mut container)?;
     println!();
 
     match interrupts {
-        Some(interrupts) => keep::stay_up(&bro, &mut container, &socket, forwarder, &interrupts)?,
-        None => {
-            forwarder.new_lines();
-            let status = forwarder.end()?;
-            ensure!(status.success(), "bro ended with {status} on SIGTERM");
-        }
+        Some(interrupts) => keep::stay_up(&bro, &mut container, &socket, forwarder, &interrupts),
+        None => forwarder.end(),
     }
-    Ok(())
 }
 
 /// The first client finds nobody there but the socket, and gets its answer all the same.
@@ -98,11 +97,11 @@ fn tell_first_connection(
     if args.keep {
         forward.push(format!("--exit-idle-time={}s", keep::IDLE.as_secs()));
     }
-    let mut woken = wake(bro, container, socket, &forward)?;
+    let mut woken = wake(bro, container, socket, &forward, SERVICE)?;
     let ms = |since_request: Duration| format!("{:8.1} ms", since_request.as_secs_f64() * 1e3);
     println!("client      GET http://{}/", socket.address);
     println!("{}   systemd's part sees the client, and starts bro and the service:", ms(woken.activated));
-    println!("{:8}      bro {}", "", forward_line(container, &forward).join(" "));
+    println!("{:8}      bro {}", "", forward_line(container, &forward, SERVICE).join(" "));
     println!("{}   the service listens on {SERVICE} in its namespace", ms(woken.listening));
     let (status, page) = &woken.answer;
     println!("{}   the client has its answer: {status}, {} bytes, as sent", ms(woken.answered), page.len());
@@ -115,6 +114,9 @@ fn tell_first_connection(
         ms(woken.answered).trim()
     );
     println!("relay       {}: {}", end.get("relay"), compare::why(end.get("relay")));
+    if let Some(said) = woken.forwarder.on_the_kernel_relay() {
+        println!("            bro says: {said}");
+    }
     println!(
         "bytes       {} to the service, {} to the client; the connection ended by {}",
         end.get("to_service"),
@@ -125,11 +127,11 @@ fn tell_first_connection(
 }
 
 /// The command line of `bro forward` for this container.
-fn forward_line(container: &Container, options: &[String]) -> Vec<String> {
+fn forward_line(container: &Container, options: &[String], target: &str) -> Vec<String> {
     let mut line = vec!["forward".to_owned(), format!("--pid={}", container.pid())];
-    line.push("--start-timeout=20s".into());
+    line.extend(["--start-timeout=20s".into(), "--drain-timeout=2s".into()]);
     line.extend_from_slice(options);
-    line.push(SERVICE.into());
+    line.push(target.into());
     line
 }
 
@@ -143,7 +145,13 @@ struct Woken {
 }
 
 /// Lets a client connect to `socket`, and does for it what systemd does. Starts the service unless it runs already.
-fn wake(bro: &Path, container: &mut Container, socket: &Socket, options: &[String]) -> Result<Woken> {
+fn wake(
+    bro: &Path,
+    container: &mut Container,
+    socket: &Socket,
+    options: &[String],
+    target: &str,
+) -> Result<Woken> {
     let address = socket.address.to_string();
     let (sender, answers) = channel();
     // The client is a thread; the processes are started by this one, which they must not outlive.
@@ -154,7 +162,7 @@ fn wake(bro: &Path, container: &mut Container, socket: &Socket, options: &[Strin
     });
     socket.wait_for_client(Duration::from_secs(10))?;
     let activated = Instant::now();
-    let mut forwarder = socket.activate(bro, &forward_line(container, options))?;
+    let mut forwarder = socket.activate(bro, &forward_line(container, options, target))?;
     container.start_service()?;
     let listening = Instant::now();
 

@@ -4,6 +4,7 @@
 mod cargo_test;
 mod lint;
 mod ordinary_user;
+mod programs;
 mod summary;
 
 use std::ffi::OsStr;
@@ -40,6 +41,8 @@ enum Tier {
     Logic,
     /// A file of integration tests of a package.
     Suite { package: &'static str, name: String },
+    /// Whether the checked-in kernel programs are what their source makes.
+    Programs,
     /// As root: the suites once more, by a user who may do nothing.
     OrdinaryUser,
 }
@@ -53,6 +56,7 @@ impl Tier {
             Self::Lint => "lint",
             Self::Logic => "logic",
             Self::Suite { name, .. } => name,
+            Self::Programs => "kernel-programs",
             Self::OrdinaryUser => "ordinary-user",
         }
     }
@@ -60,7 +64,7 @@ impl Tier {
     fn is_slow(&self) -> bool {
         match self {
             Self::Suite { name, .. } => SLOW.iter().any(|slow| name.starts_with(slow)),
-            Self::OrdinaryUser => true,
+            Self::Programs | Self::OrdinaryUser => true,
             Self::Lint | Self::Logic => false,
         }
     }
@@ -72,7 +76,7 @@ impl Tier {
             suites.extend(suites_in(&workspace().join(folder))?.into_iter().map(|name| (package, name)));
         }
         suites.sort_by(|a, b| a.1.cmp(&b.1));
-        let mut tiers = vec![Self::Lint, Self::Logic];
+        let mut tiers = vec![Self::Lint, Self::Logic, Self::Programs];
         tiers.extend(suites.into_iter().map(|(package, name)| Self::Suite { package, name }));
         if nix::unistd::geteuid().is_root() {
             tiers.push(Self::OrdinaryUser);
@@ -138,6 +142,7 @@ pub fn run(args: &Args) -> Result<()> {
                 runner.run(&["-p", package, "--test", name, "--", "--test-threads=1"])?
             }
             Tier::Suite { package, name } => runner.run(&["-p", package, "--test", name])?,
+            Tier::Programs => programs::run()?,
             Tier::OrdinaryUser => ordinary_user::run(&runner, &all)?,
         };
         summary.add(tier.name(), begin.elapsed(), count);

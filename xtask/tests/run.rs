@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -19,19 +20,40 @@ fn task(args: &[&str]) -> Command {
     task
 }
 
+/// What the whole task says.
+fn said() -> String {
+    let output = task(&[]).output().expect("the task runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}\n{complaint}");
+    said
+}
+
+/// The line of the table for this relay, which has figures.
+fn row<'a>(said: &'a str, label: &str) -> &'a str {
+    let row = said.lines().find(|line| line.starts_with(label) && line.contains("GiB/s"));
+    row.unwrap_or_else(|| panic!("no figures for `{label}` in:\n{said}"))
+}
+
 #[test]
 fn shows_a_cold_start_and_every_relay_and_ends() {
     require!(Need::UserNamespaces);
-    let output = task(&[]).output().expect("the task runs");
-    let said = String::from_utf8_lossy(&output.stdout);
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}\n{complaint}");
-    for wanted in
-        ["cold start", "200 OK", "relay       splice", "direct, both inside", "bro, splice", "bro, copy"]
-    {
+    let said = said();
+    for wanted in ["cold start", "200 OK", "relay       splice"] {
         assert!(said.contains(wanted), "no `{wanted}` in:\n{said}");
     }
-    assert!(!said.contains("not to be had"), "{said}");
+    for label in ["direct, both inside", "bro, splice", "bro, copy"] {
+        assert!(!row(&said, label).contains("kernel"), "{said}");
+    }
+}
+
+#[test]
+fn shows_the_kernel_relay_at_work() {
+    require!(Need::Bpf);
+    let said = said();
+    for label in ["bro, sockmap  ", "bro, sockmap both ways"] {
+        assert!(row(&said, label).contains("% kernel"), "no byte took the kernel lane:\n{said}");
+    }
 }
 
 #[test]
@@ -58,8 +80,10 @@ fn kill_leaves_nothing_behind() {
 struct Kept {
     child: Child,
     address: String,
-    /// Every process below it, as it was when it came up.
+    /// Every process below it, after a client was served.
     family: Vec<i32>,
+    /// The runtime directories of those that are bro.
+    runtime: Vec<PathBuf>,
 }
 
 impl Kept {
@@ -80,19 +104,25 @@ impl Kept {
                 break rest.split('/').next().expect("an address").to_owned();
             }
         };
-        let mut family = Vec::new();
-        descendants(child.id() as i32, &mut family);
-        assert!(family.len() >= 3, "container, service and bro run: {family:?}");
-        Self { child, address, family }
+        Self { child, address, family: Vec::new(), runtime: Vec::new() }
     }
 
-    fn get_the_page(&self) {
+    /// Wakes whatever slept: afterwards container, service and bro run.
+    fn get_the_page(&mut self) {
         let mut stream = TcpStream::connect(&self.address).expect("the socket is open");
         stream.set_read_timeout(Some(LIMIT)).expect("a limit");
         stream.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("a request");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("an answer");
         assert!(answer.contains("It woke up."), "{answer}");
+        descendants(self.child.id() as i32, &mut self.family);
+        let is_bro = |pid: &&i32| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "bro")
+        };
+        let directory = |pid: &i32| Path::new("/run/bro").join(pid.to_string());
+        self.runtime = self.family.iter().filter(is_bro).map(directory).collect();
+        assert!(!self.runtime.is_empty(), "bro runs: {:?}", self.family);
+        assert!(self.family.len() >= 3, "container, service and bro run: {:?}", self.family);
     }
 
     fn signal(&self, signal: Signal) {
@@ -112,6 +142,9 @@ impl Kept {
             std::thread::sleep(Duration::from_millis(20));
         }
         assert!(TcpStream::connect(&self.address).is_err(), "the socket is still open");
+        for directory in &self.runtime {
+            assert!(!directory.exists(), "{} is still there", directory.display());
+        }
     }
 }
 

@@ -2,22 +2,20 @@
 
 use std::fmt;
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 
 use super::process::die_with_parent;
 use super::service::{pattern, read_head};
+use super::stream::Stream;
 
 /// One round of measuring: this download, then as many round trips of 64 bytes.
-pub const BULK: u64 = 256 << 20;
+pub const BULK: u64 = 128 << 20;
 /// See [`BULK`].
 pub const ROUND_TRIPS: usize = 2000;
-
-/// Longer than any start is given (`--start-timeout` defaults to 90 s, the task passes less).
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What one round gave.
 #[derive(Debug, Clone, Copy)]
@@ -45,7 +43,7 @@ impl FromStr for Figures {
 
 /// The client process inside the container.
 pub fn main(address: &str) -> Result<()> {
-    die_with_parent()?;
+    die_with_parent(Signal::SIGKILL)?;
     match measure(address) {
         Ok(figures) => println!("figures {figures}"),
         Err(error) => println!("error the client inside the container: {error:#}"),
@@ -67,11 +65,8 @@ pub fn measure(address: &str) -> Result<Figures> {
     Ok(Figures { bytes_per_second, round_trip: round_trip(address)? })
 }
 
-fn request(address: &str, path: &str) -> Result<(TcpStream, String)> {
-    let mut stream = TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+fn request(address: &str, path: &str) -> Result<(Stream, String)> {
+    let mut stream = Stream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
     let head = read_head(&mut stream).context("no answer")?;
     Ok((stream, head))

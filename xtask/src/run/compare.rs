@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::client::{self, Figures, median};
-use super::namespace::Container;
+use super::namespace::{Container, service_for};
 use super::systemd::{Forwarder, Socket};
 
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 
 /// A way to relay that the table shows. A new one needs a line in [`RELAYS`], nothing else.
 struct Relay {
@@ -24,6 +24,20 @@ struct Relay {
 }
 
 const RELAYS: &[Relay] = &[
+    Relay {
+        name: "sockmap",
+        label: "bro, sockmap",
+        options: &["--relay=sockmap"],
+        needs_root: true,
+        means: "what the service sends goes straight into the client's connection, kernel-side",
+    },
+    Relay {
+        name: "sockmap",
+        label: "bro, sockmap both ways",
+        options: &["--relay=sockmap", "--local-clients=on"],
+        needs_root: true,
+        means: "the same for what clients on this host send",
+    },
     Relay {
         name: "splice",
         label: "bro, splice",
@@ -56,7 +70,7 @@ enum Through {
     /// The client inside the namespace, at the service itself.
     Nothing,
     /// The client outside, at this socket; the forwarder lives as long as the row.
-    Bro(Socket, #[expect(dead_code, reason = "held so that it runs")] Forwarder),
+    Bro(Socket, Forwarder),
 }
 
 /// Measures and prints.
@@ -67,10 +81,12 @@ pub fn table(bro: &Path, container: &mut Container) -> Result<()> {
 
     let mut rows = vec![Row { label: "direct, both inside", through: Through::Nothing, rounds: Vec::new() }];
     let mut failures = Vec::new();
-    for relay in shown {
+    for (number, relay) in shown.into_iter().enumerate() {
         let socket = Socket::listen()?;
+        // Number 0 is the direct connection's.
+        let target = service_for(number + 1);
         let options: Vec<String> = relay.options.iter().map(ToString::to_string).collect();
-        match super::wake(bro, container, &socket, &options) {
+        match super::wake(bro, container, &socket, &options, &target) {
             Ok(woken) => {
                 let through = Through::Bro(socket, woken.forwarder);
                 rows.push(Row { label: relay.label, through, rounds: Vec::new() });
@@ -81,7 +97,7 @@ pub fn table(bro: &Path, container: &mut Container) -> Result<()> {
     for _ in 0..ROUNDS {
         for row in &mut rows {
             row.rounds.push(match &row.through {
-                Through::Nothing => container.measure_inside()?,
+                Through::Nothing => container.measure_inside(&service_for(0))?,
                 Through::Bro(socket, _) => client::measure(&socket.address.to_string())?,
             });
         }
@@ -105,21 +121,26 @@ fn print(rows: &[Row]) {
     let rate = |row: &Row| median(row.rounds.iter().map(|f| f.bytes_per_second).collect(), f64::total_cmp);
     let trip = |row: &Row| median(row.rounds.iter().map(|f| f.round_trip).collect(), Duration::cmp);
     let micros = |row: &Row| trip(row).as_secs_f64() * 1e6;
+    let shares = |row: &Row| match &row.through {
+        Through::Nothing => String::new(),
+        Through::Bro(_, forwarder) => forwarder.shares().unwrap_or_default(),
+    };
 
     let download = format!("download {} MiB", client::BULK >> 20);
     println!(
-        "{:22} {download:>19}   {:>9}   {:>15}   {:>9}",
+        "{:22} {download:>18}   {:>9}   {:>15}   {:>9}   bytes moved",
         "", "of direct", "round trip 64 B", "of direct"
     );
     let direct = &rows[0];
     for row in rows {
         println!(
-            "{:22} {:>13.2} GiB/s   {:>9.2}   {:>12.1} µs   {:>9.2}",
+            "{:22} {:>12.2} GiB/s   {:>9.2}   {:>12.1} µs   {:>9.2}   {}",
             row.label,
             rate(row) / f64::from(1 << 30),
             rate(row) / rate(direct),
             micros(row),
             micros(row) / micros(direct),
+            shares(row),
         );
     }
 }

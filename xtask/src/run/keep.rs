@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::namespace::Container;
+use super::namespace::{Container, SERVICE};
 use super::systemd::{Forwarder, Socket};
 
 /// How long bro stays without a connection.
@@ -64,7 +64,7 @@ pub fn stay_up(
         }
         if came(1) {
             let options = [format!("--exit-idle-time={}s", IDLE.as_secs())];
-            let line = super::forward_line(container, &options);
+            let line = super::forward_line(container, &options, SERVICE);
             println!("  a client came: bro and the service are started");
             awake = Some(socket.activate(bro, &line)?);
             container.start_service()?;

@@ -9,12 +9,21 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::Signal;
 
 use super::client::Figures;
 use super::process::{Guarded, Lines, die_with_parent, part};
 
 /// Where the service listens inside. The namespace is new, so no port of it can be taken.
 pub const SERVICE: &str = "127.0.0.1:80";
+
+/// The same service listens at a port for each comparison too: a socket can be in the care of one kernel relay only, so what
+/// is compared must not share a port.
+pub fn service_for(comparison: usize) -> String {
+    format!("127.0.0.1:{}", 8000 + comparison)
+}
+
+const COMPARISONS: usize = 16;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -56,8 +65,8 @@ impl Container {
     }
 
     /// Measures with a client inside, directly at the service.
-    pub fn measure_inside(&mut self) -> Result<Figures> {
-        self.tell("client")?;
+    pub fn measure_inside(&mut self, address: &str) -> Result<Figures> {
+        self.tell(&format!("client {address}"))?;
         self.answer("figures")?.parse()
     }
 
@@ -90,23 +99,28 @@ pub fn main() -> Result<()> {
 fn serve() -> Result<()> {
     let rootless = enter_new_namespace()?;
     // After unshare(): a change of credentials may forget the request.
-    die_with_parent()?;
+    die_with_parent(Signal::SIGKILL)?;
     lo_up().context("cannot bring lo up in the new namespace")?;
     println!("ready {}", if rootless { "rootless" } else { "rootful" });
 
     let mut service = None;
     for command in std::io::stdin().lock().lines() {
-        match command?.as_str() {
-            "start" if service.is_some() => println!("listening"),
-            "start" => service = Some(Guarded(part(&["service", SERVICE]).stdin(Stdio::null()).spawn()?)),
-            "stop" => {
+        let command = command?;
+        match command.split_once(' ').unwrap_or((&command, "")) {
+            ("start", _) if service.is_some() => println!("listening"),
+            ("start", _) => {
+                let addresses = [SERVICE.to_owned()].into_iter().chain((0..COMPARISONS).map(service_for));
+                let started = part(&["service"]).args(addresses).stdin(Stdio::null()).spawn()?;
+                service = Some(Guarded(started));
+            }
+            ("stop", _) => {
                 service = None;
                 println!("stopped");
             }
-            "client" => {
-                part(&["client", SERVICE]).stdin(Stdio::null()).status()?;
+            ("client", address) => {
+                part(&["client", address]).stdin(Stdio::null()).status()?;
             }
-            other => bail!("no such command: {other}"),
+            (other, _) => bail!("no such command: {other}"),
         }
     }
     drop(service);

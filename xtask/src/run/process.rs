@@ -21,9 +21,9 @@ pub fn part(args: &[&str]) -> Command {
     command
 }
 
-/// Asks the kernel to kill this process when the thread that started it ends, however that happens.
-pub fn die_with_parent() -> Result<()> {
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("prctl(PR_SET_PDEATHSIG)")?;
+/// Asks the kernel to send this process a signal when the thread that started it ends, however that happens.
+pub fn die_with_parent(by: Signal) -> Result<()> {
+    nix::sys::prctl::set_pdeathsig(by).context("prctl(PR_SET_PDEATHSIG)")?;
     // The parent may have died before the request was made; then nobody would ever send the signal.
     let parent = std::env::var(PARENT).context("a part is started by `cargo xtask run`, not by hand")?;
     ensure!(parent == nix::unistd::getppid().to_string(), "the task that started this part is gone");

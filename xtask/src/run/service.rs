@@ -1,12 +1,13 @@
 //! The service inside the container: a page, a download of any size and an echo, over HTTP/1.1, one thread a connection.
 
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
-use std::time::Duration;
+use std::net::TcpListener;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::Signal;
 
 use super::process::die_with_parent;
+use super::stream::Stream;
 
 /// What `GET /` answers.
 pub const PAGE: &str = "<!doctype html>\n<title>bro</title>\n<h1>It woke up.</h1>\n\
@@ -14,25 +15,30 @@ pub const PAGE: &str = "<!doctype html>\n<title>bro</title>\n<h1>It woke up.</h1
     service for you and relays this connection.</p>\n\
     <p><a href=\"/bulk?bytes=104857600\">100 MiB</a></p>\n";
 
-/// How long a client may take over its request; the echo waits as long between two bytes.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// The service process. It ends when the container process ends it.
-pub fn main(address: &str) -> Result<()> {
-    die_with_parent()?;
-    let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+pub fn main(addresses: &[String]) -> Result<()> {
+    die_with_parent(Signal::SIGKILL)?;
+    let listen =
+        |address: &String| TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"));
+    let listeners: Vec<TcpListener> = addresses.iter().map(listen).collect::<Result<_>>()?;
     println!("listening");
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            listeners.into_iter().map(|listener| scope.spawn(|| accept(listener))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| bail!("a listener broke")))
+    })
+}
+
+fn accept(listener: TcpListener) -> Result<()> {
     for client in listener.incoming() {
         let client = client?;
         // A client that goes away is no failure of the service.
-        std::thread::spawn(move || serve(client).ok());
+        std::thread::spawn(move || serve(Stream::accepted(client)?));
     }
     Ok(())
 }
 
-fn serve(mut client: TcpStream) -> Result<()> {
-    client.set_nodelay(true)?;
-    client.set_read_timeout(Some(PATIENCE))?;
+fn serve(mut client: Stream) -> Result<()> {
     let head = read_head(&mut client)?;
     let path = head.split(' ').nth(1).unwrap_or("/");
     match path.split_once('?').unwrap_or((path, "")) {
@@ -47,7 +53,7 @@ fn serve(mut client: TcpStream) -> Result<()> {
 }
 
 /// Reads until the empty line that ends a request's head or an answer's head, and not one byte further.
-pub fn read_head(stream: &mut TcpStream) -> Result<String> {
+pub fn read_head(stream: &mut Stream) -> Result<String> {
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") {
@@ -58,7 +64,7 @@ pub fn read_head(stream: &mut TcpStream) -> Result<String> {
     Ok(String::from_utf8_lossy(&head).into_owned())
 }
 
-fn answer(client: &mut TcpStream, status: &str, body: &str) -> Result<()> {
+fn answer(client: &mut Stream, status: &str, body: &str) -> Result<()> {
     let length = body.len();
     let head = format!(
         "HTTP/1.1 {status}\r\nContent-Type: text/html\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
@@ -67,7 +73,7 @@ fn answer(client: &mut TcpStream, status: &str, body: &str) -> Result<()> {
     Ok(())
 }
 
-fn bulk(client: &mut TcpStream, bytes: u64) -> Result<()> {
+fn bulk(client: &mut Stream, bytes: u64) -> Result<()> {
     let head = format!(
         "HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: {bytes}\r\n\
          Connection: close\r\n\r\n"
@@ -83,7 +89,7 @@ fn bulk(client: &mut TcpStream, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-fn echo(client: &mut TcpStream) -> Result<()> {
+fn echo(client: &mut Stream) -> Result<()> {
     client.write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")?;
     let mut buffer = vec![0; 64 * 1024];
     loop {

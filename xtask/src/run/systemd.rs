@@ -2,10 +2,12 @@
 //! socket as descriptor 3 and LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES in its environment.
 
 use std::collections::HashMap;
+use std::io::Read as _;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -102,18 +104,66 @@ impl Forwarder {
         if self.seen.is_empty() { "(nothing logged)".into() } else { self.seen.join("\n  ") }
     }
 
-    /// Asks it to end with SIGTERM, and gives its exit status.
-    pub fn end(mut self) -> Result<ExitStatus> {
+    /// What it says of the kernel relay: that it has one, or why not and how to mend that.
+    pub fn on_the_kernel_relay(&mut self) -> Option<String> {
+        let ours = |line: &str| line.contains("kernel relay");
+        self.new_lines();
+        if !self.seen.iter().any(|line| ours(line)) {
+            // It is loaded beside the first connection and may take a little longer than that.
+            self.log.until(Duration::from_secs(3), &mut self.seen, ours).ok()?;
+        }
+        let line = self.seen.iter().find(|line| ours(line))?;
+        Some(line.split_once(" INFO ").map_or(line.as_str(), |(_, said)| said.trim()).to_owned())
+    }
+
+    /// How the bytes so far were moved, in percent, as `bro status` has it; nothing where that has no directory.
+    pub fn shares(&self) -> Option<String> {
+        let base = match std::env::var_os("XDG_RUNTIME_DIR") {
+            _ if nix::unistd::geteuid().is_root() => "/run".into(),
+            Some(runtime) => PathBuf::from(runtime),
+            None => format!("/run/user/{}", nix::unistd::geteuid()).into(),
+        };
+        let mut status = UnixStream::connect(base.join(format!("bro/{}/status.sock", self.pid()))).ok()?;
+        status.set_read_timeout(Some(Duration::from_secs(3))).ok()?;
+        let mut report = String::new();
+        let _length = status.read_to_string(&mut report).ok()?;
+        let report: serde_json::Value = serde_json::from_str(&report).ok()?;
+        let bytes =
+            ["kernel", "spliced", "copied"].map(|way| (way, report["total"][way].as_u64().unwrap_or(0)));
+        let all: u64 = bytes.iter().map(|(_, bytes)| bytes).sum();
+        let shares = bytes.iter().filter(|(_, bytes)| *bytes > 0);
+        let shares = shares.map(|(way, bytes)| format!("{:.1} % {way}", *bytes as f64 * 100.0 / all as f64));
+        Some(shares.collect::<Vec<_>>().join(", "))
+    }
+
+    /// Ends it, and makes sure that it ended well.
+    pub fn end(mut self) -> Result<()> {
+        let status = self.terminate()?;
+        ensure!(status.success(), "bro ended with {status} on SIGTERM; its log: {}", self.story());
+        Ok(())
+    }
+
+    fn terminate(&mut self) -> Result<ExitStatus> {
+        if let Some(status) = self.process.0.try_wait()? {
+            return Ok(status);
+        }
         kill(Pid::from_raw(self.pid().try_into()?), Signal::SIGTERM).context("SIGTERM to bro")?;
         // Its log ends when it does.
-        let ended = self.log.until(Duration::from_secs(10), &mut self.seen, |_| false);
-        ensure!(self.log.has_ended(), "bro did not end on SIGTERM ({ended:?}); its log: {}", self.story());
+        self.log.until(Duration::from_secs(10), &mut self.seen, |_| false).ok();
+        ensure!(self.log.has_ended(), "bro did not end on SIGTERM; its log: {}", self.story());
         Ok(self.process.0.wait()?)
     }
 
     /// Whether it has exited by itself.
     pub fn has_exited(&mut self) -> Result<bool> {
         Ok(self.process.0.try_wait()?.is_some())
+    }
+}
+
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        // What does not end so is killed, when `process` is dropped.
+        self.terminate().ok();
     }
 }
 
@@ -136,7 +186,8 @@ impl Fields {
 /// What happens between fork and exec of an activated program. LISTEN_PID must be the program's own, which is known
 /// only here; exec keeps it.
 pub fn become_forwarder(command: &[String]) -> Result<()> {
-    die_with_parent()?;
+    // Not SIGKILL: bro has a runtime directory to remove. It ends soon, for the service and the client go as well.
+    die_with_parent(Signal::SIGTERM)?;
     let (program, args) = command.split_first().context("a program to become")?;
     // SAFETY: nothing in this process owns descriptor 3: it is single-threaded and has opened nothing so far.
     let socket = unsafe { nix::unistd::dup2_raw(std::io::stdin(), 3) }.context("dup2 to descriptor 3")?;

@@ -80,7 +80,7 @@ impl Summary {
             by_need.entry(need).or_default().push(test);
         }
         if !by_need.is_empty() {
-            println!("\n!!!!!!!!!! NOT TESTED HERE: {} tests lack something !!!!!!!!!!", total.skips.len());
+            println!("\n!!!!!!!!!! NOT TESTED HERE, for want of something: {} !!!!!!!!!!", total.skips.len());
         }
         for (need, mut tests) in by_need {
             tests.sort_unstable();
