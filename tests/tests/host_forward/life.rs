@@ -78,6 +78,27 @@ pub fn client_leaves(host: &Host, manager: Manager) -> Result<()> {
     site.check_echo()
 }
 
+/// kill -9: the open connection dies with it, the socket is systemd's, so the next client is served by the next forwarder.
+pub fn killed(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::new(host, manager, "killed", &Plan::service(manager, 0.0, "--exit-idle-time 700ms"))?;
+    let (run, _) = site.who()?;
+    let mut open = site.client()?;
+    open.write_all(b"hello")?;
+    open.read_exact(&mut [0; 5])?;
+    let forwarder = site.forwarder_show("MainPID")?;
+    host.run(&["kill", "-KILL", &forwarder])?;
+    ensure!(!matches!(open.read(&mut [0; 1]), Ok(1)), "bytes from a dead forwarder");
+    ensure!(site.who()?.0 == run, "the container did not survive its forwarder");
+    let successor = site.forwarder_show("MainPID")?;
+    ensure!(successor != forwarder && successor != "0", "nobody forwards");
+    // The helper in the container's namespace ends with its forwarder.
+    let tasks = format!("/sys/fs/cgroup{}/cgroup.procs", site.forwarder_show("ControlGroup")?);
+    host.wait_until("only the successor's own processes in the unit", PATIENCE, || {
+        Ok(host.run(&["cat", &tasks])?.lines().count() <= 2)
+    })?;
+    site.await_exit()
+}
+
 pub fn drains(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "drain", &Plan::service(manager, 0.0, "--drain-timeout 20s"))?;
     let mut client = site.client()?;

@@ -36,6 +36,7 @@ const BOTH: &[Case] = &[
     ("a container that restarts itself while a client is held", life::container_restarts_itself),
     ("a container that is slow to stop", life::slow_to_stop),
     ("a client that leaves while it is held", life::client_leaves),
+    ("a forwarder that is killed", life::killed),
     ("stopping the forwarder lets a connection finish", life::drains),
     ("what systemd is told", life::status),
     ("a container that dies during its start", failures::dies_during_start),
