@@ -2,6 +2,7 @@
 
 pub mod bus;
 pub mod container;
+pub mod ownership;
 pub mod ready;
 
 use std::net::SocketAddr;
@@ -164,8 +165,12 @@ impl Activator {
             };
             anyhow::Ok(Some((Destination { addresses, via, file }, incarnation)))
         };
+        let findable = tokio::sync::Notify::new();
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
         let prepared = async {
+            if self.unit.is_some() {
+                findable.notified().await;
+            }
             loop {
                 match prepare().await? {
                     Some(prepared) => return Ok(prepared),
@@ -181,7 +186,7 @@ impl Activator {
         tokio::select! {
             biased;
             prepared = prepared => prepared,
-            failed = self.start(unit) => match failed {
+            failed = self.start(unit, &findable) => match failed {
                 Ok(never) => match never {},
                 Err(error) => Err(error),
             },
@@ -189,17 +194,26 @@ impl Activator {
     }
 
     /// Starts the unit, then watches it for as long as it is waited for. Returns only to say that it failed.
-    async fn start(&self, unit: &str) -> anyhow::Result<std::convert::Infallible> {
+    async fn start(
+        &self,
+        unit: &str,
+        findable: &tokio::sync::Notify,
+    ) -> anyhow::Result<std::convert::Infallible> {
         let bus = self.bus().await?;
         let before = bus.active_state(unit).await?;
         if !matches!(before.as_str(), "active" | "activating" | "reloading") {
             self.started.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+        // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients.
+        if before != "deactivating" {
+            findable.notify_one();
         }
         let result = bus.start(unit).await.with_context(|| format!("cannot start {unit}"))?;
         anyhow::ensure!(
             result == "done",
             "starting {unit} ended with “{result}”; see `journalctl --unit {unit}`"
         );
+        findable.notify_one();
         loop {
             let state = bus.active_state(unit).await?;
             anyhow::ensure!(
@@ -224,19 +238,32 @@ impl Activator {
         *self.current.lock().await = None;
     }
 
-    /// Stops the unit if this process started it.
+    /// Notes which run of the unit was started, for a forwarder that takes over from this one.
+    pub async fn remember_start(&self) {
+        let Some(unit) = self.unit.as_ref().filter(|_| self.has_started()) else { return };
+        let Ok(bus) = self.bus().await else { return };
+        if let Ok(invocation) = bus.invocation(unit).await {
+            ownership::remember(unit, &invocation);
+        }
+    }
+
+    fn has_started(&self) -> bool {
+        self.started.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Stops the unit if a forwarder started it: this one, or one before it.
     ///
     /// # Errors
     /// When systemd refuses.
     pub async fn stop_what_it_started(&self) -> anyhow::Result<()> {
-        match &self.unit {
-            Some(unit) if self.started.load(std::sync::atomic::Ordering::Relaxed) => {
-                let result = self.bus().await?.stop(unit).await?;
-                tracing::info!(unit, result, "stopped the unit, since nobody is connected");
-                Ok(())
-            }
-            _ => Ok(()),
+        let Some(unit) = &self.unit else { return Ok(()) };
+        let bus = self.bus().await?;
+        if self.has_started() || ownership::is_ours(unit, &bus.invocation(unit).await?) {
+            let result = bus.stop(unit).await?;
+            ownership::forget(unit);
+            tracing::info!(unit, result, "stopped the unit, since nobody is connected");
         }
+        Ok(())
     }
 
     /// The entered namespace: the current one if it is still the right one, else it is found anew, however long that takes.

@@ -486,6 +486,8 @@ impl<'a> Control<'a> {
         match result {
             Ok((destination, incarnation)) => {
                 self.engine.send(Command::Ready { backend, destination });
+                let activator = self.activator.clone();
+                drop(tokio::spawn(async move { activator.remember_start().await }));
                 let Some(incarnation) = incarnation else { return };
                 let gone = self.gone.0.clone();
                 let watching = async move {

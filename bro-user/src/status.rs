@@ -129,7 +129,7 @@ pub async fn answer(mut stream: UnixStream, report: &Report) {
 }
 
 /// Where this user's forwarders have their runtime directories.
-fn base_directory() -> PathBuf {
+pub(crate) fn base_directory() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return "/run/bro".into();
     }

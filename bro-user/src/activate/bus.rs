@@ -43,6 +43,8 @@ trait Systemd {
 trait Unit {
     #[zbus(property(emits_changed_signal = "false"))]
     fn active_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"), name = "InvocationID")]
+    fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
 }
 
 /// A connection to a service manager.
@@ -81,13 +83,21 @@ impl Bus {
     /// # Errors
     /// When the bus fails.
     pub async fn active_state(&self, unit: &str) -> anyhow::Result<String> {
+        Ok(self.unit(unit).await?.active_state().await?)
+    }
+
+    /// Which run of the unit this is; empty when it never ran.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn invocation(&self, unit: &str) -> anyhow::Result<String> {
+        let id = self.unit(unit).await?.invocation_id().await?;
+        Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {
         let path = self.systemd.load_unit(unit).await?;
-        Ok(UnitProxy::builder(self.systemd.inner().connection())
-            .path(path)
-            .build()
-            .await?
-            .active_state()
-            .await?)
+        Ok(UnitProxy::builder(self.systemd.inner().connection()).path(path).build().await?)
     }
 
     /// Starts the unit and waits for the end of the job; what it returns is the job's result (`done` when it worked).

@@ -96,7 +96,9 @@ pub fn killed(host: &Host, manager: Manager) -> Result<()> {
     host.wait_until("only the successor's own processes in the unit", PATIENCE, || {
         Ok(host.run(&["cat", &tasks])?.lines().count() <= 2)
     })?;
-    site.await_exit()
+    site.await_exit()?;
+    // The successor puts to sleep what its predecessor had woken.
+    site.await_container_gone()
 }
 
 pub fn drains(host: &Host, manager: Manager) -> Result<()> {
