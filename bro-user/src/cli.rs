@@ -152,17 +152,17 @@ pub struct Forward {
     #[arg(long)]
     pub blocking_sockets: bool,
 
-    /// TCP keepalive on both legs: idle time before the first probe
-    #[arg(long, value_name = "SPAN", default_value = "2h")]
-    pub keepalive_time: TimeSpan,
+    /// TCP keepalive on both legs: idle time before the first probe (default: net.ipv4.tcp_keepalive_time)
+    #[arg(long, value_name = "SPAN")]
+    pub keepalive_time: Option<TimeSpan>,
 
-    /// TCP keepalive on both legs: time between probes
-    #[arg(long, value_name = "SPAN", default_value = "75s")]
-    pub keepalive_interval: TimeSpan,
+    /// TCP keepalive on both legs: time between probes (default: net.ipv4.tcp_keepalive_intvl)
+    #[arg(long, value_name = "SPAN")]
+    pub keepalive_interval: Option<TimeSpan>,
 
-    /// TCP keepalive on both legs: unanswered probes before the connection is aborted
-    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=127))]
-    pub keepalive_probes: u32,
+    /// TCP keepalive on both legs: unanswered probes before an abort (default: net.ipv4.tcp_keepalive_probes)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=127))]
+    pub keepalive_probes: Option<u32>,
 
     /// More log lines: -v for every connection's start, -vv for every step
     #[arg(short, long, action = clap::ArgAction::Count)]

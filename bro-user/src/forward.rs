@@ -23,6 +23,7 @@ use crate::listen::{self, Listener, Passed};
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
 use crate::target::Target;
+use crate::timespan::TimeSpan;
 use crate::{life, status};
 
 /// A target that refuses right after it was found to listen is not asked again sooner.
@@ -215,8 +216,6 @@ struct Control<'a> {
     /// Targets whose namespace is gone.
     gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
     phase: Phase,
-    /// Nobody has been connected since.
-    idle_since: Option<Instant>,
     failure: Option<anyhow::Error>,
 }
 
@@ -242,8 +241,8 @@ impl<'a> Control<'a> {
                 RelayChoice::Copy => Method::Copy,
             },
             keepalive: Keepalive::new(
-                options.keepalive_time.or_forever(),
-                options.keepalive_interval.or_forever(),
+                options.keepalive_time.map(TimeSpan::or_forever),
+                options.keepalive_interval.map(TimeSpan::or_forever),
                 options.keepalive_probes,
             ),
             idle_timeout: options.idle_timeout.finite(),
@@ -286,7 +285,6 @@ impl<'a> Control<'a> {
             woken: unbounded_channel(),
             gone: unbounded_channel(),
             phase: Phase::Serving,
-            idle_since: Some(Instant::now()),
             failure: None,
         })
     }
@@ -326,8 +324,11 @@ impl<'a> Control<'a> {
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
                 () = sleep_until(idle_at.unwrap_or_else(Instant::now)), if idle_at.is_some() => {
-                    self.phase = Phase::Leaving;
-                    self.engine.send(Command::StopIfIdle);
+                    // The deadline may have moved while it was waited for; the engine has the last word.
+                    if self.idle_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
+                        self.phase = Phase::Leaving;
+                        self.engine.send(Command::StopIfIdle);
+                    }
                 }
                 () = sleep_until(draining_until.unwrap_or_else(Instant::now)), if draining_until.is_some() => {
                     self.engine.send(Command::EndAll(End::DrainTimeout));
@@ -351,10 +352,11 @@ impl<'a> Control<'a> {
         self.failure.map_or(Ok(()), Err)
     }
 
-    /// When to leave for want of clients.
+    /// When to leave for want of clients, or to look again whether there are any.
     fn idle_deadline(&self) -> Option<Instant> {
-        let limit = self.options.exit_idle_time.finite()?;
-        self.idle_since.filter(|_| self.phase == Phase::Serving).map(|since| since + limit)
+        let limit = self.options.exit_idle_time.finite().filter(|_| self.phase == Phase::Serving)?;
+        let since = self.stats.idle_from().map_or_else(Instant::now, Instant::from_std);
+        Some(since + limit)
     }
 
     fn status(&self) -> String {
@@ -443,8 +445,6 @@ impl<'a> Control<'a> {
     fn event(&mut self, event: Event) {
         match event {
             Event::Wake { backend, peer, refused } => self.wake(backend, &peer, refused),
-            Event::Busy => self.idle_since = None,
-            Event::Idle => self.idle_since = Some(Instant::now()),
             Event::StoppedIfIdle(_) => self.phase = Phase::Serving,
             Event::Pong => life::alive(),
             Event::Listening { netns, port } => {

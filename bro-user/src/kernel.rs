@@ -278,6 +278,18 @@ impl Kernel {
         }
     }
 
+    /// The kernel's numbers of the two programs, as `bpftool prog show id` takes them: bro_send and bro_watch.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn program_ids(&self) -> std::io::Result<[u32; 2]> {
+        let id = |name: &str| {
+            let program = self.ebpf.program(name).ok_or(std::io::ErrorKind::NotFound)?;
+            program.info().map(|info| info.id()).map_err(std::io::Error::other)
+        };
+        Ok([id("bro_send")?, id("bro_watch")?])
+    }
+
     /// How many sockets are in the senders' map right now (walks it: for tests and `bro doctor`).
     #[must_use]
     pub fn hooked_now(&self) -> usize {

@@ -1,10 +1,10 @@
 //! What a forwarder counts: the engine keeps a tally per listener; three numbers are shared with the control side all the time.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
 
 use serde::{Deserialize, Serialize};
 
-/// What STATUS= needs each second. Written by the engine alone, so relaxed stores are enough.
+/// What STATUS= and the idle exit need. Written by the engine alone.
 #[derive(Debug, Default)]
 pub struct Stats {
     /// Connections accepted.
@@ -13,18 +13,46 @@ pub struct Stats {
     pub open: AtomicU64,
     /// Clients that wait for the service now.
     pub held: AtomicU64,
+    /// When the last connection ended, in milliseconds since [`Stats::start`].
+    pub idle_since: AtomicU64,
+    /// When counting began.
+    pub start: Start,
+}
+
+/// The beginning of the clock that [`Stats::idle_since`] is read on.
+#[derive(Debug)]
+pub struct Start(std::time::Instant);
+
+impl Default for Start {
+    fn default() -> Self {
+        Self(std::time::Instant::now())
+    }
 }
 
 impl Stats {
+    /// The last connection has just ended. A store, not a message: waking the control side for each of a series of short
+    /// connections would cost more than relaying them.
+    pub fn now_idle(&self) {
+        Self::set(&self.idle_since, u64::try_from(self.start.0.elapsed().as_millis()).unwrap_or(u64::MAX));
+    }
+
+    /// Since when there has been no connection; `None` while there is one.
+    #[must_use]
+    pub fn idle_from(&self) -> Option<std::time::Instant> {
+        // In this order: a count of zero comes with the instant that was stored before it.
+        let idle = Self::get(&self.open) == 0;
+        idle.then(|| self.start.0 + std::time::Duration::from_millis(Self::get(&self.idle_since)))
+    }
+
     /// The current value of a counter.
     #[must_use]
     pub fn get(counter: &AtomicU64) -> u64 {
-        counter.load(Relaxed)
+        counter.load(Acquire)
     }
 
     /// Sets a counter that only the caller writes.
     pub fn set(counter: &AtomicU64, value: u64) {
-        counter.store(value, Relaxed);
+        counter.store(value, Release);
     }
 }
 

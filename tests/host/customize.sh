@@ -7,7 +7,7 @@ root=$1
 for unit in systemd-networkd.service systemd-networkd-wait-online.service systemd-networkd.socket \
     systemd-firstboot.service systemd-modules-load.service modprobe@.service systemd-sysctl.service \
     systemd-timesyncd.service systemd-udevd.service systemd-udev-trigger.service systemd-pstore.service \
-    sys-kernel-debug.mount sys-kernel-tracing.mount dev-hugepages.mount \
+    console-getty.service getty.target sys-kernel-debug.mount sys-kernel-tracing.mount dev-hugepages.mount \
     nftables.service podman-auto-update.service podman-auto-update.timer \
     podman.socket podman.service podman-restart.service podman-clean-transient.service \
     apt-daily.timer apt-daily.service apt-daily-upgrade.timer fstrim.timer dpkg-db-backup.timer e2scrub_all.timer \

@@ -121,7 +121,7 @@ N
     mount --make-rshared /
     exec env -i container=bro-tests NOTIFY_SOCKET=/run/host/notify \
         PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-        /lib/systemd/systemd --system --log-target=console --show-status=0
+        /lib/systemd/systemd --system --show-status=0
 }
 
 "$stage"

@@ -20,7 +20,9 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::AtomicU16;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -32,6 +34,8 @@ use crate::tier::Need;
 
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const KEEPER_DEADLINE: Duration = Duration::from_secs(20);
+/// Below the range that the kernel takes clients' own ports from.
+const FIRST_PORT: u16 = 20_000;
 const INIT: &str = include_str!("../host/init.sh");
 
 /// What [`Host::boot`] cannot do without, for `require!`.
@@ -44,11 +48,13 @@ pub const USERS: [&str; 2] = ["test", "other"];
 #[derive(Debug)]
 pub struct Host {
     keeper: Child,
-    answers: Receiver<String>,
+    answers: Mutex<Receiver<String>>,
     ready: Option<Ready>,
     run: PathBuf,
     pid: i32,
     booted_in: Duration,
+    /// The last port that `free_port` gave away.
+    port: AtomicU16,
     /// Shared lock: nobody removes the root below a running host.
     _root: File,
 }
@@ -72,9 +78,17 @@ impl Host {
             .process_group(0)
             .spawn()
             .context("cannot start the host's keeper")?;
-        let answers = lines_of(keeper.stdout.take().expect("piped above"));
-        let mut host =
-            Self { keeper, answers, ready: None, run, pid: 0, booted_in: Duration::ZERO, _root: lock };
+        let answers = Mutex::new(lines_of(keeper.stdout.take().expect("piped above")));
+        let mut host = Self {
+            keeper,
+            answers,
+            ready: None,
+            run,
+            pid: 0,
+            booted_in: Duration::ZERO,
+            port: AtomicU16::new(FIRST_PORT),
+            _root: lock,
+        };
         host.start()?;
         host.install(crate::bro::binary(), "/usr/local/bin/bro")?;
         host.check_binary()?;
@@ -166,7 +180,8 @@ impl Host {
     }
 
     fn answer(&self) -> Result<String> {
-        match self.answers.recv_timeout(KEEPER_DEADLINE) {
+        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        match answers.recv_timeout(KEEPER_DEADLINE) {
             Ok(line) => Ok(line),
             Err(RecvTimeoutError::Timeout) => bail!("no answer from the keeper:\n{}", self.console()),
             Err(RecvTimeoutError::Disconnected) => bail!("the keeper has ended:\n{}", self.console()),
@@ -207,7 +222,7 @@ impl Drop for Host {
 #[derive(Debug)]
 struct Ready {
     socket: UnixDatagram,
-    said: Receiver<()>,
+    said: Mutex<Receiver<()>>,
 }
 
 impl Ready {
@@ -225,11 +240,11 @@ impl Ready {
                 }
             }
         });
-        Ok(Self { socket, said })
+        Ok(Self { socket, said: Mutex::new(said) })
     }
 
     fn is_there(&self, limit: Duration) -> bool {
-        self.said.recv_timeout(limit).is_ok()
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(limit).is_ok()
     }
 }
 

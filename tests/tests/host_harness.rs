@@ -12,7 +12,7 @@ fn the_test_host_works_and_leaves_nothing_behind() {
     if !bro_tests::tier::met("the_test_host_works_and_leaves_nothing_behind", &NEEDS) {
         return;
     }
-    let mut cases = Cases::default();
+    let cases = Cases::default();
     let mut host = Host::boot().expect("the host boots");
     note(&format!("the host booted in {:.1} s", host.booted_in().as_secs_f64()));
 

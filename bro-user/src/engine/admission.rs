@@ -115,9 +115,6 @@ impl Engine {
         }
         tcp::set_options(&connection.client, self.settings.keepalive);
         tracing::debug!(conn = number, peer = %connection.peer, target = %self.backends[backend].name, "accepted");
-        if self.connections.is_empty() {
-            self.outbox.tell(Event::Busy);
-        }
         let index = self.connections.insert(connection);
         self.pending += 1;
         Stats::set(&self.stats.open, self.connections.len() as u64);
@@ -134,14 +131,18 @@ impl Engine {
                 let _gone = self.per_source.remove(&source);
             }
         }
-        Stats::set(&self.stats.open, self.connections.len() as u64);
         if matches!(self.accepting, Accepting::Full)
             && let Err(error) = self.set_accepting(Accepting::Open)
         {
             tracing::error!(%error, "cannot accept again");
         }
         if self.connections.is_empty() {
-            self.outbox.tell(if self.draining { Event::Drained } else { Event::Idle });
+            // Before the count says so.
+            self.stats.now_idle();
+            if self.draining {
+                self.outbox.tell(Event::Drained);
+            }
         }
+        Stats::set(&self.stats.open, self.connections.len() as u64);
     }
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use nix::sys::socket::{SockaddrStorage, UnixAddr, connect, getsockopt, sockopt};
+use nix::sys::socket::{SockaddrStorage, UnixAddr, connect, getpeername, getsockopt, sockopt};
 
 use super::Engine;
 use super::token::Token;
@@ -335,7 +335,7 @@ impl Engine {
                     return;
                 }
                 match answer.map(|mut sockets| sockets.pop()) {
-                    Ok(Some(service)) => self.start_relay(index, service),
+                    Ok(Some(service)) => self.start_relay(index, service, None),
                     Ok(None) => self.refused(index, 0, Errno::EPROTO),
                     Err(Errno::EAGAIN) => self.retries.push(index),
                     Err(errno) => self.no_socket(index, 0, errno),
@@ -357,7 +357,11 @@ impl Engine {
 
     fn connect(&mut self, index: usize, number: usize, socket: OwnedFd, address: &Address) {
         match address.connect(&socket) {
-            Ok(()) => self.start_relay(index, socket),
+            Ok(()) => self.start_relay(index, socket, address.tcp()),
+            // On this host the handshake is over by the time connect returns (`release_sock` has processed the answer).
+            Err(Errno::EINPROGRESS) if getpeername::<SockaddrStorage>(socket.as_raw_fd()).is_ok() => {
+                self.start_relay(index, socket, address.tcp());
+            }
             Err(Errno::EINPROGRESS) => {
                 self.connections[index].stage = Stage::Connecting { service: socket, address: number };
                 self.register(index);
@@ -377,6 +381,14 @@ impl Engine {
         }
     }
 
+    /// One of the addresses of a connection's target.
+    fn address(&self, index: usize, number: usize) -> Option<&Address> {
+        match &self.backends[self.connections.get(index)?.backend].state {
+            State::Ready(supply) => supply.addresses.get(number),
+            State::Asleep | State::Waking => None,
+        }
+    }
+
     /// A connection that was in progress has succeeded or failed.
     pub(super) fn connect_event(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
@@ -388,7 +400,8 @@ impl Engine {
             else {
                 return;
             };
-            return self.start_relay(index, service);
+            let target = self.address(index, address).and_then(|address| address.tcp());
+            return self.start_relay(index, service, target);
         }
         self.epoll.delete(service.as_fd()).ok();
         connection.registered[1] = None;

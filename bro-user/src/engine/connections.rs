@@ -1,6 +1,7 @@
 //! What happens to a connection once it is admitted: its events, its timeouts, its end.
 
-use std::os::fd::AsFd as _;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -89,8 +90,8 @@ impl Engine {
         self.register(index);
     }
 
-    /// The service has accepted: bytes may flow.
-    pub(super) fn start_relay(&mut self, index: usize, service: std::os::fd::OwnedFd) {
+    /// The service has accepted, at `target` if it is on TCP: bytes may flow.
+    pub(super) fn start_relay(&mut self, index: usize, service: OwnedFd, target: Option<SocketAddr>) {
         let method = self.settings.method;
         let keepalive = self.settings.keepalive;
         let Some(connection) = self.connections.get_mut(index) else { return };
@@ -103,7 +104,7 @@ impl Engine {
         let (up, down) = (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
         connection.stage = Stage::Relaying { service, up, down };
         self.pending -= 1;
-        self.open_lanes(index);
+        self.open_lanes(index, target);
         self.pump(index, true, false);
     }
 

@@ -69,10 +69,6 @@ pub enum Event {
         /// The port.
         port: u16,
     },
-    /// The first connection since it was idle.
-    Busy,
-    /// The last connection has ended.
-    Idle,
     /// The answer to [`Command::StopIfIdle`].
     StoppedIfIdle(bool),
     /// The answer to [`Command::Drain`].

@@ -7,12 +7,12 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::PathBuf;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
+use nix::sys::socket::{SockaddrStorage, getsockname};
 use tokio::sync::oneshot;
 
 use super::Engine;
 use super::token::Token;
-use crate::connection::{Connection, Stage};
+use crate::connection::{Connection, Peer, Stage};
 use crate::engine::handle::Event;
 use crate::kernel::{self, Kernel, LaneCounters, LaneId, Role, SenderAddress};
 use crate::relay::Side;
@@ -142,29 +142,24 @@ impl Engine {
         }
     }
 
-    /// Opens the lanes of a connection that has just been made.
-    pub(super) fn open_lanes(&mut self, index: usize) {
+    /// Opens the lanes of a connection that has just been made to `target`, its TCP address.
+    pub(super) fn open_lanes(&mut self, index: usize, target: Option<SocketAddr>) {
         let Some(lanes) = &mut self.lanes else { return };
         let Some(connection) = self.connections.get_mut(index) else { return };
         let (number, client) = (connection.number, connection.client.as_fd());
         let Stage::Relaying { service, up, down } = &mut connection.stage else { return };
-        let ends = |fd: i32| {
-            let (own, peer) = (tcp(getsockname(fd).ok()), tcp(getpeername(fd).ok()));
-            own.zip(peer)
-        };
+        // As a sender sees itself: its own address is our peer's.
+        let own = |fd: i32| tcp(getsockname(fd).ok());
         let watched = self.backends[connection.backend].watched;
-        // As the sender sees itself: its own address is our peer's.
-        if let (Some(netns), Some((own, peer))) = (watched, ends(service.as_raw_fd()))
-            && tcp(getsockname(client.as_raw_fd()).ok()).is_some()
-        {
-            let sender = SenderAddress { netns, local: peer, remote: own };
+        let Peer::Tcp(peer) = connection.peer else { return };
+        if let (Some(netns), Some(remote), Some(local)) = (watched, own(service.as_raw_fd()), target) {
+            let sender = SenderAddress { netns, local, remote };
             lanes.open(&sender, client, (index, number, Side::Client), |lane| down.set_lane(lane));
         }
-        if let (Some(netns), Some((own, peer))) = (lanes.clients, ends(client.as_raw_fd()))
-            && (peer.ip() == own.ip() || peer.ip().is_loopback())
-            && tcp(getsockname(service.as_raw_fd()).ok()).is_some()
+        if let (Some(netns), Some(remote), Some(_)) = (lanes.clients, own(client.as_raw_fd()), target)
+            && (peer.ip() == remote.ip() || peer.ip().is_loopback())
         {
-            let sender = SenderAddress { netns, local: peer, remote: own };
+            let sender = SenderAddress { netns, local: peer, remote };
             lanes.open(&sender, service.as_fd(), (index, number, Side::Service), |lane| up.set_lane(lane));
         }
     }

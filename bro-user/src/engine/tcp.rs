@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 
-/// `--keepalive-*`, in the units of tcp(7).
+/// `--keepalive-*`, in the units of tcp(7). What is not given stays as the host has it (net.ipv4.tcp_keepalive_*).
 #[derive(Debug, Clone, Copy)]
 pub struct Keepalive {
     /// Seconds without traffic before the first probe.
-    pub time: u32,
+    pub time: Option<u32>,
     /// Seconds between probes.
-    pub interval: u32,
+    pub interval: Option<u32>,
     /// Unanswered probes before the connection is aborted.
-    pub probes: u32,
+    pub probes: Option<u32>,
 }
 
 /// The largest that tcp(7) accepts for keepalive times, in seconds.
@@ -22,12 +22,12 @@ const LONGEST: u64 = 32_767;
 impl Keepalive {
     /// Rounded up to seconds, and cut to what tcp(7) accepts.
     #[must_use]
-    pub fn new(time: Duration, interval: Duration, probes: u32) -> Self {
+    pub fn new(time: Option<Duration>, interval: Option<Duration>, probes: Option<u32>) -> Self {
         let seconds = |span: Duration| {
             let seconds = span.as_secs() + u64::from(span.subsec_nanos() > 0);
             u32::try_from(seconds.clamp(1, LONGEST)).unwrap_or(LONGEST as u32)
         };
-        Self { time: seconds(time), interval: seconds(interval), probes }
+        Self { time: time.map(seconds), interval: interval.map(seconds), probes }
     }
 }
 
@@ -37,9 +37,15 @@ pub fn set_options(socket: &impl AsFd, keepalive: Keepalive) {
         return;
     }
     setsockopt(socket, sockopt::KeepAlive, &true).ok();
-    setsockopt(socket, sockopt::TcpKeepIdle, &keepalive.time).ok();
-    setsockopt(socket, sockopt::TcpKeepInterval, &keepalive.interval).ok();
-    setsockopt(socket, sockopt::TcpKeepCount, &keepalive.probes).ok();
+    if let Some(time) = keepalive.time {
+        setsockopt(socket, sockopt::TcpKeepIdle, &time).ok();
+    }
+    if let Some(interval) = keepalive.interval {
+        setsockopt(socket, sockopt::TcpKeepInterval, &interval).ok();
+    }
+    if let Some(probes) = keepalive.probes {
+        setsockopt(socket, sockopt::TcpKeepCount, &probes).ok();
+    }
     // An urgent byte stays in its place in the stream, where recv finds it (tcp(7), “Sockets API”).
     setsockopt(socket, sockopt::OobInline, &true).ok();
 }

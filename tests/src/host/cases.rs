@@ -2,25 +2,27 @@
 
 use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::Result;
 
-/// Runs cases one after the other. `BRO_CASE=part` runs those whose name contains that part.
+/// Runs cases, one after the other or from several threads at once. `BRO_CASE=part` runs those whose name contains that part.
 #[derive(Debug, Default)]
 pub struct Cases {
-    failed: Vec<String>,
-    ran: usize,
+    failed: Mutex<Vec<String>>,
+    ran: AtomicUsize,
 }
 
 impl Cases {
     /// Runs one case, unless `BRO_CASE` is for others.
-    pub fn case(&mut self, name: &str, body: impl FnOnce() -> Result<()>) {
+    pub fn case(&self, name: &str, body: impl FnOnce() -> Result<()>) {
         if std::env::var("BRO_CASE").is_ok_and(|wanted| !name.contains(&wanted)) {
             return;
         }
         let began = Instant::now();
-        self.ran += 1;
+        self.ran.fetch_add(1, Ordering::Relaxed);
         let ended = catch_unwind(AssertUnwindSafe(body));
         let seconds = began.elapsed().as_secs_f64();
         match ended {
@@ -36,19 +38,15 @@ impl Cases {
 
     /// Fails the test when a case failed.
     pub fn conclude(self) {
-        assert!(self.ran > 0, "no case has BRO_CASE in its name");
-        assert!(
-            self.failed.is_empty(),
-            "{} of {} cases failed: {}",
-            self.failed.len(),
-            self.ran,
-            self.failed.join(", ")
-        );
+        let (ran, failed) =
+            (self.ran.into_inner(), self.failed.into_inner().unwrap_or_else(PoisonError::into_inner));
+        assert!(ran > 0, "no case has BRO_CASE in its name");
+        assert!(failed.is_empty(), "{} of {ran} cases failed: {}", failed.len(), failed.join(", "));
     }
 
-    fn fail(&mut self, name: &str, why: &str, seconds: f64) {
+    fn fail(&self, name: &str, why: &str, seconds: f64) {
         say(&format!("case {name} ... FAILED ({seconds:.1} s)\n    {}", why.replace('\n', "\n    ")));
-        self.failed.push(name.into());
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).push(name.into());
     }
 }
 

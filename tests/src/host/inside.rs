@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -163,9 +164,17 @@ impl Host {
         })
     }
 
-    /// A TCP port that nobody in the host uses.
+    /// A TCP port that nobody in the host uses, another one each time. Not the kernel's choice: that may fall on one which a
+    /// client's own end takes a moment later. The host's network is the test's alone, so counting does.
     pub fn free_port(&self) -> Result<u16> {
-        self.in_network(|| Ok(TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?.local_addr()?.port()))
+        self.in_network(|| {
+            loop {
+                let port = self.port.fetch_add(1, Ordering::Relaxed);
+                if TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok() {
+                    return Ok(port);
+                }
+            }
+        })
     }
 
     /// Waits until `done` is true, asking again and again for up to `limit`.

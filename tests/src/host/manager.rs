@@ -82,14 +82,28 @@ impl Manager {
 
     /// The messages a unit and systemd logged about it, one a line, oldest first.
     pub fn journal(self, host: &Host, unit: &str) -> Result<String> {
-        host.run(&["journalctl", "--quiet", "--output=cat", self.journal_unit(), unit])
+        self.journalctl(host, "--output=cat", unit)
     }
 
     /// The same with all its fields.
     pub fn journal_records(self, host: &Host, unit: &str) -> Result<Vec<Value>> {
-        let args = ["journalctl", "--quiet", "--output=json", "--all", self.journal_unit(), unit];
-        let text = host.run(&args)?;
+        let text = self.journalctl(host, "--output=json", unit)?;
         text.lines().map(|line| serde_json::from_str(line).context("a journal record is no JSON")).collect()
+    }
+
+    /// Read as root, also a user's: that needs no membership in any group. (`--user-unit` would only show root's own units.)
+    fn journalctl(self, host: &Host, output: &str, unit: &str) -> Result<String> {
+        let matches = match self {
+            Self::System => vec!["--unit".into(), unit.to_owned()],
+            Self::User(user) => {
+                let uid = host.uid(user)?;
+                let of_user = |field: &str| [format!("_UID={uid}"), format!("{field}={unit}")];
+                [&of_user("_SYSTEMD_USER_UNIT")[..], &["+".into()], &of_user("USER_UNIT")].concat()
+            }
+        };
+        let args =
+            ["journalctl", "--quiet", "--all", output].into_iter().chain(matches.iter().map(String::as_str));
+        host.run(&args.collect::<Vec<_>>())
     }
 
     /// Makes the busybox image `localhost/busybox` known to this manager's Podman.
@@ -104,14 +118,6 @@ impl Manager {
         match self {
             Self::System => "/srv/image".into(),
             Self::User(user) => format!("/srv/images/{user}"),
-        }
-    }
-
-    /// The journal is read as root, also a user's: that needs no membership in any group.
-    fn journal_unit(self) -> &'static str {
-        match self {
-            Self::System => "--unit",
-            Self::User(_) => "--user-unit",
         }
     }
 

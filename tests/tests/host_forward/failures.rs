@@ -5,14 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use bro_tests::host::{Host, Manager, Ran};
 
-use crate::site::{Plan, Site, text};
+use crate::site::{Plan, Site, folder, text};
 
 pub fn dies_during_start(host: &Host, manager: Manager) -> Result<()> {
-    let flags = match manager {
-        Manager::System => "/srv/flags".into(),
-        Manager::User(user) => format!("/home/{user}/flags"),
-    };
-    host.write(&format!("{flags}/there"), "")?;
+    let flags = folder(host, manager, "flags")?;
     let script = "sleep 0.3; test -e /flags/well || exit 3; exec nc -ll -p 7 -e /bin/cat";
     let mut plan = Plan::busybox(script, "");
     plan.container.push_str(&format!("\nVolume={flags}:/flags"));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use bro_tests::host::{Host, Manager};
 
-use crate::site::{PATIENCE, Plan, Site, text};
+use crate::site::{PATIENCE, Plan, Site, folder, text};
 
 pub fn container_restarts(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "again", &Plan::service(manager, 0.2, ""))?;
@@ -29,6 +29,53 @@ pub fn container_restarts(host: &Host, manager: Manager) -> Result<()> {
     ensure!(third != second, "the same run of the service answers after it was killed");
     ensure!(site.forwarder_show("MainPID")? == forwarder, "the forwarder was restarted: {}", site.journal());
     Ok(())
+}
+
+/// A quadlet with Restart=always: its first start dies while a client is held, its second one serves that client.
+pub fn container_restarts_itself(host: &Host, manager: Manager) -> Result<()> {
+    let data = folder(host, manager, "restarts")?;
+    let script =
+        "sleep 0.2; test -e /data/second || { touch /data/second; exit 3; }; exec nc -ll -p 7 -e /bin/cat";
+    let mut plan = Plan::busybox(script, "");
+    plan.container.push_str(&format!("\nVolume={data}:/data\n[Service]\nRestart=always\nRestartSec=300ms"));
+    let site = Site::new(host, manager, "restarts", &plan)?;
+    site.check_echo()
+        .map_err(|error| error.context(manager.journal(host, "restarts.service").unwrap_or_default()))
+}
+
+/// Podman kills a container that ignores its stop signal after some seconds. Whoever comes meanwhile is served afterwards.
+pub fn slow_to_stop(host: &Host, manager: Manager) -> Result<()> {
+    let mut plan = Plan::busybox("trap '' TERM; nc -ll -p 7 -e /bin/cat; exit", "--exit-idle-time 300ms");
+    // Longer than the forwarder's watchdog.
+    plan.container = plan.container.replace("StopSignal=SIGKILL", "StopTimeout=5");
+    let site = Site::new(host, manager, "slow", &plan)?;
+    site.check_echo()?;
+    manager.wait_for(host, "slow.service", "ActiveState", "deactivating", PATIENCE)?;
+    ensure!(site.forwarder_show("MainPID")? != "0", "the forwarder left its container stopping");
+    site.check_echo()
+        .map_err(|error| error.context(format!("a client while it stopped\n{}", site.journal())))?;
+    site.await_exit()?;
+    site.await_container_gone()?;
+    ensure!(!site.journal().contains("Watchdog timeout"), "{}", site.journal());
+    Ok(())
+}
+
+/// A client that leaves while it is held is forgotten, and keeps nothing awake.
+pub fn client_leaves(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::new(host, manager, "leaves", &Plan::service(manager, 1.0, "--exit-idle-time 300ms"))?;
+    let client = site.client()?;
+    host.wait_until("the client is held", PATIENCE, || {
+        Ok(site.forwarder_show("StatusText")?.contains("1 client waiting"))
+    })?;
+    // A mere FIN could be a half-close, and its sender be waiting for the answer; a reset is a good-bye.
+    let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(&client, nix::sys::socket::sockopt::Linger, &at_once)?;
+    drop(client);
+    site.await_exit()?;
+    site.await_container_gone()?;
+    let ended = site.ended(1)?;
+    ensure!(text(&ended[0], "BRO_REASON") == "client-left", "{}", ended[0]);
+    site.check_echo()
 }
 
 pub fn drains(host: &Host, manager: Manager) -> Result<()> {
@@ -55,14 +102,17 @@ pub fn drains(host: &Host, manager: Manager) -> Result<()> {
 }
 
 pub fn status(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::new(host, manager, "status", &Plan::service(manager, 0.0, ""))?;
+    let site = Site::new(host, manager, "status", &Plan::service(manager, 1.0, ""))?;
+    let says = |part: &str| {
+        let what = format!("“{part}” in the forwarder's status");
+        host.wait_until(&what, PATIENCE, || Ok(site.forwarder_show("StatusText")?.contains(part)))
+    };
     let mut client = site.client()?;
+    says("1 client waiting")?;
+    ensure!(site.forwarder_show("ActiveState")? == "active", "no READY=1 although it holds a client");
     client.write_all(b"hello")?;
     client.read_exact(&mut [0; 5])?;
-    ensure!(site.forwarder_show("ActiveState")? == "active", "not active although it serves: no READY=1");
-    host.wait_until("a status with a count of 1", PATIENCE, || {
-        Ok(site.forwarder_show("StatusText")?.contains('1'))
-    })?;
+    says("1 connection now")?;
     // The watchdog's three seconds pass twice; each site has WatchdogSec=.
     let pid = site.forwarder_show("MainPID")?;
     std::thread::sleep(Duration::from_secs(7));

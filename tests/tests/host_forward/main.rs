@@ -3,6 +3,7 @@
 
 mod failures;
 mod life;
+mod places;
 mod services;
 mod site;
 mod users;
@@ -22,12 +23,19 @@ const BOTH: &[Case] = &[
     ),
     ("a unit that was running before is left running", waking::leaves_running_what_ran),
     ("a container started by unit dependencies", waking::started_by_dependencies),
-    ("a container in a pod", waking::in_a_pod),
-    ("two sockets with targets of their own", waking::two_sockets),
+    ("a container in a pod", places::in_a_pod),
+    ("containers with a network", places::other_networks),
+    ("containers with a user namespace of their own", places::user_namespaces),
+    ("a process and a namespace instead of a container", places::process_and_namespace),
+    ("two sockets with targets of their own", places::two_sockets),
+    ("sockets of IPv6 and unix", places::other_listeners),
     ("a hundred clients in the first millisecond", waking::hundred_clients),
     ("clients around the moment of the idle exit", waking::clients_around_idle_exit),
     ("readiness: healthy, exec, connect", waking::other_readiness),
     ("a container that restarts under a running forwarder", life::container_restarts),
+    ("a container that restarts itself while a client is held", life::container_restarts_itself),
+    ("a container that is slow to stop", life::slow_to_stop),
+    ("a client that leaves while it is held", life::client_leaves),
     ("stopping the forwarder lets a connection finish", life::drains),
     ("what systemd is told", life::status),
     ("a container that dies during its start", failures::dies_during_start),
@@ -49,6 +57,12 @@ const OTHERS: &[OtherCase] = &[
         users::bus_without_environment,
     ),
     ("somebody else's container, process and namespace", users::somebody_elses),
+    ("root's forwarder and a user's container", users::roots_forwarder),
+    (
+        "a symbolic link of the container's does not lead to the host's sockets",
+        users::symlink_in_the_container,
+    ),
+    ("a user's process that passes itself off as conmon gets no client of root's", users::false_conmon),
     ("the system's manager is not an ordinary user's to command", users::systems_manager),
 ];
 
@@ -57,16 +71,22 @@ fn forwarders_on_a_real_host() {
     if !bro_tests::tier::met("forwarders_on_a_real_host", &NEEDS) {
         return;
     }
-    let mut cases = Cases::default();
+    let cases = Cases::default();
     let mut host = Host::boot().expect("the host boots");
     note(&format!("the host booted in {:.1} s", host.booted_in().as_secs_f64()));
     site::prepare(&host).expect("the host can be prepared");
-    for manager in [Manager::System, Manager::User("test")] {
-        let kind = if manager == Manager::System { "rootful" } else { "rootless" };
-        for (name, case) in BOTH {
-            cases.case(&format!("{kind}: {name}"), || case(&host, manager));
+    // At once, as on a server: most of the time is spent waiting.
+    std::thread::scope(|scope| {
+        for manager in [Manager::System, Manager::User("test")] {
+            let (host, cases) = (&host, &cases);
+            scope.spawn(move || {
+                let kind = if manager == Manager::System { "rootful" } else { "rootless" };
+                for (name, case) in BOTH {
+                    cases.case(&format!("{kind}: {name}"), || case(host, manager));
+                }
+            });
         }
-    }
+    });
     for (name, case) in OTHERS {
         cases.case(name, || case(&host));
     }

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use bro_tests::host::cases::note;
 use bro_tests::host::{Host, Manager};
 
-use crate::site::{Plan, Site};
+use crate::site::{Plan, Site, folder};
 
 pub fn postgresql(host: &Host, manager: Manager) -> Result<()> {
     let data = match manager {
@@ -83,16 +83,16 @@ pub fn postgresql(host: &Host, manager: Manager) -> Result<()> {
 }
 
 pub fn nginx(host: &Host, manager: Manager) -> Result<()> {
-    host.sh("head -c 12000000 /dev/urandom >/srv/big; chmod a+r /srv/big")?;
+    let files = folder(host, manager, "www")?;
+    host.sh(&format!("head -c 12000000 /dev/urandom >{files}/big; chmod a+r {files}/big"))?;
     let conf = "daemon off; error_log stderr; pid /tmp/nginx.pid; events {} http { access_log off; \
                 server { listen 127.0.0.1:80; listen unix:/tmp/nginx.sock; root /srv/www; } }";
-    host.write("/srv/nginx.conf", conf)?;
+    host.write(&format!("{files}/nginx.conf"), conf)?;
     let container = format!(
-        "Rootfs={}:O\nVolume=/srv/nginx.conf:/srv/nginx.conf:ro\nVolume=/srv/big:/srv/www/big:ro\nTmpfs=/tmp\n\
-         Exec=/usr/sbin/nginx -c /srv/nginx.conf",
+        "Rootfs={}:O\nVolume={files}:/srv/www:ro\nTmpfs=/tmp\nExec=/usr/sbin/nginx -c /srv/www/nginx.conf",
         manager.image()
     );
-    let wanted = host.sh("sha256sum </srv/big")?;
+    let wanted = host.sh(&format!("sha256sum <{files}/big"))?;
     for target in ["127.0.0.1:80", "/tmp/nginx.sock"] {
         let site = Site::new(host, manager, "www", &Plan::new(&container, "--exit-idle-time 1s", target))?;
         let url = format!("http://127.0.0.1:{}/big", site.port);
@@ -100,8 +100,8 @@ pub fn nginx(host: &Host, manager: Manager) -> Result<()> {
         ensure!(fetched == wanted, "{target}: the first client got other bytes");
         // Many over one connection and at once, and one who does not want all of it.
         let many = format!(
-            "curl --silent --fail --parallel --parallel-max 8 --output '/tmp/part#1' '{url}?[1-16]'; \
-                            sha256sum /tmp/part* | cut -d' ' -f1 | sort -u; rm /tmp/part*"
+            "curl --silent --fail --parallel --parallel-max 8 --output '{files}/part#1' '{url}?[1-16]'; \
+                            sha256sum {files}/part* | cut -d' ' -f1 | sort -u; rm {files}/part*"
         );
         ensure!(wanted.starts_with(&host.sh(&many)?), "{target}: one of sixteen got other bytes");
         ensure!(host.sh(&format!("curl --silent --range 5-9 {url} | wc -c"))? == "5");
@@ -114,7 +114,7 @@ pub fn nginx(host: &Host, manager: Manager) -> Result<()> {
 
 pub fn redis(host: &Host, manager: Manager) -> Result<()> {
     let container = format!(
-        "Rootfs={}:O\nTmpfs=/tmp\nExec=/usr/bin/redis-server --bind 127.0.0.1 --port 6379 --save '' --dir /tmp",
+        "Rootfs={}:O\nTmpfs=/tmp\nRunInit=yes\nExec=/usr/bin/redis-server --bind 127.0.0.1 --port 6379 --save '' --dir /tmp",
         manager.image()
     );
     let site =

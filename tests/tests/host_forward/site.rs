@@ -23,6 +23,8 @@ pub const INNER: u16 = 7;
 pub struct Plan {
     /// `[Container]` of the quadlet.
     pub container: String,
+    /// The line that gives it its network.
+    pub network: &'static str,
     /// `[Unit]` of the quadlet.
     pub container_unit: &'static str,
     /// What follows `bro forward`.
@@ -38,6 +40,7 @@ impl Plan {
     pub fn new(container: &str, options: &str, inner: impl std::fmt::Display) -> Self {
         Self {
             container: container.into(),
+            network: "Network=none",
             container_unit: "",
             forward: format!("--unit {{name}}.service --container systemd-{{name}} {options} {inner}"),
             unit: "",
@@ -101,8 +104,8 @@ impl<'h> Site<'h> {
         plan: &Plan,
     ) -> Result<Self> {
         let site = Self { host, manager, name: name.into(), port: host.free_port()?, front };
-        let quadlet =
-            format!("[Unit]\n{}\n[Container]\nNetwork=none\n{}\n", plan.container_unit, plan.container);
+        let (container_unit, network, container) = (plan.container_unit, plan.network, &plan.container);
+        let quadlet = format!("[Unit]\n{container_unit}\n[Container]\n{network}\n{container}\n");
         manager.quadlet(host, &format!("{name}.container"), &quadlet.replace("{name}", name))?;
         // WatchdogSec= everywhere: a forwarder that stops answering for a second anywhere fails its case.
         let service = format!(
@@ -136,6 +139,15 @@ impl<'h> Site<'h> {
     /// A connected client.
     pub fn client(&self) -> Result<TcpStream> {
         self.host.connect(self.port)
+    }
+
+    /// Puts other lines into the socket's unit, and starts it anew.
+    pub fn change_socket(&self, lines: &str) -> Result<()> {
+        self.front.systemctl(self.host, &["stop", &self.socket()])?;
+        self.front.unit(self.host, &self.socket(), &format!("[Socket]\n{lines}\n"))?;
+        self.front.systemctl(self.host, &["daemon-reload"])?;
+        self.front.systemctl(self.host, &["start", &self.socket()])?;
+        Ok(())
     }
 
     /// What comes back for `request`: sent, half-closed, read to the end.
@@ -192,7 +204,11 @@ impl<'h> Site<'h> {
 
     /// The container's unit is stopped, and podman knows no such container any more.
     pub fn await_container_gone(&self) -> Result<()> {
-        self.manager.wait_for(self.host, &self.unit(), "ActiveState", "inactive", PATIENCE)?;
+        // A container that had to be killed leaves its unit "failed"; it is gone all the same.
+        self.host.wait_until("the end of the container's unit", PATIENCE, || {
+            let state = self.manager.show(self.host, &self.unit(), "ActiveState")?;
+            Ok(matches!(state.as_str(), "inactive" | "failed"))
+        })?;
         let exists = ["podman", "container", "exists", &format!("systemd-{}", self.name)].map(str::to_owned);
         let exists: Vec<&str> = exists.iter().map(String::as_str).collect();
         ensure!(!self.manager.try_run(self.host, &exists)?.success(), "the container is still there");
@@ -215,7 +231,7 @@ impl<'h> Site<'h> {
         self.host
             .wait_until(&format!("{count} lines about ended connections"), PATIENCE, || {
                 ended = self.front.journal_records(self.host, &self.forwarder())?;
-                ended.retain(|record| record.get("BRO_REASON").is_some());
+                ended.retain(|record| record.get("BRO_DURATION_MS").is_some());
                 Ok(ended.len() >= count)
             })
             .with_context(|| self.journal())?;
@@ -244,6 +260,16 @@ impl Drop for Site<'_> {
         self.front.systemctl(self.host, &["stop", &socket, &forwarder]).ok();
         self.manager.systemctl(self.host, &["stop", &unit]).ok();
     }
+}
+
+/// A folder of its owner's for a container's volume.
+pub fn folder(host: &Host, manager: Manager, name: &str) -> Result<String> {
+    let folder = match manager {
+        Manager::System => format!("/srv/{name}"),
+        Manager::User(user) => format!("/home/{user}/{name}"),
+    };
+    host.write(&format!("{folder}/there"), "")?;
+    Ok(folder)
 }
 
 /// A field of a journal record.

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use bro_tests::host::{Host, Manager};
 
 use crate::failures::{forward, one_sentence};
-use crate::site::{Plan, Site, text};
+use crate::site::{INNER, PATIENCE, Plan, Site, text};
 
 /// The port may be below 1024 and the socket the system's, while forwarder and container are an ordinary user's.
 pub fn bus_without_environment(host: &Host) -> Result<()> {
@@ -39,6 +39,79 @@ pub fn somebody_elses(host: &Host) -> Result<()> {
     host.sh("ip netns delete roots")?;
     one_sentence(&namespace?, 5)
 }
+
+/// Root may forward into anybody's container, by its process.
+pub fn roots_forwarder(host: &Host) -> Result<()> {
+    let user = Manager::User("test");
+    let target = Site::new(host, user, "users", &Plan::service(user, 0.0, ""))?;
+    target.check_echo()?;
+    let pid = user.run(host, &["podman", "inspect", "--format", "{{.State.Pid}}", "systemd-users"])?;
+    let forward = format!("--pid {pid} --exit-idle-time 300ms 127.0.0.1:{INNER}");
+    let site = Site::new(host, Manager::System, "roots", &Plan { forward, ..Plan::busybox("exit 1", "") })?;
+    site.check_echo()?;
+    site.await_exit()
+}
+
+/// A container's own files cannot send the forwarder to a socket of the host.
+pub fn symlink_in_the_container(host: &Host) -> Result<()> {
+    let system = Manager::System;
+    host.run(&[
+        "systemd-run",
+        "--unit",
+        "secret",
+        "socat",
+        "UNIX-LISTEN:/run/secret.sock,fork",
+        "EXEC:echo secret",
+    ])?;
+    host.wait_until("the host's socket", PATIENCE, || Ok(host.path("/run/secret.sock").exists()))?;
+    for link in ["/run/secret.sock", "../../../../../../run/secret.sock", "/proc/1/root/run/secret.sock"] {
+        let script = format!("ln -s {link} /tmp/link.sock; exec sleep 1000");
+        let mut plan = Plan::busybox(&script, "--start-timeout 2s");
+        plan.forward = plan.forward.replace(&format!("127.0.0.1:{INNER}"), "/tmp/link.sock");
+        let site = Site::new(host, system, "link", &plan)?;
+        site.expect_reset().map_err(|error| error.context(link))?;
+    }
+    host.run(&["systemctl", "stop", "secret"])?;
+    Ok(())
+}
+
+/// An ordinary user's process with the name and the command line of the container's conmon must not get the clients of root's
+/// container, even if it hides whose it is as far as a process can.
+pub fn false_conmon(host: &Host) -> Result<()> {
+    let system = Manager::System;
+    host.write("/home/test/conmon.py", FALSE_CONMON)?;
+    let impostor = "exec -a conmon python3 /home/test/conmon.py -n systemd-victim -p /home/test/pid";
+    let mut impostor = host.command(Some("test"), &["bash", "-c", impostor])?.spawn()?;
+    let result = (|| {
+        host.wait_until("the impostor", PATIENCE, || Ok(host.path("/home/test/pid").exists()))?;
+        let site = Site::new(host, system, "victim", &Plan::service(system, 0.3, ""))?;
+        site.check_echo()
+    })();
+    host.sh("kill $(cat /home/test/pid)")?;
+    impostor.wait()?;
+    result
+}
+
+const FALSE_CONMON: &str = r#"
+import ctypes, fcntl, os, socket, struct
+libc = ctypes.CDLL(None)
+libc.prctl(15, b"conmon", 0, 0, 0)  # PR_SET_NAME
+libc.prctl(4, 0, 0, 0, 0)           # PR_SET_DUMPABLE
+child = os.fork()
+if child == 0:
+    os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET)
+    up = struct.pack("16sh14x", b"lo", 1)  # IFF_UP
+    fcntl.ioctl(socket.socket(), 0x8914, up)  # SIOCSIFFLAGS
+    listener = socket.create_server(("127.0.0.1", 7))
+    with open("/home/test/pid.new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename("/home/test/pid.new", "/home/test/pid")
+    while True:
+        client, _ = listener.accept()
+        client.sendall(b"hijacked")
+        client.close()
+os.wait()
+"#;
 
 pub fn systems_manager(host: &Host) -> Result<()> {
     let test = Manager::User("test");

@@ -31,6 +31,14 @@ impl Cgroup {
         Ok(std::fs::write(self.path.join("cgroup.threads"), "0")?)
     }
 
+    /// Another cgroup beside it, empty, for the caller to remove.
+    pub fn sibling(&self) -> Result<PathBuf> {
+        let mut name = self.path.clone().into_os_string();
+        name.push("-sibling");
+        std::fs::create_dir(&name)?;
+        Ok(name.into())
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
