@@ -133,15 +133,11 @@ pub fn run(args: &Args) -> Result<()> {
         let begin = Instant::now();
         let count = match tier {
             Tier::Lint => lint::run()?,
-            Tier::Logic => {
-                runner.run(&["-p", "bro-ebpf", "-p", "bro-user", "-p", "bro-tests", "--lib", "--bins"])?
-                    + runner.run(&["-p", "xtask", "--bins"])?
-                    + runner.run(&["-p", "bro-user", "--doc"])?
+            Tier::Logic => runner.run(&["--lib", "--bins"])? + runner.run(&["--doc"])?,
+            Tier::Suite { name, .. } if tier.is_slow() => {
+                runner.run(&["--test", name, "--", "--test-threads=1"])?
             }
-            Tier::Suite { package, name } if tier.is_slow() => {
-                runner.run(&["-p", package, "--test", name, "--", "--test-threads=1"])?
-            }
-            Tier::Suite { package, name } => runner.run(&["-p", package, "--test", name])?,
+            Tier::Suite { name, .. } => runner.run(&["--test", name])?,
             Tier::Programs => programs::run()?,
             Tier::OrdinaryUser => ordinary_user::run(&runner, &all)?,
         };

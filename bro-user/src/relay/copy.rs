@@ -39,7 +39,7 @@ pub fn write(bytes: &[u8], sink: BorrowedFd<'_>) -> nix::Result<usize> {
 /// Writes what the sink takes of `rest`, and keeps what is left.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_rest(rest: &mut Bytes, sink: BorrowedFd<'_>) -> nix::Result<usize> {
     let count = write(rest, sink)?;
     let _taken = rest.split_to(count);

@@ -30,9 +30,10 @@ impl Runner {
         Ok(Self { bro, skips })
     }
 
-    /// `cargo test ARGS`, to the end even when tests fail.
+    /// `cargo test ARGS`, to the end even when tests fail. Always for the whole workspace: with fewer packages cargo may
+    /// choose other features of what they depend on, and build all of that once more.
     pub fn run(&self, args: &[&str]) -> Result<Count> {
-        self.count(cargo().args(["test", "--no-fail-fast"]).args(args), &self.skips)
+        self.count(cargo().args(["test", "--workspace", "--no-fail-fast"]).args(args), &self.skips)
     }
 
     /// Any command that prints as a test binary does, with `skips` as the file where tests note what they lack.

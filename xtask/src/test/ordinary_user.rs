@@ -37,12 +37,12 @@ pub fn run(runner: &Runner, tiers: &[Tier]) -> Result<Count> {
 
     let mut total = Count::default();
     for tier in tiers {
-        let Tier::Suite { package: package @ "bro-tests", name } = tier else { continue };
+        let Tier::Suite { package: "bro-tests", name } = tier else { continue };
         if tier.is_slow() {
             continue;
         }
         println!("-- {name}, as {USER} --");
-        let built = Built::of(package, name)?;
+        let built = Built::of(name)?;
         for helper in &built.helpers {
             let name = helper.file_name().and_then(|name| name.to_str()).context("a helper has a name")?;
             copy(helper, name)?;
@@ -77,15 +77,15 @@ pub fn run(runner: &Runner, tiers: &[Tier]) -> Result<Count> {
 /// What cargo builds to run a suite.
 struct Built {
     suite: PathBuf,
-    /// The package's own programs.
+    /// The programs of its package.
     helpers: Vec<PathBuf>,
 }
 
 impl Built {
     /// Builds it unless it is up to date.
-    fn of(package: &str, suite: &str) -> Result<Self> {
+    fn of(suite: &str) -> Result<Self> {
         let output = cargo()
-            .args(["test", "--quiet", "-p", package, "--test", suite, "--no-run", "--message-format=json"])
+            .args(["test", "--quiet", "--workspace", "--test", suite, "--no-run", "--message-format=json"])
             .stderr(Stdio::inherit())
             .output()
             .context("cannot run cargo")?;
@@ -95,7 +95,10 @@ impl Built {
             .filter_map(|line| serde_json::from_str(line).ok())
             .collect();
         let executables = |kind: &'static str| {
-            let wanted = move |message: &&serde_json::Value| message["target"]["kind"][0] == kind;
+            let wanted = move |message: &&serde_json::Value| {
+                let manifest = message["manifest_path"].as_str().unwrap_or_default();
+                message["target"]["kind"][0] == kind && manifest.ends_with("/tests/Cargo.toml")
+            };
             messages
                 .iter()
                 .filter(wanted)
