@@ -41,8 +41,7 @@ impl Engine {
     fn held_client_hung_up(&mut self, index: usize) {
         let Some(connection) = self.connections.get(index) else { return };
         let reset = getsockopt(&connection.client, sockopt::SocketError) != Ok(0);
-        let unread = crate::sys::readable_bytes(connection.client.as_fd()).unwrap_or(0);
-        if reset || unread == 0 {
+        if reset || !crate::sys::byte_waits(connection.client.as_fd()).unwrap_or(false) {
             self.finish(index, End::ClientLeft);
         } else {
             self.unregister(index, Side::Client);

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
 
 use super::pipes::{CAPACITY, Pipe};
+use crate::sys::byte_waits;
 
 /// What came of filling a pipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,15 +27,19 @@ pub enum Filled {
 /// EINVAL when the socket cannot be spliced, else the connection's own error.
 pub fn fill(source: BorrowedFd<'_>, pipe: &Pipe) -> nix::Result<Filled> {
     let fill = || retry(|| splice(source, None, &pipe.write, None, CAPACITY, flags()));
+    let waits = || match retry(|| byte_waits(source)) {
+        Err(Errno::EAGAIN) => Ok(false),
+        waits => waits,
+    };
     let filled = match fill() {
         // Bytes that came between the two calls are no reason to copy, so it is the second refusal that counts.
-        Err(Errno::EAGAIN) if crate::sys::readable_bytes(source).is_ok_and(|waiting| waiting > 0) => fill(),
+        Err(Errno::EAGAIN) if waits()? => fill(),
         Err(Errno::EAGAIN) => return Ok(Filled::Nothing),
         filled => filled,
     };
     match filled {
         // With the FIN received, splice takes an urgent byte in front for the end.
-        Ok(0) if crate::sys::readable_bytes(source).is_ok_and(|waiting| waiting > 0) => Ok(Filled::Urgent),
+        Ok(0) if waits()? => Ok(Filled::Urgent),
         Ok(0) => Ok(Filled::End),
         Ok(count) => Ok(Filled::Bytes(count)),
         Err(Errno::EAGAIN) => Ok(Filled::Urgent),
@@ -55,7 +60,7 @@ fn flags() -> SpliceFFlags {
     SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK
 }
 
-fn retry(mut call: impl FnMut() -> nix::Result<usize>) -> nix::Result<usize> {
+fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
     loop {
         match call() {
             Err(Errno::EINTR) => {}
