@@ -1,6 +1,7 @@
 //! A running `bro forward`: started as systemd would start it, watched, and certainly ended.
 
 use std::ffi::OsString;
+use std::io::Read as _;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -8,12 +9,14 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use bro_user::status::Report;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::log::{Closing, Log};
 use crate::netns::Namespace;
 use crate::peers::{Listener, PATIENCE};
+use crate::programs::Programs;
 use crate::scratch::Scratch;
 use crate::{bro, process, sys};
 
@@ -156,6 +159,8 @@ impl Setup {
         for name in ["WATCHDOG_PID", "JOURNAL_STREAM", "INVOCATION_ID", "RUST_BACKTRACE"] {
             command.env_remove(name);
         }
+        // Of its own, so that what a killed one leaves there goes with the test.
+        command.env("RUNTIME_DIRECTORY", scratch.path());
         command.envs(self.environment);
         if let Some(tools) = self.tools {
             let path = std::env::var_os("PATH").unwrap_or_default();
@@ -175,7 +180,7 @@ pub struct Forwarder {
     child: Child,
     log: Log,
     status: Option<ExitStatus>,
-    _scratch: Scratch,
+    scratch: Scratch,
 }
 
 impl Forwarder {
@@ -183,7 +188,7 @@ impl Forwarder {
     pub fn spawn(mut command: Command, scratch: Scratch) -> Result<Self> {
         let mut child = command.spawn().context("starting the program under test")?;
         let log = Log::collect(child.stderr.take().context("stderr is piped")?);
-        Ok(Self { child, log, status: None, _scratch: scratch })
+        Ok(Self { child, log, status: None, scratch })
     }
 
     /// Its process.
@@ -208,6 +213,23 @@ impl Forwarder {
         let mut all = self.closings(1)?;
         ensure!(all.len() == 1, "more than one closing line: {all:?}");
         Ok(all.remove(0))
+    }
+
+    /// What it says of itself, as `bro status` asks for it. (Not for one that runs as another user.)
+    pub fn report(&self) -> Result<Report> {
+        let path = self.scratch.join("status.sock");
+        let mut stream = std::os::unix::net::UnixStream::connect(&path)
+            .with_context(|| format!("nobody answers at {}", path.display()))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// Waits until the kernel relay is loaded, and says where its programs and maps are.
+    pub fn kernel_relay(&self) -> Result<Programs> {
+        self.log.line(PATIENCE, |line| line.contains("kernel relay loaded"))?;
+        Programs::of(self.pid())
     }
 
     /// Sends it a signal.

@@ -11,6 +11,7 @@ pub mod notify;
 pub mod pattern;
 pub mod peers;
 pub mod process;
+pub mod programs;
 pub mod scene;
 pub mod scratch;
 pub mod suite;

@@ -92,6 +92,11 @@ impl Log {
         }
     }
 
+    /// Forgets what was said so far: what comes from now on belongs to what a test looks at.
+    pub fn forget(&self) {
+        self.state().lines.clear();
+    }
+
     /// Whether the last writer has closed the stream: no process of the program is left that could still write.
     #[must_use]
     pub fn ends(&self, within: Duration) -> bool {

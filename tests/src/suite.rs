@@ -5,10 +5,15 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
+use bro_ebpf::{Watch, kind, role};
 
 use crate::forwarder::{Forwarder, Setup};
+use crate::log::Closing;
 use crate::netns::Namespace;
-use crate::peers::{Address, Conn, Family, Here, Listener};
+use crate::peers::{Address, Conn, Family, Here, Listener, PATIENCE};
+use crate::process;
+use crate::programs::{Flapping, Programs};
+use crate::scene::expect_relayed;
 use crate::scratch::Scratch;
 use crate::tier::Need;
 
@@ -22,6 +27,12 @@ pub enum Lane {
     Splice,
     /// recv and send.
     Copy,
+    /// The kernel relay for what the service sends; splice(2) for the other direction.
+    ServiceLane,
+    /// The kernel relay both ways: the suite's clients are on this host.
+    BothLanes,
+    /// The same, with the shortcuts forced open and shut at random all the time.
+    FlappingLanes,
 }
 
 impl Lane {
@@ -32,23 +43,32 @@ impl Lane {
             Self::Direct => None,
             Self::Splice => Some(&["--relay=splice"]),
             Self::Copy => Some(&["--relay=copy"]),
+            Self::ServiceLane => Some(&["--relay=sockmap"]),
+            Self::BothLanes | Self::FlappingLanes => Some(&["--relay=sockmap", "--local-clients=on"]),
         }
     }
 
-    /// The word in the closing line's `relay=`.
+    /// Through the kernel's lanes.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn is_kernel(self) -> bool {
+        matches!(self, Self::ServiceLane | Self::BothLanes | Self::FlappingLanes)
+    }
+
+    /// What may stand in the closing line's `relay=`: the kernel relay is named for connections that it moved bytes of.
+    #[must_use]
+    pub const fn words(self) -> &'static [&'static str] {
         match self {
-            Self::Direct => "",
-            Self::Splice => "splice",
-            Self::Copy => "copy",
+            Self::Direct => &[],
+            Self::Splice => &["splice"],
+            Self::Copy => &["copy"],
+            Self::ServiceLane | Self::BothLanes | Self::FlappingLanes => &["sockmap", "splice"],
         }
     }
 
     /// What the machine must have for it.
     #[must_use]
     pub fn needs(self) -> Vec<Need> {
-        namespace_needs()
+        if self.is_kernel() { vec![Need::Root, Need::Bpf] } else { namespace_needs() }
     }
 }
 
@@ -99,6 +119,8 @@ pub struct Rig {
     service: Listener,
     namespace: Namespace,
     connected: AtomicUsize,
+    warm_up: Option<Closing>,
+    flapping: Option<Flapping>,
     _scratch: Scratch,
 }
 
@@ -125,7 +147,57 @@ impl Rig {
             front = Some(listener);
         }
         let connected = AtomicUsize::new(0);
-        Ok(Self { lane, legs, forwarder, front, service, namespace, connected, _scratch: scratch })
+        let (warm_up, flapping) = (None, None);
+        let mut rig = Self {
+            lane,
+            legs,
+            forwarder,
+            front,
+            service,
+            namespace,
+            connected,
+            warm_up,
+            flapping,
+            _scratch: scratch,
+        };
+        if lane.is_kernel() {
+            rig.warm_up()?;
+        }
+        Ok(rig)
+    }
+
+    /// Waits for the kernel relay and lets it see one connection, from which it learns of which kind the service is.
+    fn warm_up(&mut self) -> Result<()> {
+        let forwarder = self.forwarder.as_ref().context("the lane has one")?;
+        let programs = forwarder.kernel_relay()?;
+        let (client, service) = self.pair()?;
+        expect_relayed(&client, &service)?;
+        // Over unix sockets there is nothing to learn.
+        if self.legs.back.is_tcp() {
+            let learned = || {
+                let known = |watch: &Watch| watch.role == role::CLIENT || watch.kind == kind::FIT;
+                programs.watched().is_ok_and(|all| !all.is_empty() && all.iter().all(known))
+            };
+            ensure!(
+                process::eventually(PATIENCE, learned),
+                "the service was never found fit: {:?}",
+                programs.watched()
+            );
+        }
+        drop((client, service));
+        self.warm_up = Some(forwarder.closing()?);
+        forwarder.log().forget();
+        self.connected = AtomicUsize::new(0);
+        if self.lane == Lane::FlappingLanes {
+            self.flapping = Some(programs.records()?.flap(0xf1a9));
+        }
+        Ok(())
+    }
+
+    /// The first connection, which woke the service, was made before the behaviour began.
+    #[must_use]
+    pub const fn is_warm(&self) -> bool {
+        self.warm_up.is_some() || self.forwarder.is_none()
     }
 
     /// The forwarder, if the lane has one.
@@ -163,11 +235,31 @@ impl Rig {
         let Some(forwarder) = self.forwarder.take() else { return Ok(()) };
         let clients = self.connected.load(Ordering::Relaxed);
         forwarder.closings(clients)?;
+        let total = forwarder.report()?.total;
+        let left = if self.lane.is_kernel() { Some(Programs::of(forwarder.pid())?) } else { None };
+        if let Some(programs) = &left {
+            programs.expect_nothing_in_use()?;
+        }
+        let changes = self.flapping.take().map(Flapping::stop);
         let log = forwarder.stop()?;
         let closings = log.closings(clients, std::time::Duration::ZERO)?;
         ensure!(closings.len() == clients, "{} closing lines for {clients} clients", closings.len());
-        for closing in closings {
-            ensure!(closing.relay == self.lane.word(), "relayed by {:?}: {closing:?}", closing.relay);
+        for closing in &closings {
+            let fits = self.lane.words().contains(&closing.relay.as_str());
+            ensure!(fits, "relayed by {:?}: {closing:?}", closing.relay);
+        }
+        let all = || closings.iter().chain(&self.warm_up);
+        let (up, down) = (all().map(|c| c.to_service).sum::<u64>(), all().map(|c| c.to_client).sum::<u64>());
+        let counted = total.kernel + total.spliced + total.copied;
+        // While a connection is being aborted its sender may still send, so one of the two may be a little later.
+        let exact = all().all(|closing| closing.reason == "eof");
+        ensure!(
+            counted == up + down || !exact,
+            "the closing lines tell of {up} and {down} bytes, the status of {total:?}"
+        );
+        if let Some(programs) = left {
+            println!("lanes: {total:?}; {changes:?} changes; {up} up, {down} down");
+            programs.expect_gone()?;
         }
         Ok(())
     }

@@ -75,3 +75,154 @@ pub fn loopback_up() -> io::Result<()> {
     let set = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// Something that bpf(2) has made, by its id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BpfObject {
+    /// A program.
+    Program(u32),
+    /// A map.
+    Map(u32),
+    /// What keeps a program attached.
+    Link(u32),
+}
+
+/// The head of `union bpf_attr`, as far as it is used here: every member starts at a multiple of its size.
+#[repr(C)]
+#[derive(Debug, Default)]
+struct BpfAttr {
+    first: u32,
+    second: u32,
+    third: u64,
+    fourth: u64,
+    fifth: u64,
+}
+
+fn bpf(command: libc::c_int, attr: &BpfAttr) -> io::Result<libc::c_long> {
+    let size = size_of::<BpfAttr>();
+    // SAFETY: the kernel reads the attributes, which outlive the call; what they point to is the callers' business, who lay
+    // it out in the same way.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// A descriptor of an object; ENOENT when there is none. Needs CAP_SYS_ADMIN.
+pub fn bpf_object(object: BpfObject) -> io::Result<OwnedFd> {
+    // BPF_PROG_GET_FD_BY_ID, BPF_MAP_GET_FD_BY_ID, BPF_LINK_GET_FD_BY_ID.
+    let (command, id) = match object {
+        BpfObject::Program(id) => (13, id),
+        BpfObject::Map(id) => (14, id),
+        BpfObject::Link(id) => (30, id),
+    };
+    owned(bpf(command, &BpfAttr { first: id, ..BpfAttr::default() })?)
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+fn bpf_info<const SIZE: usize>(object: BorrowedFd<'_>, info: &mut [u64; SIZE]) -> io::Result<()> {
+    const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+    let length = u32::try_from(size_of_val(info)).map_err(io::Error::other)?;
+    let third = info.as_mut_ptr().expose_provenance() as u64;
+    let attr = BpfAttr { first: raw(object), second: length, third, ..BpfAttr::default() };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &attr).map(drop)
+}
+
+/// The ids of the maps that a program uses.
+pub fn bpf_maps_of(program: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    // struct bpf_prog_info: nr_map_ids is the upper half of the seventh word, map_ids the eighth.
+    let mut ids = vec![0u32; 64];
+    let mut info = [0u64; 8];
+    info[6] = (ids.len() as u64) << 32;
+    info[7] = ids.as_mut_ptr().expose_provenance() as u64;
+    bpf_info(program, &mut info)?;
+    ids.truncate(usize::try_from(info[6] >> 32).map_err(io::Error::other)?);
+    Ok(ids)
+}
+
+/// A map's name.
+pub fn bpf_map_name(map: BorrowedFd<'_>) -> io::Result<String> {
+    // struct bpf_map_info: the name is in the fourth and fifth word.
+    let mut info = [0u64; 5];
+    bpf_info(map, &mut info)?;
+    let bytes: Vec<u8> = info[3..].iter().flat_map(|word| word.to_ne_bytes()).collect();
+    Ok(String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned())
+}
+
+/// How many entries a map can have.
+pub fn bpf_map_size(map: BorrowedFd<'_>) -> io::Result<usize> {
+    // struct bpf_map_info: max_entries is the lower half of the third word.
+    let mut info = [0u64; 3];
+    bpf_info(map, &mut info)?;
+    usize::try_from(info[2] as u32).map_err(io::Error::other)
+}
+
+/// The key after `key`, or the first one; `None` at the end.
+pub fn bpf_next_key<const KEY: usize>(
+    map: BorrowedFd<'_>,
+    key: Option<&[u8; KEY]>,
+) -> io::Result<Option<[u8; KEY]>> {
+    const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
+    let mut next = [0; KEY];
+    let third = key.map_or(0, |key| key.as_ptr().expose_provenance() as u64);
+    let fourth = next.as_mut_ptr().expose_provenance() as u64;
+    let attr = BpfAttr { first: raw(map), third, fourth, ..BpfAttr::default() };
+    found(bpf(BPF_MAP_GET_NEXT_KEY, &attr)).map(|found| found.then_some(next))
+}
+
+/// The value of `key`.
+pub fn bpf_lookup<const KEY: usize, const VALUE: usize>(
+    map: BorrowedFd<'_>,
+    key: &[u8; KEY],
+) -> io::Result<Option<[u8; VALUE]>> {
+    const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+    let mut value = [0; VALUE];
+    let third = key.as_ptr().expose_provenance() as u64;
+    let fourth = value.as_mut_ptr().expose_provenance() as u64;
+    let attr = BpfAttr { first: raw(map), third, fourth, ..BpfAttr::default() };
+    found(bpf(BPF_MAP_LOOKUP_ELEM, &attr)).map(|found| found.then_some(value))
+}
+
+fn found(result: io::Result<libc::c_long>) -> io::Result<bool> {
+    match result {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The elements of a map that is shared with the kernel and with other processes. `T` is made of atomics alone.
+#[derive(Debug)]
+pub struct Shared<T> {
+    start: std::ptr::NonNull<T>,
+    count: usize,
+}
+
+// SAFETY: the memory is shared with the kernel anyway; whoever reaches it can only use its atomics.
+unsafe impl<T: Sync> Send for Shared<T> {}
+
+/// Maps the memory of an array map into ours.
+pub fn share(map: BorrowedFd<'_>, count: usize) -> io::Result<Shared<bro_ebpf::Record>> {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+    let length = (count * size_of::<bro_ebpf::Record>()).try_into().map_err(io::Error::other)?;
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
+    let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, map, 0) }?;
+    Ok(Shared { start: start.cast(), count })
+}
+
+impl<T> Shared<T> {
+    /// All elements.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        // SAFETY: the mapping holds so many elements, is page-aligned, and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.count) }.iter()
+    }
+}
+
+impl<T> Drop for Shared<T> {
+    fn drop(&mut self) {
+        // SAFETY: it is our mapping, and no reference into it outlives `self`.
+        unsafe { nix::sys::mman::munmap(self.start.cast(), self.count * size_of::<T>()) }.ok();
+    }
+}

@@ -12,3 +12,15 @@ mod splice {
 mod copy {
     bro_tests::relay_suite!(Copy);
 }
+
+mod service_lane {
+    bro_tests::relay_suite!(ServiceLane over tcp [tcp4: TCP4, tcp6: TCP6] and others [unix: UNIX]);
+}
+
+mod both_lanes {
+    bro_tests::relay_suite!(BothLanes over tcp [tcp4: TCP4, tcp6: TCP6] and others []);
+}
+
+mod flapping_lanes {
+    bro_tests::relay_suite!(FlappingLanes over tcp [tcp4: TCP4, tcp6: TCP6] and others []);
+}
