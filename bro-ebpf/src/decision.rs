@@ -34,6 +34,8 @@ pub struct Snapshot {
     pub low: u64,
     /// That event was sent and not yet answered.
     pub notified: bool,
+    /// The largest message that may be redirected.
+    pub largest: u64,
 }
 
 /// What to do with one message.
@@ -75,6 +77,9 @@ pub const fn decide(record: &Snapshot, write_seq: u32, base: u32, size: u32) -> 
     }
     if write_seq.wrapping_sub(base) != record.forwarded as u32 {
         return Verdict::Pass { reason: Reason::Order, notify: false };
+    }
+    if size as u64 > record.largest {
+        return Verdict::Pass { reason: Reason::Large, notify: false };
     }
     let charge = charge(size);
     let credit = record.granted.wrapping_sub(record.spent) as i64;

@@ -20,14 +20,24 @@ pub enum Reason {
     Pressure = 5,
     /// The target left its map.
     Gone = 6,
+    /// The message is larger than the lane takes.
+    Large = 7,
 }
 
 impl Reason {
     /// How many there are.
-    pub const COUNT: usize = 7;
+    pub const COUNT: usize = 8;
     /// All, in the order of [`Record::passed`].
-    pub const ALL: [Self; Self::COUNT] =
-        [Self::Order, Self::Credit, Self::Off, Self::Ulp, Self::Blocking, Self::Pressure, Self::Gone];
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::Order,
+        Self::Credit,
+        Self::Off,
+        Self::Ulp,
+        Self::Blocking,
+        Self::Pressure,
+        Self::Gone,
+        Self::Large,
+    ];
 
     /// The word for logs and status.
     #[must_use]
@@ -40,6 +50,7 @@ impl Reason {
             Self::Blocking => "blocking",
             Self::Pressure => "pressure",
             Self::Gone => "gone",
+            Self::Large => "large",
         }
     }
 }
@@ -64,7 +75,8 @@ pub struct Record {
     pub on: AtomicU64,
     /// The program told of low credit (1); the forwarder clears it.
     pub notified: AtomicU64,
-    unused: u64,
+    /// The largest message that is redirected, in bytes.
+    pub largest: AtomicU64,
     /// Socket memory charged, in total.
     pub spent: AtomicU64,
     /// Payload bytes redirected.
@@ -73,7 +85,7 @@ pub struct Record {
     pub messages: AtomicU64,
     /// Messages passed, by [`Reason`].
     pub passed: [AtomicU64; Reason::COUNT],
-    unused_too: [u64; 6],
+    unused: [u64; 5],
 }
 
 const _: () = assert!(core::mem::size_of::<Record>() == 192);

@@ -6,8 +6,15 @@ use bro_ebpf::{
 };
 use proptest::prelude::*;
 
-const OPEN: Snapshot =
-    Snapshot { on: true, forwarded: 0, spent: 0, granted: 1 << 20, low: 1 << 19, notified: false };
+const OPEN: Snapshot = Snapshot {
+    on: true,
+    forwarded: 0,
+    spent: 0,
+    granted: 1 << 20,
+    low: 1 << 19,
+    notified: false,
+    largest: u64::MAX,
+};
 
 #[test]
 fn the_first_message_of_a_fresh_lane_is_redirected() {

@@ -146,6 +146,7 @@ impl State {
             granted: self.granted,
             low: self.low,
             notified: self.notified,
+            largest: u64::MAX,
         };
         match decide(&seen, self.write_seq, BASE, size) {
             Verdict::Redirect { charge, notify } => {
@@ -322,6 +323,7 @@ impl State {
             granted: self.granted,
             low: self.low,
             notified: self.notified,
+            largest: u64::MAX,
         };
         decide(&seen, self.write_seq, BASE, size)
     }

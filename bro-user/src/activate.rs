@@ -23,6 +23,7 @@ use crate::engine::lanes::Watch;
 use crate::engine::{Address, Destination, NamespaceFile, Via};
 use crate::exit::Failure;
 use crate::kernel;
+use crate::netns::diag::Table;
 use crate::netns::{Namespace, Where};
 use crate::target::Target;
 use bus::{Bus, Manager};
@@ -163,7 +164,11 @@ impl Activator {
                 }
                 _ => None,
             };
-            anyhow::Ok(Some((Destination { addresses, via, file }, incarnation)))
+            let table = match self.engine.get() {
+                Some(_) => Table::open(&place).await.ok(),
+                None => None,
+            };
+            anyhow::Ok(Some((Destination { addresses, via, file, table }, incarnation)))
         };
         let findable = tokio::sync::Notify::new();
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.

@@ -189,8 +189,44 @@ pub struct Connection {
     pub cold_start: Option<Duration>,
     /// Where it stands.
     pub stage: Stage,
+    /// The service's socket is hooked on a kernel where that takes some care.
+    pub burst: Option<Burst>,
     /// What epoll was last told, per side.
     pub registered: [Option<Interest>; 2],
+}
+
+/// What a client has sent since the service last answered. Where the kernel does not tell a hooked socket's owner how much
+/// waits (FIONREAD), no more than [`Burst::MOST`] bytes are put in front of one that is hooked.
+#[derive(Debug, Default)]
+pub struct Burst {
+    /// Bytes the service had sent when it began.
+    answered: u64,
+    /// Bytes it had been sent then.
+    before: u64,
+}
+
+impl Burst {
+    /// Less than the smallest buffer that a service is known to ask about once it is full (nginx's first one has 1024 bytes).
+    pub const MOST: u32 = 1023;
+
+    /// How much more may be sent.
+    fn left(&mut self, sent: u64, answered: u64) -> usize {
+        if answered != self.answered {
+            *self = Self { answered, before: sent };
+        }
+        usize::try_from(u64::from(Self::MOST).saturating_sub(sent - self.before)).unwrap_or(0)
+    }
+}
+
+/// What came of moving bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pumped {
+    /// What could be moved was; both ways may end still.
+    Open,
+    /// Both ways are finished.
+    Finished,
+    /// The burst is too long for a hooked service: it has to be let go first.
+    TooMuchForTheHook,
 }
 
 /// What epoll is to report of a socket. Errors and hang-ups it always reports.
@@ -277,20 +313,35 @@ impl Connection {
         }
     }
 
-    /// Moves what can be moved in both directions; true when both are finished.
+    /// Moves what can be moved in both directions.
     ///
     /// # Errors
     /// The side that broke.
-    pub fn pump(&mut self, tools: &mut Tools, up_ready: bool, down_ready: bool) -> Result<bool, Broken> {
-        let Stage::Relaying { service, up, down } = &mut self.stage else { return Ok(false) };
+    pub fn pump(&mut self, tools: &mut Tools, up_ready: bool, down_ready: bool) -> Result<Pumped, Broken> {
+        let Stage::Relaying { service, up, down } = &mut self.stage else { return Ok(Pumped::Open) };
         if up_ready {
+            if let Some(burst) = &mut self.burst {
+                up.allow(burst.left(up.delivered(), down.delivered()));
+            }
             up.pump(self.client.as_fd(), service.as_fd(), tools)?;
+            if up.is_beyond() {
+                return Ok(Pumped::TooMuchForTheHook);
+            }
         }
         if down_ready {
             down.pump(service.as_fd(), self.client.as_fd(), tools)?;
         }
         use crate::relay::half_close::Half;
-        Ok(up.half() == Half::Finished && down.half() == Half::Finished)
+        let finished = up.half() == Half::Finished && down.half() == Half::Finished;
+        Ok(if finished { Pumped::Finished } else { Pumped::Open })
+    }
+
+    /// The service's socket is hooked no more, or never mind: what the client sends goes through.
+    pub fn lift_burst(&mut self) {
+        self.burst = None;
+        if let Stage::Relaying { up, .. } = &mut self.stage {
+            up.lift();
+        }
     }
 
     /// Ends it: sockets closed, as an abort (RST) unless both sides had finished, and borrowed pipes given up.

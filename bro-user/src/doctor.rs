@@ -282,8 +282,15 @@ fn capabilities() -> Check {
 fn kernel_relay() -> Check {
     const NAME: &str = "kernel relay";
     let config = kernel::Config { connections: 16, hook_blocking: false };
-    match Kernel::load(&config).and_then(|mut kernel| kernel.selftest()) {
-        Ok(()) => {
+    let tested =
+        Kernel::load(&config).and_then(|mut kernel| kernel.selftest().map(|()| kernel.fionread_lies()));
+    match tested {
+        Ok(true) => Check::less(
+            NAME,
+            "loaded and tested, but this kernel answers FIONREAD with 0 for hooked sockets, so large requests are spliced",
+            "use a kernel without that defect, or --relay=splice for a service that lives by FIONREAD",
+        ),
+        Ok(false) => {
             Check::ok(NAME, format!("loaded and tested ({})", kernel::OBJECT.lines().next().unwrap_or("?")))
         }
         Err(reason) => {

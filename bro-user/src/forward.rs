@@ -376,6 +376,13 @@ impl<'a> Control<'a> {
         match loaded {
             Ok(kernel) => {
                 tracing::info!("kernel relay loaded and tested");
+                if kernel.fionread_lies() {
+                    tracing::info!(
+                        "this kernel answers FIONREAD with 0 for sockets that the kernel relay has hooked: a connection whose client \
+                         sends more than {} bytes at a time is spliced from then on",
+                        crate::connection::Burst::MOST
+                    );
+                }
                 self.kernel = KernelRelay::Loaded;
                 self.engine.send(Command::Kernel(Box::new(kernel)));
             }

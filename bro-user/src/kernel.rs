@@ -124,6 +124,7 @@ pub struct Kernel {
     totals: sys::Mapping<std::sync::atomic::AtomicU64>,
     lanes: Arc<lane::Lanes>,
     ebpf: Ebpf,
+    fionread_lies: bool,
 }
 
 impl std::fmt::Debug for Kernel {
@@ -148,6 +149,8 @@ impl Kernel {
             totals: loaded.totals,
             lanes: Arc::new(loaded.lanes),
             ebpf: loaded.ebpf,
+            // Until the self-test has seen better.
+            fionread_lies: true,
         })
     }
 
@@ -227,7 +230,8 @@ impl Kernel {
 
     /// Opens a lane from `sender` into `target`'s transmit queue. `forwarded` is what the forwarder has already written to
     /// `target` of the sender's bytes; bytes of its own that it put before them (a proxy header) do not count, and must be
-    /// written before this. May be called right after connect, before or after the sender was hooked.
+    /// written before this. May be called right after connect, before or after the sender was hooked. Messages of more than
+    /// `largest` bytes do not take the lane.
     ///
     /// # Errors
     /// When there is no lane for this connection: relay it by splice.
@@ -236,8 +240,21 @@ impl Kernel {
         sender: &SenderAddress,
         target: BorrowedFd<'_>,
         forwarded: u64,
+        largest: Option<u32>,
     ) -> Result<Lane, Refused> {
-        self.lanes.open(sender, target, forwarded)
+        self.lanes.open(sender, target, forwarded, largest.map_or(u64::MAX, u64::from))
+    }
+
+    /// Takes a sender, by its socket cookie, out of the senders' map for good: from now on it is ordinary TCP's.
+    pub fn release(&mut self, cookie: u64) {
+        let _gone_meanwhile = self.senders.remove(&cookie);
+    }
+
+    /// Does this kernel say 0 when a hooked socket's owner asks how much waits to be read (FIONREAD)? Seen by the self-test.
+    /// A program that asks may then wait for bytes that are there: nginx does when a request fills its buffer.
+    #[must_use]
+    pub const fn fionread_lies(&self) -> bool {
+        self.fionread_lies
     }
 
     /// Polls readable (level-triggered) while there are events.

@@ -90,6 +90,10 @@ pub struct Direction {
     source: Side,
     /// The kernel's shortcut past us, where this direction has one. Boxed: most connections of a host without have none.
     lane: Option<Box<Lane>>,
+    /// How much may be written of what is read from now on; `None` for all of it.
+    allowance: Option<usize>,
+    /// More than that was read, and is held until [`Direction::lift`].
+    beyond: bool,
     /// Bytes that we wrote to the sink.
     pub total: u64,
     /// How many of them were copied.
@@ -106,12 +110,48 @@ impl Direction {
     /// A direction that starts at `source`.
     #[must_use]
     pub const fn new(source: Side, method: Method) -> Self {
-        Self { half: Half::NEW, held: Held::Nothing, method, source, lane: None, total: 0, copied: 0 }
+        Self {
+            half: Half::NEW,
+            held: Held::Nothing,
+            method,
+            source,
+            lane: None,
+            allowance: None,
+            beyond: false,
+            total: 0,
+            copied: 0,
+        }
     }
 
     /// Gives the direction a lane, before its first byte.
     pub fn set_lane(&mut self, lane: Lane) {
         self.lane = Some(Box::new(lane));
+    }
+
+    /// Lets no more than so many bytes of what is read from now on through: the read that goes beyond is held.
+    pub fn allow(&mut self, bytes: usize) {
+        self.allowance = Some(bytes);
+    }
+
+    /// Is something held for having gone beyond the allowance?
+    #[must_use]
+    pub const fn is_beyond(&self) -> bool {
+        self.beyond
+    }
+
+    /// There is no allowance any more.
+    pub fn lift(&mut self) {
+        (self.allowance, self.beyond) = (None, false);
+    }
+
+    /// May `count` bytes that were read go through?
+    fn spend(&mut self, count: usize) -> bool {
+        match &mut self.allowance {
+            Some(left) if count > *left => self.beyond = true,
+            Some(left) => *left -= count,
+            None => {}
+        }
+        !self.beyond
     }
 
     /// Its lane.
@@ -151,6 +191,9 @@ impl Direction {
     ) -> Result<(), Broken> {
         let mut moved = 0;
         loop {
+            if self.beyond {
+                return Ok(());
+            }
             if self.half.wants_write() && !self.flush(sink, tools)? {
                 return Ok(());
             }
@@ -186,7 +229,9 @@ impl Direction {
             Ok(Filled::Bytes(count)) => {
                 self.half.read(count);
                 self.held = Held::Pipe(Box::new(pipe));
-                let _emptied = self.flush(sink, tools)?;
+                if self.spend(count) {
+                    let _emptied = self.flush(sink, tools)?;
+                }
                 Ok(Some(count))
             }
             Ok(Filled::End) => {
@@ -233,6 +278,10 @@ impl Direction {
             return Ok(Some(0));
         }
         self.half.read(count);
+        if !self.spend(count) {
+            self.held = Held::Bytes(Box::new(Bytes::copy_from_slice(&tools.scratch[..count])));
+            return Ok(Some(count));
+        }
         let written = match copy::write(&tools.scratch[..count], sink) {
             Ok(written) => written,
             Err(Errno::EAGAIN) => 0,

@@ -357,7 +357,7 @@ fn a_half_closed_target_is_refused() {
     ends.client.shutdown(Shutdown::Write).unwrap();
     receive_end(&ends.accepted).unwrap();
     let sender = kernel_relay::sender(bench.netns, &ends.backend).unwrap();
-    let refused = bench.kernel.open_lane(&sender, ends.accepted.as_fd(), 0).unwrap_err();
+    let refused = bench.kernel.open_lane(&sender, ends.accepted.as_fd(), 0, None).unwrap_err();
     assert!(matches!(refused, Refused::NotEstablished), "{refused:?}");
     assert_eq!(bench.kernel.totals().open_lanes, 0);
 }
@@ -368,7 +368,7 @@ fn a_lane_whose_target_is_gone_passes() {
     let bench = fit();
     let kernel_relay::Ends { client, accepted, backend, service } = bench.connect().unwrap();
     let sender = kernel_relay::sender(bench.netns, &backend).unwrap();
-    let lane = bench.kernel.open_lane(&sender, accepted.as_fd(), 0).unwrap();
+    let lane = bench.kernel.open_lane(&sender, accepted.as_fd(), 0, None).unwrap();
     drop(accepted);
     send(&service, &mut Stream::new(1), 100).unwrap();
     receive(&backend, &mut Stream::new(1), 100).unwrap();

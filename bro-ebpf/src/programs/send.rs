@@ -56,6 +56,7 @@ pub fn message(msg: *mut sk_msg_md) -> u32 {
         granted: load(&record.granted),
         low: load(&record.low),
         notified: load(&record.notified) != 0,
+        largest: load(&record.largest),
     };
     match decide(&snapshot, tcp.write_seq(), sender.base, size) {
         Verdict::Pass { reason, notify } => {

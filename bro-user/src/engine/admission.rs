@@ -100,6 +100,7 @@ impl Engine {
             woke: false,
             cold_start: None,
             stage: Stage::Held,
+            burst: None,
             registered: [None, None],
         };
         Stats::set(&self.stats.accepted, number);

@@ -15,6 +15,7 @@ use super::Engine;
 use super::token::Token;
 use crate::connection::{Connection, End, Stage};
 use crate::engine::handle::Event;
+use crate::netns::diag::Table;
 use crate::netns::wire::{self, Request};
 use crate::stats::Stats;
 
@@ -76,6 +77,8 @@ pub struct Destination {
     pub via: Via,
     /// The file that has to name the namespace still when a client is connected.
     pub file: Option<NamespaceFile>,
+    /// The namespace's table of sockets, where the kernel relay may need it.
+    pub table: Option<Table>,
 }
 
 /// A file that names a namespace, and which one it named.
@@ -114,6 +117,7 @@ struct Supply {
     addresses: Vec<Address>,
     via: Via,
     file: Option<NamespaceFile>,
+    table: Option<Table>,
     sockets: Vec<(i32, OwnedFd)>,
     asked: VecDeque<Asked>,
     /// Connections that wait for a socket to connect to this address with.
@@ -139,6 +143,14 @@ pub(super) struct Backend {
 }
 
 impl Backend {
+    /// The table of sockets of the namespace it is in now.
+    pub(super) fn table(&self) -> Option<&Table> {
+        match &self.state {
+            State::Ready(supply) => supply.table.as_ref(),
+            State::Asleep | State::Waking => None,
+        }
+    }
+
     pub(super) const fn asleep(name: String) -> Self {
         Self { name, watched: None, state: State::Asleep, held: VecDeque::new() }
     }
@@ -199,11 +211,12 @@ impl Engine {
                 return self.backend_failed(backend, End::StartFailed);
             }
         }
-        let Destination { addresses, via, file } = destination;
+        let Destination { addresses, via, file, table } = destination;
         let supply = Supply {
             addresses,
             via,
             file,
+            table,
             sockets: Vec::new(),
             asked: VecDeque::new(),
             waiting: VecDeque::new(),

@@ -10,7 +10,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::Engine;
 use super::token::{GENERATIONS, Token};
-use crate::connection::{Connection, End, Interest, Stage};
+use crate::connection::{Connection, End, Interest, Pumped, Stage};
 use crate::relay::{Broken, Direction, Side};
 
 const SIDES: [Side; 2] = [Side::Client, Side::Service];
@@ -82,8 +82,12 @@ impl Engine {
         tally.spliced += self.tools.spliced - spliced;
         tally.copied += self.tools.copied - copied;
         match pumped {
-            Ok(true) => return self.finish(index, End::Eof),
-            Ok(false) => {}
+            Ok(Pumped::Finished) => return self.finish(index, End::Eof),
+            Ok(Pumped::Open) => {}
+            Ok(Pumped::TooMuchForTheHook) => {
+                self.release_service(index);
+                return self.pump(index, true, down);
+            }
             Err(broken) => return self.finish(index, broken.into()),
         }
         self.register(index);

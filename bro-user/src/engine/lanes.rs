@@ -7,12 +7,12 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::PathBuf;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use nix::sys::socket::{SockaddrStorage, getsockname};
+use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 use tokio::sync::oneshot;
 
 use super::Engine;
 use super::token::Token;
-use crate::connection::{Connection, Peer, Stage};
+use crate::connection::{Burst, Connection, Peer, Stage};
 use crate::engine::handle::Event;
 use crate::kernel::{self, Kernel, LaneCounters, LaneId, Role, SenderAddress};
 use crate::relay::Side;
@@ -151,17 +151,43 @@ impl Engine {
         // As a sender sees itself: its own address is our peer's.
         let own = |fd: i32| tcp(getsockname(fd).ok());
         let watched = self.backends[connection.backend].watched;
+        let careful = lanes.kernel.fionread_lies();
         let Peer::Tcp(peer) = connection.peer else { return };
         if let (Some(netns), Some(remote), Some(local)) = (watched, own(service.as_raw_fd()), target) {
             let sender = SenderAddress { netns, local, remote };
-            lanes.open(&sender, client, (index, number, Side::Client), |lane| down.set_lane(lane));
+            lanes.open(&sender, client, (index, number, Side::Client), None, |lane| {
+                down.set_lane(lane);
+                connection.burst = careful.then(Burst::default);
+            });
         }
         if let (Some(netns), Some(remote), Some(_)) = (lanes.clients, own(client.as_raw_fd()), target)
             && (peer.ip() == remote.ip() || peer.ip().is_loopback())
         {
             let sender = SenderAddress { netns, local: peer, remote };
-            lanes.open(&sender, service.as_fd(), (index, number, Side::Service), |lane| up.set_lane(lane));
+            let largest = careful.then_some(Burst::MOST);
+            lanes.open(&sender, service.as_fd(), (index, number, Side::Service), largest, |lane| {
+                up.set_lane(lane)
+            });
         }
+    }
+
+    /// Lets a service's socket go, for good, before more is put in front of it than it may be asked about while it is hooked.
+    pub(super) fn release_service(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        let Stage::Relaying { service, .. } = &connection.stage else { return };
+        let ends = (tcp(getsockname(service.as_raw_fd()).ok()), tcp(getpeername(service.as_raw_fd()).ok()));
+        if let (Some(lanes), (Some(own), Some(peer))) = (&mut self.lanes, ends)
+            && let Some(table) = self.backends[connection.backend].table()
+        {
+            // Its own end of the connection is our peer's.
+            match table.cookie(peer, own) {
+                Ok(cookie) => lanes.kernel.release(cookie),
+                Err(error) => {
+                    tracing::debug!(conn = connection.number, %error, "the service's socket is gone already")
+                }
+            }
+        }
+        connection.lift_burst();
     }
 
     /// Forgets the lanes of a connection that ends, and counts what they did.
@@ -211,9 +237,10 @@ impl Lanes {
         sender: &SenderAddress,
         target: std::os::fd::BorrowedFd<'_>,
         owner: (usize, u64, Side),
+        largest: Option<u32>,
         set: impl FnOnce(kernel::Lane),
     ) {
-        match self.kernel.open_lane(sender, target, 0) {
+        match self.kernel.open_lane(sender, target, 0, largest) {
             Ok(lane) => {
                 let _none = self.owners.insert(lane.id(), owner);
                 set(lane);

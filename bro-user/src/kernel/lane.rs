@@ -136,10 +136,11 @@ impl Lanes {
         sender: &SenderAddress,
         target: BorrowedFd<'_>,
         forwarded: u64,
+        largest: u64,
     ) -> Result<Lane, Refused> {
         let mut tables = self.tables();
         let route = tables.free.pop_front().ok_or(Refused::NoSlot)?;
-        match tables.open(&self.records, route, sender, target, forwarded) {
+        match tables.open(&self.records, route, sender, target, (forwarded, largest)) {
             Ok(()) => Ok(Lane { lanes: Arc::clone(self), route, flow: sender.flow() }),
             Err(refused) => {
                 tables.free.push_back(next_use(route));
@@ -161,13 +162,14 @@ impl Tables {
         route: Route,
         sender: &SenderAddress,
         target: BorrowedFd<'_>,
-        forwarded: u64,
+        (forwarded, largest): (u64, u64),
     ) -> Result<(), Refused> {
         const NO_EXIST: u64 = 1;
         let record = records.get(route.record as usize).ok_or(Refused::NoSlot)?;
         lift_notsent_lowat(target).map_err(Refused::Memory)?;
         reset(record);
         record.forwarded.store(forwarded, Relaxed);
+        record.largest.store(largest, Relaxed);
         give(record, target, |spent, credit, _| regrant(spent, credit)).map_err(Refused::Memory)?;
         record.grants.store(0, Relaxed);
         record.on.store(1, Relaxed);

@@ -68,6 +68,7 @@ impl Test<'_> {
         }
         let mut ends = Ends { client, accepted, backend, service };
         let lane = self.lane(&ends)?;
+        self.fionread(&mut ends)?;
         self.half_close(&mut ends, &lane)?;
         let sent = self.fill(&mut ends, &lane)?;
         self.drain(&mut ends, &lane, sent)?;
@@ -103,7 +104,15 @@ impl Test<'_> {
             local: address("the service's address", ends.backend.peer_addr())?,
             remote: address("the backend's address", ends.backend.local_addr())?,
         };
-        self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0).map_err(|error| error.to_string())
+        self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0, None).map_err(|error| error.to_string())
+    }
+
+    /// Whether the service can still ask how much waits. If not, that is for the engine to be careful about.
+    fn fionread(&mut self, ends: &mut Ends) -> Outcome {
+        step("a request", ends.backend.write_all(b"x"))?;
+        self.wait(&ends.service, PollFlags::POLLIN, "a request")?;
+        self.kernel.fionread_lies = step("FIONREAD", super::sys::fionread(ends.service.as_fd()))? != 1;
+        step("a request", ends.service.read_exact(&mut [0]))
     }
 
     /// The client has sent all it will ever send; the answer still takes the lane, and the forwarder's socket sees none of it.

@@ -155,6 +155,17 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     option(socket, libc::SOL_SOCKET, SO_NETNS_COOKIE, 0u64)
 }
 
+/// What FIONREAD says waits at a socket. Of one in a sockmap, many kernels say 0 whatever waits.
+///
+/// # Errors
+/// ioctl's.
+pub fn fionread(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the kernel writes one int.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut count) };
+    if result == 0 { Ok(count) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Takes a host-wide net.ipv4.tcp_notsent_lowat out of the way: with it a socket counts as full long before its send
 /// buffer is.
 ///

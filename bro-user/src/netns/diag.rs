@@ -4,7 +4,9 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{
+    NLM_F_DUMP, NLM_F_MULTIPART, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
@@ -68,23 +70,47 @@ impl Table {
     pub fn listeners(&self) -> io::Result<Vec<Listening>> {
         let mut found = Vec::new();
         for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
-            self.request(family, socket_id)?;
-            self.answers(&mut found)?;
+            let request = InetRequest {
+                family,
+                protocol: IPPROTO_TCP,
+                extensions: ExtensionFlags::empty(),
+                states: StateFlags::LISTEN,
+                socket_id,
+            };
+            self.send(NLM_F_REQUEST | NLM_F_DUMP, request)?;
+            self.receive(|response| found.push(read(response)))?;
         }
         Ok(found)
     }
 
-    fn request(&self, family: u8, socket_id: SocketId) -> io::Result<()> {
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        let listening = InetRequest {
+    /// The cookie of the socket at `local` that is connected to `remote`.
+    ///
+    /// # Errors
+    /// NotFound when there is none.
+    pub fn cookie(&self, local: SocketAddr, remote: SocketAddr) -> io::Result<u64> {
+        let (family, mut id) =
+            if local.is_ipv4() { (AF_INET, SocketId::new_v4()) } else { (AF_INET6, SocketId::new_v6()) };
+        (id.source_address, id.source_port) = (local.ip(), local.port());
+        (id.destination_address, id.destination_port) = (remote.ip(), remote.port());
+        // INET_DIAG_NOCOOKIE: whichever socket has these addresses.
+        id.cookie = [0xff; 8];
+        let request = InetRequest {
             family,
             protocol: IPPROTO_TCP,
             extensions: ExtensionFlags::empty(),
-            states: StateFlags::LISTEN,
-            socket_id,
+            states: StateFlags::all(),
+            socket_id: id,
         };
-        let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(listening).into());
+        self.send(NLM_F_REQUEST, request)?;
+        let mut cookie = None;
+        self.receive(|response| cookie = Some(u64::from_ne_bytes(response.header.socket_id.cookie)))?;
+        cookie.ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn send(&self, flags: u16, request: InetRequest) -> io::Result<()> {
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
         packet.finalize();
         let mut bytes = vec![0; packet.buffer_len()];
         packet.serialize(&mut bytes);
@@ -92,7 +118,8 @@ impl Table {
         Ok(())
     }
 
-    fn answers(&self, found: &mut Vec<Listening>) -> io::Result<()> {
+    /// Hands over each socket of an answer: of a dump until its end, else the one that was asked for.
+    fn receive(&self, mut each: impl FnMut(&InetResponse)) -> io::Result<()> {
         let mut buffer = vec![0; 32 * 1024];
         loop {
             let mut polled = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
@@ -101,13 +128,13 @@ impl Table {
             }
             let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
             let mut rest = &buffer[..length];
+            let mut more = true;
             while !rest.is_empty() {
                 let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
                     .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+                more = message.header.flags & NLM_F_MULTIPART != 0;
                 match message.payload {
-                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
-                        found.push(read(&response))
-                    }
+                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
                     NetlinkPayload::Done(_) => return Ok(()),
                     NetlinkPayload::Error(error) => return Err(error.to_io()),
                     _ => {}
@@ -115,6 +142,9 @@ impl Table {
                 // Messages are padded to four bytes, and one of length 0 would loop for ever.
                 let step = (message.header.length as usize).next_multiple_of(4).max(4);
                 rest = rest.get(step..).unwrap_or_default();
+            }
+            if !more {
+                return Ok(());
             }
         }
     }
@@ -148,6 +178,18 @@ mod tests {
         assert!(!listening("127.0.0.2:80", false).serves(local));
         assert!(!listening("0.0.0.0:80", false).serves(local6));
         assert!(!listening("0.0.0.0:81", false).serves(local));
+    }
+
+    #[tokio::test]
+    async fn finds_a_socket_by_its_addresses() {
+        let table = Table::open(&Where::Own).await.unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (local, remote) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+        let cookie = nix::sys::socket::getsockopt(&client, nix::sys::socket::sockopt::Cookie);
+        assert_eq!(Some(table.cookie(local, remote).unwrap()), cookie.ok());
+        drop((client, listener));
+        assert!(table.cookie(local, "127.0.0.1:1".parse().unwrap()).is_err());
     }
 
     #[tokio::test]

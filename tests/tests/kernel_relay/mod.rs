@@ -93,12 +93,12 @@ impl Bench {
 
     pub fn service_lane(&self, ends: &Ends) -> Result<Lane> {
         let sender = sender(self.netns, &ends.backend)?;
-        Ok(self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0)?)
+        Ok(self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0, None)?)
     }
 
     pub fn client_lane(&self, ends: &Ends) -> Result<Lane> {
         let sender = sender(self.netns, &ends.accepted)?;
-        Ok(self.kernel.open_lane(&sender, ends.backend.as_fd(), 0)?)
+        Ok(self.kernel.open_lane(&sender, ends.backend.as_fd(), 0, None)?)
     }
 
     /// Waits for an event.
