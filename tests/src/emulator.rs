@@ -27,13 +27,14 @@ use crate::tier::{Need, find_program};
 use crate::{bro, emulator};
 
 /// What it cannot do without, for `require!`.
-pub const NEEDS: [Need; 6] = [
+pub const NEEDS: [Need; 7] = [
     Need::Program("qemu-system-x86_64", "qemu-system-x86"),
     Need::Program("apt-get", "apt"),
     Need::Program("dpkg-deb", "dpkg"),
     Need::Program("ldd", "libc-bin"),
     Need::Program("strip", "binutils"),
     Need::Program("bpftool", "bpftool"),
+    Need::Program("ip", "iproute2"),
 ];
 
 /// The suites that also run inside, on each kernel that has the kernel relay: what the relay takes for granted about the
@@ -51,7 +52,9 @@ pub fn pack() -> Result<Initramfs> {
     for (name, suite) in SUITES.iter().zip(suites()?) {
         files.program(&suite, &format!("{}/{name}", inside::SUITES))?;
     }
-    files.program(&find_program("bpftool").context("bpftool")?, "/usr/sbin/bpftool")?;
+    for tool in ["bpftool", "ip"] {
+        files.program(&find_program(tool).context(tool)?, &format!("/usr/sbin/{tool}"))?;
+    }
     Ok(files)
 }
 

@@ -61,7 +61,7 @@ fn expect_lanes(report: &Report) -> Result<()> {
     let doctor = &report.step("doctor")?["kernel relay"];
     ensure!(doctor["outcome"] == "ok", "bro doctor says {doctor:#}");
     let mut kernel = Vec::new();
-    for step in ["auto", "sockmap", "auto with local clients"] {
+    for step in ["auto", "sockmap"] {
         let facts = report.step(step)?;
         expect_relayed(facts, "sockmap").with_context(|| step.to_owned())?;
         let bytes = number(&facts["total"]["kernel"]);
@@ -74,7 +74,8 @@ fn expect_lanes(report: &Report) -> Result<()> {
         let output = facts["output"].as_str().unwrap_or_default();
         ensure!(
             facts["passed"] == true && !output.contains("SKIPPED"),
-            "{suite}: {facts:#}\n{output}\n{}",
+            "{suite}: {}\n{output}\n{}",
+            facts["error"],
             report.console
         );
         let result = output.lines().find(|line| line.starts_with("test result:")).unwrap_or("no result");
@@ -91,13 +92,13 @@ fn expect_splice(report: &Report) -> Result<()> {
         doctor["outcome"] == "less" && finding.contains("bytes are spliced"),
         "bro doctor says {doctor:#}"
     );
-    for step in ["auto", "auto with local clients"] {
-        let facts = report.step(step)?;
-        expect_relayed(facts, "splice").with_context(|| step.to_owned())?;
-        ensure!(number(&facts["total"]["kernel"]) == 0, "{facts:#}");
-        let reason = facts["relay"]["reason"].as_str().unwrap_or_default();
-        ensure!(!reason.is_empty() && finding.contains(reason), "another reason than {finding:?}: {facts:#}");
-    }
+    let auto = report.step("auto")?;
+    expect_relayed(auto, "splice")?;
+    ensure!(number(&auto["total"]["kernel"]) == 0, "{auto:#}");
+    // After the semicolon the verifier says how long it took, which is never the same.
+    let reason =
+        auto["relay"]["reason"].as_str().and_then(|reason| reason.split(';').next()).unwrap_or_default();
+    ensure!(!reason.is_empty() && finding.contains(reason), "another reason than {finding:?}: {auto:#}");
     let asked = report.step("sockmap")?;
     ensure!(asked["exit"] == 1, "--relay=sockmap did not fail: {asked:#}");
     println!("{finding}; {}", doctor["fix"]);

@@ -28,14 +28,16 @@ pub const INIT: &str = "/bro/deps/emulated";
 pub const SUITES: &str = "/bro/deps";
 
 /// What each connection carries, both ways at once.
-pub const BYTES: u64 = 6 * 1024 * 1024;
+pub const BYTES: u64 = 4 * 1024 * 1024;
 /// Connections of one forwarder, one after another: the first teaches it what kind of sockets the service uses.
-pub const CONNECTIONS: usize = 3;
+pub const CONNECTIONS: usize = 2;
 
 /// For a program that ends by itself.
 const SHORT: Duration = Duration::from_secs(40);
 /// For a whole suite.
-const LONG: Duration = Duration::from_secs(80);
+const LONG: Duration = Duration::from_secs(150);
+/// Those of its tests that repeat something often enough to take minutes here. Once is enough to know a kernel by.
+const OFTEN: [&str; 4] = ["both_ways_over_both_lanes", "open_and_shut", "thousands_of", "round_trips"];
 
 /// Everything, and then the end of the machine.
 pub fn main() {
@@ -92,8 +94,7 @@ impl Port {
         let fit = doctor.as_ref().is_ok_and(|facts| facts["kernel relay"]["outcome"] == "ok");
         self.report("doctor", doctor)?;
         self.report("auto", relay(&["--relay=auto"]))?;
-        self.report("auto with local clients", relay(&["--relay=auto", "--local-clients=on"]))?;
-        self.report("sockmap", relay(&["--relay=sockmap"]))?;
+        self.report("sockmap", relay(&["--relay=sockmap", "--local-clients=on"]))?;
         // On another kernel every one of their tests would say the same.
         if fit {
             for name in super::SUITES {
@@ -118,7 +119,7 @@ fn doctor() -> Result<Value> {
 /// A suite: whether it passed, and what it printed.
 fn suite(name: &str) -> Result<Value> {
     let mut command = Command::new(Path::new(SUITES).join(name));
-    command.args(["--test-threads=2"]).env("BRO_BIN", BRO).env("PATH", "/usr/sbin");
+    command.arg("--test-threads=2").args(OFTEN.iter().flat_map(|test| ["--skip", test]));
     let (passed, output) = run(&mut command, LONG)?;
     Ok(json!({ "passed": passed, "output": output }))
 }

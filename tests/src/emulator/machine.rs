@@ -14,7 +14,7 @@ use crate::process;
 use crate::scratch::Scratch;
 
 /// From qemu's start to its end. What the guest runs has deadlines of its own, which come first.
-const DEADLINE: Duration = Duration::from_secs(180);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// What a guest reported.
 #[derive(Debug)]
@@ -58,7 +58,12 @@ pub(super) fn run(image: &Image, files: &Initramfs) -> Result<Report> {
         .arg("-initrd")
         .arg(files.write()?)
         .arg("-append")
-        .arg(format!("console=ttyS0 panic=-1 quiet loglevel=4 rdinit={}", inside::INIT))
+        // What the kernel does not know itself becomes the environment of PID 1.
+        .arg(format!(
+            "console=ttyS0 panic=-1 quiet rdinit={} BRO_BIN={} PATH=/usr/sbin",
+            inside::INIT,
+            inside::BRO
+        ))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
