@@ -12,7 +12,7 @@
 pub mod cases;
 mod inside;
 mod manager;
-mod root;
+pub(crate) mod root;
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};

@@ -3,6 +3,7 @@
 pub mod activation;
 pub mod behaviours;
 pub mod bro;
+pub mod emulator;
 pub mod forwarder;
 pub mod host;
 pub mod log;

@@ -48,7 +48,7 @@ enum Tier {
 }
 
 /// Suites whose names begin so boot whole hosts or emulated kernels, or take minutes for another reason.
-const SLOW: &[&str] = &["host", "kernels", "slow"];
+const SLOW: &[&str] = &["emulator", "host", "slow"];
 
 impl Tier {
     fn name(&self) -> &str {

@@ -66,7 +66,7 @@ fn cache() -> Result<PathBuf> {
     Ok(target.join("host-root"))
 }
 
-fn lock_file(cache: &Path, name: &str) -> Result<File> {
+pub(crate) fn lock_file(cache: &Path, name: &str) -> Result<File> {
     let path = cache.join(format!("{name}.lock"));
     File::options()
         .create(true)
@@ -75,7 +75,7 @@ fn lock_file(cache: &Path, name: &str) -> Result<File> {
         .with_context(|| format!("cannot open {}", path.display()))
 }
 
-fn lock(file: &File, take: fn(&File) -> Result<(), TryLockError>) -> Result<()> {
+pub(crate) fn lock(file: &File, take: fn(&File) -> Result<(), TryLockError>) -> Result<()> {
     let deadline = Instant::now() + LOCK_DEADLINE;
     loop {
         match take(file) {
@@ -139,7 +139,7 @@ fn build(cache: &Path, root: &Path) -> Result<()> {
 }
 
 /// The Debian archive to build from: the one this machine's apt uses.
-fn mirror() -> Result<String> {
+pub(crate) fn mirror() -> Result<String> {
     if let Ok(mirror) = std::env::var("BRO_DEBIAN_MIRROR") {
         return Ok(mirror);
     }

@@ -1,0 +1,206 @@
+//! PID 1 of the emulated machine: mounts what `bro` expects of a host, runs it, and reports what came of it, one JSON document
+//! a line, on the second serial port. The judging is left to the test outside.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::termios::{SetArg, cfmakeraw, tcdrain, tcgetattr, tcsetattr};
+use serde_json::{Value, json};
+
+use crate::forwarder::Forwarder;
+use crate::pattern::Pattern;
+use crate::peers::{Conn, End, PATIENCE};
+use crate::process;
+use crate::scene::Scene;
+
+/// Where things lie inside: as in a target folder.
+pub const BRO: &str = "/bro/bro";
+/// The program around this module.
+pub const INIT: &str = "/bro/deps/emulated";
+/// The folder of the suites.
+pub const SUITES: &str = "/bro/deps";
+
+/// What each connection carries, both ways at once.
+pub const BYTES: u64 = 4 * 1024 * 1024;
+/// Connections of one forwarder, one after another: the first teaches it what kind of sockets the service uses.
+pub const CONNECTIONS: usize = 2;
+
+/// For a program that ends by itself.
+const SHORT: Duration = Duration::from_secs(40);
+/// For a whole suite.
+const LONG: Duration = Duration::from_secs(150);
+/// Those of its tests that repeat something often enough to take minutes here. Once is enough to know a kernel by.
+const OFTEN: [&str; 4] = ["both_ways_over_both_lanes", "open_and_shut", "thousands_of", "round_trips"];
+
+/// Everything, and then the end of the machine.
+pub fn main() {
+    if let Err(error) = set_up().and_then(|mut port| port.everything()) {
+        // To the console, which the test outside shows.
+        println!("emulated: {error:#}");
+    }
+    // qemu runs with -no-reboot: this ends it.
+    let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
+    panic!("the machine does not end: {error}");
+}
+
+fn set_up() -> Result<Port> {
+    let file_systems = [
+        ("devtmpfs", "/dev"),
+        ("proc", "/proc"),
+        ("sysfs", "/sys"),
+        ("tmpfs", "/run"),
+        ("tmpfs", "/tmp"),
+        ("cgroup2", "/sys/fs/cgroup"),
+        ("bpf", "/sys/fs/bpf"),
+    ];
+    for (kind, at) in file_systems {
+        mount(Some(kind), at, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("mounting {at}"))?;
+    }
+    crate::sys::loopback_up().context("bringing up lo")?;
+    Port::open()
+}
+
+/// The second serial port.
+struct Port(File);
+
+impl Port {
+    fn open() -> Result<Self> {
+        let port =
+            File::options().read(true).write(true).open("/dev/ttyS1").context("the second serial port")?;
+        let mut settings = tcgetattr(&port)?;
+        cfmakeraw(&mut settings);
+        tcsetattr(&port, SetArg::TCSANOW, &settings)?;
+        Ok(Self(port))
+    }
+
+    /// Reports `facts`, an object, as those of `step`.
+    fn report(&mut self, step: &str, facts: Result<Value>) -> Result<()> {
+        let mut facts = facts.unwrap_or_else(|error| json!({ "error": format!("{error:#}") }));
+        facts["step"] = step.into();
+        writeln!(self.0, "{facts}")?;
+        Ok(tcdrain(self.0.as_fd())?)
+    }
+
+    fn everything(&mut self) -> Result<()> {
+        let doctor = doctor();
+        let fit = doctor.as_ref().is_ok_and(|facts| facts["kernel relay"]["outcome"] == "ok");
+        self.report("doctor", doctor)?;
+        self.report("auto", relay(&["--relay=auto"]))?;
+        self.report("sockmap", relay(&["--relay=sockmap", "--local-clients=on"]))?;
+        // On another kernel every one of their tests would say the same.
+        if fit {
+            for name in super::SUITES {
+                self.report(name, suite(name))?;
+            }
+        }
+        self.report("end", Ok(json!({})))
+    }
+}
+
+/// `bro doctor`, its checks by name.
+fn doctor() -> Result<Value> {
+    let checks: Value = serde_json::from_str(&run(Command::new(BRO).args(["doctor", "--json"]), SHORT)?.1)?;
+    let checks = checks.as_array().context("a list of checks")?;
+    let named = checks.iter().map(|check| {
+        let name = check["name"].as_str().context("a check has a name")?;
+        Ok((name.to_owned(), check.clone()))
+    });
+    Ok(Value::Object(named.collect::<Result<_>>()?))
+}
+
+/// A suite: whether it passed, and what it printed.
+fn suite(name: &str) -> Result<Value> {
+    let mut command = Command::new(Path::new(SUITES).join(name));
+    command.arg("--test-threads=2").args(OFTEN.iter().flat_map(|test| ["--skip", test]));
+    let (passed, output) = run(&mut command, LONG)?;
+    Ok(json!({ "passed": passed, "output": output }))
+}
+
+/// Whether `command` ended well, and its standard output (the other one is the console).
+fn run(command: &mut Command, within: Duration) -> Result<(bool, String)> {
+    // A file, not a pipe: whoever reads a pipe to its end waits for more than the command.
+    let path = Path::new("/tmp/output");
+    let mut child = command.stdin(Stdio::null()).stdout(File::create(path)?).spawn()?;
+    let ended = process::ends(child.id().cast_signed(), within)?;
+    if !ended {
+        child.kill()?;
+    }
+    let status = child.wait()?;
+    let output = String::from_utf8_lossy(&std::fs::read(path)?).into_owned();
+    ensure!(ended, "{command:?} did not end within {within:?}; it printed:\n{output}");
+    Ok((status.success(), output))
+}
+
+/// A forwarder between a client here and a service in a network namespace of its own: what it says of its relay, what its
+/// connections were relayed by, and its status.
+fn relay(options: &[&str]) -> Result<Value> {
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    // The kernel's table of listeners is a module, and modules are left out here.
+    let mut forwarder = scene.start(&[&["--ready=none"], options].concat())?;
+    let verdicts =
+        ["kernel relay loaded and tested", "without the kernel relay", "--relay=sockmap cannot be had"];
+    let verdict =
+        forwarder.log().line(PATIENCE, |line| verdicts.iter().any(|verdict| line.contains(verdict)))?;
+    if verdict.contains(verdicts[2]) {
+        let status = forwarder.wait(PATIENCE)?.context("it goes on without the relay")?;
+        return Ok(json!({ "verdict": verdict, "exit": status.code() }));
+    }
+    for seed in 0..CONNECTIONS as u64 {
+        let client = scene.client()?;
+        let service = service.accept()?;
+        exchange(&client, &service, seed).with_context(|| format!("connection {}", seed + 1))?;
+    }
+    let closings = forwarder.closings(CONNECTIONS)?;
+    let status = status(&forwarder)?;
+    let connections: Vec<Value> = closings
+        .iter()
+        .map(|closing| {
+            json!({ "relay": closing.relay, "reason": closing.reason, "to_service": closing.to_service,
+                "to_client": closing.to_client })
+        })
+        .collect();
+    forwarder.stop()?;
+    Ok(
+        json!({ "verdict": verdict, "connections": connections, "relay": status["relay"], "total": status["total"] }),
+    )
+}
+
+fn status(forwarder: &Forwarder) -> Result<Value> {
+    let (well, output) = run(Command::new(BRO).args(["status", "--json"]), SHORT)?;
+    ensure!(well, "bro status failed");
+    let reports: Value = serde_json::from_str(&output)?;
+    let ours = reports.as_array().and_then(|all| all.iter().find(|one| one["pid"] == forwarder.pid()));
+    ours.cloned().with_context(|| format!("bro status does not know the forwarder: {output}"))
+}
+
+/// [`BYTES`] both ways at once, then an end each way; every byte compared.
+fn exchange(client: &Conn, service: &Conn, seed: u64) -> Result<()> {
+    let (up, down) = (Pattern(2 * seed), Pattern(2 * seed + 1));
+    let send = |conn: &Conn, pattern| -> Result<()> {
+        conn.pour(pattern, 0, BYTES)?;
+        Ok(conn.close_writing()?)
+    };
+    let receive = |conn: &Conn, pattern| -> Result<()> {
+        let ended = conn.drink_to_end(pattern, 0)?;
+        ensure!(ended == (BYTES, End::Eof), "it ended with {ended:?} instead of {BYTES} bytes and an end");
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let all = [
+            scope.spawn(|| send(client, up).context("the client sends")),
+            scope.spawn(|| send(service, down).context("the service sends")),
+            scope.spawn(|| receive(service, up).context("the service receives")),
+            scope.spawn(|| receive(client, down).context("the client receives")),
+        ];
+        all.into_iter().try_for_each(|one| one.join().expect("no end panics"))
+    })
+}

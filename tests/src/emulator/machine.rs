@@ -1,0 +1,95 @@
+//! One run of qemu: the guest's console for people, its second serial port for what it reports.
+
+use std::io::Read as _;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use super::initramfs::Initramfs;
+use super::inside;
+use super::kernels::Image;
+use crate::process;
+use crate::scratch::Scratch;
+
+/// From qemu's start to its end. What the guest runs has deadlines of its own, which come first.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// What a guest reported.
+#[derive(Debug)]
+pub struct Report {
+    steps: Vec<Value>,
+    /// What it wrote to the console, kernel and programs alike.
+    pub console: String,
+    /// From qemu's start to its end.
+    pub took: Duration,
+}
+
+impl Report {
+    /// What the guest reported of `step`; where it reported nothing, an error with the end of the console.
+    pub fn step(&self, step: &str) -> Result<&Value> {
+        let found = self.steps.iter().find(|value| value["step"] == step);
+        found.with_context(|| {
+            format!("the guest did not come to {step:?}; its console ends:\n{}", self.tail())
+        })
+    }
+
+    fn tail(&self) -> String {
+        let lines: Vec<&str> = self.console.lines().collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+}
+
+pub(super) fn run(image: &Image, files: &Initramfs) -> Result<Report> {
+    let scratch = Scratch::new()?;
+    let results = scratch.join("results");
+    let begin = Instant::now();
+    // qemu dies with the thread that waits for it.
+    let mut qemu = Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
+        // Emulated on every machine alike, so that a result does not depend on who may use which hardware.
+        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024"])
+        .args(["-nodefaults", "-display", "none", "-no-reboot"])
+        .args(["-serial", "stdio", "-serial"])
+        .arg(format!("file:{}", results.display()))
+        .arg("-kernel")
+        .arg(&image.path)
+        .arg("-initrd")
+        .arg(files.write()?)
+        .arg("-append")
+        // What the kernel does not know itself becomes the environment of PID 1.
+        .arg(format!(
+            "console=ttyS0 panic=-1 quiet rdinit={} BRO_BIN={} PATH=/usr/sbin",
+            inside::INIT,
+            inside::BRO
+        ))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot run qemu")?;
+    let mut stdout = qemu.stdout.take().context("stdout is piped")?;
+    let mut stderr = qemu.stderr.take().context("stderr is piped")?;
+    let console = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        stdout.read_to_end(&mut bytes).map(|_| String::from_utf8_lossy(&bytes).into_owned())
+    });
+    let ended = process::ends(qemu.id().cast_signed(), DEADLINE);
+    if !matches!(ended, Ok(true)) {
+        qemu.kill().ok();
+    }
+    let status = qemu.wait()?;
+    let console = console.join().expect("the reader ends with qemu")?;
+    let mut complaint = String::new();
+    stderr.read_to_string(&mut complaint)?;
+    let steps = std::fs::read_to_string(&results)
+        .unwrap_or_default()
+        .lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("the guest reported {line:?}")))
+        .collect::<Result<_>>()?;
+    let report = Report { steps, console, took: begin.elapsed() };
+    ensure!(ended?, "the guest did not end within {DEADLINE:?}; its console ends:\n{}", report.tail());
+    ensure!(status.success(), "qemu failed ({status}): {}", complaint.trim());
+    Ok(report)
+}

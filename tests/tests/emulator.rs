@@ -1,0 +1,134 @@
+//! The kernel relay on other kernels than this machine's: Debian's 5.10, 6.1, 6.12 and its newest, each booted in an emulator
+//! with the very `bro` that is under test.
+//!
+//! Gated on behaviour, not on versions: where the programs load and pass their self-test, real bytes have to take the lanes and
+//! the suites of the relay's programs have to pass; where they do not, bro says why and splices.
+
+use std::sync::OnceLock;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::emulator::inside::{BYTES, CONNECTIONS};
+use bro_tests::emulator::{self, Image, Initramfs, NEEDS, Release, Report, SUITES};
+use bro_tests::tier::{met, skip};
+use serde_json::Value;
+
+/// Boots the kernel of `release`; nothing where that cannot be had (in CI: a failure).
+fn boot(release: Release) -> Result<Option<(Image, Report)>> {
+    static FILES: OnceLock<Initramfs> = OnceLock::new();
+    let test = std::thread::current().name().unwrap_or("?").to_owned();
+    if !met(&test, &NEEDS) {
+        return Ok(None);
+    }
+    let image = match Image::of(release) {
+        Ok(image) => image,
+        Err(error) => {
+            skip(&test, &format!("needs {release:?}'s kernel: {error:#}"));
+            return Ok(None);
+        }
+    };
+    let files = match FILES.get() {
+        Some(files) => files,
+        None => {
+            let packed = emulator::pack()?;
+            FILES.get_or_init(|| packed)
+        }
+    };
+    let report = emulator::run(&image, files)?;
+    println!("{} was up and done in {:.1} s", image.package, report.took.as_secs_f64());
+    Ok(Some((image, report)))
+}
+
+fn number(of: &Value) -> u64 {
+    of.as_u64().unwrap_or(0)
+}
+
+/// Every connection carried every byte, and none says that another relay than `relay` had its bytes.
+fn expect_relayed(facts: &Value, relay: &str) -> Result<()> {
+    let none = Vec::new();
+    let connections = facts["connections"].as_array().unwrap_or(&none);
+    ensure!(connections.len() == CONNECTIONS, "{CONNECTIONS} connections were made: {facts:#}");
+    for connection in connections {
+        let whole = number(&connection["to_service"]) == BYTES && number(&connection["to_client"]) == BYTES;
+        ensure!(whole && connection["reason"] == "eof", "not every byte came: {facts:#}");
+    }
+    ensure!(connections.last().is_some_and(|last| last["relay"] == relay), "not by {relay}: {facts:#}");
+    ensure!(facts["relay"]["name"] == relay, "the status does not say {relay}: {facts:#}");
+    Ok(())
+}
+
+/// What holds on a kernel that has all the relay needs.
+fn expect_lanes(report: &Report) -> Result<()> {
+    let doctor = &report.step("doctor")?["kernel relay"];
+    ensure!(doctor["outcome"] == "ok", "bro doctor says {doctor:#}");
+    let mut kernel = Vec::new();
+    for step in ["auto", "sockmap"] {
+        let facts = report.step(step)?;
+        expect_relayed(facts, "sockmap").with_context(|| step.to_owned())?;
+        let bytes = number(&facts["total"]["kernel"]);
+        println!("{step}: {bytes} bytes took a kernel lane, {} were spliced", facts["total"]["spliced"]);
+        kernel.push(bytes);
+    }
+    ensure!(kernel.iter().all(|bytes| *bytes > 0), "a lane was never taken: {kernel:?}");
+    for suite in SUITES {
+        let facts = report.step(suite)?;
+        let output = facts["output"].as_str().unwrap_or_default();
+        ensure!(
+            facts["passed"] == true && !output.contains("SKIPPED"),
+            "{suite}: {}\n{output}\n{}",
+            facts["error"],
+            report.console
+        );
+        let result = output.lines().find(|line| line.starts_with("test result:")).unwrap_or("no result");
+        println!("{suite}: {result}");
+    }
+    report.step("end").map(drop)
+}
+
+/// What holds on a kernel that lacks something: `auto` says what and splices, `sockmap` is an error.
+fn expect_splice(report: &Report) -> Result<()> {
+    let doctor = &report.step("doctor")?["kernel relay"];
+    let finding = doctor["finding"].as_str().unwrap_or_default();
+    ensure!(
+        doctor["outcome"] == "less" && finding.contains("bytes are spliced"),
+        "bro doctor says {doctor:#}"
+    );
+    let auto = report.step("auto")?;
+    expect_relayed(auto, "splice")?;
+    ensure!(number(&auto["total"]["kernel"]) == 0, "{auto:#}");
+    // After the semicolon the verifier says how long it took, which is never the same.
+    let reason =
+        auto["relay"]["reason"].as_str().and_then(|reason| reason.split(';').next()).unwrap_or_default();
+    ensure!(!reason.is_empty() && finding.contains(reason), "another reason than {finding:?}: {auto:#}");
+    let asked = report.step("sockmap")?;
+    ensure!(asked["exit"] == 1, "--relay=sockmap did not fail: {asked:#}");
+    println!("{finding}; {}", doctor["fix"]);
+    report.step("end").map(drop)
+}
+
+#[test]
+fn linux_5_10_has_no_kernel_relay_and_splices() -> Result<()> {
+    let Some((image, report)) = boot(Release::Bullseye)? else { return Ok(()) };
+    ensure!(image.version()? == (5, 10), "{image:?}");
+    expect_splice(&report)
+}
+
+#[test]
+fn linux_6_1_has_the_lanes() -> Result<()> {
+    let Some((image, report)) = boot(Release::Bookworm)? else { return Ok(()) };
+    ensure!(image.version()? == (6, 1), "{image:?}");
+    expect_lanes(&report)
+}
+
+#[test]
+fn linux_6_12_has_the_lanes() -> Result<()> {
+    let Some((image, report)) = boot(Release::Trixie)? else { return Ok(()) };
+    ensure!(image.version()? == (6, 12), "{image:?}");
+    expect_lanes(&report)
+}
+
+#[test]
+fn the_newest_kernel_has_the_lanes() -> Result<()> {
+    let Some((image, report)) = boot(Release::Sid)? else { return Ok(()) };
+    ensure!(image.version()? > (6, 18), "{image:?}");
+    expect_lanes(&report)
+}
