@@ -15,6 +15,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
 use super::launch::{Launch, Launched, last_line, this_task};
+use super::memory;
 use super::programs::Program;
 use super::scene::Scene;
 use super::service;
@@ -358,13 +359,18 @@ pub fn bro_args(scene: &Scene, options: &[&str]) -> Vec<String> {
     args
 }
 
+/// How many connections fit into the descriptors that a process may have, two each and some to spare.
+fn connections_within_descriptors() -> u64 {
+    (memory::more_descriptors().saturating_sub(1600) / 2).min(CONNECTIONS.into())
+}
+
 fn haproxy_config(target: &str) -> String {
+    let most = connections_within_descriptors();
     format!(
-        "global\n    maxconn {CONNECTIONS}\n    ulimit-n {}\n\
-         defaults\n    mode tcp\n    option splice-auto\n    maxconn {CONNECTIONS}\n    timeout connect 5s\n    \
+        "global\n    maxconn {most}\n    maxpipes 500\n\
+         defaults\n    mode tcp\n    option splice-auto\n    maxconn {most}\n    timeout connect 5s\n    \
          timeout client 1h\n    timeout server 1h\n    timeout tunnel 1h\n\
-         listen bench\n    bind fd@3\n    server service {target}\n",
-        2 * CONNECTIONS + 1000
+         listen bench\n    bind fd@3\n    server service {target}\n"
     )
 }
 
@@ -387,7 +393,7 @@ pub fn nginx_head(pid: &Path) -> String {
         "daemon off;\npid {};\n{}events {{ worker_connections {}; }}\n",
         pid.display(),
         nginx_user(),
-        3 * CONNECTIONS
+        2 * connections_within_descriptors()
     )
 }
 
@@ -397,11 +403,10 @@ fn nginx_user() -> &'static str {
 
 fn nginx_config(listen: &Address, target: &str, pid: &Path) -> Result<String> {
     Ok(format!(
-        "{}{}worker_processes auto;\nworker_rlimit_nofile {};\nstream {{\n    server {{\n        listen {listen};\n        \
+        "{}{}worker_processes auto;\nstream {{\n    server {{\n        listen {listen};\n        \
          proxy_pass {target};\n        proxy_timeout 1h;\n    }}\n}}\n",
         stream_module()?,
         nginx_head(pid),
-        3 * CONNECTIONS,
     ))
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 
-use super::stream::{Address, Stream};
+use super::stream::{self, Address, Stream};
 use crate::run::process::die_with_parent;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -25,6 +25,7 @@ pub struct Args {
 /// The part.
 pub fn main(args: &Args) -> Result<()> {
     die_with_parent(Signal::SIGKILL)?;
+    stream::set_patience(PATIENCE / 3);
     let words = unescape(&args.words)?;
     let deadline = Instant::now() + PATIENCE;
     let mut answered = 0;

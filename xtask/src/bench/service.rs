@@ -2,6 +2,7 @@
 //! connection's first bytes ask for. Its sockets are non-blocking from accept on.
 
 use std::collections::HashMap;
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
@@ -173,7 +174,8 @@ impl Loop {
                 Err(errno) => return Err(errno).context("accept"),
             };
             if std::mem::take(&mut self.first) {
-                println!("accepted {}", clock::now());
+                // Whoever has started this may have stopped listening.
+                writeln!(std::io::stdout(), "accepted {}", clock::now()).ok();
             }
             // SAFETY: accept4 has just made it, and nobody else has it.
             let socket = unsafe { OwnedFd::from_raw_fd(fd) };
