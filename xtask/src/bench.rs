@@ -28,7 +28,7 @@ mod tools;
 mod wire;
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Subcommand;
@@ -194,7 +194,7 @@ fn bench(args: &Args) -> Result<()> {
     ensure!(!bench.present.is_empty(), "nobody is left to be compared");
     bench.cold_starts();
     bench.idle();
-    bench.rounds()?;
+    bench.rounds();
     bench.programs();
     let Bench { scene, plan, clock, present, results, .. } = bench;
     let versions = versions(&scene, &present);
@@ -263,7 +263,7 @@ impl Bench {
     }
 
     fn check(&mut self, contender: &Contender, running: &Running) {
-        let said = running.client(&self.scene, &["check".into(), running.address.to_string()]);
+        let said = running.client(&self.scene, &["check".into(), running.address.to_string()], check::LIMIT);
         match said.and_then(|said| Ok(serde_json::from_str(&said)?)) {
             Ok(verdicts) => drop(self.results.verdicts.insert(contender.key, verdicts)),
             Err(error) => self.results.fail(contender, CHECK, &error),
@@ -307,9 +307,17 @@ impl Bench {
             for round in 0..self.plan.idle_rounds {
                 say(&self.clock, &format!("{count} idle connections, round {}", round + 1));
                 for (place, contender) in self.present.clone().iter().enumerate() {
-                    let figures = contender
-                        .start(&self.scene, port_of(place))
-                        .and_then(|running| self.load(&running, Load::Idle, &[format!("--count={count}")]));
+                    if self.results.has_failed(contender, &format!("idle{count}")) {
+                        continue;
+                    }
+                    let figures = contender.start(&self.scene, port_of(place)).and_then(|running| {
+                        self.load(
+                            &running,
+                            Load::Idle,
+                            &[format!("--count={count}")],
+                            self.plan.idle_limit(count),
+                        )
+                    });
                     match figures {
                         Ok(figures) => self.results.add(contender, figures),
                         Err(error) => self.results.fail(contender, &format!("idle{count}"), &error),
@@ -319,25 +327,27 @@ impl Bench {
         }
     }
 
-    fn load(&self, running: &Running, load: Load, options: &[String]) -> Result<Figures> {
+    fn load(&self, running: &Running, load: Load, options: &[String], limit: Duration) -> Result<Figures> {
         let mut args = vec!["load".to_owned(), load.name(), running.address.to_string()];
         args.push(format!("--seconds={}", self.plan.seconds));
         args.extend(running.group().map(|group| format!("--group={group}")));
         args.extend_from_slice(options);
-        Ok(serde_json::from_str(&running.client(&self.scene, &args)?)?)
+        Ok(serde_json::from_str(&running.client(&self.scene, &args, limit)?)?)
     }
 
-    fn rounds(&mut self) -> Result<()> {
+    fn rounds(&mut self) {
         let loads: Vec<Load> = Load::TIMED.into_iter().filter(|load| self.choice.has(&load.name())).collect();
         if loads.is_empty() {
-            return Ok(());
+            return;
         }
         let mut up = Vec::new();
         for (place, contender) in self.present.clone().into_iter().enumerate() {
-            let running = contender.start(&self.scene, port_of(place))?;
-            up.push((contender, running));
+            match contender.start(&self.scene, port_of(place)) {
+                Ok(running) => up.push((contender, running)),
+                Err(error) => self.results.fail(&contender, "every load", &error),
+            }
         }
-        let mut longest = std::time::Duration::ZERO;
+        let mut longest = Duration::ZERO;
         for round in 0..self.plan.rounds {
             if round > 0 && !self.clock.fits(longest, 0.66) {
                 self.results.left_out.push(format!(
@@ -353,7 +363,11 @@ impl Bench {
                 for place in 0..up.len() {
                     // Each round begins with another one.
                     let (contender, running) = &up[(place + round) % up.len()];
-                    match self.load(running, load, &[]) {
+                    // What did not work will not, and costs the whole limit each time.
+                    if self.results.has_failed(contender, &load.name()) {
+                        continue;
+                    }
+                    match self.load(running, load, &[], self.plan.load_limit()) {
                         Ok(figures) => self.results.add(contender, figures),
                         Err(error) => self.results.fail(contender, &load.name(), &error),
                     }
@@ -362,7 +376,6 @@ impl Bench {
             longest = longest.max(begin.elapsed());
         }
         self.note_moved(&up, "load");
-        Ok(())
     }
 
     /// How each bro moved the bytes.
@@ -404,7 +417,7 @@ impl Bench {
                 Err(error) => self.results.fail(&contender, program.key(), &error),
             }
         }
-        let mut longest = std::time::Duration::ZERO;
+        let mut longest = Duration::ZERO;
         for round in 0..self.plan.program_rounds {
             if round > 0 && !self.clock.fits(longest, up_to) {
                 let left = self.plan.program_rounds - round;
@@ -422,6 +435,9 @@ impl Bench {
             let begin = Instant::now();
             for place in 0..up.len() {
                 let (contender, running) = &up[(place + round) % up.len()];
+                if self.results.has_failed(contender, program.key()) {
+                    continue;
+                }
                 match program.measure(&self.scene, running, &self.plan) {
                     Ok(figures) => self.results.add(contender, figures),
                     Err(error) => self.results.fail(contender, program.key(), &error),

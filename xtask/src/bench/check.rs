@@ -13,6 +13,8 @@ use super::wire::{self, Ask, End};
 use super::{clock, load};
 use crate::run::process::die_with_parent;
 
+/// For all cases together.
+pub const LIMIT: Duration = Duration::from_secs(60);
 /// Longer than any answer takes here, short enough to get through with those that never answer.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// What a forwarder and the sockets' own buffers may hold of a stream that nobody reads.

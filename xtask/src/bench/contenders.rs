@@ -295,7 +295,7 @@ impl Contender {
             Way::Pasta => {
                 let host = free_port()?;
                 let place = (None, Address::Tcp(host), false);
-                run(place, &program("pasta")?, pasta_args(scene, host, port))
+                run(place, Path::new("/bin/sh"), vec!["-c".into(), pasta_script(scene, host, port)?])
             }
             Way::Slirp => {
                 let host = free_port()?;
@@ -311,6 +311,8 @@ impl Contender {
             Way::Rootlessport => {
                 let host = free_port()?;
                 let base = scene.folder.path(&files);
+                // Each start has a fresh one.
+                std::fs::remove_dir_all(&base).ok();
                 std::fs::create_dir(&base)?;
                 let script = rootlessport_script(scene, &base, host, port)?;
                 run((None, Address::Tcp(host), false), Path::new("/bin/sh"), vec!["-c".into(), script])
@@ -410,18 +412,22 @@ fn nginx_config(listen: &Address, target: &str, pid: &Path) -> Result<String> {
     ))
 }
 
-fn pasta_args(scene: &Scene, host: SocketAddr, port: u16) -> Vec<String> {
+/// pasta gives up its privileges before it opens the namespace, so it is handed over open. Connections from loopback, as
+/// these are, never see the interface that it makes, so that one is left unconfigured.
+fn pasta_script(scene: &Scene, host: SocketAddr, port: u16) -> Result<String> {
     let container = scene.container.pid();
-    let mut args = vec!["--foreground".to_owned(), "--quiet".into(), "--config-net".into()];
-    args.extend(["-t".into(), format!("{}/{}:{port}", host.ip(), host.port())]);
-    args.extend(["-u", "none", "-T", "none", "-U", "none", "-I", "pasta0"].map(str::to_owned));
-    if scene.container.rootless {
-        args.push(format!("--userns=/proc/{container}/ns/user"));
+    let user = if scene.container.rootless {
+        format!("--userns=/proc/{container}/ns/user")
     } else {
-        args.extend(["--netns-only".into(), "--runas=0:0".into()]);
-    }
-    args.push(format!("--netns=/proc/{container}/ns/net"));
-    args
+        "--netns-only --runas=0:0".into()
+    };
+    Ok(format!(
+        "exec {} --foreground --quiet -t {}/{}:{port} -u none -T none -U none -I pasta0 {user} --netns=/proc/self/fd/9 \
+         9</proc/{container}/ns/net",
+        program("pasta")?.display(),
+        host.ip(),
+        host.port()
+    ))
 }
 
 fn publish_by_slirp(api: &Path, host: SocketAddr, port: u16) -> Result<()> {
@@ -470,14 +476,14 @@ impl Running {
     }
 
     /// Runs a part of this task as its client: where its clients are.
-    pub fn client(&self, scene: &Scene, args: &[String]) -> Result<String> {
+    pub fn client(&self, scene: &Scene, args: &[String], limit: Duration) -> Result<String> {
         let launch = Launch { inside: scene.inside(self.inside), ..Launch::default() };
-        launch.output(this_task(), &[vec!["bench".to_owned()], args.to_vec()].concat())
+        launch.output(this_task(), &[vec!["bench".to_owned()], args.to_vec()].concat(), limit)
     }
 
     fn wait_until_up(&mut self, scene: &Scene, word: &str) -> Result<()> {
         let args = ["poke".to_owned(), self.address.to_string(), word.to_owned()];
-        let result = self.client(scene, &args);
+        let result = self.client(scene, &args, 2 * START);
         if let (Err(_), Some(process)) = (&result, &mut self.process) {
             let ended = if process.has_ended() { " (it has ended)" } else { "" };
             let log = std::fs::read_to_string(&self.log).unwrap_or_default();

@@ -2,10 +2,12 @@
 //! which is to enter the container's namespaces, to hand over a listening socket, to become another user.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -114,13 +116,31 @@ impl Launch<'_> {
         Ok(Launched(child.with_context(|| format!("cannot start {}", program.display()))?))
     }
 
-    /// Runs it to its end; what it wrote to stdout.
-    pub fn output(self, program: &Path, args: &[String]) -> Result<String> {
-        let output = self.command(program, args)?.stderr(Stdio::piped()).output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{}", last_line(&said).trim_start_matches("xtask: "));
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    /// Runs it to its end, which must come within the limit; what it wrote to stdout.
+    pub fn output(self, program: &Path, args: &[String], limit: Duration) -> Result<String> {
+        let mut command = self.command(program, args)?;
+        let mut launched = Launched(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?);
+        let written = gather(launched.0.stdout.take());
+        let said = gather(launched.0.stderr.take());
+        let written = written.recv_timeout(limit);
+        let written = written.ok().with_context(|| format!("not done within {limit:?}"))?;
+        // Both end with it.
+        let said = said.recv_timeout(limit).unwrap_or_default();
+        let status = launched.0.wait()?;
+        ensure!(status.success(), "{}", last_line(&said).trim_start_matches("xtask: "));
+        Ok(written)
     }
+}
+
+/// Reads it all in a thread of its own.
+fn gather(source: Option<impl Read + Send + 'static>) -> Receiver<String> {
+    let (sender, all) = channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        source.map(|mut source| source.read_to_end(&mut bytes));
+        sender.send(String::from_utf8_lossy(&bytes).into_owned()).ok();
+    });
+    all
 }
 
 /// The last line that says something.

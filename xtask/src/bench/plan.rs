@@ -23,6 +23,21 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// How long one measurement may take until it is given up.
+    pub fn load_limit(&self) -> Duration {
+        Duration::from_secs_f64(4.0 + 16.0 * self.seconds)
+    }
+
+    /// The same for so many idle connections.
+    pub fn idle_limit(&self, count: usize) -> Duration {
+        Duration::from_secs_f64(8.0 + count as f64 / 100.0)
+    }
+
+    /// The same for a real program.
+    pub fn program_limit(&self) -> Duration {
+        Duration::from_secs(10 * u64::from(self.wrk_seconds))
+    }
+
     /// Under three minutes on two cores.
     pub fn quick() -> Self {
         Self {

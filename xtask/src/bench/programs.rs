@@ -5,6 +5,7 @@
 
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::unistd::User;
@@ -16,6 +17,9 @@ use super::load::Figures;
 use super::plan::Plan;
 use super::scene::Scene;
 use super::tools::{self, Missing};
+
+/// How long anything may take that is not measured.
+const START: Duration = Duration::from_secs(30);
 
 /// One of the servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +64,7 @@ impl Program {
         let mut found: Vec<String> = self
             .needs()
             .iter()
+            .filter(|(program, _)| !program.starts_with("initdb"))
             .filter_map(|(program, _)| {
                 let flag = if *program == "wrk" || *program == "nginx" { "-v" } else { "--version" };
                 tools::version(&tools::find(program)?, flag)
@@ -102,7 +107,7 @@ impl Program {
     /// Lets it be known: a kernel relay learns a service's kind on the first connections.
     pub fn warm(self, scene: &Scene, running: &Running) -> Result<()> {
         let args = ["poke".into(), running.address.to_string(), self.greeting().into(), "--times=3".into()];
-        running.client(scene, &args).map(drop)
+        running.client(scene, &args, START).map(drop)
     }
 
     /// One round.
@@ -114,7 +119,9 @@ impl Program {
             let args: Vec<String> = args.iter().map(ToString::to_string).collect();
             let meter = Meter::start(running.group())?;
             let launch = Launch { inside: scene.inside(running.inside), ..Launch::default() };
-            let said = launch.output(&path, &args).with_context(|| format!("running {program}"))?;
+            let said = launch
+                .output(&path, &args, plan.program_limit())
+                .with_context(|| format!("running {program}"))?;
             Ok((said, meter.stop()?.system))
         };
         let mut figures = Figures::new();
@@ -228,7 +235,7 @@ fn start(scene: &Scene, program: &str, args: Vec<String>, user: Option<&str>, lo
 fn await_answer(scene: &Scene, port: u16, program: Program) -> Result<()> {
     let args = ["bench".into(), "poke".into(), format!("127.0.0.1:{port}"), program.greeting().into()];
     let launch = Launch { inside: scene.inside(true), ..Launch::default() };
-    launch.output(this_task(), &args).map(drop)
+    launch.output(this_task(), &args, START).map(drop)
 }
 
 /// PostgreSQL does not run as root.
@@ -247,11 +254,15 @@ fn postgres(scene: &Scene) -> Result<Servers> {
     }
     let data = |number: u16| base.join(number.to_string()).display().to_string();
     let outside =
-        |program: &Path, args: &[String]| Launch { user, ..Launch::default() }.output(program, args);
+        |program: &Path, args: &[String]| Launch { user, ..Launch::default() }.output(program, args, START);
     let initdb = tools::find("initdb").context("initdb is gone")?;
     let args =
         ["-D", &data(0), "-A", "trust", "-U", "bench", "-N", "--locale=C", "-E", "UTF8"].map(str::to_owned);
     outside(&initdb, &args).context("initdb")?;
+    // Some contenders come from another address; the namespace has no way in.
+    let rules = base.join("0/pg_hba.conf");
+    let known = std::fs::read_to_string(&rules)?;
+    std::fs::write(&rules, known + "host all all 0.0.0.0/0 trust\n")?;
     for number in 1..3 {
         let copy = ["-a".to_owned(), data(0), data(number)];
         outside(&tools::find("cp").context("cp is gone")?, &copy)?;
@@ -261,7 +272,7 @@ fn postgres(scene: &Scene) -> Result<Servers> {
         let port = (5432 + number).to_string();
         let mut args: Vec<String> = ["-D", &data(number), "-p", &port].map(str::to_owned).to_vec();
         for setting in [
-            "listen_addresses=127.0.0.1",
+            "listen_addresses=0.0.0.0",
             "unix_socket_directories=",
             "fsync=off",
             "max_connections=60",
@@ -276,7 +287,7 @@ fn postgres(scene: &Scene) -> Result<Servers> {
             .map(str::to_owned);
         let launch = Launch { inside: scene.inside(true), ..Launch::default() };
         launch
-            .output(&tools::find("pgbench").context("pgbench is gone")?, &fill)
+            .output(&tools::find("pgbench").context("pgbench is gone")?, &fill, START)
             .context("filling the database")?;
     }
     Ok(Servers(servers))
@@ -287,8 +298,20 @@ fn redis(scene: &Scene) -> Result<Servers> {
     for number in 0..3 {
         let port = (6379 + number).to_string();
         let folder = scene.folder.path("").display().to_string();
-        let args =
-            ["--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", &folder];
+        let args = [
+            "--port",
+            &port,
+            "--bind",
+            "0.0.0.0",
+            "--protected-mode",
+            "no",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            &folder,
+        ];
         servers.push(start(
             scene,
             "redis-server",
@@ -305,7 +328,7 @@ fn redis(scene: &Scene) -> Result<Servers> {
 fn nginx(scene: &Scene) -> Result<Servers> {
     let folder = scene.folder.path("nginx-http");
     std::fs::create_dir(&folder)?;
-    let listen: String = (8080..8083).map(|port| format!("        listen 127.0.0.1:{port};\n")).collect();
+    let listen: String = (8080..8083).map(|port| format!("        listen {port};\n")).collect();
     let paths: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .iter()
         .map(|name| format!("    {name}_temp_path {};\n", folder.join(name).display()))

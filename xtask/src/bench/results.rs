@@ -36,6 +36,11 @@ impl Results {
         }
     }
 
+    /// Whether it could not be measured.
+    pub fn has_failed(&self, contender: &Contender, what: &str) -> bool {
+        self.failures.iter().any(|(who, workload, _)| who == contender.label && workload == what)
+    }
+
     /// A figure of a contender.
     pub fn get(&self, contender: &Contender, metric: &Metric) -> Option<Summary> {
         Summary::of(self.samples.get(&(contender.key, metric.key.to_owned()))?)

@@ -28,11 +28,6 @@ impl Summary {
         Some(Self { median, min, max, samples: samples.to_vec() })
     }
 
-    /// How far the rounds are apart, as a part of the median.
-    pub fn spread(&self) -> f64 {
-        if self.median == 0.0 { 0.0 } else { (self.max - self.min) / self.median.abs() }
-    }
-
     /// Whether every round of one was better than every round of the other. With three rounds each, chance alone
     /// does that once in ten times; with five, once in 126.
     pub fn differs_from(&self, other: &Self) -> bool {

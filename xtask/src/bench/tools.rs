@@ -29,6 +29,8 @@ pub fn version(program: &Path, flag: &str) -> Option<String> {
     let output = Command::new(program).arg(flag).output().ok()?;
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said);
-    let line = said.lines().find(|line| line.chars().any(|letter| letter.is_ascii_digit()))?;
+    let line = said
+        .lines()
+        .find(|line| line.chars().any(|letter| letter.is_ascii_digit()) && !line.contains("error"))?;
     Some(line.trim().to_owned())
 }
