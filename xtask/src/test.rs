@@ -50,6 +50,9 @@ enum Tier {
 /// Suites whose names begin so boot whole hosts or emulated kernels, or take minutes for another reason.
 const SLOW: &[&str] = &["emulator", "host", "slow"];
 
+/// Run only when named: emulated processors take minutes and bear no neighbours.
+const BY_NAME: &str = "emulator";
+
 impl Tier {
     fn name(&self) -> &str {
         match self {
@@ -110,7 +113,12 @@ pub fn run(args: &Args) -> Result<()> {
     let all = Tier::all()?;
     if args.list {
         for tier in &all {
-            println!("{}{}", tier.name(), if tier.is_slow() { "  (slow)" } else { "" });
+            let note = match tier.is_slow() {
+                _ if tier.name() == BY_NAME => "  (only when named)",
+                true => "  (slow)",
+                false => "",
+            };
+            println!("{}{note}", tier.name());
         }
         return Ok(());
     }
@@ -121,7 +129,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     let chosen = all.iter().filter(|tier| match args.tiers.as_slice() {
-        [] => !(args.quick && tier.is_slow()),
+        [] => !(args.quick && tier.is_slow()) && tier.name() != BY_NAME,
         named => named.iter().any(|name| name == tier.name()),
     });
 
