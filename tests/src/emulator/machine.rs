@@ -2,6 +2,7 @@
 
 use std::io::Read as _;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -15,6 +16,16 @@ use crate::scratch::Scratch;
 
 /// From qemu's start to its end. What the guest runs has deadlines of its own, which come first.
 const DEADLINE: Duration = Duration::from_secs(300);
+/// From qemu's start to the first word of PID 1, which takes 3 s on an idle machine.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// Emulators have faults of their own (see [`CPU`]). A guest that dies before PID 1 has said a word, and so before anything of
+/// ours has run, is booted once more.
+const BOOTS: u32 = 3;
+
+/// All that the emulator can do, but for what qemu 7.2 gets wrong now and then, which ended one boot of Linux 6.12 in eight in a
+/// double fault: the 16-byte compare-and-swap corrupts the flags (without it the kernel has another way), and a processor may
+/// run what another has just patched. So there is one processor.
+const CPU: [&str; 4] = ["-cpu", "max,-cx16", "-smp", "1"];
 
 /// What a guest reported.
 #[derive(Debug)]
@@ -41,7 +52,22 @@ impl Report {
     }
 }
 
+/// One at a time: they would only slow each other down, and what runs inside has deadlines.
 pub(super) fn run(image: &Image, files: &Initramfs) -> Result<Report> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut boots = 1;
+    loop {
+        let report = boot(image, files)?;
+        if !report.steps.is_empty() || boots == BOOTS {
+            return Ok(report);
+        }
+        println!("{} did not come up; once more. Its console ends:\n{}", image.package, report.tail());
+        boots += 1;
+    }
+}
+
+fn boot(image: &Image, files: &Initramfs) -> Result<Report> {
     let scratch = Scratch::new()?;
     let results = scratch.join("results");
     let begin = Instant::now();
@@ -49,7 +75,8 @@ pub(super) fn run(image: &Image, files: &Initramfs) -> Result<Report> {
     let mut qemu = Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
         // Emulated on every machine alike, so that a result does not depend on who may use which hardware.
-        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024"])
+        .args(["-accel", "tcg", "-m", "1024"])
+        .args(CPU)
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-serial", "stdio", "-serial"])
         .arg(format!("file:{}", results.display()))
@@ -75,7 +102,12 @@ pub(super) fn run(image: &Image, files: &Initramfs) -> Result<Report> {
         let mut bytes = Vec::new();
         stdout.read_to_end(&mut bytes).map(|_| String::from_utf8_lossy(&bytes).into_owned())
     });
-    let ended = process::ends(qemu.id().cast_signed(), DEADLINE);
+    let silent = || std::fs::metadata(&results).map_or(true, |file| file.len() == 0);
+    let pid = qemu.id().cast_signed();
+    let ended = process::ends(pid, BOOT_DEADLINE).and_then(|ended| {
+        let hopeless = ended || silent();
+        if hopeless { Ok(ended) } else { process::ends(pid, DEADLINE) }
+    });
     if !matches!(ended, Ok(true)) {
         qemu.kill().ok();
     }
@@ -87,9 +119,14 @@ pub(super) fn run(image: &Image, files: &Initramfs) -> Result<Report> {
         .unwrap_or_default()
         .lines()
         .map(|line| serde_json::from_str(line).with_context(|| format!("the guest reported {line:?}")))
-        .collect::<Result<_>>()?;
+        .collect::<Result<Vec<Value>>>()?;
     let report = Report { steps, console, took: begin.elapsed() };
-    ensure!(ended?, "the guest did not end within {DEADLINE:?}; its console ends:\n{}", report.tail());
-    ensure!(status.success(), "qemu failed ({status}): {}", complaint.trim());
+    let ended = ended?;
+    ensure!(
+        ended || report.steps.is_empty(),
+        "the guest did not end within {DEADLINE:?}; its console ends:\n{}",
+        report.tail()
+    );
+    ensure!(!ended || status.success(), "qemu failed ({status}): {}", complaint.trim());
     Ok(report)
 }
