@@ -298,7 +298,11 @@ impl<'a> Control<'a> {
         let mut extend = tokio::time::interval(EXTEND_EVERY);
         // Only who insists on the kernel relay waits for it.
         if self.options.relay == RelayChoice::Sockmap {
-            let loaded = loaded(&mut self.loading).await;
+            let loaded = tokio::select! {
+                loaded = loaded(&mut self.loading) => loaded,
+                _ = terminate.recv() => return Ok(()),
+                _ = interrupt.recv() => return Ok(()),
+            };
             self.kernel_loaded(loaded)?;
         }
         // The engine's thread attaches the programs; this one never needs the rights for that.

@@ -125,6 +125,7 @@ pub struct Kernel {
     lanes: Arc<lane::Lanes>,
     ebpf: Ebpf,
     fionread_lies: bool,
+    hook_blocking: bool,
 }
 
 impl std::fmt::Debug for Kernel {
@@ -151,6 +152,7 @@ impl Kernel {
             ebpf: loaded.ebpf,
             // Until the self-test has seen better.
             fionread_lies: true,
+            hook_blocking: config.hook_blocking,
         })
     }
 

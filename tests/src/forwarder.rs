@@ -217,13 +217,19 @@ impl Forwarder {
 
     /// What it says of itself, as `bro status` asks for it. (Not for one that runs as another user.)
     pub fn report(&self) -> Result<Report> {
-        let path = self.scratch.join("status.sock");
+        let path = self.status_socket();
         let mut stream = std::os::unix::net::UnixStream::connect(&path)
             .with_context(|| format!("nobody answers at {}", path.display()))?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         Ok(serde_json::from_str(&text)?)
+    }
+
+    /// Where it answers for its status.
+    #[must_use]
+    pub fn status_socket(&self) -> PathBuf {
+        self.scratch.join("status.sock")
     }
 
     /// Waits until the kernel relay is loaded, and says where its programs and maps are.

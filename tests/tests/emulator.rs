@@ -43,7 +43,7 @@ fn number(of: &Value) -> u64 {
 }
 
 /// Every connection carried every byte, and none says that another relay than `relay` had its bytes.
-fn expect_relayed(facts: &Value, relay: &str) -> Result<()> {
+fn expect_relayed(facts: &Value, relay: Option<&str>) -> Result<()> {
     let none = Vec::new();
     let connections = facts["connections"].as_array().unwrap_or(&none);
     ensure!(connections.len() == CONNECTIONS, "{CONNECTIONS} connections were made: {facts:#}");
@@ -51,24 +51,31 @@ fn expect_relayed(facts: &Value, relay: &str) -> Result<()> {
         let whole = number(&connection["to_service"]) == BYTES && number(&connection["to_client"]) == BYTES;
         ensure!(whole && connection["reason"] == "eof", "not every byte came: {facts:#}");
     }
-    ensure!(connections.last().is_some_and(|last| last["relay"] == relay), "not by {relay}: {facts:#}");
-    ensure!(facts["relay"]["name"] == relay, "the status does not say {relay}: {facts:#}");
+    if let Some(relay) = relay {
+        ensure!(connections.last().is_some_and(|last| last["relay"] == relay), "not by {relay}: {facts:#}");
+        ensure!(facts["relay"]["name"] == relay, "the status does not say {relay}: {facts:#}");
+    }
     Ok(())
 }
 
 /// What holds on a kernel that has all the relay needs.
 fn expect_lanes(report: &Report) -> Result<()> {
     let doctor = &report.step("doctor")?["kernel relay"];
-    ensure!(doctor["outcome"] == "ok", "bro doctor says {doctor:#}");
+    let finding = doctor["finding"].as_str().unwrap_or_default();
+    ensure!(finding.starts_with("loaded and tested"), "bro doctor says {doctor:#}");
+    // On a kernel whose FIONREAD lies, clients that send as much as these are spliced; there the programs' own suites below show
+    // the redirect.
+    let careful = finding.contains("FIONREAD");
     let mut kernel = Vec::new();
     for step in ["auto", "sockmap"] {
         let facts = report.step(step)?;
-        expect_relayed(facts, "sockmap").with_context(|| step.to_owned())?;
+        expect_relayed(facts, if careful { None } else { Some("sockmap") })
+            .with_context(|| step.to_owned())?;
         let bytes = number(&facts["total"]["kernel"]);
         println!("{step}: {bytes} bytes took a kernel lane, {} were spliced", facts["total"]["spliced"]);
         kernel.push(bytes);
     }
-    ensure!(kernel.iter().all(|bytes| *bytes > 0), "a lane was never taken: {kernel:?}");
+    ensure!(careful || kernel.iter().all(|bytes| *bytes > 0), "a lane was never taken: {kernel:?}");
     for suite in SUITES {
         let facts = report.step(suite)?;
         let output = facts["output"].as_str().unwrap_or_default();
@@ -93,7 +100,7 @@ fn expect_splice(report: &Report) -> Result<()> {
         "bro doctor says {doctor:#}"
     );
     let auto = report.step("auto")?;
-    expect_relayed(auto, "splice")?;
+    expect_relayed(auto, Some("splice"))?;
     ensure!(number(&auto["total"]["kernel"]) == 0, "{auto:#}");
     // After the semicolon the verifier says how long it took, which is never the same.
     let reason =

@@ -1,6 +1,7 @@
 //! The project's own tasks, one file a task: `cargo xtask run` shows the main job on this host, `cargo xtask test` runs
-//! every tier of tests whose needs are met.
+//! every tier of tests whose needs are met, `cargo xtask bench` compares forwarders.
 
+mod bench;
 mod build;
 mod build_ebpf;
 mod run;
@@ -24,6 +25,8 @@ enum Task {
     Run(run::Args),
     /// Run every tier of tests whose needs are met, and say loudly what was left out
     Test(test::Args),
+    /// Compare bro with every other forwarder that is here: a table, plots and JSON
+    Bench(Box<bench::Args>),
     /// Make the kernel relay's programs from source, or check that those checked in are what the source makes
     BuildEbpf(build_ebpf::Args),
     /// A process of `run`: its container, service, client or forwarder
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Run(args) => run::run(&args),
         Task::Test(args) => test::run(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::BuildEbpf(args) => build_ebpf::run(&args),
         Task::Part(part) => run::part(part),
     };

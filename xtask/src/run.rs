@@ -6,8 +6,8 @@
 mod client;
 mod compare;
 mod keep;
-mod namespace;
-mod process;
+pub mod namespace;
+pub mod process;
 mod service;
 mod stream;
 mod systemd;

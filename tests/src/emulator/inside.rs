@@ -92,7 +92,9 @@ impl Port {
     fn everything(&mut self) -> Result<()> {
         self.report("up", Ok(json!({})))?;
         let doctor = doctor();
-        let fit = doctor.as_ref().is_ok_and(|facts| facts["kernel relay"]["outcome"] == "ok");
+        let fit = doctor.as_ref().is_ok_and(|facts| {
+            facts["kernel relay"]["finding"].as_str().is_some_and(|said| said.starts_with("loaded"))
+        });
         self.report("doctor", doctor)?;
         self.report("auto", relay(&["--relay=auto"]))?;
         self.report("sockmap", relay(&["--relay=sockmap", "--local-clients=on"]))?;
@@ -176,7 +178,8 @@ fn relay(options: &[&str]) -> Result<Value> {
 }
 
 fn status(forwarder: &Forwarder) -> Result<Value> {
-    let (well, output) = run(Command::new(BRO).args(["status", "--json"]), SHORT)?;
+    let (well, output) =
+        run(Command::new(BRO).args(["status", "--json"]).arg(forwarder.status_socket()), SHORT)?;
     ensure!(well, "bro status failed");
     let reports: Value = serde_json::from_str(&output)?;
     let ours = reports.as_array().and_then(|all| all.iter().find(|one| one["pid"] == forwarder.pid()));

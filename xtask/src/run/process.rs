@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
 /// Names the process that a part must not outlive.
-const PARENT: &str = "BRO_XTASK_PARENT";
+pub const PARENT: &str = "BRO_XTASK_PARENT";
 
 /// A command that runs this binary as `xtask part ARGS`. In a process group of its own, so that Ctrl-C reaches the task
 /// alone, which then ends its parts in order.

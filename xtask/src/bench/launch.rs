@@ -1,0 +1,198 @@
+//! How everything of a run is started: by a part of this task that does what systemd and podman do between fork and exec,
+//! which is to enter the container's namespaces, to hand over a listening socket, to become another user.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, User};
+
+use super::memory;
+use crate::run::process::{PARENT, die_with_parent};
+
+/// What the part is told.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Enter the namespaces of this process
+    #[arg(long)]
+    inside: Option<i32>,
+    /// Stdin is a listening socket: pass it on as descriptor 3, as systemd does and as nginx does to its successor
+    #[arg(long)]
+    socket: bool,
+    /// Become this user
+    #[arg(long)]
+    user: Option<String>,
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+/// The part itself: it becomes the program.
+pub fn main(args: &Args) -> Result<()> {
+    let mut command = Command::new(&args.command[0]);
+    command.args(&args.command[1..]);
+    for name in ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "JOURNAL_STREAM"] {
+        command.env_remove(name);
+    }
+    if args.socket {
+        // SAFETY: this process is single-threaded and nothing in it owns descriptor 3 so far.
+        let socket = unsafe { nix::unistd::dup2_raw(std::io::stdin(), 3) }.context("dup2 to descriptor 3")?;
+        // Without close-on-exec, which is the point; from here on the program owns it.
+        std::mem::forget(socket);
+        nix::unistd::dup2_stdin(File::open("/dev/null")?).context("stdin from /dev/null")?;
+        command.env("LISTEN_PID", std::process::id().to_string()).env("LISTEN_FDS", "1");
+        command.env("LISTEN_FDNAMES", "bench.socket").env("NGINX", "3;");
+    }
+    if let Some(container) = args.inside {
+        enter(container)?;
+    }
+    if let Some(name) = &args.user {
+        let user = User::from_name(name)?.with_context(|| format!("no user {name}"))?;
+        nix::unistd::setgroups(&[])?;
+        nix::unistd::setgid(user.gid)?;
+        nix::unistd::setuid(user.uid)?;
+    }
+    // Last: a change of credentials makes the kernel forget the request.
+    die_with_parent(Signal::SIGTERM)?;
+    Err(command.exec()).with_context(|| format!("cannot run {}", args.command[0]))
+}
+
+/// Enters the namespaces of the container, its user namespace first if that is another.
+fn enter(container: i32) -> Result<()> {
+    let namespace = |kind: &str| File::open(format!("/proc/{container}/ns/{kind}"));
+    let same = std::fs::read_link("/proc/self/ns/user")?
+        == std::fs::read_link(format!("/proc/{container}/ns/user"))?;
+    let network = namespace("net").context("the container's network namespace")?;
+    if !same {
+        setns(namespace("user")?, CloneFlags::CLONE_NEWUSER)
+            .context("entering the container's user namespace")?;
+    }
+    setns(network, CloneFlags::CLONE_NEWNET).context("entering the container's network namespace")
+}
+
+/// How to start a program.
+#[derive(Debug, Default)]
+pub struct Launch<'a> {
+    /// In the namespaces of this process.
+    pub inside: Option<u32>,
+    /// With this listening socket.
+    pub socket: Option<OwnedFd>,
+    pub user: Option<&'a str>,
+}
+
+impl Launch<'_> {
+    /// The command; stdin is the socket or nothing.
+    pub fn command(self, program: &Path, args: &[String]) -> Result<Command> {
+        // Whatever is started may have as many descriptors as this user is allowed.
+        memory::more_descriptors();
+        let mut command = Command::new("/proc/self/exe");
+        command.args(["bench", "launch"]).env(PARENT, std::process::id().to_string()).process_group(0);
+        if let Some(container) = self.inside {
+            command.arg(format!("--inside={container}"));
+        }
+        if let Some(user) = self.user {
+            command.arg(format!("--user={user}"));
+        }
+        match self.socket {
+            Some(socket) => command.arg("--socket").stdin(Stdio::from(socket)),
+            None => command.stdin(Stdio::null()),
+        };
+        command.arg("--").arg(program).args(args);
+        Ok(command)
+    }
+
+    /// Starts it; what it says goes to `log`.
+    pub fn start(self, program: &Path, args: &[String], log: &Path) -> Result<Launched> {
+        let file = File::create(log).context("a log file")?;
+        let mut command = self.command(program, args)?;
+        let child = command.stdout(file.try_clone()?).stderr(file).spawn();
+        Ok(Launched(child.with_context(|| format!("cannot start {}", program.display()))?))
+    }
+
+    /// Runs it to its end, which must come within the limit; what it wrote to stdout.
+    pub fn output(self, program: &Path, args: &[String], limit: Duration) -> Result<String> {
+        let mut command = self.command(program, args)?;
+        let mut launched = Launched(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?);
+        let written = gather(launched.0.stdout.take());
+        let said = gather(launched.0.stderr.take());
+        let written = written.recv_timeout(limit);
+        let written = written.ok().with_context(|| format!("not done within {limit:?}"))?;
+        // Both end with it.
+        let said = said.recv_timeout(limit).unwrap_or_default();
+        let status = launched.0.wait()?;
+        ensure!(status.success(), "{}", last_line(&said).trim_start_matches("xtask: "));
+        Ok(written)
+    }
+}
+
+/// Reads it all in a thread of its own.
+fn gather(source: Option<impl Read + Send + 'static>) -> Receiver<String> {
+    let (sender, all) = channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        source.map(|mut source| source.read_to_end(&mut bytes));
+        sender.send(String::from_utf8_lossy(&bytes).into_owned()).ok();
+    });
+    all
+}
+
+/// The last line that says something.
+pub fn last_line(text: &str) -> &str {
+    text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing")
+}
+
+/// This very program.
+pub fn this_task() -> &'static Path {
+    Path::new("/proc/self/exe")
+}
+
+/// A program and whatever it starts: its process group, ended when this goes out of scope.
+#[derive(Debug)]
+pub struct Launched(pub Child);
+
+impl Launched {
+    /// Its process group.
+    pub fn group(&self) -> i32 {
+        i32::try_from(self.0.id()).unwrap_or(i32::MAX)
+    }
+
+    pub fn stdout(&mut self) -> Result<ChildStdout> {
+        self.0.stdout.take().context("stdout is a pipe")
+    }
+
+    /// Whether it ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.0.try_wait(), Ok(None))
+    }
+
+    fn ends_within(&mut self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while !self.has_ended() {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        true
+    }
+}
+
+impl Drop for Launched {
+    fn drop(&mut self) {
+        let group = Pid::from_raw(self.group());
+        if !self.has_ended() {
+            killpg(group, Signal::SIGTERM).ok();
+            self.ends_within(Duration::from_secs(4));
+        }
+        // What it has left behind, too. There is no such group when it has left nothing.
+        killpg(group, Signal::SIGKILL).ok();
+        self.0.wait().ok();
+    }
+}

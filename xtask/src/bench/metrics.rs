@@ -1,0 +1,203 @@
+//! What is measured, in the order and the words of the report.
+
+/// How a figure is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Bytes a second, as GiB/s.
+    Rate,
+    /// Seconds, as microseconds.
+    Micros,
+    /// Seconds, as milliseconds.
+    Millis,
+    /// Seconds of processor time, as they are.
+    Seconds,
+    /// A number a second.
+    PerSecond,
+    /// Bytes, as KiB.
+    KiB,
+}
+
+impl Unit {
+    /// The figure in this unit.
+    pub fn scale(self, value: f64) -> f64 {
+        match self {
+            Self::Rate => value / f64::from(1 << 30),
+            Self::Micros => value * 1e6,
+            Self::Millis => value * 1e3,
+            Self::Seconds | Self::PerSecond => value,
+            Self::KiB => value / 1024.0,
+        }
+    }
+
+    /// The unit's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rate => "GiB/s",
+            Self::Micros => "µs",
+            Self::Millis => "ms",
+            Self::Seconds => "CPU s",
+            Self::PerSecond => "/s",
+            Self::KiB => "KiB",
+        }
+    }
+
+    /// Digits behind the point.
+    pub fn digits(self, scaled: f64) -> usize {
+        match self {
+            Self::PerSecond => 0,
+            _ if scaled.abs() >= 100.0 => 0,
+            _ if scaled.abs() >= 10.0 => 1,
+            _ => 2,
+        }
+    }
+}
+
+/// One figure.
+#[derive(Debug, Clone, Copy)]
+pub struct Metric {
+    /// In JSON.
+    pub key: &'static str,
+    pub title: &'static str,
+    pub unit: Unit,
+    pub higher_is_better: bool,
+}
+
+const fn more(key: &'static str, title: &'static str, unit: Unit) -> Metric {
+    Metric { key, title, unit, higher_is_better: true }
+}
+
+const fn less(key: &'static str, title: &'static str, unit: Unit) -> Metric {
+    Metric { key, title, unit, higher_is_better: false }
+}
+
+/// A table of the report.
+#[derive(Debug)]
+pub struct Section {
+    pub title: &'static str,
+    pub note: &'static str,
+    pub metrics: &'static [Metric],
+}
+
+/// The tables.
+pub const SECTIONS: &[Section] = &[
+    Section {
+        title: "Bulk",
+        note: "One connection. Both ways is the sum of the two.",
+        metrics: &[
+            more("download.bytes_per_second", "service to client", Unit::Rate),
+            more("upload.bytes_per_second", "client to service", Unit::Rate),
+            more("duplex.bytes_per_second", "both ways", Unit::Rate),
+        ],
+    },
+    Section {
+        title: "CPU per GiB",
+        note: "Processor seconds of the whole system (client, service, kernel threads and interrupts included), and of the \
+            forwarder's own processes.",
+        metrics: &[
+            less("download.system_cpu_per_gib", "to client, system", Unit::Seconds),
+            less("download.own_cpu_per_gib", "to client, own", Unit::Seconds),
+            less("upload.system_cpu_per_gib", "to service, system", Unit::Seconds),
+            less("upload.own_cpu_per_gib", "to service, own", Unit::Seconds),
+            less("duplex.system_cpu_per_gib", "both, system", Unit::Seconds),
+        ],
+    },
+    Section {
+        title: "Round trips",
+        note: "One connection, a request and an answer of the same size, one at a time.",
+        metrics: &[
+            less("requests64.p50", "64 B p50", Unit::Micros),
+            less("requests64.p99", "64 B p99", Unit::Micros),
+            less("requests64.p999", "64 B p99.9", Unit::Micros),
+            less("requests1k.p50", "1 KiB p50", Unit::Micros),
+            less("requests1k.p99", "1 KiB p99", Unit::Micros),
+            less("requests1k.p999", "1 KiB p99.9", Unit::Micros),
+            less("requests16k.p50", "16 KiB p50", Unit::Micros),
+            less("requests16k.p99", "16 KiB p99", Unit::Micros),
+            less("requests16k.p999", "16 KiB p99.9", Unit::Micros),
+        ],
+    },
+    Section {
+        title: "CPU per request",
+        note: "Processor time of the whole system for one request and its answer.",
+        metrics: &[
+            less("requests64.system_cpu_per_request", "64 B", Unit::Micros),
+            less("requests16k.system_cpu_per_request", "16 KiB", Unit::Micros),
+            less("flows.system_cpu_per_request", "1 KiB, 64 flows", Unit::Micros),
+            less("connections.system_cpu", "new connection", Unit::Micros),
+        ],
+    },
+    Section {
+        title: "Many connections",
+        note: "New connections: connect, a byte each way, close, one after the other. Flows: 64 connections with requests of \
+            1 KiB, one event loop on each side.",
+        metrics: &[
+            more("connections.per_second", "new connections", Unit::PerSecond),
+            more("flows.per_second", "64 flows", Unit::PerSecond),
+            less("flows.p50", "flows p50", Unit::Micros),
+            less("flows.p99", "flows p99", Unit::Micros),
+        ],
+    },
+    Section {
+        title: "Beside slow readers",
+        note: "Round trips of 64 B, alone and beside four connections whose service sends without end and whose client takes \
+            64 KiB every 10 ms.",
+        metrics: &[
+            less("slow.alone.p50", "alone p50", Unit::Micros),
+            less("slow.beside.p50", "beside p50", Unit::Micros),
+            less("slow.alone.p99", "alone p99", Unit::Micros),
+            less("slow.beside.p99", "beside p99", Unit::Micros),
+        ],
+    },
+    Section {
+        title: "Memory per idle connection",
+        note: "After a byte each way. The process's own memory (PSS) is that of a fresh process; the kernel's (slabs, stacks, \
+            page tables) is the whole system's, so it contains the client's and the service's sockets, which the direct \
+            connection shows alone.",
+        metrics: &[
+            less("idle1000.process_bytes", "1,000: process", Unit::KiB),
+            less("idle1000.kernel_bytes", "1,000: kernel", Unit::KiB),
+            less("idle9000.process_bytes", "9,000: process", Unit::KiB),
+            less("idle9000.kernel_bytes", "9,000: kernel", Unit::KiB),
+        ],
+    },
+    Section {
+        title: "Real programs",
+        note: "pgbench -S with 8 clients; redis-benchmark GET with 16 clients, without and with -P 16; wrk with 16 connections \
+            against nginx.",
+        metrics: &[
+            more("pgbench.per_second", "pgbench", Unit::PerSecond),
+            less("pgbench.mean", "pgbench mean", Unit::Micros),
+            more("redis.per_second", "redis", Unit::PerSecond),
+            less("redis.p99", "redis p99", Unit::Micros),
+            more("redis-pipelined.per_second", "redis -P 16", Unit::PerSecond),
+            more("wrk.per_second", "wrk, nginx", Unit::PerSecond),
+            less("wrk.p99", "wrk p99", Unit::Micros),
+            less("wrk.system_cpu_per_request", "wrk system CPU", Unit::Micros),
+        ],
+    },
+    Section {
+        title: "Cold start",
+        note: "First byte after the client's connect(). systemd: until its stand-in has seen the client. Container: until the \
+            service listens; it takes 50 ms to start up. Readiness: until the service has the connection. Relay: until the \
+            client has its byte. The forwarder's own is all that comes after the service listens. systemd-socket-proxyd is \
+            started when the service listens (After=), for it does not hold clients; the others start beside it.",
+        metrics: &[
+            less("cold.systemd", "systemd", Unit::Millis),
+            less("cold.container", "container", Unit::Millis),
+            less("cold.readiness", "readiness", Unit::Millis),
+            less("cold.relay", "relay", Unit::Millis),
+            less("cold.own", "forwarder's own", Unit::Millis),
+            less("cold.total", "in all", Unit::Millis),
+        ],
+    },
+];
+
+/// Every figure of the tables.
+pub fn all() -> impl Iterator<Item = &'static Metric> {
+    SECTIONS.iter().flat_map(|section| section.metrics)
+}
+
+/// The figure of this name.
+pub fn by_key(key: &str) -> Option<&'static Metric> {
+    all().find(|metric| metric.key == key)
+}
