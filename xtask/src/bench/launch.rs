@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, User};
 
@@ -67,14 +67,23 @@ pub fn main(args: &Args) -> Result<()> {
 /// Enters the namespaces of the container, its user namespace first if that is another.
 fn enter(container: i32) -> Result<()> {
     let namespace = |kind: &str| File::open(format!("/proc/{container}/ns/{kind}"));
-    let same = std::fs::read_link("/proc/self/ns/user")?
-        == std::fs::read_link(format!("/proc/{container}/ns/user"))?;
+    let own = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user"));
+    let rootless = own("self")? != own(&container.to_string())?;
+    let (user, group) = (nix::unistd::geteuid(), nix::unistd::getegid());
     let network = namespace("net").context("the container's network namespace")?;
-    if !same {
+    if rootless {
         setns(namespace("user")?, CloneFlags::CLONE_NEWUSER)
             .context("entering the container's user namespace")?;
     }
-    setns(network, CloneFlags::CLONE_NEWNET).context("entering the container's network namespace")
+    setns(network, CloneFlags::CLONE_NEWNET).context("entering the container's network namespace")?;
+    if rootless {
+        // There one is root, which some programs refuse to be and others try to cease to be: back to who one was.
+        unshare(CloneFlags::CLONE_NEWUSER).context("a user namespace in the container's")?;
+        std::fs::write("/proc/self/setgroups", "deny").ok();
+        std::fs::write("/proc/self/uid_map", format!("{user} 0 1")).context("uid_map")?;
+        std::fs::write("/proc/self/gid_map", format!("{group} 0 1")).context("gid_map")?;
+    }
+    Ok(())
 }
 
 /// How to start a program.

@@ -57,6 +57,18 @@ fn reading(report: &Report, text: &mut String) -> std::fmt::Result {
     for left_out in &report.results.left_out {
         writeln!(text, "Left out for want of time: {left_out}.\n")?;
     }
+    if metrics::all().any(|metric| {
+        report
+            .present
+            .iter()
+            .any(|who| report.results.get(who, metric).is_some_and(|figure| figure.samples.len() == 1))
+    }) {
+        writeln!(
+            text,
+            "> **Some figures have a single round: nobody can be told from anybody by them.** A quieter machine or `--full` gives \
+             more.\n"
+        )?;
+    }
     Ok(())
 }
 
