@@ -31,8 +31,8 @@ pub enum Command {
         /// Which target.
         backend: usize,
     },
-    /// Accept no more, and say when the last connection has ended.
-    Drain,
+    /// Accept no more, for this reason; say when that is so, and when the last connection has ended.
+    Drain(&'static str),
     /// End every connection now.
     EndAll(End),
     /// Accept no more if there is no connection; say whether.
@@ -71,7 +71,9 @@ pub enum Event {
     },
     /// The answer to [`Command::StopIfIdle`].
     StoppedIfIdle(bool),
-    /// The answer to [`Command::Drain`].
+    /// The first answer to [`Command::Drain`]: nobody is accepted any more.
+    Draining(&'static str),
+    /// The second: nobody is connected any more.
     Drained,
     /// The answer to [`Command::Ping`].
     Pong,
