@@ -18,7 +18,12 @@ pub const QUIET_CREDIT: u64 = 16 * 1024;
 
 /// The SO_SNDBUF that a hooked sender gets when its other end is on this host; the kernel doubles it. It bounds what a sender
 /// has under way through the forwarder, and so how soon the shortcut reopens.
-pub const SENDER_BUFFER: i32 = 64 * 1024;
+pub const SENDER_BUFFER: i32 = 128 * 1024;
+
+/// A verdict to pass, where the next one may differ, is for so many bytes only. The kernel keeps a verdict until what it was for
+/// has been queued to the end (`psock->eval` in `tcp_bpf_send_verdict`), and a sender that fills its buffer each time never
+/// gets to that end: without a step it would never be asked about again, and its whole stream would go the long way.
+pub const PASS_STEP: u32 = 4 * 1024;
 
 /// What the program read from the lane's record before it decides.
 ///

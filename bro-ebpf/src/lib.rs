@@ -14,8 +14,8 @@ mod keys;
 mod record;
 
 pub use decision::{
-    MESSAGE_OVERHEAD, QUIET_CREDIT, SEGMENT, SENDER_BUFFER, Snapshot, Verdict, Watermark, charge, credit_for,
-    decide, grant, regrant, watermark,
+    MESSAGE_OVERHEAD, PASS_STEP, QUIET_CREDIT, SEGMENT, SENDER_BUFFER, Snapshot, Verdict, Watermark, charge,
+    credit_for, decide, grant, regrant, watermark,
 };
 pub use event::{Event, RawEvent};
 pub use keys::{Flow, Route, Sender, SenderState, TargetKey, Watch, WatchKey, kind, role, v4_mapped};

@@ -1,9 +1,10 @@
 //! `sk_msg`: one message of a hooked sender, before its own TCP sees it.
 
 use aya_ebpf::bindings::sk_msg_md;
-use aya_ebpf::helpers::{bpf_msg_redirect_hash, bpf_sk_storage_get};
+use aya_ebpf::helpers::{bpf_msg_apply_bytes, bpf_msg_redirect_hash, bpf_sk_storage_get};
 use bro_ebpf::{
-    Counter, RawEvent, Reason, Record, Sender, SenderState, Snapshot, TargetKey, Verdict, decide, kind, role,
+    Counter, PASS_STEP, RawEvent, Reason, Record, Sender, SenderState, Snapshot, TargetKey, Verdict, decide,
+    kind, role,
 };
 
 use crate::kernel::{TcpSock, hook_blocking};
@@ -62,6 +63,10 @@ pub fn message(msg: *mut sk_msg_md) -> u32 {
         Verdict::Pass { reason, notify } => {
             if notify {
                 low_credit(record, sender);
+            }
+            if size > PASS_STEP && matches!(reason, Reason::Order | Reason::Credit) {
+                // SAFETY: the context is the kernel's own.
+                unsafe { bpf_msg_apply_bytes(msg, PASS_STEP) };
             }
             pass(record, reason)
         }
