@@ -5,6 +5,7 @@
 
 pub mod activate;
 pub mod activated;
+pub mod activation;
 pub mod capabilities;
 pub mod cli;
 pub mod connection;
@@ -17,6 +18,7 @@ pub mod life;
 pub mod listen;
 pub mod logging;
 pub mod netns;
+pub mod quadlet;
 pub mod relay;
 pub mod stats;
 pub mod status;
@@ -24,3 +26,4 @@ pub mod sys;
 pub mod target;
 pub mod timespan;
 pub mod unit_file;
+pub mod units;
