@@ -83,7 +83,7 @@ pub(super) async fn activate(
             for unit in &new {
                 systemd.reset_failed(unit).await;
             }
-            Err(error.context("nothing was changed"))
+            Err(anyhow::anyhow!("{error:#}; nothing was changed"))
         }
     }
 }
@@ -249,7 +249,7 @@ pub(super) async fn remove(
         Ok(changed) => changed,
         Err(error) => {
             before.restore(systemd).await;
-            return Err(error.context("nothing was changed"));
+            return Err(anyhow::anyhow!("{error:#}; nothing was changed"));
         }
     };
     changed.keep();

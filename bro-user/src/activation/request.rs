@@ -1,6 +1,6 @@
 //! From the command line, the quadlet and what is activated already, to what shall be: checked, with what there is to warn of.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::ValueEnum;
 
@@ -12,7 +12,7 @@ use crate::cli::{Activate, Direct};
 use crate::exit::Failure;
 use crate::quadlet::{self, Kind, Quadlet};
 use crate::target::Target;
-use crate::units::DropIn;
+use crate::units::{self, DropIn};
 
 /// How long a container stays up without a connection where nobody said otherwise.
 const IDLE: &str = "5min";
@@ -57,6 +57,9 @@ pub(super) fn wanted(
     known: Option<&Activated>,
     places: &Places,
 ) -> anyhow::Result<Wanted> {
+    if let Some(Ready::Exec(command)) = &options.ready {
+        super::address::one_line(command).map_err(|reason| usage(format!("--ready=exec: {reason}")))?;
+    }
     let direct = direct(options, known)?;
     let mut warnings = Vec::new();
     let network = Network::of(quadlet);
@@ -74,7 +77,7 @@ pub(super) fn wanted(
     let mut activated = Activated {
         name: quadlet.name.clone(),
         scope: places.scope,
-        quadlet: unrooted(&quadlet.path, places.root.as_deref()),
+        quadlet: units::unrooted(&quadlet.path, places.root.as_deref()),
         unit: quadlet.unit.clone(),
         container_given: !direct
             && (options.container.is_some() || known.is_some_and(|known| known.container_given)),
@@ -113,12 +116,6 @@ pub(super) fn wanted(
         ));
     }
     Ok(Wanted { activated, drop_in, warnings })
-}
-
-/// A path as units name it.
-fn unrooted(path: &Path, root: Option<&Path>) -> PathBuf {
-    root.and_then(|root| path.strip_prefix(root).ok())
-        .map_or_else(|| path.to_owned(), |inside| Path::new("/").join(inside))
 }
 
 fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool> {

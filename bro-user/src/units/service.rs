@@ -7,7 +7,7 @@ use crate::activate::bus::Manager;
 use crate::activated::{Activated, SECTION};
 use crate::unit_file::quote_word;
 
-pub(super) fn text(activated: &Activated, bro: &Path) -> String {
+pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> String {
     let service = activated.service().unwrap_or_default();
     let mut text = super::heading(activated, Some(&service));
     let unit = &activated.unit;
@@ -41,7 +41,7 @@ pub(super) fn text(activated: &Activated, bro: &Path) -> String {
         activated.name
     )
     .ok();
-    for (key, value) in super::notes(activated) {
+    for (key, value) in super::notes(activated, root) {
         writeln!(text, "{key}={value}").ok();
     }
     text

@@ -1,11 +1,12 @@
 //! NAME-activator.socket, or NAME.socket with `--direct`: systemd.socket(5).
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use crate::activated::{Activated, Listener, SECTION};
 use crate::activation::address::External;
 
-pub(super) fn text(activated: &Activated, listener: &Listener) -> String {
+pub(super) fn text(activated: &Activated, listener: &Listener, root: Option<&Path>) -> String {
     let mut text = super::heading(activated, Some(&listener.socket));
     let unit = &activated.unit;
     let wakes = activated.service().unwrap_or_else(|| unit.clone());
@@ -30,7 +31,7 @@ pub(super) fn text(activated: &Activated, listener: &Listener) -> String {
         writeln!(text, "Internal={target}").ok();
     }
     if activated.direct && listener.service == activated.name {
-        for (key, value) in super::notes(activated) {
+        for (key, value) in super::notes(activated, root) {
             writeln!(text, "{key}={value}").ok();
         }
     }
