@@ -102,13 +102,21 @@ async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
     let mut warnings = std::mem::take(&mut wanted.warnings);
     warnings.extend(program::warning(places));
     check_listeners(&wanted.activated, known.as_ref(), systemd.as_ref(), places).await?;
+    if let Some(systemd) = &systemd {
+        warnings.extend(apply::network_warning(systemd, wanted.waits_for_network).await);
+    }
     for path in &wanted.activated.others {
         made.make(path.parent().unwrap_or(path))?;
     }
     let mut activated = wanted.activated;
-    activated.made.extend(
-        made.paths().iter().filter(|path| !activated.made.contains(path)).cloned().collect::<Vec<_>>(),
-    );
+    // Whoever uses a directory that was made for another activated service shares it: the last one to go removes it.
+    let mine = files_of(&activated);
+    let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
+    let shared = all.into_iter().flat_map(|other| other.made);
+    let shared = shared.filter(|directory| mine.iter().any(|file| file.starts_with(directory)));
+    activated.made.extend(made.paths().iter().cloned().chain(shared));
+    activated.made.sort();
+    activated.made.dedup();
     let files =
         units::files(&activated, &program::path(places)?, Some(&wanted.drop_in), places.root.as_deref());
     let mut changes = changes(&activated, &files)?;

@@ -19,10 +19,11 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
         text,
         "[Unit]\n\
          Description=Forwarder that wakes {unit}\n\
-         Requires={sockets}\n\
+         # Who stops the listening stops the forwarder too: it would go on with the sockets it has.\n\
+         PartOf={sockets}\n\
          # Nothing but an order, for shutdown: connections may finish before the container goes. The forwarder itself starts\n\
          # {unit}, so that clients of a container that cannot start are still told.\n\
-         After={sockets} {unit}\n\
+         After={unit}\n\
          # Waking is not restarting: no limit on how often.\n\
          StartLimitIntervalSec=0\n\
          \n\

@@ -22,10 +22,13 @@ pub(super) fn text(activated: &Activated, listener: &Listener, root: Option<&Pat
     if let Some(device) = &listener.device {
         writeln!(text, "BindToDevice={device}").ok();
     }
-    text.push_str(
-        "# However often clients come: no limit is to end the listening.\nTriggerLimitIntervalSec=0\n\n\
-         [Install]\nWantedBy=sockets.target\n\n",
-    );
+    // With --direct systemd's own limits stay: nobody is there to tell the clients of a container that keeps failing.
+    if !activated.direct {
+        text.push_str(
+            "# However often clients come: no limit is to end the listening.\nTriggerLimitIntervalSec=0\n",
+        );
+    }
+    text.push_str("\n[Install]\nWantedBy=sockets.target\n\n");
     writeln!(text, "[{SECTION}]\nName={}\nExternal={}", activated.name, listener.address).ok();
     if let Some(target) = &listener.target {
         writeln!(text, "Internal={target}").ok();

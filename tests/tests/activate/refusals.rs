@@ -22,7 +22,7 @@ const CASES: &[Case] = &[
     (&["data.volume", "--external-port", "80"], 2, "no service"),
     (&["web", "--external-port", "0"], 2, "not a TCP port"),
     (&["web", "--external-port", "65536"], 2, "not a TCP port"),
-    (&["web", "--external-port", "-1"], 2, "--external-port"),
+    (&["web", "--external-port", "-1"], 2, "unexpected argument '-1'"),
     (&["web", "--external-port", "localhost:80"], 2, "not an IP address"),
     (&["web", "--external-port", "127.0.0.1"], 2, "no port"),
     (&["web", "--external-port", "::1"], 2, "no port"),
