@@ -4,6 +4,7 @@
 //! forwarder's life) and [`engine`] (one thread, one epoll, every connection); ARCHITECTURE.md is the map.
 
 pub mod activate;
+pub mod activated;
 pub mod capabilities;
 pub mod cli;
 pub mod connection;
@@ -24,3 +25,4 @@ pub mod status;
 pub mod sys;
 pub mod target;
 pub mod timespan;
+pub mod unit_file;
