@@ -225,6 +225,8 @@ struct Control<'a> {
     wakefulness: Vec<Wakefulness>,
     /// Since when one of them is awake, on the clock that only goes on, and on the wall.
     awake_since: Option<(Instant, SystemTime)>,
+    /// When a target was woken last; before that, when the forwarder started.
+    woken_at: Instant,
     /// Who woke it last.
     woken_by: Option<String>,
     /// Whoever waits until it is awake.
@@ -299,6 +301,7 @@ impl<'a> Control<'a> {
                 .ok(),
             wakefulness: vec![Wakefulness::Asleep; targets.len()],
             awake_since: None,
+            woken_at: Instant::now(),
             woken_by: None,
             wakers: Vec::new(),
             sleeper: None,

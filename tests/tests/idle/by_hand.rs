@@ -5,10 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use bro_tests::forwarder::Forwarder;
+use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::peers::PATIENCE;
-use bro_tests::require_namespaces;
 use bro_tests::scene::{Scene, expect_relayed};
+use bro_tests::{process, require_namespaces};
 use bro_user::control::Outcome;
 use bro_user::status::State;
 
@@ -16,10 +16,17 @@ use crate::{MOMENT, wakes};
 
 /// Sends one request, without waiting for the answer.
 fn request(forwarder: &Forwarder, line: &[u8]) -> Result<UnixStream> {
+    await_socket(forwarder)?;
     let mut stream = UnixStream::connect(forwarder.status_socket())?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(line)?;
     Ok(stream)
+}
+
+fn await_socket(forwarder: &Forwarder) -> Result<()> {
+    let there = || UnixStream::connect(forwarder.status_socket()).is_ok();
+    ensure!(process::eventually(PATIENCE, there), "the forwarder has no socket to be asked at");
+    Ok(())
 }
 
 fn answer(mut stream: UnixStream) -> Result<Outcome> {
@@ -37,7 +44,7 @@ fn wake_is_answered_when_the_service_is_ready() -> Result<()> {
     require_namespaces!();
     let mut scene = Scene::new()?;
     let mut forwarder = scene.start(&["--exit-idle-time=500ms"])?;
-    forwarder.log().line(PATIENCE, |line| line.contains("listening"))?;
+    await_socket(&forwarder)?;
     ensure!(forwarder.report()?.activity.state == State::Asleep, "{:?}", forwarder.report()?.activity);
     let mut asked = request(&forwarder, b"wake\n")?;
     forwarder.log().line(PATIENCE, |line| line.contains("waking the service"))?;
@@ -64,7 +71,7 @@ fn wake_says_when_the_service_does_not_come() -> Result<()> {
     require_namespaces!();
     let scene = Scene::new()?;
     let forwarder = scene.start(&["--start-timeout=500ms"])?;
-    forwarder.log().line(PATIENCE, |line| line.contains("listening"))?;
+    await_socket(&forwarder)?;
     let outcome = ask(&forwarder, "wake\n")?;
     ensure!(!outcome.done && outcome.message.contains("did not listen"), "{outcome:?}");
     forwarder.stop().map(drop)
@@ -111,7 +118,9 @@ fn sleep_by_force_resets_who_is_connected() -> Result<()> {
     // Whoever comes next finds the socket listening, and the next forwarder behind it.
     let late = scene.client()?;
     let next = scene.start(&[])?;
-    expect_relayed(&late, &service.accept()?)?;
+    let served = service.accept()?;
+    expect_relayed(&late, &served)?;
+    drop((late, served));
     next.stop().map(drop)
 }
 
@@ -122,6 +131,7 @@ fn a_client_that_says_nothing_does_not_keep_it_from_being_put_to_sleep() -> Resu
     let mut forwarder = scene.start(&["--wake-on=data"])?;
     let silent = scene.client()?;
     scene.expect_held(&forwarder, 1)?;
+    await_socket(&forwarder)?;
     let _outcome = ask(&forwarder, "sleep\n")?;
     silent.expect_eof()?;
     forwarder.expect_exit(0)
@@ -132,7 +142,7 @@ fn nonsense_is_refused_and_blocks_nobody() -> Result<()> {
     require_namespaces!();
     let scene = Scene::new()?;
     let forwarder = scene.start(&[])?;
-    forwarder.log().line(PATIENCE, |line| line.contains("listening"))?;
+    await_socket(&forwarder)?;
     for line in ["wake up\n", "SLEEP\n", "{}\n", "\u{1F634}\n"] {
         let outcome = ask(&forwarder, line)?;
         ensure!(!outcome.done && outcome.message.contains("understand"), "{line}: {outcome:?}");
@@ -165,20 +175,16 @@ fn nobody_else_may_ask() -> Result<()> {
     }
     let scene = Scene::new()?;
     let forwarder = scene.start(&[])?;
-    forwarder.log().line(PATIENCE, |line| line.contains("listening"))?;
+    await_socket(&forwarder)?;
     // Even where a file's mode would let them.
     use std::os::unix::fs::PermissionsExt as _;
     let folder = forwarder.status_socket().parent().expect("it is in a folder").to_owned();
     std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755))?;
     std::fs::set_permissions(forwarder.status_socket(), std::fs::Permissions::from_mode(0o666))?;
-    let script = format!(
-        "import socket; s = socket.socket(socket.AF_UNIX); s.connect('{}'); s.sendall(b'sleep\\n'); print(s.recv(99))",
-        forwarder.status_socket().display()
-    );
-    let asked = std::process::Command::new("setpriv")
-        .args(["--reuid=65534", "--clear-groups", "python3", "-c", &script])
-        .output()?;
-    ensure!(asked.stdout != b"" && asked.stdout.starts_with(b"b''"), "{asked:?}");
+    let asks = Setup::bare().user(65534).arg("status").arg(forwarder.status_socket());
+    let mut asks = asks.start()?;
+    asks.expect_exit(4)?;
+    forwarder.log().line(PATIENCE, |line| line.contains("another user"))?;
     let answered = forwarder.report()?;
     ensure!(answered.activity.state == State::Asleep, "{answered:?}");
     forwarder.stop().map(drop)

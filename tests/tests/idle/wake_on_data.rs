@@ -14,7 +14,7 @@ fn who_sends_nothing_wakes_nothing_and_the_first_byte_wakes() -> Result<()> {
     require_namespaces!();
     for family in [Family::Tcp4, Family::Tcp6, Family::Unix] {
         let mut scene = Scene::of(family)?;
-        let forwarder = scene.start(&["--wake-on=data"])?;
+        let forwarder = scene.start(&["--wake-on=data", "--relay=splice"])?;
         let (silent, speaks) = (scene.client()?, scene.client()?);
         scene.expect_held(&forwarder, 2)?;
         forwarder.expect_no_spin(2 * MOMENT).context("with silent clients")?;
@@ -71,7 +71,9 @@ fn who_leaves_without_a_byte_is_forgotten() -> Result<()> {
 #[test]
 fn a_byte_and_a_fin_wake() -> Result<()> {
     require_namespaces!();
-    for (front, gone) in [(Family::Tcp4, false), (Family::Tcp4, true), (Family::Unix, false), (Family::Unix, true)] {
+    for (front, gone) in
+        [(Family::Tcp4, false), (Family::Tcp4, true), (Family::Unix, false), (Family::Unix, true)]
+    {
         let mut scene = Scene::between(bro_tests::netns::Namespace::new()?, front, Family::Tcp4)?;
         let forwarder = scene.start(&["--wake-on=data"])?;
         let client = scene.client()?;
@@ -88,6 +90,8 @@ fn a_byte_and_a_fin_wake() -> Result<()> {
             served.send(b"pong")?;
             drop(served);
             ensure!(client.read_to_end()?.0 == b"pong", "no answer");
+        } else {
+            drop(served);
         }
         forwarder.stop()?;
     }
@@ -131,7 +135,7 @@ fn the_start_has_its_time_after_a_silence() -> Result<()> {
 fn the_silent_make_room_for_others() -> Result<()> {
     require_namespaces!();
     let mut scene = Scene::new()?;
-    let forwarder = scene.start(&["--wake-on=data", "--connections-max=3"])?;
+    let forwarder = scene.start(&["--wake-on=data", "--relay=splice", "--connections-max=3"])?;
     let scanner: Vec<Conn> = (0..3).map(|_| scene.client()).collect::<Result<_>>()?;
     scene.expect_held(&forwarder, 3)?;
     forwarder.expect_no_spin(MOMENT).context("full of silent clients")?;
@@ -157,8 +161,7 @@ fn the_silent_make_room_for_others() -> Result<()> {
     let fourth = scene.client()?;
     fourth.send(b"ping")?;
     ensure!(service.try_accept(MOMENT)?.is_none(), "a fourth connection");
-    drop((scanner, client, fourth));
-    forwarder.stop().map(drop)
+    Ok(())
 }
 
 /// A flood of connections that say nothing, with a real client now and then: each of those is served.
@@ -173,20 +176,22 @@ fn a_flood_of_scans_does_not_keep_clients_out() -> Result<()> {
     }
     let client = scene.client()?;
     client.send(b"ping")?;
-    let all = process::eventually(PATIENCE, || forwarder.report().is_ok_and(|report| report.total.accepted == 201));
+    let all =
+        process::eventually(PATIENCE, || forwarder.report().is_ok_and(|report| report.total.accepted == 201));
     ensure!(all, "{:?}", forwarder.report()?.total);
     ensure!(wakes(&forwarder) == 1, "{} wakes", wakes(&forwarder));
     drop(scans);
     let service = scene.serve()?;
     loop {
         let served = service.accept()?;
-        if let (came, _) = read_some(&served)? && came == b"ping" {
+        if let (came, _) = read_some(&served)?
+            && came == b"ping"
+        {
             served.send(b"pong")?;
             client.recv_exact(&mut [0; 4])?;
-            break;
+            return Ok(());
         }
     }
-    forwarder.stop().map(drop)
 }
 
 fn read_some(conn: &Conn) -> Result<(Vec<u8>, usize)> {
@@ -220,8 +225,8 @@ fn a_container_that_is_awake_is_awake_for_all_its_targets() -> Result<()> {
     let greeted = other.accept().context("the silent client of the other target")?;
     expect_relayed(&before, &greeted)?;
     let late = connect(front.address())?;
-    let greeted = other.accept().context("a later client of the other target")?;
-    expect_relayed(&late, &greeted)?;
-    drop((before, first, served, greeted, late));
+    let greeted_too = other.accept().context("a later client of the other target")?;
+    expect_relayed(&late, &greeted_too)?;
+    drop((before, first, served, greeted, late, greeted_too));
     forwarder.stop().map(drop)
 }
