@@ -57,10 +57,15 @@ pub struct Activated {
     pub service_file: Option<PathBuf>,
     /// Its ports, the first one first.
     pub listeners: Vec<Listener>,
-    /// What `bro forward` is given beyond that, by its long names without the dashes: `("exit-idle-time", "5min")`.
+    /// What `bro forward` is given beyond that, by its long names without the dashes: `("exit-idle-time", "5min")`. With
+    /// `--direct`, how the container finds its sockets.
     pub options: Vec<(String, String)>,
-    /// Drop-ins and links that belong to it.
+    /// The container was named by `--container`, not taken from the quadlet.
+    pub container_given: bool,
+    /// Drop-ins that belong to it.
     pub others: Vec<PathBuf>,
+    /// Directories that were made for its files.
+    pub made: Vec<PathBuf>,
 }
 
 impl Activated {
@@ -68,6 +73,17 @@ impl Activated {
     #[must_use]
     pub fn service(&self) -> Option<String> {
         self.service_file.as_deref().map(unit_name)
+    }
+
+    /// Is it meant by `name`: the quadlet's name, its file's, or that of one of its units?
+    #[must_use]
+    pub fn goes_by(&self, name: &str) -> bool {
+        let file = self.quadlet.file_name().and_then(|file| file.to_str());
+        self.name == name
+            || self.unit == name
+            || file == Some(name)
+            || self.service().as_deref() == Some(name)
+            || self.listeners.iter().any(|listener| listener.socket == name)
     }
 
     /// The value of one of `bro forward`'s options, if it is set.
@@ -120,14 +136,7 @@ pub fn all(scope: Manager) -> anyhow::Result<Vec<Activated>> {
 /// [`Failure::NotFound`] when there is none.
 pub fn find(name: &str, scope: Manager) -> anyhow::Result<Activated> {
     let mut all = all(scope)?;
-    let is_it = |known: &Activated| {
-        let mut names = vec![known.name.clone(), known.unit.clone()];
-        names.extend(known.service());
-        names.extend(known.listeners.iter().map(|listener| listener.socket.clone()));
-        names.extend(known.quadlet.file_name().and_then(|name| name.to_str()).map(str::to_owned));
-        names.iter().any(|known| known == name)
-    };
-    match all.iter().position(is_it) {
+    match all.iter().position(|known| known.goes_by(name)) {
         Some(at) => Ok(all.swap_remove(at)),
         None => Err(Failure::NotFound(format!(
             "no service “{name}” is activated {}; `bro activate {name} --external-port PORT` does that",
@@ -205,7 +214,9 @@ fn assemble(path: &Path, file: &UnitFile, ours: &[(PathBuf, UnitFile)], scope: M
             .filter_map(|option| option.split_once('='))
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .collect(),
+        container_given: file.boolean(SECTION, "ContainerGiven").unwrap_or(false),
         others: file.values(SECTION, "Also").into_iter().map(PathBuf::from).collect(),
+        made: file.values(SECTION, "Made").into_iter().map(PathBuf::from).collect(),
     })
 }
 

@@ -5,6 +5,7 @@
 
 pub mod activate;
 pub mod activated;
+pub mod activation;
 pub mod capabilities;
 pub mod cli;
 pub mod connection;
@@ -13,12 +14,14 @@ pub mod doctor;
 pub mod engine;
 pub mod exit;
 pub mod forward;
+pub mod hand;
 pub mod inhibit;
 pub mod kernel;
 pub mod life;
 pub mod listen;
 pub mod logging;
 pub mod netns;
+pub mod quadlet;
 pub mod relay;
 pub mod stats;
 pub mod status;
@@ -26,3 +29,4 @@ pub mod sys;
 pub mod target;
 pub mod timespan;
 pub mod unit_file;
+pub mod units;
