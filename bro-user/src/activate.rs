@@ -232,11 +232,13 @@ impl Activator {
         if before != "deactivating" {
             findable.notify_one();
         }
+        let asked = Duration::from(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?);
         let result = bus.start(unit).await.with_context(|| format!("cannot start {unit}"))?;
-        if result != "done" && bus.result(unit).await.is_ok_and(|result| result == "start-limit-hit") {
+        // Its Result= still tells of the run before.
+        if result == "failed" && bus.last_try(unit).await.is_ok_and(|last| last < asked) {
             bail!(
-                "systemd starts {unit} no more, since it was started too often (StartLimitBurst= in StartLimitIntervalSec=); \
-                 a client after that time wakes it again"
+                "systemd did not even try to start {unit}, which was started too often (StartLimitBurst= in \
+                 StartLimitIntervalSec=); a client after that time wakes it again"
             );
         }
         anyhow::ensure!(
