@@ -48,7 +48,7 @@ pub enum Command {
     Wake(control::Wake),
     /// Stop an activated service now, unless somebody is connected
     Sleep(control::Sleep),
-    /// What running forwarders of this user do: connections, bytes by relay, cold starts
+    /// What is activated, and whether it is awake; with a NAME: connections, bytes by relay, cold starts
     Status(Status),
     /// What this host can do for this user and what not, one line a check, with the fix
     Doctor(Doctor),
@@ -217,9 +217,17 @@ pub struct Doctor {
 /// `bro status`.
 #[derive(Debug, Args)]
 pub struct Status {
-    /// The status sockets to ask, instead of all in this user's runtime directory
-    #[arg(value_name = "SOCKET")]
-    pub sockets: Vec<PathBuf>,
+    /// All that is known of these services' forwarders, instead of a line for each service: names, or paths of status sockets
+    #[arg(value_name = "NAME")]
+    pub whom: Vec<String>,
+
+    /// The services of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// The services of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
 
     /// Print JSON
     #[arg(long)]
