@@ -50,7 +50,7 @@ pub enum Command {
     Sleep(control::Sleep),
     /// What is activated, and whether it is awake; with a NAME: connections, bytes by relay, cold starts
     Status(Status),
-    /// What this host can do for this user and what not, one line a check, with the fix
+    /// What this host can do for this user and what not, or what is wrong with one service; one line a check, with the fix
     Doctor(Doctor),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
@@ -209,6 +209,22 @@ impl std::str::FromStr for LocalClients {
 /// `bro doctor`.
 #[derive(Debug, Args)]
 pub struct Doctor {
+    /// The activated service to look at, instead of the host
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Wake the service, to see where it listens
+    #[arg(long, requires = "name")]
+    pub wake: bool,
+
+    /// It is a service of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// It is a service of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
+
     /// Print JSON
     #[arg(long)]
     pub json: bool,
