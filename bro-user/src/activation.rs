@@ -9,7 +9,7 @@ mod program;
 mod request;
 mod say;
 mod systemd;
-mod taken;
+pub(crate) mod taken;
 mod write;
 
 use std::path::{Path, PathBuf};

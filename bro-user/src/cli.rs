@@ -1,12 +1,14 @@
 //! The command line: what each option means, in the words that `--help` and the man page print.
 
 mod activate;
+pub mod control;
+pub mod idle;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub use activate::{Activate, Direct, IdleBy, WakeOn};
+pub use activate::{Activate, Direct};
 
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -42,9 +44,13 @@ pub enum Command {
     /// Have systemd listen for a quadlet and wake its container on the first connection: writes the units, starts the socket
     #[command(after_long_help = activate::EXAMPLES)]
     Activate(Box<Activate>),
-    /// What running forwarders of this user do: connections, bytes by relay, cold starts
+    /// Start an activated service now, and wait until it is ready
+    Wake(control::Wake),
+    /// Stop an activated service now, unless somebody is connected
+    Sleep(control::Sleep),
+    /// What is activated, and whether it is awake; with a NAME: connections, bytes by relay, cold starts
     Status(Status),
-    /// What this host can do for this user and what not, one line a check, with the fix
+    /// What this host can do for this user and what not, or what is wrong with one service; one line a check, with the fix
     Doctor(Doctor),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
@@ -120,9 +126,9 @@ pub struct Forward {
     #[arg(long, value_name = "SPAN", default_value = "90s")]
     pub start_timeout: TimeSpan,
 
-    /// Exit after SPAN without a connection
-    #[arg(long, value_name = "SPAN", default_value = "infinity")]
-    pub exit_idle_time: TimeSpan,
+    /// When it wakes and when it sleeps.
+    #[command(flatten)]
+    pub idle: idle::Idle,
 
     /// On SIGTERM, how long connections may take to finish (a second SIGTERM ends at once)
     #[arg(long, value_name = "SPAN", default_value = "30s")]
@@ -203,6 +209,22 @@ impl std::str::FromStr for LocalClients {
 /// `bro doctor`.
 #[derive(Debug, Args)]
 pub struct Doctor {
+    /// The activated service to look at, instead of the host
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Wake the service, to see where it listens
+    #[arg(long, requires = "name")]
+    pub wake: bool,
+
+    /// It is a service of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// It is a service of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
+
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -211,9 +233,17 @@ pub struct Doctor {
 /// `bro status`.
 #[derive(Debug, Args)]
 pub struct Status {
-    /// The status sockets to ask, instead of all in this user's runtime directory
-    #[arg(value_name = "SOCKET")]
-    pub sockets: Vec<PathBuf>,
+    /// All that is known of these services' forwarders, instead of a line for each service: names, or paths of status sockets
+    #[arg(value_name = "NAME")]
+    pub whom: Vec<String>,
+
+    /// The services of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// The services of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
 
     /// Print JSON
     #[arg(long)]
