@@ -63,6 +63,9 @@ fn command(activated: &Activated, bro: &Path) -> Vec<String> {
     for listener in &activated.listeners {
         option("target", &format!("{}={}", listener.service, listener.target.as_deref().unwrap_or_default()));
     }
+    if activated.listeners.len() > 1 {
+        words.push("--allow-missing-sockets".to_owned());
+    }
     // bro chooses by who runs it, and root has a manager of its own too.
     if activated.scope == Manager::User {
         words.push("--user".to_owned());
