@@ -1,8 +1,14 @@
 //! The command line: what each option means, in the words that `--help` and the man page print.
 
+mod activate;
+pub mod control;
+pub mod idle;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use activate::{Activate, Direct};
 
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -35,9 +41,16 @@ pub enum Command {
     /// Relay the sockets that systemd passed to a service, starting its container on the first connection
     #[command(after_long_help = FORWARD_EXAMPLES)]
     Forward(Box<Forward>),
-    /// What running forwarders of this user do: connections, bytes by relay, cold starts
+    /// Have systemd listen for a quadlet and wake its container on the first connection: writes the units, starts the socket
+    #[command(after_long_help = activate::EXAMPLES)]
+    Activate(Box<Activate>),
+    /// Start an activated service now, and wait until it is ready
+    Wake(control::Wake),
+    /// Stop an activated service now, unless somebody is connected
+    Sleep(control::Sleep),
+    /// What is activated, and whether it is awake; with a NAME: connections, bytes by relay, cold starts
     Status(Status),
-    /// What this host can do for this user and what not, one line a check, with the fix
+    /// What this host can do for this user and what not, or what is wrong with one service; one line a check, with the fix
     Doctor(Doctor),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
@@ -71,6 +84,10 @@ pub struct Forward {
     /// The target of the sockets whose FileDescriptorName= is NAME (repeatable)
     #[arg(long = "target", value_name = "NAME=ADDR", value_parser = crate::target::parse_named)]
     pub targets: Vec<(String, Target)>,
+
+    /// Only warn of a --target whose socket was not passed, such as one whose port was taken at boot, and serve the others
+    #[arg(long)]
+    pub allow_missing_sockets: bool,
 
     /// Listen on ADDR, for a host without systemd: [NAME=]HOST:PORT, PORT or a unix path (repeatable)
     #[arg(long, value_name = "ADDR", value_parser = crate::listen::parse_listen)]
@@ -113,9 +130,9 @@ pub struct Forward {
     #[arg(long, value_name = "SPAN", default_value = "90s")]
     pub start_timeout: TimeSpan,
 
-    /// Exit after SPAN without a connection
-    #[arg(long, value_name = "SPAN", default_value = "infinity")]
-    pub exit_idle_time: TimeSpan,
+    /// When it wakes and when it sleeps.
+    #[command(flatten)]
+    pub idle: idle::Idle,
 
     /// On SIGTERM, how long connections may take to finish (a second SIGTERM ends at once)
     #[arg(long, value_name = "SPAN", default_value = "30s")]
@@ -196,6 +213,22 @@ impl std::str::FromStr for LocalClients {
 /// `bro doctor`.
 #[derive(Debug, Args)]
 pub struct Doctor {
+    /// The activated service to look at, instead of the host
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Wake the service, to see where it listens
+    #[arg(long, requires = "name")]
+    pub wake: bool,
+
+    /// It is a service of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// It is a service of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
+
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -204,9 +237,17 @@ pub struct Doctor {
 /// `bro status`.
 #[derive(Debug, Args)]
 pub struct Status {
-    /// The status sockets to ask, instead of all in this user's runtime directory
-    #[arg(value_name = "SOCKET")]
-    pub sockets: Vec<PathBuf>,
+    /// All that is known of these services' forwarders, instead of a line for each service: names, or paths of status sockets
+    #[arg(value_name = "NAME")]
+    pub whom: Vec<String>,
+
+    /// The services of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// The services of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
 
     /// Print JSON
     #[arg(long)]

@@ -1,26 +1,18 @@
-//! `bro status`: what running forwarders say of themselves, over a unix socket in their runtime directory. The forwarder's side
-//! is [`Server`]; one connection is one answer, a JSON document, and nothing is read from whoever asks.
+//! `bro status`: what running forwarders say of themselves ([`crate::control`]).
+
+mod services;
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{UnixListener, UnixStream};
 
+use crate::activate::bus::Manager;
+use crate::control::{self, Request};
 use crate::exit::Failure;
 use crate::stats::Tally;
-
-/// The socket's name in the runtime directory.
-const SOCKET: &str = "status.sock";
-
-/// How long one answer may take to be written, or to be read.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// The longest answer that is read: a forwarder of a thousand sockets stays far below.
-const LONGEST: u64 = 4 * 1024 * 1024;
 
 /// What a forwarder says of itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,12 +27,53 @@ pub struct Report {
     pub uptime_s: u64,
     /// The same words as in `systemctl status`.
     pub state: String,
+    /// Whether the service is awake.
+    #[serde(default)]
+    pub activity: Activity,
+    /// The forwarder's own unit, where it has one.
+    #[serde(default)]
+    pub service: Option<String>,
+    /// Who is connected, the first twenty.
+    #[serde(default)]
+    pub peers: Vec<String>,
     /// How bytes are moved, and why not better.
     pub relay: Relay,
     /// Its sockets.
     pub listeners: Vec<Listener>,
     /// All of them together.
     pub total: Tally,
+}
+
+/// Whether a service is awake, since when, and why.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Activity {
+    /// Whether.
+    pub state: State,
+    /// Since when, in seconds since 1970.
+    pub since: Option<u64>,
+    /// The client that woke it, or `bro wake`.
+    pub woken_by: Option<String>,
+}
+
+/// How far a service is from being asleep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It sleeps, as far as its forwarder knows.
+    #[default]
+    Asleep,
+    /// It is being woken.
+    Starting,
+    /// It is awake.
+    Awake,
+    /// It is awake, nobody is connected, and it says that it is busy.
+    Busy,
+    /// Its forwarder lets its last clients finish.
+    Stopping,
+    /// Nobody listens for it.
+    Deaf,
+    /// Its unit, or its forwarder's, has failed.
+    Failed,
 }
 
 /// How bytes are moved.
@@ -65,121 +98,38 @@ pub struct Listener {
     pub tally: Tally,
 }
 
-/// The forwarder's end.
-#[derive(Debug)]
-pub struct Server {
-    listener: UnixListener,
-    path: PathBuf,
-    /// The directory to remove with it, where systemd does not.
-    own_directory: Option<PathBuf>,
-}
-
-impl Server {
-    /// Listens in RuntimeDirectory=, or below this user's runtime directory.
-    ///
-    /// # Errors
-    /// When there is no such directory to be had; then there is no status, and everything else works.
-    pub fn start() -> std::io::Result<Self> {
-        let (directory, own_directory) = match std::env::var("RUNTIME_DIRECTORY") {
-            // Several are separated by colons (systemd.exec(5)).
-            Ok(list) => (PathBuf::from(list.split(':').next().unwrap_or_default()), None),
-            Err(_) => {
-                let own = base_directory().join(std::process::id().to_string());
-                std::fs::create_dir_all(&own)?;
-                (own.clone(), Some(own))
-            }
-        };
-        let path = directory.join(SOCKET);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
-        use std::os::unix::fs::PermissionsExt as _;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, path, own_directory })
-    }
-
-    /// Waits for somebody who asks.
-    ///
-    /// # Errors
-    /// accept(2)'s.
-    pub async fn asked(&self) -> std::io::Result<UnixStream> {
-        Ok(self.listener.accept().await?.0)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        std::fs::remove_file(&self.path).ok();
-        if let Some(directory) = &self.own_directory {
-            std::fs::remove_dir(directory).ok();
-        }
-    }
-}
-
-/// Answers one who asked.
-pub async fn answer(mut stream: UnixStream, report: &Report) {
-    let Ok(mut json) = serde_json::to_vec(report) else { return };
-    json.push(b'\n');
-    let written = tokio::time::timeout(PATIENCE, stream.write_all(&json)).await;
-    if !matches!(written, Ok(Ok(()))) {
-        tracing::debug!("whoever asked for the status did not wait for it");
-    }
-}
-
-/// Where this user's forwarders have their runtime directories.
-pub(crate) fn base_directory() -> PathBuf {
-    if nix::unistd::geteuid().is_root() {
-        return "/run/bro".into();
-    }
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bro")
-}
-
-/// The status sockets of this user's forwarders.
-fn sockets() -> Vec<PathBuf> {
-    let base = base_directory();
-    let mut found: Vec<PathBuf> = std::fs::read_dir(&base)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path().join(SOCKET))
-        .collect();
-    found.push(base.join(SOCKET));
-    found.retain(|path| path.exists());
-    found.sort();
-    found
-}
-
-async fn ask(path: &Path) -> anyhow::Result<Report> {
-    let exchange = async {
-        let stream = UnixStream::connect(path).await?;
-        let mut text = String::new();
-        let _length = stream.take(LONGEST).read_to_string(&mut text).await?;
-        anyhow::Ok(serde_json::from_str(&text)?)
-    };
-    tokio::time::timeout(PATIENCE, exchange).await?
+/// The unit that this process is the service of, as its cgroup says.
+#[must_use]
+pub fn own_unit() -> Option<String> {
+    let cgroups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    path.rsplit('/').next().filter(|unit| unit.ends_with(".service")).map(str::to_owned)
 }
 
 /// Runs `bro status`.
 ///
 /// # Errors
-/// When a socket named on the command line does not answer.
+/// [`Failure::NotFound`] when nobody answers at a socket, or there is no service of a name.
 pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         loop {
-            let reports = collect(&options.sockets).await?;
+            let (text, json) = if options.whom.is_empty() {
+                let services = services::all(Manager::choose(options.system, options.user)).await?;
+                (services::describe(&services), serde_json::to_string_pretty(&services)?)
+            } else {
+                let reports = reports(options).await?;
+                (describe(&reports), serde_json::to_string_pretty(&reports)?)
+            };
             let mut out = std::io::stdout().lock();
             if options.watch {
                 // Home, then clear to the end: no flicker.
                 write!(out, "\x1b[H\x1b[J")?;
             }
             if options.json {
-                writeln!(out, "{}", serde_json::to_string_pretty(&reports)?)?;
+                writeln!(out, "{json}")?;
             } else {
-                write!(out, "{}", describe(&reports))?;
+                write!(out, "{text}")?;
             }
             out.flush()?;
             if !options.watch {
@@ -190,34 +140,46 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     })
 }
 
-async fn collect(named: &[PathBuf]) -> anyhow::Result<Vec<Report>> {
+/// What the forwarders say that are named on the command line.
+async fn reports(options: &crate::cli::Status) -> anyhow::Result<Vec<Report>> {
     let mut reports = Vec::new();
-    for path in named {
-        let report = ask(path).await;
-        reports.push(report.map_err(|error| {
-            Failure::NotFound(format!("no forwarder answers at {}: {error}", path.display()))
-        })?);
-    }
-    if named.is_empty() {
-        for path in sockets() {
-            // A socket without a forwarder is a left-over of one that was killed.
-            if let Ok(report) = ask(&path).await {
-                reports.push(report);
-            }
+    for whom in &options.whom {
+        if whom.contains('/') {
+            let report = control::ask_soon(Path::new(whom), Request::Status).await;
+            reports
+                .push(report.map_err(|error| {
+                    Failure::NotFound(format!("no forwarder answers at {whom}: {error}"))
+                })?);
+            continue;
         }
+        let services = services::all(Manager::choose(options.system, options.user)).await?;
+        let Some(service) = services.into_iter().find(|service| service.is_called(whom)) else {
+            anyhow::bail!(Failure::NotFound(format!(
+                "no service “{whom}” is activated, and no forwarder for it runs (see `bro status`)"
+            )));
+        };
+        if service.forwarders.is_empty() && !options.json {
+            writeln!(std::io::stdout(), "{}", services::sentence(&service))?;
+        }
+        reports.extend(service.forwarders);
     }
     Ok(reports)
 }
 
 fn describe(reports: &[Report]) -> String {
     let mut text = String::new();
-    if reports.is_empty() {
-        return "No forwarder of this user is running.\n".into();
-    }
     for report in reports {
         let unit = report.unit.as_deref().map(|unit| format!(" for {unit}")).unwrap_or_default();
         // Writing to a String cannot fail.
         writeln!(text, "bro {} (process {}){unit}: {}", report.version, report.pid, report.state).ok();
+        let woken = report.activity.woken_by.as_deref().map(|by| format!(", woken by {by}"));
+        writeln!(
+            text,
+            "  {}{}",
+            services::since(report.activity.state, report.activity.since),
+            woken.unwrap_or_default()
+        )
+        .ok();
         let reason = report.relay.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
         writeln!(text, "  relay {}{reason}, up {} s", report.relay.name, report.uptime_s).ok();
         for listener in &report.listeners {
@@ -260,6 +222,9 @@ mod tests {
             unit: Some("web.service".into()),
             uptime_s: 1,
             state: "1 connection now".into(),
+            activity: Activity::default(),
+            service: None,
+            peers: Vec::new(),
             relay: Relay { name: "splice".into(), reason: Some("no CAP_BPF".into()) },
             listeners: vec![Listener {
                 name: "http".into(),

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_lite::StreamExt as _;
@@ -33,6 +34,7 @@ trait Systemd {
     fn subscribe(&self) -> zbus::Result<()>;
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
     fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
 
     #[zbus(signal)]
@@ -43,8 +45,37 @@ trait Systemd {
 trait Unit {
     #[zbus(property(emits_changed_signal = "false"))]
     fn active_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn load_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn unit_file_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn source_path(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn need_daemon_reload(&self) -> zbus::Result<bool>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn active_enter_timestamp(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn inactive_exit_timestamp_monotonic(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "false"), name = "InvocationID")]
     fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
+}
+
+/// What a service manager knows of a unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// loaded, not-found, masked, bad-setting, …
+    pub load: String,
+    /// active, activating, inactive, failed, …
+    pub active: String,
+    /// enabled, disabled, generated, …
+    pub file: String,
+    /// The file that a generator made it from.
+    pub source: PathBuf,
+    /// Its files have changed since they were read.
+    pub needs_reload: bool,
+    /// Since when it is active, in seconds since 1970.
+    pub active_since: Option<u64>,
 }
 
 /// A connection to a service manager.
@@ -78,12 +109,34 @@ impl Bus {
         Ok(Self { systemd })
     }
 
+    /// The connection itself, for what is asked beyond this.
+    pub fn connection(&self) -> &zbus::Connection {
+        self.systemd.inner().connection()
+    }
+
     /// The unit's ActiveState: active, activating, inactive, failed, …
     ///
     /// # Errors
     /// When the bus fails.
     pub async fn active_state(&self, unit: &str) -> anyhow::Result<String> {
         Ok(self.unit(unit).await?.active_state().await?)
+    }
+
+    /// What is known of the unit.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn known(&self, unit: &str) -> anyhow::Result<Known> {
+        let unit = self.unit(unit).await?;
+        let since = unit.active_enter_timestamp().await?;
+        Ok(Known {
+            load: unit.load_state().await?,
+            active: unit.active_state().await?,
+            file: unit.unit_file_state().await?,
+            source: unit.source_path().await?.into(),
+            needs_reload: unit.need_daemon_reload().await?,
+            active_since: (since > 0).then_some(since / 1_000_000),
+        })
     }
 
     /// Which run of the unit this is; empty when it never ran.
@@ -93,6 +146,15 @@ impl Bus {
     pub async fn invocation(&self, unit: &str) -> anyhow::Result<String> {
         let id = self.unit(unit).await?.invocation_id().await?;
         Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// When the unit was last begun to be started, on the kernel's monotonic clock.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn last_try(&self, unit: &str) -> anyhow::Result<Duration> {
+        let microseconds = self.unit(unit).await?.inactive_exit_timestamp_monotonic().await?;
+        Ok(Duration::from_micros(microseconds))
     }
 
     async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {
@@ -118,6 +180,20 @@ impl Bus {
         let mut removed = self.systemd.receive_job_removed().await?;
         let job = self.systemd.stop_unit(unit, "replace").await.map_err(plain)?;
         wait(&mut removed, &job).await
+    }
+
+    /// Stops the unit. A container that had to be killed, since its first process knows no SIGTERM, leaves its unit failed; it
+    /// has been stopped all the same, and nobody is to be alarmed by that.
+    ///
+    /// # Errors
+    /// As [`Bus::stop`].
+    pub async fn put_to_sleep(&self, unit: &str) -> anyhow::Result<String> {
+        let result = self.stop(unit).await?;
+        if result == "done" && self.active_state(unit).await? == "failed" {
+            tracing::info!(unit, "the container did not heed its stop signal and was killed");
+            self.systemd.reset_failed_unit(unit).await?;
+        }
+        Ok(result)
     }
 }
 

@@ -1,10 +1,12 @@
 //! `bro forward` on a real host: systemd as PID 1 listens, Podman (rootful, and rootless under an ordinary user's manager) runs
 //! quadlet containers with `Network=none`, and real services are behind it. `BRO_CASE=part` runs the cases so named.
 
+mod doctoring;
 mod failures;
 mod life;
 mod places;
 mod services;
+mod sharing;
 mod site;
 mod users;
 mod waking;
@@ -44,6 +46,13 @@ const BOTH: &[Case] = &[
     ("an image that is not there", failures::cannot_start),
     ("a unit that does not exist", failures::unknown_unit),
     ("places that do not exist", failures::unknown_places),
+    ("two forwarders of one container", sharing::two_forwarders),
+    ("a container that is woken while another forwarder stops it", sharing::woken_while_another_stops_it),
+    ("a job inside that is busy", sharing::busy_inside),
+    ("waking and sleeping by hand", sharing::by_hand),
+    ("a container that dies at every start", sharing::crash_loop),
+    ("services in bro status", doctoring::status_of_services),
+    ("bro doctor and a service that is broken", doctoring::doctor_of_a_service),
     ("PostgreSQL, psql and pgbench", services::postgresql),
     ("nginx over TCP and over its unix socket", services::nginx),
     ("redis and redis-benchmark", services::redis),

@@ -1,0 +1,73 @@
+//! The files that `bro activate` writes, as text: sockets, the forwarder's service, and the quadlet's drop-in. Pure: what is
+//! written depends on nothing but the arguments, so that a second run can tell whether anything has changed.
+
+mod drop_in;
+mod service;
+mod socket;
+
+use std::path::{Path, PathBuf};
+
+pub use drop_in::DropIn;
+
+use crate::activated::{Activated, MARKER};
+
+/// A file to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct File {
+    /// Where.
+    pub path: PathBuf,
+    /// What.
+    pub text: String,
+}
+
+/// Every file of an activated service. `bro` is the program that the service runs; `root` is what lies
+/// above all paths and is not part of what units say.
+#[must_use]
+pub fn files(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>, root: Option<&Path>) -> Vec<File> {
+    let mut files: Vec<File> = activated
+        .listeners
+        .iter()
+        .map(|listener| File { path: listener.file.clone(), text: socket::text(activated, listener, root) })
+        .collect();
+    if let Some(path) = &activated.service_file {
+        files.push(File { path: path.clone(), text: service::text(activated, bro, root) });
+    }
+    if let (Some(drop_in), [path, ..]) = (drop_in, activated.others.as_slice()) {
+        files.push(File { path: path.clone(), text: drop_in.text(activated) });
+    }
+    files
+}
+
+/// What stands at the top of each file; `own` is where changes of the administrator's own belong.
+fn heading(activated: &Activated, own: Option<&str>) -> String {
+    let name = &activated.name;
+    let quadlet = activated.quadlet.file_name().unwrap_or_default().to_string_lossy();
+    let own = own.map(|unit| format!("; changes of your own belong into {unit}.d/")).unwrap_or_default();
+    format!(
+        "{MARKER} for {quadlet}, and written anew by each further run{own}.\n\
+         # To undo everything: bro activate {name} --remove\n\n"
+    )
+}
+
+/// `[X-Bro]`, from which [`crate::activated`] reads everything back.
+fn notes(activated: &Activated, root: Option<&Path>) -> Vec<(&'static str, String)> {
+    let said = |path: &Path| unrooted(path, root).display().to_string();
+    let mut notes =
+        vec![("Quadlet", activated.quadlet.display().to_string()), ("Unit", activated.unit.clone())];
+    if let Some(container) = &activated.container {
+        notes.push(("Container", container.clone()));
+    }
+    if activated.container_given {
+        notes.push(("ContainerGiven", "yes".to_owned()));
+    }
+    notes.extend(activated.options.iter().map(|(name, value)| ("Option", format!("{name}={value}"))));
+    notes.extend(activated.others.iter().map(|path| ("Also", said(path))));
+    notes.extend(activated.made.iter().map(|path| ("Made", said(path))));
+    notes
+}
+
+/// A path as units name it.
+pub(crate) fn unrooted(path: &Path, root: Option<&Path>) -> PathBuf {
+    let inside = root.and_then(|root| path.strip_prefix(root).ok());
+    inside.map_or_else(|| path.to_owned(), |inside| Path::new("/").join(inside))
+}
