@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::fstat;
 
 use super::wire::{self, Answer, Request};
@@ -22,6 +23,12 @@ const MOST_CHANNELS: usize = 1024;
 /// # Errors
 /// When descriptor 0 is no channel, or poll fails.
 pub fn run() -> anyhow::Result<()> {
+    // systemd's SIGTERM and a terminal's SIGINT go to the whole group, and a forwarder that finishes its connections still
+    // needs sockets for the clients it holds.
+    let mut ends = SigSet::empty();
+    ends.add(Signal::SIGTERM);
+    ends.add(Signal::SIGINT);
+    ends.thread_block()?;
     let stdin = std::io::stdin();
     let mut channels = vec![stdin.as_fd().try_clone_to_owned()?];
     let mut root = None;
