@@ -8,6 +8,7 @@ pub mod ready;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -64,12 +65,27 @@ pub struct Activator {
     ready: Ready,
     bus: Mutex<Option<Bus>>,
     current: Mutex<Option<Arc<Incarnation>>>,
-    /// The unit was started by this process.
-    started: std::sync::atomic::AtomicBool,
+    /// This process asked for the start of the unit, and has not noted yet which run that is.
+    started: AtomicBool,
+    /// This process uses the unit.
+    in_use: Mutex<Option<ownership::Use>>,
     /// The engine, where its kernel relay can watch the service.
     engine: OnceLock<Arc<Handle>>,
     /// Counts up whenever the kernel relay's programs say that somebody listens.
     listening: tokio::sync::watch::Sender<u64>,
+}
+
+/// What came of an attempt to stop the unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stopped {
+    /// It is stopped.
+    Done,
+    /// There is no unit that a forwarder could stop.
+    NoUnit,
+    /// It runs on: no forwarder had started it.
+    NotOurs,
+    /// It runs on: another forwarder uses it.
+    Used,
 }
 
 /// Between two looks for a container that is being started.
@@ -92,7 +108,8 @@ impl Activator {
             ready,
             bus: Mutex::default(),
             current: Mutex::default(),
-            started: std::sync::atomic::AtomicBool::new(false),
+            started: AtomicBool::new(false),
+            in_use: Mutex::default(),
             engine: OnceLock::new(),
             listening: tokio::sync::watch::Sender::new(0),
         }
@@ -204,16 +221,24 @@ impl Activator {
         unit: &str,
         findable: &tokio::sync::Notify,
     ) -> anyhow::Result<std::convert::Infallible> {
+        // Before the look at the unit: from here on no other forwarder stops it.
+        self.begin_use(unit).await;
         let bus = self.bus().await?;
         let before = bus.active_state(unit).await?;
-        if !matches!(before.as_str(), "active" | "activating" | "reloading") {
-            self.started.store(true, std::sync::atomic::Ordering::Relaxed);
-        }
+        // A run that somebody else has started meanwhile is not ours, although an earlier one was.
+        let ours = !matches!(before.as_str(), "active" | "activating" | "reloading");
+        self.started.store(ours, Relaxed);
         // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients.
         if before != "deactivating" {
             findable.notify_one();
         }
         let result = bus.start(unit).await.with_context(|| format!("cannot start {unit}"))?;
+        if result != "done" && bus.result(unit).await.is_ok_and(|result| result == "start-limit-hit") {
+            bail!(
+                "systemd starts {unit} no more, since it was started too often (StartLimitBurst= in StartLimitIntervalSec=); \
+                 a client after that time wakes it again"
+            );
+        }
         anyhow::ensure!(
             result == "done",
             "starting {unit} ended with “{result}”; see `journalctl --unit {unit}`"
@@ -243,32 +268,66 @@ impl Activator {
         *self.current.lock().await = None;
     }
 
+    /// Uses the unit from now on. Where another forwarder is just stopping it, waits until it has.
+    async fn begin_use(&self, unit: &str) {
+        let mut in_use = self.in_use.lock().await;
+        while in_use.is_none() {
+            match ownership::Use::begin(unit) {
+                Ok(ownership::Lock::Had(begun)) => *in_use = Some(begun),
+                Ok(ownership::Lock::Taken) => sleep(LOOK * 5).await,
+                Err(error) => {
+                    return tracing::debug!(%error, "other forwarders do not see that {unit} is used");
+                }
+            }
+        }
+    }
+
+    /// Uses the unit no more, since it has ended by itself.
+    pub async fn end_use(&self) {
+        *self.in_use.lock().await = None;
+    }
+
     /// Notes which run of the unit was started, for a forwarder that takes over from this one.
     pub async fn remember_start(&self) {
-        let Some(unit) = self.unit.as_ref().filter(|_| self.has_started()) else { return };
+        let Some(unit) = self.unit.as_ref().filter(|_| self.started.load(Relaxed)) else { return };
         let Ok(bus) = self.bus().await else { return };
         if let Ok(invocation) = bus.invocation(unit).await {
             ownership::remember(unit, &invocation);
         }
     }
 
-    fn has_started(&self) -> bool {
-        self.started.load(std::sync::atomic::Ordering::Relaxed)
-    }
-
-    /// Stops the unit if a forwarder started it: this one, or one before it.
+    /// Stops the unit if a forwarder started it (this one, or one before it) and no other forwarder uses it; `by_force`, in any
+    /// case. Returns what came of it, in words.
     ///
     /// # Errors
     /// When systemd refuses.
-    pub async fn stop_what_it_started(&self) -> anyhow::Result<()> {
-        let Some(unit) = &self.unit else { return Ok(()) };
+    pub async fn stop_what_it_started(&self, by_force: bool) -> anyhow::Result<Stopped> {
+        let Some(unit) = &self.unit else { return Ok(Stopped::NoUnit) };
+        let mine = self.in_use.lock().await.take();
+        // Held until the unit is stopped: whoever wants to use it waits so long.
+        let _alone = match ownership::Use::alone(unit, mine) {
+            Ok(ownership::Lock::Had(alone)) => Some(alone),
+            Ok(ownership::Lock::Taken) if !by_force => return Ok(Stopped::Used),
+            Ok(ownership::Lock::Taken) => None,
+            Err(error) => {
+                tracing::debug!(%error, "cannot see whether other forwarders use {unit}");
+                None
+            }
+        };
         let bus = self.bus().await?;
-        if self.has_started() || ownership::is_ours(unit, &bus.invocation(unit).await?) {
-            let result = bus.stop(unit).await?;
-            ownership::forget(unit);
-            tracing::info!(unit, result, "stopped the unit, since nobody is connected");
+        if matches!(bus.active_state(unit).await?.as_str(), "inactive" | "failed") {
+            return Ok(Stopped::Done);
         }
-        Ok(())
+        if !by_force
+            && !self.started.load(Relaxed)
+            && !ownership::is_ours(unit, &bus.invocation(unit).await?)
+        {
+            return Ok(Stopped::NotOurs);
+        }
+        let result = bus.stop(unit).await?;
+        ownership::forget(unit);
+        tracing::info!(unit, result, "stopped the unit");
+        Ok(Stopped::Done)
     }
 
     /// The entered namespace: the current one if it is still the right one, else it is found anew, however long that takes.

@@ -1,5 +1,8 @@
 //! The command line: what each option means, in the words that `--help` and the man page print.
 
+pub mod control;
+pub mod idle;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -113,9 +116,9 @@ pub struct Forward {
     #[arg(long, value_name = "SPAN", default_value = "90s")]
     pub start_timeout: TimeSpan,
 
-    /// Exit after SPAN without a connection
-    #[arg(long, value_name = "SPAN", default_value = "infinity")]
-    pub exit_idle_time: TimeSpan,
+    /// When it wakes and when it sleeps.
+    #[command(flatten)]
+    pub idle: idle::Idle,
 
     /// On SIGTERM, how long connections may take to finish (a second SIGTERM ends at once)
     #[arg(long, value_name = "SPAN", default_value = "30s")]

@@ -93,8 +93,10 @@ pub enum End {
     ClientLeft,
     /// Over `--connections-per-source`.
     SourceLimit,
-    /// A second SIGTERM.
+    /// A second SIGTERM, or `bro sleep --force`.
     Shutdown,
+    /// Nothing moved on any connection for `--exit-idle-time`.
+    IdleExit,
 }
 
 impl End {
@@ -111,6 +113,7 @@ impl End {
             Self::ClientLeft => "client-left",
             Self::SourceLimit => "source-limit",
             Self::Shutdown => "shutdown",
+            Self::IdleExit => "idle-exit",
         }
     }
 
@@ -142,6 +145,8 @@ impl fmt::Display for End {
 /// Where in its story a connection is.
 #[derive(Debug)]
 pub enum Stage {
+    /// The service sleeps, and only a byte of the client's wakes it (`--wake-on=data`).
+    Silent,
     /// The service does not listen yet.
     Held,
     /// It listens; a socket in its namespace is on the way.
@@ -179,7 +184,7 @@ pub struct Connection {
     pub backend: usize,
     /// When it was accepted.
     pub opened: Instant,
-    /// When bytes last moved (or it was accepted), as far as was noticed.
+    /// When bytes last moved, as far as was noticed; before that, since when it waits for the service.
     pub active: Instant,
     /// How many bytes had moved then.
     pub moved: u64,
@@ -247,7 +252,7 @@ impl Connection {
             (Side::Service, Stage::Connecting { service, .. } | Stage::Relaying { service, .. }) => {
                 Some(service.as_fd())
             }
-            (Side::Service, Stage::Held | Stage::AwaitingSocket) => None,
+            (Side::Service, Stage::Silent | Stage::Held | Stage::AwaitingSocket) => None,
         }
     }
 
@@ -255,12 +260,13 @@ impl Connection {
     #[must_use]
     pub fn interest(&self, side: Side) -> Option<Interest> {
         match (&self.stage, side) {
+            (Stage::Silent, Side::Client) => Some(Interest { read: true, write: false }),
             // Only a reset is of interest while the client is held; what it sends waits in its socket.
             (Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }, Side::Client) => {
                 Some(Interest { read: false, write: false })
             }
             (Stage::Connecting { .. }, Side::Service) => Some(Interest { read: false, write: true }),
-            (Stage::Held | Stage::AwaitingSocket, Side::Service) => None,
+            (Stage::Silent | Stage::Held | Stage::AwaitingSocket, Side::Service) => None,
             (Stage::Relaying { up, down, .. }, side) => {
                 let (from_here, to_here) = match side {
                     Side::Client => (up.half(), down.half()),
@@ -272,12 +278,6 @@ impl Connection {
                 (!over).then_some(interest)
             }
         }
-    }
-
-    /// Is it waiting for the service to start?
-    #[must_use]
-    pub const fn is_held(&self) -> bool {
-        matches!(self.stage, Stage::Held)
     }
 
     /// The relay, as the log names it: what was done, or was meant to be done where nothing was.
@@ -313,6 +313,12 @@ impl Connection {
         }
     }
 
+    /// Has a byte moved since this was asked last?
+    pub fn notice_bytes(&mut self) -> bool {
+        let (up, down) = self.totals();
+        std::mem::replace(&mut self.moved, up + down) != up + down
+    }
+
     /// Moves what can be moved in both directions.
     ///
     /// # Errors
@@ -344,14 +350,30 @@ impl Connection {
         }
     }
 
-    /// Ends it: sockets closed, as an abort (RST) unless both sides had finished, and borrowed pipes given up.
+    /// May it end without an abort? When both sides have finished; and where nobody loses a byte: a client that never said
+    /// anything, a connection that merely sleeps.
+    fn ends_cleanly(&self, end: End) -> bool {
+        match (end, &self.stage) {
+            (End::Eof, _) => true,
+            (End::ClientLeft, Stage::Silent) => true,
+            (End::IdleExit, Stage::Relaying { up, down, .. }) => {
+                // One side waits for the rest of an answer: a FIN would pass for its end.
+                let rests = |direction: &Direction| direction.half().is_open() && !direction.half().wants_write();
+                rests(up) && rests(down)
+            }
+            (End::IdleExit, _) => true,
+            _ => false,
+        }
+    }
+
+    /// Ends it: sockets closed, as an abort (RST) unless it ends cleanly, and borrowed pipes given up.
     pub fn close(self, end: End, tools: &mut Tools) {
         let abort = |socket: &OwnedFd| {
             // A unix socket has no RST; closing it with unread bytes is the nearest there is.
             let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
             setsockopt(socket, sockopt::Linger, &at_once).ok();
         };
-        let aborted = end != End::Eof;
+        let aborted = !self.ends_cleanly(end);
         if aborted {
             abort(&self.client);
         }
@@ -363,7 +385,7 @@ impl Connection {
                 up.discard(tools);
                 down.discard(tools);
             }
-            Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {}
+            Stage::Silent | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {}
         }
     }
 }

@@ -9,12 +9,14 @@ mod admission;
 mod backends;
 mod connections;
 pub mod handle;
+pub mod idle;
 pub mod lanes;
-mod report;
+pub mod report;
+mod silent;
 pub mod tcp;
 mod token;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -50,6 +52,10 @@ pub struct Settings {
     pub hold_limit: Duration,
     /// `--local-clients`: the cgroup whose clients get a lane.
     pub local_clients: Option<std::path::PathBuf>,
+    /// `--wake-on=data`
+    pub wake_on_data: bool,
+    /// `--idle-by=bytes`: the idle time.
+    pub idle_by_bytes: Option<Duration>,
     /// Whether a refused connection means “not ready yet” (every `--ready` but `none`).
     pub hold_refused: bool,
 }
@@ -80,6 +86,8 @@ pub struct Engine {
     /// Connections that do not relay yet.
     pending: usize,
     per_source: HashMap<Source, u32>,
+    /// Connections whose client has to say something first, by their numbers.
+    silent: BTreeMap<u64, usize>,
     /// Connections to try again at the next tick (a unix service's backlog was full).
     retries: Vec<usize>,
     next_number: u64,
@@ -131,6 +139,7 @@ impl Engine {
             connections: Slab::new(),
             pending: 0,
             per_source: HashMap::new(),
+            silent: BTreeMap::new(),
             retries: Vec::new(),
             next_number: 1,
             tools: Tools::new(pipes),
@@ -191,6 +200,9 @@ impl Engine {
         if let Some(limit) = self.settings.idle_timeout.filter(|_| !self.connections.is_empty()) {
             at_most((limit / 8).clamp(Duration::from_millis(10), Duration::from_secs(1)));
         }
+        if let Some(step) = self.byte_step() {
+            at_most(step);
+        }
         if let Accepting::BackingOff { until, .. } = self.accepting {
             at_most(until.saturating_duration_since(Instant::now()));
         }
@@ -204,6 +216,7 @@ impl Engine {
     fn tick(&mut self) -> anyhow::Result<()> {
         if self.pending == 0
             && self.settings.idle_timeout.is_none()
+            && self.byte_step().is_none()
             && !self.is_backing_off()
             && self.retries.is_empty()
         {
@@ -222,7 +235,12 @@ impl Engine {
         for index in std::mem::take(&mut self.retries) {
             self.retry_connect(index);
         }
-        let idle_step = self.settings.idle_timeout.map_or(TICK, |limit| (limit / 8).min(TICK));
+        let steps = [
+            (self.pending > 0).then_some(TICK),
+            self.settings.idle_timeout.map(|limit| (limit / 8).min(TICK)),
+            self.byte_step(),
+        ];
+        let idle_step = steps.into_iter().flatten().min().unwrap_or(TICK);
         if now.duration_since(self.last_tick) < idle_step {
             return Ok(());
         }
@@ -249,16 +267,14 @@ impl Engine {
                     Command::Gone { backend } => self.backend_gone(backend),
                     Command::Drain => self.drain()?,
                     Command::EndAll(end) => self.end_all(end),
-                    Command::StopIfIdle => {
-                        let idle = self.connections.is_empty();
-                        if idle {
-                            self.set_accepting(Accepting::Closed)?;
-                        }
-                        self.outbox.tell(Event::StoppedIfIdle(idle));
+                    Command::Leave(how) => {
+                        let leaving = self.leave(how)?;
+                        self.outbox.tell(Event::Leaving(leaving));
                     }
+                    Command::Wake(by) => self.wake_by_hand(&by),
                     Command::Ping => self.outbox.tell(Event::Pong),
                     // Whoever asked may have gone meanwhile.
-                    Command::Report(to) => drop(to.send(self.tallies())),
+                    Command::Report(to) => drop(to.send(self.figures())),
                 },
             }
         }

@@ -1,19 +1,24 @@
 //! `bro forward`: one forwarder's life, from the sockets it is passed to its exit. The control side: it starts the engine on a
 //! thread of its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
 
+mod sleeping;
+mod waking;
+
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 
 use crate::activate::bus::Manager;
 use crate::activate::{Activator, Incarnation, Place};
+use crate::cli::idle::{IdleBy, WakeOn};
 use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::connection::End;
+use crate::control::{self, Asked, Asker, Request};
 use crate::engine::handle::{Command, Event, Handle};
 use crate::engine::tcp::Keepalive;
 use crate::engine::{Destination, Engine, Settings, handle};
@@ -25,6 +30,7 @@ use crate::stats::{Stats, Tally};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 use crate::{life, status};
+use waking::Wakefulness;
 
 /// A target that refuses right after it was found to listen is not asked again sooner.
 const AFTER_REFUSAL: Duration = Duration::from_millis(20);
@@ -138,8 +144,8 @@ async fn loaded(
     }
 }
 
-/// Waits for somebody who asks for the status; for ever where there is no socket to ask at.
-async fn asked(server: Option<&status::Server>) -> std::io::Result<tokio::net::UnixStream> {
+/// Waits for somebody who asks; for ever where there is no socket to ask at.
+async fn asked(server: &mut Option<control::Server>) -> std::io::Result<Asked> {
     match server {
         Some(server) => server.asked().await,
         None => std::future::pending().await,
@@ -202,7 +208,7 @@ struct Control<'a> {
     /// Name, address and target of each listener.
     listeners: Vec<(String, String, String)>,
     started: Instant,
-    status: Option<status::Server>,
+    control: Option<control::Server>,
     targets: Vec<Target>,
     activator: Arc<Activator>,
     stats: Arc<Stats>,
@@ -215,6 +221,19 @@ struct Control<'a> {
     woken: (UnboundedSender<Woken>, UnboundedReceiver<Woken>),
     /// Targets whose namespace is gone.
     gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
+    /// Of each target.
+    wakefulness: Vec<Wakefulness>,
+    /// Since when one of them is awake, on the clock that only goes on, and on the wall.
+    awake_since: Option<(Instant, SystemTime)>,
+    /// Who woke it last.
+    woken_by: Option<String>,
+    /// Whoever waits until it is awake.
+    wakers: Vec<Asker>,
+    /// Whoever told it to sleep, and whether by force.
+    sleeper: Option<(bool, Asker)>,
+    busy: sleeping::Busy,
+    /// Answers to the question who is busy.
+    said_busy: (UnboundedSender<Option<String>>, UnboundedReceiver<Option<String>>),
     phase: Phase,
     failure: Option<anyhow::Error>,
 }
@@ -246,6 +265,10 @@ impl<'a> Control<'a> {
                 options.keepalive_probes,
             ),
             idle_timeout: options.idle_timeout.finite(),
+            wake_on_data: options.idle.wake_on == WakeOn::Data,
+            idle_by_bytes: (options.idle.idle_by == IdleBy::Bytes)
+                .then(|| options.idle.exit_idle_time.finite())
+                .flatten(),
             local_clients: local_clients(options)?,
             hold_limit: options.start_timeout.or_forever(),
             hold_refused: options.ready != crate::activate::ready::Ready::Unchecked,
@@ -271,9 +294,16 @@ impl<'a> Control<'a> {
             options,
             listeners: described,
             started: Instant::now(),
-            status: status::Server::start()
+            control: control::Server::start()
                 .inspect_err(|error| tracing::debug!(%error, "no status socket"))
                 .ok(),
+            wakefulness: vec![Wakefulness::Asleep; targets.len()],
+            awake_since: None,
+            woken_by: None,
+            wakers: Vec::new(),
+            sleeper: None,
+            busy: sleeping::Busy::default(),
+            said_busy: unbounded_channel(),
             targets,
             activator,
             stats,
@@ -316,22 +346,21 @@ impl<'a> Control<'a> {
                 event = self.events.recv() => match event {
                     None => break,
                     Some(Event::Drained) => break,
-                    Some(Event::StoppedIfIdle(true)) => {
-                        life::stopping("Idle: stopping", EXTEND_BY);
-                        self.stop_idle_unit().await;
+                    Some(Event::Leaving(true)) => {
+                        self.leaves().await;
                         break;
                     }
                     Some(event) => self.event(event),
                 },
                 Some((backend, result)) = self.woken.1.recv() => self.woken(backend, result).await,
-                Some(backend) = self.gone.1.recv() => self.gone(backend),
+                Some(backend) = self.gone.1.recv() => self.gone(backend).await,
+                Some(who) = self.said_busy.1.recv() => self.busy(who),
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
                 () = sleep_until(idle_at.unwrap_or_else(Instant::now)), if idle_at.is_some() => {
                     // The deadline may have moved while it was waited for; the engine has the last word.
                     if self.idle_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
-                        self.phase = Phase::Leaving;
-                        self.engine.send(Command::StopIfIdle);
+                        self.idle_time_is_over();
                     }
                 }
                 () = sleep_until(draining_until.unwrap_or_else(Instant::now)), if draining_until.is_some() => {
@@ -339,7 +368,7 @@ impl<'a> Control<'a> {
                 }
                 _ = extend.tick(), if draining_until.is_some() => life::extend(EXTEND_BY),
                 loaded = loaded(&mut self.loading), if self.loading.is_some() => self.kernel_loaded(loaded)?,
-                asked = asked(self.status.as_ref()) => self.report(asked),
+                asked = asked(&mut self.control) => self.asked(asked),
                 _ = watch.tick(), if watchdog.is_some() => self.engine.send(Command::Ping),
                 _ = status.tick() => {
                     let now = self.status();
@@ -356,19 +385,15 @@ impl<'a> Control<'a> {
         self.failure.map_or(Ok(()), Err)
     }
 
-    /// When to leave for want of clients, or to look again whether there are any.
-    fn idle_deadline(&self) -> Option<Instant> {
-        let limit = self.options.exit_idle_time.finite().filter(|_| self.phase == Phase::Serving)?;
-        let since = self.stats.idle_from().map_or_else(Instant::now, Instant::from_std);
-        Some(since + limit)
-    }
-
     fn status(&self) -> String {
         let (open, held) = (Stats::get(&self.stats.open), Stats::get(&self.stats.held));
         let served = Stats::get(&self.stats.accepted);
         let plural = |count: u64| if count == 1 { "" } else { "s" };
         match self.phase {
             Phase::Draining(_) => format!("Draining: {open} connection{} left", plural(open)),
+            _ if self.who_is_busy().is_some() => {
+                format!("Idle, but busy: {}", self.who_is_busy().unwrap_or_default())
+            }
             _ if held > 0 => format!("Starting the service: {held} client{} waiting", plural(held)),
             _ => format!("{open} connection{} now, {served} since the start", plural(open)),
         }
@@ -408,38 +433,61 @@ impl<'a> Control<'a> {
         Ok(())
     }
 
-    /// Answers one who asked for the status, in the background.
-    fn report(&mut self, asked: std::io::Result<tokio::net::UnixStream>) {
-        let stream = match asked {
-            Ok(stream) => stream,
+    fn asked(&mut self, asked: std::io::Result<Asked>) {
+        match asked {
+            Ok(Asked { request: Request::Status, to }) => self.report(to),
+            Ok(Asked { request: Request::Wake, to }) => self.told_to_wake(to),
+            Ok(Asked { request: Request::Sleep { force }, to }) => self.told_to_sleep(force, to),
             Err(error) => {
-                tracing::warn!(%error, "no more status from this forwarder");
-                self.status = None;
-                return;
+                tracing::warn!(%error, "nobody can ask this forwarder any more");
+                self.control = None;
             }
-        };
+        }
+    }
+
+    /// Answers one who asked for the status, in the background.
+    fn report(&self, asker: Asker) {
         let mut report = status::Report {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             unit: self.options.unit.clone(),
             uptime_s: self.started.elapsed().as_secs(),
             state: self.status(),
+            activity: self.activity(),
+            service: status::own_unit(),
+            peers: Vec::new(),
             relay: self.relay(),
             listeners: Vec::new(),
             total: Tally::default(),
         };
         let listeners = self.listeners.clone();
-        let (to, tallies) = tokio::sync::oneshot::channel();
+        let (to, figures) = tokio::sync::oneshot::channel();
         self.engine.send(Command::Report(to));
         let answering = async move {
-            let Ok(tallies) = tallies.await else { return };
-            for ((name, address, target), tally) in listeners.into_iter().zip(tallies) {
+            let Ok(figures) = figures.await else { return };
+            report.peers = figures.peers;
+            for ((name, address, target), tally) in listeners.into_iter().zip(figures.tallies) {
                 report.total += &tally;
                 report.listeners.push(status::Listener { name, address, target, tally });
             }
-            status::answer(stream, &report).await;
+            asker.answer(report);
         };
         drop(tokio::spawn(answering));
+    }
+
+    /// Whether the service is awake, since when, and why.
+    fn activity(&self) -> status::Activity {
+        let state = match self.phase {
+            Phase::Draining(_) => status::State::Stopping,
+            _ if self.awake_since.is_some() && self.who_is_busy().is_some() => status::State::Busy,
+            _ if self.awake_since.is_some() => status::State::Awake,
+            _ if self.wakefulness.contains(&Wakefulness::Waking) => status::State::Starting,
+            Phase::Serving | Phase::Leaving => status::State::Asleep,
+        };
+        let since = self.awake_since.map(|(_, since)| since);
+        let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let woken_by = self.woken_by.clone().filter(|_| state != status::State::Asleep);
+        status::Activity { state, since: since.map(|since| since.as_secs()), woken_by }
     }
 
     fn relay(&self) -> status::Relay {
@@ -456,7 +504,7 @@ impl<'a> Control<'a> {
     fn event(&mut self, event: Event) {
         match event {
             Event::Wake { backend, peer, refused } => self.wake(backend, &peer, refused),
-            Event::StoppedIfIdle(_) => self.phase = Phase::Serving,
+            Event::Leaving(_) => self.stays(),
             Event::Pong => life::alive(),
             Event::Listening { netns, port } => {
                 tracing::debug!(netns, port, "the kernel says that somebody listens");
@@ -464,79 +512,6 @@ impl<'a> Control<'a> {
             }
             Event::Drained => {}
         }
-    }
-
-    /// Wakes a target in the background.
-    fn wake(&self, backend: usize, peer: &str, refused: bool) {
-        let target = self.targets[backend].clone();
-        if refused {
-            tracing::debug!(%target, "the service refused a connection; waiting for it");
-        } else {
-            tracing::info!(%target, %peer, unit = self.options.unit.as_deref(), "waking the service for its first client");
-        }
-        let limit = self.options.start_timeout.or_forever();
-        let (activator, done) = (self.activator.clone(), self.woken.0.clone());
-        let waking = async move {
-            if refused {
-                sleep(AFTER_REFUSAL).await;
-            }
-            let result = match timeout(limit, activator.wake(backend, &target)).await {
-                Ok(result) => result,
-                Err(elapsed) => Err(elapsed.into()),
-            };
-            done.send((backend, result)).ok();
-        };
-        drop(tokio::spawn(waking));
-    }
-
-    async fn woken(
-        &mut self,
-        backend: usize,
-        result: anyhow::Result<(Destination, Option<Arc<Incarnation>>)>,
-    ) {
-        match result {
-            Ok((destination, incarnation)) => {
-                self.engine.send(Command::Ready { backend, destination });
-                let activator = self.activator.clone();
-                drop(tokio::spawn(async move { activator.remember_start().await }));
-                let Some(incarnation) = incarnation else { return };
-                let gone = self.gone.0.clone();
-                let watching = async move {
-                    incarnation.gone().await;
-                    gone.send(backend).ok();
-                };
-                drop(tokio::spawn(watching));
-            }
-            Err(error) => {
-                let target = &self.targets[backend];
-                let end = if error.is::<tokio::time::error::Elapsed>() {
-                    let limit = self.options.start_timeout;
-                    tracing::error!(%target, "the service did not listen within {limit}; the clients held for it are reset");
-                    End::StartTimeout
-                } else {
-                    tracing::error!(%target, "cannot start the service: {error:#}; the clients held for it are reset");
-                    End::StartFailed
-                };
-                self.engine.send(Command::Failed { backend, end });
-                self.activator.forget().await;
-                self.give_up_on_a_dead_process(error);
-            }
-        }
-    }
-
-    /// `--pid` names one process. When it has exited there will never be a namespace again, so the forwarder ends as well.
-    fn give_up_on_a_dead_process(&mut self, error: anyhow::Error) {
-        if matches!(self.activator.place(), Place::Pid(_))
-            && matches!(error.downcast_ref(), Some(Failure::NotFound(_)))
-        {
-            self.failure = Some(error);
-            self.begin_drain("The process that --pid names has exited");
-        }
-    }
-
-    fn gone(&self, backend: usize) {
-        tracing::info!(target = %self.targets[backend], "the service's namespace is gone; the next client wakes it again");
-        self.engine.send(Command::Gone { backend });
     }
 
     fn terminate(&mut self) {
@@ -555,16 +530,5 @@ impl<'a> Control<'a> {
         tracing::info!(open, "{why}: no more clients are accepted, those there are may finish");
         life::stopping(&self.status(), EXTEND_BY.min(limit + Duration::from_secs(5)));
         self.engine.send(Command::Drain);
-    }
-
-    async fn stop_idle_unit(&self) {
-        // systemd's own limit for our stop is longer by default; a unit that takes more than this stops without us.
-        const PATIENCE: Duration = Duration::from_secs(60);
-        tracing::info!("nobody is connected any more; exiting");
-        match timeout(PATIENCE, self.activator.stop_what_it_started()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::error!("cannot stop the unit: {error:#}"),
-            Err(_) => tracing::warn!("the unit takes long to stop; not waiting for it"),
-        }
     }
 }

@@ -13,7 +13,7 @@ pub struct Stats {
     pub open: AtomicU64,
     /// Clients that wait for the service now.
     pub held: AtomicU64,
-    /// When the last connection ended, in milliseconds since [`Stats::start`].
+    /// When the last connection ended (or, by bytes, the last byte moved), in milliseconds since [`Stats::start`].
     pub idle_since: AtomicU64,
     /// When counting began.
     pub start: Start,
@@ -30,7 +30,7 @@ impl Default for Start {
 }
 
 impl Stats {
-    /// The last connection has just ended. A store, not a message: waking the control side for each of a series of short
+    /// Idleness counts from now on: the last connection has just ended, or a byte has moved. A store, not a message: waking the control side for each of a series of short
     /// connections would cost more than relaying them.
     pub fn now_idle(&self) {
         Self::set(&self.idle_since, u64::try_from(self.start.0.elapsed().as_millis()).unwrap_or(u64::MAX));
@@ -42,6 +42,19 @@ impl Stats {
         // In this order: a count of zero comes with the instant that was stored before it.
         let idle = Self::get(&self.open) == 0;
         idle.then(|| self.start.0 + std::time::Duration::from_millis(Self::get(&self.idle_since)))
+    }
+
+    /// Since when nothing has moved, whoever is connected; `None` while a client waits for the service.
+    #[must_use]
+    pub fn quiet_from(&self) -> Option<std::time::Instant> {
+        let waited_for = Self::get(&self.held) > 0;
+        (!waited_for).then(|| self.start.0 + std::time::Duration::from_millis(Self::get(&self.idle_since)))
+    }
+
+    /// How long ago [`Stats::now_idle`] was.
+    #[must_use]
+    pub fn since_active(&self) -> std::time::Duration {
+        self.start.0.elapsed().saturating_sub(std::time::Duration::from_millis(Self::get(&self.idle_since)))
     }
 
     /// The current value of a counter.
@@ -65,6 +78,9 @@ pub struct Tally {
     pub open: u64,
     /// Clients that wait for the service now.
     pub held: u64,
+    /// Clients that a sleeping service has, and that have not said anything yet (`--wake-on=data`).
+    #[serde(default)]
+    pub silent: u64,
     /// Times a client found the service asleep.
     pub cold_starts: u64,
     /// Bytes that took a kernel lane: the forwarder never woke up for them.
@@ -84,6 +100,7 @@ impl std::ops::AddAssign<&Self> for Tally {
         self.accepted += other.accepted;
         self.open += other.open;
         self.held += other.held;
+        self.silent += other.silent;
         self.cold_starts += other.cold_starts;
         self.kernel += other.kernel;
         self.spliced += other.spliced;

@@ -1,26 +1,15 @@
-//! `bro status`: what running forwarders say of themselves, over a unix socket in their runtime directory. The forwarder's side
-//! is [`Server`]; one connection is one answer, a JSON document, and nothing is read from whoever asks.
+//! `bro status`: what running forwarders say of themselves ([`crate::control`]).
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{UnixListener, UnixStream};
 
+use crate::control::{self, Request};
 use crate::exit::Failure;
 use crate::stats::Tally;
-
-/// The socket's name in the runtime directory.
-const SOCKET: &str = "status.sock";
-
-/// How long one answer may take to be written, or to be read.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// The longest answer that is read: a forwarder of a thousand sockets stays far below.
-const LONGEST: u64 = 4 * 1024 * 1024;
 
 /// What a forwarder says of itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,12 +24,49 @@ pub struct Report {
     pub uptime_s: u64,
     /// The same words as in `systemctl status`.
     pub state: String,
+    /// Whether the service is awake.
+    #[serde(default)]
+    pub activity: Activity,
+    /// The forwarder's own unit, where it has one.
+    #[serde(default)]
+    pub service: Option<String>,
+    /// Who is connected, the first twenty.
+    #[serde(default)]
+    pub peers: Vec<String>,
     /// How bytes are moved, and why not better.
     pub relay: Relay,
     /// Its sockets.
     pub listeners: Vec<Listener>,
     /// All of them together.
     pub total: Tally,
+}
+
+/// Whether a service is awake, since when, and why.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Activity {
+    /// Whether.
+    pub state: State,
+    /// Since when, in seconds since 1970.
+    pub since: Option<u64>,
+    /// The client that woke it, or `bro wake`.
+    pub woken_by: Option<String>,
+}
+
+/// How far a service is from being asleep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It sleeps, as far as its forwarder knows.
+    #[default]
+    Asleep,
+    /// It is being woken.
+    Starting,
+    /// It is awake.
+    Awake,
+    /// It is awake, nobody is connected, and it says that it is busy.
+    Busy,
+    /// Its forwarder lets its last clients finish.
+    Stopping,
 }
 
 /// How bytes are moved.
@@ -65,101 +91,12 @@ pub struct Listener {
     pub tally: Tally,
 }
 
-/// The forwarder's end.
-#[derive(Debug)]
-pub struct Server {
-    listener: UnixListener,
-    path: PathBuf,
-    /// The directory to remove with it, where systemd does not.
-    own_directory: Option<PathBuf>,
-}
-
-impl Server {
-    /// Listens in RuntimeDirectory=, or below this user's runtime directory.
-    ///
-    /// # Errors
-    /// When there is no such directory to be had; then there is no status, and everything else works.
-    pub fn start() -> std::io::Result<Self> {
-        let (directory, own_directory) = match std::env::var("RUNTIME_DIRECTORY") {
-            // Several are separated by colons (systemd.exec(5)).
-            Ok(list) => (PathBuf::from(list.split(':').next().unwrap_or_default()), None),
-            Err(_) => {
-                let own = base_directory().join(std::process::id().to_string());
-                std::fs::create_dir_all(&own)?;
-                (own.clone(), Some(own))
-            }
-        };
-        let path = directory.join(SOCKET);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
-        use std::os::unix::fs::PermissionsExt as _;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, path, own_directory })
-    }
-
-    /// Waits for somebody who asks.
-    ///
-    /// # Errors
-    /// accept(2)'s.
-    pub async fn asked(&self) -> std::io::Result<UnixStream> {
-        Ok(self.listener.accept().await?.0)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        std::fs::remove_file(&self.path).ok();
-        if let Some(directory) = &self.own_directory {
-            std::fs::remove_dir(directory).ok();
-        }
-    }
-}
-
-/// Answers one who asked.
-pub async fn answer(mut stream: UnixStream, report: &Report) {
-    let Ok(mut json) = serde_json::to_vec(report) else { return };
-    json.push(b'\n');
-    let written = tokio::time::timeout(PATIENCE, stream.write_all(&json)).await;
-    if !matches!(written, Ok(Ok(()))) {
-        tracing::debug!("whoever asked for the status did not wait for it");
-    }
-}
-
-/// Where this user's forwarders have their runtime directories.
-pub(crate) fn base_directory() -> PathBuf {
-    if nix::unistd::geteuid().is_root() {
-        return "/run/bro".into();
-    }
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bro")
-}
-
-/// The status sockets of this user's forwarders.
-fn sockets() -> Vec<PathBuf> {
-    let base = base_directory();
-    let mut found: Vec<PathBuf> = std::fs::read_dir(&base)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path().join(SOCKET))
-        .collect();
-    found.push(base.join(SOCKET));
-    found.retain(|path| path.exists());
-    found.sort();
-    found
-}
-
-async fn ask(path: &Path) -> anyhow::Result<Report> {
-    let exchange = async {
-        let stream = UnixStream::connect(path).await?;
-        let mut text = String::new();
-        let _length = stream.take(LONGEST).read_to_string(&mut text).await?;
-        anyhow::Ok(serde_json::from_str(&text)?)
-    };
-    tokio::time::timeout(PATIENCE, exchange).await?
+/// The unit that this process is the service of, as its cgroup says.
+#[must_use]
+pub fn own_unit() -> Option<String> {
+    let cgroups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    path.rsplit('/').next().filter(|unit| unit.ends_with(".service")).map(str::to_owned)
 }
 
 /// Runs `bro status`.
@@ -193,15 +130,15 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
 async fn collect(named: &[PathBuf]) -> anyhow::Result<Vec<Report>> {
     let mut reports = Vec::new();
     for path in named {
-        let report = ask(path).await;
+        let report = control::ask_soon(path, Request::Status).await;
         reports.push(report.map_err(|error| {
             Failure::NotFound(format!("no forwarder answers at {}: {error}", path.display()))
         })?);
     }
     if named.is_empty() {
-        for path in sockets() {
+        for path in control::sockets() {
             // A socket without a forwarder is a left-over of one that was killed.
-            if let Ok(report) = ask(&path).await {
+            if let Ok(report) = control::ask_soon(&path, Request::Status).await {
                 reports.push(report);
             }
         }
@@ -260,6 +197,9 @@ mod tests {
             unit: Some("web.service".into()),
             uptime_s: 1,
             state: "1 connection now".into(),
+            activity: Activity::default(),
+            service: None,
+            peers: Vec::new(),
             relay: Relay { name: "splice".into(), reason: Some("no CAP_BPF".into()) },
             listeners: vec![Listener {
                 name: "http".into(),

@@ -221,6 +221,7 @@ impl Forwarder {
         let mut stream = std::os::unix::net::UnixStream::connect(&path)
             .with_context(|| format!("nobody answers at {}", path.display()))?;
         stream.set_read_timeout(Some(PATIENCE))?;
+        std::io::Write::write_all(&mut stream, b"status\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         Ok(serde_json::from_str(&text)?)

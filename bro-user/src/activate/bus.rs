@@ -47,6 +47,12 @@ trait Unit {
     fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
 }
 
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
+trait Service {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn result(&self) -> zbus::Result<String>;
+}
+
 /// A connection to a service manager.
 #[derive(Debug, Clone)]
 pub struct Bus {
@@ -93,6 +99,16 @@ impl Bus {
     pub async fn invocation(&self, unit: &str) -> anyhow::Result<String> {
         let id = self.unit(unit).await?.invocation_id().await?;
         Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// How the service's last run ended: success, exit-code, start-limit-hit, …
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn result(&self, unit: &str) -> anyhow::Result<String> {
+        let path = self.systemd.load_unit(unit).await?;
+        let proxy = ServiceProxy::builder(self.systemd.inner().connection()).path(path).build().await?;
+        Ok(proxy.result().await?)
     }
 
     async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {

@@ -145,7 +145,11 @@ impl Drop for Group {
     }
 }
 
-async fn run(command: &mut Command) -> io::Result<std::process::ExitStatus> {
+/// Runs a command to its end; when this is dropped, the command and all it started are killed.
+///
+/// # Errors
+/// When it cannot be started.
+pub async fn run(command: &mut Command) -> io::Result<std::process::ExitStatus> {
     let _same = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
     let mut child = command.kill_on_drop(true).spawn()?;
     // The leader is not reaped before `wait` returns, so until then the group's number is its own.

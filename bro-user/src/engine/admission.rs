@@ -41,13 +41,16 @@ impl Engine {
 
     /// Accepts one client; false when there is none, or none can be taken.
     fn accept_one(&mut self, listener: usize, pause: Duration) -> anyhow::Result<bool> {
-        if self.connections.len() >= self.settings.connections_max {
+        if self.connections.len() >= self.settings.connections_max && self.silent.is_empty() {
             self.set_accepting(Accepting::Full)?;
             return Ok(false);
         }
         let (socket, backend) = (self.listeners[listener].0.socket.as_fd(), self.listeners[listener].1);
         match crate::sys::accept(socket) {
             Ok((client, address)) => {
+                if self.connections.len() >= self.settings.connections_max {
+                    let _room = self.make_room();
+                }
                 self.admit(client, address, listener, backend);
                 Ok(true)
             }
@@ -138,8 +141,10 @@ impl Engine {
             tracing::error!(%error, "cannot accept again");
         }
         if self.connections.is_empty() {
-            // Before the count says so.
-            self.stats.now_idle();
+            // Before the count says so. By bytes, who connects and says nothing does not count.
+            if self.settings.idle_by_bytes.is_none() {
+                self.stats.now_idle();
+            }
             if self.draining {
                 self.outbox.tell(Event::Drained);
             }

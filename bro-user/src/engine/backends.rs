@@ -151,6 +151,11 @@ impl Backend {
         }
     }
 
+    /// Neither ready nor being woken.
+    pub(super) const fn is_asleep(&self) -> bool {
+        matches!(self.state, State::Asleep)
+    }
+
     pub(super) const fn asleep(name: String) -> Self {
         Self { name, watched: None, state: State::Asleep, held: VecDeque::new() }
     }
@@ -176,10 +181,23 @@ impl Engine {
             }
             self.backend_gone(backend);
         }
+        if self.is_to_wait_for_a_byte(index) {
+            return self.wait_for_a_byte(index);
+        }
         self.hold(index, false);
     }
 
-    fn hold(&mut self, index: usize, refused: bool) {
+    /// Wakes whatever sleeps, although nobody has connected (`bro wake`).
+    pub(super) fn wake_by_hand(&mut self, by: &str) {
+        for (index, backend) in self.backends.iter_mut().enumerate() {
+            if backend.is_asleep() {
+                backend.state = State::Waking;
+                self.outbox.tell(Event::Wake { backend: index, peer: by.to_owned(), refused: false });
+            }
+        }
+    }
+
+    pub(super) fn hold(&mut self, index: usize, refused: bool) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         connection.stage = Stage::Held;
         connection.registered[1] = None;
@@ -226,9 +244,12 @@ impl Engine {
         let mut held: Vec<usize> = self.backends[backend].held.drain(..).collect();
         held.sort_by_key(|&index| self.connections[index].number);
         self.publish_held();
+        // For whoever is to come: a service that was just woken is not idle yet.
+        self.stats.now_idle();
         for index in held {
             self.place(index);
         }
+        self.let_silent_clients_in();
     }
 
     pub(super) fn backend_failed(&mut self, backend: usize, end: End) {
@@ -431,7 +452,7 @@ impl Engine {
         {
             return self.start_connect(index, number + 1);
         }
-        let patient = connection.opened.elapsed() < self.settings.hold_limit;
+        let patient = connection.active.elapsed() < self.settings.hold_limit;
         if !(self.settings.hold_refused && nobody_listens(errno) && patient) {
             return self.finish(index, End::Refused(errno));
         }

@@ -28,6 +28,7 @@ impl Engine {
         let trouble = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
         match (&connection.stage, side) {
             (Stage::Relaying { .. }, _) => self.relay_event(index, side, events, trouble),
+            (Stage::Silent, _) => self.silent_client_stirred(index),
             (Stage::Connecting { .. }, Side::Service) => self.connect_event(index),
             (Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }, Side::Client) if trouble => {
                 self.held_client_hung_up(index);
@@ -100,9 +101,9 @@ impl Engine {
         let Some(connection) = self.connections.get_mut(index) else { return };
         super::tcp::set_options(&service, keepalive);
         let now = Instant::now();
-        connection.active = now;
+        let waiting_since = std::mem::replace(&mut connection.active, now);
         if connection.woke {
-            connection.cold_start = Some(now - connection.opened);
+            connection.cold_start = Some(now - waiting_since);
         }
         let (up, down) = (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
         connection.stage = Stage::Relaying { service, up, down };
@@ -155,27 +156,34 @@ impl Engine {
 
     /// Ends connections whose time is up.
     pub(super) fn expire(&mut self, now: Instant) {
-        let mut due = Vec::new();
+        let (mut due, mut moved) = (Vec::new(), false);
         for (index, connection) in &mut self.connections {
             match connection.stage {
                 Stage::Relaying { .. } => {
                     // Bytes that took a lane woke nobody, so they are noticed here.
-                    let (up, down) = connection.totals();
-                    if up + down != connection.moved {
-                        connection.moved = up + down;
+                    if connection.notice_bytes() {
                         connection.active = now;
+                        moved = true;
                     }
                     if self.settings.idle_timeout.is_some_and(|limit| now - connection.active >= limit) {
                         due.push((index, End::IdleTimeout));
                     }
                 }
+                Stage::Silent => {
+                    if now - connection.active >= self.settings.hold_limit {
+                        due.push((index, End::IdleTimeout));
+                    }
+                }
                 Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {
                     // The control side's own limit runs from the wake; this one is each client's, and comes after it.
-                    if now - connection.opened >= self.settings.hold_limit.saturating_add(super::TICK * 5) {
+                    if now - connection.active >= self.settings.hold_limit.saturating_add(super::TICK * 5) {
                         due.push((index, End::StartTimeout));
                     }
                 }
             }
+        }
+        if moved && self.settings.idle_by_bytes.is_some() {
+            self.stats.now_idle();
         }
         for (index, end) in due {
             self.finish(index, end);
@@ -184,7 +192,11 @@ impl Engine {
 
     /// Ends a connection.
     pub(super) fn finish(&mut self, index: usize, end: End) {
-        let Some(connection) = self.connections.try_remove(index) else { return };
+        let Some(mut connection) = self.connections.try_remove(index) else { return };
+        if self.settings.idle_by_bytes.is_some() && connection.notice_bytes() {
+            self.stats.now_idle();
+        }
+        let _silent = self.silent.remove(&connection.number);
         if !matches!(connection.stage, Stage::Relaying { .. }) {
             self.pending -= 1;
             self.forget_waiting(index, &connection);

@@ -7,7 +7,6 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::Destination;
 use crate::connection::End;
-use crate::stats::Tally;
 
 /// What the control side tells the engine.
 #[derive(Debug)]
@@ -35,8 +34,10 @@ pub enum Command {
     Drain,
     /// End every connection now.
     EndAll(End),
-    /// Accept no more if there is no connection; say whether.
-    StopIfIdle,
+    /// Accept no more if it is time to leave; say whether.
+    Leave(super::idle::Leave),
+    /// Wake what sleeps; who wants it, for the log.
+    Wake(String),
     /// Answer, to show that the engine turns.
     Ping,
     /// The kernel relay is loaded.
@@ -45,8 +46,8 @@ pub enum Command {
     Watch(super::lanes::Watch),
     /// End: the control side is done.
     Stop,
-    /// Send each listener's figures there.
-    Report(tokio::sync::oneshot::Sender<Vec<Tally>>),
+    /// Send the figures there.
+    Report(tokio::sync::oneshot::Sender<super::report::Figures>),
 }
 
 /// What the engine tells the control side. Bounded without a limit on the queue: per target one wake at a time, and the others
@@ -69,8 +70,8 @@ pub enum Event {
         /// The port.
         port: u16,
     },
-    /// The answer to [`Command::StopIfIdle`].
-    StoppedIfIdle(bool),
+    /// The answer to [`Command::Leave`].
+    Leaving(bool),
     /// The answer to [`Command::Drain`].
     Drained,
     /// The answer to [`Command::Ping`].

@@ -1,17 +1,40 @@
 //! The engine's figures, put together when somebody asks.
 
 use super::Engine;
+use crate::connection::Stage;
 use crate::stats::Tally;
 
+/// As many clients as an answer names.
+const MOST_PEERS: usize = 20;
+
+/// What a report takes from the engine.
+#[derive(Debug, Clone)]
+pub struct Figures {
+    /// Each listener's.
+    pub tallies: Vec<Tally>,
+    /// Who is connected, the first twenty.
+    pub peers: Vec<String>,
+}
+
 impl Engine {
+    /// The figures of this moment.
+    pub(super) fn figures(&self) -> Figures {
+        // A client that has not said anything is nobody's guest yet.
+        let guests = self.connections.iter().filter(|(_, guest)| !matches!(guest.stage, Stage::Silent));
+        let peers = guests.take(MOST_PEERS).map(|(_, guest)| guest.peer.to_string()).collect();
+        Figures { tallies: self.tallies(), peers }
+    }
+
     /// Each listener's tally, with what the connections of this moment have moved so far.
-    pub(super) fn tallies(&self) -> Vec<Tally> {
+    fn tallies(&self) -> Vec<Tally> {
         let mut tallies = self.tallies.clone();
         for (_, connection) in &self.connections {
             let tally = &mut tallies[connection.listener];
             tally.open += 1;
-            if connection.is_held() {
-                tally.held += 1;
+            match connection.stage {
+                Stage::Held => tally.held += 1,
+                Stage::Silent => tally.silent += 1,
+                _ => {}
             }
             for lane in connection.lanes() {
                 super::lanes::add(tally, &lane.snapshot());

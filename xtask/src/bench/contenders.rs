@@ -499,8 +499,9 @@ impl Running {
             user => std::env::var_os("XDG_RUNTIME_DIR")
                 .map_or_else(|| format!("/run/user/{user}").into(), PathBuf::from),
         };
-        let status = UnixStream::connect(base.join(format!("bro/{}/status.sock", self.group()?)));
-        let report: serde_json::Value = serde_json::from_reader(status.ok()?).ok()?;
+        let status = UnixStream::connect(base.join(format!("bro/{}/status.sock", self.group()?))).ok()?;
+        status.shutdown(std::net::Shutdown::Write).ok()?;
+        let report: serde_json::Value = serde_json::from_reader(status).ok()?;
         let of = |way: &str| report["total"][way].as_u64().unwrap_or(0);
         Some(Moved { kernel: of("kernel"), spliced: of("spliced"), copied: of("copied") })
     }

@@ -125,6 +125,7 @@ impl Forwarder {
         };
         let mut status = UnixStream::connect(base.join(format!("bro/{}/status.sock", self.pid()))).ok()?;
         status.set_read_timeout(Some(Duration::from_secs(3))).ok()?;
+        status.shutdown(std::net::Shutdown::Write).ok()?;
         let mut report = String::new();
         let _length = status.read_to_string(&mut report).ok()?;
         let report: serde_json::Value = serde_json::from_str(&report).ok()?;

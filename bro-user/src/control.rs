@@ -1,0 +1,302 @@
+//! Talking to a running forwarder, over a unix socket in its runtime directory: one line asks, one JSON document answers.
+//!
+//! | asked | answered |
+//! |---|---|
+//! | `status` (or nothing before the end of the stream) | [`crate::status::Report`] |
+//! | `wake` | [`Outcome`], once the service is ready or has failed |
+//! | `sleep`, `sleep force` | [`Outcome`], once the unit is stopped or it is clear that it will not be |
+//!
+//! Only the forwarder's own user and root are answered. A request is bounded in length and time, and so is their number.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// The socket's name in the runtime directory.
+const SOCKET: &str = "status.sock";
+
+/// How long a request or an answer may take to cross the socket.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The longest request.
+const LONGEST_REQUEST: u64 = 64;
+
+/// The longest answer that is read: a forwarder of a thousand sockets stays far below.
+const LONGEST_ANSWER: u64 = 4 * 1024 * 1024;
+
+/// As many may ask at a time; the next wait in the socket's backlog.
+const AT_ONCE: usize = 16;
+
+/// What may be asked of a forwarder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    /// What it does.
+    Status,
+    /// To start the service now.
+    Wake,
+    /// To stop it now and exit.
+    Sleep {
+        /// Although clients are connected, or it is used by another forwarder, or was not started by one.
+        force: bool,
+    },
+}
+
+impl Request {
+    /// Its line.
+    #[must_use]
+    pub const fn line(self) -> &'static str {
+        match self {
+            Self::Status => "status\n",
+            Self::Wake => "wake\n",
+            Self::Sleep { force: false } => "sleep\n",
+            Self::Sleep { force: true } => "sleep force\n",
+        }
+    }
+
+    fn parse(line: &str) -> Option<Self> {
+        let known =
+            [Self::Status, Self::Wake, Self::Sleep { force: false }, Self::Sleep { force: true }];
+        match line.trim_end() {
+            "" => Some(Self::Status),
+            line => known.into_iter().find(|known| known.line().trim_end() == line),
+        }
+    }
+}
+
+/// The answer to `wake` and `sleep`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// It is as was asked.
+    pub done: bool,
+    /// In words.
+    pub message: String,
+    /// Who is connected and stands in the way.
+    #[serde(default)]
+    pub clients: Vec<String>,
+    /// The forwarder is just leaving: its successor can be asked in a moment.
+    #[serde(default)]
+    pub leaving: bool,
+}
+
+impl Outcome {
+    /// It is as was asked.
+    #[must_use]
+    pub fn done(message: impl Into<String>) -> Self {
+        Self { done: true, message: message.into(), clients: Vec::new(), leaving: false }
+    }
+
+    /// It is not.
+    #[must_use]
+    pub fn refused(message: impl Into<String>) -> Self {
+        Self { done: false, ..Self::done(message) }
+    }
+
+    /// It is not, and this forwarder will be gone in a moment.
+    #[must_use]
+    pub fn leaving() -> Self {
+        Self { leaving: true, ..Self::refused("the forwarder is just leaving") }
+    }
+}
+
+/// Somebody who has asked.
+#[derive(Debug)]
+pub struct Asked {
+    /// For what.
+    pub request: Request,
+    /// Where to answer.
+    pub to: Asker,
+}
+
+/// Where to answer.
+#[derive(Debug)]
+pub struct Asker {
+    stream: UnixStream,
+    _place: tokio::sync::OwnedSemaphorePermit,
+}
+
+impl Asker {
+    /// Answers, in the background.
+    pub fn answer(self, answer: impl Serialize + Send + Sync + 'static) {
+        drop(tokio::spawn(async move { self.answered(&answer).await }));
+    }
+
+    /// Answers, and waits until it is on its way.
+    pub async fn answered(self, answer: &(impl Serialize + Sync)) {
+        let mut stream = self.stream;
+        let Ok(mut json) = serde_json::to_vec(answer) else { return };
+        json.push(b'\n');
+        let written = tokio::time::timeout(PATIENCE, stream.write_all(&json)).await;
+        if !matches!(written, Ok(Ok(()))) {
+            tracing::debug!("whoever asked did not wait for the answer");
+        }
+    }
+}
+
+/// The forwarder's end.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    /// The directory to remove with it, where systemd does not.
+    own_directory: Option<PathBuf>,
+    places: Arc<Semaphore>,
+    asked: (UnboundedSender<Asked>, UnboundedReceiver<Asked>),
+}
+
+impl Server {
+    /// Listens in RuntimeDirectory=, or below this user's runtime directory.
+    ///
+    /// # Errors
+    /// When there is no such directory to be had; then nobody can ask, and everything else works.
+    pub fn start() -> std::io::Result<Self> {
+        let (directory, own_directory) = match std::env::var("RUNTIME_DIRECTORY") {
+            // Several are separated by colons (systemd.exec(5)).
+            Ok(list) => (PathBuf::from(list.split(':').next().unwrap_or_default()), None),
+            Err(_) => {
+                let own = base_directory().join(std::process::id().to_string());
+                std::fs::create_dir_all(&own)?;
+                (own.clone(), Some(own))
+            }
+        };
+        let path = directory.join(SOCKET);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        use std::os::unix::fs::PermissionsExt as _;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        let places = Arc::new(Semaphore::new(AT_ONCE));
+        Ok(Self { listener, path, own_directory, places, asked: unbounded_channel() })
+    }
+
+    /// Waits for somebody who asks. Nothing is lost when it is cancelled.
+    ///
+    /// # Errors
+    /// accept(2)'s.
+    pub async fn asked(&mut self) -> std::io::Result<Asked> {
+        loop {
+            let (listener, places) = (&self.listener, self.places.clone());
+            let next = async move {
+                let place = places.acquire_owned().await.map_err(std::io::Error::other)?;
+                Ok::<_, std::io::Error>((listener.accept().await?.0, place))
+            };
+            tokio::select! {
+                Some(asked) = self.asked.1.recv() => return Ok(asked),
+                next = next => {
+                    let (stream, place) = next?;
+                    drop(tokio::spawn(hear(stream, place, self.asked.0.clone())));
+                }
+            }
+        }
+    }
+}
+
+/// Reads a request, within the time and length there is for one.
+async fn hear(stream: UnixStream, place: tokio::sync::OwnedSemaphorePermit, to: UnboundedSender<Asked>) {
+    let me = nix::unistd::geteuid().as_raw();
+    if !stream.peer_cred().is_ok_and(|who| who.uid() == me || who.uid() == 0) {
+        return tracing::warn!("a request of another user is not answered");
+    }
+    let mut stream = stream;
+    let mut line = String::new();
+    let mut reader = BufReader::new((&mut stream).take(LONGEST_REQUEST));
+    let reading = tokio::time::timeout(PATIENCE, reader.read_line(&mut line));
+    if !matches!(reading.await, Ok(Ok(_))) {
+        return tracing::debug!("whoever asked did not say what");
+    }
+    let asker = Asker { stream, _place: place };
+    match Request::parse(&line) {
+        // The forwarder may have ended meanwhile.
+        Some(request) => drop(to.send(Asked { request, to: asker })),
+        None => asker.answer(Outcome::refused("this forwarder does not understand the request")),
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.path).ok();
+        if let Some(directory) = &self.own_directory {
+            std::fs::remove_dir(directory).ok();
+        }
+    }
+}
+
+/// Where this user's forwarders have their runtime directories.
+pub(crate) fn base_directory() -> PathBuf {
+    if nix::unistd::geteuid().is_root() {
+        return "/run/bro".into();
+    }
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bro")
+}
+
+/// The sockets of this user's forwarders.
+#[must_use]
+pub fn sockets() -> Vec<PathBuf> {
+    let base = base_directory();
+    let mut found: Vec<PathBuf> = std::fs::read_dir(&base)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path().join(SOCKET))
+        .collect();
+    found.push(base.join(SOCKET));
+    found.retain(|path| path.exists());
+    found.sort();
+    found
+}
+
+/// Asks the forwarder at `path`, which may take `patience` for its answer.
+///
+/// # Errors
+/// When nobody answers there.
+pub async fn ask<Answer: DeserializeOwned>(
+    path: &Path,
+    request: Request,
+    patience: Duration,
+) -> anyhow::Result<Answer> {
+    let exchange = async {
+        let mut stream = UnixStream::connect(path).await?;
+        stream.write_all(request.line().as_bytes()).await?;
+        let mut text = String::new();
+        let _length = stream.take(LONGEST_ANSWER).read_to_string(&mut text).await?;
+        anyhow::ensure!(!text.is_empty(), "it closed the connection without an answer");
+        anyhow::Ok(serde_json::from_str(&text)?)
+    };
+    match tokio::time::timeout(patience, exchange).await {
+        Ok(answer) => answer,
+        Err(_) => anyhow::bail!("no answer within {patience:?}"),
+    }
+}
+
+/// The same, with the time that an answer takes that is only a matter of writing it.
+///
+/// # Errors
+/// When nobody answers there.
+pub async fn ask_soon<Answer: DeserializeOwned>(path: &Path, request: Request) -> anyhow::Result<Answer> {
+    ask(path, request, PATIENCE).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_each_request_and_no_other() {
+        for request in [Request::Status, Request::Wake, Request::Sleep { force: false }, Request::Sleep { force: true }] {
+            assert_eq!(Request::parse(request.line()), Some(request));
+        }
+        assert_eq!(Request::parse(""), Some(Request::Status));
+        for line in ["sleep  force", "wake up", "SLEEP", "status\nwake", "sleep forced"] {
+            assert_eq!(Request::parse(line), None, "{line}");
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! When the forwarder may leave: `--idle-by=bytes` and the moment of leaving itself.
+
+use std::os::fd::AsFd as _;
+use std::time::Duration;
+
+use super::{Accepting, Engine};
+use crate::connection::{Connection, End, Stage};
+use crate::relay::Side;
+
+/// What the control side asks when it wants to leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leave {
+    /// Only if there is no connection.
+    WithoutConnections,
+    /// If no byte has moved for so long; connections that merely sleep are ended.
+    WithoutBytes(Duration),
+    /// Only if nobody is connected but clients that have not said anything.
+    WithoutGuests,
+    /// In any case; those who are connected are cut off.
+    Now,
+}
+
+impl Engine {
+    /// How often connections are looked at for bytes that moved, in `--idle-by=bytes`. Those that took a lane woke nobody.
+    pub(super) fn byte_step(&self) -> Option<Duration> {
+        let limit = self.settings.idle_by_bytes.filter(|_| !self.connections.is_empty())?;
+        Some((limit / 8).clamp(Duration::from_millis(10), Duration::from_secs(5)))
+    }
+
+    /// Notes that bytes have moved since the last look. Late by one step at most, and never early.
+    pub(super) fn notice_bytes(&mut self) {
+        let mut moved = false;
+        for (_, connection) in &mut self.connections {
+            moved |= connection.notice_bytes();
+        }
+        if moved {
+            self.stats.now_idle();
+        }
+    }
+
+    /// Accepts no more if the control side may leave; says whether.
+    pub(super) fn leave(&mut self, how: Leave) -> anyhow::Result<bool> {
+        let may = match how {
+            Leave::WithoutConnections => self.connections.is_empty(),
+            Leave::WithoutGuests => {
+                self.connections.iter().all(|(_, connection)| matches!(connection.stage, Stage::Silent))
+            }
+            Leave::WithoutBytes(limit) => {
+                self.notice_bytes();
+                self.connections.iter().all(|(_, connection)| sleeps(connection))
+                    && self.stats.since_active() >= limit
+            }
+            Leave::Now => true,
+        };
+        if may {
+            self.set_accepting(Accepting::Closed)?;
+            self.end_all(if how == Leave::Now { End::Shutdown } else { End::IdleExit });
+        }
+        Ok(may)
+    }
+}
+
+/// Does nothing wait on it: neither for the service nor to be read?
+fn sleeps(connection: &Connection) -> bool {
+    match &connection.stage {
+        Stage::Silent => true,
+        Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => false,
+        Stage::Relaying { service, up, down } => {
+            let comes = |socket: std::os::fd::BorrowedFd<'_>, open: bool| {
+                open && crate::sys::byte_waits(socket).is_ok_and(|waits| waits)
+            };
+            let client = connection.socket(Side::Client);
+            !client.is_some_and(|client| comes(client, up.half().wants_read()))
+                && !comes(service.as_fd(), down.half().wants_read())
+        }
+    }
+}

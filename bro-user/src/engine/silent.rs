@@ -1,0 +1,59 @@
+//! `--wake-on=data`: clients of a sleeping service that have not said anything yet. They wake nothing; their first byte does.
+//! They count as connections, but where there is no room for another client, the one that has been silent longest makes room:
+//! a scanner cannot shut anybody out by holding its connections open.
+
+use std::os::fd::AsFd as _;
+use std::time::Instant;
+
+use nix::errno::Errno;
+
+use super::Engine;
+use crate::connection::{End, Stage};
+
+impl Engine {
+    /// Is a client of this target to wait for its first byte? Not when the container is awake, or about to be: then nothing is
+    /// saved, and a service that speaks first may speak.
+    pub(super) fn is_to_wait_for_a_byte(&self, index: usize) -> bool {
+        self.settings.wake_on_data
+            && self.backends.iter().all(super::backends::Backend::is_asleep)
+            && crate::sys::byte_waits(self.connections[index].client.as_fd()) == Err(Errno::EAGAIN)
+    }
+
+    /// Has the client wait for its first byte.
+    pub(super) fn wait_for_a_byte(&mut self, index: usize) {
+        let connection = &mut self.connections[index];
+        connection.stage = Stage::Silent;
+        let _none = self.silent.insert(connection.number, index);
+        self.register(index);
+    }
+
+    /// A silent client has sent, finished or reset.
+    pub(super) fn silent_client_stirred(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        match crate::sys::byte_waits(connection.client.as_fd()) {
+            Ok(true) => {
+                let _index = self.silent.remove(&connection.number);
+                // From now on it waits for the service.
+                connection.active = Instant::now();
+                self.hold(index, false);
+            }
+            Err(Errno::EAGAIN) => {}
+            Ok(false) | Err(_) => self.finish(index, End::ClientLeft),
+        }
+    }
+
+    /// The container is awake: whoever is silent is let through to it, each to its own target.
+    pub(super) fn let_silent_clients_in(&mut self) {
+        for index in std::mem::take(&mut self.silent).into_values() {
+            self.connections[index].active = Instant::now();
+            self.place(index);
+        }
+    }
+
+    /// Ends the one that has been silent longest; false when there is none.
+    pub(super) fn make_room(&mut self) -> bool {
+        let Some((_, &index)) = self.silent.first_key_value() else { return false };
+        self.finish(index, End::IdleTimeout);
+        true
+    }
+}
