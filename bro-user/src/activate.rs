@@ -4,6 +4,7 @@ pub mod bus;
 pub mod container;
 pub mod ownership;
 pub mod ready;
+pub mod rootless;
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -54,6 +55,8 @@ pub struct Incarnation {
     process: Option<AsyncFd<OwnedFd>>,
     /// Device and inode of the namespace.
     file: (u64, u64),
+    /// Where its file is, if that is not where it was looked for.
+    path: Option<PathBuf>,
 }
 
 /// What starts and finds the targets; one for all of a forwarder's targets, since they share the container.
@@ -177,7 +180,8 @@ impl Activator {
             };
             let file = match (&self.place, &incarnation) {
                 (Place::Netns(path), Some(incarnation)) => {
-                    Some(NamespaceFile { path: path.clone(), id: incarnation.file })
+                    let path = incarnation.path.as_ref().unwrap_or(path).clone();
+                    Some(NamespaceFile { path, id: incarnation.file })
                 }
                 _ => None,
             };
@@ -352,7 +356,10 @@ impl Activator {
         loop {
             match std::fs::File::open(path) {
                 Ok(file) if !crate::sys::is_network_namespace(file.as_fd()) => {
-                    bail!(Failure::NotFound(format!("{} is not a network namespace", path.display())));
+                    if let Some(found) = self.enter_rootless(path).await? {
+                        return Ok(found);
+                    }
+                    sleep(LOOK * 5).await;
                 }
                 Ok(file) => return Incarnation::new(file.into(), None, None, None).await,
                 // A unit may be about to make it.
@@ -363,6 +370,22 @@ impl Activator {
                     return Err(opening(&format!("the namespace {}", path.display()), &error).into());
                 }
             }
+        }
+    }
+
+    /// The namespace of a user's own networks. `None` where it is not there yet and a unit may be about to make it.
+    async fn enter_rootless(&self, path: &Path) -> anyhow::Result<Option<Incarnation>> {
+        let none = || Failure::NotFound(format!("{} is not a network namespace", path.display()));
+        let reachable = rootless::reachable(path).ok_or_else(none)?;
+        match std::fs::File::open(&reachable) {
+            Ok(file) if crate::sys::is_network_namespace(file.as_fd()) => {
+                let mut found = Incarnation::new(file.into(), None, None, None).await?;
+                found.path = Some(reachable);
+                Ok(Some(found))
+            }
+            Ok(_) if self.unit.is_some() => Ok(None),
+            Ok(_) => Err(none().into()),
+            Err(error) => Err(opening(&format!("the namespace {}", path.display()), &error).into()),
         }
     }
 
@@ -501,7 +524,7 @@ impl Incarnation {
         let namespace = Arc::new(Namespace::enter(netns, root).await?);
         let process =
             process.map(|pidfd| crate::sys::watch(pidfd, tokio::io::Interest::READABLE)).transpose()?;
-        Ok(Self { namespace, pid, process, file: (stat.st_dev, stat.st_ino) })
+        Ok(Self { namespace, pid, process, file: (stat.st_dev, stat.st_ino), path: None })
     }
 
     async fn of_process(pid: i32) -> anyhow::Result<Self> {
@@ -523,7 +546,10 @@ impl Incarnation {
     /// Is this still the namespace that a client should be connected in?
     fn is_current(&self, place: &Place) -> bool {
         match place {
-            Place::Netns(path) => NamespaceFile { path: path.clone(), id: self.file }.is_current(),
+            Place::Netns(path) => {
+                let path = self.path.as_ref().unwrap_or(path).clone();
+                NamespaceFile { path, id: self.file }.is_current()
+            }
             _ => self.process.as_ref().is_none_or(|process| !exited(process.get_ref())),
         }
     }
