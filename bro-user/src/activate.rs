@@ -232,11 +232,12 @@ impl Activator {
         // A run that somebody else has started meanwhile is not ours, although an earlier one was.
         let ours = !matches!(before.as_str(), "active" | "activating" | "reloading");
         self.started.store(ours, Relaxed);
-        // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients.
-        if before != "deactivating" {
-            findable.notify_one();
-        }
-        let result = bus.start(unit).await.with_context(|| format!("cannot start {unit}"))?;
+        // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients. Nor is
+        // anything looked for before systemd has the order: finding it ends this. Where nothing has to be found (a target in
+        // the own namespace), systemd says when it is there.
+        let early = before != "deactivating" && self.place != Place::Own;
+        let ordered = || if early { findable.notify_one() };
+        let result = bus.start(unit, ordered).await.with_context(|| format!("cannot start {unit}"))?;
         if result != "done" && bus.result(unit).await.is_ok_and(|result| result == "start-limit-hit") {
             bail!(
                 "systemd starts {unit} no more, since it was started too often (StartLimitBurst= in StartLimitIntervalSec=); \

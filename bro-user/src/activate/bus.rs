@@ -116,13 +116,15 @@ impl Bus {
         Ok(UnitProxy::builder(self.systemd.inner().connection()).path(path).build().await?)
     }
 
-    /// Starts the unit and waits for the end of the job; what it returns is the job's result (`done` when it worked).
+    /// Starts the unit and waits for the end of the job; what it returns is the job's result (`done` when it worked). `ordered`
+    /// is called once systemd has accepted the job.
     ///
     /// # Errors
     /// When systemd refuses, with its own words.
-    pub async fn start(&self, unit: &str) -> anyhow::Result<String> {
+    pub async fn start(&self, unit: &str, ordered: impl FnOnce()) -> anyhow::Result<String> {
         let mut removed = self.systemd.receive_job_removed().await?;
         let job = self.systemd.start_unit(unit, "replace").await.map_err(plain)?;
+        ordered();
         wait(&mut removed, &job).await
     }
 
