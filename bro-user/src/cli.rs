@@ -1,11 +1,14 @@
 //! The command line: what each option means, in the words that `--help` and the man page print.
 
+mod activate;
 pub mod control;
 pub mod idle;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use activate::{Activate, Direct, IdleBy, WakeOn};
 
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -38,6 +41,9 @@ pub enum Command {
     /// Relay the sockets that systemd passed to a service, starting its container on the first connection
     #[command(after_long_help = FORWARD_EXAMPLES)]
     Forward(Box<Forward>),
+    /// Have systemd listen for a quadlet and wake its container on the first connection: writes the units, starts the socket
+    #[command(after_long_help = activate::EXAMPLES)]
+    Activate(Box<Activate>),
     /// What running forwarders of this user do: connections, bytes by relay, cold starts
     Status(Status),
     /// What this host can do for this user and what not, one line a check, with the fix

@@ -4,6 +4,8 @@
 //! forwarder's life) and [`engine`] (one thread, one epoll, every connection); ARCHITECTURE.md is the map.
 
 pub mod activate;
+pub mod activated;
+pub mod activation;
 pub mod capabilities;
 pub mod cli;
 pub mod connection;
@@ -18,9 +20,12 @@ pub mod life;
 pub mod listen;
 pub mod logging;
 pub mod netns;
+pub mod quadlet;
 pub mod relay;
 pub mod stats;
 pub mod status;
 pub mod sys;
 pub mod target;
 pub mod timespan;
+pub mod unit_file;
+pub mod units;

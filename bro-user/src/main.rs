@@ -3,13 +3,13 @@
 use std::process::ExitCode;
 
 use bro_user::cli::{Cli, Command};
-use bro_user::{doctor, exit, forward, listen, logging, netns, status};
+use bro_user::{activation, doctor, exit, forward, listen, logging, netns, status};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
     // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
     let passed = listen::take_passed();
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(command_line()) {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),
     };
@@ -18,6 +18,7 @@ fn main() -> ExitCode {
             logging::init(options.verbose);
             forward::run(&options, passed)
         }
+        Command::Activate(options) => activation::run(&options),
         Command::Status(options) => status::run(&options),
         Command::Doctor(options) => doctor::run(&options).and_then(|well| {
             if well {
@@ -37,6 +38,17 @@ fn main() -> ExitCode {
     }
 }
 
+/// The command line; `bro-activate` and `bro-activator` are names of `bro activate`.
+fn command_line() -> Vec<std::ffi::OsString> {
+    let mut words: Vec<_> = std::env::args_os().collect();
+    let called = words.first().map(std::path::Path::new).and_then(std::path::Path::file_name);
+    if called.is_some_and(|name| name == "bro-activate" || name == "bro-activator") {
+        words[0] = "bro".into();
+        words.insert(1, "activate".into());
+    }
+    words
+}
+
 /// clap's own words in one sentence; its help and version as they are.
 #[expect(clippy::print_stderr, reason = "the one sentence that a failing command says")]
 fn wrong_usage(error: &clap::Error) -> ExitCode {
@@ -44,7 +56,9 @@ fn wrong_usage(error: &clap::Error) -> ExitCode {
     if error.kind() == ErrorKind::MissingSubcommand
         || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
     {
-        eprintln!("bro: say what to do: `bro forward`, `bro status` or `bro doctor` (see `bro --help`)");
+        eprintln!(
+            "bro: say what to do: `bro activate`, `bro forward`, `bro status` or `bro doctor` (see `bro --help`)"
+        );
         return ExitCode::from(2);
     }
     if !error.use_stderr() {

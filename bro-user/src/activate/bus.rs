@@ -84,6 +84,11 @@ impl Bus {
         Ok(Self { systemd })
     }
 
+    /// The connection itself, for what is asked beyond this.
+    pub fn connection(&self) -> &zbus::Connection {
+        self.systemd.inner().connection()
+    }
+
     /// The unit's ActiveState: active, activating, inactive, failed, …
     ///
     /// # Errors

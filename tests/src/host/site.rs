@@ -234,6 +234,17 @@ impl<'h> Site<'h> {
         self.front.journal(self.host, &self.forwarder()).unwrap_or_else(|error| format!("{error:#}"))
     }
 
+    /// What both the forwarder and the container logged, the end of it.
+    pub fn journals(&self) -> String {
+        let container = self.manager.journal(self.host, &self.unit());
+        let container = container.unwrap_or_else(|error| format!("{error:#}"));
+        let tail = |text: &str| {
+            let lines: Vec<&str> = text.lines().collect();
+            lines[lines.len().saturating_sub(30)..].join("\n")
+        };
+        format!("-- forwarder\n{}\n-- container\n{}", tail(&self.journal()), tail(&container))
+    }
+
     /// The forwarder's records of ended connections; waits until there are `count`.
     pub fn ended(&self, count: usize) -> Result<Vec<Value>> {
         let mut ended = Vec::new();

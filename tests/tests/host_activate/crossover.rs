@@ -32,7 +32,7 @@ pub fn pasta(host: &Host) -> Result<()> {
     for (network, address) in &ways {
         ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder that nobody woke runs");
         let answer = from(network, address)?;
-        ensure!(answer.stdout.len() > 32, "{network}, {address}: {answer:?}\n{}", site.journal());
+        ensure!(answer.stdout.len() > 32, "{network}, {address}: {answer:?}\n{}", site.journals());
         runs.push(answer.stdout[..32].to_owned());
         site.await_exit()?;
         site.await_container_gone()?;

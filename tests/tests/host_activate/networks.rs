@@ -29,7 +29,7 @@ pub fn own_network(host: &Host, manager: Manager) -> Result<()> {
     plan.forward = format!("--unit {{name}}.service --container systemd-{{name}} --exit-idle-time 300ms {target}");
     let site = Site::new(host, manager, "bridged", &plan)?;
     for _ in 0..2 {
-        site.check_echo().with_context(|| site.journal())?;
+        site.check_echo().with_context(|| site.journals())?;
         site.await_exit()?;
         site.await_container_gone()?;
     }
@@ -37,7 +37,7 @@ pub fn own_network(host: &Host, manager: Manager) -> Result<()> {
     if manager == Manager::System {
         plan.forward = format!("--unit {{name}}.service --exit-idle-time 300ms {target}");
         let site = Site::new(host, manager, "reached", &plan)?;
-        site.check_echo().with_context(|| site.journal())?;
+        site.check_echo().with_context(|| site.journals())?;
         site.await_exit()?;
     }
     Ok(())
@@ -56,7 +56,7 @@ pub fn rootless_namespace(host: &Host) -> Result<()> {
     );
     let site = Site::new(host, test, "namespace", &plan)?;
     for _ in 0..2 {
-        site.check_echo().with_context(|| site.journal())?;
+        site.check_echo().with_context(|| site.journals())?;
         site.await_exit()?;
         site.await_container_gone()?;
     }

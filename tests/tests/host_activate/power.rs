@@ -25,7 +25,7 @@ pub fn reboot_and_power_cut(host: &mut Host) -> Result<()> {
             let site = at(host, *manager, *port, suffix);
             let mut client = site.client()?;
             client.write_all(b"in mid-stream")?;
-            client.read_exact(&mut [0; 13]).with_context(|| site.journal())?;
+            client.read_exact(&mut [0; 13]).with_context(|| site.journals())?;
             open.push(client);
             std::mem::forget(site);
         }
@@ -38,7 +38,7 @@ pub fn reboot_and_power_cut(host: &mut Host) -> Result<()> {
             let site = at(host, *manager, *port, suffix);
             let state = manager.show(host, &site.unit(), "ActiveState")?;
             ensure!(state == "inactive", "the container is {state} after the boot, without a client");
-            site.check_echo().with_context(|| format!("crash: {crash}\n{}", site.journal()))?;
+            site.check_echo().with_context(|| format!("crash: {crash}\n{}", site.journals()))?;
             site.await_exit()?;
             site.await_container_gone()?;
             std::mem::forget(site);

@@ -1,0 +1,258 @@
+//! `bro activate`: from a quadlet to a socket that wakes it, and back.
+//!
+//! In order: read the quadlet and what is activated already, decide what shall be ([`request`]), put it into files ([`units`]),
+//! change them all at once ([`write`]), and have systemd take it up. Whatever fails takes everything back.
+
+pub mod address;
+mod apply;
+mod program;
+mod request;
+mod say;
+mod systemd;
+mod taken;
+mod write;
+
+use std::path::{Path, PathBuf};
+
+use crate::activate::bus::Manager;
+use crate::activated::{self, Activated};
+use crate::cli::Activate;
+use crate::exit::Failure;
+use crate::quadlet;
+use crate::units::{self, File};
+use address::External;
+use request::{Places, Wanted};
+use write::{Change, Lock, Made, Owner};
+
+/// Runs `bro activate`.
+///
+/// # Errors
+/// Each with the exit code of [`crate::exit`]; nothing has changed then.
+pub fn run(options: &Activate) -> anyhow::Result<()> {
+    let scope = Manager::choose(options.system, options.user);
+    let units = quadlet::below(options.root.as_deref(), &activated::unit_directory(scope)?);
+    let places = Places { scope, units, root: options.root.clone() };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        if options.remove { remove(options, &places).await } else { activate(options, &places).await }
+    })
+}
+
+/// The activated service that goes by this name, if it is there.
+fn known(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
+    let all = activated::all_in(&places.units, places.scope)?;
+    Ok(all.into_iter().find(|known| known.goes_by(name)))
+}
+
+/// All of it that would be written, for a quadlet that was found.
+fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<Activated>, Vec<File>)> {
+    let quadlet = quadlet::find(&options.name, places.scope, places.root.as_deref())?;
+    let all = activated::all_in(&places.units, places.scope)?;
+    let known = all.into_iter().find(|known| known.name == quadlet.name);
+    if let Some(known) = &known
+        && known.quadlet.extension() != quadlet.path.extension()
+    {
+        return Err(Failure::Usage(format!(
+            "{} is activated already, for {}; both would need the same units",
+            known.name,
+            known.quadlet.display()
+        ))
+        .into());
+    }
+    let wanted = request::wanted(options, &quadlet, known.as_ref(), places)?;
+    let files = units::files(&wanted.activated, &program::path(places)?, Some(&wanted.drop_in));
+    Ok((wanted, known, files))
+}
+
+async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
+    if options.dry_run {
+        let (wanted, known, files) = plan(options, places)?;
+        let mut warnings = wanted.warnings;
+        warnings.extend(program::warning(places));
+        warnings.extend(
+            check_listeners(&wanted.activated, known.as_ref(), None, places)
+                .await
+                .err()
+                .map(|error| error.to_string()),
+        );
+        say::warnings(&warnings)?;
+        return say::files(&files);
+    }
+    // Asked before anything is written: without it nothing could be started.
+    let systemd = match &places.root {
+        None => Some(apply::connect(places.scope).await?),
+        Some(_) => None,
+    };
+    // The quadlet has to be there before directories are made; everything is read again under the lock.
+    quadlet::find(&options.name, places.scope, places.root.as_deref())?;
+    let mut made = Made::default();
+    made.make(&places.units)?;
+    let _lock = Lock::take(&places.units)?;
+    let (mut wanted, known, _) = plan(options, places)?;
+    let mut warnings = std::mem::take(&mut wanted.warnings);
+    warnings.extend(program::warning(places));
+    check_listeners(&wanted.activated, known.as_ref(), systemd.as_ref(), places).await?;
+    for path in &wanted.activated.others {
+        made.make(path.parent().unwrap_or(path))?;
+    }
+    let mut activated = wanted.activated;
+    activated.made.extend(
+        made.paths().iter().filter(|path| !activated.made.contains(path)).cloned().collect::<Vec<_>>(),
+    );
+    let files = units::files(&activated, &program::path(places)?, Some(&wanted.drop_in));
+    let mut changes = changes(&activated, &files)?;
+    // What an earlier run wrote and this one has no use for.
+    let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
+    changes.extend(left.map(|path| Change { path, text: None }));
+    say::warnings(&warnings)?;
+    let outcome = apply::activate(systemd.as_ref(), &activated, known.as_ref(), &changes, places).await?;
+    made.keep();
+    say::activated(&activated, &changes, outcome, places)
+}
+
+/// Every file of an activated service.
+fn files_of(activated: &Activated) -> Vec<PathBuf> {
+    let sockets = activated.listeners.iter().map(|listener| listener.file.clone());
+    sockets.chain(activated.service_file.clone()).chain(activated.others.iter().cloned()).collect()
+}
+
+/// What differs from what is on the disk. Somebody else's file is never touched.
+fn changes(activated: &Activated, files: &[File]) -> anyhow::Result<Vec<Change>> {
+    let mut changes = Vec::new();
+    for File { path, text } in files {
+        match write::owner(path)? {
+            Owner::Ours(old) if old == *text => continue,
+            Owner::Ours(_) if belongs_to_another(path, &activated.name) => {
+                anyhow::bail!("{} belongs to another activated service; nothing was changed", path.display())
+            }
+            Owner::Ours(_) | Owner::Nobody => {}
+            Owner::Theirs => anyhow::bail!(
+                "{} is there and was not written by bro activate; move it away (nothing was changed)",
+                path.display()
+            ),
+        }
+        changes.push(Change { path: path.clone(), text: Some(text.clone()) });
+    }
+    Ok(changes)
+}
+
+fn belongs_to_another(path: &Path, name: &str) -> bool {
+    let file = activated::read_ours(path);
+    file.and_then(|file| file.value(activated::SECTION, "Name").map(|other| other != name)).unwrap_or(false)
+}
+
+/// Can systemd listen where it is to?
+async fn check_listeners(
+    activated: &Activated,
+    known: Option<&Activated>,
+    systemd: Option<&systemd::Systemd>,
+    places: &Places,
+) -> anyhow::Result<()> {
+    if places.root.is_some() {
+        return Ok(());
+    }
+    for listener in &activated.listeners {
+        if let Some(device) = &listener.device
+            && !Path::new("/sys/class/net").join(device).exists()
+        {
+            return Err(
+                Failure::Usage(format!("there is no network interface “{device}”; see `ip link`")).into()
+            );
+        }
+        // Held by the socket that is to stay, or to be replaced.
+        if known.is_some_and(|known| known.listeners.iter().any(|before| before.address == listener.address))
+        {
+            continue;
+        }
+        let external: External = listener.address.parse()?;
+        match taken::look(&external) {
+            None => {}
+            Some(taken::Trouble::Forbidden(why)) => return Err(Failure::NotPermitted(why).into()),
+            Some(taken::Trouble::Taken(owner)) if ours(&owner, known) => {}
+            Some(taken::Trouble::Taken(owner)) => {
+                anyhow::bail!("{}", apply::taken(&external, &owner, systemd).await)
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A socket of this very service that will make room.
+fn ours(owner: &taken::Owner, known: Option<&Activated>) -> bool {
+    let overlaps = |before: &activated::Listener| {
+        let before = before.address.parse::<External>().ok().and_then(|address| address.port());
+        before.is_some() && before == owner.address.rsplit_once(':').and_then(|(_, port)| port.parse().ok())
+    };
+    owner.is_systemd && known.is_some_and(|known| known.listeners.iter().any(overlaps))
+}
+
+async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
+    let name = &options.name;
+    let missing = || {
+        Failure::NotFound(format!(
+            "“{name}” is not activated {}: there is nothing to remove",
+            if places.scope == Manager::System { "for the system" } else { "for this user" }
+        ))
+    };
+    if options.dry_run {
+        let known = known(name, places)?.ok_or_else(missing)?;
+        return say::would_remove(&doomed(&known, options)?.0);
+    }
+    let systemd = match &places.root {
+        None => Some(apply::connect(places.scope).await?),
+        Some(_) => None,
+    };
+    if !places.units.is_dir() {
+        return Err(missing().into());
+    }
+    let _lock = Lock::take(&places.units)?;
+    let known = known(name, places)?.ok_or_else(missing)?;
+    let (changes, rest) = doomed(&known, options)?;
+    for change in &changes {
+        if write::owner(&change.path)? == Owner::Theirs {
+            anyhow::bail!(
+                "{} was not written by bro activate any more; nothing was changed",
+                change.path.display()
+            );
+        }
+    }
+    let awake = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places).await?;
+    if rest.is_none() {
+        write::remove_directories(&known.made)?;
+    }
+    say::removed(&known, &changes, awake)
+}
+
+/// What has to change for the removal, and what stays activated.
+fn doomed(known: &Activated, options: &Activate) -> anyhow::Result<(Vec<Change>, Option<Activated>)> {
+    let gone = |path: PathBuf| Change { path, text: None };
+    let Some(service) = &options.service_name else {
+        return Ok((files_of(known).into_iter().map(gone).collect(), None));
+    };
+    let name = &known.name;
+    if service == name {
+        return Err(Failure::Usage(format!(
+            "“{service}” is the first port of {name}; remove all of it: `bro activate {name} --remove`"
+        ))
+        .into());
+    }
+    let Some(listener) = known.listeners.iter().find(|listener| listener.service == *service) else {
+        let others: Vec<&str> = known.listeners.iter().map(|listener| listener.service.as_str()).collect();
+        return Err(Failure::NotFound(format!(
+            "{name} has no port “{service}”; it has {}",
+            others.join(", ")
+        ))
+        .into());
+    };
+    let mut rest = known.clone();
+    rest.listeners.retain(|listener| listener.service != *service);
+    let mut changes = vec![gone(listener.file.clone())];
+    let drop_in = units::DropIn::read(known, &rest);
+    let bro = program::written(known);
+    for file in units::files(&rest, &bro, drop_in.as_ref()) {
+        if std::fs::read_to_string(&file.path).ok().as_deref() != Some(&file.text) {
+            changes.push(Change { path: file.path, text: Some(file.text) });
+        }
+    }
+    Ok((changes, Some(rest)))
+}

@@ -1,0 +1,300 @@
+//! Has systemd take up what was written. Every step that fails takes files and units back to where they were.
+
+use anyhow::{Context as _, bail};
+
+use super::address::External;
+use super::request::Places;
+use super::systemd::Systemd;
+use super::taken::{self, Owner};
+use super::write::{Change, Changed};
+use crate::activate::bus::Manager;
+use crate::activated::{Activated, Listener};
+
+/// What came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// All was as it should be.
+    Nothing,
+    /// It listens now; the forwarder was not running, or has been stopped.
+    Listening,
+    /// The forwarder that runs has the settings from before.
+    OldForwarder,
+    /// Written below another root; nothing was started.
+    Written,
+}
+
+/// Reaches the service manager, or says clearly that it cannot be reached.
+pub(super) async fn connect(scope: Manager) -> anyhow::Result<Systemd> {
+    let ours = match scope {
+        Manager::System => "the system's service manager",
+        Manager::User => "this user's service manager",
+    };
+    Systemd::connect(scope).await.with_context(|| {
+        format!("{ours} cannot be reached, so nothing was changed (see --dry-run, and --root for images)")
+    })
+}
+
+fn units(listeners: &[Listener]) -> Vec<String> {
+    listeners.iter().map(|listener| listener.socket.clone()).collect()
+}
+
+/// Writes, enables, reloads and starts.
+pub(super) async fn activate(
+    systemd: Option<&Systemd>,
+    wanted: &Activated,
+    known: Option<&Activated>,
+    changes: &[Change],
+    places: &Places,
+) -> anyhow::Result<Outcome> {
+    let Some(systemd) = systemd else {
+        // Links are part of the change where nobody else makes them.
+        let changed = Changed::make(changes)?;
+        link(wanted, places)?;
+        changed.keep();
+        return Ok(if changes.is_empty() { Outcome::Nothing } else { Outcome::Written });
+    };
+    let mut asleep = Vec::new();
+    for listener in &wanted.listeners {
+        if !systemd.is_active(&listener.socket).await || !systemd.is_enabled(&listener.socket).await {
+            asleep.push(listener.socket.clone());
+        }
+    }
+    if changes.is_empty() && asleep.is_empty() {
+        return Ok(Outcome::Nothing);
+    }
+    let before = Before::of(systemd, known).await;
+    let changed = Changed::make(changes)?;
+    match take_up(systemd, wanted, known, changes, &asleep).await {
+        Ok(outcome) => {
+            changed.keep();
+            Ok(outcome)
+        }
+        Err(error) => {
+            let new: Vec<String> =
+                units(&wanted.listeners).into_iter().filter(|unit| !before.enabled.contains(unit)).collect();
+            for unit in &new {
+                systemd.bus.stop(unit).await.ok();
+            }
+            if !new.is_empty() {
+                systemd.disable(&new).await.ok();
+            }
+            drop(changed);
+            before.restore(systemd).await;
+            for unit in &new {
+                systemd.reset_failed(unit).await;
+            }
+            Err(error.context("nothing was changed"))
+        }
+    }
+}
+
+/// What ran before a change.
+#[derive(Debug, Default)]
+struct Before {
+    enabled: Vec<String>,
+    active: Vec<String>,
+}
+
+impl Before {
+    async fn of(systemd: &Systemd, known: Option<&Activated>) -> Self {
+        let mut before = Self::default();
+        for unit in known.map(|known| units(&known.listeners)).unwrap_or_default() {
+            if systemd.is_enabled(&unit).await {
+                before.enabled.push(unit.clone());
+            }
+            if systemd.is_active(&unit).await {
+                before.active.push(unit);
+            }
+        }
+        before
+    }
+
+    async fn restore(&self, systemd: &Systemd) {
+        if !self.enabled.is_empty() {
+            systemd.enable(&self.enabled).await.ok();
+        }
+        systemd.reload().await.ok();
+        for unit in &self.active {
+            systemd.bus.start(unit).await.ok();
+        }
+    }
+}
+
+async fn take_up(
+    systemd: &Systemd,
+    wanted: &Activated,
+    known: Option<&Activated>,
+    changes: &[Change],
+    asleep: &[String],
+) -> anyhow::Result<Outcome> {
+    let is_changed = |listener: &Listener| {
+        let before =
+            known.and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
+        // Only what the kernel's socket is made of: whatever else changes in the file needs no new socket.
+        before != Some(listener) && before.is_none_or(|before| !same_socket(before, listener))
+    };
+    let mut restart: Vec<String> = wanted
+        .listeners
+        .iter()
+        .filter(|listener| is_changed(listener))
+        .map(|listener| listener.socket.clone())
+        .collect();
+    restart.extend(asleep.iter().filter(|unit| !restart.contains(unit)).cloned().collect::<Vec<_>>());
+    let runner = wanted.service().unwrap_or_else(|| wanted.unit.clone());
+    let running = systemd.is_active(&runner).await;
+    if !restart.is_empty() && known.is_some() {
+        // systemd refuses to start a socket whose service runs, and the service keeps the sockets it was started with.
+        if running {
+            stop(systemd, &runner).await?;
+        }
+        for unit in &restart {
+            stop(systemd, unit).await?;
+        }
+    }
+    systemd.enable(&units(&wanted.listeners)).await?;
+    systemd.reload().await?;
+    if let Some(problem) = systemd.load_problem(&wanted.unit).await? {
+        let generator = match wanted.scope {
+            Manager::System => "/usr/lib/systemd/system-generators/podman-system-generator --dryrun",
+            Manager::User => "/usr/lib/systemd/user-generators/podman-user-generator --user --dryrun",
+        };
+        bail!(
+            "Podman's quadlet generator makes no {} of {} ({problem}); ask it why: {generator}",
+            wanted.unit,
+            wanted.quadlet.display()
+        );
+    }
+    for listener in wanted.listeners.iter().filter(|listener| restart.contains(&listener.socket)) {
+        systemd.reset_failed(&listener.socket).await;
+        let result = systemd.bus.start(&listener.socket).await?;
+        if result != "done" {
+            bail!("{}", cannot_listen(systemd, listener, wanted.scope).await);
+        }
+    }
+    let service_changed = changes.iter().any(|change| Some(&change.path) == wanted.service_file.as_ref());
+    Ok(if running && restart.is_empty() && (service_changed || wanted.direct) {
+        Outcome::OldForwarder
+    } else {
+        Outcome::Listening
+    })
+}
+
+fn same_socket(before: &Listener, now: &Listener) -> bool {
+    (&before.address, before.backlog, &before.device, &before.service)
+        == (&now.address, now.backlog, &now.device, &now.service)
+}
+
+async fn stop(systemd: &Systemd, unit: &str) -> anyhow::Result<()> {
+    let result = systemd.bus.stop(unit).await.with_context(|| format!("cannot stop {unit}"))?;
+    anyhow::ensure!(result == "done", "stopping {unit} ended with “{result}”");
+    Ok(())
+}
+
+async fn cannot_listen(systemd: &Systemd, listener: &Listener, scope: Manager) -> String {
+    let unit = &listener.socket;
+    let user = if scope == Manager::User { " --user" } else { "" };
+    if let Ok(external) = listener.address.parse()
+        && let Some(taken::Trouble::Taken(owner)) = taken::look(&external)
+    {
+        return taken(&external, &owner, Some(systemd)).await;
+    }
+    format!("systemd cannot listen at {}; see `journalctl{user} --unit {unit}`", listener.address)
+}
+
+/// The sentence about an address that somebody has.
+pub(super) async fn taken(external: &External, owner: &Owner, systemd: Option<&Systemd>) -> String {
+    let unit = match systemd {
+        Some(systemd) => systemd.socket_at(&owner.address).await,
+        None => None,
+    };
+    let who = match (unit, &owner.process) {
+        (Some(unit), _) => format!("by {unit} at {}", owner.address),
+        (None, Some(process)) if owner.is_systemd => {
+            format!("by a socket unit at {}, held by {process}; see `systemctl list-sockets`", owner.address)
+        }
+        (None, Some(process)) => format!("by {process} at {}", owner.address),
+        (None, None) => format!(
+            "at {} by a process of another user's; see `sudo ss --listening --processes --numeric`",
+            owner.address
+        ),
+    };
+    format!("{external} is taken {who}")
+}
+
+/// Stops, disables, removes and reloads. Says whether the container is still awake.
+pub(super) async fn remove(
+    systemd: Option<&Systemd>,
+    known: &Activated,
+    rest: Option<&Activated>,
+    changes: &[Change],
+    places: &Places,
+) -> anyhow::Result<bool> {
+    let doomed: Vec<String> = known
+        .listeners
+        .iter()
+        .filter(|listener| rest.is_none_or(|rest| !rest.listeners.contains(listener)))
+        .map(|listener| listener.socket.clone())
+        .collect();
+    let Some(systemd) = systemd else {
+        let changed = Changed::make(changes)?;
+        for unit in &doomed {
+            std::fs::remove_file(wants(places).join(unit)).ok();
+        }
+        std::fs::remove_dir(wants(places)).ok();
+        changed.keep();
+        return Ok(false);
+    };
+    let before = Before::of(systemd, Some(known)).await;
+    let changed = match take_down(systemd, known, &doomed, changes).await {
+        Ok(changed) => changed,
+        Err(error) => {
+            before.restore(systemd).await;
+            return Err(error.context("nothing was changed"));
+        }
+    };
+    changed.keep();
+    systemd.reload().await?;
+    // Stopping the forwarder has stopped nothing else: what stays goes on listening.
+    for listener in rest.map(|rest| rest.listeners.as_slice()).unwrap_or_default() {
+        systemd.bus.start(&listener.socket).await?;
+    }
+    Ok(rest.is_none() && systemd.is_active(&known.unit).await)
+}
+
+async fn take_down(
+    systemd: &Systemd,
+    known: &Activated,
+    doomed: &[String],
+    changes: &[Change],
+) -> anyhow::Result<Changed> {
+    // Without its first client's socket it would be started again at once; so the sockets go first.
+    for unit in doomed {
+        stop(systemd, unit).await?;
+    }
+    if let Some(service) = known.service()
+        && systemd.is_active(&service).await
+    {
+        stop(systemd, &service).await?;
+    }
+    systemd.disable(doomed).await?;
+    Changed::make(changes)
+}
+
+fn wants(places: &Places) -> std::path::PathBuf {
+    places.units.join("sockets.target.wants")
+}
+
+/// What enabling does, where no systemd does it.
+fn link(wanted: &Activated, places: &Places) -> anyhow::Result<()> {
+    let directory = wants(places);
+    std::fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    for unit in units(&wanted.listeners) {
+        let link = directory.join(&unit);
+        if let Err(error) = std::os::unix::fs::symlink(format!("../{unit}"), &link)
+            && error.kind() != std::io::ErrorKind::AlreadyExists
+        {
+            return Err(error).with_context(|| format!("cannot make the link {}", link.display()));
+        }
+    }
+    Ok(())
+}

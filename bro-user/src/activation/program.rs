@@ -1,0 +1,64 @@
+//! Which bro the units run.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+use super::request::Places;
+use crate::activate::bus::Manager;
+use crate::activated::Activated;
+use crate::unit_file::UnitFile;
+
+/// The program that runs now, by its own path: `bro-activate` may be a link to it.
+pub(super) fn path(places: &Places) -> anyhow::Result<PathBuf> {
+    let path = std::env::current_exe().context("cannot tell where bro itself is")?;
+    // In an image's tree it is where an administrator would have put it.
+    let inside = places.root.as_deref().and_then(|root| path.strip_prefix(root).ok());
+    let path = inside.map_or(path.clone(), |inside| Path::new("/").join(inside));
+    let text = path.to_string_lossy();
+    anyhow::ensure!(
+        !text.contains(['$', '"', '\\']) && !text.contains(char::is_control),
+        "the path of bro itself, {text}, cannot stand in a unit file; install it elsewhere"
+    );
+    anyhow::ensure!(!text.ends_with(" (deleted)"), "the bro that runs has been replaced; run the new one");
+    Ok(path)
+}
+
+/// The path that units were written with.
+pub(super) fn written(activated: &Activated) -> PathBuf {
+    let text = activated
+        .service_file
+        .as_ref()
+        .and_then(|path| std::fs::read_to_string(path).ok())
+        .unwrap_or_default();
+    let command = UnitFile::parse(&text).words("Service", "ExecStart");
+    command.first().map(|program| program.replace("%%", "%").into()).unwrap_or_default()
+}
+
+/// What is doubtful about that path.
+pub(super) fn warning(places: &Places) -> Option<String> {
+    if places.root.is_some() {
+        return None;
+    }
+    let path = std::env::current_exe().ok()?;
+    let shown = path.display();
+    if places.scope == Manager::System {
+        let loose = path.ancestors().find(|part| {
+            std::fs::metadata(part).is_ok_and(|metadata| {
+                metadata.uid() != 0 || (metadata.mode() & 0o022 != 0 && metadata.mode() & 0o1000 == 0)
+            })
+        });
+        if let Some(loose) = loose {
+            return Some(format!(
+                "root's service will run {shown}, which others than root can change ({}); install it: sudo install {shown} \
+                 /usr/local/bin/bro",
+                loose.display()
+            ));
+        }
+    }
+    let built = path.components().any(|part| part.as_os_str() == "target") || path.starts_with("/tmp");
+    built.then(|| {
+        format!("the units will run {shown}, which looks as if it may go; install bro, and run that")
+    })
+}

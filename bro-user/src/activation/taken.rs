@@ -1,0 +1,244 @@
+//! Is an address free to listen on, and if not: who has it?
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, setsockopt, socket, sockopt,
+};
+
+use super::address::External;
+
+/// Why nobody can listen there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Trouble {
+    /// Somebody does already.
+    Taken(Owner),
+    /// This user may not.
+    Forbidden(String),
+}
+
+/// Who listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Owner {
+    /// The address, as systemd would write it.
+    pub address: String,
+    /// `nginx (pid 77, unit nginx.service)`; none when it is hidden from this user.
+    pub process: Option<String>,
+    /// It is a service manager, which holds it for some socket unit.
+    pub is_systemd: bool,
+}
+
+/// Tries whether systemd could listen at `external`: bind(2) without listen(2), so that no client is ever let in.
+pub(super) fn look(external: &External) -> Option<Trouble> {
+    let error = match external {
+        External::Port(port) => try_tcp((Ipv6Addr::UNSPECIFIED, *port).into(), false)
+            // Without IPv6 systemd takes IPv4.
+            .or_else(|error| {
+                if error == Errno::EAFNOSUPPORT {
+                    try_tcp((Ipv4Addr::UNSPECIFIED, *port).into(), true)
+                } else {
+                    Err(error)
+                }
+            }),
+        External::Address(address) => try_tcp(*address, true),
+        External::Abstract(name) => try_abstract(name),
+        // systemd removes what is left of a socket that nobody listens on, but not one that is in use.
+        External::Path(path) if unix_owner(&path.display().to_string()).is_some() => Err(Errno::EADDRINUSE),
+        External::Path(_) => Ok(()),
+    }
+    .err()?;
+    match error {
+        Errno::EADDRINUSE => Some(Trouble::Taken(owner(external))),
+        Errno::EACCES => Some(Trouble::Forbidden(forbidden(external))),
+        // Whatever else it is (an address that is not there yet), systemd gets to say it.
+        _ => None,
+    }
+}
+
+fn try_tcp(address: SocketAddr, v6_only: bool) -> nix::Result<()> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    if address.is_ipv6() {
+        setsockopt(&socket, sockopt::Ipv6V6Only, &(v6_only && address.ip().is_unspecified()))?;
+    }
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(address))
+}
+
+fn try_abstract(name: &str) -> nix::Result<()> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)
+}
+
+fn forbidden(external: &External) -> String {
+    let port = external.port().unwrap_or_default();
+    let lowest = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap_or_default();
+    format!(
+        "an ordinary user may not listen on port {port}, only from {} on; choose another, or run `sudo sysctl \
+         net.ipv4.ip_unprivileged_port_start={port}`",
+        lowest.trim()
+    )
+}
+
+fn owner(external: &External) -> Owner {
+    let found = match external {
+        External::Path(path) => {
+            unix_owner(&path.display().to_string()).map(|inode| (path.display().to_string(), inode))
+        }
+        External::Abstract(name) => unix_owner(&format!("@{name}")).map(|inode| (format!("@{name}"), inode)),
+        External::Port(_) | External::Address(_) => tcp_owner(external),
+    };
+    let Some((address, inode)) = found else {
+        return Owner { address: external.to_string(), process: None, is_systemd: false };
+    };
+    let process = process_of(inode);
+    Owner {
+        address,
+        is_systemd: process.as_ref().is_some_and(|(comm, _)| comm == "systemd"),
+        process: process.map(|(comm, pid)| {
+            let unit = unit_of(pid).map(|unit| format!(", {unit}")).unwrap_or_default();
+            format!("{comm} (pid {pid}{unit})")
+        }),
+    }
+}
+
+/// Address and inode of the listener that stands in the way.
+fn tcp_owner(external: &External) -> Option<(String, u64)> {
+    let port = external.port()?;
+    let mut found: Option<(SocketAddr, u64)> = None;
+    for table in ["/proc/net/tcp6", "/proc/net/tcp"] {
+        let text = std::fs::read_to_string(table).unwrap_or_default();
+        for (address, inode) in text.lines().skip(1).filter_map(listener) {
+            if address.port() == port && in_the_way(external, address.ip()) {
+                found.get_or_insert((address, inode));
+            }
+        }
+    }
+    let (address, inode) = found?;
+    let systemds = match address.ip() {
+        IpAddr::V4(ip) => format!("{ip}:{port}"),
+        IpAddr::V6(ip) => format!("[{ip}]:{port}"),
+    };
+    Some((systemds, inode))
+}
+
+fn in_the_way(external: &External, other: IpAddr) -> bool {
+    match external {
+        External::Address(address) => {
+            let ip = address.ip();
+            ip == other
+                || (other.is_unspecified() && (ip.is_ipv4() || other.is_ipv6()))
+                || (ip.is_unspecified() && ip.is_ipv4() == other.is_ipv4())
+        }
+        _ => true,
+    }
+}
+
+/// A line of /proc/net/tcp{,6} (proc_net(5)): a listener's address and inode.
+fn listener(line: &str) -> Option<(SocketAddr, u64)> {
+    const LISTEN: &str = "0A";
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    if *fields.get(3)? != LISTEN {
+        return None;
+    }
+    let (ip, port) = fields.get(1)?.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    // Words of four bytes, each in this machine's order.
+    let words: Vec<[u8; 4]> = (0..ip.len() / 8)
+        .map(|word| u32::from_str_radix(ip.get(word * 8..word * 8 + 8)?, 16).ok().map(u32::to_ne_bytes))
+        .collect::<Option<_>>()?;
+    let ip: IpAddr = match words.as_slice() {
+        [v4] => Ipv4Addr::from(*v4).into(),
+        [_, _, _, _] => Ipv6Addr::from(<[u8; 16]>::try_from(words.concat()).ok()?).into(),
+        _ => return None,
+    };
+    Some((SocketAddr::new(ip, port), fields.get(9)?.parse().ok()?))
+}
+
+/// The inode of the unix socket that is bound to `name`.
+fn unix_owner(name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/net/unix").ok()?;
+    text.lines().skip(1).find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        (fields.get(7) == Some(&name)).then(|| fields.get(6)?.parse().ok())?
+    })
+}
+
+/// Name and id of a process that has the socket open, as far as this user can see.
+fn process_of(inode: u64) -> Option<(String, i32)> {
+    let wanted = format!("socket:[{inode}]");
+    let mut holders = Vec::new();
+    for process in std::fs::read_dir("/proc").ok()?.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else { continue };
+        let holds =
+            |path: &Path| std::fs::read_link(path).is_ok_and(|link| link.as_os_str() == wanted.as_str());
+        if descriptors.flatten().any(|descriptor| holds(&descriptor.path())) {
+            let comm = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            holders.push((comm.trim().to_owned(), pid));
+        }
+    }
+    // A service manager holds a socket for whom it started with it; that one is not the one to complain to.
+    holders.sort_by_key(|(comm, pid)| (comm != "systemd", *pid));
+    holders.into_iter().next()
+}
+
+/// The unit that a process belongs to, from its cgroup (systemd's naming).
+fn unit_of(pid: i32) -> Option<String> {
+    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let unit = path.rsplit('/').find(|part| part.ends_with(".service") || part.ends_with(".scope"))?;
+    (unit != "init.scope").then(|| format!("of {unit}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_this_process_as_the_owner() {
+        let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listening.local_addr().unwrap();
+        let Some(Trouble::Taken(owner)) = look(&External::Address(address)) else {
+            panic!("{address} is taken")
+        };
+        assert_eq!(owner.address, address.to_string());
+        assert!(
+            owner.process.as_ref().unwrap().contains(&format!("pid {}", std::process::id())),
+            "{owner:?}"
+        );
+        // The same port of every address is taken too; that of another address is not.
+        assert!(matches!(look(&External::Port(address.port())), Some(Trouble::Taken(_))));
+        assert_eq!(look(&External::Address(([127, 0, 0, 2], address.port()).into())), None);
+        drop(listening);
+        assert_eq!(look(&External::Address(address)), None);
+    }
+
+    #[test]
+    fn finds_unix_sockets() {
+        let name = format!("bro-taken-{}", std::process::id());
+        let external = External::Abstract(name.clone());
+        assert_eq!(look(&external), None);
+        let address = std::os::linux::net::SocketAddrExt::from_abstract_name(&name).unwrap();
+        let listening = std::os::unix::net::UnixListener::bind_addr(&address).unwrap();
+        let Some(Trouble::Taken(owner)) = look(&external) else { panic!("{name} is taken") };
+        assert!(owner.process.is_some());
+        drop(listening);
+    }
+
+    #[test]
+    fn reads_the_kernels_tables() {
+        let line = "   1: 00000000000000000000000001000000:1F90 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4711 1 0 100 0 0 10 0";
+        let (address, inode) = listener(line).unwrap();
+        assert_eq!(inode, 4711);
+        assert_eq!(address.port(), 8080);
+        #[cfg(target_endian = "little")]
+        assert_eq!(address.ip(), Ipv6Addr::LOCALHOST);
+        assert_eq!(listener("nonsense"), None);
+    }
+}

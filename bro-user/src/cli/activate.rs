@@ -1,0 +1,171 @@
+//! The command line of `bro activate`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::RelayChoice;
+use crate::activate::ready::Ready;
+use crate::activation::address::{External, Internal};
+use crate::timespan::TimeSpan;
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  A rootless quadlet ~/.config/containers/systemd/web.container, whose service listens on port 80 inside:
+    bro activate web --external-port 127.0.0.1:8080 --internal-port 80
+
+  What would it write? And away with it again, the quadlet stays as it is:
+    bro activate web --external-port 8080 --dry-run
+    bro activate web --remove
+
+  A second port of the same container, through the same forwarder:
+    bro activate web --service-name metrics --external-port 9100
+    bro activate web --service-name metrics --remove
+
+  nginx takes the socket over itself: no forwarder, no idle stop, the client's own address:
+    bro activate web --direct --external-port 0.0.0.0:8080
+
+An option that is left out stays as an earlier run set it. Files that bro activate did not write are never overwritten.
+NAME is looked for where Podman looks (podman-systemd.unit(5)): NAME.container, NAME.pod, NAME.kube, or an instance
+NAME@INSTANCE of a template NAME@.container.
+
+Exit status: 0 done, or nothing to do; 1 failed; 2 wrong usage; 4 quadlet not found; 5 not permitted. Whatever the
+failure, no file and no unit is changed.";
+
+/// `bro activate`.
+#[derive(Debug, Args)]
+pub struct Activate {
+    /// The quadlet: web, web.container, app.pod, app.kube, or web@blue for an instance of a template
+    #[arg(value_name = "NAME")]
+    pub name: String,
+
+    /// Where clients connect: PORT (of every address, IPv4 and IPv6), ADDR:PORT, a /unix/path or an @abstract name
+    ///
+    /// systemd listens there from now on, also after a reboot. Prefer an address to a bare port where not the whole network
+    /// is meant: 127.0.0.1:8080.
+    #[arg(long, value_name = "[ADDR:]PORT")]
+    pub external_port: Option<External>,
+
+    /// Where the service listens inside the container (default: 127.0.0.1 and the same port)
+    #[arg(long, value_name = "[ADDR:]PORT", conflicts_with = "direct")]
+    pub internal_port: Option<Internal>,
+
+    /// A name for this port, to give one container several: one forwarder serves them all
+    #[arg(long, value_name = "SERVICE", value_parser = crate::activation::address::service_name)]
+    pub service_name: Option<String>,
+
+    /// No forwarder: hand the socket to the container's own program (auto, nginx or listen-fds)
+    ///
+    /// Podman passes the sockets of the container's unit on (LISTEN_FDS). The program must be made for that: then clients
+    /// reach it without anything in between, with their own addresses, also with Network=none. nginx can, by way of the
+    /// variable NGINX, which is set for it (auto looks for “nginx” in Image= and Exec=). Nobody stops the container when it is
+    /// idle, and bro's own options do not apply.
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
+    pub direct: Option<Direct>,
+
+    /// The network of the quadlet that the service is reached through: none, host, NAME or NAME.network
+    ///
+    /// Needed only for a service that does not listen on 127.0.0.1 of its container: the target is then the container's
+    /// address on that network (IP= of the quadlet).
+    #[arg(long, value_name = "NETWORK", conflicts_with = "direct")]
+    pub network: Option<String>,
+
+    /// The container whose network namespace the service is in (default: the quadlet's own; needed for a .kube)
+    #[arg(long, value_name = "CONTAINER", conflicts_with = "direct")]
+    pub container: Option<String>,
+
+    /// Listen on this network interface only (BindToDevice=)
+    #[arg(long, value_name = "INTERFACE", value_parser = crate::activation::address::device)]
+    pub bind_to_device: Option<String>,
+
+    /// How many clients may wait to be accepted (Backlog=; default: systemd's, which is the kernel's limit)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub backlog: Option<u32>,
+
+    /// Stop forwarder and container after SPAN without a connection, or infinity (default: 5min)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
+    pub exit_idle_time: Option<TimeSpan>,
+
+    /// What counts as idle: no open connection, or no byte on any (as in bro forward)
+    #[arg(long, value_name = "connections|bytes", conflicts_with = "direct")]
+    pub idle_by: Option<IdleBy>,
+
+    /// What wakes the container: a connection, or the first byte of one (as in bro forward)
+    #[arg(long, value_name = "connect|data", conflicts_with = "direct")]
+    pub wake_on: Option<WakeOn>,
+
+    /// Let the container run for SPAN at least once it was woken
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
+    pub min_uptime: Option<TimeSpan>,
+
+    /// Do not stop the container while this file exists
+    #[arg(long, value_name = "PATH", conflicts_with = "direct", value_parser = crate::activation::address::absolute)]
+    pub busy_file: Option<PathBuf>,
+
+    /// Do not stop the container while this shell command exits with 0
+    #[arg(long, value_name = "CMD", conflicts_with = "direct", value_parser = crate::activation::address::one_line)]
+    pub busy_exec: Option<String>,
+
+    /// When the first client may be connected: listen, connect, healthy, exec:CMD or none (as in bro forward)
+    #[arg(long, value_name = "HOW", conflicts_with = "direct")]
+    pub ready: Option<Ready>,
+
+    /// How long clients are held while the container starts (default: 90s)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
+    pub start_timeout: Option<TimeSpan>,
+
+    /// How bytes are moved: auto, sockmap, splice or copy
+    #[arg(long, value_name = "HOW", conflicts_with = "direct")]
+    pub relay: Option<RelayChoice>,
+
+    /// For the system: quadlets and units below /etc, rootful containers (default for root)
+    #[arg(long, conflicts_with = "user")]
+    pub system: bool,
+
+    /// For this user: quadlets and units below ~/.config, rootless containers (default for an ordinary user)
+    #[arg(long)]
+    pub user: bool,
+
+    /// Print the files, write and start nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
+    #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
+        "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
+        "relay"])]
+    pub remove: bool,
+
+    /// Read and write below DIR, such as the root of an image, and start nothing
+    #[arg(long, value_name = "DIR", value_parser = crate::activation::address::absolute)]
+    pub root: Option<PathBuf>,
+}
+
+/// `--direct=`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Direct {
+    /// As nginx takes it where Image= or Exec= name nginx, else by LISTEN_FDS
+    Auto,
+    /// The variable NGINX names the descriptors
+    Nginx,
+    /// The program reads LISTEN_FDS (sd_listen_fds(3))
+    ListenFds,
+}
+
+/// `--idle-by=`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum IdleBy {
+    /// Nobody is connected
+    Connections,
+    /// Nobody has sent a byte
+    Bytes,
+}
+
+/// `--wake-on=`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WakeOn {
+    /// A connection
+    Connect,
+    /// The first byte of a connection
+    Data,
+}

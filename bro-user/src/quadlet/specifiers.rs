@@ -1,0 +1,44 @@
+//! The specifiers of systemd.unit(5) that occur in container names.
+
+/// `text` with the specifiers replaced as systemd does for `unit`; else the first one that is not known here.
+pub(super) fn expand(text: &str, unit: &str) -> Result<String, String> {
+    let stem = unit.strip_suffix(".service").unwrap_or(unit);
+    let (prefix, instance) = stem.split_once('@').unwrap_or((stem, ""));
+    let last = prefix.rsplit('-').next().unwrap_or(prefix);
+    let user = || nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
+    let mut expanded = String::new();
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            expanded.push(c);
+            continue;
+        }
+        let specifier = chars.next();
+        match specifier {
+            Some('%') => expanded.push('%'),
+            Some('n') => expanded.push_str(unit),
+            Some('N') => expanded.push_str(stem),
+            Some('p' | 'P') => expanded.push_str(prefix),
+            Some('i' | 'I') => expanded.push_str(instance),
+            Some('j' | 'J') => expanded.push_str(last),
+            Some('U') => expanded.push_str(&nix::unistd::geteuid().to_string()),
+            Some('u') => expanded.push_str(&user().ok_or("%u")?.name),
+            other => return Err(other.map_or_else(|| "%".to_owned(), |other| format!("%{other}"))),
+        }
+    }
+    Ok(expanded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::expand;
+
+    #[test]
+    fn expands_what_it_knows() {
+        assert_eq!(expand("systemd-%p_%i", "web@blue.service"), Ok("systemd-web_blue".into()));
+        assert_eq!(expand("%N-100%%", "web.service"), Ok("web-100%".into()));
+        assert_eq!(expand("%j", "my-web.service"), Ok("web".into()));
+        assert_eq!(expand("x%m", "web.service"), Err("%m".into()));
+        assert_eq!(expand("x%", "web.service"), Err("%".into()));
+    }
+}

@@ -1,0 +1,79 @@
+//! NAME.container.d/50-bro-activator.conf: what the quadlet needs to be woken.
+
+use std::fmt::Write as _;
+
+use crate::activated::Activated;
+
+/// What goes into the drop-in.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DropIn {
+    /// Without a network there is none to wait for: Podman's units wait for network-online.target, a rootless one for up to 90
+    /// seconds where nothing else asks for that target.
+    pub no_network: bool,
+    /// With `--direct`: the container's unit and its sockets belong together.
+    pub sockets: Vec<String>,
+    /// nginx finds passed sockets by this variable only.
+    pub nginx: bool,
+    /// `Notify=` of the quadlet waits for a message that nginx never sends.
+    pub never_notifies: bool,
+}
+
+impl DropIn {
+    /// What was written for `known`, with the sockets of `rest`; none where there is no drop-in.
+    #[must_use]
+    pub fn read(known: &Activated, rest: &Activated) -> Option<Self> {
+        let file = crate::activated::read_ours(known.others.first()?)?;
+        let own = file.words("Unit", "Requires");
+        Some(Self {
+            no_network: file.value("Quadlet", "DefaultDependencies").is_some(),
+            sockets: rest
+                .listeners
+                .iter()
+                .map(|listener| listener.socket.clone())
+                .filter(|_| !own.is_empty())
+                .collect(),
+            nginx: file.value("Container", "Environment").is_some(),
+            never_notifies: file.value("Container", "Notify").is_some(),
+        })
+    }
+
+    /// Is there anything to say?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    pub(super) fn text(&self, activated: &Activated) -> String {
+        let mut text = super::heading(activated, None);
+        let mut sections: Vec<String> = Vec::new();
+        if !self.sockets.is_empty() {
+            let sockets = self.sockets.join(" ");
+            sections.push(format!(
+                "# Also when somebody starts it by hand it gets its sockets.\n[Unit]\nRequires={sockets}\nAfter={sockets}\n"
+            ));
+        }
+        if self.nginx {
+            // sd_listen_fds(3): passed descriptors begin with 3.
+            let descriptors: String =
+                (3..3 + self.sockets.len()).map(|number| format!("{number};")).collect();
+            let mut section = format!("[Container]\nEnvironment=NGINX={descriptors}\n");
+            if self.never_notifies {
+                section.push_str("# nginx sends no READY=1.\nNotify=false\n");
+            }
+            sections.push(section);
+        }
+        // The one of the same name is its own without a word.
+        if self.sockets.len() > 1 {
+            sections.push(format!("[Service]\nSockets={}\n", self.sockets.join(" ")));
+        }
+        if self.no_network {
+            sections.push(
+                "# Network=none: there is no network to wait for at the first connection.\n[Quadlet]\n\
+                 DefaultDependencies=false\n"
+                    .to_owned(),
+            );
+        }
+        write!(text, "{}", sections.join("\n")).ok();
+        text
+    }
+}

@@ -1,0 +1,68 @@
+//! NAME-activator.service: the forwarder, as systemd.service(5) is to run it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use crate::activate::bus::Manager;
+use crate::activated::{Activated, SECTION};
+use crate::unit_file::quote_word;
+
+pub(super) fn text(activated: &Activated, bro: &Path) -> String {
+    let service = activated.service().unwrap_or_default();
+    let mut text = super::heading(activated, Some(&service));
+    let unit = &activated.unit;
+    let sockets: Vec<&str> = activated.listeners.iter().map(|listener| listener.socket.as_str()).collect();
+    let sockets = sockets.join(" ");
+    let command = command(activated, bro).join(" \\\n    ");
+    // Writing to a String cannot fail.
+    write!(
+        text,
+        "[Unit]\n\
+         Description=Forwarder that wakes {unit}\n\
+         Requires={sockets}\n\
+         # Nothing but an order, for shutdown: connections may finish before the container goes. The forwarder itself starts\n\
+         # {unit}, so that clients of a container that cannot start are still told.\n\
+         After={sockets} {unit}\n\
+         # Waking is not restarting: no limit on how often.\n\
+         StartLimitIntervalSec=0\n\
+         \n\
+         [Service]\n\
+         Type=notify\n\
+         ExecStart={command}\n\
+         Sockets={sockets}\n\
+         RuntimeDirectory=bro/%N\n\
+         Restart=on-failure\n\
+         RestartSec=1s\n\
+         WatchdogSec=30s\n\
+         TimeoutStopSec=2min\n\
+         \n\
+         [{SECTION}]\n\
+         Name={}\n",
+        activated.name
+    )
+    .ok();
+    for (key, value) in super::notes(activated) {
+        writeln!(text, "{key}={value}").ok();
+    }
+    text
+}
+
+fn command(activated: &Activated, bro: &Path) -> Vec<String> {
+    let mut words = vec![format!("{} forward", quote_word(&bro.display().to_string()))];
+    let mut option = |name: &str, value: &str| words.push(quote_word(&format!("--{name}={value}")));
+    option("unit", &activated.unit);
+    if let Some(container) = &activated.container {
+        option("container", container);
+    }
+    for (name, value) in &activated.options {
+        option(name, value);
+    }
+    for listener in &activated.listeners {
+        option("target", &format!("{}={}", listener.service, listener.target.as_deref().unwrap_or_default()));
+    }
+    // bro chooses by who runs it, and root has a manager of its own too.
+    if activated.scope == Manager::User {
+        words.push("--user".to_owned());
+    }
+    words
+}

@@ -1,0 +1,59 @@
+//! NAME-activator.socket, or NAME.socket with `--direct`: systemd.socket(5).
+
+use std::fmt::Write as _;
+
+use crate::activated::{Activated, Listener, SECTION};
+use crate::activation::address::External;
+
+pub(super) fn text(activated: &Activated, listener: &Listener) -> String {
+    let mut text = super::heading(activated, Some(&listener.socket));
+    let unit = &activated.unit;
+    let wakes = activated.service().unwrap_or_else(|| unit.clone());
+    // Writing to a String cannot fail.
+    write!(text, "[Unit]\nDescription=Clients of {unit} at {}\n\n[Socket]\n", listener.address).ok();
+    for line in listening(listener) {
+        writeln!(text, "{line}").ok();
+    }
+    writeln!(text, "FileDescriptorName={}\nService={wakes}", listener.service).ok();
+    if let Some(backlog) = listener.backlog {
+        writeln!(text, "Backlog={backlog}").ok();
+    }
+    if let Some(device) = &listener.device {
+        writeln!(text, "BindToDevice={device}").ok();
+    }
+    text.push_str(
+        "# However often clients come: no limit is to end the listening.\nTriggerLimitIntervalSec=0\n\n\
+         [Install]\nWantedBy=sockets.target\n\n",
+    );
+    writeln!(text, "[{SECTION}]\nName={}\nExternal={}", activated.name, listener.address).ok();
+    if let Some(target) = &listener.target {
+        writeln!(text, "Internal={target}").ok();
+    }
+    if activated.direct && listener.service == activated.name {
+        for (key, value) in super::notes(activated) {
+            writeln!(text, "{key}={value}").ok();
+        }
+    }
+    text
+}
+
+/// Where, and what goes with it.
+fn listening(listener: &Listener) -> Vec<String> {
+    let stream = |address: &str| format!("ListenStream={address}");
+    let address = &listener.address;
+    match address.parse() {
+        // By default sysctl net.ipv6.bindv6only decides whether IPv4 clients are served too.
+        Ok(External::Port(_)) => vec![stream(address), "BindIPv6Only=both".into(), "NoDelay=yes".into()],
+        Ok(External::Address(socket)) => {
+            let mut lines = vec![stream(address), "NoDelay=yes".into()];
+            if socket.ip().is_ipv6() && socket.ip().is_unspecified() {
+                lines.push("BindIPv6Only=ipv6-only".into());
+            } else if !socket.ip().is_unspecified() && !socket.ip().is_loopback() {
+                lines.push("# The address may come later than the sockets do at boot.\nFreeBind=yes".into());
+            }
+            lines
+        }
+        Ok(External::Path(_)) => vec![stream(address), "RemoveOnStop=yes".into()],
+        Ok(External::Abstract(_)) | Err(_) => vec![stream(address)],
+    }
+}
