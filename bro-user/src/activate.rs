@@ -237,7 +237,7 @@ impl Activator {
         // the own namespace), systemd says when it is there.
         let early = before != "deactivating" && self.place != Place::Own;
         let ordered = || if early { findable.notify_one() };
-        let result = bus.start(unit, ordered).await.with_context(|| format!("cannot start {unit}"))?;
+        let result = bus.start_telling(unit, ordered).await.with_context(|| format!("cannot start {unit}"))?;
         if result != "done" && bus.result(unit).await.is_ok_and(|result| result == "start-limit-hit") {
             bail!(
                 "systemd starts {unit} no more, since it was started too often (StartLimitBurst= in StartLimitIntervalSec=); \

@@ -121,12 +121,19 @@ impl Bus {
         Ok(UnitProxy::builder(self.systemd.inner().connection()).path(path).build().await?)
     }
 
-    /// Starts the unit and waits for the end of the job; what it returns is the job's result (`done` when it worked). `ordered`
-    /// is called once systemd has accepted the job.
+    /// Starts the unit and waits for the end of the job; what it returns is the job's result (`done` when it worked).
     ///
     /// # Errors
     /// When systemd refuses, with its own words.
-    pub async fn start(&self, unit: &str, ordered: impl FnOnce()) -> anyhow::Result<String> {
+    pub async fn start(&self, unit: &str) -> anyhow::Result<String> {
+        self.start_telling(unit, || ()).await
+    }
+
+    /// As [`Bus::start`]; calls `ordered` once systemd has taken the order.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn start_telling(&self, unit: &str, ordered: impl FnOnce()) -> anyhow::Result<String> {
         let mut removed = self.systemd.receive_job_removed().await?;
         let job = self.systemd.start_unit(unit, "replace").await.map_err(plain)?;
         ordered();
