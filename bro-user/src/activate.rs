@@ -323,9 +323,7 @@ impl Activator {
         if matches!(bus.active_state(unit).await?.as_str(), "inactive" | "failed") {
             return Ok(Stopped::Done);
         }
-        if !by_force
-            && !self.started.load(Relaxed)
-            && !ownership::is_ours(unit, &bus.invocation(unit).await?)
+        if !by_force && !self.started.load(Relaxed) && !ownership::is_ours(unit, &bus.invocation(unit).await?)
         {
             return Ok(Stopped::NotOurs);
         }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub use activate::{Activate, Direct, IdleBy, WakeOn};
+pub use activate::{Activate, Direct};
 
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -44,6 +44,10 @@ pub enum Command {
     /// Have systemd listen for a quadlet and wake its container on the first connection: writes the units, starts the socket
     #[command(after_long_help = activate::EXAMPLES)]
     Activate(Box<Activate>),
+    /// Start an activated service now, and wait until it is ready
+    Wake(control::Wake),
+    /// Stop an activated service now, unless somebody is connected
+    Sleep(control::Sleep),
     /// What running forwarders of this user do: connections, bytes by relay, cold starts
     Status(Status),
     /// What this host can do for this user and what not, one line a check, with the fix

@@ -358,7 +358,8 @@ impl Connection {
             (End::ClientLeft, Stage::Silent) => true,
             (End::IdleExit, Stage::Relaying { up, down, .. }) => {
                 // One side waits for the rest of an answer: a FIN would pass for its end.
-                let rests = |direction: &Direction| direction.half().is_open() && !direction.half().wants_write();
+                let rests =
+                    |direction: &Direction| direction.half().is_open() && !direction.half().wants_write();
                 rests(up) && rests(down)
             }
             (End::IdleExit, _) => true,

@@ -61,8 +61,7 @@ impl Request {
     }
 
     fn parse(line: &str) -> Option<Self> {
-        let known =
-            [Self::Status, Self::Wake, Self::Sleep { force: false }, Self::Sleep { force: true }];
+        let known = [Self::Status, Self::Wake, Self::Sleep { force: false }, Self::Sleep { force: true }];
         match line.trim_end() {
             "" => Some(Self::Status),
             line => known.into_iter().find(|known| known.line().trim_end() == line),
@@ -291,7 +290,9 @@ mod tests {
 
     #[test]
     fn reads_each_request_and_no_other() {
-        for request in [Request::Status, Request::Wake, Request::Sleep { force: false }, Request::Sleep { force: true }] {
+        for request in
+            [Request::Status, Request::Wake, Request::Sleep { force: false }, Request::Sleep { force: true }]
+        {
             assert_eq!(Request::parse(request.line()), Some(request));
         }
         assert_eq!(Request::parse(""), Some(Request::Status));

@@ -265,7 +265,7 @@ impl Engine {
                     Command::Ready { backend, destination } => self.backend_ready(backend, destination),
                     Command::Failed { backend, end } => self.backend_failed(backend, end),
                     Command::Gone { backend } => self.backend_gone(backend),
-                    Command::Drain => self.drain()?,
+                    Command::Drain(why) => self.drain(why)?,
                     Command::EndAll(end) => self.end_all(end),
                     Command::Leave(how) => {
                         let leaving = self.leave(how)?;
@@ -281,9 +281,10 @@ impl Engine {
     }
 
     /// Accepts no more; what was accepted may finish.
-    fn drain(&mut self) -> anyhow::Result<()> {
+    fn drain(&mut self, why: &'static str) -> anyhow::Result<()> {
         self.draining = true;
         self.set_accepting(Accepting::Closed)?;
+        self.outbox.tell(Event::Draining(why));
         if self.connections.is_empty() {
             self.outbox.tell(Event::Drained);
         }

@@ -225,6 +225,8 @@ struct Control<'a> {
     wakefulness: Vec<Wakefulness>,
     /// Since when one of them is awake, on the clock that only goes on, and on the wall.
     awake_since: Option<(Instant, SystemTime)>,
+    /// When a target was woken last; before that, when the forwarder started.
+    woken_at: Instant,
     /// Who woke it last.
     woken_by: Option<String>,
     /// Whoever waits until it is awake.
@@ -299,6 +301,7 @@ impl<'a> Control<'a> {
                 .ok(),
             wakefulness: vec![Wakefulness::Asleep; targets.len()],
             awake_since: None,
+            woken_at: Instant::now(),
             woken_by: None,
             wakers: Vec::new(),
             sleeper: None,
@@ -505,6 +508,7 @@ impl<'a> Control<'a> {
         match event {
             Event::Wake { backend, peer, refused } => self.wake(backend, &peer, refused),
             Event::Leaving(_) => self.stays(),
+            Event::Draining(why) => self.draining(why),
             Event::Pong => life::alive(),
             Event::Listening { netns, port } => {
                 tracing::debug!(netns, port, "the kernel says that somebody listens");
@@ -523,12 +527,17 @@ impl<'a> Control<'a> {
         self.begin_drain("Told to stop");
     }
 
-    fn begin_drain(&mut self, why: &str) {
+    fn begin_drain(&mut self, why: &'static str) {
         let limit = self.options.drain_timeout.or_forever();
         self.phase = Phase::Draining(Instant::now() + limit);
+        self.engine.send(Command::Drain(why));
+    }
+
+    /// The engine accepts no more. Said only now: who reads STOPPING=1 may rely on it.
+    fn draining(&self, why: &str) {
+        let limit = self.options.drain_timeout.or_forever();
         let open = Stats::get(&self.stats.open);
         tracing::info!(open, "{why}: no more clients are accepted, those there are may finish");
         life::stopping(&self.status(), EXTEND_BY.min(limit + Duration::from_secs(5)));
-        self.engine.send(Command::Drain);
     }
 }

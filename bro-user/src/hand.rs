@@ -1,1 +1,196 @@
-//! `bro wake` and `bro sleep`: the service is woken and put to sleep by hand, through its forwarder.
+//! `bro wake` and `bro sleep`: a service is woken and put to sleep by hand, through its forwarder where one is running.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tokio::time::{Instant, sleep as pause, timeout_at};
+
+use crate::activate::bus::{Bus, Manager};
+use crate::activate::ownership::{Lock, Use};
+use crate::activated;
+use crate::cli::control::{Sleep, Wake, Whom};
+use crate::control::{self, Outcome, Request};
+use crate::exit::Failure;
+use crate::status::Report;
+
+/// Between two looks for a forwarder that is about to come or to go.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How long a stop may take: systemd kills what takes longer than TimeoutStopSec=, 90 s by default.
+const STOP: Duration = Duration::from_secs(100);
+
+/// Who is meant.
+#[derive(Debug)]
+struct Service {
+    /// What the first client starts.
+    unit: String,
+    /// The forwarder's unit, where it may have one.
+    activator: Option<String>,
+    scope: Manager,
+}
+
+impl Service {
+    fn of(whom: &Whom) -> anyhow::Result<Self> {
+        let scope = Manager::choose(whom.system, whom.user);
+        if let Ok(activated) = activated::find(&whom.name, scope) {
+            let activator = activated.service();
+            return Ok(Self { unit: activated.unit, activator, scope });
+        }
+        // A forwarder whose units somebody wrote by hand.
+        let stem = whom.name.strip_suffix(".service").unwrap_or(&whom.name);
+        if stem.is_empty() || stem.contains(['/', '\n']) {
+            bail!(Failure::Usage(format!("“{}” is no name of a service", whom.name)));
+        }
+        Ok(Self {
+            unit: format!("{stem}.service"),
+            activator: Some(format!("{stem}-activator.service")),
+            scope,
+        })
+    }
+
+    /// The running forwarders that start this unit, and what they say of themselves.
+    async fn forwarders(&self) -> Vec<(PathBuf, Report)> {
+        let mut found = Vec::new();
+        for path in control::sockets() {
+            let Ok(report) = control::ask_soon::<Report>(&path, Request::Status).await else { continue };
+            if report.unit.as_ref() == Some(&self.unit) {
+                found.push((path, report));
+            }
+        }
+        found
+    }
+
+    /// Is there such a unit?
+    async fn check(&self, bus: &Bus, unit: &str) -> anyhow::Result<()> {
+        let known = bus.known(unit).await?;
+        if known.load == "not-found" {
+            bail!(Failure::NotFound(format!(
+                "systemd knows no {unit} (see `bro status` for what is activated)"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Runs `bro wake`.
+///
+/// # Errors
+/// When the service does not come up in time.
+pub fn wake(options: &Wake) -> anyhow::Result<()> {
+    let service = Service::of(&options.whom)?;
+    let limit = options.timeout.or_forever();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let message = runtime.block_on(async {
+        let deadline = Instant::now() + limit;
+        match timeout_at(deadline, wake_within(&service, deadline)).await {
+            Ok(woken) => woken,
+            Err(_) => bail!("{} is not ready after {}", service.unit, options.timeout),
+        }
+    })?;
+    writeln!(std::io::stdout(), "{}: {message}", service.unit)?;
+    Ok(())
+}
+
+async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<String> {
+    let mut started = false;
+    loop {
+        let forwarders = service.forwarders().await;
+        if let Some((path, _)) = forwarders.first() {
+            let patience = deadline.saturating_duration_since(Instant::now());
+            match control::ask::<Outcome>(path, Request::Wake, patience).await {
+                Ok(outcome) if outcome.done => return Ok(outcome.message),
+                Ok(outcome) if !outcome.leaving => bail!("{}: {}", service.unit, outcome.message),
+                // It is gone, or will be in a moment.
+                Ok(_) | Err(_) => started = false,
+            }
+        } else if !started {
+            let bus = Bus::connect(service.scope).await?;
+            let Some(activator) = &service.activator else {
+                // The container takes its sockets over itself.
+                service.check(&bus, &service.unit).await?;
+                let result = bus
+                    .start(&service.unit)
+                    .await
+                    .with_context(|| format!("cannot start {}", service.unit))?;
+                anyhow::ensure!(result == "done", "starting {} ended with “{result}”", service.unit);
+                return Ok("awake".to_owned());
+            };
+            service.check(&bus, activator).await?;
+            let result = bus.start(activator).await.with_context(|| format!("cannot start {activator}"))?;
+            anyhow::ensure!(
+                matches!(result.as_str(), "done" | "canceled"),
+                "starting {activator} ended with “{result}”; see `journalctl --unit {activator}`"
+            );
+            started = true;
+        }
+        pause(LOOK).await;
+    }
+}
+
+/// Runs `bro sleep`.
+///
+/// # Errors
+/// When clients are connected, or the unit cannot be stopped.
+pub fn sleep(options: &Sleep) -> anyhow::Result<()> {
+    let service = Service::of(&options.whom)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let message = runtime.block_on(async {
+        match tokio::time::timeout(STOP, put_to_sleep(&service, options.force)).await {
+            Ok(message) => message,
+            Err(_) => bail!("{} has not stopped after {STOP:?}", service.unit),
+        }
+    })?;
+    writeln!(std::io::stdout(), "{}: {message}", service.unit)?;
+    Ok(())
+}
+
+async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> {
+    let forwarders = service.forwarders().await;
+    // Before the first of several forwarders is asked: all of them, or none.
+    let clients: Vec<&str> =
+        forwarders.iter().flat_map(|(_, report)| &report.peers).map(String::as_str).collect();
+    if !force {
+        refuse_for(service, &clients)?;
+    }
+    let mut last = None;
+    for (path, _) in &forwarders {
+        match control::ask::<Outcome>(path, Request::Sleep { force }, STOP).await {
+            Ok(outcome) => {
+                let clients: Vec<&str> = outcome.clients.iter().map(String::as_str).collect();
+                refuse_for(service, &clients)?;
+                last = Some(outcome);
+            }
+            Err(error) => tracing::debug!(%error, "a forwarder has gone meanwhile"),
+        }
+    }
+    match last {
+        Some(outcome) if outcome.done => return Ok(outcome.message),
+        Some(outcome) if !outcome.leaving => bail!("{}: {}", service.unit, outcome.message),
+        _ => {}
+    }
+    // No forwarder, or it was just leaving: the unit is ours to stop.
+    let bus = Bus::connect(service.scope).await?;
+    service.check(&bus, &service.unit).await?;
+    let _alone = loop {
+        match Use::alone(&service.unit, None) {
+            Ok(Lock::Taken) if !force => pause(LOOK).await,
+            Ok(Lock::Had(alone)) => break Some(alone),
+            Ok(Lock::Taken) | Err(_) => break None,
+        }
+    };
+    if matches!(bus.active_state(&service.unit).await?.as_str(), "inactive" | "failed") {
+        return Ok("asleep already".to_owned());
+    }
+    let result = bus.stop(&service.unit).await.with_context(|| format!("cannot stop {}", service.unit))?;
+    anyhow::ensure!(result == "done", "stopping {} ended with “{result}”", service.unit);
+    Ok("stopped".to_owned())
+}
+
+fn refuse_for(service: &Service, clients: &[&str]) -> anyhow::Result<()> {
+    if clients.is_empty() {
+        return Ok(());
+    }
+    bail!("{} has clients: {} (--force resets them)", service.unit, clients.join(", "))
+}

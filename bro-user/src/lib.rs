@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod engine;
 pub mod exit;
 pub mod forward;
+pub mod hand;
 pub mod inhibit;
 pub mod kernel;
 pub mod life;

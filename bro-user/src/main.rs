@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use bro_user::cli::{Cli, Command};
-use bro_user::{activation, doctor, exit, forward, listen, logging, netns, status};
+use bro_user::{activation, doctor, exit, forward, hand, listen, logging, netns, status};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
@@ -19,6 +19,8 @@ fn main() -> ExitCode {
             forward::run(&options, passed)
         }
         Command::Activate(options) => activation::run(&options),
+        Command::Wake(options) => hand::wake(&options),
+        Command::Sleep(options) => hand::sleep(&options),
         Command::Status(options) => status::run(&options),
         Command::Doctor(options) => doctor::run(&options).and_then(|well| {
             if well {

@@ -5,6 +5,7 @@
 pub mod copy;
 pub mod half_close;
 pub mod pipes;
+pub mod queue;
 pub mod splice;
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};

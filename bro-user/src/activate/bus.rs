@@ -43,6 +43,16 @@ trait Systemd {
 trait Unit {
     #[zbus(property(emits_changed_signal = "false"))]
     fn active_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn load_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn unit_file_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn source_path(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn need_daemon_reload(&self) -> zbus::Result<bool>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn active_enter_timestamp(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "false"), name = "InvocationID")]
     fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
 }
@@ -51,6 +61,23 @@ trait Unit {
 trait Service {
     #[zbus(property(emits_changed_signal = "false"))]
     fn result(&self) -> zbus::Result<String>;
+}
+
+/// What a service manager knows of a unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// loaded, not-found, masked, bad-setting, …
+    pub load: String,
+    /// active, activating, inactive, failed, …
+    pub active: String,
+    /// enabled, disabled, generated, …
+    pub file: String,
+    /// The file that a generator made it from.
+    pub source: PathBuf,
+    /// Its files have changed since they were read.
+    pub needs_reload: bool,
+    /// Since when it is active, in seconds since 1970.
+    pub active_since: Option<u64>,
 }
 
 /// A connection to a service manager.
@@ -95,6 +122,23 @@ impl Bus {
     /// When the bus fails.
     pub async fn active_state(&self, unit: &str) -> anyhow::Result<String> {
         Ok(self.unit(unit).await?.active_state().await?)
+    }
+
+    /// What is known of the unit.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn known(&self, unit: &str) -> anyhow::Result<Known> {
+        let unit = self.unit(unit).await?;
+        let since = unit.active_enter_timestamp().await?;
+        Ok(Known {
+            load: unit.load_state().await?,
+            active: unit.active_state().await?,
+            file: unit.unit_file_state().await?,
+            source: unit.source_path().await?.into(),
+            needs_reload: unit.need_daemon_reload().await?,
+            active_since: (since > 0).then_some(since / 1_000_000),
+        })
     }
 
     /// Which run of the unit this is; empty when it never ran.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::RelayChoice;
+use super::idle::{IdleBy, WakeOn};
 use crate::activate::ready::Ready;
 use crate::activation::address::{External, Internal};
 use crate::timespan::TimeSpan;
@@ -150,22 +151,4 @@ pub enum Direct {
     Nginx,
     /// The program reads LISTEN_FDS (sd_listen_fds(3))
     ListenFds,
-}
-
-/// `--idle-by=`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum IdleBy {
-    /// Nobody is connected
-    Connections,
-    /// Nobody has sent a byte
-    Bytes,
-}
-
-/// `--wake-on=`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum WakeOn {
-    /// A connection
-    Connect,
-    /// The first byte of a connection
-    Data,
 }

@@ -30,8 +30,8 @@ pub enum Command {
         /// Which target.
         backend: usize,
     },
-    /// Accept no more, and say when the last connection has ended.
-    Drain,
+    /// Accept no more, for this reason; say when that is so, and when the last connection has ended.
+    Drain(&'static str),
     /// End every connection now.
     EndAll(End),
     /// Accept no more if it is time to leave; say whether.
@@ -72,7 +72,9 @@ pub enum Event {
     },
     /// The answer to [`Command::Leave`].
     Leaving(bool),
-    /// The answer to [`Command::Drain`].
+    /// The first answer to [`Command::Drain`]: nobody is accepted any more.
+    Draining(&'static str),
+    /// The second: nobody is connected any more.
     Drained,
     /// The answer to [`Command::Ping`].
     Pong,

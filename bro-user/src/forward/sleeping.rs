@@ -44,7 +44,8 @@ impl Control<'_> {
             IdleBy::Connections => self.stats.idle_from(),
             IdleBy::Bytes => self.stats.quiet_from(),
         };
-        since.map_or_else(Instant::now, Instant::from_std)
+        // The engine, which counts, hears of a wake a moment later than this side.
+        since.map_or_else(Instant::now, Instant::from_std).max(self.woken_at)
     }
 
     /// The idle time is over: asks whoever may be busy, then the engine, which has the last word.
@@ -72,7 +73,8 @@ impl Control<'_> {
         }
         self.busy.who = who;
         // A client may have come meanwhile.
-        if self.busy.who.is_none() && self.idle_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
+        if self.busy.who.is_none() && self.idle_deadline().is_some_and(|deadline| deadline <= Instant::now())
+        {
             self.ask_to_leave();
         }
     }
@@ -122,7 +124,14 @@ impl Control<'_> {
         let sleeper = self.sleeper.take();
         let why = if sleeper.is_some() { "Told to sleep: stopping" } else { "Idle: stopping" };
         life::stopping(why, super::EXTEND_BY);
-        tracing::info!("{}", if sleeper.is_some() { "told to sleep; exiting" } else { "nobody is connected any more; exiting" });
+        tracing::info!(
+            "{}",
+            if sleeper.is_some() {
+                "told to sleep; exiting"
+            } else {
+                "nobody is connected any more; exiting"
+            }
+        );
         let force = sleeper.as_ref().is_some_and(|(force, _)| *force);
         let activator = self.activator.clone();
         let stopping = timeout(PATIENCE, activator.stop_what_it_started(force));
@@ -144,11 +153,15 @@ impl Control<'_> {
             }
             Ok(Ok(Stopped::NotOurs)) => {
                 tracing::info!("the unit runs on: no forwarder had started it");
-                Outcome::refused("the forwarder has ended, but the unit runs on: it was not bro that started it (--force stops it all the same)")
+                Outcome::refused(
+                    "the forwarder has ended, but the unit runs on: it was not bro that started it (--force stops it all the same)",
+                )
             }
             Ok(Ok(Stopped::Used)) => {
                 tracing::info!("the unit runs on: another forwarder uses it");
-                Outcome::refused("the forwarder has ended, but the unit runs on: another forwarder uses it (--force stops it all the same)")
+                Outcome::refused(
+                    "the forwarder has ended, but the unit runs on: another forwarder uses it (--force stops it all the same)",
+                )
             }
             Ok(Err(error)) => {
                 tracing::error!("cannot stop the unit: {error:#}");

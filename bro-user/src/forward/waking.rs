@@ -55,6 +55,7 @@ impl Control<'_> {
         match result {
             Ok((destination, incarnation)) => {
                 self.wakefulness[backend] = Wakefulness::Awake;
+                self.woken_at = Instant::now();
                 let _since = self.awake_since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
                 self.engine.send(Command::Ready { backend, destination });
                 let activator = self.activator.clone();
