@@ -139,9 +139,9 @@ fn lines_match(expected: &[&str], lines: &[&str]) -> bool {
     match expected {
         [] => lines.is_empty(),
         ["...", rest @ ..] => (0..=lines.len()).any(|skipped| lines_match(rest, &lines[skipped..])),
-        [first, rest @ ..] => {
-            lines.split_first().is_some_and(|(line, lines)| line_matches(first, line) && lines_match(rest, lines))
-        }
+        [first, rest @ ..] => lines
+            .split_first()
+            .is_some_and(|(line, lines)| line_matches(first, line) && lines_match(rest, lines)),
     }
 }
 
@@ -149,7 +149,10 @@ fn line_matches(expected: &str, line: &str) -> bool {
     match expected.split_once("...") {
         None => expected == line,
         Some((start, rest)) => line.strip_prefix(start).is_some_and(|line| {
-            line.char_indices().map(|(at, _)| at).chain([line.len()]).any(|at| line_matches(rest, &line[at..]))
+            line.char_indices()
+                .map(|(at, _)| at)
+                .chain([line.len()])
+                .any(|at| line_matches(rest, &line[at..]))
         }),
     }
 }

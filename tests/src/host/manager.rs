@@ -116,7 +116,8 @@ impl Manager {
     /// the name that it has in a registry.
     pub fn import_image(self, host: &Host, name: &str, reference: &str) -> Result<()> {
         let config = format!("/srv/images.d/{name}.config");
-        let config = std::fs::read_to_string(host.path(&config)).with_context(|| format!("no image {name}"))?;
+        let config =
+            std::fs::read_to_string(host.path(&config)).with_context(|| format!("no image {name}"))?;
         let mut args = vec!["podman", "import", "--quiet"];
         args.extend(config.lines().flat_map(|line| ["--change", line]));
         let tar = format!("/srv/images.d/{name}.tar");

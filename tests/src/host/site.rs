@@ -6,8 +6,8 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
 use super::{Host, Manager};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 /// Where the suite's service (service.py) lies in the host.
@@ -52,6 +52,13 @@ impl Plan {
     /// The suite's own service, listening after `delay` seconds.
     pub fn service(manager: Manager, delay: f32, options: &str) -> Self {
         Self::new(&python(manager, delay), options, format_args!("127.0.0.1:{INNER}"))
+    }
+
+    /// Writes NAME.container. systemd does not know of it yet.
+    pub fn write_quadlet(&self, host: &Host, manager: Manager, name: &str) -> Result<()> {
+        let (container_unit, network, container) = (self.container_unit, self.network, &self.container);
+        let quadlet = format!("[Unit]\n{container_unit}\n[Container]\n{network}\n{container}\n");
+        manager.quadlet(host, &format!("{name}.container"), &quadlet.replace("{name}", name))
     }
 
     /// Busybox running `script`.
@@ -110,9 +117,7 @@ impl<'h> Site<'h> {
         plan: &Plan,
     ) -> Result<Self> {
         let site = Self { host, manager, name: name.into(), port: host.free_port()?, front, suffix: "in" };
-        let (container_unit, network, container) = (plan.container_unit, plan.network, &plan.container);
-        let quadlet = format!("[Unit]\n{container_unit}\n[Container]\n{network}\n{container}\n");
-        manager.quadlet(host, &format!("{name}.container"), &quadlet.replace("{name}", name))?;
+        plan.write_quadlet(host, manager, name)?;
         // WatchdogSec= everywhere: a forwarder that stops answering for a second anywhere fails its case.
         let service = format!(
             "[Unit]\n{}\n[Service]\nType=notify\nExecStart=/usr/local/bin/bro forward {}\nWatchdogSec=3s\n{}\n",
@@ -127,6 +132,34 @@ impl<'h> Site<'h> {
             front.systemctl(host, &["daemon-reload"])?;
         }
         front.systemctl(host, &["start", &site.socket()])?;
+        Ok(site)
+    }
+
+    /// Writes the quadlet and has `bro activate` do the rest, for a service that listens on [`INNER`] unless `options` say
+    /// otherwise. What `plan` says of the forwarder is not used.
+    pub fn activated(
+        host: &'h Host,
+        manager: Manager,
+        name: &str,
+        plan: &Plan,
+        options: &[&str],
+    ) -> Result<Self> {
+        plan.write_quadlet(host, manager, name)?;
+        let site = Self {
+            host,
+            manager,
+            name: name.into(),
+            port: host.free_port()?,
+            front: manager,
+            suffix: "activator",
+        };
+        let (external, inner) = (format!("0.0.0.0:{}", site.port), INNER.to_string());
+        let mut args = vec!["bro", "activate", name, "--external-port", &external];
+        if !options.contains(&"--internal-port") {
+            args.extend(["--internal-port", &inner]);
+        }
+        args.extend(options);
+        manager.run(host, &args)?;
         Ok(site)
     }
 

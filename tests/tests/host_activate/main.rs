@@ -2,9 +2,14 @@
 //! services in real containers; what breaks them; and every example of the documentation. `BRO_CASE=part` runs the cases so
 //! named.
 
+mod activated;
 mod crossover;
+mod direct;
+mod faults;
 mod networks;
 mod power;
+mod refusals;
+mod services;
 
 use anyhow::Result;
 use bro_tests::host::cases::{Cases, note};
@@ -14,7 +19,29 @@ use bro_tests::host::{Host, Manager, NEEDS, site};
 type Case = (&'static str, fn(&Host, Manager) -> Result<()>);
 
 const BOTH: &[Case] = &[
-    ("an address on a network of one's own", networks::own_network),
+    ("from a quadlet to an activated service and back", activated::from_quadlet_to_service),
+    ("a second port of the same container", activated::second_port),
+    ("networks: a bridge of its own, the host's", activated::other_networks),
+    ("pods and templates", activated::pods_and_templates),
+    ("systemd's own check of the units", activated::verified),
+    ("ready when healthy", activated::healthy),
+    ("bad input", refusals::bad_input),
+    ("files and ports of others", refusals::others_property),
+    ("warnings", refusals::warnings),
+    ("nginx takes the socket over", direct::nginx),
+    ("an echo service takes a TCP socket over", direct::echo_over_tcp),
+    ("an echo service takes a unix socket over", direct::echo_over_unix),
+    ("PostgreSQL and pgbench", services::postgresql),
+    ("redis and redis-benchmark", services::redis),
+    ("activated several times at once", faults::twice_at_once),
+    ("the quadlet is renamed, and deleted", faults::quadlet_goes),
+    ("the socket is stopped while clients are held", faults::socket_stopped),
+    ("a hundred clients in the first millisecond", faults::hundred_at_once),
+    ("a crash loop", faults::crash_loop),
+    ("the container is updated", faults::updated),
+    ("a client while the container is being stopped", faults::client_while_stopping),
+    ("two activators of one container", faults::two_activators),
+    ("a forwarder to an address on a network of one's own", networks::own_network),
 ];
 
 /// A case that chooses its managers itself.
@@ -23,6 +50,7 @@ type OtherCase = (&'static str, fn(&Host) -> Result<()>);
 const OTHERS: &[OtherCase] = &[
     ("the rootless network namespace itself", networks::rootless_namespace),
     ("one account's container wakes another's service", crossover::pasta),
+    ("the disk is full", faults::disk_full),
 ];
 
 #[test]

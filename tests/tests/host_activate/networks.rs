@@ -26,7 +26,8 @@ fn on_bridge(host: &Host, manager: Manager) -> Result<Plan> {
 pub fn own_network(host: &Host, manager: Manager) -> Result<()> {
     let target = format!("{}.9:{INNER}", subnet(manager));
     let mut plan = on_bridge(host, manager)?;
-    plan.forward = format!("--unit {{name}}.service --container systemd-{{name}} --exit-idle-time 300ms {target}");
+    plan.forward =
+        format!("--unit {{name}}.service --container systemd-{{name}} --exit-idle-time 300ms {target}");
     let site = Site::new(host, manager, "bridged", &plan)?;
     for _ in 0..2 {
         site.check_echo().with_context(|| site.journals())?;

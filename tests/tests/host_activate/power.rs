@@ -13,8 +13,17 @@ const NAME: &str = "boot";
 pub fn reboot_and_power_cut(host: &mut Host) -> Result<()> {
     let mut sites = Vec::new();
     for manager in MANAGERS {
-        let site = Site::new(host, manager, NAME, &Plan::service(manager, 0.0, "--exit-idle-time 1s --drain-timeout 2s"))?;
-        manager.systemctl(host, &["enable", &site.socket()])?;
+        // Its unit may take that long to stop: the power is to go while a client is connected, not after it was waited for.
+        let site = Site::activated(
+            host,
+            manager,
+            NAME,
+            &Plan::service(manager, 0.0, ""),
+            &["--exit-idle-time", "1s"],
+        )?;
+        let brief = "[Service]\nTimeoutStopSec=2s\n";
+        manager.unit(host, &format!("{}.d/brief.conf", site.forwarder()), brief)?;
+        manager.systemctl(host, &["daemon-reload"])?;
         sites.push((manager, site.port, site.suffix));
         // A site that is dropped stops its socket.
         std::mem::forget(site);
@@ -29,7 +38,11 @@ pub fn reboot_and_power_cut(host: &mut Host) -> Result<()> {
             open.push(client);
             std::mem::forget(site);
         }
-        if crash { host.power_cut()? } else { host.reboot()? }
+        if crash {
+            host.power_cut()?
+        } else {
+            host.reboot()?
+        }
         for mut client in open {
             // The network that they were in has gone as well.
             ensure!(!matches!(client.read(&mut [0; 1]), Ok(1)), "bytes from a host that is down");
