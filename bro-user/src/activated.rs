@@ -127,7 +127,7 @@ pub fn config_home() -> anyhow::Result<PathBuf> {
 /// # Errors
 /// When the unit directory cannot be read. Files that are somebody else's are passed over.
 pub fn all(scope: Manager) -> anyhow::Result<Vec<Activated>> {
-    all_in(&unit_directory(scope)?, scope)
+    all_in(&unit_directory(scope)?, scope, None)
 }
 
 /// The one activated service of that name (`web`; `web.container`, `web.service` and `web-activator.service` will do).
@@ -149,11 +149,11 @@ pub fn find(name: &str, scope: Manager) -> anyhow::Result<Activated> {
     }
 }
 
-/// As [`all`], in another directory.
+/// As [`all`], in another directory; below `root`, if that is not part of what the units say.
 ///
 /// # Errors
 /// As [`all`].
-pub fn all_in(directory: &Path, scope: Manager) -> anyhow::Result<Vec<Activated>> {
+pub fn all_in(directory: &Path, scope: Manager, root: Option<&Path>) -> anyhow::Result<Vec<Activated>> {
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -171,7 +171,7 @@ pub fn all_in(directory: &Path, scope: Manager) -> anyhow::Result<Vec<Activated>
     ours.sort_by(|one, other| one.0.cmp(&other.0));
     let main = ours.iter().filter(|(_, file)| file.value(SECTION, "Unit").is_some());
     let mut all: Vec<Activated> =
-        main.filter_map(|(path, file)| assemble(path, file, &ours, scope)).collect();
+        main.filter_map(|(path, file)| assemble(path, file, &ours, scope, root)).collect();
     all.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(all)
 }
@@ -187,7 +187,13 @@ fn unit_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-fn assemble(path: &Path, file: &UnitFile, ours: &[(PathBuf, UnitFile)], scope: Manager) -> Option<Activated> {
+fn assemble(
+    path: &Path,
+    file: &UnitFile,
+    ours: &[(PathBuf, UnitFile)],
+    scope: Manager,
+    root: Option<&Path>,
+) -> Option<Activated> {
     let name = file.value(SECTION, "Name")?;
     let direct = path.extension().is_some_and(|kind| kind == "socket");
     let mut listeners: Vec<Listener> = ours
@@ -200,6 +206,10 @@ fn assemble(path: &Path, file: &UnitFile, ours: &[(PathBuf, UnitFile)], scope: M
     // The first port is the one that has the quadlet's own name.
     listeners.sort_by_key(|listener| (listener.service != name, listener.service.clone()));
     let options = file.values(SECTION, "Option").into_iter();
+    let paths = |key| {
+        let paths = file.values(SECTION, key).into_iter();
+        paths.map(|path| crate::quadlet::below(root, Path::new(path))).collect()
+    };
     Some(Activated {
         name: name.to_owned(),
         scope,
@@ -215,8 +225,8 @@ fn assemble(path: &Path, file: &UnitFile, ours: &[(PathBuf, UnitFile)], scope: M
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .collect(),
         container_given: file.boolean(SECTION, "ContainerGiven").unwrap_or(false),
-        others: file.values(SECTION, "Also").into_iter().map(PathBuf::from).collect(),
-        made: file.values(SECTION, "Made").into_iter().map(PathBuf::from).collect(),
+        others: paths("Also"),
+        made: paths("Made"),
     })
 }
 
@@ -266,7 +276,7 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
         write("web-admin-activator.socket", &socket("admin", "127.0.0.1:9000", "127.0.0.1:9000"));
         write("other.service", &SERVICE.replace("# Written", "# Copied"));
         write("other.socket", "[Socket]\nListenStream=1\n");
-        let all = all_in(&directory, Manager::System).unwrap();
+        let all = all_in(&directory, Manager::System, None).unwrap();
         std::fs::remove_dir_all(&directory).unwrap();
         let [web] = &all[..] else { panic!("{all:?}") };
         assert_eq!(web.unit, "web.service");
@@ -288,7 +298,7 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
 
     #[test]
     fn no_directory_means_nothing_is_activated() {
-        assert_eq!(all_in(Path::new("/nonexistent"), Manager::User).unwrap(), []);
+        assert_eq!(all_in(Path::new("/nonexistent"), Manager::User, None).unwrap(), []);
     }
 
     fn tempdir() -> PathBuf {

@@ -32,6 +32,11 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
     let scope = Manager::choose(options.system, options.user);
     let units = quadlet::below(options.root.as_deref(), &activated::unit_directory(scope)?);
     let places = Places { scope, units, root: options.root.clone() };
+    let ordinary = !nix::unistd::geteuid().is_root();
+    if scope == Manager::System && ordinary && places.root.is_none() && !options.dry_run {
+        let text = "the system's units are root's: run it with sudo, or with --user; nothing was changed";
+        return Err(Failure::NotPermitted(text.to_owned()).into());
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         if options.remove { remove(options, &places).await } else { activate(options, &places).await }
@@ -40,14 +45,14 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
 
 /// The activated service that goes by this name, if it is there.
 fn known(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
-    let all = activated::all_in(&places.units, places.scope)?;
+    let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
     Ok(all.into_iter().find(|known| known.goes_by(name)))
 }
 
 /// All of it that would be written, for a quadlet that was found.
 fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<Activated>, Vec<File>)> {
     let quadlet = quadlet::find(&options.name, places.scope, places.root.as_deref())?;
-    let all = activated::all_in(&places.units, places.scope)?;
+    let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
     let known = all.into_iter().find(|known| known.name == quadlet.name);
     if let Some(known) = &known
         && known.quadlet.extension() != quadlet.path.extension()
@@ -60,7 +65,12 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
         .into());
     }
     let wanted = request::wanted(options, &quadlet, known.as_ref(), places)?;
-    let files = units::files(&wanted.activated, &program::path(places)?, Some(&wanted.drop_in));
+    let files = units::files(
+        &wanted.activated,
+        &program::path(places)?,
+        Some(&wanted.drop_in),
+        places.root.as_deref(),
+    );
     Ok((wanted, known, files))
 }
 
@@ -92,14 +102,23 @@ async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
     let mut warnings = std::mem::take(&mut wanted.warnings);
     warnings.extend(program::warning(places));
     check_listeners(&wanted.activated, known.as_ref(), systemd.as_ref(), places).await?;
+    if let Some(systemd) = &systemd {
+        warnings.extend(apply::network_warning(systemd, wanted.waits_for_network).await);
+    }
     for path in &wanted.activated.others {
         made.make(path.parent().unwrap_or(path))?;
     }
     let mut activated = wanted.activated;
-    activated.made.extend(
-        made.paths().iter().filter(|path| !activated.made.contains(path)).cloned().collect::<Vec<_>>(),
-    );
-    let files = units::files(&activated, &program::path(places)?, Some(&wanted.drop_in));
+    // Whoever uses a directory that was made for another activated service shares it: the last one to go removes it.
+    let mine = files_of(&activated);
+    let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
+    let shared = all.into_iter().flat_map(|other| other.made);
+    let shared = shared.filter(|directory| mine.iter().any(|file| file.starts_with(directory)));
+    activated.made.extend(made.paths().iter().cloned().chain(shared));
+    activated.made.sort();
+    activated.made.dedup();
+    let files =
+        units::files(&activated, &program::path(places)?, Some(&wanted.drop_in), places.root.as_deref());
     let mut changes = changes(&activated, &files)?;
     // What an earlier run wrote and this one has no use for.
     let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
@@ -196,7 +215,7 @@ async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
     };
     if options.dry_run {
         let known = known(name, places)?.ok_or_else(missing)?;
-        return say::would_remove(&doomed(&known, options)?.0);
+        return say::would_remove(&doomed(&known, options, places)?.0);
     }
     let systemd = match &places.root {
         None => Some(apply::connect(places.scope).await?),
@@ -207,7 +226,7 @@ async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
     }
     let _lock = Lock::take(&places.units)?;
     let known = known(name, places)?.ok_or_else(missing)?;
-    let (changes, rest) = doomed(&known, options)?;
+    let (changes, rest) = doomed(&known, options, places)?;
     for change in &changes {
         if write::owner(&change.path)? == Owner::Theirs {
             anyhow::bail!(
@@ -224,7 +243,11 @@ async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
 }
 
 /// What has to change for the removal, and what stays activated.
-fn doomed(known: &Activated, options: &Activate) -> anyhow::Result<(Vec<Change>, Option<Activated>)> {
+fn doomed(
+    known: &Activated,
+    options: &Activate,
+    places: &Places,
+) -> anyhow::Result<(Vec<Change>, Option<Activated>)> {
     let gone = |path: PathBuf| Change { path, text: None };
     let Some(service) = &options.service_name else {
         return Ok((files_of(known).into_iter().map(gone).collect(), None));
@@ -249,7 +272,7 @@ fn doomed(known: &Activated, options: &Activate) -> anyhow::Result<(Vec<Change>,
     let mut changes = vec![gone(listener.file.clone())];
     let drop_in = units::DropIn::read(known, &rest);
     let bro = program::written(known);
-    for file in units::files(&rest, &bro, drop_in.as_ref()) {
+    for file in units::files(&rest, &bro, drop_in.as_ref(), places.root.as_deref()) {
         if std::fs::read_to_string(&file.path).ok().as_deref() != Some(&file.text) {
             changes.push(Change { path: file.path, text: Some(file.text) });
         }

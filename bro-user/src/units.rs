@@ -20,16 +20,17 @@ pub struct File {
     pub text: String,
 }
 
-/// Every file of an activated service. `bro` is the program that the service runs.
+/// Every file of an activated service. `bro` is the program that the service runs; `root` is what lies
+/// above all paths and is not part of what units say.
 #[must_use]
-pub fn files(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>) -> Vec<File> {
+pub fn files(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>, root: Option<&Path>) -> Vec<File> {
     let mut files: Vec<File> = activated
         .listeners
         .iter()
-        .map(|listener| File { path: listener.file.clone(), text: socket::text(activated, listener) })
+        .map(|listener| File { path: listener.file.clone(), text: socket::text(activated, listener, root) })
         .collect();
     if let Some(path) = &activated.service_file {
-        files.push(File { path: path.clone(), text: service::text(activated, bro) });
+        files.push(File { path: path.clone(), text: service::text(activated, bro, root) });
     }
     if let (Some(drop_in), [path, ..]) = (drop_in, activated.others.as_slice()) {
         files.push(File { path: path.clone(), text: drop_in.text(activated) });
@@ -49,7 +50,8 @@ fn heading(activated: &Activated, own: Option<&str>) -> String {
 }
 
 /// `[X-Bro]`, from which [`crate::activated`] reads everything back.
-fn notes(activated: &Activated) -> Vec<(&'static str, String)> {
+fn notes(activated: &Activated, root: Option<&Path>) -> Vec<(&'static str, String)> {
+    let said = |path: &Path| unrooted(path, root).display().to_string();
     let mut notes =
         vec![("Quadlet", activated.quadlet.display().to_string()), ("Unit", activated.unit.clone())];
     if let Some(container) = &activated.container {
@@ -59,7 +61,13 @@ fn notes(activated: &Activated) -> Vec<(&'static str, String)> {
         notes.push(("ContainerGiven", "yes".to_owned()));
     }
     notes.extend(activated.options.iter().map(|(name, value)| ("Option", format!("{name}={value}"))));
-    notes.extend(activated.others.iter().map(|path| ("Also", path.display().to_string())));
-    notes.extend(activated.made.iter().map(|path| ("Made", path.display().to_string())));
+    notes.extend(activated.others.iter().map(|path| ("Also", said(path))));
+    notes.extend(activated.made.iter().map(|path| ("Made", said(path))));
     notes
+}
+
+/// A path as units name it.
+pub(crate) fn unrooted(path: &Path, root: Option<&Path>) -> PathBuf {
+    let inside = root.and_then(|root| path.strip_prefix(root).ok());
+    inside.map_or_else(|| path.to_owned(), |inside| Path::new("/").join(inside))
 }

@@ -34,6 +34,23 @@ pub(super) async fn connect(scope: Manager) -> anyhow::Result<Systemd> {
     })
 }
 
+/// Podman's user units wait for the system's network-online.target, also where nothing will ever ask for that.
+pub(super) async fn network_warning(systemd: &Systemd, waits: bool) -> Option<String> {
+    const WAITS: &str = "podman-user-wait-network-online.service";
+    if !waits || !systemd.load_problem(WAITS).await.is_ok_and(|problem| problem.is_none()) {
+        return None;
+    }
+    let system = Systemd::connect(Manager::System).await.ok()?;
+    let state = system.bus.active_state("network-online.target").await.ok()?;
+    (state != "active").then(|| {
+        format!(
+            "the container waits up to 90 s for network-online.target ({WAITS}), and nothing on this host asks for that target; \
+             sudo systemctl add-wants multi-user.target network-online.target, or write [Quadlet] DefaultDependencies=false \
+             into the quadlet"
+        )
+    })
+}
+
 fn units(listeners: &[Listener]) -> Vec<String> {
     listeners.iter().map(|listener| listener.socket.clone()).collect()
 }
@@ -83,7 +100,7 @@ pub(super) async fn activate(
             for unit in &new {
                 systemd.reset_failed(unit).await;
             }
-            Err(error.context("nothing was changed"))
+            Err(anyhow::anyhow!("{error:#}; nothing was changed"))
         }
     }
 }
@@ -249,7 +266,7 @@ pub(super) async fn remove(
         Ok(changed) => changed,
         Err(error) => {
             before.restore(systemd).await;
-            return Err(error.context("nothing was changed"));
+            return Err(anyhow::anyhow!("{error:#}; nothing was changed"));
         }
     };
     changed.keep();

@@ -1,6 +1,6 @@
 //! From the command line, the quadlet and what is activated already, to what shall be: checked, with what there is to warn of.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::ValueEnum;
 
@@ -12,7 +12,8 @@ use crate::cli::{Activate, Direct};
 use crate::exit::Failure;
 use crate::quadlet::{self, Kind, Quadlet};
 use crate::target::Target;
-use crate::units::DropIn;
+use crate::timespan::TimeSpan;
+use crate::units::{self, DropIn};
 
 /// How long a container stays up without a connection where nobody said otherwise.
 const IDLE: &str = "5min";
@@ -35,6 +36,8 @@ const HANDED_ON: [&str; 9] = [
 pub(super) struct Wanted {
     pub activated: Activated,
     pub drop_in: DropIn,
+    /// Podman's own dependency on the network stands.
+    pub waits_for_network: bool,
     pub warnings: Vec<String>,
 }
 
@@ -57,6 +60,9 @@ pub(super) fn wanted(
     known: Option<&Activated>,
     places: &Places,
 ) -> anyhow::Result<Wanted> {
+    if let Some(Ready::Exec(command)) = &options.ready {
+        super::address::one_line(command).map_err(|reason| usage(format!("--ready=exec: {reason}")))?;
+    }
     let direct = direct(options, known)?;
     let mut warnings = Vec::new();
     let network = Network::of(quadlet);
@@ -74,7 +80,7 @@ pub(super) fn wanted(
     let mut activated = Activated {
         name: quadlet.name.clone(),
         scope: places.scope,
-        quadlet: unrooted(&quadlet.path, places.root.as_deref()),
+        quadlet: units::unrooted(&quadlet.path, places.root.as_deref()),
         unit: quadlet.unit.clone(),
         container_given: !direct
             && (options.container.is_some() || known.is_some_and(|known| known.container_given)),
@@ -112,13 +118,9 @@ pub(super) fn wanted(
             quadlet.unit
         ));
     }
-    Ok(Wanted { activated, drop_in, warnings })
-}
-
-/// A path as units name it.
-fn unrooted(path: &Path, root: Option<&Path>) -> PathBuf {
-    root.and_then(|root| path.strip_prefix(root).ok())
-        .map_or_else(|| path.to_owned(), |inside| Path::new("/").join(inside))
+    let own_word = quadlet.file.boolean("Quadlet", "DefaultDependencies");
+    let waits_for_network = places.scope == Manager::User && !drop_in.no_network && own_word != Some(false);
+    Ok(Wanted { activated, drop_in, waits_for_network, warnings })
 }
 
 fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool> {
@@ -163,17 +165,26 @@ fn given(options: &Activate) -> [(&'static str, Option<String>); 9] {
     });
     let values = [
         ready,
-        options.start_timeout.map(|span| span.to_string()),
+        options.start_timeout.map(written),
         options.wake_on.map(word),
-        options.exit_idle_time.map(|span| span.to_string()),
+        options.exit_idle_time.map(written),
         options.idle_by.map(word),
-        options.min_uptime.map(|span| span.to_string()),
+        options.min_uptime.map(written),
         options.busy_file.as_ref().map(|path| path.display().to_string()),
         options.busy_exec.clone(),
         options.relay.map(word),
     ];
     let mut values = values.into_iter();
     HANDED_ON.map(|name| (name, values.next().flatten()))
+}
+
+/// As one would write it: whole minutes as minutes.
+fn written(span: TimeSpan) -> String {
+    match span.finite().map(|span| (span.as_secs(), span.subsec_nanos())) {
+        Some((seconds @ 1.., 0)) if seconds % 3600 == 0 => format!("{}h", seconds / 3600),
+        Some((seconds @ 1.., 0)) if seconds % 60 == 0 => format!("{}min", seconds / 60),
+        _ => span.to_string(),
+    }
 }
 
 fn handed_on(options: &Activate, known: Option<&Activated>) -> Vec<(String, String)> {
@@ -506,6 +517,13 @@ fn warn_of_install(quadlet: &Quadlet, warnings: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn spans_are_written_as_they_are_read() {
+        for span in ["5min", "1h", "90s", "infinity", "0ns", "1.5s", "250ms"] {
+            assert_eq!(written(span.parse().unwrap()), span);
+        }
+    }
 
     #[test]
     fn reads_published_ports() {

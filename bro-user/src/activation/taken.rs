@@ -198,6 +198,8 @@ fn unit_of(pid: i32) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::linux::net::SocketAddrExt as _;
+
     use super::*;
 
     #[test]
@@ -224,7 +226,7 @@ mod tests {
         let name = format!("bro-taken-{}", std::process::id());
         let external = External::Abstract(name.clone());
         assert_eq!(look(&external), None);
-        let address = std::os::linux::net::SocketAddrExt::from_abstract_name(&name).unwrap();
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap();
         let listening = std::os::unix::net::UnixListener::bind_addr(&address).unwrap();
         let Some(Trouble::Taken(owner)) = look(&external) else { panic!("{name} is taken") };
         assert!(owner.process.is_some());

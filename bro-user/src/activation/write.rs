@@ -224,14 +224,7 @@ fn write_new(path: &Path, text: &str) -> io::Result<()> {
 fn failed(verb: &str, path: &Path, error: &io::Error) -> anyhow::Error {
     let text = format!("cannot {verb} {}: {error}; nothing was changed", path.display());
     match error.kind() {
-        io::ErrorKind::PermissionDenied => {
-            let whose = if path.starts_with("/etc") && !nix::unistd::geteuid().is_root() {
-                " (the system's units are root's: use sudo, or --user)"
-            } else {
-                ""
-            };
-            Failure::NotPermitted(format!("{text}{whose}")).into()
-        }
+        io::ErrorKind::PermissionDenied => Failure::NotPermitted(text).into(),
         _ => anyhow::anyhow!(text),
     }
 }

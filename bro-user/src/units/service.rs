@@ -7,7 +7,7 @@ use crate::activate::bus::Manager;
 use crate::activated::{Activated, SECTION};
 use crate::unit_file::quote_word;
 
-pub(super) fn text(activated: &Activated, bro: &Path) -> String {
+pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> String {
     let service = activated.service().unwrap_or_default();
     let mut text = super::heading(activated, Some(&service));
     let unit = &activated.unit;
@@ -19,10 +19,11 @@ pub(super) fn text(activated: &Activated, bro: &Path) -> String {
         text,
         "[Unit]\n\
          Description=Forwarder that wakes {unit}\n\
-         Requires={sockets}\n\
+         # Who stops the listening stops the forwarder too: it would go on with the sockets it has.\n\
+         PartOf={sockets}\n\
          # Nothing but an order, for shutdown: connections may finish before the container goes. The forwarder itself starts\n\
          # {unit}, so that clients of a container that cannot start are still told.\n\
-         After={sockets} {unit}\n\
+         After={unit}\n\
          # Waking is not restarting: no limit on how often.\n\
          StartLimitIntervalSec=0\n\
          \n\
@@ -41,7 +42,7 @@ pub(super) fn text(activated: &Activated, bro: &Path) -> String {
         activated.name
     )
     .ok();
-    for (key, value) in super::notes(activated) {
+    for (key, value) in super::notes(activated, root) {
         writeln!(text, "{key}={value}").ok();
     }
     text

@@ -1,11 +1,12 @@
 //! NAME-activator.socket, or NAME.socket with `--direct`: systemd.socket(5).
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use crate::activated::{Activated, Listener, SECTION};
 use crate::activation::address::External;
 
-pub(super) fn text(activated: &Activated, listener: &Listener) -> String {
+pub(super) fn text(activated: &Activated, listener: &Listener, root: Option<&Path>) -> String {
     let mut text = super::heading(activated, Some(&listener.socket));
     let unit = &activated.unit;
     let wakes = activated.service().unwrap_or_else(|| unit.clone());
@@ -21,16 +22,19 @@ pub(super) fn text(activated: &Activated, listener: &Listener) -> String {
     if let Some(device) = &listener.device {
         writeln!(text, "BindToDevice={device}").ok();
     }
-    text.push_str(
-        "# However often clients come: no limit is to end the listening.\nTriggerLimitIntervalSec=0\n\n\
-         [Install]\nWantedBy=sockets.target\n\n",
-    );
+    // With --direct systemd's own limits stay: nobody is there to tell the clients of a container that keeps failing.
+    if !activated.direct {
+        text.push_str(
+            "# However often clients come: no limit is to end the listening.\nTriggerLimitIntervalSec=0\n",
+        );
+    }
+    text.push_str("\n[Install]\nWantedBy=sockets.target\n\n");
     writeln!(text, "[{SECTION}]\nName={}\nExternal={}", activated.name, listener.address).ok();
     if let Some(target) = &listener.target {
         writeln!(text, "Internal={target}").ok();
     }
     if activated.direct && listener.service == activated.name {
-        for (key, value) in super::notes(activated) {
+        for (key, value) in super::notes(activated, root) {
             writeln!(text, "{key}={value}").ok();
         }
     }

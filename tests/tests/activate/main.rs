@@ -1,0 +1,8 @@
+//! `bro activate` below another root (`--root`), where it does everything but talk to systemd: what it writes, what it refuses,
+//! and that nothing is ever half-written. On a real systemd: the host suites.
+
+mod atomic;
+mod golden;
+mod refusals;
+mod tree;
+mod verify;

@@ -1,0 +1,197 @@
+//! Bad input: one sentence, the right exit code, nothing written.
+
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+
+use crate::tree::{Tree, WEB, environment, said};
+
+/// What follows `bro activate`, the exit code, and what the sentence says.
+type Case = (&'static [&'static str], i32, &'static str);
+
+/// Of every option, what it cannot be given.
+const CASES: &[Case] = &[
+    (&[], 2, "NAME"),
+    (&["web"], 2, "--external-port"),
+    (&["nope", "--external-port", "80"], 4, "there is no nope.container"),
+    (&["web.pod", "--external-port", "80"], 4, "there is no web.pod"),
+    (&["../web", "--external-port", "80"], 2, "cannot be the name of a quadlet"),
+    (&["", "--external-port", "80"], 2, "cannot be the name of a quadlet"),
+    (&["web@", "--external-port", "80"], 2, "which instance"),
+    (&["tpl", "--external-port", "80"], 4, "is a template"),
+    (&["data.volume", "--external-port", "80"], 2, "no service"),
+    (&["web", "--external-port", "0"], 2, "not a TCP port"),
+    (&["web", "--external-port", "65536"], 2, "not a TCP port"),
+    (&["web", "--external-port", "-1"], 2, "unexpected argument '-1'"),
+    (&["web", "--external-port", "localhost:80"], 2, "not an IP address"),
+    (&["web", "--external-port", "127.0.0.1"], 2, "no port"),
+    (&["web", "--external-port", "::1"], 2, "no port"),
+    (&["web", "--external-port", "/run/a b.sock"], 2, "unit file"),
+    (&["web", "--external-port", "/run/web.sock"], 2, "--internal-port"),
+    (&["web", "--external-port", "80", "--internal-port", "http"], 2, "no port"),
+    (&["web", "--external-port", "80", "--internal-port", "10.0.0.1:0"], 2, "not a TCP port"),
+    (&["web", "--external-port", "80", "--service-name", "metrics"], 2, "not activated yet"),
+    (&["web", "--external-port", "80", "--service-name", "a/b"], 2, "unit's name"),
+    (&["web", "--external-port", "80", "--direct=magic"], 2, "--direct"),
+    (&["web", "--external-port", "80", "--direct", "--exit-idle-time", "5"], 2, "cannot be used with"),
+    (&["app.pod", "--external-port", "80", "--direct"], 2, "--direct is for a .container"),
+    (&["tpl@one", "--external-port", "80", "--direct"], 2, "ln -s tpl@.container"),
+    (&["web", "--external-port", "80", "--network", "lab"], 2, "not on the network “lab”"),
+    (&["net", "--external-port", "80", "--network", "lab"], 2, "add IP="),
+    (&["web", "--external-port", "80", "--container", "a b"], 2, "cannot be a container's name"),
+    (&["play", "--external-port", "80"], 2, "--container"),
+    (&["odd", "--external-port", "80"], 2, "specifier %m"),
+    (&["web", "--external-port", "80", "--bind-to-device", "no/such"], 2, "network interface"),
+    (&["web", "--external-port", "80", "--backlog", "0"], 2, "--backlog"),
+    (&["web", "--external-port", "80", "--backlog", "many"], 2, "--backlog"),
+    (&["web", "--external-port", "80", "--exit-idle-time", "soon"], 2, "not a number"),
+    (&["web", "--external-port", "80", "--idle-by", "luck"], 2, "--idle-by"),
+    (&["web", "--external-port", "80", "--wake-on", "luck"], 2, "--wake-on"),
+    (&["web", "--external-port", "80", "--min-uptime", "5parsecs"], 2, "not a unit of time"),
+    (&["web", "--external-port", "80", "--busy-file", "relative"], 2, "not an absolute path"),
+    (&["web", "--external-port", "80", "--busy-exec", "a\nb"], 2, "one line"),
+    (&["web", "--external-port", "80", "--busy-exec", ""], 2, "--busy-exec"),
+    (&["web", "--external-port", "80", "--ready", "soon"], 2, "no way to know"),
+    (&["web", "--external-port", "80", "--ready", "exec:a\nb"], 2, "one line"),
+    (&["ill", "--external-port", "80", "--ready", "healthy"], 2, "HealthCmd=none"),
+    (&["app.pod", "--external-port", "80", "--ready", "healthy"], 2, "name one of its containers"),
+    (&["web", "--external-port", "80", "--start-timeout", ""], 2, "--start-timeout"),
+    (&["web", "--external-port", "80", "--relay", "pigeon"], 2, "--relay"),
+    (&["web", "--external-port", "80", "--user"], 2, "cannot be used with"),
+    (&["onhost", "--external-port", "80"], 2, "host's network"),
+    (&["both", "--external-port", "80"], 2, "both.container and both.pod"),
+    (&["wrong", "--external-port", "80"], 4, "no section [Container]"),
+    (&["web", "--remove"], 4, "nothing to remove"),
+    (&["web", "--remove", "--external-port", "80"], 2, "cannot be used with"),
+    (&["web", "--external-port", "80", "stray"], 2, "stray"),
+    (&["web", "--external-port", "80", "--nonsense"], 2, "--nonsense"),
+];
+
+fn disk() -> Result<Tree> {
+    Tree::new(&[
+        (WEB, "[Container]\nImage=docker.io/library/caddy\nNetwork=none\n"),
+        ("etc/containers/systemd/tpl@.container", "[Container]\nImage=localhost/tpl\n"),
+        ("etc/containers/systemd/app.pod", "[Pod]\n"),
+        ("etc/containers/systemd/net.container", "[Container]\nImage=localhost/net\nNetwork=lab.network\n"),
+        ("etc/containers/systemd/play.kube", "[Kube]\nYaml=play.yaml\n"),
+        ("etc/containers/systemd/odd.container", "[Container]\nImage=localhost/odd\nContainerName=odd-%m\n"),
+        ("etc/containers/systemd/ill.container", "[Container]\nImage=localhost/ill\nHealthCmd=none\n"),
+        ("etc/containers/systemd/onhost.container", "[Container]\nImage=localhost/on\nNetwork=host\n"),
+        ("etc/containers/systemd/both.container", "[Container]\nImage=localhost/both\n"),
+        ("etc/containers/systemd/both.pod", "[Pod]\n"),
+        ("etc/containers/systemd/wrong.container", "[Unit]\n"),
+    ])
+}
+
+#[test]
+fn every_bad_input_is_one_sentence_and_changes_nothing() -> Result<()> {
+    let tree = disk()?;
+    let before = tree.listing()?;
+    let mut failures = Vec::new();
+    for (arguments, code, words) in CASES {
+        let answer = tree.run(arguments)?;
+        let one =
+            answer.stderr.lines().filter(|line| !line.starts_with("bro: warning: ")).collect::<Vec<_>>();
+        let good = answer.code == *code
+            && one.len() == 1
+            && one[0].starts_with("bro: ")
+            && one[0].contains(words)
+            && answer.stdout.is_empty();
+        if !good || tree.listing()? != before {
+            failures.push(format!("{arguments:?}: expected {code} and “{words}”: {answer:?}"));
+        }
+    }
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn somebody_elses_files_are_not_touched() -> Result<()> {
+    for theirs in [
+        "etc/systemd/system/web-activator.socket",
+        "etc/systemd/system/web-activator.service",
+        "etc/containers/systemd/web.container.d/50-bro-activator.conf",
+    ] {
+        let tree = Tree::with_web()?;
+        tree.write(theirs, "# mine\n")?;
+        let before = tree.listing()?;
+        let answer = tree.run(&["web", "--external-port", "80"])?;
+        ensure!(
+            answer.code == 1 && answer.stderr.contains("was not written by bro activate"),
+            "{theirs}: {answer:?}"
+        );
+        ensure!(tree.listing()? == before, "{theirs}: something was written");
+    }
+    // What was ours and is no more is not removed either.
+    let tree = Tree::with_web()?;
+    ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
+    let drop_in = "etc/containers/systemd/web.container.d/50-bro-activator.conf";
+    tree.write(drop_in, "# mine now\n")?;
+    let before = tree.listing()?;
+    let answer = tree.run(&["web", "--remove"])?;
+    ensure!(answer.code == 1 && answer.stderr.contains("was not written by bro activate"), "{answer:?}");
+    ensure!(tree.listing()? == before, "something was removed");
+    Ok(())
+}
+
+#[test]
+fn another_services_port_is_not_overwritten() -> Result<()> {
+    let tree = Tree::with_web()?;
+    tree.write("etc/containers/systemd/web-api.container", "[Container]\nImage=localhost/api\n")?;
+    ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
+    ensure!(tree.run(&["web", "--service-name", "api", "--external-port", "81"])?.code == 0);
+    let before = tree.listing()?;
+    let answer = tree.run(&["web-api", "--external-port", "82"])?;
+    ensure!(answer.code == 1 && answer.stderr.contains("belongs to another activated service"), "{answer:?}");
+    ensure!(tree.listing()? == before, "something was written");
+    Ok(())
+}
+
+#[test]
+fn a_port_already_taken_is_said_with_its_owner() -> Result<()> {
+    let listening = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = listening.local_addr()?.to_string();
+    let tree = Tree::with_web()?;
+    // Without --root, so that ports are looked at; --dry-run, so that no service manager is.
+    let config = tree.path("home/.config");
+    tree.write("home/.config/containers/systemd/web.container", "[Container]\nImage=localhost/web\n")?;
+    let mut command = Command::new(bro_tests::bro::binary());
+    command.args(["activate", "web", "--user", "--dry-run", "--external-port", &address]);
+    environment(&mut command);
+    let answer = said(command.env("XDG_CONFIG_HOME", config))?;
+    let expected = format!("{address} is taken by ");
+    ensure!(answer.code == 0 && answer.stderr.contains(&expected), "{answer:?}");
+    ensure!(answer.stderr.contains(&format!("(pid {}", std::process::id())), "{answer:?}");
+    Ok(())
+}
+
+#[test]
+fn without_a_service_manager_nothing_is_written() -> Result<()> {
+    let tree =
+        Tree::new(&[("config/containers/systemd/web.container", "[Container]\nImage=localhost/web\n")])?;
+    let before = tree.listing()?;
+    let mut command = Command::new(bro_tests::bro::binary());
+    command.args(["activate", "web", "--user", "--external-port", "8080"]);
+    environment(&mut command);
+    command.env("XDG_CONFIG_HOME", tree.path("config")).env("XDG_RUNTIME_DIR", tree.path("nowhere"));
+    let answer = said(command.env("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nonexistent/bus"))?;
+    ensure!(answer.code == 1 && answer.stderr.contains("service manager cannot be reached"), "{answer:?}");
+    ensure!(tree.listing()? == before, "something was written");
+    Ok(())
+}
+
+#[test]
+fn it_goes_by_its_other_names_too() -> Result<()> {
+    let tree = Tree::with_web()?;
+    for name in ["bro-activate", "bro-activator"] {
+        let link = tree.path(name);
+        std::os::unix::fs::symlink(bro_tests::bro::binary(), &link)?;
+        let mut command = Command::new(&link);
+        command.args(["web", "--external-port", "80", "--system", "--dry-run", "--root"]).arg(tree.root());
+        environment(&mut command);
+        let answer = said(&mut command)?;
+        let program = format!("ExecStart={} forward", bro_tests::bro::binary().display());
+        ensure!(answer.code == 0 && answer.stdout.contains(&program), "{answer:?}");
+    }
+    Ok(())
+}
