@@ -236,12 +236,19 @@ impl Activator {
         // anything looked for before systemd has the order: finding it ends this. Where nothing has to be found (a target in
         // the own namespace), systemd says when it is there.
         let early = before != "deactivating" && self.place != Place::Own;
-        let ordered = || if early { findable.notify_one() };
-        let result = bus.start_telling(unit, ordered).await.with_context(|| format!("cannot start {unit}"))?;
-        if result != "done" && bus.result(unit).await.is_ok_and(|result| result == "start-limit-hit") {
+        let ordered = || {
+            if early {
+                findable.notify_one()
+            }
+        };
+        let asked = Duration::from(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?);
+        let result =
+            bus.start_telling(unit, ordered).await.with_context(|| format!("cannot start {unit}"))?;
+        // Its Result= still tells of the run before.
+        if result == "failed" && bus.last_try(unit).await.is_ok_and(|last| last < asked) {
             bail!(
-                "systemd starts {unit} no more, since it was started too often (StartLimitBurst= in StartLimitIntervalSec=); \
-                 a client after that time wakes it again"
+                "systemd did not even try to start {unit}, which was started too often (StartLimitBurst= in \
+                 StartLimitIntervalSec=); a client after that time wakes it again"
             );
         }
         anyhow::ensure!(

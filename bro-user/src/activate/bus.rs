@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_lite::StreamExt as _;
@@ -53,14 +54,10 @@ trait Unit {
     fn need_daemon_reload(&self) -> zbus::Result<bool>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn active_enter_timestamp(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn inactive_exit_timestamp_monotonic(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "false"), name = "InvocationID")]
     fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
-}
-
-#[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
-trait Service {
-    #[zbus(property(emits_changed_signal = "false"))]
-    fn result(&self) -> zbus::Result<String>;
 }
 
 /// What a service manager knows of a unit.
@@ -150,14 +147,13 @@ impl Bus {
         Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// How the service's last run ended: success, exit-code, start-limit-hit, …
+    /// When the unit was last begun to be started, on the kernel's monotonic clock.
     ///
     /// # Errors
     /// When the bus fails.
-    pub async fn result(&self, unit: &str) -> anyhow::Result<String> {
-        let path = self.systemd.load_unit(unit).await?;
-        let proxy = ServiceProxy::builder(self.systemd.inner().connection()).path(path).build().await?;
-        Ok(proxy.result().await?)
+    pub async fn last_try(&self, unit: &str) -> anyhow::Result<Duration> {
+        let microseconds = self.unit(unit).await?.inactive_exit_timestamp_monotonic().await?;
+        Ok(Duration::from_micros(microseconds))
     }
 
     async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::fstat;
 
 use super::wire::{self, Answer, Request};
@@ -22,6 +23,11 @@ const MOST_CHANNELS: usize = 1024;
 /// # Errors
 /// When descriptor 0 is no channel, or poll fails.
 pub fn run() -> anyhow::Result<()> {
+    // systemd tells every process of a unit to stop, and a terminal interrupts all of its job; but the forwarder has connections
+    // to finish then, and clients to connect that it holds. Its end is this one's.
+    let mut theirs = SigSet::empty();
+    theirs.extend([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
+    theirs.thread_block()?;
     let stdin = std::io::stdin();
     let mut channels = vec![stdin.as_fd().try_clone_to_owned()?];
     let mut root = None;

@@ -54,7 +54,8 @@ pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
     let activated = tree(host, manager)?;
     // What it promised it has written.
     for path in ran.stdout.lines().filter_map(|line| line.strip_prefix("wrote ")) {
-        let written = host.run(&["cat", path])?;
+        // But for the note which folders it had to make.
+        let written = host.run(&["sed", "/^Made=/d", path])?;
         ensure!(
             dry.stdout.contains(written.trim_end()),
             "--dry-run did not show {path} as it is:\n{written}"

@@ -87,7 +87,11 @@ pub fn socket_stopped(host: &Host, manager: Manager) -> Result<()> {
     manager.systemctl(host, &["stop", "--no-block", &site.socket()])?;
     for client in clients {
         client.set_read_timeout(Some(PATIENCE))?;
-        let answer = ask(client, b"held").with_context(|| site.journals())?;
+        let answer = ask(client, b"held").with_context(|| {
+            let jobs = manager.systemctl(host, &["list-jobs"]).unwrap_or_default();
+            let status = manager.try_run(host, &["systemctl", "--user", "status", &site.unit()]);
+            format!("{jobs}\n{status:?}\n{}", site.journals())
+        })?;
         ensure!(answer == b"held", "{answer:?}\n{}", site.journals());
     }
     site.await_exit()?;

@@ -62,6 +62,7 @@ fn activated_services_on_a_real_host() {
     let mut host = Host::boot().expect("the host boots");
     note(&format!("the host booted in {:.1} s", host.booted_in().as_secs_f64()));
     site::prepare(&host).expect("the host can be prepared");
+    networks::outside(&host).expect("the host can have a network");
     for manager in [Manager::System, Manager::User("test"), Manager::User("other")] {
         manager.import_image(&host, "socat", "docker.io/alpine/socat").expect("the image can be imported");
     }

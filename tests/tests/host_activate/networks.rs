@@ -4,6 +4,16 @@ use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::site::{INNER, Plan, Site};
 use bro_tests::host::{Host, Manager};
 
+/// Gives the host what every host has: an interface to the outside with an address and a default route. Without one, pasta
+/// models a user's namespace on whatever else it finds, such as a bridge of root's containers.
+pub fn outside(host: &Host) -> Result<()> {
+    host.sh(
+        "ip link add ext0 type veth peer name ext1; ip addr add 192.0.2.1/24 dev ext0; ip link set ext0 up; \
+         ip link set ext1 up; ip route add default via 192.0.2.254 dev ext0",
+    )?;
+    Ok(())
+}
+
 /// Podman refuses a subnet that any other network of the host has, another user's too where it sees it.
 fn subnet(manager: Manager) -> &'static str {
     match manager {

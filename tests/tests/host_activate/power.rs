@@ -13,7 +13,6 @@ const NAME: &str = "boot";
 pub fn reboot_and_power_cut(host: &mut Host) -> Result<()> {
     let mut sites = Vec::new();
     for manager in MANAGERS {
-        // Its unit may take that long to stop: the power is to go while a client is connected, not after it was waited for.
         let site = Site::activated(
             host,
             manager,
@@ -21,9 +20,7 @@ pub fn reboot_and_power_cut(host: &mut Host) -> Result<()> {
             &Plan::service(manager, 0.0, ""),
             &["--exit-idle-time", "1s"],
         )?;
-        let brief = "[Service]\nTimeoutStopSec=2s\n";
-        manager.unit(host, &format!("{}.d/brief.conf", site.forwarder()), brief)?;
-        manager.systemctl(host, &["daemon-reload"])?;
+        brief_drain(&site)?;
         sites.push((manager, site.port, site.suffix));
         // A site that is dropped stops its socket.
         std::mem::forget(site);
@@ -62,4 +59,17 @@ pub fn reboot_and_power_cut(host: &mut Host) -> Result<()> {
 
 fn at<'h>(host: &'h Host, manager: Manager, port: u16, suffix: &'static str) -> Site<'h> {
     Site { host, manager, front: manager, name: NAME.into(), port, suffix }
+}
+
+/// The reboot is to be one in mid-stream, not one that waits for a client which does not leave.
+fn brief_drain(site: &Site<'_>) -> Result<()> {
+    let service = site.manager.systemctl(site.host, &["cat", &site.forwarder()])?;
+    let (_, command) = service.split_once("ExecStart=").context("a service without a command")?;
+    let lines = command.lines().take_while(|line| line.ends_with('\\')).count();
+    let command: Vec<&str> = command.lines().take(lines + 1).collect();
+    let command = command.join("\n").replace(" forward ", " forward --drain-timeout=1s ");
+    let drop_in = format!("[Service]\nExecStart=\nExecStart={command}\n");
+    site.manager.unit(site.host, &format!("{}.d/brief.conf", site.forwarder()), &drop_in)?;
+    site.manager.systemctl(site.host, &["daemon-reload"])?;
+    Ok(())
 }

@@ -5,6 +5,7 @@ mod failures;
 mod life;
 mod places;
 mod services;
+mod sharing;
 mod site;
 mod users;
 mod waking;
@@ -44,6 +45,11 @@ const BOTH: &[Case] = &[
     ("an image that is not there", failures::cannot_start),
     ("a unit that does not exist", failures::unknown_unit),
     ("places that do not exist", failures::unknown_places),
+    ("two forwarders of one container", sharing::two_forwarders),
+    ("a container that is woken while another forwarder stops it", sharing::woken_while_another_stops_it),
+    ("a job inside that is busy", sharing::busy_inside),
+    ("waking and sleeping by hand", sharing::by_hand),
+    ("a container that dies at every start", sharing::crash_loop),
     ("PostgreSQL, psql and pgbench", services::postgresql),
     ("nginx over TCP and over its unix socket", services::nginx),
     ("redis and redis-benchmark", services::redis),
