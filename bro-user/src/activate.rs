@@ -233,9 +233,11 @@ impl Activator {
         let ours = !matches!(before.as_str(), "active" | "activating" | "reloading");
         self.started.store(ours, Relaxed);
         // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients. Nor is
-        // anything looked for before systemd has the order: finding it ends this. Where nothing has to be found (a target in
-        // the own namespace), systemd says when it is there.
-        let early = before != "deactivating" && self.place != Place::Own;
+        // anything looked for before systemd has the order: finding it ends this. Where no process tells that it is there (in
+        // the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is tried
+        // before there is a way to the target may take another way, and wait there.
+        let process = matches!(self.place, Place::Container(_) | Place::Pid(_));
+        let early = before != "deactivating" && process;
         let ordered = || {
             if early {
                 findable.notify_one()
