@@ -336,7 +336,7 @@ impl Activator {
         {
             return Ok(Stopped::NotOurs);
         }
-        let result = bus.stop(unit).await?;
+        let result = bus.put_to_sleep(unit).await?;
         ownership::forget(unit);
         tracing::info!(unit, result, "stopped the unit");
         Ok(Stopped::Done)

@@ -9,7 +9,7 @@ mod program;
 mod request;
 mod say;
 mod systemd;
-mod taken;
+pub(crate) mod taken;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -187,7 +187,7 @@ async fn check_listeners(
         match taken::look(&external) {
             None => {}
             Some(taken::Trouble::Forbidden(why)) => return Err(Failure::NotPermitted(why).into()),
-            Some(taken::Trouble::Taken(owner)) if ours(&owner, known) => {}
+            Some(taken::Trouble::Taken(owner)) if ours(&owner, known, systemd).await => {}
             Some(taken::Trouble::Taken(owner)) => {
                 anyhow::bail!("{}", apply::taken(&external, &owner, systemd).await)
             }
@@ -197,12 +197,20 @@ async fn check_listeners(
 }
 
 /// A socket of this very service that will make room.
-fn ours(owner: &taken::Owner, known: Option<&Activated>) -> bool {
-    let overlaps = |before: &activated::Listener| {
-        let before = before.address.parse::<External>().ok().and_then(|address| address.port());
-        before.is_some() && before == owner.address.rsplit_once(':').and_then(|(_, port)| port.parse().ok())
-    };
-    owner.is_systemd && known.is_some_and(|known| known.listeners.iter().any(overlaps))
+async fn ours(owner: &taken::Owner, known: Option<&Activated>, systemd: Option<&systemd::Systemd>) -> bool {
+    let Some(known) = known else { return false };
+    match systemd {
+        Some(systemd) => {
+            let unit = systemd.socket_at(&owner.address).await;
+            unit.is_some_and(|unit| known.listeners.iter().any(|before| before.socket == unit))
+        }
+        // In a dry run nobody is asked; the port says enough.
+        None => {
+            let port = |address: &str| address.parse::<External>().ok().and_then(|address| address.port());
+            let taken = port(&owner.address);
+            taken.is_some() && known.listeners.iter().any(|before| port(&before.address) == taken)
+        }
+    }
 }
 
 async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {

@@ -48,9 +48,9 @@ pub enum Command {
     Wake(control::Wake),
     /// Stop an activated service now, unless somebody is connected
     Sleep(control::Sleep),
-    /// What running forwarders of this user do: connections, bytes by relay, cold starts
+    /// What is activated, and whether it is awake; with a NAME: connections, bytes by relay, cold starts
     Status(Status),
-    /// What this host can do for this user and what not, one line a check, with the fix
+    /// What this host can do for this user and what not, or what is wrong with one service; one line a check, with the fix
     Doctor(Doctor),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
@@ -209,6 +209,22 @@ impl std::str::FromStr for LocalClients {
 /// `bro doctor`.
 #[derive(Debug, Args)]
 pub struct Doctor {
+    /// The activated service to look at, instead of the host
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Wake the service, to see where it listens
+    #[arg(long, requires = "name")]
+    pub wake: bool,
+
+    /// It is a service of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// It is a service of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
+
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -217,9 +233,17 @@ pub struct Doctor {
 /// `bro status`.
 #[derive(Debug, Args)]
 pub struct Status {
-    /// The status sockets to ask, instead of all in this user's runtime directory
-    #[arg(value_name = "SOCKET")]
-    pub sockets: Vec<PathBuf>,
+    /// All that is known of these services' forwarders, instead of a line for each service: names, or paths of status sockets
+    #[arg(value_name = "NAME")]
+    pub whom: Vec<String>,
+
+    /// The services of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// The services of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
 
     /// Print JSON
     #[arg(long)]

@@ -74,6 +74,18 @@ impl Service {
     }
 }
 
+/// Wakes an activated service, for somebody who wants to look at it.
+///
+/// # Errors
+/// When it does not come up in time.
+pub async fn wake_up(whom: &Whom, limit: Duration) -> anyhow::Result<String> {
+    let (service, deadline) = (Service::of(whom)?, Instant::now() + limit);
+    match timeout_at(deadline, wake_within(&service, deadline)).await {
+        Ok(woken) => woken,
+        Err(_) => bail!("{} is not ready after {limit:?}", service.unit),
+    }
+}
+
 /// Runs `bro wake`.
 ///
 /// # Errors
@@ -183,7 +195,8 @@ async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> 
     if matches!(bus.active_state(&service.unit).await?.as_str(), "inactive" | "failed") {
         return Ok("asleep already".to_owned());
     }
-    let result = bus.stop(&service.unit).await.with_context(|| format!("cannot stop {}", service.unit))?;
+    let result = bus.put_to_sleep(&service.unit).await;
+    let result = result.with_context(|| format!("cannot stop {}", service.unit))?;
     anyhow::ensure!(result == "done", "stopping {} ended with “{result}”", service.unit);
     Ok("stopped".to_owned())
 }

@@ -1,12 +1,15 @@
 //! `bro status`: what running forwarders say of themselves ([`crate::control`]).
 
+mod services;
+
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::activate::bus::Manager;
 use crate::control::{self, Request};
 use crate::exit::Failure;
 use crate::stats::Tally;
@@ -67,6 +70,10 @@ pub enum State {
     Busy,
     /// Its forwarder lets its last clients finish.
     Stopping,
+    /// Nobody listens for it.
+    Deaf,
+    /// Its unit, or its forwarder's, has failed.
+    Failed,
 }
 
 /// How bytes are moved.
@@ -102,21 +109,27 @@ pub fn own_unit() -> Option<String> {
 /// Runs `bro status`.
 ///
 /// # Errors
-/// When a socket named on the command line does not answer.
+/// [`Failure::NotFound`] when nobody answers at a socket, or there is no service of a name.
 pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         loop {
-            let reports = collect(&options.sockets).await?;
+            let (text, json) = if options.whom.is_empty() {
+                let services = services::all(Manager::choose(options.system, options.user)).await?;
+                (services::describe(&services), serde_json::to_string_pretty(&services)?)
+            } else {
+                let reports = reports(options).await?;
+                (describe(&reports), serde_json::to_string_pretty(&reports)?)
+            };
             let mut out = std::io::stdout().lock();
             if options.watch {
                 // Home, then clear to the end: no flicker.
                 write!(out, "\x1b[H\x1b[J")?;
             }
             if options.json {
-                writeln!(out, "{}", serde_json::to_string_pretty(&reports)?)?;
+                writeln!(out, "{json}")?;
             } else {
-                write!(out, "{}", describe(&reports))?;
+                write!(out, "{text}")?;
             }
             out.flush()?;
             if !options.watch {
@@ -127,34 +140,46 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     })
 }
 
-async fn collect(named: &[PathBuf]) -> anyhow::Result<Vec<Report>> {
+/// What the forwarders say that are named on the command line.
+async fn reports(options: &crate::cli::Status) -> anyhow::Result<Vec<Report>> {
     let mut reports = Vec::new();
-    for path in named {
-        let report = control::ask_soon(path, Request::Status).await;
-        reports.push(report.map_err(|error| {
-            Failure::NotFound(format!("no forwarder answers at {}: {error}", path.display()))
-        })?);
-    }
-    if named.is_empty() {
-        for path in control::sockets() {
-            // A socket without a forwarder is a left-over of one that was killed.
-            if let Ok(report) = control::ask_soon(&path, Request::Status).await {
-                reports.push(report);
-            }
+    for whom in &options.whom {
+        if whom.contains('/') {
+            let report = control::ask_soon(Path::new(whom), Request::Status).await;
+            reports
+                .push(report.map_err(|error| {
+                    Failure::NotFound(format!("no forwarder answers at {whom}: {error}"))
+                })?);
+            continue;
         }
+        let services = services::all(Manager::choose(options.system, options.user)).await?;
+        let Some(service) = services.into_iter().find(|service| service.is_called(whom)) else {
+            anyhow::bail!(Failure::NotFound(format!(
+                "no service “{whom}” is activated, and no forwarder for it runs (see `bro status`)"
+            )));
+        };
+        if service.forwarders.is_empty() && !options.json {
+            writeln!(std::io::stdout(), "{}", services::sentence(&service))?;
+        }
+        reports.extend(service.forwarders);
     }
     Ok(reports)
 }
 
 fn describe(reports: &[Report]) -> String {
     let mut text = String::new();
-    if reports.is_empty() {
-        return "No forwarder of this user is running.\n".into();
-    }
     for report in reports {
         let unit = report.unit.as_deref().map(|unit| format!(" for {unit}")).unwrap_or_default();
         // Writing to a String cannot fail.
         writeln!(text, "bro {} (process {}){unit}: {}", report.version, report.pid, report.state).ok();
+        let woken = report.activity.woken_by.as_deref().map(|by| format!(", woken by {by}"));
+        writeln!(
+            text,
+            "  {}{}",
+            services::since(report.activity.state, report.activity.since),
+            woken.unwrap_or_default()
+        )
+        .ok();
         let reason = report.relay.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
         writeln!(text, "  relay {}{reason}, up {} s", report.relay.name, report.uptime_s).ok();
         for listener in &report.listeners {

@@ -34,6 +34,7 @@ trait Systemd {
     fn subscribe(&self) -> zbus::Result<()>;
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
     fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
 
     #[zbus(signal)]
@@ -188,6 +189,20 @@ impl Bus {
         let mut removed = self.systemd.receive_job_removed().await?;
         let job = self.systemd.stop_unit(unit, "replace").await.map_err(plain)?;
         wait(&mut removed, &job).await
+    }
+
+    /// Stops the unit. A container that had to be killed, since its first process knows no SIGTERM, leaves its unit failed; it
+    /// has been stopped all the same, and nobody is to be alarmed by that.
+    ///
+    /// # Errors
+    /// As [`Bus::stop`].
+    pub async fn put_to_sleep(&self, unit: &str) -> anyhow::Result<String> {
+        let result = self.stop(unit).await?;
+        if result == "done" && self.active_state(unit).await? == "failed" {
+            tracing::info!(unit, "the container did not heed its stop signal and was killed");
+            self.systemd.reset_failed_unit(unit).await?;
+        }
+        Ok(result)
     }
 }
 

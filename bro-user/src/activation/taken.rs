@@ -13,7 +13,7 @@ use super::address::External;
 
 /// Why nobody can listen there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Trouble {
+pub(crate) enum Trouble {
     /// Somebody does already.
     Taken(Owner),
     /// This user may not.
@@ -22,7 +22,7 @@ pub(super) enum Trouble {
 
 /// Who listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Owner {
+pub(crate) struct Owner {
     /// The address, as systemd would write it.
     pub address: String,
     /// `nginx (pid 77, unit nginx.service)`; none when it is hidden from this user.
@@ -32,7 +32,7 @@ pub(super) struct Owner {
 }
 
 /// Tries whether systemd could listen at `external`: bind(2) without listen(2), so that no client is ever let in.
-pub(super) fn look(external: &External) -> Option<Trouble> {
+pub(crate) fn look(external: &External) -> Option<Trouble> {
     let error = match external {
         External::Port(port) => try_tcp((Ipv6Addr::UNSPECIFIED, *port).into(), false)
             // Without IPv6 systemd takes IPv4.

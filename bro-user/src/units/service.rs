@@ -35,6 +35,8 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
          Restart=on-failure\n\
          RestartSec=1s\n\
          WatchdogSec=30s\n\
+         # The forwarder still needs its helpers while its last connections finish.\n\
+         KillMode=mixed\n\
          TimeoutStopSec=2min\n\
          \n\
          [{SECTION}]\n\

@@ -1,0 +1,145 @@
+//! The oldest versions that things work with: the one table of them, which the README shows as well (a test compares).
+
+use super::Check;
+
+/// Something that bro does, and the oldest of each that it needs; none where any will do.
+#[derive(Debug)]
+pub(super) struct Feature {
+    pub name: &'static str,
+    pub systemd: Option<u32>,
+    pub podman: Option<(u32, u32)>,
+    pub kernel: Option<(u32, u32)>,
+}
+
+const fn feature(
+    name: &'static str,
+    systemd: Option<u32>,
+    podman: Option<(u32, u32)>,
+    kernel: Option<(u32, u32)>,
+) -> Feature {
+    Feature { name, systemd, podman, kernel }
+}
+
+/// All of them.
+pub(super) const FEATURES: &[Feature] = &[
+    // openat2(2)
+    feature("forwarding", None, None, Some((5, 6))),
+    // FileDescriptorName=
+    feature("several sockets with targets of their own", Some(227), None, None),
+    // InvocationID
+    feature("waking a unit and stopping it when idle (`--unit`)", Some(232), None, None),
+    // RuntimeDirectory= with a slash, EXTEND_TIMEOUT_USEC=
+    feature("units made by `bro activate`", Some(236), Some((4, 4)), None),
+    feature("drop-ins for quadlets (`Network=none`, `--direct`)", None, Some((5, 0)), None),
+    feature("`.pod` quadlets", None, Some((5, 0)), None),
+    feature("no wait for the network (`[Quadlet] DefaultDependencies=`)", None, Some((5, 3)), None),
+    feature("sockets that the container takes over (`--direct`)", None, Some((4, 4)), None),
+    feature("another account's port from a container (pasta)", None, Some((4, 4)), None),
+    feature("the kernel relay", None, None, Some((5, 15))),
+];
+
+/// The versions of this host.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Versions {
+    pub systemd: Option<u32>,
+    pub podman: Option<(u32, u32)>,
+    pub kernel: Option<(u32, u32)>,
+}
+
+/// The first two numbers of a version: `257.9-1` is 257 and 9, `6.12.0-cloud` is 6 and 12.
+pub(super) fn numbers(version: &str) -> Option<(u32, u32)> {
+    let mut parts = version.trim().split(|end: char| !end.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next().and_then(|minor| minor.parse().ok()).unwrap_or(0)))
+}
+
+/// What a program prints, if it does within ten seconds.
+pub(super) async fn says(program: &str, args: &[&str]) -> Option<String> {
+    let output = tokio::process::Command::new(program).args(args).kill_on_drop(true).output();
+    let output = tokio::time::timeout(std::time::Duration::from_secs(10), output).await.ok()?.ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+impl Versions {
+    pub(super) async fn of_this_host() -> Self {
+        let (systemd, podman) = tokio::join!(
+            says("systemctl", &["--version"]),
+            says("podman", &["version", "--format", "{{.Client.Version}}"])
+        );
+        // systemd 257 (257.9-1~deb13u1)
+        let systemd =
+            systemd.and_then(|text| numbers(text.split_whitespace().nth(1)?)).map(|(major, _)| major);
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok();
+        Self {
+            systemd,
+            podman: podman.as_deref().and_then(numbers),
+            kernel: kernel.as_deref().and_then(numbers),
+        }
+    }
+
+    /// What a feature needs that this host has not; a program that is not there at all is another check's matter.
+    pub(super) fn lacks(self, feature: &Feature) -> Option<String> {
+        let older = |has: Option<(u32, u32)>, needs: Option<(u32, u32)>| match (has, needs) {
+            (Some(has), Some(needs)) if has < needs => Some(needs),
+            _ => None,
+        };
+        let dotted = |(major, minor): (u32, u32)| format!("{major}.{minor}");
+        let whole = |version: Option<u32>| version.map(|major| (major, 0));
+        older(whole(self.systemd), whole(feature.systemd))
+            .map(|(major, _)| format!("systemd {major}"))
+            .or_else(|| older(self.podman, feature.podman).map(|needs| format!("podman {}", dotted(needs))))
+            .or_else(|| older(self.kernel, feature.kernel).map(|needs| format!("Linux {}", dotted(needs))))
+    }
+}
+
+/// Does everything work with the versions of this host?
+pub(super) async fn check() -> Check {
+    const NAME: &str = "versions";
+    let versions = Versions::of_this_host().await;
+    let lacking: Vec<String> = FEATURES
+        .iter()
+        .filter_map(|feature| Some(format!("{} needs {}", feature.name, versions.lacks(feature)?)))
+        .collect();
+    if lacking.is_empty() {
+        Check::ok(NAME, "new enough for everything")
+    } else {
+        Check::less(NAME, lacking.join("; "), "use newer versions for that; the rest works")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_versions() {
+        assert_eq!(numbers("257.9-1~deb13u1"), Some((257, 9)));
+        assert_eq!(numbers("6.12.0-cloud-amd64"), Some((6, 12)));
+        assert_eq!(numbers("5.4.2\n"), Some((5, 4)));
+        assert_eq!(numbers("255"), Some((255, 0)));
+        assert_eq!(numbers("nonsense"), None);
+    }
+
+    #[test]
+    fn says_what_is_too_old() {
+        let host = Versions { systemd: Some(257), podman: Some((4, 9)), kernel: Some((6, 1)) };
+        let lacking: Vec<String> = FEATURES.iter().filter_map(|feature| host.lacks(feature)).collect();
+        assert_eq!(lacking, ["podman 5.0", "podman 5.0", "podman 5.3"]);
+        assert!(FEATURES.iter().all(|feature| Versions::default().lacks(feature).is_none()));
+    }
+
+    #[test]
+    fn the_readme_shows_this_table() {
+        let cell = |version: Option<String>| version.unwrap_or_default();
+        let dotted = |(major, minor): (u32, u32)| format!("{major}.{minor}");
+        let readme = include_str!("../../../README.md");
+        for Feature { name, systemd, podman, kernel } in FEATURES {
+            let row = format!(
+                "| {name} | {} | {} | {} |",
+                cell(systemd.map(|version| version.to_string())),
+                cell(podman.map(dotted)),
+                cell(kernel.map(dotted))
+            );
+            assert!(readme.contains(&row), "the README lacks the row\n{row}");
+        }
+    }
+}

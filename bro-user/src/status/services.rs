@@ -1,0 +1,248 @@
+//! Every service there is a forwarder for, running or not: what `bro activate` has set up, and what forwarders say that
+//! somebody has set up by hand.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use super::{Report, State};
+use crate::activate::bus::{Bus, Manager};
+use crate::activated::{self, Activated};
+use crate::control::{self, Request};
+
+/// One service.
+#[derive(Debug, Serialize)]
+pub(super) struct Service {
+    /// The quadlet's name, or that of the unit.
+    pub name: String,
+    /// The unit that the first client starts; none where a forwarder starts none.
+    pub unit: Option<String>,
+    /// Where clients connect.
+    pub addresses: Vec<String>,
+    /// How it is.
+    pub state: State,
+    /// Since when, in seconds since 1970.
+    pub since: Option<u64>,
+    /// Why: the client that woke it, or `bro wake`.
+    pub woken_by: Option<String>,
+    /// Connections now.
+    pub connections: u64,
+    /// What its forwarders say.
+    pub forwarders: Vec<Report>,
+}
+
+impl Service {
+    pub(super) fn is_called(&self, name: &str) -> bool {
+        let services = self.forwarders.iter().filter_map(|report| report.service.as_deref());
+        self.name == name
+            || self
+                .unit
+                .as_deref()
+                .into_iter()
+                .chain(services)
+                .any(|unit| unit == name || unit.strip_suffix(".service") == Some(name))
+    }
+
+    fn new(name: String, unit: Option<String>, addresses: Vec<String>) -> Self {
+        let state = State::Asleep;
+        Self {
+            name,
+            unit,
+            addresses,
+            state,
+            since: None,
+            woken_by: None,
+            connections: 0,
+            forwarders: Vec::new(),
+        }
+    }
+
+    /// What its forwarders know goes before what systemd knows.
+    fn hear(&mut self, report: Report) {
+        self.connections += report.total.open;
+        if self.forwarders.is_empty() || report.activity.state != State::Asleep {
+            self.state = report.activity.state;
+            self.since = report.activity.since.or(self.since);
+            self.woken_by.clone_from(&report.activity.woken_by);
+        }
+        self.forwarders.push(report);
+    }
+}
+
+/// All of them, by name.
+///
+/// # Errors
+/// When the unit directory cannot be read.
+pub(super) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
+    let activated = activated::all(scope)?;
+    let sockets = control::sockets();
+    let (bus, mut reports) = tokio::join!(
+        async { if activated.is_empty() { None } else { Bus::connect(scope).await.ok() } },
+        ask_all(sockets)
+    );
+    let mut services = Vec::new();
+    for known in activated {
+        let addresses = known.listeners.iter().map(|listener| listener.address.clone()).collect();
+        let mut service = Service::new(known.name.clone(), Some(known.unit.clone()), addresses);
+        if let Some(bus) = &bus {
+            // Without systemd's word it is asleep, as far as anybody knows.
+            drop(look(&mut service, &known, bus).await);
+        }
+        let (its, others) = reports.into_iter().partition(|report| report.unit.as_ref() == Some(&known.unit));
+        let its: Vec<Report> = its;
+        reports = others;
+        its.into_iter().for_each(|report| service.hear(report));
+        services.push(service);
+    }
+    for report in reports {
+        let unit = report.unit.clone();
+        let by = unit.clone().or_else(|| report.service.clone());
+        let name = by.map_or_else(|| format!("process {}", report.pid), |unit| unit.replace(".service", ""));
+        let at =
+            services.iter().position(|service| unit.is_some() && service.unit == unit).unwrap_or_else(|| {
+                services.push(Service::new(name, unit, Vec::new()));
+                services.len() - 1
+            });
+        let addresses = report.listeners.iter().map(|listener| listener.address.clone());
+        services[at].addresses.extend(addresses);
+        services[at].hear(report);
+    }
+    services.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(services)
+}
+
+/// A socket without a forwarder is a left-over of one that was killed.
+async fn ask_all(sockets: Vec<PathBuf>) -> Vec<Report> {
+    let mut reports = Vec::new();
+    for path in sockets {
+        reports.extend(control::ask_soon(&path, Request::Status).await.ok());
+    }
+    reports
+}
+
+/// What systemd knows of a service.
+async fn look(service: &mut Service, known: &Activated, bus: &Bus) -> anyhow::Result<()> {
+    let unit = bus.known(&known.unit).await?;
+    let mut deaf = false;
+    for listener in &known.listeners {
+        deaf |= bus.active_state(&listener.socket).await? != "active";
+    }
+    let failed = match known.service() {
+        Some(forwarder) => bus.active_state(&forwarder).await? == "failed",
+        None => false,
+    };
+    service.state = match unit.active.as_str() {
+        _ if deaf => State::Deaf,
+        "active" | "reloading" => State::Awake,
+        "activating" => State::Starting,
+        "deactivating" => State::Stopping,
+        "failed" => State::Failed,
+        _ if failed => State::Failed,
+        _ => State::Asleep,
+    };
+    service.since = unit.active_since.filter(|_| service.state == State::Awake);
+    Ok(())
+}
+
+pub(super) fn describe(services: &[Service]) -> String {
+    if services.is_empty() {
+        return "Nothing is activated, and no forwarder of this user is running.\n".into();
+    }
+    let mut text = String::new();
+    let width = services.iter().map(|service| service.name.chars().count()).max().unwrap_or(0);
+    for service in services {
+        let padding = width - service.name.chars().count();
+        // Writing to a String cannot fail.
+        writeln!(text, "{}{:padding$}  {}", service.name, "", about(service)).ok();
+    }
+    text
+}
+
+/// One service in a sentence.
+pub(super) fn sentence(service: &Service) -> String {
+    format!("{}: {}", service.name, about(service))
+}
+
+fn about(service: &Service) -> String {
+    let mut text = since(service.state, service.since);
+    if let Some(by) = &service.woken_by {
+        write!(text, ", woken by {by}").ok();
+    }
+    if service.connections > 0 {
+        write!(
+            text,
+            ", {} connection{}",
+            service.connections,
+            if service.connections == 1 { "" } else { "s" }
+        )
+        .ok();
+    }
+    if !service.addresses.is_empty() {
+        write!(text, "; at {}", service.addresses.join(", ")).ok();
+    }
+    text
+}
+
+/// “awake for 3 min”.
+pub(super) fn since(state: State, since: Option<u64>) -> String {
+    let word = match state {
+        State::Asleep => "asleep",
+        State::Starting => "starting",
+        State::Awake => "awake",
+        State::Busy => "awake and busy",
+        State::Stopping => "stopping",
+        State::Deaf => "not listening (see `bro doctor NAME`)",
+        State::Failed => "failed (see `bro doctor NAME`)",
+    };
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs());
+    let span = since.map(|since| Duration::from_secs(now.saturating_sub(since)));
+    span.map_or_else(|| word.to_owned(), |span| format!("{word} for {}", roughly(span)))
+}
+
+/// The two largest units of a span.
+fn roughly(span: Duration) -> String {
+    let seconds = span.as_secs();
+    let units = [
+        ("d", seconds / 86_400),
+        ("h", seconds / 3600 % 24),
+        ("min", seconds / 60 % 60),
+        ("s", seconds % 60),
+    ];
+    let first = units.iter().position(|(_, count)| *count > 0).unwrap_or(3);
+    let parts = units[first..].iter().take(2).filter(|(_, count)| *count > 0 || first == 3);
+    parts.map(|(unit, count)| format!("{count}{unit}")).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_said_roughly() {
+        for (seconds, said) in [
+            (0, "0s"),
+            (59, "59s"),
+            (60, "1min"),
+            (3_700, "1h 1min"),
+            (86_400 * 3 + 5, "3d"),
+            (90_000, "1d 1h"),
+        ] {
+            assert_eq!(roughly(Duration::from_secs(seconds)), said);
+        }
+    }
+
+    #[test]
+    fn a_service_is_a_line() {
+        let mut web = Service::new("web".into(), Some("web.service".into()), vec!["8080".into()]);
+        let other = Service::new("other-one".into(), None, Vec::new());
+        (web.state, web.woken_by, web.connections) = (State::Awake, Some("10.0.0.1:5".into()), 2);
+        assert!(web.is_called("web") && web.is_called("web.service") && !web.is_called("we"));
+        let text = describe(&[web, other]);
+        assert_eq!(
+            text,
+            "web        awake, woken by 10.0.0.1:5, 2 connections; at 8080\nother-one  asleep\n"
+        );
+    }
+}
