@@ -5,6 +5,7 @@
 mod activated;
 mod crossover;
 mod direct;
+mod examples;
 mod faults;
 mod networks;
 mod power;
@@ -81,6 +82,7 @@ fn activated_services_on_a_real_host() {
     for (name, case) in OTHERS {
         cases.case(name, || case(&host));
     }
+    examples::all(&host, &cases);
     cases.case("reboot and power cut in mid-stream", || power::reboot_and_power_cut(&mut host));
     cases.conclude();
 }
