@@ -5,8 +5,8 @@
 pub mod copy;
 pub mod half_close;
 pub mod pipes;
-pub mod queue;
 pub mod splice;
+pub mod unpaced;
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 

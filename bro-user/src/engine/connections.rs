@@ -11,7 +11,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use super::Engine;
 use super::token::{GENERATIONS, Token};
 use crate::connection::{Connection, End, Interest, Pumped, Stage};
-use crate::relay::{Broken, Direction, Side, queue};
+use crate::relay::{Broken, Direction, Side, unpaced};
 
 const SIDES: [Side; 2] = [Side::Client, Side::Service];
 
@@ -109,19 +109,16 @@ impl Engine {
         connection.stage = Stage::Relaying { service, up, down };
         self.pending -= 1;
         self.open_lanes(index, target);
-        self.bound_queues(index);
+        self.unpace(index);
         self.pump(index, true, false);
     }
 
-    /// A sink that no lane fills is bounded; a lane's credit is the sink's whole room.
-    fn bound_queues(&self, index: usize) {
+    fn unpace(&self, index: usize) {
         let Some(connection) = self.connections.get(index) else { return };
-        let Stage::Relaying { service, up, down } = &connection.stage else { return };
-        if up.lane().is_none() {
-            queue::bound(service.as_fd());
-        }
-        if down.lane().is_none() {
-            queue::bound(connection.client.as_fd());
+        for side in SIDES {
+            if let Some(socket) = connection.socket(side) {
+                unpaced::unpace(socket);
+            }
         }
     }
 

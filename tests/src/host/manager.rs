@@ -28,11 +28,16 @@ impl Manager {
 
     /// Writes a quadlet (`web.container`) where its administrator would.
     pub fn quadlet(self, host: &Host, name: &str, text: &str) -> Result<()> {
-        let folder = match self {
-            Self::System => "/etc/containers/systemd".into(),
-            Self::User(user) => format!("/home/{user}/.config/containers/systemd"),
-        };
-        host.write(&format!("{folder}/{name}"), text)
+        host.write(&self.quadlet_path(name), text)
+    }
+
+    /// Where the quadlet file `name` goes.
+    #[must_use]
+    pub fn quadlet_path(self, name: &str) -> String {
+        match self {
+            Self::System => format!("/etc/containers/systemd/{name}"),
+            Self::User(user) => format!("/home/{user}/.config/containers/systemd/{name}"),
+        }
     }
 
     /// Runs a command as the owner of this manager, whatever its exit code.

@@ -1,6 +1,7 @@
 //! `bro forward` on a real host: systemd as PID 1 listens, Podman (rootful, and rootless under an ordinary user's manager) runs
 //! quadlet containers with `Network=none`, and real services are behind it. `BRO_CASE=part` runs the cases so named.
 
+mod doctoring;
 mod failures;
 mod life;
 mod places;
@@ -50,6 +51,8 @@ const BOTH: &[Case] = &[
     ("a job inside that is busy", sharing::busy_inside),
     ("waking and sleeping by hand", sharing::by_hand),
     ("a container that dies at every start", sharing::crash_loop),
+    ("services in bro status", doctoring::status_of_services),
+    ("bro doctor and a service that is broken", doctoring::doctor_of_a_service),
     ("PostgreSQL, psql and pgbench", services::postgresql),
     ("nginx over TCP and over its unix socket", services::nginx),
     ("redis and redis-benchmark", services::redis),
