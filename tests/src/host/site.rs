@@ -16,6 +16,9 @@ const SERVICE: &str = "/srv/service.py";
 /// What is waited for takes far less; a loaded machine may need long.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What `bro activate` adds to the name of a quadlet.
+pub const ACTIVATOR: &str = "activator";
+
 /// The port that services listen on inside their containers.
 pub const INNER: u16 = 7;
 
@@ -85,7 +88,7 @@ pub fn prepare(host: &Host) -> Result<()> {
     Ok(())
 }
 
-/// A set-up that is installed, with its socket listening. Dropping it stops it.
+/// A set-up that is installed, with its socket listening. Dropping it stops it, and undoes `bro activate`.
 #[derive(Debug)]
 pub struct Site<'h> {
     /// Where it is.
@@ -151,7 +154,7 @@ impl<'h> Site<'h> {
             name: name.into(),
             port: host.free_port()?,
             front: manager,
-            suffix: "activator",
+            suffix: ACTIVATOR,
         };
         let (external, inner) = (format!("0.0.0.0:{}", site.port), INNER.to_string());
         let mut args = vec!["bro", "activate", name, "--external-port", &external];
@@ -312,6 +315,9 @@ impl Drop for Site<'_> {
         let (socket, forwarder, unit) = (self.socket(), self.forwarder(), self.unit());
         self.front.systemctl(self.host, &["stop", &socket, &forwarder]).ok();
         self.manager.systemctl(self.host, &["stop", &unit]).ok();
+        if self.suffix == ACTIVATOR {
+            self.manager.run(self.host, &["bro", "activate", &self.name, "--remove"]).ok();
+        }
     }
 }
 

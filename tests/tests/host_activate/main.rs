@@ -5,6 +5,7 @@
 mod activated;
 mod crossover;
 mod direct;
+mod doctor;
 mod examples;
 mod faults;
 mod networks;
@@ -34,6 +35,7 @@ const BOTH: &[Case] = &[
     ("an echo service takes a unix socket over", direct::echo_over_unix),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
+    ("status and doctor", doctor::status_and_doctor),
     ("activated several times at once", faults::twice_at_once),
     ("the quadlet is renamed, and deleted", faults::quadlet_goes),
     ("the socket is stopped while clients are held", faults::socket_stopped),
