@@ -1,7 +1,7 @@
 //! `bro activate`: from a quadlet to a socket that wakes it, and back.
 //!
-//! In order: read the quadlet and what is activated already, decide what shall be ([`request`]), put it into files ([`units`]),
-//! change them all at once ([`write`]), and have systemd take it up. Whatever fails takes everything back.
+//! In order: read the quadlet and what is activated already, decide what shall be (`request`), put it into files (`units`),
+//! change them all at once (`write`), and have systemd take it up. Whatever fails takes everything back.
 
 pub mod address;
 mod apply;

@@ -85,6 +85,10 @@ pub struct Forward {
     #[arg(long = "target", value_name = "NAME=ADDR", value_parser = crate::target::parse_named)]
     pub targets: Vec<(String, Target)>,
 
+    /// Only warn of a --target whose socket was not passed, such as one whose port was taken at boot, and serve the others
+    #[arg(long)]
+    pub allow_missing_sockets: bool,
+
     /// Listen on ADDR, for a host without systemd: [NAME=]HOST:PORT, PORT or a unix path (repeatable)
     #[arg(long, value_name = "ADDR", value_parser = crate::listen::parse_listen)]
     pub listen: Vec<crate::listen::ListenSpec>,

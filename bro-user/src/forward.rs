@@ -53,10 +53,14 @@ fn route(options: &Forward, listeners: Vec<Listener>) -> Result<Routes, Failure>
     for (name, _) in &options.targets {
         if !listeners.iter().any(|listener| listener.name == *name) {
             let names: Vec<&str> = listeners.iter().map(|listener| listener.name.as_str()).collect();
-            return Err(Failure::Usage(format!(
+            let sentence = format!(
                 "--target {name}=… matches no socket; the sockets passed are named {}",
                 names.join(", ")
-            )));
+            );
+            if !options.allow_missing_sockets {
+                return Err(Failure::Usage(sentence));
+            }
+            tracing::warn!("{sentence}");
         }
     }
     let mut targets: Vec<Target> = Vec::new();

@@ -79,6 +79,30 @@ fn several_sockets_of_several_kinds_by_their_names() -> Result<()> {
 }
 
 #[test]
+fn a_socket_that_was_not_passed_leaves_the_others_served() -> Result<()> {
+    if !can_run("a_socket_that_was_not_passed_leaves_the_others_served") {
+        return Ok(());
+    }
+    let mut scene = Scene::new()?;
+    let mut arguments = netns(&scene);
+    arguments.extend([format!("--target=web={}", scene.target()), "--target=lost=127.0.0.1:9".into()]);
+    let fronts = [loopback(Family::Tcp4)?];
+    let (mut strict, addresses) = start(&fronts, &["--fdname=web"], &arguments)?;
+    let _wakes = Conn::new(&Here, &addresses[0])?;
+    strict.expect_exit(2)?;
+
+    arguments.push("--allow-missing-sockets".into());
+    let (forwarder, addresses) = start(&fronts, &["--fdname=web"], &arguments)?;
+    let service = scene.serve()?;
+    let client = Conn::new(&Here, &addresses[0])?;
+    expect_relayed(&client, &service.accept()?)?;
+    drop(client);
+    let lines = forwarder.log().lines();
+    ensure!(lines.iter().any(|line| line.contains("--target lost=") && line.contains("WARN")), "{lines:?}");
+    forwarder.stop().map(drop)
+}
+
+#[test]
 fn a_datagram_socket_is_refused() -> Result<()> {
     if !can_run("a_datagram_socket_is_refused") {
         return Ok(());

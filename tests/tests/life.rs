@@ -214,7 +214,12 @@ fn a_held_client_is_served_although_sigterm_has_come() -> Result<()> {
     let client = scene.client()?;
     client.send(b"ping")?;
     scene.expect_held(&forwarder, 1)?;
-    forwarder.signal(Signal::SIGTERM)?;
+    // To all of the unit's processes, as systemd sends it by default.
+    let agent = || process::members(forwarder.pid()).len() > 1;
+    ensure!(process::eventually(PATIENCE, agent), "nobody has entered the namespace");
+    for pid in process::members(forwarder.pid()) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM)?;
+    }
     ensure!(forwarder.wait(MOMENT)?.is_none(), "it left with a client held");
     let service = scene.serve()?.accept()?;
     service.recv_exact(&mut [0; 4])?;

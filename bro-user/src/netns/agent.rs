@@ -23,11 +23,12 @@ const MOST_CHANNELS: usize = 1024;
 /// # Errors
 /// When descriptor 0 is no channel, or poll fails.
 pub fn run() -> anyhow::Result<()> {
-    // systemd tells every process of a unit to stop, and a terminal interrupts all of its job; but the forwarder has connections
-    // to finish then, and clients to connect that it holds. Its end is this one's.
-    let mut theirs = SigSet::empty();
-    theirs.extend([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
-    theirs.thread_block()?;
+    // systemd's SIGTERM and a terminal's SIGINT go to the whole group, and a forwarder that finishes its connections still
+    // needs sockets for the clients it holds.
+    let mut ends = SigSet::empty();
+    ends.add(Signal::SIGTERM);
+    ends.add(Signal::SIGINT);
+    ends.thread_block()?;
     let stdin = std::io::stdin();
     let mut channels = vec![stdin.as_fd().try_clone_to_owned()?];
     let mut root = None;

@@ -35,8 +35,6 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
          Restart=on-failure\n\
          RestartSec=1s\n\
          WatchdogSec=30s\n\
-         # The forwarder still needs its helpers while its last connections finish.\n\
-         KillMode=mixed\n\
          TimeoutStopSec=2min\n\
          \n\
          [{SECTION}]\n\
@@ -62,6 +60,9 @@ fn command(activated: &Activated, bro: &Path) -> Vec<String> {
     }
     for listener in &activated.listeners {
         option("target", &format!("{}={}", listener.service, listener.target.as_deref().unwrap_or_default()));
+    }
+    if activated.listeners.len() > 1 {
+        words.push("--allow-missing-sockets".to_owned());
     }
     // bro chooses by who runs it, and root has a manager of its own too.
     if activated.scope == Manager::User {

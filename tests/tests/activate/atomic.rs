@@ -75,7 +75,7 @@ echo "$answer"
 fn a_read_only_disk_is_said() -> Result<()> {
     bro_tests::require_namespaces!();
     let script = disk()
-        + "mount -o remount,ro /mnt\nbefore=$(tree)\nactivate --external-port 8080\n[ \"$(tree)\" = \"$before\" ]\n";
+        + "mount --bind /mnt /mnt\nmount -o remount,ro,bind /mnt\nbefore=$(tree)\nactivate --external-port 8080\n[ \"$(tree)\" = \"$before\" ]\n";
     let said = in_own_mounts(&script)?;
     ensure!(said.contains("exit 1") && said.contains("Read-only file system"), "{said}");
     Ok(())
