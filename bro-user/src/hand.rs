@@ -41,7 +41,7 @@ impl Service {
         // A forwarder whose units somebody wrote by hand.
         let stem = whom.name.strip_suffix(".service").unwrap_or(&whom.name);
         if stem.is_empty() || stem.contains(['/', '\n']) {
-            bail!(Failure::Usage(format!("“{}” is no name of a service", whom.name)));
+            bail!(Failure::Usage(format!("{:?} is no name of a service", whom.name)));
         }
         Ok(Self {
             unit: format!("{stem}.service"),

@@ -38,7 +38,7 @@ impl Inhibitors {
         limit.clamp(SHORTEST_STEP, STEP)
     }
 
-    /// Who is busy, if somebody is. Ends within [`TRY`].
+    /// Who is busy, if somebody is. Ends within ten seconds.
     pub async fn busy(&self) -> Option<String> {
         if let Some(file) = &self.file {
             match file.symlink_metadata() {

@@ -103,15 +103,54 @@ fn a_target_for_a_socket_that_was_not_passed() -> Result<()> {
 #[test]
 fn bad_time_spans() -> Result<()> {
     let front = listener()?;
-    for option in
-        ["--exit-idle-time", "--start-timeout", "--drain-timeout", "--idle-timeout", "--keepalive-time"]
-    {
+    for option in [
+        "--exit-idle-time",
+        "--min-uptime",
+        "--start-timeout",
+        "--drain-timeout",
+        "--idle-timeout",
+        "--keepalive-time",
+    ] {
         for span in ["5parsecs", "", "-1", "1 2 3 x", "s", "1e99"] {
             let setup = Setup::new().socket(&front).arg(format!("{option}={span}")).arg("127.0.0.1:80");
             refused(setup, USAGE, &[option]).with_context(|| format!("{option}={span}"))?;
         }
     }
     Ok(())
+}
+
+#[test]
+fn bad_words_about_waking_and_sleeping() -> Result<()> {
+    let front = listener()?;
+    for (option, others) in [
+        ("--wake-on=anything", ["connect", "data"]),
+        ("--wake-on=", ["connect", "data"]),
+        ("--idle-by=packets", ["connections", "bytes"]),
+        ("--idle-by=BYTES", ["connections", "bytes"]),
+    ] {
+        let setup = Setup::new().socket(&front).arg(option).arg("127.0.0.1:80");
+        let sentence = refused(setup, USAGE, &[option.split('=').next().unwrap_or_default()])?;
+        ensure!(sentence.len() < 300, "{others:?} or nothing: {sentence}");
+    }
+    for words in [
+        &["wake"][..],
+        &["sleep"],
+        &["wake", ""],
+        &["sleep", "a/b"],
+        &["wake", "a\nb"],
+        &["wake", "x", "--timeout=soon"],
+    ] {
+        refused(Setup::bare().args(words.iter().copied()), USAGE, &[])
+            .with_context(|| format!("{words:?}"))?;
+    }
+    for words in [&["doctor", "--wake"][..], &["doctor", "a", "b"], &["status", "--user", "--system"]] {
+        refused(Setup::bare().args(words.iter().copied()), USAGE, &[])
+            .with_context(|| format!("{words:?}"))?;
+    }
+    let setup = Setup::bare().arg("doctor").arg("nobodys-service");
+    refused(setup, NOT_FOUND, &["nobodys-service"])?;
+    let setup = Setup::bare().arg("status").arg("nobodys-service");
+    refused(setup, NOT_FOUND, &["nobodys-service"]).map(drop)
 }
 
 #[test]

@@ -141,6 +141,33 @@ fn bytes_that_all_take_the_lane_keep_a_connection_alive() -> Result<()> {
     rig.finish()
 }
 
+/// The same for the forwarder's own idle exit, which counts bytes that woke nobody.
+#[test]
+fn bytes_that_all_take_the_lane_keep_the_service_awake() -> Result<()> {
+    require_bpf!();
+    let idle = |setup: Setup| setup.arg("--idle-by=bytes").arg("--exit-idle-time=1s");
+    let rig = Rig::with(Lane::BothLanes, Legs::TCP4, idle)?;
+    let (client, service) = rig.pair()?;
+    expect_relayed(&client, &service)?;
+    let begin = std::time::Instant::now();
+    let before = kernel_bytes(forwarder(&rig)?)?;
+    let (mut at, mut moved) = (0, 0);
+    while begin.elapsed() < Duration::from_millis(3500) {
+        service.pour(DOWN, at, at + 100).context("left although bytes moved")?;
+        client.drink(DOWN, at, at + 100).context("left although bytes moved")?;
+        at += 100;
+        moved = kernel_bytes(forwarder(&rig)?)? - before;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    ensure!(moved >= at, "{moved} of {at} bytes took the lane: nothing was tested");
+    let last = std::time::Instant::now();
+    ensure!(client.read_to_end()?.1 == End::Eof, "a connection that slept was reset");
+    ensure!(last.elapsed() >= Duration::from_millis(700), "left {:?} after the last byte", last.elapsed());
+    let closing = forwarder(&rig)?.closing()?;
+    ensure!(closing.reason == "idle-exit" && closing.relay == "sockmap", "{closing:?}");
+    Ok(())
+}
+
 #[test]
 fn a_reader_who_does_not_read_stops_the_sender_and_costs_nothing() -> Result<()> {
     require_bpf!();
