@@ -4,6 +4,7 @@ pub mod bus;
 pub mod container;
 pub mod ownership;
 pub mod ready;
+pub mod rootless;
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -54,6 +55,8 @@ pub struct Incarnation {
     process: Option<AsyncFd<OwnedFd>>,
     /// Device and inode of the namespace.
     file: (u64, u64),
+    /// Where its file is, if that is not where it was looked for.
+    path: Option<PathBuf>,
 }
 
 /// What starts and finds the targets; one for all of a forwarder's targets, since they share the container.
@@ -177,7 +180,8 @@ impl Activator {
             };
             let file = match (&self.place, &incarnation) {
                 (Place::Netns(path), Some(incarnation)) => {
-                    Some(NamespaceFile { path: path.clone(), id: incarnation.file })
+                    let path = incarnation.path.as_ref().unwrap_or(path).clone();
+                    Some(NamespaceFile { path, id: incarnation.file })
                 }
                 _ => None,
             };
@@ -228,12 +232,20 @@ impl Activator {
         // A run that somebody else has started meanwhile is not ours, although an earlier one was.
         let ours = !matches!(before.as_str(), "active" | "activating" | "reloading");
         self.started.store(ours, Relaxed);
-        // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients.
-        if before != "deactivating" {
-            findable.notify_one();
-        }
+        // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients. Nor is
+        // anything looked for before systemd has the order: finding it ends this. Where no process tells that it is there (in
+        // the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is tried
+        // before there is a way to the target may take another way, and wait there.
+        let process = matches!(self.place, Place::Container(_) | Place::Pid(_));
+        let early = before != "deactivating" && process;
+        let ordered = || {
+            if early {
+                findable.notify_one()
+            }
+        };
         let asked = Duration::from(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?);
-        let result = bus.start(unit).await.with_context(|| format!("cannot start {unit}"))?;
+        let result =
+            bus.start_telling(unit, ordered).await.with_context(|| format!("cannot start {unit}"))?;
         // Its Result= still tells of the run before.
         if result == "failed" && bus.last_try(unit).await.is_ok_and(|last| last < asked) {
             bail!(
@@ -352,7 +364,10 @@ impl Activator {
         loop {
             match std::fs::File::open(path) {
                 Ok(file) if !crate::sys::is_network_namespace(file.as_fd()) => {
-                    bail!(Failure::NotFound(format!("{} is not a network namespace", path.display())));
+                    if let Some(found) = self.enter_rootless(path).await? {
+                        return Ok(found);
+                    }
+                    sleep(LOOK * 5).await;
                 }
                 Ok(file) => return Incarnation::new(file.into(), None, None, None).await,
                 // A unit may be about to make it.
@@ -363,6 +378,22 @@ impl Activator {
                     return Err(opening(&format!("the namespace {}", path.display()), &error).into());
                 }
             }
+        }
+    }
+
+    /// The namespace of a user's own networks. `None` where it is not there yet and a unit may be about to make it.
+    async fn enter_rootless(&self, path: &Path) -> anyhow::Result<Option<Incarnation>> {
+        let none = || Failure::NotFound(format!("{} is not a network namespace", path.display()));
+        let reachable = rootless::reachable(path).ok_or_else(none)?;
+        match std::fs::File::open(&reachable) {
+            Ok(file) if crate::sys::is_network_namespace(file.as_fd()) => {
+                let mut found = Incarnation::new(file.into(), None, None, None).await?;
+                found.path = Some(reachable);
+                Ok(Some(found))
+            }
+            Ok(_) if self.unit.is_some() => Ok(None),
+            Ok(_) => Err(none().into()),
+            Err(error) => Err(opening(&format!("the namespace {}", path.display()), &error).into()),
         }
     }
 
@@ -501,7 +532,7 @@ impl Incarnation {
         let namespace = Arc::new(Namespace::enter(netns, root).await?);
         let process =
             process.map(|pidfd| crate::sys::watch(pidfd, tokio::io::Interest::READABLE)).transpose()?;
-        Ok(Self { namespace, pid, process, file: (stat.st_dev, stat.st_ino) })
+        Ok(Self { namespace, pid, process, file: (stat.st_dev, stat.st_ino), path: None })
     }
 
     async fn of_process(pid: i32) -> anyhow::Result<Self> {
@@ -523,7 +554,10 @@ impl Incarnation {
     /// Is this still the namespace that a client should be connected in?
     fn is_current(&self, place: &Place) -> bool {
         match place {
-            Place::Netns(path) => NamespaceFile { path: path.clone(), id: self.file }.is_current(),
+            Place::Netns(path) => {
+                let path = self.path.as_ref().unwrap_or(path).clone();
+                NamespaceFile { path, id: self.file }.is_current()
+            }
             _ => self.process.as_ref().is_none_or(|process| !exited(process.get_ref())),
         }
     }

@@ -38,6 +38,9 @@ const AFTER_REFUSAL: Duration = Duration::from_millis(20);
 /// The first of the failures after which nobody would be served before this has passed.
 const STATUS_STEP: Duration = Duration::from_secs(1);
 
+/// How long the service manager may take to say which run of the unit it was, at the end of a drain.
+const REMEMBER: Duration = Duration::from_secs(2);
+
 /// How often a drain asks the service manager for more time, and by how much.
 const EXTEND_EVERY: Duration = Duration::from_secs(5);
 const EXTEND_BY: Duration = Duration::from_secs(15);
@@ -385,6 +388,10 @@ impl<'a> Control<'a> {
                     }
                 }
             }
+        }
+        if matches!(self.phase, Phase::Draining(_)) {
+            // One that was woken only now may not be noted yet, and nobody would put it to sleep.
+            drop(tokio::time::timeout(REMEMBER, self.activator.remember_start()).await);
         }
         self.engine.send(Command::Stop);
         let ended = self.thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the engine panicked")));

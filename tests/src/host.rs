@@ -13,6 +13,7 @@ pub mod cases;
 mod inside;
 mod manager;
 pub(crate) mod root;
+pub mod site;
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};

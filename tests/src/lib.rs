@@ -19,3 +19,4 @@ pub mod suite;
 pub mod sys;
 pub mod tier;
 pub mod torture;
+pub mod transcript;

@@ -167,8 +167,17 @@ impl Bus {
     /// # Errors
     /// When systemd refuses, with its own words.
     pub async fn start(&self, unit: &str) -> anyhow::Result<String> {
+        self.start_telling(unit, || ()).await
+    }
+
+    /// As [`Bus::start`]; calls `ordered` once systemd has taken the order.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn start_telling(&self, unit: &str, ordered: impl FnOnce()) -> anyhow::Result<String> {
         let mut removed = self.systemd.receive_job_removed().await?;
         let job = self.systemd.start_unit(unit, "replace").await.map_err(plain)?;
+        ordered();
         wait(&mut removed, &job).await
     }
 

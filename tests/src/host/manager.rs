@@ -117,6 +117,20 @@ impl Manager {
         Ok(())
     }
 
+    /// Makes one of the images of `tests/host/images.sh` (nginx, postgres, redis, socat) known to this manager's Podman under
+    /// the name that it has in a registry.
+    pub fn import_image(self, host: &Host, name: &str, reference: &str) -> Result<()> {
+        let config = format!("/srv/images.d/{name}.config");
+        let config =
+            std::fs::read_to_string(host.path(&config)).with_context(|| format!("no image {name}"))?;
+        let mut args = vec!["podman", "import", "--quiet"];
+        args.extend(config.lines().flat_map(|line| ["--change", line]));
+        let tar = format!("/srv/images.d/{name}.tar");
+        args.extend([&*tar, reference]);
+        self.run(host, &args)?;
+        Ok(())
+    }
+
     /// A root file system for containers (`Rootfs=…:O`) with PostgreSQL, nginx, redis and Python in it.
     #[must_use]
     pub fn image(self) -> String {

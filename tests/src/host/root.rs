@@ -13,7 +13,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 pub(super) const SUITE: &str = "trixie";
 
 const PACKAGES: &str = include_str!("../../host/packages");
-const CUSTOMIZE: &str = include_str!("../../host/customize.sh");
+const CUSTOMIZE: &str =
+    concat!(include_str!("../../host/customize.sh"), include_str!("../../host/images.sh"));
 
 /// Raise it when a change of this file changes what is built.
 const FORMAT: u32 = 1;

@@ -156,7 +156,7 @@ pub fn survives_reboot(host: &mut Host) -> Result<()> {
     }
     host.reboot()?;
     for (manager, port) in managers.into_iter().zip(ports) {
-        let site = Site { host, manager, front: manager, name: "boot".into(), port };
+        let site = Site { host, manager, front: manager, name: "boot".into(), port, suffix: "in" };
         site.check_echo()?;
         site.await_exit()?;
         site.await_container_gone()?;

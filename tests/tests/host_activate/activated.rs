@@ -1,0 +1,216 @@
+//! What `bro activate` makes of a quadlet, and that nothing of it is left when it is told to go.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::host::site::{INNER, PATIENCE, Plan, Site, ask, text};
+use bro_tests::host::{Host, Manager, Ran};
+
+/// `bro activate` with these words.
+pub fn activate(host: &Host, manager: Manager, words: &str) -> Result<Ran> {
+    let args: Vec<&str> = ["bro", "activate"].into_iter().chain(words.split_whitespace()).collect();
+    manager.try_run(host, &args)
+}
+
+/// Every file, link and folder where a manager's units and quadlets are, with what is in it.
+pub fn tree(host: &Host, manager: Manager) -> Result<Vec<String>> {
+    let folders = match manager {
+        Manager::System => "/etc/systemd/system /etc/containers/systemd".into(),
+        Manager::User(user) => format!("/home/{user}/.config"),
+    };
+    let listed = host.sh(&format!(
+        "find {folders} -type d -o -type l -printf '%p -> %l\\n' -o -print; \
+         find {folders} -type f -exec sha256sum {{}} +"
+    ))?;
+    let mut lines: Vec<String> = listed.lines().map(Into::into).collect();
+    lines.sort();
+    Ok(lines)
+}
+
+/// Asleep: neither forwarder nor container runs, and the socket listens.
+pub fn expect_asleep(site: &Site<'_>) -> Result<()> {
+    site.await_exit()?;
+    site.await_container_gone()?;
+    let socket = site.manager.show(site.host, &site.socket(), "ActiveState")?;
+    ensure!(socket == "active", "the socket is {socket}");
+    Ok(())
+}
+
+pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
+    let plan = Plan::service(manager, 0.2, "");
+    plan.write_quadlet(host, manager, "whole")?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    let before = tree(host, manager)?;
+    let port = host.free_port()?;
+    let words =
+        format!("whole --external-port 127.0.0.1:{port} --internal-port {INNER} --exit-idle-time 500ms");
+
+    let dry = activate(host, manager, &format!("{words} --dry-run"))?;
+    ensure!(dry.success() && dry.stdout.contains("whole-activator.socket"), "{dry:?}");
+    ensure!(tree(host, manager)? == before, "--dry-run wrote something");
+
+    let ran = activate(host, manager, &words)?;
+    ensure!(ran.success() && ran.stderr.is_empty(), "{ran:?}");
+    let activated = tree(host, manager)?;
+    // What it promised it has written.
+    for path in ran.stdout.lines().filter_map(|line| line.strip_prefix("wrote ")) {
+        // But for the note which folders it had to make.
+        let written = host.run(&["sed", "/^Made=/d", path])?;
+        ensure!(
+            dry.stdout.contains(written.trim_end()),
+            "--dry-run did not show {path} as it is:\n{written}"
+        );
+    }
+    let site = Site { host, manager, front: manager, name: "whole".into(), port, suffix: "activator" };
+    ensure!(manager.show(host, &site.socket(), "UnitFileState")? == "enabled");
+    for round in 1..=2 {
+        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder that nobody woke runs");
+        site.check_echo().with_context(|| site.journals())?;
+        expect_asleep(&site)?;
+        let ended = site.ended(round)?;
+        let cold = text(&ended[round - 1], "BRO_COLD_START_MS");
+        ensure!(!cold.is_empty(), "client {round} is not said to have woken it: {ended:?}");
+    }
+    ensure!(site.errors()?.is_empty(), "{:?}", site.errors()?);
+
+    let again = activate(host, manager, &words)?;
+    ensure!(again.success() && again.stdout.contains("nothing to do"), "{again:?}");
+    ensure!(tree(host, manager)? == activated, "doing it again changed something");
+
+    let removed = activate(host, manager, "whole --remove")?;
+    ensure!(removed.success(), "{removed:?}");
+    ensure!(
+        tree(host, manager)? == before,
+        "--remove left, or took, something:\n{:#?}",
+        tree(host, manager)?
+    );
+    let known = manager.systemctl(host, &["list-units", "--all", "--plain", "--no-legend", "whole-*"])?;
+    ensure!(known.is_empty(), "systemd still knows {known}");
+    ensure!(host.connect(port).is_err(), "somebody still listens");
+    let again = activate(host, manager, "whole --remove")?;
+    ensure!(matches!(again.code, 0 | 4), "{again:?}");
+    Ok(())
+}
+
+pub fn second_port(host: &Host, manager: Manager) -> Result<()> {
+    let script = "nc -ll -p 72 -e /bin/echo second & exec nc -ll -p 7 -e /bin/echo first";
+    let site =
+        Site::activated(host, manager, "ports", &Plan::busybox(script, ""), &["--exit-idle-time", "1s"])?;
+    let first = ask(site.client()?, b"")?;
+    ensure!(first == b"first\n", "{first:?}");
+    // A second one for a service that runs.
+    let second = host.free_port()?;
+    let words = format!("ports --service-name more --external-port 127.0.0.1:{second} --internal-port 72");
+    let ran = activate(host, manager, &words)?;
+    ensure!(ran.success(), "{ran:?}");
+    for _ in 0..2 {
+        let answer = ask(host.connect(second)?, b"").with_context(|| site.journals())?;
+        ensure!(answer == b"second\n", "{answer:?}\n{}", site.journals());
+        let answer = ask(site.client()?, b"")?;
+        ensure!(answer == b"first\n", "{answer:?}\n{}", site.journals());
+        expect_asleep(&site)?;
+    }
+    let removed = activate(host, manager, "ports --service-name more --remove")?;
+    ensure!(removed.success(), "{removed:?}");
+    ensure!(host.connect(second).is_err(), "the second port still listens");
+    let answer = ask(site.client()?, b"").with_context(|| site.journals())?;
+    ensure!(answer == b"first\n", "the first port went along: {answer:?}");
+    ensure!(activate(host, manager, "ports --remove")?.success());
+    Ok(())
+}
+
+pub fn other_networks(host: &Host, manager: Manager) -> Result<()> {
+    let (subnet, address) = match manager {
+        Manager::System => ("10.89.17.0/24", "10.89.17.9"),
+        Manager::User(_) => ("10.89.18.0/24", "10.89.18.9"),
+    };
+    manager.quadlet(host, "lan.network", &format!("[Network]\nSubnet={subnet}\n"))?;
+    let container = format!(
+        "Image=docker.io/alpine/socat\nExec=TCP-LISTEN:{INNER},bind={address},reuseaddr,fork EXEC:cat\n\
+         StopSignal=SIGKILL\nIP={address}"
+    );
+    let plan = Plan { network: "Network=lan.network", ..Plan::new(&container, "", "") };
+    let options = ["--network", "lan.network", "--exit-idle-time", "500ms"];
+    let site = Site::activated(host, manager, "lan", &plan, &options)?;
+    for _ in 0..2 {
+        site.check_echo().with_context(|| site.journals())?;
+        expect_asleep(&site)?;
+    }
+    let plan = Plan { network: "Network=host", ..Plan::service(manager, 0.2, "") };
+    let inner = host.free_port()?.to_string();
+    let plan =
+        Plan { container: plan.container.replace(&format!(" {INNER} "), &format!(" {inner} ")), ..plan };
+    let options = ["--network", "host", "--internal-port", &inner, "--exit-idle-time", "500ms"];
+    let site = Site::activated(host, manager, "hosts", &plan, &options)?;
+    site.check_echo().with_context(|| site.journals())?;
+    expect_asleep(&site)
+}
+
+pub fn pods_and_templates(host: &Host, manager: Manager) -> Result<()> {
+    manager.quadlet(host, "seeds.pod", "[Pod]\nNetwork=none\n")?;
+    let plan = Plan { network: "Pod=seeds.pod", ..Plan::service(manager, 0.0, "") };
+    plan.write_quadlet(host, manager, "seed")?;
+    let port = host.free_port()?;
+    let words =
+        format!("seeds.pod --external-port 127.0.0.1:{port} --internal-port {INNER} --exit-idle-time 1s");
+    let ran = activate(host, manager, &words)?;
+    ensure!(ran.success(), "{ran:?}");
+    let answer =
+        ask(host.connect(port)?, b"in a pod").with_context(|| logs(host, manager, "seeds-pod-activator"))?;
+    ensure!(answer == b"in a pod", "{answer:?}");
+    manager.wait_for(host, "seeds-pod.service", "ActiveState", "inactive", PATIENCE)?;
+    ensure!(activate(host, manager, "seeds.pod --remove")?.success());
+
+    let plan = Plan::service(manager, 0.0, "");
+    plan.write_quadlet(host, manager, "tint@")?;
+    let port = host.free_port()?;
+    let words =
+        format!("tint@blue --external-port 127.0.0.1:{port} --internal-port {INNER} --exit-idle-time 500ms");
+    let ran = activate(host, manager, &words)?;
+    ensure!(ran.success(), "{ran:?}");
+    let answer =
+        ask(host.connect(port)?, b"blue").with_context(|| logs(host, manager, "tint@blue-activator"))?;
+    ensure!(answer == b"blue", "{answer:?}");
+    manager.wait_for(host, "tint@blue.service", "ActiveState", "inactive", PATIENCE)?;
+    ensure!(activate(host, manager, "tint@blue --remove")?.success());
+    Ok(())
+}
+
+fn logs(host: &Host, manager: Manager, unit: &str) -> String {
+    manager.journal(host, &format!("{unit}.service")).unwrap_or_default()
+}
+
+/// What systemd itself thinks of the units.
+pub fn verified(host: &Host, manager: Manager) -> Result<()> {
+    let site =
+        Site::activated(host, manager, "verified", &Plan::service(manager, 0.0, ""), &["--backlog", "64"])?;
+    for unit in [site.socket(), site.forwarder()] {
+        let path = manager.show(host, &unit, "FragmentPath")?;
+        let scope = if manager == Manager::System { "--system" } else { "--user" };
+        let ran = manager.try_run(host, &["systemd-analyze", scope, "--man=no", "verify", &path])?;
+        // What it says of the image's other units is none of ours.
+        let of_ours: Vec<&str> = ran.stderr.lines().filter(|line| line.contains("verified")).collect();
+        ensure!(of_ours.is_empty(), "{of_ours:#?}");
+    }
+    ensure!(manager.show(host, &site.socket(), "Backlog")? == "64");
+    ensure!(activate(host, manager, "verified --remove")?.success());
+    Ok(())
+}
+
+/// `--ready=healthy` holds the first client until the quadlet's own health check passes.
+pub fn healthy(host: &Host, manager: Manager) -> Result<()> {
+    let script = "(sleep 1; touch /tmp/ready) & exec nc -ll -p 7 -e /bin/cat";
+    let mut plan = Plan::busybox(script, "");
+    plan.container.push_str("\nHealthCmd=/bin/test -e /tmp/ready\nHealthInterval=disable");
+    let site = Site::activated(
+        host,
+        manager,
+        "health",
+        &plan,
+        &["--ready", "healthy", "--exit-idle-time", "500ms"],
+    )?;
+    let began = std::time::Instant::now();
+    site.check_echo().with_context(|| site.journals())?;
+    ensure!(began.elapsed() >= Duration::from_secs(1), "served {:?} after the start", began.elapsed());
+    expect_asleep(&site)
+}

@@ -1,0 +1,91 @@
+//! `--direct`: programs that take an activated socket over themselves, with nothing in between and with `Network=none`.
+
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::host::site::{PATIENCE, Plan, ask, folder};
+use bro_tests::host::{Host, Manager};
+
+use crate::activated::{activate, tree};
+
+pub fn nginx(host: &Host, manager: Manager) -> Result<()> {
+    manager.import_image(host, "nginx", "docker.io/library/nginx")?;
+    let port = host.free_port()?;
+    let files = folder(host, manager, "taken")?;
+    let conf = format!(
+        "pid /run/nginx.pid; error_log stderr; events {{}} http {{ access_log /dev/stdout; server {{ listen 127.0.0.1:{port}; \
+         root /usr/share/nginx/html; }} }}"
+    );
+    host.write(&format!("{files}/nginx.conf"), conf)?;
+    let plan = Plan::new(
+        &format!("Image=docker.io/library/nginx\nVolume={files}/nginx.conf:/etc/nginx/nginx.conf:ro"),
+        "",
+        "",
+    );
+    plan.write_quadlet(host, manager, "taken")?;
+    let before = tree(host, manager)?;
+    let ran = activate(host, manager, &format!("taken --direct --external-port 127.0.0.1:{port}"))?;
+    ensure!(ran.success(), "{ran:?}");
+    ensure!(
+        manager.show(host, "taken.service", "ActiveState")? == "inactive",
+        "it runs before its first client"
+    );
+    for _ in 0..2 {
+        let page = host.sh(&format!("curl --silent --fail --max-time 20 http://127.0.0.1:{port}/"));
+        let page = page.with_context(|| manager.journal(host, "taken.service").unwrap_or_default())?;
+        ensure!(page.contains("Welcome to nginx!"), "{page}");
+        let interfaces = manager.run(host, &["podman", "exec", "systemd-taken", "ip", "-o", "link"])?;
+        ensure!(interfaces.lines().count() == 1 && interfaces.contains(": lo:"), "{interfaces}");
+        // It is stopped as any container is, and its next client wakes it.
+        manager.systemctl(host, &["stop", "taken.service"])?;
+        ensure!(manager.show(host, "taken.socket", "ActiveState")? == "active", "the socket stopped with it");
+    }
+    let removed = activate(host, manager, "taken --remove")?;
+    ensure!(removed.success(), "{removed:?}");
+    manager.systemctl(host, &["stop", "taken.service"])?;
+    ensure!(
+        tree(host, manager)? == before,
+        "--remove left, or took, something:\n{:#?}",
+        tree(host, manager)?
+    );
+    Ok(())
+}
+
+/// socat takes descriptor 3 and echoes.
+fn echo(host: &Host, manager: Manager, external: &str, check: impl Fn() -> Result<Vec<u8>>) -> Result<()> {
+    let plan =
+        Plan::new("Image=docker.io/alpine/socat\nExec=ACCEPT-FD:3,fork EXEC:cat\nStopSignal=SIGKILL", "", "");
+    plan.write_quadlet(host, manager, "echo")?;
+    let ran = activate(host, manager, &format!("echo --direct --external-port {external}"))?;
+    ensure!(ran.success(), "{ran:?}");
+    for _ in 0..2 {
+        let answer = check().with_context(|| manager.journal(host, "echo.service").unwrap_or_default())?;
+        ensure!(answer == b"hello", "{answer:?}\n{}", manager.journal(host, "echo.service")?);
+        manager.systemctl(host, &["stop", "echo.service"])?;
+    }
+    ensure!(activate(host, manager, "echo --remove")?.success());
+    Ok(())
+}
+
+pub fn echo_over_tcp(host: &Host, manager: Manager) -> Result<()> {
+    let port = host.free_port()?;
+    echo(host, manager, &format!("127.0.0.1:{port}"), || ask(host.connect(port)?, b"hello"))
+}
+
+pub fn echo_over_unix(host: &Host, manager: Manager) -> Result<()> {
+    let path = match manager {
+        Manager::System => "/run/echo.sock".into(),
+        Manager::User(user) => format!("/run/user/{}/echo.sock", host.uid(user)?),
+    };
+    echo(host, manager, &path, || {
+        let mut client = UnixStream::connect(host.path(&path))?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        client.write_all(b"hello")?;
+        client.shutdown(Shutdown::Write)?;
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer)?;
+        Ok(answer)
+    })
+}

@@ -1,0 +1,90 @@
+//! `bro activate` on a real host: quadlets become activated services, rootful and rootless, behind systemd as PID 1, with real
+//! services in real containers; what breaks them; and every example of the documentation. `BRO_CASE=part` runs the cases so
+//! named.
+
+mod activated;
+mod crossover;
+mod direct;
+mod doctor;
+mod examples;
+mod faults;
+mod networks;
+mod power;
+mod refusals;
+mod services;
+
+use anyhow::Result;
+use bro_tests::host::cases::{Cases, note};
+use bro_tests::host::{Host, Manager, NEEDS, site};
+
+/// A case that holds for rootful and for rootless containers.
+type Case = (&'static str, fn(&Host, Manager) -> Result<()>);
+
+const BOTH: &[Case] = &[
+    ("from a quadlet to an activated service and back", activated::from_quadlet_to_service),
+    ("a second port of the same container", activated::second_port),
+    ("networks: a bridge of its own, the host's", activated::other_networks),
+    ("pods and templates", activated::pods_and_templates),
+    ("systemd's own check of the units", activated::verified),
+    ("ready when healthy", activated::healthy),
+    ("bad input", refusals::bad_input),
+    ("files and ports of others", refusals::others_property),
+    ("warnings", refusals::warnings),
+    ("nginx takes the socket over", direct::nginx),
+    ("an echo service takes a TCP socket over", direct::echo_over_tcp),
+    ("an echo service takes a unix socket over", direct::echo_over_unix),
+    ("PostgreSQL and pgbench", services::postgresql),
+    ("redis and redis-benchmark", services::redis),
+    ("status and doctor", doctor::status_and_doctor),
+    ("activated several times at once", faults::twice_at_once),
+    ("the quadlet is renamed, and deleted", faults::quadlet_goes),
+    ("the socket is stopped while clients are held", faults::socket_stopped),
+    ("a hundred clients in the first millisecond", faults::hundred_at_once),
+    ("a crash loop", faults::crash_loop),
+    ("the container is updated", faults::updated),
+    ("a client while the container is being stopped", faults::client_while_stopping),
+    ("two activators of one container", faults::two_activators),
+    ("a forwarder to an address on a network of one's own", networks::own_network),
+];
+
+/// A case that chooses its managers itself.
+type OtherCase = (&'static str, fn(&Host) -> Result<()>);
+
+const OTHERS: &[OtherCase] = &[
+    ("the rootless network namespace itself", networks::rootless_namespace),
+    ("one account's container wakes another's service", crossover::pasta),
+    ("the disk is full", faults::disk_full),
+];
+
+#[test]
+fn activated_services_on_a_real_host() {
+    if !bro_tests::tier::met("activated_services_on_a_real_host", &NEEDS) {
+        return;
+    }
+    let cases = Cases::default();
+    let mut host = Host::boot().expect("the host boots");
+    note(&format!("the host booted in {:.1} s", host.booted_in().as_secs_f64()));
+    site::prepare(&host).expect("the host can be prepared");
+    networks::outside(&host).expect("the host can have a network");
+    for manager in [Manager::System, Manager::User("test"), Manager::User("other")] {
+        manager.import_image(&host, "socat", "docker.io/alpine/socat").expect("the image can be imported");
+    }
+    // At once, as on a server: most of the time is spent waiting.
+    std::thread::scope(|scope| {
+        for manager in [Manager::System, Manager::User("test")] {
+            let (host, cases) = (&host, &cases);
+            scope.spawn(move || {
+                let kind = if manager == Manager::System { "rootful" } else { "rootless" };
+                for (name, case) in BOTH {
+                    cases.case(&format!("{kind}: {name}"), || case(host, manager));
+                }
+            });
+        }
+    });
+    for (name, case) in OTHERS {
+        cases.case(name, || case(&host));
+    }
+    examples::all(&host, &cases);
+    cases.case("reboot and power cut in mid-stream", || power::reboot_and_power_cut(&mut host));
+    cases.conclude();
+}
