@@ -3,6 +3,7 @@
 
 mod kernel_relay;
 
+use std::io::{ErrorKind, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
@@ -168,9 +169,11 @@ fn round_trips_take_the_lanes() {
     assert!(moved.lanes.grants < 200, "a grant for every few messages: {moved:?}");
 }
 
-/// A reader as fast as the sender: nearly all of a long stream takes the lane.
+/// A sender that never pauses, and whose every send is more than its buffer holds. The kernel keeps a verdict until all that it
+/// was for is queued, which such a sender never reaches: it is asked about again only because what is passed is passed in
+/// small steps. (How much takes the lane is a matter of who else uses the processors.)
 #[test]
-fn a_long_stream_to_a_fast_reader_takes_the_lane() {
+fn a_long_stream_is_asked_about_all_the_time() {
     require!(Need::Bpf);
     const LENGTH: usize = 256 << 20;
     let mut bench = Bench::new().and_then(Bench::fit).unwrap();
@@ -179,7 +182,7 @@ fn a_long_stream_to_a_fast_reader_takes_the_lane() {
     let connection = Connection::new(ends.accepted, ends.backend, Some(lane), None);
     let (service, client) = (ends.service, ends.client);
     let sending = spawn(move || -> Result<()> {
-        let block = vec![7u8; 64 * 1024];
+        let block = vec![7u8; 256 * 1024];
         for _ in 0..LENGTH / block.len() {
             write_all(&service, &block)?;
         }
@@ -203,14 +206,16 @@ fn a_long_stream_to_a_fast_reader_takes_the_lane() {
     join(vec![sending, receiving]).unwrap();
     println!("{moved:?}");
     assert_eq!(moved.copied + moved.lanes.bytes, LENGTH as u64);
+    let passes: u64 = moved.lanes.passed.iter().sum();
+    assert!(moved.copied <= 2 * u64::from(bro_ebpf::PASS_STEP) * (passes + 1), "{moved:?}");
 }
 
 fn write_all(mut to: &TcpStream, block: &[u8]) -> Result<()> {
     let mut sent = 0;
     while sent < block.len() {
-        match std::io::Write::write(&mut to, &block[sent..]) {
+        match to.write(&block[sent..]) {
             Ok(more) => sent += more,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 kernel_relay::await_poll(to.as_fd(), nix::poll::PollFlags::POLLOUT)?;
             }
             Err(error) => return Err(error.into()),
@@ -229,9 +234,9 @@ fn a_reader_that_never_reads_bounds_what_the_lane_takes() {
     let block = vec![0; 1 << 20];
     let mut sent = 0u64;
     loop {
-        match std::io::Write::write(&mut &ends.service, &block) {
+        match (&ends.service).write(&block) {
             Ok(count) => sent += count as u64,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
             Err(error) => panic!("{error}"),
         }
         assert!(sent < 1 << 28, "no bound");
