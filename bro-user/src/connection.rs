@@ -367,26 +367,25 @@ impl Connection {
         }
     }
 
-    /// Ends it: sockets closed, as an abort (RST) unless it ends cleanly, and borrowed pipes given up.
+    /// Ends it: sockets closed, as an abort (RST, see [`closing_aborts`]) unless it ends cleanly, and borrowed pipes given up.
     pub fn close(self, end: End, tools: &mut Tools) {
-        let abort = |socket: &OwnedFd| {
-            // A unix socket has no RST; closing it with unread bytes is the nearest there is.
-            let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
-            setsockopt(socket, sockopt::Linger, &at_once).ok();
-        };
         let aborted = !self.ends_cleanly(end);
-        if aborted {
-            abort(&self.client);
-        }
+        closing_aborts(&self.client, aborted);
         match self.stage {
             Stage::Relaying { service, mut up, mut down } => {
-                if aborted {
-                    abort(&service);
-                }
+                closing_aborts(&service, aborted);
                 up.discard(tools);
                 down.discard(tools);
             }
             Stage::Silent | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {}
         }
     }
+}
+
+/// Whether closing the socket is an abort: a RST, and what still waits to be sent is thrown away (socket(7), SO_LINGER). It is,
+/// from the start until the connection has ended well, so that a forwarder that is killed is nobody's clean end of stream.
+/// A unix socket has no RST; closing it with unread bytes is the nearest there is.
+pub fn closing_aborts(socket: &OwnedFd, yes: bool) {
+    let linger = nix::libc::linger { l_onoff: yes.into(), l_linger: 0 };
+    setsockopt(socket, sockopt::Linger, &linger).ok();
 }

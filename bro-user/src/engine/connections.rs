@@ -10,7 +10,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::Engine;
 use super::token::{GENERATIONS, Token};
-use crate::connection::{Connection, End, Interest, Pumped, Stage};
+use crate::connection::{Connection, End, Interest, Pumped, Stage, closing_aborts};
 use crate::relay::{Broken, Direction, Side, unpaced};
 
 const SIDES: [Side; 2] = [Side::Client, Side::Service];
@@ -100,6 +100,7 @@ impl Engine {
         let keepalive = self.settings.keepalive;
         let Some(connection) = self.connections.get_mut(index) else { return };
         super::tcp::set_options(&service, keepalive);
+        closing_aborts(&service, true);
         let now = Instant::now();
         let waiting_since = std::mem::replace(&mut connection.active, now);
         if connection.woke {
