@@ -149,6 +149,21 @@ pub struct Server {
     asked: (UnboundedSender<Asked>, UnboundedReceiver<Asked>),
 }
 
+/// Takes away what forwarders left that were killed: a socket that nobody listens at any more.
+fn sweep(base: &Path) {
+    for directory in std::fs::read_dir(base).into_iter().flatten().flatten() {
+        let is_a_process = directory.file_name().to_str().is_some_and(|name| name.parse::<u32>().is_ok());
+        let path = directory.path().join(SOCKET);
+        let refused = std::io::ErrorKind::ConnectionRefused;
+        if is_a_process
+            && std::os::unix::net::UnixStream::connect(&path).is_err_and(|error| error.kind() == refused)
+        {
+            std::fs::remove_file(&path).ok();
+            std::fs::remove_dir(directory.path()).ok();
+        }
+    }
+}
+
 impl Server {
     /// Listens in RuntimeDirectory=, or below this user's runtime directory.
     ///
@@ -159,6 +174,7 @@ impl Server {
             // Several are separated by colons (systemd.exec(5)).
             Ok(list) => (PathBuf::from(list.split(':').next().unwrap_or_default()), None),
             Err(_) => {
+                sweep(&base_directory());
                 let own = base_directory().join(std::process::id().to_string());
                 std::fs::create_dir_all(&own)?;
                 (own.clone(), Some(own))
@@ -299,5 +315,20 @@ mod tests {
         for line in ["sleep  force", "wake up", "SLEEP", "status\nwake", "sleep forced"] {
             assert_eq!(Request::parse(line), None, "{line}");
         }
+    }
+
+    #[test]
+    fn sweeps_only_what_nobody_listens_at() {
+        let base = std::env::temp_dir().join(format!("bro-sweep-{}", std::process::id()));
+        let bind = |name: &str| {
+            std::fs::create_dir_all(base.join(name)).unwrap();
+            std::os::unix::net::UnixListener::bind(base.join(name).join(SOCKET)).unwrap()
+        };
+        let _alive = bind("1");
+        drop((bind("2"), bind("web")));
+        sweep(&base);
+        let left = |name: &str| base.join(name).join(SOCKET).exists();
+        assert!(left("1") && left("web") && !base.join("2").exists());
+        std::fs::remove_dir_all(base).unwrap();
     }
 }
