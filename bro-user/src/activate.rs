@@ -543,7 +543,11 @@ impl Incarnation {
         };
         // First the process, then what belongs to it: if it is still there afterwards, both are its own.
         let process = crate::sys::pidfd_open(pid).map_err(|error| opening(&what, &error))?;
-        let netns = open(format!("/proc/{pid}/ns/net"), 0).map_err(|error| opening(&what, &error))?;
+        let netns = open(format!("/proc/{pid}/ns/net"), 0).map_err(|error| {
+            // Of one that has just been reaped this is what the kernel says (`proc_ns_get_link`), as of somebody else's.
+            let dying = exited(&process);
+            opening(&what, &if dying { std::io::Error::from_raw_os_error(libc::ESRCH) } else { error })
+        })?;
         let root = open(format!("/proc/{pid}/root"), libc::O_PATH | libc::O_DIRECTORY).ok();
         if exited(&process) {
             return Err(Failure::NotFound(format!("{what} has exited")).into());

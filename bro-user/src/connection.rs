@@ -200,13 +200,16 @@ pub struct Connection {
     pub registered: [Option<Interest>; 2],
 }
 
-/// What a client has sent since the service last answered. Where the kernel does not tell a hooked socket's owner how much
-/// waits (FIONREAD), no more than [`Burst::MOST`] bytes are put in front of one that is hooked.
+/// What a client has sent since the service's answer before the last. Where the kernel does not tell a hooked socket's owner
+/// how much waits (FIONREAD), no more than [`Burst::MOST`] bytes are put in front of one that is hooked. The answer before
+/// the last, because the last may have been an interim one (“100 Continue”) with the request's head still in the buffer.
 #[derive(Debug, Default)]
 pub struct Burst {
-    /// Bytes the service had sent when it began.
+    /// Bytes the service had sent at its last answer.
     answered: u64,
     /// Bytes it had been sent then.
+    last: u64,
+    /// Bytes it had been sent at the answer before that.
     before: u64,
 }
 
@@ -217,7 +220,7 @@ impl Burst {
     /// How much more may be sent.
     fn left(&mut self, sent: u64, answered: u64) -> usize {
         if answered != self.answered {
-            *self = Self { answered, before: sent };
+            *self = Self { answered, last: sent, before: self.last };
         }
         usize::try_from(u64::from(Self::MOST).saturating_sub(sent - self.before)).unwrap_or(0)
     }
@@ -388,4 +391,24 @@ impl Connection {
 pub fn closing_aborts(socket: &OwnedFd, yes: bool) {
     let linger = nix::libc::linger { l_onoff: yes.into(), l_linger: 0 };
     setsockopt(socket, sockopt::Linger, &linger).ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_reaches_over_an_interim_answer() {
+        let mut burst = Burst::default();
+        assert_eq!(burst.left(0, 0), 1023);
+        assert_eq!(burst.left(111, 0), 912);
+        // “100 Continue”: the head counts still.
+        assert_eq!(burst.left(111, 25), 912);
+        assert_eq!(burst.left(1111, 25), 0);
+        // Small requests, each answered, go on for ever.
+        let mut burst = Burst::default();
+        for turn in 0..100 {
+            assert!(burst.left(turn * 500, turn) >= 523, "{turn}");
+        }
+    }
 }

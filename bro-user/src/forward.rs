@@ -422,7 +422,7 @@ impl<'a> Control<'a> {
                 if kernel.fionread_lies() {
                     tracing::info!(
                         "this kernel answers FIONREAD with 0 for sockets that the kernel relay has hooked: a connection whose client \
-                         sends more than {} bytes at a time is spliced from then on",
+                         sends more than {} bytes in two requests is spliced from then on",
                         crate::connection::Burst::MOST
                     );
                 }
