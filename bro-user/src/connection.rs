@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -38,12 +38,8 @@ impl Peer {
     /// Reads who is at the other end.
     #[must_use]
     pub fn of(socket: BorrowedFd<'_>, address: Option<SockaddrStorage>) -> Self {
-        if let Some(v4) = address.as_ref().and_then(SockaddrStorage::as_sockaddr_in) {
-            return Self::Tcp(std::net::SocketAddrV4::from(*v4).into());
-        }
-        if let Some(v6) = address.as_ref().and_then(SockaddrStorage::as_sockaddr_in6) {
-            let v6 = std::net::SocketAddrV6::from(*v6);
-            return Self::Tcp(std::net::SocketAddr::new(v6.ip().to_canonical(), v6.port()));
+        if let Some(address) = address.as_ref().and_then(crate::sockaddr::tcp) {
+            return Self::Tcp(address);
         }
         match nix::sys::socket::getsockopt(&socket, sockopt::PeerCredentials) {
             Ok(credentials) => Self::Unix { uid: credentials.uid(), pid: credentials.pid() },
@@ -316,10 +312,14 @@ impl Connection {
         }
     }
 
-    /// Has a byte moved since this was asked last?
-    pub fn notice_bytes(&mut self) -> bool {
+    /// Has a byte moved since this was asked last? Then the connection was active, `now`.
+    pub fn notice_bytes(&mut self, now: Instant) -> bool {
         let (up, down) = self.totals();
-        std::mem::replace(&mut self.moved, up + down) != up + down
+        let moved = std::mem::replace(&mut self.moved, up + down) != up + down;
+        if moved {
+            self.active = now;
+        }
+        moved
     }
 
     /// Moves what can be moved in both directions.
@@ -388,7 +388,7 @@ impl Connection {
 /// Whether closing the socket is an abort: a RST, and what still waits to be sent is thrown away (socket(7), SO_LINGER). It is,
 /// from the start until the connection has ended well, so that a forwarder that is killed is nobody's clean end of stream.
 /// A unix socket has no RST; closing it with unread bytes is the nearest there is.
-pub fn closing_aborts(socket: &OwnedFd, yes: bool) {
+pub fn closing_aborts(socket: &impl AsFd, yes: bool) {
     let linger = nix::libc::linger { l_onoff: yes.into(), l_linger: 0 };
     setsockopt(socket, sockopt::Linger, &linger).ok();
 }

@@ -15,6 +15,7 @@ pub mod report;
 mod silent;
 pub mod tcp;
 mod token;
+mod unpaced;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsFd as _;

@@ -6,7 +6,6 @@ pub mod copy;
 pub mod half_close;
 pub mod pipes;
 pub mod splice;
-pub mod unpaced;
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 

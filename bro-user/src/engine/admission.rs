@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::{Accepting, Engine, tcp};
-use crate::connection::{Connection, End, Peer, Stage, closing_aborts};
+use crate::connection::{Connection, End, Peer, Stage};
 use crate::engine::handle::Event;
 use crate::stats::Stats;
 
@@ -118,7 +118,6 @@ impl Engine {
             *count += 1;
         }
         tcp::set_options(&connection.client, self.settings.keepalive);
-        closing_aborts(&connection.client, true);
         tracing::debug!(conn = number, peer = %connection.peer, target = %self.backends[backend].name, "accepted");
         let index = self.connections.insert(connection);
         self.pending += 1;

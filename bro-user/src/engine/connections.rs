@@ -10,8 +10,8 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::Engine;
 use super::token::{GENERATIONS, Token};
-use crate::connection::{Connection, End, Interest, Pumped, Stage, closing_aborts};
-use crate::relay::{Broken, Direction, Side, unpaced};
+use crate::connection::{Connection, End, Interest, Pumped, Stage};
+use crate::relay::{Broken, Direction, Side};
 
 const SIDES: [Side; 2] = [Side::Client, Side::Service];
 
@@ -100,7 +100,6 @@ impl Engine {
         let keepalive = self.settings.keepalive;
         let Some(connection) = self.connections.get_mut(index) else { return };
         super::tcp::set_options(&service, keepalive);
-        closing_aborts(&service, true);
         let now = Instant::now();
         let waiting_since = std::mem::replace(&mut connection.active, now);
         if connection.woke {
@@ -110,17 +109,7 @@ impl Engine {
         connection.stage = Stage::Relaying { service, up, down };
         self.pending -= 1;
         self.open_lanes(index, target);
-        self.unpace(index);
         self.pump(index, true, false);
-    }
-
-    fn unpace(&self, index: usize) {
-        let Some(connection) = self.connections.get(index) else { return };
-        for side in SIDES {
-            if let Some(socket) = connection.socket(side) {
-                unpaced::unpace(socket);
-            }
-        }
     }
 
     /// Brings epoll's view of both sockets up to date.
@@ -172,10 +161,7 @@ impl Engine {
             match connection.stage {
                 Stage::Relaying { .. } => {
                     // Bytes that took a lane woke nobody, so they are noticed here.
-                    if connection.notice_bytes() {
-                        connection.active = now;
-                        moved = true;
-                    }
+                    moved |= connection.notice_bytes(now);
                     if self.settings.idle_timeout.is_some_and(|limit| now - connection.active >= limit) {
                         due.push((index, End::IdleTimeout));
                     }
@@ -204,7 +190,7 @@ impl Engine {
     /// Ends a connection.
     pub(super) fn finish(&mut self, index: usize, end: End) {
         let Some(mut connection) = self.connections.try_remove(index) else { return };
-        if self.settings.idle_by_bytes.is_some() && connection.notice_bytes() {
+        if self.settings.idle_by_bytes.is_some() && connection.notice_bytes(Instant::now()) {
             self.stats.now_idle();
         }
         let _silent = self.silent.remove(&connection.number);

@@ -29,9 +29,9 @@ impl Engine {
 
     /// Notes that bytes have moved since the last look. Late by one step at most, and never early.
     pub(super) fn notice_bytes(&mut self) {
-        let mut moved = false;
+        let (mut moved, now) = (false, std::time::Instant::now());
         for (_, connection) in &mut self.connections {
-            moved |= connection.notice_bytes();
+            moved |= connection.notice_bytes(now);
         }
         if moved {
             self.stats.now_idle();

@@ -16,6 +16,7 @@ use crate::connection::{Burst, Connection, Peer, Stage};
 use crate::engine::handle::Event;
 use crate::kernel::{self, Kernel, LaneCounters, LaneId, Role, SenderAddress};
 use crate::relay::Side;
+use crate::sockaddr;
 use crate::stats::Tally;
 
 /// What the programs are to watch for one target.
@@ -54,14 +55,9 @@ pub(super) fn add(tally: &mut Tally, lane: &LaneCounters) {
     tally.grants += lane.grants;
 }
 
-/// A TCP address as its owner's socket shows it, an IPv4 one always as such.
-fn tcp(address: Option<SockaddrStorage>) -> Option<SocketAddr> {
-    let address = address?;
-    if let Some(v4) = address.as_sockaddr_in() {
-        return Some(SocketAddr::V4((*v4).into()));
-    }
-    let v6 = std::net::SocketAddrV6::from(*address.as_sockaddr_in6()?);
-    Some(SocketAddr::new(v6.ip().to_canonical(), v6.port()))
+/// A TCP address as its owner's socket shows it.
+fn tcp(end: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
+    sockaddr::tcp(&end.ok()?)
 }
 
 impl Engine {
@@ -96,7 +92,7 @@ impl Engine {
             return;
         }
         for (listener, _) in &self.listeners {
-            let Some(address) = tcp(getsockname(listener.socket.as_raw_fd()).ok()) else { continue };
+            let Some(address) = tcp(getsockname(listener.socket.as_raw_fd())) else { continue };
             let watching = kernel::netns_cookie(listener.socket.as_fd())
                 .and_then(|cookie| lanes.kernel.watch(cookie, address.port(), Role::Client).map(|()| cookie));
             match watching {
@@ -149,7 +145,7 @@ impl Engine {
         let (number, client) = (connection.number, connection.client.as_fd());
         let Stage::Relaying { service, up, down } = &mut connection.stage else { return };
         // As a sender sees itself: its own address is our peer's.
-        let own = |fd: i32| tcp(getsockname(fd).ok());
+        let own = |fd: i32| tcp(getsockname(fd));
         let watched = self.backends[connection.backend].watched;
         let careful = lanes.kernel.fionread_lies();
         let Peer::Tcp(peer) = connection.peer else { return };
@@ -161,7 +157,7 @@ impl Engine {
             });
         }
         if let (Some(netns), Some(remote), Some(_)) = (lanes.clients, own(client.as_raw_fd()), target)
-            && (peer.ip() == remote.ip() || peer.ip().is_loopback())
+            && sockaddr::on_this_host(remote.ip(), peer.ip())
         {
             let sender = SenderAddress { netns, local: peer, remote };
             let largest = careful.then_some(Burst::MOST);
@@ -175,7 +171,7 @@ impl Engine {
     pub(super) fn release_service(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let Stage::Relaying { service, .. } = &connection.stage else { return };
-        let ends = (tcp(getsockname(service.as_raw_fd()).ok()), tcp(getpeername(service.as_raw_fd()).ok()));
+        let ends = (tcp(getsockname(service.as_raw_fd())), tcp(getpeername(service.as_raw_fd())));
         if let (Some(lanes), (Some(own), Some(peer))) = (&mut self.lanes, ends)
             && let Some(table) = self.backends[connection.backend].table()
         {

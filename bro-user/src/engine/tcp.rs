@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 
+use crate::connection::closing_aborts;
+
 /// `--keepalive-*`, in the units of tcp(7). What is not given stays as the host has it (net.ipv4.tcp_keepalive_*).
 #[derive(Debug, Clone, Copy)]
 pub struct Keepalive {
@@ -31,11 +33,13 @@ impl Keepalive {
     }
 }
 
-/// Sets the options. A failure is no reason to refuse a client, and a unix socket has none of them.
+/// Sets the options. A failure is no reason to refuse a client, and a unix socket has none of them but the first.
 pub fn set_options(socket: &impl AsFd, keepalive: Keepalive) {
+    closing_aborts(socket, true);
     if setsockopt(socket, sockopt::TcpNoDelay, &true).is_err() {
         return;
     }
+    super::unpaced::unpace(socket.as_fd());
     setsockopt(socket, sockopt::KeepAlive, &true).ok();
     if let Some(time) = keepalive.time {
         setsockopt(socket, sockopt::TcpKeepIdle, &time).ok();

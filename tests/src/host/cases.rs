@@ -8,6 +8,11 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use super::{Host, Manager};
+
+/// A case with its name, for whichever manager the container is under.
+pub type Case = (&'static str, fn(&Host, Manager) -> Result<()>);
+
 /// Runs cases, one after the other or from several threads at once. `BRO_CASE=part` runs those whose name contains that part.
 #[derive(Debug, Default)]
 pub struct Cases {
@@ -34,6 +39,19 @@ impl Cases {
                 self.fail(name, said, seconds);
             }
         }
+    }
+
+    /// Runs cases under the system's manager and under a user's at once, as on a server: most of the time is spent waiting.
+    pub fn both(&self, host: &Host, cases: &[Case]) {
+        std::thread::scope(|scope| {
+            for (kind, manager) in [("rootful", Manager::System), ("rootless", Manager::User("test"))] {
+                scope.spawn(move || {
+                    for (name, case) in cases {
+                        self.case(&format!("{kind}: {name}"), || case(host, manager));
+                    }
+                });
+            }
+        });
     }
 
     /// Fails the test when a case failed.

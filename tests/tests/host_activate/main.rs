@@ -14,11 +14,8 @@ mod refusals;
 mod services;
 
 use anyhow::Result;
-use bro_tests::host::cases::{Cases, note};
+use bro_tests::host::cases::{Case, Cases, note};
 use bro_tests::host::{Host, Manager, NEEDS, site};
-
-/// A case that holds for rootful and for rootless containers.
-type Case = (&'static str, fn(&Host, Manager) -> Result<()>);
 
 const BOTH: &[Case] = &[
     ("from a quadlet to an activated service and back", activated::from_quadlet_to_service),
@@ -69,18 +66,7 @@ fn activated_services_on_a_real_host() {
     for manager in [Manager::System, Manager::User("test"), Manager::User("other")] {
         manager.import_image(&host, "socat", "docker.io/alpine/socat").expect("the image can be imported");
     }
-    // At once, as on a server: most of the time is spent waiting.
-    std::thread::scope(|scope| {
-        for manager in [Manager::System, Manager::User("test")] {
-            let (host, cases) = (&host, &cases);
-            scope.spawn(move || {
-                let kind = if manager == Manager::System { "rootful" } else { "rootless" };
-                for (name, case) in BOTH {
-                    cases.case(&format!("{kind}: {name}"), || case(host, manager));
-                }
-            });
-        }
-    });
+    cases.both(&host, BOTH);
     for (name, case) in OTHERS {
         cases.case(name, || case(&host));
     }

@@ -12,11 +12,8 @@ mod users;
 mod waking;
 
 use anyhow::Result;
-use bro_tests::host::cases::{Cases, note};
-use bro_tests::host::{Host, Manager, NEEDS};
-
-/// A case that holds for rootful and for rootless containers.
-type Case = (&'static str, fn(&Host, Manager) -> Result<()>);
+use bro_tests::host::cases::{Case, Cases, note};
+use bro_tests::host::{Host, NEEDS};
 
 const BOTH: &[Case] = &[
     (
@@ -85,18 +82,7 @@ fn forwarders_on_a_real_host() {
     let mut host = Host::boot().expect("the host boots");
     note(&format!("the host booted in {:.1} s", host.booted_in().as_secs_f64()));
     site::prepare(&host).expect("the host can be prepared");
-    // At once, as on a server: most of the time is spent waiting.
-    std::thread::scope(|scope| {
-        for manager in [Manager::System, Manager::User("test")] {
-            let (host, cases) = (&host, &cases);
-            scope.spawn(move || {
-                let kind = if manager == Manager::System { "rootful" } else { "rootless" };
-                for (name, case) in BOTH {
-                    cases.case(&format!("{kind}: {name}"), || case(host, manager));
-                }
-            });
-        }
-    });
+    cases.both(&host, BOTH);
     for (name, case) in OTHERS {
         cases.case(name, || case(&host));
     }

@@ -5,10 +5,11 @@
 //! kernel has and everybody may choose (tcp(7), tcp_allowed_congestion_control), does nothing there once it has started.
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname, setsockopt, sockopt};
+
+use crate::sockaddr;
 
 /// Chooses the algorithm, if the sink's other end is on this host. A failure leaves the host's default.
 pub fn unpace(sink: BorrowedFd<'_>) {
@@ -17,19 +18,11 @@ pub fn unpace(sink: BorrowedFd<'_>) {
     }
 }
 
-/// Are both ends of a TCP connection on this host?
 fn is_local(socket: BorrowedFd<'_>) -> bool {
     let (own, peer) = (getsockname(socket.as_raw_fd()), getpeername(socket.as_raw_fd()));
-    let (Some(own), Some(peer)) = (own.ok().and_then(ip), peer.ok().and_then(ip)) else { return false };
-    own == peer || peer.is_loopback()
-}
-
-fn ip(address: SockaddrStorage) -> Option<std::net::IpAddr> {
-    if let Some(v4) = address.as_sockaddr_in() {
-        return Some(SocketAddr::V4((*v4).into()).ip());
-    }
-    let v6 = std::net::SocketAddrV6::from(*address.as_sockaddr_in6()?);
-    Some(v6.ip().to_canonical())
+    let ip =
+        |end: nix::Result<SockaddrStorage>| end.ok().and_then(|end| sockaddr::tcp(&end)).map(|end| end.ip());
+    ip(own).zip(ip(peer)).is_some_and(|(own, peer)| sockaddr::on_this_host(own, peer))
 }
 
 #[cfg(test)]
