@@ -160,7 +160,8 @@ impl Engine {
             && sockaddr::on_this_host(remote.ip(), peer.ip())
         {
             let sender = SenderAddress { netns, local: peer, remote };
-            let largest = careful.then_some(Burst::MOST);
+            // The programs see messages, not bursts: a head and a body that both take the lane are within it.
+            let largest = careful.then_some(Burst::MOST / 2);
             lanes.open(&sender, service.as_fd(), (index, number, Side::Service), largest, |lane| {
                 up.set_lane(lane)
             });
