@@ -115,7 +115,7 @@ impl Engine {
         for (index, backend) in self.backends.iter_mut().enumerate() {
             if backend.is_asleep() {
                 backend.state = State::Waking;
-                self.outbox.tell(Event::Wake { backend: index, peer: by.to_owned(), refused: false });
+                self.outbox.tell(&Event::Wake { backend: index, peer: by.to_owned(), refused: false });
             }
         }
     }
@@ -134,7 +134,7 @@ impl Engine {
             if !refused {
                 self.tallies[connection.listener].cold_starts += 1;
             }
-            self.outbox.tell(wake);
+            self.outbox.tell(&wake);
         }
         self.register(index);
         self.publish_held();
