@@ -353,3 +353,30 @@ impl AddressBook {
             .map(drop)
     }
 }
+
+/// Has the program that `command` starts inherit `descriptors` as 3, 4, … in this order, as systemd passes sockets.
+///
+/// # Errors
+/// EMFILE.
+pub fn pass_descriptors(command: &mut std::process::Command, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    use std::os::unix::process::CommandExt as _;
+    // First above all destinations, so that none is overwritten before it has been passed on.
+    let above = 3 + RawFd::try_from(descriptors.len()).map_err(io::Error::other)?;
+    let mut sources = Vec::with_capacity(descriptors.len());
+    for descriptor in descriptors {
+        let number = fcntl(descriptor, FcntlArg::F_DUPFD_CLOEXEC(above))?;
+        // SAFETY: the kernel just made this descriptor for us.
+        sources.push(unsafe { OwnedFd::from_raw_fd(number) });
+    }
+    let place = move || {
+        for (source, number) in sources.iter().zip(3..) {
+            // SAFETY: plain numbers; whatever else has them in the child is close-on-exec and nobody's any more.
+            let _number = check(unsafe { libc::dup2(source.as_raw_fd(), number) })?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec this calls nothing but dup2, which is async-signal-safe.
+    let _same = unsafe { command.pre_exec(place) };
+    Ok(())
+}
