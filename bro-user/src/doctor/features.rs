@@ -39,7 +39,7 @@ pub(super) const FEATURES: &[Feature] = &[
     feature("sockets that the container takes over (`--direct`)", Some(247), Some((5, 0)), None),
     feature("another account's port from a container (pasta)", None, Some((4, 4)), None),
     feature("the same at `host.containers.internal`", None, Some((5, 3)), None),
-    // bpf_get_netns_cookie() for sk_msg programs
+    // bpf_get_netns_cookie() for sock_ops programs
     feature("the kernel relay", None, None, Some((5, 15))),
 ];
 

@@ -160,7 +160,7 @@ pub fn client_while_restarting(host: &Host, manager: Manager) -> Result<()> {
     let data = folder(host, manager, "anew")?;
     // It takes its time after the end of what listens.
     let script =
-        "socat ACCEPT-FD:3,fork EXEC:cat & listening=$!; trap 'kill $listening; sleep 2; exit' TERM; wait";
+        "socat ACCEPT-FD:3,fork EXEC:cat & listening=$!; trap 'kill $listening; sleep 2; exit 0' TERM; wait";
     host.write(&format!("{data}/run"), script)?;
     let plan = Plan::new(
         &format!(
