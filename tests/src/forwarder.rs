@@ -325,6 +325,18 @@ impl Forwarder {
         self.both().into_iter().map(|pid| Ok(process::descriptors(pid)?.len())).sum()
     }
 
+    /// How many it holds without its own pipes, and how many pipes these are.
+    pub fn descriptors_and_pipes(&self) -> Result<(usize, usize)> {
+        let (mut others, mut pipes) = (0, 0);
+        for pid in self.both() {
+            let held = process::descriptors(pid)?;
+            let own = process::own_pipes(&held);
+            others += held.len() - 2 * own;
+            pipes += own;
+        }
+        Ok((others, pipes))
+    }
+
     /// Expects that in a `span` in which nothing happens it uses next to no processor time. A spin goes on and on; what only takes
     /// its time, like loading the kernel relay, is over at one of the next looks.
     pub fn expect_no_spin(&self, span: Duration) -> Result<()> {
