@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use nix::sys::socket::{getsockopt, sockopt};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::UnixStream;
 
 use crate::listen::Listener;
@@ -139,9 +139,11 @@ impl Program {
         let _same = command
             .env("LISTEN_FDS", listeners.len().to_string())
             .env("LISTEN_FDNAMES", names.join(":"))
-            .env(VARIABLE, (crate::listen::FIRST as usize + listeners.len()).to_string())
+            .env(VARIABLE, (crate::listen::FIRST as usize + listeners.len()).to_string());
+        if std::env::var("WATCHDOG_PID").is_ok_and(|pid| pid.parse() == Ok(std::process::id())) {
             // The successor has to say that it is alive as well.
-            .env_remove("WATCHDOG_PID");
+            let _same = command.env_remove("WATCHDOG_PID");
+        }
         sys::pass_descriptors(&mut command, &descriptors)?;
         let child = command.spawn().with_context(|| format!("cannot execute {}", self.path.display()))?;
         Ok(Successor { child, channel: ours })

@@ -49,7 +49,13 @@ impl Listener {
     /// EMFILE.
     pub fn for_relay(&self) -> std::io::Result<Self> {
         let socket = self.socket.try_clone()?;
-        Ok(Self { socket, name: self.name.clone(), address: self.address.clone(), own: self.own, unlink: None })
+        Ok(Self {
+            socket,
+            name: self.name.clone(),
+            address: self.address.clone(),
+            own: self.own,
+            unlink: None,
+        })
     }
 }
 

@@ -372,7 +372,10 @@ impl AddressBook {
 ///
 /// # Errors
 /// EMFILE.
-pub fn pass_descriptors(command: &mut std::process::Command, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub fn pass_descriptors(
+    command: &mut std::process::Command,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, fcntl};
     use std::os::unix::process::CommandExt as _;
     // First above all destinations, so that none is overwritten before it has been passed on.
