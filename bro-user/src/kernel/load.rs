@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use aya::maps::{Map, MapError, SockHash};
-use aya::programs::{ProgramError, SkMsg, SockOps};
+use aya::programs::{ProgramError, SchedClassifier, SkMsg, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use nix::libc;
 
@@ -34,6 +34,9 @@ pub(super) fn load(config: &Config) -> Result<(Programs, Descriptors, Share), Un
     send.attach(senders.fd()).map_err(|error| refused("bro_send", error))?;
     let watch: &mut SockOps = program(&mut ebpf, "bro_watch")?;
     watch.load().map_err(|error| refused("bro_watch", error))?;
+    let hook: &mut SchedClassifier = program(&mut ebpf, "bro_hook")?;
+    hook.load().map_err(|error| refused("bro_hook", error))?;
+    let hook = own(hook.fd().map_err(|error| refused("bro_hook", error))?.as_fd())?;
 
     let descriptors = Descriptors {
         records: descriptor(&mut ebpf, "RECORDS")?,
@@ -43,6 +46,7 @@ pub(super) fn load(config: &Config) -> Result<(Programs, Descriptors, Share), Un
         senders: own(senders.fd().as_fd())?,
         targets: descriptor(&mut ebpf, "TARGETS")?,
         events: descriptor(&mut ebpf, "EVENTS")?,
+        hook,
     };
     // Until the self-test has seen better.
     let share = Share { records: lanes, hook_blocking: config.hook_blocking, fionread_lies: true };
