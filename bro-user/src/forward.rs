@@ -282,9 +282,6 @@ impl<'a> Control<'a> {
             hold_limit: options.start_timeout.or_forever(),
             hold_refused: options.ready != crate::activate::ready::Ready::Unchecked,
         };
-        for (listener, target) in &listeners {
-            tracing::info!(socket = %listener.name, address = %listener.address, target = %targets[*target], "listening");
-        }
         let described = listeners.iter().map(|(listener, target)| {
             (listener.name.clone(), listener.address.clone(), targets[*target].to_string())
         });
@@ -347,6 +344,10 @@ impl<'a> Control<'a> {
         }
         // The engine's thread attaches the programs; this one never needs the rights for that.
         crate::capabilities::drop_the_kernel_relays();
+        // Not before: who insists on what cannot be had gets one sentence.
+        for (name, address, target) in &self.listeners {
+            tracing::info!(socket = %name, %address, %target, "listening");
+        }
         let mut said = self.status();
         life::ready(&said);
         loop {

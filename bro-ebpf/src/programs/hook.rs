@@ -15,6 +15,8 @@ use crate::maps::{SENDER, SENDERS, count, raw};
 const HOOKED: i32 = 1;
 /// It is not: gone, half-closed, in blocking mode by now, or the map is full.
 const NOT_HOOKED: i32 = 0;
+/// `-EOPNOTSUPP`: it is half-closed or closed by now, which is no refusal.
+const GONE: i64 = -95;
 /// `BPF_NOEXIST`.
 const NOEXIST: u64 = 1;
 /// `BPF_F_CURRENT_NETNS`: the namespace of the thread that runs this.
@@ -94,12 +96,14 @@ fn hook(sk: *mut c_void, request: &HookRequest) -> i32 {
     let key = core::ptr::from_mut(&mut key).cast();
     // SAFETY: the key is of the map's key type, the value is a socket, which is what this kind of map takes. The kernel refuses
     // one that is no longer established.
-    if unsafe { bpf_map_update_elem(raw(&SENDERS), key, sk, NOEXIST) } == 0 {
+    let refused = unsafe { bpf_map_update_elem(raw(&SENDERS), key, sk, NOEXIST) };
+    if refused == 0 {
         count(Counter::Hooked);
-        HOOKED
-    } else {
-        sender.state = 0;
-        count(Counter::HookRefused);
-        NOT_HOOKED
+        return HOOKED;
     }
+    sender.state = 0;
+    if refused != GONE {
+        count(Counter::HookRefused);
+    }
+    NOT_HOOKED
 }

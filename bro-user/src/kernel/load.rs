@@ -134,12 +134,17 @@ fn refused(name: &'static str, error: ProgramError) -> Unavailable {
         }
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
-            let lines: Vec<&str> = log.lines().rev().filter(|line| !line.is_empty()).take(4).collect();
-            let said: Vec<&str> = lines.into_iter().rev().collect();
-            Unavailable::Verifier { name, verifier: format!("{io_error}: {}", said.join("; ")) }
+            Unavailable::Verifier { name, verifier: format!("{io_error}: {}", verdict(&log)) }
         }
         other => Unavailable::Verifier { name, verifier: chain(&other) },
     }
+}
+
+/// The line of the verifier's log that says why: the last one but for its statistics.
+fn verdict(log: &str) -> &str {
+    let statistics = ["verification time", "stack depth", "processed "];
+    let says = |line: &&str| !line.is_empty() && !statistics.iter().any(|begin| line.starts_with(begin));
+    log.lines().map(str::trim).rev().find(says).unwrap_or("without a word")
 }
 
 /// The first error number in an error's chain of causes.
@@ -163,4 +168,17 @@ fn chain(error: &(dyn Error + 'static)) -> String {
         next = error.source();
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::verdict;
+
+    #[test]
+    fn the_verifiers_reason_is_told_from_its_statistics() {
+        let log = "8: (85) call bpf_get_netns_cookie#122\nunknown func bpf_get_netns_cookie#122\n\
+                   verification time 152 usec\nstack depth 0\nprocessed 9 insns (limit 1000000)\n\n";
+        assert_eq!(verdict(log), "unknown func bpf_get_netns_cookie#122");
+        assert_eq!(verdict(""), "without a word");
+    }
 }
