@@ -12,7 +12,7 @@ use crate::sys;
 use crate::target::{self, Target};
 
 /// The first descriptor that systemd passes (`SD_LISTEN_FDS_START`).
-const FIRST: RawFd = 3;
+pub(crate) const FIRST: RawFd = 3;
 
 /// More sockets than any unit passes; a higher count is a broken environment.
 const MOST: RawFd = 1024;
@@ -85,11 +85,17 @@ pub struct Environment {
 }
 
 impl Environment {
+    /// Reads the three variables, and leaves them for whoever this process becomes.
+    #[must_use]
+    pub fn read() -> Self {
+        let read = |name| std::env::var(name).ok();
+        Self { pid: read("LISTEN_PID"), fds: read("LISTEN_FDS"), names: read("LISTEN_FDNAMES") }
+    }
+
     /// Takes the three variables out of the environment, so that no child takes our sockets for its own.
     #[must_use]
     pub fn take() -> Self {
-        let read = |name| std::env::var(name).ok();
-        let taken = Self { pid: read("LISTEN_PID"), fds: read("LISTEN_FDS"), names: read("LISTEN_FDNAMES") };
+        let taken = Self::read();
         sys::unset_environment(&["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"]);
         taken
     }
