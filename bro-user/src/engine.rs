@@ -34,7 +34,7 @@ use backends::Backend;
 use handle::{Command, Event, Mailbox, Outbox};
 use token::Token;
 
-pub use backends::{Address, Destination, NamespaceFile, Via};
+pub use backends::Destination;
 
 /// What the command line decided for the engine.
 #[derive(Debug, Clone)]
