@@ -149,3 +149,17 @@ pub fn watch(fd: OwnedFd, interest: tokio::io::Interest) -> io::Result<tokio::io
     // SAFETY: an OwnedFd keeps its descriptor open, and the same one, for as long as the AsyncFd that owns it exists.
     unsafe { tokio::io::unix::AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
+
+/// The type in the file's SELinux label (`bin_t` of `system_u:object_r:bin_t:s0`), where it has one.
+#[must_use]
+pub fn selinux_type(path: &std::path::Path) -> Option<String> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut label = [0_u8; 512];
+    // SAFETY: both strings end with a zero byte, and the kernel writes no more than the length that it is told.
+    let length = unsafe {
+        libc::getxattr(path.as_ptr(), c"security.selinux".as_ptr(), label.as_mut_ptr().cast(), label.len())
+    };
+    let label = label.get(..usize::try_from(length).ok()?)?;
+    Some(std::str::from_utf8(label).ok()?.trim_end_matches('\0').split(':').nth(2)?.to_owned())
+}

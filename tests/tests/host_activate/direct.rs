@@ -1,8 +1,9 @@
 //! `--direct`: programs that take an activated socket over themselves, with nothing in between and with `Network=none`.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::site::{PATIENCE, Plan, ask, folder};
@@ -88,4 +89,67 @@ pub fn echo_over_unix(host: &Host, manager: Manager) -> Result<()> {
         client.read_to_end(&mut answer)?;
         Ok(answer)
     })
+}
+
+/// A container that dies whenever it is started: more clients than any of systemd's limits allows are told at once, one start
+/// each, the socket goes on listening, and the first client after it is well is served.
+pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
+    const CLIENTS: usize = 25;
+    let data = folder(host, manager, "falls")?;
+    let script = "test -e /data/well || exit 3; exec socat ACCEPT-FD:3,fork EXEC:cat";
+    let plan = Plan::new(
+        &format!(
+            "Image=docker.io/alpine/socat\nEntrypoint=/bin/sh\nExec=-c \"{script}\"\nStopSignal=SIGKILL\nVolume={data}:/data"
+        ),
+        "",
+        "",
+    );
+    plan.write_quadlet(host, manager, "falls")?;
+    let port = host.free_port()?;
+    let ran = activate(host, manager, &format!("falls --direct --external-port 127.0.0.1:{port}"))?;
+    ensure!(ran.success(), "{ran:?}");
+    let listens = || -> Result<()> {
+        let state = manager.show(host, "falls.socket", "ActiveState")?;
+        ensure!(state == "active", "the socket is {state}: {}", manager.journal(host, "falls.socket")?);
+        Ok(())
+    };
+    for client in 1..=CLIENTS {
+        let mut stream = host.connect(port).with_context(|| format!("client {client}"))?;
+        let began = Instant::now();
+        stream.write_all(b"anybody there?").ok();
+        match stream.read(&mut [0; 1]) {
+            Ok(0) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            other => {
+                anyhow::bail!("client {client} saw {other:?}: {}", manager.journal(host, "falls.service")?)
+            }
+        }
+        ensure!(
+            began.elapsed() < Duration::from_secs(10),
+            "client {client} was told after {:?}",
+            began.elapsed()
+        );
+        listens()?;
+    }
+    // Nobody waits, so nothing is started any more.
+    let starts = || -> Result<usize> {
+        let journal = manager.journal(host, "falls.service")?;
+        Ok(journal.lines().filter(|line| line.starts_with("Starting ")).count())
+    };
+    host.wait_until("the last start is over", PATIENCE, || {
+        Ok(matches!(manager.show(host, "falls.service", "ActiveState")?.as_str(), "failed" | "inactive"))
+    })?;
+    let after = starts()?;
+    ensure!((1..=CLIENTS).contains(&after), "{after} starts for {CLIENTS} clients");
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(starts()? == after, "it is started although nobody is there");
+
+    host.write(&format!("{data}/well"), "")?;
+    let answer = ask(host.connect(port)?, b"hello");
+    let answer = answer.with_context(|| manager.journal(host, "falls.service").unwrap_or_default())?;
+    ensure!(answer == b"hello", "{answer:?}");
+    listens()?;
+    ensure!(activate(host, manager, "falls --remove")?.success());
+    manager.systemctl(host, &["stop", "falls.service"])?;
+    Ok(())
 }
