@@ -39,7 +39,8 @@ pub fn run(options: &Helper) -> anyhow::Result<std::convert::Infallible> {
         (None, None) => unreachable!("clap asks for one of them"),
     };
     enter(pid)?;
-    let (program, arguments) = options.command.split_first().ok_or_else(|| Failure::Usage("no CMD".into()))?;
+    let (program, arguments) =
+        options.command.split_first().ok_or_else(|| Failure::Usage("no CMD".into()))?;
     // What this process has opened itself is close-on-exec.
     let error = Command::new(program).args(arguments).exec();
     let sentence = format!("cannot execute {}: {error}", program.to_string_lossy());
@@ -87,7 +88,10 @@ fn exited(process: &OwnedFd) -> bool {
 fn keep(passed: usize) -> Result<(), Failure> {
     for number in (listen::FIRST..).take(passed) {
         clear_close_on_exec(number).map_err(|errno| {
-            Failure::NoSocket(format!("LISTEN_FDS promises descriptor {number}, which is not there: {}", errno.desc()))
+            Failure::NoSocket(format!(
+                "LISTEN_FDS promises descriptor {number}, which is not there: {}",
+                errno.desc()
+            ))
         })?;
     }
     Ok(())

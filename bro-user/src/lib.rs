@@ -22,6 +22,7 @@ pub mod life;
 pub mod listen;
 pub mod logging;
 pub mod netns;
+pub mod owner;
 pub mod quadlet;
 pub mod relay;
 pub mod sockaddr;

@@ -2,6 +2,7 @@
 //! written depends on nothing but the arguments, so that a second run can tell whether anything has changed.
 
 mod drop_in;
+mod sandbox;
 mod service;
 mod socket;
 
@@ -56,6 +57,9 @@ fn notes(activated: &Activated, root: Option<&Path>) -> Vec<(&'static str, Strin
         vec![("Quadlet", activated.quadlet.display().to_string()), ("Unit", activated.unit.clone())];
     if let Some(container) = &activated.container {
         notes.push(("Container", container.clone()));
+    }
+    if let Some(owner) = &activated.run_as {
+        notes.extend([("RunAs", owner.name.clone()), ("RunAsId", owner.uid.to_string())]);
     }
     if activated.container_given {
         notes.push(("ContainerGiven", "yes".to_owned()));

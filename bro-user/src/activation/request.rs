@@ -10,6 +10,7 @@ use crate::activate::ready::Ready;
 use crate::activated::{Activated, Listener};
 use crate::cli::{Activate, Direct};
 use crate::exit::Failure;
+use crate::owner::Owner;
 use crate::quadlet::{self, Kind, Quadlet};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -58,12 +59,16 @@ pub(super) fn wanted(
     options: &Activate,
     quadlet: &Quadlet,
     known: Option<&Activated>,
+    run_as: Option<Owner>,
     places: &Places,
 ) -> anyhow::Result<Wanted> {
     if let Some(Ready::Exec(command)) = &options.ready {
         super::address::one_line(command).map_err(|reason| usage(format!("--ready=exec: {reason}")))?;
     }
     let direct = direct(options, known)?;
+    if let Some(owner) = &run_as {
+        check_run_as(owner, direct, quadlet)?;
+    }
     let mut warnings = Vec::new();
     let network = Network::of(quadlet);
     let nginx = direct && takes_nginx_way(options, quadlet, known);
@@ -80,6 +85,7 @@ pub(super) fn wanted(
     let mut activated = Activated {
         name: quadlet.name.clone(),
         scope: places.scope,
+        run_as,
         quadlet: units::unrooted(&quadlet.path, places.root.as_deref()),
         unit: quadlet.unit.clone(),
         container_given: !direct
@@ -101,7 +107,12 @@ pub(super) fn wanted(
     check_host_network(&activated, &network)?;
     let drop_in = drop_in(quadlet, &activated, &network, nginx);
     if !drop_in.is_empty() {
-        let directory = quadlet::drop_in_directory(quadlet, places.scope, places.root.as_deref())?;
+        let directory = quadlet::drop_in_directory(
+            quadlet,
+            places.scope,
+            activated.run_as.as_ref(),
+            places.root.as_deref(),
+        )?;
         let file = match quadlet.name.split_once('@').filter(|_| quadlet.is_shared()) {
             // The directory is the template's, so each instance has a file of its own.
             Some((_, instance)) => format!("50-bro-activator-{instance}.conf"),
@@ -119,7 +130,8 @@ pub(super) fn wanted(
         ));
     }
     let own_word = quadlet.file.boolean("Quadlet", "DefaultDependencies");
-    let waits_for_network = places.scope == Manager::User && !drop_in.no_network && own_word != Some(false);
+    let waits_for_network =
+        activated.unit_scope() == Manager::User && !drop_in.no_network && own_word != Some(false);
     Ok(Wanted { activated, drop_in, waits_for_network, warnings })
 }
 
@@ -139,6 +151,28 @@ fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool>
              activate {name} --remove` first"
         ))),
         (direct, _) => Ok(direct),
+    }
+}
+
+/// What root writes into the system's units for a user must be what it looks like.
+fn check_run_as(owner: &Owner, direct: bool, quadlet: &Quadlet) -> anyhow::Result<()> {
+    if direct {
+        return Err(usage(
+            "--run-as does not go with --direct: Podman passes on only the sockets of the manager that starts it, and that is the              user's, not the system's",
+        ));
+    }
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_' | '.' | '@');
+    if !quadlet.unit.chars().all(fits) {
+        let unit = quadlet.unit.escape_debug();
+        return Err(usage(format!(
+            "“{unit}”, of {}'s {}, cannot be the name of a unit",
+            owner.name,
+            quadlet.file_name()
+        )));
+    }
+    match &quadlet.container {
+        Ok(name) => container_name(name).map(drop),
+        Err(_) => Ok(()),
     }
 }
 

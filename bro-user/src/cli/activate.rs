@@ -26,6 +26,9 @@ Examples:
   nginx takes the socket over itself: no forwarder, no idle stop, the client's own address:
     bro activate web --direct --external-port 0.0.0.0:8080
 
+  Port 80 for a rootless container of the user “test”, as root; no sysctl, and nothing of it runs as root:
+    bro activate web --system --run-as test --external-port 80
+
 An option that is left out stays as an earlier run set it. Files that bro activate did not write are never overwritten.
 NAME is looked for where Podman looks (podman-systemd.unit(5)): NAME.container, NAME.pod, NAME.kube, or an instance
 NAME@INSTANCE of a template NAME@.container.
@@ -118,6 +121,14 @@ pub struct Activate {
     /// How bytes are moved: auto, sockmap, splice or copy
     #[arg(long, value_name = "HOW", conflicts_with = "direct")]
     pub relay: Option<RelayChoice>,
+
+    /// For the system, for the rootless container of an ordinary user: systemd listens, as on port 80, and the forwarder is USER
+    ///
+    /// The quadlet is looked for where USER's Podman looks; the container, its images and its unit are USER's as ever. The socket
+    /// and the forwarder's service are the system's, and nothing of theirs runs as root. The service starts USER's service
+    /// manager where it does not run yet.
+    #[arg(long, value_name = "USER", conflicts_with_all = ["user", "direct"])]
+    pub run_as: Option<String>,
 
     /// For the system: quadlets and units below /etc, rootful containers (default for root)
     #[arg(long, conflicts_with = "user")]
