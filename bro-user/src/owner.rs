@@ -44,7 +44,7 @@ impl Owner {
         match found {
             None => Err(Failure::NotFound(format!("there is no user “{name}”")).into()),
             Some(Self { uid: 0, .. }) => Err(Failure::Usage(format!(
-                "{name} is root, whose containers are the system's own: leave --run-as out"
+                "{name} has root's number 0, and root's containers are the system's own: leave --run-as out"
             ))
             .into()),
             Some(owner) => Ok(owner),
@@ -132,8 +132,8 @@ mod tests {
         let find = |name: &str| Owner::find(name, Some(&root)).map_err(|error| error.to_string());
         let test = find("test").unwrap();
         assert_eq!((test.uid, test.gid, &*test.home), (1000, 1001, Path::new("/home/test")));
-        assert!(find("root").unwrap_err().contains("is root"));
-        assert!(find("toor").unwrap_err().contains("is root"));
+        assert!(find("root").unwrap_err().contains("root's"));
+        assert!(find("toor").unwrap_err().contains("root's"));
         assert!(find("nobody").unwrap_err().contains("there is no user"));
         assert!(find("bad").unwrap_err().contains("there is no user"));
         assert!(find("a b").unwrap_err().contains("cannot be the name"));

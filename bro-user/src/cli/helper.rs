@@ -23,10 +23,9 @@ Exit status: CMD's own; 127 when there is no such command, 126 when it cannot be
 
 /// `bro helper`.
 #[derive(Debug, Args)]
-#[group(id = "whose", required = true, multiple = false, args = ["pid", "container"])]
 pub struct Helper {
     /// The process whose network namespace CMD is to be in
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    #[arg(long, value_name = "PID", required_unless_present = "container", conflicts_with = "container", value_parser = clap::value_parser!(i32).range(1..))]
     pub pid: Option<i32>,
 
     /// The running container of this user whose network namespace CMD is to be in
