@@ -131,7 +131,7 @@ async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
     let (mut wanted, known, _) = plan(options, places)?;
     let mut warnings = std::mem::take(&mut wanted.warnings);
     warnings.extend(program::warning(places));
-    program::check(&wanted.activated)?;
+    program::check(&wanted.activated, places)?;
     check_listeners(&wanted.activated, known.as_ref(), systemd.as_ref(), places).await?;
     if let Some(systemd) = &systemd {
         let container = systemd.container().context("the container's service manager is gone")?;

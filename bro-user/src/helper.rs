@@ -5,12 +5,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -28,7 +27,7 @@ use crate::sys;
 /// Each with the exit code of [`crate::exit`].
 pub fn run(options: &Helper) -> anyhow::Result<std::convert::Infallible> {
     // Before anything is opened that could take the number of a descriptor which was promised and is not there.
-    keep(Environment::read().passed_to(std::process::id())?.len())?;
+    check(Environment::read().passed_to(std::process::id())?.len())?;
     let pid = match (options.pid, &options.container) {
         (Some(pid), _) => pid,
         (None, Some(name)) => container::running(name).ok_or_else(|| {
@@ -84,21 +83,13 @@ fn exited(process: &OwnedFd) -> bool {
     poll(&mut polled, PollTimeout::ZERO) != Ok(0)
 }
 
-/// Sees to it that what was passed survives the exec. systemd has it so already; other starters may not.
-fn keep(passed: usize) -> Result<(), Failure> {
+/// What was passed is there, and survives the exec as it did the last one: nothing here makes it close-on-exec.
+fn check(passed: usize) -> Result<(), Failure> {
     for number in (listen::FIRST..).take(passed) {
-        clear_close_on_exec(number).map_err(|errno| {
-            Failure::NoSocket(format!(
-                "LISTEN_FDS promises descriptor {number}, which is not there: {}",
-                errno.desc()
-            ))
-        })?;
+        // Forgotten, not dropped: it is the command's.
+        let _descriptor = std::mem::ManuallyDrop::new(sys::adopt(number).map_err(|error| {
+            Failure::NoSocket(format!("LISTEN_FDS promises descriptor {number}, which is not there: {error}"))
+        })?);
     }
     Ok(())
-}
-
-fn clear_close_on_exec(number: RawFd) -> nix::Result<()> {
-    // Forgotten, not dropped: it is the command's.
-    let descriptor = std::mem::ManuallyDrop::new(sys::adopt(number).map_err(|_| Errno::EBADF)?);
-    fcntl(&*descriptor, FcntlArg::F_SETFD(FdFlag::empty())).map(drop)
 }

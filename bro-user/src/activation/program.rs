@@ -38,8 +38,8 @@ pub(super) fn written(activated: &Activated) -> PathBuf {
 }
 
 /// The user whom the forwarder is to run as has to be able to execute it.
-pub(super) fn check(activated: &Activated) -> anyhow::Result<()> {
-    let Some(owner) = &activated.run_as else { return Ok(()) };
+pub(super) fn check(activated: &Activated, places: &Places) -> anyhow::Result<()> {
+    let Some(owner) = activated.run_as.as_ref().filter(|_| places.root.is_none()) else { return Ok(()) };
     let path = std::env::current_exe().context("cannot tell where bro itself is")?;
     let may = {
         let _acting = owner.act()?;

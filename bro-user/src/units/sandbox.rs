@@ -30,8 +30,8 @@ enum Kind<'a> {
     User,
 }
 
-/// The lines of `[Service]`.
-pub(super) fn lines(activated: &Activated, bro: &Path) -> String {
+/// The lines of `[Service]`. `bro` is where the program is, if that is known: not in an image's tree, where it will be a system's.
+pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
     let kind = match (&activated.run_as, activated.scope) {
         (Some(owner), _) => Kind::RunAs(owner),
         (None, Manager::System) => Kind::Rootful,
@@ -100,8 +100,8 @@ fn uses_kernel(activated: &Activated) -> bool {
     matches!(activated.option("relay"), None | Some("auto" | "sockmap"))
 }
 
-fn files(activated: &Activated, bro: &Path, kind: &Kind<'_>, say: &mut impl FnMut(&str)) {
-    let mut looked_at = vec![bro.to_owned()];
+fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut impl FnMut(&str)) {
+    let mut looked_at: Vec<PathBuf> = bro.map(Path::to_owned).into_iter().collect();
     looked_at.extend(activated.option("busy-file").map(PathBuf::from));
     if activated.container.is_none() {
         looked_at.extend(targets(activated).filter_map(|target| match target {
@@ -133,9 +133,11 @@ fn files(activated: &Activated, bro: &Path, kind: &Kind<'_>, say: &mut impl FnMu
     if !below(&["/tmp", "/var/tmp"]) {
         say("PrivateTmp=yes");
     }
-    say("PrivateDevices=yes\nPrivateIPC=yes\nProtectClock=yes\nProtectHostname=yes\nProtectKernelLogs=yes\n\
+    say(
+        "PrivateMounts=yes\nPrivateDevices=yes\nPrivateIPC=yes\nProtectClock=yes\nProtectHostname=yes\nProtectKernelLogs=yes\n\
          ProtectKernelModules=yes\nProtectKernelTunables=yes\nProtectControlGroups=yes\nProtectProc=invisible\nProcSubset=pid\n\
-         RemoveIPC=yes");
+         RemoveIPC=yes",
+    );
 }
 
 /// systemd listens, and the container's namespace is entered: the forwarder needs no network of its own.
@@ -166,4 +168,55 @@ fn network(activated: &Activated, say: &mut impl FnMut(&str)) {
 
 fn targets(activated: &Activated) -> impl Iterator<Item = Target> {
     activated.listeners.iter().filter_map(|listener| listener.target.as_ref()?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::owner::Owner;
+
+    fn lines_of(scope: Manager, run_as: bool, bro: &str) -> String {
+        let owner = Owner { name: "test".into(), uid: 7, gid: 7, home: "/home/test".into() };
+        let activated = Activated {
+            name: "web".into(),
+            scope,
+            run_as: run_as.then_some(owner),
+            quadlet: "web.container".into(),
+            unit: "web.service".into(),
+            container: Some("systemd-web".into()),
+            direct: false,
+            socket_file: PathBuf::new(),
+            service_file: None,
+            listeners: Vec::new(),
+            options: Vec::new(),
+            container_given: false,
+            others: Vec::new(),
+            made: Vec::new(),
+        };
+        lines(&activated, Some(Path::new(bro)))
+    }
+
+    #[test]
+    fn the_program_itself_is_not_hidden() {
+        let system = |bro: &str| lines_of(Manager::System, false, bro);
+        assert!(system("/usr/bin/bro").contains("\nProtectHome=yes\n"));
+        assert!(system("/root/bro").contains("\nProtectHome=read-only\n"));
+        assert!(
+            system("/home/x/bro").contains("\nPrivateTmp=yes\n")
+                && !system("/tmp/bro").contains("PrivateTmp")
+        );
+        let run_as = |bro: &str| lines_of(Manager::System, true, bro);
+        assert!(run_as("/usr/bin/bro").contains("\nProtectHome=tmpfs\nBindPaths=-/run/user/7\n"));
+        assert!(run_as("/home/x/bro").contains("\nProtectHome=read-only\nReadWritePaths=-/run/user/7\n"));
+    }
+
+    #[test]
+    fn a_users_manager_is_asked_for_nothing_that_implies_a_user_namespace() {
+        let user = lines_of(Manager::User, false, "/usr/bin/bro");
+        let directives = user.lines().filter(|line| !line.starts_with('#'));
+        let bad = ["Private", "Protect", "Capability", "ReadWrite", "Bind"];
+        let found: Vec<&str> =
+            directives.filter(|line| bad.iter().any(|start| line.starts_with(start))).collect();
+        assert!(found.is_empty() && user.contains("NoNewPrivileges=yes"), "{found:?}");
+    }
 }

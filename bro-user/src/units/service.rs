@@ -37,7 +37,7 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
             )
         }
     };
-    let sandbox = super::sandbox::lines(activated, bro);
+    let sandbox = super::sandbox::lines(activated, Some(bro).filter(|_| root.is_none()));
     let command = command(activated, bro).join(" \\\n    ");
     // Writing to a String cannot fail.
     write!(
