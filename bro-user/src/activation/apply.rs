@@ -361,6 +361,12 @@ async fn take_down(
         stop(systemd, &service).await?;
     }
     systemd.disable(doomed).await?;
+    for change in changes.iter().filter(|change| change.text.is_none()) {
+        let name = change.path.file_name().unwrap_or_default().to_string_lossy();
+        if *name == crate::units::pause_unit(&known.name) {
+            stop(systemd, &name).await?;
+        }
+    }
     Changed::make(changes)
 }
 

@@ -14,7 +14,7 @@ use crate::owner::Owner;
 use crate::quadlet::{self, Kind, Quadlet};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
-use crate::units::{self, DropIn};
+use crate::units::{self, DropIn, RESTRICTED};
 
 /// How long a container stays up without a connection where nobody said otherwise.
 const IDLE: &str = "5min";
@@ -82,6 +82,11 @@ pub(super) fn wanted(
             Err(reason) => return Err(usage(reason.clone())),
         },
     };
+    let restricted =
+        options.restrict_network || known.is_some_and(|known| known.option(RESTRICTED).is_some());
+    if restricted {
+        check_restricted(direct, &network, quadlet)?;
+    }
     let mut activated = Activated {
         name: quadlet.name.clone(),
         scope: places.scope,
@@ -95,7 +100,7 @@ pub(super) fn wanted(
         socket_file: PathBuf::new(),
         service_file: (!direct).then(|| places.units.join(format!("{}-activator.service", quadlet.name))),
         listeners: listeners(options, quadlet, known, places, &network, (direct, nginx))?,
-        options: if direct { way(nginx) } else { handed_on(options, known) },
+        options: if direct { way(nginx, restricted) } else { handed_on(options, known) },
         others: Vec::new(),
         made: known.map(|known| known.made.clone()).unwrap_or_default(),
     };
@@ -119,6 +124,9 @@ pub(super) fn wanted(
             None => "50-bro-activator.conf".to_owned(),
         };
         activated.others.push(directory.join(file));
+    }
+    if restricted && places.scope == Manager::User {
+        activated.others.push(places.units.join(units::pause_unit(&activated.name)));
     }
     warn_of_ports(quadlet, &activated, &mut warnings);
     warn_of_install(quadlet, &mut warnings);
@@ -402,8 +410,29 @@ fn takes_nginx_way(options: &Activate, quadlet: &Quadlet, known: Option<&Activat
 }
 
 /// Noted, so that a later run without `--direct=` keeps to it.
-fn way(nginx: bool) -> Vec<(String, String)> {
-    vec![("direct".to_owned(), if nginx { "nginx" } else { "listen-fds" }.to_owned())]
+fn way(nginx: bool, restricted: bool) -> Vec<(String, String)> {
+    let mut way = vec![("direct".to_owned(), if nginx { "nginx" } else { "listen-fds" }.to_owned())];
+    if restricted {
+        way.push((RESTRICTED.to_owned(), "yes".to_owned()));
+    }
+    way
+}
+
+/// May this one be cut off from the network?
+fn check_restricted(direct: bool, network: &Network, quadlet: &Quadlet) -> anyhow::Result<()> {
+    if !direct {
+        return Err(usage(
+            "--restrict-network is for --direct: a forwarder makes its connections in the container's network, and is confined \
+             without a word",
+        ));
+    }
+    if *network != Network::None {
+        return Err(usage(format!(
+            "--restrict-network needs a container without a network; add Network=none to {}",
+            quadlet.file_name()
+        )));
+    }
+    Ok(())
 }
 
 fn check_direct(quadlet: &Quadlet, nginx: bool, warnings: &mut Vec<String>) -> anyhow::Result<()> {

@@ -67,6 +67,14 @@ pub struct Activate {
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
     pub direct: Option<Direct>,
 
+    /// With --direct and Network=none: neither the container nor Podman, which starts it, can make a socket of the network
+    ///
+    /// The passed socket is the only way in, and there is none out. The image has to be there already. Stays until --remove.
+    /// (RestrictAddressFamilies= with AF_UNIX, AF_NETLINK and AF_INET, which crun wants for the loopback interface, and
+    /// NoNewPrivileges=; for a user with a unit that makes Podman's user namespace before.)
+    #[arg(long)]
+    pub restrict_network: bool,
+
     /// The network of the quadlet that the service is reached through: none, host, NAME or NAME.network
     ///
     /// Needed only for a service that does not listen on 127.0.0.1 of its container: the target is then the container's
@@ -145,7 +153,7 @@ pub struct Activate {
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
         "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
-        "relay"])]
+        "relay", "run_as", "restrict_network"])]
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing

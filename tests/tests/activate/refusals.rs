@@ -69,6 +69,8 @@ const CASES: &[Case] = &[
     (&["mine", "--external-port", "80", "--run-as", "test", "--direct"], 2, "cannot be used with"),
     (&["mine", "--external-port", "80", "--run-as", "test", "--user"], 2, "cannot be used with"),
     (&["sly", "--external-port", "80", "--run-as", "test"], 2, "cannot be the name of a unit"),
+    (&["web", "--external-port", "80", "--restrict-network"], 2, "is for --direct"),
+    (&["net", "--external-port", "80", "--restrict-network", "--direct"], 2, "add Network=none"),
     (&["web", "--remove"], 4, "nothing to remove"),
     (&["web", "--remove", "--external-port", "80"], 2, "cannot be used with"),
     (&["web", "--external-port", "80", "stray"], 2, "stray"),

@@ -153,3 +153,51 @@ pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
     manager.systemctl(host, &["stop", "falls.service"])?;
     Ok(())
 }
+
+/// With `--restrict-network` the container, and Podman with it, has nothing but the socket that was passed.
+pub fn restricted(host: &Host, manager: Manager) -> Result<()> {
+    let plan =
+        Plan::new("Image=docker.io/alpine/socat\nExec=ACCEPT-FD:3,fork EXEC:cat\nStopSignal=SIGKILL", "", "");
+    plan.write_quadlet(host, manager, "bound")?;
+    let before = tree(host, manager)?;
+    let port = host.free_port()?;
+    let words = format!("bound --direct --restrict-network --external-port 127.0.0.1:{port}");
+    let ran = activate(host, manager, &words)?;
+    ensure!(ran.success(), "{ran:?}");
+    // As after a boot: there is no user namespace of Podman's yet, and the unit may not make one.
+    if manager != Manager::System {
+        manager.run(host, &["podman", "system", "migrate"])?;
+    }
+    for _ in 0..2 {
+        let answer = ask(host.connect(port)?, b"hello");
+        let answer = answer.with_context(|| manager.journal(host, "bound.service").unwrap_or_default())?;
+        ensure!(answer == b"hello", "{answer:?}\n{}", manager.journal(host, "bound.service")?);
+        let socket = |family: &str| {
+            let pid = manager.show(host, "bound.service", "MainPID")?;
+            let filtered = std::fs::read_to_string(host.path(&format!("/proc/{pid}/status")))?;
+            ensure!(
+                filtered.contains("NoNewPrivs:\t1") && filtered.contains("Seccomp:\t2"),
+                "{family}: {filtered}"
+            );
+            Ok(())
+        };
+        socket("conmon")?;
+        manager.systemctl(host, &["stop", "bound.service"])?;
+    }
+    // An image that is not there is not fetched, and the client is told.
+    manager.run(host, &["podman", "tag", "docker.io/alpine/socat", "localhost/kept-socat"])?;
+    manager.run(host, &["podman", "untag", "docker.io/alpine/socat"])?;
+    let refused = ask(host.connect(port)?, b"hello");
+    ensure!(!matches!(&refused, Ok(answer) if answer == b"hello"), "where did the image come from?");
+    manager.run(host, &["podman", "tag", "localhost/kept-socat", "docker.io/alpine/socat"])?;
+    manager.run(host, &["podman", "untag", "localhost/kept-socat", "localhost/kept-socat"])?;
+    let removed = activate(host, manager, "bound --remove")?;
+    ensure!(removed.success(), "{removed:?}");
+    manager.systemctl(host, &["stop", "bound.service"])?;
+    ensure!(
+        tree(host, manager)? == before,
+        "--remove left, or took, something:\n{:#?}",
+        tree(host, manager)?
+    );
+    Ok(())
+}
