@@ -111,7 +111,9 @@ fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut i
     }
     let below =
         |places: &[&str]| looked_at.iter().any(|path| places.iter().any(|place| path.starts_with(place)));
-    say("ProtectSystem=strict");
+    say(
+        "# The latter because systemd leaves /run writable where it mounts /proc anew.\nProtectSystem=strict\nReadOnlyPaths=/run",
+    );
     match (below(&["/home", "/root", "/run/user"]), kind) {
         (false, Kind::RunAs(owner)) => {
             let runtime = owner.runtime_directory();
