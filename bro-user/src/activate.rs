@@ -5,6 +5,7 @@ pub mod container;
 pub mod ownership;
 pub mod ready;
 pub mod rootless;
+pub mod watching;
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -20,7 +21,6 @@ use tokio::sync::Mutex;
 use tokio::time::sleep;
 
 use crate::engine::Destination;
-use crate::engine::handle::{Command, Handle};
 use crate::engine::lanes::Watch;
 use crate::exit::Failure;
 use crate::kernel;
@@ -31,6 +31,7 @@ use crate::target::Target;
 use bus::{Bus, Manager};
 use container::Inspected;
 use ready::Ready;
+use watching::Watching;
 
 /// Where targets are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,8 +75,8 @@ pub struct Activator {
     started: AtomicBool,
     /// This process uses the unit.
     in_use: Mutex<Option<ownership::Use>>,
-    /// The engine, where its kernel relay can watch the service.
-    engine: OnceLock<Arc<Handle>>,
+    /// The kernel relay's programs, where there may be any to watch the service.
+    programs: OnceLock<Arc<Watching>>,
     /// Counts up whenever the kernel relay's programs say that somebody listens.
     listening: tokio::sync::watch::Sender<u64>,
 }
@@ -116,15 +117,15 @@ impl Activator {
             own: Mutex::default(),
             started: AtomicBool::new(false),
             in_use: Mutex::default(),
-            engine: OnceLock::new(),
+            programs: OnceLock::new(),
             listening: tokio::sync::watch::Sender::new(0),
         }
     }
 
-    /// Has the engine's kernel relay watch what is woken from now on.
-    pub fn watch_through(&self, engine: Arc<Handle>) {
+    /// Has the kernel relay's programs watch what is woken from now on.
+    pub fn watch_through(&self, programs: Arc<Watching>) {
         // Set once, by whoever starts the engine.
-        self.engine.set(engine).ok();
+        self.programs.set(programs).ok();
     }
 
     /// The kernel relay's programs say that somebody listens.
@@ -188,12 +189,13 @@ impl Activator {
                 Where::Own => self.own_agent().await?,
                 Where::Entered(namespace) => namespace.clone(),
             };
+            let guarded = file.is_some();
             let channel = namespace.channel(Destinations { addresses, file }).await?;
-            let table = match self.engine.get() {
+            let table = match self.programs.get() {
                 Some(_) => Table::open(&place).await.ok(),
                 None => None,
             };
-            anyhow::Ok(Some((Destination { addresses: tcp, channel, table }, incarnation)))
+            anyhow::Ok(Some((Destination { addresses: tcp, guarded, channel, table }, incarnation)))
         };
         let findable = tokio::sync::Notify::new();
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
@@ -472,7 +474,7 @@ impl Activator {
         incarnation: Option<&Incarnation>,
         addresses: &[Address],
     ) -> Option<tokio::sync::watch::Receiver<u64>> {
-        let engine = self.engine.get()?;
+        let programs = self.programs.get()?;
         let mut ports = Vec::new();
         for address in addresses.iter().filter_map(Address::tcp) {
             if place.is_local(address.ip()).await.unwrap_or(false) && !ports.contains(&address.port()) {
@@ -492,9 +494,7 @@ impl Activator {
             cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;
         // Before the programs watch, so that nothing they say is missed.
         let heard = self.listening.subscribe();
-        let (to, watching) = tokio::sync::oneshot::channel();
-        engine.send(Command::Watch(Watch { backend, netns, ports, cgroup, watching: Some(to) }));
-        watching.await.is_ok_and(|watching| watching).then_some(heard)
+        programs.watch(Watch { backend, netns, ports }, cgroup).await.then_some(heard)
     }
 
     async fn wait_ready(

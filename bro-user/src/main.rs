@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use bro_user::cli::{Cli, Command};
+use bro_user::handover::Predecessor;
 use bro_user::{activation, doctor, exit, forward, hand, helper, listen, logging, netns, status};
 use clap::Parser as _;
 
@@ -21,11 +22,12 @@ fn main() -> ExitCode {
         command => command,
     };
     // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
-    let passed = listen::take_passed();
+    let predecessor = Predecessor::take();
+    let passed = listen::take_passed(predecessor.as_ref());
     let result = match command {
         Command::Forward(options) => {
             logging::init(options.verbose);
-            forward::run(&options, passed)
+            forward::run(&options, passed, predecessor)
         }
         Command::Activate(options) => activation::run(&options),
         Command::Wake(options) => hand::wake(&options),

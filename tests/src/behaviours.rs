@@ -361,7 +361,7 @@ pub fn small_writes_are_not_delayed(rig: &Rig) -> Result<()> {
         let (client, service) = rig.pair()?;
         exchange(&client, &service)?;
         let mut legs = 0;
-        for socket in process::sockets(forwarder.pid())? {
+        for socket in process::sockets(forwarder.relay())? {
             let connected = crate::peers::Address::of_peer(std::os::fd::AsFd::as_fd(&socket));
             if connected.is_ok_and(|peer| peer.family().is_tcp()) {
                 use nix::sys::socket::getsockopt;
@@ -514,7 +514,7 @@ pub fn idle_connections_cost_little(rig: &Rig) -> Result<()> {
     let resting = many(rig, COUNT)?;
     let grown = forwarder.memory_kib()?.saturating_sub(before);
     ensure!(grown <= 4 * COUNT as u64, "{COUNT} idle connections cost {grown} KiB");
-    let pipes = process::pipe_ends(forwarder.pid())?;
+    let pipes = process::pipe_ends(forwarder.relay())?;
     ensure!(pipes < COUNT / 2, "{pipes} pipe ends are held while {COUNT} connections rest");
     for (client, service) in warm.iter().chain(&resting) {
         client.send(b"still there?")?;
@@ -532,14 +532,9 @@ pub fn descriptors_return_to_the_start(rig: &Rig) -> Result<()> {
     drop(many(rig, 30)?);
     forwarder.closings(30)?;
     // The pool keeps a few empty pipes, as many as were wanted at the same time so far: these are not of any connection.
-    let pid = forwarder.pid();
-    let held = || -> Result<(usize, usize)> {
-        let descriptors = process::descriptors(pid)?;
-        let pipes = process::own_pipes(&descriptors);
-        Ok((descriptors.len() - 2 * pipes, pipes))
-    };
-    let start = held()?.0;
-    let rested = || held().is_ok_and(|(others, pipes)| others <= start && pipes <= KEPT);
+    let start = forwarder.descriptors_and_pipes()?.0;
+    let rested =
+        || forwarder.descriptors_and_pipes().is_ok_and(|(others, pipes)| others <= start && pipes <= KEPT);
     for round in 0..300 {
         let (client, service) = rig.pair()?;
         match round % 5 {
@@ -553,7 +548,7 @@ pub fn descriptors_return_to_the_start(rig: &Rig) -> Result<()> {
     ensure!(
         process::eventually(PATIENCE, rested),
         "{start} descriptors and up to {KEPT} pipes before; now {:?}",
-        held()?
+        forwarder.descriptors_and_pipes()?
     );
     Ok(())
 }

@@ -573,3 +573,28 @@ impl Conn {
 pub fn is_abort(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The abort may come before connect(2) is through, or after: the one that has connected sees it either way, once.
+    #[test]
+    fn an_abort_at_once_is_seen_by_the_first_use() -> Result<()> {
+        let listener = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
+        let address = listener.address().clone();
+        std::thread::scope(|scope| {
+            let aborting = scope.spawn(|| (0..500).try_for_each(|_| listener.accept()?.abort()));
+            for round in 0..500 {
+                let conn = Conn::new(&Here, &address).with_context(|| format!("round {round}"))?;
+                conn.expect_abort().with_context(|| format!("round {round}"))?;
+                ensure!(conn.recv(&mut [0])? == 0, "the abort was told twice");
+            }
+            aborting.join().expect("it does not panic")
+        })?;
+        // What nobody listens at is still refused.
+        drop(listener);
+        ensure!(Conn::new(&Here, &address).is_err(), "somebody listens");
+        Ok(())
+    }
+}

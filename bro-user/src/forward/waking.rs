@@ -9,8 +9,8 @@ use super::{AFTER_REFUSAL, Control, Phase};
 use crate::activate::{Incarnation, Place};
 use crate::connection::End;
 use crate::control::{Asker, Outcome};
-use crate::engine::Destination;
-use crate::engine::handle::Command;
+use crate::engine::handle::{Command, Plain};
+use crate::engine::{Destination, slot};
 use crate::exit::Failure;
 
 /// Whether a target is awake, as far as the control side knows.
@@ -57,6 +57,12 @@ impl Control<'_> {
                 self.wakefulness[backend] = Wakefulness::Awake;
                 self.woken_at = Instant::now();
                 let _since = self.awake_since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
+                for (number, address) in destination.addresses.iter().enumerate() {
+                    if let Some(address) = address {
+                        // There is room for the most addresses a target may have.
+                        let _there_is_room = self.addresses.write(slot(backend, number), *address);
+                    }
+                }
                 self.engine.send(Command::Ready { backend, destination });
                 let activator = self.activator.clone();
                 drop(tokio::spawn(async move { activator.remember_start().await }));
@@ -82,7 +88,7 @@ impl Control<'_> {
                 };
                 tracing::error!(%target, "{why}; the clients held for it are reset");
                 self.answer_wakers(&Outcome::refused(format!("{target}: {why}")));
-                self.engine.send(Command::Failed { backend, end });
+                self.engine.send(Plain::Failed { backend, end });
                 self.activator.forget().await;
                 self.give_up_on_a_dead_process(error);
             }
@@ -109,7 +115,7 @@ impl Control<'_> {
             self.awake_since = None;
             self.activator.end_use().await;
         }
-        self.engine.send(Command::Gone { backend });
+        self.engine.send(Plain::Gone { backend });
     }
 
     /// Is every target awake?
@@ -126,7 +132,7 @@ impl Control<'_> {
             return asker.answer(Outcome::done("awake already"));
         }
         self.wakers.push(asker);
-        self.engine.send(Command::Wake("bro wake".into()));
+        self.engine.send(Plain::Wake("bro wake".into()));
     }
 
     fn answer_wakers(&mut self, outcome: &Outcome) {

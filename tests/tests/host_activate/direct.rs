@@ -154,6 +154,55 @@ pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// While the service is restarted, whoever comes waits and is served by its next run; while it is stopped, he is told, and it
+/// stays stopped until the next one comes.
+pub fn client_while_restarting(host: &Host, manager: Manager) -> Result<()> {
+    let data = folder(host, manager, "anew")?;
+    // It takes its time after the end of what listens.
+    let script =
+        "socat ACCEPT-FD:3,fork EXEC:cat & listening=$!; trap 'kill $listening; sleep 2; exit 0' TERM; wait";
+    host.write(&format!("{data}/run"), script)?;
+    let plan = Plan::new(
+        &format!(
+            "Image=docker.io/alpine/socat\nEntrypoint=/bin/sh\nExec=/data/run\nStopTimeout=20\nVolume={data}:/data"
+        ),
+        "",
+        "",
+    );
+    plan.write_quadlet(host, manager, "anew")?;
+    let port = host.free_port()?;
+    let ran = activate(host, manager, &format!("anew --direct --external-port 127.0.0.1:{port}"))?;
+    ensure!(ran.success(), "{ran:?}");
+    let journal = || manager.journal(host, "anew.service").unwrap_or_default();
+    let late = |verb: &str| -> Result<std::net::TcpStream> {
+        let answer = ask(host.connect(port)?, b"early").with_context(journal)?;
+        ensure!(answer == b"early", "{answer:?}");
+        manager.systemctl(host, &["--no-block", verb, "anew.service"])?;
+        manager.wait_for(host, "anew.service", "ActiveState", "deactivating", PATIENCE)?;
+        // Only when the old one has let go of it does a client come to nobody.
+        host.wait_until("nothing listens in the container", PATIENCE, || {
+            Ok(!manager.try_run(host, &["podman", "exec", "systemd-anew", "pidof", "socat"])?.success())
+        })?;
+        host.connect(port)
+    };
+    let answer = ask(late("restart")?, b"late").with_context(journal)?;
+    ensure!(answer == b"late", "{answer:?}: {}", journal());
+
+    let mut turned_away = late("stop")?;
+    turned_away.write_all(b"late").ok();
+    match turned_away.read(&mut [0; 1]) {
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+        other => anyhow::bail!("while it was stopped a client saw {other:?}: {}", journal()),
+    }
+    let state = manager.show(host, "anew.service", "ActiveState")?;
+    ensure!(state == "inactive", "it was stopped, and is {state}: {}", journal());
+    let answer = ask(host.connect(port)?, b"next").with_context(journal)?;
+    ensure!(answer == b"next", "{answer:?}");
+    ensure!(activate(host, manager, "anew --remove")?.success());
+    manager.systemctl(host, &["stop", "anew.service"])?;
+    Ok(())
+}
+
 /// With `--restrict-network` the container, and Podman with it, has nothing but the socket that was passed.
 pub fn restricted(host: &Host, manager: Manager) -> Result<()> {
     let plan =

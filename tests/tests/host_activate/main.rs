@@ -34,6 +34,10 @@ const BOTH: &[Case] = &[
     ("an echo service takes a TCP socket over", direct::echo_over_tcp),
     ("an echo service takes a unix socket over", direct::echo_over_unix),
     ("a crash loop of one that takes its socket over", direct::crash_loop),
+    (
+        "a client while one that takes its socket over is restarted or stopped",
+        direct::client_while_restarting,
+    ),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
     ("a service that Podman and all may make no socket for", direct::restricted),

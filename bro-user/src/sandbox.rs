@@ -1,0 +1,198 @@
+//! What the relay process can no longer do, whoever gets hold of it: no capabilities, no new privileges, no file (landlock(7)), and
+//! of the system calls only those that moving bytes between sockets takes (seccomp(2)). It can make no socket, connect none and
+//! bind none, open and execute nothing, signal and trace nobody, and send no descriptor. What it needs of that kind other
+//! processes do for it: the agents connect, to destinations that the control process has named, and the control process does the
+//! rest.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use anyhow::Context as _;
+use caps::CapSet;
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, NetPort, Ruleset, RulesetAttr as _,
+    RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
+};
+use nix::libc;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+
+use crate::sys::AddressBook;
+
+/// The newest Landlock that is asked for; older kernels give what they have.
+const LANDLOCK: ABI = ABI::V6;
+
+/// Enters the sandbox, for the calling thread and all it will start; `addresses` is where the [`AddressBook`] is, `ports`
+/// are those of the targets. Returns what this kernel does not offer.
+///
+/// # Errors
+/// When something is refused that every kernel of ours has.
+pub fn enter(
+    addresses: Option<Range<u64>>,
+    ports: impl IntoIterator<Item = u16>,
+) -> anyhow::Result<Vec<String>> {
+    nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
+    drop_capabilities()?;
+    let mut missing = Vec::new();
+    missing.extend(restrict_files(ports));
+    missing.extend(filter_system_calls(addresses));
+    Ok(missing)
+}
+
+fn drop_capabilities() -> anyhow::Result<()> {
+    // The bounding set takes CAP_SETPCAP to lessen; without it there is nothing in it that could be had.
+    caps::clear(None, CapSet::Bounding).ok();
+    for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
+        caps::clear(None, set).with_context(|| format!("cannot give up the {set:?} capabilities"))?;
+    }
+    Ok(())
+}
+
+/// Landlock with no rule but for the targets' ports: no file, no other port, no signal to anybody. Says what is missing.
+fn restrict_files(ports: impl IntoIterator<Item = u16>) -> Option<String> {
+    let restricted = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(LANDLOCK))
+        .and_then(|rules| rules.handle_access(AccessNet::BindTcp | AccessNet::ConnectTcp))
+        .and_then(|rules| rules.scope(Scope::AbstractUnixSocket | Scope::Signal))
+        .and_then(landlock::Ruleset::create)
+        .and_then(|rules| {
+            rules.add_rules(
+                ports
+                    .into_iter()
+                    .map(|port| Ok::<_, RulesetError>(NetPort::new(port, AccessNet::ConnectTcp))),
+            )
+        })
+        .and_then(landlock::RulesetCreated::restrict_self);
+    match restricted {
+        Ok(status) if status.ruleset == RulesetStatus::NotEnforced => {
+            Some("this kernel has no Landlock, or it is switched off".into())
+        }
+        Ok(_) => None,
+        Err(error) => Some(format!("Landlock: {error}")),
+    }
+}
+
+fn filter_system_calls(addresses: Option<Range<u64>>) -> Option<String> {
+    let filter = filter(addresses).and_then(|filter| Ok(seccompiler::apply_filter(&filter)?));
+    filter.err().map(|error| format!("no filter for system calls: {error:#}"))
+}
+
+/// What may be asked of bpf(2): to read and change the maps that are there.
+const BPF_COMMANDS: [u64; 5] = [
+    1,  // BPF_MAP_LOOKUP_ELEM
+    2,  // BPF_MAP_UPDATE_ELEM
+    3,  // BPF_MAP_DELETE_ELEM
+    4,  // BPF_MAP_GET_NEXT_KEY
+    15, // BPF_OBJ_GET_INFO_BY_FD
+];
+
+/// What may be asked of fcntl(2): nothing that sends signals (F_SETOWN) or takes leases.
+const FCNTL_COMMANDS: [i32; 7] = [
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_SETPIPE_SZ,
+    libc::F_GETPIPE_SZ,
+];
+
+fn filter(addresses: Option<Range<u64>>) -> anyhow::Result<BpfProgram> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
+    // Each case is a list of conditions that all have to hold.
+    let mut allow = |call: libc::c_long, cases: Vec<Vec<Condition>>| -> anyhow::Result<()> {
+        let condition = |(argument, is, value): Condition| {
+            SeccompCondition::new(argument, SeccompCmpArgLen::Qword, is, value)
+        };
+        let case = |conditions: Vec<Condition>| {
+            SeccompRule::new(conditions.into_iter().map(condition).collect::<Result<_, _>>()?)
+        };
+        let _none = rules.insert(call, cases.into_iter().map(case).collect::<Result<_, _>>()?);
+        Ok(())
+    };
+    let equals = |argument: u8, value: u64| (argument, SeccompCmpOp::Eq, value);
+    let without = |argument: u8, bits: i32| (argument, SeccompCmpOp::MaskedEq(bits as u64), 0);
+    // send(2) on what is connected: no address, so no way to anybody else.
+    allow(libc::SYS_sendto, vec![vec![equals(4, 0)]])?;
+    allow(libc::SYS_bpf, BPF_COMMANDS.map(|command| vec![equals(0, command)]).into())?;
+    allow(libc::SYS_fcntl, FCNTL_COMMANDS.map(|command| vec![equals(1, command as u64)]).into())?;
+    // Nothing that is written can be run, and the addresses, which are below all other memory, stay as they are.
+    let end = addresses.as_ref().map_or(0, |addresses| addresses.end);
+    let above = (0, SeccompCmpOp::Ge, end);
+    allow(libc::SYS_mmap, vec![vec![without(2, libc::PROT_EXEC), without(3, libc::MAP_FIXED)]])?;
+    allow(libc::SYS_mprotect, vec![vec![without(2, libc::PROT_EXEC), above.clone()]])?;
+    allow(libc::SYS_mremap, vec![vec![above.clone(), without(3, !libc::MREMAP_MAYMOVE)]])?;
+    for call in [libc::SYS_munmap, libc::SYS_madvise] {
+        allow(call, vec![vec![above.clone()]])?;
+    }
+    if let Some(addresses) = addresses {
+        // One of them as a whole, and not what lies between.
+        let aligned = (
+            1,
+            SeccompCmpOp::MaskedEq(AddressBook::ROOM as u64 - 1),
+            addresses.start % AddressBook::ROOM as u64,
+        );
+        let from = (1, SeccompCmpOp::Ge, addresses.start);
+        let until = (1, SeccompCmpOp::Lt, addresses.end);
+        allow(libc::SYS_connect, vec![vec![aligned, from, until]])?;
+    }
+    // abort(3): a signal to itself.
+    allow(libc::SYS_tgkill, vec![vec![equals(0, u64::from(std::process::id()))]])?;
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::Errno(libc::EPERM as u32),
+        SeccompAction::Allow,
+        std::env::consts::ARCH.try_into()?,
+    )?;
+    Ok(filter.try_into()?)
+}
+
+/// The number of an argument, how it is compared, and with what.
+type Condition = (u8, SeccompCmpOp, u64);
+
+/// What is allowed with any arguments. The kernel remembers which these are, so that they cost next to nothing
+/// (`seccomp_cache_check_allow`): whatever is called per message has to be here.
+const ALWAYS: &[libc::c_long] = &[
+    // The event loop.
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_epoll_ctl,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    // Connections.
+    libc::SYS_accept4,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_close,
+    // Their bytes, the log's, and what the other processes say.
+    libc::SYS_splice,
+    libc::SYS_pipe2,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    // Memory, time, and the end.
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_getrandom,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
