@@ -165,7 +165,8 @@ pub struct Forward {
     ///
     /// The lane's program then looks at every TCP connection that is made in that cgroup (on: in all of them) and takes
     /// hold of those towards this forwarder's own sockets, so it is off unless asked for: the clients are other
-    /// people's programs. Their bytes go straight into the service's connection, and the forwarder sleeps.
+    /// people's programs. Their bytes go straight into the service's connection, and the forwarder sleeps. A client has to
+    /// have been non-blocking at two messages first.
     #[arg(long, value_name = "off|on|CGROUP", default_value = "off")]
     pub local_clients: LocalClients,
 

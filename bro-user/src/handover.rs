@@ -139,9 +139,11 @@ impl Program {
         let _same = command
             .env("LISTEN_FDS", listeners.len().to_string())
             .env("LISTEN_FDNAMES", names.join(":"))
-            .env(VARIABLE, (crate::listen::FIRST as usize + listeners.len()).to_string())
+            .env(VARIABLE, (crate::listen::FIRST as usize + listeners.len()).to_string());
+        if std::env::var("WATCHDOG_PID").is_ok_and(|pid| pid.parse() == Ok(std::process::id())) {
             // The successor has to say that it is alive as well.
-            .env_remove("WATCHDOG_PID");
+            let _same = command.env_remove("WATCHDOG_PID");
+        }
         sys::pass_descriptors(&mut command, &descriptors)?;
         let child = command.spawn().with_context(|| format!("cannot execute {}", self.path.display()))?;
         Ok(Successor { child, channel: ours })

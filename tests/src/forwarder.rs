@@ -122,6 +122,13 @@ impl Setup {
         self
     }
 
+    /// Runs a copy of it, [`Forwarder::program`], which the test may change.
+    #[must_use]
+    pub const fn copy(mut self) -> Self {
+        self.readable_copy = true;
+        self
+    }
+
     /// Runs it as the user `uid`, from a copy that this user can read. Needs root.
     #[must_use]
     pub fn user(mut self, uid: u32) -> Self {
@@ -189,6 +196,12 @@ impl Forwarder {
         let mut child = command.spawn().context("starting the program under test")?;
         let log = Log::collect(child.stderr.take().context("stderr is piped")?);
         Ok(Self { child, log, status: None, scratch })
+    }
+
+    /// The program's file, for one that runs from a copy.
+    #[must_use]
+    pub fn program(&self) -> PathBuf {
+        self.scratch.join("bro")
     }
 
     /// Its process.

@@ -107,7 +107,8 @@ impl Control<'_> {
                 tracing::error!("cannot reload, and goes on as before: {error:#}");
                 self.replacing.starting = false;
                 life::ready(&self.status());
-                // The successor may have put a socket of its own in this one's place.
+                // The successor may have put a socket of its own in this one's place. The old one takes its file along, so it goes first.
+                self.control = None;
                 self.control = crate::control::Server::start().ok();
             }
             News::TakenOver(takeover) => {
