@@ -4,6 +4,7 @@ mod activate;
 pub mod control;
 #[cfg(test)]
 mod documented;
+mod helper;
 pub mod idle;
 
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use activate::{Activate, Direct};
+pub use helper::Helper;
 
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -54,6 +56,9 @@ pub enum Command {
     Status(Status),
     /// What this host can do for this user and what not, or what is wrong with one service; one line a check, with the fix
     Doctor(Doctor),
+    /// Run a command in a container's network namespace, with the sockets that systemd passed
+    #[command(after_long_help = helper::EXAMPLES)]
+    Helper(Helper),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
     NetnsAgent,

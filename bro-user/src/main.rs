@@ -4,18 +4,27 @@ use std::process::ExitCode;
 
 use bro_user::cli::{Cli, Command};
 use bro_user::handover::Predecessor;
-use bro_user::{activation, doctor, exit, forward, hand, listen, logging, netns, status};
+use bro_user::{activation, doctor, exit, forward, hand, helper, listen, logging, netns, status};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
-    let predecessor = Predecessor::take();
-    let passed = listen::take_passed(predecessor.as_ref());
     let cli = match Cli::try_parse_from(command_line()) {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),
     };
-    let result = match cli.command {
+    let command = match cli.command {
+        // What was passed is for the command that it becomes.
+        Command::Helper(options) => {
+            let Err(error) = helper::run(&options);
+            complain(&error);
+            return exit::code_of(&error);
+        }
+        command => command,
+    };
+    // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
+    let predecessor = Predecessor::take();
+    let passed = listen::take_passed(predecessor.as_ref());
+    let result = match command {
         Command::Forward(options) => {
             logging::init(options.verbose);
             forward::run(&options, passed, predecessor)
@@ -31,6 +40,7 @@ fn main() -> ExitCode {
                 anyhow::bail!("something that bro is for does not work here; see the lines marked BAD")
             }
         }),
+        Command::Helper(_) => unreachable!("dealt with above"),
         Command::NetnsAgent => netns::agent::run(),
     };
     match result {
@@ -42,14 +52,17 @@ fn main() -> ExitCode {
     }
 }
 
-/// The command line; `bro-activate` and `bro-activator` are names of `bro activate`.
+/// The command line; `bro-activate` and `bro-activator` are names of `bro activate`, `bro-helper` of `bro helper`.
 fn command_line() -> Vec<std::ffi::OsString> {
     let mut words: Vec<_> = std::env::args_os().collect();
     let called = words.first().map(std::path::Path::new).and_then(std::path::Path::file_name);
-    if called.is_some_and(|name| name == "bro-activate" || name == "bro-activator") {
-        words[0] = "bro".into();
-        words.insert(1, "activate".into());
-    }
+    let subcommand = match called.and_then(std::ffi::OsStr::to_str) {
+        Some("bro-activate" | "bro-activator") => "activate",
+        Some("bro-helper") => "helper",
+        _ => return words,
+    };
+    words[0] = "bro".into();
+    words.insert(1, subcommand.into());
     words
 }
 

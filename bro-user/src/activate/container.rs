@@ -44,12 +44,18 @@ impl Conmon {
 /// The main process of this user's running container `name`, without running podman.
 #[must_use]
 pub fn running(name: &str) -> Option<i32> {
-    let me = nix::unistd::geteuid().as_raw();
+    running_of(nix::unistd::geteuid().as_raw(), name)
+}
+
+/// The same of the user `owner`, for root who looks after that user's service.
+#[must_use]
+pub fn running_of(owner: u32, name: &str) -> Option<i32> {
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
     for process in processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()) {
         // The names of a process and its owner are cheap to read; its command line only follows for a conmon of ours.
         let path = process.path();
-        if !std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n") || !owned_by(&path, me) {
+        if !std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n") || !owned_by(&path, owner)
+        {
             continue;
         }
         let Ok(cmdline) = std::fs::read(path.join("cmdline")) else { continue };

@@ -8,6 +8,7 @@ use crate::activate::bus::{Bus, Manager};
 use crate::kernel::{self, Kernel};
 use crate::netns::Where;
 use crate::netns::diag::Table;
+use crate::owner::Owner;
 use crate::relay::pipes::Pool;
 
 /// The kernel that the system calls bro needs came with: pidfd_open(2) in 5.3, openat2(2) in 5.6.
@@ -86,6 +87,19 @@ pub(super) fn linger() -> Check {
         ),
         _ => Check::bad(NAME, format!("user {uid} has no name"), "add the user to the user database"),
     }
+}
+
+/// The same of a user for whom the system listens.
+pub(super) fn linger_of(owner: &Owner) -> Check {
+    const NAME: &str = "linger";
+    if owner.lingers() {
+        return Check::ok(NAME, format!("{}'s services start at boot", owner.name));
+    }
+    Check::less(
+        NAME,
+        format!("{0}'s services, and this container, are stopped when {0} logs out", owner.name),
+        format!("sudo loginctl enable-linger {}", owner.name),
+    )
 }
 
 /// What lets rootless Podman make user namespaces under AppArmor's limit: a profile of its own, or its runtime's.
