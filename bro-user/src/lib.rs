@@ -31,3 +31,4 @@ pub mod target;
 pub mod timespan;
 pub mod unit_file;
 pub mod units;
+pub mod upgrade;

@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use bro_user::cli::{Cli, Command};
-use bro_user::{activation, doctor, exit, forward, hand, listen, logging, netns, status};
+use bro_user::cli::{self, Cli, Command};
+use bro_user::{activation, doctor, exit, forward, hand, listen, logging, netns, status, upgrade};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
@@ -29,6 +29,7 @@ fn main() -> ExitCode {
                 anyhow::bail!("something that bro is for does not work here; see the lines marked BAD")
             }
         }),
+        Command::AfterUpgrade(options) => upgrade::run(&options),
         Command::NetnsAgent => netns::agent::run(),
     };
     match result {
@@ -40,13 +41,14 @@ fn main() -> ExitCode {
     }
 }
 
-/// The command line; `bro-activate` and `bro-activator` are names of `bro activate`.
+/// The command line; called by one of the subcommands' names, as if that were said.
 fn command_line() -> Vec<std::ffi::OsString> {
     let mut words: Vec<_> = std::env::args_os().collect();
     let called = words.first().map(std::path::Path::new).and_then(std::path::Path::file_name);
-    if called.is_some_and(|name| name == "bro-activate" || name == "bro-activator") {
+    let named = cli::NAMES.iter().find(|(name, _)| called.is_some_and(|called| called == *name));
+    if let Some((_, subcommand)) = named {
         words[0] = "bro".into();
-        words.insert(1, "activate".into());
+        words.insert(1, subcommand.into());
     }
     words
 }

@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::build::workspace;
 use cargo_test::Runner;
 use summary::Summary;
 
@@ -87,12 +88,6 @@ impl Tier {
         tiers.sort_by_key(Self::is_slow);
         Ok(tiers)
     }
-}
-
-/// Of the clone that `cargo xtask` was typed in, even when clones share a target folder.
-fn workspace() -> PathBuf {
-    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-    Path::new(&package).parent().map_or_else(|| ".".into(), Path::to_path_buf)
 }
 
 fn suites_in(folder: &Path) -> Result<Vec<String>> {
