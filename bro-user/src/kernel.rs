@@ -7,7 +7,7 @@
 pub mod cgroup;
 mod lane;
 mod load;
-mod offsets;
+pub(crate) mod offsets;
 mod selftest;
 mod sys;
 mod unavailable;

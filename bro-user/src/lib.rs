@@ -14,6 +14,8 @@ pub mod doctor;
 pub mod engine;
 pub mod exit;
 pub mod forward;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod hand;
 pub mod inhibit;
 pub mod kernel;

@@ -104,7 +104,9 @@ pub fn run(args: &Args) -> Result<()> {
     let wanted = |what| args.what.is_empty() || args.what.contains(&what);
     if wanted(What::Man) {
         let pages = man::pages(&release)?;
-        write_all(&release.out.join("man"), pages.iter().map(|page| (&*page.file, &*page.text)))?;
+        let files: Vec<String> = pages.iter().map(man::Page::place).collect();
+        let texts = pages.iter().map(|page| &*page.text);
+        write_all(&release.out.join("man"), files.iter().map(String::as_str).zip(texts))?;
     }
     if wanted(What::Completions) {
         let scripts = completions::scripts();
@@ -143,7 +145,9 @@ fn write_all<'a>(folder: &Path, files: impl Iterator<Item = (&'a str, &'a [u8])>
         _ => std::fs::create_dir_all(folder)?,
     }
     for (name, text) in files {
-        std::fs::write(folder.join(name), text)?;
+        let path = folder.join(name);
+        std::fs::create_dir_all(path.parent().unwrap_or(folder))?;
+        std::fs::write(path, text)?;
     }
     say(folder)
 }

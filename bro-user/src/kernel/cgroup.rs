@@ -50,7 +50,7 @@ fn common(one: &Path, other: &Path) -> PathBuf {
         .collect()
 }
 
-fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
+pub(crate) fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
     let path = table.lines().find_map(|line| line.strip_prefix("0::/"));
     match path {
         Some(path) if !path.starts_with("..") => Ok(mount.join(path)),

@@ -127,27 +127,31 @@ impl Table {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            let mut rest = &buffer[..length];
-            let mut more = true;
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
-                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-                more = message.header.flags & NLM_F_MULTIPART != 0;
-                match message.payload {
-                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
-                    NetlinkPayload::Done(_) => return Ok(()),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
-                    _ => {}
-                }
-                // Messages are padded to four bytes, and one of length 0 would loop for ever.
-                let step = (message.header.length as usize).next_multiple_of(4).max(4);
-                rest = rest.get(step..).unwrap_or_default();
-            }
-            if !more {
+            if !messages(&buffer[..length], &mut each)? {
                 return Ok(());
             }
         }
     }
+}
+
+/// Hands over each socket of a datagram; is there to be a further datagram?
+pub(crate) fn messages(mut rest: &[u8], each: &mut impl FnMut(&InetResponse)) -> io::Result<bool> {
+    let mut more = true;
+    while !rest.is_empty() {
+        let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+        more = message.header.flags & NLM_F_MULTIPART != 0;
+        match message.payload {
+            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
+            NetlinkPayload::Done(_) => return Ok(false),
+            NetlinkPayload::Error(error) => return Err(error.to_io()),
+            _ => {}
+        }
+        // Messages are padded to four bytes, and one of length 0 would loop for ever.
+        let step = (message.header.length as usize).next_multiple_of(4).max(4);
+        rest = rest.get(step..).unwrap_or_default();
+    }
+    Ok(more)
 }
 
 fn read(response: &InetResponse) -> Listening {

@@ -38,7 +38,7 @@ pub type Answer = Result<Vec<OwnedFd>, nix::errno::Errno>;
 const LONGEST: usize = 4097;
 
 impl Request {
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         match self {
             Self::Join => vec![0],
             Self::Sockets { domain, kind, protocol, count } => {
@@ -53,7 +53,7 @@ impl Request {
         }
     }
 
-    fn decode(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         use std::os::unix::ffi::OsStrExt as _;
         Some(match bytes.split_first()? {
             (0, []) => Self::Join,

@@ -58,6 +58,14 @@ pub struct Page {
     pub text: Vec<u8>,
 }
 
+impl Page {
+    /// Where it is below a folder of man pages: `man8/bro-forward.8`.
+    pub fn place(&self) -> String {
+        let section = self.file.rsplit('.').next().unwrap_or_default();
+        format!("man{section}/{}", self.file)
+    }
+}
+
 /// All pages, sorted.
 pub fn pages(release: &Release) -> Result<Vec<Page>> {
     let mut pages: BTreeMap<String, Vec<u8>> = BTreeMap::new();

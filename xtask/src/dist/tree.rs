@@ -27,8 +27,7 @@ pub fn lay_out(release: &Release, binary: &Path, habits: Habits, place: &Path) -
     // Units and presets: packaging/systemd is /usr/lib/systemd.
     tree.copy(&release.packaging("systemd"), "usr/lib/systemd")?;
     for page in man::pages(release)? {
-        let section = page.file.rsplit('.').next().context("a page has a section")?;
-        tree.compressed(&format!("usr/share/man/man{section}/{}", page.file), &page.text)?;
+        tree.compressed(&format!("usr/share/man/{}", page.place()), &page.text)?;
     }
     for script in completions::scripts() {
         let folder = match (script.shell, habits) {
