@@ -1,7 +1,7 @@
 //! Every reader of what comes from outside, for the fuzzers in `fuzz/`: one function for each kind of input, which panics when a
 //! reader does, or when what was read is not what was written. Built by cargo fuzz only.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Parser as _;
 
@@ -39,8 +39,7 @@ pub fn unit_file(text: &str) {
     file.read(second);
     for section in ["Container", "Service", "Unit", "Install", SECTION] {
         for key in ["Image", "Exec", "ExecStart", "WantedBy", "Name", "Option"] {
-            file.value(section, key);
-            file.boolean(section, key);
+            drop((file.value(section, key).is_some(), file.boolean(section, key)));
             let words = file.words(section, key);
             let line: Vec<String> = words.iter().map(|word| quote_word(word)).collect();
             let doubled: Vec<String> =
@@ -60,7 +59,7 @@ pub fn quadlet(text: &str) {
             let container = quadlet::container(&stem, kind, &file, &unit);
             let quadlet =
                 quadlet::Quadlet { name: stem.clone(), kind, path: "x".into(), file: file.clone(), unit, container };
-            quadlet.is_nginx();
+            let _nginx: bool = quadlet.is_nginx();
             for publish in quadlet.values("PublishPort") {
                 request::published(publish);
             }
@@ -76,7 +75,7 @@ pub fn target(text: &str) {
     }
     if let Ok(external) = text.parse::<External>() {
         assert_eq!(external.to_string().parse::<External>(), Ok(external.clone()));
-        external.local();
+        drop(external.local());
     }
     drop((target::parse_named(text).is_ok(), listen::parse_listen(text).is_ok()));
     drop((text.parse::<Internal>().is_ok(), text.parse::<Ready>().is_ok(), text.parse::<LocalClients>().is_ok()));
@@ -147,13 +146,13 @@ pub fn activated(text: &str) {
         .enumerate()
         .map(|(number, text)| {
             let kind = if text.contains("[Socket]") { "socket" } else { "service" };
-            (format!("/units/{number}.{kind}").into(), UnitFile::parse(text))
+            (PathBuf::from(format!("/units/{number}.{kind}")), UnitFile::parse(text))
         })
         .collect();
     for (path, file) in &files {
         if let Some(activated) = activated::assemble(path, file, &files, Manager::User, Some(Path::new("/root"))) {
-            crate::units::files(&activated, Path::new("/usr/bin/bro"), None, Some(Path::new("/root")));
-            activated.goes_by("web");
+            let _files = crate::units::files(&activated, Path::new("/usr/bin/bro"), None, Some(Path::new("/root")));
+            let _named: bool = activated.goes_by("web");
         }
     }
 }

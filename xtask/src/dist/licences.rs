@@ -23,9 +23,13 @@ pub struct Dependency {
 pub fn of_dependencies(release: &Release) -> Result<Vec<Dependency>> {
     let mut found = BTreeSet::new();
     let host = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    for (package, target) in [("bro-user", host.as_str()), ("bro-ebpf", "bpfel-unknown-none")] {
+    // The programs for the kernel are in the binary too.
+    for (package, features, target) in
+        [("bro-user", "", host.as_str()), ("bro-ebpf", "bro-ebpf/programs", "bpfel-unknown-none")]
+    {
         let output = cargo()
             .args(["metadata", "--format-version", "1", "--locked", "--filter-platform", target])
+            .args(["--features", features])
             .current_dir(&release.source)
             .output()
             .context("cannot run cargo")?;
