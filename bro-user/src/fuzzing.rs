@@ -57,8 +57,14 @@ pub fn quadlet(text: &str) {
     for kind in kinds {
         if let Ok(unit) = quadlet::unit(&stem, kind, &file, Path::new("x")) {
             let container = quadlet::container(&stem, kind, &file, &unit);
-            let quadlet =
-                quadlet::Quadlet { name: stem.clone(), kind, path: "x".into(), file: file.clone(), unit, container };
+            let quadlet = quadlet::Quadlet {
+                name: stem.clone(),
+                kind,
+                path: "x".into(),
+                file: file.clone(),
+                unit,
+                container,
+            };
             let _nginx: bool = quadlet.is_nginx();
             for publish in quadlet.values("PublishPort") {
                 request::published(publish);
@@ -78,7 +84,11 @@ pub fn target(text: &str) {
         drop(external.local());
     }
     drop((target::parse_named(text).is_ok(), listen::parse_listen(text).is_ok()));
-    drop((text.parse::<Internal>().is_ok(), text.parse::<Ready>().is_ok(), text.parse::<LocalClients>().is_ok()));
+    drop((
+        text.parse::<Internal>().is_ok(),
+        text.parse::<Ready>().is_ok(),
+        text.parse::<LocalClients>().is_ok(),
+    ));
     drop((address::service_name(text).is_ok(), address::device(text).is_ok()));
     drop((address::absolute(text).is_ok(), address::one_line(text).is_ok()));
 }
@@ -150,8 +160,11 @@ pub fn activated(text: &str) {
         })
         .collect();
     for (path, file) in &files {
-        if let Some(activated) = activated::assemble(path, file, &files, Manager::User, Some(Path::new("/root"))) {
-            let _files = crate::units::files(&activated, Path::new("/usr/bin/bro"), None, Some(Path::new("/root")));
+        if let Some(activated) =
+            activated::assemble(path, file, &files, Manager::User, Some(Path::new("/root")))
+        {
+            let _files =
+                crate::units::files(&activated, Path::new("/usr/bin/bro"), None, Some(Path::new("/root")));
             let _named: bool = activated.goes_by("web");
         }
     }

@@ -29,10 +29,14 @@ pub fn run(options: &AfterUpgrade) -> anyhow::Result<()> {
         return reload(Manager::User);
     }
     if !Uid::effective().is_root() {
-        return Err(Failure::NotPermitted("only root may do this for all; for your own there is --user".into()).into());
+        return Err(Failure::NotPermitted(
+            "only root may do this for all; for your own there is --user".into(),
+        )
+        .into());
     }
     // The users' side is begun first and waited for last: they all work at the same time.
-    let users: Vec<(User, anyhow::Result<Child>)> = users().into_iter().map(|user| (user.clone(), ask(&user))).collect();
+    let users: Vec<(User, anyhow::Result<Child>)> =
+        users().into_iter().map(|user| (user.clone(), ask(&user))).collect();
     let mut failed = Vec::new();
     if let Err(error) = reload(Manager::System) {
         failed.push(format!("the system's: {error:#}"));
@@ -45,7 +49,11 @@ pub fn run(options: &AfterUpgrade) -> anyhow::Result<()> {
             Err(error) => failed.push(format!("{}'s: {error:#}", user.name)),
         }
     }
-    ensure!(failed.is_empty(), "some forwarders go on with the bro they were started with: {}", failed.join("; "));
+    ensure!(
+        failed.is_empty(),
+        "some forwarders go on with the bro they were started with: {}",
+        failed.join("; ")
+    );
     Ok(())
 }
 

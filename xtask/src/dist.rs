@@ -158,7 +158,8 @@ fn say(path: &Path) -> Result<()> {
 
 /// A program of the system, with the line that installs it.
 fn program(name: &str, package: &str, command: &mut std::process::Command) -> Result<Vec<u8>> {
-    let output = command.output().with_context(|| format!("needs {name}: run `sudo apt-get install {package}`"))?;
+    let output =
+        command.output().with_context(|| format!("needs {name}: run `sudo apt-get install {package}`"))?;
     anyhow::ensure!(
         output.status.success(),
         "{name} failed: {}",

@@ -63,12 +63,17 @@ fn man_pages_are_clean_and_can_be_read() {
             .env("MANWIDTH", "100")
             .output()
             .unwrap();
-        let (out, complaints) = (String::from_utf8_lossy(&shown.stdout), String::from_utf8_lossy(&shown.stderr));
+        let (out, complaints) =
+            (String::from_utf8_lossy(&shown.stdout), String::from_utf8_lossy(&shown.stderr));
         assert!(shown.status.success() && complaints.is_empty(), "{}: {complaints}", page.display());
         // Bold is a letter over itself.
         let mut plain = String::new();
         for letter in out.chars() {
-            if letter == '\u{8}' { plain.truncate(plain.len() - plain.chars().next_back().map_or(0, char::len_utf8)) } else { plain.push(letter) }
+            if letter == '\u{8}' {
+                plain.truncate(plain.len() - plain.chars().next_back().map_or(0, char::len_utf8))
+            } else {
+                plain.push(letter)
+            }
         }
         assert!(plain.contains("SEE ALSO"), "{}: {plain}", page.display());
     }
@@ -84,7 +89,8 @@ fn bash_completes() {
     dist(scratch.path(), &["completions"]);
     let script = |name: &str| scratch.path().join("completions").join(name).display().to_string();
     let complete = |name: &str, line: &str| {
-        let words: Vec<String> = format!("{name} {line}").split(' ').map(|word| format!("'{word}'")).collect();
+        let words: Vec<String> =
+            format!("{name} {line}").split(' ').map(|word| format!("'{word}'")).collect();
         let (last, previous) = (&words[words.len() - 1], &words[words.len() - 2]);
         let function = shell(
             "bash",
@@ -191,7 +197,8 @@ fn the_debian_package_holds_what_it_should_and_is_reproducible() {
     }
     let unpacked = one.path().join("unpacked");
     run("dpkg-deb", &["--extract", &package, unpacked.to_str().unwrap()]);
-    let third_party = run("gzip", &["-dc", unpacked.join("usr/share/doc/bro/third-party.txt.gz").to_str().unwrap()]);
+    let third_party =
+        run("gzip", &["-dc", unpacked.join("usr/share/doc/bro/third-party.txt.gz").to_str().unwrap()]);
     for dependency in ["tokio ", "aya ", "zbus ", "aya-ebpf "] {
         assert!(third_party.lines().any(|line| line.starts_with(dependency)), "no licence of {dependency}");
     }
@@ -261,7 +268,8 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn only(folder: &Path, kind: &str) -> PathBuf {
-    let mut found: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut found: Vec<PathBuf> =
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     found.retain(|path| path.extension().is_some_and(|extension| extension == kind));
     assert_eq!(found.len(), 1, "{found:?}");
     found.remove(0)

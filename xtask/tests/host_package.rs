@@ -97,7 +97,8 @@ fn upgrade(host: &Host, sites: &[Site<'_>]) -> Result<()> {
         over.store(true, Ordering::Relaxed);
         let mut served = 0;
         for other in others {
-            served += other.join().expect("a client does not panic").context("a client during the upgrade")?;
+            served +=
+                other.join().expect("a client does not panic").context("a client during the upgrade")?;
         }
         let said = installed?;
         note(&format!("dpkg said of the running forwarders: {}", said.replace('\n', " / ")));
@@ -129,7 +130,10 @@ fn remove(host: &Host, mut sites: Vec<Site<'_>>, before: &BTreeSet<String>) -> R
     client.read_exact(&mut echoed)?;
     let removed = host.try_run(&["dpkg", "--remove", "bro"])?;
     ensure!(removed.success(), "{removed:?}");
-    ensure!(removed.stderr.contains("packed-activator.socket"), "nothing is said of who still listens: {removed:?}");
+    ensure!(
+        removed.stderr.contains("packed-activator.socket"),
+        "nothing is said of who still listens: {removed:?}"
+    );
     client.write_all(b" here")?;
     client.read_exact(&mut echoed).context("the client that is connected while the package is removed")?;
     drop(client);
@@ -149,8 +153,13 @@ fn remove(host: &Host, mut sites: Vec<Site<'_>>, before: &BTreeSet<String>) -> R
     Ok(())
 }
 
+/// What dpkg and the package's scripts said.
 fn install(host: &Host, revision: &str) -> Result<String> {
-    host.run(&["dpkg", "--install", &format!("/root/bro-{revision}.deb")])
+    let package = format!("/root/bro-{revision}.deb");
+    // The host's own dpkg leaves documentation out.
+    let ran = host.try_run(&["dpkg", "--path-include=/usr/share/*", "--install", &package])?;
+    ensure!(ran.success(), "{ran:?}");
+    Ok(ran.stdout + &ran.stderr)
 }
 
 /// Which file the forwarder runs.
@@ -172,7 +181,9 @@ fn witness(manager: Manager) -> String {
 
 fn everything(host: &Host) -> Result<BTreeSet<String>> {
     // What Python compiles for itself comes and goes.
-    let listed = host.sh(&format!("find {LOOKED_AT} -xdev -not -name '*.pyc' -not -name __pycache__ 2>/dev/null || true"))?;
+    let listed = host.sh(&format!(
+        "find {LOOKED_AT} -xdev -not -name '*.pyc' -not -name __pycache__ 2>/dev/null || true"
+    ))?;
     Ok(listed.lines().map(str::to_owned).collect())
 }
 
@@ -190,4 +201,3 @@ fn made(revision: &str) -> Result<(Scratch, PathBuf)> {
     let package = Path::new(said.trim().lines().last().context("dist said nothing")?).to_owned();
     Ok((scratch, package))
 }
-

@@ -34,11 +34,8 @@ pub fn maintainer() -> String {
 pub fn build(release: &Release, binary: &Path) -> Result<PathBuf> {
     let place = release.out.join("deb");
     tree::lay_out(release, binary, Habits::Debian, &place)?;
-    let architecture = String::from_utf8(program(
-        "dpkg",
-        "dpkg",
-        Command::new("dpkg").arg("--print-architecture"),
-    )?)?;
+    let architecture =
+        String::from_utf8(program("dpkg", "dpkg", Command::new("dpkg").arg("--print-architecture"))?)?;
     let architecture = architecture.trim();
 
     let control = place.join("DEBIAN");
@@ -47,11 +44,13 @@ pub fn build(release: &Release, binary: &Path) -> Result<PathBuf> {
     write(&control.join("control"), text.as_bytes(), 0o644)?;
     write(&control.join("md5sums"), &checksums(&place)?, 0o644)?;
     for script in SCRIPTS {
-        let text = std::fs::read(release.packaging("debian").join(script)).with_context(|| script.to_owned())?;
+        let text =
+            std::fs::read(release.packaging("debian").join(script)).with_context(|| script.to_owned())?;
         write(&control.join(script), &text, 0o755)?;
     }
 
-    let package = release.out.join(format!("bro_{}-{}_{architecture}.deb", release.version, release.revision));
+    let package =
+        release.out.join(format!("bro_{}-{}_{architecture}.deb", release.version, release.revision));
     let mut pack = Command::new("dpkg-deb");
     pack.args(["--build", "--root-owner-group", "-Zxz"])
         .arg(&place)
@@ -95,7 +94,8 @@ fn dependencies(release: &Release, place: &Path) -> Result<String> {
     ask.arg("-O").arg(place.join("usr/bin/bro")).current_dir(&source);
     let answer = String::from_utf8(program("dpkg-shlibdeps", "dpkg-dev", &mut ask)?)?;
     std::fs::remove_dir_all(&source)?;
-    let depends = answer.trim().strip_prefix("shlibs:Depends=").context("dpkg-shlibdeps has another way to say it")?;
+    let depends =
+        answer.trim().strip_prefix("shlibs:Depends=").context("dpkg-shlibdeps has another way to say it")?;
     Ok(depends.to_owned())
 }
 
@@ -115,7 +115,8 @@ fn files(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
 fn size(place: &Path) -> Result<u64> {
     let mut found = Vec::new();
     files(place, &mut found)?;
-    let sizes: Vec<u64> = found.iter().map(|path| Ok(std::fs::metadata(path)?.len())).collect::<Result<_>>()?;
+    let sizes: Vec<u64> =
+        found.iter().map(|path| Ok(std::fs::metadata(path)?.len())).collect::<Result<_>>()?;
     Ok(sizes.iter().map(|size| size.div_ceil(1024)).sum())
 }
 

@@ -19,7 +19,8 @@ impl Epoch {
             return seconds.map(Self).context("SOURCE_DATE_EPOCH is no number of seconds");
         }
         let git = Command::new("git").arg("-C").arg(source).args(["log", "-1", "--format=%ct"]).output();
-        let committed = git.ok().and_then(|output| String::from_utf8(output.stdout).ok()?.trim().parse().ok());
+        let committed =
+            git.ok().and_then(|output| String::from_utf8(output.stdout).ok()?.trim().parse().ok());
         if let Some(seconds) = committed {
             return Ok(Self(seconds));
         }

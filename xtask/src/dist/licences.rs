@@ -33,7 +33,11 @@ pub fn of_dependencies(release: &Release) -> Result<Vec<Dependency>> {
             .current_dir(&release.source)
             .output()
             .context("cannot run cargo")?;
-        ensure!(output.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&output.stderr).trim());
+        ensure!(
+            output.status.success(),
+            "cargo metadata: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
         linked(&serde_json::from_slice(&output.stdout)?, package, &mut found)?;
     }
     Ok(found.into_iter().collect())
@@ -50,7 +54,10 @@ fn linked(metadata: &Value, root: &str, found: &mut BTreeSet<Dependency>) -> Res
         .into_iter()
         .map(|node| Ok((text(&node["id"])?, node)))
         .collect::<Result<_>>()?;
-    let first = packages.iter().find(|(_, package)| package["name"] == root).context("the workspace's own package")?;
+    let first = packages
+        .iter()
+        .find(|(_, package)| package["name"] == root)
+        .context("the workspace's own package")?;
     let (mut seen, mut open) = (BTreeSet::new(), vec![first.0.clone()]);
     while let Some(id) = open.pop() {
         if !seen.insert(id.clone()) {
@@ -66,7 +73,9 @@ fn linked(metadata: &Value, root: &str, found: &mut BTreeSet<Dependency>) -> Res
             found.insert(Dependency {
                 name: text(&package["name"])?,
                 version: text(&package["version"])?,
-                licence: text(&package["license"]).unwrap_or_else(|_| "see its text".into()).replace('/', " OR "),
+                licence: text(&package["license"])
+                    .unwrap_or_else(|_| "see its text".into())
+                    .replace('/', " OR "),
                 folder: manifest.parent().context("a manifest is in a folder")?.to_owned(),
             });
         }
@@ -130,7 +139,8 @@ pub fn texts(crates: &[Dependency]) -> Result<String> {
             by_text.entry(text.trim().to_owned()).or_default().push(named.clone());
         }
     }
-    let mut groups: Vec<(Vec<String>, String)> = by_text.into_iter().map(|(text, names)| (names, text)).collect();
+    let mut groups: Vec<(Vec<String>, String)> =
+        by_text.into_iter().map(|(text, names)| (names, text)).collect();
     groups.sort();
     let mut out = String::from("Licences of the crates that are linked into bro.\n");
     for (names, text) in groups {

@@ -99,7 +99,13 @@ pub fn pages(release: &Release) -> Result<Vec<Page>> {
     Ok(pages.into_iter().map(|(file, text)| Page { file, text }).collect())
 }
 
-fn fill(source: &str, command: Option<clap::Command>, name: &str, section: &str, date: &str) -> Result<Vec<u8>> {
+fn fill(
+    source: &str,
+    command: Option<clap::Command>,
+    name: &str,
+    section: &str,
+    date: &str,
+) -> Result<Vec<u8>> {
     let man = command.map(Man::new);
     let version = concat!("bro ", env!("CARGO_PKG_VERSION"));
     let mut text = String::from(TOP);
@@ -112,13 +118,17 @@ fn fill(source: &str, command: Option<clap::Command>, name: &str, section: &str,
         };
         let filled = match line {
             "@TITLE@" => {
-                format!(".TH {} {section} {date} \"{version}\" bro\n", name.to_uppercase().replace('-', "\\-"))
+                format!(
+                    ".TH {} {section} {date} \"{version}\" bro\n",
+                    name.to_uppercase().replace('-', "\\-")
+                )
             }
             "@NAME@" => part(|man, out| man.render_name_section(out))?,
             "@SYNOPSIS@" => part(|man, out| man.render_synopsis_section(out))?,
             "@DESCRIPTION@" => part(|man, out| man.render_description_section(out))?,
             "@OPTIONS@" => part(|man, out| man.render_options_section(out))?,
-            "@COMMANDS@" => part(|man, out| man.render_subcommands_section(out))?.replace(".SH SUBCOMMANDS", ".SH COMMANDS"),
+            "@COMMANDS@" => part(|man, out| man.render_subcommands_section(out))?
+                .replace(".SH SUBCOMMANDS", ".SH COMMANDS"),
             "@EXIT-STATUS@" => EXIT_STATUS.to_owned(),
             line => format!("{line}\n"),
         };
@@ -160,7 +170,9 @@ mod tests {
         let mut bro = Cli::command();
         bro.build();
         let top = &pages["bro.8"];
-        for command in bro.get_subcommands().filter(|command| !command.is_hide_set() && command.get_name() != "help") {
+        for command in
+            bro.get_subcommands().filter(|command| !command.is_hide_set() && command.get_name() != "help")
+        {
             let name = command.get_name();
             assert!(top.contains(&format!("bro\\-{name}(8)")), "bro(8) does not name {name}");
             let page = &pages[&format!("bro-{name}.8")];

@@ -103,7 +103,12 @@ impl Tree<'_> {
     /// As gzip(1), without name and time in the file.
     fn compressed(&self, path: &str, contents: &[u8]) -> Result<()> {
         let path = self.write(path, contents, 0o644)?;
-        super::program("gzip", "gzip", Command::new("gzip").args(["--best", "--no-name", "--force"]).arg(path)).map(drop)
+        super::program(
+            "gzip",
+            "gzip",
+            Command::new("gzip").args(["--best", "--no-name", "--force"]).arg(path),
+        )
+        .map(drop)
     }
 
     fn link(&self, path: &str, to: &str) -> Result<()> {
@@ -115,7 +120,8 @@ impl Tree<'_> {
     fn copy(&self, from: &Path, to: &str) -> Result<()> {
         for entry in std::fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
             let path = entry?.path();
-            let to = format!("{to}/{}", path.file_name().and_then(|name| name.to_str()).context("a plain name")?);
+            let to =
+                format!("{to}/{}", path.file_name().and_then(|name| name.to_str()).context("a plain name")?);
             if path.is_dir() { self.copy(&path, &to)? } else { self.file(&to, &std::fs::read(&path)?)? }
         }
         Ok(())
