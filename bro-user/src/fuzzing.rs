@@ -13,6 +13,7 @@ use crate::activation::address::{self, External, Internal};
 use crate::activation::{request, taken};
 use crate::cli::{Cli, LocalClients};
 use crate::control;
+use crate::engine::handle;
 use crate::kernel::{cgroup, offsets::Offsets};
 use crate::listen::{self, Environment};
 use crate::netns::{diag, wire};
@@ -139,6 +140,14 @@ pub fn request(bytes: &[u8]) {
     if let Some(request) = wire::Request::decode(bytes) {
         assert_eq!(wire::Request::decode(&request.encode()), Some(request));
     }
+}
+
+/// What forwarder and relay process tell each other; the latter might be in other hands.
+pub fn relay_process(bytes: &[u8]) {
+    if let Ok(event) = serde_json::from_slice::<handle::Event>(bytes) {
+        assert!(serde_json::to_vec(&event).is_ok());
+    }
+    drop(handle::Command::decode(bytes, Vec::new()).is_some());
 }
 
 /// What a forwarder answers, as `bro status` reads and prints it.

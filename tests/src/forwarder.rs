@@ -304,23 +304,41 @@ impl Forwarder {
         Ok(())
     }
 
-    /// Memory in KiB.
+    /// The process of it that holds the connections.
+    #[must_use]
+    pub fn relay(&self) -> i32 {
+        process::relay(self.pid())
+    }
+
+    /// Both of its processes.
+    fn both(&self) -> [i32; 2] {
+        [self.pid(), self.relay()]
+    }
+
+    /// Memory of both of its processes in KiB.
     pub fn memory_kib(&self) -> Result<u64> {
-        process::memory_kib(self.pid())
+        self.both().into_iter().map(process::memory_kib).sum()
     }
 
-    /// How many descriptors it holds.
+    /// How many descriptors both hold.
     pub fn descriptors(&self) -> Result<usize> {
-        Ok(process::descriptors(self.pid())?.len())
+        self.both().into_iter().map(|pid| Ok(process::descriptors(pid)?.len())).sum()
     }
 
-    /// Expects that over a `span` in which nothing happens it uses next to no processor time.
+    /// Expects that in a `span` in which nothing happens it uses next to no processor time. A spin goes on and on; what only takes
+    /// its time, like loading the kernel relay, is over at one of the next looks.
     pub fn expect_no_spin(&self, span: Duration) -> Result<()> {
-        let before = process::cpu_time(self.pid())?;
-        std::thread::sleep(span);
-        let used = process::cpu_time(self.pid())? - before;
-        ensure!(used <= span / 5, "it used {used:?} of processor time in {span:?} without work");
-        Ok(())
+        let used = || self.both().into_iter().map(process::cpu_time).sum::<Result<Duration>>();
+        let mut spent = Duration::ZERO;
+        for _ in 0..6 {
+            let before = used()?;
+            std::thread::sleep(span);
+            spent = used()? - before;
+            if spent <= span / 5 {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("it used {spent:?} of processor time in {span:?} without work")
     }
 }
 

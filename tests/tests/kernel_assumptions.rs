@@ -332,7 +332,8 @@ fn a_hooked_senders_own_buffer_is_small() {
         size(&ends.accepted) > small && size(&ends.backend) > small,
         "the forwarder's own stay as they are"
     );
-    bench.kernel.set_kind(bench.netns, bench.port(), Kind::Blocking).unwrap();
+    let (netns, port) = (bench.netns, bench.port());
+    bench.kernel.set_kind(netns, port, Kind::Blocking).unwrap();
     let unhooked = pair(&bench.service).unwrap();
     assert!(size(&unhooked.1) > small);
 }

@@ -2,18 +2,17 @@
 
 use std::error::Error;
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
-use aya::maps::{HashMap, Map, MapData, MapError, RingBuf, SockHash};
+use aya::maps::{Map, MapError, SockHash};
 use aya::programs::{ProgramError, SkMsg, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use bro_ebpf::Counter;
 use nix::libc;
 
 use super::Config;
-use super::lane::Lanes;
+use super::maps::{Descriptors, Share};
 use super::offsets::Offsets;
-use super::sys::{Mapping, PortKey, WatchValue};
+use super::programs::Programs;
 use super::unavailable::Unavailable;
 
 /// The programs as `cargo xtask build-ebpf` made them; aya wants them aligned.
@@ -22,18 +21,8 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!("bro.bpf.o");
 /// How many ports can be watched at once.
 const MOST_WATCHED: u32 = 1024;
 
-/// Everything that is loaded.
-pub(super) struct Loaded {
-    pub ebpf: Ebpf,
-    pub lanes: Lanes,
-    pub watched: HashMap<MapData, PortKey, WatchValue>,
-    pub senders: SockHash<MapData, u64>,
-    pub events: RingBuf<MapData>,
-    pub totals: Mapping<std::sync::atomic::AtomicU64>,
-}
-
 /// Loads the programs and attaches `bro_send` to the senders' map.
-pub(super) fn load(config: &Config) -> Result<Loaded, Unavailable> {
+pub(super) fn load(config: &Config) -> Result<(Programs, Descriptors, Share), Unavailable> {
     let btf = std::fs::read("/sys/kernel/btf/vmlinux").map_err(Unavailable::UnreadableBtf)?;
     let offsets = Offsets::find(&btf).map_err(Unavailable::NoBtf)?;
     let lanes = config.connections.max(1).saturating_mul(2).saturating_add(SELF_TEST_LANES);
@@ -46,18 +35,18 @@ pub(super) fn load(config: &Config) -> Result<Loaded, Unavailable> {
     let watch: &mut SockOps = program(&mut ebpf, "bro_watch")?;
     watch.load().map_err(|error| refused("bro_watch", error))?;
 
-    let records = Mapping::of_records(fd(&take(&mut ebpf, "RECORDS")?)?.fd().as_fd(), lanes as usize);
-    let totals = Mapping::of_numbers(fd(&take(&mut ebpf, "TOTALS")?)?.fd().as_fd(), Counter::COUNT);
-    let routes = HashMap::try_from(take(&mut ebpf, "ROUTES")?).map_err(damaged)?;
-    let targets = SockHash::try_from(take(&mut ebpf, "TARGETS")?).map_err(damaged)?;
-    Ok(Loaded {
-        lanes: Lanes::new(records.map_err(Unavailable::Mapping)?, routes, targets, lanes),
-        watched: HashMap::try_from(take(&mut ebpf, "WATCHED")?).map_err(damaged)?,
-        senders,
-        events: RingBuf::try_from(take(&mut ebpf, "EVENTS")?).map_err(damaged)?,
-        totals: totals.map_err(Unavailable::Mapping)?,
-        ebpf,
-    })
+    let descriptors = Descriptors {
+        records: descriptor(&mut ebpf, "RECORDS")?,
+        totals: descriptor(&mut ebpf, "TOTALS")?,
+        watched: descriptor(&mut ebpf, "WATCHED")?,
+        routes: descriptor(&mut ebpf, "ROUTES")?,
+        senders: own(senders.fd().as_fd())?,
+        targets: descriptor(&mut ebpf, "TARGETS")?,
+        events: descriptor(&mut ebpf, "EVENTS")?,
+    };
+    // Until the self-test has seen better.
+    let share = Share { records: lanes, hook_blocking: config.hook_blocking, fionread_lies: true };
+    Ok((Programs::new(ebpf), descriptors, share))
 }
 
 /// The self-test needs lanes even while all connections have theirs.
@@ -108,11 +97,18 @@ fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, Unavailable> {
     ebpf.take_map(name).ok_or_else(|| Unavailable::Object(format!("no map {name}")))
 }
 
-fn fd(map: &Map) -> Result<&MapData, Unavailable> {
-    match map {
-        Map::Array(data) => Ok(data),
-        _ => Err(Unavailable::Object("a shared map is not an array".into())),
+/// A map's descriptor, to keep or to send.
+fn descriptor(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, Unavailable> {
+    match &take(ebpf, name)? {
+        Map::Array(data) | Map::HashMap(data) | Map::SockHash(data) | Map::RingBuf(data) => {
+            own(data.fd().as_fd())
+        }
+        _ => Err(Unavailable::Object(format!("the map {name} is of another type"))),
     }
+}
+
+fn own(descriptor: BorrowedFd<'_>) -> Result<OwnedFd, Unavailable> {
+    descriptor.try_clone_to_owned().map_err(Unavailable::Mapping)
 }
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, Unavailable>
@@ -123,7 +119,7 @@ where
     program.try_into().map_err(|error| Unavailable::Object(format!("{name}: {error}")))
 }
 
-fn damaged(error: MapError) -> Unavailable {
+pub(super) fn damaged(error: MapError) -> Unavailable {
     Unavailable::Object(chain(&error))
 }
 

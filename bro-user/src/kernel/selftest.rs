@@ -23,7 +23,7 @@ type Outcome<T = ()> = Result<T, String>;
 /// Runs it and takes back what it changed, whatever came of it.
 pub(super) fn run(kernel: &mut Kernel) -> Outcome {
     let own = cgroup::of_self().map_err(|error| format!("this process's cgroup: {error}"))?;
-    let attached_before = kernel.links.contains_key(&own);
+    let attached_before = kernel.programs.is_attached(&own);
     kernel.attach(&own).map_err(|error| error.to_string())?;
     let listener = listener()?;
     let port = step("the listener's address", listener.local_addr())?.port();
@@ -56,7 +56,7 @@ struct Ends {
 impl Test<'_> {
     fn run(mut self) -> Outcome {
         // Where blocking sockets are hooked too, there is nothing to learn: each is hooked from its first connection.
-        if !self.kernel.hook_blocking {
+        if !self.kernel.maps.share.hook_blocking {
             self.learn()?;
         }
         let hooked = self.kernel.totals().hooked;
@@ -114,7 +114,8 @@ impl Test<'_> {
     fn fionread(&mut self, ends: &mut Ends) -> Outcome {
         step("a request", ends.backend.write_all(b"x"))?;
         self.wait(&ends.service, PollFlags::POLLIN, "a request")?;
-        self.kernel.fionread_lies = step("FIONREAD", super::sys::fionread(ends.service.as_fd()))? != 1;
+        self.kernel.maps.share.fionread_lies =
+            step("FIONREAD", super::sys::fionread(ends.service.as_fd()))? != 1;
         step("a request", ends.service.read_exact(&mut [0]))
     }
 

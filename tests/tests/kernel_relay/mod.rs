@@ -80,7 +80,8 @@ impl Bench {
 
     /// As if a first connection had shown that the service is a non-blocking one.
     pub fn fit(mut self) -> Result<Self> {
-        self.kernel.set_kind(self.netns, self.port(), Kind::Fit)?;
+        let port = self.port();
+        self.kernel.set_kind(self.netns, port, Kind::Fit)?;
         Ok(self)
     }
 

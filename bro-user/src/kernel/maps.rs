@@ -1,0 +1,229 @@
+//! The programs' maps, as those use them whose connections have lanes: by descriptor, and without any rights.
+
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+
+use aya::maps::{HashMap, Map, MapData, MapError, RingBuf, SockHash};
+use bro_ebpf::{Counter, Event, Watch, WatchKey, kind, role};
+use serde::{Deserialize, Serialize};
+
+use super::lane::{self, Lane, Lanes, SenderAddress};
+use super::sys::{Mapping, PortKey, WatchValue};
+use super::unavailable::{Refused, Unavailable};
+use super::{Kind, Role, Totals, load};
+
+/// The maps by their descriptors, to be used here or sent to another process.
+#[derive(Debug)]
+pub struct Descriptors {
+    /// The lanes' records.
+    pub records: OwnedFd,
+    /// What the programs count in all.
+    pub totals: OwnedFd,
+    /// Which ports to watch.
+    pub watched: OwnedFd,
+    /// Which record a flow's sender uses.
+    pub routes: OwnedFd,
+    /// The hooked senders.
+    pub senders: OwnedFd,
+    /// The sockets that senders may be redirected to.
+    pub targets: OwnedFd,
+    /// Events.
+    pub events: OwnedFd,
+}
+
+impl Descriptors {
+    /// How many they are.
+    pub const COUNT: usize = 7;
+
+    /// As they are sent.
+    #[must_use]
+    pub fn into_array(self) -> [OwnedFd; Self::COUNT] {
+        let Self { records, totals, watched, routes, senders, targets, events } = self;
+        [records, totals, watched, routes, senders, targets, events]
+    }
+
+    /// As they were sent.
+    #[must_use]
+    pub fn from_array(array: [OwnedFd; Self::COUNT]) -> Self {
+        let [records, totals, watched, routes, senders, targets, events] = array;
+        Self { records, totals, watched, routes, senders, targets, events }
+    }
+}
+
+/// What there is to know about the maps beside their descriptors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// How many records there are.
+    pub records: u32,
+    /// Whether sockets in blocking mode are hooked too.
+    pub hook_blocking: bool,
+    /// Whether this kernel says 0 when a hooked socket's owner asks how much waits to be read. True until the self-test has seen
+    /// better.
+    pub fionread_lies: bool,
+}
+
+/// The maps in use.
+pub struct Maps {
+    watched: HashMap<MapData, PortKey, WatchValue>,
+    senders: SockHash<MapData, u64>,
+    events: RingBuf<MapData>,
+    totals: Mapping<AtomicU64>,
+    lanes: Arc<Lanes>,
+    pub(super) share: Share,
+}
+
+impl std::fmt::Debug for Maps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Maps").field("share", &self.share).finish_non_exhaustive()
+    }
+}
+
+impl Maps {
+    /// Uses the maps from now on. One user at a time: lanes and events are nobody else's.
+    ///
+    /// # Errors
+    /// When they are not the maps of this version of the programs.
+    pub fn new(descriptors: &Descriptors, share: Share) -> Result<Self, Unavailable> {
+        let Descriptors { records, totals, watched, routes, senders, targets, events } = descriptors;
+        let records = Mapping::of_records(records.as_fd(), share.records as usize);
+        let totals = Mapping::of_numbers(totals.as_fd(), Counter::COUNT);
+        let routes = HashMap::try_from(Map::HashMap(data(routes)?)).map_err(load::damaged)?;
+        let targets = SockHash::try_from(Map::SockHash(data(targets)?)).map_err(load::damaged)?;
+        let lanes = Lanes::new(records.map_err(Unavailable::Mapping)?, routes, targets, share.records);
+        Ok(Self {
+            watched: HashMap::try_from(Map::HashMap(data(watched)?)).map_err(load::damaged)?,
+            senders: SockHash::try_from(Map::SockHash(data(senders)?)).map_err(load::damaged)?,
+            events: RingBuf::try_from(Map::RingBuf(data(events)?)).map_err(load::damaged)?,
+            totals: totals.map_err(Unavailable::Mapping)?,
+            lanes: Arc::new(lanes),
+            share,
+        })
+    }
+
+    /// Watches a port of a network namespace: connections accepted there (service) or made towards it by local clients
+    /// (client). A port watched before keeps the kind that was learned.
+    ///
+    /// # Errors
+    /// When the kernel refuses (1,024 ports can be watched).
+    pub fn watch(&mut self, netns: u64, port: u16, as_: Role) -> std::io::Result<()> {
+        let role = match as_ {
+            Role::Service => role::SERVICE,
+            Role::Client => role::CLIENT,
+        };
+        let key = key(netns, port);
+        if self.watched.get(&key, 0).is_ok_and(|found| found.0.role == role) {
+            return Ok(());
+        }
+        let value = WatchValue(Watch { role, kind: kind::UNKNOWN });
+        self.watched.insert(key, value, 0).map_err(lane::errno)
+    }
+
+    /// Watches a port no longer.
+    pub fn unwatch(&mut self, netns: u64, port: u16) {
+        let _absent = self.watched.remove(&key(netns, port));
+    }
+
+    /// What is known of the service at a watched port; `None` when it is not watched.
+    #[must_use]
+    pub fn kind(&self, netns: u64, port: u16) -> Option<Kind> {
+        self.watched.get(&key(netns, port), 0).ok().map(|found| Kind::of(found.0.kind))
+    }
+
+    /// Sets what is known of the service at a watched port; `Unknown` forgets it, for a container that restarted in the same
+    /// network namespace.
+    ///
+    /// # Errors
+    /// When the port is not watched.
+    pub fn set_kind(&mut self, netns: u64, port: u16, kind: Kind) -> std::io::Result<()> {
+        const EXIST: u64 = 2;
+        let key = key(netns, port);
+        let mut value = self.watched.get(&key, 0).map_err(lane::errno)?;
+        value.0.kind = kind.number();
+        self.watched.insert(key, value, EXIST).map_err(lane::errno)
+    }
+
+    /// Opens a lane from `sender` into `target`'s transmit queue. `forwarded` is what the forwarder has already written to
+    /// `target` of the sender's bytes; bytes of its own that it put before them (a proxy header) do not count, and must be
+    /// written before this. May be called right after connect, before or after the sender was hooked. Messages of more than
+    /// `largest` bytes do not take the lane.
+    ///
+    /// # Errors
+    /// When there is no lane for this connection: relay it by splice.
+    pub fn open_lane(
+        &self,
+        sender: &SenderAddress,
+        target: BorrowedFd<'_>,
+        forwarded: u64,
+        largest: Option<u32>,
+    ) -> Result<Lane, Refused> {
+        self.lanes.open(sender, target, forwarded, largest.map_or(u64::MAX, u64::from))
+    }
+
+    /// Takes a sender, by its socket cookie, out of the senders' map for good: from now on it is ordinary TCP's.
+    pub fn release(&mut self, cookie: u64) {
+        let _gone_meanwhile = self.senders.remove(&cookie);
+    }
+
+    /// Does this kernel say 0 when a hooked socket's owner asks how much waits to be read (FIONREAD)? Seen by the self-test.
+    /// A program that asks may then wait for bytes that are there: nginx does when a request fills its buffer.
+    #[must_use]
+    pub const fn fionread_lies(&self) -> bool {
+        self.share.fionread_lies
+    }
+
+    /// Polls readable (level-triggered) while there are events.
+    #[must_use]
+    pub fn events_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+
+    /// Hands over every event there is. A blocking sender has already been taken out of the senders' map.
+    pub fn drain_events(&mut self, mut each: impl FnMut(Event)) {
+        while let Some(bytes) = self.events.next() {
+            let Some(event) = Event::parse(&bytes) else { continue };
+            drop(bytes);
+            if let Event::BlockingSender { socket, .. } = event {
+                let _closed_meanwhile = self.senders.remove(&socket);
+            }
+            each(event);
+        }
+    }
+
+    /// What the programs did in all.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        let total =
+            |counter: Counter| self.totals.get(counter as usize).map_or(0, |total| total.load(Relaxed));
+        let (closed_lanes, open_lanes) = self.lanes.closed();
+        Totals {
+            hooked: total(Counter::Hooked),
+            hook_refused: total(Counter::HookRefused),
+            unhooked: total(Counter::Unhooked),
+            blocking: total(Counter::Blocking),
+            zerocopy: total(Counter::Zerocopy),
+            fast_open: total(Counter::FastOpen),
+            watched: total(Counter::Watched),
+            events_lost: total(Counter::EventsLost),
+            open_lanes,
+            closed_lanes,
+        }
+    }
+
+    /// How many sockets are in the senders' map right now (walks it: for tests and `bro doctor`).
+    #[must_use]
+    pub fn hooked_now(&self) -> usize {
+        self.senders.keys().filter(Result::is_ok).count()
+    }
+}
+
+/// A map of this descriptor.
+fn data(map: &OwnedFd) -> Result<MapData, Unavailable> {
+    let map = map.try_clone().map_err(Unavailable::Mapping)?;
+    MapData::from_fd(map).map_err(|error: MapError| load::damaged(error))
+}
+
+fn key(netns: u64, port: u16) -> PortKey {
+    PortKey(WatchKey { netns, port: port.into(), zero: 0 })
+}

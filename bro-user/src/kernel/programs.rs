@@ -1,0 +1,81 @@
+//! The loaded programs and where they are attached: the half of the kernel relay that takes rights (CAP_BPF, CAP_NET_ADMIN,
+//! CAP_PERFMON).
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use aya::Ebpf;
+use aya::programs::sock_ops::SockOpsLink;
+use aya::programs::{CgroupAttachMode, SockOps};
+use nix::libc;
+
+use super::load;
+use super::unavailable::Unavailable;
+
+/// The loaded programs. Dropping them detaches them.
+pub struct Programs {
+    links: HashMap<PathBuf, SockOpsLink>,
+    ebpf: Ebpf,
+}
+
+impl std::fmt::Debug for Programs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Programs").field("cgroups", &self.links.keys()).finish_non_exhaustive()
+    }
+}
+
+impl Programs {
+    /// Programs that are attached nowhere yet.
+    pub(super) fn new(ebpf: Ebpf) -> Self {
+        Self { links: HashMap::new(), ebpf }
+    }
+
+    /// Whether they look at this cgroup.
+    pub(super) fn is_attached(&self, cgroup: &Path) -> bool {
+        self.links.contains_key(cgroup)
+    }
+
+    /// Looks at the TCP sockets that are made in this cgroup (a container's, or the clients') and below from now on. Once for
+    /// each cgroup: a second time is nothing. A nested cgroup of an attached one needs no attachment, and having it is no harm.
+    ///
+    /// # Errors
+    /// When the cgroup cannot be opened or the kernel refuses the link.
+    pub fn attach(&mut self, cgroup: &Path) -> Result<(), Unavailable> {
+        if self.links.contains_key(cgroup) {
+            return Ok(());
+        }
+        let folder =
+            std::fs::File::open(cgroup).map_err(|error| Unavailable::Cgroup(cgroup.into(), error))?;
+        let program: &mut SockOps = match self.ebpf.program_mut("bro_watch").map(TryInto::try_into) {
+            Some(Ok(program)) => program,
+            _ => return Err(Unavailable::Object("no program bro_watch".into())),
+        };
+        // A bpf_link stands beside others' programs by nature; the kernel refuses it the flag that says so.
+        let attached = program.attach(&folder, CgroupAttachMode::Single).and_then(|id| program.take_link(id));
+        let link = attached.map_err(|error| match load::errno_within(&error) {
+            Some(libc::E2BIG) => Unavailable::CgroupFull(cgroup.into()),
+            Some(libc::EPERM) => Unavailable::CgroupExclusive(cgroup.into()),
+            Some(number) => Unavailable::Attach(cgroup.into(), std::io::Error::from_raw_os_error(number)),
+            None => Unavailable::Attach(cgroup.into(), std::io::Error::other(error.to_string())),
+        })?;
+        self.links.insert(cgroup.into(), link);
+        Ok(())
+    }
+
+    /// Detaches from a cgroup (the container restarted in another one). Sockets hooked so far stay hooked until they close.
+    pub fn detach(&mut self, cgroup: &Path) {
+        self.links.remove(cgroup);
+    }
+
+    /// The kernel's numbers of the two programs, as `bpftool prog show id` takes them: bro_send and bro_watch.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn ids(&self) -> std::io::Result<[u32; 2]> {
+        let id = |name: &str| {
+            let program = self.ebpf.program(name).ok_or(std::io::ErrorKind::NotFound)?;
+            program.info().map(|info| info.id()).map_err(std::io::Error::other)
+        };
+        Ok([id("bro_send")?, id("bro_watch")?])
+    }
+}
