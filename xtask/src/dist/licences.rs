@@ -102,7 +102,7 @@ pub fn copyright(release: &Release, crates: &[Dependency]) -> Result<String> {
     let mit = std::fs::read_to_string(release.source.join("LICENSE-MIT"))?;
     let (_, mit) = mit.split_once("\n\n").context("the title of the licence")?;
     let (holder, mit) = mit.split_once("\n\n").context("the copyright line of the licence")?;
-    let mut text = format!(
+    let mut text = String::from(
         "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n\
          Upstream-Name: bro\n\
          Comment: The binary holds the crates listed below; the texts of their\n \
