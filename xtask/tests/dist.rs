@@ -117,6 +117,18 @@ fn bash_completes() {
 }
 
 #[test]
+fn what_is_hidden_is_not_offered() {
+    let scratch = Scratch::new().unwrap();
+    dist(scratch.path(), &["completions"]);
+    let scripts = files(&scratch.path().join("completions"));
+    assert!(scripts.len() >= 9, "{scripts:?}");
+    for script in scripts {
+        let text = std::fs::read_to_string(&script).unwrap();
+        assert!(!text.contains("netns-agent") && !text.contains("after-upgrade"), "{}", script.display());
+    }
+}
+
+#[test]
 fn fish_completes() {
     require!(Need::Program("fish", "fish"));
     let scratch = Scratch::new().unwrap();

@@ -42,6 +42,11 @@ fn package(host: &Host) -> Result<()> {
     let analysed = host.try_run(&["systemctl", "--failed", "--no-legend", "--plain"])?;
     ensure!(analysed.stdout.is_empty(), "failed units: {}", analysed.stdout);
 
+    let refused = host.try_run_as("test", &["bro", "after-upgrade"])?;
+    ensure!(refused.code == 5 && refused.stderr.starts_with("bro: "), "{refused:?}");
+    let own = host.try_run_as("test", &["bro", "after-upgrade", "--user"])?;
+    ensure!(own.success() && own.stdout.is_empty(), "{own:?}");
+
     let mut sites = Vec::new();
     for manager in MANAGERS {
         let options = ["--exit-idle-time", "2s"];

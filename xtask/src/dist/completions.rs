@@ -14,7 +14,7 @@ pub struct Script {
 
 /// All of them.
 pub fn scripts() -> Vec<Script> {
-    let names: Vec<(&str, clap::Command)> = std::iter::once(("bro", Cli::command()))
+    let names: Vec<(&str, clap::Command)> = std::iter::once(("bro", offered()))
         .chain(cli::NAMES.iter().filter_map(|(name, subcommand)| {
             Some((*name, Cli::command().find_subcommand(subcommand)?.clone().name(*name)))
         }))
@@ -32,4 +32,15 @@ pub fn scripts() -> Vec<Script> {
         }
     }
     scripts
+}
+
+/// Without what is hidden: the library would offer that too.
+fn offered() -> clap::Command {
+    let whole = Cli::command();
+    let subcommands = whole.get_subcommands().filter(|subcommand| !subcommand.is_hide_set()).cloned();
+    clap::Command::new("bro")
+        .version(env!("CARGO_PKG_VERSION"))
+        .propagate_version(true)
+        .args(whole.get_arguments().cloned())
+        .subcommands(subcommands)
 }

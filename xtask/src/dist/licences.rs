@@ -107,7 +107,7 @@ pub fn copyright(release: &Release, crates: &[Dependency]) -> Result<String> {
          Upstream-Name: bro\n\
          Comment: The binary holds the crates listed below; the texts of their\n \
          licences are in /usr/share/doc/bro/third-party.txt.gz. The programs that\n \
-         it loads into the kernel are bro's own and declare \"Dual MIT/GPL\" to it.\n .\n"
+         it loads into the kernel are bro's own and declare \"Dual MIT/GPL\" to it.\n .\n",
     );
     for dependency in crates {
         writeln!(text, " {} {}: {}", dependency.name, dependency.version, dependency.licence)?;
