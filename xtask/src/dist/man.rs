@@ -106,7 +106,7 @@ fn fill(
     section: &str,
     date: &str,
 ) -> Result<Vec<u8>> {
-    let man = command.map(Man::new);
+    let man = command.map(|command| Man::new(command).section(section));
     let version = concat!("bro ", env!("CARGO_PKG_VERSION"));
     let mut text = String::from(TOP);
     for line in source.lines() {
