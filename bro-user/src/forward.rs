@@ -385,6 +385,8 @@ impl<'a> Control<'a> {
             tokio::select! {
                 event = self.events.recv() => match event {
                     None => break,
+                    // Who is replaced in turn waits for its own predecessor, so that the last one knows of them all.
+                    Some(Event::Drained) if self.replacing.has_predecessor() => self.replacing.drained = true,
                     Some(Event::Drained) => break,
                     Some(Event::Leaving(true)) => {
                         self.leaves().await;
@@ -398,7 +400,12 @@ impl<'a> Control<'a> {
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
                 _ = hang_up.recv() => self.begin_replacement(),
-                Some(news) = self.replacing.news() => self.replacement(news).await,
+                Some(news) = self.replacing.news() => {
+                    self.replacement(news).await;
+                    if self.replacing.drained && !self.replacing.has_predecessor() {
+                        break;
+                    }
+                }
                 () = sleep_until(idle_at.unwrap_or_else(Instant::now)), if idle_at.is_some() => {
                     // The deadline may have moved while it was waited for; the engine has the last word.
                     if self.idle_deadline().is_some_and(|deadline| deadline <= Instant::now()) {

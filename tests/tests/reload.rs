@@ -167,6 +167,29 @@ fn a_successor_does_not_leave_before_its_predecessor() -> Result<()> {
 }
 
 #[test]
+fn a_replaced_process_waits_for_the_one_it_has_replaced() -> Result<()> {
+    require_namespaces!();
+    let mut notify = Notify::new()?;
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg("--exit-idle-time=200ms");
+    let mut forwarder = setup.arg(scene.target()).start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let old = (scene.client()?, service.accept()?);
+    expect_relayed(&old.0, &old.1)?;
+    let second = reload(forwarder.pid(), &mut notify)?;
+    kill(Pid::from_raw(second), Signal::SIGHUP)?;
+    let third = newest_main(&mut notify, &[forwarder.pid(), second])?;
+    // Neither the second, which has nothing to do, nor the third, which nobody comes to.
+    ensure!(!process::ends(third, MOMENT * 2)?, "the third left before the first");
+    ensure!(!process::ends(second, Duration::ZERO)?, "the second left before the first");
+    expect_relayed(&old.0, &old.1)?;
+    drop(old);
+    ensure!(forwarder.wait(PATIENCE)?.is_some() && ends(second)? && ends(third)?, "somebody stays");
+    forwarder.expect_nothing_left()
+}
+
+#[test]
 fn sigterm_to_both_ends_both_in_order() -> Result<()> {
     require_namespaces!();
     let mut notify = Notify::new()?;
@@ -181,11 +204,11 @@ fn sigterm_to_both_ends_both_in_order() -> Result<()> {
     for pid in process::members(forwarder.pid()) {
         kill(Pid::from_raw(pid), Signal::SIGTERM)?;
     }
-    ensure!(ends(successor)?, "the successor stays");
     ensure!(forwarder.wait(MOMENT)?.is_none(), "the old process has cut its connection");
     expect_relayed(&old.0, &old.1)?;
     drop(old);
     ensure!(forwarder.wait(PATIENCE)?.is_some_and(|status| status.success()), "the old process stays");
+    ensure!(ends(successor)?, "the successor stays");
     forwarder.expect_nothing_left()
 }
 

@@ -37,6 +37,8 @@ pub(super) struct Replacing<'a> {
     replaced: bool,
     /// The predecessor still has connections: if this process ended, systemd would end it as well.
     predecessor: bool,
+    /// This process has no connection any more, and waits for its predecessor alone.
+    pub(super) drained: bool,
     news: (UnboundedSender<News>, UnboundedReceiver<News>),
 }
 
@@ -48,6 +50,7 @@ impl<'a> Replacing<'a> {
             starting: false,
             replaced: false,
             predecessor: false,
+            drained: false,
             news: unbounded_channel(),
         }
     }
@@ -59,6 +62,11 @@ impl<'a> Replacing<'a> {
     /// A successor speaks for the service.
     pub(super) const fn is_replaced(&self) -> bool {
         self.replaced
+    }
+
+    /// The predecessor has not ended.
+    pub(super) const fn has_predecessor(&self) -> bool {
+        self.predecessor
     }
 
     /// This process must not leave for want of clients now.

@@ -12,6 +12,7 @@ mod helper;
 mod networks;
 mod power;
 mod refusals;
+mod reload;
 mod run_as;
 mod services;
 
@@ -40,6 +41,7 @@ const BOTH: &[Case] = &[
     ),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
+    ("reloaded under pgbench", reload::under_pgbench),
     ("a service that Podman and all may make no socket for", direct::restricted),
     ("a command in the container's network", helper::by_its_owner),
     ("status and doctor", doctor::status_and_doctor),
