@@ -54,6 +54,8 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
          Type=notify\n\
          {user}\
          ExecStart={command}\n\
+         # A successor takes the sockets over, and this process finishes its connections.\n\
+         ExecReload=kill -HUP $MAINPID\n\
          Sockets={sockets}\n\
          RuntimeDirectory=bro/%N\n\
          Restart=on-failure\n\

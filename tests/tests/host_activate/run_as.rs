@@ -79,6 +79,13 @@ pub fn from_quadlet_to_service(host: &Host) -> Result<()> {
         has(&status, set, "0000000000000000")?;
     }
     has(&status, "NoNewPrivs", "1")?;
+    // A successor finds all that it needs within the same confines.
+    let before = site.forwarder_show("MainPID")?;
+    host.run(&["systemctl", "reload", &site.forwarder()])?;
+    host.wait_until("the successor", PATIENCE, || Ok(site.forwarder_show("MainPID")? != before))?;
+    client.write_all(b"b")?;
+    client.read_exact(&mut [0])?;
+    site.check_echo().with_context(|| site.journals())?;
     drop(client);
     expect_asleep(site)?;
 
