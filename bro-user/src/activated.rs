@@ -202,7 +202,7 @@ fn unit_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-fn assemble(
+pub(crate) fn assemble(
     path: &Path,
     file: &UnitFile,
     ours: &[(PathBuf, UnitFile)],

@@ -6,7 +6,7 @@
 pub mod address;
 mod apply;
 mod program;
-mod request;
+pub(crate) mod request;
 mod say;
 mod systemd;
 pub(crate) mod taken;

@@ -60,7 +60,7 @@ impl Request {
         }
     }
 
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let known = [Self::Status, Self::Wake, Self::Sleep { force: false }, Self::Sleep { force: true }];
         match line.trim_end() {
             "" => Some(Self::Status),

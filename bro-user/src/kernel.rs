@@ -9,7 +9,7 @@ pub mod cgroup;
 mod lane;
 mod load;
 mod maps;
-mod offsets;
+pub(crate) mod offsets;
 mod programs;
 mod selftest;
 mod sys;

@@ -14,6 +14,8 @@ pub mod doctor;
 pub mod engine;
 pub mod exit;
 pub mod forward;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod hand;
 pub mod handover;
 pub mod helper;
@@ -35,3 +37,4 @@ pub mod target;
 pub mod timespan;
 pub mod unit_file;
 pub mod units;
+pub mod upgrade;

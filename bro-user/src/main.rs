@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use bro_user::cli::{Cli, Command};
+use bro_user::cli::{self, Cli, Command};
 use bro_user::handover::Predecessor;
-use bro_user::{activation, doctor, exit, forward, hand, helper, listen, logging, netns, status};
+use bro_user::{activation, doctor, exit, forward, hand, helper, listen, logging, netns, status, upgrade};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
             }
         }),
         Command::Helper(_) => unreachable!("dealt with above"),
+        Command::AfterUpgrade(options) => upgrade::run(&options),
         Command::NetnsAgent => netns::agent::run(),
     };
     match result {
@@ -52,17 +53,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// The command line; `bro-activate` and `bro-activator` are names of `bro activate`, `bro-helper` of `bro helper`.
+/// The command line; called by one of the subcommands' names, as if that were said.
 fn command_line() -> Vec<std::ffi::OsString> {
     let mut words: Vec<_> = std::env::args_os().collect();
     let called = words.first().map(std::path::Path::new).and_then(std::path::Path::file_name);
-    let subcommand = match called.and_then(std::ffi::OsStr::to_str) {
-        Some("bro-activate" | "bro-activator") => "activate",
-        Some("bro-helper") => "helper",
-        _ => return words,
-    };
-    words[0] = "bro".into();
-    words.insert(1, subcommand.into());
+    let named = cli::NAMES.iter().find(|(name, _)| called.is_some_and(|called| called == *name));
+    if let Some((_, subcommand)) = named {
+        words[0] = "bro".into();
+        words.insert(1, subcommand.into());
+    }
     words
 }
 

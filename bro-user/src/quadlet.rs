@@ -150,7 +150,7 @@ pub fn find(
 }
 
 /// Splits `web.container` into its stem and the kinds it may be of.
-fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
+pub(crate) fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
     const OTHERS: [&str; 4] = [".network", ".volume", ".image", ".build"];
     let usage = |text: String| Err(Failure::Usage(text));
     if let Some(other) = OTHERS.iter().find(|other| name.ends_with(**other)) {
@@ -205,7 +205,7 @@ fn not_found(stem: &str, kinds: &[Kind], directories: &[PathBuf]) -> Failure {
 }
 
 /// The unit that the generator makes.
-fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Result<String, Failure> {
+pub(crate) fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Result<String, Failure> {
     if let Some(name) = file.value(kind.section(), "ServiceName") {
         if stem.contains('@') {
             return Err(Failure::Usage(format!(
@@ -232,7 +232,7 @@ fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Result<String, 
 }
 
 /// The container in whose namespace the service listens; else why bro cannot know it.
-fn container(
+pub(crate) fn container(
     stem: &str,
     kind: Kind,
     file: &UnitFile,

@@ -14,14 +14,14 @@ const PODMAN: Duration = Duration::from_secs(20);
 
 /// What a running conmon says of its container.
 #[derive(Debug, PartialEq, Eq)]
-struct Conmon {
+pub(crate) struct Conmon {
     name: String,
     pidfile: String,
 }
 
 impl Conmon {
     /// Reads a conmon's command line (NUL-separated): `-n NAME`, `-p PIDFILE`.
-    fn parse(cmdline: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(cmdline: &[u8]) -> Option<Self> {
         let mut words =
             cmdline.split(|&byte| byte == 0).map(|word| std::str::from_utf8(word).unwrap_or_default());
         if !words.next()?.ends_with("conmon") {
@@ -78,7 +78,10 @@ fn owned_by(process: &Path, uid: u32) -> bool {
 
 /// A process's parent: the fourth field of proc_pid_stat(5), after a name that may hold spaces and parentheses.
 fn parent(pid: i32) -> Option<i32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    parent_in(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+pub(crate) fn parent_in(stat: &str) -> Option<i32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 

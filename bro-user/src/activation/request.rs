@@ -542,7 +542,7 @@ fn warn_of_ports(quadlet: &Quadlet, activated: &Activated, warnings: &mut Vec<St
 }
 
 /// The host's TCP ports of `[[IP:][HOST]:]CONTAINER[/PROTOCOL]`.
-fn published(text: &str) -> Option<std::ops::RangeInclusive<u16>> {
+pub(crate) fn published(text: &str) -> Option<std::ops::RangeInclusive<u16>> {
     let text = match text.split_once('/') {
         Some((ports, "tcp")) => ports,
         Some(_) => return None,

@@ -224,6 +224,28 @@ pub(super) fn cgroup() -> Check {
     }
 }
 
+/// What the relay process gives up, tried on a thread that ends with it.
+pub(super) fn sandbox() -> Check {
+    const NAME: &str = "sandbox";
+    let tried = std::thread::spawn(|| crate::sandbox::enter(None, [])).join();
+    match tried {
+        Ok(Ok(missing)) if missing.is_empty() => {
+            Check::ok(NAME, "the relay process gets by without capabilities, files and new sockets")
+        }
+        Ok(Ok(missing)) => Check::less(
+            NAME,
+            format!("the relay process keeps more rights than it needs: {}", missing.join("; ")),
+            "use Linux 5.13 or newer with lsm=…,landlock on its command line, and allow seccomp(2)",
+        ),
+        Ok(Err(error)) => Check::bad(
+            NAME,
+            format!("no relay process can start here: {error:#}"),
+            "allow prctl(2) and capset(2)",
+        ),
+        Err(_) => Check::bad(NAME, "trying it failed", "report this"),
+    }
+}
+
 pub(super) fn capabilities() -> Check {
     const NAME: &str = "capabilities";
     let missing: Vec<String> = crate::capabilities::KERNEL_RELAY

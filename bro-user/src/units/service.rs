@@ -54,7 +54,7 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
          Type=notify\n\
          {user}\
          ExecStart={command}\n\
-         # A successor takes the sockets over, and this process finishes its connections.\n\
+         # The program as it is on the disk by then takes over, and drops nobody.\n\
          ExecReload=kill -HUP $MAINPID\n\
          Sockets={sockets}\n\
          RuntimeDirectory=bro/%N\n\
