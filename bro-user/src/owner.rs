@@ -21,17 +21,25 @@ pub struct Owner {
     pub home: PathBuf,
 }
 
+/// A user's name, as far as one can stand in a unit file.
+///
+/// # Errors
+/// When it is none.
+pub fn name(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    if !text.is_empty() && text.chars().all(fits) && !text.starts_with(['-', '.']) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("“{}” cannot be the name of a user; see `getent passwd`", text.escape_debug()))
+}
+
 impl Owner {
     /// Looks the user up; below `root`, in the user database of that tree.
     ///
     /// # Errors
     /// [`Failure::NotFound`] when there is no such user, [`Failure::Usage`] for root and for names that no unit file can hold.
     pub fn find(name: &str, root: Option<&Path>) -> anyhow::Result<Self> {
-        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-        if name.is_empty() || !name.chars().all(fits) || name.starts_with(['-', '.']) {
-            let text = format!("“{}” cannot be the name of a user; see `getent passwd`", name.escape_debug());
-            return Err(Failure::Usage(text).into());
-        }
+        let name = &*self::name(name).map_err(Failure::Usage)?;
         let found = match root {
             Some(root) => Self::in_file(name, &crate::quadlet::below(Some(root), Path::new("/etc/passwd"))),
             None => User::from_name(name).context("the user database cannot be read")?.map(|user| Self {

@@ -135,7 +135,7 @@ pub struct Activate {
     /// The quadlet is looked for where USER's Podman looks; the container, its images and its unit are USER's as ever. The socket
     /// and the forwarder's service are the system's, and nothing of theirs runs as root. The service starts USER's service
     /// manager where it does not run yet.
-    #[arg(long, value_name = "USER", conflicts_with_all = ["user", "direct"])]
+    #[arg(long, value_name = "USER", value_parser = crate::owner::name, conflicts_with_all = ["user", "direct"])]
     pub run_as: Option<String>,
 
     /// For the system: quadlets and units below /etc, rootful containers (default for root)

@@ -5,6 +5,7 @@
 //!   `Protect…=`, `CapabilityBoundingSet=` fails outright): whoever is in a user namespace of his own may enter no container's.
 //! - `ProtectProc=`, `ProcSubset=`, `IPAddressDeny=` and `DevicePolicy=` for a user's own manager, which takes them and does
 //!   nothing: they would only look well.
+//! - `RemoveIPC=`: it is about all that the *user* has in /dev/shm, Podman's locks among it, not about what the service has made.
 //! - All of it where the service runs commands of its owner's, or Podman for them: rootless Podman makes its user namespace by
 //!   newuidmap, which `NoNewPrivileges=` (and each system call filter, which implies it there) forbids; it joins the one there
 //!   is by setns(2) without a type, which `RestrictNamespaces=` forbids; rootful Podman wants all of root's rights.
@@ -137,8 +138,7 @@ fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut i
     }
     say(
         "PrivateMounts=yes\nPrivateDevices=yes\nPrivateIPC=yes\nProtectClock=yes\nProtectHostname=yes\nProtectKernelLogs=yes\n\
-         ProtectKernelModules=yes\nProtectKernelTunables=yes\nProtectControlGroups=yes\nProtectProc=invisible\nProcSubset=pid\n\
-         RemoveIPC=yes",
+         ProtectKernelModules=yes\nProtectKernelTunables=yes\nProtectControlGroups=yes\nProtectProc=invisible\nProcSubset=pid",
     );
 }
 

@@ -18,7 +18,7 @@ const CASES: &[(&str, &[&str], u32)] = &[
         20,
     ),
     ("a user's container, by the system", &["mine", "--system", "--run-as", "test"], 13),
-    ("a user's", &["mine", "--user"], 70),
+    ("a user's", &["mine", "--user"], 67),
 ];
 
 fn tree() -> Result<Tree> {

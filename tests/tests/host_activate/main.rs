@@ -90,6 +90,7 @@ fn activated_services_on_a_real_host() {
         cases.case(name, || case(&host));
     }
     examples::all(&host, &cases);
+    cases.case("after a reboot without a login", || power::nobody_has_logged_in(&mut host));
     cases.case("reboot and power cut in mid-stream", || power::reboot_and_power_cut(&mut host));
     cases.conclude();
 }

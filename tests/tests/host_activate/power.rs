@@ -3,8 +3,11 @@
 use std::io::{Read as _, Write as _};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_tests::host::site::{Plan, Site};
+use bro_tests::host::site::{Plan, Site, ask};
 use bro_tests::host::{Host, Manager};
+
+use crate::activated::{activate, expect_asleep};
+use crate::run_as::{self, Served};
 
 const MANAGERS: [Manager; 2] = [Manager::System, Manager::User("test")];
 const NAME: &str = "boot";
@@ -71,5 +74,44 @@ fn brief_drain(site: &Site<'_>) -> Result<()> {
     let drop_in = format!("[Service]\nExecStart=\nExecStart={command}\n");
     site.manager.unit(site.host, &format!("{}.d/brief.conf", site.forwarder()), &drop_in)?;
     site.manager.systemctl(site.host, &["daemon-reload"])?;
+    Ok(())
+}
+
+/// The user lingers, and nobody has logged in: the system listens on that user's behalf, and a service that may make no socket
+/// finds the user namespace that it could not make itself.
+pub fn nobody_has_logged_in(host: &mut Host) -> Result<()> {
+    const TEST: Manager = Manager::User("test");
+    let served = Served::new(host, TEST, "dawn", &Plan::service(TEST, 0.0, ""), "--exit-idle-time 500ms")?;
+    std::mem::forget(served);
+    let mut ports = Vec::new();
+    for manager in MANAGERS {
+        let plan = Plan::new(
+            "Image=docker.io/alpine/socat\nExec=ACCEPT-FD:3,fork EXEC:cat\nStopSignal=SIGKILL",
+            "",
+            "",
+        );
+        plan.write_quadlet(host, manager, "bare")?;
+        let port = host.free_port()?;
+        let words = format!("bare --direct --restrict-network --external-port 127.0.0.1:{port}");
+        let ran = activate(host, manager, &words)?;
+        ensure!(ran.success(), "{ran:?}");
+        ports.push((manager, port));
+    }
+    host.reboot()?;
+    let uid = host.uid("test")?;
+    let paused = host.path(&format!("/run/user/{uid}/libpod/tmp/pause.pid"));
+    ensure!(!paused.exists(), "Podman has been at work already: {}", paused.display());
+    for (manager, port) in ports.into_iter().rev() {
+        let answer = ask(host.connect(port)?, b"first of the day");
+        let answer = answer.with_context(|| manager.journal(host, "bare.service").unwrap_or_default())?;
+        ensure!(answer == b"first of the day", "{manager:?}: {answer:?}");
+        ensure!(activate(host, manager, "bare --remove")?.success());
+        manager.systemctl(host, &["stop", "bare.service"])?;
+    }
+    let served = Served(run_as::at(host, TEST, "dawn"));
+    for _ in 0..2 {
+        served.0.check_echo().with_context(|| served.0.journals())?;
+        expect_asleep(&served.0).with_context(|| served.0.journals())?;
+    }
     Ok(())
 }

@@ -79,6 +79,13 @@ pub fn from_quadlet_to_service(host: &Host) -> Result<()> {
         has(&status, set, "0000000000000000")?;
     }
     has(&status, "NoNewPrivs", "1")?;
+    // A successor finds all that it needs within the same confines.
+    let before = site.forwarder_show("MainPID")?;
+    host.run(&["systemctl", "reload", &site.forwarder()])?;
+    host.wait_until("the successor", PATIENCE, || Ok(site.forwarder_show("MainPID")? != before))?;
+    client.write_all(b"b")?;
+    client.read_exact(&mut [0])?;
+    site.check_echo().with_context(|| site.journals())?;
     drop(client);
     expect_asleep(site)?;
 
@@ -134,12 +141,22 @@ pub fn looked_after(host: &Host) -> Result<()> {
     site.check_echo()?;
     expect_asleep(site).with_context(|| site.journals())?;
 
-    TEST.systemctl(host, &["mask", "--runtime", "kept.service"]).ok();
+    // Who does not linger loses all of it by logging out, and is told how to keep it.
+    host.run(&["mv", "/var/lib/systemd/linger/test", "/var/lib/systemd/not-lingering"])?;
+    let hints = [
+        host.try_run(&["bro", "doctor", "kept"]),
+        activate(host, Manager::System, "kept --exit-idle-time 400ms"),
+    ];
+    host.run(&["mv", "/var/lib/systemd/not-lingering", "/var/lib/systemd/linger/test"])?;
+    for hint in hints {
+        let hint = hint?;
+        ensure!(hint.success() && hint.stdout.contains("loginctl enable-linger test"), "{hint:?}");
+    }
+
     host.sh("rm /home/test/.config/containers/systemd/kept.container")?;
     TEST.systemctl(host, &["daemon-reload"])?;
     let ill = host.try_run(&["bro", "doctor", "kept"])?;
     ensure!(ill.code == 1 && ill.stdout.contains("kept.container is gone"), "{ill:?}");
-    TEST.systemctl(host, &["unmask", "--runtime", "kept.service"]).ok();
     Ok(())
 }
 
