@@ -558,7 +558,12 @@ impl<'a> Control<'a> {
 
     fn event(&mut self, event: Event) {
         match event {
-            Event::Wake { backend, peer, refused } => self.wake(backend, &peer, refused),
+            // The relay process is not trusted with anything: neither with a number of ours, nor with asking once.
+            Event::Wake { backend, peer, refused } => match self.wakefulness.get(backend) {
+                Some(Wakefulness::Waking) => tracing::debug!(backend, "woken already"),
+                Some(_) => self.wake(backend, &peer, refused),
+                None => tracing::error!(backend, "the relay process wants a target woken that there is not"),
+            },
             Event::Leaving(_) => self.stays(),
             Event::Draining(why) => self.draining(&why),
             Event::Pong => life::alive(),
