@@ -17,8 +17,18 @@ impl Owners {
     /// Nobody at all.
     pub const NOBODY: Self = Self { ranges: [Self::NONE; Self::MOST] };
     /// Everybody: for a forwarder that loads for itself, where the cgroup alone says whom it looks at.
-    pub const EVERYBODY: Self =
-        Self { ranges: [[0, u32::MAX], Self::NONE, Self::NONE, Self::NONE, Self::NONE, Self::NONE, Self::NONE, Self::NONE] };
+    pub const EVERYBODY: Self = Self {
+        ranges: [
+            [0, u32::MAX],
+            Self::NONE,
+            Self::NONE,
+            Self::NONE,
+            Self::NONE,
+            Self::NONE,
+            Self::NONE,
+            Self::NONE,
+        ],
+    };
 
     /// The user and as many of the ranges (first id and count) as there is room for.
     #[must_use]

@@ -3,12 +3,14 @@
 mod activate;
 pub mod control;
 pub mod idle;
+mod loader;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use activate::{Activate, Direct};
+pub use loader::Loader;
 
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -52,6 +54,9 @@ pub enum Command {
     Status(Status),
     /// What this host can do for this user and what not, or what is wrong with one service; one line a check, with the fix
     Doctor(Doctor),
+    /// Load the kernel relay for a user, whose forwarders then need no rights for it
+    #[command(after_long_help = loader::EXAMPLES)]
+    Loader(Loader),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
     NetnsAgent,

@@ -182,7 +182,7 @@ fn load_kernel_relay(
         kernel::Config { connections: options.connections_max, hook_blocking: options.blocking_sockets };
     let (to, loaded) = tokio::sync::oneshot::channel();
     let load = move || {
-        let tested = Kernel::load(&config).and_then(|mut kernel| kernel.selftest().map(|()| kernel));
+        let tested = Kernel::obtain(&config);
         // The forwarder may have ended meanwhile.
         drop(to.send(tested));
     };

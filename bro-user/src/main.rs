@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use bro_user::cli::{Cli, Command};
-use bro_user::{activation, doctor, exit, forward, hand, listen, logging, netns, status};
+use bro_user::{activation, doctor, exit, forward, hand, listen, loader, logging, netns, status};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
@@ -29,6 +29,10 @@ fn main() -> ExitCode {
                 anyhow::bail!("something that bro is for does not work here; see the lines marked BAD")
             }
         }),
+        Command::Loader(options) => {
+            logging::init(0);
+            loader::run(&options)
+        }
         Command::NetnsAgent => netns::agent::run(),
     };
     match result {
