@@ -5,6 +5,7 @@ pub mod container;
 pub mod ownership;
 pub mod ready;
 pub mod rootless;
+pub mod watching;
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -15,22 +16,22 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use nix::libc;
-use nix::sys::socket::UnixAddr;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 use tokio::time::sleep;
 
-use crate::engine::handle::{Command, Handle};
+use crate::engine::Destination;
 use crate::engine::lanes::Watch;
-use crate::engine::{Address, Destination, NamespaceFile, Via};
 use crate::exit::Failure;
 use crate::kernel;
 use crate::netns::diag::Table;
+use crate::netns::wire::{Address, Destinations};
 use crate::netns::{Namespace, Where};
 use crate::target::Target;
 use bus::{Bus, Manager};
 use container::Inspected;
 use ready::Ready;
+use watching::Watching;
 
 /// Where targets are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,12 +69,14 @@ pub struct Activator {
     ready: Ready,
     bus: Mutex<Option<Bus>>,
     current: Mutex<Option<Arc<Incarnation>>>,
+    /// The agent in the forwarder's own namespace, for targets that are there.
+    own: Mutex<Option<Arc<Namespace>>>,
     /// This process asked for the start of the unit, and has not noted yet which run that is.
     started: AtomicBool,
     /// This process uses the unit.
     in_use: Mutex<Option<ownership::Use>>,
-    /// The engine, where its kernel relay can watch the service.
-    engine: OnceLock<Arc<Handle>>,
+    /// The kernel relay's programs, where there may be any to watch the service.
+    programs: OnceLock<Arc<Watching>>,
     /// Counts up whenever the kernel relay's programs say that somebody listens.
     listening: tokio::sync::watch::Sender<u64>,
 }
@@ -111,17 +114,18 @@ impl Activator {
             ready,
             bus: Mutex::default(),
             current: Mutex::default(),
+            own: Mutex::default(),
             started: AtomicBool::new(false),
             in_use: Mutex::default(),
-            engine: OnceLock::new(),
+            programs: OnceLock::new(),
             listening: tokio::sync::watch::Sender::new(0),
         }
     }
 
-    /// Has the engine's kernel relay watch what is woken from now on.
-    pub fn watch_through(&self, engine: Arc<Handle>) {
+    /// Has the kernel relay's programs watch what is woken from now on.
+    pub fn watch_through(&self, programs: Arc<Watching>) {
         // Set once, by whoever starts the engine.
-        self.engine.set(engine).ok();
+        self.programs.set(programs).ok();
     }
 
     /// The kernel relay's programs say that somebody listens.
@@ -174,22 +178,23 @@ impl Activator {
                 ready = self.wait_ready(&place, &addresses, heard) => ready?,
                 () = gone(incarnation.as_deref()) => return Ok(None),
             }
-            let via = match &place {
-                Where::Own => Via::Own,
-                Where::Entered(namespace) => Via::Agent(namespace.channel().await?),
-            };
             let file = match (&self.place, &incarnation) {
                 (Place::Netns(path), Some(incarnation)) => {
-                    let path = incarnation.path.as_ref().unwrap_or(path).clone();
-                    Some(NamespaceFile { path, id: incarnation.file })
+                    Some(incarnation.path.as_ref().unwrap_or(path).clone())
                 }
                 _ => None,
             };
-            let table = match self.engine.get() {
+            let tcp = addresses.iter().map(Address::tcp).collect();
+            let namespace = match &place {
+                Where::Own => self.own_agent().await?,
+                Where::Entered(namespace) => namespace.clone(),
+            };
+            let channel = namespace.channel(Destinations { addresses, file }).await?;
+            let table = match self.programs.get() {
                 Some(_) => Table::open(&place).await.ok(),
                 None => None,
             };
-            anyhow::Ok(Some((Destination { addresses, via, file, table }, incarnation)))
+            anyhow::Ok(Some((Destination { addresses: tcp, channel, table }, incarnation)))
         };
         let findable = tokio::sync::Notify::new();
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
@@ -276,9 +281,20 @@ impl Activator {
         Ok(bus.insert(Bus::connect(self.manager).await?).clone())
     }
 
-    /// Forgets the bus and the namespace, after a failure that may have been theirs.
+    /// The agent in the forwarder's own namespace.
+    async fn own_agent(&self) -> anyhow::Result<Arc<Namespace>> {
+        let mut own = self.own.lock().await;
+        if let Some(own) = &*own {
+            return Ok(own.clone());
+        }
+        let here = std::fs::File::open("/proc/self/ns/net")?;
+        Ok(own.insert(Arc::new(Namespace::enter(here.into(), None).await?)).clone())
+    }
+
+    /// Forgets the bus, the namespace and the agents, after a failure that may have been theirs.
     pub async fn forget(&self) {
         *self.bus.lock().await = None;
+        *self.own.lock().await = None;
         *self.current.lock().await = None;
     }
 
@@ -425,12 +441,12 @@ impl Activator {
             Target::Tcp { host, port } => {
                 let found = tokio::net::lookup_host((host.as_str(), *port));
                 let found = found.await.with_context(|| format!("cannot look up the target {target}"))?;
-                found.map(Address::Tcp).collect()
+                found.take(Destinations::MOST).map(Address::Tcp).collect()
             }
-            Target::Abstract(name) => vec![Address::Unix(UnixAddr::new_abstract(name.as_bytes())?)],
+            Target::Abstract(name) => vec![Address::Abstract(name.as_bytes().to_vec())],
             Target::Unix(path) => match self.place {
                 Place::Container(_) | Place::Pid(_) => vec![Address::Inside(path.clone())],
-                Place::Own | Place::Netns(_) => vec![Address::Unix(UnixAddr::new(path)?)],
+                Place::Own | Place::Netns(_) => vec![Address::Unix(path.clone())],
             },
         })
     }
@@ -444,7 +460,7 @@ impl Activator {
         incarnation: Option<&Incarnation>,
         addresses: &[Address],
     ) -> Option<tokio::sync::watch::Receiver<u64>> {
-        let engine = self.engine.get()?;
+        let programs = self.programs.get()?;
         let mut ports = Vec::new();
         for address in addresses.iter().filter_map(Address::tcp) {
             if place.is_local(address.ip()).await.unwrap_or(false) && !ports.contains(&address.port()) {
@@ -464,9 +480,7 @@ impl Activator {
             cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;
         // Before the programs watch, so that nothing they say is missed.
         let heard = self.listening.subscribe();
-        let (to, watching) = tokio::sync::oneshot::channel();
-        engine.send(Command::Watch(Watch { backend, netns, ports, cgroup, watching: Some(to) }));
-        watching.await.is_ok_and(|watching| watching).then_some(heard)
+        programs.watch(Watch { backend, netns, ports }, cgroup).await.then_some(heard)
     }
 
     async fn wait_ready(
@@ -559,8 +573,8 @@ impl Incarnation {
     fn is_current(&self, place: &Place) -> bool {
         match place {
             Place::Netns(path) => {
-                let path = self.path.as_ref().unwrap_or(path).clone();
-                NamespaceFile { path, id: self.file }.is_current()
+                let path = self.path.as_ref().unwrap_or(path);
+                nix::sys::stat::stat(path).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.file)
             }
             _ => self.process.as_ref().is_none_or(|process| !exited(process.get_ref())),
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, setsockopt, sockopt};
+use serde::{Deserialize, Serialize};
 
 use crate::kernel::Lane;
 use crate::relay::{Broken, Direction, Method, Side, Tools};
@@ -66,14 +67,16 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Why a connection ended; the `reason` of its log line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Why a connection ended; the `reason` of its log line. Those that the control process decides can be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
     /// Both sides finished sending.
     Eof,
     /// The client aborted.
+    #[serde(skip)]
     ClientReset(Errno),
     /// The service aborted.
+    #[serde(skip)]
     ServiceReset(Errno),
     /// No byte for `--idle-timeout`.
     IdleTimeout,
@@ -84,6 +87,7 @@ pub enum End {
     /// The service could not be started.
     StartFailed,
     /// The service could not be connected to.
+    #[serde(skip)]
     Refused(Errno),
     /// The client left while it was held.
     ClientLeft,

@@ -1,6 +1,6 @@
-//! The engine: one thread, one level-triggered epoll, every connection. It accepts, connects and relays; whatever may wait
-//! for somebody else (systemd, podman, a name server) is the control side's business ([`crate::forward`]), which it tells what
-//! it needs and which tells it when a target is ready.
+//! The engine: one process, one level-triggered epoll, every connection. It accepts, has agents connect, and relays; whatever may
+//! wait for somebody else (systemd, podman, a name server) is the control process's business ([`crate::forward`]), which it tells
+//! what it needs and which tells it when a target is ready.
 //!
 //! Level-triggered, because what to wait for is derived from the connection's state each time ([`Connection::interest`]): a
 //! short read then costs no second one, and no order of events can lose an edge.
@@ -11,6 +11,7 @@ mod connections;
 pub mod handle;
 pub mod idle;
 pub mod lanes;
+pub mod process;
 pub mod report;
 mod silent;
 pub mod tcp;
@@ -31,10 +32,10 @@ use crate::listen::Listener;
 use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
 use backends::Backend;
-use handle::{Command, Event, Mailbox, Outbox};
+use handle::{Command, Event, Mailbox, Outbox, Plain};
 use token::Token;
 
-pub use backends::{Address, Destination, NamespaceFile, Via};
+pub use backends::Destination;
 
 /// What the command line decided for the engine.
 #[derive(Debug, Clone)]
@@ -51,8 +52,6 @@ pub struct Settings {
     pub idle_timeout: Option<Duration>,
     /// `--start-timeout`: how long a client may wait for its connection to the service, all in all.
     pub hold_limit: Duration,
-    /// `--local-clients`: the cgroup whose clients get a lane.
-    pub local_clients: Option<std::path::PathBuf>,
     /// `--wake-on=data`
     pub wake_on_data: bool,
     /// `--idle-by=bytes`: the idle time.
@@ -96,8 +95,6 @@ pub struct Engine {
     stats: Arc<Stats>,
     tallies: Vec<Tally>,
     lanes: Option<lanes::Lanes>,
-    /// What was to be watched before the kernel relay was loaded.
-    unwatched: Vec<lanes::Watch>,
     mailbox: Mailbox,
     outbox: Outbox,
     last_tick: Instant,
@@ -126,7 +123,7 @@ impl Engine {
         outbox: Outbox,
     ) -> anyhow::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(mailbox.wakeup(), EpollEvent::new(EpollFlags::EPOLLIN, Token::Mailbox.into()))?;
+        epoll.add(mailbox.channel(), EpollEvent::new(EpollFlags::EPOLLIN, Token::Mailbox.into()))?;
         // Two directions, and never more pipes than could leave descriptors for connections.
         let pipes = settings.connections_max.saturating_mul(2).min(1024);
         let tallies = vec![Tally::default(); listeners.len()];
@@ -147,7 +144,6 @@ impl Engine {
             stats,
             tallies,
             lanes: None,
-            unwatched: Vec::new(),
             mailbox,
             outbox,
             last_tick: Instant::now(),
@@ -156,7 +152,7 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Runs until the control side is gone.
+    /// Runs until the control process is gone.
     ///
     /// # Errors
     /// When epoll itself fails, which nothing can be done about.
@@ -183,6 +179,7 @@ impl Engine {
                     }
                 }
             }
+            self.outbox.flush();
             self.tick()?;
         }
     }
@@ -192,7 +189,7 @@ impl Engine {
         let mut patience: Option<Duration> = None;
         let mut at_most =
             |span: Duration| patience = Some(patience.map_or(span, |patience| patience.min(span)));
-        if !self.retries.is_empty() {
+        if !self.retries.is_empty() || self.outbox.is_behind() {
             at_most(RETRY);
         }
         if self.pending > 0 {
@@ -254,40 +251,43 @@ impl Engine {
         matches!(self.accepting, Accepting::BackingOff { .. })
     }
 
-    /// Takes the control side's commands; false when it is done.
+    /// Takes the control process's commands; false when it is done.
     fn read_mailbox(&mut self) -> anyhow::Result<bool> {
         loop {
             match self.mailbox.next() {
                 None => return Ok(true),
                 Some(command) => match command {
-                    Command::Stop => return Ok(false),
-                    Command::Kernel(kernel) => self.kernel_loaded(*kernel),
-                    Command::Watch(watch) => self.watch(watch),
                     Command::Ready { backend, destination } => self.backend_ready(backend, destination),
-                    Command::Failed { backend, end } => self.backend_failed(backend, end),
-                    Command::Gone { backend } => self.backend_gone(backend),
-                    Command::Drain(why) => self.drain(why)?,
-                    Command::EndAll(end) => self.end_all(end),
-                    Command::Leave(how) => {
-                        let leaving = self.leave(how)?;
-                        self.outbox.tell(Event::Leaving(leaving));
+                    Command::Kernel { descriptors, share, clients } => {
+                        self.kernel_loaded(&descriptors, share, clients);
                     }
-                    Command::Wake(by) => self.wake_by_hand(&by),
-                    Command::Ping => self.outbox.tell(Event::Pong),
-                    // Whoever asked may have gone meanwhile.
-                    Command::Report(to) => drop(to.send(self.figures())),
+                    Command::Plain(plain) => match plain {
+                        Plain::Stop => return Ok(false),
+                        Plain::Watch(watch) => self.watch(watch),
+                        Plain::Failed { backend, end } => self.backend_failed(backend, end),
+                        Plain::Gone { backend } => self.backend_gone(backend),
+                        Plain::Drain(why) => self.drain(why)?,
+                        Plain::EndAll(end) => self.end_all(end),
+                        Plain::Leave(how) => {
+                            let leaving = self.leave(how)?;
+                            self.outbox.tell(&Event::Leaving(leaving));
+                        }
+                        Plain::Wake(by) => self.wake_by_hand(&by),
+                        Plain::Ping => self.outbox.tell(&Event::Pong),
+                        Plain::Report => self.outbox.tell_figures(self.figures()),
+                    },
                 },
             }
         }
     }
 
     /// Accepts no more; what was accepted may finish.
-    fn drain(&mut self, why: &'static str) -> anyhow::Result<()> {
+    fn drain(&mut self, why: String) -> anyhow::Result<()> {
         self.draining = true;
         self.set_accepting(Accepting::Closed)?;
-        self.outbox.tell(Event::Draining(why));
+        self.outbox.tell(&Event::Draining(why));
         if self.connections.is_empty() {
-            self.outbox.tell(Event::Drained);
+            self.outbox.tell(&Event::Drained);
         }
         Ok(())
     }

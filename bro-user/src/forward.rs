@@ -1,9 +1,10 @@
-//! `bro forward`: one forwarder's life, from the sockets it is passed to its exit. The control side: it starts the engine on a
-//! thread of its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
+//! `bro forward`: one forwarder's life, from the sockets it is passed to its exit. The control process: it starts the engine in a
+//! process of its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
 
 mod sleeping;
 mod waking;
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -14,16 +15,18 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep_until};
 
 use crate::activate::bus::Manager;
+use crate::activate::watching::{self, Loaded, Watching};
 use crate::activate::{Activator, Incarnation, Place};
 use crate::cli::idle::{IdleBy, WakeOn};
 use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::connection::End;
 use crate::control::{self, Asked, Asker, Request};
-use crate::engine::handle::{Command, Event, Handle};
+use crate::engine::handle::{Event, Handle, Plain};
+use crate::engine::process::{self, Process};
 use crate::engine::tcp::Keepalive;
-use crate::engine::{Destination, Engine, Settings, handle};
+use crate::engine::{Destination, Settings};
 use crate::exit::Failure;
-use crate::kernel::{self, Kernel, Unavailable};
+use crate::kernel::{self, Unavailable};
 use crate::listen::{self, Listener, Passed};
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
@@ -102,26 +105,30 @@ fn connections_that_fit() -> usize {
 /// Each with the exit code of [`crate::exit`].
 pub fn run(options: &Forward, passed: Result<Vec<Passed>, Failure>) -> anyhow::Result<()> {
     let listeners = listen::listeners(passed?, &options.listen)?;
+    let (listeners, targets) = route(options, listeners)?;
+    let healthy_without_container =
+        options.ready == crate::activate::ready::Ready::Healthy && options.container.is_none();
+    if healthy_without_container {
+        anyhow::bail!(Failure::Usage("--ready=healthy needs --container, whose health check it is".into()));
+    }
+    let local_clients = local_clients(options)?;
+    let stats = Arc::new(Stats::new()?);
+    let names: Vec<String> = targets.iter().map(Target::to_string).collect();
+    // Before the first thread.
+    let (relay, channel) = process::start(&settings(options), &listeners, &names, &stats)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let (listeners, targets) = route(options, listeners)?;
         let place = match (&options.container, options.pid, &options.netns) {
             (Some(name), _, _) => Place::Container(name.clone()),
             (_, Some(pid), _) => Place::Pid(pid),
             (_, _, Some(path)) => Place::Netns(path.clone()),
             _ => Place::Own,
         };
-        let healthy_without_container =
-            options.ready == crate::activate::ready::Ready::Healthy && options.container.is_none();
-        if healthy_without_container {
-            anyhow::bail!(Failure::Usage(
-                "--ready=healthy needs --container, whose health check it is".into()
-            ));
-        }
         let manager = Manager::choose(options.system, options.user);
         let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, options.ready.clone()));
         activator.check().await?;
-        Control::start(options, listeners, targets, activator)?.run().await
+        let engine = (relay, channel, stats);
+        Control::start(options, &listeners, targets, activator, engine, local_clients)?.run().await
     })
 }
 
@@ -139,10 +146,11 @@ enum Phase {
     Draining(Instant),
 }
 
+/// The kernel relay that is on its way.
+type Loading = tokio::sync::oneshot::Receiver<Result<Loaded, Unavailable>>;
+
 /// Waits for the kernel relay to be loaded.
-async fn loaded(
-    loading: &mut Option<tokio::sync::oneshot::Receiver<Result<Kernel, Unavailable>>>,
-) -> Result<Kernel, Unavailable> {
+async fn loaded(loading: &mut Option<Loading>) -> Result<Loaded, Unavailable> {
     match loading {
         Some(loading) => {
             loading.await.unwrap_or_else(|_| Err(Unavailable::SelfTest("it did not end".into())))
@@ -170,24 +178,46 @@ enum KernelRelay {
     Unavailable(String),
 }
 
-/// Loads and tests the kernel relay on a thread of its own: it takes tens of milliseconds, which the first client, whose
-/// service is starting, is not to wait for.
-fn load_kernel_relay(
-    options: &Forward,
-) -> Option<tokio::sync::oneshot::Receiver<Result<Kernel, Unavailable>>> {
+/// Begins to load the kernel relay, where it may be used.
+fn load_kernel_relay(options: &Forward) -> Option<Loading> {
     if !matches!(options.relay, RelayChoice::Auto | RelayChoice::Sockmap) {
         return None;
     }
-    let config =
-        kernel::Config { connections: options.connections_max, hook_blocking: options.blocking_sockets };
-    let (to, loaded) = tokio::sync::oneshot::channel();
-    let load = move || {
-        let tested = Kernel::obtain(&config);
-        // The forwarder may have ended meanwhile.
-        drop(to.send(tested));
-    };
-    std::thread::Builder::new().name("bro-load".into()).spawn(load).ok()?;
-    Some(loaded)
+    watching::load(kernel::Config {
+        connections: options.connections_max,
+        hook_blocking: options.blocking_sockets,
+    })
+}
+
+/// What the command line decides for the engine.
+fn settings(options: &Forward) -> Settings {
+    let fit = connections_that_fit();
+    if fit < options.connections_max as usize {
+        let asked = options.connections_max;
+        tracing::warn!(
+            "--connections-max={asked} is more than the limit on descriptors allows: {fit} at once (LimitNOFILE=)"
+        );
+    }
+    Settings {
+        connections_max: fit.min(options.connections_max as usize),
+        connections_per_source: options.connections_per_source,
+        method: match options.relay {
+            RelayChoice::Auto | RelayChoice::Sockmap | RelayChoice::Splice => Method::Splice,
+            RelayChoice::Copy => Method::Copy,
+        },
+        keepalive: Keepalive::new(
+            options.keepalive_time.map(TimeSpan::or_forever),
+            options.keepalive_interval.map(TimeSpan::or_forever),
+            options.keepalive_probes,
+        ),
+        idle_timeout: options.idle_timeout.finite(),
+        wake_on_data: options.idle.wake_on == WakeOn::Data,
+        idle_by_bytes: (options.idle.idle_by == IdleBy::Bytes)
+            .then(|| options.idle.exit_idle_time.finite())
+            .flatten(),
+        hold_limit: options.start_timeout.or_forever(),
+        hold_refused: options.ready != crate::activate::ready::Ready::Unchecked,
+    }
 }
 
 /// The cgroup whose clients `--local-clients` names.
@@ -222,9 +252,12 @@ struct Control<'a> {
     engine: Arc<Handle>,
     kernel: KernelRelay,
     /// The kernel relay, while it is being loaded.
-    loading: Option<tokio::sync::oneshot::Receiver<Result<Kernel, Unavailable>>>,
+    loading: Option<Loading>,
+    /// What its programs watch.
+    watching: Arc<Watching>,
+    local_clients: Option<std::path::PathBuf>,
     events: UnboundedReceiver<Event>,
-    thread: std::thread::JoinHandle<anyhow::Result<()>>,
+    relay: Process,
     woken: (UnboundedSender<Woken>, UnboundedReceiver<Woken>),
     /// Targets whose namespace is gone.
     gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
@@ -250,55 +283,26 @@ struct Control<'a> {
 impl<'a> Control<'a> {
     fn start(
         options: &'a Forward,
-        listeners: Vec<(Listener, usize)>,
+        listeners: &[(Listener, usize)],
         targets: Vec<Target>,
         activator: Arc<Activator>,
+        (relay, channel, stats): (Process, OwnedFd, Arc<Stats>),
+        local_clients: Option<std::path::PathBuf>,
     ) -> anyhow::Result<Self> {
-        let fit = connections_that_fit();
-        if fit < options.connections_max as usize {
-            let asked = options.connections_max;
-            tracing::warn!(
-                "--connections-max={asked} is more than the limit on descriptors allows: {fit} at once (LimitNOFILE=)"
-            );
-        }
-        let settings = Settings {
-            connections_max: fit.min(options.connections_max as usize),
-            connections_per_source: options.connections_per_source,
-            method: match options.relay {
-                RelayChoice::Auto | RelayChoice::Sockmap | RelayChoice::Splice => Method::Splice,
-                RelayChoice::Copy => Method::Copy,
-            },
-            keepalive: Keepalive::new(
-                options.keepalive_time.map(TimeSpan::or_forever),
-                options.keepalive_interval.map(TimeSpan::or_forever),
-                options.keepalive_probes,
-            ),
-            idle_timeout: options.idle_timeout.finite(),
-            wake_on_data: options.idle.wake_on == WakeOn::Data,
-            idle_by_bytes: (options.idle.idle_by == IdleBy::Bytes)
-                .then(|| options.idle.exit_idle_time.finite())
-                .flatten(),
-            local_clients: local_clients(options)?,
-            hold_limit: options.start_timeout.or_forever(),
-            hold_refused: options.ready != crate::activate::ready::Ready::Unchecked,
-        };
-        for (listener, target) in &listeners {
+        for (listener, target) in listeners {
             tracing::info!(socket = %listener.name, address = %listener.address, target = %targets[*target], "listening");
         }
         let described = listeners.iter().map(|(listener, target)| {
             (listener.name.clone(), listener.address.clone(), targets[*target].to_string())
         });
         let described = described.collect();
-        let stats = Arc::<Stats>::default();
-        let names = targets.iter().map(Target::to_string).collect();
-        let (handle, events, mailbox, outbox) = handle::channel()?;
+        let (handle, events) = Handle::new(channel)?;
         let handle = Arc::new(handle);
+        let watching = Arc::new(Watching::new(handle.clone()));
         let loading = load_kernel_relay(options);
         if loading.is_some() {
-            activator.watch_through(handle.clone());
+            activator.watch_through(watching.clone());
         }
-        let engine = Engine::new(settings, listeners, names, stats.clone(), mailbox, outbox)?;
-        let thread = std::thread::Builder::new().name("bro-engine".into()).spawn(move || engine.run())?;
         Ok(Self {
             options,
             listeners: described,
@@ -320,8 +324,10 @@ impl<'a> Control<'a> {
             engine: handle,
             kernel: KernelRelay::Loading,
             loading,
+            watching,
+            local_clients,
             events,
-            thread,
+            relay,
             woken: unbounded_channel(),
             gone: unbounded_channel(),
             phase: Phase::Serving,
@@ -343,9 +349,9 @@ impl<'a> Control<'a> {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
             };
-            self.kernel_loaded(loaded)?;
+            self.kernel_loaded(loaded).await?;
         }
-        // The engine's thread attaches the programs; this one never needs the rights for that.
+        // The thread that has loaded the programs attaches them; this one never needs the rights for that.
         crate::capabilities::drop_the_kernel_relays();
         let mut said = self.status();
         life::ready(&said);
@@ -374,12 +380,12 @@ impl<'a> Control<'a> {
                     }
                 }
                 () = sleep_until(draining_until.unwrap_or_else(Instant::now)), if draining_until.is_some() => {
-                    self.engine.send(Command::EndAll(End::DrainTimeout));
+                    self.engine.send(Plain::EndAll(End::DrainTimeout));
                 }
                 _ = extend.tick(), if draining_until.is_some() => life::extend(EXTEND_BY),
-                loaded = loaded(&mut self.loading), if self.loading.is_some() => self.kernel_loaded(loaded)?,
+                loaded = loaded(&mut self.loading), if self.loading.is_some() => self.kernel_loaded(loaded).await?,
                 asked = asked(&mut self.control) => self.asked(asked),
-                _ = watch.tick(), if watchdog.is_some() => self.engine.send(Command::Ping),
+                _ = watch.tick(), if watchdog.is_some() => self.engine.send(Plain::Ping),
                 _ = status.tick() => {
                     let now = self.status();
                     if now != said {
@@ -393,9 +399,11 @@ impl<'a> Control<'a> {
             // One that was woken only now may not be noted yet, and nobody would put it to sleep.
             drop(tokio::time::timeout(REMEMBER, self.activator.remember_start()).await);
         }
-        self.engine.send(Command::Stop);
-        let ended = self.thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the engine panicked")));
-        ended.context("the engine failed")?;
+        self.engine.send(Plain::Stop);
+        // The command goes out while this waits.
+        let relay = self.relay;
+        let ended = tokio::task::spawn_blocking(move || relay.wait()).await;
+        ended.unwrap_or_else(|error| Err(error.into()))?;
         self.failure.map_or(Ok(()), Err)
     }
 
@@ -414,12 +422,12 @@ impl<'a> Control<'a> {
     }
 
     /// Hands the kernel relay to the engine, or says why there is none.
-    fn kernel_loaded(&mut self, loaded: Result<Kernel, Unavailable>) -> anyhow::Result<()> {
+    async fn kernel_loaded(&mut self, loaded: Result<Loaded, Unavailable>) -> anyhow::Result<()> {
         self.loading = None;
         match loaded {
-            Ok(kernel) => {
+            Ok(loaded) => {
                 tracing::info!("kernel relay loaded and tested");
-                if kernel.fionread_lies() {
+                if loaded.share.fionread_lies {
                     tracing::info!(
                         "this kernel answers FIONREAD with 0 for sockets that the kernel relay has hooked: a connection whose client \
                          sends more than {} bytes in two requests is spliced from then on",
@@ -427,7 +435,7 @@ impl<'a> Control<'a> {
                     );
                 }
                 self.kernel = KernelRelay::Loaded;
-                self.engine.send(Command::Kernel(Box::new(kernel)));
+                self.watching.loaded(loaded, self.local_clients.as_deref()).await;
             }
             Err(reason) => {
                 let (mend, permitted) = (reason.mend(), !matches!(reason, Unavailable::NotPermitted(..)));
@@ -442,6 +450,7 @@ impl<'a> Control<'a> {
                 }
                 tracing::info!("relaying by splice, without the kernel relay: {why}; {mend}");
                 self.kernel = KernelRelay::Unavailable(why);
+                self.watching.unavailable();
             }
         }
         Ok(())
@@ -475,8 +484,7 @@ impl<'a> Control<'a> {
             total: Tally::default(),
         };
         let listeners = self.listeners.clone();
-        let (to, figures) = tokio::sync::oneshot::channel();
-        self.engine.send(Command::Report(to));
+        let figures = self.engine.report();
         let answering = async move {
             let Ok(figures) = figures.await else { return };
             report.peers = figures.peers;
@@ -519,20 +527,21 @@ impl<'a> Control<'a> {
         match event {
             Event::Wake { backend, peer, refused } => self.wake(backend, &peer, refused),
             Event::Leaving(_) => self.stays(),
-            Event::Draining(why) => self.draining(why),
+            Event::Draining(why) => self.draining(&why),
             Event::Pong => life::alive(),
             Event::Listening { netns, port } => {
                 tracing::debug!(netns, port, "the kernel says that somebody listens");
                 self.activator.heard();
             }
-            Event::Drained => {}
+            // Answers, which the handle has taken.
+            Event::Drained | Event::Watching { .. } | Event::Tallies(_) | Event::Peers(_) => {}
         }
     }
 
     fn terminate(&mut self) {
         if matches!(self.phase, Phase::Draining(_)) {
             tracing::warn!("told twice to stop: ending every connection now");
-            self.engine.send(Command::EndAll(End::Shutdown));
+            self.engine.send(Plain::EndAll(End::Shutdown));
             return;
         }
         self.begin_drain("Told to stop");
@@ -541,7 +550,7 @@ impl<'a> Control<'a> {
     fn begin_drain(&mut self, why: &'static str) {
         let limit = self.options.drain_timeout.or_forever();
         self.phase = Phase::Draining(Instant::now() + limit);
-        self.engine.send(Command::Drain(why));
+        self.engine.send(Plain::Drain(why.into()));
     }
 
     /// The engine accepts no more. Said only now: who reads STOPPING=1 may rely on it.

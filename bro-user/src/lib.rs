@@ -24,6 +24,7 @@ pub mod logging;
 pub mod netns;
 pub mod quadlet;
 pub mod relay;
+pub mod sandbox;
 pub mod sockaddr;
 pub mod stats;
 pub mod status;

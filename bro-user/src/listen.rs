@@ -33,6 +33,17 @@ pub struct Listener {
     unlink: Option<PathBuf>,
 }
 
+impl Listener {
+    /// The same socket for the relay process, which has no file to remove.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub fn for_relay(&self) -> std::io::Result<Self> {
+        let socket = self.socket.try_clone()?;
+        Ok(Self { socket, name: self.name.clone(), address: self.address.clone(), unlink: None })
+    }
+}
+
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Some(path) = self.unlink.take() {

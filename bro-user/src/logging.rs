@@ -1,22 +1,21 @@
 //! Log lines: to journald with fields when systemd runs bro, as readable text on standard error otherwise.
 
+mod journal;
+
 use std::os::fd::AsFd as _;
+use std::sync::OnceLock;
 
 use tracing::level_filters::LevelFilter;
+use tracing::subscriber::DefaultGuard;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, fmt};
 
 /// Sets logging up: `-v` and `-vv` raise the level, `BRO_LOG` (a tracing filter) overrides both.
 pub fn init(verbose: u8) {
-    let level = match verbose {
-        0 => LevelFilter::INFO,
-        1 => LevelFilter::DEBUG,
-        _ => LevelFilter::TRACE,
-    };
-    // The libraries' own chatter is of use only to those who ask for it by name.
-    let default = format!("warn,bro={level},bro_user={level}");
-    let filter = EnvFilter::builder().parse(std::env::var("BRO_LOG").unwrap_or(default)).unwrap_or_default();
+    // Never changed again; a second call would be a mistake that changes nothing.
+    VERBOSE.set(verbose).ok();
+    let filter = filter(verbose);
     let registry = tracing_subscriber::registry().with(filter);
     let journal = stderr_is_the_journal().then(tracing_journald::layer).and_then(Result::ok);
     match journal {
@@ -28,6 +27,28 @@ pub fn init(verbose: u8) {
             registry.with(text.with_ansi(std::io::stderr().is_terminal())).init();
         }
     }
+}
+
+fn filter(verbose: u8) -> EnvFilter {
+    let level = match verbose {
+        0 => LevelFilter::INFO,
+        1 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    // The libraries' own chatter is of use only to those who ask for it by name.
+    let default = format!("warn,bro={level},bro_user={level}");
+    EnvFilter::builder().parse(std::env::var("BRO_LOG").unwrap_or(default)).unwrap_or_default()
+}
+
+/// How often `-v` was given.
+static VERBOSE: OnceLock<u8> = OnceLock::new();
+
+/// Has this thread log without naming addresses, as long as the returned value lives: its sandbox allows none.
+#[must_use]
+pub fn without_addresses() -> Option<DefaultGuard> {
+    let journal = stderr_is_the_journal().then(journal::Journal::connect)?.ok()?;
+    let filter = filter(*VERBOSE.get()?);
+    Some(tracing::subscriber::set_default(tracing_subscriber::registry().with(filter).with(journal)))
 }
 
 /// systemd.exec(5): JOURNAL_STREAM names the device and inode of the stream it connected our standard error to.

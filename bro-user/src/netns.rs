@@ -6,7 +6,6 @@ pub mod wire;
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 
 use crate::exit::Failure;
-use crate::netns::wire::{Answer, Request};
+use crate::netns::wire::{Answer, Destinations, Request};
 
 /// How long an agent may take for one answer. It only makes sockets; a longer silence is a fault.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -88,22 +87,13 @@ impl Namespace {
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 
-    /// Connects to a unix path below the root directory.
-    ///
-    /// # Errors
-    /// connect(2)'s, or the agent's end.
-    pub async fn connect(&self, path: &Path) -> io::Result<OwnedFd> {
-        let mut made = self.ask(&Request::Connect(path.to_owned()), &[]).await??;
-        made.pop().ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
-    }
-
-    /// Another channel to the same agent, for the engine to use on its own, non-blocking.
+    /// Another channel to the same agent, for the relay to be connected to `destinations`, non-blocking.
     ///
     /// # Errors
     /// The agent's end.
-    pub async fn channel(&self) -> io::Result<OwnedFd> {
+    pub async fn channel(&self, destinations: Destinations) -> io::Result<OwnedFd> {
         let (ours, theirs) = pair()?;
-        let _none = self.ask(&Request::Channel, &[theirs.as_fd()]).await??;
+        let _none = self.ask(&Request::Channel(destinations), &[theirs.as_fd()]).await??;
         Ok(ours)
     }
 

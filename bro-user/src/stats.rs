@@ -1,12 +1,26 @@
-//! What a forwarder counts: the engine keeps a tally per listener; three numbers are shared with the control side all the time.
+//! What a forwarder counts: the engine keeps a tally per listener; a few numbers are shared with the control process all the
+//! time.
 
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-/// What STATUS= and the idle exit need. Written by the engine alone.
-#[derive(Debug, Default)]
+use crate::sys::SharedMemory;
+
+/// What STATUS= and the idle exit need. Written by the engine alone; in memory that a forked process shares.
+#[derive(Debug)]
 pub struct Stats {
+    counters: SharedMemory<Counters>,
+    /// When counting began. The clock is the same for all processes (CLOCK_MONOTONIC).
+    start: Instant,
+}
+
+/// The numbers of [`Stats`].
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Counters {
     /// Connections accepted.
     pub accepted: AtomicU64,
     /// Connections that exist now, held ones included.
@@ -15,46 +29,50 @@ pub struct Stats {
     pub held: AtomicU64,
     /// When the last connection ended (or, by bytes, the last byte moved), in milliseconds since [`Stats::start`].
     pub idle_since: AtomicU64,
-    /// When counting began.
-    pub start: Start,
 }
 
-/// The beginning of the clock that [`Stats::idle_since`] is read on.
-#[derive(Debug)]
-pub struct Start(std::time::Instant);
+impl Deref for Stats {
+    type Target = Counters;
 
-impl Default for Start {
-    fn default() -> Self {
-        Self(std::time::Instant::now())
+    fn deref(&self) -> &Counters {
+        self.counters.get()
     }
 }
 
 impl Stats {
+    /// Zeros.
+    ///
+    /// # Errors
+    /// mmap's.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self { counters: SharedMemory::new()?, start: Instant::now() })
+    }
+
     /// Idleness counts from now on: the last connection has just ended, or a byte has moved. A store, not a message: waking the control side for each of a series of short
     /// connections would cost more than relaying them.
     pub fn now_idle(&self) {
-        Self::set(&self.idle_since, u64::try_from(self.start.0.elapsed().as_millis()).unwrap_or(u64::MAX));
+        Self::set(&self.idle_since, u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX));
     }
 
     /// Since when there has been no connection; `None` while there is one.
     #[must_use]
-    pub fn idle_from(&self) -> Option<std::time::Instant> {
+    pub fn idle_from(&self) -> Option<Instant> {
         // In this order: a count of zero comes with the instant that was stored before it.
         let idle = Self::get(&self.open) == 0;
-        idle.then(|| self.start.0 + std::time::Duration::from_millis(Self::get(&self.idle_since)))
+        idle.then(|| self.start + Duration::from_millis(Self::get(&self.idle_since)))
     }
 
     /// Since when nothing has moved, whoever is connected; `None` while a client waits for the service.
     #[must_use]
-    pub fn quiet_from(&self) -> Option<std::time::Instant> {
+    pub fn quiet_from(&self) -> Option<Instant> {
         let waited_for = Self::get(&self.held) > 0;
-        (!waited_for).then(|| self.start.0 + std::time::Duration::from_millis(Self::get(&self.idle_since)))
+        (!waited_for).then(|| self.start + Duration::from_millis(Self::get(&self.idle_since)))
     }
 
     /// How long ago [`Stats::now_idle`] was.
     #[must_use]
-    pub fn since_active(&self) -> std::time::Duration {
-        self.start.0.elapsed().saturating_sub(std::time::Duration::from_millis(Self::get(&self.idle_since)))
+    pub fn since_active(&self) -> Duration {
+        self.start.elapsed().saturating_sub(Duration::from_millis(Self::get(&self.idle_since)))
     }
 
     /// The current value of a counter.

@@ -149,3 +149,87 @@ pub fn watch(fd: OwnedFd, interest: tokio::io::Interest) -> io::Result<tokio::io
     // SAFETY: an OwnedFd keeps its descriptor open, and the same one, for as long as the AsyncFd that owns it exists.
     unsafe { tokio::io::unix::AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
+
+/// Memory that this process shares with those it forks, holding one `T` of zeros.
+#[derive(Debug)]
+pub struct SharedMemory<T> {
+    start: std::ptr::NonNull<T>,
+}
+
+/// A type that processes may share.
+///
+/// # Safety
+/// It must consist of atomics alone, so that zeros are valid and others may change it at any time.
+unsafe trait Shareable: Sync {}
+// SAFETY: four `AtomicU64`s.
+unsafe impl Shareable for crate::stats::Counters {}
+
+// SAFETY: the memory is not tied to a thread.
+unsafe impl<T: Sync> Send for SharedMemory<T> {}
+// SAFETY: only `&T` of a `Sync` type is ever given out.
+unsafe impl<T: Sync> Sync for SharedMemory<T> {}
+
+impl SharedMemory<crate::stats::Counters> {
+    /// Fresh memory.
+    ///
+    /// # Errors
+    /// mmap's.
+    pub fn new() -> io::Result<Self> {
+        Self::map()
+    }
+}
+
+impl<T> SharedMemory<T> {
+    fn map() -> io::Result<Self>
+    where
+        T: Shareable,
+    {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+        let length = std::num::NonZeroUsize::new(size_of::<T>()).ok_or(io::ErrorKind::InvalidInput)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let start = unsafe { mmap_anonymous(None, length, protection, MapFlags::MAP_SHARED) }?;
+        Ok(Self { start: start.cast() })
+    }
+
+    /// What is there.
+    pub fn get(&self) -> &T {
+        // SAFETY: mapped until `self` is dropped, page-aligned, zeros at first, and a `Shareable` ever since.
+        unsafe { self.start.as_ref() }
+    }
+}
+
+impl<T> Drop for SharedMemory<T> {
+    fn drop(&mut self) {
+        // SAFETY: exactly what was mapped, and no reference outlives `self`.
+        let _unmapped = unsafe { nix::sys::mman::munmap(self.start.cast(), size_of::<T>()) };
+    }
+}
+
+/// fork(2). `None` in the child.
+///
+/// # Errors
+/// fork's; EBUSY when this process has more than one thread, for then the child may use next to nothing.
+pub fn fork() -> io::Result<Option<i32>> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::from_raw_os_error(libc::EBUSY));
+    }
+    // SAFETY: there is no other thread that could hold a lock at this moment.
+    let pid = check(unsafe { libc::fork() })?;
+    Ok((pid != 0).then_some(pid))
+}
+
+/// Ignores a signal.
+///
+/// # Errors
+/// EINVAL for those that cannot be ignored.
+pub fn ignore(signal: nix::sys::signal::Signal) -> nix::Result<()> {
+    // SAFETY: no handler of ours is involved.
+    unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigIgn) }.map(drop)
+}
+
+/// _exit(2): without anything that a normal end of the process would do.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: ends the process at once.
+    unsafe { libc::_exit(code) }
+}

@@ -360,7 +360,7 @@ pub fn small_writes_are_not_delayed(rig: &Rig) -> Result<()> {
         let (client, service) = rig.pair()?;
         exchange(&client, &service)?;
         let mut legs = 0;
-        for socket in process::sockets(forwarder.pid())? {
+        for socket in process::sockets(forwarder.relay())? {
             let connected = crate::peers::Address::of_peer(std::os::fd::AsFd::as_fd(&socket));
             if connected.is_ok_and(|peer| peer.family().is_tcp()) {
                 use nix::sys::socket::getsockopt;
@@ -513,7 +513,7 @@ pub fn idle_connections_cost_little(rig: &Rig) -> Result<()> {
     let resting = many(rig, COUNT)?;
     let grown = forwarder.memory_kib()?.saturating_sub(before);
     ensure!(grown <= 4 * COUNT as u64, "{COUNT} idle connections cost {grown} KiB");
-    let pipes = process::pipe_ends(forwarder.pid())?;
+    let pipes = process::pipe_ends(forwarder.relay())?;
     ensure!(pipes < COUNT / 2, "{pipes} pipe ends are held while {COUNT} connections rest");
     for (client, service) in warm.iter().chain(&resting) {
         client.send(b"still there?")?;

@@ -304,21 +304,33 @@ impl Forwarder {
         Ok(())
     }
 
-    /// Memory in KiB.
-    pub fn memory_kib(&self) -> Result<u64> {
-        process::memory_kib(self.pid())
+    /// The process of it that holds the connections.
+    #[must_use]
+    pub fn relay(&self) -> i32 {
+        process::relay(self.pid())
     }
 
-    /// How many descriptors it holds.
+    /// Both of its processes.
+    fn both(&self) -> [i32; 2] {
+        [self.pid(), self.relay()]
+    }
+
+    /// Memory of both of its processes in KiB.
+    pub fn memory_kib(&self) -> Result<u64> {
+        self.both().into_iter().map(process::memory_kib).sum()
+    }
+
+    /// How many descriptors both hold.
     pub fn descriptors(&self) -> Result<usize> {
-        Ok(process::descriptors(self.pid())?.len())
+        self.both().into_iter().map(|pid| Ok(process::descriptors(pid)?.len())).sum()
     }
 
     /// Expects that over a `span` in which nothing happens it uses next to no processor time.
     pub fn expect_no_spin(&self, span: Duration) -> Result<()> {
-        let before = process::cpu_time(self.pid())?;
+        let used = || self.both().into_iter().map(process::cpu_time).sum::<Result<Duration>>();
+        let before = used()?;
         std::thread::sleep(span);
-        let used = process::cpu_time(self.pid())? - before;
+        let used = used()? - before;
         ensure!(used <= span / 5, "it used {used:?} of processor time in {span:?} without work");
         Ok(())
     }

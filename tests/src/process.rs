@@ -72,6 +72,19 @@ pub fn name(pid: i32) -> Option<String> {
     Some(std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim_end().to_owned())
 }
 
+/// The children of `pid`.
+#[must_use]
+pub fn children(pid: i32) -> Vec<i32> {
+    let listed = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    listed.split_whitespace().filter_map(|child| child.parse().ok()).collect()
+}
+
+/// The relay process of the forwarder `pid`, which holds its connections; itself, while it has none.
+#[must_use]
+pub fn relay(pid: i32) -> i32 {
+    children(pid).into_iter().find(|child| name(*child).as_deref() == Some("bro-relay")).unwrap_or(pid)
+}
+
 /// The living processes of the session `session`.
 #[must_use]
 pub fn members(session: i32) -> Vec<i32> {

@@ -32,7 +32,8 @@ impl Programs {
             if !what.starts_with("anon_inode:bpf") {
                 continue;
             }
-            let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))?;
+            // The maps' own descriptors go to the relay process and are closed here.
+            let Ok(info) = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")) else { continue };
             let id = |name: &str| {
                 info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')?.trim().parse().ok())
             };

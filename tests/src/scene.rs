@@ -84,7 +84,7 @@ impl Scene {
 
     /// How many clients' connections `forwarder` has accepted and not yet closed.
     pub fn held(&self, forwarder: &Forwarder) -> Result<usize> {
-        let sockets = process::sockets(forwarder.pid())?;
+        let sockets = process::sockets(forwarder.relay())?;
         let ours = sockets.iter().filter(|socket| {
             let listens = getsockopt(*socket, sockopt::AcceptConn).unwrap_or(false);
             !listens && Address::of(socket.as_fd()).is_ok_and(|address| address == *self.front.address())

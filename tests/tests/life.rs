@@ -215,7 +215,8 @@ fn a_held_client_is_served_although_sigterm_has_come() -> Result<()> {
     client.send(b"ping")?;
     scene.expect_held(&forwarder, 1)?;
     // To all of the unit's processes, as systemd sends it by default.
-    let agent = || process::members(forwarder.pid()).len() > 1;
+    // Beside itself and its relay process.
+    let agent = || process::members(forwarder.pid()).len() > 2;
     ensure!(process::eventually(PATIENCE, agent), "nobody has entered the namespace");
     for pid in process::members(forwarder.pid()) {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM)?;
@@ -400,7 +401,7 @@ fn listens_by_itself_without_systemd() -> Result<()> {
     let forwarder = setup.arg(scene.target()).start()?;
     let mut addresses = Vec::new();
     process::eventually(PATIENCE, || {
-        let sockets = process::sockets(forwarder.pid()).unwrap_or_default();
+        let sockets = process::sockets(forwarder.relay()).unwrap_or_default();
         let listening = sockets.iter().filter(|socket| {
             nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::AcceptConn).unwrap_or(false)
         });

@@ -223,7 +223,7 @@ fn keepalive_times_reach_both_legs() -> Result<()> {
     let pair = (scene.client()?, service.accept()?);
     expect_relayed(&pair.0, &pair.1)?;
     let mut legs = 0;
-    for socket in process::sockets(forwarder.pid())? {
+    for socket in process::sockets(forwarder.relay())? {
         if bro_tests::peers::Address::of_peer(std::os::fd::AsFd::as_fd(&socket))
             .is_ok_and(|peer| peer.port().is_some())
         {

@@ -70,7 +70,7 @@ fn thousands_at_rest(lane: Lane) -> Result<()> {
     let grown = forwarder.memory_kib()?.saturating_sub(before);
     ensure!(grown <= 4 * more as u64, "{more} idle connections cost {grown} KiB");
     println!("{count} idle connections: {:.2} KiB each", grown as f64 / more as f64);
-    let pipes = process::pipe_ends(forwarder.pid())?;
+    let pipes = process::pipe_ends(forwarder.relay())?;
     ensure!(pipes <= 2048 && pipes < count / 4, "{pipes} pipe ends are held while {count} connections rest");
     forwarder.expect_no_spin(Duration::from_secs(1))?;
     for client in clients.iter().rev() {

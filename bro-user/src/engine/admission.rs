@@ -146,7 +146,7 @@ impl Engine {
                 self.stats.now_idle();
             }
             if self.draining {
-                self.outbox.tell(Event::Drained);
+                self.outbox.tell(&Event::Drained);
             }
         }
         Stats::set(&self.stats.open, self.connections.len() as u64);

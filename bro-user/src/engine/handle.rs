@@ -1,14 +1,33 @@
-//! How the control side and the engine talk: commands in through a queue and an eventfd, events out through a tokio channel.
+//! How the control process and the engine talk: commands and events, one a message, over a seqpacket socket pair. Descriptors go
+//! along with commands (unix(7) SCM_RIGHTS); never with events, for the engine's process has no way to send one.
 
-use std::sync::{Arc, mpsc};
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
+use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 
 use super::Destination;
+use super::idle::Leave;
+use super::lanes::Watch;
+use super::report::Figures;
 use crate::connection::End;
+use crate::kernel::{Descriptors, Share};
+use crate::netns::diag::Table;
+use crate::stats::Tally;
+use crate::sys;
 
-/// What the control side tells the engine.
+/// What the control process tells the engine.
 #[derive(Debug)]
 pub enum Command {
     /// The target listens: connect its held clients and those to come.
@@ -18,6 +37,22 @@ pub enum Command {
         /// How to reach it.
         destination: Destination,
     },
+    /// The kernel relay is loaded.
+    Kernel {
+        /// Its maps.
+        descriptors: Descriptors,
+        /// What there is to know about them.
+        share: Share,
+        /// The programs look at local clients too.
+        clients: bool,
+    },
+    /// Anything that takes no descriptor along.
+    Plain(Plain),
+}
+
+/// The commands that are words alone.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Plain {
     /// It could not be started: reset its held clients.
     Failed {
         /// Which target.
@@ -31,28 +66,32 @@ pub enum Command {
         backend: usize,
     },
     /// Accept no more, for this reason; say when that is so, and when the last connection has ended.
-    Drain(&'static str),
+    Drain(String),
     /// End every connection now.
     EndAll(End),
     /// Accept no more if it is time to leave; say whether.
-    Leave(super::idle::Leave),
+    Leave(Leave),
     /// Wake what sleeps; who wants it, for the log.
     Wake(String),
     /// Answer, to show that the engine turns.
     Ping,
-    /// The kernel relay is loaded.
-    Kernel(Box<crate::kernel::Kernel>),
     /// Have the kernel relay watch a target's service.
-    Watch(super::lanes::Watch),
-    /// End: the control side is done.
+    Watch(Watch),
+    /// End: the control process is done.
     Stop,
-    /// Send the figures there.
-    Report(tokio::sync::oneshot::Sender<super::report::Figures>),
+    /// Tell the figures.
+    Report,
 }
 
-/// What the engine tells the control side. Bounded without a limit on the queue: per target one wake at a time, and the others
+impl From<Plain> for Command {
+    fn from(plain: Plain) -> Self {
+        Self::Plain(plain)
+    }
+}
+
+/// What the engine tells the control process. Bounded without a limit on the queue: per target one wake at a time, and the others
 /// are answers.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub enum Event {
     /// A client waits for this target.
     Wake {
@@ -70,76 +109,274 @@ pub enum Event {
         /// The port.
         port: u16,
     },
-    /// The answer to [`Command::Leave`].
+    /// The answer to [`Plain::Leave`].
     Leaving(bool),
-    /// The first answer to [`Command::Drain`]: nobody is accepted any more.
-    Draining(&'static str),
+    /// The first answer to [`Plain::Drain`]: nobody is accepted any more.
+    Draining(String),
     /// The second: nobody is connected any more.
     Drained,
-    /// The answer to [`Command::Ping`].
+    /// The answer to [`Plain::Ping`].
     Pong,
+    /// The answer to [`Plain::Watch`]: whether the programs will say when this target's service listens.
+    Watching {
+        /// Which target.
+        backend: usize,
+        /// Whether they will.
+        watching: bool,
+    },
+    /// A part of the answer to [`Plain::Report`]: some listeners' tallies, in order.
+    Tallies(Vec<Tally>),
+    /// The rest of it.
+    Peers(Vec<String>),
 }
 
-/// The control side's end.
+/// As many tallies as go into one message.
+const TALLIES: usize = 64;
+
+/// More than the longest message.
+const LONGEST: usize = 64 * 1024;
+
+/// How a message says which command it is.
+#[derive(Debug, Serialize, Deserialize)]
+enum Head {
+    Ready { backend: usize, addresses: Vec<Option<SocketAddr>> },
+    Kernel { share: Share, clients: bool },
+    Plain(Plain),
+}
+
+impl Command {
+    fn encode(self) -> (Vec<u8>, Vec<OwnedFd>) {
+        let (head, descriptors) = match self {
+            Self::Ready { backend, destination: Destination { addresses, channel, table } } => {
+                let descriptors = std::iter::once(channel).chain(table.map(Table::into_socket)).collect();
+                (Head::Ready { backend, addresses }, descriptors)
+            }
+            Self::Kernel { descriptors, share, clients } => {
+                (Head::Kernel { share, clients }, descriptors.into_array().into())
+            }
+            Self::Plain(plain) => (Head::Plain(plain), Vec::new()),
+        };
+        // Into memory, of types that all have a form in JSON: it cannot fail.
+        (serde_json::to_vec(&head).unwrap_or_default(), descriptors)
+    }
+
+    fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
+        Some(match serde_json::from_slice(bytes).ok()? {
+            Head::Ready { backend, addresses } => {
+                let mut descriptors = descriptors.into_iter();
+                let channel = descriptors.next()?;
+                let table = descriptors.next().map(Table::of);
+                Self::Ready { backend, destination: Destination { addresses, channel, table } }
+            }
+            Head::Kernel { share, clients } => {
+                let descriptors = Descriptors::from_array(descriptors.try_into().ok()?);
+                Self::Kernel { descriptors, share, clients }
+            }
+            Head::Plain(plain) => Self::Plain(plain),
+        })
+    }
+}
+
+/// Whoever waits for an answer of the engine's.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// For the figures, in the order of the questions.
+    figures: VecDeque<oneshot::Sender<Figures>>,
+    /// The part of the first one's that has come.
+    tallies: Vec<Tally>,
+    /// For a watch to begin, by target.
+    watching: HashMap<usize, oneshot::Sender<bool>>,
+}
+
+/// The control process's end.
 #[derive(Debug)]
 pub struct Handle {
-    commands: mpsc::Sender<Command>,
-    wakeup: Arc<EventFd>,
+    commands: UnboundedSender<Command>,
+    waiting: Arc<Mutex<Waiting>>,
 }
 
 impl Handle {
-    /// Sends a command.
-    pub fn send(&self, command: Command) {
-        // A closed queue means that the engine has ended, which its thread's result reports.
-        self.commands.send(command).ok();
-        self.wakeup.write(1).ok();
+    /// Talks over `channel` from now on, in the background; the events come out at the other value.
+    ///
+    /// # Errors
+    /// When epoll does not take the channel.
+    pub fn new(channel: OwnedFd) -> io::Result<(Self, UnboundedReceiver<Event>)> {
+        let channel = Arc::new(sys::watch(channel, Interest::READABLE | Interest::WRITABLE)?);
+        let (commands, queue) = unbounded_channel();
+        let (outlet, events) = unbounded_channel();
+        let waiting = Arc::<Mutex<Waiting>>::default();
+        drop(tokio::spawn(write(channel.clone(), queue)));
+        drop(tokio::spawn(read(channel, outlet, waiting.clone())));
+        Ok((Self { commands, waiting }, events))
     }
+
+    /// Sends a command.
+    pub fn send(&self, command: impl Into<Command>) {
+        // A closed queue means that the engine has ended, which the end of the events tells.
+        self.commands.send(command.into()).ok();
+    }
+
+    /// Asks for the figures of this moment.
+    pub fn report(&self) -> oneshot::Receiver<Figures> {
+        let (to, figures) = oneshot::channel();
+        self.waiting().figures.push_back(to);
+        self.send(Plain::Report);
+        figures
+    }
+
+    /// Has a target's service watched; the answer says whether the programs will tell when it listens.
+    pub fn watch(&self, watch: Watch) -> oneshot::Receiver<bool> {
+        let (to, watching) = oneshot::channel();
+        let _older = self.waiting().watching.insert(watch.backend, to);
+        self.send(Plain::Watch(watch));
+        watching
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        lock(&self.waiting)
+    }
+}
+
+fn lock(waiting: &Mutex<Waiting>) -> MutexGuard<'_, Waiting> {
+    waiting.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn write(channel: Arc<AsyncFd<OwnedFd>>, mut queue: UnboundedReceiver<Command>) {
+    while let Some(command) = queue.recv().await {
+        let (bytes, descriptors) = command.encode();
+        let sent = channel
+            .async_io(Interest::WRITABLE, |channel| send_with(channel.as_fd(), &bytes, &descriptors))
+            .await;
+        if sent.is_err() {
+            return;
+        }
+    }
+}
+
+async fn read(channel: Arc<AsyncFd<OwnedFd>>, outlet: UnboundedSender<Event>, waiting: Arc<Mutex<Waiting>>) {
+    let mut buffer = vec![0; LONGEST];
+    loop {
+        let received = channel
+            .async_io(Interest::READABLE, |channel| {
+                sys::receive_with_descriptors(channel.as_fd(), &mut buffer).map(|(length, _none)| length)
+            })
+            .await;
+        let Ok(length @ 1..) = received else { return };
+        let Ok(event) = serde_json::from_slice(&buffer[..length]) else {
+            tracing::error!("the relay process says something that makes no sense; ending it");
+            return;
+        };
+        let mut waiting = lock(&waiting);
+        match event {
+            Event::Tallies(tallies) => waiting.tallies.extend(tallies),
+            Event::Peers(peers) => {
+                let tallies = std::mem::take(&mut waiting.tallies);
+                // Whoever asked may have gone meanwhile.
+                drop(waiting.figures.pop_front().map(|to| to.send(Figures { tallies, peers })));
+            }
+            Event::Watching { backend, watching } => {
+                if let Some(to) = waiting.watching.remove(&backend) {
+                    to.send(watching).ok();
+                }
+            }
+            event => {
+                drop(waiting);
+                if outlet.send(event).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn send_with(channel: BorrowedFd<'_>, bytes: &[u8], descriptors: &[OwnedFd]) -> io::Result<()> {
+    let numbers: Vec<i32> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&numbers)];
+    let rights = if numbers.is_empty() { &[][..] } else { &rights[..] };
+    let parts = [io::IoSlice::new(bytes)];
+    sendmsg::<()>(channel.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
 }
 
 /// The engine's end of the commands.
 #[derive(Debug)]
 pub struct Mailbox {
-    commands: mpsc::Receiver<Command>,
-    wakeup: Arc<EventFd>,
+    channel: Rc<OwnedFd>,
+    buffer: RefCell<Vec<u8>>,
 }
 
 impl Mailbox {
     /// What epoll watches.
     #[must_use]
-    pub fn wakeup(&self) -> &EventFd {
-        &self.wakeup
+    pub fn channel(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
     }
 
-    /// The next command, if there is one.
+    /// The next command, if there is one. Without a control process there is nothing to do but stop.
     #[must_use]
     pub fn next(&self) -> Option<Command> {
-        self.commands.try_recv().ok().or_else(|| {
-            // Rearm, then look once more: a command may have come between.
-            self.wakeup.read().ok();
-            self.commands.try_recv().ok()
-        })
+        let mut buffer = self.buffer.borrow_mut();
+        match sys::receive_with_descriptors(self.channel(), &mut buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Ok((length @ 1.., descriptors)) => {
+                let command = Command::decode(&buffer[..length], descriptors);
+                Some(command.unwrap_or_else(|| {
+                    tracing::error!("the control process says something that makes no sense");
+                    Plain::Stop.into()
+                }))
+            }
+            Ok(_) | Err(_) => Some(Plain::Stop.into()),
+        }
     }
 }
 
 /// The engine's end of the events.
 #[derive(Debug)]
-pub struct Outbox(UnboundedSender<Event>);
+pub struct Outbox {
+    channel: Rc<OwnedFd>,
+    /// What did not fit the channel yet.
+    queue: RefCell<VecDeque<Vec<u8>>>,
+}
 
 impl Outbox {
-    /// Tells the control side.
-    pub fn tell(&self, event: Event) {
-        self.0.send(event).ok();
+    /// Tells the control process; what it is too slow for waits here.
+    pub fn tell(&self, event: &Event) {
+        self.queue.borrow_mut().push_back(serde_json::to_vec(event).unwrap_or_default());
+        self.flush();
+    }
+
+    /// Tells the figures.
+    pub fn tell_figures(&self, figures: Figures) {
+        for tallies in figures.tallies.chunks(TALLIES) {
+            self.tell(&Event::Tallies(tallies.to_vec()));
+        }
+        self.tell(&Event::Peers(figures.peers));
+    }
+
+    /// Sends what waits, as far as it fits.
+    pub fn flush(&self) {
+        let mut queue = self.queue.borrow_mut();
+        while let Some(message) = queue.front() {
+            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+            match send(self.channel.as_raw_fd(), message, flags) {
+                Err(Errno::EAGAIN | Errno::ENOBUFS) => return,
+                // A control process that is gone is nobody to tell; the mailbox will see it.
+                Ok(_) | Err(_) => drop(queue.pop_front()),
+            }
+        }
+    }
+
+    /// Whether something waits.
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
+        !self.queue.borrow().is_empty()
     }
 }
 
-/// Both ends of both queues.
-///
-/// # Errors
-/// eventfd(2)'s.
-pub fn channel() -> nix::Result<(Handle, UnboundedReceiver<Event>, Mailbox, Outbox)> {
-    let wakeup = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
-    let (commands, receiver) = mpsc::channel();
-    let (sender, events) = unbounded_channel();
-    let handle = Handle { commands, wakeup: wakeup.clone() };
-    Ok((handle, events, Mailbox { commands: receiver, wakeup }, Outbox(sender)))
+/// The engine's ends of `channel`.
+#[must_use]
+pub fn engines_ends(channel: OwnedFd) -> (Mailbox, Outbox) {
+    let channel = Rc::new(channel);
+    let mailbox = Mailbox { channel: channel.clone(), buffer: RefCell::new(vec![0; LONGEST]) };
+    (mailbox, Outbox { channel, queue: RefCell::default() })
 }

@@ -3,12 +3,14 @@
 use std::os::fd::AsFd as _;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Accepting, Engine};
 use crate::connection::{Connection, End, Stage};
 use crate::relay::Side;
 
 /// What the control side asks when it wants to leave.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Leave {
     /// Only if there is no connection.
     WithoutConnections,

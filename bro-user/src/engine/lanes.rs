@@ -4,40 +4,35 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::path::PathBuf;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
-use tokio::sync::oneshot;
+use serde::{Deserialize, Serialize};
 
 use super::Engine;
 use super::token::Token;
 use crate::connection::{Burst, Connection, Peer, Stage};
 use crate::engine::handle::Event;
-use crate::kernel::{self, Kernel, LaneCounters, LaneId, Role, SenderAddress};
+use crate::kernel::{self, Descriptors, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
 use crate::relay::Side;
 use crate::sockaddr;
 use crate::stats::Tally;
 
 /// What the programs are to watch for one target.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Watch {
     /// Which target.
     pub backend: usize,
     /// The cookie of the network namespace the service is in.
     pub netns: u64,
-    /// The ports it may listen at.
+    /// The ports it may listen at; none where it is not to be watched any more.
     pub ports: Vec<u16>,
-    /// A cgroup that holds the service.
-    pub cgroup: PathBuf,
-    /// Told whether the programs will say when the service listens.
-    pub watching: Option<oneshot::Sender<bool>>,
 }
 
-/// The loaded kernel relay and whose lane is whose.
+/// The kernel relay's maps and whose lane is whose.
 #[derive(Debug)]
 pub(super) struct Lanes {
-    kernel: Kernel,
+    kernel: Maps,
     /// The connection of a lane: its index, its number, and the side that the lane's bytes go to.
     owners: HashMap<LaneId, (usize, u64, Side)>,
     /// What each target's service is watched for.
@@ -45,7 +40,6 @@ pub(super) struct Lanes {
     /// The cookie of the listeners' namespace, where local clients are.
     clients: Option<u64>,
     refusal_announced: bool,
-    capabilities_dropped: bool,
 }
 
 /// Adds what a lane did to a tally.
@@ -61,7 +55,14 @@ fn tcp(end: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
 }
 
 impl Engine {
-    pub(super) fn kernel_loaded(&mut self, kernel: Kernel) {
+    /// Uses the kernel relay's maps from now on; with `clients`, for what local clients send as well.
+    pub(super) fn kernel_loaded(&mut self, descriptors: &Descriptors, share: Share, clients: bool) {
+        let kernel = match Maps::new(descriptors, share) {
+            Ok(kernel) => kernel,
+            Err(error) => {
+                return tracing::warn!("the kernel relay's maps cannot be used; splicing instead: {error}");
+            }
+        };
         let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Kernel.into());
         if let Err(errno) = self.epoll.add(kernel.events_fd(), event) {
             tracing::warn!(
@@ -76,21 +77,15 @@ impl Engine {
             watched: HashMap::new(),
             clients: None,
             refusal_announced: false,
-            capabilities_dropped: false,
         });
-        self.watch_clients();
-        for watch in std::mem::take(&mut self.unwatched) {
-            self.watch(watch);
+        if clients {
+            self.watch_clients();
         }
     }
 
-    /// Has the programs look at clients of our own listeners, where the user asked for that.
+    /// Has the programs look at clients of our own listeners.
     fn watch_clients(&mut self) {
-        let (Some(lanes), Some(cgroup)) = (&mut self.lanes, &self.settings.local_clients) else { return };
-        if let Err(error) = lanes.kernel.attach(cgroup) {
-            tracing::warn!("no lane for local clients: {error} ({})", error.mend());
-            return;
-        }
+        let Some(lanes) = &mut self.lanes else { return };
         for (listener, _) in &self.listeners {
             let Some(address) = tcp(getsockname(listener.socket.as_raw_fd())) else { continue };
             let watching = kernel::netns_cookie(listener.socket.as_fd())
@@ -104,38 +99,33 @@ impl Engine {
 
     /// Watches a target's service from now on. A namespace that it was in before is forgotten, with the kind that was learned.
     pub(super) fn watch(&mut self, watch: Watch) {
-        let Some(lanes) = &mut self.lanes else {
-            // Whoever asks looks for listeners in another way meanwhile.
-            self.unwatched.retain(|other| other.backend != watch.backend);
-            self.unwatched.push(Watch { watching: None, ..watch });
-            return;
-        };
-        let Watch { backend, netns, ports, cgroup, watching } = watch;
+        let backend = watch.backend;
+        let watching = self.begin_watch(watch);
+        self.outbox.tell(&Event::Watching { backend, watching });
+    }
+
+    fn begin_watch(&mut self, watch: Watch) -> bool {
+        let Some(lanes) = &mut self.lanes else { return false };
+        let Watch { backend, netns, ports } = watch;
+        let Some(target) = self.backends.get_mut(backend) else { return false };
+        target.watched = None;
         if let Some((old, ports)) = lanes.watched.remove(&backend) {
             for port in ports {
                 lanes.kernel.unwatch(old, port);
             }
         }
-        self.backends[backend].watched = None;
-        if let Err(error) = lanes.kernel.attach(&cgroup) {
-            tracing::warn!("no kernel lane for {}: {error} ({})", self.backends[backend].name, error.mend());
-            return;
-        }
-        // Attaching was the last thing that needs them: new incarnations of the container come to the same cgroup.
-        if !std::mem::replace(&mut lanes.capabilities_dropped, true) {
-            crate::capabilities::drop_the_kernel_relays();
-        }
         for &port in &ports {
             if let Err(error) = lanes.kernel.watch(netns, port, Role::Service) {
                 tracing::warn!(%error, "the kernel relay cannot watch port {port}; splicing instead");
-                return;
+                return false;
             }
         }
-        let _first = lanes.watched.insert(backend, (netns, ports));
-        self.backends[backend].watched = Some(netns);
-        if let Some(watching) = watching {
-            watching.send(true).ok();
+        if ports.is_empty() {
+            return false;
         }
+        target.watched = Some(netns);
+        let _none = lanes.watched.insert(backend, (netns, ports));
+        true
     }
 
     /// Opens the lanes of a connection that has just been made to `target`, its TCP address.
@@ -217,7 +207,7 @@ impl Engine {
                     lane.grant(socket).ok();
                 }
             }
-            kernel::Event::Listening { netns, port } => outbox.tell(Event::Listening { netns, port }),
+            kernel::Event::Listening { netns, port } => outbox.tell(&Event::Listening { netns, port }),
             kernel::Event::Learned { port, kind, .. } => {
                 tracing::debug!(port, kind = ?kernel::Kind::of(kind), "learned what kind of sockets the service uses");
             }

@@ -1,5 +1,7 @@
 //! The engine's figures, put together when somebody asks.
 
+use serde::{Deserialize, Serialize};
+
 use super::Engine;
 use crate::connection::Stage;
 use crate::stats::Tally;
@@ -8,7 +10,7 @@ use crate::stats::Tally;
 const MOST_PEERS: usize = 20;
 
 /// What a report takes from the engine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Figures {
     /// Each listener's.
     pub tallies: Vec<Tally>,

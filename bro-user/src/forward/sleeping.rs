@@ -8,7 +8,7 @@ use super::{Control, Phase};
 use crate::activate::Stopped;
 use crate::cli::idle::IdleBy;
 use crate::control::{Asked, Asker, Outcome, Request};
-use crate::engine::handle::Command;
+use crate::engine::handle::Plain;
 use crate::engine::idle::Leave;
 use crate::inhibit::Inhibitors;
 use crate::life;
@@ -87,7 +87,7 @@ impl Control<'_> {
 
     fn ask_to_leave(&mut self) {
         self.phase = Phase::Leaving;
-        self.engine.send(Command::Leave(match self.options.idle.idle_by {
+        self.engine.send(Plain::Leave(match self.options.idle.idle_by {
             IdleBy::Connections => Leave::WithoutConnections,
             IdleBy::Bytes => Leave::WithoutBytes(self.options.idle.exit_idle_time.or_forever()),
         }));
@@ -100,7 +100,7 @@ impl Control<'_> {
         }
         self.phase = Phase::Leaving;
         self.sleeper = Some((force, asker));
-        self.engine.send(Command::Leave(if force { Leave::Now } else { Leave::WithoutGuests }));
+        self.engine.send(Plain::Leave(if force { Leave::Now } else { Leave::WithoutGuests }));
     }
 
     /// The engine does not let us leave: somebody has connected.
@@ -109,8 +109,7 @@ impl Control<'_> {
             self.phase = Phase::Serving;
         }
         let Some((_, asker)) = self.sleeper.take() else { return };
-        let (to, figures) = tokio::sync::oneshot::channel();
-        self.engine.send(Command::Report(to));
+        let figures = self.engine.report();
         let answering = async move {
             let clients = figures.await.map(|figures| figures.peers).unwrap_or_default();
             let message = "clients are connected".to_owned();

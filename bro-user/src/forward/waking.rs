@@ -10,7 +10,7 @@ use crate::activate::{Incarnation, Place};
 use crate::connection::End;
 use crate::control::{Asker, Outcome};
 use crate::engine::Destination;
-use crate::engine::handle::Command;
+use crate::engine::handle::{Command, Plain};
 use crate::exit::Failure;
 
 /// Whether a target is awake, as far as the control side knows.
@@ -82,7 +82,7 @@ impl Control<'_> {
                 };
                 tracing::error!(%target, "{why}; the clients held for it are reset");
                 self.answer_wakers(&Outcome::refused(format!("{target}: {why}")));
-                self.engine.send(Command::Failed { backend, end });
+                self.engine.send(Plain::Failed { backend, end });
                 self.activator.forget().await;
                 self.give_up_on_a_dead_process(error);
             }
@@ -109,7 +109,7 @@ impl Control<'_> {
             self.awake_since = None;
             self.activator.end_use().await;
         }
-        self.engine.send(Command::Gone { backend });
+        self.engine.send(Plain::Gone { backend });
     }
 
     /// Is every target awake?
@@ -126,7 +126,7 @@ impl Control<'_> {
             return asker.answer(Outcome::done("awake already"));
         }
         self.wakers.push(asker);
-        self.engine.send(Command::Wake("bro wake".into()));
+        self.engine.send(Plain::Wake("bro wake".into()));
     }
 
     fn answer_wakers(&mut self, outcome: &Outcome) {

@@ -1,22 +1,43 @@
-//! The agent: a single-threaded child that joins another network namespace and makes sockets there.
+//! The agent: a single-threaded child that joins another network namespace, makes sockets there for the control side, and
+//! connects for the relay process, to the destinations that the control side has named and to no other.
 //!
 //! It is a process of its own because setns(2) lets nobody with threads join a user namespace, and an ordinary user must join
 //! the user namespace that owns a rootless container's network namespace before it may join the latter. It holds nothing else:
 //! it sees no client and no byte, and ends when its forwarder does.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::socket::{SockaddrStorage, UnixAddr, connect};
 use nix::sys::stat::fstat;
 
-use super::wire::{self, Answer, Request};
+use super::wire::{self, Address, Answer, Destinations, Request};
 use crate::sys;
 
 /// More channels than a forwarder has targets would be a mistake of ours.
 const MOST_CHANNELS: usize = 1024;
+
+/// Who asks at a channel, and hence what may be asked.
+#[derive(Debug)]
+enum Asker {
+    /// The control side: to join, for sockets of any kind, and for channels.
+    Control,
+    /// The relay process: to be connected to these destinations.
+    Relay(Destinations),
+}
+
+/// Where the agent is.
+#[derive(Debug, Default)]
+struct Place {
+    /// The root directory of unix paths inside the container.
+    root: Option<OwnedFd>,
+    /// Device and inode of the network namespace.
+    netns: Option<(u64, u64)>,
+}
 
 /// Serves the channel at descriptor 0 until it is closed.
 ///
@@ -28,13 +49,14 @@ pub fn run() -> anyhow::Result<()> {
     let mut ends = SigSet::empty();
     ends.add(Signal::SIGTERM);
     ends.add(Signal::SIGINT);
+    ends.add(Signal::SIGHUP);
     ends.thread_block()?;
     let stdin = std::io::stdin();
-    let mut channels = vec![stdin.as_fd().try_clone_to_owned()?];
-    let mut root = None;
+    let mut channels = vec![(stdin.as_fd().try_clone_to_owned()?, Asker::Control)];
+    let mut place = Place::default();
     loop {
         let mut polled: Vec<PollFd<'_>> =
-            channels.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+            channels.iter().map(|(fd, _)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
         match poll(&mut polled, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
@@ -43,10 +65,10 @@ pub fn run() -> anyhow::Result<()> {
             polled.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty())).collect();
         let mut added = Vec::new();
         let mut closed = Vec::new();
-        for (index, channel) in channels.iter().enumerate().filter(|(index, _)| ready[*index]) {
+        for (index, (channel, asker)) in channels.iter().enumerate().filter(|(index, _)| ready[*index]) {
             match Request::receive(channel.as_fd()) {
                 Ok(Some((request, descriptors))) => {
-                    let answer = serve(&request, descriptors, &mut root, &mut added);
+                    let answer = serve(asker, request, descriptors, &mut place, &mut added);
                     wire::answer(channel.as_fd(), &answer).ok();
                 }
                 Ok(None) | Err(_) if index == 0 => return Ok(()),
@@ -62,29 +84,37 @@ pub fn run() -> anyhow::Result<()> {
 }
 
 fn serve(
-    request: &Request,
+    asker: &Asker,
+    request: Request,
     mut descriptors: Vec<OwnedFd>,
-    root: &mut Option<OwnedFd>,
-    added: &mut Vec<OwnedFd>,
+    place: &mut Place,
+    added: &mut Vec<(OwnedFd, Asker)>,
 ) -> Answer {
-    match request {
-        Request::Join => {
+    match (asker, request) {
+        (Asker::Control, Request::Join) => {
             let netns = (!descriptors.is_empty()).then(|| descriptors.remove(0)).ok_or(Errno::EINVAL)?;
-            *root = descriptors.pop();
+            let stat = fstat(&netns)?;
+            *place = Place { root: descriptors.pop(), netns: Some((stat.st_dev, stat.st_ino)) };
             join(netns.as_fd()).map(|()| Vec::new())
         }
-        Request::Sockets { domain, kind, protocol, count } => {
-            let make = |_| sys::socket(*domain, *kind, *protocol).map_err(|error| errno_of(&error));
-            (0..(*count).min(sys::MOST_DESCRIPTORS as u8)).map(make).collect()
+        (Asker::Control, Request::Sockets { domain, kind, protocol, count }) => {
+            let make = |_| sys::socket(domain, kind, protocol).map_err(|error| errno_of(&error));
+            (0..count.min(sys::MOST_DESCRIPTORS as u8)).map(make).collect()
         }
-        Request::Connect(path) => {
-            let root = root.as_ref().ok_or(Errno::ENOENT)?;
-            connect(root.as_fd(), path).map(|socket| vec![socket])
-        }
-        Request::Channel => {
-            added.extend(descriptors.pop());
+        (Asker::Control, Request::Channel(destinations)) => {
+            added.extend(descriptors.pop().map(|channel| (channel, Asker::Relay(destinations))));
             Ok(Vec::new())
         }
+        (Asker::Relay(destinations), Request::Dial(number)) => {
+            let address = destinations.addresses.get(usize::from(number)).ok_or(Errno::EADDRNOTAVAIL)?;
+            let file = destinations.file.as_ref();
+            if file.is_some_and(|file| !place.is_named_by(file)) {
+                return Err(wire::STALE);
+            }
+            place.dial(address).map(|socket| vec![socket])
+        }
+        // Whoever asks this is not who it was.
+        (Asker::Control, Request::Dial(_)) | (Asker::Relay(_), _) => Err(Errno::EPERM),
     }
 }
 
@@ -112,14 +142,41 @@ fn same_namespace(ns: BorrowedFd<'_>, path: &str) -> bool {
     (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 }
 
-fn connect(root: BorrowedFd<'_>, path: &std::path::Path) -> nix::Result<OwnedFd> {
-    use nix::sys::socket::{UnixAddr, connect};
-    let file = sys::open_in_root(root, path).map_err(|error| errno_of(&error))?;
-    let socket =
-        sys::socket(nix::libc::AF_UNIX, nix::libc::SOCK_STREAM, 0).map_err(|error| errno_of(&error))?;
-    // Through the descriptor: no symlink of the container can lead outside, and no path is too long for sun_path.
-    let address = UnixAddr::new(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str())?;
-    connect(socket.as_raw_fd(), &address)?;
+impl Place {
+    fn is_named_by(&self, file: &Path) -> bool {
+        nix::sys::stat::stat(file).is_ok_and(|stat| Some((stat.st_dev, stat.st_ino)) == self.netns)
+    }
+
+    /// A socket that is connected to `address`, or about to be.
+    fn dial(&self, address: &Address) -> nix::Result<OwnedFd> {
+        match address {
+            Address::Tcp(address) => {
+                let domain = if address.is_ipv4() { nix::libc::AF_INET } else { nix::libc::AF_INET6 };
+                let socket = stream(domain)?;
+                match connect(socket.as_raw_fd(), &SockaddrStorage::from(*address)) {
+                    Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
+                    Err(errno) => Err(errno),
+                }
+            }
+            Address::Unix(path) => dial_unix(&UnixAddr::new(path)?),
+            Address::Abstract(name) => dial_unix(&UnixAddr::new_abstract(name)?),
+            Address::Inside(path) => {
+                let root = self.root.as_ref().ok_or(Errno::ENOENT)?;
+                let file = sys::open_in_root(root.as_fd(), path).map_err(|error| errno_of(&error))?;
+                // Through the descriptor: no symlink of the container can lead outside, and no path is too long for sun_path.
+                dial_unix(&UnixAddr::new(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str())?)
+            }
+        }
+    }
+}
+
+fn stream(domain: i32) -> nix::Result<OwnedFd> {
+    sys::socket(domain, nix::libc::SOCK_STREAM, 0).map_err(|error| errno_of(&error))
+}
+
+fn dial_unix(address: &UnixAddr) -> nix::Result<OwnedFd> {
+    let socket = stream(nix::libc::AF_UNIX)?;
+    connect(socket.as_raw_fd(), address)?;
     Ok(socket)
 }
 

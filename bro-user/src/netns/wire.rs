@@ -4,7 +4,11 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, send as send_bytes, sendmsg};
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
 
 use crate::sys;
 
@@ -25,17 +29,60 @@ pub enum Request {
         /// How many, at most [`sys::MOST_DESCRIPTORS`].
         count: u8,
     },
-    /// Connect a unix stream to this path below the root directory.
-    Connect(PathBuf),
-    /// Take requests from the socket that comes along as well.
-    Channel,
+    /// Take requests from the socket that comes along as well: [`Request::Dial`] to these destinations, and nothing else.
+    Channel(Destinations),
+    /// Make a stream socket and connect it to the destination with this number. The answer may be a socket whose connection is
+    /// still in progress.
+    Dial(u8),
+}
+
+/// Where a channel leads.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Destinations {
+    /// Numbered from 0.
+    pub addresses: Vec<Address>,
+    /// A file that has to name the agent's namespace still when something is connected there; if it does not, the answer is
+    /// [`STALE`].
+    pub file: Option<PathBuf>,
+}
+
+impl Destinations {
+    /// As many addresses as one target may have.
+    pub const MOST: usize = 16;
+}
+
+/// The namespace's file names another one by now.
+pub const STALE: nix::errno::Errno = nix::errno::Errno::ESTALE;
+
+/// One address of a target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Address {
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A unix path as the forwarder sees it.
+    Unix(PathBuf),
+    /// The name of an abstract unix socket.
+    Abstract(Vec<u8>),
+    /// A unix path inside the container.
+    Inside(PathBuf),
+}
+
+impl Address {
+    /// The TCP address, if it is one.
+    #[must_use]
+    pub const fn tcp(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(address) => Some(*address),
+            Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) => None,
+        }
+    }
 }
 
 /// An answer: the descriptors, or the errno of what failed.
 pub type Answer = Result<Vec<OwnedFd>, nix::errno::Errno>;
 
-/// The longest request: a path of PATH_MAX and its verb.
-const LONGEST: usize = 4097;
+/// The longest request: a channel's destinations, some of which are paths of PATH_MAX.
+const LONGEST: usize = 32 * 1024;
 
 impl Request {
     fn encode(&self) -> Vec<u8> {
@@ -48,13 +95,17 @@ impl Request {
                 }
                 bytes
             }
-            Self::Connect(path) => [&[2], path.as_os_str().as_encoded_bytes()].concat(),
-            Self::Channel => vec![3],
+            Self::Channel(destinations) => {
+                let mut bytes = vec![2];
+                // Into memory, of types that all have a form in JSON: it cannot fail.
+                serde_json::to_writer(&mut bytes, destinations).unwrap_or_default();
+                bytes
+            }
+            Self::Dial(number) => vec![3, *number],
         }
     }
 
     fn decode(bytes: &[u8]) -> Option<Self> {
-        use std::os::unix::ffi::OsStrExt as _;
         Some(match bytes.split_first()? {
             (0, []) => Self::Join,
             (1, [count, rest @ ..]) if rest.len() == 12 => {
@@ -66,8 +117,8 @@ impl Request {
                     count: *count,
                 }
             }
-            (2, path) if !path.is_empty() => Self::Connect(std::ffi::OsStr::from_bytes(path).into()),
-            (3, []) => Self::Channel,
+            (2, destinations) => Self::Channel(serde_json::from_slice(destinations).ok()?),
+            (3, [number]) => Self::Dial(*number),
             _ => return None,
         })
     }
@@ -126,11 +177,13 @@ pub fn receive_answer(channel: BorrowedFd<'_>) -> io::Result<Answer> {
 }
 
 fn send(channel: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    if descriptors.is_empty() {
+        // send(2) and not sendmsg(2): a process that may only use the former has no way to pass a descriptor on.
+        return send_bytes(channel.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).map(drop).map_err(Into::into);
+    }
     let numbers: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&numbers)];
-    let control = if numbers.is_empty() { &[][..] } else { &rights[..] };
-    let _sent =
-        sendmsg::<()>(channel.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?;
+    sendmsg::<()>(channel.as_raw_fd(), &[IoSlice::new(bytes)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
     Ok(())
 }
 
@@ -141,8 +194,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn decodes_what_it_encodes(domain: i32, kind: i32, protocol: i32, count: u8, path in "/\\PC{0,60}") {
-            for request in [Request::Join, Request::Channel, Request::Connect(path.into()),
+        fn decodes_what_it_encodes(domain: i32, kind: i32, protocol: i32, count: u8, path in "/\\PC{0,60}",
+                                   address: SocketAddr, name: Vec<u8>) {
+            let addresses = vec![Address::Tcp(address), Address::Unix(path.clone().into()),
+                                 Address::Abstract(name), Address::Inside(path.clone().into())];
+            let destinations = Destinations { addresses, file: Some(path.into()) };
+            for request in [Request::Join, Request::Channel(destinations), Request::Dial(count),
                             Request::Sockets { domain, kind, protocol, count }] {
                 prop_assert_eq!(Request::decode(&request.encode()), Some(request));
             }

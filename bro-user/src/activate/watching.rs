@@ -1,0 +1,156 @@
+//! The kernel relay's programs, from the control process: loaded on a thread of their own, which keeps the rights for it until
+//! they are attached where the container is, and no longer.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+
+use tokio::sync::oneshot;
+
+use crate::engine::handle::{Command, Handle};
+use crate::engine::lanes::Watch;
+use crate::kernel::{Config, Descriptors, Kernel, Programs, Share, Unavailable};
+
+/// The loaded and tested kernel relay.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Its maps.
+    pub descriptors: Descriptors,
+    /// What there is to know about them.
+    pub share: Share,
+    /// Who attaches its programs.
+    pub attacher: Attacher,
+}
+
+/// The thread that has loaded the programs and holds them.
+#[derive(Debug, Clone)]
+pub struct Attacher(mpsc::Sender<Order>);
+
+/// What it is asked to attach to, and for whom.
+#[derive(Debug)]
+struct Order {
+    cgroup: PathBuf,
+    /// It will not need its rights any more: new incarnations of a container come to the same cgroup.
+    last: bool,
+    done: oneshot::Sender<Result<(), Unavailable>>,
+}
+
+/// Loads and tests the kernel relay on a thread of its own: it takes tens of milliseconds, which the first client, whose
+/// service is starting, is not to wait for.
+#[must_use]
+pub fn load(config: Config) -> Option<oneshot::Receiver<Result<Loaded, Unavailable>>> {
+    let (to, loaded) = oneshot::channel();
+    let work = move || match Kernel::obtain(&config) {
+        Ok(kernel) => {
+            let (programs, descriptors, share) = kernel.into_parts();
+            let (orders, inbox) = mpsc::channel();
+            // The forwarder may have ended meanwhile.
+            drop(to.send(Ok(Loaded { descriptors, share, attacher: Attacher(orders) })));
+            attach(programs, &inbox);
+        }
+        Err(reason) => drop(to.send(Err(reason))),
+    };
+    std::thread::Builder::new().name("bro-load".into()).spawn(work).ok()?;
+    Some(loaded)
+}
+
+/// Attaches the programs as ordered, and holds them until nobody can order any more.
+fn attach(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
+    let mut dropped = false;
+    for order in inbox {
+        let attached = programs.attach(&order.cgroup);
+        if order.last && attached.is_ok() && !std::mem::replace(&mut dropped, true) {
+            crate::capabilities::drop_the_kernel_relays();
+        }
+        // Whoever ordered may have given up.
+        drop(order.done.send(attached));
+    }
+}
+
+impl Attacher {
+    /// Has the programs look at the sockets made in a cgroup from now on; `last`, if they are needed nowhere else.
+    ///
+    /// # Errors
+    /// As [`Programs::attach`].
+    pub async fn attach(&self, cgroup: &Path, last: bool) -> Result<(), Unavailable> {
+        let (done, attached) = oneshot::channel();
+        let ended = || Unavailable::SelfTest("the thread that holds the programs has ended".into());
+        self.0.send(Order { cgroup: cgroup.into(), last, done }).map_err(|_| ended())?;
+        attached.await.unwrap_or_else(|_| Err(ended()))
+    }
+}
+
+/// Whether there are programs to watch with.
+#[derive(Debug)]
+enum State {
+    /// Not known yet; what they are to watch then, by target.
+    Loading(HashMap<usize, (Watch, PathBuf)>),
+    /// There are.
+    Loaded(Attacher),
+    /// There are none.
+    Unavailable,
+}
+
+/// What the programs watch.
+#[derive(Debug)]
+pub struct Watching {
+    engine: Arc<Handle>,
+    state: Mutex<State>,
+}
+
+impl Watching {
+    /// Nothing yet: the programs are being loaded.
+    #[must_use]
+    pub fn new(engine: Arc<Handle>) -> Self {
+        Self { engine, state: Mutex::new(State::Loading(HashMap::new())) }
+    }
+
+    /// They are loaded: attaches them to the cgroup of local clients, where the user asked for that, hands their maps to the engine,
+    /// and has them watch what has been woken meanwhile.
+    pub async fn loaded(&self, loaded: Loaded, local_clients: Option<&Path>) {
+        let Loaded { descriptors, share, attacher } = loaded;
+        let mut clients = false;
+        if let Some(cgroup) = local_clients {
+            match attacher.attach(cgroup, false).await {
+                Ok(()) => clients = true,
+                Err(error) => tracing::warn!("no lane for local clients: {error} ({})", error.mend()),
+            }
+        }
+        self.engine.send(Command::Kernel { descriptors, share, clients });
+        let before = std::mem::replace(&mut *self.state(), State::Loaded(attacher));
+        let State::Loading(waiting) = before else { return };
+        for (watch, cgroup) in waiting.into_values() {
+            let _told_too_late = self.watch(watch, cgroup).await;
+        }
+    }
+
+    /// There are none.
+    pub fn unavailable(&self) {
+        *self.state() = State::Unavailable;
+    }
+
+    /// Has the programs watch a target's service in a cgroup; says whether they will tell when it listens. While they are being
+    /// loaded whoever asks looks for listeners in another way.
+    pub async fn watch(&self, watch: Watch, cgroup: PathBuf) -> bool {
+        let attacher = match &mut *self.state() {
+            State::Loading(waiting) => {
+                let _older = waiting.insert(watch.backend, (watch, cgroup));
+                return false;
+            }
+            State::Unavailable => return false,
+            State::Loaded(attacher) => attacher.clone(),
+        };
+        let ports = match attacher.attach(&cgroup, true).await {
+            Ok(()) => watch.ports,
+            Err(error) => {
+                tracing::warn!("no kernel lane for the service: {error} ({})", error.mend());
+                Vec::new()
+            }
+        };
+        self.engine.watch(Watch { ports, ..watch }).await.unwrap_or(false)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,120 @@
+//! The relay process: the engine, in a process of its own that holds the connections and no rights. It is forked before the
+//! forwarder has a second thread, gives up everything it could do harm with ([`crate::sandbox`]), and ends with its parent.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use nix::sys::prctl;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getppid};
+
+use super::{Engine, Settings, handle};
+use crate::listen::Listener;
+use crate::stats::Stats;
+use crate::{logging, sandbox, sys};
+
+/// How long the relay process may take to end when it has been told to.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The relay process, as its parent sees it.
+#[derive(Debug)]
+pub struct Process {
+    pid: Pid,
+    pidfd: OwnedFd,
+}
+
+/// Starts the relay process for `listeners`, each with the index of its target in `targets` (their names, for the log). Returns
+/// the channel to it as well. To be called while this process has a single thread.
+///
+/// # Errors
+/// When there is no other process to be had.
+pub fn start(
+    settings: &Settings,
+    listeners: &[(Listener, usize)],
+    targets: &[String],
+    stats: &Arc<Stats>,
+) -> anyhow::Result<(Process, OwnedFd)> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+    let parent = nix::unistd::getpid();
+    match sys::fork().context("cannot start the relay process")? {
+        Some(pid) => {
+            let pidfd = sys::pidfd_open(pid).context("cannot watch the relay process")?;
+            Ok((Process { pid: Pid::from_raw(pid), pidfd }, ours))
+        }
+        None => {
+            drop(ours);
+            let served = serve(parent, settings, listeners, targets, stats.clone(), theirs);
+            let code = served.map_or_else(
+                |error| {
+                    tracing::error!("the relay process fails: {error:#}");
+                    1
+                },
+                |()| 0,
+            );
+            // Not through the destructors of what is the parent's (the files of unix sockets, say).
+            sys::exit_now(code)
+        }
+    }
+}
+
+fn serve(
+    parent: Pid,
+    settings: &Settings,
+    listeners: &[(Listener, usize)],
+    targets: &[String],
+    stats: Arc<Stats>,
+    channel: OwnedFd,
+) -> anyhow::Result<()> {
+    // However the parent ends: connections that nobody could end in order are reset (SO_LINGER).
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    if getppid() != parent {
+        bail!("the parent has ended already");
+    }
+    // What systemd or a terminal sends to the whole group is the parent's to hear.
+    for ignored in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        sys::ignore(ignored)?;
+    }
+    let _logging = logging::without_addresses();
+    prctl::set_name(c"bro-relay")?;
+    let listeners = listeners.iter().map(|(listener, target)| Ok((listener.for_relay()?, *target)));
+    let listeners = listeners.collect::<std::io::Result<Vec<_>>>()?;
+    let (mailbox, outbox) = handle::engines_ends(channel);
+    let engine = Engine::new(settings.clone(), listeners, targets.to_vec(), stats, mailbox, outbox)?;
+    for missing in sandbox::enter()? {
+        tracing::info!("the relay process runs without a part of its sandbox: {missing}");
+    }
+    engine.run()
+}
+
+impl Process {
+    /// Its process id, as this one sees it.
+    #[must_use]
+    pub const fn pid(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    /// Waits for its end, which it has been told of or which has come already.
+    ///
+    /// # Errors
+    /// When it did not end well.
+    pub fn wait(self) -> anyhow::Result<()> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd as _;
+        let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+        if poll(&mut polled, patience) == Ok(0) {
+            kill(self.pid, Signal::SIGKILL).ok();
+        }
+        match waitpid(self.pid, Some(WaitPidFlag::__WALL))? {
+            WaitStatus::Exited(_, 0) => Ok(()),
+            WaitStatus::Exited(_, code) => bail!("the relay process exited with status {code}"),
+            WaitStatus::Signaled(_, signal, _) => bail!("the relay process was ended by {signal}"),
+            other => bail!("the relay process is in an odd state: {other:?}"),
+        }
+    }
+}
