@@ -197,7 +197,7 @@ pub struct Connection {
     /// The service's socket is hooked on a kernel where that takes some care.
     pub burst: Option<Burst>,
     /// What epoll was last told, per side.
-    pub registered: [Option<Interest>; 2],
+    pub registered: [Registration; 2],
 }
 
 /// What a client has sent since the service's answer before the last. Where the kernel does not tell a hooked socket's owner
@@ -244,6 +244,18 @@ pub struct Interest {
     pub read: bool,
     /// Writable.
     pub write: bool,
+}
+
+/// What epoll knows of a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Registration {
+    /// Nothing.
+    Absent,
+    /// This is wanted of it.
+    Watched(Interest),
+    /// It hung up when nothing was wanted of it, and would say so for ever: it is not watched until there is something. Not the
+    /// same as [`Self::Absent`]: one that has never been watched may have an abort to tell.
+    Silenced,
 }
 
 impl Connection {

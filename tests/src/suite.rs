@@ -307,6 +307,7 @@ macro_rules! relay_suite {
             client_abort_is_seen_as_an_abort,
             service_abort_is_seen_as_an_abort,
             client_abort_after_its_half_close,
+            client_abort_after_a_half_close_that_came_first,
             service_abort_after_its_half_close,
             client_abort_under_back_pressure,
             service_abort_under_back_pressure,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::{Accepting, Engine, tcp};
-use crate::connection::{Connection, End, Peer, Stage};
+use crate::connection::{Connection, End, Peer, Registration, Stage};
 use crate::engine::handle::Event;
 use crate::stats::Stats;
 
@@ -104,7 +104,7 @@ impl Engine {
             cold_start: None,
             stage: Stage::Held,
             burst: None,
-            registered: [None, None],
+            registered: [Registration::Absent; 2],
         };
         Stats::set(&self.stats.accepted, number);
         self.tallies[listener].accepted += 1;

@@ -11,7 +11,7 @@ use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
 
 use super::Engine;
 use super::token::Token;
-use crate::connection::{Connection, End, Stage};
+use crate::connection::{Connection, End, Registration, Stage};
 use crate::engine::handle::Event;
 use crate::netns::diag::Table;
 use crate::netns::wire::{self, Request};
@@ -123,7 +123,7 @@ impl Engine {
     pub(super) fn hold(&mut self, index: usize, refused: bool) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         connection.stage = Stage::Held;
-        connection.registered[1] = None;
+        connection.registered[1] = Registration::Absent;
         let backend = &mut self.backends[connection.backend];
         backend.held.push_back(index);
         if matches!(backend.state, State::Asleep) {
@@ -294,7 +294,7 @@ impl Engine {
             return self.start_relay(index, service, target);
         }
         self.epoll.delete(service.as_fd()).ok();
-        connection.registered[1] = None;
+        connection.registered[1] = Registration::Absent;
         connection.stage = Stage::AwaitingSocket;
         self.refused(index, address, error.map_or_else(|errno| errno, Errno::from_raw));
     }

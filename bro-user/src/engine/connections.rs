@@ -10,7 +10,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::Engine;
 use super::token::{GENERATIONS, Token};
-use crate::connection::{Connection, End, Interest, Pumped, Stage};
+use crate::connection::{Connection, End, Interest, Pumped, Registration, Stage};
 use crate::relay::{Broken, Direction, Side};
 
 const SIDES: [Side; 2] = [Side::Client, Side::Service];
@@ -45,7 +45,7 @@ impl Engine {
         if reset || !crate::sys::byte_waits(connection.client.as_fd()).unwrap_or(false) {
             self.finish(index, End::ClientLeft);
         } else {
-            self.unregister(index, Side::Client);
+            self.silence(index, Side::Client);
         }
     }
 
@@ -67,7 +67,7 @@ impl Engine {
             Ok(0) | Err(_) => {
                 // A hang-up, with nothing to be done about it yet: silence it until there is.
                 if connection.interest(side) == Some(Interest { read: false, write: false }) {
-                    self.unregister(index, side);
+                    self.silence(index, side);
                 }
             }
             Ok(code) => self.finish(index, Broken { side, errno: Errno::from_raw(code) }.into()),
@@ -118,15 +118,22 @@ impl Engine {
         for side in SIDES {
             let wanted = connection.interest(side);
             let registered = connection.registered[side as usize];
-            // A hung-up socket that was silenced stays so while it has nothing to do.
-            let silenced = registered.is_none() && wanted == Some(Interest { read: false, write: false });
-            if wanted == registered || (silenced && matches!(connection.stage, Stage::Relaying { .. })) {
+            let settled = match (registered, wanted) {
+                (Registration::Absent, None) => true,
+                // A hung-up socket stays silenced while it has nothing to do.
+                (Registration::Silenced, wanted) => {
+                    wanted.is_none_or(|interest| interest == Interest { read: false, write: false })
+                }
+                (Registration::Watched(interest), wanted) => wanted == Some(interest),
+                (Registration::Absent, Some(_)) => false,
+            };
+            if settled {
                 continue;
             }
             let Some(socket) = connection.socket(side) else { continue };
             let Some(interest) = wanted else {
                 self.epoll.delete(socket).ok();
-                connection.registered[side as usize] = None;
+                connection.registered[side as usize] = Registration::Absent;
                 continue;
             };
             let mut flags = EpollFlags::empty();
@@ -135,19 +142,21 @@ impl Engine {
             let token = Token::Connection { index, generation: generation(connection), side };
             let mut event = EpollEvent::new(flags, token.into());
             let done = match registered {
-                Some(_) => self.epoll.modify(socket, &mut event),
-                None => self.epoll.add(socket, event),
+                Registration::Watched(_) => self.epoll.modify(socket, &mut event),
+                Registration::Absent | Registration::Silenced => self.epoll.add(socket, event),
             };
             match done {
-                Ok(()) => connection.registered[side as usize] = wanted,
+                Ok(()) => connection.registered[side as usize] = Registration::Watched(interest),
                 Err(errno) => return self.finish(index, Broken { side, errno }.into()),
             }
         }
     }
 
-    fn unregister(&mut self, index: usize, side: Side) {
+    /// Has epoll say no more of a socket that hung up, until there is something to do with it.
+    fn silence(&mut self, index: usize, side: Side) {
         let Some(connection) = self.connections.get_mut(index) else { return };
-        if connection.registered[side as usize].take().is_some()
+        let before = std::mem::replace(&mut connection.registered[side as usize], Registration::Silenced);
+        if matches!(before, Registration::Watched(_))
             && let Some(socket) = connection.socket(side)
         {
             self.epoll.delete(socket).ok();
