@@ -6,6 +6,7 @@ pub mod bro;
 pub mod emulator;
 pub mod forwarder;
 pub mod host;
+pub mod loader;
 pub mod log;
 pub mod netns;
 pub mod notify;

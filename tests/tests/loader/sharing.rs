@@ -1,0 +1,176 @@
+//! One user: his forwarders have the kernel relay, each in its seat.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_ebpf::{Counter, SEATS, role};
+use bro_tests::loader::{ALICE, INSIDE_ALICE, Site, Stage};
+use bro_tests::peers::PATIENCE;
+use bro_tests::process;
+use bro_user::kernel::pinned;
+use nix::sys::signal::Signal;
+
+use crate::require_bpf;
+
+#[test]
+fn a_forwarder_without_any_capability_has_the_kernel_relay() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let programs = stage.load(ALICE)?;
+    let site = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
+    site.seated()?;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", site.forwarder.pid()))?;
+    for set in ["CapPrm", "CapEff", "CapAmb"] {
+        let line = status.lines().find(|line| line.starts_with(set)).context("capabilities")?;
+        ensure!(line.ends_with("0000000000000000"), "{line}");
+    }
+    site.expect_lane(ALICE)?;
+    ensure!(programs.total(Counter::Hooked)? > 0, "nothing was hooked");
+    site.forwarder.stop()?;
+    programs.expect_nothing_in_use()
+}
+
+#[test]
+fn a_service_of_a_container_user_has_it_too() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let _programs = stage.load(ALICE)?;
+    let site = Site::start(ALICE, INSIDE_ALICE, &["--relay=sockmap"])?;
+    site.expect_lane(ALICE)
+}
+
+#[test]
+fn several_forwarders_each_have_their_own_seat() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let programs = stage.load(ALICE)?;
+    let sites: Vec<Site> =
+        (0..3).map(|_| Site::start(ALICE, ALICE, &["--relay=sockmap"])).collect::<Result<_>>()?;
+    for site in &sites {
+        site.expect_lane(ALICE)?;
+    }
+    let mut seats: Vec<u32> = programs.watched()?.iter().map(|watch| watch.seat).collect();
+    seats.sort_unstable();
+    ensure!(seats == [0, 1, 2], "{seats:?}");
+    // All at once, so that lanes of all three are open together.
+    let open: Vec<_> = sites.iter().map(|site| site.connect(ALICE)).collect::<Result<_>>()?;
+    for (client, service) in &open {
+        bro_tests::scene::expect_relayed(client, service)?;
+    }
+    ensure!(programs.hooked()? == 3, "{} hooked", programs.hooked()?);
+    Ok(())
+}
+
+#[test]
+fn the_seventeenth_forwarder_says_why_it_splices() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let _programs = stage.load(ALICE)?;
+    let seats = pinned::folder(ALICE).join("seats");
+    let lock = |seat: usize| -> Result<_> {
+        let folder = std::fs::File::open(seats.join(format!("{seat:02}")))?;
+        let exclusive = nix::fcntl::FlockArg::LockExclusiveNonblock;
+        nix::fcntl::Flock::lock(folder, exclusive).map_err(|(_, errno)| errno.into())
+    };
+    let taken: Vec<_> = (0..SEATS).map(lock).collect::<Result<_>>()?;
+    let site = Site::start(ALICE, ALICE, &[])?;
+    site.forwarder.log().line(PATIENCE, |line| {
+        line.contains("by splice") && line.contains("16 other forwarders of this user")
+    })?;
+    site.expect_no_lane(ALICE)?;
+    drop(taken);
+    let site = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
+    site.expect_lane(ALICE)
+}
+
+#[test]
+fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let programs = stage.load(ALICE)?;
+    let Site { forwarder, front, service } = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
+    let site = Site { forwarder, front, service };
+    site.expect_lane(ALICE)?;
+    let (client, far) = site.connect(ALICE)?;
+    bro_tests::scene::expect_relayed(&client, &far)?;
+    let records = programs.records()?;
+    let serial =
+        || records.open().next().map(|record| record.last.load(std::sync::atomic::Ordering::Relaxed));
+    let before = serial().context("an open lane")?;
+    let Site { forwarder, front, service } = site;
+    forwarder.signal(Signal::SIGKILL)?;
+    ensure!(process::ends(forwarder.pid(), PATIENCE)?, "it survived SIGKILL");
+    drop(forwarder);
+    ensure!(!programs.watched()?.is_empty(), "there is nothing to reclaim");
+
+    let forwarder = Site::forwarder(ALICE, &front, &service, &["--relay=sockmap"])?;
+    let site = Site { forwarder, front, service };
+    site.expect_lane(ALICE)?;
+    ensure!(programs.watched()?.len() == 1, "{:?}", programs.watched()?);
+    // The old sender is still there, and knows the number of its lane: nobody is given that one again.
+    let (client, next) = site.connect(ALICE)?;
+    bro_tests::scene::expect_relayed(&client, &next)?;
+    let all: Vec<u64> =
+        records.open().map(|record| record.serial.load(std::sync::atomic::Ordering::Relaxed)).collect();
+    ensure!(!all.is_empty(), "no lane is open");
+    let first = programs.records()?.last(0).context("the first record")?;
+    ensure!(first >= before, "the numbers began anew: {first} after {before}");
+    drop(far);
+    Ok(())
+}
+
+#[test]
+fn two_forwarders_of_one_service_do_not_share_its_lanes() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let programs = stage.load(ALICE)?;
+    let site = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
+    site.expect_lane(ALICE)?;
+    let second = Site::forwarder(ALICE, &site.front, &site.service, &["--relay=sockmap"])?;
+    second.log().line(PATIENCE, |line| line.contains("kernel relay loaded"))?;
+    let port = site.service.address().clone();
+    drop(port);
+    // Whichever of the two accepts a connection; the second one's are spliced, and it says why.
+    let refused = |line: &str| line.contains("another forwarder of this user has the lanes of this port");
+    let said = process::eventually(Duration::from_secs(20), || {
+        site.connect(ALICE)
+            .and_then(|(client, service)| bro_tests::scene::expect_relayed(&client, &service))
+            .is_ok()
+            && second.log().lines().iter().any(|line| refused(line))
+    });
+    ensure!(said, "{:?}", second.log().lines());
+    let watched = programs.watched()?;
+    ensure!(watched.len() == 1 && watched[0].role == role::SERVICE && watched[0].seat == 0, "{watched:?}");
+    second.stop()?;
+    site.expect_lane(ALICE)
+}
+
+#[test]
+fn the_client_lane_is_for_the_users_own_processes() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let programs = stage.load(ALICE)?;
+    let site = Site::start(ALICE, ALICE, &["--relay=sockmap", "--local-clients=on"])?;
+    site.expect_lane(ALICE)?;
+    let hooked = |client: u32| -> Result<usize> {
+        let (near, far) = site.connect(client)?;
+        bro_tests::scene::expect_relayed(&near, &far)?;
+        programs.hooked()
+    };
+    let idle = || programs.hooked().is_ok_and(|count| count == 0);
+    ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
+    ensure!(hooked(ALICE)? == 2, "her own client has no lane");
+    ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
+    let foreign = programs.total(Counter::Foreign)?;
+    ensure!(hooked(0)? == 1, "root's client in her cgroup was hooked");
+    ensure!(programs.total(Counter::Foreign)? > foreign, "nobody asked whose it is");
+    ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
+    // Outside her cgroup nobody is looked at at all.
+    let outside = stage.another()?;
+    stage.enter(&outside)?;
+    let count = hooked(ALICE);
+    stage.enter(stage.cgroup())?;
+    std::fs::remove_dir(&outside)?;
+    ensure!(count? == 1, "a client outside her cgroup was hooked");
+    Ok(())
+}
