@@ -110,7 +110,7 @@ const TICK: Duration = Duration::from_millis(100);
 const RETRY: Duration = Duration::from_millis(5);
 
 impl Engine {
-    /// An engine that accepts from `listeners`, each with the index of its target in `targets` (their names, for the log).
+    /// An engine that is going to accept from `listeners`, each with the index of its target in `targets` (their names, for the log).
     ///
     /// # Errors
     /// When epoll refuses one of the descriptors.
@@ -127,7 +127,7 @@ impl Engine {
         // Two directions, and never more pipes than could leave descriptors for connections.
         let pipes = settings.connections_max.saturating_mul(2).min(1024);
         let tallies = vec![Tally::default(); listeners.len()];
-        let mut engine = Self {
+        Ok(Self {
             settings,
             epoll,
             listeners,
@@ -147,9 +147,7 @@ impl Engine {
             mailbox,
             outbox,
             last_tick: Instant::now(),
-        };
-        engine.set_accepting(Accepting::Open)?;
-        Ok(engine)
+        })
     }
 
     /// Runs until the control process is gone.
@@ -262,6 +260,7 @@ impl Engine {
                         self.kernel_loaded(&descriptors, share, clients);
                     }
                     Command::Plain(plain) => match plain {
+                        Plain::Start => self.set_accepting(Accepting::Open)?,
                         Plain::Stop => return Ok(false),
                         Plain::Watch(watch) => self.watch(watch),
                         Plain::Failed { backend, end } => self.backend_failed(backend, end),

@@ -353,6 +353,7 @@ impl<'a> Control<'a> {
         }
         // The thread that has loaded the programs attaches them; this one never needs the rights for that.
         crate::capabilities::drop_the_kernel_relays();
+        self.engine.send(Plain::Start);
         let mut said = self.status();
         life::ready(&said);
         loop {

@@ -325,14 +325,20 @@ impl Forwarder {
         self.both().into_iter().map(|pid| Ok(process::descriptors(pid)?.len())).sum()
     }
 
-    /// Expects that over a `span` in which nothing happens it uses next to no processor time.
+    /// Expects that in a `span` in which nothing happens it uses next to no processor time. A spin goes on and on; what only takes
+    /// its time, like loading the kernel relay, is over at one of the next looks.
     pub fn expect_no_spin(&self, span: Duration) -> Result<()> {
         let used = || self.both().into_iter().map(process::cpu_time).sum::<Result<Duration>>();
-        let before = used()?;
-        std::thread::sleep(span);
-        let used = used()? - before;
-        ensure!(used <= span / 5, "it used {used:?} of processor time in {span:?} without work");
-        Ok(())
+        let mut spent = Duration::ZERO;
+        for _ in 0..6 {
+            let before = used()?;
+            std::thread::sleep(span);
+            spent = used()? - before;
+            if spent <= span / 5 {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("it used {spent:?} of processor time in {span:?} without work")
     }
 }
 

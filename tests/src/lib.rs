@@ -5,6 +5,8 @@ pub mod behaviours;
 pub mod bro;
 pub mod emulator;
 pub mod forwarder;
+#[cfg(target_arch = "x86_64")]
+pub mod hijack;
 pub mod host;
 pub mod loader;
 pub mod log;

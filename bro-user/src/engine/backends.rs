@@ -174,6 +174,11 @@ impl Engine {
 
     /// The service went to sleep, or its namespace is gone: whoever still waits for a socket there is held again.
     pub(super) fn backend_gone(&mut self, backend: usize) {
+        self.backend_lost(backend, false);
+    }
+
+    /// As above; after a refusal, those who waited beside the refused one are in no more hurry than it is.
+    fn backend_lost(&mut self, backend: usize, refused: bool) {
         let State::Ready(supply) = std::mem::replace(&mut self.backends[backend].state, State::Asleep) else {
             // Asleep already, or waking: then the control side is at it.
             return;
@@ -182,7 +187,7 @@ impl Engine {
         drop(supply);
         for dial in dials {
             if self.is_dialling(dial) {
-                self.hold(dial.index, false);
+                self.hold(dial.index, refused);
             }
         }
     }
@@ -317,7 +322,7 @@ impl Engine {
             error = errno.desc(),
             "the service refused; waiting for it again"
         );
-        self.backend_gone(backend);
+        self.backend_lost(backend, true);
         self.hold(index, true);
     }
 

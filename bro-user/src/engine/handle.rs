@@ -53,6 +53,8 @@ pub enum Command {
 /// The commands that are words alone.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Plain {
+    /// Accept clients from now on: whatever they need is there.
+    Start,
     /// It could not be started: reset its held clients.
     Failed {
         /// Which target.

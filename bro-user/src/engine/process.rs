@@ -73,7 +73,8 @@ fn serve(
     // However the parent ends: connections that nobody could end in order are reset (SO_LINGER).
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     if getppid() != parent {
-        bail!("the parent has ended already");
+        // It has ended already.
+        return Ok(());
     }
     // What systemd or a terminal sends to the whole group is the parent's to hear.
     for ignored in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
