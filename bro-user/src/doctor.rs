@@ -73,6 +73,7 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
                 host::descriptors(),
                 host::cgroup(),
                 host::capabilities(),
+                host::loader(),
                 host::kernel_relay(),
             ]),
         }
