@@ -4,7 +4,7 @@
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, lchown};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, Map};
@@ -187,7 +187,6 @@ impl Draft {
         }
         // One that was killed may have left something.
         empty(&path).map_err(failed)?;
-        std::fs::set_permissions(&path, Permissions::from_mode(0o711)).map_err(failed)?;
         Ok(Self { path, _lock: lock })
     }
 
@@ -218,20 +217,19 @@ impl Drop for Draft {
     }
 }
 
-/// Removes a set: its folder is root's, so each file can be removed by whoever made it.
+/// Removes a set. The seats are the user's, who may have put something there; a loader without CAP_DAC_OVERRIDE is no more than
+/// others are in a folder that is not its own, so each is taken back first. From then on nobody changes what is in it.
 fn clear(set: &Path) -> io::Result<()> {
     empty(set)?;
     std::fs::remove_dir(set)
 }
 
-fn empty(set: &Path) -> io::Result<()> {
-    for entry in std::fs::read_dir(set)? {
+fn empty(folder: &Path) -> io::Result<()> {
+    lchown(folder, Some(0), None)?;
+    std::fs::set_permissions(folder, Permissions::from_mode(0o711))?;
+    for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            std::fs::remove_dir_all(entry.path())?
-        } else {
-            std::fs::remove_file(entry.path())?
-        }
+        if entry.file_type()?.is_dir() { clear(&entry.path())? } else { std::fs::remove_file(entry.path())? }
     }
     Ok(())
 }

@@ -4,9 +4,10 @@ use std::os::fd::AsFd as _;
 
 use anyhow::{Result, ensure};
 use bro_ebpf::About;
-use bro_tests::loader::{ALICE, Site, Stage};
+use bro_tests::loader::{ALICE, Site, Stage, as_user};
 use bro_tests::peers::PATIENCE;
 use bro_tests::scene::expect_relayed;
+use bro_tests::scratch::Scratch;
 use bro_tests::sys;
 use bro_user::kernel::pinned;
 
@@ -105,6 +106,25 @@ fn a_loader_that_was_killed_in_the_middle_is_no_obstacle() -> Result<()> {
         "the rest is still there"
     );
     stage.remove(ALICE)?;
+    programs.expect_gone()
+}
+
+/// What the user himself puts into his folders is no obstacle either, and leads root nowhere.
+#[test]
+fn a_users_rubbish_is_no_obstacle() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let programs = stage.load(ALICE)?;
+    let elsewhere = Scratch::new()?;
+    std::fs::write(elsewhere.join("precious"), "")?;
+    let seat = pinned::folder(ALICE).join("seats/03");
+    as_user(ALICE, || {
+        std::fs::create_dir_all(seat.join("deep/deeper"))?;
+        std::os::unix::fs::symlink(elsewhere.path(), seat.join("deep/link"))
+    })?;
+    stage.remove(ALICE)?;
+    ensure!(!pinned::folder(ALICE).exists(), "the folder is still there");
+    ensure!(elsewhere.join("precious").exists(), "root followed the user's link");
     programs.expect_gone()
 }
 
