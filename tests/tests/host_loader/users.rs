@@ -108,7 +108,8 @@ pub fn loaded_anew(host: &Host) -> Result<()> {
     drop(client);
     site.front.systemctl(host, &["stop", &site.forwarder()])?;
     let relay = relay_of_the_next(&site)?;
-    ensure!(relay == "splice" && site.journal().contains("bro-loader@"), "{relay}: {}", site.journal());
+    ensure!(relay == "splice", "{relay}: {}", site.journal());
+    host.wait_until("the reason", PATIENCE, || Ok(site.journal().contains("bro-loader@")))?;
     host.run(&["systemctl", "start", &unit])?;
     site.front.systemctl(host, &["stop", &site.forwarder()])?;
     expect_lane(&site)?;
@@ -149,5 +150,5 @@ pub fn survives_reboot(host: &mut Host) -> Result<()> {
         Ok(Manager::System.show(host, &format!("bro-loader@{uid}.service"), "ActiveState")? == "active")
     })?;
     let site = Site { host, manager: TEST, name: "again".into(), port, front: TEST, suffix: "in" };
-    expect_lane(&site)
+    expect_lane(&site).with_context(|| site.journals())
 }
