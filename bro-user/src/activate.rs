@@ -189,12 +189,13 @@ impl Activator {
                 Where::Own => self.own_agent().await?,
                 Where::Entered(namespace) => namespace.clone(),
             };
+            let guarded = file.is_some();
             let channel = namespace.channel(Destinations { addresses, file }).await?;
             let table = match self.programs.get() {
                 Some(_) => Table::open(&place).await.ok(),
                 None => None,
             };
-            anyhow::Ok(Some((Destination { addresses: tcp, channel, table }, incarnation)))
+            anyhow::Ok(Some((Destination { addresses: tcp, guarded, channel, table }, incarnation)))
         };
         let findable = tokio::sync::Notify::new();
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.

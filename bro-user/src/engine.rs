@@ -31,11 +31,12 @@ use crate::connection::{Connection, End, Source};
 use crate::listen::Listener;
 use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
+use crate::sys::AddressBook;
 use backends::Backend;
 use handle::{Command, Event, Mailbox, Outbox, Plain};
 use token::Token;
 
-pub use backends::Destination;
+pub use backends::{Destination, slot};
 
 /// What the command line decided for the engine.
 #[derive(Debug, Clone)]
@@ -92,6 +93,8 @@ pub struct Engine {
     retries: Vec<usize>,
     next_number: u64,
     tools: Tools,
+    /// The addresses that this process may connect to itself; without, the agents connect.
+    addresses: Option<AddressBook>,
     stats: Arc<Stats>,
     tallies: Vec<Tally>,
     lanes: Option<lanes::Lanes>,
@@ -118,9 +121,9 @@ impl Engine {
         settings: Settings,
         listeners: Vec<(Listener, usize)>,
         targets: Vec<String>,
+        addresses: Option<AddressBook>,
         stats: Arc<Stats>,
-        mailbox: Mailbox,
-        outbox: Outbox,
+        (mailbox, outbox): (Mailbox, Outbox),
     ) -> anyhow::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(mailbox.channel(), EpollEvent::new(EpollFlags::EPOLLIN, Token::Mailbox.into()))?;
@@ -141,6 +144,7 @@ impl Engine {
             retries: Vec::new(),
             next_number: 1,
             tools: Tools::new(pipes),
+            addresses,
             stats,
             tallies,
             lanes: None,

@@ -24,12 +24,13 @@ use crate::control::{self, Asked, Asker, Request};
 use crate::engine::handle::{Event, Handle, Plain};
 use crate::engine::process::{self, Process};
 use crate::engine::tcp::Keepalive;
-use crate::engine::{Destination, Settings};
+use crate::engine::{Destination, Settings, slot};
 use crate::exit::Failure;
 use crate::kernel::{self, Unavailable};
 use crate::listen::{self, Listener, Passed};
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
+use crate::sys::AddressBook;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 use crate::{life, status};
@@ -113,9 +114,9 @@ pub fn run(options: &Forward, passed: Result<Vec<Passed>, Failure>) -> anyhow::R
     }
     let local_clients = local_clients(options)?;
     let stats = Arc::new(Stats::new()?);
-    let names: Vec<String> = targets.iter().map(Target::to_string).collect();
+    let mut addresses = AddressBook::new(slot(targets.len(), 0))?;
     // Before the first thread.
-    let (relay, channel) = process::start(&settings(options), &listeners, &names, &stats)?;
+    let (relay, channel) = process::start(&settings(options), &listeners, &targets, &mut addresses, &stats)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let place = match (&options.container, options.pid, &options.netns) {
@@ -127,7 +128,7 @@ pub fn run(options: &Forward, passed: Result<Vec<Passed>, Failure>) -> anyhow::R
         let manager = Manager::choose(options.system, options.user);
         let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, options.ready.clone()));
         activator.check().await?;
-        let engine = (relay, channel, stats);
+        let engine = (relay, channel, addresses, stats);
         Control::start(options, &listeners, targets, activator, engine, local_clients)?.run().await
     })
 }
@@ -258,6 +259,8 @@ struct Control<'a> {
     local_clients: Option<std::path::PathBuf>,
     events: UnboundedReceiver<Event>,
     relay: Process,
+    /// What it may connect to.
+    addresses: AddressBook,
     woken: (UnboundedSender<Woken>, UnboundedReceiver<Woken>),
     /// Targets whose namespace is gone.
     gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
@@ -286,7 +289,7 @@ impl<'a> Control<'a> {
         listeners: &[(Listener, usize)],
         targets: Vec<Target>,
         activator: Arc<Activator>,
-        (relay, channel, stats): (Process, OwnedFd, Arc<Stats>),
+        (relay, channel, addresses, stats): (Process, OwnedFd, AddressBook, Arc<Stats>),
         local_clients: Option<std::path::PathBuf>,
     ) -> anyhow::Result<Self> {
         for (listener, target) in listeners {
@@ -328,6 +331,7 @@ impl<'a> Control<'a> {
             local_clients,
             events,
             relay,
+            addresses,
             woken: unbounded_channel(),
             gone: unbounded_channel(),
             phase: Phase::Serving,

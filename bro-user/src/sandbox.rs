@@ -5,31 +5,38 @@
 //! rest.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use anyhow::Context as _;
 use caps::CapSet;
 use landlock::{
-    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _,
-    RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, NetPort, Ruleset, RulesetAttr as _,
+    RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
 };
 use nix::libc;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
+use crate::sys::AddressBook;
+
 /// The newest Landlock that is asked for; older kernels give what they have.
 const LANDLOCK: ABI = ABI::V6;
 
-/// Enters the sandbox, for the calling thread and all it will start. Returns what this kernel does not offer.
+/// Enters the sandbox, for the calling thread and all it will start; `addresses` is where the [`AddressBook`] is, `ports`
+/// are those of the targets. Returns what this kernel does not offer.
 ///
 /// # Errors
 /// When something is refused that every kernel of ours has.
-pub fn enter() -> anyhow::Result<Vec<String>> {
+pub fn enter(
+    addresses: Option<Range<u64>>,
+    ports: impl IntoIterator<Item = u16>,
+) -> anyhow::Result<Vec<String>> {
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
     drop_capabilities()?;
     let mut missing = Vec::new();
-    missing.extend(restrict_files());
-    missing.extend(filter_system_calls());
+    missing.extend(restrict_files(ports));
+    missing.extend(filter_system_calls(addresses));
     Ok(missing)
 }
 
@@ -42,14 +49,21 @@ fn drop_capabilities() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Landlock without a single rule: nothing of what it knows is allowed. Says what is missing.
-fn restrict_files() -> Option<String> {
+/// Landlock with no rule but for the targets' ports: no file, no other port, no signal to anybody. Says what is missing.
+fn restrict_files(ports: impl IntoIterator<Item = u16>) -> Option<String> {
     let restricted = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK))
         .and_then(|rules| rules.handle_access(AccessNet::BindTcp | AccessNet::ConnectTcp))
         .and_then(|rules| rules.scope(Scope::AbstractUnixSocket | Scope::Signal))
         .and_then(landlock::Ruleset::create)
+        .and_then(|rules| {
+            rules.add_rules(
+                ports
+                    .into_iter()
+                    .map(|port| Ok::<_, RulesetError>(NetPort::new(port, AccessNet::ConnectTcp))),
+            )
+        })
         .and_then(landlock::RulesetCreated::restrict_self);
     match restricted {
         Ok(status) if status.ruleset == RulesetStatus::NotEnforced => {
@@ -60,8 +74,8 @@ fn restrict_files() -> Option<String> {
     }
 }
 
-fn filter_system_calls() -> Option<String> {
-    let filter = filter().and_then(|filter| Ok(seccompiler::apply_filter(&filter)?));
+fn filter_system_calls(addresses: Option<Range<u64>>) -> Option<String> {
+    let filter = filter(addresses).and_then(|filter| Ok(seccompiler::apply_filter(&filter)?));
     filter.err().map(|error| format!("no filter for system calls: {error:#}"))
 }
 
@@ -85,27 +99,47 @@ const FCNTL_COMMANDS: [i32; 7] = [
     libc::F_GETPIPE_SZ,
 ];
 
-fn filter() -> anyhow::Result<BpfProgram> {
+fn filter(addresses: Option<Range<u64>>) -> anyhow::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
-    let mut allow = |call: libc::c_long, cases: &[(u8, SeccompCmpOp, u64)]| -> anyhow::Result<()> {
-        let case = |(argument, is, value): &(u8, SeccompCmpOp, u64)| {
-            let condition = SeccompCondition::new(*argument, SeccompCmpArgLen::Qword, is.clone(), *value)?;
-            SeccompRule::new(vec![condition])
+    // Each case is a list of conditions that all have to hold.
+    let mut allow = |call: libc::c_long, cases: Vec<Vec<Condition>>| -> anyhow::Result<()> {
+        let condition = |(argument, is, value): Condition| {
+            SeccompCondition::new(argument, SeccompCmpArgLen::Qword, is, value)
         };
-        let _none = rules.insert(call, cases.iter().map(case).collect::<Result<_, _>>()?);
+        let case = |conditions: Vec<Condition>| {
+            SeccompRule::new(conditions.into_iter().map(condition).collect::<Result<_, _>>()?)
+        };
+        let _none = rules.insert(call, cases.into_iter().map(case).collect::<Result<_, _>>()?);
         Ok(())
     };
     let equals = |argument: u8, value: u64| (argument, SeccompCmpOp::Eq, value);
     let without = |argument: u8, bits: i32| (argument, SeccompCmpOp::MaskedEq(bits as u64), 0);
     // send(2) on what is connected: no address, so no way to anybody else.
-    allow(libc::SYS_sendto, &[equals(4, 0)])?;
-    allow(libc::SYS_bpf, &BPF_COMMANDS.map(|command| equals(0, command)))?;
-    allow(libc::SYS_fcntl, &FCNTL_COMMANDS.map(|command| equals(1, command as u64)))?;
-    // Nothing that is written can be run.
-    allow(libc::SYS_mmap, &[without(2, libc::PROT_EXEC)])?;
-    allow(libc::SYS_mprotect, &[without(2, libc::PROT_EXEC)])?;
+    allow(libc::SYS_sendto, vec![vec![equals(4, 0)]])?;
+    allow(libc::SYS_bpf, BPF_COMMANDS.map(|command| vec![equals(0, command)]).into())?;
+    allow(libc::SYS_fcntl, FCNTL_COMMANDS.map(|command| vec![equals(1, command as u64)]).into())?;
+    // Nothing that is written can be run, and the addresses, which are below all other memory, stay as they are.
+    let end = addresses.as_ref().map_or(0, |addresses| addresses.end);
+    let above = (0, SeccompCmpOp::Ge, end);
+    allow(libc::SYS_mmap, vec![vec![without(2, libc::PROT_EXEC), without(3, libc::MAP_FIXED)]])?;
+    allow(libc::SYS_mprotect, vec![vec![without(2, libc::PROT_EXEC), above.clone()]])?;
+    allow(libc::SYS_mremap, vec![vec![above.clone(), without(3, !libc::MREMAP_MAYMOVE)]])?;
+    for call in [libc::SYS_munmap, libc::SYS_madvise] {
+        allow(call, vec![vec![above.clone()]])?;
+    }
+    if let Some(addresses) = addresses {
+        // One of them as a whole, and not what lies between.
+        let aligned = (
+            1,
+            SeccompCmpOp::MaskedEq(AddressBook::ROOM as u64 - 1),
+            addresses.start % AddressBook::ROOM as u64,
+        );
+        let from = (1, SeccompCmpOp::Ge, addresses.start);
+        let until = (1, SeccompCmpOp::Lt, addresses.end);
+        allow(libc::SYS_connect, vec![vec![aligned, from, until]])?;
+    }
     // abort(3): a signal to itself.
-    allow(libc::SYS_tgkill, &[equals(0, u64::from(std::process::id()))])?;
+    allow(libc::SYS_tgkill, vec![vec![equals(0, u64::from(std::process::id()))]])?;
     let filter = SeccompFilter::new(
         rules,
         SeccompAction::Errno(libc::EPERM as u32),
@@ -114,6 +148,9 @@ fn filter() -> anyhow::Result<BpfProgram> {
     )?;
     Ok(filter.try_into()?)
 }
+
+/// The number of an argument, how it is compared, and with what.
+type Condition = (u8, SeccompCmpOp, u64);
 
 /// What is allowed with any arguments. The kernel remembers which these are, so that they cost next to nothing
 /// (`seccomp_cache_check_allow`): whatever is called per message has to be here.
@@ -145,9 +182,6 @@ const ALWAYS: &[libc::c_long] = &[
     libc::SYS_recvmsg,
     // Memory, time, and the end.
     libc::SYS_brk,
-    libc::SYS_munmap,
-    libc::SYS_mremap,
-    libc::SYS_madvise,
     libc::SYS_futex,
     libc::SYS_clock_gettime,
     libc::SYS_gettimeofday,

@@ -233,3 +233,123 @@ pub fn exit_now(code: i32) -> ! {
     // SAFETY: ends the process at once.
     unsafe { libc::_exit(code) }
 }
+
+/// The addresses that the relay process may connect to, in memory that only the control process can write. The relay process sees
+/// it at a place below all its other memory, which its sandbox never lets it change ([`crate::sandbox`]): so connect(2) can be
+/// allowed for exactly what stands here.
+#[derive(Debug)]
+pub struct AddressBook {
+    start: std::ptr::NonNull<u8>,
+    length: std::num::NonZeroUsize,
+    /// Its memory, until both processes have it.
+    file: Option<OwnedFd>,
+}
+
+// SAFETY: the memory is not tied to a thread, and is written through `&mut self` alone.
+unsafe impl Send for AddressBook {}
+
+impl Drop for AddressBook {
+    fn drop(&mut self) {
+        // SAFETY: exactly what was mapped, and nobody refers to it.
+        let _unmapped = unsafe { nix::sys::mman::munmap(self.start.cast(), self.length.get()) };
+    }
+}
+
+impl AddressBook {
+    /// The room of one address, and what each is aligned to.
+    pub const ROOM: usize = size_of::<libc::sockaddr_storage>();
+
+    /// Where the relay process may see it: above what no process may map (vm.mmap_min_addr), and below where programs are loaded.
+    const LOW: std::ops::Range<usize> = 0x1_0000..0x40_0000;
+
+    /// Room for `count` addresses.
+    ///
+    /// # Errors
+    /// memfd_create's or mmap's.
+    pub fn new(count: usize) -> io::Result<Self> {
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+        let length = (count.max(1) * Self::ROOM).next_multiple_of(4096);
+        let file = memfd_create(c"bro-addresses", MFdFlags::MFD_CLOEXEC)?;
+        nix::unistd::ftruncate(&file, length.try_into().map_err(io::Error::other)?)?;
+        let length = std::num::NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidInput)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) }?;
+        Ok(Self { start: start.cast(), length, file: Some(file) })
+    }
+
+    /// For the relay process, right after it was forked: the same addresses, read-only, and at a low place.
+    ///
+    /// # Errors
+    /// When there is no such place.
+    pub fn for_relay(&mut self) -> io::Result<Self> {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+        let file = self.file.take().ok_or(io::ErrorKind::InvalidInput)?;
+        // Opened anew for reading alone: what is mapped through that can never become writable (mprotect(2) EACCES).
+        let file = std::fs::File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        let maps = std::fs::read_to_string("/proc/self/maps")?;
+        let first = maps.split('-').next().and_then(|first| usize::from_str_radix(first, 16).ok());
+        let end = first.unwrap_or(0).min(Self::LOW.end);
+        let places = (Self::LOW.start..end.saturating_sub(self.length.get())).step_by(Self::LOW.start);
+        for place in places {
+            let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED_NOREPLACE;
+            let place = std::num::NonZeroUsize::new(place);
+            // SAFETY: nothing is mapped there, and MAP_FIXED_NOREPLACE replaces nothing.
+            let mapped = unsafe { mmap(place, self.length, ProtFlags::PROT_READ, flags, &file, 0) };
+            let Ok(start) = mapped else { continue };
+            // SAFETY: the writable mapping that this process has from its parent; nothing here refers to it any more.
+            unsafe { munmap(self.start.cast(), self.length.get()) }?;
+            return Ok(Self { start: start.cast(), length: self.length, file: None });
+        }
+        Err(io::ErrorKind::AddrInUse.into())
+    }
+
+    /// Both processes have it: nobody else is to get at it.
+    pub fn shared(&mut self) {
+        self.file = None;
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn place(&self) -> std::ops::Range<u64> {
+        let start = self.start.as_ptr() as u64;
+        start..start + self.length.get() as u64
+    }
+
+    /// Whether there is room for this number.
+    const fn has(&self, number: usize) -> bool {
+        number < self.length.get() / Self::ROOM
+    }
+
+    /// Writes an address; false where there is no room for it. By the control process alone.
+    pub fn write(&mut self, number: usize, address: std::net::SocketAddr) -> bool {
+        if !self.has(number) {
+            return false;
+        }
+        let address = SockaddrStorage::from(address);
+        // SAFETY: within the mapping, which is writable in the process that has made it.
+        let at = unsafe { self.start.add(number * Self::ROOM) };
+        // SAFETY: both are `ROOM` bytes at most, and do not overlap.
+        unsafe {
+            std::ptr::copy_nonoverlapping(address.as_ptr().cast(), at.as_ptr(), address.len() as usize)
+        };
+        true
+    }
+
+    /// connect(2) to the address with this number.
+    ///
+    /// # Errors
+    /// connect's.
+    pub fn connect(&self, socket: BorrowedFd<'_>, number: usize, ipv4: bool) -> nix::Result<()> {
+        if !self.has(number) {
+            return Err(nix::errno::Errno::EADDRNOTAVAIL);
+        }
+        let length = if ipv4 { size_of::<libc::sockaddr_in>() } else { size_of::<libc::sockaddr_in6>() };
+        // SAFETY: within the mapping.
+        let address = unsafe { self.start.add(number * Self::ROOM) }.as_ptr().cast();
+        // SAFETY: `length` readable bytes, whatever they are.
+        nix::errno::Errno::result(unsafe { libc::connect(socket.as_raw_fd(), address, length as u32) })
+            .map(drop)
+    }
+}

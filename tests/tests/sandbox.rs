@@ -142,8 +142,35 @@ fn a_hijacked_relay_process_can_do_no_harm() -> Result<()> {
         ("make a memory file", libc::SYS_memfd_create, vec![path, zero]),
         ("use keys", libc::SYS_keyctl, vec![zero]),
     ];
+    // Where the addresses stand that it may connect to.
+    let book = std::fs::read_to_string(format!("/proc/{relay}/maps"))?;
+    let book = book.lines().find(|line| line.contains("bro-addresses")).context("no address book")?;
+    ensure!(book.contains(" r--s "), "not read-only: {book}");
+    let start = i64::from_str_radix(book.split('-').next().unwrap_or_default(), 16)?;
+    let (book, page) = (Argument::from(start), number(4096));
+    let writable = number(libc::PROT_READ | libc::PROT_WRITE);
+    let fixed = number(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
+    let (may_move, to) = (number(libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED), Argument::from(start));
+    harm.extend([
+        ("write its addresses", libc::SYS_mprotect, vec![book, page, writable]),
+        ("remove its addresses", libc::SYS_munmap, vec![book, page]),
+        ("remove them from below", libc::SYS_munmap, vec![Argument::from(start - 4096), number(8192)]),
+        ("replace its addresses", libc::SYS_mmap, vec![book, page, writable, fixed, number(-1), zero]),
+        ("move others in their place", libc::SYS_mremap, vec![zeros, page, page, may_move, to]),
+        ("move them away", libc::SYS_mremap, vec![book, page, page, number(libc::MREMAP_MAYMOVE)]),
+        ("forget them", libc::SYS_madvise, vec![book, page, number(libc::MADV_DONTNEED)]),
+        ("lock them elsewhere", libc::SYS_remap_file_pages, vec![book, page, zero, zero, zero]),
+    ]);
     for &socket in &sockets {
         let socket = Argument::from(socket);
+        let between = Argument::from(start + 8);
+        harm.push((
+            "connect to what lies between its addresses",
+            libc::SYS_connect,
+            vec![socket, between, number(16)],
+        ));
+        let beyond = Argument::from(start + 1024 * 1024);
+        harm.push(("connect to what lies behind them", libc::SYS_connect, vec![socket, beyond, number(16)]));
         harm.push((
             "dissolve a connection",
             libc::SYS_connect,
@@ -169,6 +196,20 @@ fn a_hijacked_relay_process_can_do_no_harm() -> Result<()> {
         let came = hijacked.call(call, &arguments)?;
         ensure!(came == Err(Errno::EPERM), "it could {what}: {came:?}");
     }
+    // A connection leads nowhere else, not even to the target; unconnected sockets that an agent has made lead there.
+    let peers = || -> Result<Vec<_>> {
+        let sockets = process::sockets(relay)?;
+        Ok(sockets.iter().map(|socket| bro_tests::peers::Address::of_peer(socket.as_fd()).ok()).collect())
+    };
+    let before = peers()?;
+    for socket in sockets {
+        let came =
+            hijacked.call(libc::SYS_connect, &[Argument::from(socket), Argument::from(start), number(16)])?;
+        ensure!(came != Err(Errno::EPERM), "connect is not allowed at all");
+    }
+    let after = peers()?;
+    let kept = before.iter().zip(&after).all(|(before, after)| before.is_none() || before == after);
+    ensure!(kept && before.len() == after.len(), "before {before:?}, after {after:?}");
     drop(hijacked);
     // And nothing of it has hurt the connection.
     exchange(&client, &served)?;
@@ -197,6 +238,7 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
         (Request::Join, Errno::EPERM),
         (Request::Channel(more), Errno::EPERM),
         (Request::Dial(1), Errno::EADDRNOTAVAIL),
+        (Request::Supply(1, 1), Errno::EPERM),
     ] {
         // The relay process itself reads there as well; it sleeps while nobody asks and gets no more than an answer it did not
         // ask for.

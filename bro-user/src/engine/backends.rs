@@ -14,7 +14,7 @@ use super::token::Token;
 use crate::connection::{Connection, End, Registration, Stage};
 use crate::engine::handle::Event;
 use crate::netns::diag::Table;
-use crate::netns::wire::{self, Request};
+use crate::netns::wire::{self, Answer, Destinations, Request};
 use crate::stats::Stats;
 
 /// A target that listens.
@@ -22,10 +22,18 @@ use crate::stats::Stats;
 pub struct Destination {
     /// Its addresses, tried in order, with what is known of them here: those on TCP. Not empty.
     pub addresses: Vec<Option<SocketAddr>>,
-    /// The agent that connects to them, by their numbers.
+    /// Each connection has to ask the agent, for its namespace may be another one by then.
+    pub guarded: bool,
+    /// The agent that connects to them, by their numbers, or makes sockets for that.
     pub channel: OwnedFd,
     /// The namespace's table of sockets, where the kernel relay may need it.
     pub table: Option<Table>,
+}
+
+/// Where an address of a target stands in the address book.
+#[must_use]
+pub const fn slot(backend: usize, address: usize) -> usize {
+    backend * Destinations::MOST + address
 }
 
 /// As many connections are asked of the agent at a time: a channel takes some hundred requests before it is full.
@@ -41,13 +49,64 @@ struct Dial {
     address: usize,
 }
 
+/// Unconnected sockets asked for at a time, so that the agent is woken once for many connections; fewer where few connections
+/// are allowed, since each is a descriptor.
+const SUPPLY: usize = 16;
+
+/// With this few left, more are asked for.
+const LOW: usize = 4;
+
+/// What was asked of the agent.
+#[derive(Debug, Clone, Copy)]
+enum Asked {
+    /// To connect.
+    Dial(Dial),
+    /// For sockets of the family of this address.
+    Sockets { address: usize },
+}
+
 #[derive(Debug)]
 struct Supply {
     destination: Destination,
+    /// Unconnected sockets of the families of IPv4 and IPv6.
+    sockets: [Vec<OwnedFd>; 2],
     /// What was asked of the agent, in order; it answers in order.
-    asked: VecDeque<Dial>,
+    asked: VecDeque<Asked>,
     /// What is to be asked when it has answered.
     waiting: VecDeque<Dial>,
+    /// Who waits for a socket.
+    thirsty: VecDeque<Dial>,
+}
+
+impl Supply {
+    /// Everybody who waits for the agent.
+    fn dials(&self) -> Vec<Dial> {
+        let asked = self.asked.iter().filter_map(|asked| match asked {
+            Asked::Dial(dial) => Some(dial),
+            Asked::Sockets { .. } => None,
+        });
+        asked.chain(&self.waiting).chain(&self.thirsty).copied().collect()
+    }
+
+    /// Asks; an error means that there is no agent any more.
+    fn ask(&mut self, request: &Request, asked: Asked) -> io::Result<()> {
+        self.asked.push_back(asked);
+        request.send(self.destination.channel.as_fd(), &[])
+    }
+
+    /// Asks for more sockets when few are left and none are on the way.
+    fn replenish(&mut self, address: usize, family: SocketAddr, most: usize) -> io::Result<()> {
+        let on_the_way = self.asked.iter().any(|asked| {
+            let Asked::Sockets { address } = asked else { return false };
+            self.destination.addresses[*address].is_some_and(|other| other.is_ipv4() == family.is_ipv4())
+        });
+        if on_the_way || self.sockets[usize::from(family.is_ipv6())].len() >= LOW {
+            return Ok(());
+        }
+        let count = u8::try_from((most / 4).clamp(1, SUPPLY)).unwrap_or(1);
+        let number = u8::try_from(address).unwrap_or(u8::MAX);
+        self.ask(&Request::Supply(number, count), Asked::Sockets { address })
+    }
 }
 
 #[derive(Debug)]
@@ -150,7 +209,13 @@ impl Engine {
             tracing::error!(error = errno.desc(), "cannot watch the namespace agent");
             return self.backend_failed(backend, End::StartFailed);
         }
-        let supply = Supply { destination, asked: VecDeque::new(), waiting: VecDeque::new() };
+        let supply = Supply {
+            destination,
+            sockets: [Vec::new(), Vec::new()],
+            asked: VecDeque::new(),
+            waiting: VecDeque::new(),
+            thirsty: VecDeque::new(),
+        };
         self.backends[backend].state = State::Ready(Box::new(supply));
         // In the order in which they came, also those who were held again after a refusal.
         let mut held: Vec<usize> = self.backends[backend].held.drain(..).collect();
@@ -183,7 +248,7 @@ impl Engine {
             // Asleep already, or waking: then the control side is at it.
             return;
         };
-        let dials: Vec<Dial> = supply.asked.iter().chain(&supply.waiting).copied().collect();
+        let dials = supply.dials();
         drop(supply);
         for dial in dials {
             if self.is_dialling(dial) {
@@ -205,9 +270,35 @@ impl Engine {
         let backend = connection.backend;
         let State::Ready(supply) = &mut self.backends[backend].state else { return self.hold(index, false) };
         connection.stage = Stage::AwaitingSocket;
-        supply.waiting.push_back(Dial { index, number: connection.number, address });
-        self.register(index);
-        self.dial_waiting(backend);
+        let dial = Dial { index, number: connection.number, address };
+        let most = self.settings.connections_max;
+        let tcp = supply.destination.addresses.get(address).copied().flatten();
+        match (tcp.filter(|_| !supply.destination.guarded), &self.addresses) {
+            (Some(tcp), Some(book)) => {
+                let socket = supply.sockets[usize::from(tcp.is_ipv6())].pop();
+                let replenished = supply.replenish(address, tcp, most);
+                match socket {
+                    Some(socket) => {
+                        match book.connect(socket.as_fd(), slot(backend, address), tcp.is_ipv4()) {
+                            Ok(()) | Err(Errno::EINPROGRESS) => self.dialled(dial, socket),
+                            Err(errno) => self.refused(index, address, errno),
+                        }
+                    }
+                    None => {
+                        supply.thirsty.push_back(dial);
+                        self.register(index);
+                    }
+                }
+                if replenished.is_err() {
+                    self.backend_gone(backend);
+                }
+            }
+            _ => {
+                supply.waiting.push_back(dial);
+                self.register(index);
+                self.dial_waiting(backend);
+            }
+        }
     }
 
     /// Asks the agent for what waits, as far as it may be asked.
@@ -216,9 +307,8 @@ impl Engine {
         while supply.asked.len() < AT_ONCE
             && let Some(dial) = supply.waiting.pop_front()
         {
-            supply.asked.push_back(dial);
             let request = Request::Dial(u8::try_from(dial.address).unwrap_or(u8::MAX));
-            if let Err(error) = request.send(supply.destination.channel.as_fd(), &[]) {
+            if let Err(error) = supply.ask(&request, Asked::Dial(dial)) {
                 tracing::warn!(%error, "the namespace agent does not take requests");
                 return self.backend_gone(backend);
             }
@@ -237,7 +327,11 @@ impl Engine {
                 return self.backend_gone(backend);
             }
         };
-        let Some(dial) = supply.asked.pop_front() else { return };
+        let dial = match supply.asked.pop_front() {
+            None => return,
+            Some(Asked::Dial(dial)) => dial,
+            Some(Asked::Sockets { address }) => return self.sockets_came(backend, address, answer),
+        };
         if self.is_dialling(dial) {
             match answer.map(|mut sockets| sockets.pop()) {
                 Ok(Some(service)) => self.dialled(dial, service),
@@ -258,7 +352,34 @@ impl Engine {
         self.dial_waiting(backend);
     }
 
-    /// The agent has connected, or begun to.
+    /// The agent has made sockets: whoever waits for one begins anew.
+    fn sockets_came(&mut self, backend: usize, address: usize, answer: Answer) {
+        let State::Ready(supply) = &mut self.backends[backend].state else { return };
+        let ipv6 = supply.destination.addresses[address].is_some_and(|address| address.is_ipv6());
+        let errno = match answer {
+            Ok(sockets) => {
+                supply.sockets[usize::from(ipv6)].extend(sockets);
+                None
+            }
+            Err(errno) => Some(errno),
+        };
+        for dial in std::mem::take(&mut supply.thirsty) {
+            if !self.is_dialling(dial) {
+                continue;
+            }
+            match errno {
+                None => self.start_connect(dial.index, dial.address),
+                // The client waits until one is free.
+                Some(errno) if out_of_descriptors(errno) => {
+                    self.retries.push(dial.index);
+                    self.register(dial.index);
+                }
+                Some(errno) => self.refused(dial.index, dial.address, errno),
+            }
+        }
+    }
+
+    /// The service has been connected to, or is about to be.
     fn dialled(&mut self, dial: Dial, service: OwnedFd) {
         let Dial { index, address, .. } = dial;
         let target = self.address(index, address);
@@ -332,6 +453,7 @@ impl Engine {
         backend.held.retain(|&held| held != index);
         if let State::Ready(supply) = &mut backend.state {
             supply.waiting.retain(|dial| dial.index != index);
+            supply.thirsty.retain(|dial| dial.index != index);
         }
         self.retries.retain(|&retry| retry != index);
         self.publish_held();

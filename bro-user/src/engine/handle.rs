@@ -141,7 +141,7 @@ const LONGEST: usize = 64 * 1024;
 /// How a message says which command it is.
 #[derive(Debug, Serialize, Deserialize)]
 enum Head {
-    Ready { backend: usize, addresses: Vec<Option<SocketAddr>> },
+    Ready { backend: usize, addresses: Vec<Option<SocketAddr>>, guarded: bool },
     Kernel { share: Share, clients: bool },
     Plain(Plain),
 }
@@ -149,9 +149,9 @@ enum Head {
 impl Command {
     fn encode(self) -> (Vec<u8>, Vec<OwnedFd>) {
         let (head, descriptors) = match self {
-            Self::Ready { backend, destination: Destination { addresses, channel, table } } => {
+            Self::Ready { backend, destination: Destination { addresses, guarded, channel, table } } => {
                 let descriptors = std::iter::once(channel).chain(table.map(Table::into_socket)).collect();
-                (Head::Ready { backend, addresses }, descriptors)
+                (Head::Ready { backend, addresses, guarded }, descriptors)
             }
             Self::Kernel { descriptors, share, clients } => {
                 (Head::Kernel { share, clients }, descriptors.into_array().into())
@@ -164,11 +164,11 @@ impl Command {
 
     fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
         Some(match serde_json::from_slice(bytes).ok()? {
-            Head::Ready { backend, addresses } => {
+            Head::Ready { backend, addresses, guarded } => {
                 let mut descriptors = descriptors.into_iter();
                 let channel = descriptors.next()?;
                 let table = descriptors.next().map(Table::of);
-                Self::Ready { backend, destination: Destination { addresses, channel, table } }
+                Self::Ready { backend, destination: Destination { addresses, guarded, channel, table } }
             }
             Head::Kernel { share, clients } => {
                 let descriptors = Descriptors::from_array(descriptors.try_into().ok()?);

@@ -15,6 +15,8 @@ use nix::unistd::{Pid, getppid};
 use super::{Engine, Settings, handle};
 use crate::listen::Listener;
 use crate::stats::Stats;
+use crate::sys::AddressBook;
+use crate::target::Target;
 use crate::{logging, sandbox, sys};
 
 /// How long the relay process may take to end when it has been told to.
@@ -27,7 +29,7 @@ pub struct Process {
     pidfd: OwnedFd,
 }
 
-/// Starts the relay process for `listeners`, each with the index of its target in `targets` (their names, for the log). Returns
+/// Starts the relay process for `listeners`, each with the index of its target in `targets`. Returns
 /// the channel to it as well. To be called while this process has a single thread.
 ///
 /// # Errors
@@ -35,7 +37,8 @@ pub struct Process {
 pub fn start(
     settings: &Settings,
     listeners: &[(Listener, usize)],
-    targets: &[String],
+    targets: &[Target],
+    addresses: &mut AddressBook,
     stats: &Arc<Stats>,
 ) -> anyhow::Result<(Process, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -43,12 +46,13 @@ pub fn start(
     let parent = nix::unistd::getpid();
     match sys::fork().context("cannot start the relay process")? {
         Some(pid) => {
+            addresses.shared();
             let pidfd = sys::pidfd_open(pid).context("cannot watch the relay process")?;
             Ok((Process { pid: Pid::from_raw(pid), pidfd }, ours))
         }
         None => {
             drop(ours);
-            let served = serve(parent, settings, listeners, targets, stats.clone(), theirs);
+            let served = serve(parent, settings, listeners, targets, addresses, stats.clone(), theirs);
             let code = served.map_or_else(
                 |error| {
                     tracing::error!("the relay process fails: {error:#}");
@@ -66,7 +70,8 @@ fn serve(
     parent: Pid,
     settings: &Settings,
     listeners: &[(Listener, usize)],
-    targets: &[String],
+    targets: &[Target],
+    addresses: &mut AddressBook,
     stats: Arc<Stats>,
     channel: OwnedFd,
 ) -> anyhow::Result<()> {
@@ -84,9 +89,17 @@ fn serve(
     prctl::set_name(c"bro-relay")?;
     let listeners = listeners.iter().map(|(listener, target)| Ok((listener.for_relay()?, *target)));
     let listeners = listeners.collect::<std::io::Result<Vec<_>>>()?;
-    let (mailbox, outbox) = handle::engines_ends(channel);
-    let engine = Engine::new(settings.clone(), listeners, targets.to_vec(), stats, mailbox, outbox)?;
-    for missing in sandbox::enter()? {
+    let addresses = addresses.for_relay();
+    let addresses = addresses.inspect_err(|error| tracing::debug!(%error, "the agents connect")).ok();
+    let place = addresses.as_ref().map(AddressBook::place);
+    let ends = handle::engines_ends(channel);
+    let names = targets.iter().map(Target::to_string).collect();
+    let engine = Engine::new(settings.clone(), listeners, names, addresses, stats, ends)?;
+    let ports = targets.iter().filter_map(|target| match target {
+        Target::Tcp { port, .. } => Some(*port),
+        Target::Unix(_) | Target::Abstract(_) => None,
+    });
+    for missing in sandbox::enter(place, ports)? {
         tracing::info!("the relay process runs without a part of its sandbox: {missing}");
     }
     engine.run()

@@ -9,8 +9,8 @@ use super::{AFTER_REFUSAL, Control, Phase};
 use crate::activate::{Incarnation, Place};
 use crate::connection::End;
 use crate::control::{Asker, Outcome};
-use crate::engine::Destination;
 use crate::engine::handle::{Command, Plain};
+use crate::engine::{Destination, slot};
 use crate::exit::Failure;
 
 /// Whether a target is awake, as far as the control side knows.
@@ -57,6 +57,12 @@ impl Control<'_> {
                 self.wakefulness[backend] = Wakefulness::Awake;
                 self.woken_at = Instant::now();
                 let _since = self.awake_since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
+                for (number, address) in destination.addresses.iter().enumerate() {
+                    if let Some(address) = address {
+                        // There is room for the most addresses a target may have.
+                        let _there_is_room = self.addresses.write(slot(backend, number), *address);
+                    }
+                }
                 self.engine.send(Command::Ready { backend, destination });
                 let activator = self.activator.clone();
                 drop(tokio::spawn(async move { activator.remember_start().await }));

@@ -5,6 +5,7 @@
 //! the user namespace that owns a rootless container's network namespace before it may join the latter. It holds nothing else:
 //! it sees no client and no byte, and ends when its forwarder does.
 
+use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -113,8 +114,15 @@ fn serve(
             }
             place.dial(address).map(|socket| vec![socket])
         }
+        (Asker::Relay(destinations), Request::Supply(number, count)) => {
+            let address = destinations.addresses.get(usize::from(number)).and_then(Address::tcp);
+            // Where the namespace may have to be another one, each connection asks.
+            let address = address.filter(|_| destinations.file.is_none()).ok_or(Errno::EPERM)?;
+            let count = count.min(sys::MOST_DESCRIPTORS as u8);
+            (0..count).map(|_| stream(domain_of(address))).collect()
+        }
         // Whoever asks this is not who it was.
-        (Asker::Control, Request::Dial(_)) | (Asker::Relay(_), _) => Err(Errno::EPERM),
+        (Asker::Control, Request::Dial(_) | Request::Supply(..)) | (Asker::Relay(_), _) => Err(Errno::EPERM),
     }
 }
 
@@ -151,8 +159,7 @@ impl Place {
     fn dial(&self, address: &Address) -> nix::Result<OwnedFd> {
         match address {
             Address::Tcp(address) => {
-                let domain = if address.is_ipv4() { nix::libc::AF_INET } else { nix::libc::AF_INET6 };
-                let socket = stream(domain)?;
+                let socket = stream(domain_of(*address))?;
                 match connect(socket.as_raw_fd(), &SockaddrStorage::from(*address)) {
                     Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
                     Err(errno) => Err(errno),
@@ -168,6 +175,10 @@ impl Place {
             }
         }
     }
+}
+
+const fn domain_of(address: SocketAddr) -> i32 {
+    if address.is_ipv4() { nix::libc::AF_INET } else { nix::libc::AF_INET6 }
 }
 
 fn stream(domain: i32) -> nix::Result<OwnedFd> {

@@ -34,6 +34,9 @@ pub enum Request {
     /// Make a stream socket and connect it to the destination with this number. The answer may be a socket whose connection is
     /// still in progress.
     Dial(u8),
+    /// Make this many unconnected stream sockets, at most [`sys::MOST_DESCRIPTORS`], of the family of the destination with this
+    /// number.
+    Supply(u8, u8),
 }
 
 /// Where a channel leads.
@@ -102,6 +105,7 @@ impl Request {
                 bytes
             }
             Self::Dial(number) => vec![3, *number],
+            Self::Supply(number, count) => vec![4, *number, *count],
         }
     }
 
@@ -119,6 +123,7 @@ impl Request {
             }
             (2, destinations) => Self::Channel(serde_json::from_slice(destinations).ok()?),
             (3, [number]) => Self::Dial(*number),
+            (4, [number, count]) => Self::Supply(*number, *count),
             _ => return None,
         })
     }
@@ -199,7 +204,7 @@ mod tests {
             let addresses = vec![Address::Tcp(address), Address::Unix(path.clone().into()),
                                  Address::Abstract(name), Address::Inside(path.clone().into())];
             let destinations = Destinations { addresses, file: Some(path.into()) };
-            for request in [Request::Join, Request::Channel(destinations), Request::Dial(count),
+            for request in [Request::Join, Request::Channel(destinations), Request::Dial(count), Request::Supply(count, 16),
                             Request::Sockets { domain, kind, protocol, count }] {
                 prop_assert_eq!(Request::decode(&request.encode()), Some(request));
             }
