@@ -1,5 +1,7 @@
 //! What the programs tell the forwarder through the ring buffer.
 
+use crate::keys::Flow;
+
 /// An event as it lies in the ring buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
@@ -27,6 +29,18 @@ impl RawEvent {
     pub const LISTENING: u32 = 3;
     /// [`Event::Learned`]; `record` holds the kind.
     pub const LEARNED: u32 = 4;
+    /// [`Event::Proved`]; the event is a [`RawProved`].
+    pub const PROVED: u32 = 5;
+}
+
+/// [`Event::Proved`] as it lies in the ring buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct RawProved {
+    /// What all events have.
+    pub event: RawEvent,
+    /// The sender's addresses.
+    pub flow: Flow,
 }
 
 /// An event.
@@ -47,6 +61,13 @@ pub enum Event {
         netns: u64,
         /// The watched port.
         port: u16,
+    },
+    /// A client was non-blocking both times that it was looked at after it had sent something: it may be hooked.
+    Proved {
+        /// Its socket cookie.
+        socket: u64,
+        /// Its addresses.
+        flow: Flow,
     },
     /// Something listens at a watched port.
     Listening {
@@ -79,6 +100,12 @@ impl Event {
             RawEvent::BLOCKING_SENDER => Some(Self::BlockingSender { socket, netns, port }),
             RawEvent::LISTENING => Some(Self::Listening { netns, port }),
             RawEvent::LEARNED => Some(Self::Learned { netns, port, kind: record }),
+            RawEvent::PROVED => {
+                let address = |at: usize| bytes.get(at..at + 16)?.try_into().ok();
+                let port = |at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+                let flow = Flow::new(long(32)?, address(40)?, port(72)?, address(56)?, port(74)?);
+                Some(Self::Proved { socket, flow })
+            }
             _ => None,
         }
     }

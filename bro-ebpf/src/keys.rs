@@ -88,6 +88,10 @@ impl SenderState {
     pub const REPORTED: u32 = 2;
     /// Its round-trip callback was switched on by us, to learn the service's kind.
     pub const LEARNING: u32 = 4;
+    /// A client that is looked at with each acknowledgement: whether it stays a non-blocking one.
+    pub const PROVING: u32 = 8;
+    /// It has stayed one, and the forwarder was asked to have it hooked.
+    pub const PROVED: u32 = 16;
 }
 
 /// What the programs keep with a watched socket.
@@ -106,11 +110,29 @@ pub struct Sender {
     pub base: u32,
     /// Bits of [`SenderState`].
     pub state: u32,
+    /// A client's `write_seq` when it was first seen non-blocking after it had sent something; `base` before.
+    pub seen: u32,
+    /// Always 0.
+    pub zero: u32,
 }
+
+/// What `bro_hook` is asked: to put this sender into the senders' map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct HookRequest {
+    /// Its addresses.
+    pub flow: Flow,
+    /// Its socket cookie.
+    pub cookie: u64,
+}
+
+/// What stands in front of a [`HookRequest`] in the packet that it is handed over as: the length of an Ethernet header.
+pub const REQUEST_OFFSET: usize = 14;
 
 const _: () = assert!(core::mem::size_of::<Flow>() == 48);
 const _: () = assert!(core::mem::size_of::<WatchKey>() == 16);
-const _: () = assert!(core::mem::size_of::<Sender>() == 88);
+const _: () = assert!(core::mem::size_of::<Sender>() == 96);
+const _: () = assert!(core::mem::size_of::<HookRequest>() == 56);
 
 /// The v4-mapped form of an IPv4 address given as its four bytes.
 #[inline(always)]
@@ -133,6 +155,16 @@ impl Flow {
         Self { netns, local, remote, local_port, remote_port, zero: 0 }
     }
 
+    /// The IPv4 address of one that is written as v4-mapped.
+    #[inline(always)]
+    #[must_use]
+    pub const fn v4(address: [u8; 16]) -> Option<[u8; 4]> {
+        match address {
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => Some([a, b, c, d]),
+            _ => None,
+        }
+    }
+
     /// True when both ends must be on this host: it talks to itself or to a loopback address.
     #[inline(always)]
     #[must_use]
@@ -141,5 +173,27 @@ impl Flow {
         let local = u128::from_ne_bytes(self.local);
         let mapped_loopback = matches!(self.remote, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, _, _, _]);
         local == remote || remote == 1u128.to_be() || mapped_loopback
+    }
+}
+
+impl HookRequest {
+    /// The bytes of the packet it is handed over as.
+    #[must_use]
+    pub fn packet(&self) -> [u8; REQUEST_OFFSET + 56] {
+        let Flow { netns, local, remote, local_port, remote_port, zero } = self.flow;
+        let mut packet = [0; REQUEST_OFFSET + 56];
+        let mut at = REQUEST_OFFSET;
+        let mut put = |bytes: &[u8]| {
+            packet[at..at + bytes.len()].copy_from_slice(bytes);
+            at += bytes.len();
+        };
+        put(&netns.to_ne_bytes());
+        put(&local);
+        put(&remote);
+        put(&local_port.to_ne_bytes());
+        put(&remote_port.to_ne_bytes());
+        put(&zero.to_ne_bytes());
+        put(&self.cookie.to_ne_bytes());
+        packet
     }
 }

@@ -19,8 +19,11 @@ pub use decision::{
     MESSAGE_OVERHEAD, PASS_STEP, QUIET_CREDIT, SEGMENT, SENDER_BUFFER, Snapshot, Verdict, Watermark, charge,
     credit_for, decide, grant, regrant, watermark,
 };
-pub use event::{Event, RawEvent};
-pub use keys::{Flow, Route, Sender, SenderState, TargetKey, Watch, WatchKey, kind, role, v4_mapped};
+pub use event::{Event, RawEvent, RawProved};
+pub use keys::{
+    Flow, HookRequest, REQUEST_OFFSET, Route, Sender, SenderState, TargetKey, Watch, WatchKey, kind, role,
+    v4_mapped,
+};
 pub use owners::Owners;
 pub use record::{Counter, Reason, Record};
 pub use seat::{About, SEATS, seat_of};

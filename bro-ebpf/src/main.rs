@@ -1,5 +1,5 @@
 //! The programs of the kernel relay: `sk_msg` runs in a sender's `sendmsg` and decides where its bytes go, `sockops` finds
-//! the senders. Built for the kernel by `cargo xtask build-ebpf`; the decision itself is in the library.
+//! the senders, and a program that the forwarder runs itself hooks those that have to prove something first. Built for the kernel by `cargo xtask build-ebpf`; the decision itself is in the library.
 //!
 //! aya-log is deliberately absent: the `sk_msg` program runs with every message, and what it does is counted in the
 //! lane's record instead.
@@ -8,6 +8,8 @@
 #![feature(asm_experimental_arch)]
 #![allow(missing_docs, reason = "the macros of aya make public items without documentation")]
 
+#[path = "programs/hook.rs"]
+mod hook;
 #[path = "programs/kernel.rs"]
 mod kernel;
 #[path = "programs/maps.rs"]
@@ -17,8 +19,8 @@ mod send;
 #[path = "programs/watch.rs"]
 mod watch;
 
-use aya_ebpf::macros::{sk_msg, sock_ops};
-use aya_ebpf::programs::{SkMsgContext, SockOpsContext};
+use aya_ebpf::macros::{classifier, sk_msg, sock_ops};
+use aya_ebpf::programs::{SkMsgContext, SockOpsContext, TcContext};
 
 /// A sender on this host sends a message.
 #[sk_msg]
@@ -32,6 +34,13 @@ pub fn bro_watch(ctx: SockOpsContext) -> u32 {
     watch::event(ctx.ops);
     // 1 leaves the answer to the other programs of the cgroup.
     1
+}
+
+/// The forwarder has a client hooked that has proved to be a non-blocking one. Attached nowhere: the forwarder runs it (bpf(2)
+/// BPF_PROG_TEST_RUN), since `sockops` may put a socket into a map only when it is established.
+#[classifier]
+pub fn bro_hook(ctx: TcContext) -> i32 {
+    hook::request(ctx.skb.skb)
 }
 
 /// `bpf_probe_read_kernel` is for programs under the GPL or a licence compatible with it.

@@ -1,8 +1,8 @@
 //! The decision and the credit arithmetic, case by case and over random values.
 
 use bro_ebpf::{
-    Event, Flow, MESSAGE_OVERHEAD, RawEvent, Reason, SEGMENT, Snapshot, Verdict, charge, credit_for, decide,
-    grant, regrant, v4_mapped, watermark,
+    Event, Flow, HookRequest, MESSAGE_OVERHEAD, REQUEST_OFFSET, RawEvent, Reason, SEGMENT, Snapshot, Verdict,
+    charge, credit_for, decide, grant, regrant, v4_mapped, watermark,
 };
 use proptest::prelude::*;
 
@@ -70,6 +70,13 @@ fn every_event_survives_the_ring_buffer() {
     assert_eq!(parse(RawEvent::LISTENING), Some(Event::Listening { netns, port }));
     assert_eq!(parse(RawEvent::LEARNED), Some(Event::Learned { netns, port, kind: 1 }));
     assert_eq!(parse(200), None);
+    // A flow follows this one, and it is also how a request to hook the socket begins.
+    let flow = Flow::new(9, v4_mapped([127, 0, 0, 1]), 40_000, v4_mapped([127, 0, 0, 2]), 80);
+    let packet = HookRequest { flow, cookie: 99 }.packet();
+    let mut proved = bytes(raw(RawEvent::PROVED));
+    proved.extend(&packet[REQUEST_OFFSET..]);
+    assert_eq!(Event::parse(&proved), Some(Event::Proved { socket: 99, flow }));
+    assert_eq!(parse(RawEvent::PROVED), None);
     assert_eq!(Event::parse(&[1, 0, 0]), None);
 }
 

@@ -292,9 +292,6 @@ impl<'a> Control<'a> {
         (relay, channel, addresses, stats): (Process, OwnedFd, AddressBook, Arc<Stats>),
         local_clients: Option<std::path::PathBuf>,
     ) -> anyhow::Result<Self> {
-        for (listener, target) in listeners {
-            tracing::info!(socket = %listener.name, address = %listener.address, target = %targets[*target], "listening");
-        }
         let described = listeners.iter().map(|(listener, target)| {
             (listener.name.clone(), listener.address.clone(), targets[*target].to_string())
         });
@@ -358,6 +355,10 @@ impl<'a> Control<'a> {
         // The thread that has loaded the programs attaches them; this one never needs the rights for that.
         crate::capabilities::drop_the_kernel_relays();
         self.engine.send(Plain::Start);
+        // Not before: who insists on what cannot be had gets one sentence.
+        for (name, address, target) in &self.listeners {
+            tracing::info!(socket = %name, %address, %target, "listening");
+        }
         let mut said = self.status();
         life::ready(&said);
         loop {

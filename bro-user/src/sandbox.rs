@@ -79,12 +79,13 @@ fn filter_system_calls(addresses: Option<Range<u64>>) -> Option<String> {
     filter.err().map(|error| format!("no filter for system calls: {error:#}"))
 }
 
-/// What may be asked of bpf(2): to read and change the maps that are there.
-const BPF_COMMANDS: [u64; 5] = [
+/// What may be asked of bpf(2): to read and change the maps that are there, and to run the program that hooks a client.
+const BPF_COMMANDS: [u64; 6] = [
     1,  // BPF_MAP_LOOKUP_ELEM
     2,  // BPF_MAP_UPDATE_ELEM
     3,  // BPF_MAP_DELETE_ELEM
     4,  // BPF_MAP_GET_NEXT_KEY
+    10, // BPF_PROG_TEST_RUN
     15, // BPF_OBJ_GET_INFO_BY_FD
 ];
 

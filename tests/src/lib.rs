@@ -18,6 +18,7 @@ pub mod process;
 pub mod programs;
 pub mod scene;
 pub mod scratch;
+pub mod short;
 pub mod suite;
 pub mod sys;
 pub mod tier;

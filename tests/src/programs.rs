@@ -67,6 +67,8 @@ impl Programs {
             if entry.file_name() == "link" {
                 objects.push(BpfObject::Link(fdinfo(object.as_fd(), "link_id")?));
                 objects.push(BpfObject::Program(fdinfo(object.as_fd(), "prog_id")?));
+            } else if entry.file_name() == "hook" {
+                objects.push(BpfObject::Program(fdinfo(object.as_fd(), "prog_id")?));
             } else {
                 maps.insert(sys::bpf_map_name(object.as_fd())?, fdinfo(object.as_fd(), "map_id")?);
             }

@@ -206,16 +206,89 @@ fn a_redirect_crosses_network_namespaces_and_cookies_tell_them_apart() {
 }
 
 #[test]
-fn o_nonblock_of_a_client_is_seen_when_it_is_connected() {
+fn o_nonblock_of_a_client_is_seen_when_it_is_connected_and_when_it_sends() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = fit();
     let address = bench.front.local_addr().unwrap();
-    let before = bench.kernel.totals();
     let _blocking = TcpStream::connect(address).unwrap();
-    let after = bench.kernel.totals();
-    assert_eq!((after.hooked - before.hooked, after.blocking - before.blocking), (0, 1));
-    let _nonblocking = connect_nonblocking(address).unwrap();
+    let _its_other_end = bench.front.accept().unwrap();
+    assert_eq!(bench.kernel.totals().blocking, 1);
+    let ends = bench.connect().unwrap();
+    let lane = bench.client_lane(&ends).unwrap();
+    let before = bench.kernel.totals();
+    bench.pass(&ends, &lane, 1).unwrap();
+    assert!(!bench.proved(Duration::from_millis(100)).unwrap(), "hooked after one message");
+    bench.pass(&ends, &lane, 2).unwrap();
+    assert!(bench.proved(LIMIT).unwrap(), "not hooked after two messages: {:?}", bench.kernel.totals());
     assert_eq!(bench.kernel.totals().hooked - before.hooked, 1);
+    // What was passed counts: the next message finds the order kept, and takes the lane.
+    send(&ends.client, &mut Stream::new(1), 100).unwrap();
+    receive(&ends.service, &mut Stream::new(1), 100).unwrap();
+    assert_eq!(lane.bytes(), 100, "{:?}", lane.snapshot());
+}
+
+/// hiredis, and so redis-cli: connects without blocking, for the sake of a time-out, and then turns to blocking.
+#[test]
+fn a_client_that_turns_to_blocking_after_it_connected_is_never_hooked() {
+    require!(Need::Bpf);
+    let mut bench = fit();
+    let ends = bench.connect().unwrap();
+    let lane = bench.client_lane(&ends).unwrap();
+    let before = bench.kernel.totals();
+    ends.client.set_nonblocking(false).unwrap();
+    for nth in 1..=5 {
+        bench.pass(&ends, &lane, nth).unwrap();
+    }
+    assert!(!bench.proved(Duration::from_millis(100)).unwrap());
+    let after = bench.kernel.totals();
+    assert_eq!((after.hooked - before.hooked, after.blocking - before.blocking), (0, 1), "{after:?}");
+    // The service's.
+    assert_eq!(bench.kernel.hooked_now(), 1);
+    assert_eq!(lane.snapshot().passed.iter().sum::<u64>(), 0, "it was asked about");
+}
+
+/// A client that turns to blocking later is let go in the kernel, by the acknowledgement of what it then sends: nobody has to
+/// hear of it first.
+#[test]
+fn a_hooked_client_that_turns_to_blocking_is_let_go_when_its_next_message_is_acknowledged() {
+    require!(Need::Bpf);
+    let mut bench = fit();
+    let ends = bench.connect().unwrap();
+    let lane = bench.client_lane(&ends).unwrap();
+    let passed = bench.prove(&ends, &lane).unwrap();
+    assert_eq!(bench.kernel.hooked_now(), 2);
+    ends.client.set_nonblocking(false).unwrap();
+    bench.pass(&ends, &lane, passed + 1).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    // No event is taken from the ring: user space has no part in this.
+    while bench.kernel.hooked_now() == 2 {
+        assert!(Instant::now() < deadline, "never let go: {:?}", bench.kernel.totals());
+        std::thread::yield_now();
+    }
+    assert_eq!(lane.snapshot().passed(Reason::Blocking), 1);
+    // Without blocking again it is not hooked again.
+    ends.client.set_nonblocking(true).unwrap();
+    for nth in 2..=4 {
+        bench.pass(&ends, &lane, passed + nth).unwrap();
+    }
+    assert!(!bench.proved(Duration::from_millis(100)).unwrap());
+}
+
+/// A request for a socket that is not the one it was made for: another one has its addresses by now.
+#[test]
+fn a_hook_that_comes_late_finds_nothing() {
+    require!(Need::Bpf);
+    let mut bench = fit();
+    let ends = bench.connect().unwrap();
+    let lane = bench.client_lane(&ends).unwrap();
+    let hooked = bench.kernel.totals().hooked;
+    bench.pass(&ends, &lane, 1).unwrap();
+    // What is acknowledged last is the half-close's own business.
+    bench.pass(&ends, &lane, 2).unwrap();
+    await_poll(bench.kernel.events_fd(), nix::poll::PollFlags::POLLIN).unwrap();
+    ends.client.shutdown(std::net::Shutdown::Write).unwrap();
+    assert!(bench.proved(LIMIT).unwrap());
+    assert_eq!(bench.kernel.totals().hooked, hooked, "hooked after its half-close");
 }
 
 #[test]
@@ -232,35 +305,72 @@ fn a_nonblocking_service_is_known_once_its_first_bytes_are_acknowledged() {
     assert_eq!(bench.kernel.hooked_now(), 1);
 }
 
-/// The reason for all the care about O_NONBLOCK: a signal with SA_RESTART must not make recv fail.
-#[test]
-fn an_unmodified_blocking_service_never_sees_eagain_from_a_signal() {
-    require!(Need::Bpf);
+/// SIGUSR1 is caught, with SA_RESTART, by a handler that does nothing.
+fn harmless_signals() {
     extern "C" fn nothing(_: libc::c_int) {}
     let handler = nix::sys::signal::SigHandler::Handler(nothing);
     let flags = nix::sys::signal::SaFlags::SA_RESTART;
     let action = nix::sys::signal::SigAction::new(handler, flags, nix::sys::signal::SigSet::empty());
     // SAFETY: the handler does nothing at all.
     unsafe { nix::sys::signal::sigaction(nix::sys::signal::Signal::SIGUSR1, &action) }.unwrap();
+}
 
-    let bench = Bench::new().unwrap();
-    let backend = connect_nonblocking(bench.service.local_addr().unwrap()).unwrap();
-    let (mut service, _) = bench.service.accept().unwrap();
+type Reading = std::thread::JoinHandle<std::io::Result<(usize, [u8; 1])>>;
+
+/// Reads one byte in a thread, and says which.
+fn read_in_a_thread(mut from: TcpStream) -> (Reading, u32, i32) {
     let (told, thread) = std::sync::mpsc::channel();
     let reading = std::thread::spawn(move || {
         let id = (std::process::id(), nix::unistd::gettid().as_raw());
         told.send(id).expect("the test waits for it");
         let mut byte = [0];
-        service.read(&mut byte).map(|count| (count, byte))
+        from.read(&mut byte).map(|count| (count, byte))
     });
-    let (process, thread) = thread.recv().unwrap();
+    let (process, thread) = thread.recv().expect("the thread says who it is");
+    (reading, process, thread)
+}
+
+/// Signals a thread again and again while it waits.
+fn interrupt(process: u32, thread: i32) -> Result<()> {
     for _ in 0..20 {
-        await_sleep(thread).unwrap();
-        // SAFETY: a signal with a handler, to a thread that exists until it is joined below.
+        await_sleep(thread)?;
+        // SAFETY: a signal with a handler, to a thread that exists until it is joined by the caller.
         let sent = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, libc::SIGUSR1) };
-        assert_eq!(sent, 0);
+        ensure!(sent == 0, "the signal was not sent");
     }
+    Ok(())
+}
+
+/// The reason for all the care about O_NONBLOCK: a signal with SA_RESTART must not make recv fail.
+#[test]
+fn an_unmodified_blocking_service_never_sees_eagain_from_a_signal() {
+    require!(Need::Bpf);
+    harmless_signals();
+    let bench = Bench::new().unwrap();
+    let backend = connect_nonblocking(bench.service.local_addr().unwrap()).unwrap();
+    let (service, _) = bench.service.accept().unwrap();
+    let (reading, process, thread) = read_in_a_thread(service);
+    interrupt(process, thread).unwrap();
     (&backend).write_all(b"x").unwrap();
+    assert_eq!(reading.join().unwrap().unwrap(), (1, *b"x"));
+}
+
+/// The same for a client that connected without blocking, has exchanged some messages, and then turned to blocking.
+#[test]
+fn a_client_that_turned_to_blocking_never_sees_eagain_from_a_signal() {
+    require!(Need::Bpf);
+    harmless_signals();
+    let mut bench = fit();
+    let ends = bench.connect().unwrap();
+    let lane = bench.client_lane(&ends).unwrap();
+    bench.pass(&ends, &lane, 1).unwrap();
+    ends.client.set_nonblocking(false).unwrap();
+    bench.pass(&ends, &lane, 2).unwrap();
+    assert!(!bench.proved(Duration::from_millis(50)).unwrap());
+    let kernel_relay::Ends { client, mut accepted, .. } = ends;
+    let (reading, process, thread) = read_in_a_thread(client);
+    interrupt(process, thread).unwrap();
+    accepted.write_all(b"x").unwrap();
     assert_eq!(reading.join().unwrap().unwrap(), (1, *b"x"));
 }
 
@@ -325,6 +435,8 @@ fn a_hooked_senders_own_buffer_is_small() {
     require!(Need::Bpf);
     let mut bench = fit();
     let ends = bench.connect().unwrap();
+    let lane = bench.client_lane(&ends).unwrap();
+    bench.prove(&ends, &lane).unwrap();
     let size = |socket| nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::SndBuf).unwrap();
     let small = 2 * bro_ebpf::SENDER_BUFFER as usize;
     assert_eq!((size(&ends.service), size(&ends.client)), (small, small));
@@ -343,8 +455,10 @@ fn a_hooked_senders_own_buffer_is_small() {
 #[test]
 fn a_sender_is_let_go_at_its_half_close_and_at_its_close() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = fit();
     let ends = bench.connect().unwrap();
+    let lane = bench.client_lane(&ends).unwrap();
+    bench.prove(&ends, &lane).unwrap();
     assert_eq!(bench.kernel.hooked_now(), 2);
     ends.service.shutdown(Shutdown::Write).unwrap();
     assert_eq!(bench.kernel.hooked_now(), 1, "FIN_WAIT1");
@@ -352,6 +466,8 @@ fn a_sender_is_let_go_at_its_half_close_and_at_its_close() {
     assert_eq!(bench.kernel.hooked_now(), 0, "close");
     // The other order: the peer's FIN first, then LAST_ACK.
     let ends = bench.connect().unwrap();
+    let lane = bench.client_lane(&ends).unwrap();
+    bench.prove(&ends, &lane).unwrap();
     ends.backend.shutdown(Shutdown::Write).unwrap();
     receive_end(&ends.service).unwrap();
     assert_eq!(bench.kernel.hooked_now(), 2, "a sender that has seen the end may still send");

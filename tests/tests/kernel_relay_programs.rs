@@ -92,7 +92,8 @@ fn random_streams_both_ways_over_both_lanes() {
     let mut bench = Bench::new().and_then(Bench::fit).unwrap();
     let moved = exchange(&mut bench, 12, 3_000_000, None).unwrap();
     assert!(moved.lanes.bytes > 0, "no lane was ever taken: {moved:?}");
-    assert_eq!(bench.kernel.totals().hooked, 24, "{:?}", bench.kernel.totals());
+    // Every service's socket, and those clients' that sent more than one message.
+    assert!((13..=24).contains(&bench.kernel.totals().hooked), "{:?}", bench.kernel.totals());
     assert_eq!(bench.kernel.hooked_now(), 0);
     assert_eq!(bench.kernel.totals().open_lanes, 0);
 }
@@ -120,7 +121,7 @@ fn lanes_that_open_and_shut_while_bytes_flow() {
 fn an_ipv4_client_of_a_dual_stack_listener_gets_its_lane() {
     require!(Need::Bpf);
     let config = Config { connections: 64, hook_blocking: false };
-    let bench = Bench::with("[::]:0", config).unwrap();
+    let mut bench = Bench::with("[::]:0", config).unwrap();
     let port = bench.front.local_addr().unwrap().port();
     let client = connect_nonblocking(([127, 0, 0, 1], port).into()).unwrap();
     let (accepted, _) = bench.front.accept().unwrap();
@@ -129,6 +130,7 @@ fn an_ipv4_client_of_a_dual_stack_listener_gets_its_lane() {
     let (service, _) = bench.service.accept().unwrap();
     let ends = kernel_relay::Ends { client, accepted, backend, service };
     let lane = bench.client_lane(&ends).unwrap();
+    bench.prove(&ends, &lane).unwrap();
     send(&ends.client, &mut Stream::new(1), 5000).unwrap();
     receive(&ends.service, &mut Stream::new(1), 5000).unwrap();
     assert_eq!(lane.bytes(), 5000);
@@ -274,7 +276,7 @@ fn a_blocking_socket_of_a_nonblocking_service_is_let_go_at_its_first_message() {
     require!(Need::Bpf);
     let mut bench = Bench::new().and_then(Bench::fit).unwrap();
     let ends = bench.connect().unwrap();
-    assert_eq!(bench.kernel.hooked_now(), 2, "client and service");
+    assert_eq!(bench.kernel.hooked_now(), 1);
     let lane = bench.service_lane(&ends).unwrap();
     ends.service.set_nonblocking(false).unwrap();
     send(&ends.service, &mut Stream::new(1), 100).unwrap();
@@ -283,7 +285,7 @@ fn a_blocking_socket_of_a_nonblocking_service_is_let_go_at_its_first_message() {
     assert_eq!(lane.snapshot().passed(Reason::Blocking), 1);
     assert_eq!(lane.bytes(), 0);
     assert_eq!(bench.kind(), Some(Kind::Blocking));
-    assert_eq!(bench.kernel.hooked_now(), 1, "only the client is left");
+    assert_eq!(bench.kernel.hooked_now(), 0);
 }
 
 #[test]
@@ -312,7 +314,7 @@ fn two_sets_of_programs_side_by_side() {
     two.set_kind(one.netns, port, Kind::Fit).unwrap();
     let ends = one.connect().unwrap();
     let _other_ends = pair(&other).unwrap();
-    assert_eq!((one.kernel.totals().hooked, two.totals().hooked), (2, 1));
+    assert_eq!((one.kernel.totals().hooked, two.totals().hooked), (1, 1));
     drop(ends);
     exchange(&mut one, 2, 500_000, None).unwrap();
 }
@@ -329,7 +331,7 @@ fn a_socket_that_another_forwarder_hooked_is_left_to_it() {
     let ends = one.connect().unwrap();
     let hooked = one.kernel.totals().hooked + two.totals().hooked;
     let refused = one.kernel.totals().hook_refused + two.totals().hook_refused;
-    assert_eq!((hooked, refused), (2, 1), "{:?} {:?}", one.kernel.totals(), two.totals());
+    assert_eq!((hooked, refused), (1, 1), "{:?} {:?}", one.kernel.totals(), two.totals());
     send(&ends.service, &mut Stream::new(1), 100).unwrap();
     receive(&ends.backend, &mut Stream::new(1), 100).unwrap();
 }
@@ -371,6 +373,7 @@ fn when_all_lanes_are_taken_the_next_is_refused() {
     assert!(bench.service_lane(&ends[4]).is_ok());
 }
 
+/// Clients whose connections are too short to prove anything are never put into a map.
 #[test]
 fn thousands_of_short_connections_leave_nothing_in_the_maps() {
     require!(Need::Bpf);
@@ -387,6 +390,6 @@ fn thousands_of_short_connections_leave_nothing_in_the_maps() {
         }
     }
     let totals = bench.kernel.totals();
-    assert_eq!((totals.hooked, totals.hook_refused, totals.open_lanes), (6000, 0, 0), "{totals:?}");
+    assert_eq!((totals.hooked, totals.hook_refused, totals.open_lanes), (3000, 0, 0), "{totals:?}");
     assert_eq!(bench.kernel.hooked_now(), 0);
 }

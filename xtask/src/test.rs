@@ -48,10 +48,10 @@ enum Tier {
 }
 
 /// Suites whose names begin so boot whole hosts or emulated kernels, or take minutes for another reason.
-const SLOW: &[&str] = &["emulator", "host", "slow"];
+const SLOW: &[&str] = &["emulator", "host", "million", "slow"];
 
-/// Run only when named: emulated processors take minutes and bear no neighbours.
-const BY_NAME: &str = "emulator";
+/// Run only when named: they take minutes, and emulated processors bear no neighbours.
+const BY_NAME: &[&str] = &["emulator", "million"];
 
 impl Tier {
     fn name(&self) -> &str {
@@ -114,7 +114,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.list {
         for tier in &all {
             let note = match tier.is_slow() {
-                _ if tier.name() == BY_NAME => "  (only when named)",
+                _ if BY_NAME.contains(&tier.name()) => "  (only when named)",
                 true => "  (slow)",
                 false => "",
             };
@@ -129,7 +129,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     let chosen = all.iter().filter(|tier| match args.tiers.as_slice() {
-        [] => !(args.quick && tier.is_slow()) && tier.name() != BY_NAME,
+        [] => !(args.quick && tier.is_slow()) && !BY_NAME.contains(&tier.name()),
         named => named.iter().any(|name| name == tier.name()),
     });
 

@@ -7,7 +7,9 @@ use core::sync::atomic::AtomicU64;
 use aya_ebpf::btf_maps::{Array, HashMap, RingBuf, SkStorage, SockHash};
 use aya_ebpf::helpers::bpf_ringbuf_output;
 use aya_ebpf::macros::btf_map;
-use bro_ebpf::{About, Counter, Flow, RawEvent, Record, Route, Sender, TargetKey, Watch, WatchKey};
+use bro_ebpf::{
+    About, Counter, Flow, RawEvent, RawProved, Record, Route, Sender, TargetKey, Watch, WatchKey,
+};
 
 /// `BPF_F_MMAPABLE`.
 const MMAPABLE: usize = 1 << 10;
@@ -85,12 +87,24 @@ pub fn count(counter: Counter) {
 /// Tells the forwarder in a seat.
 #[inline(always)]
 pub fn tell(seat: u32, event: &RawEvent) {
+    output(seat, event);
+}
+
+/// Tells the forwarder of a client that may be hooked; true if it will hear of that.
+#[inline(always)]
+pub fn tell_proved(seat: u32, event: &RawProved) -> bool {
+    output(seat, event)
+}
+
+#[inline(always)]
+fn output<T>(seat: u32, event: &T) -> bool {
     let data = core::ptr::from_ref(event).cast_mut().cast();
-    // SAFETY: the event is plain bytes without padding, and the helper copies them before it returns.
-    let sent = unsafe { bpf_ringbuf_output(ring(seat), data, size_of::<RawEvent>() as u64, 0) };
+    // SAFETY: the events are plain bytes without padding, and the helper copies them before it returns.
+    let sent = unsafe { bpf_ringbuf_output(ring(seat), data, size_of::<T>() as u64, 0) };
     if sent != 0 {
         count(Counter::EventsLost);
     }
+    sent == 0
 }
 
 /// Adds to a number that other CPUs add to as well. In assembly, because Rust gives this target no read-modify-write.

@@ -14,12 +14,12 @@ use aya_ebpf::helpers::{
     bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
 };
 use bro_ebpf::{
-    Counter, Flow, RawEvent, Route, SENDER_BUFFER, Sender, SenderState, Watch, WatchKey, kind, role,
-    v4_mapped,
+    Counter, Flow, RawEvent, RawProved, Route, SENDER_BUFFER, Sender, SenderState, Watch, WatchKey, kind,
+    role, v4_mapped,
 };
 
 use crate::kernel::{TcpSock, hook_blocking};
-use crate::maps::{SENDER, SENDERS, WATCHED, count, raw, tell};
+use crate::maps::{ROUTES, SENDER, SENDERS, WATCHED, count, raw, tell, tell_proved};
 
 /// Reads a word of the context. In assembly, because the verifier wants every access to the context to be one load at a
 /// constant offset from the untouched pointer, and the compiler would rather compute addresses.
@@ -56,7 +56,7 @@ pub fn event(ops: *mut bpf_sock_ops) {
     match context!(ops, op) {
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => established(ops, role::SERVICE),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(ops, role::CLIENT),
-        BPF_SOCK_OPS_RTT_CB => learn(ops),
+        BPF_SOCK_OPS_RTT_CB => acknowledged(ops),
         BPF_SOCK_OPS_STATE_CB => state_changed(ops),
         BPF_SOCK_OPS_TCP_LISTEN_CB => listening(ops),
         _ => {}
@@ -137,14 +137,16 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
         count(Counter::Zerocopy);
         return;
     }
-    // A client's socket has its file already; the service's has none before it is accepted, so the service is learned.
+    // A client's socket has its file already; the service's has none before it is accepted, so the service is learned. That a
+    // client connects without blocking is not enough (many turn to blocking then), but one that blocks now is left alone.
     if !service && !hook_blocking() && tcp.nonblocking() != Some(true) {
         count(Counter::Blocking);
         return;
     }
     // SAFETY: the context is the kernel's own.
     let cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };
-    let mut new = Sender { flow, watch: key, cookie, route: Route { record: 0, serial: 0 }, base, state: 0 };
+    let route = Route { record: 0, serial: 0 };
+    let mut new = Sender { flow, watch: key, cookie, route, base, state: 0, seen: base, zero: 0 };
     let create = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
     let value = core::ptr::from_mut(&mut new).cast();
     // SAFETY: `sk` is the context's own and not null, `value` is of the storage's type.
@@ -158,6 +160,9 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     if service && !hook_blocking() && kind == kind::UNKNOWN {
         sender.state = SenderState::LEARNING;
         count(Counter::Watched);
+        set_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG, 0);
+    } else if !service && !hook_blocking() {
+        sender.state = SenderState::PROVING;
         set_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG, 0);
     } else {
         hook(ops, sender);
@@ -209,17 +214,73 @@ fn limit_own_queue(ops: *mut bpf_sock_ops, sender: &Sender) {
     unsafe { bpf_setsockopt(ops.cast(), SOL_SOCKET, SO_SNDBUF, value, size_of::<i32>() as i32) };
 }
 
-/// A segment of a watched service's first connection was acknowledged, so it has sent something: its file now says which
-/// kind of socket the service uses.
+/// Something that a watched socket had sent was acknowledged.
 #[inline(always)]
-fn learn(ops: *mut bpf_sock_ops) {
+fn acknowledged(ops: *mut bpf_sock_ops) {
     if context!(ops, data_segs_out) == 0 {
         return;
     }
     let Some(sender) = known(ops) else { return };
-    if sender.state & SenderState::LEARNING == 0 {
+    if sender.state & SenderState::LEARNING != 0 {
+        learn(ops, sender);
+    } else if sender.state & SenderState::PROVING != 0 {
+        prove(ops, sender);
+    }
+}
+
+/// A client is hooked once it has been non-blocking at two messages, each time after it sent it: whoever connects without
+/// blocking and then turns to blocking (hiredis, for one) does so in between. From then on it is looked at whenever it has passed
+/// something, and one that blocks is let go.
+#[inline(always)]
+fn prove(ops: *mut bpf_sock_ops, sender: &mut Sender) {
+    let Some(tcp) = socket(ops).and_then(TcpSock::of) else { return };
+    match tcp.nonblocking() {
+        Some(true) => {}
+        Some(false) => {
+            count(Counter::Blocking);
+            set_flags(ops, 0, BPF_SOCK_OPS_RTT_CB_FLAG);
+            return let_go(sender);
+        }
+        // Its owner has closed it.
+        None => return,
+    }
+    if sender.state & (SenderState::PROVED | SenderState::HOOKED) != 0 {
         return;
     }
+    let write_seq = tcp.write_seq();
+    if sender.seen == sender.base {
+        sender.seen = write_seq;
+        return;
+    }
+    // Without a route the forwarder does not know it yet, or has no lane for it.
+    // SAFETY: only looked at.
+    if sender.seen == write_seq || unsafe { ROUTES.get(&sender.flow) }.is_none() {
+        return;
+    }
+    let Some(watch) = WATCHED.get_ptr_mut(&sender.watch) else { return };
+    // SAFETY: the verifier checks the access.
+    let seat = unsafe { (*watch).seat };
+    set_flags(ops, BPF_SOCK_OPS_STATE_CB_FLAG, 0);
+    send_at_once(ops);
+    limit_own_queue(ops, sender);
+    let event = RawEvent {
+        what: RawEvent::PROVED,
+        record: 0,
+        serial: 0,
+        port: sender.watch.port,
+        netns: sender.watch.netns,
+        socket: sender.cookie,
+    };
+    // First: the forwarder may be quick.
+    sender.state = SenderState::PROVING | SenderState::PROVED;
+    if !tell_proved(seat, &RawProved { event, flow: sender.flow }) {
+        sender.state = SenderState::PROVING;
+    }
+}
+
+/// What a service's first connection has sent was acknowledged: its file now says which kind of socket the service uses.
+#[inline(always)]
+fn learn(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     let Some(tcp) = socket(ops).and_then(TcpSock::of) else { return };
     let Some(nonblocking) = tcp.nonblocking() else { return };
     sender.state &= !SenderState::LEARNING;
@@ -261,10 +322,17 @@ fn state_changed(ops: *mut bpf_sock_ops) {
         return;
     }
     let Some(sender) = known(ops) else { return };
-    if sender.state & SenderState::HOOKED == 0 {
+    let_go(sender);
+}
+
+/// Takes a sender out of the senders' map, if it is there, and has it never come back.
+#[inline(always)]
+fn let_go(sender: &mut Sender) {
+    let hooked = sender.state & SenderState::HOOKED != 0;
+    sender.state &= !(SenderState::HOOKED | SenderState::PROVING | SenderState::PROVED);
+    if !hooked {
         return;
     }
-    sender.state &= !SenderState::HOOKED;
     let mut key = sender.cookie;
     let key = core::ptr::from_mut(&mut key).cast();
     // SAFETY: the key is of the map's key type.

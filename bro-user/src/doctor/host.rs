@@ -223,10 +223,13 @@ pub(super) fn loader() -> Check {
         Ok(Some(set)) => Check::ok(
             NAME,
             format!(
-                "the kernel relay is loaded for this user: {} of {} forwarders use it, {} connections each",
+                "the kernel relay is loaded for this user: {} of {} forwarders use it, {} connections each; {} sockets were \
+                 taken hold of so far, {} of other people's left alone",
                 set.taken,
                 bro_ebpf::SEATS,
-                set.connections
+                set.connections,
+                set.hooked,
+                set.foreign
             ),
         ),
         Ok(None) => Check::less(

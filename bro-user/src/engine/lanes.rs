@@ -211,6 +211,7 @@ impl Engine {
             kernel::Event::Learned { port, kind, .. } => {
                 tracing::debug!(port, kind = ?kernel::Kind::of(kind), "learned what kind of sockets the service uses");
             }
+            kernel::Event::Proved { .. } => {}
             kernel::Event::BlockingSender { port, .. } => {
                 tracing::debug!(port, "a socket in blocking mode was let go; its bytes are spliced");
             }

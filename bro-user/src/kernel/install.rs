@@ -14,9 +14,9 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, RenameFlags, renameat2};
 use nix::mount::{MsFlags, mount};
 
-use super::load::{self, Loaded, Shape, errno_within};
+use super::load::{self, Loaded, Shape, not_pinned};
 use super::maps::data;
-use super::pinned::{ABOUT, LINK, ROOT, SEATS_FOLDER, events, folder, version};
+use super::pinned::{ABOUT, HOOK, LINK, ROOT, SEATS_FOLDER, events, folder, version};
 use super::seat;
 use super::unavailable::Unavailable;
 use super::{Config, Kernel};
@@ -117,16 +117,19 @@ fn pin(to: &Path, loaded: Loaded, cgroup: &Path, user: u32) -> Result<(), Unavai
     );
     for (name, map) in files {
         let path = to.join(name);
-        data(map)?.pin(&path).map_err(|error| failed(&path, &error))?;
+        data(map)?.pin(&path).map_err(|error| not_pinned(&path, &error))?;
         hand_over(&path, user, 0o600)?;
     }
 
+    let path = to.join(HOOK);
+    programs.pin_hook(&path)?;
+    hand_over(&path, user, 0o600)?;
     programs.attach(cgroup)?;
     let path = to.join(LINK);
     let link =
         programs.take_link(cgroup).ok_or_else(|| Unavailable::Object("no link to the cgroup".into()))?;
-    let link = FdLink::try_from(link).map_err(|error| failed(&path, &error))?;
-    link.pin(&path).map_err(|error| failed(&path, &error))?;
+    let link = FdLink::try_from(link).map_err(|error| not_pinned(&path, &error))?;
+    link.pin(&path).map_err(|error| not_pinned(&path, &error))?;
     hand_over(&path, user, 0o600)?;
     // Dropped, they would take bro_send off the senders' map, which is to keep it. What is held here ends with this process.
     std::mem::forget(programs);
@@ -139,11 +142,6 @@ fn pin(to: &Path, loaded: Loaded, cgroup: &Path, user: u32) -> Result<(), Unavai
         hand_over(&path, user, 0o700)?;
     }
     Ok(())
-}
-
-fn failed(path: &Path, error: &(dyn std::error::Error + 'static)) -> Unavailable {
-    let number = errno_within(error).map(io::Error::from_raw_os_error);
-    Unavailable::Pin(path.into(), number.unwrap_or_else(|| io::Error::other(error.to_string())))
 }
 
 /// The mode first: afterwards it is another's file.

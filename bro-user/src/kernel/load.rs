@@ -3,9 +3,10 @@
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use aya::maps::{Map, MapError, SockHash};
-use aya::programs::{ProgramError, SkMsg, SockOps};
+use aya::programs::{ProgramError, SchedClassifier, SkMsg, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use nix::libc;
 
@@ -72,6 +73,9 @@ pub(super) fn load(shape: &Shape) -> Result<Loaded, Unavailable> {
     send.attach(senders.fd()).map_err(|error| refused("bro_send", error))?;
     let watch: &mut SockOps = program(&mut ebpf, "bro_watch")?;
     watch.load().map_err(|error| refused("bro_watch", error))?;
+    let hook: &mut SchedClassifier = program(&mut ebpf, "bro_hook")?;
+    hook.load().map_err(|error| refused("bro_hook", error))?;
+    let hook = own(hook.fd().map_err(|error| refused("bro_hook", error))?.as_fd())?;
 
     let descriptors = Descriptors {
         records: descriptor(&mut ebpf, "RECORDS")?,
@@ -81,6 +85,7 @@ pub(super) fn load(shape: &Shape) -> Result<Loaded, Unavailable> {
         senders: own(senders.fd().as_fd())?,
         targets: descriptor(&mut ebpf, "TARGETS")?,
         events: descriptor(&mut ebpf, RINGS[0])?,
+        hook,
     };
     let more_events = RINGS[1..shape.seats].iter().map(|ring| descriptor(&mut ebpf, ring));
     let more_events = more_events.collect::<Result<_, _>>()?;
@@ -206,12 +211,17 @@ fn refused(name: &'static str, error: ProgramError) -> Unavailable {
         }
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
-            let lines: Vec<&str> = log.lines().rev().filter(|line| !line.is_empty()).take(4).collect();
-            let said: Vec<&str> = lines.into_iter().rev().collect();
-            Unavailable::Verifier { name, verifier: format!("{io_error}: {}", said.join("; ")) }
+            Unavailable::Verifier { name, verifier: format!("{io_error}: {}", verdict(&log)) }
         }
         other => Unavailable::Verifier { name, verifier: chain(&other) },
     }
+}
+
+/// The line of the verifier's log that says why: the last one but for its statistics.
+fn verdict(log: &str) -> &str {
+    let statistics = ["verification time", "stack depth", "processed "];
+    let says = |line: &&str| !line.is_empty() && !statistics.iter().any(|begin| line.starts_with(begin));
+    log.lines().map(str::trim).rev().find(says).unwrap_or("without a word")
 }
 
 /// The first error number in an error's chain of causes.
@@ -226,6 +236,12 @@ pub(super) fn errno_within(error: &(dyn Error + 'static)) -> Option<i32> {
     None
 }
 
+/// What went wrong with a pin.
+pub(super) fn not_pinned(path: &Path, error: &(dyn Error + 'static)) -> Unavailable {
+    let number = errno_within(error).map(io::Error::from_raw_os_error);
+    Unavailable::Pin(path.into(), number.unwrap_or_else(|| io::Error::other(chain(error))))
+}
+
 /// An error with its causes, on one line.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let mut line = error.to_string();
@@ -235,4 +251,17 @@ fn chain(error: &(dyn Error + 'static)) -> String {
         next = error.source();
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::verdict;
+
+    #[test]
+    fn the_verifiers_reason_is_told_from_its_statistics() {
+        let log = "8: (85) call bpf_get_netns_cookie#122\nunknown func bpf_get_netns_cookie#122\n\
+                   verification time 152 usec\nstack depth 0\nprocessed 9 insns (limit 1000000)\n\n";
+        assert_eq!(verdict(log), "unknown func bpf_get_netns_cookie#122");
+        assert_eq!(verdict(""), "without a word");
+    }
 }

@@ -6,11 +6,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use aya::maps::{HashMap, Map, MapData, MapError, RingBuf, SockHash};
-use bro_ebpf::{Counter, Event, Watch, WatchKey, kind, role};
+use bro_ebpf::{Counter, Event, HookRequest, Watch, WatchKey, kind, role};
 use serde::{Deserialize, Serialize};
 
 use super::lane::{self, Lane, Lanes, SenderAddress};
-use super::sys::{Mapping, PortKey, WatchValue};
+use super::sys::{self, Mapping, PortKey, WatchValue};
 use super::unavailable::{Refused, Unavailable};
 use super::{Kind, Role, Totals, load};
 
@@ -31,24 +31,26 @@ pub struct Descriptors {
     pub targets: OwnedFd,
     /// Events.
     pub events: OwnedFd,
+    /// The program that hooks a client, to be run.
+    pub hook: OwnedFd,
 }
 
 impl Descriptors {
     /// How many they are.
-    pub const COUNT: usize = 7;
+    pub const COUNT: usize = 8;
 
     /// As they are sent.
     #[must_use]
     pub fn into_array(self) -> [OwnedFd; Self::COUNT] {
-        let Self { records, totals, watched, routes, senders, targets, events } = self;
-        [records, totals, watched, routes, senders, targets, events]
+        let Self { records, totals, watched, routes, senders, targets, events, hook } = self;
+        [records, totals, watched, routes, senders, targets, events, hook]
     }
 
     /// As they were sent.
     #[must_use]
     pub fn from_array(array: [OwnedFd; Self::COUNT]) -> Self {
-        let [records, totals, watched, routes, senders, targets, events] = array;
-        Self { records, totals, watched, routes, senders, targets, events }
+        let [records, totals, watched, routes, senders, targets, events, hook] = array;
+        Self { records, totals, watched, routes, senders, targets, events, hook }
     }
 }
 
@@ -78,6 +80,7 @@ pub struct Maps {
     watched: HashMap<MapData, PortKey, WatchValue>,
     senders: SockHash<MapData, u64>,
     events: RingBuf<MapData>,
+    hook: OwnedFd,
     totals: Mapping<AtomicU64>,
     lanes: Arc<Lanes>,
     pub(super) share: Share,
@@ -95,7 +98,7 @@ impl Maps {
     /// # Errors
     /// When they are not the maps of this version of the programs.
     pub fn new(descriptors: &Descriptors, share: Share) -> Result<Self, Unavailable> {
-        let Descriptors { records, totals, watched, routes, senders, targets, events } = descriptors;
+        let Descriptors { records, totals, watched, routes, senders, targets, events, hook } = descriptors;
         let first = share.first_record();
         let records = Mapping::of_records(records.as_fd(), (first + share.records) as usize);
         let totals = Mapping::of_numbers(totals.as_fd(), Counter::COUNT);
@@ -106,6 +109,7 @@ impl Maps {
             watched: HashMap::try_from(Map::HashMap(data(watched)?)).map_err(load::damaged)?,
             senders: SockHash::try_from(Map::SockHash(data(senders)?)).map_err(load::damaged)?,
             events: RingBuf::try_from(Map::RingBuf(data(events)?)).map_err(load::damaged)?,
+            hook: hook.try_clone().map_err(Unavailable::Mapping)?,
             totals: totals.map_err(Unavailable::Mapping)?,
             lanes: Arc::new(lanes),
             share,
@@ -198,13 +202,18 @@ impl Maps {
         self.events.as_fd()
     }
 
-    /// Hands over every event there is. A blocking sender has already been taken out of the senders' map.
+    /// Hands over every event there is. A blocking sender has already been taken out of the senders' map, and a client that has
+    /// proved to be a non-blocking one put there.
     pub fn drain_events(&mut self, mut each: impl FnMut(Event)) {
         while let Some(bytes) = self.events.next() {
             let Some(event) = Event::parse(&bytes) else { continue };
             drop(bytes);
-            if let Event::BlockingSender { socket, .. } = event {
-                let _closed_meanwhile = self.senders.remove(&socket);
+            match event {
+                Event::BlockingSender { socket, .. } => {
+                    let _closed_meanwhile = self.senders.remove(&socket);
+                }
+                Event::Proved { socket, flow } => hook(&self.hook, &HookRequest { flow, cookie: socket }),
+                _ => {}
             }
             each(event);
         }
@@ -235,6 +244,14 @@ impl Maps {
     #[must_use]
     pub fn hooked_now(&self) -> usize {
         self.senders.keys().filter(Result::is_ok).count()
+    }
+}
+
+/// Puts a client into the senders' map. One of another network namespace than this thread's is not found, and spliced.
+fn hook(program: &OwnedFd, request: &HookRequest) {
+    match sys::run(program.as_fd(), &request.packet()) {
+        Ok(_hooked_or_gone_meanwhile) => {}
+        Err(error) => tracing::debug!(%error, "a client could not be hooked and is spliced"),
     }
 }
 

@@ -4,16 +4,17 @@
 //! Below the folder of a user there are the maps and the link that keeps the programs attached (files of his, mode 0600), and a
 //! folder for each seat (his, mode 0700). All but that is root's, so nobody can put anything else in their place.
 
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Relaxed;
 
 use aya::maps::{Array, Map};
-use bro_ebpf::{About, SEATS};
+use bro_ebpf::{About, Counter, SEATS};
 use nix::libc;
 
 use super::maps::{Descriptors, Share, data};
 use super::seat::{self, Place, Seat};
-use super::sys::open_pinned;
+use super::sys::{Mapping, open_pinned};
 use super::unavailable::Unavailable;
 
 /// Where the folders of users are: a BPF file system of bro's own, because only root may pass through /sys/fs/bpf.
@@ -21,6 +22,8 @@ pub const ROOT: &str = "/run/bro/bpf";
 
 /// The link that keeps the programs attached.
 pub(super) const LINK: &str = "link";
+/// The program that hooks a client.
+pub(super) const HOOK: &str = "hook";
 /// What the loader wrote down.
 pub(super) const ABOUT: &str = "about";
 /// The folder of the seats.
@@ -68,6 +71,10 @@ pub struct Summary {
     pub taken: usize,
     /// Whether this kernel says 0 to FIONREAD.
     pub fionread_lies: bool,
+    /// Sockets that were taken hold of so far.
+    pub hooked: u64,
+    /// Sockets at watched ports that were left alone, because they are somebody else's.
+    pub foreign: u64,
 }
 
 /// Opens the set in `folder` and takes a seat; `None` when there is no set.
@@ -86,6 +93,7 @@ pub fn open(folder: &Path) -> Result<Option<Pinned>, Unavailable> {
             senders: set.open("senders")?,
             targets: set.open("targets")?,
             events: set.open(&events(number as usize))?,
+            hook: set.open(HOOK)?,
         };
         seat::tidy(&set.path(SEATS_FOLDER), &descriptors, &share)?;
         let link = set.open(LINK)?;
@@ -103,7 +111,11 @@ pub fn look(folder: &Path) -> Result<Option<Summary>, Unavailable> {
         let _place = place(&set.open(LINK)?)?;
         let taken = seat::taken(&set.path(SEATS_FOLDER))?;
         let Share { records, fionread_lies, .. } = set.share;
-        Ok(Summary { connections: u64::from(records / 2), taken, fionread_lies })
+        let totals =
+            Mapping::of_numbers(set.open("totals")?.as_fd(), Counter::COUNT).map_err(Unavailable::Mapping)?;
+        let total = |counter: Counter| totals.get(counter as usize).map_or(0, |total| total.load(Relaxed));
+        let (hooked, foreign) = (total(Counter::Hooked), total(Counter::Foreign));
+        Ok(Summary { connections: u64::from(records / 2), taken, fionread_lies, hooked, foreign })
     })
 }
 
@@ -186,5 +198,27 @@ fn place(link: &OwnedFd) -> Result<Place, Unavailable> {
         // The kernel detaches from a cgroup that is removed.
         None | Some(0) => Err(Unavailable::Detached),
         Some(id) => Ok(Place::of(id, nix::unistd::geteuid().as_raw())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_embedded_programs_have_a_version() {
+        // 0 stands for a set that is not finished.
+        assert_ne!(version().unwrap(), 0);
+    }
+
+    #[test]
+    fn where_there_is_no_set_there_is_none() {
+        let nowhere = std::env::temp_dir().join(format!("bro-no-set-{}", std::process::id()));
+        assert!(open(&nowhere).unwrap().is_none());
+        std::fs::create_dir(&nowhere).unwrap();
+        let empty = open(&nowhere);
+        std::fs::remove_dir(&nowhere).unwrap();
+        // It may have been removed this moment: so it is as if there were none.
+        assert!(empty.is_err(), "{empty:?}");
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::programs::sock_ops::SockOpsLink;
-use aya::programs::{CgroupAttachMode, SockOps};
+use aya::programs::{CgroupAttachMode, SchedClassifier, SockOps};
 use nix::libc;
 
 use super::load;
@@ -78,6 +78,15 @@ impl Programs {
         })?;
         self.links.insert(cgroup.into(), link);
         Ok(())
+    }
+
+    /// Pins the program that hooks a client.
+    pub(super) fn pin_hook(&mut self, path: &Path) -> Result<(), Unavailable> {
+        let Whose::Own(ebpf) = &mut self.whose else { return Err(Unavailable::Object("not ours".into())) };
+        let hook: Option<Result<&mut SchedClassifier, _>> =
+            ebpf.program_mut("bro_hook").map(TryInto::try_into);
+        let Some(Ok(hook)) = hook else { return Err(Unavailable::Object("no program bro_hook".into())) };
+        hook.pin(path).map_err(|error| load::not_pinned(path, &error))
     }
 
     /// Takes the link to a cgroup, for it to outlive this process.

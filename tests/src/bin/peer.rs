@@ -2,7 +2,8 @@
 //!
 //! - `peer hold`: a new network namespace (for an ordinary user inside a new user namespace), and sockets made in it on request
 //! - `peer launch [OPTIONS] -- PROGRAM ARGS`: becomes PROGRAM, as systemd would have started it
-//! - `peer echo`: answers every byte of every connection of the listening socket that is its stdin
+//! - `peer echo [nonblocking]`: answers every byte of every connection of the listening socket that is its stdin, with sockets
+//!   in blocking mode or not
 //! - `peer eat-pipes`: uses up its user's pipe quota until its stdin closes
 
 use std::collections::HashMap;
@@ -29,7 +30,7 @@ fn main() -> Result<()> {
     match arguments.next().as_deref() {
         Some("hold") => hold(arguments.next().as_deref()),
         Some("launch") => launch(arguments.collect()),
-        Some("echo") => echo(),
+        Some("echo") => echo(arguments.next().as_deref() == Some("nonblocking")),
         Some("eat-pipes") => eat_pipes(),
         other => bail!("no such helper: {other:?}"),
     }
@@ -116,7 +117,7 @@ fn raise_descriptor_limit() -> Result<()> {
     Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
 }
 
-fn echo() -> Result<()> {
+fn echo(nonblocking: bool) -> Result<()> {
     set_pdeathsig(Signal::SIGKILL)?;
     raise_descriptor_limit()?;
     let listener = std::io::stdin();
@@ -125,6 +126,8 @@ fn echo() -> Result<()> {
     let mut connections: HashMap<u64, OwnedFd> = HashMap::new();
     let mut events = vec![EpollEvent::empty(); 1024];
     let mut buffer = vec![0; 64 * 1024];
+    let mut flags = SockFlag::SOCK_CLOEXEC;
+    flags.set(SockFlag::SOCK_NONBLOCK, nonblocking);
     loop {
         let count = match epoll.wait(&mut events, nix::sys::epoll::EpollTimeout::NONE) {
             Err(Errno::EINTR) => 0,
@@ -132,7 +135,7 @@ fn echo() -> Result<()> {
         };
         for event in &events[..count] {
             if event.data() == 0 {
-                let Ok(raw) = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { continue };
+                let Ok(raw) = accept4(listener.as_raw_fd(), flags) else { continue };
                 // SAFETY: accept4 has just made this descriptor for us and nobody else knows it.
                 let socket = unsafe { OwnedFd::from_raw_fd(raw) };
                 setsockopt(&socket, sockopt::TcpNoDelay, &true).ok();
@@ -143,8 +146,9 @@ fn echo() -> Result<()> {
             }
             let Some(socket) = connections.get(&event.data()) else { continue };
             match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                Err(Errno::EAGAIN) => {}
                 Ok(0) | Err(_) => drop(connections.remove(&event.data())),
-                // What is sent to this helper is a few bytes at a time: a blocking send is at once done.
+                // What is sent to this helper is a few bytes at a time: there is room for them.
                 Ok(got) => drop(send(socket.as_raw_fd(), &buffer[..got], MsgFlags::MSG_NOSIGNAL)),
             }
         }

@@ -102,6 +102,49 @@ impl Bench {
         Ok(self.kernel.open_lane(&sender, ends.backend.as_fd(), 0, None)?)
     }
 
+    /// Has the client send bytes (`y`), which go the long way, until it has proved to be a non-blocking one and is hooked, and
+    /// says how many those were. The client's lane must be open.
+    pub fn prove(&mut self, ends: &Ends, lane: &Lane) -> Result<u64> {
+        let mut total = 0;
+        for _ in 0..10 {
+            total += 1;
+            self.pass(ends, lane, total)?;
+            if self.proved(Duration::from_millis(100))? {
+                return Ok(total);
+            }
+        }
+        anyhow::bail!("the client was not hooked: {:?}", self.kernel.totals())
+    }
+
+    /// A byte of the client's (`y`) goes the long way; with it so many have.
+    pub fn pass(&self, ends: &Ends, lane: &Lane, total: u64) -> Result<()> {
+        use io::{Read as _, Write as _};
+        let mut byte = [0];
+        (&ends.client).write_all(b"y")?;
+        await_poll(ends.accepted.as_fd(), PollFlags::POLLIN)?;
+        (&ends.accepted).read_exact(&mut byte)?;
+        (&ends.backend).write_all(&byte)?;
+        lane.forwarded(total, ends.backend.as_fd())?;
+        await_poll(ends.service.as_fd(), PollFlags::POLLIN)?;
+        (&ends.service).read_exact(&mut byte)?;
+        ensure!(byte == *b"y", "another byte came: {byte:?}");
+        Ok(())
+    }
+
+    /// Whether a client proves to be a non-blocking one (and so is hooked) within this time.
+    pub fn proved(&mut self, within: Duration) -> Result<bool> {
+        let deadline = Instant::now() + within;
+        loop {
+            let mut proved = false;
+            self.kernel.drain_events(|event| proved |= matches!(event, Event::Proved { .. }));
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis() as u16;
+            if proved || left == 0 {
+                return Ok(proved);
+            }
+            poll(&mut [PollFd::new(self.kernel.events_fd(), PollFlags::POLLIN)], left)?;
+        }
+    }
+
     /// Waits for an event.
     pub fn await_event(&mut self, wanted: impl Fn(&Event) -> bool) -> Result<Event> {
         loop {

@@ -37,7 +37,8 @@ fn another_user_cannot_open_the_pins() -> Result<()> {
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let folder = pinned::folder(ALICE);
-    for file in ["records", "watched", "routes", "targets", "senders", "totals", "about", "events-00", "link"]
+    for file in
+        ["records", "watched", "routes", "targets", "senders", "totals", "about", "events-00", "link", "hook"]
     {
         let opened = as_user(BOB, || sys::bpf_pinned(&folder.join(file)));
         let error = opened.err().with_context(|| format!("{file} was opened"))?;

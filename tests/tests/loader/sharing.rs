@@ -145,25 +145,49 @@ fn the_client_lane_is_for_the_users_own_processes() -> Result<()> {
     let programs = stage.load(ALICE)?;
     let site = Site::start(ALICE, ALICE, &["--relay=sockmap", "--local-clients=on"])?;
     site.expect_lane(ALICE)?;
-    let hooked = |client: u32| -> Result<usize> {
+    // A client is hooked once it has been non-blocking at a few messages, or not within `within`: how many sockets are then.
+    let hooked = |client: u32, within: Duration| -> Result<usize> {
         let (near, far) = site.connect(client)?;
-        bro_tests::scene::expect_relayed(&near, &far)?;
+        for _ in 0..20 {
+            bro_tests::scene::expect_relayed(&near, &far)?;
+        }
+        process::eventually(within, || programs.hooked().is_ok_and(|now| now > 1));
         programs.hooked()
     };
+    let soon = Duration::from_millis(500);
     let idle = || programs.hooked().is_ok_and(|count| count == 0);
     ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
-    ensure!(hooked(ALICE)? == 2, "her own client has no lane");
+    ensure!(hooked(ALICE, PATIENCE)? == 2, "her own client has no lane");
     ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
     let foreign = programs.total(Counter::Foreign)?;
-    ensure!(hooked(0)? == 1, "root's client in her cgroup was hooked");
+    ensure!(hooked(0, soon)? == 1, "root's client in her cgroup was hooked");
     ensure!(programs.total(Counter::Foreign)? > foreign, "nobody asked whose it is");
     ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
     // Outside her cgroup nobody is looked at at all.
     let outside = stage.another()?;
     stage.enter(&outside)?;
-    let count = hooked(ALICE);
+    let count = hooked(ALICE, soon);
     stage.enter(stage.cgroup())?;
     std::fs::remove_dir(&outside)?;
     ensure!(count? == 1, "a client outside her cgroup was hooked");
     Ok(())
+}
+
+#[test]
+fn a_cgroup_of_clients_that_is_not_the_users_is_refused_in_a_sentence() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let _programs = stage.load(ALICE)?;
+    let outside = stage.another()?;
+    let named = format!("--local-clients={}", outside.display());
+    let site = Site::start(ALICE, ALICE, &["--relay=sockmap", &named]);
+    let said = site.and_then(|site| {
+        site.forwarder.log().line(PATIENCE, |line| {
+            line.contains("no lane for local clients") && line.contains("only at this user's own")
+        })?;
+        // The service lane is none of that.
+        site.expect_lane(ALICE)
+    });
+    std::fs::remove_dir(&outside)?;
+    said
 }
