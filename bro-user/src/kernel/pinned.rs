@@ -148,9 +148,13 @@ fn with<T>(
 ) -> Result<Option<T>, Unavailable> {
     let mut last = None;
     for _ in 0..TRIES {
-        let Some(set) = hold(folder)? else { return Ok(None) };
-        match then(&set) {
-            // It was replaced and removed while we opened it.
+        let outcome = match hold(folder) {
+            Ok(None) => return Ok(None),
+            Ok(Some(set)) => then(&set),
+            Err(error) => Err(error),
+        };
+        match outcome {
+            // It was replaced or removed while we opened it.
             Err(Unavailable::Pin(path, error)) if error.raw_os_error() == Some(libc::ENOENT) => {
                 last = Some(Unavailable::Pin(path, error));
             }
