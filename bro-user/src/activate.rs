@@ -250,14 +250,23 @@ impl Activator {
             }
         };
         let asked = Duration::from(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?);
-        let result =
-            bus.start_telling(unit, ordered).await.with_context(|| format!("cannot start {unit}"))?;
+        let cannot = || format!("cannot start {unit}");
+        let mut result = bus.start_telling(unit, ordered).await.with_context(cannot)?;
         // Its Result= still tells of the run before.
         if result == "failed" && bus.last_try(unit).await.is_ok_and(|last| last < asked) {
             bail!(
                 "systemd did not even try to start {unit}, which was started too often (StartLimitBurst= in \
                  StartLimitIntervalSec=); a client after that time wakes it again"
             );
+        }
+        // Podman's READY=1 is lost now and then (seen at first rootless starts after a boot), and systemd then ends a container
+        // that is well. So that has a second chance, and no third.
+        if result == "failed" && bus.result(unit).await.is_ok_and(|result| result == "protocol") {
+            tracing::warn!(
+                unit,
+                "the unit ended without having said that it is ready (Result=protocol); it is started once more"
+            );
+            result = bus.start(unit).await.with_context(cannot)?;
         }
         anyhow::ensure!(
             result == "done",

@@ -2,6 +2,8 @@
 
 mod activate;
 pub mod control;
+#[cfg(test)]
+mod documented;
 pub mod idle;
 mod loader;
 
@@ -99,7 +101,7 @@ pub struct Forward {
     pub listen: Vec<crate::listen::ListenSpec>,
 
     /// The Podman container whose network namespace (for a unix target: whose files) the target is in
-    #[arg(long, value_name = "NAME", group = "place")]
+    #[arg(long, value_name = "NAME", group = "place", value_parser = crate::activation::address::container)]
     pub container: Option<String>,
 
     /// The process whose network namespace the target is in
@@ -111,7 +113,7 @@ pub struct Forward {
     pub netns: Option<PathBuf>,
 
     /// The unit to start on the first connection (without it, the container is started by unit dependencies)
-    #[arg(long, value_name = "NAME.service")]
+    #[arg(long, value_name = "NAME.service", value_parser = crate::activation::address::unit)]
     pub unit: Option<String>,
 
     /// Start the unit on the user's service manager (default for an ordinary user)
@@ -163,7 +165,8 @@ pub struct Forward {
     ///
     /// The lane's program then looks at every TCP connection that is made in that cgroup (on: in all of them) and takes
     /// hold of those towards this forwarder's own sockets, so it is off unless asked for: the clients are other
-    /// people's programs. Their bytes go straight into the service's connection, and the forwarder sleeps.
+    /// people's programs. Their bytes go straight into the service's connection, and the forwarder sleeps. A client has to
+    /// have been non-blocking at two messages first.
     #[arg(long, value_name = "off|on|CGROUP", default_value = "off")]
     pub local_clients: LocalClients,
 

@@ -192,6 +192,13 @@ impl Server {
         Ok(Self { listener, path, own_directory, places, asked: unbounded_channel() })
     }
 
+    /// Leaves the socket's name alone from now on: in the unit's own directory it is a successor's.
+    pub fn is_succeeded(&mut self) {
+        if self.own_directory.is_none() {
+            self.path = PathBuf::new();
+        }
+    }
+
     /// Waits for somebody who asks. Nothing is lost when it is cancelled.
     ///
     /// # Errors

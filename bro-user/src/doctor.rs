@@ -10,6 +10,8 @@ use std::io::Write as _;
 
 use serde::Serialize;
 
+use crate::exit;
+
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -78,12 +80,9 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
             ]),
         }
     })?;
-    let mut out = std::io::stdout().lock();
-    if options.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&checks)?)?;
-    } else {
-        write!(out, "{}", describe(&checks))?;
-    }
+    let text = if options.json { serde_json::to_string_pretty(&checks)? + "\n" } else { describe(&checks) };
+    let printed = std::io::stdout().lock().write_all(text.as_bytes());
+    exit::unless_nobody_reads(printed.map_err(Into::into))?;
     Ok(checks.iter().all(|check| check.outcome != Outcome::Bad))
 }
 

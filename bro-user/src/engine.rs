@@ -288,6 +288,7 @@ impl Engine {
     fn drain(&mut self, why: String) -> anyhow::Result<()> {
         self.draining = true;
         self.set_accepting(Accepting::Closed)?;
+        self.unwatch_all();
         self.outbox.tell(&Event::Draining(why));
         if self.connections.is_empty() {
             self.outbox.tell(&Event::Drained);

@@ -35,3 +35,15 @@ impl Failure {
 pub fn code_of(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(error.downcast_ref::<Failure>().map_or(1, Failure::code))
 }
+
+/// Whoever closes the pipe that is printed to has read enough (`bro status --watch | head`): nothing has failed.
+///
+/// # Errors
+/// Any other.
+pub fn unless_nobody_reads(result: anyhow::Result<()>) -> anyhow::Result<()> {
+    let gone = |error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe;
+    match result {
+        Err(error) if error.downcast_ref().is_some_and(gone) => Ok(()),
+        result => result,
+    }
+}

@@ -1,6 +1,7 @@
 //! `bro forward`: one forwarder's life, from the sockets it is passed to its exit. The control process: it starts the engine in a
 //! process of its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
 
+mod replacing;
 mod sleeping;
 mod waking;
 
@@ -26,6 +27,7 @@ use crate::engine::process::{self, Process};
 use crate::engine::tcp::Keepalive;
 use crate::engine::{Destination, Settings, slot};
 use crate::exit::Failure;
+use crate::handover::{Predecessor, Program};
 use crate::kernel::{self, Unavailable};
 use crate::listen::{self, Listener, Passed};
 use crate::relay::Method;
@@ -100,11 +102,19 @@ fn connections_that_fit() -> usize {
     usize::try_from(((limit - RESERVED_DESCRIPTORS.min(limit / 4 * 3)) / 2).max(1)).unwrap_or(usize::MAX)
 }
 
-/// Runs a forwarder until it is idle, told to stop, or fails. `passed` is what systemd passed.
+/// Runs a forwarder until it is idle, told to stop, or fails. `passed` is what systemd passed, or the forwarder that this one takes
+/// over from.
 ///
 /// # Errors
 /// Each with the exit code of [`crate::exit`].
-pub fn run(options: &Forward, passed: Result<Vec<Passed>, Failure>) -> anyhow::Result<()> {
+pub fn run(
+    options: &Forward,
+    passed: Result<Vec<Passed>, Failure>,
+    predecessor: Option<Predecessor>,
+) -> anyhow::Result<()> {
+    // A predecessor speaks for the service until this process has taken over.
+    life::mute(predecessor.is_some());
+    let program = Program::own()?;
     let listeners = listen::listeners(passed?, &options.listen)?;
     let (listeners, targets) = route(options, listeners)?;
     let healthy_without_container =
@@ -129,7 +139,9 @@ pub fn run(options: &Forward, passed: Result<Vec<Passed>, Failure>) -> anyhow::R
         let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, options.ready.clone()));
         activator.check().await?;
         let engine = (relay, channel, addresses, stats);
-        Control::start(options, &listeners, targets, activator, engine, local_clients)?.run().await
+        let mut control = Control::start(options, &listeners, targets, activator, engine, local_clients)?;
+        control.replacing.program = Some(program);
+        control.run(predecessor).await
     })
 }
 
@@ -280,13 +292,14 @@ struct Control<'a> {
     /// Answers to the question who is busy.
     said_busy: (UnboundedSender<Option<String>>, UnboundedReceiver<Option<String>>),
     phase: Phase,
+    replacing: replacing::Replacing<'a>,
     failure: Option<anyhow::Error>,
 }
 
 impl<'a> Control<'a> {
     fn start(
         options: &'a Forward,
-        listeners: &[(Listener, usize)],
+        listeners: &'a [(Listener, usize)],
         targets: Vec<Target>,
         activator: Arc<Activator>,
         (relay, channel, addresses, stats): (Process, OwnedFd, AddressBook, Arc<Stats>),
@@ -332,11 +345,13 @@ impl<'a> Control<'a> {
             woken: unbounded_channel(),
             gone: unbounded_channel(),
             phase: Phase::Serving,
+            replacing: replacing::Replacing::new(listeners),
             failure: None,
         })
     }
 
-    async fn run(mut self) -> anyhow::Result<()> {
+    async fn run(mut self, predecessor: Option<Predecessor>) -> anyhow::Result<()> {
+        let mut hang_up = signal(SignalKind::hangup())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let watchdog = life::watchdog_interval();
@@ -354,13 +369,16 @@ impl<'a> Control<'a> {
         }
         // The thread that has loaded the programs attaches them; this one never needs the rights for that.
         crate::capabilities::drop_the_kernel_relays();
-        self.engine.send(Plain::Start);
         // Not before: who insists on what cannot be had gets one sentence.
         for (name, address, target) in &self.listeners {
             tracing::info!(socket = %name, %address, %target, "listening");
         }
+        self.engine.send(Plain::Start);
         let mut said = self.status();
-        life::ready(&said);
+        match predecessor {
+            Some(predecessor) => self.take_over_from(predecessor),
+            None => life::ready(&said),
+        }
         loop {
             let idle_at = self.idle_deadline();
             let draining_until = if let Phase::Draining(until) = self.phase { Some(until) } else { None };
@@ -379,6 +397,8 @@ impl<'a> Control<'a> {
                 Some(who) = self.said_busy.1.recv() => self.busy(who),
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
+                _ = hang_up.recv() => self.begin_replacement(),
+                Some(news) = self.replacing.news() => self.replacement(news).await,
                 () = sleep_until(idle_at.unwrap_or_else(Instant::now)), if idle_at.is_some() => {
                     // The deadline may have moved while it was waited for; the engine has the last word.
                     if self.idle_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
@@ -545,6 +565,10 @@ impl<'a> Control<'a> {
     }
 
     fn terminate(&mut self) {
+        if self.replacing.is_replaced() {
+            // The successor does not keep this one's connections.
+            return self.told_to_stop_although_replaced();
+        }
         if matches!(self.phase, Phase::Draining(_)) {
             tracing::warn!("told twice to stop: ending every connection now");
             self.engine.send(Plain::EndAll(End::Shutdown));
@@ -564,6 +588,7 @@ impl<'a> Control<'a> {
         let limit = self.options.drain_timeout.or_forever();
         let open = Stats::get(&self.stats.open);
         tracing::info!(open, "{why}: no more clients are accepted, those there are may finish");
+        // A successor's word is the service's now: this is muted then.
         life::stopping(&self.status(), EXTEND_BY.min(limit + Duration::from_secs(5)));
     }
 }

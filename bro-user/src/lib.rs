@@ -15,6 +15,7 @@ pub mod engine;
 pub mod exit;
 pub mod forward;
 pub mod hand;
+pub mod handover;
 pub mod inhibit;
 pub mod kernel;
 pub mod life;

@@ -2,10 +2,23 @@
 
 use std::time::Duration;
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use sd_notify::NotifyState;
+
+/// Another process speaks for the service.
+static MUTE: AtomicBool = AtomicBool::new(false);
+
+/// From now on another process speaks for the service, or this one does again.
+pub fn mute(mute: bool) {
+    MUTE.store(mute, Relaxed);
+}
 
 /// Tells the service manager; without one there is nobody to tell, and a full socket is not worth failing for.
 fn tell(states: &[NotifyState<'_>]) {
+    if MUTE.load(Relaxed) {
+        return;
+    }
     let told = match std::env::var("NOTIFY_SOCKET") {
         Ok(name) if name.starts_with('@') => tell_abstract(&name[1..], states),
         _ => sd_notify::notify(states),
@@ -27,6 +40,19 @@ fn tell_abstract(name: &str, states: &[NotifyState<'_>]) -> std::io::Result<()> 
 /// Clients are accepted from now on.
 pub fn ready(status: &str) {
     tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+}
+
+/// A successor is being started.
+pub fn reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => tell(&[NotifyState::Reloading, now]),
+        Err(error) => tracing::debug!(%error, "no clock to tell of the reload with"),
+    }
+}
+
+/// The successor is the service's main process from now on.
+pub fn succeeded_by(pid: u32) {
+    tell(&[NotifyState::MainPid(pid), NotifyState::Ready]);
 }
 
 /// One line for `systemctl status`.

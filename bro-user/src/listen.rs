@@ -8,11 +8,12 @@ use anyhow::{Context as _, bail};
 use nix::sys::socket::{self, AddressFamily, SockType, SockaddrStorage, sockopt};
 
 use crate::exit::Failure;
+use crate::handover::Predecessor;
 use crate::sys;
 use crate::target::{self, Target};
 
 /// The first descriptor that systemd passes (`SD_LISTEN_FDS_START`).
-const FIRST: RawFd = 3;
+pub const FIRST: RawFd = 3;
 
 /// More sockets than any unit passes; a higher count is a broken environment.
 const MOST: RawFd = 1024;
@@ -29,18 +30,32 @@ pub struct Listener {
     pub name: String,
     /// Its address, for people.
     pub address: String,
+    /// Made by `--listen`.
+    own: bool,
     /// The path to remove at the end, for a unix socket of our own.
     unlink: Option<PathBuf>,
 }
 
 impl Listener {
+    /// Made by `--listen`, and not passed by a service manager.
+    #[must_use]
+    pub const fn is_own(&self) -> bool {
+        self.own
+    }
+
     /// The same socket for the relay process, which has no file to remove.
     ///
     /// # Errors
     /// EMFILE.
     pub fn for_relay(&self) -> std::io::Result<Self> {
         let socket = self.socket.try_clone()?;
-        Ok(Self { socket, name: self.name.clone(), address: self.address.clone(), unlink: None })
+        Ok(Self {
+            socket,
+            name: self.name.clone(),
+            address: self.address.clone(),
+            own: self.own,
+            unlink: None,
+        })
     }
 }
 
@@ -110,6 +125,11 @@ impl Environment {
     /// # Errors
     /// When the variables contradict each other, or name another process.
     pub fn passed_to(&self, me: u32) -> Result<Vec<String>, Failure> {
+        self.passed(Some(me))
+    }
+
+    /// As above; without `me`, a predecessor has passed them to whomever it started.
+    fn passed(&self, me: Option<u32>) -> Result<Vec<String>, Failure> {
         let Some(fds) = &self.fds else { return Ok(Vec::new()) };
         let count: RawFd = match fds.parse() {
             Ok(count) if (0..=MOST).contains(&count) => count,
@@ -119,6 +139,11 @@ impl Environment {
                 )));
             }
         };
+        let names: Vec<&str> =
+            self.names.as_deref().map(|names| names.split(':').collect()).unwrap_or_default();
+        let names =
+            (0..count as usize).map(|index| (*names.get(index).unwrap_or(&"unknown")).to_owned()).collect();
+        let Some(me) = me else { return Ok(names) };
         let Some(pid) = &self.pid else {
             return Err(Failure::NoSocket(
                 "LISTEN_FDS is set without LISTEN_PID, so the sockets are not known to be ours".into(),
@@ -130,9 +155,7 @@ impl Environment {
                  that forks, such as `podman unshare`, loses them; start bro directly)"
             )));
         }
-        let names: Vec<&str> =
-            self.names.as_deref().map(|names| names.split(':').collect()).unwrap_or_default();
-        Ok((0..count as usize).map(|index| (*names.get(index).unwrap_or(&"unknown")).to_owned()).collect())
+        Ok(names)
     }
 }
 
@@ -149,8 +172,8 @@ pub struct Passed {
 ///
 /// # Errors
 /// When the environment is contradictory, or announces a descriptor that is not open.
-pub fn take_passed() -> Result<Vec<Passed>, Failure> {
-    let names = Environment::take().passed_to(std::process::id())?;
+pub fn take_passed(predecessor: Option<&Predecessor>) -> Result<Vec<Passed>, Failure> {
+    let names = Environment::take().passed(predecessor.is_none().then(std::process::id))?;
     let adopt = |(number, name): (RawFd, String)| match sys::adopt(number) {
         Ok(descriptor) => Ok(Passed { descriptor, number, name }),
         Err(error) => Err(Failure::NoSocket(format!(
@@ -209,7 +232,7 @@ fn inherited(passed: Passed) -> anyhow::Result<Listener> {
         ))),
     }
     set_flags(&socket)?;
-    Ok(Listener { address: describe(&address), socket, name, unlink: None })
+    Ok(Listener { address: describe(&address), socket, name, own: false, unlink: None })
 }
 
 fn set_flags(socket: &OwnedFd) -> nix::Result<()> {
@@ -240,7 +263,7 @@ fn bind(spec: &ListenSpec) -> anyhow::Result<Listener> {
     };
     set_flags(&socket)?;
     let address = describe(&socket::getsockname::<SockaddrStorage>(socket.as_raw_fd())?);
-    Ok(Listener { socket, name, address, unlink })
+    Ok(Listener { socket, name, address, own: true, unlink })
 }
 
 fn bind_tcp(host: &str, port: u16) -> anyhow::Result<OwnedFd> {

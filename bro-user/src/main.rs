@@ -3,12 +3,14 @@
 use std::process::ExitCode;
 
 use bro_user::cli::{Cli, Command};
+use bro_user::handover::Predecessor;
 use bro_user::{activation, doctor, exit, forward, hand, listen, loader, logging, netns, status};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
     // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
-    let passed = listen::take_passed();
+    let predecessor = Predecessor::take();
+    let passed = listen::take_passed(predecessor.as_ref());
     let cli = match Cli::try_parse_from(command_line()) {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),
@@ -16,7 +18,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Forward(options) => {
             logging::init(options.verbose);
-            forward::run(&options, passed)
+            forward::run(&options, passed, predecessor)
         }
         Command::Activate(options) => activation::run(&options),
         Command::Wake(options) => hand::wake(&options),

@@ -27,7 +27,7 @@ pub struct Counters {
     pub open: AtomicU64,
     /// Clients that wait for the service now.
     pub held: AtomicU64,
-    /// When the last connection ended (or, by bytes, the last byte moved), in milliseconds since [`Stats::start`].
+    /// When the last connection ended (or, by bytes, the last byte moved), in milliseconds since the start.
     pub idle_since: AtomicU64,
 }
 

@@ -3,7 +3,7 @@
 mod services;
 
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::activate::bus::Manager;
 use crate::control::{self, Request};
-use crate::exit::Failure;
+use crate::exit::{self, Failure};
 use crate::stats::Tally;
 
 /// What a forwarder says of itself.
@@ -112,19 +112,22 @@ pub fn own_unit() -> Option<String> {
 /// [`Failure::NotFound`] when nobody answers at a socket, or there is no service of a name.
 pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let terminal = std::io::stdout().is_terminal() && !options.json;
+    // The first of several begins on an empty screen.
+    let mut first = !(terminal && options.watch);
+    exit::unless_nobody_reads(runtime.block_on(async {
         loop {
             let (text, json) = if options.whom.is_empty() {
                 let services = services::all(Manager::choose(options.system, options.user)).await?;
                 (services::describe(&services), serde_json::to_string_pretty(&services)?)
             } else {
-                let reports = reports(options).await?;
-                (describe(&reports), serde_json::to_string_pretty(&reports)?)
+                let (asleep, reports) = reports(options).await?;
+                (asleep + &describe(&reports), serde_json::to_string_pretty(&reports)?)
             };
             let mut out = std::io::stdout().lock();
-            if options.watch {
-                // Home, then clear to the end: no flicker.
-                write!(out, "\x1b[H\x1b[J")?;
+            if !first {
+                // Home, then clear to the end: no flicker. Whoever is no terminal gets one after the other.
+                out.write_all(if terminal { b"\x1b[H\x1b[J" } else { b"\n" })?;
             }
             if options.json {
                 writeln!(out, "{json}")?;
@@ -135,14 +138,15 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
             if !options.watch {
                 return Ok(());
             }
+            first = false;
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
-    })
+    }))
 }
 
-/// What the forwarders say that are named on the command line.
-async fn reports(options: &crate::cli::Status) -> anyhow::Result<Vec<Report>> {
-    let mut reports = Vec::new();
+/// What the forwarders say that are named on the command line, after a line for each service that has none now.
+async fn reports(options: &crate::cli::Status) -> anyhow::Result<(String, Vec<Report>)> {
+    let (mut asleep, mut reports) = (String::new(), Vec::new());
     for whom in &options.whom {
         if whom.contains('/') {
             let report = control::ask_soon(Path::new(whom), Request::Status).await;
@@ -158,12 +162,12 @@ async fn reports(options: &crate::cli::Status) -> anyhow::Result<Vec<Report>> {
                 "no service “{whom}” is activated, and no forwarder for it runs (see `bro status`)"
             )));
         };
-        if service.forwarders.is_empty() && !options.json {
-            writeln!(std::io::stdout(), "{}", services::sentence(&service))?;
+        if service.forwarders.is_empty() {
+            asleep += &format!("{}\n", services::sentence(&service));
         }
         reports.extend(service.forwarders);
     }
-    Ok(reports)
+    Ok((asleep, reports))
 }
 
 fn describe(reports: &[Report]) -> String {

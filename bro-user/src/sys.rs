@@ -150,6 +150,20 @@ pub fn watch(fd: OwnedFd, interest: tokio::io::Interest) -> io::Result<tokio::io
     unsafe { tokio::io::unix::AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
+/// The type in the file's SELinux label (`bin_t` of `system_u:object_r:bin_t:s0`), where it has one.
+#[must_use]
+pub fn selinux_type(path: &std::path::Path) -> Option<String> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut label = [0_u8; 512];
+    // SAFETY: both strings end with a zero byte, and the kernel writes no more than the length that it is told.
+    let length = unsafe {
+        libc::getxattr(path.as_ptr(), c"security.selinux".as_ptr(), label.as_mut_ptr().cast(), label.len())
+    };
+    let label = label.get(..usize::try_from(length).ok()?)?;
+    Some(std::str::from_utf8(label).ok()?.trim_end_matches('\0').split(':').nth(2)?.to_owned())
+}
+
 /// Memory that this process shares with those it forks, holding one `T` of zeros.
 #[derive(Debug)]
 pub struct SharedMemory<T> {
@@ -352,4 +366,34 @@ impl AddressBook {
         nix::errno::Errno::result(unsafe { libc::connect(socket.as_raw_fd(), address, length as u32) })
             .map(drop)
     }
+}
+
+/// Has the program that `command` starts inherit `descriptors` as 3, 4, … in this order, as systemd passes sockets.
+///
+/// # Errors
+/// EMFILE.
+pub fn pass_descriptors(
+    command: &mut std::process::Command,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    use std::os::unix::process::CommandExt as _;
+    // First above all destinations, so that none is overwritten before it has been passed on.
+    let above = 3 + RawFd::try_from(descriptors.len()).map_err(io::Error::other)?;
+    let mut sources = Vec::with_capacity(descriptors.len());
+    for descriptor in descriptors {
+        let number = fcntl(descriptor, FcntlArg::F_DUPFD_CLOEXEC(above))?;
+        // SAFETY: the kernel just made this descriptor for us.
+        sources.push(unsafe { OwnedFd::from_raw_fd(number) });
+    }
+    let place = move || {
+        for (source, number) in sources.iter().zip(3..) {
+            // SAFETY: plain numbers; whatever else has them in the child is close-on-exec and nobody's any more.
+            let _number = check(unsafe { libc::dup2(source.as_raw_fd(), number) })?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec this calls nothing but dup2, which is async-signal-safe.
+    let _same = unsafe { command.pre_exec(place) };
+    Ok(())
 }

@@ -122,6 +122,13 @@ impl Setup {
         self
     }
 
+    /// Runs a copy of it, [`Forwarder::program`], which the test may change.
+    #[must_use]
+    pub const fn copy(mut self) -> Self {
+        self.readable_copy = true;
+        self
+    }
+
     /// Runs it as the user `uid`, from a copy that this user can read. Needs root.
     #[must_use]
     pub fn user(mut self, uid: u32) -> Self {
@@ -189,6 +196,12 @@ impl Forwarder {
         let mut child = command.spawn().context("starting the program under test")?;
         let log = Log::collect(child.stderr.take().context("stderr is piped")?);
         Ok(Self { child, log, status: None, scratch })
+    }
+
+    /// The program's file, for one that runs from a copy.
+    #[must_use]
+    pub fn program(&self) -> PathBuf {
+        self.scratch.join("bro")
     }
 
     /// Its process.
@@ -323,6 +336,18 @@ impl Forwarder {
     /// How many descriptors both hold.
     pub fn descriptors(&self) -> Result<usize> {
         self.both().into_iter().map(|pid| Ok(process::descriptors(pid)?.len())).sum()
+    }
+
+    /// How many it holds without its own pipes, and how many pipes these are.
+    pub fn descriptors_and_pipes(&self) -> Result<(usize, usize)> {
+        let (mut others, mut pipes) = (0, 0);
+        for pid in self.both() {
+            let held = process::descriptors(pid)?;
+            let own = process::own_pipes(&held);
+            others += held.len() - 2 * own;
+            pipes += own;
+        }
+        Ok((others, pipes))
     }
 
     /// Expects that in a `span` in which nothing happens it uses next to no processor time. A spin goes on and on; what only takes

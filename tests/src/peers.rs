@@ -9,6 +9,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -245,7 +246,7 @@ impl Listener {
                     if self.address.family().is_tcp() {
                         socket::setsockopt(&fd, sockopt::TcpNoDelay, &true)?;
                     }
-                    return Ok(Some(Conn { fd, family: self.address.family(), patience: PATIENCE }));
+                    return Ok(Some(Conn::of(fd, self.address.family(), false)));
                 }
                 Err(Errno::EAGAIN | Errno::ECONNABORTED | Errno::EINTR) => {}
                 Err(error) => bail!("accept at {}: {error}", self.address),
@@ -290,6 +291,8 @@ pub struct Conn {
     fd: OwnedFd,
     family: Family,
     patience: Duration,
+    /// It was aborted before connect(2) was through, which took the error: the first that uses it gets it.
+    aborted: AtomicBool,
 }
 
 impl AsFd for Conn {
@@ -304,7 +307,16 @@ impl Conn {
         Self::bound_to(place, address, None)
     }
 
-    /// Connects from the local address `source`.
+    const fn of(fd: OwnedFd, family: Family, aborted: bool) -> Self {
+        Self { fd, family, patience: PATIENCE, aborted: AtomicBool::new(aborted) }
+    }
+
+    /// The abort that connecting has seen, once, as the kernel tells of it once.
+    fn check_aborted(&self) -> nix::Result<()> {
+        if self.aborted.swap(false, Relaxed) { Err(Errno::ECONNRESET) } else { Ok(()) }
+    }
+
+    /// Connects from the local address `source`. One that is accepted and aborted at once is connected: its first use fails.
     pub fn bound_to(place: &dyn Place, address: &Address, source: Option<IpAddr>) -> Result<Self> {
         let family = address.family();
         let fd = place.socket(family)?;
@@ -312,14 +324,17 @@ impl Conn {
             Address::Tcp(SocketAddr::new(source, 0)).bind(fd.as_fd())?;
         }
         let deadline = Instant::now() + PATIENCE;
+        let mut aborted = false;
         loop {
             match address.connect(fd.as_fd()) {
                 Ok(()) => break,
                 Err(Errno::EINPROGRESS) => {
                     let ready = wait_for(fd.as_fd(), PollFlags::POLLOUT, remaining(deadline))?;
                     ensure!(!ready.is_empty(), "connecting to {address} took too long");
-                    let error = socket::getsockopt(&fd, sockopt::SocketError)?;
-                    ensure!(error == 0, "connecting to {address}: {}", Errno::from_raw(error));
+                    let error = Errno::from_raw(socket::getsockopt(&fd, sockopt::SocketError)?);
+                    // A refusal is ECONNREFUSED, so this one came after the handshake.
+                    aborted = error == Errno::ECONNRESET;
+                    ensure!(aborted || error as i32 == 0, "connecting to {address}: {error}");
                     break;
                 }
                 // A non-blocking unix socket finds the backlog full: there is nothing to poll for, so try again.
@@ -330,7 +345,7 @@ impl Conn {
         if family.is_tcp() {
             socket::setsockopt(&fd, sockopt::TcpNoDelay, &true)?;
         }
-        Ok(Self { fd, family, patience: PATIENCE })
+        Ok(Self::of(fd, family, aborted))
     }
 
     /// Lets every wait of this connection take `patience` at most.
@@ -358,6 +373,7 @@ impl Conn {
 
     /// Some bytes; 0 at the end of the stream.
     pub fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.check_aborted()?;
         let deadline = Instant::now() + self.patience;
         loop {
             match socket::recv(self.fd.as_raw_fd(), buffer, MsgFlags::empty()) {
@@ -391,6 +407,7 @@ impl Conn {
 
     /// As much of `bytes` as fits within the wait `within`; `None` when not one byte did.
     pub fn send_within(&self, bytes: &[u8], within: Duration) -> io::Result<Option<usize>> {
+        self.check_aborted()?;
         let deadline = Instant::now() + within;
         loop {
             match socket::send(self.fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
@@ -555,4 +572,29 @@ impl Conn {
 #[must_use]
 pub fn is_abort(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The abort may come before connect(2) is through, or after: the one that has connected sees it either way, once.
+    #[test]
+    fn an_abort_at_once_is_seen_by_the_first_use() -> Result<()> {
+        let listener = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
+        let address = listener.address().clone();
+        std::thread::scope(|scope| {
+            let aborting = scope.spawn(|| (0..500).try_for_each(|_| listener.accept()?.abort()));
+            for round in 0..500 {
+                let conn = Conn::new(&Here, &address).with_context(|| format!("round {round}"))?;
+                conn.expect_abort().with_context(|| format!("round {round}"))?;
+                ensure!(conn.recv(&mut [0])? == 0, "the abort was told twice");
+            }
+            aborting.join().expect("it does not panic")
+        })?;
+        // What nobody listens at is still refused.
+        drop(listener);
+        ensure!(Conn::new(&Here, &address).is_err(), "somebody listens");
+        Ok(())
+    }
 }

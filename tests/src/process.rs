@@ -31,6 +31,15 @@ pub fn pipe_ends(pid: i32) -> Result<usize> {
     Ok(descriptors(pid)?.iter().filter(|(_, what)| what.starts_with("pipe:")).count())
 }
 
+/// Of how many pipes both ends are among `descriptors`: a process's own, unlike those that it was given.
+#[must_use]
+pub fn own_pipes(descriptors: &[Descriptor]) -> usize {
+    let mut ends: Vec<&str> = descriptors.iter().map(|(_, what)| what.as_str()).collect();
+    ends.retain(|what| what.starts_with("pipe:"));
+    ends.sort_unstable();
+    ends.chunk_by(|one, other| one == other).filter(|ends| ends.len() > 1).count()
+}
+
 /// The sockets of `pid`, as descriptors of our own that lead to the same sockets.
 pub fn sockets(pid: i32) -> Result<Vec<OwnedFd>> {
     let pidfd = sys::pidfd_open(pid)?;

@@ -90,7 +90,7 @@ pub fn leave_nothing(count: usize) -> Result<()> {
                 return Ok(());
             }
             one(&front, nth).with_context(|| format!("connection {nth}"))?;
-            if nth % FORGET == 0 {
+            if nth.is_multiple_of(FORGET) {
                 forwarder.log().forget();
             }
         }
@@ -142,7 +142,7 @@ fn at_rest(forwarder: &Forwarder, programs: &Programs) -> Result<()> {
 /// One connection, of the kind that its number says.
 fn one(front: &Listener, nth: usize) -> Result<()> {
     let client = Conn::new(&Here, front.address())?;
-    let messages = if nth % 4 == 0 { 5 } else { 1 };
+    let messages = if nth.is_multiple_of(4) { 5 } else { 1 };
     let mut echoed = [0; 16];
     for message in 0..messages {
         let text = format!("{nth:10}{message:6}");

@@ -212,6 +212,67 @@ fn options_that_are_wrong_or_contradict_each_other() -> Result<()> {
     refused(Setup::bare(), USAGE, &[]).map(drop)
 }
 
+/// The options of `bro SUBCOMMAND`, and whether each takes a value, as its help has them.
+fn options_of(subcommand: &str) -> Result<Vec<(String, bool)>> {
+    let output =
+        std::process::Command::new(bro_tests::bro::binary()).args([subcommand, "--help"]).output()?;
+    let help = String::from_utf8(output.stdout)?;
+    let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
+    let options = lines.filter_map(|line| {
+        let (_, option) = line.split_once("--")?;
+        let name: String = option.chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();
+        let value = option[name.len()..].trim_start().starts_with(['<', '[', '=']);
+        Some((format!("--{name}"), value))
+    });
+    Ok(options.collect())
+}
+
+/// Of every option of every subcommand: without its value, with an empty one, and with one where it takes none.
+#[test]
+fn every_option_without_a_value_or_with_one_too_many() -> Result<()> {
+    let mut tried = 0;
+    for subcommand in ["forward", "activate", "wake", "sleep", "status", "doctor"] {
+        for (option, takes_value) in options_of(subcommand)? {
+            let empty = format!("{option}=");
+            let wrong = [&[&*option][..], &[&*empty]];
+            // `--direct` may stand alone.
+            let wrong = match (takes_value, &*option) {
+                (true, "--direct") => &wrong[1..2],
+                (true, _) => &wrong[..2],
+                (false, _) => &wrong[1..2],
+            };
+            for words in wrong {
+                let name =
+                    ["forward", "status"].iter().all(|own| *own != subcommand).then_some("some-service");
+                let setup = Setup::bare().arg(subcommand).args(name).args(words.iter().copied());
+                refused(setup, USAGE, &[&option]).with_context(|| format!("{subcommand} {words:?}"))?;
+                tried += 1;
+            }
+        }
+    }
+    ensure!(tried > 90, "only {tried} were tried");
+    Ok(())
+}
+
+#[test]
+fn names_that_cannot_be_any() -> Result<()> {
+    let front = listener()?;
+    for words in [
+        "--unit=web",
+        "--unit=.service",
+        "--unit=a/b.service",
+        "--unit=a b.service",
+        "--container=a/b",
+        "--container=-x",
+        "--container=a b",
+    ] {
+        let option = words.split('=').next().unwrap_or_default();
+        let setup = Setup::new().socket(&front).arg(words).arg("127.0.0.1:80");
+        refused(setup, USAGE, &[option]).context(words)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_health_check_needs_a_container() -> Result<()> {
     refused(

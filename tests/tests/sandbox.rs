@@ -33,7 +33,14 @@ fn the_relay_process_holds_no_rights() -> Result<()> {
     }
     ensure!(forwarder.relay() != forwarder.pid(), "there is no relay process");
     for (number, what) in process::descriptors(forwarder.relay())? {
-        let harmless = ["socket:", "pipe:", "anon_inode:[eventpoll]", "anon_inode:bpf-map", "/dev/null"];
+        let harmless = [
+            "socket:",
+            "pipe:",
+            "anon_inode:[eventpoll]",
+            "anon_inode:bpf-map",
+            "anon_inode:bpf-prog",
+            "/dev/null",
+        ];
         ensure!(
             number <= 2 || harmless.iter().any(|kind| what.starts_with(kind)),
             "the relay process holds {number}: {what}"

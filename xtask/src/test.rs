@@ -129,7 +129,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     let chosen = all.iter().filter(|tier| match args.tiers.as_slice() {
-        [] => !(args.quick && tier.is_slow()) && !BY_NAME.contains(&tier.name()),
+        [] => !(BY_NAME.contains(&tier.name()) || args.quick && tier.is_slow()),
         named => named.iter().any(|name| name == tier.name()),
     });
 

@@ -64,14 +64,15 @@ pub fn request(skb: *mut __sk_buff) -> i32 {
 #[inline(always)]
 fn find(skb: *mut __sk_buff, flow: &Flow) -> *mut c_void {
     let (from_port, to_port) = (flow.remote_port.to_be(), flow.local_port.to_be());
-    // SAFETY (both): the tuple is plain bytes of the size given.
     let sk = if let (Some(from), Some(to)) = (Flow::v4(flow.remote), Flow::v4(flow.local)) {
         let mut tuple = Tuple4 { from, to, from_port, to_port };
         let at = core::ptr::from_mut(&mut tuple).cast();
+        // SAFETY: the context is the kernel's own, the tuple is plain bytes of the size given.
         unsafe { bpf_sk_lookup_tcp(skb.cast(), at, size_of::<Tuple4>() as u32, CURRENT_NETNS, 0) }
     } else {
         let mut tuple = Tuple6 { from: flow.remote, to: flow.local, from_port, to_port };
         let at = core::ptr::from_mut(&mut tuple).cast();
+        // SAFETY: the context is the kernel's own, the tuple is plain bytes of the size given.
         unsafe { bpf_sk_lookup_tcp(skb.cast(), at, size_of::<Tuple6>() as u32, CURRENT_NETNS, 0) }
     };
     sk.cast()

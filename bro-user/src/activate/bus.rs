@@ -61,6 +61,12 @@ trait Unit {
     fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
 }
 
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
+trait Service {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn result(&self) -> zbus::Result<String>;
+}
+
 /// What a service manager knows of a unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Known {
@@ -155,6 +161,16 @@ impl Bus {
     pub async fn last_try(&self, unit: &str) -> anyhow::Result<Duration> {
         let microseconds = self.unit(unit).await?.inactive_exit_timestamp_monotonic().await?;
         Ok(Duration::from_micros(microseconds))
+    }
+
+    /// How the last run of a .service ended: success, exit-code, protocol, …
+    ///
+    /// # Errors
+    /// When the bus fails, or the unit is no service.
+    pub async fn result(&self, unit: &str) -> anyhow::Result<String> {
+        let path = self.systemd.load_unit(unit).await?;
+        let service = ServiceProxy::builder(self.systemd.inner().connection()).path(path).build().await?;
+        Ok(service.result().await?)
     }
 
     async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {

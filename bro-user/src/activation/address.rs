@@ -154,6 +154,25 @@ pub(crate) fn service_name(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// A container's name, by Podman's own rule.
+pub(crate) fn container(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+    if text.chars().all(fits) && text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("“{}” cannot be a container's name", text.escape_debug()))
+}
+
+/// A unit's name with its suffix, as systemd allows it (systemd.unit(5)).
+pub(crate) fn unit(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
+    let named = text.rsplit_once('.').is_some_and(|(name, suffix)| !name.is_empty() && !suffix.is_empty());
+    if named && text.len() < 256 && text.chars().all(fits) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("“{}” is not the name of a unit, such as web.service", text.escape_debug()))
+}
+
 /// A network interface's name, as the kernel allows it (dev_valid_name).
 pub(crate) fn device(text: &str) -> Result<String, String> {
     let bad = |c: char| c.is_whitespace() || c.is_control() || "/:%\"'\\".contains(c);

@@ -69,7 +69,7 @@ pub(super) fn wanted(
     let nginx = direct && takes_nginx_way(options, quadlet, known);
     let container = match (direct, &options.container, known) {
         (true, _, _) => None,
-        (false, Some(given), _) => Some(container_name(given)?),
+        (false, Some(given), _) => Some(given.clone()),
         (false, None, Some(known)) if known.container_given => known.container.clone(),
         (false, None, _) if network == Network::Host => None,
         (false, None, _) => match &quadlet.container {
@@ -140,15 +140,6 @@ fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool>
         ))),
         (direct, _) => Ok(direct),
     }
-}
-
-/// Podman's own rule for names.
-fn container_name(text: &str) -> anyhow::Result<String> {
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
-    if text.chars().all(fits) && text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-        return Ok(text.to_owned());
-    }
-    Err(usage(format!("“{}” cannot be a container's name", text.escape_debug())))
 }
 
 /// What the command line says of the options that are handed on.

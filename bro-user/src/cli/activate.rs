@@ -68,11 +68,11 @@ pub struct Activate {
     ///
     /// Needed only for a service that does not listen on 127.0.0.1 of its container: the target is then the container's
     /// address on that network (IP= of the quadlet).
-    #[arg(long, value_name = "NETWORK", conflicts_with = "direct")]
+    #[arg(long, value_name = "NETWORK", conflicts_with = "direct", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub network: Option<String>,
 
     /// The container whose network namespace the service is in (default: the quadlet's own; needed for a .kube)
-    #[arg(long, value_name = "CONTAINER", conflicts_with = "direct")]
+    #[arg(long, value_name = "CONTAINER", conflicts_with = "direct", value_parser = crate::activation::address::container)]
     pub container: Option<String>,
 
     /// Listen on this network interface only (BindToDevice=)

@@ -34,7 +34,7 @@ pub struct Idle {
     /// Asked when the idle time has passed, and again every 10 s (or idle time, if that is shorter) until it says no; each try
     /// is ended after 10 s. A try that takes too long, or whose command cannot be run (exit status 126 or 127), counts as busy
     /// and is warned of: no job is cut off because of a broken question.
-    #[arg(long, value_name = "COMMAND")]
+    #[arg(long, value_name = "COMMAND", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub busy_exec: Option<String>,
 }
 

@@ -88,6 +88,9 @@ pub(super) fn linger() -> Check {
     }
 }
 
+/// What lets rootless Podman make user namespaces under AppArmor's limit: a profile of its own, or its runtime's.
+const PROFILES: [&str; 3] = ["/etc/apparmor.d/podman", "/etc/apparmor.d/crun", "/etc/apparmor.d/runc"];
+
 pub(super) fn namespaces() -> Check {
     const NAME: &str = "namespaces";
     if nix::unistd::geteuid().is_root() {
@@ -102,11 +105,21 @@ pub(super) fn namespaces() -> Check {
     }
     let read = |path: &str| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     if read("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").as_deref() == Some("1") {
-        return Check::less(
-            NAME,
-            "AppArmor restricts user namespaces to programs it knows",
-            "rootless podman's profile allows its own; else `sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`",
-        );
+        // bro makes no user namespace, it joins the container's; but Podman has to make that.
+        return match PROFILES.into_iter().find(|profile| Path::new(profile).exists()) {
+            Some(profile) => Check::ok(
+                NAME,
+                format!(
+                    "AppArmor restricts user namespaces to programs it knows; it has a profile at {profile}"
+                ),
+            ),
+            None => Check::less(
+                NAME,
+                "AppArmor restricts user namespaces to programs it knows, and has no profile for rootless Podman",
+                "install the profile of your distribution (`sudo apt install apparmor`), or \
+                 `sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`",
+            ),
+        };
     }
     match read("/proc/sys/user/max_user_namespaces").and_then(|most| most.parse::<u64>().ok()) {
         Some(0) => {
@@ -116,21 +129,33 @@ pub(super) fn namespaces() -> Check {
     }
 }
 
-/// Where SELinux enforces its policy, what a system unit runs and what a container shares need the right labels.
+/// Where SELinux enforces its policy, what a system unit runs and what a container shares need the right labels. Nothing but the
+/// label of the program itself is looked at.
 pub(super) fn selinux() -> Check {
     const NAME: &str = "selinux";
     if !std::fs::read_to_string("/sys/fs/selinux/enforce").is_ok_and(|enforce| enforce.trim() == "1") {
         return Check::ok(NAME, "not enforcing");
     }
-    match std::env::current_exe() {
-        Ok(program) if program.starts_with("/home") || program.starts_with("/root") => Check::less(
+    let program = std::env::current_exe().unwrap_or_default();
+    let kind = crate::sys::selinux_type(&program);
+    // Of the usual policies: files of users, root's home and temporary ones are not for system units. A user's units may run them.
+    let theirs = |kind: &str| kind.ends_with("_home_t") || kind.ends_with("_tmp_t") || kind == "default_t";
+    match kind.as_deref() {
+        Some(kind) if theirs(kind) && nix::unistd::geteuid().is_root() => Check::less(
             NAME,
-            format!("enforcing, and system units may not run {}", program.display()),
-            "install bro as /usr/local/bin/bro and run `restorecon /usr/local/bin/bro`",
+            format!(
+                "enforcing, and {} is labelled {kind}, which system units may not run",
+                program.display()
+            ),
+            "install bro as /usr/local/bin/bro and run `sudo restorecon /usr/local/bin/bro`",
         ),
-        _ => Check::ok(
+        kind => Check::ok(
             NAME,
-            "enforcing; what a container shares with the host (Volume=) needs its label: append :z",
+            format!(
+                "enforcing; this program is labelled {}, no other label was looked at: what a container shares with the host \
+                 (Volume=) needs :z, and `sudo ausearch --message avc --start recent` shows what was refused",
+                kind.unwrap_or("nothing")
+            ),
         ),
     }
 }

@@ -256,6 +256,8 @@ async fn versions(known: &Activated) -> Check {
     let needed = FEATURES.iter().filter(|feature| {
         (feature.name.contains("drop-ins") && !known.others.is_empty())
             || (feature.name.contains("--direct") && known.direct)
+            || (feature.name.contains("NAME@") && known.name.contains('@'))
+            || (feature.name.contains(".pod") && known.quadlet.extension().is_some_and(|kind| kind == "pod"))
             || feature.name.contains("activate")
             || (feature.name == "forwarding" && !known.direct)
     });

@@ -128,6 +128,22 @@ impl Engine {
         true
     }
 
+    /// No new connection is going to have a lane: another forwarder may hook what is to come.
+    pub(super) fn unwatch_all(&mut self) {
+        let Some(lanes) = &mut self.lanes else { return };
+        for (_, (netns, ports)) in lanes.watched.drain() {
+            for port in ports {
+                lanes.kernel.unwatch(netns, port);
+            }
+        }
+        let Some(netns) = lanes.clients else { return };
+        for (listener, _) in &self.listeners {
+            if let Some(address) = tcp(getsockname(listener.socket.as_raw_fd())) {
+                lanes.kernel.unwatch(netns, address.port());
+            }
+        }
+    }
+
     /// Opens the lanes of a connection that has just been made to `target`, its TCP address.
     pub(super) fn open_lanes(&mut self, index: usize, target: Option<SocketAddr>) {
         let Some(lanes) = &mut self.lanes else { return };

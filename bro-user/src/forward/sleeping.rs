@@ -31,7 +31,7 @@ impl Control<'_> {
     /// When to leave for want of clients, or to look again whether there are any.
     pub(super) fn idle_deadline(&self) -> Option<Instant> {
         let limit = self.options.idle.exit_idle_time.finite().filter(|_| self.phase == Phase::Serving)?;
-        if self.busy.asking || !self.wakers.is_empty() {
+        if self.busy.asking || !self.wakers.is_empty() || self.replacing.stands_in_the_way() {
             return None;
         }
         let awake = self.awake_since.map(|(since, _)| since + self.options.idle.min_uptime.or_forever());

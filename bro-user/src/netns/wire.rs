@@ -16,7 +16,7 @@ use crate::sys;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
     /// Join the network namespace that comes along as the first descriptor; the second, if any, is the root directory for
-    /// [`Request::Connect`].
+    /// [`Address::Inside`].
     Join,
     /// Make unconnected sockets.
     Sockets {
@@ -200,8 +200,8 @@ mod tests {
     proptest! {
         #[test]
         fn decodes_what_it_encodes(domain: i32, kind: i32, protocol: i32, count: u8, path in "/\\PC{0,60}",
-                                   address: SocketAddr, name: Vec<u8>) {
-            let addresses = vec![Address::Tcp(address), Address::Unix(path.clone().into()),
+                                   ip: std::net::IpAddr, port: u16, name: Vec<u8>) {
+            let addresses = vec![Address::Tcp(SocketAddr::new(ip, port)), Address::Unix(path.clone().into()),
                                  Address::Abstract(name), Address::Inside(path.clone().into())];
             let destinations = Destinations { addresses, file: Some(path.into()) };
             for request in [Request::Join, Request::Channel(destinations), Request::Dial(count), Request::Supply(count, 16),

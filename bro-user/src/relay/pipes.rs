@@ -19,7 +19,7 @@ const LARGE: usize = 16;
 const USABLE: i32 = 64 * 1024;
 
 /// Empty pipes kept for the next bytes.
-const KEPT: usize = 4;
+pub const KEPT: usize = 4;
 
 /// After a refusal, how long nobody asks the kernel again.
 const PAUSE: Duration = Duration::from_secs(1);

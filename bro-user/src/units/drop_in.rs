@@ -49,7 +49,9 @@ impl DropIn {
         if !self.sockets.is_empty() {
             let sockets = self.sockets.join(" ");
             sections.push(format!(
-                "# Also when somebody starts it by hand it gets its sockets.\n[Unit]\nRequires={sockets}\nAfter={sockets}\n"
+                "# Also when somebody starts it by hand it gets its sockets.\n[Unit]\nRequires={sockets}\nAfter={sockets}\n\
+                 # Its clients start it, however often: at this limit systemd would stop listening for good.\n\
+                 StartLimitIntervalSec=0\n"
             ));
         }
         if self.nginx {

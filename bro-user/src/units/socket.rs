@@ -22,11 +22,12 @@ pub(super) fn text(activated: &Activated, listener: &Listener, root: Option<&Pat
     if let Some(device) = &listener.device {
         writeln!(text, "BindToDevice={device}").ok();
     }
-    // With --direct systemd's own limits stay: nobody is there to tell the clients of a container that keeps failing.
-    if !activated.direct {
-        text.push_str(
-            "# However often clients come: no limit is to end the listening.\nTriggerLimitIntervalSec=0\n",
-        );
+    text.push_str(
+        "# However often clients come: no limit is to end the listening.\nTriggerLimitIntervalSec=0\n",
+    );
+    if activated.direct {
+        // Else systemd would start the service for them again and again, at once, and never tell them.
+        text.push_str("# Whom a service that has ended did not accept is told so: the connection is closed.\nFlushPending=yes\n");
     }
     text.push_str("\n[Install]\nWantedBy=sockets.target\n\n");
     writeln!(text, "[{SECTION}]\nName={}\nExternal={}", activated.name, listener.address).ok();

@@ -105,6 +105,28 @@ fn every_bad_input_is_one_sentence_and_changes_nothing() -> Result<()> {
     Ok(())
 }
 
+/// None of the options that take a value is without a case.
+#[test]
+fn every_option_has_its_bad_input() -> Result<()> {
+    let help = said(Command::new(bro_tests::bro::binary()).args(["activate", "--help"]))?.stdout;
+    let mut looked_at = 0;
+    for line in help.lines().map(str::trim_start).filter(|line| line.starts_with("--")) {
+        let (name, rest) = line.split_once([' ', '[']).unwrap_or((line, ""));
+        if rest.starts_with(['<', '=']) {
+            let tried = |word: &str| word == name || word.starts_with(&format!("{name}="));
+            let has = CASES.iter().any(|(words, ..)| words.iter().any(|word| tried(word)));
+            ensure!(has || name == "--root", "no bad input is tried for {name}");
+            looked_at += 1;
+        }
+    }
+    ensure!(looked_at > 15, "only {looked_at} options take a value:\n{help}");
+    // Every case has a good one of these.
+    let answer =
+        said(Command::new(bro_tests::bro::binary()).args(["activate", "web", "--root", "relative"]))?;
+    ensure!(answer.code == 2 && answer.stderr.contains("not an absolute path"), "{answer:?}");
+    Ok(())
+}
+
 #[test]
 fn somebody_elses_files_are_not_touched() -> Result<()> {
     for theirs in [

@@ -176,6 +176,38 @@ pub fn pods_and_templates(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// A .kube: the forwarder wakes and stops the whole of it, and looks for the service in the container that it was told.
+pub fn kubernetes(host: &Host, manager: Manager) -> Result<()> {
+    let yaml = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: crate\nspec:\n  containers:\n  - name: echo\n    \
+                image: localhost/busybox\n    imagePullPolicy: Never\n    \
+                command: [/bin/sh, -c, \"sleep 0.2; exec nc -ll -p 7 -e /bin/cat\"]\n  terminationGracePeriodSeconds: 0\n";
+    host.write(&manager.quadlet_path("crate.yaml"), yaml)?;
+    manager.quadlet(host, "crate.kube", "[Kube]\nYaml=crate.yaml\nNetwork=none\n")?;
+    let before = tree(host, manager)?;
+    let port = host.free_port()?;
+    let words = format!(
+        "crate --container crate-echo --external-port 127.0.0.1:{port} --internal-port {INNER} --exit-idle-time 1s"
+    );
+    let ran = activate(host, manager, &words)?;
+    ensure!(ran.success(), "{ran:?}");
+    let show = |unit: &str| manager.show(host, unit, "ActiveState");
+    let said = || format!("{}\n{}", logs(host, manager, "crate-activator"), logs(host, manager, "crate"));
+    for _ in 0..2 {
+        ensure!(show("crate.service")? == "inactive" && show("crate-activator.service")? == "inactive");
+        let answer = ask(host.connect(port)?, b"in a crate").with_context(said)?;
+        ensure!(answer == b"in a crate", "{answer:?}\n{}", said());
+        ensure!(show("crate.service")? == "active", "{}", said());
+        manager.wait_for(host, "crate-activator.service", "ActiveState", "inactive", PATIENCE)?;
+        manager.wait_for(host, "crate.service", "ActiveState", "inactive", PATIENCE)?;
+        let left = manager.run(host, &["podman", "pod", "ps", "--quiet", "--filter", "name=crate"])?;
+        ensure!(left.is_empty(), "the pod is still there: {left}");
+        ensure!(show("crate-activator.socket")? == "active", "the socket went along");
+    }
+    ensure!(activate(host, manager, "crate --remove")?.success());
+    ensure!(tree(host, manager)? == before, "--remove left, or took, something");
+    Ok(())
+}
+
 fn logs(host: &Host, manager: Manager, unit: &str) -> String {
     manager.journal(host, &format!("{unit}.service")).unwrap_or_default()
 }

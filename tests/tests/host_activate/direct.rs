@@ -1,8 +1,9 @@
 //! `--direct`: programs that take an activated socket over themselves, with nothing in between and with `Network=none`.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::site::{PATIENCE, Plan, ask, folder};
@@ -88,4 +89,116 @@ pub fn echo_over_unix(host: &Host, manager: Manager) -> Result<()> {
         client.read_to_end(&mut answer)?;
         Ok(answer)
     })
+}
+
+/// A container that dies whenever it is started: more clients than any of systemd's limits allows are told at once, one start
+/// each, the socket goes on listening, and the first client after it is well is served.
+pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
+    const CLIENTS: usize = 25;
+    let data = folder(host, manager, "falls")?;
+    let script = "test -e /data/well || exit 3; exec socat ACCEPT-FD:3,fork EXEC:cat";
+    let plan = Plan::new(
+        &format!(
+            "Image=docker.io/alpine/socat\nEntrypoint=/bin/sh\nExec=-c \"{script}\"\nStopSignal=SIGKILL\nVolume={data}:/data"
+        ),
+        "",
+        "",
+    );
+    plan.write_quadlet(host, manager, "falls")?;
+    let port = host.free_port()?;
+    let ran = activate(host, manager, &format!("falls --direct --external-port 127.0.0.1:{port}"))?;
+    ensure!(ran.success(), "{ran:?}");
+    let listens = || -> Result<()> {
+        let state = manager.show(host, "falls.socket", "ActiveState")?;
+        ensure!(state == "active", "the socket is {state}: {}", manager.journal(host, "falls.socket")?);
+        Ok(())
+    };
+    for client in 1..=CLIENTS {
+        let mut stream = host.connect(port).with_context(|| format!("client {client}"))?;
+        let began = Instant::now();
+        stream.write_all(b"anybody there?").ok();
+        match stream.read(&mut [0; 1]) {
+            Ok(0) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            other => {
+                anyhow::bail!("client {client} saw {other:?}: {}", manager.journal(host, "falls.service")?)
+            }
+        }
+        ensure!(
+            began.elapsed() < Duration::from_secs(10),
+            "client {client} was told after {:?}",
+            began.elapsed()
+        );
+        listens()?;
+    }
+    // Nobody waits, so nothing is started any more.
+    let starts = || -> Result<usize> {
+        let journal = manager.journal(host, "falls.service")?;
+        Ok(journal.lines().filter(|line| line.starts_with("Starting ")).count())
+    };
+    host.wait_until("the last start is over", PATIENCE, || {
+        Ok(matches!(manager.show(host, "falls.service", "ActiveState")?.as_str(), "failed" | "inactive"))
+    })?;
+    let after = starts()?;
+    ensure!((1..=CLIENTS).contains(&after), "{after} starts for {CLIENTS} clients");
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(starts()? == after, "it is started although nobody is there");
+
+    host.write(&format!("{data}/well"), "")?;
+    let answer = ask(host.connect(port)?, b"hello");
+    let answer = answer.with_context(|| manager.journal(host, "falls.service").unwrap_or_default())?;
+    ensure!(answer == b"hello", "{answer:?}");
+    listens()?;
+    ensure!(activate(host, manager, "falls --remove")?.success());
+    manager.systemctl(host, &["stop", "falls.service"])?;
+    Ok(())
+}
+
+/// While the service is restarted, whoever comes waits and is served by its next run; while it is stopped, he is told, and it
+/// stays stopped until the next one comes.
+pub fn client_while_restarting(host: &Host, manager: Manager) -> Result<()> {
+    let data = folder(host, manager, "anew")?;
+    // It takes its time after the end of what listens.
+    let script =
+        "socat ACCEPT-FD:3,fork EXEC:cat & listening=$!; trap 'kill $listening; sleep 2; exit 0' TERM; wait";
+    host.write(&format!("{data}/run"), script)?;
+    let plan = Plan::new(
+        &format!(
+            "Image=docker.io/alpine/socat\nEntrypoint=/bin/sh\nExec=/data/run\nStopTimeout=20\nVolume={data}:/data"
+        ),
+        "",
+        "",
+    );
+    plan.write_quadlet(host, manager, "anew")?;
+    let port = host.free_port()?;
+    let ran = activate(host, manager, &format!("anew --direct --external-port 127.0.0.1:{port}"))?;
+    ensure!(ran.success(), "{ran:?}");
+    let journal = || manager.journal(host, "anew.service").unwrap_or_default();
+    let late = |verb: &str| -> Result<std::net::TcpStream> {
+        let answer = ask(host.connect(port)?, b"early").with_context(journal)?;
+        ensure!(answer == b"early", "{answer:?}");
+        manager.systemctl(host, &["--no-block", verb, "anew.service"])?;
+        manager.wait_for(host, "anew.service", "ActiveState", "deactivating", PATIENCE)?;
+        // Only when the old one has let go of it does a client come to nobody.
+        host.wait_until("nothing listens in the container", PATIENCE, || {
+            Ok(!manager.try_run(host, &["podman", "exec", "systemd-anew", "pidof", "socat"])?.success())
+        })?;
+        host.connect(port)
+    };
+    let answer = ask(late("restart")?, b"late").with_context(journal)?;
+    ensure!(answer == b"late", "{answer:?}: {}", journal());
+
+    let mut turned_away = late("stop")?;
+    turned_away.write_all(b"late").ok();
+    match turned_away.read(&mut [0; 1]) {
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+        other => anyhow::bail!("while it was stopped a client saw {other:?}: {}", journal()),
+    }
+    let state = manager.show(host, "anew.service", "ActiveState")?;
+    ensure!(state == "inactive", "it was stopped, and is {state}: {}", journal());
+    let answer = ask(host.connect(port)?, b"next").with_context(journal)?;
+    ensure!(answer == b"next", "{answer:?}");
+    ensure!(activate(host, manager, "anew --remove")?.success());
+    manager.systemctl(host, &["stop", "anew.service"])?;
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::site::{Plan, Site};
 use bro_tests::host::{Host, Manager};
+use serde_json::Value;
 
 use crate::activated::activate;
 
@@ -64,5 +65,45 @@ pub fn status_and_doctor(host: &Host, manager: Manager) -> Result<()> {
     let unknown = manager.try_run(host, &["bro", "doctor", "nosuch"])?;
     ensure!(unknown.code == 4 && unknown.stderr.lines().count() == 1, "{unknown:?}");
     ensure!(activate(host, manager, "patient --remove")?.success());
+    Ok(())
+}
+
+/// What neither this kernel nor this Debian has is shown to it: files that say that AppArmor and SELinux are at work.
+pub fn security_modules(host: &Host) -> Result<()> {
+    // In a mount namespace of its own: these folders are nobody else's.
+    let shown = |script: &str, check: &str| -> Result<(String, String)> {
+        let script = format!(
+            "release=$(uname -r); mount -t tmpfs shown /proc/sys/kernel; echo $release >/proc/sys/kernel/osrelease\n{script}"
+        );
+        let ran = host.try_run(&["unshare", "--mount", "sh", "-euc", &script])?;
+        let checks: Vec<Value> = serde_json::from_str(&ran.stdout).with_context(|| format!("{ran:?}"))?;
+        let found = checks.iter().find(|found| found["name"] == check).context("no such check")?;
+        Ok((found["outcome"].as_str().unwrap_or_default().into(), found.to_string()))
+    };
+    let user = "HOME=/home/test setpriv --reuid test --regid test --init-groups /usr/local/bin/bro doctor --json || :";
+    let limit = "echo 1 >/proc/sys/kernel/apparmor_restrict_unprivileged_userns; mkdir -p /etc/apparmor.d; \
+                 mount -t tmpfs shown /etc/apparmor.d\n";
+
+    let (outcome, said) = shown(user, "namespaces")?;
+    ensure!(outcome == "ok" && !said.contains("AppArmor"), "{said}");
+    let (outcome, said) = shown(&format!("{limit}{user}"), "namespaces")?;
+    ensure!(outcome == "less" && said.contains("apparmor_restrict_unprivileged_userns=0"), "{said}");
+    let (outcome, said) = shown(&format!("{limit}touch /etc/apparmor.d/crun\n{user}"), "namespaces")?;
+    ensure!(outcome == "ok" && said.contains("/etc/apparmor.d/crun"), "{said}");
+
+    let enforcing = "mount -t tmpfs shown /sys/fs; mkdir /sys/fs/selinux; echo 1 >/sys/fs/selinux/enforce\n";
+    let labelled = |label: &str| {
+        format!(
+            "{enforcing}mkdir /run/labelled; mount -t tmpfs shown /run/labelled; cp /usr/local/bin/bro /run/labelled/bro\n\
+             python3 -c 'import os; os.setxattr(\"/run/labelled/bro\", \"security.selinux\", b\"u:object_r:{label}:s0\\0\")'\n\
+             /run/labelled/bro doctor --json || :\numount /run/labelled; rmdir /run/labelled"
+        )
+    };
+    let (outcome, said) = shown("bro doctor --json || :", "selinux")?;
+    ensure!(outcome == "ok" && said.contains("not enforcing"), "{said}");
+    let (outcome, said) = shown(&labelled("admin_home_t"), "selinux")?;
+    ensure!(outcome == "less" && said.contains("admin_home_t") && said.contains("restorecon"), "{said}");
+    let (outcome, said) = shown(&labelled("bin_t"), "selinux")?;
+    ensure!(outcome == "ok" && said.contains("bin_t") && said.contains(":z"), "{said}");
     Ok(())
 }

@@ -150,6 +150,47 @@ pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// A unit that ends without having said that it is ready (Result=protocol, as when Podman's word for its container is lost) is
+/// started once more for its client, and not a third time.
+pub fn readiness_lost(host: &Host, manager: Manager) -> Result<()> {
+    let data = folder(host, manager, "lost")?;
+    let (port, inner) = (host.free_port()?, host.free_port()?);
+    let start = format!(
+        "echo started >>{data}/starts; test $(wc -l <{data}/starts) -ge $(cat {data}/good) || exit 0; \
+         systemd-notify --ready; exec busybox nc -ll -p {inner} -e /bin/cat"
+    );
+    let service = format!("[Service]\nType=notify\nNotifyAccess=all\nExecStart=/bin/sh -c '{start}'\n");
+    let forwarder = format!(
+        "[Service]\nType=notify\nRuntimeDirectory=bro/%N\nExecStart=/usr/local/bin/bro forward --unit lost.service \
+         --exit-idle-time 500ms 127.0.0.1:{inner}\n"
+    );
+    manager.unit(host, "lost.service", &service.replace("$", "$$"))?;
+    manager.unit(host, "lost-in.service", &forwarder)?;
+    manager.unit(host, "lost-in.socket", &format!("[Socket]\nListenStream=127.0.0.1:{port}\n"))?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    manager.systemctl(host, &["start", "lost-in.socket"])?;
+    let journal = || manager.journal(host, "lost-in.service").unwrap_or_default();
+    let retries = || journal().lines().filter(|line| line.contains("Result=protocol")).count();
+    let starts = || -> Result<usize> { Ok(host.run(&["cat", &format!("{data}/starts")])?.lines().count()) };
+
+    // The second start is a good one.
+    host.write(&format!("{data}/good"), "2")?;
+    let answer = ask(host.connect(port)?, b"found").with_context(journal)?;
+    ensure!(answer == b"found", "{answer:?}\n{}", journal());
+    ensure!(starts()? == 2 && retries() == 1, "{} starts: {}", starts()?, journal());
+    manager.wait_for(host, "lost-in.service", "ActiveState", "inactive", PATIENCE)?;
+    manager.wait_for(host, "lost.service", "ActiveState", "inactive", PATIENCE)?;
+
+    // None is: the client is told after two.
+    host.write(&format!("{data}/good"), "99")?;
+    let mut client = host.connect(port)?;
+    let seen = client.read(&mut [0; 1]);
+    ensure!(seen.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{}", journal());
+    ensure!(starts()? == 4 && retries() == 2, "{} starts: {}", starts()?, journal());
+    manager.systemctl(host, &["stop", "lost-in.socket", "lost-in.service", "lost.service"])?;
+    Ok(())
+}
+
 /// A new version of the container under a forwarder with a client: the next one sees the new version.
 pub fn updated(host: &Host, manager: Manager) -> Result<()> {
     let plan = |answer: &str| Plan::busybox(&format!("exec nc -ll -p 7 -e /bin/echo {answer}"), "");

@@ -22,6 +22,7 @@ const BOTH: &[Case] = &[
     ("a second port of the same container", activated::second_port),
     ("networks: a bridge of its own, the host's", activated::other_networks),
     ("pods and templates", activated::pods_and_templates),
+    ("a .kube", activated::kubernetes),
     ("systemd's own check of the units", activated::verified),
     ("ready when healthy", activated::healthy),
     ("bad input", refusals::bad_input),
@@ -30,6 +31,11 @@ const BOTH: &[Case] = &[
     ("nginx takes the socket over", direct::nginx),
     ("an echo service takes a TCP socket over", direct::echo_over_tcp),
     ("an echo service takes a unix socket over", direct::echo_over_unix),
+    ("a crash loop of one that takes its socket over", direct::crash_loop),
+    (
+        "a client while one that takes its socket over is restarted or stopped",
+        direct::client_while_restarting,
+    ),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
     ("status and doctor", doctor::status_and_doctor),
@@ -38,6 +44,7 @@ const BOTH: &[Case] = &[
     ("the socket is stopped while clients are held", faults::socket_stopped),
     ("a hundred clients in the first millisecond", faults::hundred_at_once),
     ("a crash loop", faults::crash_loop),
+    ("a start whose readiness was lost", faults::readiness_lost),
     ("the container is updated", faults::updated),
     ("a client while the container is being stopped", faults::client_while_stopping),
     ("two activators of one container", faults::two_activators),
@@ -51,6 +58,7 @@ const OTHERS: &[OtherCase] = &[
     ("the rootless network namespace itself", networks::rootless_namespace),
     ("one account's container wakes another's service", crossover::pasta),
     ("the disk is full", faults::disk_full),
+    ("what doctor says of AppArmor and SELinux", doctor::security_modules),
 ];
 
 #[test]

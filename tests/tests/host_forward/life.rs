@@ -91,10 +91,10 @@ pub fn killed(host: &Host, manager: Manager) -> Result<()> {
     ensure!(site.who()?.0 == run, "the container did not survive its forwarder");
     let successor = site.forwarder_show("MainPID")?;
     ensure!(successor != forwarder && successor != "0", "nobody forwards");
-    // The helper in the container's namespace ends with its forwarder.
+    // The relay process and the helper in the container's namespace end with their forwarder: three is what one has.
     let tasks = format!("/sys/fs/cgroup{}/cgroup.procs", site.forwarder_show("ControlGroup")?);
     host.wait_until("only the successor's own processes in the unit", PATIENCE, || {
-        Ok(host.run(&["cat", &tasks])?.lines().count() <= 2)
+        Ok(host.run(&["cat", &tasks])?.lines().count() <= 3)
     })?;
     site.await_exit()?;
     // The successor puts to sleep what its predecessor had woken.

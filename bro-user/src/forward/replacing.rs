@@ -1,0 +1,178 @@
+//! `systemctl reload`: a successor takes the listening sockets over, this process finishes its connections.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::Instant;
+
+use super::{Control, Phase};
+use crate::engine::handle::Plain;
+use crate::handover::{Ending, Predecessor, Program, Successor, Takeover};
+use crate::life;
+use crate::listen::Listener;
+
+/// As good as for ever: until its last connection has ended, or the unit is stopped.
+const NO_LIMIT: Duration = Duration::from_secs(u32::MAX as u64);
+
+/// What happens on the way.
+#[derive(Debug)]
+pub(super) enum News {
+    /// The successor is ready, or there is none.
+    Successor(anyhow::Result<Successor>),
+    /// This process has taken over from its predecessor.
+    TakenOver(Option<Takeover>),
+    /// The predecessor has ended.
+    PredecessorEnded,
+}
+
+/// Where replacing stands, with this process in either place.
+#[derive(Debug)]
+pub(super) struct Replacing<'a> {
+    /// What to start again.
+    pub(super) program: Option<Program>,
+    listeners: &'a [(Listener, usize)],
+    /// A successor is being started.
+    starting: bool,
+    /// A successor has taken over.
+    replaced: bool,
+    /// The predecessor still has connections: if this process ended, systemd would end it as well.
+    predecessor: bool,
+    news: (UnboundedSender<News>, UnboundedReceiver<News>),
+}
+
+impl<'a> Replacing<'a> {
+    pub(super) fn new(listeners: &'a [(Listener, usize)]) -> Self {
+        Self {
+            program: None,
+            listeners,
+            starting: false,
+            replaced: false,
+            predecessor: false,
+            news: unbounded_channel(),
+        }
+    }
+
+    pub(super) async fn news(&mut self) -> Option<News> {
+        self.news.1.recv().await
+    }
+
+    /// A successor speaks for the service.
+    pub(super) const fn is_replaced(&self) -> bool {
+        self.replaced
+    }
+
+    /// This process must not leave for want of clients now.
+    pub(super) const fn stands_in_the_way(&self) -> bool {
+        self.starting || self.predecessor
+    }
+}
+
+impl Control<'_> {
+    /// Starts a successor, in the background.
+    pub(super) fn begin_replacement(&mut self) {
+        let Some(program) = self.replacing.program.clone() else { return };
+        if self.phase != Phase::Serving || self.replacing.starting {
+            return tracing::info!("not reloading: this forwarder is leaving or being replaced already");
+        }
+        tracing::info!("reloading: starting a successor");
+        life::reloading();
+        let listeners: Vec<&Listener> = self
+            .replacing
+            .listeners
+            .iter()
+            .filter(|(listener, _)| !listener.is_own())
+            .map(|(listener, _)| listener)
+            .collect();
+        let started = if listeners.len() == self.replacing.listeners.len() {
+            program.start_successor(&listeners)
+        } else {
+            Err(anyhow::anyhow!("the sockets of --listen cannot be handed over; use a socket unit"))
+        };
+        let news = self.replacing.news.0.clone();
+        match started {
+            Ok(successor) => {
+                self.replacing.starting = true;
+                let waiting = async move { news.send(News::Successor(successor.ready().await)).ok() };
+                drop(tokio::spawn(waiting));
+            }
+            Err(error) => drop(news.send(News::Successor(Err(error)))),
+        }
+    }
+
+    /// Hears of a successor or predecessor.
+    pub(super) async fn replacement(&mut self, news: News) {
+        match news {
+            News::Successor(Ok(successor)) => self.hand_over(successor).await,
+            News::Successor(Err(error)) => {
+                tracing::error!("cannot reload, and goes on as before: {error:#}");
+                self.replacing.starting = false;
+                life::ready(&self.status());
+                // The successor may have put a socket of its own in this one's place. The old one takes its file along, so it goes first.
+                self.control = None;
+                self.control = crate::control::Server::start().ok();
+            }
+            News::TakenOver(takeover) => {
+                life::mute(false);
+                tracing::info!("has taken over from its predecessor");
+                life::ready(&self.status());
+                if takeover == Some(Takeover::Awake) {
+                    self.engine.send(Plain::Wake("reload".into()));
+                }
+            }
+            News::PredecessorEnded => {
+                self.replacing.predecessor = false;
+                self.woken_at = Instant::now();
+            }
+        }
+    }
+
+    async fn hand_over(&mut self, successor: Successor) {
+        self.replacing.starting = false;
+        // What the successor may stop when it is idle.
+        self.activator.remember_start().await;
+        let pid = successor.pid();
+        let takeover = if self.awake_since.is_some() { Takeover::Awake } else { Takeover::Asleep };
+        // Before the successor speaks: systemd listens to the main process alone.
+        life::succeeded_by(pid);
+        if let Err(error) = successor.take_over(takeover).await {
+            tracing::error!("the successor is gone; going on as before: {error:#}");
+            return life::succeeded_by(std::process::id());
+        }
+        life::mute(true);
+        if let Some(control) = &mut self.control {
+            control.is_succeeded();
+        }
+        self.replacing.replaced = true;
+        self.phase = Phase::Draining(Instant::now() + NO_LIMIT);
+        self.engine.send(Plain::Drain(format!("Replaced by process {pid}")));
+    }
+
+    /// Takes over from a predecessor, in the background.
+    pub(super) fn take_over_from(&mut self, predecessor: Predecessor) {
+        let news = self.replacing.news.0.clone();
+        match predecessor.reach() {
+            Ok((ending, saying)) => {
+                self.replacing.predecessor = true;
+                drop(tokio::spawn({
+                    let news = news.clone();
+                    async move { news.send(News::TakenOver(saying.ready().await)).ok() }
+                }));
+                drop(tokio::spawn(async move {
+                    Ending::come(&ending).await;
+                    news.send(News::PredecessorEnded).ok()
+                }));
+            }
+            // It has ended meanwhile, so this process is what there is.
+            Err(error) => {
+                tracing::debug!("no predecessor any more: {error:#}");
+                drop(news.send(News::TakenOver(None)));
+            }
+        }
+    }
+
+    /// The unit is stopped: what connections this process still has get the time that those of its successor have.
+    pub(super) fn told_to_stop_although_replaced(&mut self) {
+        self.replacing.replaced = false;
+        self.phase = Phase::Draining(Instant::now() + self.options.drain_timeout.or_forever());
+    }
+}

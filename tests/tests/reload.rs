@@ -1,0 +1,216 @@
+//! Reload: a successor takes over, and nobody notices.
+#![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::forwarder::Forwarder;
+use bro_tests::notify::Notify;
+use bro_tests::peers::{Conn, Here, PATIENCE};
+use bro_tests::scene::{Scene, expect_relayed};
+use bro_tests::{process, require_namespaces};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Long enough to see that something does not happen.
+const MOMENT: Duration = Duration::from_millis(400);
+
+/// Reloads `main`, and waits until the service manager has been told of its successor.
+fn reload(main: i32, notify: &mut Notify) -> Result<i32> {
+    kill(Pid::from_raw(main), Signal::SIGHUP)?;
+    notify.wait_anew(PATIENCE, |line| line == "RELOADING=1")?;
+    newest_main(notify, &[main])
+}
+
+fn newest_main(notify: &mut Notify, but: &[i32]) -> Result<i32> {
+    let line = notify.wait(PATIENCE, |line| {
+        let pid = line.strip_prefix("MAINPID=").and_then(|pid| pid.parse::<i32>().ok());
+        pid.is_some_and(|pid| !but.contains(&pid))
+    })?;
+    Ok(line.trim_start_matches("MAINPID=").parse()?)
+}
+
+fn ends(pid: i32) -> Result<bool> {
+    process::ends(pid, PATIENCE)
+}
+
+fn stop(main: i32, forwarder: Forwarder) -> Result<()> {
+    kill(Pid::from_raw(main), Signal::SIGTERM)?;
+    ensure!(ends(main)?, "the successor does not end");
+    forwarder.expect_nothing_left()?;
+    forwarder.expect_no_panic()
+}
+
+#[test]
+fn connections_stay_where_they_are_and_new_ones_go_to_the_successor() -> Result<()> {
+    require_namespaces!();
+    let mut notify = Notify::new()?;
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
+    let mut forwarder = setup.start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let old = (scene.client()?, service.accept()?);
+    expect_relayed(&old.0, &old.1)?;
+
+    let successor = reload(forwarder.pid(), &mut notify)?;
+    ensure!(successor != forwarder.pid());
+    expect_relayed(&old.0, &old.1).context("through the old process")?;
+    // The old one has stopped accepting once it says so.
+    forwarder.log().line(PATIENCE, |line| line.contains("Replaced by process"))?;
+    let new = (scene.client()?, service.accept()?);
+    expect_relayed(&new.0, &new.1).context("through its successor")?;
+    ensure!(forwarder.wait(MOMENT)?.is_none(), "the old process has left its connection");
+    ensure!(!notify.seen().iter().any(|line| line == "STOPPING=1"), "{:?}", notify.seen());
+    drop(old);
+    let status = forwarder.wait(PATIENCE)?.context("the old process stays without a connection")?;
+    ensure!(status.success(), "{status}");
+    expect_relayed(&new.0, &new.1).context("after the old process's end")?;
+    drop(new);
+    stop(successor, forwarder)
+}
+
+#[test]
+fn one_reload_after_another_under_load_and_nobody_is_refused() -> Result<()> {
+    require_namespaces!();
+    let mut notify = Notify::new()?;
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
+    let forwarder = setup.start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let (over, served) = (AtomicBool::new(false), AtomicU64::new(0));
+    let front = scene.front.address().clone();
+    std::thread::scope(|scope| -> Result<()> {
+        let echo = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                let Some(conn) = service.try_accept(Duration::from_millis(50))? else { continue };
+                let mut byte = [0; 64];
+                conn.recv_exact(&mut byte)?;
+                conn.send(&byte)?;
+            }
+            Ok(())
+        });
+        let client = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                let conn = Conn::new(&Here, &front)?;
+                conn.send(&[7; 64])?;
+                conn.recv_exact(&mut [0; 64])?;
+                conn.expect_eof()?;
+                served.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        let mut mains = vec![forwarder.pid()];
+        let reloading = (0..5).try_for_each(|_| -> Result<()> {
+            let before = served.load(Ordering::Relaxed);
+            let more = || served.load(Ordering::Relaxed) > before + 20;
+            ensure!(process::eventually(PATIENCE, more), "nobody is served");
+            let main = *mains.last().unwrap_or(&0);
+            kill(Pid::from_raw(main), Signal::SIGHUP)?;
+            mains.push(newest_main(&mut notify, &mains)?);
+            ensure!(ends(main)?, "process {main} does not end");
+            Ok(())
+        });
+        over.store(true, Ordering::Relaxed);
+        client.join().expect("the client's thread").context("a client")?;
+        // The service may wait for one that was the last.
+        echo.join().expect("the service's thread").context("the service")?;
+        reloading?;
+        let main = *mains.last().unwrap_or(&0);
+        kill(Pid::from_raw(main), Signal::SIGTERM)?;
+        ensure!(ends(main)?, "the last successor does not end");
+        Ok(())
+    })?;
+    forwarder.expect_nothing_left()?;
+    forwarder.expect_no_panic()
+}
+
+#[test]
+fn a_held_client_is_served_by_whom_it_has_come_to() -> Result<()> {
+    require_namespaces!();
+    let mut notify = Notify::new()?;
+    let mut scene = Scene::new()?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
+    let forwarder = setup.start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let held = scene.client()?;
+    scene.expect_held(&forwarder, 1)?;
+    let successor = reload(forwarder.pid(), &mut notify)?;
+    let service = scene.serve()?;
+    let served = service.accept()?;
+    expect_relayed(&held, &served)?;
+    drop((held, served));
+    ensure!(ends(forwarder.pid())?, "the old process stays");
+    stop(successor, forwarder)
+}
+
+#[test]
+fn a_successor_does_not_leave_before_its_predecessor() -> Result<()> {
+    require_namespaces!();
+    let mut notify = Notify::new()?;
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg("--exit-idle-time=200ms");
+    let mut forwarder = setup.arg(scene.target()).start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let old = (scene.client()?, service.accept()?);
+    expect_relayed(&old.0, &old.1)?;
+    let successor = reload(forwarder.pid(), &mut notify)?;
+    ensure!(!process::ends(successor, MOMENT * 2)?, "it left, and systemd would end the old process with it");
+    expect_relayed(&old.0, &old.1)?;
+    drop(old);
+    ensure!(forwarder.wait(PATIENCE)?.is_some(), "the old process stays");
+    ensure!(ends(successor)?, "the successor stays although nobody comes");
+    forwarder.expect_nothing_left()
+}
+
+#[test]
+fn sigterm_to_both_ends_both_in_order() -> Result<()> {
+    require_namespaces!();
+    let mut notify = Notify::new()?;
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
+    let mut forwarder = setup.start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let old = (scene.client()?, service.accept()?);
+    expect_relayed(&old.0, &old.1)?;
+    let successor = reload(forwarder.pid(), &mut notify)?;
+    for pid in process::members(forwarder.pid()) {
+        kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+    }
+    ensure!(ends(successor)?, "the successor stays");
+    ensure!(forwarder.wait(MOMENT)?.is_none(), "the old process has cut its connection");
+    expect_relayed(&old.0, &old.1)?;
+    drop(old);
+    ensure!(forwarder.wait(PATIENCE)?.is_some_and(|status| status.success()), "the old process stays");
+    forwarder.expect_nothing_left()
+}
+
+#[test]
+fn a_new_program_that_does_not_start_changes_nothing() -> Result<()> {
+    require_namespaces!();
+    let mut notify = Notify::new()?;
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let setup = scene.setup().copy().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
+    let forwarder = setup.start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let old = (scene.client()?, service.accept()?);
+    expect_relayed(&old.0, &old.1)?;
+    // As a package manager does it: another file in its place.
+    std::fs::remove_file(forwarder.program())?;
+    bro_tests::forwarder::script(forwarder.program().parent().context("a folder")?, "bro", "exit 3")?;
+    forwarder.signal(Signal::SIGHUP)?;
+    notify.wait_anew(PATIENCE, |line| line == "RELOADING=1")?;
+    notify.wait_anew(PATIENCE, |line| line == "READY=1")?;
+    forwarder.log().line(PATIENCE, |line| line.contains("cannot reload, and goes on as before"))?;
+    expect_relayed(&old.0, &old.1)?;
+    let new = (scene.client()?, service.accept()?);
+    expect_relayed(&new.0, &new.1)?;
+    ensure!(forwarder.report()?.total.open == 2, "{:?}", forwarder.report());
+    drop((old, new));
+    forwarder.stop().map(drop)
+}
