@@ -120,27 +120,22 @@ impl Maps {
     /// (client). A port watched before keeps the kind that was learned.
     ///
     /// # Errors
-    /// When the kernel refuses (1,024 ports can be watched), or another forwarder that uses the same programs watches the port.
+    /// When the kernel refuses (1,024 ports can be watched).
     pub fn watch(&mut self, netns: u64, port: u16, as_: Role) -> std::io::Result<()> {
         let role = match as_ {
             Role::Service => role::SERVICE,
             Role::Client => role::CLIENT,
         };
         let key = key(netns, port);
-        match self.watched.get(&key, 0) {
-            Ok(found) if found.0.seat != self.share.seat => {
-                return Err(std::io::Error::other(
-                    "another forwarder of this user has the lanes of this port",
-                ));
-            }
-            Ok(found) if found.0.role == role => return Ok(()),
-            _ => {}
-        }
-        let value = WatchValue(Watch { role, kind: kind::UNKNOWN, seat: self.share.seat, zero: 0 });
+        // Other forwarders of this user may watch it too, such as the one that this one is about to replace. Each opens lanes for its
+        // own connections; whoever came last hears of the port.
+        let known = self.watched.get(&key, 0).ok().filter(|found| found.0.role == role);
+        let kind = known.map_or(kind::UNKNOWN, |found| found.0.kind);
+        let value = WatchValue(Watch { role, kind, seat: self.share.seat, zero: 0 });
         self.watched.insert(key, value, 0).map_err(lane::errno)
     }
 
-    /// Watches a port no longer.
+    /// Watches a port no longer, unless another forwarder has come to watch it.
     pub fn unwatch(&mut self, netns: u64, port: u16) {
         let key = key(netns, port);
         if self.watched.get(&key, 0).is_ok_and(|found| found.0.seat == self.share.seat) {

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bro_ebpf::{Counter, SEATS, role};
-use bro_tests::loader::{ALICE, INSIDE_ALICE, Site, Stage};
-use bro_tests::peers::PATIENCE;
+use bro_ebpf::{Counter, SEATS};
+use bro_tests::forwarder::Setup;
+use bro_tests::loader::{ALICE, INSIDE_ALICE, Site, Stage, as_user};
+use bro_tests::peers::{Family, Here, Listener, PATIENCE};
 use bro_tests::process;
+use bro_tests::scene::expect_relayed;
 use bro_user::kernel::pinned;
 use nix::sys::signal::Signal;
 
@@ -55,7 +57,7 @@ fn several_forwarders_each_have_their_own_seat() -> Result<()> {
     // All at once, so that lanes of all three are open together.
     let open: Vec<_> = sites.iter().map(|site| site.connect(ALICE)).collect::<Result<_>>()?;
     for (client, service) in &open {
-        bro_tests::scene::expect_relayed(client, service)?;
+        expect_relayed(client, service)?;
     }
     ensure!(programs.hooked()? == 3, "{} hooked", programs.hooked()?);
     Ok(())
@@ -92,7 +94,7 @@ fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
     let site = Site { forwarder, front, service };
     site.expect_lane(ALICE)?;
     let (client, far) = site.connect(ALICE)?;
-    bro_tests::scene::expect_relayed(&client, &far)?;
+    expect_relayed(&client, &far)?;
     let records = programs.records()?;
     let before = records.last(0).context("the first record")?;
     let Site { forwarder, front, service } = site;
@@ -113,29 +115,52 @@ fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
 }
 
 #[test]
-fn two_forwarders_of_one_service_do_not_share_its_lanes() -> Result<()> {
+fn two_forwarders_of_one_service_both_have_its_lanes() -> Result<()> {
     require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
-    let site = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
-    site.expect_lane(ALICE)?;
-    let second = Site::forwarder(ALICE, &site.front, &site.service, &["--relay=sockmap"])?;
-    second.log().line(PATIENCE, |line| line.contains("kernel relay loaded"))?;
-    let port = site.service.address().clone();
-    drop(port);
-    // Whichever of the two accepts a connection; the second one's are spliced, and it says why.
-    let refused = |line: &str| line.contains("another forwarder of this user has the lanes of this port");
-    let said = process::eventually(Duration::from_secs(20), || {
-        site.connect(ALICE)
-            .and_then(|(client, service)| bro_tests::scene::expect_relayed(&client, &service))
-            .is_ok()
-            && second.log().lines().iter().any(|line| refused(line))
-    });
-    ensure!(said, "{:?}", second.log().lines());
+    let first = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
+    first.expect_lane(ALICE)?;
+    let address = Family::Tcp4.loopback().context("TCP has a loopback address")?;
+    let front = as_user(ALICE, || Listener::new(&Here, &address))?;
+    let forwarder = Site::forwarder(ALICE, &front, &first.service, &["--relay=sockmap"])?;
+    let Site { forwarder: one, front: ones, service } = first;
+    let second = Site { forwarder, front, service };
+    second.expect_lane(ALICE)?;
+    let Site { forwarder, front, service } = second;
+    let first = Site { forwarder: one, front: ones, service };
+    first.expect_lane(ALICE)?;
     let watched = programs.watched()?;
-    ensure!(watched.len() == 1 && watched[0].role == role::SERVICE && watched[0].seat == 0, "{watched:?}");
-    second.stop()?;
-    site.expect_lane(ALICE)
+    ensure!(watched.len() == 1 && watched[0].seat == 1, "{watched:?}");
+    // The first one's end takes nothing from the second.
+    let Site { forwarder: one, service, .. } = first;
+    one.stop()?;
+    Site { forwarder, front, service }.expect_lane(ALICE)
+}
+
+#[test]
+fn a_successor_has_the_lanes_after_a_reload() -> Result<()> {
+    require_bpf!();
+    let stage = Stage::new()?;
+    let _programs = stage.load(ALICE)?;
+    let address = Family::Tcp4.loopback().context("TCP has a loopback address")?;
+    let service = as_user(ALICE, || Listener::new(&Here, &address))?;
+    let front = as_user(ALICE, || Listener::new(&Here, &address))?;
+    let setup = Setup::new().user(ALICE).socket(&front).arg("--relay=sockmap");
+    let forwarder = setup.arg(service.address().to_string()).start()?;
+    let site = Site { forwarder, front, service };
+    site.expect_lane(ALICE)?;
+    let (client, far) = site.connect(ALICE)?;
+    expect_relayed(&client, &far)?;
+    site.forwarder.signal(Signal::SIGHUP)?;
+    site.forwarder.log().line(PATIENCE, |line| line.contains("Replaced by process"))?;
+    site.forwarder.log().line(PATIENCE, |line| line.contains("seat 2 of 16"))?;
+    expect_relayed(&client, &far)?;
+    for _ in 0..3 {
+        site.expect_lane(ALICE)?;
+    }
+    drop((client, far));
+    Ok(())
 }
 
 #[test]
@@ -149,7 +174,7 @@ fn the_client_lane_is_for_the_users_own_processes() -> Result<()> {
     let hooked = |client: u32, within: Duration| -> Result<usize> {
         let (near, far) = site.connect(client)?;
         for _ in 0..20 {
-            bro_tests::scene::expect_relayed(&near, &far)?;
+            expect_relayed(&near, &far)?;
         }
         process::eventually(within, || programs.hooked().is_ok_and(|now| now > 1));
         programs.hooked()
