@@ -430,8 +430,12 @@ impl Activator {
             let mut pid = container::running(name);
             // Without a unit nobody may be about to start it, so podman is asked at once; with one, only if conmon hides.
             if pid.is_none() && (asked == start && self.unit.is_none() || asked.elapsed() > ASK_PODMAN) {
-                if let Inspected::Running(found) = container::inspect(name).await? {
-                    pid = Some(found);
+                match container::inspect(name).await {
+                    Ok(Inspected::Running(found)) => pid = Some(found),
+                    Ok(_) => {}
+                    // In a service that may do little, podman can do nothing. With a unit that is started conmon will show.
+                    Err(error) if self.unit.is_some() => tracing::debug!(%error, "podman was asked in vain"),
+                    Err(error) => return Err(error),
                 }
                 asked = tokio::time::Instant::now();
             }

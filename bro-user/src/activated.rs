@@ -9,6 +9,7 @@ use anyhow::Context as _;
 
 use crate::activate::bus::Manager;
 use crate::exit::Failure;
+use crate::owner::Owner;
 use crate::unit_file::UnitFile;
 
 /// How the first line of every file begins that `bro activate` writes. A file without it is somebody else's.
@@ -41,8 +42,10 @@ pub struct Listener {
 pub struct Activated {
     /// The quadlet's name: `web`, or `web@blue` for an instance of a template.
     pub name: String,
-    /// Whose service manager.
+    /// Whose service manager listens and runs the forwarder.
     pub scope: Manager,
+    /// The user whose container it is, where it is not that of whoever owns the service manager.
+    pub run_as: Option<Owner>,
     /// The quadlet it was made for (the file may be gone since).
     pub quadlet: PathBuf,
     /// The unit that the first client starts: `web.service`.
@@ -86,6 +89,12 @@ impl Activated {
             || self.listeners.iter().any(|listener| listener.socket == name)
     }
 
+    /// Whose service manager the container's own unit is under, as whoever owns [`Activated::scope`] or is `run_as` sees it.
+    #[must_use]
+    pub fn unit_scope(&self) -> Manager {
+        if self.run_as.is_some() { Manager::User } else { self.scope }
+    }
+
     /// The value of one of `bro forward`'s options, if it is set.
     #[must_use]
     pub fn option(&self, name: &str) -> Option<&str> {
@@ -122,12 +131,18 @@ pub fn config_home() -> anyhow::Result<PathBuf> {
     Ok(user.dir.join(".config"))
 }
 
-/// Everything that is activated in this scope, by name.
+/// Everything that is activated in this scope, by name; for a user, also what the system listens for on that user's behalf.
 ///
 /// # Errors
 /// When the unit directory cannot be read. Files that are somebody else's are passed over.
 pub fn all(scope: Manager) -> anyhow::Result<Vec<Activated>> {
-    all_in(&unit_directory(scope)?, scope, None)
+    let mut all = all_in(&unit_directory(scope)?, scope, None)?;
+    if scope == Manager::User {
+        let system = all_in(&unit_directory(Manager::System)?, Manager::System, None).unwrap_or_default();
+        let mine = system.into_iter().filter(|known| known.run_as.as_ref().is_some_and(Owner::is_me));
+        all.extend(mine);
+    }
+    Ok(all)
 }
 
 /// The one activated service of that name (`web`; `web.container`, `web.service` and `web-activator.service` will do).
@@ -187,7 +202,7 @@ fn unit_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-fn assemble(
+pub(crate) fn assemble(
     path: &Path,
     file: &UnitFile,
     ours: &[(PathBuf, UnitFile)],
@@ -210,9 +225,19 @@ fn assemble(
         let paths = file.values(SECTION, key).into_iter();
         paths.map(|path| crate::quadlet::below(root, Path::new(path))).collect()
     };
+    let run_as = file.value(SECTION, "RunAs").map(|name| {
+        Owner::find(name, root).unwrap_or_else(|_| Owner {
+            // The user is gone; what was made for him can still be removed.
+            name: name.to_owned(),
+            uid: file.value(SECTION, "RunAsId").and_then(|uid| uid.parse().ok()).unwrap_or(u32::MAX),
+            gid: u32::MAX,
+            home: "/nonexistent".into(),
+        })
+    });
     Some(Activated {
         name: name.to_owned(),
         scope,
+        run_as,
         quadlet: file.value(SECTION, "Quadlet")?.into(),
         unit: file.value(SECTION, "Unit")?.to_owned(),
         container: file.value(SECTION, "Container").map(str::to_owned),

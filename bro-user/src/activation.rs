@@ -6,7 +6,7 @@
 pub mod address;
 mod apply;
 mod program;
-mod request;
+pub(crate) mod request;
 mod say;
 mod systemd;
 pub(crate) mod taken;
@@ -14,15 +14,18 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
+
 use crate::activate::bus::Manager;
 use crate::activated::{self, Activated};
 use crate::cli::Activate;
 use crate::exit::Failure;
+use crate::owner::Owner;
 use crate::quadlet;
 use crate::units::{self, File};
 use address::External;
 use request::{Places, Wanted};
-use write::{Change, Lock, Made, Owner};
+use write::{Change, Lock, Made, Owner as Whose};
 
 /// Runs `bro activate`.
 ///
@@ -31,6 +34,12 @@ use write::{Change, Lock, Made, Owner};
 pub fn run(options: &Activate) -> anyhow::Result<()> {
     let scope = Manager::choose(options.system, options.user);
     let units = quadlet::below(options.root.as_deref(), &activated::unit_directory(scope)?);
+    if let (Manager::User, Some(name)) = (scope, &options.run_as) {
+        let text = format!(
+            "--run-as is for the system's units, which are root's: run it with sudo (as {name} alone, leave --run-as out)"
+        );
+        return Err(Failure::Usage(text).into());
+    }
     let places = Places { scope, units, root: options.root.clone() };
     let ordinary = !nix::unistd::geteuid().is_root();
     if scope == Manager::System && ordinary && places.root.is_none() && !options.dry_run {
@@ -49,10 +58,21 @@ fn known(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
     Ok(all.into_iter().find(|known| known.goes_by(name)))
 }
 
+/// The user whose container is meant: as the command line says, or an earlier one said.
+fn owner(options: &Activate, all: &[Activated], places: &Places) -> anyhow::Result<Option<Owner>> {
+    match &options.run_as {
+        Some(name) => Ok(Some(Owner::find(name, places.root.as_deref())?)),
+        None => {
+            Ok(all.iter().find(|known| known.goes_by(&options.name)).and_then(|known| known.run_as.clone()))
+        }
+    }
+}
+
 /// All of it that would be written, for a quadlet that was found.
 fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<Activated>, Vec<File>)> {
-    let quadlet = quadlet::find(&options.name, places.scope, places.root.as_deref())?;
     let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
+    let owner = owner(options, &all, places)?;
+    let quadlet = quadlet::find(&options.name, places.scope, owner.as_ref(), places.root.as_deref())?;
     let known = all.into_iter().find(|known| known.name == quadlet.name);
     if let Some(known) = &known
         && known.quadlet.extension() != quadlet.path.extension()
@@ -64,7 +84,17 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
         ))
         .into());
     }
-    let wanted = request::wanted(options, &quadlet, known.as_ref(), places)?;
+    if let Some(known) = &known
+        && known.run_as != owner
+    {
+        let whose = known.run_as.as_ref().map_or("the system's own container", |owner| &owner.name);
+        return Err(Failure::Usage(format!(
+            "{} is activated already, for {whose}; both would need the same units: `bro activate {} --remove` makes room",
+            known.name, known.name
+        ))
+        .into());
+    }
+    let wanted = request::wanted(options, &quadlet, known.as_ref(), owner, places)?;
     let files = units::files(
         &wanted.activated,
         &program::path(places)?,
@@ -88,22 +118,24 @@ async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
         say::warnings(&warnings)?;
         return say::files(&files);
     }
+    // The quadlet has to be there before directories are made; everything is read again under the lock.
+    let owner = plan(options, places)?.0.activated.run_as;
     // Asked before anything is written: without it nothing could be started.
     let systemd = match &places.root {
-        None => Some(apply::connect(places.scope).await?),
+        None => Some(apply::connect(places.scope, owner.as_ref()).await?),
         Some(_) => None,
     };
-    // The quadlet has to be there before directories are made; everything is read again under the lock.
-    quadlet::find(&options.name, places.scope, places.root.as_deref())?;
     let mut made = Made::default();
     made.make(&places.units)?;
     let _lock = Lock::take(&places.units)?;
     let (mut wanted, known, _) = plan(options, places)?;
     let mut warnings = std::mem::take(&mut wanted.warnings);
     warnings.extend(program::warning(places));
+    program::check(&wanted.activated, places)?;
     check_listeners(&wanted.activated, known.as_ref(), systemd.as_ref(), places).await?;
     if let Some(systemd) = &systemd {
-        warnings.extend(apply::network_warning(systemd, wanted.waits_for_network).await);
+        let container = systemd.container().context("the container's service manager is gone")?;
+        warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
     }
     for path in &wanted.activated.others {
         made.make(path.parent().unwrap_or(path))?;
@@ -140,12 +172,12 @@ fn changes(activated: &Activated, files: &[File]) -> anyhow::Result<Vec<Change>>
     let mut changes = Vec::new();
     for File { path, text } in files {
         match write::owner(path)? {
-            Owner::Ours(old) if old == *text => continue,
-            Owner::Ours(_) if belongs_to_another(path, &activated.name) => {
+            Whose::Ours(old) if old == *text => continue,
+            Whose::Ours(_) if belongs_to_another(path, &activated.name) => {
                 anyhow::bail!("{} belongs to another activated service; nothing was changed", path.display())
             }
-            Owner::Ours(_) | Owner::Nobody => {}
-            Owner::Theirs => anyhow::bail!(
+            Whose::Ours(_) | Whose::Nobody => {}
+            Whose::Theirs => anyhow::bail!(
                 "{} is there and was not written by bro activate; move it away (nothing was changed)",
                 path.display()
             ),
@@ -164,7 +196,7 @@ fn belongs_to_another(path: &Path, name: &str) -> bool {
 async fn check_listeners(
     activated: &Activated,
     known: Option<&Activated>,
-    systemd: Option<&systemd::Systemd>,
+    systemd: Option<&apply::Managers>,
     places: &Places,
 ) -> anyhow::Result<()> {
     if places.root.is_some() {
@@ -197,7 +229,7 @@ async fn check_listeners(
 }
 
 /// A socket of this very service that will make room.
-async fn ours(owner: &taken::Owner, known: Option<&Activated>, systemd: Option<&systemd::Systemd>) -> bool {
+async fn ours(owner: &taken::Owner, known: Option<&Activated>, systemd: Option<&apply::Managers>) -> bool {
     let Some(known) = known else { return false };
     match systemd {
         Some(systemd) => {
@@ -226,7 +258,10 @@ async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
         return say::would_remove(&doomed(&known, options, places)?.0);
     }
     let systemd = match &places.root {
-        None => Some(apply::connect(places.scope).await?),
+        None => {
+            let owner = known(name, places)?.and_then(|known| known.run_as);
+            Some(apply::connect_for_removal(places.scope, owner.as_ref()).await?)
+        }
         Some(_) => None,
     };
     if !places.units.is_dir() {
@@ -236,7 +271,7 @@ async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
     let known = known(name, places)?.ok_or_else(missing)?;
     let (changes, rest) = doomed(&known, options, places)?;
     for change in &changes {
-        if write::owner(&change.path)? == Owner::Theirs {
+        if write::owner(&change.path)? == Whose::Theirs {
             anyhow::bail!(
                 "{} was not written by bro activate any more; nothing was changed",
                 change.path.display()

@@ -4,6 +4,7 @@ mod activate;
 pub mod control;
 #[cfg(test)]
 mod documented;
+mod helper;
 pub mod idle;
 mod loader;
 
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use activate::{Activate, Direct};
+pub use helper::Helper;
 pub use loader::Loader;
 
 use crate::target::Target;
@@ -29,6 +31,10 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
 }
+
+/// Names of subcommands: the program does the same when it is called so.
+pub const NAMES: [(&str, &str); 3] =
+    [("bro-activate", "activate"), ("bro-activator", "activate"), ("bro-helper", "helper")];
 
 /// The version, with what made the kernel relay's programs.
 fn long_version() -> &'static str {
@@ -59,6 +65,12 @@ pub enum Command {
     /// Load the kernel relay for a user, whose forwarders then need no rights for it
     #[command(after_long_help = loader::EXAMPLES)]
     Loader(Loader),
+    /// Run a command in a container's network namespace, with the sockets that systemd passed
+    #[command(after_long_help = helper::EXAMPLES)]
+    Helper(Helper),
+    /// Have the running forwarders of activated services take up a bro that has just been installed
+    #[command(hide = true)]
+    AfterUpgrade(AfterUpgrade),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
     NetnsAgent,
@@ -240,6 +252,14 @@ pub struct Doctor {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `bro after-upgrade`, which packages' scripts run.
+#[derive(Debug, Args)]
+pub struct AfterUpgrade {
+    /// Those of this user only (default: of the system, and of every user whose service manager runs)
+    #[arg(long)]
+    pub user: bool,
 }
 
 /// `bro status`.

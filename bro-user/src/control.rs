@@ -60,7 +60,7 @@ impl Request {
         }
     }
 
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let known = [Self::Status, Self::Wake, Self::Sleep { force: false }, Self::Sleep { force: true }];
         match line.trim_end() {
             "" => Some(Self::Status),
@@ -251,10 +251,13 @@ impl Drop for Server {
     }
 }
 
+/// Where the system's forwarders have their runtime directories.
+const SYSTEM: &str = "/run/bro";
+
 /// Where this user's forwarders have their runtime directories.
 pub(crate) fn base_directory() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
-        return "/run/bro".into();
+        return SYSTEM.into();
     }
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bro")
@@ -271,6 +274,16 @@ pub fn sockets() -> Vec<PathBuf> {
         .map(|entry| entry.path().join(SOCKET))
         .collect();
     found.push(base.join(SOCKET));
+    // A user's forwarder may be a service of the system.
+    if base != Path::new(SYSTEM) {
+        let me = nix::unistd::geteuid().as_raw();
+        let mine = |path: &PathBuf| {
+            use std::os::unix::fs::MetadataExt as _;
+            std::fs::metadata(path).is_ok_and(|metadata| metadata.uid() == me)
+        };
+        let system = std::fs::read_dir(SYSTEM).into_iter().flatten().flatten();
+        found.extend(system.map(|entry| entry.path().join(SOCKET)).filter(mine));
+    }
     found.retain(|path| path.exists());
     found.sort();
     found

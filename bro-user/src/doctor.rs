@@ -74,6 +74,7 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
                 host::pipes(),
                 host::descriptors(),
                 host::cgroup(),
+                host::sandbox(),
                 host::capabilities(),
                 host::loader(),
                 host::kernel_relay(),

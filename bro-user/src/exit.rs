@@ -17,6 +17,12 @@ pub enum Failure {
     /// It is there, and this user may not enter it.
     #[error("{0}")]
     NotPermitted(String),
+    /// `bro helper`'s command cannot be executed.
+    #[error("{0}")]
+    CommandNotExecutable(String),
+    /// `bro helper`'s command is not there.
+    #[error("{0}")]
+    CommandNotFound(String),
 }
 
 impl Failure {
@@ -26,6 +32,9 @@ impl Failure {
             Self::NoSocket(_) => 3,
             Self::NotFound(_) => 4,
             Self::NotPermitted(_) => 5,
+            // As shells and env(1) have it.
+            Self::CommandNotExecutable(_) => 126,
+            Self::CommandNotFound(_) => 127,
         }
     }
 }

@@ -8,11 +8,12 @@ use anyhow::{Context as _, bail};
 use tokio::time::{Instant, sleep as pause, timeout_at};
 
 use crate::activate::bus::{Bus, Manager};
-use crate::activate::ownership::{Lock, Use};
+use crate::activate::ownership::{self, Lock, Use};
 use crate::activated;
 use crate::cli::control::{Sleep, Wake, Whom};
 use crate::control::{self, Outcome, Request};
 use crate::exit::Failure;
+use crate::owner::Owner;
 use crate::status::Report;
 
 /// Between two looks for a forwarder that is about to come or to go.
@@ -29,6 +30,8 @@ struct Service {
     /// The forwarder's unit, where it may have one.
     activator: Option<String>,
     scope: Manager,
+    /// Whose container it is, where the forwarder is the system's.
+    run_as: Option<Owner>,
 }
 
 impl Service {
@@ -36,7 +39,8 @@ impl Service {
         let scope = Manager::choose(whom.system, whom.user);
         if let Ok(activated) = activated::find(&whom.name, scope) {
             let activator = activated.service();
-            return Ok(Self { unit: activated.unit, activator, scope });
+            let (scope, run_as) = (activated.scope, activated.run_as);
+            return Ok(Self { unit: activated.unit, activator, scope, run_as });
         }
         // A forwarder whose units somebody wrote by hand.
         let stem = whom.name.strip_suffix(".service").unwrap_or(&whom.name);
@@ -47,7 +51,21 @@ impl Service {
             unit: format!("{stem}.service"),
             activator: Some(format!("{stem}-activator.service")),
             scope,
+            run_as: None,
         })
+    }
+
+    /// The service manager that the container's unit is under.
+    async fn units_bus(&self) -> anyhow::Result<Bus> {
+        match &self.run_as {
+            Some(owner) => Bus::connect_as(owner).await,
+            None => Bus::connect(self.scope).await,
+        }
+    }
+
+    /// The system's forwarder, of which an ordinary user may not start one: the user's own unit is started then.
+    fn is_beyond_us(&self) -> bool {
+        self.run_as.is_some() && !nix::unistd::geteuid().is_root()
     }
 
     /// The running forwarders that start this unit, and what they say of themselves.
@@ -118,15 +136,26 @@ async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<Str
                 Ok(_) | Err(_) => started = false,
             }
         } else if !started {
-            let bus = Bus::connect(service.scope).await?;
-            let Some(activator) = &service.activator else {
-                // The container takes its sockets over itself.
+            let bus = if service.is_beyond_us() {
+                service.units_bus().await?
+            } else {
+                Bus::connect(service.scope).await?
+            };
+            let activator = service.activator.as_ref().filter(|_| !service.is_beyond_us());
+            let Some(activator) = activator else {
+                // The container takes its sockets over itself, or the forwarder comes with the first client.
                 service.check(&bus, &service.unit).await?;
                 let result = bus
                     .start(&service.unit)
                     .await
                     .with_context(|| format!("cannot start {}", service.unit))?;
                 anyhow::ensure!(result == "done", "starting {} ended with “{result}”", service.unit);
+                if service.is_beyond_us()
+                    && let Ok(invocation) = bus.invocation(&service.unit).await
+                {
+                    // As if its forwarder had: that will put it to sleep again.
+                    ownership::remember(&service.unit, &invocation);
+                }
                 return Ok("awake".to_owned());
             };
             service.check(&bus, activator).await?;
@@ -183,7 +212,7 @@ async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> 
         _ => {}
     }
     // No forwarder, or it was just leaving: the unit is ours to stop.
-    let bus = Bus::connect(service.scope).await?;
+    let bus = service.units_bus().await?;
     service.check(&bus, &service.unit).await?;
     let _alone = loop {
         match Use::alone(&service.unit, None) {

@@ -11,7 +11,7 @@ pub mod install;
 mod lane;
 mod load;
 mod maps;
-mod offsets;
+pub(crate) mod offsets;
 pub mod pinned;
 mod programs;
 mod seat;

@@ -111,11 +111,17 @@ pub struct Environment {
 }
 
 impl Environment {
+    /// Reads the three variables, and leaves them for whoever this process becomes.
+    #[must_use]
+    pub fn read() -> Self {
+        let read = |name| std::env::var(name).ok();
+        Self { pid: read("LISTEN_PID"), fds: read("LISTEN_FDS"), names: read("LISTEN_FDNAMES") }
+    }
+
     /// Takes the three variables out of the environment, so that no child takes our sockets for its own.
     #[must_use]
     pub fn take() -> Self {
-        let read = |name| std::env::var(name).ok();
-        let taken = Self { pid: read("LISTEN_PID"), fds: read("LISTEN_FDS"), names: read("LISTEN_FDNAMES") };
+        let taken = Self::read();
         sys::unset_environment(&["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"]);
         taken
     }

@@ -2,20 +2,31 @@
 
 use std::process::ExitCode;
 
-use bro_user::cli::{Cli, Command};
+use bro_user::cli::{self, Cli, Command};
 use bro_user::handover::Predecessor;
-use bro_user::{activation, doctor, exit, forward, hand, listen, loader, logging, netns, status};
+use bro_user::{
+    activation, doctor, exit, forward, hand, helper, listen, loader, logging, netns, status, upgrade,
+};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
-    let predecessor = Predecessor::take();
-    let passed = listen::take_passed(predecessor.as_ref());
     let cli = match Cli::try_parse_from(command_line()) {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),
     };
-    let result = match cli.command {
+    let command = match cli.command {
+        // What was passed is for the command that it becomes.
+        Command::Helper(options) => {
+            let Err(error) = helper::run(&options);
+            complain(&error);
+            return exit::code_of(&error);
+        }
+        command => command,
+    };
+    // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
+    let predecessor = Predecessor::take();
+    let passed = listen::take_passed(predecessor.as_ref());
+    let result = match command {
         Command::Forward(options) => {
             logging::init(options.verbose);
             forward::run(&options, passed, predecessor)
@@ -35,6 +46,8 @@ fn main() -> ExitCode {
             logging::init(0);
             loader::run(&options)
         }
+        Command::Helper(_) => unreachable!("dealt with above"),
+        Command::AfterUpgrade(options) => upgrade::run(&options),
         Command::NetnsAgent => netns::agent::run(),
     };
     match result {
@@ -46,13 +59,14 @@ fn main() -> ExitCode {
     }
 }
 
-/// The command line; `bro-activate` and `bro-activator` are names of `bro activate`.
+/// The command line; called by one of the subcommands' names, as if that were said.
 fn command_line() -> Vec<std::ffi::OsString> {
     let mut words: Vec<_> = std::env::args_os().collect();
     let called = words.first().map(std::path::Path::new).and_then(std::path::Path::file_name);
-    if called.is_some_and(|name| name == "bro-activate" || name == "bro-activator") {
+    let named = cli::NAMES.iter().find(|(name, _)| called.is_some_and(|called| called == *name));
+    if let Some((_, subcommand)) = named {
         words[0] = "bro".into();
-        words.insert(1, "activate".into());
+        words.insert(1, subcommand.into());
     }
     words
 }

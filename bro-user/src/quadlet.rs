@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::activate::bus::Manager;
 use crate::exit::Failure;
+use crate::owner::Owner;
 use crate::unit_file::UnitFile;
 
 pub(crate) use search::below;
@@ -105,13 +106,21 @@ impl Quadlet {
     }
 }
 
-/// Finds and reads the quadlet `name` (with or without an extension) where Podman looks for it, below `root`.
+/// Finds and reads the quadlet `name` (with or without an extension) where Podman looks for it, below `root`; with `owner`, where
+/// that user's Podman does.
 ///
 /// # Errors
 /// [`Failure::NotFound`], or [`Failure::Usage`] for a name that no quadlet can have or that two have.
-pub fn find(name: &str, scope: Manager, root: Option<&Path>) -> anyhow::Result<Quadlet> {
+pub fn find(
+    name: &str,
+    scope: Manager,
+    owner: Option<&Owner>,
+    root: Option<&Path>,
+) -> anyhow::Result<Quadlet> {
     let (stem, kinds) = parse_name(name)?;
-    let directories = search::directories(scope, root)?;
+    let directories = search::directories(scope, owner, root)?;
+    // What a user's files say and what they link to is for the eyes of that user.
+    let _acting = owner.filter(|_| root.is_none()).map(Owner::act).transpose()?;
     let mut found: Vec<(Kind, PathBuf)> = Vec::new();
     for &kind in &kinds {
         if let Some(path) = search::file(&directories, &stem, kind) {
@@ -136,12 +145,12 @@ pub fn find(name: &str, scope: Manager, root: Option<&Path>) -> anyhow::Result<Q
         );
     }
     let unit = unit(&stem, kind, &file, &path)?;
-    let container = container(&stem, kind, &file, &unit);
+    let container = container(&stem, kind, &file, &unit, owner);
     Ok(Quadlet { name: stem, kind, path, file, unit, container })
 }
 
 /// Splits `web.container` into its stem and the kinds it may be of.
-fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
+pub(crate) fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
     const OTHERS: [&str; 4] = [".network", ".volume", ".image", ".build"];
     let usage = |text: String| Err(Failure::Usage(text));
     if let Some(other) = OTHERS.iter().find(|other| name.ends_with(**other)) {
@@ -196,7 +205,7 @@ fn not_found(stem: &str, kinds: &[Kind], directories: &[PathBuf]) -> Failure {
 }
 
 /// The unit that the generator makes.
-fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Result<String, Failure> {
+pub(crate) fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Result<String, Failure> {
     if let Some(name) = file.value(kind.section(), "ServiceName") {
         if stem.contains('@') {
             return Err(Failure::Usage(format!(
@@ -223,13 +232,19 @@ fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Result<String, 
 }
 
 /// The container in whose namespace the service listens; else why bro cannot know it.
-fn container(stem: &str, kind: Kind, file: &UnitFile, unit: &str) -> Result<String, String> {
+pub(crate) fn container(
+    stem: &str,
+    kind: Kind,
+    file: &UnitFile,
+    unit: &str,
+    owner: Option<&Owner>,
+) -> Result<String, String> {
     let section = kind.section();
     match kind {
         Kind::Container => {
             let name = file.value(section, "ContainerName");
             let name = name.unwrap_or(if stem.contains('@') { "systemd-%p_%i" } else { "systemd-%N" });
-            specifiers::expand(name, unit).map_err(|bad| {
+            specifiers::expand(name, unit, owner).map_err(|bad| {
                 format!("ContainerName={name} holds the specifier {bad}, which bro does not know; give --container")
             })
         }
@@ -256,7 +271,7 @@ mod tests {
     fn names(stem: &str, kind: Kind, text: &str) -> (String, Result<String, String>) {
         let file = UnitFile::parse(text);
         let unit = unit(stem, kind, &file, Path::new("x")).unwrap();
-        let container = container(stem, kind, &file, &unit);
+        let container = container(stem, kind, &file, &unit, None);
         (unit, container)
     }
 

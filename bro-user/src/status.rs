@@ -170,7 +170,7 @@ async fn reports(options: &crate::cli::Status) -> anyhow::Result<(String, Vec<Re
     Ok((asleep, reports))
 }
 
-fn describe(reports: &[Report]) -> String {
+pub(crate) fn describe(reports: &[Report]) -> String {
     let mut text = String::new();
     for report in reports {
         let unit = report.unit.as_deref().map(|unit| format!(" for {unit}")).unwrap_or_default();

@@ -2,12 +2,15 @@
 //! written depends on nothing but the arguments, so that a second run can tell whether anything has changed.
 
 mod drop_in;
+mod pause;
+mod sandbox;
 mod service;
 mod socket;
 
 use std::path::{Path, PathBuf};
 
-pub use drop_in::DropIn;
+pub use drop_in::{DropIn, RESTRICTED};
+pub(crate) use pause::unit as pause_unit;
 
 use crate::activated::{Activated, MARKER};
 
@@ -35,6 +38,9 @@ pub fn files(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>, root: 
     if let (Some(drop_in), [path, ..]) = (drop_in, activated.others.as_slice()) {
         files.push(File { path: path.clone(), text: drop_in.text(activated) });
     }
+    if let [_, path] = activated.others.as_slice() {
+        files.push(File { path: path.clone(), text: pause::text(activated) });
+    }
     files
 }
 
@@ -56,6 +62,9 @@ fn notes(activated: &Activated, root: Option<&Path>) -> Vec<(&'static str, Strin
         vec![("Quadlet", activated.quadlet.display().to_string()), ("Unit", activated.unit.clone())];
     if let Some(container) = &activated.container {
         notes.push(("Container", container.clone()));
+    }
+    if let Some(owner) = &activated.run_as {
+        notes.extend([("RunAs", owner.name.clone()), ("RunAsId", owner.uid.to_string())]);
     }
     if activated.container_given {
         notes.push(("ContainerGiven", "yes".to_owned()));

@@ -1,7 +1,7 @@
 //! The `bro` binary, built in release for the tasks that run it.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -23,7 +23,17 @@ pub fn bro() -> Result<PathBuf> {
         .status()
         .context("cannot run cargo")?;
     ensure!(built.success(), "cargo could not build the bro binary");
+    Ok(target_folder()?.join("release/bro"))
+}
+
+/// Where cargo builds.
+pub fn target_folder() -> Result<PathBuf> {
     let task = std::env::current_exe().context("this task's own path")?;
-    let target = task.ancestors().nth(2).context("this task lives in target/PROFILE")?;
-    Ok(target.join("release/bro"))
+    Ok(task.ancestors().nth(2).context("this task lives in target/PROFILE")?.to_owned())
+}
+
+/// The clone that `cargo xtask` was typed in, even when clones share a target folder.
+pub fn workspace() -> PathBuf {
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).parent().map_or_else(|| ".".into(), Path::to_path_buf)
 }

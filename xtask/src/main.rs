@@ -4,6 +4,7 @@
 mod bench;
 mod build;
 mod build_ebpf;
+mod dist;
 mod run;
 mod test;
 
@@ -29,6 +30,8 @@ enum Task {
     Bench(Box<bench::Args>),
     /// Make the kernel relay's programs from source, or check that those checked in are what the source makes
     BuildEbpf(build_ebpf::Args),
+    /// Make what package managers install: man pages, completions, a Debian package, an RPM
+    Dist(dist::Args),
     /// A process of `run`: its container, service, client or forwarder
     #[command(subcommand, hide = true)]
     Part(run::Part),
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::BuildEbpf(args) => build_ebpf::run(&args),
+        Task::Dist(args) => dist::run(&args),
         Task::Part(part) => run::part(part),
     };
     match done {

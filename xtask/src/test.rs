@@ -2,6 +2,7 @@
 //! that. With `CI=true` a missing need is a failure.
 
 mod cargo_test;
+mod fuzz;
 mod lint;
 mod ordinary_user;
 mod programs;
@@ -13,6 +14,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::build::workspace;
 use cargo_test::Runner;
 use summary::Summary;
 
@@ -43,6 +45,8 @@ enum Tier {
     Suite { package: &'static str, name: String },
     /// Whether the checked-in kernel programs are what their source makes.
     Programs,
+    /// The fuzzers of `fuzz/`, a few seconds each.
+    Fuzz,
     /// As root: the suites once more, by a user who may do nothing.
     OrdinaryUser,
 }
@@ -60,6 +64,7 @@ impl Tier {
             Self::Logic => "logic",
             Self::Suite { name, .. } => name,
             Self::Programs => "kernel-programs",
+            Self::Fuzz => "fuzz",
             Self::OrdinaryUser => "ordinary-user",
         }
     }
@@ -67,7 +72,7 @@ impl Tier {
     fn is_slow(&self) -> bool {
         match self {
             Self::Suite { name, .. } => SLOW.iter().any(|slow| name.starts_with(slow)),
-            Self::Programs | Self::OrdinaryUser => true,
+            Self::Programs | Self::Fuzz | Self::OrdinaryUser => true,
             Self::Lint | Self::Logic => false,
         }
     }
@@ -79,7 +84,7 @@ impl Tier {
             suites.extend(suites_in(&workspace().join(folder))?.into_iter().map(|name| (package, name)));
         }
         suites.sort_by(|a, b| a.1.cmp(&b.1));
-        let mut tiers = vec![Self::Lint, Self::Logic, Self::Programs];
+        let mut tiers = vec![Self::Lint, Self::Logic, Self::Programs, Self::Fuzz];
         tiers.extend(suites.into_iter().map(|(package, name)| Self::Suite { package, name }));
         if nix::unistd::geteuid().is_root() {
             tiers.push(Self::OrdinaryUser);
@@ -87,12 +92,6 @@ impl Tier {
         tiers.sort_by_key(Self::is_slow);
         Ok(tiers)
     }
-}
-
-/// Of the clone that `cargo xtask` was typed in, even when clones share a target folder.
-fn workspace() -> PathBuf {
-    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-    Path::new(&package).parent().map_or_else(|| ".".into(), Path::to_path_buf)
 }
 
 fn suites_in(folder: &Path) -> Result<Vec<String>> {
@@ -147,6 +146,7 @@ pub fn run(args: &Args) -> Result<()> {
             }
             Tier::Suite { name, .. } => runner.run(&["--test", name])?,
             Tier::Programs => programs::run()?,
+            Tier::Fuzz => fuzz::run()?,
             Tier::OrdinaryUser => ordinary_user::run(&runner, &all)?,
         };
         summary.add(tier.name(), begin.elapsed(), count);

@@ -8,6 +8,8 @@ use anyhow::Context as _;
 use futures_lite::StreamExt as _;
 use zbus::OwnedObjectPath;
 
+use crate::owner::Owner;
+
 /// Whose service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Manager {
@@ -109,6 +111,32 @@ impl Bus {
                     "cannot reach this user's bus (is a user manager running? `loginctl enable-linger` starts one at boot)",
                 )?
             }
+        };
+        let systemd = SystemdProxy::new(&connection).await?;
+        systemd.subscribe().await.context("no systemd answers on the bus")?;
+        Ok(Self { systemd })
+    }
+
+    /// Connects to the service manager of `owner`, as that user; whoever is not root can only be that user.
+    ///
+    /// # Errors
+    /// When that manager does not run, or this user may not.
+    pub async fn connect_as(owner: &Owner) -> anyhow::Result<Self> {
+        if owner.is_me() {
+            return Self::connect(Manager::User).await;
+        }
+        let address = format!("unix:path={}", owner.runtime_directory().join("bus").display());
+        let connection = {
+            // A user's bus asks the kernel who connects, and wants that user.
+            let _acting = owner.act()?;
+            let builder = zbus::connection::Builder::address(address.as_str());
+            builder.build().await.with_context(|| {
+                format!(
+                    "cannot reach the bus of {name} (does {manager} run? `sudo loginctl enable-linger {name}` starts it at boot)",
+                    name = owner.name,
+                    manager = owner.manager()
+                )
+            })?
         };
         let systemd = SystemdProxy::new(&connection).await?;
         systemd.subscribe().await.context("no systemd answers on the bus")?;

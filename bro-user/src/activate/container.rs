@@ -14,14 +14,14 @@ const PODMAN: Duration = Duration::from_secs(20);
 
 /// What a running conmon says of its container.
 #[derive(Debug, PartialEq, Eq)]
-struct Conmon {
+pub(crate) struct Conmon {
     name: String,
     pidfile: String,
 }
 
 impl Conmon {
     /// Reads a conmon's command line (NUL-separated): `-n NAME`, `-p PIDFILE`.
-    fn parse(cmdline: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(cmdline: &[u8]) -> Option<Self> {
         let mut words =
             cmdline.split(|&byte| byte == 0).map(|word| std::str::from_utf8(word).unwrap_or_default());
         if !words.next()?.ends_with("conmon") {
@@ -44,12 +44,18 @@ impl Conmon {
 /// The main process of this user's running container `name`, without running podman.
 #[must_use]
 pub fn running(name: &str) -> Option<i32> {
-    let me = nix::unistd::geteuid().as_raw();
+    running_of(nix::unistd::geteuid().as_raw(), name)
+}
+
+/// The same of the user `owner`, for root who looks after that user's service.
+#[must_use]
+pub fn running_of(owner: u32, name: &str) -> Option<i32> {
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
     for process in processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()) {
         // The names of a process and its owner are cheap to read; its command line only follows for a conmon of ours.
         let path = process.path();
-        if !std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n") || !owned_by(&path, me) {
+        if !std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n") || !owned_by(&path, owner)
+        {
             continue;
         }
         let Ok(cmdline) = std::fs::read(path.join("cmdline")) else { continue };
@@ -72,7 +78,10 @@ fn owned_by(process: &Path, uid: u32) -> bool {
 
 /// A process's parent: the fourth field of proc_pid_stat(5), after a name that may hold spaces and parentheses.
 fn parent(pid: i32) -> Option<i32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    parent_in(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+pub(crate) fn parent_in(stat: &str) -> Option<i32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 

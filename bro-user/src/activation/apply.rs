@@ -1,14 +1,17 @@
 //! Has systemd take up what was written. Every step that fails takes files and units back to where they were.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
 
 use super::address::External;
 use super::request::Places;
 use super::systemd::Systemd;
-use super::taken::{self, Owner};
+use super::taken;
 use super::write::{Change, Changed};
 use crate::activate::bus::Manager;
 use crate::activated::{Activated, Listener};
+use crate::owner::Owner;
 
 /// What came of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,8 +26,68 @@ pub(super) enum Outcome {
     Written,
 }
 
-/// Reaches the service manager, or says clearly that it cannot be reached.
-pub(super) async fn connect(scope: Manager) -> anyhow::Result<Systemd> {
+/// How long a user's service manager may take to start.
+const MANAGER: Duration = Duration::from_secs(90);
+
+/// Who listens and forwards, and who runs the container: the same but with `--run-as`.
+#[derive(Debug)]
+pub(super) struct Managers {
+    front: Systemd,
+    /// The container's, where it is another; none where it cannot be reached and need not be.
+    user: Option<Systemd>,
+    apart: bool,
+}
+
+impl std::ops::Deref for Managers {
+    type Target = Systemd;
+
+    fn deref(&self) -> &Systemd {
+        &self.front
+    }
+}
+
+impl Managers {
+    /// The one that runs the container.
+    pub fn container(&self) -> Option<&Systemd> {
+        if self.apart { self.user.as_ref() } else { Some(&self.front) }
+    }
+
+    /// Both read their units anew, the container's first: the forwarder is to find what it starts.
+    async fn reload(&self) -> anyhow::Result<()> {
+        if let Some(user) = &self.user {
+            user.reload().await?;
+        }
+        self.front.reload().await
+    }
+}
+
+/// Reaches the service managers, or says clearly that one cannot be reached.
+pub(super) async fn connect(scope: Manager, owner: Option<&Owner>) -> anyhow::Result<Managers> {
+    let front = connect_front(scope).await?;
+    let Some(owner) = owner else { return Ok(Managers { front, user: None, apart: false }) };
+    let manager = owner.manager();
+    let started = tokio::time::timeout(MANAGER, front.bus.start(&manager)).await;
+    let result = started.map_err(|_| anyhow::anyhow!("{manager} did not start within {MANAGER:?}"))??;
+    anyhow::ensure!(
+        result == "done",
+        "the service manager of {}, {manager}, cannot be started ({result}); nothing was changed",
+        owner.name
+    );
+    let user = Systemd::of(owner).await.context("nothing was changed")?;
+    Ok(Managers { front, user: Some(user), apart: true })
+}
+
+/// The same for who only clears away: a user who is gone, or is not there now, is not waited for.
+pub(super) async fn connect_for_removal(scope: Manager, owner: Option<&Owner>) -> anyhow::Result<Managers> {
+    let front = connect_front(scope).await?;
+    let user = match owner {
+        Some(owner) => Systemd::of(owner).await.ok(),
+        None => None,
+    };
+    Ok(Managers { front, user, apart: owner.is_some() })
+}
+
+async fn connect_front(scope: Manager) -> anyhow::Result<Systemd> {
     let ours = match scope {
         Manager::System => "the system's service manager",
         Manager::User => "this user's service manager",
@@ -57,7 +120,7 @@ fn units(listeners: &[Listener]) -> Vec<String> {
 
 /// Writes, enables, reloads and starts.
 pub(super) async fn activate(
-    systemd: Option<&Systemd>,
+    systemd: Option<&Managers>,
     wanted: &Activated,
     known: Option<&Activated>,
     changes: &[Change],
@@ -113,7 +176,7 @@ struct Before {
 }
 
 impl Before {
-    async fn of(systemd: &Systemd, known: Option<&Activated>) -> Self {
+    async fn of(systemd: &Managers, known: Option<&Activated>) -> Self {
         let mut before = Self::default();
         for unit in known.map(|known| units(&known.listeners)).unwrap_or_default() {
             if systemd.is_enabled(&unit).await {
@@ -126,7 +189,7 @@ impl Before {
         before
     }
 
-    async fn restore(&self, systemd: &Systemd) {
+    async fn restore(&self, systemd: &Managers) {
         if !self.enabled.is_empty() {
             systemd.enable(&self.enabled).await.ok();
         }
@@ -138,7 +201,7 @@ impl Before {
 }
 
 async fn take_up(
-    systemd: &Systemd,
+    systemd: &Managers,
     wanted: &Activated,
     known: Option<&Activated>,
     changes: &[Change],
@@ -170,8 +233,9 @@ async fn take_up(
     }
     systemd.enable(&units(&wanted.listeners)).await?;
     systemd.reload().await?;
-    if let Some(problem) = systemd.load_problem(&wanted.unit).await? {
-        let generator = match wanted.scope {
+    let container = systemd.container().context("the container's service manager is gone")?;
+    if let Some(problem) = container.load_problem(&wanted.unit).await? {
+        let generator = match wanted.unit_scope() {
             Manager::System => "/usr/lib/systemd/system-generators/podman-system-generator --dryrun",
             Manager::User => "/usr/lib/systemd/user-generators/podman-user-generator --user --dryrun",
         };
@@ -207,7 +271,7 @@ async fn stop(systemd: &Systemd, unit: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn cannot_listen(systemd: &Systemd, listener: &Listener, scope: Manager) -> String {
+async fn cannot_listen(systemd: &Managers, listener: &Listener, scope: Manager) -> String {
     let unit = &listener.socket;
     let user = if scope == Manager::User { " --user" } else { "" };
     if let Ok(external) = listener.address.parse()
@@ -219,7 +283,7 @@ async fn cannot_listen(systemd: &Systemd, listener: &Listener, scope: Manager) -
 }
 
 /// The sentence about an address that somebody has.
-pub(super) async fn taken(external: &External, owner: &Owner, systemd: Option<&Systemd>) -> String {
+pub(super) async fn taken(external: &External, owner: &taken::Owner, systemd: Option<&Managers>) -> String {
     let unit = match systemd {
         Some(systemd) => systemd.socket_at(&owner.address).await,
         None => None,
@@ -240,7 +304,7 @@ pub(super) async fn taken(external: &External, owner: &Owner, systemd: Option<&S
 
 /// Stops, disables, removes and reloads. Says whether the container is still awake.
 pub(super) async fn remove(
-    systemd: Option<&Systemd>,
+    systemd: Option<&Managers>,
     known: &Activated,
     rest: Option<&Activated>,
     changes: &[Change],
@@ -275,11 +339,14 @@ pub(super) async fn remove(
     for listener in rest.map(|rest| rest.listeners.as_slice()).unwrap_or_default() {
         systemd.bus.start(&listener.socket).await?;
     }
-    Ok(rest.is_none() && systemd.is_active(&known.unit).await)
+    Ok(match systemd.container() {
+        Some(container) if rest.is_none() => container.is_active(&known.unit).await,
+        _ => false,
+    })
 }
 
 async fn take_down(
-    systemd: &Systemd,
+    systemd: &Managers,
     known: &Activated,
     doomed: &[String],
     changes: &[Change],
@@ -294,6 +361,12 @@ async fn take_down(
         stop(systemd, &service).await?;
     }
     systemd.disable(doomed).await?;
+    for change in changes.iter().filter(|change| change.text.is_none()) {
+        let name = change.path.file_name().unwrap_or_default().to_string_lossy();
+        if *name == crate::units::pause_unit(&known.name) {
+            stop(systemd, &name).await?;
+        }
+    }
     Changed::make(changes)
 }
 

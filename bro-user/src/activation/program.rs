@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use super::request::Places;
 use crate::activate::bus::Manager;
 use crate::activated::Activated;
+use crate::exit::Failure;
 use crate::unit_file::UnitFile;
 
 /// The program that runs now, by its own path: `bro-activate` may be a link to it.
@@ -34,6 +35,24 @@ pub(super) fn written(activated: &Activated) -> PathBuf {
         .unwrap_or_default();
     let command = UnitFile::parse(&text).words("Service", "ExecStart");
     command.first().map(|program| program.replace("%%", "%").into()).unwrap_or_default()
+}
+
+/// The user whom the forwarder is to run as has to be able to execute it.
+pub(super) fn check(activated: &Activated, places: &Places) -> anyhow::Result<()> {
+    let Some(owner) = activated.run_as.as_ref().filter(|_| places.root.is_none()) else { return Ok(()) };
+    let path = std::env::current_exe().context("cannot tell where bro itself is")?;
+    let may = {
+        let _acting = owner.act()?;
+        nix::unistd::eaccess(&path, nix::unistd::AccessFlags::X_OK).is_ok()
+    };
+    if may {
+        return Ok(());
+    }
+    let (shown, name) = (path.display(), &owner.name);
+    Err(Failure::NotPermitted(format!(
+        "{name} may not execute {shown}; install it: sudo install {shown} /usr/local/bin/bro, and run that (nothing was changed)"
+    ))
+    .into())
 }
 
 /// What is doubtful about that path.

@@ -10,10 +10,11 @@ use crate::activate::ready::Ready;
 use crate::activated::{Activated, Listener};
 use crate::cli::{Activate, Direct};
 use crate::exit::Failure;
+use crate::owner::Owner;
 use crate::quadlet::{self, Kind, Quadlet};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
-use crate::units::{self, DropIn};
+use crate::units::{self, DropIn, RESTRICTED};
 
 /// How long a container stays up without a connection where nobody said otherwise.
 const IDLE: &str = "5min";
@@ -58,12 +59,16 @@ pub(super) fn wanted(
     options: &Activate,
     quadlet: &Quadlet,
     known: Option<&Activated>,
+    run_as: Option<Owner>,
     places: &Places,
 ) -> anyhow::Result<Wanted> {
     if let Some(Ready::Exec(command)) = &options.ready {
         super::address::one_line(command).map_err(|reason| usage(format!("--ready=exec: {reason}")))?;
     }
     let direct = direct(options, known)?;
+    if let Some(owner) = &run_as {
+        check_run_as(owner, direct, quadlet)?;
+    }
     let mut warnings = Vec::new();
     let network = Network::of(quadlet);
     let nginx = direct && takes_nginx_way(options, quadlet, known);
@@ -77,9 +82,15 @@ pub(super) fn wanted(
             Err(reason) => return Err(usage(reason.clone())),
         },
     };
+    let restricted =
+        options.restrict_network || known.is_some_and(|known| known.option(RESTRICTED).is_some());
+    if restricted {
+        check_restricted(direct, &network, quadlet)?;
+    }
     let mut activated = Activated {
         name: quadlet.name.clone(),
         scope: places.scope,
+        run_as,
         quadlet: units::unrooted(&quadlet.path, places.root.as_deref()),
         unit: quadlet.unit.clone(),
         container_given: !direct
@@ -89,7 +100,7 @@ pub(super) fn wanted(
         socket_file: PathBuf::new(),
         service_file: (!direct).then(|| places.units.join(format!("{}-activator.service", quadlet.name))),
         listeners: listeners(options, quadlet, known, places, &network, (direct, nginx))?,
-        options: if direct { way(nginx) } else { handed_on(options, known) },
+        options: if direct { way(nginx, restricted) } else { handed_on(options, known) },
         others: Vec::new(),
         made: known.map(|known| known.made.clone()).unwrap_or_default(),
     };
@@ -101,13 +112,21 @@ pub(super) fn wanted(
     check_host_network(&activated, &network)?;
     let drop_in = drop_in(quadlet, &activated, &network, nginx);
     if !drop_in.is_empty() {
-        let directory = quadlet::drop_in_directory(quadlet, places.scope, places.root.as_deref())?;
+        let directory = quadlet::drop_in_directory(
+            quadlet,
+            places.scope,
+            activated.run_as.as_ref(),
+            places.root.as_deref(),
+        )?;
         let file = match quadlet.name.split_once('@').filter(|_| quadlet.is_shared()) {
             // The directory is the template's, so each instance has a file of its own.
             Some((_, instance)) => format!("50-bro-activator-{instance}.conf"),
             None => "50-bro-activator.conf".to_owned(),
         };
         activated.others.push(directory.join(file));
+    }
+    if restricted && places.scope == Manager::User {
+        activated.others.push(places.units.join(units::pause_unit(&activated.name)));
     }
     warn_of_ports(quadlet, &activated, &mut warnings);
     warn_of_install(quadlet, &mut warnings);
@@ -119,7 +138,8 @@ pub(super) fn wanted(
         ));
     }
     let own_word = quadlet.file.boolean("Quadlet", "DefaultDependencies");
-    let waits_for_network = places.scope == Manager::User && !drop_in.no_network && own_word != Some(false);
+    let waits_for_network =
+        activated.unit_scope() == Manager::User && !drop_in.no_network && own_word != Some(false);
     Ok(Wanted { activated, drop_in, waits_for_network, warnings })
 }
 
@@ -139,6 +159,28 @@ fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool>
              activate {name} --remove` first"
         ))),
         (direct, _) => Ok(direct),
+    }
+}
+
+/// What root writes into the system's units for a user must be what it looks like.
+fn check_run_as(owner: &Owner, direct: bool, quadlet: &Quadlet) -> anyhow::Result<()> {
+    if direct {
+        return Err(usage(
+            "--run-as does not go with --direct: Podman passes on only the sockets of the manager that starts it, and that is the              user's, not the system's",
+        ));
+    }
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_' | '.' | '@');
+    if !quadlet.unit.chars().all(fits) {
+        let unit = quadlet.unit.escape_debug();
+        return Err(usage(format!(
+            "“{unit}”, of {}'s {}, cannot be the name of a unit",
+            owner.name,
+            quadlet.file_name()
+        )));
+    }
+    match &quadlet.container {
+        Ok(name) => super::address::container(name).map(drop).map_err(usage),
+        Err(_) => Ok(()),
     }
 }
 
@@ -359,8 +401,29 @@ fn takes_nginx_way(options: &Activate, quadlet: &Quadlet, known: Option<&Activat
 }
 
 /// Noted, so that a later run without `--direct=` keeps to it.
-fn way(nginx: bool) -> Vec<(String, String)> {
-    vec![("direct".to_owned(), if nginx { "nginx" } else { "listen-fds" }.to_owned())]
+fn way(nginx: bool, restricted: bool) -> Vec<(String, String)> {
+    let mut way = vec![("direct".to_owned(), if nginx { "nginx" } else { "listen-fds" }.to_owned())];
+    if restricted {
+        way.push((RESTRICTED.to_owned(), "yes".to_owned()));
+    }
+    way
+}
+
+/// May this one be cut off from the network?
+fn check_restricted(direct: bool, network: &Network, quadlet: &Quadlet) -> anyhow::Result<()> {
+    if !direct {
+        return Err(usage(
+            "--restrict-network is for --direct: a forwarder makes its connections in the container's network, and is confined \
+             without a word",
+        ));
+    }
+    if *network != Network::None {
+        return Err(usage(format!(
+            "--restrict-network needs a container without a network; add Network=none to {}",
+            quadlet.file_name()
+        )));
+    }
+    Ok(())
 }
 
 fn check_direct(quadlet: &Quadlet, nginx: bool, warnings: &mut Vec<String>) -> anyhow::Result<()> {
@@ -479,7 +542,7 @@ fn warn_of_ports(quadlet: &Quadlet, activated: &Activated, warnings: &mut Vec<St
 }
 
 /// The host's TCP ports of `[[IP:][HOST]:]CONTAINER[/PROTOCOL]`.
-fn published(text: &str) -> Option<std::ops::RangeInclusive<u16>> {
+pub(crate) fn published(text: &str) -> Option<std::ops::RangeInclusive<u16>> {
     let text = match text.split_once('/') {
         Some((ports, "tcp")) => ports,
         Some(_) => return None,

@@ -101,6 +101,14 @@ pub(super) fn activated(
     }
     let log = activated.service().unwrap_or_else(|| activated.unit.clone());
     writeln!(out, "    {journalctl} --unit {log} --follow")?;
+    if let Some(owner) = activated.run_as.as_ref().filter(|owner| !owner.lingers()) {
+        writeln!(
+            out,
+            "\n{0}'s services, and with them the container, are stopped when {0} logs out. To keep them: loginctl enable-linger \
+             {0}",
+            owner.name
+        )?;
+    }
     if activated.scope == Manager::User && !lingers() {
         writeln!(
             out,
@@ -131,7 +139,11 @@ pub(super) fn removed(known: &Activated, changes: &[Change], awake: bool) -> any
     let mut out = std::io::stdout().lock();
     list(&mut out, changes)?;
     if awake {
-        let systemctl = if known.scope == Manager::User { "systemctl --user" } else { "systemctl" };
+        let systemctl = match (&known.run_as, known.scope) {
+            (Some(owner), _) => format!("systemctl --user --machine {}@", owner.name),
+            (None, Manager::User) => "systemctl --user".to_owned(),
+            (None, Manager::System) => "systemctl".to_owned(),
+        };
         writeln!(out, "{} still runs; to stop it: {systemctl} stop {}", known.unit, known.unit)?;
     }
     Ok(())

@@ -4,6 +4,7 @@ use anyhow::Context as _;
 use zbus::OwnedObjectPath;
 
 use crate::activate::bus::{Bus, Manager};
+use crate::owner::Owner;
 
 /// `(ssssssouso)`: a unit as ListUnits describes it; the first is its name, the seventh its object.
 type Listed = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
@@ -50,6 +51,13 @@ pub(super) struct Systemd {
 impl Systemd {
     pub async fn connect(manager: Manager) -> anyhow::Result<Self> {
         let bus = Bus::connect(manager).await?;
+        let files = FilesProxy::new(bus.connection()).await?;
+        Ok(Self { bus, files })
+    }
+
+    /// The service manager of a user whom root does something for.
+    pub async fn of(owner: &Owner) -> anyhow::Result<Self> {
+        let bus = Bus::connect_as(owner).await?;
         let files = FilesProxy::new(bus.connection()).await?;
         Ok(Self { bus, files })
     }

@@ -138,7 +138,7 @@ fn in_the_way(external: &External, other: IpAddr) -> bool {
 }
 
 /// A line of /proc/net/tcp{,6} (proc_net(5)): a listener's address and inode.
-fn listener(line: &str) -> Option<(SocketAddr, u64)> {
+pub(crate) fn listener(line: &str) -> Option<(SocketAddr, u64)> {
     const LISTEN: &str = "0A";
     let fields: Vec<&str> = line.split_whitespace().collect();
     if *fields.get(3)? != LISTEN {

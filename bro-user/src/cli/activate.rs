@@ -26,6 +26,9 @@ Examples:
   nginx takes the socket over itself: no forwarder, no idle stop, the client's own address:
     bro activate web --direct --external-port 0.0.0.0:8080
 
+  Port 80 for a rootless container of the user “test”, as root; no sysctl, and nothing of it runs as root:
+    bro activate web --system --run-as test --external-port 80
+
 An option that is left out stays as an earlier run set it. Files that bro activate did not write are never overwritten.
 NAME is looked for where Podman looks (podman-systemd.unit(5)): NAME.container, NAME.pod, NAME.kube, or an instance
 NAME@INSTANCE of a template NAME@.container.
@@ -63,6 +66,14 @@ pub struct Activate {
     /// idle, and bro's own options do not apply.
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
     pub direct: Option<Direct>,
+
+    /// With --direct and Network=none: neither the container nor Podman, which starts it, can make a socket of the network
+    ///
+    /// The passed socket is the only way in, and there is none out. The image has to be there already. Stays until --remove.
+    /// (RestrictAddressFamilies= with AF_UNIX, AF_NETLINK and AF_INET, which crun wants for the loopback interface, and
+    /// NoNewPrivileges=; for a user with a unit that makes Podman's user namespace before.)
+    #[arg(long)]
+    pub restrict_network: bool,
 
     /// The network of the quadlet that the service is reached through: none, host, NAME or NAME.network
     ///
@@ -119,6 +130,14 @@ pub struct Activate {
     #[arg(long, value_name = "HOW", conflicts_with = "direct")]
     pub relay: Option<RelayChoice>,
 
+    /// For the system, for the rootless container of an ordinary user: systemd listens, as on port 80, and the forwarder is USER
+    ///
+    /// The quadlet is looked for where USER's Podman looks; the container, its images and its unit are USER's as ever. The socket
+    /// and the forwarder's service are the system's, and nothing of theirs runs as root. The service starts USER's service
+    /// manager where it does not run yet.
+    #[arg(long, value_name = "USER", conflicts_with_all = ["user", "direct"])]
+    pub run_as: Option<String>,
+
     /// For the system: quadlets and units below /etc, rootful containers (default for root)
     #[arg(long, conflicts_with = "user")]
     pub system: bool,
@@ -134,7 +153,7 @@ pub struct Activate {
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
         "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
-        "relay"])]
+        "relay", "run_as", "restrict_network"])]
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing

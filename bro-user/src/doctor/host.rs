@@ -8,6 +8,7 @@ use crate::activate::bus::{Bus, Manager};
 use crate::kernel::{self, Kernel, Unavailable, pinned};
 use crate::netns::Where;
 use crate::netns::diag::Table;
+use crate::owner::Owner;
 use crate::relay::pipes::Pool;
 
 /// The kernel that the system calls bro needs came with: pidfd_open(2) in 5.3, openat2(2) in 5.6.
@@ -86,6 +87,19 @@ pub(super) fn linger() -> Check {
         ),
         _ => Check::bad(NAME, format!("user {uid} has no name"), "add the user to the user database"),
     }
+}
+
+/// The same of a user for whom the system listens.
+pub(super) fn linger_of(owner: &Owner) -> Check {
+    const NAME: &str = "linger";
+    if owner.lingers() {
+        return Check::ok(NAME, format!("{}'s services start at boot", owner.name));
+    }
+    Check::less(
+        NAME,
+        format!("{0}'s services, and this container, are stopped when {0} logs out", owner.name),
+        format!("sudo loginctl enable-linger {}", owner.name),
+    )
 }
 
 /// What lets rootless Podman make user namespaces under AppArmor's limit: a profile of its own, or its runtime's.
@@ -207,6 +221,28 @@ pub(super) fn cgroup() -> Check {
     match kernel::cgroup::mount_point() {
         Ok(path) => Check::ok(NAME, format!("version 2 is mounted at {}", path.display())),
         Err(error) => Check::less(NAME, error.to_string(), "boot with systemd.unified_cgroup_hierarchy=1"),
+    }
+}
+
+/// What the relay process gives up, tried on a thread that ends with it.
+pub(super) fn sandbox() -> Check {
+    const NAME: &str = "sandbox";
+    let tried = std::thread::spawn(|| crate::sandbox::enter(None, [])).join();
+    match tried {
+        Ok(Ok(missing)) if missing.is_empty() => {
+            Check::ok(NAME, "the relay process gets by without capabilities, files and new sockets")
+        }
+        Ok(Ok(missing)) => Check::less(
+            NAME,
+            format!("the relay process keeps more rights than it needs: {}", missing.join("; ")),
+            "use Linux 5.13 or newer with lsm=…,landlock on its command line, and allow seccomp(2)",
+        ),
+        Ok(Err(error)) => Check::bad(
+            NAME,
+            format!("no relay process can start here: {error:#}"),
+            "allow prctl(2) and capset(2)",
+        ),
+        Err(_) => Check::bad(NAME, "trying it failed", "report this"),
     }
 }
 

@@ -16,6 +16,7 @@ use crate::cli::control::Whom;
 use crate::hand;
 use crate::netns::diag::Table;
 use crate::netns::{Namespace, Where};
+use crate::owner::Owner;
 use crate::quadlet::{self, Quadlet};
 use crate::target::Target;
 
@@ -31,28 +32,42 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     let known = activated::find(name, scope)?;
     let mut checks = vec![files(&known)];
     let quadlet = quadlet(&known, &mut checks);
-    match Bus::connect(scope).await {
-        Ok(bus) => {
-            checks.push(unit(&known, &bus).await);
+    let managers = async {
+        let front = Bus::connect(known.scope).await?;
+        let container = match &known.run_as {
+            Some(owner) => Bus::connect_as(owner).await?,
+            None => front.clone(),
+        };
+        anyhow::Ok((front, container))
+    };
+    match managers.await {
+        Ok((bus, container)) => {
+            checks.push(unit(&known, &container).await);
             for listener in &known.listeners {
                 checks.push(socket(&known, listener, &bus).await);
             }
             if let Some(service) = known.service() {
-                checks.push(forwarder(&service, scope, &bus).await);
+                checks.push(forwarder(&service, known.scope, &bus).await);
             }
         }
         Err(error) => checks.push(Check::bad(
             "service manager",
             format!("it does not answer: {error:#}"),
-            "nothing is activated without systemd; see `bro doctor`",
+            match &known.run_as {
+                Some(owner) => format!("`systemctl status {}`; see `bro doctor`", owner.manager()),
+                None => "nothing is activated without systemd; see `bro doctor`".to_owned(),
+            },
         )),
     }
     if let Some(quadlet) = &quadlet {
-        checks.push(image(quadlet).await);
+        checks.push(image(quadlet, known.run_as.as_ref()).await);
     }
     checks.push(versions(&known).await);
-    if scope == Manager::User {
-        checks.push(host::linger().or_bad());
+    match &known.run_as {
+        // Its service manager is started by the first client; but the user's logging out stops it.
+        Some(owner) => checks.push(host::linger_of(owner)),
+        None if scope == Manager::User => checks.push(host::linger().or_bad()),
+        None => {}
     }
     checks.push(host::namespaces());
     if options.wake {
@@ -60,11 +75,11 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
         checks.push(match hand::wake_up(&whom, WAKE).await {
             Ok(_) => Check::ok("wake", "it can be woken"),
             Err(error) => {
-                let log = last_words(&known.unit, scope).await;
+                let log = last_words(&known.unit, known.unit_scope()).await;
                 Check::bad(
                     "wake",
                     format!("{error:#}{log}"),
-                    format!("see `{}`", journal(&known.unit, scope)),
+                    format!("see `{}`", journal(&known.unit, known.unit_scope())),
                 )
             }
         });
@@ -93,7 +108,7 @@ fn files(known: &Activated) -> Check {
 
 fn quadlet(known: &Activated, checks: &mut Vec<Check>) -> Option<Quadlet> {
     const NAME: &str = "quadlet";
-    let found = quadlet::find(&known.name, known.scope, None);
+    let found = quadlet::find(&known.name, known.scope, known.run_as.as_ref(), None);
     checks.push(match &found {
         Ok(quadlet) if quadlet.unit != known.unit => Check::bad(
             NAME,
@@ -126,7 +141,7 @@ fn quadlet(known: &Activated, checks: &mut Vec<Check>) -> Option<Quadlet> {
 /// The unit that Podman's generator makes of the quadlet.
 async fn unit(known: &Activated, bus: &Bus) -> Check {
     const NAME: &str = "unit";
-    let (unit, scope) = (&known.unit, known.scope);
+    let (unit, scope) = (&known.unit, known.unit_scope());
     match bus.known(unit).await {
         Ok(found) if found.load == "not-found" => Check::bad(
             NAME,
@@ -223,7 +238,7 @@ async fn forwarder(service: &str, scope: Manager, bus: &Bus) -> Check {
 }
 
 /// A first client should not have to wait for a download.
-async fn image(quadlet: &Quadlet) -> Check {
+async fn image(quadlet: &Quadlet, owner: Option<&Owner>) -> Check {
     const NAME: &str = "image";
     if let Some(rootfs) = quadlet.value("Rootfs") {
         // Options follow after a colon.
@@ -238,7 +253,7 @@ async fn image(quadlet: &Quadlet) -> Check {
         Some(image) if image.ends_with(".image") || image.ends_with(".build") => {
             Check::ok(NAME, format!("{image} brings it"))
         }
-        Some(image) => match says("podman", &["image", "exists", image]).await {
+        Some(image) => match podman(owner, &["image", "exists", image]).await {
             Some(_) => Check::ok(NAME, format!("{image} is here")),
             None => Check::bad(
                 NAME,
@@ -248,6 +263,16 @@ async fn image(quadlet: &Quadlet) -> Check {
         },
         None => Check::ok(NAME, "none of its own"),
     }
+}
+
+/// Asks the Podman of whoever owns the container.
+async fn podman(owner: Option<&Owner>, args: &[&str]) -> Option<String> {
+    let Some(owner) = owner.filter(|owner| !owner.is_me()) else { return says("podman", args).await };
+    let (reuid, regid) = (format!("--reuid={}", owner.uid), format!("--regid={}", owner.gid));
+    let home = format!("HOME={}", owner.home.display());
+    let runtime = format!("XDG_RUNTIME_DIR={}", owner.runtime_directory().display());
+    let user = [&*reuid, &*regid, "--init-groups", "env", "--chdir=/", &*home, &*runtime, "podman"];
+    says("setpriv", &[&user, args].concat()).await
 }
 
 async fn versions(known: &Activated) -> Check {
@@ -283,7 +308,11 @@ async fn listens(known: &Activated, listener: &Listener) -> Check {
     let Ok(Target::Tcp { host, port }) = target.parse::<Target>() else {
         return Check::ok(NAME, format!("{target} is a unix socket, so nobody looked"));
     };
-    let Some(pid) = container::running(container) else {
+    let running = match &known.run_as {
+        Some(owner) => container::running_of(owner.uid, container),
+        None => container::running(container),
+    };
+    let Some(pid) = running else {
         return Check::ok(
             NAME,
             format!("{container} is asleep, so nobody knows about {target} (--wake looks)"),

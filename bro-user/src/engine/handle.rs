@@ -162,7 +162,7 @@ impl Command {
         (serde_json::to_vec(&head).unwrap_or_default(), descriptors)
     }
 
-    fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
         Some(match serde_json::from_slice(bytes).ok()? {
             Head::Ready { backend, addresses, guarded } => {
                 let mut descriptors = descriptors.into_iter();

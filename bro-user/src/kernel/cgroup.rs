@@ -58,10 +58,11 @@ fn common(one: &Path, other: &Path) -> PathBuf {
         .collect()
 }
 
-fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
-    let path = table.lines().find_map(|line| line.strip_prefix("0::/"));
+pub(crate) fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
+    let path = table.lines().find_map(|line| line.strip_prefix("0::/")).map(Path::new);
+    let below = |path: &Path| path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
     match path {
-        Some(path) if !path.starts_with("..") => Ok(mount.join(path)),
+        Some(path) if below(path) => Ok(mount.join(path)),
         _ => Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 of it is visible here")),
     }
 }
@@ -88,7 +89,9 @@ mod tests {
             Some("/sys/fs/cgroup/a.slice/b.service".into())
         );
         assert_eq!(path("0::/\n"), Some("/sys/fs/cgroup/".into()));
-        assert_eq!(path("0::/../../other\n"), None);
+        for outside in ["0::/../../other\n", "0::/a/../../other\n", "0:://usr\n"] {
+            assert_eq!(path(outside), None, "{outside}");
+        }
         assert_eq!(path("4:cpu:/x\n"), None);
     }
 }

@@ -154,16 +154,19 @@ impl<'a> Btf<'a> {
     /// The offset of `field` in bytes, also when it is a member of an unnamed structure or union inside.
     fn offset(&self, structure: &str, field: &str) -> Result<u32, BtfError> {
         let missing = || BtfError::Missing(format!("{structure}.{field}"));
-        let bits = self.member(self.named(structure)?, field.as_bytes(), 0)?.ok_or_else(missing)?;
+        let bits =
+            self.member(self.named(structure)?, field.as_bytes(), &mut Vec::new())?.ok_or_else(missing)?;
         // A bitfield that does not begin a byte could not be read as the programs read it.
         if bits % 8 == 0 { Ok(bits / 8) } else { Err(missing()) }
     }
 
-    fn member(&self, of: Type, field: &[u8], depth: u32) -> Result<Option<u32>, BtfError> {
-        // Deeper nesting than this is not C but a loop in malformed input.
-        if !matches!(of.kind, STRUCT | UNION) || depth > 16 {
+    /// `seen` are the places of the structures that are being, or have been, looked into: what is inside itself is not C, and
+    /// looking into it again and again would not end.
+    fn member(&self, of: Type, field: &[u8], seen: &mut Vec<usize>) -> Result<Option<u32>, BtfError> {
+        if !matches!(of.kind, STRUCT | UNION) || seen.contains(&of.members) || seen.len() > 64 {
             return Ok(None);
         }
+        seen.push(of.members);
         for index in 0..of.count {
             let at = of.members + 12 * index;
             let name = self.string(word(self.bytes, at)?)?;
@@ -174,9 +177,9 @@ impl<'a> Btf<'a> {
             }
             if name.is_empty()
                 && let Some(inner) = self.types.get(word(self.bytes, at + 4)? as usize)
-                && let Some(found) = self.member(*inner, field, depth + 1)?
+                && let Some(found) = self.member(*inner, field, seen)?
             {
-                return Ok(Some(bits + found));
+                return bits.checked_add(found).map(Some).ok_or(BtfError::Malformed(at));
             }
         }
         Ok(None)
@@ -249,6 +252,18 @@ mod tests {
             bytes.extend(&self.strings);
             bytes
         }
+    }
+
+    #[test]
+    fn what_is_inside_itself_or_out_of_bounds_is_refused() {
+        let mut builder = Builder::default();
+        builder.structure("self", false, &[("", 1, 0), ("", 1, 0), ("", 1, 0)]);
+        builder.structure("", false, &[("far", 0, 0xffff_fff8)]);
+        builder.structure("outer", false, &[("", 2, 0xffff_fff8)]);
+        let bytes = builder.finish();
+        let btf = Btf::parse(&bytes).unwrap();
+        assert_eq!(btf.offset("self", "x"), Err(BtfError::Missing("self.x".into())));
+        assert!(matches!(btf.offset("outer", "far"), Err(BtfError::Malformed(_))));
     }
 
     #[test]

@@ -126,8 +126,8 @@ fn serve(
     }
 }
 
-/// Joins the namespace, through its owner where that is not ours.
-fn join(netns: BorrowedFd<'_>) -> nix::Result<()> {
+/// Joins the namespace, through its owner where that is not ours. For a process without threads.
+pub(crate) fn join(netns: BorrowedFd<'_>) -> nix::Result<()> {
     if same_namespace(netns, "/proc/self/ns/net") {
         return Ok(());
     }

@@ -139,27 +139,33 @@ impl Table {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            let mut rest = &buffer[..length];
-            let mut more = true;
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
-                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-                more = message.header.flags & NLM_F_MULTIPART != 0;
-                match message.payload {
-                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
-                    NetlinkPayload::Done(_) => return Ok(()),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
-                    _ => {}
-                }
-                // Messages are padded to four bytes, and one of length 0 would loop for ever.
-                let step = (message.header.length as usize).next_multiple_of(4).max(4);
-                rest = rest.get(step..).unwrap_or_default();
-            }
-            if !more {
+            if !messages(&buffer[..length], &mut each)? {
                 return Ok(());
             }
         }
     }
+}
+
+/// Hands over each socket of a datagram; is there to be a further datagram?
+pub(crate) fn messages(mut rest: &[u8], each: &mut impl FnMut(&InetResponse)) -> io::Result<bool> {
+    let mut more = true;
+    while !rest.is_empty() {
+        let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+        more = message.header.flags & NLM_F_MULTIPART != 0;
+        match message.payload {
+            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
+            NetlinkPayload::Done(_) => return Ok(false),
+            NetlinkPayload::Error(error) => {
+                return Err(io::Error::from_raw_os_error(error.raw_code().wrapping_neg()));
+            }
+            _ => {}
+        }
+        // Messages are padded to four bytes, and one of length 0 would loop for ever.
+        let step = (message.header.length as usize).next_multiple_of(4).max(4);
+        rest = rest.get(step..).unwrap_or_default();
+    }
+    Ok(more)
 }
 
 fn read(response: &InetResponse) -> Listening {
@@ -190,6 +196,17 @@ mod tests {
         assert!(!listening("127.0.0.2:80", false).serves(local));
         assert!(!listening("0.0.0.0:80", false).serves(local6));
         assert!(!listening("0.0.0.0:81", false).serves(local));
+    }
+
+    #[test]
+    fn an_error_is_an_error_whatever_its_number() {
+        let error = |code: i32| -> Vec<u8> {
+            let header = [20, 2, 0, 0].into_iter().flat_map(u32::to_ne_bytes);
+            header.chain(code.to_ne_bytes()).collect()
+        };
+        let read = |code| messages(&error(code), &mut |_| ()).unwrap_err().raw_os_error();
+        assert_eq!(read(-libc::ENOENT), Some(libc::ENOENT));
+        assert_eq!(read(i32::MIN), Some(i32::MIN));
     }
 
     #[tokio::test]

@@ -88,7 +88,7 @@ pub type Answer = Result<Vec<OwnedFd>, nix::errno::Errno>;
 const LONGEST: usize = 32 * 1024;
 
 impl Request {
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         match self {
             Self::Join => vec![0],
             Self::Sockets { domain, kind, protocol, count } => {
@@ -109,7 +109,7 @@ impl Request {
         }
     }
 
-    fn decode(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         Some(match bytes.split_first()? {
             (0, []) => Self::Join,
             (1, [count, rest @ ..]) if rest.len() == 12 => {

@@ -9,31 +9,40 @@ use super::Kind;
 use crate::activate::bus::Manager;
 use crate::activated::{self, MARKER};
 use crate::exit::Failure;
+use crate::owner::Owner;
 use crate::unit_file::UnitFile;
 
 /// How deep subdirectories are looked into; symbolic links could make a ring.
 const DEEPEST: usize = 8;
 
 /// The directories, the one that wins first.
-pub(super) fn directories(scope: Manager, root: Option<&Path>) -> anyhow::Result<Vec<PathBuf>> {
-    let plain: Vec<PathBuf> = match scope {
-        Manager::System => {
+pub(super) fn directories(
+    scope: Manager,
+    owner: Option<&Owner>,
+    root: Option<&Path>,
+) -> anyhow::Result<Vec<PathBuf>> {
+    let of_user = |uid: u32, runtime: PathBuf, config: PathBuf| {
+        let users = Path::new("/etc/containers/systemd/users");
+        let shared = Path::new("/usr/share/containers/systemd/users");
+        vec![
+            runtime.join("containers/systemd"),
+            config.join("containers/systemd"),
+            users.join(uid.to_string()),
+            users.to_owned(),
+            shared.join(uid.to_string()),
+            shared.to_owned(),
+        ]
+    };
+    let plain: Vec<PathBuf> = match (scope, owner) {
+        (_, Some(owner)) => of_user(owner.uid, owner.runtime_directory(), owner.home.join(".config")),
+        (Manager::System, None) => {
             ["/run", "/etc", "/usr/share"].map(|top| Path::new(top).join("containers/systemd")).into()
         }
-        Manager::User => {
+        (Manager::User, None) => {
             let uid = nix::unistd::geteuid();
             let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
             let runtime = runtime.unwrap_or_else(|| format!("/run/user/{uid}").into());
-            let users = Path::new("/etc/containers/systemd/users");
-            let shared = Path::new("/usr/share/containers/systemd/users");
-            vec![
-                runtime.join("containers/systemd"),
-                activated::config_home()?.join("containers/systemd"),
-                users.join(uid.to_string()),
-                users.to_owned(),
-                shared.join(uid.to_string()),
-                shared.to_owned(),
-            ]
+            of_user(uid.as_raw(), runtime, activated::config_home()?)
         }
     };
     Ok(plain.into_iter().map(|path| below(root, &path)).collect())
@@ -54,11 +63,14 @@ pub(crate) fn below(root: Option<&Path>, path: &Path) -> PathBuf {
 pub fn drop_in_directory(
     quadlet: &super::Quadlet,
     scope: Manager,
+    owner: Option<&Owner>,
     root: Option<&Path>,
 ) -> anyhow::Result<PathBuf> {
-    let directory = match scope {
-        Manager::System => PathBuf::from("/etc/containers/systemd"),
-        Manager::User => activated::config_home()?.join("containers/systemd"),
+    let directory = match (scope, owner) {
+        // Not into the home directory: what root writes is to lie where only root writes.
+        (_, Some(owner)) => Path::new("/etc/containers/systemd/users").join(owner.uid.to_string()),
+        (Manager::System, None) => PathBuf::from("/etc/containers/systemd"),
+        (Manager::User, None) => activated::config_home()?.join("containers/systemd"),
     };
     Ok(below(root, &directory).join(format!("{}.d", quadlet.file_name())))
 }
@@ -171,7 +183,7 @@ mod tests {
         }
 
         fn find(&self, name: &str) -> anyhow::Result<super::super::Quadlet> {
-            super::super::find(name, Manager::System, Some(&self.0))
+            super::super::find(name, Manager::System, None, Some(&self.0))
         }
 
         fn found(&self, name: &str) -> String {

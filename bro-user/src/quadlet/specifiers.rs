@@ -1,11 +1,17 @@
 //! The specifiers of systemd.unit(5) that occur in container names.
 
+use crate::owner::Owner;
+
 /// `text` with the specifiers replaced as systemd does for `unit`; else the first one that is not known here.
-pub(super) fn expand(text: &str, unit: &str) -> Result<String, String> {
+pub(super) fn expand(text: &str, unit: &str, owner: Option<&Owner>) -> Result<String, String> {
     let stem = unit.strip_suffix(".service").unwrap_or(unit);
     let (prefix, instance) = stem.split_once('@').unwrap_or((stem, ""));
     let last = prefix.rsplit('-').next().unwrap_or(prefix);
-    let user = || nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
+    let uid = owner.map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
+    let user = || match owner {
+        Some(owner) => Some(owner.name.clone()),
+        None => Some(nix::unistd::User::from_uid(uid.into()).ok().flatten()?.name),
+    };
     let mut expanded = String::new();
     let mut chars = text.chars();
     while let Some(c) = chars.next() {
@@ -21,8 +27,8 @@ pub(super) fn expand(text: &str, unit: &str) -> Result<String, String> {
             Some('p' | 'P') => expanded.push_str(prefix),
             Some('i' | 'I') => expanded.push_str(instance),
             Some('j' | 'J') => expanded.push_str(last),
-            Some('U') => expanded.push_str(&nix::unistd::geteuid().to_string()),
-            Some('u') => expanded.push_str(&user().ok_or("%u")?.name),
+            Some('U') => expanded.push_str(&uid.to_string()),
+            Some('u') => expanded.push_str(&user().ok_or("%u")?),
             other => return Err(other.map_or_else(|| "%".to_owned(), |other| format!("%{other}"))),
         }
     }
@@ -35,10 +41,10 @@ mod tests {
 
     #[test]
     fn expands_what_it_knows() {
-        assert_eq!(expand("systemd-%p_%i", "web@blue.service"), Ok("systemd-web_blue".into()));
-        assert_eq!(expand("%N-100%%", "web.service"), Ok("web-100%".into()));
-        assert_eq!(expand("%j", "my-web.service"), Ok("web".into()));
-        assert_eq!(expand("x%m", "web.service"), Err("%m".into()));
-        assert_eq!(expand("x%", "web.service"), Err("%".into()));
+        assert_eq!(expand("systemd-%p_%i", "web@blue.service", None), Ok("systemd-web_blue".into()));
+        assert_eq!(expand("%N-100%%", "web.service", None), Ok("web-100%".into()));
+        assert_eq!(expand("%j", "my-web.service", None), Ok("web".into()));
+        assert_eq!(expand("x%m", "web.service", None), Err("%m".into()));
+        assert_eq!(expand("x%", "web.service", None), Err("%".into()));
     }
 }

@@ -78,17 +78,17 @@ impl Service {
 pub(super) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
     let activated = activated::all(scope)?;
     let sockets = control::sockets();
-    let (bus, mut reports) = tokio::join!(
-        async { if activated.is_empty() { None } else { Bus::connect(scope).await.ok() } },
+    let (mut buses, mut reports) = tokio::join!(
+        async { if activated.is_empty() { None } else { Buses::connect(scope).await } },
         ask_all(sockets)
     );
     let mut services = Vec::new();
     for known in activated {
         let addresses = known.listeners.iter().map(|listener| listener.address.clone()).collect();
         let mut service = Service::new(known.name.clone(), Some(known.unit.clone()), addresses);
-        if let Some(bus) = &bus {
+        if let Some(buses) = &mut buses {
             // Without systemd's word it is asleep, as far as anybody knows.
-            drop(look(&mut service, &known, bus).await);
+            drop(look(&mut service, &known, buses).await);
         }
         let (its, others) = reports.into_iter().partition(|report| report.unit.as_ref() == Some(&known.unit));
         let its: Vec<Report> = its;
@@ -122,9 +122,41 @@ async fn ask_all(sockets: Vec<PathBuf>) -> Vec<Report> {
     reports
 }
 
+/// The service managers that are asked.
+struct Buses {
+    own: Bus,
+    system: Option<Bus>,
+    /// Of users whose containers the system's forwarders serve.
+    users: Vec<(u32, Bus)>,
+}
+
+impl Buses {
+    async fn connect(scope: Manager) -> Option<Self> {
+        let own = Bus::connect(scope).await.ok()?;
+        let system = if scope == Manager::System { Some(own.clone()) } else { None };
+        Some(Self { own, system, users: Vec::new() })
+    }
+
+    /// Who listens and forwards, and who runs the container.
+    async fn of(&mut self, known: &Activated) -> anyhow::Result<(Bus, Bus)> {
+        let Some(owner) = &known.run_as else { return Ok((self.own.clone(), self.own.clone())) };
+        let front = match &self.system {
+            Some(system) => system.clone(),
+            None => self.system.insert(Bus::connect(Manager::System).await?).clone(),
+        };
+        if let Some((_, user)) = self.users.iter().find(|(uid, _)| *uid == owner.uid) {
+            return Ok((front, user.clone()));
+        }
+        let user = Bus::connect_as(owner).await?;
+        self.users.push((owner.uid, user.clone()));
+        Ok((front, user))
+    }
+}
+
 /// What systemd knows of a service.
-async fn look(service: &mut Service, known: &Activated, bus: &Bus) -> anyhow::Result<()> {
-    let unit = bus.known(&known.unit).await?;
+async fn look(service: &mut Service, known: &Activated, buses: &mut Buses) -> anyhow::Result<()> {
+    let (front, container) = buses.of(known).await?;
+    let (bus, unit) = (front, container.known(&known.unit).await?);
     let mut deaf = false;
     for listener in &known.listeners {
         deaf |= bus.active_state(&listener.socket).await? != "active";

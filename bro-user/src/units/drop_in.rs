@@ -2,7 +2,11 @@
 
 use std::fmt::Write as _;
 
+use crate::activate::bus::Manager;
 use crate::activated::Activated;
+
+/// How `--restrict-network` is noted.
+pub const RESTRICTED: &str = "restrict-network";
 
 /// What goes into the drop-in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -46,27 +50,53 @@ impl DropIn {
     pub(super) fn text(&self, activated: &Activated) -> String {
         let mut text = super::heading(activated, None);
         let mut sections: Vec<String> = Vec::new();
+        let restricted = activated.option(RESTRICTED).is_some();
         if !self.sockets.is_empty() {
             let sockets = self.sockets.join(" ");
-            sections.push(format!(
+            let mut section = format!(
                 "# Also when somebody starts it by hand it gets its sockets.\n[Unit]\nRequires={sockets}\nAfter={sockets}\n\
                  # Its clients start it, however often: at this limit systemd would stop listening for good.\n\
                  StartLimitIntervalSec=0\n"
-            ));
+            );
+            if restricted && activated.scope == Manager::User {
+                let pause = super::pause::unit(&activated.name);
+                write!(section, "# Makes Podman's user namespace, which this unit may not.\nWants={pause}\nAfter={pause}\n").ok();
+            }
+            sections.push(section);
         }
+        let mut container = String::new();
         if self.nginx {
             // sd_listen_fds(3): passed descriptors begin with 3.
             let descriptors: String =
                 (3..3 + self.sockets.len()).map(|number| format!("{number};")).collect();
-            let mut section = format!("[Container]\nEnvironment=NGINX={descriptors}\n");
+            writeln!(container, "Environment=NGINX={descriptors}").ok();
             if self.never_notifies {
-                section.push_str("# nginx sends no READY=1.\nNotify=false\n");
+                container.push_str("# nginx sends no READY=1.\nNotify=false\n");
             }
-            sections.push(section);
         }
+        if restricted {
+            container.push_str("# There is no way to a registry.\nPull=never\n");
+        }
+        if !container.is_empty() {
+            sections.push(format!("[Container]\n{container}"));
+        }
+        let mut service = String::new();
         // The one of the same name is its own without a word.
         if self.sockets.len() > 1 {
-            sections.push(format!("[Service]\nSockets={}\n", self.sockets.join(" ")));
+            writeln!(service, "Sockets={}", self.sockets.join(" ")).ok();
+        }
+        if restricted {
+            service.push_str(
+                "# The passed sockets are not affected. (AF_INET: crun brings the loopback interface up by a socket of it. With runc\n\
+                 # it may be left out in a drop-in of your own.)\n\
+                 RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET\nNoNewPrivileges=yes\n",
+            );
+            if activated.scope == Manager::System {
+                service.push_str("# So that those lead nowhere either. (A user's manager cannot do that.)\nIPAddressDeny=any\nIPAddressAllow=localhost\n");
+            }
+        }
+        if !service.is_empty() {
+            sections.push(format!("[Service]\n{service}"));
         }
         if self.no_network {
             sections.push(

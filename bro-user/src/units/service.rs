@@ -13,6 +13,31 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
     let unit = &activated.unit;
     let sockets: Vec<&str> = activated.listeners.iter().map(|listener| listener.socket.as_str()).collect();
     let sockets = sockets.join(" ");
+    let (part_of, after, user) = match &activated.run_as {
+        None => (
+            sockets.clone(),
+            format!(
+                "# Nothing but an order, for shutdown: connections may finish before the container goes. The forwarder itself starts\n\
+                 # {unit}, so that clients of a container that cannot start are still told.\n\
+                 After={unit}\n"
+            ),
+            String::new(),
+        ),
+        Some(owner) => {
+            let (name, manager, runtime) = (&owner.name, owner.manager(), owner.runtime_directory());
+            (
+                format!("{sockets} {manager}"),
+                format!(
+                    "# {unit} is {name}'s, and so is the service manager that runs it. (Requires= would leave clients untold when that\n\
+                     # cannot start.)\n\
+                     Wants={manager}\n\
+                     After={manager}\n"
+                ),
+                format!("User={name}\nEnvironment=XDG_RUNTIME_DIR={}\n", runtime.display()),
+            )
+        }
+    };
+    let sandbox = super::sandbox::lines(activated, Some(bro).filter(|_| root.is_none()));
     let command = command(activated, bro).join(" \\\n    ");
     // Writing to a String cannot fail.
     write!(
@@ -20,22 +45,25 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
         "[Unit]\n\
          Description=Forwarder that wakes {unit}\n\
          # Who stops the listening stops the forwarder too: it would go on with the sockets it has.\n\
-         PartOf={sockets}\n\
-         # Nothing but an order, for shutdown: connections may finish before the container goes. The forwarder itself starts\n\
-         # {unit}, so that clients of a container that cannot start are still told.\n\
-         After={unit}\n\
+         PartOf={part_of}\n\
+         {after}\
          # Waking is not restarting: no limit on how often.\n\
          StartLimitIntervalSec=0\n\
          \n\
          [Service]\n\
          Type=notify\n\
+         {user}\
          ExecStart={command}\n\
+         # The program as it is on the disk by then takes over, and drops nobody.\n\
+         ExecReload=kill -HUP $MAINPID\n\
          Sockets={sockets}\n\
          RuntimeDirectory=bro/%N\n\
          Restart=on-failure\n\
          RestartSec=1s\n\
          WatchdogSec=30s\n\
          TimeoutStopSec=2min\n\
+         \n\
+         {sandbox}\
          \n\
          [{SECTION}]\n\
          Name={}\n",
@@ -65,7 +93,7 @@ fn command(activated: &Activated, bro: &Path) -> Vec<String> {
         words.push("--allow-missing-sockets".to_owned());
     }
     // bro chooses by who runs it, and root has a manager of its own too.
-    if activated.scope == Manager::User {
+    if activated.unit_scope() == Manager::User {
         words.push("--user".to_owned());
     }
     words

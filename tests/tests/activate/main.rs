@@ -4,5 +4,6 @@
 mod atomic;
 mod golden;
 mod refusals;
+mod security;
 mod tree;
 mod verify;

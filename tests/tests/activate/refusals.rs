@@ -61,6 +61,16 @@ const CASES: &[Case] = &[
     (&["onhost", "--external-port", "80"], 2, "host's network"),
     (&["both", "--external-port", "80"], 2, "both.container and both.pod"),
     (&["wrong", "--external-port", "80"], 4, "no section [Container]"),
+    (&["web", "--external-port", "80", "--run-as", "nosuch"], 4, "there is no user “nosuch”"),
+    (&["web", "--external-port", "80", "--run-as", "root"], 2, "leave --run-as out"),
+    (&["web", "--external-port", "80", "--run-as", "a b"], 2, "cannot be the name of a user"),
+    (&["web", "--external-port", "80", "--run-as", ""], 2, "cannot be the name of a user"),
+    (&["web", "--external-port", "80", "--run-as", "test"], 4, "/etc/containers/systemd/users/1000"),
+    (&["mine", "--external-port", "80", "--run-as", "test", "--direct"], 2, "cannot be used with"),
+    (&["mine", "--external-port", "80", "--run-as", "test", "--user"], 2, "cannot be used with"),
+    (&["sly", "--external-port", "80", "--run-as", "test"], 2, "cannot be the name of a unit"),
+    (&["web", "--external-port", "80", "--restrict-network"], 2, "is for --direct"),
+    (&["net", "--external-port", "80", "--restrict-network", "--direct"], 2, "add Network=none"),
     (&["web", "--remove"], 4, "nothing to remove"),
     (&["web", "--remove", "--external-port", "80"], 2, "cannot be used with"),
     (&["web", "--external-port", "80", "stray"], 2, "stray"),
@@ -80,6 +90,12 @@ fn disk() -> Result<Tree> {
         ("etc/containers/systemd/both.container", "[Container]\nImage=localhost/both\n"),
         ("etc/containers/systemd/both.pod", "[Pod]\n"),
         ("etc/containers/systemd/wrong.container", "[Unit]\n"),
+        ("etc/passwd", "root:x:0:0::/root:/bin/sh\ntest:x:1000:1000::/home/test:/bin/sh\n"),
+        ("home/test/.config/containers/systemd/mine.container", "[Container]\nImage=localhost/mine\n"),
+        (
+            "home/test/.config/containers/systemd/sly.container",
+            "[Container]\nImage=localhost/sly\nServiceName=a.service shutdown.target\n",
+        ),
     ])
 }
 
@@ -153,6 +169,25 @@ fn somebody_elses_files_are_not_touched() -> Result<()> {
     let answer = tree.run(&["web", "--remove"])?;
     ensure!(answer.code == 1 && answer.stderr.contains("was not written by bro activate"), "{answer:?}");
     ensure!(tree.listing()? == before, "something was removed");
+    Ok(())
+}
+
+/// The names of the units are the same, whoever's container it is.
+#[test]
+fn one_name_is_one_users() -> Result<()> {
+    let tree = disk()?;
+    tree.write("home/test/.config/containers/systemd/web.container", "[Container]\nImage=localhost/web\n")?;
+    ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
+    let before = tree.listing()?;
+    let answer = tree.run(&["web", "--external-port", "81", "--run-as", "test"])?;
+    ensure!(answer.code == 2 && answer.stderr.contains("for the system's own container"), "{answer:?}");
+    ensure!(tree.listing()? == before, "something was written");
+    ensure!(tree.run(&["web", "--remove"])?.code == 0);
+    ensure!(tree.run(&["web", "--external-port", "81", "--run-as", "test"])?.code == 0);
+    // Also when the user has gone since, it can be taken back.
+    tree.write("etc/passwd", "root:x:0:0::/root:/bin/sh\n")?;
+    ensure!(tree.run(&["web", "--external-port", "82"])?.code == 4);
+    ensure!(tree.run(&["web", "--remove"])?.code == 0);
     Ok(())
 }
 

@@ -31,7 +31,7 @@ pub fn tree(host: &Host, manager: Manager) -> Result<Vec<String>> {
 pub fn expect_asleep(site: &Site<'_>) -> Result<()> {
     site.await_exit()?;
     site.await_container_gone()?;
-    let socket = site.manager.show(site.host, &site.socket(), "ActiveState")?;
+    let socket = site.front.show(site.host, &site.socket(), "ActiveState")?;
     ensure!(socket == "active", "the socket is {socket}");
     Ok(())
 }

@@ -202,3 +202,44 @@ pub fn client_while_restarting(host: &Host, manager: Manager) -> Result<()> {
     manager.systemctl(host, &["stop", "anew.service"])?;
     Ok(())
 }
+
+/// With `--restrict-network` the container, and Podman with it, has nothing but the socket that was passed.
+pub fn restricted(host: &Host, manager: Manager) -> Result<()> {
+    let plan =
+        Plan::new("Image=docker.io/alpine/socat\nExec=ACCEPT-FD:3,fork EXEC:cat\nStopSignal=SIGKILL", "", "");
+    plan.write_quadlet(host, manager, "bound")?;
+    let before = tree(host, manager)?;
+    let port = host.free_port()?;
+    let words = format!("bound --direct --restrict-network --external-port 127.0.0.1:{port}");
+    let ran = activate(host, manager, &words)?;
+    ensure!(ran.success(), "{ran:?}");
+    // As after a boot: there is no user namespace of Podman's yet, and the unit may not make one.
+    if manager != Manager::System {
+        manager.run(host, &["podman", "system", "migrate"])?;
+    }
+    for _ in 0..2 {
+        let answer = ask(host.connect(port)?, b"hello");
+        let answer = answer.with_context(|| manager.journal(host, "bound.service").unwrap_or_default())?;
+        ensure!(answer == b"hello", "{answer:?}\n{}", manager.journal(host, "bound.service")?);
+        let conmon = manager.show(host, "bound.service", "MainPID")?;
+        let status = std::fs::read_to_string(host.path(&format!("/proc/{conmon}/status")))?;
+        ensure!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
+        manager.systemctl(host, &["stop", "bound.service"])?;
+    }
+    let families = manager.show(host, "bound.service", "RestrictAddressFamilies")?;
+    ensure!(
+        families.split(' ').all(|family| ["AF_UNIX", "AF_NETLINK", "AF_INET"].contains(&family)),
+        "{families}"
+    );
+    let command = manager.show(host, "bound.service", "ExecStart")?;
+    ensure!(command.contains("--pull never"), "{command}");
+    let removed = activate(host, manager, "bound --remove")?;
+    ensure!(removed.success(), "{removed:?}");
+    manager.systemctl(host, &["stop", "bound.service"])?;
+    ensure!(
+        tree(host, manager)? == before,
+        "--remove left, or took, something:\n{:#?}",
+        tree(host, manager)?
+    );
+    Ok(())
+}

@@ -8,9 +8,11 @@ mod direct;
 mod doctor;
 mod examples;
 mod faults;
+mod helper;
 mod networks;
 mod power;
 mod refusals;
+mod run_as;
 mod services;
 
 use anyhow::Result;
@@ -38,6 +40,8 @@ const BOTH: &[Case] = &[
     ),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
+    ("a service that Podman and all may make no socket for", direct::restricted),
+    ("a command in the container's network", helper::by_its_owner),
     ("status and doctor", doctor::status_and_doctor),
     ("activated several times at once", faults::twice_at_once),
     ("the quadlet is renamed, and deleted", faults::quadlet_goes),
@@ -58,6 +62,11 @@ const OTHERS: &[OtherCase] = &[
     ("the rootless network namespace itself", networks::rootless_namespace),
     ("one account's container wakes another's service", crossover::pasta),
     ("the disk is full", faults::disk_full),
+    ("the system listens for an ordinary user's container", run_as::from_quadlet_to_service),
+    ("the system's forwarder for a user, looked after", run_as::looked_after),
+    ("what the system's forwarder for a user may and others may not", run_as::lines_that_are_not_crossed),
+    ("the system's forwarder for a user who is not logged in", run_as::not_logged_in),
+    ("another user's container by its process", helper::by_others),
     ("what doctor says of AppArmor and SELinux", doctor::security_modules),
 ];
 

@@ -43,8 +43,8 @@ fn loaders_on_a_real_host() {
 /// Puts the packages' units where packages put them.
 fn install(host: &Host) -> Result<()> {
     for (name, text) in [
-        ("bro-loader@.service", include_str!("../../../packaging/systemd/bro-loader@.service")),
-        ("run-bro-bpf.mount", include_str!("../../../packaging/systemd/run-bro-bpf.mount")),
+        ("bro-loader@.service", include_str!("../../../packaging/systemd/system/bro-loader@.service")),
+        ("run-bro-bpf.mount", include_str!("../../../packaging/systemd/system/run-bro-bpf.mount")),
     ] {
         host.write(&format!("/etc/systemd/system/{name}"), text)?;
     }

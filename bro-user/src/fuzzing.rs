@@ -1,0 +1,180 @@
+//! Every reader of what comes from outside, for the fuzzers in `fuzz/`: one function for each kind of input, which panics when a
+//! reader does, or when what was read is not what was written. Built by cargo fuzz only.
+
+use std::path::{Path, PathBuf};
+
+use clap::Parser as _;
+
+use crate::activate::bus::Manager;
+use crate::activate::container;
+use crate::activate::ready::Ready;
+use crate::activated::{self, SECTION};
+use crate::activation::address::{self, External, Internal};
+use crate::activation::{request, taken};
+use crate::cli::{Cli, LocalClients};
+use crate::control;
+use crate::engine::handle;
+use crate::kernel::{cgroup, offsets::Offsets};
+use crate::listen::{self, Environment};
+use crate::netns::{diag, wire};
+use crate::quadlet::{self, Kind};
+use crate::status;
+use crate::target::{self, Target};
+use crate::timespan::TimeSpan;
+use crate::unit_file::{UnitFile, quote_word, split_words};
+
+/// `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES`, a line each.
+pub fn environment(text: &str) {
+    let mut lines = text.split('\n').map(|line| Some(line.to_owned()).filter(|line| line != "-"));
+    let mut next = || lines.next().flatten();
+    let environment = Environment { pid: next(), fds: next(), names: next() };
+    if let Ok(names) = environment.passed_to(7) {
+        assert!(names.len() <= 1024);
+    }
+}
+
+/// A unit file with a drop-in after a line of dashes.
+pub fn unit_file(text: &str) {
+    let (first, second) = text.split_once("\n----\n").unwrap_or((text, ""));
+    let mut file = UnitFile::parse(first);
+    file.read(second);
+    for section in ["Container", "Service", "Unit", "Install", SECTION] {
+        for key in ["Image", "Exec", "ExecStart", "WantedBy", "Name", "Option"] {
+            drop((file.value(section, key).is_some(), file.boolean(section, key)));
+            let words = file.words(section, key);
+            let line: Vec<String> = words.iter().map(|word| quote_word(word)).collect();
+            let doubled: Vec<String> =
+                words.iter().map(|word| word.replace('%', "%%").replace('$', "$$")).collect();
+            assert_eq!(split_words(&line.join(" ")), doubled);
+        }
+    }
+}
+
+/// The name of a quadlet, and after it the quadlet.
+pub fn quadlet(text: &str) {
+    let (name, text) = text.split_once('\n').unwrap_or((text, ""));
+    let Ok((stem, kinds)) = quadlet::parse_name(name) else { return };
+    let file = UnitFile::parse(text);
+    for kind in kinds {
+        if let Ok(unit) = quadlet::unit(&stem, kind, &file, Path::new("x")) {
+            let container = quadlet::container(&stem, kind, &file, &unit, None);
+            let quadlet = quadlet::Quadlet {
+                name: stem.clone(),
+                kind,
+                path: "x".into(),
+                file: file.clone(),
+                unit,
+                container,
+            };
+            let _nginx: bool = quadlet.is_nginx();
+            for publish in quadlet.values("PublishPort") {
+                request::published(publish);
+            }
+        }
+    }
+    assert!(!Kind::Pod.extension().is_empty());
+}
+
+/// Whatever the command line takes as an address or a way.
+pub fn target(text: &str) {
+    if let Ok(target) = text.parse::<Target>() {
+        assert_eq!(target.to_string().parse::<Target>(), Ok(target));
+    }
+    if let Ok(external) = text.parse::<External>() {
+        assert_eq!(external.to_string().parse::<External>(), Ok(external.clone()));
+        drop(external.local());
+    }
+    drop((target::parse_named(text).is_ok(), listen::parse_listen(text).is_ok()));
+    drop((
+        text.parse::<Internal>().is_ok(),
+        text.parse::<Ready>().is_ok(),
+        text.parse::<LocalClients>().is_ok(),
+    ));
+    drop((address::service_name(text).is_ok(), address::device(text).is_ok()));
+    drop((address::absolute(text).is_ok(), address::one_line(text).is_ok()));
+}
+
+/// A span of time; printed, it is the same one.
+pub fn time_span(text: &str) {
+    if let Ok(span) = text.parse::<TimeSpan>() {
+        assert_eq!(span.to_string().parse::<TimeSpan>(), Ok(span));
+    }
+}
+
+/// The command line: a word a line.
+pub fn command_line(text: &str) {
+    let words = std::iter::once("bro").chain(text.split('\n'));
+    if let Err(error) = Cli::try_parse_from(words) {
+        assert!(!error.to_string().is_empty());
+    }
+}
+
+/// What the kernel shows in /proc: of cgroups, of a process, of sockets; and a process's own command line.
+pub fn proc_tables(bytes: &[u8]) {
+    container::Conmon::parse(bytes);
+    let text = String::from_utf8_lossy(bytes);
+    if let Ok(path) = cgroup::parse(&text, Path::new("/sys/fs/cgroup")) {
+        assert!(path.starts_with("/sys/fs/cgroup"));
+    }
+    container::parent_in(&text);
+    for line in text.lines() {
+        taken::listener(line);
+    }
+}
+
+/// A datagram of sock_diag(7).
+pub fn socket_table(bytes: &[u8]) {
+    diag::messages(bytes, &mut |_| ()).ok();
+}
+
+/// The kernel's description of its types.
+pub fn kernel_types(bytes: &[u8]) {
+    Offsets::find(bytes).ok();
+}
+
+/// What a forwarder is asked: over its status socket, and, as an agent, by the forwarder.
+pub fn request(bytes: &[u8]) {
+    if let Some(request) = std::str::from_utf8(bytes).ok().and_then(control::Request::parse) {
+        assert_eq!(control::Request::parse(request.line()), Some(request));
+    }
+    if let Some(request) = wire::Request::decode(bytes) {
+        assert_eq!(wire::Request::decode(&request.encode()), Some(request));
+    }
+}
+
+/// What forwarder and relay process tell each other; the latter might be in other hands.
+pub fn relay_process(bytes: &[u8]) {
+    if let Ok(event) = serde_json::from_slice::<handle::Event>(bytes) {
+        assert!(serde_json::to_vec(&event).is_ok());
+    }
+    drop(handle::Command::decode(bytes, Vec::new()).is_some());
+}
+
+/// What a forwarder answers, as `bro status` reads and prints it.
+pub fn answer(text: &str) {
+    if let Ok(report) = serde_json::from_str::<status::Report>(text) {
+        status::describe(&[report.clone(), report]);
+    }
+    drop(serde_json::from_str::<control::Outcome>(text).is_ok());
+}
+
+/// Units that `bro activate` wrote, or somebody else: files with a line of dashes between two.
+pub fn activated(text: &str) {
+    let files: Vec<_> = text
+        .split("\n----\n")
+        .enumerate()
+        .map(|(number, text)| {
+            let kind = if text.contains("[Socket]") { "socket" } else { "service" };
+            (PathBuf::from(format!("/units/{number}.{kind}")), UnitFile::parse(text))
+        })
+        .collect();
+    for (path, file) in &files {
+        if let Some(activated) =
+            activated::assemble(path, file, &files, Manager::User, Some(Path::new("/root")))
+        {
+            let _files =
+                crate::units::files(&activated, Path::new("/usr/bin/bro"), None, Some(Path::new("/root")));
+            let _named: bool = activated.goes_by("web");
+        }
+    }
+}
