@@ -101,7 +101,16 @@ fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
     forwarder.signal(Signal::SIGKILL)?;
     ensure!(process::ends(forwarder.pid(), PATIENCE)?, "it survived SIGKILL");
     drop(forwarder);
-    ensure!(!programs.watched()?.is_empty(), "there is nothing to reclaim");
+    let left = || -> Result<usize> { Ok(programs.watched()?.len() * programs.in_use()?[2]) };
+    ensure!(left()? > 0, "there is nothing to reclaim");
+    // One for another service: nothing of this one is kept.
+    let other = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
+    other.seated()?;
+    ensure!(
+        programs.watched()?.is_empty() && programs.in_use()?[2] == 0,
+        "a dead forwarder's entries are left"
+    );
+    drop(other);
 
     let forwarder = Site::forwarder(ALICE, &front, &service, &["--relay=sockmap"])?;
     let site = Site { forwarder, front, service };
