@@ -52,6 +52,10 @@ pub struct Watch {
     pub role: u32,
     /// One of [`kind`]; the programs change it.
     pub kind: u32,
+    /// Who watches it: the seat whose ring buffer hears of it.
+    pub seat: u32,
+    /// Always 0.
+    pub zero: u32,
 }
 
 /// Which end of a connection at a watched port is a sender of ours.

@@ -11,7 +11,9 @@
 mod decision;
 mod event;
 mod keys;
+mod owners;
 mod record;
+mod seat;
 
 pub use decision::{
     MESSAGE_OVERHEAD, PASS_STEP, QUIET_CREDIT, SEGMENT, SENDER_BUFFER, Snapshot, Verdict, Watermark, charge,
@@ -22,4 +24,6 @@ pub use keys::{
     Flow, HookRequest, REQUEST_OFFSET, Route, Sender, SenderState, TargetKey, Watch, WatchKey, kind, role,
     v4_mapped,
 };
+pub use owners::Owners;
 pub use record::{Counter, Reason, Record};
+pub use seat::{About, SEATS, seat_of};

@@ -85,7 +85,10 @@ pub struct Record {
     pub messages: AtomicU64,
     /// Messages passed, by [`Reason`].
     pub passed: [AtomicU64; Reason::COUNT],
-    unused: [u64; 5],
+    /// The last serial number that this slot had, so that whoever uses it after a forwarder that died goes on from there. The
+    /// forwarder's; the programs take no notice of it.
+    pub last: AtomicU64,
+    unused: [u64; 4],
 }
 
 const _: () = assert!(core::mem::size_of::<Record>() == 192);
@@ -110,9 +113,11 @@ pub enum Counter {
     Watched = 6,
     /// Events that did not fit the ring buffer.
     EventsLost = 7,
+    /// Sockets left alone because they are somebody else's than the set's user.
+    Foreign = 8,
 }
 
 impl Counter {
     /// How many there are.
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 9;
 }

@@ -6,6 +6,7 @@ pub mod control;
 mod documented;
 mod helper;
 pub mod idle;
+mod loader;
 
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use activate::{Activate, Direct};
 pub use helper::Helper;
+pub use loader::Loader;
 
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -60,6 +62,9 @@ pub enum Command {
     Status(Status),
     /// What this host can do for this user and what not, or what is wrong with one service; one line a check, with the fix
     Doctor(Doctor),
+    /// Load the kernel relay for a user, whose forwarders then need no rights for it
+    #[command(after_long_help = loader::EXAMPLES)]
+    Loader(Loader),
     /// Run a command in a container's network namespace, with the sockets that systemd passed
     #[command(after_long_help = helper::EXAMPLES)]
     Helper(Helper),

@@ -76,6 +76,7 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
                 host::cgroup(),
                 host::sandbox(),
                 host::capabilities(),
+                host::loader(),
                 host::kernel_relay(),
             ]),
         }

@@ -2,15 +2,19 @@
 //! why. What the programs decide is in the library of `bro-ebpf`.
 //!
 //! It has two halves, which may be in different processes: [`Programs`], which take rights to load and attach, and [`Maps`],
-//! which take none to use. Nothing here is pinned: when the last process that holds them ends, however it ends, the kernel
-//! closes the links, maps and programs, and every socket goes back to ordinary TCP.
+//! which take none to use. A forwarder that may load does so for itself ([`Programs`]), and nothing of that is pinned: when the
+//! last process that holds them ends, however it ends, the kernel closes the links, maps and programs, and every socket goes back
+//! to ordinary TCP. For one that may not, `bro loader` has done it ([`install`], [`pinned`]).
 
 pub mod cgroup;
+pub mod install;
 mod lane;
 mod load;
 mod maps;
 pub(crate) mod offsets;
+pub mod pinned;
 mod programs;
+mod seat;
 mod selftest;
 mod sys;
 mod unavailable;
@@ -103,6 +107,8 @@ pub struct Totals {
     pub watched: u64,
     /// Events that did not fit the ring buffer.
     pub events_lost: u64,
+    /// Sockets left alone because they are somebody else's than the user's for whom the programs were loaded.
+    pub foreign: u64,
     /// Lanes open now.
     pub open_lanes: usize,
     /// What the lanes did that are closed by now.
@@ -128,8 +134,50 @@ impl Kernel {
     /// # Errors
     /// When this kernel, or this process's rights, do not allow it.
     pub fn load(config: &Config) -> Result<Self, Unavailable> {
-        let (programs, descriptors, share) = load::load(config)?;
+        Self::of(load::load(&load::Shape::own(config))?)
+    }
+
+    fn of(loaded: load::Loaded) -> Result<Self, Unavailable> {
+        let load::Loaded { programs, descriptors, share, .. } = loaded;
         Ok(Self { programs, maps: Maps::new(&descriptors, share)?, descriptors })
+    }
+
+    /// The kernel relay, from whoever has it: `bro loader` for this user, else loaded and tested here.
+    ///
+    /// # Errors
+    /// When neither is to be had.
+    pub fn obtain(config: &Config) -> Result<Self, Unavailable> {
+        let pinned = if config.hook_blocking {
+            // The loader's programs are for non-blocking sockets.
+            Ok(None)
+        } else {
+            pinned::open(&pinned::folder(nix::unistd::geteuid().as_raw()))
+        };
+        match pinned {
+            Ok(Some(pinned)) => Self::pinned(pinned),
+            Ok(None) => Self::load(config).and_then(Self::tested),
+            Err(reason) => match Self::load(config).and_then(Self::tested) {
+                Err(Unavailable::NotPermitted(..)) => Err(reason),
+                loaded => {
+                    tracing::info!("not through bro loader: {reason} ({})", reason.mend());
+                    loaded
+                }
+            },
+        }
+    }
+
+    fn pinned(pinned: pinned::Pinned) -> Result<Self, Unavailable> {
+        let pinned::Pinned { descriptors, share, seat } = pinned;
+        let mut maps = Maps::new(&descriptors, share)?;
+        // What nobody has read who had the seat before.
+        maps.drain_events(|_| {});
+        tracing::info!("the kernel relay is bro loader's (seat {} of {})", share.seat + 1, bro_ebpf::SEATS);
+        Ok(Self { programs: Programs::seated(seat), maps, descriptors })
+    }
+
+    fn tested(mut self) -> Result<Self, Unavailable> {
+        self.selftest()?;
+        Ok(self)
     }
 
     /// The programs, and what another process needs to use their maps in this one's place.

@@ -23,6 +23,7 @@ pub mod inhibit;
 pub mod kernel;
 pub mod life;
 pub mod listen;
+pub mod loader;
 pub mod logging;
 pub mod netns;
 pub mod owner;

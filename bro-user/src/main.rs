@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use bro_user::cli::{self, Cli, Command};
 use bro_user::handover::Predecessor;
-use bro_user::{activation, doctor, exit, forward, hand, helper, listen, logging, netns, status, upgrade};
+use bro_user::{
+    activation, doctor, exit, forward, hand, helper, listen, loader, logging, netns, status, upgrade,
+};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
@@ -40,6 +42,10 @@ fn main() -> ExitCode {
                 anyhow::bail!("something that bro is for does not work here; see the lines marked BAD")
             }
         }),
+        Command::Loader(options) => {
+            logging::init(0);
+            loader::run(&options)
+        }
         Command::Helper(_) => unreachable!("dealt with above"),
         Command::AfterUpgrade(options) => upgrade::run(&options),
         Command::NetnsAgent => netns::agent::run(),

@@ -8,6 +8,7 @@ pub mod forwarder;
 #[cfg(target_arch = "x86_64")]
 pub mod hijack;
 pub mod host;
+pub mod loader;
 pub mod log;
 pub mod netns;
 pub mod notify;

@@ -3,7 +3,8 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -51,6 +52,29 @@ impl Programs {
         }
         objects.extend(maps.values().map(|id| BpfObject::Map(*id)));
         ensure!(maps.contains_key("RECORDS"), "process {pid} has no kernel relay: {maps:?}");
+        Ok(Self { maps, objects })
+    }
+
+    /// Those that `bro loader` has pinned in `folder`.
+    pub fn pinned(folder: &Path) -> Result<Self> {
+        let (mut maps, mut objects) = (HashMap::new(), Vec::new());
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                continue;
+            }
+            let object = sys::bpf_pinned(&entry.path())?;
+            if entry.file_name() == "link" {
+                objects.push(BpfObject::Link(fdinfo(object.as_fd(), "link_id")?));
+                objects.push(BpfObject::Program(fdinfo(object.as_fd(), "prog_id")?));
+            } else if entry.file_name() == "hook" {
+                objects.push(BpfObject::Program(fdinfo(object.as_fd(), "prog_id")?));
+            } else {
+                maps.insert(sys::bpf_map_name(object.as_fd())?, fdinfo(object.as_fd(), "map_id")?);
+            }
+        }
+        objects.extend(maps.values().map(|id| BpfObject::Map(*id)));
+        ensure!(maps.contains_key("RECORDS"), "there is no kernel relay in {}: {maps:?}", folder.display());
         Ok(Self { maps, objects })
     }
 
@@ -118,10 +142,9 @@ impl Programs {
         let (mut key, mut all) = (None, Vec::new());
         while let Some(next) = sys::bpf_next_key::<{ size_of::<WatchKey>() }>(map.as_fd(), key.as_ref())? {
             if let Some(value) = sys::bpf_lookup::<_, { size_of::<Watch>() }>(map.as_fd(), &next)? {
-                let [r0, r1, r2, r3, k0, k1, k2, k3] = value;
-                let (role, kind) =
-                    (u32::from_ne_bytes([r0, r1, r2, r3]), u32::from_ne_bytes([k0, k1, k2, k3]));
-                all.push(Watch { role, kind });
+                let (words, _) = value.as_chunks::<4>();
+                let word = |at: usize| words.get(at).map_or(0, |word| u32::from_ne_bytes(*word));
+                all.push(Watch { role: word(0), kind: word(1), seat: word(2), zero: word(3) });
             }
             key = Some(next);
         }
@@ -143,6 +166,13 @@ impl Programs {
     }
 }
 
+/// A number that the kernel shows of a descriptor of ours.
+fn fdinfo(fd: BorrowedFd<'_>, name: &str) -> Result<u32> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
+    let found = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')?.trim().parse().ok());
+    found.with_context(|| format!("no {name} in {info}"))
+}
+
 fn is_absent(error: &io::Error) -> bool {
     error.raw_os_error() == Some(nix::libc::ENOENT)
 }
@@ -155,6 +185,12 @@ impl Records {
     /// Those of open lanes.
     pub fn open(&self) -> impl Iterator<Item = &Record> {
         self.0.iter().filter(|record| record.serial.load(Ordering::Relaxed) != 0)
+    }
+
+    /// The last serial number of a record.
+    #[must_use]
+    pub fn last(&self, index: usize) -> Option<u64> {
+        self.0.iter().nth(index).map(|record| record.last.load(Ordering::Relaxed))
     }
 
     /// Forces the shortcuts open and shut at random until what is returned is dropped.

@@ -117,6 +117,30 @@ pub fn bpf_object(object: BpfObject) -> io::Result<OwnedFd> {
     owned(bpf(command, &BpfAttr { first: id, ..BpfAttr::default() })?)
 }
 
+/// What is pinned at `path`.
+pub fn bpf_pinned(path: &std::path::Path) -> io::Result<OwnedFd> {
+    use std::os::unix::ffi::OsStrExt as _;
+    const BPF_OBJ_GET: libc::c_int = 7;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let address = path.as_ptr().expose_provenance() as u64;
+    // The attribute's first member is a word of 64 bits here.
+    let [first, second] = [address as u32, (address >> 32) as u32];
+    owned(bpf(BPF_OBJ_GET, &BpfAttr { first, second, ..BpfAttr::default() })?)
+}
+
+/// Changes the value of `key`.
+pub fn bpf_update<const KEY: usize, const VALUE: usize>(
+    map: BorrowedFd<'_>,
+    key: &[u8; KEY],
+    value: &[u8; VALUE],
+) -> io::Result<()> {
+    const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+    let third = key.as_ptr().expose_provenance() as u64;
+    let fourth = value.as_ptr().expose_provenance() as u64;
+    let attr = BpfAttr { first: raw(map), third, fourth, ..BpfAttr::default() };
+    bpf(BPF_MAP_UPDATE_ELEM, &attr).map(drop)
+}
+
 fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }

@@ -231,7 +231,7 @@ fn options_of(subcommand: &str) -> Result<Vec<(String, bool)>> {
 #[test]
 fn every_option_without_a_value_or_with_one_too_many() -> Result<()> {
     let mut tried = 0;
-    for subcommand in ["forward", "activate", "wake", "sleep", "status", "doctor"] {
+    for subcommand in ["loader", "forward", "activate", "wake", "sleep", "status", "doctor"] {
         for (option, takes_value) in options_of(subcommand)? {
             let empty = format!("{option}=");
             let wrong = [&[&*option][..], &[&*empty]];

@@ -5,6 +5,7 @@ use core::ffi::c_void;
 use aya_ebpf::Global;
 use aya_ebpf::helpers::bpf_skc_to_tcp_sock;
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
+use bro_ebpf::Owners;
 
 /// `tcp_sock.write_seq`.
 #[unsafe(no_mangle)]
@@ -40,6 +41,22 @@ static MEMORY_PRESSURE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static HOOK_BLOCKING: Global<u32> = Global::new(0);
 
+/// `sock.sk_uid`.
+#[unsafe(no_mangle)]
+static SK_UID: Global<u32> = Global::new(0);
+/// Whose sockets are hooked. Nobody's, should the loader forget to say so.
+#[unsafe(no_mangle)]
+static OWNERS: Global<Owners> = Global::new(Owners::NOBODY);
+/// How many records each seat has; 0 when there is one seat.
+#[unsafe(no_mangle)]
+static SEAT_RECORDS: Global<u32> = Global::new(0);
+
+/// The seat that a record belongs to.
+#[inline(always)]
+pub fn seat_of(record: u32) -> u32 {
+    bro_ebpf::seat_of(record, SEAT_RECORDS.load())
+}
+
 /// Whether sockets in blocking mode are hooked too.
 #[inline(always)]
 pub fn hook_blocking() -> bool {
@@ -69,6 +86,13 @@ impl TcpSock {
         let field = unsafe { self.0.add(WRITE_SEQ.load() as usize) };
         // SAFETY: as above. Volatile, because the kernel changes it.
         unsafe { field.cast::<u32>().read_volatile() }
+    }
+
+    /// Whether it belongs to whom the programs were loaded for.
+    #[inline(always)]
+    pub fn is_ours(self) -> bool {
+        let (owners, mut user) = (OWNERS.load(), 0u32);
+        owners.are_everybody() || (read(self.0, SK_UID.load(), &mut user) && owners.hold(user))
     }
 
     /// Whether an upper-layer protocol, such as kernel TLS, is installed.

@@ -7,7 +7,9 @@ use core::sync::atomic::AtomicU64;
 use aya_ebpf::btf_maps::{Array, HashMap, RingBuf, SkStorage, SockHash};
 use aya_ebpf::helpers::bpf_ringbuf_output;
 use aya_ebpf::macros::btf_map;
-use bro_ebpf::{Counter, Flow, RawEvent, RawProved, Record, Route, Sender, TargetKey, Watch, WatchKey};
+use bro_ebpf::{
+    About, Counter, Flow, RawEvent, RawProved, Record, Route, Sender, TargetKey, Watch, WatchKey,
+};
 
 /// `BPF_F_MMAPABLE`.
 const MMAPABLE: usize = 1 << 10;
@@ -34,9 +36,39 @@ pub static TARGETS: SockHash<TargetKey, 64> = SockHash::new();
 /// What is known of a watched socket; goes with the socket.
 #[btf_map]
 pub static SENDER: SkStorage<Sender> = SkStorage::new();
-/// Events for the forwarder.
+/// What the loader writes down for forwarders, by [`About`]. The programs take no notice of it.
 #[btf_map]
-pub static EVENTS: RingBuf<RawEvent, 65536> = RingBuf::new();
+pub static ABOUT: Array<u64, { About::COUNT }> = Array::new();
+
+/// Events for the forwarder in each seat: a ring buffer has one reader.
+macro_rules! rings {
+    ($($name:ident $seat:literal)*) => {
+        $(#[btf_map]
+        pub static $name: RingBuf<RawEvent, 4096> = RingBuf::new();)*
+
+        /// The ring buffer of a seat; the first for what is none.
+        #[inline(always)]
+        fn ring(seat: u32) -> *mut c_void {
+            match seat {
+                $($seat => only(raw(&$name)),)*
+                _ => only(raw(&EVENTS_00)),
+            }
+        }
+    };
+}
+
+rings! {
+    EVENTS_00 0 EVENTS_01 1 EVENTS_02 2 EVENTS_03 3 EVENTS_04 4 EVENTS_05 5 EVENTS_06 6 EVENTS_07 7
+    EVENTS_08 8 EVENTS_09 9 EVENTS_10 10 EVENTS_11 11 EVENTS_12 12 EVENTS_13 13 EVENTS_14 14 EVENTS_15 15
+}
+
+/// Keeps the compiler from making a table of the ring buffers: the verifier wants each to be named by an instruction.
+#[inline(always)]
+fn only(mut map: *mut c_void) -> *mut c_void {
+    // SAFETY: it does nothing.
+    unsafe { asm!("{map} = {map}", map = inout(reg) map, options(nomem, nostack, preserves_flags)) };
+    map
+}
 
 /// The map as the helpers want it.
 #[inline(always)]
@@ -52,23 +84,23 @@ pub fn count(counter: Counter) {
     }
 }
 
-/// Tells the forwarder.
+/// Tells the forwarder in a seat.
 #[inline(always)]
-pub fn tell(event: &RawEvent) {
-    output(event);
+pub fn tell(seat: u32, event: &RawEvent) {
+    output(seat, event);
 }
 
 /// Tells the forwarder of a client that may be hooked; true if it will hear of that.
 #[inline(always)]
-pub fn tell_proved(event: &RawProved) -> bool {
-    output(event)
+pub fn tell_proved(seat: u32, event: &RawProved) -> bool {
+    output(seat, event)
 }
 
 #[inline(always)]
-fn output<T>(event: &T) -> bool {
+fn output<T>(seat: u32, event: &T) -> bool {
     let data = core::ptr::from_ref(event).cast_mut().cast();
     // SAFETY: the events are plain bytes without padding, and the helper copies them before it returns.
-    let sent = unsafe { bpf_ringbuf_output(raw(&EVENTS), data, size_of::<T>() as u64, 0) };
+    let sent = unsafe { bpf_ringbuf_output(ring(seat), data, size_of::<T>() as u64, 0) };
     if sent != 0 {
         count(Counter::EventsLost);
     }

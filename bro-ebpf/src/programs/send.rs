@@ -7,7 +7,7 @@ use bro_ebpf::{
     kind, role,
 };
 
-use crate::kernel::{TcpSock, hook_blocking};
+use crate::kernel::{TcpSock, hook_blocking, seat_of};
 use crate::maps::{
     RECORDS, ROUTES, SENDER, TARGETS, WATCHED, count, load, load_with_barrier, raw, store, tell,
 };
@@ -121,14 +121,15 @@ fn pass(record: &Record, reason: Reason) -> u32 {
 #[inline(always)]
 fn low_credit(record: &Record, sender: &Sender) {
     store(&record.notified, 1);
-    tell(&RawEvent {
+    let event = RawEvent {
         what: RawEvent::LOW_CREDIT,
         record: sender.route.record,
         serial: sender.route.serial,
         port: sender.watch.port,
         netns: sender.watch.netns,
         socket: sender.cookie,
-    });
+    };
+    tell(seat_of(event.record), &event);
 }
 
 /// A blocking socket was hooked: its service is none to hook, and the forwarder takes the socket out of the map.
@@ -139,20 +140,22 @@ fn report(sender: &mut Sender) {
     }
     sender.state |= SenderState::REPORTED;
     count(Counter::Blocking);
-    if let Some(watch) = WATCHED.get_ptr_mut(&sender.watch) {
-        // SAFETY: the verifier checks the access; a concurrent writer stores one whole word too.
-        unsafe {
-            if (*watch).role == role::SERVICE {
-                (*watch).kind = kind::BLOCKING;
-            }
+    // Nobody watches the port any more: nobody takes the socket out of the map either, and it passes for the rest of its life.
+    let Some(watch) = WATCHED.get_ptr_mut(&sender.watch) else { return };
+    // SAFETY: the verifier checks the access; a concurrent writer stores one whole word too.
+    let seat = unsafe {
+        if (*watch).role == role::SERVICE {
+            (*watch).kind = kind::BLOCKING;
         }
-    }
-    tell(&RawEvent {
+        (*watch).seat
+    };
+    let event = RawEvent {
         what: RawEvent::BLOCKING_SENDER,
         record: 0,
         serial: 0,
         port: sender.watch.port,
         netns: sender.watch.netns,
         socket: sender.cookie,
-    });
+    };
+    tell(seat, &event);
 }

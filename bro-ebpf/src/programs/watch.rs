@@ -105,7 +105,7 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     let key = watch_key(ops, if service { local_port } else { remote_port });
     let Some(watch) = WATCHED.get_ptr_mut(&key) else { return };
     // SAFETY: the verifier checks the access; each word is written whole.
-    let Watch { role, kind } = unsafe { *watch };
+    let Watch { role, kind, .. } = unsafe { *watch };
     if role != wanted {
         return;
     }
@@ -119,6 +119,10 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     }
     let Some(sk) = socket(ops) else { return };
     let Some(tcp) = TcpSock::of(sk) else { return };
+    if !tcp.is_ours() {
+        count(Counter::Foreign);
+        return;
+    }
     let base = tcp.write_seq();
     if context!(ops, data_segs_out) != 0 || context!(ops, snd_nxt) != base {
         // It sent data in its SYN: `base` would count bytes that may still be on their way.
@@ -253,6 +257,9 @@ fn prove(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     if sender.seen == write_seq || unsafe { ROUTES.get(&sender.flow) }.is_none() {
         return;
     }
+    let Some(watch) = WATCHED.get_ptr_mut(&sender.watch) else { return };
+    // SAFETY: the verifier checks the access.
+    let seat = unsafe { (*watch).seat };
     set_flags(ops, BPF_SOCK_OPS_STATE_CB_FLAG, 0);
     send_at_once(ops);
     limit_own_queue(ops, sender);
@@ -266,7 +273,7 @@ fn prove(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     };
     // First: the forwarder may be quick.
     sender.state = SenderState::PROVING | SenderState::PROVED;
-    if !tell_proved(&RawProved { event, flow: sender.flow }) {
+    if !tell_proved(seat, &RawProved { event, flow: sender.flow }) {
         sender.state = SenderState::PROVING;
     }
 }
@@ -285,20 +292,22 @@ fn learn(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     };
     let Some(watch) = WATCHED.get_ptr_mut(&sender.watch) else { return };
     // SAFETY: the verifier checks the accesses; each word is written whole.
-    unsafe {
+    let seat = unsafe {
         if (*watch).kind != kind::UNKNOWN {
             return;
         }
         (*watch).kind = learned;
-    }
-    tell(&RawEvent {
+        (*watch).seat
+    };
+    let event = RawEvent {
         what: RawEvent::LEARNED,
         record: learned,
         serial: 0,
         port: sender.watch.port,
         netns: sender.watch.netns,
         socket: sender.cookie,
-    });
+    };
+    tell(seat, &event);
 }
 
 /// A hooked sender that can send no more is let go: its later reads are ordinary TCP's again.
@@ -338,17 +347,19 @@ fn listening(ops: *mut bpf_sock_ops) {
     let key = watch_key(ops, context!(ops, local_port));
     let Some(watch) = WATCHED.get_ptr_mut(&key) else { return };
     // SAFETY: as above.
-    if unsafe { (*watch).role } != role::SERVICE {
+    let Watch { role, seat, .. } = unsafe { *watch };
+    if role != role::SERVICE || !socket(ops).and_then(TcpSock::of).is_some_and(TcpSock::is_ours) {
         return;
     }
-    tell(&RawEvent {
+    let event = RawEvent {
         what: RawEvent::LISTENING,
         record: 0,
         serial: 0,
         port: key.port,
         netns: key.netns,
         socket: 0,
-    });
+    };
+    tell(seat, &event);
 }
 
 /// Switches callbacks on and off, leaving alone what other programs asked for.

@@ -40,7 +40,7 @@ struct Order {
 #[must_use]
 pub fn load(config: Config) -> Option<oneshot::Receiver<Result<Loaded, Unavailable>>> {
     let (to, loaded) = oneshot::channel();
-    let work = move || match Kernel::load(&config).and_then(|mut kernel| kernel.selftest().map(|()| kernel)) {
+    let work = move || match Kernel::obtain(&config) {
         Ok(kernel) => {
             let (programs, descriptors, share) = kernel.into_parts();
             let (orders, inbox) = mpsc::channel();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Check;
 use crate::activate::bus::{Bus, Manager};
-use crate::kernel::{self, Kernel};
+use crate::kernel::{self, Kernel, Unavailable, pinned};
 use crate::netns::Where;
 use crate::netns::diag::Table;
 use crate::owner::Owner;
@@ -255,6 +255,8 @@ pub(super) fn capabilities() -> Check {
         .collect();
     if missing.is_empty() {
         Check::ok(NAME, "all that loading the kernel relay takes")
+    } else if matches!(loaded_set(), Ok(Some(_))) {
+        Check::ok(NAME, "none, and none is needed: bro loader has loaded the kernel relay")
     } else {
         Check::less(
             NAME,
@@ -264,23 +266,73 @@ pub(super) fn capabilities() -> Check {
     }
 }
 
+/// What `bro loader` has left for this user; it is nothing for root.
+fn loaded_set() -> Result<Option<pinned::Summary>, Unavailable> {
+    match nix::unistd::geteuid().as_raw() {
+        0 => Ok(None),
+        user => pinned::look(&pinned::folder(user)),
+    }
+}
+
+pub(super) fn loader() -> Check {
+    const NAME: &str = "loader";
+    let user = nix::unistd::geteuid();
+    match loaded_set() {
+        _ if user.is_root() => {
+            Check::ok(NAME, "not for root, whose forwarders load the kernel relay themselves")
+        }
+        Ok(Some(set)) => Check::ok(
+            NAME,
+            format!(
+                "the kernel relay is loaded for this user: {} of {} forwarders use it, {} connections each; {} sockets were \
+                 taken hold of so far, {} of other people's left alone",
+                set.taken,
+                bro_ebpf::SEATS,
+                set.connections,
+                set.hooked,
+                set.foreign
+            ),
+        ),
+        Ok(None) => Check::less(
+            NAME,
+            "the kernel relay is not loaded for this user",
+            format!("sudo systemctl enable --now bro-loader@{user}"),
+        ),
+        Err(reason) => {
+            let mend = reason.mend();
+            Check::less(NAME, format!("{:#}", anyhow::Error::from(reason)), mend)
+        }
+    }
+}
+
 pub(super) fn kernel_relay() -> Check {
     const NAME: &str = "kernel relay";
+    if let Ok(Some(set)) = loaded_set() {
+        return relay_works(set.fionread_lies, "by bro loader");
+    }
     let config = kernel::Config { connections: 16, hook_blocking: false };
     let tested =
         Kernel::load(&config).and_then(|mut kernel| kernel.selftest().map(|()| kernel.fionread_lies()));
     match tested {
-        Ok(true) => Check::less(
-            NAME,
-            "loaded and tested, but this kernel answers FIONREAD with 0 for hooked sockets, so large requests are spliced",
-            "use a kernel without that defect, or --relay=splice for a service that lives by FIONREAD",
-        ),
-        Ok(false) => {
-            Check::ok(NAME, format!("loaded and tested ({})", kernel::OBJECT.lines().next().unwrap_or("?")))
-        }
+        Ok(fionread_lies) => relay_works(fionread_lies, kernel::OBJECT.lines().next().unwrap_or("?")),
         Err(reason) => {
             let mend = reason.mend();
             Check::less(NAME, format!("{:#}; bytes are spliced", anyhow::Error::from(reason)), mend)
         }
     }
+}
+
+fn relay_works(fionread_lies: bool, how: &str) -> Check {
+    const NAME: &str = "kernel relay";
+    if fionread_lies {
+        return Check::less(
+            NAME,
+            format!(
+                "loaded and tested ({how}), but this kernel answers FIONREAD with 0 for hooked sockets, so large requests are \
+                 spliced"
+            ),
+            "use a kernel without that defect, or --relay=splice for a service that lives by FIONREAD",
+        );
+    }
+    Check::ok(NAME, format!("loaded and tested ({how})"))
 }

@@ -33,6 +33,14 @@ pub fn of_self() -> io::Result<PathBuf> {
     parse(&std::fs::read_to_string("/proc/self/cgroup")?, &mount_point()?)
 }
 
+/// The folder of a user's slice, which holds all that he runs but for what system services run in his name.
+///
+/// # Errors
+/// When cgroup v2 is not mounted.
+pub fn of_user(uid: u32) -> io::Result<PathBuf> {
+    Ok(mount_point()?.join(format!("user.slice/user-{uid}.slice")))
+}
+
 /// The deepest cgroup that holds both this process and `pid`. It exists for as long as this process does, however often a
 /// container's own cgroup is removed and made again, so what is attached there stays attached.
 ///

@@ -112,9 +112,15 @@ impl Lanes {
         records: Mapping<Record>,
         routes: HashMap<MapData, FlowKey, RouteValue>,
         targets: SockHash<MapData, RouteValue>,
+        first: u32,
         capacity: u32,
     ) -> Self {
-        let free = (0..capacity).map(|record| Route { record, serial: 1 }).collect();
+        // After a forwarder that died, old senders may still know the numbers it gave.
+        let last =
+            |record: u32| records.get(record as usize).map_or(0, |record| record.last.load(Acquire) as u32);
+        let free = (first..first + capacity)
+            .map(|record| next_use(Route { record, serial: last(record) }))
+            .collect();
         let tables =
             Tables { routes, targets, free, closed: LaneCounters::default(), capacity: capacity as usize };
         Self { records, tables: Mutex::new(tables) }
@@ -172,6 +178,7 @@ impl Tables {
         record.largest.store(largest, Relaxed);
         give(record, target, |spent, credit, _| regrant(spent, credit)).map_err(Refused::Memory)?;
         record.grants.store(0, Relaxed);
+        record.last.store(route.serial.into(), Relaxed);
         record.on.store(1, Relaxed);
         record.serial.store(route.serial.into(), Release);
         let inserted = self.targets.insert(RouteValue(route), target, NO_EXIST).map_err(errno);

@@ -3,16 +3,20 @@
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use aya::maps::{Map, MapError, SockHash};
 use aya::programs::{ProgramError, SchedClassifier, SkMsg, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use nix::libc;
 
+use bro_ebpf::{Owners, SEATS};
+
 use super::Config;
 use super::maps::{Descriptors, Share};
 use super::offsets::Offsets;
 use super::programs::Programs;
+use super::sys::OwnersValue;
 use super::unavailable::Unavailable;
 
 /// The programs as `cargo xtask build-ebpf` made them; aya wants them aligned.
@@ -21,12 +25,47 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!("bro.bpf.o");
 /// How many ports can be watched at once.
 const MOST_WATCHED: u32 = 1024;
 
+/// What the programs are loaded for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    /// Whose sockets they hook.
+    pub owners: Owners,
+    /// How many forwarders may use them at once.
+    pub seats: usize,
+    /// How many records each of those has.
+    pub records: u32,
+    /// The size of each one's ring buffer, in bytes.
+    pub ring: u32,
+    /// Whether sockets in blocking mode are hooked too.
+    pub hook_blocking: bool,
+}
+
+impl Shape {
+    /// For a forwarder that loads for itself.
+    pub(super) fn own(config: &Config) -> Self {
+        let records = config.connections.max(1).saturating_mul(2).saturating_add(SELF_TEST_LANES);
+        let hook_blocking = config.hook_blocking;
+        Self { owners: Owners::EVERYBODY, seats: 1, records, ring: OWN_RING, hook_blocking }
+    }
+}
+
+/// Loaded programs, attached nowhere but to the senders' map, and every map that somebody uses.
+pub(super) struct Loaded {
+    pub(super) programs: Programs,
+    /// As the first seat uses them.
+    pub(super) descriptors: Descriptors,
+    pub(super) share: Share,
+    /// The other seats' ring buffers.
+    pub(super) more_events: Vec<OwnedFd>,
+    /// What is written down about them.
+    pub(super) about: OwnedFd,
+}
+
 /// Loads the programs and attaches `bro_send` to the senders' map.
-pub(super) fn load(config: &Config) -> Result<(Programs, Descriptors, Share), Unavailable> {
+pub(super) fn load(shape: &Shape) -> Result<Loaded, Unavailable> {
     let btf = std::fs::read("/sys/kernel/btf/vmlinux").map_err(Unavailable::UnreadableBtf)?;
     let offsets = Offsets::find(&btf).map_err(Unavailable::NoBtf)?;
-    let lanes = config.connections.max(1).saturating_mul(2).saturating_add(SELF_TEST_LANES);
-    let mut ebpf = open(config, &offsets, lanes)?;
+    let mut ebpf = open(shape, &offsets)?;
 
     let senders = SockHash::<_, u64>::try_from(take(&mut ebpf, "SENDERS")?).map_err(damaged)?;
     let send: &mut SkMsg = program(&mut ebpf, "bro_send")?;
@@ -45,20 +84,51 @@ pub(super) fn load(config: &Config) -> Result<(Programs, Descriptors, Share), Un
         routes: descriptor(&mut ebpf, "ROUTES")?,
         senders: own(senders.fd().as_fd())?,
         targets: descriptor(&mut ebpf, "TARGETS")?,
-        events: descriptor(&mut ebpf, "EVENTS")?,
+        events: descriptor(&mut ebpf, RINGS[0])?,
         hook,
     };
-    // Until the self-test has seen better.
-    let share = Share { records: lanes, hook_blocking: config.hook_blocking, fionread_lies: true };
-    Ok((Programs::new(ebpf), descriptors, share))
+    let more_events = RINGS[1..shape.seats].iter().map(|ring| descriptor(&mut ebpf, ring));
+    let more_events = more_events.collect::<Result<_, _>>()?;
+    let about = descriptor(&mut ebpf, "ABOUT")?;
+    // FIONREAD until the self-test has seen better.
+    let share =
+        Share { seat: 0, records: shape.records, hook_blocking: shape.hook_blocking, fionread_lies: true };
+    Ok(Loaded { programs: Programs::new(ebpf), descriptors, share, more_events, about })
 }
+
+/// The seats' ring buffers, as the object calls them.
+const RINGS: [&str; SEATS] = [
+    "EVENTS_00",
+    "EVENTS_01",
+    "EVENTS_02",
+    "EVENTS_03",
+    "EVENTS_04",
+    "EVENTS_05",
+    "EVENTS_06",
+    "EVENTS_07",
+    "EVENTS_08",
+    "EVENTS_09",
+    "EVENTS_10",
+    "EVENTS_11",
+    "EVENTS_12",
+    "EVENTS_13",
+    "EVENTS_14",
+    "EVENTS_15",
+];
+
+/// The ring buffer of a forwarder that loads for itself.
+const OWN_RING: u32 = 64 * 1024;
+/// One that nobody reads: the kernel's least is a page, and aya rounds up to it.
+const NO_RING: u32 = 4096;
 
 /// The self-test needs lanes even while all connections have theirs.
 const SELF_TEST_LANES: u32 = 2;
 
-fn open(config: &Config, offsets: &Offsets, lanes: u32) -> Result<Ebpf, Unavailable> {
+fn open(shape: &Shape, offsets: &Offsets) -> Result<Ebpf, Unavailable> {
     let nonblock = libc::O_NONBLOCK as u32;
-    let hook_blocking = u32::from(config.hook_blocking);
+    let hook_blocking = u32::from(shape.hook_blocking);
+    let seat_records = if shape.seats > 1 { shape.records } else { 0 };
+    let lanes = shape.records.saturating_mul(u32::try_from(shape.seats).unwrap_or(u32::MAX));
     let globals = [
         ("WRITE_SEQ", &offsets.write_seq),
         ("ULP_OPS", &offsets.ulp_ops),
@@ -71,8 +141,12 @@ fn open(config: &Config, offsets: &Offsets, lanes: u32) -> Result<Ebpf, Unavaila
         ("MEMORY_PRESSURE", &offsets.memory_pressure),
         ("NONBLOCK", &nonblock),
         ("HOOK_BLOCKING", &hook_blocking),
+        ("SK_UID", &offsets.sk_uid),
+        ("SEAT_RECORDS", &seat_records),
     ];
+    let owners = OwnersValue(shape.owners);
     let mut loader = EbpfLoader::new();
+    loader.override_global("OWNERS", &owners, true);
     for (name, value) in globals {
         loader.override_global(name, value, true);
     }
@@ -83,6 +157,9 @@ fn open(config: &Config, offsets: &Offsets, lanes: u32) -> Result<Ebpf, Unavaila
         loader.map_max_entries(map, entries);
     }
     loader.map_max_entries("WATCHED", MOST_WATCHED);
+    for (seat, ring) in RINGS.into_iter().enumerate() {
+        loader.map_max_entries(ring, if seat < shape.seats { shape.ring } else { NO_RING });
+    }
     loader.load(OBJECT).map_err(|error| match error {
         EbpfError::MapError(MapError::CreateError { name, io_error }) => match io_error.raw_os_error() {
             Some(libc::EPERM) => Unavailable::NotPermitted("make BPF maps", io_error),
@@ -157,6 +234,12 @@ pub(super) fn errno_within(error: &(dyn Error + 'static)) -> Option<i32> {
         next = error.source();
     }
     None
+}
+
+/// What went wrong with a pin.
+pub(super) fn not_pinned(path: &Path, error: &(dyn Error + 'static)) -> Unavailable {
+    let number = errno_within(error).map(io::Error::from_raw_os_error);
+    Unavailable::Pin(path.into(), number.unwrap_or_else(|| io::Error::other(chain(error))))
 }
 
 /// An error with its causes, on one line.

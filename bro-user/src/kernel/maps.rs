@@ -57,13 +57,22 @@ impl Descriptors {
 /// What there is to know about the maps beside their descriptors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {
-    /// How many records there are.
+    /// Which part of the set is this forwarder's; 0 when it loaded the programs for itself.
+    pub seat: u32,
+    /// How many records each part has.
     pub records: u32,
     /// Whether sockets in blocking mode are hooked too.
     pub hook_blocking: bool,
     /// Whether this kernel says 0 when a hooked socket's owner asks how much waits to be read. True until the self-test has seen
     /// better.
     pub fionread_lies: bool,
+}
+
+impl Share {
+    /// The first of this forwarder's records.
+    pub(super) const fn first_record(&self) -> u32 {
+        self.seat.saturating_mul(self.records)
+    }
 }
 
 /// The maps in use.
@@ -84,17 +93,18 @@ impl std::fmt::Debug for Maps {
 }
 
 impl Maps {
-    /// Uses the maps from now on. One user at a time: lanes and events are nobody else's.
+    /// Uses the maps from now on. One process at a time: the seat's lanes and events are nobody else's.
     ///
     /// # Errors
     /// When they are not the maps of this version of the programs.
     pub fn new(descriptors: &Descriptors, share: Share) -> Result<Self, Unavailable> {
         let Descriptors { records, totals, watched, routes, senders, targets, events, hook } = descriptors;
-        let records = Mapping::of_records(records.as_fd(), share.records as usize);
+        let first = share.first_record();
+        let records = Mapping::of_records(records.as_fd(), (first + share.records) as usize);
         let totals = Mapping::of_numbers(totals.as_fd(), Counter::COUNT);
         let routes = HashMap::try_from(Map::HashMap(data(routes)?)).map_err(load::damaged)?;
         let targets = SockHash::try_from(Map::SockHash(data(targets)?)).map_err(load::damaged)?;
-        let lanes = Lanes::new(records.map_err(Unavailable::Mapping)?, routes, targets, share.records);
+        let lanes = Lanes::new(records.map_err(Unavailable::Mapping)?, routes, targets, first, share.records);
         Ok(Self {
             watched: HashMap::try_from(Map::HashMap(data(watched)?)).map_err(load::damaged)?,
             senders: SockHash::try_from(Map::SockHash(data(senders)?)).map_err(load::damaged)?,
@@ -117,16 +127,20 @@ impl Maps {
             Role::Client => role::CLIENT,
         };
         let key = key(netns, port);
-        if self.watched.get(&key, 0).is_ok_and(|found| found.0.role == role) {
-            return Ok(());
-        }
-        let value = WatchValue(Watch { role, kind: kind::UNKNOWN });
+        // Other forwarders of this user may watch it too, such as the one that this one is about to replace. Each opens lanes for its
+        // own connections; whoever came last hears of the port.
+        let known = self.watched.get(&key, 0).ok().filter(|found| found.0.role == role);
+        let kind = known.map_or(kind::UNKNOWN, |found| found.0.kind);
+        let value = WatchValue(Watch { role, kind, seat: self.share.seat, zero: 0 });
         self.watched.insert(key, value, 0).map_err(lane::errno)
     }
 
-    /// Watches a port no longer.
+    /// Watches a port no longer, unless another forwarder has come to watch it.
     pub fn unwatch(&mut self, netns: u64, port: u16) {
-        let _absent = self.watched.remove(&key(netns, port));
+        let key = key(netns, port);
+        if self.watched.get(&key, 0).is_ok_and(|found| found.0.seat == self.share.seat) {
+            let _absent = self.watched.remove(&key);
+        }
     }
 
     /// What is known of the service at a watched port; `None` when it is not watched.
@@ -215,6 +229,7 @@ impl Maps {
             fast_open: total(Counter::FastOpen),
             watched: total(Counter::Watched),
             events_lost: total(Counter::EventsLost),
+            foreign: total(Counter::Foreign),
             open_lanes,
             closed_lanes,
         }
@@ -236,7 +251,7 @@ fn hook(program: &OwnedFd, request: &HookRequest) {
 }
 
 /// A map of this descriptor.
-fn data(map: &OwnedFd) -> Result<MapData, Unavailable> {
+pub(super) fn data(map: &OwnedFd) -> Result<MapData, Unavailable> {
     let map = map.try_clone().map_err(Unavailable::Mapping)?;
     MapData::from_fd(map).map_err(|error: MapError| load::damaged(error))
 }

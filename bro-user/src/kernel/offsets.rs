@@ -35,6 +35,8 @@ pub struct Offsets {
     pub sk_prot: u32,
     /// `memory_pressure` in `struct proto`.
     pub memory_pressure: u32,
+    /// `sk_uid`.
+    pub sk_uid: u32,
 }
 
 impl Offsets {
@@ -62,6 +64,7 @@ impl Offsets {
             zerocopy_bit: btf.enumerator("sock_flags", "SOCK_ZEROCOPY").unwrap_or(64),
             sk_prot,
             memory_pressure,
+            sk_uid: sk + btf.offset("sock", "sk_uid")?,
         })
     }
 }

@@ -6,16 +6,25 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::programs::sock_ops::SockOpsLink;
-use aya::programs::{CgroupAttachMode, SockOps};
+use aya::programs::{CgroupAttachMode, SchedClassifier, SockOps};
 use nix::libc;
 
 use super::load;
+use super::seat::Seat;
 use super::unavailable::Unavailable;
 
-/// The loaded programs. Dropping them detaches them.
+/// The loaded programs. Dropping them detaches them, if it was this process that loaded them.
 pub struct Programs {
     links: HashMap<PathBuf, SockOpsLink>,
-    ebpf: Ebpf,
+    whose: Whose,
+}
+
+/// Who loaded them.
+enum Whose {
+    /// This process.
+    Own(Box<Ebpf>),
+    /// `bro loader`, which has attached them as well; what this process has is a seat.
+    Loader(Seat),
 }
 
 impl std::fmt::Debug for Programs {
@@ -27,7 +36,12 @@ impl std::fmt::Debug for Programs {
 impl Programs {
     /// Programs that are attached nowhere yet.
     pub(super) fn new(ebpf: Ebpf) -> Self {
-        Self { links: HashMap::new(), ebpf }
+        Self { links: HashMap::new(), whose: Whose::Own(Box::new(ebpf)) }
+    }
+
+    /// Those of `bro loader`.
+    pub(super) fn seated(seat: Seat) -> Self {
+        Self { links: HashMap::new(), whose: Whose::Loader(seat) }
     }
 
     /// Whether they look at this cgroup.
@@ -39,14 +53,18 @@ impl Programs {
     /// each cgroup: a second time is nothing. A nested cgroup of an attached one needs no attachment, and having it is no harm.
     ///
     /// # Errors
-    /// When the cgroup cannot be opened or the kernel refuses the link.
+    /// When the cgroup cannot be opened or the kernel refuses the link; of `bro loader`'s programs, when they do not look there.
     pub fn attach(&mut self, cgroup: &Path) -> Result<(), Unavailable> {
+        let ebpf = match &mut self.whose {
+            Whose::Own(ebpf) => ebpf,
+            Whose::Loader(seat) => return seat.covers(cgroup),
+        };
         if self.links.contains_key(cgroup) {
             return Ok(());
         }
         let folder =
             std::fs::File::open(cgroup).map_err(|error| Unavailable::Cgroup(cgroup.into(), error))?;
-        let program: &mut SockOps = match self.ebpf.program_mut("bro_watch").map(TryInto::try_into) {
+        let program: &mut SockOps = match ebpf.program_mut("bro_watch").map(TryInto::try_into) {
             Some(Ok(program)) => program,
             _ => return Err(Unavailable::Object("no program bro_watch".into())),
         };
@@ -62,6 +80,20 @@ impl Programs {
         Ok(())
     }
 
+    /// Pins the program that hooks a client.
+    pub(super) fn pin_hook(&mut self, path: &Path) -> Result<(), Unavailable> {
+        let Whose::Own(ebpf) = &mut self.whose else { return Err(Unavailable::Object("not ours".into())) };
+        let hook: Option<Result<&mut SchedClassifier, _>> =
+            ebpf.program_mut("bro_hook").map(TryInto::try_into);
+        let Some(Ok(hook)) = hook else { return Err(Unavailable::Object("no program bro_hook".into())) };
+        hook.pin(path).map_err(|error| load::not_pinned(path, &error))
+    }
+
+    /// Takes the link to a cgroup, for it to outlive this process.
+    pub(super) fn take_link(&mut self, cgroup: &Path) -> Option<SockOpsLink> {
+        self.links.remove(cgroup)
+    }
+
     /// Detaches from a cgroup (the container restarted in another one). Sockets hooked so far stay hooked until they close.
     pub fn detach(&mut self, cgroup: &Path) {
         self.links.remove(cgroup);
@@ -72,8 +104,9 @@ impl Programs {
     /// # Errors
     /// When the kernel does not tell.
     pub fn ids(&self) -> std::io::Result<[u32; 2]> {
+        let Whose::Own(ebpf) = &self.whose else { return Err(std::io::ErrorKind::Unsupported.into()) };
         let id = |name: &str| {
-            let program = self.ebpf.program(name).ok_or(std::io::ErrorKind::NotFound)?;
+            let program = ebpf.program(name).ok_or(std::io::ErrorKind::NotFound)?;
             program.info().map(|info| info.id()).map_err(std::io::Error::other)
         };
         Ok([id("bro_send")?, id("bro_watch")?])

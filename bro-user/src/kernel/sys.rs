@@ -5,14 +5,16 @@
     reason = "this is the one place for it in the kernel relay; every block says why it is sound"
 )]
 
-use std::ffi::c_void;
+use std::ffi::{CString, c_void};
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
-use bro_ebpf::{Flow, Record, Route, Watch, WatchKey};
+use bro_ebpf::{Flow, Owners, Record, Route, Watch, WatchKey};
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -108,8 +110,14 @@ pub struct PortKey(pub WatchKey);
 #[derive(Debug, Clone, Copy)]
 #[repr(transparent)]
 pub struct WatchValue(pub Watch);
+/// [`Owners`] as a program's constant.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct OwnersValue(pub Owners);
 // SAFETY: integers and arrays of them, without padding (asserted in bro-ebpf), valid in every bit pattern.
 unsafe impl aya::Pod for FlowKey {}
+// SAFETY: as above.
+unsafe impl aya::Pod for OwnersValue {}
 // SAFETY: as above.
 unsafe impl aya::Pod for RouteValue {}
 // SAFETY: as above.
@@ -180,6 +188,29 @@ pub fn lift_notsent_lowat(socket: BorrowedFd<'_>) -> io::Result<()> {
     let result =
         unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, value, length) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A descriptor for what is pinned at `path` (bpf(2), `BPF_OBJ_GET`), which needs no right but that to the file.
+///
+/// # Errors
+/// open(2)'s for the file; EPERM where the kernel or a seccomp filter keeps ordinary users from bpf(2) altogether.
+pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    const BPF_OBJ_GET: libc::c_int = 7;
+    /// The part of `union bpf_attr` that this command reads.
+    #[repr(C)]
+    struct Get {
+        path: u64,
+        descriptor: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let get = Get { path: path.as_ptr() as u64, descriptor: 0, flags: 0 };
+    // SAFETY: `get` is readable for its size and points to a string with an end, both of which outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const get, size_of::<Get>()) };
+    let number =
+        i32::try_from(result).ok().filter(|number| *number >= 0).ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: the kernel has just made it, for us alone. (With close-on-exec, as all of bpf(2)'s.)
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Runs a program on one packet (bpf(2) BPF_PROG_TEST_RUN), and says what it returned. Takes no rights from Linux 5.19 on.

@@ -55,6 +55,24 @@ pub enum Unavailable {
     /// The self-test failed.
     #[error("the self-test failed: {0}")]
     SelfTest(String),
+    /// The pins of `bro loader` cannot be opened or made.
+    #[error("bro loader's {} cannot be used", .0.display())]
+    Pin(PathBuf, #[source] io::Error),
+    /// They are another version's.
+    #[error("what bro loader has loaded is of another version than this program")]
+    OtherVersion,
+    /// The cgroup that they were attached to is gone.
+    #[error("the cgroup that bro loader's programs looked at is gone")]
+    Detached,
+    /// Every seat is somebody's.
+    #[error(
+        "{} other forwarders of this user have the kernel relay through bro loader, which is all there can be",
+        bro_ebpf::SEATS
+    )]
+    NoSeat,
+    /// The programs of `bro loader` do not look there.
+    #[error("bro loader's programs do not look at the cgroup {}, only at this user's own", .0.display())]
+    Outside(PathBuf),
 }
 
 impl Unavailable {
@@ -63,7 +81,8 @@ impl Unavailable {
     pub fn mend(&self) -> &'static str {
         match self {
             Self::NotPermitted(..) => {
-                "give it AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_PERFMON (and none of them is taken away by \
+                "an ordinary user needs no rights with `sudo systemctl enable --now bro-loader@$(id -u)`; a system unit may \
+                 have AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_PERFMON instead (and none of them taken away by \
                  CapabilityBoundingSet= or a user namespace)"
             }
             Self::NoBtf(_) | Self::UnreadableBtf(_) => {
@@ -83,6 +102,15 @@ impl Unavailable {
             Self::Attach(..) => "see bpftool cgroup tree for what else is attached there",
             Self::Object(_) => "build bro anew; cargo xtask build-ebpf remakes the programs",
             Self::SelfTest(_) => "please report this line with the kernel's version",
+            Self::Pin(_, error) if error.raw_os_error() == Some(nix::libc::EPERM) => {
+                "use Linux 5.19 or newer, or `sysctl kernel.unprivileged_bpf_disabled=0`; a SystemCallFilter= of the unit must \
+                 allow bpf"
+            }
+            Self::Pin(..) | Self::OtherVersion | Self::Detached => {
+                "`sudo systemctl restart bro-loader@$(id -u)` loads anew"
+            }
+            Self::NoSeat => "end one of them, or give this one's unit the capabilities to load for itself",
+            Self::Outside(_) => "the container and its clients have to be the same user's as the forwarder",
         }
     }
 }

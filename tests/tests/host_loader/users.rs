@@ -1,0 +1,154 @@
+//! What a user has of it.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::host::site::{PATIENCE, Plan, Site, text};
+use bro_tests::host::{Host, Manager};
+
+use crate::{load, unload};
+
+const TEST: Manager = Manager::User("test");
+
+/// Connections until one takes the kernel's lane: the first ones show of which kind the service is.
+pub fn expect_lane(site: &Site<'_>) -> Result<()> {
+    for _ in 0..10 {
+        if relay_of_the_next(site)? == "sockmap" {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("no connection took a lane: {}", site.journal())
+}
+
+/// One connection more, and what relayed it.
+pub fn relay_of_the_next(site: &Site<'_>) -> Result<String> {
+    let relays = || -> Result<Vec<String>> {
+        let records = site.front.journal_records(site.host, &site.forwarder())?;
+        let ended = records.iter().filter(|record| record.get("BRO_DURATION_MS").is_some());
+        Ok(ended.map(|record| text(record, "BRO_RELAY")).collect())
+    };
+    let before = relays()?.len();
+    // Small requests: where FIONREAD lies, large ones are spliced.
+    let mut client = site.client()?;
+    for _ in 0..3 {
+        echo(&mut client)?;
+    }
+    drop(client);
+    site.host.wait_until("the end of a connection", PATIENCE, || Ok(relays()?.len() > before))?;
+    relays()?.pop().context("a connection")
+}
+
+/// Sends a few bytes over an open connection and has them back.
+fn echo(client: &mut TcpStream) -> Result<()> {
+    let mut back = [0; 4];
+    client.write_all(b"ping")?;
+    client.read_exact(&mut back)?;
+    ensure!(&back == b"ping", "{back:?}");
+    Ok(())
+}
+
+fn expect_no_capabilities(site: &Site<'_>) -> Result<()> {
+    let pid = site.forwarder_show("MainPID")?;
+    let status = site.host.run(&["cat", &format!("/proc/{pid}/status")])?;
+    let held =
+        |set: &str| status.lines().any(|line| line.starts_with(set) && !line.ends_with("0000000000000000"));
+    ensure!(!held("CapPrm:") && !held("CapEff:") && !held("CapAmb:"), "{status}");
+    Ok(())
+}
+
+pub fn rootless_service(host: &Host) -> Result<()> {
+    load(host, "test")?;
+    let site = Site::new(host, TEST, "lane", &Plan::service(TEST, 0.0, ""))?;
+    expect_lane(&site)?;
+    expect_no_capabilities(&site)?;
+    ensure!(site.journal().contains("the kernel relay is bro loader's"), "{}", site.journal());
+    drop(site);
+    unload(host, "test")
+}
+
+pub fn system_service_as_user(host: &Host) -> Result<()> {
+    load(host, "test")?;
+    let mut plan = Plan::service(TEST, 0.0, "--user");
+    plan.service =
+        "User=test\nNoNewPrivileges=yes\nUnsetEnvironment=XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS";
+    let site = Site::with_front(host, TEST, Manager::System, "front", &plan)?;
+    expect_lane(&site)?;
+    expect_no_capabilities(&site)?;
+    drop(site);
+    unload(host, "test")
+}
+
+pub fn by_name(host: &Host) -> Result<()> {
+    host.run(&["systemctl", "start", "bro-loader@other.service"])?;
+    let other = Manager::User("other");
+    let site = Site::new(host, other, "named", &Plan::service(other, 0.0, ""))?;
+    expect_lane(&site)?;
+    drop(site);
+    host.run(&["systemctl", "stop", "bro-loader@other.service"])?;
+    ensure!(!host.path(&format!("/run/bro/bpf/{}", host.uid("other")?)).exists(), "the pins are still there");
+    Ok(())
+}
+
+pub fn loaded_anew(host: &Host) -> Result<()> {
+    let uid = load(host, "test")?;
+    let unit = format!("bro-loader@{uid}.service");
+    let site = Site::new(host, TEST, "anew", &Plan::service(TEST, 0.0, ""))?;
+    expect_lane(&site)?;
+    let mut client = site.client()?;
+    echo(&mut client)?;
+    for verb in ["reload", "restart", "stop"] {
+        host.run(&["systemctl", verb, &unit])?;
+        echo(&mut client).with_context(|| verb.to_owned())?;
+        // The forwarder has what it had.
+        let relay = relay_of_the_next(&site)?;
+        ensure!(relay == "sockmap", "after {verb} relayed by {relay}: {}", site.journal());
+    }
+    // Its successor finds nothing, and says what to do.
+    drop(client);
+    site.front.systemctl(host, &["stop", &site.forwarder()])?;
+    let relay = relay_of_the_next(&site)?;
+    ensure!(relay == "splice", "{relay}: {}", site.journal());
+    host.wait_until("the reason", PATIENCE, || Ok(site.journal().contains("bro-loader@")))?;
+    host.run(&["systemctl", "start", &unit])?;
+    site.front.systemctl(host, &["stop", &site.forwarder()])?;
+    expect_lane(&site)?;
+    drop(site);
+    unload(host, "test")
+}
+
+pub fn doctor(host: &Host) -> Result<()> {
+    let line = |what: &str| -> Result<String> {
+        let said = host.try_run_as("test", &["bro", "doctor"])?.stdout;
+        said.lines().find(|line| line.contains(what)).map(str::to_owned).with_context(|| said.clone())
+    };
+    let uid = host.uid("test")?;
+    let absent = line(" loader:")?;
+    ensure!(
+        absent.starts_with("less") && absent.contains(&format!("systemctl enable --now bro-loader@{uid}")),
+        "{absent}"
+    );
+    load(host, "test")?;
+    let there = line(" loader:")?;
+    ensure!(there.starts_with("ok") && there.contains("0 of 16 forwarders"), "{there}");
+    let relay = line("kernel relay:")?;
+    ensure!(relay.contains("loaded and tested"), "{relay}");
+    unload(host, "test")
+}
+
+pub fn survives_reboot(host: &mut Host) -> Result<()> {
+    let uid = load(host, "test")?;
+    let port = {
+        let site = Site::new(host, TEST, "again", &Plan::service(TEST, 0.0, ""))?;
+        TEST.systemctl(host, &["enable", &site.socket()])?;
+        let port = site.port;
+        std::mem::forget(site);
+        port
+    };
+    host.reboot()?;
+    host.wait_until("the loader", PATIENCE, || {
+        Ok(Manager::System.show(host, &format!("bro-loader@{uid}.service"), "ActiveState")? == "active")
+    })?;
+    let site = Site { host, manager: TEST, name: "again".into(), port, front: TEST, suffix: "in" };
+    expect_lane(&site).with_context(|| site.journals())
+}
