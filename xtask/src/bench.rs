@@ -5,6 +5,7 @@
 //! generators and what systemd and podman would do are parts of this task. Every contender has a port of the service to
 //! itself and stays up while the rounds go on.
 
+mod awake;
 mod check;
 mod clock;
 mod cold;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 
 use super::{Args, Figures};
+use crate::bench::awake::Awake;
 use crate::bench::cpu::Meter;
 use crate::bench::statistics::Percentiles;
 use crate::bench::stream::{Address, Stream};
@@ -24,8 +25,18 @@ pub fn measure(args: &Args, size: usize) -> Result<Figures> {
     if let Some(own) = spent.group {
         figures.insert(format!("{name}.own_cpu_per_request"), own / count);
     }
+    if size == SMALL {
+        let awake = Awake::keep()?;
+        requests.run(Duration::from_secs_f64(args.seconds / 20.0))?;
+        let trips = requests.run(Duration::from_secs_f64(args.seconds / 2.0))?;
+        drop(awake);
+        figures.extend(trips.figures("requests64_awake"));
+    }
     Ok(figures)
 }
+
+/// The size at which waking processors is most of a round trip.
+const SMALL: usize = 64;
 
 /// A connection to the echo.
 pub struct Requests {
