@@ -20,7 +20,9 @@ impl Watching {
     fn start(forwarder: &Forwarder, options: &[&str]) -> Result<Self> {
         let path = forwarder.status_socket();
         ensure!(process::eventually(PATIENCE, || path.exists()), "the forwarder has no socket");
-        let mut command = Command::new(bro_tests::bro::binary());
+        // Whoever starts the tests in the background of a shell has SIGINT ignored for them, and for all they start.
+        let mut command = Command::new("env");
+        command.arg("--default-signal=INT").arg(bro_tests::bro::binary());
         command.args(["status", "--watch"]).args(options).arg(path);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Ok(Self(command.spawn()?))
