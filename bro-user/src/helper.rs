@@ -3,6 +3,7 @@
 //! No setuid file and no file capability: whoever owns the container owns its user namespace, and who joins that first may join
 //! the network namespace. It is the same process that goes on as the command, so `LISTEN_PID` stays right.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -45,9 +46,23 @@ pub fn run(options: &Helper) -> anyhow::Result<std::convert::Infallible> {
     let sentence = format!("cannot execute {}: {error}", program.to_string_lossy());
     Err(match error.kind() {
         io::ErrorKind::NotFound => Failure::CommandNotFound(sentence),
+        // execvp(3) says so as well when there is none, and only a folder of PATH may not be searched.
+        io::ErrorKind::PermissionDenied if !is_somewhere(program) => Failure::CommandNotFound(format!(
+            "cannot execute {}: there is no such command",
+            program.to_string_lossy()
+        )),
         _ => Failure::CommandNotExecutable(sentence),
     }
     .into())
+}
+
+/// Whether there is a file that the command could be.
+fn is_somewhere(program: &OsStr) -> bool {
+    if program.as_encoded_bytes().contains(&b'/') {
+        return true;
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
 /// Joins the network namespace of the process.

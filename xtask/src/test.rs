@@ -54,8 +54,9 @@ enum Tier {
 /// Suites whose names begin so boot whole hosts or emulated kernels, or take minutes for another reason.
 const SLOW: &[&str] = &["emulator", "host", "million", "slow"];
 
-/// Run only when named: they take minutes, and emulated processors bear no neighbours.
-const BY_NAME: &[&str] = &["emulator", "million"];
+/// Run only when named: they take minutes, emulated processors bear no neighbours, and what packages ship is made of the same parts
+/// as what the `dist` suite packs.
+const BY_NAME: &[&str] = &["emulator", "million", "slow_dist"];
 
 impl Tier {
     fn name(&self) -> &str {
