@@ -573,11 +573,11 @@ impl Incarnation {
         let process = crate::sys::pidfd_open(pid).map_err(|error| opening(&what, &error))?;
         let netns = open(format!("/proc/{pid}/ns/net"), 0).map_err(|error| {
             // Of one that has just been reaped this is what the kernel says (`proc_ns_get_link`), as of somebody else's.
-            let dying = exited(&process);
+            let dying = crate::sys::exited(&process);
             opening(&what, &if dying { std::io::Error::from_raw_os_error(libc::ESRCH) } else { error })
         })?;
         let root = open(format!("/proc/{pid}/root"), libc::O_PATH | libc::O_DIRECTORY).ok();
-        if exited(&process) {
+        if crate::sys::exited(&process) {
             return Err(Failure::NotFound(format!("{what} has exited")).into());
         }
         Self::new(netns, root, Some(pid), Some(process)).await
@@ -590,7 +590,7 @@ impl Incarnation {
                 let path = self.path.as_ref().unwrap_or(path);
                 nix::sys::stat::stat(path).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.file)
             }
-            _ => self.process.as_ref().is_none_or(|process| !exited(process.get_ref())),
+            _ => self.process.as_ref().is_none_or(|process| !crate::sys::exited(process.get_ref())),
         }
     }
 
@@ -612,12 +612,4 @@ impl Activator {
     pub const fn place(&self) -> &Place {
         &self.place
     }
-}
-
-/// A pidfd is readable once its process has exited.
-fn exited(process: &OwnedFd) -> bool {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::AsFd as _;
-    let mut polled = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-    poll(&mut polled, PollTimeout::ZERO) != Ok(0)
 }

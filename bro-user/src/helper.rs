@@ -6,13 +6,12 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::activate::container;
 use crate::cli::Helper;
@@ -74,7 +73,7 @@ fn enter(pid: i32) -> anyhow::Result<()> {
         _ => Failure::NotFound(format!("process {pid} cannot be looked at: {error}")),
     })?;
     let opened = File::open(format!("/proc/{pid}/ns/net"));
-    if exited(&process) {
+    if sys::exited(&process) {
         return Err(gone().into());
     }
     let netns = opened.map_err(|error| match error.kind() {
@@ -90,12 +89,6 @@ fn enter(pid: i32) -> anyhow::Result<()> {
         .into(),
         errno => anyhow::anyhow!("cannot enter the network namespace of process {pid}: {}", errno.desc()),
     })
-}
-
-/// A pidfd is readable once its process has exited.
-fn exited(process: &OwnedFd) -> bool {
-    let mut polled = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-    poll(&mut polled, PollTimeout::ZERO) != Ok(0)
 }
 
 /// What was passed is there, and survives the exec as it did the last one: nothing here makes it close-on-exec.

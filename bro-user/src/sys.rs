@@ -106,6 +106,42 @@ pub fn byte_waits(socket: BorrowedFd<'_>) -> nix::Result<bool> {
     recv(socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT).map(|count| count > 0)
 }
 
+/// Sends one message of a seqpacket channel, with descriptors where there are any.
+///
+/// # Errors
+/// EAGAIN when a non-blocking channel is full, EPIPE when nobody is at the other end.
+pub fn send_with_descriptors(
+    channel: BorrowedFd<'_>,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
+    if descriptors.is_empty() {
+        // send(2) and not sendmsg(2): a process that may only use the former has no way to pass a descriptor on.
+        return send(channel.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).map(drop).map_err(Into::into);
+    }
+    let numbers: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&numbers)];
+    let parts = [io::IoSlice::new(bytes)];
+    sendmsg::<()>(channel.as_raw_fd(), &parts, &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
+}
+
+/// Whether the process of a pidfd has exited: then it is readable.
+#[must_use]
+pub fn exited(process: &OwnedFd) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd as _;
+    let mut polled = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    poll(&mut polled, PollTimeout::ZERO) != Ok(0)
+}
+
+/// The error number of what a system call of this module failed with.
+#[must_use]
+pub fn errno_of(error: &io::Error) -> nix::errno::Errno {
+    error.raw_os_error().map_or(nix::errno::Errno::EIO, nix::errno::Errno::from_raw)
+}
+
 /// Receives one message of a seqpacket channel with the descriptors that came along (unix(7) SCM_RIGHTS), close-on-exec.
 ///
 /// # Errors

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bro_tests::forwarder::Forwarder;
+use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::notify::Notify;
 use bro_tests::peers::{Conn, Here, PATIENCE};
 use bro_tests::scene::{Scene, expect_relayed};
@@ -42,15 +42,20 @@ fn stop(main: i32, forwarder: Forwarder) -> Result<()> {
     forwarder.expect_no_panic()
 }
 
+/// A forwarder that has told the service manager that it is ready, and its scene.
+fn ready(options: impl FnOnce(Setup) -> Setup) -> Result<(Notify, Scene, Forwarder)> {
+    let mut notify = Notify::new()?;
+    let scene = Scene::new()?;
+    let forwarder = options(scene.setup().env("NOTIFY_SOCKET", notify.name())).arg(scene.target()).start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    Ok((notify, scene, forwarder))
+}
+
 #[test]
 fn connections_stay_where_they_are_and_new_ones_go_to_the_successor() -> Result<()> {
     require_namespaces!();
-    let mut notify = Notify::new()?;
-    let mut scene = Scene::new()?;
+    let (mut notify, mut scene, mut forwarder) = ready(|setup| setup)?;
     let service = scene.serve()?;
-    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
-    let mut forwarder = setup.start()?;
-    notify.wait(PATIENCE, |line| line == "READY=1")?;
     let old = (scene.client()?, service.accept()?);
     expect_relayed(&old.0, &old.1)?;
 
@@ -74,12 +79,8 @@ fn connections_stay_where_they_are_and_new_ones_go_to_the_successor() -> Result<
 #[test]
 fn one_reload_after_another_under_load_and_nobody_is_refused() -> Result<()> {
     require_namespaces!();
-    let mut notify = Notify::new()?;
-    let mut scene = Scene::new()?;
+    let (mut notify, mut scene, forwarder) = ready(|setup| setup)?;
     let service = scene.serve()?;
-    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
-    let forwarder = setup.start()?;
-    notify.wait(PATIENCE, |line| line == "READY=1")?;
     let (over, served) = (AtomicBool::new(false), AtomicU64::new(0));
     let front = scene.front.address().clone();
     std::thread::scope(|scope| -> Result<()> {
@@ -130,11 +131,7 @@ fn one_reload_after_another_under_load_and_nobody_is_refused() -> Result<()> {
 #[test]
 fn a_held_client_is_served_by_whom_it_has_come_to() -> Result<()> {
     require_namespaces!();
-    let mut notify = Notify::new()?;
-    let mut scene = Scene::new()?;
-    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
-    let forwarder = setup.start()?;
-    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let (mut notify, mut scene, forwarder) = ready(|setup| setup)?;
     let held = scene.client()?;
     scene.expect_held(&forwarder, 1)?;
     let successor = reload(forwarder.pid(), &mut notify)?;
@@ -149,12 +146,8 @@ fn a_held_client_is_served_by_whom_it_has_come_to() -> Result<()> {
 #[test]
 fn a_successor_does_not_leave_before_its_predecessor() -> Result<()> {
     require_namespaces!();
-    let mut notify = Notify::new()?;
-    let mut scene = Scene::new()?;
+    let (mut notify, mut scene, mut forwarder) = ready(|setup| setup.arg("--exit-idle-time=200ms"))?;
     let service = scene.serve()?;
-    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg("--exit-idle-time=200ms");
-    let mut forwarder = setup.arg(scene.target()).start()?;
-    notify.wait(PATIENCE, |line| line == "READY=1")?;
     let old = (scene.client()?, service.accept()?);
     expect_relayed(&old.0, &old.1)?;
     let successor = reload(forwarder.pid(), &mut notify)?;
@@ -169,12 +162,8 @@ fn a_successor_does_not_leave_before_its_predecessor() -> Result<()> {
 #[test]
 fn a_replaced_process_waits_for_the_one_it_has_replaced() -> Result<()> {
     require_namespaces!();
-    let mut notify = Notify::new()?;
-    let mut scene = Scene::new()?;
+    let (mut notify, mut scene, mut forwarder) = ready(|setup| setup.arg("--exit-idle-time=200ms"))?;
     let service = scene.serve()?;
-    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg("--exit-idle-time=200ms");
-    let mut forwarder = setup.arg(scene.target()).start()?;
-    notify.wait(PATIENCE, |line| line == "READY=1")?;
     let old = (scene.client()?, service.accept()?);
     expect_relayed(&old.0, &old.1)?;
     let second = reload(forwarder.pid(), &mut notify)?;
@@ -192,12 +181,8 @@ fn a_replaced_process_waits_for_the_one_it_has_replaced() -> Result<()> {
 #[test]
 fn sigterm_to_both_ends_both_in_order() -> Result<()> {
     require_namespaces!();
-    let mut notify = Notify::new()?;
-    let mut scene = Scene::new()?;
+    let (mut notify, mut scene, mut forwarder) = ready(|setup| setup)?;
     let service = scene.serve()?;
-    let setup = scene.setup().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
-    let mut forwarder = setup.start()?;
-    notify.wait(PATIENCE, |line| line == "READY=1")?;
     let old = (scene.client()?, service.accept()?);
     expect_relayed(&old.0, &old.1)?;
     let successor = reload(forwarder.pid(), &mut notify)?;
@@ -215,12 +200,8 @@ fn sigterm_to_both_ends_both_in_order() -> Result<()> {
 #[test]
 fn a_new_program_that_does_not_start_changes_nothing() -> Result<()> {
     require_namespaces!();
-    let mut notify = Notify::new()?;
-    let mut scene = Scene::new()?;
+    let (mut notify, mut scene, forwarder) = ready(|setup| setup.copy())?;
     let service = scene.serve()?;
-    let setup = scene.setup().copy().env("NOTIFY_SOCKET", notify.name()).arg(scene.target());
-    let forwarder = setup.start()?;
-    notify.wait(PATIENCE, |line| line == "READY=1")?;
     let old = (scene.client()?, service.accept()?);
     expect_relayed(&old.0, &old.1)?;
     // As a package manager does it: another file in its place.

@@ -264,6 +264,12 @@ impl Engine {
         })
     }
 
+    /// Tries once more at a tick to come: what was wanting may be there then.
+    fn try_again(&mut self, dial: Dial) {
+        self.retries.push(dial.index);
+        self.register(dial.index);
+    }
+
     /// Begins to connect to one of the target's addresses.
     fn start_connect(&mut self, index: usize, address: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
@@ -321,7 +327,9 @@ impl Engine {
             Ok(answer) => answer,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             // The answer came, but its descriptors did not fit: as if the agent had said so.
-            Err(error) if out_of_descriptors(errno_of(&error)) => Err(errno_of(&error)),
+            Err(error) if out_of_descriptors(crate::sys::errno_of(&error)) => {
+                Err(crate::sys::errno_of(&error))
+            }
             Err(error) => {
                 tracing::debug!(%error, "the namespace agent has ended");
                 return self.backend_gone(backend);
@@ -338,8 +346,7 @@ impl Engine {
                 Ok(None) => self.refused(dial.index, dial.address, Errno::EPROTO),
                 // A unix service's backlog is full, which does not tell when there is room; or a descriptor is wanting.
                 Err(errno) if errno == Errno::EAGAIN || out_of_descriptors(errno) => {
-                    self.retries.push(dial.index);
-                    self.register(dial.index);
+                    self.try_again(dial);
                 }
                 // It, and whoever comes after it, is served in the namespace that the file names now.
                 Err(wire::STALE) => {
@@ -371,8 +378,7 @@ impl Engine {
                 None => self.start_connect(dial.index, dial.address),
                 // The client waits until one is free.
                 Some(errno) if out_of_descriptors(errno) => {
-                    self.retries.push(dial.index);
-                    self.register(dial.index);
+                    self.try_again(dial);
                 }
                 Some(errno) => self.refused(dial.index, dial.address, errno),
             }
@@ -458,8 +464,4 @@ impl Engine {
         self.retries.retain(|&retry| retry != index);
         self.publish_held();
     }
-}
-
-fn errno_of(error: &io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }

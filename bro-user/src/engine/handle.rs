@@ -5,12 +5,12 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
+use nix::sys::socket::{MsgFlags, send};
 use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -246,8 +246,11 @@ fn lock(waiting: &Mutex<Waiting>) -> MutexGuard<'_, Waiting> {
 async fn write(channel: Arc<AsyncFd<OwnedFd>>, mut queue: UnboundedReceiver<Command>) {
     while let Some(command) = queue.recv().await {
         let (bytes, descriptors) = command.encode();
+        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
         let sent = channel
-            .async_io(Interest::WRITABLE, |channel| send_with(channel.as_fd(), &bytes, &descriptors))
+            .async_io(Interest::WRITABLE, |channel| {
+                sys::send_with_descriptors(channel.as_fd(), &bytes, &descriptors)
+            })
             .await;
         if sent.is_err() {
             return;
@@ -289,15 +292,6 @@ async fn read(channel: Arc<AsyncFd<OwnedFd>>, outlet: UnboundedSender<Event>, wa
             }
         }
     }
-}
-
-fn send_with(channel: BorrowedFd<'_>, bytes: &[u8], descriptors: &[OwnedFd]) -> io::Result<()> {
-    let numbers: Vec<i32> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
-    let rights = [ControlMessage::ScmRights(&numbers)];
-    let rights = if numbers.is_empty() { &[][..] } else { &rights[..] };
-    let parts = [io::IoSlice::new(bytes)];
-    sendmsg::<()>(channel.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None)?;
-    Ok(())
 }
 
 /// The engine's end of the commands.

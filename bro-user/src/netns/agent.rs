@@ -99,7 +99,7 @@ fn serve(
             join(netns.as_fd()).map(|()| Vec::new())
         }
         (Asker::Control, Request::Sockets { domain, kind, protocol, count }) => {
-            let make = |_| sys::socket(domain, kind, protocol).map_err(|error| errno_of(&error));
+            let make = |_| sys::socket(domain, kind, protocol).map_err(|error| sys::errno_of(&error));
             (0..count.min(sys::MOST_DESCRIPTORS as u8)).map(make).collect()
         }
         (Asker::Control, Request::Channel(destinations)) => {
@@ -138,7 +138,7 @@ pub(crate) fn join(netns: BorrowedFd<'_>) -> nix::Result<()> {
     }
     // For pods, `Network=container:` and podman's rootless network namespace the owner is not the container's own user
     // namespace, so the network namespace itself is asked.
-    let owner = sys::owning_user_namespace(netns).map_err(|error| errno_of(&error))?;
+    let owner = sys::owning_user_namespace(netns).map_err(|error| sys::errno_of(&error))?;
     if !same_namespace(owner.as_fd(), "/proc/self/ns/user") {
         setns(&owner, CloneFlags::CLONE_NEWUSER)?;
     }
@@ -169,7 +169,7 @@ impl Place {
             Address::Abstract(name) => dial_unix(&UnixAddr::new_abstract(name)?),
             Address::Inside(path) => {
                 let root = self.root.as_ref().ok_or(Errno::ENOENT)?;
-                let file = sys::open_in_root(root.as_fd(), path).map_err(|error| errno_of(&error))?;
+                let file = sys::open_in_root(root.as_fd(), path).map_err(|error| sys::errno_of(&error))?;
                 // Through the descriptor: no symlink of the container can lead outside, and no path is too long for sun_path.
                 dial_unix(&UnixAddr::new(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str())?)
             }
@@ -182,15 +182,11 @@ const fn domain_of(address: SocketAddr) -> i32 {
 }
 
 fn stream(domain: i32) -> nix::Result<OwnedFd> {
-    sys::socket(domain, nix::libc::SOCK_STREAM, 0).map_err(|error| errno_of(&error))
+    sys::socket(domain, nix::libc::SOCK_STREAM, 0).map_err(|error| sys::errno_of(&error))
 }
 
 fn dial_unix(address: &UnixAddr) -> nix::Result<OwnedFd> {
     let socket = stream(nix::libc::AF_UNIX)?;
     connect(socket.as_raw_fd(), address)?;
     Ok(socket)
-}
-
-fn errno_of(error: &std::io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }

@@ -1,10 +1,8 @@
 //! What a forwarder and its agent say to each other: one request and one answer a message, over a seqpacket socket pair.
 
-use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-
-use nix::sys::socket::{ControlMessage, MsgFlags, send as send_bytes, sendmsg};
 
 use std::net::SocketAddr;
 
@@ -133,7 +131,7 @@ impl Request {
     /// # Errors
     /// EAGAIN when a non-blocking channel is full, EPIPE when the agent is gone.
     pub fn send(&self, channel: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-        send(channel, &self.encode(), descriptors)
+        sys::send_with_descriptors(channel, &self.encode(), descriptors)
     }
 
     /// Receives a request; `None` when the other end is closed.
@@ -159,9 +157,9 @@ pub fn answer(channel: BorrowedFd<'_>, answer: &Answer) -> io::Result<()> {
     match answer {
         Ok(descriptors) => {
             let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-            send(channel, &0i32.to_le_bytes(), &borrowed)
+            sys::send_with_descriptors(channel, &0i32.to_le_bytes(), &borrowed)
         }
-        Err(errno) => send(channel, &(*errno as i32).to_le_bytes(), &[]),
+        Err(errno) => sys::send_with_descriptors(channel, &(*errno as i32).to_le_bytes(), &[]),
     }
 }
 
@@ -179,17 +177,6 @@ pub fn receive_answer(channel: BorrowedFd<'_>) -> io::Result<Answer> {
         0 => Ok(descriptors),
         errno => Err(nix::errno::Errno::from_raw(errno)),
     })
-}
-
-fn send(channel: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-    if descriptors.is_empty() {
-        // send(2) and not sendmsg(2): a process that may only use the former has no way to pass a descriptor on.
-        return send_bytes(channel.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).map(drop).map_err(Into::into);
-    }
-    let numbers: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
-    let rights = [ControlMessage::ScmRights(&numbers)];
-    sendmsg::<()>(channel.as_raw_fd(), &[IoSlice::new(bytes)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
-    Ok(())
 }
 
 #[cfg(test)]
