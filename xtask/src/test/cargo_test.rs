@@ -115,8 +115,8 @@ impl Failures {
         if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
             self.all.push(Failure { test: test.to_owned(), said: String::new() });
             self.complains = false;
-        } else if line == "failures:" {
-            // The list of their names.
+        } else if ["failures:", "Stack backtrace:"].contains(&line) {
+            // The list of their names; and that says where, not what.
             self.complains = false;
         } else if let Some(failure) = self.all.last_mut() {
             let begins = line.starts_with("Error: ")
