@@ -116,6 +116,17 @@ pub struct Sender {
     pub zero: u32,
 }
 
+impl Sender {
+    /// A sender at this port of which nothing else is known yet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unknown(watch: WatchKey) -> Self {
+        let flow = Flow::new(watch.netns, [0; 16], 0, [0; 16], 0);
+        let route = Route { record: 0, serial: 0 };
+        Self { flow, watch, cookie: 0, route, base: 0, state: 0, seen: 0, zero: 0 }
+    }
+}
+
 /// What `bro_hook` is asked: to put this sender into the senders' map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]

@@ -24,6 +24,8 @@ pub enum About {
     Records = 1,
     /// Whether this kernel says 0 when a hooked socket's owner asks how much waits to be read.
     FionreadLies = 2,
+    /// Whether the self-test could not hook a client.
+    NoClients = 3,
 }
 
 impl About {

@@ -199,6 +199,7 @@ fn load_kernel_relay(options: &Forward) -> Option<Loading> {
     watching::load(kernel::Config {
         connections: options.connections_max,
         hook_blocking: options.blocking_sockets,
+        trace: kernel::trace_wanted(),
     })
 }
 

@@ -17,6 +17,7 @@ mod programs;
 mod seat;
 mod selftest;
 mod sys;
+mod trace;
 mod unavailable;
 
 use std::ops::{Deref, DerefMut};
@@ -30,6 +31,7 @@ pub use maps::{Descriptors, Maps, Share};
 pub use offsets::BtfError;
 pub use programs::Programs;
 pub use sys::{SendMemory, netns_cookie, send_memory};
+pub use trace::wanted as trace_wanted;
 pub use unavailable::{Refused, Unavailable};
 
 /// What made the embedded programs: for `bro --version` and `bro doctor`.
@@ -42,6 +44,8 @@ pub struct Config {
     pub connections: u32,
     /// Hook sockets in blocking mode too, whose owners may then see an error they would not see on plain TCP.
     pub hook_blocking: bool,
+    /// Have the programs say what becomes of single sockets, in this process's log.
+    pub trace: bool,
 }
 
 /// Which end of a connection at a watched port is the sender.
@@ -154,7 +158,14 @@ impl Kernel {
             pinned::open(&pinned::folder(nix::unistd::geteuid().as_raw()))
         };
         match pinned {
-            Ok(Some(pinned)) => Self::pinned(pinned),
+            Ok(Some(pinned)) => {
+                if config.trace {
+                    tracing::info!(
+                        "bro loader's programs are not traced; those that a forwarder loads for itself can be"
+                    );
+                }
+                Self::pinned(pinned)
+            }
             Ok(None) => Self::load(config).and_then(Self::tested),
             Err(reason) => match Self::load(config).and_then(Self::tested) {
                 Err(Unavailable::NotPermitted(..)) => Err(reason),
@@ -167,12 +178,12 @@ impl Kernel {
     }
 
     fn pinned(pinned: pinned::Pinned) -> Result<Self, Unavailable> {
-        let pinned::Pinned { descriptors, share, seat } = pinned;
+        let pinned::Pinned { descriptors, share, seat, clients } = pinned;
         let mut maps = Maps::new(&descriptors, share)?;
         // What nobody has read who had the seat before.
         maps.drain_events(|_| {});
         tracing::info!("the kernel relay is bro loader's (seat {} of {})", share.seat + 1, bro_ebpf::SEATS);
-        Ok(Self { programs: Programs::seated(seat), maps, descriptors })
+        Ok(Self { programs: Programs::seated(seat, clients), maps, descriptors })
     }
 
     fn tested(mut self) -> Result<Self, Unavailable> {
@@ -203,17 +214,22 @@ impl Kernel {
     ///
     /// # Errors
     /// As there.
-    pub fn program_ids(&self) -> std::io::Result<[u32; 2]> {
+    pub fn program_ids(&self) -> std::io::Result<[u32; 3]> {
         self.programs.ids()
     }
 
     /// Sends real bytes through the real programs, over loopback connections of this process, with a half-close and a full
-    /// send buffer. Attaches to this process's own cgroup for that time. Takes a few milliseconds; bounded by 10 s.
+    /// send buffer, and has a client hooked. Attaches to this process's own cgroup for that time. Takes a few milliseconds; bounded
+    /// by 10 s.
+    ///
+    /// That no client can be hooked takes the lanes of local clients away and nothing else ([`Programs::hook_clients`]).
     ///
     /// # Errors
     /// When anything is not as the relay needs it.
     pub fn selftest(&mut self) -> Result<(), Unavailable> {
-        selftest::run(self).map_err(Unavailable::SelfTest)
+        let clients = selftest::run(self).map_err(Unavailable::SelfTest)?;
+        self.programs.tested_with_clients(clients);
+        Ok(())
     }
 }
 

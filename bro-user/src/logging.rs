@@ -35,8 +35,9 @@ fn filter(verbose: u8) -> EnvFilter {
         1 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    // The libraries' own chatter is of use only to those who ask for it by name.
-    let default = format!("warn,bro={level},bro_user={level}");
+    // The libraries' own chatter is of use only to those who ask for it by name. The kernel's programs are asked to talk by this
+    // filter as well (`kernel::trace_wanted`).
+    let default = format!("warn,bro={level},bro_user={level},bro_ebpf={level}");
     EnvFilter::builder().parse(std::env::var("BRO_LOG").unwrap_or(default)).unwrap_or_default()
 }
 

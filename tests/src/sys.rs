@@ -165,6 +165,14 @@ pub fn bpf_maps_of(program: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     Ok(ids)
 }
 
+/// How many bytes of instructions a program has, after the verifier took out what never runs.
+pub fn bpf_program_size(program: BorrowedFd<'_>) -> io::Result<usize> {
+    // struct bpf_prog_info: xlated_prog_len is the upper half of the third word. (The fourth and fifth are where to write them.)
+    let mut info = [0u64; 3];
+    bpf_info(program, &mut info)?;
+    usize::try_from(info[2] >> 32).map_err(io::Error::other)
+}
+
 /// A map's name.
 pub fn bpf_map_name(map: BorrowedFd<'_>) -> io::Result<String> {
     // struct bpf_map_info: the name is in the fourth and fifth word.

@@ -22,7 +22,7 @@ use nix::poll::PollFlags;
 use kernel_relay::content::Stream;
 use kernel_relay::{Bench, LIMIT, await_poll, connect_nonblocking, pair, receive, receive_end, send};
 
-const CONFIG: Config = Config { connections: 16, hook_blocking: false };
+const CONFIG: Config = Config { connections: 16, hook_blocking: false, trace: false };
 const BPFTOOL: Need = Need::Program("bpftool", "bpftool");
 
 fn fit() -> Bench {
@@ -557,7 +557,7 @@ fn a_program_that_somebody_attached_exclusively_is_reported_as_that() {
     require!(Need::Bpf, BPFTOOL);
     let bench = Bench::new().unwrap();
     let other = bench.cgroup.sibling().unwrap();
-    let [_, watch] = bench.kernel.program_ids().unwrap();
+    let [_, watch, _] = bench.kernel.program_ids().unwrap();
     let id = watch.to_string();
     let attach = ["cgroup", "attach", other.to_str().unwrap(), "sock_ops", "id", &id];
     assert!(Command::new("bpftool").args(attach).status().unwrap().success());
@@ -604,7 +604,7 @@ fn child_that_loads_and_waits() {
     let (netns, port) = (netns_cookie(listener.as_fd()).unwrap(), listener.local_addr().unwrap().port());
     kernel.watch(netns, port, Role::Service).unwrap();
     kernel.set_kind(netns, port, Kind::Fit).unwrap();
-    let [send, watch] = kernel.program_ids().unwrap();
+    let [send, watch, _] = kernel.program_ids().unwrap();
     println!("ready {port} {send} {watch}");
     listener.accept().unwrap();
     loop {

@@ -101,7 +101,7 @@ fn random_streams_both_ways_over_both_lanes() {
 #[test]
 fn random_streams_over_ipv6() {
     require!(Need::Bpf);
-    let config = Config { connections: 64, hook_blocking: false };
+    let config = Config { connections: 64, hook_blocking: false, trace: false };
     let mut bench = Bench::with("[::1]:0", config).and_then(Bench::fit).unwrap();
     let moved = exchange(&mut bench, 4, 2_000_000, None).unwrap();
     assert!(moved.lanes.bytes > 0, "{moved:?}");
@@ -120,7 +120,7 @@ fn lanes_that_open_and_shut_while_bytes_flow() {
 #[test]
 fn an_ipv4_client_of_a_dual_stack_listener_gets_its_lane() {
     require!(Need::Bpf);
-    let config = Config { connections: 64, hook_blocking: false };
+    let config = Config { connections: 64, hook_blocking: false, trace: false };
     let mut bench = Bench::with("[::]:0", config).unwrap();
     let port = bench.front.local_addr().unwrap().port();
     let client = connect_nonblocking(([127, 0, 0, 1], port).into()).unwrap();
@@ -306,7 +306,7 @@ fn the_listen_call_of_a_watched_service_is_an_event() {
 fn two_sets_of_programs_side_by_side() {
     require!(Need::Bpf);
     let mut one = Bench::new().and_then(Bench::fit).unwrap();
-    let mut two = Kernel::load(&Config { connections: 8, hook_blocking: false }).unwrap();
+    let mut two = Kernel::load(&Config { connections: 8, hook_blocking: false, trace: false }).unwrap();
     two.attach(one.cgroup.path()).unwrap();
     let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = other.local_addr().unwrap().port();
@@ -324,7 +324,7 @@ fn two_sets_of_programs_side_by_side() {
 fn a_socket_that_another_forwarder_hooked_is_left_to_it() {
     require!(Need::Bpf);
     let one = Bench::new().and_then(Bench::fit).unwrap();
-    let mut two = Kernel::load(&Config { connections: 8, hook_blocking: false }).unwrap();
+    let mut two = Kernel::load(&Config { connections: 8, hook_blocking: false, trace: false }).unwrap();
     two.attach(one.cgroup.path()).unwrap();
     two.watch(one.netns, one.port(), Role::Service).unwrap();
     two.set_kind(one.netns, one.port(), Kind::Fit).unwrap();
@@ -340,7 +340,7 @@ fn a_socket_that_another_forwarder_hooked_is_left_to_it() {
 #[test]
 fn a_closed_lane_is_never_hit_again() {
     require!(Need::Bpf);
-    let config = Config { connections: 1, hook_blocking: false };
+    let config = Config { connections: 1, hook_blocking: false, trace: false };
     let bench = Bench::with("127.0.0.1:0", config).and_then(Bench::fit).unwrap();
     let (old, new) = (bench.connect().unwrap(), bench.connect().unwrap());
     let lane = bench.service_lane(&old).unwrap();
@@ -363,7 +363,7 @@ fn a_closed_lane_is_never_hit_again() {
 #[test]
 fn when_all_lanes_are_taken_the_next_is_refused() {
     require!(Need::Bpf);
-    let config = Config { connections: 1, hook_blocking: false };
+    let config = Config { connections: 1, hook_blocking: false, trace: false };
     let bench = Bench::with("127.0.0.1:0", config).unwrap();
     let ends: Vec<_> = (0..5).map(|_| bench.connect().unwrap()).collect();
     let lanes: Vec<_> = ends.iter().map(|ends| bench.service_lane(ends)).collect();

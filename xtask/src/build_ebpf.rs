@@ -218,7 +218,8 @@ fn compare(checked_in: &[u8], made: &[u8], same_tools: bool) -> Result<()> {
 /// The sections that the kernel gets to see, with the names that their relocations refer to.
 fn sections(object: &[u8]) -> Result<std::collections::BTreeMap<String, Vec<u8>>> {
     use object::{Object as _, ObjectSection as _, ObjectSymbol as _, RelocationTarget};
-    const SEEN: [&str; 6] = ["sk_msg", "sockops", ".text", ".rodata", ".maps", "license"];
+    const SEEN: [&str; 8] =
+        ["sk_msg", "sockops", "classifier", "maps", ".text", ".rodata", ".maps", "license"];
     let file = object::File::parse(object)?;
     let mut sections = std::collections::BTreeMap::new();
     for section in file.sections() {

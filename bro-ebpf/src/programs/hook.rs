@@ -10,6 +10,7 @@ use bro_ebpf::{Counter, Flow, HookRequest, REQUEST_OFFSET, Sender, SenderState, 
 
 use crate::kernel::TcpSock;
 use crate::maps::{SENDER, SENDERS, count, raw};
+use crate::trace;
 
 /// What the forwarder reads: the sender is hooked.
 const HOOKED: i32 = 1;
@@ -53,6 +54,7 @@ pub fn request(skb: *mut __sk_buff) -> i32 {
     }
     let sk = find(skb, &request.flow);
     if sk.is_null() {
+        trace::socket("not hooked, there is no such socket here", &request.flow);
         return NOT_HOOKED;
     }
     let hooked = hook(sk, &request);
@@ -90,6 +92,7 @@ fn hook(sk: *mut c_void, request: &HookRequest) -> i32 {
     }
     let Some(tcp) = TcpSock::of(sk) else { return NOT_HOOKED };
     if tcp.nonblocking() != Some(true) || tcp.zerocopy() {
+        trace::sender("not hooked, the client blocks by now or asks for MSG_ZEROCOPY", sender);
         return NOT_HOOKED;
     }
     sender.state = SenderState::PROVING | SenderState::HOOKED;
@@ -100,11 +103,15 @@ fn hook(sk: *mut c_void, request: &HookRequest) -> i32 {
     let refused = unsafe { bpf_map_update_elem(raw(&SENDERS), key, sk, NOEXIST) };
     if refused == 0 {
         count(Counter::Hooked);
+        trace::sender("hooked", sender);
         return HOOKED;
     }
     sender.state = 0;
-    if refused != GONE {
+    if refused == GONE {
+        trace::sender("not hooked, it is half-closed or closed", sender);
+    } else {
         count(Counter::HookRefused);
+        trace::sender("not hooked, the kernel refuses it", sender);
     }
     NOT_HOOKED
 }

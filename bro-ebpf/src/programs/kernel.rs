@@ -88,8 +88,8 @@ impl TcpSock {
         unsafe { field.cast::<u32>().read_volatile() }
     }
 
-    /// Whether it belongs to whom the programs were loaded for.
-    #[inline(always)]
+    /// Whether it belongs to whom the programs were loaded for. With a stack of its own for the ranges.
+    #[inline(never)]
     pub fn is_ours(self) -> bool {
         let (owners, mut user) = (OWNERS.load(), 0u32);
         owners.are_everybody() || (read(self.0, SK_UID.load(), &mut user) && owners.hold(user))

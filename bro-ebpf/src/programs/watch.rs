@@ -14,12 +14,13 @@ use aya_ebpf::helpers::{
     bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
 };
 use bro_ebpf::{
-    Counter, Flow, RawEvent, RawProved, Route, SENDER_BUFFER, Sender, SenderState, Watch, WatchKey, kind,
-    role, v4_mapped,
+    Counter, Flow, RawEvent, RawProved, SENDER_BUFFER, Sender, SenderState, Watch, WatchKey, kind, role,
+    v4_mapped,
 };
 
 use crate::kernel::{TcpSock, hook_blocking};
 use crate::maps::{ROUTES, SENDER, SENDERS, WATCHED, count, raw, tell, tell_proved};
+use crate::trace;
 
 /// Reads a word of the context. In assembly, because the verifier wants every access to the context to be one load at a
 /// constant offset from the untouched pointer, and the compiler would rather compute addresses.
@@ -50,7 +51,8 @@ const INET: u32 = 2;
 /// `BPF_NOEXIST`.
 const NOEXIST: u64 = 1;
 
-/// One callback of one socket.
+/// One callback of one socket. Each kind has a function, and so a stack, of its own: 512 bytes have to hold all that one needs,
+/// tracing included.
 #[inline(always)]
 pub fn event(ops: *mut bpf_sock_ops) {
     match context!(ops, op) {
@@ -98,7 +100,7 @@ fn watch_key(ops: *mut bpf_sock_ops, port: u32) -> WatchKey {
 }
 
 /// A connection at a watched port exists: `wanted` says which end of it this is.
-#[inline(always)]
+#[inline(never)]
 fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     let (local_port, remote_port) = (context!(ops, local_port), u32::from_be(context!(ops, remote_port)));
     let service = wanted == role::SERVICE;
@@ -110,10 +112,12 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
         return;
     }
     if service && !hook_blocking() && (kind == kind::BLOCKING || kind == kind::ZEROCOPY) {
+        trace::port("not hooked, the service's sockets are known to be none to hook", &key);
         return;
     }
-    let flow = flow(ops, key.netns, local_port as u16, remote_port as u16);
-    if !service && !flow.is_local() {
+    let mut new = Sender::unknown(key);
+    flow(ops, local_port as u16, remote_port as u16, &mut new.flow);
+    if !service && !new.flow.is_local() {
         // A client of somebody else's server at the same port.
         return;
     }
@@ -121,12 +125,14 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     let Some(tcp) = TcpSock::of(sk) else { return };
     if !tcp.is_ours() {
         count(Counter::Foreign);
+        trace::socket("not hooked, somebody else's", &new.flow);
         return;
     }
     let base = tcp.write_seq();
     if context!(ops, data_segs_out) != 0 || context!(ops, snd_nxt) != base {
         // It sent data in its SYN: `base` would count bytes that may still be on their way.
         count(Counter::FastOpen);
+        trace::socket("not hooked, it sent data in its SYN", &new.flow);
         return;
     }
     if tcp.zerocopy() {
@@ -135,18 +141,19 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
             unsafe { (*watch).kind = kind::ZEROCOPY };
         }
         count(Counter::Zerocopy);
+        trace::socket("not hooked, it asks for MSG_ZEROCOPY", &new.flow);
         return;
     }
     // A client's socket has its file already; the service's has none before it is accepted, so the service is learned. That a
     // client connects without blocking is not enough (many turn to blocking then), but one that blocks now is left alone.
     if !service && !hook_blocking() && tcp.nonblocking() != Some(true) {
         count(Counter::Blocking);
+        trace::socket("not hooked, the client blocks", &new.flow);
         return;
     }
     // SAFETY: the context is the kernel's own.
-    let cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };
-    let route = Route { record: 0, serial: 0 };
-    let mut new = Sender { flow, watch: key, cookie, route, base, state: 0, seen: base, zero: 0 };
+    new.cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };
+    (new.base, new.seen) = (base, base);
     let create = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
     let value = core::ptr::from_mut(&mut new).cast();
     // SAFETY: `sk` is the context's own and not null, `value` is of the storage's type.
@@ -160,9 +167,11 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     if service && !hook_blocking() && kind == kind::UNKNOWN {
         sender.state = SenderState::LEARNING;
         count(Counter::Watched);
+        trace::sender("seen, to learn from it of which kind the service is", sender);
         set_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG, 0);
     } else if !service && !hook_blocking() {
         sender.state = SenderState::PROVING;
+        trace::sender("seen, a client that has to prove itself", sender);
         set_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG, 0);
     } else {
         hook(ops, sender);
@@ -181,8 +190,10 @@ fn hook(ops: *mut bpf_sock_ops, sender: &mut Sender) {
         send_at_once(ops);
         limit_own_queue(ops, sender);
         count(Counter::Hooked);
+        trace::sender("hooked", sender);
     } else {
         count(Counter::HookRefused);
+        trace::sender("not hooked, the kernel refuses it", sender);
     }
 }
 
@@ -215,7 +226,7 @@ fn limit_own_queue(ops: *mut bpf_sock_ops, sender: &Sender) {
 }
 
 /// Something that a watched socket had sent was acknowledged.
-#[inline(always)]
+#[inline(never)]
 fn acknowledged(ops: *mut bpf_sock_ops) {
     if context!(ops, data_segs_out) == 0 {
         return;
@@ -238,6 +249,7 @@ fn prove(ops: *mut bpf_sock_ops, sender: &mut Sender) {
         Some(true) => {}
         Some(false) => {
             count(Counter::Blocking);
+            trace::sender("given up, the client blocks by now", sender);
             set_flags(ops, 0, BPF_SOCK_OPS_RTT_CB_FLAG);
             return let_go(sender);
         }
@@ -275,7 +287,9 @@ fn prove(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     sender.state = SenderState::PROVING | SenderState::PROVED;
     if !tell_proved(seat, &RawProved { event, flow: sender.flow }) {
         sender.state = SenderState::PROVING;
+        return;
     }
+    trace::sender("proved to be a non-blocking client", sender);
 }
 
 /// What a service's first connection has sent was acknowledged: its file now says which kind of socket the service uses.
@@ -299,6 +313,11 @@ fn learn(ops: *mut bpf_sock_ops, sender: &mut Sender) {
         (*watch).kind = learned;
         (*watch).seat
     };
+    match learned {
+        kind::FIT => trace::sender("the service is a non-blocking one", sender),
+        kind::BLOCKING => trace::sender("the service is a blocking one", sender),
+        _ => trace::sender("the service asks for MSG_ZEROCOPY", sender),
+    }
     let event = RawEvent {
         what: RawEvent::LEARNED,
         record: learned,
@@ -311,7 +330,7 @@ fn learn(ops: *mut bpf_sock_ops, sender: &mut Sender) {
 }
 
 /// A hooked sender that can send no more is let go: its later reads are ordinary TCP's again.
-#[inline(always)]
+#[inline(never)]
 fn state_changed(ops: *mut bpf_sock_ops) {
     // The callback's second argument, args[1]. (`offset_of` cannot look into an array.)
     let new = {
@@ -339,18 +358,24 @@ fn let_go(sender: &mut Sender) {
     if unsafe { bpf_map_delete_elem(raw(&SENDERS), key) } == 0 {
         count(Counter::Unhooked);
     }
+    trace::sender("let go", sender);
 }
 
 /// Something called listen().
-#[inline(always)]
+#[inline(never)]
 fn listening(ops: *mut bpf_sock_ops) {
     let key = watch_key(ops, context!(ops, local_port));
     let Some(watch) = WATCHED.get_ptr_mut(&key) else { return };
     // SAFETY: as above.
     let Watch { role, seat, .. } = unsafe { *watch };
-    if role != role::SERVICE || !socket(ops).and_then(TcpSock::of).is_some_and(TcpSock::is_ours) {
+    if role != role::SERVICE {
         return;
     }
+    if !socket(ops).and_then(TcpSock::of).is_some_and(TcpSock::is_ours) {
+        trace::port("somebody else listens", &key);
+        return;
+    }
+    trace::port("the service listens", &key);
     let event = RawEvent {
         what: RawEvent::LISTENING,
         record: 0,
@@ -370,9 +395,11 @@ fn set_flags(ops: *mut bpf_sock_ops, on: u32, off: u32) {
     unsafe { bpf_sock_ops_cb_flags_set(ops, (flags & !off | on) as i32) };
 }
 
-#[inline(always)]
-fn flow(ops: *mut bpf_sock_ops, netns: u64, local_port: u16, remote_port: u16) -> Flow {
-    let (local, remote) = if context!(ops, family) == INET {
+/// Writes down the addresses of the context's socket, but for the namespace. In place, and with a stack of its own for the pieces.
+#[inline(never)]
+fn flow(ops: *mut bpf_sock_ops, local_port: u16, remote_port: u16, into: &mut Flow) {
+    (into.local_port, into.remote_port) = (local_port, remote_port);
+    (into.local, into.remote) = if context!(ops, family) == INET {
         let (local, remote) = (context!(ops, local_ip4), context!(ops, remote_ip4));
         (v4_mapped(local.to_ne_bytes()), v4_mapped(remote.to_ne_bytes()))
     } else {
@@ -393,7 +420,6 @@ fn flow(ops: *mut bpf_sock_ops, netns: u64, local_port: u16, remote_port: u16) -
             ),
         )
     };
-    Flow::new(netns, local, local_port, remote, remote_port)
 }
 
 #[inline(always)]

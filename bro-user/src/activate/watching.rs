@@ -30,8 +30,9 @@ pub struct Attacher(mpsc::Sender<Order>);
 #[derive(Debug)]
 struct Order {
     cgroup: PathBuf,
-    /// It will not need its rights any more: new incarnations of a container come to the same cgroup.
-    last: bool,
+    /// It is that of local clients, and not the last; a service's is: new incarnations of a container come to the same cgroup, so the
+    /// rights for it are not needed any more.
+    clients: bool,
     done: oneshot::Sender<Result<(), Unavailable>>,
 }
 
@@ -58,8 +59,9 @@ pub fn load(config: Config) -> Option<oneshot::Receiver<Result<Loaded, Unavailab
 fn attach(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
     let mut dropped = false;
     for order in inbox {
-        let attached = programs.attach(&order.cgroup);
-        if order.last && attached.is_ok() && !std::mem::replace(&mut dropped, true) {
+        let hooked = if order.clients { programs.hook_clients() } else { Ok(()) };
+        let attached = hooked.and_then(|()| programs.attach(&order.cgroup));
+        if !order.clients && attached.is_ok() && !std::mem::replace(&mut dropped, true) {
             crate::capabilities::drop_the_kernel_relays();
         }
         // Whoever ordered may have given up.
@@ -68,14 +70,14 @@ fn attach(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
 }
 
 impl Attacher {
-    /// Has the programs look at the sockets made in a cgroup from now on; `last`, if they are needed nowhere else.
+    /// Has the programs look at the sockets made in a cgroup from now on: that of local clients, or a service's.
     ///
     /// # Errors
     /// As [`Programs::attach`].
-    pub async fn attach(&self, cgroup: &Path, last: bool) -> Result<(), Unavailable> {
+    pub async fn attach(&self, cgroup: &Path, clients: bool) -> Result<(), Unavailable> {
         let (done, attached) = oneshot::channel();
         let ended = || Unavailable::SelfTest("the thread that holds the programs has ended".into());
-        self.0.send(Order { cgroup: cgroup.into(), last, done }).map_err(|_| ended())?;
+        self.0.send(Order { cgroup: cgroup.into(), clients, done }).map_err(|_| ended())?;
         attached.await.unwrap_or_else(|_| Err(ended()))
     }
 }
@@ -111,7 +113,7 @@ impl Watching {
         let Loaded { descriptors, share, attacher } = loaded;
         let mut clients = false;
         if let Some(cgroup) = local_clients {
-            match attacher.attach(cgroup, false).await {
+            match attacher.attach(cgroup, true).await {
                 Ok(()) => clients = true,
                 Err(error) => tracing::warn!("no lane for local clients: {error} ({})", error.mend()),
             }
@@ -140,7 +142,7 @@ impl Watching {
             State::Unavailable => return false,
             State::Loaded(attacher) => attacher.clone(),
         };
-        let ports = match attacher.attach(&cgroup, true).await {
+        let ports = match attacher.attach(&cgroup, false).await {
             Ok(()) => watch.ports,
             Err(error) => {
                 tracing::warn!("no kernel lane for the service: {error} ({})", error.mend());

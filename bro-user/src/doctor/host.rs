@@ -308,13 +308,17 @@ pub(super) fn loader() -> Check {
 pub(super) fn kernel_relay() -> Check {
     const NAME: &str = "kernel relay";
     if let Ok(Some(set)) = loaded_set() {
-        return relay_works(set.fionread_lies, "by bro loader");
+        return relay_works(set.fionread_lies, set.clients, "by bro loader");
     }
-    let config = kernel::Config { connections: 16, hook_blocking: false };
-    let tested =
-        Kernel::load(&config).and_then(|mut kernel| kernel.selftest().map(|()| kernel.fionread_lies()));
+    let config = kernel::Config { connections: 16, hook_blocking: false, trace: false };
+    let tested = Kernel::load(&config).and_then(|mut kernel| {
+        kernel.selftest()?;
+        Ok((kernel.fionread_lies(), kernel.programs.hook_clients().is_ok()))
+    });
     match tested {
-        Ok(fionread_lies) => relay_works(fionread_lies, kernel::OBJECT.lines().next().unwrap_or("?")),
+        Ok((fionread_lies, clients)) => {
+            relay_works(fionread_lies, clients, kernel::OBJECT.lines().next().unwrap_or("?"))
+        }
         Err(reason) => {
             let mend = reason.mend();
             Check::less(NAME, format!("{:#}; bytes are spliced", anyhow::Error::from(reason)), mend)
@@ -322,8 +326,17 @@ pub(super) fn kernel_relay() -> Check {
     }
 }
 
-fn relay_works(fionread_lies: bool, how: &str) -> Check {
+fn relay_works(fionread_lies: bool, clients: bool, how: &str) -> Check {
     const NAME: &str = "kernel relay";
+    if !clients {
+        return Check::less(
+            NAME,
+            format!(
+                "loaded and tested ({how}), but no local client could be hooked, so --local-clients has no effect"
+            ),
+            "`bro forward --local-clients` says why; please report that line with the kernel's version",
+        );
+    }
     if fionread_lies {
         return Check::less(
             NAME,

@@ -43,16 +43,18 @@ pub struct Order {
 /// When any of it is refused; the set that was there before is then still there.
 pub fn install(order: &Order) -> Result<(), Unavailable> {
     mounted()?;
-    let fionread_lies = tested()?;
+    let seen = tested()?;
     let shape = Shape {
         owners: Owners::of(order.user, &order.subordinate),
         seats: SEATS,
         records: order.connections.saturating_mul(2),
         ring: RING,
         hook_blocking: false,
+        // Whoever could read the lines would read them for every forwarder.
+        trace: false,
     };
     let loaded = load::load(&shape)?;
-    write_down(&loaded, &shape, fionread_lies)?;
+    write_down(&loaded, &shape, &seen)?;
 
     let draft = Draft::begin(order.user)?;
     pin(draft.path(), loaded, &order.cgroup, order.user)?;
@@ -72,21 +74,32 @@ pub fn remove(user: u32) -> Result<bool, Unavailable> {
     Ok(true)
 }
 
-/// Tests programs of the same kind, that hook this process's own sockets; whether FIONREAD lies about hooked ones.
-fn tested() -> Result<bool, Unavailable> {
-    let config = Config { connections: 1, hook_blocking: false };
+/// What the self-test has seen of this kernel.
+struct Seen {
+    fionread_lies: bool,
+    no_clients: bool,
+}
+
+/// Tests programs of the same kind, that hook this process's own sockets.
+fn tested() -> Result<Seen, Unavailable> {
+    let config = Config { connections: 1, hook_blocking: false, trace: false };
     let own = Owners::of(nix::unistd::geteuid().as_raw(), &[]);
     let mut kernel = Kernel::of(load::load(&Shape { owners: own, ..Shape::own(&config) })?)?;
     kernel.selftest()?;
-    Ok(kernel.fionread_lies())
+    let clients = kernel.programs.hook_clients();
+    if let Err(why) = &clients {
+        tracing::warn!("no lane for local clients: {why} ({})", why.mend());
+    }
+    Ok(Seen { fionread_lies: kernel.fionread_lies(), no_clients: clients.is_err() })
 }
 
-fn write_down(loaded: &Loaded, shape: &Shape, fionread_lies: bool) -> Result<(), Unavailable> {
+fn write_down(loaded: &Loaded, shape: &Shape, seen: &Seen) -> Result<(), Unavailable> {
     let mut about: Array<_, u64> =
         Array::try_from(Map::Array(data(&loaded.about)?)).map_err(load::damaged)?;
     let facts = [
         (About::Records, u64::from(shape.records)),
-        (About::FionreadLies, u64::from(fionread_lies)),
+        (About::FionreadLies, u64::from(seen.fionread_lies)),
+        (About::NoClients, u64::from(seen.no_clients)),
         (About::Version, version()?),
     ];
     for (what, value) in facts {

@@ -17,6 +17,7 @@ use super::maps::{Descriptors, Share};
 use super::offsets::Offsets;
 use super::programs::Programs;
 use super::sys::OwnersValue;
+use super::trace::{self, Tracer};
 use super::unavailable::Unavailable;
 
 /// The programs as `cargo xtask build-ebpf` made them; aya wants them aligned.
@@ -38,14 +39,16 @@ pub(super) struct Shape {
     pub ring: u32,
     /// Whether sockets in blocking mode are hooked too.
     pub hook_blocking: bool,
+    /// Whether they say what they do.
+    pub trace: bool,
 }
 
 impl Shape {
     /// For a forwarder that loads for itself.
     pub(super) fn own(config: &Config) -> Self {
         let records = config.connections.max(1).saturating_mul(2).saturating_add(SELF_TEST_LANES);
-        let hook_blocking = config.hook_blocking;
-        Self { owners: Owners::EVERYBODY, seats: 1, records, ring: OWN_RING, hook_blocking }
+        let Config { hook_blocking, trace, .. } = *config;
+        Self { owners: Owners::EVERYBODY, seats: 1, records, ring: OWN_RING, hook_blocking, trace }
     }
 }
 
@@ -90,10 +93,11 @@ pub(super) fn load(shape: &Shape) -> Result<Loaded, Unavailable> {
     let more_events = RINGS[1..shape.seats].iter().map(|ring| descriptor(&mut ebpf, ring));
     let more_events = more_events.collect::<Result<_, _>>()?;
     let about = descriptor(&mut ebpf, "ABOUT")?;
+    let tracer = shape.trace.then(|| Tracer::start(&mut ebpf)).transpose()?;
     // FIONREAD until the self-test has seen better.
     let share =
         Share { seat: 0, records: shape.records, hook_blocking: shape.hook_blocking, fionread_lies: true };
-    Ok(Loaded { programs: Programs::new(ebpf), descriptors, share, more_events, about })
+    Ok(Loaded { programs: Programs::new(ebpf, tracer), descriptors, share, more_events, about })
 }
 
 /// The seats' ring buffers, as the object calls them.
@@ -144,9 +148,10 @@ fn open(shape: &Shape, offsets: &Offsets) -> Result<Ebpf, Unavailable> {
         ("SK_UID", &offsets.sk_uid),
         ("SEAT_RECORDS", &seat_records),
     ];
-    let owners = OwnersValue(shape.owners);
+    let (owners, level) = (OwnersValue(shape.owners), trace::level(shape.trace));
     let mut loader = EbpfLoader::new();
     loader.override_global("OWNERS", &owners, true);
+    loader.override_global(trace::LEVEL, &level, true);
     for (name, value) in globals {
         loader.override_global(name, value, true);
     }
@@ -160,6 +165,7 @@ fn open(shape: &Shape, offsets: &Offsets) -> Result<Ebpf, Unavailable> {
     for (seat, ring) in RINGS.into_iter().enumerate() {
         loader.map_max_entries(ring, if seat < shape.seats { shape.ring } else { NO_RING });
     }
+    loader.map_max_entries(trace::LINES, if shape.trace { trace::RING } else { NO_RING });
     loader.load(OBJECT).map_err(|error| match error {
         EbpfError::MapError(MapError::CreateError { name, io_error }) => match io_error.raw_os_error() {
             Some(libc::EPERM) => Unavailable::NotPermitted("make BPF maps", io_error),

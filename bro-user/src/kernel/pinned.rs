@@ -60,6 +60,8 @@ pub struct Pinned {
     pub share: Share,
     /// To be held for as long as they are used.
     pub seat: Seat,
+    /// Whether clients can be hooked.
+    pub clients: bool,
 }
 
 /// What `bro doctor` says about a set.
@@ -71,6 +73,8 @@ pub struct Summary {
     pub taken: usize,
     /// Whether this kernel says 0 to FIONREAD.
     pub fionread_lies: bool,
+    /// Whether local clients can have lanes.
+    pub clients: bool,
     /// Sockets that were taken hold of so far.
     pub hooked: u64,
     /// Sockets at watched ports that were left alone, because they are somebody else's.
@@ -98,7 +102,7 @@ pub fn open(folder: &Path) -> Result<Option<Pinned>, Unavailable> {
         seat::tidy(&set.path(SEATS_FOLDER), &descriptors, &share)?;
         let link = set.open(LINK)?;
         let place = place(&link)?;
-        Ok(Pinned { descriptors, share, seat: Seat::new(claim, link, place) })
+        Ok(Pinned { descriptors, share, seat: Seat::new(claim, link, place), clients: set.clients })
     })
 }
 
@@ -115,7 +119,8 @@ pub fn look(folder: &Path) -> Result<Option<Summary>, Unavailable> {
             Mapping::of_numbers(set.open("totals")?.as_fd(), Counter::COUNT).map_err(Unavailable::Mapping)?;
         let total = |counter: Counter| totals.get(counter as usize).map_or(0, |total| total.load(Relaxed));
         let (hooked, foreign) = (total(Counter::Hooked), total(Counter::Foreign));
-        Ok(Summary { connections: u64::from(records / 2), taken, fionread_lies, hooked, foreign })
+        let clients = set.clients;
+        Ok(Summary { connections: u64::from(records / 2), taken, fionread_lies, clients, hooked, foreign })
     })
 }
 
@@ -124,6 +129,7 @@ struct Set<'a> {
     name: &'a Path,
     folder: OwnedFd,
     share: Share,
+    clients: bool,
 }
 
 impl Set<'_> {
@@ -175,7 +181,7 @@ fn hold(name: &Path) -> Result<Option<Set<'_>>, Unavailable> {
         Err(errno) => return Err(Unavailable::Pin(name.into(), errno.into())),
     };
     let share = Share { seat: 0, records: 0, hook_blocking: false, fionread_lies: true };
-    let set = Set { name, folder, share };
+    let set = Set { name, folder, share, clients: false };
     let about: Array<_, u64> =
         Array::try_from(Map::Array(data(&set.open(ABOUT)?)?)).map_err(|_| Unavailable::OtherVersion)?;
     let read = |what: About| about.get(&(what as u32), 0).map_err(|_| Unavailable::OtherVersion);
@@ -190,7 +196,8 @@ fn hold(name: &Path) -> Result<Option<Set<'_>>, Unavailable> {
         fionread_lies: read(About::FionreadLies)? != 0,
         ..set.share
     };
-    Ok(Some(Set { share, ..set }))
+    let clients = read(About::NoClients)? == 0;
+    Ok(Some(Set { share, clients, ..set }))
 }
 
 /// The cgroup that a link is attached to.

@@ -11,12 +11,17 @@ use nix::libc;
 
 use super::load;
 use super::seat::Seat;
+use super::trace::Tracer;
 use super::unavailable::Unavailable;
 
 /// The loaded programs. Dropping them detaches them, if it was this process that loaded them.
 pub struct Programs {
     links: HashMap<PathBuf, SockOpsLink>,
     whose: Whose,
+    /// Why clients are not hooked.
+    no_clients: Option<String>,
+    /// Last, when nobody has anything to say any more.
+    _tracer: Option<Tracer>,
 }
 
 /// Who loaded them.
@@ -35,13 +40,28 @@ impl std::fmt::Debug for Programs {
 
 impl Programs {
     /// Programs that are attached nowhere yet.
-    pub(super) fn new(ebpf: Ebpf) -> Self {
-        Self { links: HashMap::new(), whose: Whose::Own(Box::new(ebpf)) }
+    pub(super) fn new(ebpf: Ebpf, tracer: Option<Tracer>) -> Self {
+        let whose = Whose::Own(Box::new(ebpf));
+        Self { links: HashMap::new(), whose, no_clients: None, _tracer: tracer }
     }
 
-    /// Those of `bro loader`.
-    pub(super) fn seated(seat: Seat) -> Self {
-        Self { links: HashMap::new(), whose: Whose::Loader(seat) }
+    /// Those of `bro loader`; whether its self-test could hook a client.
+    pub(super) fn seated(seat: Seat, clients: bool) -> Self {
+        let no_clients = (!clients).then(|| "bro loader could not hook a client".to_owned());
+        Self { links: HashMap::new(), whose: Whose::Loader(seat), no_clients, _tracer: None }
+    }
+
+    /// What came of hooking a client in the self-test.
+    pub(super) fn tested_with_clients(&mut self, outcome: Result<(), String>) {
+        self.no_clients = outcome.err();
+    }
+
+    /// Whether clients can be hooked, as far as the self-test has seen.
+    ///
+    /// # Errors
+    /// When they cannot.
+    pub fn hook_clients(&self) -> Result<(), Unavailable> {
+        self.no_clients.as_ref().map_or(Ok(()), |why| Err(Unavailable::SelfTest(why.clone())))
     }
 
     /// Whether they look at this cgroup.
@@ -99,16 +119,16 @@ impl Programs {
         self.links.remove(cgroup);
     }
 
-    /// The kernel's numbers of the two programs, as `bpftool prog show id` takes them: bro_send and bro_watch.
+    /// The kernel's numbers of the programs, as `bpftool prog show id` takes them: bro_send, bro_watch and bro_hook.
     ///
     /// # Errors
     /// When the kernel does not tell.
-    pub fn ids(&self) -> std::io::Result<[u32; 2]> {
+    pub fn ids(&self) -> std::io::Result<[u32; 3]> {
         let Whose::Own(ebpf) = &self.whose else { return Err(std::io::ErrorKind::Unsupported.into()) };
         let id = |name: &str| {
             let program = ebpf.program(name).ok_or(std::io::ErrorKind::NotFound)?;
             program.info().map(|info| info.id()).map_err(std::io::Error::other)
         };
-        Ok([id("bro_send")?, id("bro_watch")?])
+        Ok([id("bro_send")?, id("bro_watch")?, id("bro_hook")?])
     }
 }

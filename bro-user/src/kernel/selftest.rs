@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::{Kernel, Kind, Lane, Reason, Role, SenderAddress, cgroup, netns_cookie};
+use super::{Event, Kernel, Kind, Lane, Reason, Role, SenderAddress, cgroup, netns_cookie};
 
 /// How long all of it may take, on a machine that is just booting.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -18,10 +18,16 @@ const BUFFER: usize = 128 * 1024;
 /// The service's answer to the first request: less than any send buffer's half.
 const SMALL: usize = 16 * 1024;
 
+/// How many messages a client may need to prove that it is a non-blocking one: two, but for acknowledgements that come late.
+const MOST_MESSAGES: u64 = 10;
+/// How long each but the first is waited for, in milliseconds.
+const PROOF: u16 = 50;
+
 type Outcome<T = ()> = Result<T, String>;
 
-/// Runs it and takes back what it changed, whatever came of it.
-pub(super) fn run(kernel: &mut Kernel) -> Outcome {
+/// Runs it and takes back what it changed, whatever came of it. The result within the result: whether clients can be hooked, which
+/// the service lane does not need.
+pub(super) fn run(kernel: &mut Kernel) -> Outcome<Outcome> {
     let own = cgroup::of_self().map_err(|error| format!("this process's cgroup: {error}"))?;
     let attached_before = kernel.programs.is_attached(&own);
     kernel.attach(&own).map_err(|error| error.to_string())?;
@@ -54,7 +60,7 @@ struct Ends {
 }
 
 impl Test<'_> {
-    fn run(mut self) -> Outcome {
+    fn run(mut self) -> Outcome<Outcome> {
         // Where blocking sockets are hooked too, there is nothing to learn: each is hooked from its first connection.
         if !self.kernel.maps.share.hook_blocking {
             self.learn()?;
@@ -79,7 +85,83 @@ impl Test<'_> {
         if unhooked == 0 {
             return Err("the service's socket was not let go when it closed".into());
         }
-        Ok(())
+        Ok(self.local_client())
+    }
+
+    /// A client on this host proves to be a non-blocking one, is hooked by `bro_hook`, and has its lane.
+    fn local_client(&mut self) -> Outcome {
+        if self.kernel.maps.share.hook_blocking {
+            // Then clients are hooked when they connect, as services are.
+            return Ok(());
+        }
+        let front = listener()?;
+        let port = step("the listener's address", front.local_addr())?.port();
+        step("watching a port", self.kernel.watch(self.netns, port, Role::Client))?;
+        let outcome = self.hook_client(&front);
+        self.kernel.unwatch(self.netns, port);
+        outcome.map_err(|error| format!("no client can be hooked: {error}"))
+    }
+
+    fn hook_client(&mut self, front: &TcpListener) -> Outcome {
+        let (client, accepted) = self.pair(front)?;
+        let (backend, service) = self.pair(&listener()?)?;
+        let mut ends = Ends { client, accepted, backend, service };
+        let sender = SenderAddress {
+            netns: self.netns,
+            local: step("the client's address", ends.accepted.peer_addr())?,
+            remote: step("the accepted socket's address", ends.accepted.local_addr())?,
+        };
+        let lane = self.kernel.open_lane(&sender, ends.backend.as_fd(), 0, None);
+        let lane = lane.map_err(|error| error.to_string())?;
+        let before = self.kernel.totals();
+        let (mut sent, mut proved) = (0, false);
+        while !proved {
+            if sent == MOST_MESSAGES {
+                return Err(format!("it did not prove to be a non-blocking one: {:?}", self.kernel.totals()));
+            }
+            sent += 1;
+            self.pass(&mut ends, &lane, sent)?;
+            // Not before the second message.
+            let patience = if sent < 2 { 0 } else { PROOF };
+            let mut events = [PollFd::new(self.kernel.events_fd(), PollFlags::POLLIN)];
+            step("an event", poll(&mut events, patience))?;
+            // Who hands the event over runs the program that hooks.
+            self.kernel.drain_events(|event| proved |= matches!(event, Event::Proved { .. }));
+        }
+        if self.kernel.totals().hooked == before.hooked {
+            return Err(format!("the program for it refused or cannot be run: {:?}", self.kernel.totals()));
+        }
+        let request = content(0, SMALL);
+        step("the request", ends.client.write_all(&request))?;
+        if lane.bytes() != SMALL as u64 {
+            return Err(format!("{} of {SMALL} bytes took the lane: {:?}", lane.bytes(), lane.snapshot()));
+        }
+        self.expect(&mut ends.service, &request, "the request")
+    }
+
+    /// One byte of the client's goes the long way; with it so many have.
+    fn pass(&self, ends: &mut Ends, lane: &Lane, total: u64) -> Outcome {
+        const WHAT: &str = "a client's message";
+        step(WHAT, ends.client.write_all(b"y"))?;
+        self.expect(&mut ends.accepted, b"y", WHAT)?;
+        step(WHAT, ends.backend.write_all(b"y"))?;
+        step("a grant", lane.forwarded(total, ends.backend.as_fd()))?;
+        self.expect(&mut ends.service, b"y", WHAT)
+    }
+
+    /// Exactly these bytes come.
+    fn expect(&self, from: &mut TcpStream, wanted: &[u8], what: &str) -> Outcome {
+        let (mut got, mut filled) = (vec![0; wanted.len()], 0);
+        while filled < wanted.len() {
+            self.wait(from, PollFlags::POLLIN, what)?;
+            match from.read(&mut got[filled..]) {
+                Ok(0) => return Err(format!("{what}: the end instead")),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.in_time(what)?,
+                Err(error) => return Err(format!("{what}: {error}")),
+            }
+        }
+        if got == wanted { Ok(()) } else { Err(format!("{what} was changed on its way")) }
     }
 
     /// The first connection only shows of which kind the service is.
@@ -133,15 +215,7 @@ impl Test<'_> {
         if lane.bytes() != SMALL as u64 {
             return Err(format!("{} of {SMALL} bytes took the lane: {:?}", lane.bytes(), lane.snapshot()));
         }
-        let mut got = vec![0; SMALL];
-        let mut filled = 0;
-        while filled < SMALL {
-            self.wait(&ends.client, PollFlags::POLLIN, "the answer")?;
-            filled += step("the answer", ends.client.read(&mut got[filled..]))?;
-        }
-        if got != answer {
-            return Err("the answer was changed on its way".into());
-        }
+        self.expect(&mut ends.client, &answer, "the answer")?;
         match ends.backend.read(&mut [0]) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
             other => Err(format!("the forwarder's socket got something too: {other:?}")),

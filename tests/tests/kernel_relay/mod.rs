@@ -54,7 +54,7 @@ pub struct Ends {
 
 impl Bench {
     pub fn new() -> Result<Self> {
-        Self::with("127.0.0.1:0", Config { connections: 64, hook_blocking: false })
+        Self::with("127.0.0.1:0", Config { connections: 64, hook_blocking: false, trace: false })
     }
 
     /// Everything at `address`, with both lanes watched.
