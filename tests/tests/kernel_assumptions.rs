@@ -18,6 +18,7 @@ use bro_user::kernel::{
 };
 use nix::libc;
 use nix::poll::PollFlags;
+use nix::sys::socket::{self, MsgFlags};
 
 use kernel_relay::content::Stream;
 use kernel_relay::{Bench, LIMIT, await_poll, connect_nonblocking, pair, receive, receive_end, send};
@@ -104,6 +105,28 @@ fn redirected_bytes_are_in_the_targets_queue_when_send_returns() {
         receive(&ends.client, &mut Stream::new(seed), 30_000).unwrap();
         receive_end(&ends.client).unwrap();
     }
+}
+
+/// The kernel queues what a sender sends with the sender's own flags: an urgent byte stays one, as on a direct connection.
+#[test]
+fn an_urgent_byte_is_urgent_behind_the_lane_too() {
+    require!(Need::Bpf);
+    let bench = fit();
+    let ends = bench.connect().unwrap();
+    let lane = bench.service_lane(&ends).unwrap();
+    for (bytes, flags) in [(b"in", MsgFlags::empty()), (b"d!", MsgFlags::MSG_OOB), (b"on", MsgFlags::empty())]
+    {
+        assert_eq!(socket::send(ends.service.as_raw_fd(), bytes, flags | MsgFlags::MSG_NOSIGNAL), Ok(2));
+    }
+    assert_eq!(lane.bytes(), 6);
+    await_poll(ends.client.as_fd(), PollFlags::POLLPRI).unwrap();
+    let mut urgent = [0];
+    assert_eq!(socket::recv(ends.client.as_raw_fd(), &mut urgent, MsgFlags::MSG_OOB), Ok(1));
+    assert_eq!(&urgent, b"!");
+    let mut rest = [0; 5];
+    (&ends.client).set_nonblocking(false).unwrap();
+    (&ends.client).read_exact(&mut rest).unwrap();
+    assert_eq!(&rest, b"indon");
 }
 
 // ---- credit
