@@ -1,8 +1,10 @@
 //! The binary under test.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+
+use anyhow::{Context as _, Result, ensure};
 
 /// The `bro` binary: `BRO_BIN` when set (as `cargo xtask test` does), else built once by cargo beside the tests.
 #[must_use]
@@ -29,4 +31,19 @@ fn profile() -> PathBuf {
 #[must_use]
 pub fn helper() -> PathBuf {
     profile().join("peer")
+}
+
+/// A copy of `program` in `folder`, for users who cannot look where it was built.
+pub fn copy(program: &Path, folder: &Path) -> Result<PathBuf> {
+    let copy = folder.join(program.file_name().context("a program has a name")?);
+    copy_executable(program, &copy)?;
+    Ok(copy)
+}
+
+/// Copies a file that will be executed. Another process writes it: a descriptor for writing of our own could be in whatever another
+/// test starts at this moment, and until that is gone the file cannot be executed (ETXTBSY).
+pub fn copy_executable(from: &Path, to: &Path) -> Result<()> {
+    let copied = Command::new("cp").arg(from).arg(to).status().context("running cp")?;
+    ensure!(copied.success(), "cp {} {}: {copied}", from.display(), to.display());
+    Ok(())
 }

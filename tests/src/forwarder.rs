@@ -141,9 +141,7 @@ impl Setup {
         let scratch = Scratch::new()?;
         let mut program = bro::binary().clone();
         if self.readable_copy {
-            let copy = scratch.join("bro");
-            std::fs::copy(&program, &copy)?;
-            program = copy;
+            program = bro::copy(&program, scratch.path())?;
         }
         let mut command = Command::new(bro::helper());
         command.arg("launch");
@@ -388,8 +386,10 @@ impl Drop for Forwarder {
 /// The file `name` in `folder`, as a shell script with `body`.
 pub fn script(folder: &Path, name: &str, body: &str) -> Result<PathBuf> {
     use std::os::unix::fs::PermissionsExt as _;
-    let path = folder.join(name);
-    std::fs::write(&path, format!("#!/bin/sh\n{body}\n"))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    let (path, text) = (folder.join(name), folder.join(format!("{name}.text")));
+    std::fs::write(&text, format!("#!/bin/sh\n{body}\n"))?;
+    std::fs::set_permissions(&text, std::fs::Permissions::from_mode(0o755))?;
+    bro::copy_executable(&text, &path)?;
+    std::fs::remove_file(&text)?;
     Ok(path)
 }

@@ -18,8 +18,7 @@ struct Eater(Child);
 
 impl Eater {
     fn start(scratch: &Scratch) -> Result<Self> {
-        let copy = scratch.join("peer");
-        std::fs::copy(bro::helper(), &copy)?;
+        let copy = bro::copy(&bro::helper(), scratch.path())?;
         let mut command = Command::new(&copy);
         if nix::unistd::geteuid().is_root() {
             command.arg("launch").arg(format!("uid={NOBODY}")).arg("--").arg(&copy);

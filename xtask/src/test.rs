@@ -6,6 +6,7 @@ mod fuzz;
 mod lint;
 mod ordinary_user;
 mod programs;
+mod second_look;
 mod summary;
 
 use std::ffi::OsStr;
@@ -142,10 +143,7 @@ pub fn run(args: &Args) -> Result<()> {
         let count = match tier {
             Tier::Lint => lint::run()?,
             Tier::Logic => runner.run(&["--lib", "--bins"])? + runner.run(&["--doc"])?,
-            Tier::Suite { name, .. } if tier.is_slow() => {
-                runner.run(&["--test", name, "--", "--test-threads=1"])?
-            }
-            Tier::Suite { name, .. } => runner.run(&["--test", name])?,
+            Tier::Suite { name, .. } => runner.suite(name, tier.is_slow())?,
             Tier::Programs => programs::run()?,
             Tier::Fuzz => fuzz::run()?,
             Tier::OrdinaryUser => ordinary_user::run(&runner, &all)?,

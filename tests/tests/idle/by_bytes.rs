@@ -96,8 +96,8 @@ fn who_has_not_read_everything_sees_a_reset() -> Result<()> {
     let service = scene.serve()?;
     let mut forwarder = scene.start(&["--idle-by=bytes", "--exit-idle-time=500ms"])?;
     let (client, served) = (scene.client()?, service.accept()?);
-    let _taken =
-        served.pour_until_stuck(bro_tests::pattern::Pattern(1), 1 << 30, Duration::from_millis(100))?;
+    // On a busy machine the forwarder has left before this is sure that it is stuck: then it is a reset.
+    served.pour_until_stuck(bro_tests::pattern::Pattern(1), 1 << 30, Duration::from_millis(100)).ok();
     forwarder.expect_exit(0)?;
     client.expect_abort()
 }

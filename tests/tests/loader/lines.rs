@@ -66,8 +66,7 @@ fn nobody_but_root_loads() -> Result<()> {
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let scratch = Scratch::new()?;
-    let copy = scratch.join("bro");
-    std::fs::copy(bro::binary(), &copy)?;
+    let copy = bro::copy(bro::binary(), scratch.path())?;
     for what in ["loader 4001", "loader --remove 4001", "loader 4002"] {
         let ran = as_bob(&format!("{} {what}", copy.display()))?;
         let said = String::from_utf8_lossy(&ran.stderr).into_owned();
@@ -128,8 +127,7 @@ fn root_of_a_container_can_neither_load_nor_open() -> Result<()> {
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let scratch = Scratch::new()?;
-    let copy = scratch.join("bro");
-    std::fs::copy(bro::binary(), &copy)?;
+    let copy = bro::copy(bro::binary(), scratch.path())?;
     // The namespaces of a container, made by Bob, and a file system for programs that he may mount there.
     let inside = format!(
         "id -u; mkdir -p /run/x; mount -t tmpfs none /run; ls /run/bro/bpf/{ALICE}; \

@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
 
-use super::summary::Count;
+use super::second_look;
+use super::summary::{Count, Failure};
 use crate::build::cargo;
 
 /// Runs tests with the built binary.
@@ -36,6 +37,16 @@ impl Runner {
         self.count(cargo().args(["test", "--workspace", "--no-fail-fast"]).args(args), &self.skips)
     }
 
+    /// The suite called `name`, its tests side by side or one by one.
+    pub fn suite(&self, name: &str, one_by_one: bool) -> Result<Count> {
+        let alone = ["--test", name, "--", "--test-threads=1"];
+        let first = self.run(if one_by_one { &alone } else { &alone[..2] })?;
+        second_look::look(name, first, |failed| {
+            let exact = alone.into_iter().chain(["--exact"]).chain(failed.iter().map(String::as_str));
+            self.run(&exact.collect::<Vec<_>>())
+        })
+    }
+
     /// Any command that prints as a test binary does, with `skips` as the file where tests note what they lack.
     pub fn count(&self, command: &mut Command, skips: &Path) -> Result<Count> {
         File::create(skips).context("a file for the skipped tests' names")?;
@@ -47,11 +58,14 @@ impl Runner {
             .spawn()
             .with_context(|| format!("cannot run {command:?}"))?;
         let mut count = Count::default();
+        let mut failures = Failures::default();
         for line in BufReader::new(child.stdout.take().context("stdout is a pipe")?).lines() {
             let line = line.context("the tests' output")?;
             println!("{line}");
+            failures.line(&line);
             count = count + result_line(&line).unwrap_or_default();
         }
+        count.failures = failures.all;
         let succeeded = child.wait()?.success();
         if !succeeded && count.failed == 0 {
             // It did not build, or a test binary died.
@@ -81,8 +95,40 @@ fn result_line(line: &str) -> Option<Count> {
         passed: number("passed")?,
         failed: number("failed")?,
         skipped: number("ignored")?,
-        skips: Vec::new(),
+        ..Count::default()
     })
+}
+
+/// Collects, from the part of the output where each failed test has what it printed, its name and the end of that.
+#[derive(Default)]
+struct Failures {
+    all: Vec<Failure>,
+    /// Whether the lines are what the last of them has said, from its complaint on.
+    complains: bool,
+}
+
+impl Failures {
+    /// Long enough for a sentence and what led to it.
+    const KEPT: usize = 400;
+
+    fn line(&mut self, line: &str) {
+        if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            self.all.push(Failure { test: test.to_owned(), said: String::new() });
+            self.complains = false;
+        } else if ["failures:", "Stack backtrace:"].contains(&line) {
+            // The list of their names; and that says where, not what.
+            self.complains = false;
+        } else if let Some(failure) = self.all.last_mut() {
+            let begins = line.starts_with("Error: ")
+                || line.contains("' panicked at ")
+                || line.contains(") panicked at ");
+            self.complains |= begins && failure.said.is_empty();
+            if self.complains && !line.trim().is_empty() && failure.said.len() < Self::KEPT {
+                failure.said += if failure.said.is_empty() { "" } else { " " };
+                failure.said += line.trim();
+            }
+        }
+    }
 }
 
 /// `SKIPPED the_test: needs this; needs that`
@@ -93,7 +139,7 @@ fn skip_note(line: &str) -> Option<(String, String)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{result_line, skip_note};
+    use super::{Failures, result_line, skip_note};
 
     #[test]
     fn a_result_line_gives_its_counts() {
@@ -101,6 +147,17 @@ mod tests {
         let count = result_line(line).expect("a result line");
         assert_eq!((count.passed, count.failed, count.skipped), (12, 3, 1));
         assert!(result_line("test result_line ... ok").is_none());
+    }
+
+    #[test]
+    fn a_failed_test_is_named_with_what_it_said_last() {
+        let output = "test one ... FAILED\n\nfailures:\n\n---- a::one stdout ----\nits log\nError: 0 wakes\n\nCaused by:\n    why\n\n\n\
+            failures:\n    a::one\n\ntest result: FAILED. 2 passed; 1 failed";
+        let mut failures = Failures::default();
+        output.lines().for_each(|line| failures.line(line));
+        let [failure] = failures.all.as_slice() else { panic!("one failure") };
+        assert_eq!(failure.test, "a::one");
+        assert_eq!(failure.said, "Error: 0 wakes Caused by: why");
     }
 
     #[test]

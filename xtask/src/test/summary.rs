@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
+use super::second_look::MOST;
+
 /// How many tests of a tier ended how. A test that lacked what it needs counts as skipped only.
 #[derive(Debug, Default)]
 pub struct Count {
@@ -17,6 +19,19 @@ pub struct Count {
     pub skipped: usize,
     /// For each skipped test: its name and what it lacks, with the line that mends it.
     pub skips: Vec<(String, String)>,
+    /// Those of `failed` that have a name.
+    pub failures: Vec<Failure>,
+    /// Those of `passed` that did so at a second look only.
+    pub unsteady: Vec<Failure>,
+}
+
+/// A test that failed.
+#[derive(Debug)]
+pub struct Failure {
+    /// Its name.
+    pub test: String,
+    /// The last of what it said.
+    pub said: String,
 }
 
 impl Count {
@@ -45,12 +60,23 @@ impl Add for Count {
 
     fn add(mut self, other: Self) -> Self {
         self.skips.extend(other.skips);
+        self.failures.extend(other.failures);
+        self.unsteady.extend(other.unsteady);
         Self {
             passed: self.passed + other.passed,
             failed: self.failed + other.failed,
             skipped: self.skipped + other.skipped,
-            skips: self.skips,
+            ..self
         }
+    }
+}
+
+fn say(what: &str, tests: &[Failure]) {
+    if !tests.is_empty() {
+        println!("\n!!!!!!!!!! {what} !!!!!!!!!!");
+    }
+    for Failure { test, said } in tests {
+        println!("{test}\n    {said}");
     }
 }
 
@@ -89,11 +115,15 @@ impl Summary {
         if quick {
             println!("\nLeft out by --quick: the tiers that take minutes (`cargo xtask test --list`).");
         }
+        // Last, for logs of which only the end is kept.
+        say("UNSTEADY: failed, and passed when run again, alone", &total.unsteady);
+        say("FAILED", &total.failures);
         println!("\n{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
-        match (total.passed, total.failed) {
-            (0, 0) => bail!("no test ran"),
-            (_, 0) => Ok(()),
-            (_, failed) => bail!("{failed} failed"),
+        match (total.passed, total.failed, total.unsteady.len()) {
+            (0, 0, _) => bail!("no test ran"),
+            (_, 0, unsteady) if unsteady > MOST => bail!("{unsteady} tests passed at a second look only"),
+            (_, 0, _) => Ok(()),
+            (_, failed, _) => bail!("{failed} failed"),
         }
     }
 }
