@@ -201,7 +201,7 @@ pub struct Forward {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=127))]
     pub keepalive_probes: Option<u32>,
 
-    /// More log lines: -v for every connection's start, -vv for every step
+    /// More log lines: -v for every connection's start, -vv for every step, in the kernel relay's programs too
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }

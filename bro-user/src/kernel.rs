@@ -138,7 +138,16 @@ impl Kernel {
     /// # Errors
     /// When this kernel, or this process's rights, do not allow it.
     pub fn load(config: &Config) -> Result<Self, Unavailable> {
-        Self::of(load::load(&load::Shape::own(config))?)
+        let shape = load::Shape::own(config);
+        let loaded = match load::load(&shape) {
+            // A relay that is not traced is better than none.
+            Err(Unavailable::Verifier { name, verifier }) if shape.trace => {
+                tracing::warn!("the kernel relay is not traced, this kernel refuses {name} then: {verifier}");
+                load::load(&load::Shape { trace: false, ..shape })
+            }
+            loaded => loaded,
+        };
+        Self::of(loaded?)
     }
 
     fn of(loaded: load::Loaded) -> Result<Self, Unavailable> {

@@ -373,6 +373,40 @@ fn when_all_lanes_are_taken_the_next_is_refused() {
     assert!(bench.service_lane(&ends[4]).is_ok());
 }
 
+/// The self-test has the third program hook a client. Where it cannot be run, local clients have no lanes, for that reason, and
+/// services have theirs.
+#[test]
+fn where_no_client_can_be_hooked_services_have_their_lanes() {
+    require!(Need::Bpf, Need::Root);
+    let config = Config { connections: 4, hook_blocking: false, trace: false };
+    let mut kernel = Kernel::load(&config).unwrap();
+    kernel.selftest().unwrap();
+    kernel.programs.hook_clients().unwrap();
+
+    let without = spawn(move || {
+        refuse_test_run()?;
+        let mut kernel = Kernel::load(&config)?;
+        kernel.selftest()?;
+        anyhow::Ok(kernel.programs.hook_clients().expect_err("nobody can run it").to_string())
+    });
+    let why = without.join().expect("the thread ends by itself").unwrap();
+    assert!(why.contains("self-test") && why.contains("no client can be hooked"), "{why}");
+}
+
+/// Has bpf(2) refuse BPF_PROG_TEST_RUN to this thread, for good.
+fn refuse_test_run() -> Result<()> {
+    use seccompiler::{
+        BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+        SeccompRule, apply_filter,
+    };
+    const BPF_PROG_TEST_RUN: u64 = 10;
+    let run = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, BPF_PROG_TEST_RUN)?;
+    let rules = [(nix::libc::SYS_bpf, vec![SeccompRule::new(vec![run])?])].into();
+    let refuse = SeccompAction::Errno(nix::libc::EOPNOTSUPP as u32);
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, std::env::consts::ARCH.try_into()?)?;
+    Ok(apply_filter(&BpfProgram::try_from(filter)?)?)
+}
+
 /// Clients whose connections are too short to prove anything are never put into a map.
 #[test]
 fn thousands_of_short_connections_leave_nothing_in_the_maps() {

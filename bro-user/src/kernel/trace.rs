@@ -2,6 +2,7 @@
 //!
 //! Programs are loaded with it or without, by a constant that the verifier sees: without, the calls are no part of them. With it, they
 //! write into a ring buffer of [`RING`] bytes, which a thread here reads. What comes while it is full is dropped, and nobody counts it.
+//! Loading takes longer with it, by some 0.4 s: the verifier follows the writing of each line.
 
 use std::io;
 use std::os::fd::AsFd as _;
