@@ -26,7 +26,7 @@ use crate::exit::Failure;
 use crate::kernel;
 use crate::netns::diag::Table;
 use crate::netns::wire::{Address, Destinations};
-use crate::netns::{Namespace, Where};
+use crate::netns::{AgentEnded, Namespace, Where};
 use crate::target::Target;
 use bus::{Bus, Manager};
 use container::Inspected;
@@ -203,13 +203,20 @@ impl Activator {
             if self.unit.is_some() {
                 findable.notified().await;
             }
+            let mut may_fail = true;
             loop {
-                match prepare().await? {
-                    Some(prepared) => return Ok(prepared),
-                    None if self.unit.is_some() => {}
-                    None => {
+                match prepare().await {
+                    Ok(Some(prepared)) => return Ok(prepared),
+                    Ok(None) if self.unit.is_some() => {}
+                    Ok(None) => {
                         bail!(Failure::NotFound("the container's process exited before it listened".into()))
                     }
+                    // The service is as well as before. One new agent for each who wakes it: who kills every one is to be heard of.
+                    Err(error) if may_fail && AgentEnded::is_behind(&error) => {
+                        tracing::warn!("{error:#}; starting another one");
+                        may_fail = false;
+                    }
+                    Err(error) => return Err(error),
                 }
             }
         };
@@ -294,7 +301,7 @@ impl Activator {
     /// The agent in the forwarder's own namespace.
     async fn own_agent(&self) -> anyhow::Result<Arc<Namespace>> {
         let mut own = self.own.lock().await;
-        if let Some(own) = &*own {
+        if let Some(own) = own.as_ref().filter(|own| !own.has_ended()) {
             return Ok(own.clone());
         }
         let here = std::fs::File::open("/proc/self/ns/net")?;
@@ -585,6 +592,9 @@ impl Incarnation {
 
     /// Is this still the namespace that a client should be connected in?
     fn is_current(&self, place: &Place) -> bool {
+        if self.namespace.has_ended() {
+            return false;
+        }
         match place {
             Place::Netns(path) => {
                 let path = self.path.as_ref().unwrap_or(path);

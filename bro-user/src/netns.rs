@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::process::Stdio;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -21,12 +22,31 @@ use crate::netns::wire::{Answer, Destinations, Request};
 /// How long an agent may take for one answer. It only makes sockets; a longer silence is a fault.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A network namespace that was entered: its agent lives as long as this does.
+/// How long an agent that has closed its channel may take to be gone: it closes it by ending.
+const DYING: Duration = Duration::from_secs(1);
+
+/// A network namespace that was entered: its agent is ended with this, at the latest.
 #[derive(Debug)]
 pub struct Namespace {
     /// One request at a time; the answer belongs to the last one.
     channel: Mutex<AsyncFd<OwnedFd>>,
-    _agent: tokio::process::Child,
+    agent: Mutex<tokio::process::Child>,
+}
+
+/// Somebody has ended the agent: the administrator, or the kernel for want of memory. Another one can be started.
+#[derive(Debug, thiserror::Error)]
+#[error("the process that makes sockets in the target's network namespace has ended{}", .0.map(|status| format!(" ({status})")).unwrap_or_default())]
+pub struct AgentEnded(Option<std::process::ExitStatus>);
+
+impl AgentEnded {
+    /// Is it the cause of `error`?
+    #[must_use]
+    pub fn is_behind(error: &anyhow::Error) -> bool {
+        let inner = |cause: &(dyn std::error::Error + 'static)| {
+            cause.downcast_ref().and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<Self>())
+        };
+        error.chain().any(inner)
+    }
 }
 
 impl Namespace {
@@ -44,9 +64,10 @@ impl Namespace {
             .stdout(Stdio::null())
             .stderr(Stdio::inherit())
             .kill_on_drop(true)
-            .spawn()?;
+            .spawn()
+            .context("cannot start the process that makes sockets in the target's network namespace")?;
         let both = tokio::io::Interest::READABLE | tokio::io::Interest::WRITABLE;
-        let namespace = Self { channel: Mutex::new(crate::sys::watch(ours, both)?), _agent: agent };
+        let namespace = Self { channel: Mutex::new(crate::sys::watch(ours, both)?), agent: Mutex::new(agent) };
         let mut descriptors = vec![netns.as_fd()];
         descriptors.extend(root.as_ref().map(|root| root.as_fd()));
         match namespace.ask(&Request::Join, &descriptors).await? {
@@ -97,6 +118,13 @@ impl Namespace {
         Ok(ours)
     }
 
+    /// Has the agent ended? It may have and not be known to have: then a request fails with [`AgentEnded`].
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        // Who holds it is waiting for its end.
+        self.agent.try_lock().is_ok_and(|mut agent| matches!(agent.try_wait(), Ok(Some(_))))
+    }
+
     async fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<Answer> {
         let exchange = async {
             let channel = self.channel.lock().await;
@@ -106,9 +134,17 @@ impl Namespace {
             channel.async_io(tokio::io::Interest::READABLE, |fd| wire::receive_answer(fd.as_fd())).await
         };
         let answered = tokio::time::timeout(PATIENCE, exchange).await;
-        answered.unwrap_or_else(|_| {
+        let answered = answered.unwrap_or_else(|_| {
             Err(io::Error::new(io::ErrorKind::TimedOut, "the namespace agent does not answer"))
-        })
+        });
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        match answered {
+            Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof) => {
+                let ended = tokio::time::timeout(DYING, async { self.agent.lock().await.wait().await }).await;
+                Err(io::Error::new(BrokenPipe, AgentEnded(ended.ok().and_then(Result::ok))))
+            }
+            answered => answered,
+        }
     }
 }
 
