@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -164,32 +165,47 @@ fn sweep(base: &Path) {
     }
 }
 
+/// A socket at `path` in the place of what was there, for this user alone.
+fn bind(path: &Path) -> std::io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt as _;
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
 impl Server {
     /// Listens in RuntimeDirectory=, or below this user's runtime directory.
     ///
     /// # Errors
     /// When there is no such directory to be had; then nobody can ask, and everything else works.
-    pub fn start() -> std::io::Result<Self> {
+    pub fn start() -> anyhow::Result<Self> {
         let (directory, own_directory) = match std::env::var("RUNTIME_DIRECTORY") {
             // Several are separated by colons (systemd.exec(5)).
             Ok(list) => (PathBuf::from(list.split(':').next().unwrap_or_default()), None),
             Err(_) => {
                 sweep(&base_directory());
                 let own = base_directory().join(std::process::id().to_string());
-                std::fs::create_dir_all(&own)?;
+                std::fs::create_dir_all(&own).with_context(|| format!("cannot make {}", own.display()))?;
                 (own.clone(), Some(own))
             }
         };
         let path = directory.join(SOCKET);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
-        use std::os::unix::fs::PermissionsExt as _;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        let listener = bind(&path).with_context(|| format!("cannot listen at {}", path.display()))?;
         let places = Arc::new(Semaphore::new(AT_ONCE));
         Ok(Self { listener, path, own_directory, places, asked: unbounded_channel() })
+    }
+
+    /// The same. Without one the forwarder does its work as ever, and whoever looks after it is told what is missing.
+    #[must_use]
+    pub fn start_or_warn() -> Option<Self> {
+        let lost = |error: &anyhow::Error| {
+            tracing::warn!("{error:#}: bro status cannot see this forwarder, nor can bro wake and bro sleep reach it");
+        };
+        Self::start().inspect_err(lost).ok()
     }
 
     /// Leaves the socket's name alone from now on: in the unit's own directory it is a successor's.

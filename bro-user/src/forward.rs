@@ -321,9 +321,7 @@ impl<'a> Control<'a> {
             options,
             listeners: described,
             started: Instant::now(),
-            control: control::Server::start()
-                .inspect_err(|error| tracing::debug!(%error, "no status socket"))
-                .ok(),
+            control: control::Server::start_or_warn(),
             wakefulness: vec![Wakefulness::Asleep; targets.len()],
             awake_since: None,
             woken_at: Instant::now(),

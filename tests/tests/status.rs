@@ -126,3 +126,37 @@ fn watching_a_forwarder_that_leaves_ends_with_its_exit_code() -> Result<()> {
     ensure!(complaints.starts_with("bro: no forwarder answers at "), "{complaints}");
     Ok(())
 }
+
+/// Where it is to listen for who asks is missing, a file, not writable, full, or too long a path: it serves, and says what is lost.
+#[test]
+fn a_runtime_directory_that_is_of_no_use_is_warned_of() -> Result<()> {
+    require_namespaces!();
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let file = scene.folder().join("file");
+    std::fs::write(&file, "")?;
+    let long = scene.folder().join("x".repeat(120));
+    std::fs::create_dir(&long)?;
+    let missing = scene.folder().join("missing");
+    for (folder, why) in [
+        (missing, "No such file or directory (os error 2)"),
+        (file, "Not a directory (os error 20)"),
+        ("/proc".into(), "(os error "),
+        (long, "path must be shorter"),
+    ] {
+        let setup = scene.setup().env("RUNTIME_DIRECTORY", &folder).arg(scene.target());
+        let forwarder = setup.start()?;
+        let pair = (scene.client()?, service.accept().with_context(|| folder.display().to_string())?);
+        expect_relayed(&pair.0, &pair.1)?;
+        drop(pair);
+        forwarder.closings(1)?;
+        let told = forwarder.log().complaints();
+        let path = folder.join("status.sock").display().to_string();
+        ensure!(told.len() == 1, "not one line: {told:#?}");
+        for part in [" WARN ", &path, why, "bro status cannot see this forwarder"] {
+            ensure!(told[0].contains(part), "“{part}” is missing: {told:?}");
+        }
+        forwarder.stop()?;
+    }
+    Ok(())
+}

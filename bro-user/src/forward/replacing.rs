@@ -117,7 +117,7 @@ impl Control<'_> {
                 life::ready(&self.status());
                 // The successor may have put a socket of its own in this one's place. The old one takes its file along, so it goes first.
                 self.control = None;
-                self.control = crate::control::Server::start().ok();
+                self.control = crate::control::Server::start_or_warn();
             }
             News::TakenOver(takeover) => {
                 life::mute(false);
