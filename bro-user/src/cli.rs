@@ -146,19 +146,19 @@ pub struct Forward {
     pub ready: crate::activate::ready::Ready,
 
     /// How long clients are held while the service starts; then they are reset and the next client tries again
-    #[arg(long, value_name = "SPAN", default_value = "90s")]
+    #[arg(long, value_name = "SPAN", default_value = "90s", value_parser = crate::timespan::limit)]
     pub start_timeout: TimeSpan,
 
     /// When it wakes and when it sleeps.
     #[command(flatten)]
     pub idle: idle::Idle,
 
-    /// On SIGTERM, how long connections may take to finish (a second SIGTERM ends at once)
+    /// On SIGTERM, how long connections may take to finish (0: they are ended at once, as by a second SIGTERM)
     #[arg(long, value_name = "SPAN", default_value = "30s")]
     pub drain_timeout: TimeSpan,
 
     /// Abort a connection after SPAN without a byte in either direction
-    #[arg(long, value_name = "SPAN", default_value = "infinity")]
+    #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::timespan::limit)]
     pub idle_timeout: TimeSpan,
 
     /// How many connections at once; further clients wait in the kernel's backlog
@@ -189,12 +189,12 @@ pub struct Forward {
     #[arg(long)]
     pub blocking_sockets: bool,
 
-    /// TCP keepalive on both legs: idle time before the first probe (default: net.ipv4.tcp_keepalive_time)
-    #[arg(long, value_name = "SPAN")]
+    /// TCP keepalive on both legs: idle time before the first probe, 1s to 32767s (default: net.ipv4.tcp_keepalive_time)
+    #[arg(long, value_name = "SPAN", value_parser = crate::timespan::keepalive)]
     pub keepalive_time: Option<TimeSpan>,
 
-    /// TCP keepalive on both legs: time between probes (default: net.ipv4.tcp_keepalive_intvl)
-    #[arg(long, value_name = "SPAN")]
+    /// TCP keepalive on both legs: time between probes, 1s to 32767s (default: net.ipv4.tcp_keepalive_intvl)
+    #[arg(long, value_name = "SPAN", value_parser = crate::timespan::keepalive)]
     pub keepalive_interval: Option<TimeSpan>,
 
     /// TCP keepalive on both legs: unanswered probes before an abort (default: net.ipv4.tcp_keepalive_probes)

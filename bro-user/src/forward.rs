@@ -56,7 +56,10 @@ type Routes = (Vec<(Listener, usize)>, Vec<Target>);
 
 /// Pairs each listener with its target: the one named for it, else the positional one.
 fn route(options: &Forward, listeners: Vec<Listener>) -> Result<Routes, Failure> {
-    for (name, _) in &options.targets {
+    for (index, (name, _)) in options.targets.iter().enumerate() {
+        if options.targets[..index].iter().any(|(before, _)| before == name) {
+            return Err(Failure::Usage(format!("--target {name}=… is given more than once")));
+        }
         if !listeners.iter().any(|listener| listener.name == *name) {
             let names: Vec<&str> = listeners.iter().map(|listener| listener.name.as_str()).collect();
             let sentence = format!(

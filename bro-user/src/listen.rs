@@ -145,11 +145,7 @@ impl Environment {
                 )));
             }
         };
-        let names: Vec<&str> =
-            self.names.as_deref().map(|names| names.split(':').collect()).unwrap_or_default();
-        let names =
-            (0..count as usize).map(|index| (*names.get(index).unwrap_or(&"unknown")).to_owned()).collect();
-        let Some(me) = me else { return Ok(names) };
+        let Some(me) = me else { return self.names_of(count) };
         let Some(pid) = &self.pid else {
             return Err(Failure::NoSocket(
                 "LISTEN_FDS is set without LISTEN_PID, so the sockets are not known to be ours".into(),
@@ -161,7 +157,23 @@ impl Environment {
                  that forks, such as `podman unshare`, loses them; start bro directly)"
             )));
         }
-        Ok(names)
+        self.names_of(count)
+    }
+
+    /// A name for each of `count` descriptors, as sd_listen_fds_with_names(3) has it: all of them are named, or none.
+    fn names_of(&self, count: RawFd) -> Result<Vec<String>, Failure> {
+        let count = usize::try_from(count).unwrap_or_default();
+        let Some(names) = self.names.as_ref().filter(|_| count > 0) else {
+            return Ok(vec!["unknown".to_owned(); count]);
+        };
+        let named: Vec<String> = names.split(':').map(str::to_owned).collect();
+        if named.len() == count {
+            return Ok(named);
+        }
+        Err(Failure::NoSocket(format!(
+            "LISTEN_FDNAMES is “{names}”, which is {} for the {count} of LISTEN_FDS, so it is not known which socket is which",
+            if named.len() == 1 { "one name".to_owned() } else { format!("{} names", named.len()) }
+        )))
     }
 }
 
@@ -318,8 +330,18 @@ mod tests {
     #[test]
     fn names_follow_the_descriptors() {
         assert_eq!(environment("7", "2", Some("http:admin")).passed_to(7).unwrap(), ["http", "admin"]);
-        assert_eq!(environment("7", "2", Some("http")).passed_to(7).unwrap(), ["http", "unknown"]);
+        assert_eq!(environment("7", "2", None).passed_to(7).unwrap(), ["unknown", "unknown"]);
+        assert_eq!(environment("7", "2", Some("http:")).passed_to(7).unwrap(), ["http", ""]);
         assert!(Environment::default().passed_to(7).unwrap().is_empty());
+        assert!(environment("7", "0", Some("http")).passed_to(7).unwrap().is_empty());
+    }
+
+    #[test]
+    fn refuses_names_for_another_number_of_descriptors() {
+        for (count, names) in [("2", "http"), ("1", "http:admin"), ("1", "http:"), ("2", "")] {
+            let passed = environment("7", count, Some(names)).passed_to(7);
+            assert!(matches!(passed, Err(Failure::NoSocket(_))), "{count} {names:?}: {passed:?}");
+        }
     }
 
     #[test]

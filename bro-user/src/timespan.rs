@@ -51,6 +51,12 @@ pub enum Invalid {
     /// More than a u64 of nanoseconds.
     #[error("“{0}” is too long a time; write infinity for no limit")]
     TooLong(String),
+    /// Nothing could happen within it.
+    #[error("a limit of no time at all lets nothing happen; write infinity for no limit")]
+    Zero,
+    /// More or less than tcp(7) takes.
+    #[error("the kernel takes 1s to 32767s (some 9 hours) for it")]
+    Keepalive,
 }
 
 /// Nanoseconds in one of systemd.time(7)'s units.
@@ -116,6 +122,31 @@ impl fmt::Display for TimeSpan {
     }
 }
 
+/// Reads a limit within which something has to happen, so one that is not 0.
+///
+/// # Errors
+/// For 0, and for what is no time span.
+pub fn limit(text: &str) -> Result<TimeSpan, Invalid> {
+    match text.parse()? {
+        TimeSpan::Finite(Duration::ZERO) => Err(Invalid::Zero),
+        span => Ok(span),
+    }
+}
+
+/// The shortest and the longest that tcp(7) accepts for keepalive times.
+const KEEPALIVE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(32_767);
+
+/// Reads one of TCP keepalive's times.
+///
+/// # Errors
+/// For what the kernel does not take, and for what is no time span.
+pub fn keepalive(text: &str) -> Result<TimeSpan, Invalid> {
+    match text.parse()? {
+        TimeSpan::Finite(span) if KEEPALIVE.contains(&span) => Ok(TimeSpan::Finite(span)),
+        TimeSpan::Finite(_) | TimeSpan::Infinite => Err(Invalid::Keepalive),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,6 +176,21 @@ mod tests {
         assert_eq!("1..2".parse::<TimeSpan>(), Err(Invalid::Number("1..2".into())));
         assert_eq!("5parsecs".parse::<TimeSpan>(), Err(Invalid::Unit("parsecs".into())));
         assert_eq!("99999999999y".parse::<TimeSpan>(), Err(Invalid::TooLong("99999999999y".into())));
+    }
+
+    #[test]
+    fn refuses_spans_that_an_option_cannot_have() {
+        for zero in ["0", "0s", "0min 0ms", "0.0"] {
+            assert_eq!(limit(zero), Err(Invalid::Zero), "{zero}");
+        }
+        assert_eq!(limit("1us"), Ok(TimeSpan::Finite(Duration::from_micros(1))));
+        assert_eq!(limit("infinity"), Ok(TimeSpan::Infinite));
+        for out_of_range in ["0", "10ms", "999ms", "32768", "32767.1s", "99999999", "infinity"] {
+            assert_eq!(keepalive(out_of_range), Err(Invalid::Keepalive), "{out_of_range}");
+        }
+        for within in ["1", "1.5s", "2h", "32767"] {
+            assert!(keepalive(within).is_ok(), "{within}");
+        }
     }
 
     proptest! {

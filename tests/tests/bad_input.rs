@@ -119,6 +119,48 @@ fn bad_time_spans() -> Result<()> {
     Ok(())
 }
 
+/// Spans that can be read, and that the option cannot have: it says why, instead of doing something else.
+#[test]
+fn time_spans_that_make_no_sense_for_an_option() -> Result<()> {
+    let front = listener()?;
+    for option in ["--start-timeout", "--idle-timeout", "--exit-idle-time"] {
+        for span in ["0", "0s", "0min 0ms"] {
+            let setup = Setup::new().socket(&front).arg(format!("{option}={span}")).arg("127.0.0.1:80");
+            refused(setup, USAGE, &[option, "infinity"]).with_context(|| format!("{option}={span}"))?;
+        }
+    }
+    for option in ["--keepalive-time", "--keepalive-interval"] {
+        for span in ["0", "10ms", "32768", "99999999", "infinity"] {
+            let setup = Setup::new().socket(&front).arg(format!("{option}={span}")).arg("127.0.0.1:80");
+            refused(setup, USAGE, &[option, "1s to 32767s"]).with_context(|| format!("{option}={span}"))?;
+        }
+    }
+    refused(Setup::bare().args(["wake", "x", "--timeout=0"]), USAGE, &["--timeout", "infinity"])?;
+    for option in ["--start-timeout=0", "--exit-idle-time=0"] {
+        refused(Setup::bare().args(["activate", "x", option]), USAGE, &["infinity"]).context(option)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_name_with_two_targets() -> Result<()> {
+    let setup = Setup::new().named(&listener()?, "http");
+    let setup = setup.args(["--target=http=127.0.0.1:80", "--target=http=127.0.0.1:81"]);
+    refused(setup, USAGE, &["--target http=", "more than once"]).map(drop)
+}
+
+/// sd_listen_fds_with_names(3) has it that each descriptor is named, or none.
+#[test]
+fn names_for_another_number_of_sockets() -> Result<()> {
+    let (one, other) = (listener()?, listener()?);
+    for (names, words) in [("a", "one name"), ("a:b:c", "3 names"), ("", "one name")] {
+        let setup = Setup::new().socket(&one).socket(&other).launch(format!("listen-names={names}"));
+        refused(setup.arg("127.0.0.1:80"), NO_SOCKET, &["LISTEN_FDNAMES", words, "2"])
+            .with_context(|| format!("{names:?}"))?;
+    }
+    Ok(())
+}
+
 #[test]
 fn bad_words_about_waking_and_sleeping() -> Result<()> {
     let front = listener()?;

@@ -95,7 +95,7 @@ pub struct Activate {
     pub backlog: Option<u32>,
 
     /// Stop forwarder and container after SPAN without a connection, or infinity (default: 5min)
-    #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
     pub exit_idle_time: Option<TimeSpan>,
 
     /// What counts as idle: no open connection, or no byte on any (as in bro forward)
@@ -123,7 +123,7 @@ pub struct Activate {
     pub ready: Option<Ready>,
 
     /// How long clients are held while the container starts (default: 90s)
-    #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
     pub start_timeout: Option<TimeSpan>,
 
     /// How bytes are moved: auto, sockmap, splice or copy

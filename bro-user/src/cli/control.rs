@@ -28,7 +28,7 @@ pub struct Wake {
     pub whom: Whom,
 
     /// How long to wait until it is ready
-    #[arg(long, value_name = "SPAN", default_value = "90s")]
+    #[arg(long, value_name = "SPAN", default_value = "90s", value_parser = crate::timespan::limit)]
     pub timeout: TimeSpan,
 }
 

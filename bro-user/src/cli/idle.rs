@@ -10,7 +10,7 @@ use crate::timespan::TimeSpan;
 #[derive(Debug, Args)]
 pub struct Idle {
     /// Exit after SPAN without a connection, and stop the unit if bro started it
-    #[arg(long, value_name = "SPAN", default_value = "infinity")]
+    #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::timespan::limit)]
     pub exit_idle_time: TimeSpan,
 
     /// What --exit-idle-time counts from: the last connection's end, or the last byte

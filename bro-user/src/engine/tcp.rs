@@ -18,16 +18,13 @@ pub struct Keepalive {
     pub probes: Option<u32>,
 }
 
-/// The largest that tcp(7) accepts for keepalive times, in seconds.
-const LONGEST: u64 = 32_767;
-
 impl Keepalive {
-    /// Rounded up to seconds, and cut to what tcp(7) accepts.
+    /// Rounded up to seconds; [`crate::timespan::keepalive`] lets nothing pass that tcp(7) does not accept.
     #[must_use]
     pub fn new(time: Option<Duration>, interval: Option<Duration>, probes: Option<u32>) -> Self {
         let seconds = |span: Duration| {
             let seconds = span.as_secs() + u64::from(span.subsec_nanos() > 0);
-            u32::try_from(seconds.clamp(1, LONGEST)).unwrap_or(LONGEST as u32)
+            u32::try_from(seconds).unwrap_or(u32::MAX)
         };
         Self { time: time.map(seconds), interval: interval.map(seconds), probes }
     }
