@@ -8,6 +8,7 @@ use bro_tests::peers::{Conn, Family, Here, PATIENCE};
 use bro_tests::process;
 use bro_tests::require_namespaces;
 use bro_tests::scene::{Scene, expect_relayed};
+use bro_tests::tier::{Need, met};
 
 /// Long enough for a connection that is going to be made to have been made.
 const MOMENT: Duration = Duration::from_millis(300);
@@ -176,6 +177,31 @@ fn out_of_descriptors_it_backs_off_and_recovers() -> Result<()> {
     let closings = forwarder.closings(CLIENTS.into())?;
     ensure!(closings.iter().all(|closing| closing.reason == "eof"), "{closings:?}");
     forwarder.stop().map(drop)
+}
+
+/// The kernel relay takes some twenty: whoever insists on it is told which limit is too low, wherever it is met.
+#[test]
+fn too_few_descriptors_for_the_kernel_relay_are_named_as_the_reason() -> Result<()> {
+    if !met("too_few_descriptors_for_the_kernel_relay", &[Need::Root, Need::Bpf]) {
+        return Ok(());
+    }
+    let scene = Scene::new()?;
+    let mut told = 0;
+    for limit in (18..54).step_by(3) {
+        let setup = scene.setup().launch(format!("nofile={limit}:{limit}")).arg("--relay=sockmap");
+        let mut forwarder = setup.arg(scene.target()).start()?;
+        let settled =
+            |line: &str| line.contains("kernel relay loaded") || line.starts_with("bro: ");
+        let line = forwarder.log().line(PATIENCE, settled).with_context(|| format!("with {limit}"))?;
+        if line.contains("cannot be had") {
+            told += 1;
+            ensure!(line.contains("(os error 24)") && line.contains("LimitNOFILE="), "with {limit}: {line}");
+            ensure!(!line.contains("LimitMEMLOCK="), "with {limit}: {line}");
+            forwarder.expect_exit(1)?;
+        }
+    }
+    ensure!(told > 2, "only {told} were too few");
+    Ok(())
 }
 
 #[test]

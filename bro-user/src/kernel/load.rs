@@ -249,7 +249,7 @@ pub(super) fn not_pinned(path: &Path, error: &(dyn Error + 'static)) -> Unavaila
 }
 
 /// An error with its causes, on one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
+pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut line = error.to_string();
     let mut next = error.source();
     while let Some(error) = next {

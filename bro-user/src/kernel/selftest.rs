@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
+use super::load::chain;
 use super::{Event, Kernel, Kind, Lane, Reason, Role, SenderAddress, cgroup, netns_cookie};
 
 /// How long all of it may take, on a machine that is just booting.
@@ -30,7 +31,7 @@ type Outcome<T = ()> = Result<T, String>;
 pub(super) fn run(kernel: &mut Kernel) -> Outcome<Outcome> {
     let own = cgroup::of_self().map_err(|error| format!("this process's cgroup: {error}"))?;
     let attached_before = kernel.programs.is_attached(&own);
-    kernel.attach(&own).map_err(|error| error.to_string())?;
+    kernel.attach(&own).map_err(|error| chain(&error))?;
     let listener = listener()?;
     let port = step("the listener's address", listener.local_addr())?.port();
     let netns = step("the namespace's cookie", netns_cookie(listener.as_fd()))?;
@@ -112,7 +113,7 @@ impl Test<'_> {
             remote: step("the accepted socket's address", ends.accepted.local_addr())?,
         };
         let lane = self.kernel.open_lane(&sender, ends.backend.as_fd(), 0, None);
-        let lane = lane.map_err(|error| error.to_string())?;
+        let lane = lane.map_err(|error| chain(&error))?;
         let before = self.kernel.totals();
         let (mut sent, mut proved) = (0, false);
         while !proved {
@@ -189,7 +190,7 @@ impl Test<'_> {
             local: address("the service's address", ends.backend.peer_addr())?,
             remote: address("the backend's address", ends.backend.local_addr())?,
         };
-        self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0, None).map_err(|error| error.to_string())
+        self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0, None).map_err(|error| chain(&error))
     }
 
     /// Whether the service can still ask how much waits. If not, that is for the engine to be careful about.

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::load::errno_within;
 use super::offsets::BtfError;
 
 /// Why the kernel relay cannot be had on this host, or not for this process.
@@ -80,6 +81,9 @@ impl Unavailable {
     #[must_use]
     pub fn mend(&self) -> &'static str {
         match self {
+            _ if self.wants_descriptors() => {
+                "raise the limit on descriptors (LimitNOFILE= of the unit, `ulimit -n`; of the whole system: fs.file-max)"
+            }
             Self::NotPermitted(..) => {
                 "an ordinary user needs no rights with `sudo systemctl enable --now bro-loader@$(id -u)`; a system unit may \
                  have AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_PERFMON instead (and none of them taken away by \
@@ -115,6 +119,19 @@ impl Unavailable {
     }
 }
 
+impl Unavailable {
+    /// Is it for want of a descriptor, whatever that was wanted for?
+    fn wants_descriptors(&self) -> bool {
+        let numbers = [nix::libc::EMFILE, nix::libc::ENFILE];
+        match self {
+            Self::Verifier { verifier: said, .. } | Self::Object(said) | Self::SelfTest(said) => {
+                numbers.iter().any(|number| said.contains(&format!("(os error {number})")))
+            }
+            other => errno_within(other).is_some_and(|number| numbers.contains(&number)),
+        }
+    }
+}
+
 /// Why one connection has no lane.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
@@ -133,4 +150,26 @@ pub enum Refused {
     /// The target's send memory could not be read.
     #[error("the socket's send memory cannot be read")]
     Memory(#[source] io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_lacks_descriptors_is_told_of_that_limit() {
+        let error = || io::Error::from_raw_os_error(nix::libc::EMFILE);
+        for reason in [
+            Unavailable::Map { name: "RECORDS".into(), source: error() },
+            Unavailable::UnreadableBtf(error()),
+            Unavailable::Mapping(error()),
+            Unavailable::Verifier { name: "bro_send", verifier: format!("{}: without a word", error()) },
+            Unavailable::SelfTest(format!("the service listens: {}", error())),
+        ] {
+            assert!(reason.mend().contains("LimitNOFILE="), "{reason}: {}", reason.mend());
+        }
+        let memory = io::Error::from_raw_os_error(nix::libc::ENOMEM);
+        let reason = Unavailable::Map { name: "RECORDS".into(), source: memory };
+        assert!(reason.mend().contains("LimitMEMLOCK="), "{}", reason.mend());
+    }
 }
