@@ -422,6 +422,7 @@ impl<'a> Control<'a> {
                 asked = asked(&mut self.control) => self.asked(asked),
                 _ = watch.tick(), if watchdog.is_some() => self.engine.send(Plain::Ping),
                 _ = status.tick() => {
+                    self.replacing.tell(&self.stats);
                     let now = self.status();
                     if now != said {
                         life::status(&now);
@@ -446,13 +447,17 @@ impl<'a> Control<'a> {
         let (open, held) = (Stats::get(&self.stats.open), Stats::get(&self.stats.held));
         let served = Stats::get(&self.stats.accepted);
         let plural = |count: u64| if count == 1 { "" } else { "s" };
-        match self.phase {
+        let said = match self.phase {
             Phase::Draining(_) => format!("Draining: {open} connection{} left", plural(open)),
             _ if self.who_is_busy().is_some() => {
                 format!("Idle, but busy: {}", self.who_is_busy().unwrap_or_default())
             }
             _ if held > 0 => format!("Starting the service: {held} client{} waiting", plural(held)),
             _ => format!("{open} connection{} now, {served} since the start", plural(open)),
+        };
+        match self.replacing.predecessor() {
+            Some(predecessor) => format!("{said}; {predecessor}"),
+            None => said,
         }
     }
 
@@ -514,6 +519,7 @@ impl<'a> Control<'a> {
             activity: self.activity(),
             service: status::own_unit(),
             peers: Vec::new(),
+            predecessor: self.replacing.predecessor().cloned(),
             relay: self.relay(),
             listeners: Vec::new(),
             total: Tally::default(),

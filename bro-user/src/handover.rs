@@ -3,7 +3,8 @@
 //! one finishes the connections it has, in the same cgroup. Nobody is refused meanwhile: both accept until the old one stops.
 //!
 //! They talk over a socket pair, whose number the successor finds in `BRO_HANDOVER`: it says that it is ready, and hears that it
-//! has taken over, or sees the end of its predecessor first.
+//! has taken over, or sees the end of its predecessor first. From then on the predecessor says how many connections it still has,
+//! eight bytes each time; a version that does not is one of which only that is known that it has not ended.
 
 use std::ffi::OsString;
 use std::io;
@@ -68,12 +69,12 @@ impl Predecessor {
     ///
     /// # Errors
     /// When it is gone already.
-    pub fn reach(self) -> anyhow::Result<(Ending, Saying)> {
+    pub fn reach(self) -> anyhow::Result<(i32, Ending, Saying)> {
         let pid = getsockopt(&self.0, sockopt::PeerCredentials)?.pid();
         let pidfd = sys::pidfd_open(pid).context("the predecessor")?;
         let stream = std::os::unix::net::UnixStream::from(self.0);
         stream.set_nonblocking(true)?;
-        Ok((Ending(sys::watch(pidfd, Interest::READABLE)?), Saying(UnixStream::from_std(stream)?)))
+        Ok((pid, Ending(sys::watch(pidfd, Interest::READABLE)?), Saying(UnixStream::from_std(stream)?)))
     }
 }
 
@@ -95,12 +96,17 @@ pub struct Saying(UnixStream);
 
 impl Saying {
     /// Says that this process is ready, and waits until it has taken over. `None` when the predecessor ends without a word.
-    pub async fn ready(mut self) -> Option<Takeover> {
+    pub async fn ready(&mut self) -> Option<Takeover> {
         self.0.write_all(&[READY]).await.ok()?;
         match self.0.read_u8().await.ok()? {
             byte if byte == Takeover::Awake.byte() => Some(Takeover::Awake),
             _ => Some(Takeover::Asleep),
         }
+    }
+
+    /// How many connections the predecessor and those before it have, when that has changed. `None` when it says no more.
+    pub async fn connections(&mut self) -> Option<u64> {
+        self.0.read_u64_le().await.ok()
     }
 }
 
@@ -188,8 +194,27 @@ impl Successor {
     ///
     /// # Errors
     /// When it is gone.
-    pub async fn take_over(mut self, takeover: Takeover) -> anyhow::Result<()> {
+    pub async fn take_over(mut self, takeover: Takeover) -> anyhow::Result<Telling> {
         ensure!(self.child.try_wait()?.is_none(), "the new program has ended");
-        Ok(self.channel.write_all(&[takeover.byte()]).await?)
+        self.channel.write_all(&[takeover.byte()]).await?;
+        Ok(Telling { channel: self.channel, told: None })
+    }
+}
+
+/// The way to the successor that has taken over.
+#[derive(Debug)]
+pub struct Telling {
+    channel: UnixStream,
+    told: Option<u64>,
+}
+
+impl Telling {
+    /// Says how many connections this process and those before it still have, if that has changed. One that does not listen misses
+    /// nothing but this.
+    pub fn connections(&mut self, count: u64) {
+        // So few bytes are taken all or not at all; if not, there will be another try.
+        if self.told != Some(count) && self.channel.try_write(&count.to_le_bytes()).is_ok() {
+            self.told = Some(count);
+        }
     }
 }

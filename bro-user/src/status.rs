@@ -36,12 +36,35 @@ pub struct Report {
     /// Who is connected, the first twenty.
     #[serde(default)]
     pub peers: Vec<String>,
+    /// The process that it has replaced (`systemctl reload`), while that one has connections to finish.
+    #[serde(default)]
+    pub predecessor: Option<Predecessor>,
     /// How bytes are moved, and why not better.
     pub relay: Relay,
     /// Its sockets.
     pub listeners: Vec<Listener>,
     /// All of them together.
     pub total: Tally,
+}
+
+/// A process that was replaced and has not ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Predecessor {
+    /// Its number.
+    pub pid: i32,
+    /// How many connections it has, with those that it waits for in turn; unknown where it is of a version that does not tell.
+    pub connections: Option<u64>,
+}
+
+impl std::fmt::Display for Predecessor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "process {}, which it has replaced, ", self.pid)?;
+        match self.connections {
+            None => f.write_str("still finishes its connections"),
+            Some(1) => f.write_str("still has 1 connection"),
+            Some(count) => write!(f, "still has {count} connections"),
+        }
+    }
 }
 
 /// Whether a service is awake, since when, and why.
@@ -229,6 +252,7 @@ mod tests {
             activity: Activity::default(),
             service: None,
             peers: Vec::new(),
+            predecessor: None,
             relay: Relay { name: "splice".into(), reason: Some("no CAP_BPF".into()) },
             listeners: vec![Listener {
                 name: "http".into(),

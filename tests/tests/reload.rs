@@ -10,6 +10,7 @@ use bro_tests::notify::Notify;
 use bro_tests::peers::{Conn, Here, PATIENCE};
 use bro_tests::scene::{Scene, expect_relayed};
 use bro_tests::{process, require_namespaces};
+use bro_user::status::Predecessor;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -74,6 +75,51 @@ fn connections_stay_where_they_are_and_new_ones_go_to_the_successor() -> Result<
     expect_relayed(&new.0, &new.1).context("after the old process's end")?;
     drop(new);
     stop(successor, forwarder)
+}
+
+/// Expects the forwarder that answers for the service to have `count` connections, and to tell of `predecessor` and its.
+fn expect_status(forwarder: &Forwarder, count: u64, predecessor: Option<(i32, u64)>) -> Result<()> {
+    let predecessor = predecessor.map(|(pid, count)| Predecessor { pid, connections: Some(count) });
+    let said = predecessor.as_ref().map(|predecessor| format!("; {predecessor}"));
+    let seen = || forwarder.report().is_ok_and(|report| {
+        report.total.open == count
+            && report.predecessor == predecessor
+            && match &said {
+                Some(said) => report.state.ends_with(said),
+                None => !report.state.contains("replaced"),
+            }
+    });
+    ensure!(process::eventually(PATIENCE, seen), "{:?}, and not {predecessor:?}", forwarder.report());
+    Ok(())
+}
+
+#[test]
+fn the_status_tells_of_predecessors_and_their_connections() -> Result<()> {
+    require_namespaces!();
+    let (mut notify, mut scene, mut forwarder) = ready(|setup| setup)?;
+    let service = scene.serve()?;
+    let (first, second) = ((scene.client()?, service.accept()?), (scene.client()?, service.accept()?));
+    expect_relayed(&first.0, &first.1)?;
+    expect_relayed(&second.0, &second.1)?;
+    expect_status(&forwarder, 2, None)?;
+    let successor = reload(forwarder.pid(), &mut notify)?;
+    expect_status(&forwarder, 0, Some((forwarder.pid(), 2)))?;
+    notify.wait(PATIENCE, |line| line.starts_with("STATUS=") && line.ends_with("still has 2 connections"))?;
+    drop(first);
+    expect_status(&forwarder, 0, Some((forwarder.pid(), 1)))?;
+    // A third, which waits for both.
+    let third = (scene.client()?, service.accept()?);
+    expect_relayed(&third.0, &third.1)?;
+    kill(Pid::from_raw(successor), Signal::SIGHUP)?;
+    let last = newest_main(&mut notify, &[forwarder.pid(), successor])?;
+    expect_status(&forwarder, 0, Some((successor, 2)))?;
+    drop(second);
+    ensure!(forwarder.wait(PATIENCE)?.is_some(), "the first process stays");
+    expect_status(&forwarder, 0, Some((successor, 1)))?;
+    drop(third);
+    ensure!(ends(successor)?, "the second process stays");
+    expect_status(&forwarder, 0, None)?;
+    stop(last, forwarder)
 }
 
 #[test]

@@ -7,9 +7,11 @@ use tokio::time::Instant;
 
 use super::{Control, Phase};
 use crate::engine::handle::Plain;
-use crate::handover::{Ending, Predecessor, Program, Successor, Takeover};
+use crate::handover::{Ending, Predecessor, Program, Successor, Takeover, Telling};
 use crate::life;
 use crate::listen::Listener;
+use crate::stats::Stats;
+use crate::status;
 
 /// As good as for ever: until its last connection has ended, or the unit is stopped.
 const NO_LIMIT: Duration = Duration::from_secs(u32::MAX as u64);
@@ -21,6 +23,8 @@ pub(super) enum News {
     Successor(anyhow::Result<Successor>),
     /// This process has taken over from its predecessor.
     TakenOver(Option<Takeover>),
+    /// The predecessor still has so many connections.
+    PredecessorHas(u64),
     /// The predecessor has ended.
     PredecessorEnded,
 }
@@ -35,8 +39,10 @@ pub(super) struct Replacing<'a> {
     starting: bool,
     /// A successor has taken over.
     replaced: bool,
+    /// It, to be told how many connections this process still has.
+    telling: Option<Telling>,
     /// The predecessor still has connections: if this process ended, systemd would end it as well.
-    predecessor: bool,
+    predecessor: Option<status::Predecessor>,
     /// This process has no connection any more, and waits for its predecessor alone.
     pub(super) drained: bool,
     news: (UnboundedSender<News>, UnboundedReceiver<News>),
@@ -49,7 +55,8 @@ impl<'a> Replacing<'a> {
             listeners,
             starting: false,
             replaced: false,
-            predecessor: false,
+            telling: None,
+            predecessor: None,
             drained: false,
             news: unbounded_channel(),
         }
@@ -66,12 +73,25 @@ impl<'a> Replacing<'a> {
 
     /// The predecessor has not ended.
     pub(super) const fn has_predecessor(&self) -> bool {
-        self.predecessor
+        self.predecessor.is_some()
+    }
+
+    /// The predecessor that has not ended.
+    pub(super) const fn predecessor(&self) -> Option<&status::Predecessor> {
+        self.predecessor.as_ref()
+    }
+
+    /// Tells the successor, where there is one, how many connections are left: those of this process, and those of its predecessors.
+    pub(super) fn tell(&mut self, stats: &Stats) {
+        let before = self.predecessor.as_ref().and_then(|predecessor| predecessor.connections);
+        if let Some(telling) = &mut self.telling {
+            telling.connections(Stats::get(&stats.open) + before.unwrap_or(0));
+        }
     }
 
     /// This process must not leave for want of clients now.
     pub(super) const fn stands_in_the_way(&self) -> bool {
-        self.starting || self.predecessor
+        self.starting || self.has_predecessor()
     }
 }
 
@@ -127,8 +147,13 @@ impl Control<'_> {
                     self.engine.send(Plain::Wake("reload".into()));
                 }
             }
+            News::PredecessorHas(count) => {
+                if let Some(predecessor) = &mut self.replacing.predecessor {
+                    predecessor.connections = Some(count);
+                }
+            }
             News::PredecessorEnded => {
-                self.replacing.predecessor = false;
+                self.replacing.predecessor = None;
                 self.woken_at = Instant::now();
             }
         }
@@ -142,10 +167,14 @@ impl Control<'_> {
         let takeover = if self.awake_since.is_some() { Takeover::Awake } else { Takeover::Asleep };
         // Before the successor speaks: systemd listens to the main process alone.
         life::succeeded_by(pid);
-        if let Err(error) = successor.take_over(takeover).await {
-            tracing::error!("the successor is gone; going on as before: {error:#}");
-            return life::succeeded_by(std::process::id());
+        match successor.take_over(takeover).await {
+            Ok(telling) => self.replacing.telling = Some(telling),
+            Err(error) => {
+                tracing::error!("the successor is gone; going on as before: {error:#}");
+                return life::succeeded_by(std::process::id());
+            }
         }
+        self.replacing.tell(&self.stats);
         life::mute(true);
         if let Some(control) = &mut self.control {
             control.is_succeeded();
@@ -159,11 +188,17 @@ impl Control<'_> {
     pub(super) fn take_over_from(&mut self, predecessor: Predecessor) {
         let news = self.replacing.news.0.clone();
         match predecessor.reach() {
-            Ok((ending, saying)) => {
-                self.replacing.predecessor = true;
+            Ok((pid, ending, mut saying)) => {
+                self.replacing.predecessor = Some(status::Predecessor { pid, connections: None });
                 drop(tokio::spawn({
                     let news = news.clone();
-                    async move { news.send(News::TakenOver(saying.ready().await)).ok() }
+                    async move {
+                        // Whoever is told may have left meanwhile.
+                        news.send(News::TakenOver(saying.ready().await)).ok();
+                        while let Some(count) = saying.connections().await {
+                            news.send(News::PredecessorHas(count)).ok();
+                        }
+                    }
                 }));
                 drop(tokio::spawn(async move {
                     Ending::come(&ending).await;

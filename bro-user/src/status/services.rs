@@ -27,7 +27,7 @@ pub(super) struct Service {
     pub since: Option<u64>,
     /// Why: the client that woke it, or `bro wake`.
     pub woken_by: Option<String>,
-    /// Connections now.
+    /// Connections now, with those that predecessors of its forwarders finish.
     pub connections: u64,
     /// What its forwarders say.
     pub forwarders: Vec<Report>,
@@ -61,13 +61,19 @@ impl Service {
 
     /// What its forwarders know goes before what systemd knows.
     fn hear(&mut self, report: Report) {
-        self.connections += report.total.open;
         if self.forwarders.is_empty() || report.activity.state != State::Asleep {
             self.state = report.activity.state;
             self.since = report.activity.since.or(self.since);
             self.woken_by.clone_from(&report.activity.woken_by);
         }
         self.forwarders.push(report);
+        let answers = |pid: i32| self.forwarders.iter().any(|report| report.pid.cast_signed() == pid);
+        let connections = |report: &Report| {
+            // One with a socket of its own has been heard itself.
+            let before = report.predecessor.as_ref().filter(|predecessor| !answers(predecessor.pid));
+            report.total.open + before.and_then(|predecessor| predecessor.connections).unwrap_or(0)
+        };
+        self.connections = self.forwarders.iter().map(connections).sum();
     }
 }
 
