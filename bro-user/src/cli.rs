@@ -178,7 +178,8 @@ pub struct Forward {
     /// The lane's program then looks at every TCP connection that is made in that cgroup (on: in all of them) and takes
     /// hold of those towards this forwarder's own sockets, so it is off unless asked for: the clients are other
     /// people's programs. Their bytes go straight into the service's connection, and the forwarder sleeps. A client has to
-    /// have been non-blocking at two messages first.
+    /// have been non-blocking when it connected and at two messages after that. One that then turns to blocking mode leaves the
+    /// lane when it sends next; if it waits in recv before, that can fail with EAGAIN when a signal interrupts it.
     #[arg(long, value_name = "off|on|CGROUP", default_value = "off")]
     pub local_clients: LocalClients,
 
