@@ -135,6 +135,7 @@ fn open(shape: &Shape, offsets: &Offsets) -> Result<Ebpf, Unavailable> {
     let lanes = shape.records.saturating_mul(u32::try_from(shape.seats).unwrap_or(u32::MAX));
     let globals = [
         ("WRITE_SEQ", &offsets.write_seq),
+        ("COPIED_SEQ", &offsets.copied_seq),
         ("ULP_OPS", &offsets.ulp_ops),
         ("SK_SOCKET", &offsets.sk_socket),
         ("SOCKET_FILE", &offsets.socket_file),
