@@ -41,7 +41,7 @@ struct Order {
 #[must_use]
 pub fn load(config: Config) -> Option<oneshot::Receiver<Result<Loaded, Unavailable>>> {
     let (to, loaded) = oneshot::channel();
-    let work = move || match Kernel::obtain(&config) {
+    let work = move || match obtain(&config) {
         Ok(kernel) => {
             let (programs, descriptors, share) = kernel.into_parts();
             let (orders, inbox) = mpsc::channel();
@@ -53,6 +53,13 @@ pub fn load(config: Config) -> Option<oneshot::Receiver<Result<Loaded, Unavailab
     };
     std::thread::Builder::new().name("bro-load".into()).spawn(work).ok()?;
     Some(loaded)
+}
+
+/// The kernel relay, and no more memory than before: reading the kernel's types takes megabytes for a moment.
+fn obtain(config: &Config) -> Result<Kernel, Unavailable> {
+    let kernel = Kernel::obtain(config);
+    crate::sys::return_freed_memory();
+    kernel
 }
 
 /// Attaches the programs as ordered, and holds them until nobody can order any more.
