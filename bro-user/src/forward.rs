@@ -28,7 +28,7 @@ use crate::engine::tcp::Keepalive;
 use crate::engine::{Destination, Settings, slot};
 use crate::exit::Failure;
 use crate::handover::{Predecessor, Program};
-use crate::kernel::{self, Unavailable};
+use crate::kernel::{self, Foreign, News, Unavailable};
 use crate::listen::{self, Listener, Passed};
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
@@ -180,6 +180,16 @@ async fn asked(server: &mut Option<control::Server>) -> std::io::Result<Asked> {
     }
 }
 
+/// Says whose sockets were not taken hold of. The programs know no more than that they are not this user's.
+fn left_alone(News { new, total }: News) {
+    let sockets = if new == 1 { "socket" } else { "sockets" };
+    tracing::warn!(
+        foreign = new,
+        foreign_total = total,
+        "left {new} {sockets} of other users alone, at ports that forwarders of this user watch"
+    );
+}
+
 /// Whether the kernel relay is to be had.
 #[derive(Debug)]
 enum KernelRelay {
@@ -268,6 +278,8 @@ struct Control<'a> {
     loading: Option<Loading>,
     /// What its programs watch.
     watching: Arc<Watching>,
+    /// What they left alone.
+    foreign: Option<Foreign>,
     local_clients: Option<std::path::PathBuf>,
     events: UnboundedReceiver<Event>,
     relay: Process,
@@ -338,6 +350,7 @@ impl<'a> Control<'a> {
             kernel: KernelRelay::Loading,
             loading,
             watching,
+            foreign: None,
             local_clients,
             events,
             relay,
@@ -420,6 +433,9 @@ impl<'a> Control<'a> {
                 asked = asked(&mut self.control) => self.asked(asked),
                 _ = watch.tick(), if watchdog.is_some() => self.engine.send(Plain::Ping),
                 _ = status.tick() => {
+                    if let Some(news) = self.foreign.as_mut().and_then(|foreign| foreign.news(std::time::Instant::now())) {
+                        left_alone(news);
+                    }
                     let now = self.status();
                     if now != said {
                         life::status(&now);
@@ -431,6 +447,9 @@ impl<'a> Control<'a> {
         if matches!(self.phase, Phase::Draining(_)) {
             // One that was woken only now may not be noted yet, and nobody would put it to sleep.
             drop(tokio::time::timeout(REMEMBER, self.activator.remember_start()).await);
+        }
+        if let Some(news) = self.foreign.as_ref().and_then(Foreign::rest) {
+            left_alone(news);
         }
         self.engine.send(Plain::Stop);
         // The command goes out while this waits.
@@ -468,6 +487,7 @@ impl<'a> Control<'a> {
                     );
                 }
                 self.kernel = KernelRelay::Loaded;
+                self.foreign = Foreign::of(&loaded.descriptors).ok();
                 self.watching.loaded(loaded, self.local_clients.as_deref()).await;
             }
             Err(reason) => {

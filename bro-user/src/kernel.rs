@@ -7,6 +7,7 @@
 //! to ordinary TCP. For one that may not, `bro loader` has done it ([`install`], [`pinned`]).
 
 pub mod cgroup;
+mod foreign;
 pub mod install;
 mod lane;
 mod load;
@@ -25,6 +26,7 @@ use std::path::Path;
 use bro_ebpf::kind;
 
 pub use bro_ebpf::{Event, Reason};
+pub use foreign::{Foreign, News};
 pub use lane::{Granted, Lane, LaneCounters, LaneId, SenderAddress};
 pub use maps::{Descriptors, Maps, Share};
 pub use offsets::BtfError;
