@@ -28,7 +28,7 @@ use crate::engine::tcp::Keepalive;
 use crate::engine::{Destination, Settings, slot};
 use crate::exit::Failure;
 use crate::handover::{Predecessor, Program};
-use crate::kernel::{self, Foreign, News, Unavailable};
+use crate::kernel::{self, Bequest, Foreign, News, Unavailable};
 use crate::listen::{self, Listener, Passed};
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
@@ -126,7 +126,11 @@ pub fn run(
     let stats = Arc::new(Stats::new()?);
     let mut addresses = AddressBook::new(slot(targets.len(), 0))?;
     // Before the first thread.
-    let (relay, channel) = process::start(&settings(options), &listeners, &targets, &mut addresses, &stats)?;
+    let private = predecessor.as_ref().map(Predecessor::descriptor);
+    let (relay, channel) =
+        process::start(&settings(options), &listeners, &targets, &mut addresses, &stats, private)?;
+    // After it: none of this is the relay process's either.
+    let bequest = predecessor.as_ref().and_then(Predecessor::bequest);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let place = match (&options.container, options.pid, &options.netns) {
@@ -139,7 +143,8 @@ pub fn run(
         let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, options.ready.clone()));
         activator.check().await?;
         let engine = (relay, channel, addresses, stats);
-        let mut control = Control::start(options, &listeners, targets, activator, engine, local_clients)?;
+        let mut control =
+            Control::start(options, &listeners, targets, activator, engine, local_clients, bequest)?;
         control.replacing.program = Some(program);
         control.run(predecessor).await
     })
@@ -202,14 +207,13 @@ enum KernelRelay {
 }
 
 /// Begins to load the kernel relay, where it may be used.
-fn load_kernel_relay(options: &Forward) -> Option<Loading> {
+fn load_kernel_relay(options: &Forward, bequest: Option<Bequest>) -> Option<Loading> {
     if !matches!(options.relay, RelayChoice::Auto | RelayChoice::Sockmap) {
         return None;
     }
-    watching::load(kernel::Config {
-        connections: options.connections_max,
-        hook_blocking: options.blocking_sockets,
-    })
+    let config =
+        kernel::Config { connections: options.connections_max, hook_blocking: options.blocking_sockets };
+    watching::load(config, bequest)
 }
 
 /// What the command line decides for the engine.
@@ -316,6 +320,7 @@ impl<'a> Control<'a> {
         activator: Arc<Activator>,
         (relay, channel, addresses, stats): (Process, OwnedFd, AddressBook, Arc<Stats>),
         local_clients: Option<std::path::PathBuf>,
+        bequest: Option<Bequest>,
     ) -> anyhow::Result<Self> {
         let described = listeners.iter().map(|(listener, target)| {
             (listener.name.clone(), listener.address.clone(), targets[*target].to_string())
@@ -324,7 +329,7 @@ impl<'a> Control<'a> {
         let (handle, events) = Handle::new(channel)?;
         let handle = Arc::new(handle);
         let watching = Arc::new(Watching::new(handle.clone()));
-        let loading = load_kernel_relay(options);
+        let loading = load_kernel_relay(options, bequest);
         if loading.is_some() {
             activator.watch_through(watching.clone());
         }
@@ -412,7 +417,7 @@ impl<'a> Control<'a> {
                 Some(who) = self.said_busy.1.recv() => self.busy(who),
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
-                _ = hang_up.recv() => self.begin_replacement(),
+                _ = hang_up.recv() => self.begin_replacement().await,
                 Some(news) = self.replacing.news() => {
                     self.replacement(news).await;
                     if self.replacing.drained && !self.replacing.has_predecessor() {

@@ -269,6 +269,12 @@ pub fn fork() -> io::Result<Option<i32>> {
     Ok((pid != 0).then_some(pid))
 }
 
+/// Closes, after [`fork`] and in the child, what is its parent's alone. Nobody may use it there afterwards.
+pub fn close_in_child(descriptor: BorrowedFd<'_>) {
+    // SAFETY: a plain number; the child ends by [`exit_now`], without the destructor that would close it again.
+    unsafe { libc::close(descriptor.as_raw_fd()) };
+}
+
 /// Ignores a signal.
 ///
 /// # Errors

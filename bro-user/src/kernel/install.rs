@@ -3,12 +3,11 @@
 
 use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, lchown};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, Map};
-use aya::programs::links::FdLink;
 use bro_ebpf::{About, Owners, SEATS};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, RenameFlags, renameat2};
@@ -17,9 +16,9 @@ use nix::mount::{MsFlags, mount};
 use super::load::{self, Loaded, Shape, not_pinned};
 use super::maps::data;
 use super::pinned::{ABOUT, HOOK, LINK, ROOT, SEATS_FOLDER, events, folder, version};
-use super::seat;
 use super::unavailable::Unavailable;
 use super::{Config, Kernel};
+use super::{seat, sys};
 
 /// A seat's ring buffer, in bytes: some 800 events.
 const RING: u32 = 32 * 1024;
@@ -128,11 +127,9 @@ fn pin(to: &Path, loaded: Loaded, cgroup: &Path, user: u32) -> Result<(), Unavai
     let path = to.join(LINK);
     let link =
         programs.take_link(cgroup).ok_or_else(|| Unavailable::Object("no link to the cgroup".into()))?;
-    let link = FdLink::try_from(link).map_err(|error| not_pinned(&path, &error))?;
-    link.pin(&path).map_err(|error| not_pinned(&path, &error))?;
+    sys::pin(link.as_fd(), &path).map_err(|error| Unavailable::Pin(path.clone(), error))?;
     hand_over(&path, user, 0o600)?;
-    // Dropped, they would take bro_send off the senders' map, which is to keep it. What is held here ends with this process.
-    std::mem::forget(programs);
+    programs.leave();
 
     let seats = to.join(SEATS_FOLDER);
     make(&seats, 0o711)?;
