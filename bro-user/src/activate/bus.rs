@@ -275,13 +275,10 @@ impl Bus {
         ];
         let mut removed = self.systemd.receive_job_removed().await?;
         let job = self.systemd.start_transient_unit(&unit, "fail", &properties, &[]).await.map_err(plain)?;
-        let outcome = async {
-            let _result = wait(&mut removed, &job).await?;
-            self.outcome(&unit).await
-        };
-        let outcome = outcome.await;
-        self.systemd.unref_unit(&unit).await.ok();
-        outcome
+        let mut transient = Transient { systemd: self.systemd.clone(), unit, runs: true };
+        let _result = wait(&mut removed, &job).await?;
+        transient.runs = false;
+        self.outcome(&transient.unit).await
     }
 
     async fn outcome(&self, unit: &str) -> anyhow::Result<Outcome> {
@@ -325,6 +322,27 @@ impl Bus {
             self.systemd.reset_failed_unit(unit).await?;
         }
         Ok(result)
+    }
+}
+
+/// A unit that was made for one command. Dropping it has systemd end the command, if it runs, and forget the unit.
+struct Transient {
+    systemd: SystemdProxy<'static>,
+    unit: String,
+    runs: bool,
+}
+
+impl Drop for Transient {
+    fn drop(&mut self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (systemd, unit, runs) = (self.systemd.clone(), std::mem::take(&mut self.unit), self.runs);
+        // At this process's end systemd does the latter by itself.
+        drop(runtime.spawn(async move {
+            if runs {
+                systemd.stop_unit(&unit, "replace").await.ok();
+            }
+            systemd.unref_unit(&unit).await.ok();
+        }));
     }
 }
 
