@@ -23,9 +23,47 @@ use super::{seat, sys};
 /// A seat's ring buffer, in bytes: some 800 events.
 const RING: u32 = 32 * 1024;
 
+/// How a user was named. `bro-loader@alice` and `bro-loader@1000` are two units for one set: whichever stopped would take away what
+/// the other stands for, so the second is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Named {
+    /// By name.
+    Name,
+    /// By number.
+    Number,
+}
+
+impl Named {
+    /// The folder that says so in a set.
+    const fn folder(self) -> &'static str {
+        match self {
+            Self::Name => "by-name",
+            Self::Number => "by-number",
+        }
+    }
+
+    const fn other(self) -> Self {
+        match self {
+            Self::Name => Self::Number,
+            Self::Number => Self::Name,
+        }
+    }
+
+    /// Refuses for a user whose set was made under the other designation.
+    fn check(self, set: &Path) -> Result<(), Unavailable> {
+        let other = match self.other() {
+            Self::Name => "by name",
+            Self::Number => "by number",
+        };
+        if set.join(self.other().folder()).exists() { Err(Unavailable::Named(other)) } else { Ok(()) }
+    }
+}
+
 /// For whom, and how.
 #[derive(Debug, Clone)]
 pub struct Order {
+    /// As what he was named.
+    pub named: Named,
     /// Whose set.
     pub user: u32,
     /// His ranges of subordinate user ids, first and count: his containers' users.
@@ -54,19 +92,22 @@ pub fn install(order: &Order) -> Result<(), Unavailable> {
     write_down(&loaded, &shape, fionread_lies)?;
 
     let draft = Draft::begin(order.user)?;
+    order.named.check(&folder(order.user))?;
     pin(draft.path(), loaded, &order.cgroup, order.user)?;
+    make(&draft.path().join(order.named.folder()), 0o700)?;
     draft.publish(&folder(order.user))
 }
 
 /// Takes a user's set away; false when there was none. Forwarders that use it go on.
 ///
 /// # Errors
-/// When the files cannot be removed.
-pub fn remove(user: u32) -> Result<bool, Unavailable> {
+/// When the files cannot be removed, or were made for another unit.
+pub fn remove(user: u32, named: Named) -> Result<bool, Unavailable> {
     let set = folder(user);
     if !set.exists() {
         return Ok(false);
     }
+    named.check(&set)?;
     clear(&set).map_err(|error| Unavailable::Pin(set, error))?;
     Ok(true)
 }
