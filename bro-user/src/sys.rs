@@ -278,6 +278,12 @@ pub fn return_freed_memory() {
     }
 }
 
+/// Closes, after [`fork`] and in the child, what is its parent's alone. Nobody may use it there afterwards.
+pub fn close_in_child(descriptor: BorrowedFd<'_>) {
+    // SAFETY: a plain number; the child ends by [`exit_now`], without the destructor that would close it again.
+    unsafe { libc::close(descriptor.as_raw_fd()) };
+}
+
 /// Ignores a signal.
 ///
 /// # Errors

@@ -124,7 +124,7 @@ fn an_urgent_byte_is_urgent_behind_the_lane_too() {
     assert_eq!(socket::recv(ends.client.as_raw_fd(), &mut urgent, MsgFlags::MSG_OOB), Ok(1));
     assert_eq!(&urgent, b"!");
     let mut rest = [0; 5];
-    (&ends.client).set_nonblocking(false).unwrap();
+    ends.client.set_nonblocking(false).unwrap();
     (&ends.client).read_exact(&mut rest).unwrap();
     assert_eq!(&rest, b"indon");
 }

@@ -48,7 +48,8 @@ impl Shape {
     pub(super) fn own(config: &Config) -> Self {
         let records = config.connections.max(1).saturating_mul(2).saturating_add(SELF_TEST_LANES);
         let Config { hook_blocking, trace, .. } = *config;
-        Self { owners: Owners::EVERYBODY, seats: 1, records, ring: OWN_RING, hook_blocking, trace }
+        let seats = super::bequest::seats(records) as usize;
+        Self { owners: Owners::EVERYBODY, seats, records, ring: OWN_RING, hook_blocking, trace }
     }
 }
 
