@@ -112,8 +112,8 @@ pub struct Sender {
     pub state: u32,
     /// A client's `write_seq` when it was first seen non-blocking after it had sent something; `base` before.
     pub seen: u32,
-    /// Always 0.
-    pub zero: u32,
+    /// Its `copied_seq` when it was established: it differs once its owner has read.
+    pub unread: u32,
 }
 
 impl Sender {
@@ -123,7 +123,7 @@ impl Sender {
     pub const fn unknown(watch: WatchKey) -> Self {
         let flow = Flow::new(watch.netns, [0; 16], 0, [0; 16], 0);
         let route = Route { record: 0, serial: 0 };
-        Self { flow, watch, cookie: 0, route, base: 0, state: 0, seen: 0, zero: 0 }
+        Self { flow, watch, cookie: 0, route, base: 0, state: 0, seen: 0, unread: 0 }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Waking a target: start its unit, find its namespace, wait until it listens, and say how to connect to it.
 
 pub mod bus;
+pub mod command;
 pub mod container;
 pub mod ownership;
 pub mod ready;
@@ -29,6 +30,7 @@ use crate::netns::wire::{Address, Destinations};
 use crate::netns::{AgentEnded, Namespace, Where};
 use crate::target::Target;
 use bus::{Bus, Manager};
+use command::Outcome;
 use container::Inspected;
 use ready::Ready;
 use watching::Watching;
@@ -524,16 +526,39 @@ impl Activator {
                         "--ready=healthy needs --container, whose health check it is".into()
                     ));
                 };
-                ready::succeeding(|| {
-                    let mut podman = tokio::process::Command::new("podman");
-                    let _same = podman.args(["healthcheck", "run", name]);
-                    podman
-                })
-                .await;
+                self.succeeding(&["podman", "healthcheck", "run", name].map(str::to_owned)).await;
             }
-            Ready::Exec(line) => ready::succeeding(|| ready::shell(line)).await,
+            Ready::Exec(line) => self.succeeding(&command::shell(line)).await,
         }
         Ok(())
+    }
+
+    /// Waits until a command exits with 0.
+    async fn succeeding(&self, words: &[String]) {
+        loop {
+            match self.run(words).await {
+                Ok(Outcome::Exited(0)) => return,
+                Ok(outcome) => tracing::debug!(?outcome, "not ready yet"),
+                Err(error) => tracing::warn!(%error, "cannot run the readiness command"),
+            }
+            sleep(ready::EXEC_STEP).await;
+        }
+    }
+
+    /// Runs a command of the owner's to its end, which comes within ten seconds: with this process's rights, or, where those are
+    /// what a confined service has, by the service manager and with the owner's.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub async fn run(&self, words: &[String]) -> std::io::Result<Outcome> {
+        if command::is_confined() {
+            let outcome = async { command::by_manager(&self.bus().await?, words).await };
+            match outcome.await {
+                Ok(outcome) => return Ok(outcome),
+                Err(error) => command::refused(words, &error),
+            }
+        }
+        command::here(words).await
     }
 }
 

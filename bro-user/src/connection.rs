@@ -48,6 +48,15 @@ impl Peer {
         }
     }
 
+    /// Its address, where it has one.
+    #[must_use]
+    pub const fn ip(&self) -> Option<IpAddr> {
+        match self {
+            Self::Tcp(address) => Some(address.ip()),
+            Self::Unix { .. } => None,
+        }
+    }
+
     /// The source that limits count it under.
     #[must_use]
     pub const fn source(&self) -> Source {

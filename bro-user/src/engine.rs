@@ -8,6 +8,7 @@
 mod admission;
 mod backends;
 mod connections;
+mod crowd;
 pub mod handle;
 pub mod idle;
 pub mod lanes;
@@ -33,6 +34,7 @@ use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
 use backends::Backend;
+use crowd::Crowd;
 use handle::{Command, Event, Mailbox, Outbox, Plain};
 use token::Token;
 
@@ -80,6 +82,10 @@ pub struct Engine {
     settings: Settings,
     epoll: Epoll,
     listeners: Vec<(Listener, usize)>,
+    /// What each listener had to give of late.
+    crowds: Vec<Crowd>,
+    /// Counts what epoll had to tell.
+    turn: u64,
     accepting: Accepting,
     draining: bool,
     backends: Vec<Backend>,
@@ -133,6 +139,8 @@ impl Engine {
         Ok(Self {
             settings,
             epoll,
+            crowds: vec![Crowd::default(); listeners.len()],
+            turn: 0,
             listeners,
             accepting: Accepting::Closed,
             draining: false,
@@ -166,6 +174,7 @@ impl Engine {
                 Err(Errno::EINTR) => 0,
                 Err(errno) => return Err(errno.into()),
             };
+            self.turn += 1;
             for event in &events[..count] {
                 match Token::from(event.data()) {
                     Token::Connection { index, generation, side } => {

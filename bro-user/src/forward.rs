@@ -28,7 +28,7 @@ use crate::engine::tcp::Keepalive;
 use crate::engine::{Destination, Settings, slot};
 use crate::exit::Failure;
 use crate::handover::{Predecessor, Program};
-use crate::kernel::{self, Unavailable};
+use crate::kernel::{self, Bequest, Foreign, News, Unavailable};
 use crate::listen::{self, Listener, Passed};
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
@@ -129,7 +129,11 @@ pub fn run(
     let stats = Arc::new(Stats::new()?);
     let mut addresses = AddressBook::new(slot(targets.len(), 0))?;
     // Before the first thread.
-    let (relay, channel) = process::start(&settings(options), &listeners, &targets, &mut addresses, &stats)?;
+    let private = predecessor.as_ref().map(Predecessor::descriptor);
+    let (relay, channel) =
+        process::start(&settings(options), &listeners, &targets, &mut addresses, &stats, private)?;
+    // After it: none of this is the relay process's either.
+    let bequest = predecessor.as_ref().and_then(Predecessor::bequest);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let place = match (&options.container, options.pid, &options.netns) {
@@ -142,7 +146,8 @@ pub fn run(
         let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, options.ready.clone()));
         activator.check().await?;
         let engine = (relay, channel, addresses, stats);
-        let mut control = Control::start(options, &listeners, targets, activator, engine, local_clients)?;
+        let mut control =
+            Control::start(options, &listeners, targets, activator, engine, local_clients, bequest)?;
         control.replacing.program = Some(program);
         control.run(predecessor).await
     })
@@ -183,6 +188,16 @@ async fn asked(server: &mut Option<control::Server>) -> std::io::Result<Asked> {
     }
 }
 
+/// Says whose sockets were not taken hold of. The programs know no more than that they are not this user's.
+fn left_alone(News { new, total }: News) {
+    let sockets = if new == 1 { "socket" } else { "sockets" };
+    tracing::warn!(
+        foreign = new,
+        foreign_total = total,
+        "left {new} {sockets} of other users alone, at ports that forwarders of this user watch"
+    );
+}
+
 /// Whether the kernel relay is to be had.
 #[derive(Debug)]
 enum KernelRelay {
@@ -195,15 +210,16 @@ enum KernelRelay {
 }
 
 /// Begins to load the kernel relay, where it may be used.
-fn load_kernel_relay(options: &Forward) -> Option<Loading> {
+fn load_kernel_relay(options: &Forward, bequest: Option<Bequest>) -> Option<Loading> {
     if !matches!(options.relay, RelayChoice::Auto | RelayChoice::Sockmap) {
         return None;
     }
-    watching::load(kernel::Config {
+    let config = kernel::Config {
         connections: options.connections_max,
         hook_blocking: options.blocking_sockets,
         trace: kernel::trace_wanted(),
-    })
+    };
+    watching::load(config, bequest)
 }
 
 /// What the command line decides for the engine.
@@ -272,6 +288,8 @@ struct Control<'a> {
     loading: Option<Loading>,
     /// What its programs watch.
     watching: Arc<Watching>,
+    /// What they left alone.
+    foreign: Option<Foreign>,
     local_clients: Option<std::path::PathBuf>,
     events: UnboundedReceiver<Event>,
     relay: Process,
@@ -308,6 +326,7 @@ impl<'a> Control<'a> {
         activator: Arc<Activator>,
         (relay, channel, addresses, stats): (Process, OwnedFd, AddressBook, Arc<Stats>),
         local_clients: Option<std::path::PathBuf>,
+        bequest: Option<Bequest>,
     ) -> anyhow::Result<Self> {
         let described = listeners.iter().map(|(listener, target)| {
             (listener.name.clone(), listener.address.clone(), targets[*target].to_string())
@@ -316,7 +335,7 @@ impl<'a> Control<'a> {
         let (handle, events) = Handle::new(channel)?;
         let handle = Arc::new(handle);
         let watching = Arc::new(Watching::new(handle.clone()));
-        let loading = load_kernel_relay(options);
+        let loading = load_kernel_relay(options, bequest);
         if loading.is_some() {
             activator.watch_through(watching.clone());
         }
@@ -340,6 +359,7 @@ impl<'a> Control<'a> {
             kernel: KernelRelay::Loading,
             loading,
             watching,
+            foreign: None,
             local_clients,
             events,
             relay,
@@ -401,7 +421,7 @@ impl<'a> Control<'a> {
                 Some(who) = self.said_busy.1.recv() => self.busy(who),
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
-                _ = hang_up.recv() => self.begin_replacement(),
+                _ = hang_up.recv() => self.begin_replacement().await,
                 Some(news) = self.replacing.news() => {
                     self.replacement(news).await;
                     if self.replacing.drained && !self.replacing.has_predecessor() {
@@ -423,6 +443,9 @@ impl<'a> Control<'a> {
                 _ = watch.tick(), if watchdog.is_some() => self.engine.send(Plain::Ping),
                 _ = status.tick() => {
                     self.replacing.tell(&self.stats);
+                    if let Some(news) = self.foreign.as_mut().and_then(|foreign| foreign.news(std::time::Instant::now())) {
+                        left_alone(news);
+                    }
                     let now = self.status();
                     if now != said {
                         life::status(&now);
@@ -434,6 +457,9 @@ impl<'a> Control<'a> {
         if matches!(self.phase, Phase::Draining(_)) {
             // One that was woken only now may not be noted yet, and nobody would put it to sleep.
             drop(tokio::time::timeout(REMEMBER, self.activator.remember_start()).await);
+        }
+        if let Some(news) = self.foreign.as_ref().and_then(Foreign::rest) {
+            left_alone(news);
         }
         self.engine.send(Plain::Stop);
         // The command goes out while this waits.
@@ -475,6 +501,7 @@ impl<'a> Control<'a> {
                     );
                 }
                 self.kernel = KernelRelay::Loaded;
+                self.foreign = Foreign::of(&loaded.descriptors).ok();
                 self.watching.loaded(loaded, self.local_clients.as_deref()).await;
             }
             Err(reason) => {

@@ -19,6 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::UnixStream;
 
+use crate::kernel::Bequest;
 use crate::listen::Listener;
 use crate::sys;
 
@@ -27,6 +28,9 @@ const VARIABLE: &str = "BRO_HANDOVER";
 
 /// How long a successor may take to be ready.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// More than what is said of the kernel relay.
+const LONGEST_LETTER: usize = 64 * 1024;
 
 /// What the successor says when it is ready.
 const READY: u8 = b'R';
@@ -63,6 +67,24 @@ impl Predecessor {
         // A leftover of the variable alone leads to no such socket.
         let pid = getsockopt(&socket, sockopt::PeerCredentials).ok()?.pid();
         (pid == nix::unistd::getppid().as_raw()).then_some(Self(socket))
+    }
+
+    /// What it has left of the kernel relay, if anything. To be taken once, before [`Predecessor::reach`].
+    #[must_use]
+    pub fn bequest(&self) -> Option<Bequest> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        fcntl(&self.0, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).ok()?;
+        let mut letter = vec![0; LONGEST_LETTER];
+        // It was sent before this process was started; from one that has left nothing there is nothing to read.
+        let (length, descriptors) = sys::receive_with_descriptors(self.0.as_fd(), &mut letter).ok()?;
+        letter.truncate(length);
+        (length > 0).then_some(Bequest { letter, descriptors })
+    }
+
+    /// Its descriptor, which is not for the relay process.
+    #[must_use]
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     /// Its end, to wait for and to talk to.
@@ -126,12 +148,21 @@ impl Program {
         Ok(Self { path: std::env::current_exe()?, words: std::env::args_os().collect() })
     }
 
-    /// Starts a successor on `listeners`.
+    /// Starts a successor on `listeners`, and leaves it the kernel relay.
     ///
     /// # Errors
     /// When the program cannot be executed.
-    pub fn start_successor(&self, listeners: &[&Listener]) -> anyhow::Result<Successor> {
+    pub fn start_successor(
+        &self,
+        listeners: &[&Listener],
+        bequest: Option<&Bequest>,
+    ) -> anyhow::Result<Successor> {
         let (ours, theirs) = UnixStream::pair()?;
+        if let Some(Bequest { letter, descriptors }) = bequest {
+            let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(OwnedFd::as_fd).collect();
+            // Into an empty socket, so at once.
+            sys::send_with_descriptors(ours.as_fd(), letter, &descriptors)?;
+        }
         let theirs = theirs.into_std()?;
         theirs.set_nonblocking(false)?;
         let names: Vec<&str> = listeners.iter().map(|listener| listener.name.as_str()).collect();

@@ -3,12 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::time::timeout;
-
-use crate::activate::ready;
-
-/// How long one try of the command may take.
-const TRY: Duration = Duration::from_secs(10);
+use crate::activate::Activator;
+use crate::activate::command::{self, LIMIT, Outcome};
 
 /// At most so long after a “busy” it is asked again.
 const STEP: Duration = Duration::from_secs(10);
@@ -38,8 +34,8 @@ impl Inhibitors {
         limit.clamp(SHORTEST_STEP, STEP)
     }
 
-    /// Who is busy, if somebody is. Ends within ten seconds.
-    pub async fn busy(&self) -> Option<String> {
+    /// Who is busy, if somebody is. Ends within seconds: `activator` runs the command.
+    pub async fn busy(&self, activator: &Activator) -> Option<String> {
         if let Some(file) = &self.file {
             match file.symlink_metadata() {
                 Ok(_) => return Some(format!("{} exists", file.display())),
@@ -52,15 +48,13 @@ impl Inhibitors {
             }
         }
         let exec = self.exec.as_ref()?;
-        let trouble = match timeout(TRY, ready::run(&mut ready::shell(exec))).await {
-            Ok(Ok(status)) => match status.code() {
-                Some(0) => return Some(format!("“{exec}” says so")),
-                // What a shell says of a command that it cannot run, or cannot find.
-                Some(code @ (126 | 127)) => format!("exit status {code}"),
-                _ => return None,
-            },
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {} s", TRY.as_secs()),
+        let trouble = match activator.run(&command::shell(exec)).await {
+            Ok(Outcome::Exited(0)) => return Some(format!("“{exec}” says so")),
+            // What a shell says of a command that it cannot run, or cannot find.
+            Ok(Outcome::Exited(code @ (126 | 127))) => format!("exit status {code}"),
+            Ok(Outcome::Exited(_) | Outcome::Signalled) => return None,
+            Ok(Outcome::TooLong) => format!("no answer within {} s", LIMIT.as_secs()),
+            Err(error) => error.to_string(),
         };
         tracing::warn!("--busy-exec: {trouble}, which counts as busy");
         Some(format!("“{exec}”: {trouble}"))
@@ -70,10 +64,17 @@ impl Inhibitors {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::activate::Place;
+    use crate::activate::bus::Manager;
+    use crate::activate::ready::Ready;
+
+    fn activator() -> Activator {
+        Activator::new(Place::Own, None, Manager::User, Ready::Unchecked)
+    }
 
     fn busy(exec: &str) -> Option<String> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(Inhibitors { file: None, exec: Some(exec.into()) }.busy())
+        runtime.block_on(Inhibitors { file: None, exec: Some(exec.into()) }.busy(&activator()))
     }
 
     #[test]
@@ -88,7 +89,7 @@ mod tests {
     fn a_file_that_cannot_be_looked_for_counts_as_there() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let asks = |file: &str| {
-            runtime.block_on(Inhibitors { file: Some(file.into()), exec: None }.busy()).is_some()
+            runtime.block_on(Inhibitors { file: Some(file.into()), exec: None }.busy(&activator())).is_some()
         };
         assert!(asks("/dev/null") && asks("/dev/null/below"));
         assert!(!asks("/nowhere/at/all"));

@@ -6,7 +6,9 @@
 //! last process that holds them ends, however it ends, the kernel closes the links, maps and programs, and every socket goes back
 //! to ordinary TCP. For one that may not, `bro loader` has done it ([`install`], [`pinned`]).
 
+mod bequest;
 pub mod cgroup;
+mod foreign;
 pub mod install;
 mod lane;
 mod load;
@@ -23,9 +25,12 @@ mod unavailable;
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
 
+use bequest::Estate;
 use bro_ebpf::kind;
 
+pub use bequest::Bequest;
 pub use bro_ebpf::{Event, Reason};
+pub use foreign::{Foreign, News};
 pub use lane::{Granted, Lane, LaneCounters, LaneId, SenderAddress};
 pub use maps::{Descriptors, Maps, Share};
 pub use offsets::BtfError;
@@ -151,21 +156,37 @@ impl Kernel {
     }
 
     fn of(loaded: load::Loaded) -> Result<Self, Unavailable> {
-        let load::Loaded { programs, descriptors, share, .. } = loaded;
+        let load::Loaded { mut programs, descriptors, share, more_events, .. } = loaded;
+        let own = descriptors.events.try_clone().map_err(Unavailable::Mapping)?;
+        let rings = std::iter::once(own).chain(more_events).collect();
+        let watch = programs.watch_descriptor()?;
+        let all = descriptors.try_clone().map_err(Unavailable::Mapping)?;
+        programs.keep(Estate { descriptors: all, rings, watch, share, older: Vec::new(), no_clients: None });
         Ok(Self { programs, maps: Maps::new(&descriptors, share)?, descriptors })
     }
 
-    /// The kernel relay, from whoever has it: `bro loader` for this user, else loaded and tested here.
+    /// The kernel relay, from whoever has it: `bro loader` for this user, else a predecessor, else loaded and tested here.
     ///
     /// # Errors
-    /// When neither is to be had.
-    pub fn obtain(config: &Config) -> Result<Self, Unavailable> {
+    /// When none is to be had.
+    pub fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
         let pinned = if config.hook_blocking {
             // The loader's programs are for non-blocking sockets.
             Ok(None)
         } else {
             pinned::open(&pinned::folder(nix::unistd::geteuid().as_raw()))
         };
+        if !matches!(pinned, Ok(Some(_)))
+            && let Some(bequest) = bequest
+        {
+            match Self::inherited(bequest, config) {
+                Ok(Some(kernel)) => return Ok(kernel),
+                Ok(None) => {
+                    tracing::info!("the predecessor's kernel relay is another version's, and is not used")
+                }
+                Err(reason) => tracing::warn!("the predecessor's kernel relay cannot be used: {reason}"),
+            }
+        }
         match pinned {
             Ok(Some(pinned)) => {
                 if config.trace {
@@ -195,8 +216,33 @@ impl Kernel {
         Ok(Self { programs: Programs::seated(seat, clients), maps, descriptors })
     }
 
+    /// That of this process's predecessor, which has tested it; `None` if it is another version's.
+    fn inherited(bequest: Bequest, config: &Config) -> Result<Option<Self>, Unavailable> {
+        let Some((estate, links)) = bequest.open() else { return Ok(None) };
+        if estate.share.hook_blocking != config.hook_blocking {
+            return Ok(None);
+        }
+        let descriptors = estate.descriptors.try_clone().map_err(Unavailable::Mapping)?;
+        let share = estate.share;
+        seat::tidy(&descriptors, &share, |seat| !estate.older.contains(&seat))?;
+        let mut maps = Maps::new(&descriptors, share)?;
+        maps.drain_events(|_| {});
+        if config.trace {
+            tracing::info!(
+                "what the predecessor's programs do is told by the predecessor, as long as it is there"
+            );
+        }
+        tracing::info!(
+            "the kernel relay is the predecessor's (seat {} of {})",
+            share.seat + 1,
+            estate.rings.len()
+        );
+        Ok(Some(Self { programs: Programs::inherited(estate, links), maps, descriptors }))
+    }
+
     fn tested(mut self) -> Result<Self, Unavailable> {
         self.selftest()?;
+        self.programs.tested(self.maps.share);
         Ok(self)
     }
 

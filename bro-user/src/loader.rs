@@ -12,7 +12,7 @@ use nix::unistd::{Uid, User};
 use crate::activate::bus::{Bus, Manager};
 use crate::cli::Loader;
 use crate::exit::Failure;
-use crate::kernel::install::{self, Order};
+use crate::kernel::install::{self, Named, Order};
 use crate::kernel::{Unavailable, cgroup};
 
 /// How long systemd may take to start a user's manager.
@@ -24,6 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// When the user is unknown, or the kernel refuses.
 pub fn run(options: &Loader) -> anyhow::Result<()> {
     let (uid, name) = user(&options.user)?;
+    let named = if options.user.parse::<u32>().is_ok() { Named::Number } else { Named::Name };
     if uid == 0 {
         bail!(Failure::Usage(
             "root's forwarders load for themselves; bro loader is for ordinary users".into()
@@ -36,7 +37,7 @@ pub fn run(options: &Loader) -> anyhow::Result<()> {
     }
     let mut out = std::io::stdout().lock();
     if options.remove {
-        let said = if install::remove(uid).map_err(plain)? {
+        let said = if install::remove(uid, named).map_err(plain)? {
             "removed; forwarders that use them go on with them until they end"
         } else {
             "there was nothing to remove"
@@ -49,7 +50,7 @@ pub fn run(options: &Loader) -> anyhow::Result<()> {
     };
     let subordinate =
         subordinate::ranges(&std::fs::read_to_string("/etc/subuid").unwrap_or_default(), uid, &name);
-    let order = Order { user: uid, subordinate, cgroup, connections: options.connections };
+    let order = Order { named, user: uid, subordinate, cgroup, connections: options.connections };
     install::install(&order).map_err(plain)?;
     let (cgroup, connections) = (order.cgroup.display(), order.connections);
     let seats = bro_ebpf::SEATS;

@@ -76,8 +76,8 @@ impl Tools {
 #[derive(Debug)]
 enum Held {
     Nothing,
-    // Boxed: idle connections, the most numerous, should not pay for what they do not hold.
-    Pipe(Box<Pipe>),
+    // Each a pointer: idle connections, the most numerous, should not pay for what they do not hold.
+    Pipe(Pipe),
     Bytes(Box<Bytes>),
 }
 
@@ -228,7 +228,7 @@ impl Direction {
         match splice::fill(source, &pipe) {
             Ok(Filled::Bytes(count)) => {
                 self.half.read(count);
-                self.held = Held::Pipe(Box::new(pipe));
+                self.held = Held::Pipe(pipe);
                 if self.spend(count) {
                     let _emptied = self.flush(sink, tools)?;
                 }
@@ -316,7 +316,7 @@ impl Direction {
             }
         }
         if let Held::Pipe(pipe) = std::mem::replace(&mut self.held, Held::Nothing) {
-            tools.pool.give_back(*pipe);
+            tools.pool.give_back(pipe);
         }
         Ok(true)
     }
@@ -335,7 +335,7 @@ impl Direction {
     /// Gives up what is held.
     pub fn discard(&mut self, tools: &mut Tools) {
         if let Held::Pipe(pipe) = std::mem::replace(&mut self.held, Held::Nothing) {
-            tools.pool.discard(*pipe);
+            tools.pool.discard(pipe);
         }
     }
 }

@@ -269,6 +269,21 @@ pub fn fork() -> io::Result<Option<i32>> {
     Ok((pid != 0).then_some(pid))
 }
 
+/// Gives the kernel back what has been freed (malloc_trim(3)), after much was needed once. glibc's allocator would keep it.
+pub fn return_freed_memory() {
+    // SAFETY: as safe as free(3); nothing that is in use is touched.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// Closes, after [`fork`] and in the child, what is its parent's alone. Nobody may use it there afterwards.
+pub fn close_in_child(descriptor: BorrowedFd<'_>) {
+    // SAFETY: a plain number; the child ends by [`exit_now`], without the destructor that would close it again.
+    unsafe { libc::close(descriptor.as_raw_fd()) };
+}
+
 /// Ignores a signal.
 ///
 /// # Errors

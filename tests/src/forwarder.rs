@@ -27,6 +27,7 @@ pub struct Setup {
     sockets: Vec<OwnedFd>,
     names: Vec<String>,
     launch: Vec<String>,
+    through: Vec<String>,
     environment: Vec<(OsString, OsString)>,
     pass_nothing: bool,
     without_forward: bool,
@@ -108,6 +109,19 @@ impl Setup {
         self
     }
 
+    /// Runs a copy of it as the user `uid` who has the rights to load the kernel relay, as `AmbientCapabilities=` gives them. Needs
+    /// root.
+    #[must_use]
+    pub fn ambient(mut self, uid: u32) -> Self {
+        let caps = "+bpf,+net_admin,+perfmon";
+        let (user, inheritable, ambient) =
+            (format!("--reuid={uid}"), format!("--inh-caps={caps}"), format!("--ambient-caps={caps}"));
+        let group = format!("--regid={uid}");
+        self.through = ["setpriv".into(), user, group, "--clear-groups".into(), inheritable, ambient].into();
+        self.readable_copy = true;
+        self
+    }
+
     /// A variable of the environment.
     #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
@@ -150,7 +164,7 @@ impl Setup {
             command.arg(format!("listen-names={}", self.names.join(":")));
         }
         // The test's own come last, and so prevail.
-        command.args(&self.launch).arg("--").arg(program);
+        command.args(&self.launch).arg("--").args(&self.through).arg(program);
         if !self.without_forward {
             command.arg("forward");
         }

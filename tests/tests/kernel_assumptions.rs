@@ -124,7 +124,7 @@ fn an_urgent_byte_is_urgent_behind_the_lane_too() {
     assert_eq!(socket::recv(ends.client.as_raw_fd(), &mut urgent, MsgFlags::MSG_OOB), Ok(1));
     assert_eq!(&urgent, b"!");
     let mut rest = [0; 5];
-    (&ends.client).set_nonblocking(false).unwrap();
+    ends.client.set_nonblocking(false).unwrap();
     (&ends.client).read_exact(&mut rest).unwrap();
     assert_eq!(&rest, b"indon");
 }
@@ -314,18 +314,41 @@ fn a_hook_that_comes_late_finds_nothing() {
     assert_eq!(bench.kernel.totals().hooked, hooked, "hooked after its half-close");
 }
 
+/// A service that only greets has not shown yet how it reads.
 #[test]
-fn a_nonblocking_service_is_known_once_its_first_bytes_are_acknowledged() {
+fn a_nonblocking_service_is_known_once_it_has_read_and_its_bytes_are_acknowledged() {
     require!(Need::Bpf);
     let mut bench = Bench::new().unwrap();
     let (backend, service) = pair(&bench.service).unwrap();
     assert_eq!(bench.kernel.hooked_now(), 0, "hooked before it is known");
-    send(&service, &mut Stream::new(1), 10).unwrap();
-    receive(&backend, &mut Stream::new(1), 10).unwrap();
+    let (mut answers, mut seen) = (Stream::new(1), Stream::new(1));
+    send(&service, &mut answers, 10).unwrap();
+    receive(&backend, &mut seen, 10).unwrap();
+    send(&backend, &mut Stream::new(2), 10).unwrap();
+    await_poll(service.as_fd(), PollFlags::POLLIN).unwrap();
+    assert_eq!(bench.kind(), Some(Kind::Unknown), "known by its greeting");
+    receive(&service, &mut Stream::new(2), 10).unwrap();
+    send(&service, &mut answers, 10).unwrap();
+    receive(&backend, &mut seen, 10).unwrap();
     bench.await_event(|event| matches!(event, Event::Learned { .. })).unwrap();
     assert_eq!(bench.kind(), Some(Kind::Fit));
     let _next = pair(&bench.service).unwrap();
     assert_eq!(bench.kernel.hooked_now(), 1);
+}
+
+/// One that sends and sends without being asked never reads, and is known by that.
+#[test]
+fn a_nonblocking_service_that_never_reads_is_known_by_what_it_sends() {
+    require!(Need::Bpf);
+    let mut bench = Bench::new().unwrap();
+    let (backend, service) = pair(&bench.service).unwrap();
+    let (mut sent, mut seen) = (Stream::new(1), Stream::new(1));
+    for _ in 0..20 {
+        send(&service, &mut sent, 10).unwrap();
+        receive(&backend, &mut seen, 10).unwrap();
+    }
+    bench.await_event(|event| matches!(event, Event::Learned { .. })).unwrap();
+    assert_eq!(bench.kind(), Some(Kind::Fit));
 }
 
 /// SIGUSR1 is caught, with SA_RESTART, by a handler that does nothing.

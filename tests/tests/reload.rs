@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::forwarder::{Forwarder, Setup};
+use bro_tests::loader::Site;
 use bro_tests::notify::Notify;
-use bro_tests::peers::{Conn, Here, PATIENCE};
+use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::scene::{Scene, expect_relayed};
+use bro_tests::tier::{Need, met};
 use bro_tests::{process, require_namespaces};
 use bro_user::status::Predecessor;
 use nix::sys::signal::{Signal, kill};
@@ -263,4 +265,127 @@ fn a_new_program_that_does_not_start_changes_nothing() -> Result<()> {
     ensure!(forwarder.report()?.total.open == 2, "{:?}", forwarder.report());
     drop((old, new));
     forwarder.stop().map(drop)
+}
+
+/// An ordinary user, by number.
+const USER: u32 = 4001;
+
+/// A forwarder that has the rights to load the kernel relay until it has done so, and its site.
+fn with_rights(connections: &str) -> Result<(Notify, Site)> {
+    let notify = Notify::new_abstract()?;
+    let address = Family::Tcp4.loopback().context("TCP has a loopback address")?;
+    let (front, service) = (Listener::new(&Here, &address)?, Listener::new(&Here, &address)?);
+    let setup = Setup::new().ambient(USER).socket(&front).env("NOTIFY_SOCKET", notify.name());
+    let setup = setup.arg(connections).arg(service.address().to_string());
+    Ok((notify, Site { forwarder: setup.start()?, front, service }))
+}
+
+/// Reloads, and waits until the successor alone accepts.
+fn reload_site(site: &Site, notify: &mut Notify, mains: &mut Vec<i32>) -> Result<()> {
+    let main = *mains.last().context("a main process")?;
+    kill(Pid::from_raw(main), Signal::SIGHUP)?;
+    let successor = newest_main(notify, mains)?;
+    let replaced = format!("Replaced by process {successor}");
+    site.forwarder.log().line(PATIENCE, |line| line.contains(&replaced))?;
+    mains.push(successor);
+    Ok(())
+}
+
+fn expect_no_capability(pid: i32) -> Result<()> {
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = std::fs::read_to_string(thread?.path().join("status"))?;
+        for set in ["CapPrm:", "CapEff:", "CapAmb:"] {
+            let held = status.lines().find(|line| line.starts_with(set)).context(set)?;
+            ensure!(held.ends_with("\t0000000000000000"), "process {pid}: {held}");
+        }
+    }
+    Ok(())
+}
+
+macro_rules! require_bpf {
+    () => {
+        if !met(std::thread::current().name().unwrap_or("?"), &[Need::Root, Need::Bpf]) {
+            return Ok(());
+        }
+    };
+}
+
+#[test]
+fn the_kernel_relay_goes_on_in_a_successor_without_rights() -> Result<()> {
+    require_bpf!();
+    let (mut notify, site) = with_rights("--connections-max=64")?;
+    let programs = site.forwarder.kernel_relay()?;
+    site.expect_lane(USER)?;
+    let mut mains = vec![site.forwarder.pid()];
+    expect_no_capability(mains[0])?;
+    let old = site.connect(USER)?;
+    expect_relayed(&old.0, &old.1)?;
+
+    for seat in ["seat 2 of 4", "seat 3 of 4", "seat 4 of 4"] {
+        reload_site(&site, &mut notify, &mut mains)?;
+        let inherited = format!("the kernel relay is the predecessor's ({seat})");
+        site.forwarder.log().line(PATIENCE, |line| line.contains(&inherited))?;
+        expect_no_capability(*mains.last().context("the successor")?)?;
+        site.expect_lane(USER).with_context(|| seat.to_owned())?;
+        expect_relayed(&old.0, &old.1).context("through the first process")?;
+    }
+    // Each of them waits for the first, and so keeps its place.
+    reload_site(&site, &mut notify, &mut mains)?;
+    site.forwarder.log().line(PATIENCE, |line| line.contains("no place for the successor"))?;
+    site.forwarder
+        .log()
+        .line(PATIENCE, |line| line.contains("by splice") && line.contains("not permitted"))?;
+    let new = site.connect(USER)?;
+    expect_relayed(&new.0, &new.1).context("through the last one")?;
+    drop(new);
+    drop(old);
+    for main in &mains[..4] {
+        ensure!(ends(*main)?, "process {main} stays without a connection");
+    }
+    kill(Pid::from_raw(mains[4]), Signal::SIGTERM)?;
+    ensure!(ends(mains[4])?, "the last one does not end");
+    let closings = site.forwarder.log().closings(0, PATIENCE)?;
+    ensure!(closings.iter().any(|closing| closing.relay == "splice"), "{closings:?}");
+    programs.expect_gone()?;
+    site.forwarder.expect_nothing_left()?;
+    site.forwarder.expect_no_panic()
+}
+
+#[test]
+fn lanes_outlive_the_process_that_has_loaded_the_programs() -> Result<()> {
+    require_bpf!();
+    let (mut notify, site) = with_rights("--connections-max=64")?;
+    let programs = site.forwarder.kernel_relay()?;
+    let mut mains = vec![site.forwarder.pid()];
+    // Nobody has woken the service, so nothing is attached yet: the successor does that without any right.
+    for seat in [2, 1, 2] {
+        reload_site(&site, &mut notify, &mut mains)?;
+        let replaced = mains[mains.len() - 2];
+        ensure!(ends(replaced)?, "process {replaced} stays without a connection");
+        let inherited = format!("the kernel relay is the predecessor's (seat {seat} of 4)");
+        site.forwarder.log().line(PATIENCE, |line| line.contains(&inherited))?;
+        site.expect_lane(USER)?;
+    }
+    ensure!(!programs.left().is_empty(), "others took their place");
+    let last = *mains.last().context("a main process")?;
+    expect_no_capability(last)?;
+    // However it ends.
+    kill(Pid::from_raw(last), Signal::SIGKILL)?;
+    ensure!(ends(last)?, "it cannot be killed");
+    ensure!(process::eventually(PATIENCE, || programs.left().is_empty()), "{:?} are left", programs.left());
+    site.forwarder.expect_nothing_left()
+}
+
+#[test]
+fn a_set_for_very_many_connections_has_one_place() -> Result<()> {
+    require_bpf!();
+    let (mut notify, site) = with_rights("--connections-max=40000")?;
+    site.forwarder.kernel_relay()?;
+    let mut mains = vec![site.forwarder.pid()];
+    reload_site(&site, &mut notify, &mut mains)?;
+    site.forwarder.log().line(PATIENCE, |line| line.contains("no place for the successor"))?;
+    site.expect_no_lane(USER)?;
+    kill(Pid::from_raw(mains[1]), Signal::SIGTERM)?;
+    ensure!(ends(mains[1])?, "the successor does not end");
+    site.forwarder.expect_nothing_left()
 }

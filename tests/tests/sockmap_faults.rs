@@ -467,6 +467,30 @@ while True:
     connection.close()
 "#;
 
+/// The same of one that greets its clients while it does not block, and blocks from then on.
+const GREETS: &str = r#"
+import ctypes, fcntl, os, signal, socket
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.siginterrupt(signal.SIGALRM, False)
+signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+libc = ctypes.CDLL(None, use_errno=True)
+while True:
+    connection, _ = listener.accept()
+    connection.setblocking(False)
+    connection.send(b"hello ")
+    connection.send(b"there ")
+    fd = connection.fileno()
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    request = ctypes.create_string_buffer(4)
+    while (got := libc.recv(fd, request, 4, 0)) > 0:
+        libc.send(fd, request, got, 0)
+    if got < 0:
+        print("recv", ctypes.get_errno(), flush=True)
+    connection.close()
+"#;
+
 struct Killed(Child);
 
 impl Drop for Killed {
@@ -476,21 +500,56 @@ impl Drop for Killed {
     }
 }
 
+/// A service in Python in a namespace of its own, with what it says and where it listens.
+fn in_python(program: &str) -> Result<(Namespace, Killed, bro_tests::log::Log, Address)> {
+    let namespace = Namespace::new()?;
+    let mut command = Command::new(bro::helper());
+    command.arg("launch").arg("--").args(namespace.enter()).args(["python3", "-c", program]);
+    let mut service = Killed(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?);
+    let says = bro_tests::log::Log::collect(service.0.stdout.take().context("stdout is piped")?);
+    let port: u16 = says.line(PATIENCE, |_| true)?.trim().parse()?;
+    let target = Address::Tcp(std::net::SocketAddr::from(([127, 0, 0, 1], port)));
+    Ok((namespace, service, says, target))
+}
+
+#[test]
+fn a_service_that_turns_to_blocking_after_its_greeting_never_sees_an_error() -> Result<()> {
+    require_bpf!();
+    if !met("a_service_that_turns_to_blocking_after_its_greeting", &[Need::Program("python3", "python3")]) {
+        return Ok(());
+    }
+    let (namespace, _service, says, target) = in_python(GREETS)?;
+    let front = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
+    let setup = Setup::new().arg("--relay=sockmap").netns(&namespace).socket(&front);
+    let forwarder = setup.arg(target.to_string()).start()?;
+    let programs = forwarder.kernel_relay()?;
+    for nth in 1..=4 {
+        let client = Conn::new(&Here, front.address())?;
+        client.recv_exact(&mut [0; 12])?;
+        ensure!(client.stays_silent(STUCK)?, "an answer before the request");
+        client.send(b"ping")?;
+        client.recv_exact(&mut [0; 4]).with_context(|| format!("connection {nth}: {:?}", says.lines()))?;
+        client.close_writing()?;
+        client.expect_eof()?;
+        drop(client);
+        forwarder.closings(nth)?;
+    }
+    ensure!(says.lines().len() == 1, "{:?}", says.lines());
+    let blocking = |watch: &bro_ebpf::Watch| watch.role == role::SERVICE && watch.kind == kind::BLOCKING;
+    ensure!(programs.watched()?.iter().any(blocking), "{:?}", programs.watched());
+    forwarder.stop()?;
+    programs.expect_gone()
+}
+
 #[test]
 fn a_blocking_service_with_a_timer_never_sees_an_error() -> Result<()> {
     require_bpf!();
     if !met("a_blocking_service_with_a_timer_never_sees_an_error", &[Need::Program("python3", "python3")]) {
         return Ok(());
     }
-    let namespace = Namespace::new()?;
-    let mut command = Command::new(bro::helper());
-    command.arg("launch").arg("--").args(namespace.enter()).args(["python3", "-c", TIMED]);
-    let mut service = Killed(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?);
-    let says = bro_tests::log::Log::collect(service.0.stdout.take().context("stdout is piped")?);
-    let port: u16 = says.line(PATIENCE, |_| true)?.trim().parse()?;
+    let (namespace, _service, says, target) = in_python(TIMED)?;
     let front = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
     let setup = Setup::new().args(["--relay=sockmap", "--local-clients=on"]).netns(&namespace).socket(&front);
-    let target = Address::Tcp(std::net::SocketAddr::from(([127, 0, 0, 1], port)));
     let forwarder = setup.arg(target.to_string()).start()?;
     let programs = forwarder.kernel_relay()?;
     for nth in 1..=4 {

@@ -174,6 +174,40 @@ fn zsh_loads_the_completions() {
     }
 }
 
+/// In a real line editor, on a terminal of its own.
+const ZSH: &str = r#"
+zmodload zsh/zpty
+zpty inner zsh -f -i
+tell() { zpty -w inner "$1" }
+tell "PROMPT= RPROMPT= fpath=($FOLDER \$fpath); autoload -U compinit; compinit -D -u"
+tell 'show() { print -r -- "<<$BUFFER>>"; BUFFER= }; zle -N show; bindkey "^X" show; print rea""dy'
+zpty -r inner said '*ready*'
+zpty -w -n inner "$LINE"$'\t\x18'
+zpty -r inner said '*<<*>>*'
+print -r -- "$said"
+zpty -d inner
+"#;
+
+#[test]
+fn zsh_completes() {
+    require!(Need::Program("zsh", "zsh"));
+    let scratch = Scratch::new().unwrap();
+    dist(scratch.path(), &["completions"]);
+    for (line, offered) in OFFERED {
+        let output = Command::new("timeout")
+            .args(["60", "zsh", "-f", "-c", ZSH])
+            .env("FOLDER", scratch.path().join("completions"))
+            .env("LINE", format!("bro {}", if offered == "bytes" { "forward --idle-by by" } else { line }))
+            .env("TERM", "dumb")
+            .output()
+            .unwrap();
+        let said = text(&output);
+        assert!(output.status.success(), "{said}");
+        let completed = said.rsplit("<<").next().unwrap();
+        assert!(completed.contains(offered), "bro {line}: {said}");
+    }
+}
+
 #[test]
 fn the_debian_package_holds_what_it_should_and_is_reproducible() {
     require!(DEBIAN);
@@ -256,6 +290,52 @@ fn the_rpm_holds_the_same() {
     }
     let scripts = run("rpm", &["-qp", "--scripts", &package]);
     assert!(scripts.contains("bro after-upgrade"), "{scripts}");
+}
+
+#[test]
+fn the_rpm_can_be_installed_and_erased() {
+    require!(RPM, Need::Root);
+    let scratch = Scratch::new().unwrap();
+    dist(scratch.path(), &["rpm"]);
+    let package = only(scratch.path(), "rpm").display().to_string();
+    let root = scratch.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    let rpm = |words: &[&str]| {
+        let place = ["--root", root.to_str().unwrap(), "--dbpath", "/var/lib/rpm"];
+        run("rpm", &[&place[..], words].concat())
+    };
+    rpm(&["--initdb"]);
+    // An empty root has neither what the package depends on nor a shell for its scripts.
+    rpm(&["--install", "--nodeps", "--noscripts", &package]);
+    let version = run(root.join("usr/bin/bro").to_str().unwrap(), &["--version"]);
+    assert!(version.starts_with(&format!("bro {}", env!("CARGO_PKG_VERSION"))), "{version}");
+    let called = run(root.join("usr/bin/bro-activate").to_str().unwrap(), &["--help"]);
+    assert!(called.contains("--external-port"), "{called}");
+    assert_eq!(rpm(&["--verify", "--nodeps", "bro"]), "", "something is not as it was packed");
+    let listed = rpm(&["--query", "--list", "--verbose", "bro"]);
+    for line in listed.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!(words[2..4], ["root", "root"], "{line}");
+        let mode = match (line.as_bytes()[0], words.last().unwrap().starts_with("/usr/bin/")) {
+            (b'l', _) => "lrwxrwxrwx",
+            (b'd', _) => "drwxr-xr-x",
+            (_, true) => "-rwxr-xr-x",
+            (_, false) => "-rw-r--r--",
+        };
+        assert_eq!(words[0].trim_end_matches('.'), mode, "{line}");
+    }
+    assert!(listed.contains("/usr/lib/systemd/system/bro-loader@.service"), "{listed}");
+    // It would verify nothing if anything passed.
+    std::fs::write(root.join("usr/lib/systemd/system-preset/80-bro.preset"), "").unwrap();
+    let changed = Command::new("rpm")
+        .args(["--root", root.to_str().unwrap(), "--dbpath", "/var/lib/rpm", "--verify", "--nodeps", "bro"])
+        .output()
+        .unwrap();
+    assert!(text(&changed).contains("80-bro.preset"), "{}", text(&changed));
+    rpm(&["--erase", "--noscripts", "bro"]);
+    let left: Vec<PathBuf> =
+        files(&root).into_iter().filter(|path| !path.starts_with(root.join("var/lib/rpm"))).collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

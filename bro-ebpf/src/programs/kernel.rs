@@ -10,6 +10,9 @@ use bro_ebpf::Owners;
 /// `tcp_sock.write_seq`.
 #[unsafe(no_mangle)]
 static WRITE_SEQ: Global<u32> = Global::new(0);
+/// `tcp_sock.copied_seq`.
+#[unsafe(no_mangle)]
+static COPIED_SEQ: Global<u32> = Global::new(0);
 /// `inet_connection_sock.icsk_ulp_ops`.
 #[unsafe(no_mangle)]
 static ULP_OPS: Global<u32> = Global::new(0);
@@ -82,8 +85,19 @@ impl TcpSock {
     /// The sequence number of the next byte it gives to TCP.
     #[inline(always)]
     pub fn write_seq(self) -> u32 {
+        self.number(WRITE_SEQ.load())
+    }
+
+    /// The sequence number of the next byte that its owner reads.
+    #[inline(always)]
+    pub fn copied_seq(self) -> u32 {
+        self.number(COPIED_SEQ.load())
+    }
+
+    #[inline(always)]
+    fn number(self, offset: u32) -> u32 {
         // SAFETY: the offset is that of a u32 in this kernel's struct tcp_sock; the verifier checks it.
-        let field = unsafe { self.0.add(WRITE_SEQ.load() as usize) };
+        let field = unsafe { self.0.add(offset as usize) };
         // SAFETY: as above. Volatile, because the kernel changes it.
         unsafe { field.cast::<u32>().read_volatile() }
     }

@@ -153,7 +153,7 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     }
     // SAFETY: the context is the kernel's own.
     new.cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };
-    (new.base, new.seen) = (base, base);
+    (new.base, new.seen, new.unread) = (base, base, tcp.copied_seq());
     let create = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
     let value = core::ptr::from_mut(&mut new).cast();
     // SAFETY: `sk` is the context's own and not null, `value` is of the storage's type.
@@ -292,11 +292,20 @@ fn prove(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     trace::sender("proved to be a non-blocking client", sender);
 }
 
-/// What a service's first connection has sent was acknowledged: its file now says which kind of socket the service uses.
+/// So many segments of its own are enough to learn from a service that was sent none.
+const SENDS_UNASKED: u32 = 16;
+
+/// What a service's first connection has sent was acknowledged: its file now says which kind of socket the service uses. Blocking it is
+/// as soon as it is seen to be; non-blocking only after it has read something as well: one that greets before it turns to blocking
+/// is still non-blocking when its greeting is acknowledged.
 #[inline(always)]
 fn learn(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     let Some(tcp) = socket(ops).and_then(TcpSock::of) else { return };
     let Some(nonblocking) = tcp.nonblocking() else { return };
+    let has_read = tcp.copied_seq() != sender.unread;
+    if nonblocking && !has_read && context!(ops, data_segs_out) < SENDS_UNASKED {
+        return;
+    }
     sender.state &= !SenderState::LEARNING;
     set_flags(ops, 0, BPF_SOCK_OPS_RTT_CB_FLAG);
     let learned = match (nonblocking, tcp.zerocopy()) {

@@ -2,13 +2,18 @@
 
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_lite::StreamExt as _;
-use zbus::OwnedObjectPath;
+use zbus::{OwnedObjectPath, Variant};
 
+use super::command::Outcome;
 use crate::owner::Owner;
+
+/// What syslog(3) calls a warning: systemd's own lines about a unit that are less are not kept.
+const LOG_WARNING: i32 = 4;
 
 /// Whose service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +41,14 @@ trait Systemd {
     fn subscribe(&self) -> zbus::Result<()>;
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn start_transient_unit(
+        &self,
+        name: &str,
+        mode: &str,
+        properties: &[(&str, Variant<'_>)],
+        others: &[(&str, Vec<(&str, Variant<'_>)>)],
+    ) -> zbus::Result<OwnedObjectPath>;
+    fn unref_unit(&self, name: &str) -> zbus::Result<()>;
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
     fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
 
@@ -67,6 +80,10 @@ trait Unit {
 trait Service {
     #[zbus(property(emits_changed_signal = "false"))]
     fn result(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn exec_main_code(&self) -> zbus::Result<i32>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn exec_main_status(&self) -> zbus::Result<i32>;
 }
 
 /// What a service manager knows of a unit.
@@ -196,9 +213,7 @@ impl Bus {
     /// # Errors
     /// When the bus fails, or the unit is no service.
     pub async fn result(&self, unit: &str) -> anyhow::Result<String> {
-        let path = self.systemd.load_unit(unit).await?;
-        let service = ServiceProxy::builder(self.systemd.inner().connection()).path(path).build().await?;
-        Ok(service.result().await?)
+        Ok(self.service(unit).await?.result().await?)
     }
 
     async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {
@@ -225,6 +240,66 @@ impl Bus {
         wait(&mut removed, &job).await
     }
 
+    /// Runs a command as a unit of its own, that is gone when the command has ended, and waits for that. After `limit` it is killed,
+    /// with all that it has started.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn run(
+        &self,
+        words: &[String],
+        environment: &[String],
+        limit: Duration,
+    ) -> anyhow::Result<Outcome> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Relaxed);
+        let unit = format!("bro-command-{}-{number}.service", std::process::id());
+        let program = words.first().context("a command has a first word")?;
+        // Whatever it says by its exit status is an answer, not a failure to be looked into.
+        let statuses: Vec<i32> = (1..=255).collect();
+        let properties = [
+            ("Description", Variant::from(format!("{} for bro", words.join(" ")))),
+            ("Type", Variant::from("oneshot")),
+            ("ExecStart", Variant::from(vec![(program.clone(), words.to_vec(), false)])),
+            ("Environment", Variant::from(environment.to_vec())),
+            ("TimeoutStartUSec", Variant::from(limit.as_micros() as u64)),
+            ("KillSignal", Variant::from(nix::libc::SIGKILL)),
+            ("SuccessExitStatus", Variant::from((statuses, Vec::<i32>::new()))),
+            ("StandardOutput", Variant::from("null")),
+            ("StandardError", Variant::from("null")),
+            // It may be asked five times a second.
+            ("LogLevelMax", Variant::from(LOG_WARNING)),
+            ("CollectMode", Variant::from("inactive-or-failed")),
+            // It is there until its exit status has been read, or this connection ends.
+            ("AddRef", Variant::from(true)),
+        ];
+        let mut removed = self.systemd.receive_job_removed().await?;
+        let job = self.systemd.start_transient_unit(&unit, "fail", &properties, &[]).await.map_err(plain)?;
+        let mut transient = Transient { systemd: self.systemd.clone(), unit, runs: true };
+        let _result = wait(&mut removed, &job).await?;
+        transient.runs = false;
+        self.outcome(&transient.unit).await
+    }
+
+    async fn outcome(&self, unit: &str) -> anyhow::Result<Outcome> {
+        /// `CLD_EXITED`, as waitid(2) has it.
+        const EXITED: i32 = 1;
+        let service = self.service(unit).await?;
+        let (result, code) = (service.result().await?, service.exec_main_code().await?);
+        let status = service.exec_main_status().await?;
+        match (result.as_str(), code) {
+            ("timeout", _) => Ok(Outcome::TooLong),
+            ("success", EXITED) => Ok(Outcome::Exited(status)),
+            (_, 2..) => Ok(Outcome::Signalled),
+            _ => anyhow::bail!("it did not run ({result})"),
+        }
+    }
+
+    async fn service(&self, unit: &str) -> anyhow::Result<ServiceProxy<'static>> {
+        let path = self.systemd.load_unit(unit).await?;
+        Ok(ServiceProxy::builder(self.systemd.inner().connection()).path(path).build().await?)
+    }
+
     /// Stops the unit and waits for the end of the job.
     ///
     /// # Errors
@@ -247,6 +322,27 @@ impl Bus {
             self.systemd.reset_failed_unit(unit).await?;
         }
         Ok(result)
+    }
+}
+
+/// A unit that was made for one command. Dropping it has systemd end the command, if it runs, and forget the unit.
+struct Transient {
+    systemd: SystemdProxy<'static>,
+    unit: String,
+    runs: bool,
+}
+
+impl Drop for Transient {
+    fn drop(&mut self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (systemd, unit, runs) = (self.systemd.clone(), std::mem::take(&mut self.unit), self.runs);
+        // At this process's end systemd does the latter by itself.
+        drop(runtime.spawn(async move {
+            if runs {
+                systemd.stop_unit(&unit, "replace").await.ok();
+            }
+            systemd.unref_unit(&unit).await.ok();
+        }));
     }
 }
 

@@ -3,12 +3,10 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::process::Stdio;
 use std::str::FromStr;
 use std::time::Duration;
 
 use nix::libc;
-use tokio::process::Command;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::netns::Where;
@@ -54,9 +52,9 @@ impl FromStr for Ready {
 }
 
 /// Between two runs of a command.
-const EXEC_STEP: Duration = Duration::from_millis(200);
+pub const EXEC_STEP: Duration = Duration::from_millis(200);
 
-/// How long one run of a command, or one connection of our own, may take.
+/// How long one connection of our own may take.
 const TRY: Duration = Duration::from_secs(10);
 
 /// Between two looks at the table although the programs would tell.
@@ -133,49 +131,6 @@ async fn connect(socket: OwnedFd, address: SocketAddr) -> io::Result<()> {
         0 => Ok(()),
         code => Err(io::Error::from_raw_os_error(code)),
     }
-}
-
-/// A running command with whatever it started: all of it ends with this value.
-struct Group(nix::unistd::Pid);
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // ESRCH when all of it has ended already, the usual case.
-        nix::sys::signal::killpg(self.0, nix::sys::signal::Signal::SIGKILL).ok();
-    }
-}
-
-/// Runs a command to its end; when this is dropped, the command and all it started are killed.
-///
-/// # Errors
-/// When it cannot be started.
-pub async fn run(command: &mut Command) -> io::Result<std::process::ExitStatus> {
-    let _same = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-    let mut child = command.kill_on_drop(true).spawn()?;
-    // The leader is not reaped before `wait` returns, so until then the group's number is its own.
-    let _group = child.id().and_then(|id| id.try_into().ok()).map(|id| Group(nix::unistd::Pid::from_raw(id)));
-    child.wait().await
-}
-
-/// Waits until `command` exits with 0.
-pub async fn succeeding(command: impl Fn() -> Command) {
-    loop {
-        match timeout(TRY, run(&mut command())).await {
-            Ok(Ok(status)) if status.success() => return,
-            Ok(Ok(status)) => tracing::debug!(%status, "not ready yet"),
-            Ok(Err(error)) => tracing::warn!(%error, "cannot run the readiness command"),
-            Err(_) => tracing::debug!("the readiness command took too long"),
-        }
-        sleep(EXEC_STEP).await;
-    }
-}
-
-/// The command of `--ready=exec:`.
-#[must_use]
-pub fn shell(line: &str) -> Command {
-    let mut command = Command::new("/bin/sh");
-    let _same = command.arg("-c").arg(line);
-    command
 }
 
 #[cfg(test)]

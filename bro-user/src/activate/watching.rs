@@ -4,12 +4,16 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use crate::engine::handle::{Command, Handle};
 use crate::engine::lanes::Watch;
-use crate::kernel::{Config, Descriptors, Kernel, Programs, Share, Unavailable};
+use crate::kernel::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
+
+/// How long the thread may take to answer: it may just be attaching.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The loaded and tested kernel relay.
 #[derive(Debug)]
@@ -26,28 +30,38 @@ pub struct Loaded {
 #[derive(Debug, Clone)]
 pub struct Attacher(mpsc::Sender<Order>);
 
-/// What it is asked to attach to, and for whom.
+/// What it is asked for.
 #[derive(Debug)]
-struct Order {
-    cgroup: PathBuf,
-    /// It is that of local clients, and not the last; a service's is: new incarnations of a container come to the same cgroup, so the
-    /// rights for it are not needed any more.
-    clients: bool,
-    done: oneshot::Sender<Result<(), Unavailable>>,
+enum Order {
+    /// To attach them.
+    Attach {
+        cgroup: PathBuf,
+        /// It is that of local clients, and not the last; a service's is: new incarnations of a container come to the same cgroup,
+        /// so the rights for it are not needed any more.
+        clients: bool,
+        done: oneshot::Sender<Result<(), Unavailable>>,
+    },
+    /// What a successor gets; `older`: predecessors have connections yet.
+    Bequeath { older: bool, to: oneshot::Sender<Result<Option<Bequest>, Unavailable>> },
+    /// The successor has it.
+    Leave,
 }
 
 /// Loads and tests the kernel relay on a thread of its own: it takes tens of milliseconds, which the first client, whose
 /// service is starting, is not to wait for.
 #[must_use]
-pub fn load(config: Config) -> Option<oneshot::Receiver<Result<Loaded, Unavailable>>> {
+pub fn load(
+    config: Config,
+    bequest: Option<Bequest>,
+) -> Option<oneshot::Receiver<Result<Loaded, Unavailable>>> {
     let (to, loaded) = oneshot::channel();
-    let work = move || match Kernel::obtain(&config) {
+    let work = move || match obtain(&config, bequest) {
         Ok(kernel) => {
             let (programs, descriptors, share) = kernel.into_parts();
             let (orders, inbox) = mpsc::channel();
             // The forwarder may have ended meanwhile.
             drop(to.send(Ok(Loaded { descriptors, share, attacher: Attacher(orders) })));
-            attach(programs, &inbox);
+            serve(programs, &inbox);
         }
         Err(reason) => drop(to.send(Err(reason))),
     };
@@ -55,17 +69,33 @@ pub fn load(config: Config) -> Option<oneshot::Receiver<Result<Loaded, Unavailab
     Some(loaded)
 }
 
+/// The kernel relay, and no more memory than before: reading the kernel's types takes megabytes for a moment.
+fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Kernel, Unavailable> {
+    let kernel = Kernel::obtain(config, bequest);
+    crate::sys::return_freed_memory();
+    kernel
+}
+
 /// Attaches the programs as ordered, and holds them until nobody can order any more.
-fn attach(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
-    let mut dropped = false;
+fn serve(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
+    let (mut dropped, mut left) = (false, false);
     for order in inbox {
-        let hooked = if order.clients { programs.hook_clients() } else { Ok(()) };
-        let attached = hooked.and_then(|()| programs.attach(&order.cgroup));
-        if !order.clients && attached.is_ok() && !std::mem::replace(&mut dropped, true) {
-            crate::capabilities::drop_the_kernel_relays();
-        }
         // Whoever ordered may have given up.
-        drop(order.done.send(attached));
+        match order {
+            Order::Attach { cgroup, clients, done } => {
+                let hooked = if clients { programs.hook_clients() } else { Ok(()) };
+                let attached = hooked.and_then(|()| programs.attach(&cgroup));
+                if !clients && attached.is_ok() && !std::mem::replace(&mut dropped, true) {
+                    crate::capabilities::drop_the_kernel_relays();
+                }
+                drop(done.send(attached));
+            }
+            Order::Bequeath { older, to } => drop(to.send(programs.bequest(older))),
+            Order::Leave => left = true,
+        }
+    }
+    if left {
+        programs.leave();
     }
 }
 
@@ -77,7 +107,7 @@ impl Attacher {
     pub async fn attach(&self, cgroup: &Path, clients: bool) -> Result<(), Unavailable> {
         let (done, attached) = oneshot::channel();
         let ended = || Unavailable::SelfTest("the thread that holds the programs has ended".into());
-        self.0.send(Order { cgroup: cgroup.into(), clients, done }).map_err(|_| ended())?;
+        self.0.send(Order::Attach { cgroup: cgroup.into(), clients, done }).map_err(|_| ended())?;
         attached.await.unwrap_or_else(|_| Err(ended()))
     }
 }
@@ -150,6 +180,27 @@ impl Watching {
             }
         };
         self.engine.watch(Watch { ports, ..watch }).await.unwrap_or(false)
+    }
+
+    /// What a successor gets of the kernel relay; `older`: predecessors of this process have connections yet.
+    pub async fn bequest(&self, older: bool) -> Option<Bequest> {
+        let (to, bequest) = oneshot::channel();
+        match &*self.state() {
+            State::Loaded(Attacher(orders)) => orders.send(Order::Bequeath { older, to }).ok()?,
+            State::Loading(_) | State::Unavailable => return None,
+        }
+        let bequest = tokio::time::timeout(PATIENCE, bequest).await.ok()?.ok()?;
+        bequest.unwrap_or_else(|error| {
+            tracing::warn!("the successor gets nothing of the kernel relay: {error}");
+            None
+        })
+    }
+
+    /// The successor has taken over: this process's end is not the end of what it has left.
+    pub fn leave(&self) {
+        if let State::Loaded(Attacher(orders)) = &*self.state() {
+            orders.send(Order::Leave).ok();
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

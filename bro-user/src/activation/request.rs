@@ -125,7 +125,7 @@ pub(super) fn wanted(
         };
         activated.others.push(directory.join(file));
     }
-    if restricted && places.scope == Manager::User {
+    if restricted {
         activated.others.push(places.units.join(units::pause_unit(&activated.name)));
     }
     warn_of_ports(quadlet, &activated, &mut warnings);

@@ -70,8 +70,8 @@ pub struct Activate {
     /// With --direct and Network=none: neither the container nor Podman, which starts it, can make a socket of the network
     ///
     /// The passed socket is the only way in, and there is none out. The image has to be there already. Stays until --remove.
-    /// (RestrictAddressFamilies= with AF_UNIX, AF_NETLINK and AF_INET, which crun wants for the loopback interface, and
-    /// NoNewPrivileges=; for a user with a unit that makes Podman's user namespace before.)
+    /// (RestrictAddressFamilies=AF_UNIX AF_NETLINK and NoNewPrivileges=, with a unit that makes the container's network namespace
+    /// before, and for a user Podman's user namespace. That takes `unshare` and `ip`.)
     #[arg(long)]
     pub restrict_network: bool,
 

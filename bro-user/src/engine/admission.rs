@@ -10,9 +10,6 @@ use crate::connection::{Connection, End, Peer, Registration, Stage};
 use crate::engine::handle::Event;
 use crate::stats::Stats;
 
-/// Clients taken from one listener before others get their turn.
-const BURST: usize = 32;
-
 /// The first pause after EMFILE and its like; it doubles up to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
@@ -20,11 +17,15 @@ const LAST_PAUSE: Duration = Duration::from_secs(1);
 impl Engine {
     /// Accepts what waits on a listener.
     pub(super) fn accept_some(&mut self, listener: usize) -> anyhow::Result<()> {
-        for _ in 0..BURST {
-            if self.accepting != Accepting::Open || !self.accept_one(listener, FIRST_PAUSE)? {
-                return Ok(());
-            }
+        let (turn, mut taken) = (self.turn, 0);
+        let allowed = self.crowds[listener].allowed(turn);
+        while taken < allowed
+            && self.accepting == Accepting::Open
+            && self.accept_one(listener, FIRST_PAUSE)?
+        {
+            taken += 1;
         }
+        self.crowds[listener].took(turn, taken, taken == allowed);
         Ok(())
     }
 
@@ -117,7 +118,7 @@ impl Engine {
             }
             *count += 1;
         }
-        tcp::set_options(&connection.client, self.settings.keepalive);
+        tcp::set_options(&connection.client, connection.peer.ip(), self.settings.keepalive);
         tracing::debug!(conn = number, peer = %connection.peer, target = %self.backends[backend].name, "accepted");
         let index = self.connections.insert(connection);
         self.pending += 1;

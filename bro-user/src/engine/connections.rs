@@ -99,7 +99,8 @@ impl Engine {
         let method = self.settings.method;
         let keepalive = self.settings.keepalive;
         let Some(connection) = self.connections.get_mut(index) else { return };
-        super::tcp::set_options(&service, keepalive);
+        let address = target.map(|target| target.ip().to_canonical());
+        super::tcp::set_options(&service, address, keepalive);
         let now = Instant::now();
         let waiting_since = std::mem::replace(&mut connection.active, now);
         if connection.woke {

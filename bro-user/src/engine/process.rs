@@ -1,7 +1,7 @@
 //! The relay process: the engine, in a process of its own that holds the connections and no rights. It is forked before the
 //! forwarder has a second thread, gives up everything it could do harm with ([`crate::sandbox`]), and ends with its parent.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ pub struct Process {
 }
 
 /// Starts the relay process for `listeners`, each with the index of its target in `targets`. Returns
-/// the channel to it as well. To be called while this process has a single thread.
+/// the channel to it as well. To be called while this process has a single thread. `private` is open here, and not there.
 ///
 /// # Errors
 /// When there is no other process to be had.
@@ -40,6 +40,7 @@ pub fn start(
     targets: &[Target],
     addresses: &mut AddressBook,
     stats: &Arc<Stats>,
+    private: Option<BorrowedFd<'_>>,
 ) -> anyhow::Result<(Process, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
@@ -52,6 +53,9 @@ pub fn start(
         }
         None => {
             drop(ours);
+            if let Some(private) = private {
+                sys::close_in_child(private);
+            }
             let served = serve(parent, settings, listeners, targets, addresses, stats.clone(), theirs);
             let code = served.map_or_else(
                 |error| {

@@ -1,5 +1,6 @@
 //! The options that every TCP socket of a connection gets.
 
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -30,13 +31,13 @@ impl Keepalive {
     }
 }
 
-/// Sets the options. A failure is no reason to refuse a client, and a unix socket has none of them but the first.
-pub fn set_options(socket: &impl AsFd, keepalive: Keepalive) {
+/// Sets the options of a socket whose other end is `peer`, where that is known. A failure is no reason to refuse a client, and a unix socket has none of them but the first.
+pub fn set_options(socket: &impl AsFd, peer: Option<IpAddr>, keepalive: Keepalive) {
     closing_aborts(socket, true);
     if setsockopt(socket, sockopt::TcpNoDelay, &true).is_err() {
         return;
     }
-    super::unpaced::unpace(socket.as_fd());
+    super::unpaced::unpace(socket.as_fd(), peer);
     setsockopt(socket, sockopt::KeepAlive, &true).ok();
     if let Some(time) = keepalive.time {
         setsockopt(socket, sockopt::TcpKeepIdle, &time).ok();

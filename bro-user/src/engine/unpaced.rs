@@ -5,29 +5,37 @@
 //! kernel has and everybody may choose (tcp(7), tcp_allowed_congestion_control), does nothing there once it has started.
 
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::sync::LazyLock;
 
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname, setsockopt, sockopt};
 
 use crate::sockaddr;
 
-/// Chooses the algorithm, if the sink's other end is on this host. A failure leaves the host's default.
-pub fn unpace(sink: BorrowedFd<'_>) {
-    if is_local(sink) {
-        setsockopt(&sink, sockopt::TcpCongestion, &OsString::from("reno")).ok();
+/// The algorithm; not made anew for each socket.
+static RENO: LazyLock<OsString> = LazyLock::new(|| "reno".into());
+
+/// Chooses the algorithm, if the sink's other end (`peer`, where that is known) is on this host. A failure leaves the host's
+/// default.
+pub fn unpace(sink: BorrowedFd<'_>, peer: Option<IpAddr>) {
+    if is_local(sink, peer) {
+        setsockopt(&sink, sockopt::TcpCongestion, &*RENO).ok();
     }
 }
 
-fn is_local(socket: BorrowedFd<'_>) -> bool {
-    let (own, peer) = (getsockname(socket.as_raw_fd()), getpeername(socket.as_raw_fd()));
+/// Asks the kernel no more than it has to: this is for each connection, twice.
+fn is_local(socket: BorrowedFd<'_>, peer: Option<IpAddr>) -> bool {
     let ip =
         |end: nix::Result<SockaddrStorage>| end.ok().and_then(|end| sockaddr::tcp(&end)).map(|end| end.ip());
-    ip(own).zip(ip(peer)).is_some_and(|(own, peer)| sockaddr::on_this_host(own, peer))
+    // What nobody has for an address is connected to as this host (ip(7), INADDR_ANY), under another.
+    let peer = peer.filter(|peer| !peer.is_unspecified()).or_else(|| ip(getpeername(socket.as_raw_fd())));
+    peer.is_some_and(|peer| peer.is_loopback() || ip(getsockname(socket.as_raw_fd())) == Some(peer))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
     use std::os::fd::AsFd as _;
 
     use nix::sys::socket::getsockopt;
@@ -38,10 +46,13 @@ mod tests {
     fn a_sink_on_this_host_is_not_paced() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let Ok(listener) = TcpListener::bind(address) else { continue };
-            let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            unpace(stream.as_fd());
-            let chosen = getsockopt(&stream, sockopt::TcpCongestion).unwrap();
-            assert_eq!(chosen.to_string_lossy().trim_end_matches('\0'), "reno", "{address}");
+            let there = listener.local_addr().unwrap();
+            for peer in [None, Some(there.ip()), Some(Ipv4Addr::UNSPECIFIED.into())] {
+                let stream = TcpStream::connect(there).unwrap();
+                unpace(stream.as_fd(), peer);
+                let chosen = getsockopt(&stream, sockopt::TcpCongestion).unwrap();
+                assert_eq!(chosen.to_string_lossy().trim_end_matches('\0'), "reno", "{address} {peer:?}");
+            }
         }
     }
 }

@@ -97,7 +97,7 @@ impl<'a> Replacing<'a> {
 
 impl Control<'_> {
     /// Starts a successor, in the background.
-    pub(super) fn begin_replacement(&mut self) {
+    pub(super) async fn begin_replacement(&mut self) {
         let Some(program) = self.replacing.program.clone() else { return };
         if self.phase != Phase::Serving || self.replacing.starting {
             return tracing::info!("not reloading: this forwarder is leaving or being replaced already");
@@ -111,8 +111,9 @@ impl Control<'_> {
             .filter(|(listener, _)| !listener.is_own())
             .map(|(listener, _)| listener)
             .collect();
+        let bequest = self.watching.bequest(self.replacing.has_predecessor()).await;
         let started = if listeners.len() == self.replacing.listeners.len() {
-            program.start_successor(&listeners)
+            program.start_successor(&listeners, bequest.as_ref())
         } else {
             Err(anyhow::anyhow!("the sockets of --listen cannot be handed over; use a socket unit"))
         };
@@ -134,10 +135,10 @@ impl Control<'_> {
             News::Successor(Err(error)) => {
                 tracing::error!("cannot reload, and goes on as before: {error:#}");
                 self.replacing.starting = false;
-                life::ready(&self.status());
                 // The successor may have put a socket of its own in this one's place. The old one takes its file along, so it goes first.
                 self.control = None;
                 self.control = crate::control::Server::start_or_warn();
+                life::ready(&self.status());
             }
             News::TakenOver(takeover) => {
                 life::mute(false);
@@ -176,6 +177,7 @@ impl Control<'_> {
         }
         self.replacing.tell(&self.stats);
         life::mute(true);
+        self.watching.leave();
         if let Some(control) = &mut self.control {
             control.is_succeeded();
         }

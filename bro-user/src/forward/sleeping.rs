@@ -60,7 +60,11 @@ impl Control<'_> {
         self.busy.asking = true;
         let answer = self.said_busy.0.clone();
         // Whoever asked may have left meanwhile.
-        drop(tokio::spawn(async move { drop(answer.send(inhibitors.busy().await)) }));
+        let activator = self.activator.clone();
+        let asking = async move {
+            drop(answer.send(inhibitors.busy(&activator).await));
+        };
+        drop(tokio::spawn(asking));
     }
 
     /// The answer to the question who is busy.

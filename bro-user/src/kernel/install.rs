@@ -3,12 +3,11 @@
 
 use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, lchown};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, Map};
-use aya::programs::links::FdLink;
 use bro_ebpf::{About, Owners, SEATS};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, RenameFlags, renameat2};
@@ -17,16 +16,54 @@ use nix::mount::{MsFlags, mount};
 use super::load::{self, Loaded, Shape, not_pinned};
 use super::maps::data;
 use super::pinned::{ABOUT, HOOK, LINK, ROOT, SEATS_FOLDER, events, folder, version};
-use super::seat;
 use super::unavailable::Unavailable;
 use super::{Config, Kernel};
+use super::{seat, sys};
 
 /// A seat's ring buffer, in bytes: some 800 events.
 const RING: u32 = 32 * 1024;
 
+/// How a user was named. `bro-loader@alice` and `bro-loader@1000` are two units for one set: whichever stopped would take away what
+/// the other stands for, so the second is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Named {
+    /// By name.
+    Name,
+    /// By number.
+    Number,
+}
+
+impl Named {
+    /// The folder that says so in a set.
+    const fn folder(self) -> &'static str {
+        match self {
+            Self::Name => "by-name",
+            Self::Number => "by-number",
+        }
+    }
+
+    const fn other(self) -> Self {
+        match self {
+            Self::Name => Self::Number,
+            Self::Number => Self::Name,
+        }
+    }
+
+    /// Refuses for a user whose set was made under the other designation.
+    fn check(self, set: &Path) -> Result<(), Unavailable> {
+        let other = match self.other() {
+            Self::Name => "by name",
+            Self::Number => "by number",
+        };
+        if set.join(self.other().folder()).exists() { Err(Unavailable::Named(other)) } else { Ok(()) }
+    }
+}
+
 /// For whom, and how.
 #[derive(Debug, Clone)]
 pub struct Order {
+    /// As what he was named.
+    pub named: Named,
     /// Whose set.
     pub user: u32,
     /// His ranges of subordinate user ids, first and count: his containers' users.
@@ -57,19 +94,22 @@ pub fn install(order: &Order) -> Result<(), Unavailable> {
     write_down(&loaded, &shape, &seen)?;
 
     let draft = Draft::begin(order.user)?;
+    order.named.check(&folder(order.user))?;
     pin(draft.path(), loaded, &order.cgroup, order.user)?;
+    make(&draft.path().join(order.named.folder()), 0o700)?;
     draft.publish(&folder(order.user))
 }
 
 /// Takes a user's set away; false when there was none. Forwarders that use it go on.
 ///
 /// # Errors
-/// When the files cannot be removed.
-pub fn remove(user: u32) -> Result<bool, Unavailable> {
+/// When the files cannot be removed, or were made for another unit.
+pub fn remove(user: u32, named: Named) -> Result<bool, Unavailable> {
     let set = folder(user);
     if !set.exists() {
         return Ok(false);
     }
+    named.check(&set)?;
     clear(&set).map_err(|error| Unavailable::Pin(set, error))?;
     Ok(true)
 }
@@ -141,11 +181,9 @@ fn pin(to: &Path, loaded: Loaded, cgroup: &Path, user: u32) -> Result<(), Unavai
     let path = to.join(LINK);
     let link =
         programs.take_link(cgroup).ok_or_else(|| Unavailable::Object("no link to the cgroup".into()))?;
-    let link = FdLink::try_from(link).map_err(|error| not_pinned(&path, &error))?;
-    link.pin(&path).map_err(|error| not_pinned(&path, &error))?;
+    sys::pin(link.as_fd(), &path).map_err(|error| Unavailable::Pin(path.clone(), error))?;
     hand_over(&path, user, 0o600)?;
-    // Dropped, they would take bro_send off the senders' map, which is to keep it. What is held here ends with this process.
-    std::mem::forget(programs);
+    programs.leave();
 
     let seats = to.join(SEATS_FOLDER);
     make(&seats, 0o711)?;

@@ -48,7 +48,8 @@ impl Shape {
     pub(super) fn own(config: &Config) -> Self {
         let records = config.connections.max(1).saturating_mul(2).saturating_add(SELF_TEST_LANES);
         let Config { hook_blocking, trace, .. } = *config;
-        Self { owners: Owners::EVERYBODY, seats: 1, records, ring: OWN_RING, hook_blocking, trace }
+        let seats = super::bequest::seats(records) as usize;
+        Self { owners: Owners::EVERYBODY, seats, records, ring: OWN_RING, hook_blocking, trace }
     }
 }
 
@@ -135,6 +136,7 @@ fn open(shape: &Shape, offsets: &Offsets) -> Result<Ebpf, Unavailable> {
     let lanes = shape.records.saturating_mul(u32::try_from(shape.seats).unwrap_or(u32::MAX));
     let globals = [
         ("WRITE_SEQ", &offsets.write_seq),
+        ("COPIED_SEQ", &offsets.copied_seq),
         ("ULP_OPS", &offsets.ulp_ops),
         ("SK_SOCKET", &offsets.sk_socket),
         ("SOCKET_FILE", &offsets.socket_file),

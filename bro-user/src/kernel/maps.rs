@@ -46,6 +46,27 @@ impl Descriptors {
         [records, totals, watched, routes, senders, targets, events, hook]
     }
 
+    /// As they are looked at.
+    pub(super) fn as_array(&self) -> [BorrowedFd<'_>; Self::COUNT] {
+        let Self { records, totals, watched, routes, senders, targets, events, hook } = self;
+        [records, totals, watched, routes, senders, targets, events, hook].map(OwnedFd::as_fd)
+    }
+
+    /// The same once more.
+    pub(super) fn try_clone(&self) -> std::io::Result<Self> {
+        let Self { records, totals, watched, routes, senders, targets, events, hook } = self;
+        Ok(Self {
+            records: records.try_clone()?,
+            totals: totals.try_clone()?,
+            watched: watched.try_clone()?,
+            routes: routes.try_clone()?,
+            senders: senders.try_clone()?,
+            targets: targets.try_clone()?,
+            events: events.try_clone()?,
+            hook: hook.try_clone()?,
+        })
+    }
+
     /// As they were sent.
     #[must_use]
     pub fn from_array(array: [OwnedFd; Self::COUNT]) -> Self {

@@ -19,6 +19,8 @@ pub enum BtfError {
 pub struct Offsets {
     /// `write_seq`.
     pub write_seq: u32,
+    /// `copied_seq`.
+    pub copied_seq: u32,
     /// `icsk_ulp_ops`.
     pub ulp_ops: u32,
     /// `sk_socket`.
@@ -56,6 +58,7 @@ impl Offsets {
         let (sk_prot, memory_pressure) = proto.unwrap_or((0, 0));
         Ok(Self {
             write_seq: btf.offset("tcp_sock", "write_seq")?,
+            copied_seq: btf.offset("tcp_sock", "copied_seq")?,
             ulp_ops: inet + btf.offset("inet_connection_sock", "icsk_ulp_ops")?,
             sk_socket: sk + btf.offset("sock", "sk_socket")?,
             socket_file: btf.offset("socket", "file")?,

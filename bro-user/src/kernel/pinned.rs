@@ -99,7 +99,8 @@ pub fn open(folder: &Path) -> Result<Option<Pinned>, Unavailable> {
             events: set.open(&events(number as usize))?,
             hook: set.open(HOOK)?,
         };
-        seat::tidy(&set.path(SEATS_FOLDER), &descriptors, &share)?;
+        let seats = set.path(SEATS_FOLDER);
+        seat::tidy(&descriptors, &share, |seat| seat::is_free(&seats, seat))?;
         let link = set.open(LINK)?;
         let place = place(&link)?;
         Ok(Pinned { descriptors, share, seat: Seat::new(claim, link, place), clients: set.clients })

@@ -105,10 +105,19 @@ pub(super) fn taken(seats: &Path) -> Result<usize, Unavailable> {
     all.sum()
 }
 
-/// Takes away what a forwarder that died has left: in this seat everything, in others that nobody has the ports they watched.
-pub(super) fn tidy(seats: &Path, descriptors: &Descriptors, share: &Share) -> Result<(), Unavailable> {
-    let dead =
-        |seat: u32| seat == share.seat || lock(seats, seat as usize).is_ok_and(|claim| claim.is_some());
+/// Whether nobody has this seat.
+pub(super) fn is_free(seats: &Path, seat: u32) -> bool {
+    lock(seats, seat as usize).is_ok_and(|claim| claim.is_some())
+}
+
+/// Takes away what a forwarder has left that is gone: in this seat everything, in others that nobody has (`free`) the ports they
+/// watched.
+pub(super) fn tidy(
+    descriptors: &Descriptors,
+    share: &Share,
+    free: impl Fn(u32) -> bool,
+) -> Result<(), Unavailable> {
+    let dead = |seat: u32| seat == share.seat || free(seat);
     let mut watched: HashMap<MapData, PortKey, WatchValue> =
         HashMap::try_from(Map::HashMap(data(&descriptors.watched)?)).map_err(load::damaged)?;
     let left: Vec<PortKey> = watched

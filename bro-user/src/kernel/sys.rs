@@ -196,17 +196,58 @@ pub fn lift_notsent_lowat(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// open(2)'s for the file; EPERM where the kernel or a seccomp filter keeps ordinary users from bpf(2) altogether.
 pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     const BPF_OBJ_GET: libc::c_int = 7;
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let get = AtPath { path: path.as_ptr() as u64, descriptor: 0, flags: 0 };
+    // SAFETY: `get` is readable for its size and points to a string with an end, both of which outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const get, size_of::<AtPath>()) };
+    made(result)
+}
+
+/// Attaches a sockops program to a cgroup's folder (bpf(2), `BPF_LINK_CREATE`). Takes no right but the program's descriptor.
+///
+/// # Errors
+/// E2BIG when there are as many as may be, EPERM when somebody is there exclusively.
+pub fn attach_to_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    const BPF_CGROUP_SOCK_OPS: u32 = 3;
     /// The part of `union bpf_attr` that this command reads.
     #[repr(C)]
-    struct Get {
-        path: u64,
-        descriptor: u32,
+    struct Link {
+        program: u32,
+        target: u32,
+        kind: u32,
         flags: u32,
     }
+    let (program, target) = (program.as_raw_fd() as u32, cgroup.as_raw_fd() as u32);
+    let link = Link { program, target, kind: BPF_CGROUP_SOCK_OPS, flags: 0 };
+    // SAFETY: `link` is readable for its size.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const link, size_of::<Link>()) };
+    made(result)
+}
+
+/// Pins what is behind a descriptor at `path` (bpf(2), `BPF_OBJ_PIN`).
+///
+/// # Errors
+/// As of any file that is made.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    const BPF_OBJ_PIN: libc::c_int = 6;
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let get = Get { path: path.as_ptr() as u64, descriptor: 0, flags: 0 };
-    // SAFETY: `get` is readable for its size and points to a string with an end, both of which outlive the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const get, size_of::<Get>()) };
+    let pin = AtPath { path: path.as_ptr() as u64, descriptor: object.as_raw_fd() as u32, flags: 0 };
+    // SAFETY: `pin` is readable for its size and points to a string with an end, both of which outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_PIN, &raw const pin, size_of::<AtPath>()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The part of `union bpf_attr` that pinning, and opening what is pinned, reads.
+#[repr(C)]
+struct AtPath {
+    path: u64,
+    descriptor: u32,
+    flags: u32,
+}
+
+/// The descriptor that bpf(2) returned.
+fn made(result: libc::c_long) -> io::Result<OwnedFd> {
     let number =
         i32::try_from(result).ok().filter(|number| *number >= 0).ok_or_else(io::Error::last_os_error)?;
     // SAFETY: the kernel has just made it, for us alone. (With close-on-exec, as all of bpf(2)'s.)

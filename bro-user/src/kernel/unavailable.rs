@@ -71,6 +71,9 @@ pub enum Unavailable {
         bro_ebpf::SEATS
     )]
     NoSeat,
+    /// A set for the same user is there under the other designation.
+    #[error("the kernel relay is loaded for this user already, given {0}")]
+    Named(&'static str),
     /// The programs of `bro loader` do not look there.
     #[error("bro loader's programs do not look at the cgroup {}, only at this user's own", .0.display())]
     Outside(PathBuf),
@@ -112,6 +115,9 @@ impl Unavailable {
             }
             Self::Pin(..) | Self::OtherVersion | Self::Detached => {
                 "`sudo systemctl restart bro-loader@$(id -u)` loads anew"
+            }
+            Self::Named(_) => {
+                "one of bro-loader@NAME and bro-loader@UID is enough: `systemctl disable --now` the other"
             }
             Self::NoSeat => "end one of them, or give this one's unit the capabilities to load for itself",
             Self::Outside(_) => "the container and its clients have to be the same user's as the forwarder",

@@ -1,7 +1,7 @@
 //! The pipes that splice(2) moves bytes through: a bounded pool. A connection borrows one for as long as bytes wait in it, so
 //! idle connections hold none, and one pipe usually serves everybody.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -24,14 +24,30 @@ pub const KEPT: usize = 4;
 /// After a refusal, how long nobody asks the kernel again.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// A pipe, empty whenever it is in the pool.
+/// A pipe, empty whenever it is in the pool. Boxed, since a direction that may hold one should not be larger for it: idle
+/// connections are the most numerous. Once for all its loans, and not for each.
 #[derive(Debug)]
-pub struct Pipe {
-    /// Where bytes come out.
-    pub read: OwnedFd,
-    /// Where bytes go in.
-    pub write: OwnedFd,
+pub struct Pipe(Box<Ends>);
+
+#[derive(Debug)]
+struct Ends {
+    read: OwnedFd,
+    write: OwnedFd,
     large: bool,
+}
+
+impl Pipe {
+    /// Where bytes come out.
+    #[must_use]
+    pub fn read(&self) -> BorrowedFd<'_> {
+        self.0.read.as_fd()
+    }
+
+    /// Where bytes go in.
+    #[must_use]
+    pub fn write(&self) -> BorrowedFd<'_> {
+        self.0.write.as_fd()
+    }
 }
 
 /// The pool.
@@ -60,7 +76,7 @@ impl Pool {
             None if self.refused_at.is_some_and(|at| at.elapsed() < PAUSE) => return None,
             None => match make(self.large < LARGE) {
                 Ok(pipe) => {
-                    self.large += usize::from(pipe.large);
+                    self.large += usize::from(pipe.0.large);
                     pipe
                 }
                 Err(reason) => {
@@ -89,7 +105,7 @@ impl Pool {
     /// A borrowed pipe that still held bytes is gone with its connection.
     pub fn discard(&mut self, pipe: Pipe) {
         self.lent -= 1;
-        self.large -= usize::from(pipe.large);
+        self.large -= usize::from(pipe.0.large);
     }
 
     /// Pipes lent out now.
@@ -105,7 +121,7 @@ fn make(large: bool) -> Result<Pipe, String> {
     // A refusal (EPERM: beyond the user's quota) leaves the default size, which is checked next.
     let large = large && fcntl(&write, FcntlArg::F_SETPIPE_SZ(CAPACITY as i32)).is_ok();
     match fcntl(&write, FcntlArg::F_GETPIPE_SZ) {
-        Ok(size) if size >= USABLE => Ok(Pipe { read, write, large }),
+        Ok(size) if size >= USABLE => Ok(Pipe(Box::new(Ends { read, write, large }))),
         Ok(_) => Err("this user's pipe quota is used up (raise fs.pipe-user-pages-soft)".into()),
         Err(errno) => Err(format!("F_GETPIPE_SZ: {}", errno.desc())),
     }

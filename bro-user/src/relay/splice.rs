@@ -26,7 +26,7 @@ pub enum Filled {
 /// # Errors
 /// EINVAL when the socket cannot be spliced, else the connection's own error.
 pub fn fill(source: BorrowedFd<'_>, pipe: &Pipe) -> nix::Result<Filled> {
-    let fill = || retry(|| splice(source, None, &pipe.write, None, CAPACITY, flags()));
+    let fill = || retry(|| splice(source, None, pipe.write(), None, CAPACITY, flags()));
     let waits = || match retry(|| byte_waits(source)) {
         Err(Errno::EAGAIN) => Ok(false),
         waits => waits,
@@ -53,7 +53,7 @@ pub fn fill(source: BorrowedFd<'_>, pipe: &Pipe) -> nix::Result<Filled> {
 /// # Errors
 /// EAGAIN when the sink's send buffer is full, else the connection's own error.
 pub fn empty(pipe: &Pipe, sink: BorrowedFd<'_>, held: usize) -> nix::Result<usize> {
-    retry(|| splice(&pipe.read, None, sink, None, held, flags()))
+    retry(|| splice(pipe.read(), None, sink, None, held, flags()))
 }
 
 fn flags() -> SpliceFFlags {

@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 
-use crate::activate::bus::Manager;
 use crate::activated::Activated;
 
 /// How `--restrict-network` is noted.
@@ -58,9 +57,13 @@ impl DropIn {
                  # Its clients start it, however often: at this limit systemd would stop listening for good.\n\
                  StartLimitIntervalSec=0\n"
             );
-            if restricted && activated.scope == Manager::User {
+            if restricted {
                 let pause = super::pause::unit(&activated.name);
-                write!(section, "# Makes Podman's user namespace, which this unit may not.\nWants={pause}\nAfter={pause}\n").ok();
+                write!(
+                    section,
+                    "# Makes the namespaces, which this unit may not.\nWants={pause}\nAfter={pause}\n"
+                )
+                .ok();
             }
             sections.push(section);
         }
@@ -75,7 +78,13 @@ impl DropIn {
             }
         }
         if restricted {
-            container.push_str("# There is no way to a registry.\nPull=never\n");
+            let netns = super::pause::netns(&activated.name);
+            write!(
+                container,
+                "# No network but loopback, as before, in a namespace that is there already.\nNetwork=\nNetwork=ns:{netns}\n\
+                 # There is no way to a registry.\nPull=never\n"
+            )
+            .ok();
         }
         if !container.is_empty() {
             sections.push(format!("[Container]\n{container}"));
@@ -87,13 +96,8 @@ impl DropIn {
         }
         if restricted {
             service.push_str(
-                "# The passed sockets are not affected. (AF_INET: crun brings the loopback interface up by a socket of it. With runc\n\
-                 # it may be left out in a drop-in of your own.)\n\
-                 RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET\nNoNewPrivileges=yes\n",
+                "# The passed sockets are not affected.\nRestrictAddressFamilies=AF_UNIX AF_NETLINK\nNoNewPrivileges=yes\n",
             );
-            if activated.scope == Manager::System {
-                service.push_str("# So that those lead nowhere either. (A user's manager cannot do that.)\nIPAddressDeny=any\nIPAddressAllow=localhost\n");
-            }
         }
         if !service.is_empty() {
             sections.push(format!("[Service]\n{service}"));

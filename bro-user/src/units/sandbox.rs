@@ -6,9 +6,11 @@
 //! - `ProtectProc=`, `ProcSubset=`, `IPAddressDeny=` and `DevicePolicy=` for a user's own manager, which takes them and does
 //!   nothing: they would only look well.
 //! - `RemoveIPC=`: it is about all that the *user* has in /dev/shm, Podman's locks among it, not about what the service has made.
-//! - All of it where the service runs commands of its owner's, or Podman for them: rootless Podman makes its user namespace by
-//!   newuidmap, which `NoNewPrivileges=` (and each system call filter, which implies it there) forbids; it joins the one there
-//!   is by setns(2) without a type, which `RestrictNamespaces=` forbids; rootful Podman wants all of root's rights.
+//!
+//! Commands of the owner's (`--ready exec:`, `--busy-exec`) and Podman's health check could not run here: rootless Podman makes its
+//! user namespace by newuidmap, which `NoNewPrivileges=` (and each system call filter, which implies it there) forbids; it joins
+//! the one there is by setns(2) without a type, which `RestrictNamespaces=` forbids; rootful Podman wants all of root's rights. The
+//! service manager runs them, outside of this (`activate/command.rs`).
 
 use std::path::{Path, PathBuf};
 
@@ -38,11 +40,6 @@ pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
         (None, Manager::System) => Kind::Rootful,
         (None, Manager::User) => Kind::User,
     };
-    if let Some(option) = runs_commands(activated) {
-        return format!(
-            "# Not confined: --{option} runs commands here, with all the rights that they may need.\n"
-        );
-    }
     let mut text = String::new();
     let mut say = |lines: &str| {
         text.push_str(lines);
@@ -84,17 +81,6 @@ pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
         network(activated, &mut say);
     }
     text
-}
-
-/// The option by which the service runs commands, in its own place and with its own rights.
-fn runs_commands(activated: &Activated) -> Option<&'static str> {
-    let ready = activated.option("ready").filter(|ready| *ready == "healthy" || ready.starts_with("exec:"));
-    match (ready, activated.option("busy-exec")) {
-        (Some("healthy"), _) => Some("ready=healthy"),
-        (Some(_), _) => Some("ready=exec"),
-        (None, Some(_)) => Some("busy-exec"),
-        (None, None) => None,
-    }
 }
 
 fn uses_kernel(activated: &Activated) -> bool {

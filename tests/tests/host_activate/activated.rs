@@ -244,5 +244,57 @@ pub fn healthy(host: &Host, manager: Manager) -> Result<()> {
     let began = std::time::Instant::now();
     site.check_echo().with_context(|| site.journals())?;
     ensure!(began.elapsed() >= Duration::from_secs(1), "served {:?} after the start", began.elapsed());
-    expect_asleep(&site)
+    expect_asleep(&site)?;
+    expect_run_outside(&site)
+}
+
+/// A service that is ready a second after it has begun to listen, and busy until told otherwise: in the container, where only
+/// commands of the owner's see it.
+pub fn with_commands() -> Plan {
+    Plan::busybox("touch /tmp/busy; (sleep 1; touch /tmp/ready) & exec nc -ll -p 7 -e /bin/cat", "")
+}
+
+/// How bro is to ask for that.
+pub fn commands(name: &str) -> [String; 6] {
+    let test = |file: &str| format!("podman exec systemd-{name} test -e /tmp/{file}");
+    let (ready, busy) = (format!("exec:{}", test("ready")), test("busy"));
+    ["--ready", &ready, "--busy-exec", &busy, "--exit-idle-time", "300ms"].map(str::to_owned)
+}
+
+/// The forwarder is confined, and its commands are run all the same.
+pub fn expect_commands_heeded(site: &Site<'_>) -> Result<()> {
+    let began = std::time::Instant::now();
+    site.check_echo().with_context(|| site.journals())?;
+    ensure!(began.elapsed() >= Duration::from_secs(1), "served {:?} after the start", began.elapsed());
+    let pid = site.forwarder_show("MainPID")?;
+    let status = std::fs::read_to_string(site.host.path(&format!("/proc/{pid}/status")))?;
+    ensure!(status.contains("NoNewPrivs:\t1"), "{status}");
+    site.host.wait_until("the forwarder says that it is busy", PATIENCE, || {
+        Ok(site.forwarder_show("StatusText")?.contains("busy"))
+    })?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(site.manager.show(site.host, &site.unit(), "ActiveState")? == "active", "{}", site.journal());
+    let container = format!("systemd-{}", site.name);
+    site.manager.run(site.host, &["podman", "exec", &container, "rm", "/tmp/busy"])?;
+    expect_asleep(site).with_context(|| site.journals())?;
+    expect_run_outside(site)
+}
+
+/// Nothing is left of the commands that the manager has run for the forwarder, and it did not refuse to.
+fn expect_run_outside(site: &Site<'_>) -> Result<()> {
+    let units = ["systemctl", "--user", "list-units", "--all", "--plain", "--no-legend", "bro-command-*"];
+    let units: Vec<&str> =
+        units.into_iter().filter(|word| *word != "--user" || site.manager != Manager::System).collect();
+    site.host.wait_until("the end of what was run", PATIENCE, || {
+        Ok(site.manager.run(site.host, &units)?.is_empty())
+    })?;
+    ensure!(!site.journal().contains("does not run"), "{}", site.journal());
+    Ok(())
+}
+
+pub fn owners_commands(host: &Host, manager: Manager) -> Result<()> {
+    let options = commands("asked");
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let site = Site::activated(host, manager, "asked", &with_commands(), &options)?;
+    expect_commands_heeded(&site)
 }

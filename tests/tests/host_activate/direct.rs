@@ -223,14 +223,28 @@ pub fn restricted(host: &Host, manager: Manager) -> Result<()> {
         ensure!(answer == b"hello", "{answer:?}\n{}", manager.journal(host, "bound.service")?);
         let conmon = manager.show(host, "bound.service", "MainPID")?;
         let status = std::fs::read_to_string(host.path(&format!("/proc/{conmon}/status")))?;
+        // As with Network=none.
+        let main =
+            manager.run(host, &["podman", "inspect", "--format", "{{.State.Pid}}", "systemd-bound"])?;
+        let interfaces = std::fs::read_to_string(host.path(&format!("/proc/{main}/net/dev")))?;
+        let interfaces: Vec<&str> =
+            interfaces.lines().skip(2).filter_map(|line| line.split(':').next()).collect();
+        ensure!(interfaces.iter().all(|name| name.trim() == "lo") && interfaces.len() == 1, "{interfaces:?}");
         ensure!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
         manager.systemctl(host, &["stop", "bound.service"])?;
     }
     let families = manager.show(host, "bound.service", "RestrictAddressFamilies")?;
-    ensure!(
-        families.split(' ').all(|family| ["AF_UNIX", "AF_NETLINK", "AF_INET"].contains(&family)),
-        "{families}"
-    );
+    // What the kernel says to whoever tries, in the unit's place.
+    let systemd_run = ["systemd-run", "--user", "--quiet", "--wait", "--pipe"];
+    let run = systemd_run.into_iter().filter(|word| *word != "--user" || manager != Manager::System);
+    let restricted = format!("RestrictAddressFamilies={families}");
+    let attempt = "import socket\ntry: socket.socket(socket.AF_INET)\nexcept OSError as e: print(e.errno)";
+    let run: Vec<&str> = run.chain(["-p", &restricted, "python3", "-c", attempt]).collect();
+    let refused = manager.run(host, &run)?;
+    ensure!(refused == nix::libc::EAFNOSUPPORT.to_string(), "{refused}");
+    let mut families: Vec<&str> = families.split(' ').collect();
+    families.sort_unstable();
+    ensure!(families == ["AF_NETLINK", "AF_UNIX"], "{families:?}");
     let command = manager.show(host, "bound.service", "ExecStart")?;
     ensure!(command.contains("--pull never"), "{command}");
     let removed = activate(host, manager, "bound --remove")?;

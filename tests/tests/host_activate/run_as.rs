@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::site::{ACTIVATOR, INNER, PATIENCE, Plan, Site, ask};
 use bro_tests::host::{Host, Manager};
 
-use crate::activated::{activate, expect_asleep, tree};
+use crate::activated::{activate, commands, expect_asleep, expect_commands_heeded, tree, with_commands};
 
 const TEST: Manager = Manager::User("test");
 const OTHER: Manager = Manager::User("other");
@@ -54,6 +54,19 @@ fn has(status: &str, key: &str, value: &str) -> Result<()> {
     let words: Vec<&str> = line.split_whitespace().collect();
     ensure!(words.iter().all(|word| *word == value), "{key} is {words:?} instead of {value}");
     Ok(())
+}
+
+/// What a system service that may do little has the user's own manager do.
+pub fn owners_commands(host: &Host) -> Result<()> {
+    with_commands().write_quadlet(host, TEST, "heard")?;
+    let (external, internal) = (format!("0.0.0.0:{PORT}"), INNER.to_string());
+    let mut words = vec!["bro", "activate", "heard", "--system", "--run-as", "test"];
+    words.extend(["--external-port", &external, "--internal-port", &internal]);
+    let options = commands("heard");
+    words.extend(options.iter().map(String::as_str));
+    host.run(&words)?;
+    let served = Served(at(host, TEST, "heard"));
+    expect_commands_heeded(&served.0)
 }
 
 pub fn from_quadlet_to_service(host: &Host) -> Result<()> {

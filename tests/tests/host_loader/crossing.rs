@@ -1,7 +1,7 @@
 //! Attempts to cross the line, on a host as it is.
 
 use anyhow::{Result, ensure};
-use bro_tests::host::site::{Plan, Site};
+use bro_tests::host::site::{PATIENCE, Plan, Site, text};
 use bro_tests::host::{Host, Manager};
 
 use crate::users::{expect_lane, relay_of_the_next};
@@ -31,6 +31,36 @@ pub fn other_user(host: &Host) -> Result<()> {
         ensure!(relay == "splice", "relayed by {relay}: {}", site.journal());
     }
     ensure!(site.journal().contains("systemctl enable --now bro-loader@"), "{}", site.journal());
+    drop(site);
+    unload(host, "test")
+}
+
+/// A process of another user's in this one's slice, as `sudo` leaves it: its connections take no lane, and her forwarder says so.
+pub fn in_the_same_slice(host: &Host) -> Result<()> {
+    let uid = load(host, "test")?;
+    let test = Manager::User("test");
+    let site = Site::new(host, test, "shared", &Plan::service(test, 0.0, "--local-clients=on"))?;
+    expect_lane(&site)?;
+    let client = format!(
+        "import socket; s = socket.create_connection(('127.0.0.1', {})); s.sendall(b'ping'); assert s.recv(4) == b'ping'",
+        site.port
+    );
+    let slice = format!("Slice=user-{uid}.slice");
+    for user in ["User=other", "User=root"] {
+        let run = ["systemd-run", "--quiet", "--wait", "-p", &slice, "-p", user, "python3", "-c", &client];
+        host.run(&run)?;
+    }
+    host.wait_until("the line that tells of them", PATIENCE, || {
+        let records = site.front.journal_records(host, &site.forwarder())?;
+        Ok(records.iter().any(|record| text(record, "MESSAGE").contains("of other users alone")))
+    })?;
+    // At most one a minute; the rest comes at the end.
+    site.front.systemctl(host, &["stop", &site.forwarder()])?;
+    let told = |records: Vec<serde_json::Value>| {
+        records.iter().filter_map(|record| text(record, "BRO_FOREIGN").parse::<u32>().ok()).sum::<u32>()
+    };
+    let told = told(site.front.journal_records(host, &site.forwarder())?);
+    ensure!(told == 2, "{told} were told of: {}", site.journal());
     drop(site);
     unload(host, "test")
 }

@@ -19,6 +19,7 @@ const CASES: &[OneCase] = &[
     ("replaced, stopped and started under a live connection", users::loaded_anew),
     ("what bro doctor says", users::doctor),
     ("another user gets nowhere", crossing::other_user),
+    ("another user's process in the same slice", crossing::in_the_same_slice),
     ("a process inside a container gets nowhere", crossing::inside_a_container),
     ("the loader's unit is a hard one", security),
 ];

@@ -84,6 +84,16 @@ pub fn by_name(host: &Host) -> Result<()> {
     let other = Manager::User("other");
     let site = Site::new(host, other, "named", &Plan::service(other, 0.0, ""))?;
     expect_lane(&site)?;
+    // The same user by number is the same set: neither unit may take it from the other.
+    let number = format!("bro-loader@{}.service", host.uid("other")?);
+    let second = host.try_run(&["systemctl", "start", &number])?;
+    ensure!(!second.success(), "{second:?}");
+    let why = Manager::System.journal(host, &number)?;
+    ensure!(why.contains("is loaded for this user already, given by name"), "{why}");
+    let removed = host.try_run(&["bro", "loader", "--remove", &host.uid("other")?.to_string()])?;
+    ensure!(removed.code == 1, "{removed:?}");
+    host.run(&["systemctl", "reset-failed", &number])?;
+    expect_lane(&site)?;
     drop(site);
     host.run(&["systemctl", "stop", "bro-loader@other.service"])?;
     ensure!(!host.path(&format!("/run/bro/bpf/{}", host.uid("other")?)).exists(), "the pins are still there");

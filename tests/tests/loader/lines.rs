@@ -113,6 +113,9 @@ fn another_users_service_in_the_same_cgroup_is_not_hooked() -> Result<()> {
         let site = Site::start(ALICE, owner, &["--relay=sockmap"])?;
         site.seated()?;
         site.expect_no_lane(ALICE)?;
+        // The programs count, and her forwarder tells.
+        let line = site.forwarder.log().line(PATIENCE, |line| line.contains("of other users alone"))?;
+        ensure!(line.contains("foreign="), "{line}");
         site.forwarder.stop()?;
     }
     ensure!(programs.total(Counter::Hooked)? == 0, "something was hooked");

@@ -26,6 +26,7 @@ start containers on their first connection, and relay it
 /// Who the package is from, named as Debian's own tools do.
 pub fn maintainer() -> String {
     let name = std::env::var("DEBFULLNAME").unwrap_or_else(|_| "The bro contributors".into());
+    // Debian wants an address. This one is nobody's and never will be (RFC 2606): who publishes a package says his own.
     let address = std::env::var("DEBEMAIL").unwrap_or_else(|_| "bro@example.org".into());
     format!("{name} <{address}>")
 }
