@@ -203,7 +203,9 @@ impl Server {
     #[must_use]
     pub fn start_or_warn() -> Option<Self> {
         let lost = |error: &anyhow::Error| {
-            tracing::warn!("{error:#}: bro status cannot see this forwarder, nor can bro wake and bro sleep reach it");
+            tracing::warn!(
+                "{error:#}: bro status cannot see this forwarder, nor can bro wake and bro sleep reach it"
+            );
         };
         Self::start().inspect_err(lost).ok()
     }

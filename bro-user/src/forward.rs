@@ -407,8 +407,9 @@ impl<'a> Control<'a> {
             tokio::select! {
                 event = self.events.recv() => match event {
                     None => break,
-                    // Who is replaced in turn waits for its own predecessor, so that the last one knows of them all.
-                    Some(Event::Drained) if self.replacing.has_predecessor() => self.replacing.drained = true,
+                    // Who is replaced in turn waits for its own predecessor, so that the last one knows of them all; and nobody
+                    // leaves a successor behind that the service manager does not know of.
+                    Some(Event::Drained) if self.replacing.stands_in_the_way() => self.replacing.drained = true,
                     Some(Event::Drained) => break,
                     Some(Event::Leaving(true)) => {
                         self.leaves().await;
@@ -424,7 +425,7 @@ impl<'a> Control<'a> {
                 _ = hang_up.recv() => self.begin_replacement().await,
                 Some(news) = self.replacing.news() => {
                     self.replacement(news).await;
-                    if self.replacing.drained && !self.replacing.has_predecessor() {
+                    if self.replacing.drained && !self.replacing.stands_in_the_way() {
                         break;
                     }
                 }
@@ -436,6 +437,8 @@ impl<'a> Control<'a> {
                 }
                 () = sleep_until(draining_until.unwrap_or_else(Instant::now)), if draining_until.is_some() => {
                     self.engine.send(Plain::EndAll(End::DrainTimeout));
+                    // Somebody else may have to be waited for still.
+                    self.phase = Phase::Draining(Instant::now() + STATUS_STEP);
                 }
                 _ = extend.tick(), if draining_until.is_some() => life::extend(EXTEND_BY),
                 loaded = loaded(&mut self.loading), if self.loading.is_some() => self.kernel_loaded(loaded).await?,
@@ -619,7 +622,7 @@ impl<'a> Control<'a> {
         if matches!(self.phase, Phase::Draining(_)) {
             tracing::warn!("told twice to stop: ending every connection now");
             self.engine.send(Plain::EndAll(End::Shutdown));
-            return;
+            return self.replacing.stop_successor(Duration::ZERO);
         }
         self.begin_drain("Told to stop");
     }
@@ -628,6 +631,7 @@ impl<'a> Control<'a> {
         let limit = self.options.drain_timeout.or_forever();
         self.phase = Phase::Draining(Instant::now() + limit);
         self.engine.send(Plain::Drain(why.into()));
+        self.replacing.stop_successor(limit);
     }
 
     /// The engine accepts no more. Said only now: who reads STOPPING=1 may rely on it.

@@ -3,7 +3,8 @@
 //! one finishes the connections it has, in the same cgroup. Nobody is refused meanwhile: both accept until the old one stops.
 //!
 //! They talk over a socket pair, whose number the successor finds in `BRO_HANDOVER`: it says that it is ready, and hears that it
-//! has taken over, or sees the end of its predecessor first. From then on the predecessor says how many connections it still has,
+//! has taken over, or that it is to stop because its predecessor was told to, or sees the end of its predecessor first. Once it has taken
+//! over the predecessor says how many connections it still has,
 //! eight bytes each time; a version that does not is one of which only that is known that it has not ended.
 
 use std::ffi::OsString;
@@ -11,13 +12,17 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
+use std::process::Child;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::UnixStream;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::kernel::Bequest;
 use crate::listen::Listener;
@@ -32,8 +37,23 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// More than what is said of the kernel relay.
 const LONGEST_LETTER: usize = 64 * 1024;
 
+/// How long one that is not ready yet may take to hear that it is to stop.
+const DEAF: Duration = Duration::from_secs(3);
+
 /// What the successor says when it is ready.
 const READY: u8 = b'R';
+
+/// What it is told when it is not to take over, but to stop.
+const STOP: u8 = b'T';
+
+/// What the successor is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// It has taken over.
+    TakenOver(Takeover),
+    /// The predecessor was told to stop, and waits for it to stop too.
+    Stop,
+}
 
 /// What the successor is told when it has taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,12 +137,14 @@ impl Ending {
 pub struct Saying(UnixStream);
 
 impl Saying {
-    /// Says that this process is ready, and waits until it has taken over. `None` when the predecessor ends without a word.
-    pub async fn ready(&mut self) -> Option<Takeover> {
-        self.0.write_all(&[READY]).await.ok()?;
+    /// Says that this process is ready, and waits for what comes of that. `None` when the predecessor ends without a word.
+    pub async fn ready(&mut self) -> Option<Word> {
+        // It may have ended after a word.
+        drop(self.0.write_all(&[READY]).await);
         match self.0.read_u8().await.ok()? {
-            byte if byte == Takeover::Awake.byte() => Some(Takeover::Awake),
-            _ => Some(Takeover::Asleep),
+            STOP => Some(Word::Stop),
+            byte if byte == Takeover::Awake.byte() => Some(Word::TakenOver(Takeover::Awake)),
+            _ => Some(Word::TakenOver(Takeover::Asleep)),
         }
     }
 
@@ -156,7 +178,7 @@ impl Program {
         &self,
         listeners: &[&Listener],
         bequest: Option<&Bequest>,
-    ) -> anyhow::Result<Successor> {
+    ) -> anyhow::Result<(Successor, Stopper)> {
         let (ours, theirs) = UnixStream::pair()?;
         if let Some(Bequest { letter, descriptors }) = bequest {
             let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(OwnedFd::as_fd).collect();
@@ -183,40 +205,127 @@ impl Program {
         }
         sys::pass_descriptors(&mut command, &descriptors)?;
         let child = command.spawn().with_context(|| format!("cannot execute {}", self.path.display()))?;
-        Ok(Successor { child, channel: ours })
+        let (stopper, stops) = unbounded_channel();
+        Ok((Successor { child: Started(Some(child)), channel: ours, stops }, Stopper(stopper)))
+    }
+}
+
+/// A successor's process, which ends with this unless it was let go: nobody else knows of it.
+#[derive(Debug)]
+struct Started(Option<Child>);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _killed = child.kill();
+            let _status = child.wait();
+        }
     }
 }
 
 /// A successor that has been started.
 #[derive(Debug)]
 pub struct Successor {
-    child: std::process::Child,
+    child: Started,
     channel: UnixStream,
+    stops: UnboundedReceiver<Duration>,
+}
+
+/// Stops a successor that has not taken over.
+#[derive(Debug)]
+pub struct Stopper(UnboundedSender<Duration>);
+
+impl Stopper {
+    /// Has it let its clients finish and end within `limit`; when called again, at once.
+    pub fn stop(&self, limit: Duration) {
+        // It may have ended meanwhile.
+        self.0.send(limit).ok();
+    }
+}
+
+/// What has become of a successor.
+#[derive(Debug)]
+pub enum Born {
+    /// It is ready.
+    Ready(Successor),
+    /// It was stopped, and has ended.
+    Stopped,
 }
 
 impl Successor {
     /// Its process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.0.as_ref().map_or(0, Child::id)
     }
 
-    /// Waits until it is ready; one that is not in time is ended.
+    /// Waits until it is ready, or stopped; one that is not in time is ended.
     ///
     /// # Errors
     /// When it ended, or was ended.
-    pub async fn ready(mut self) -> anyhow::Result<Self> {
-        match tokio::time::timeout(PATIENCE, self.channel.read_u8()).await {
-            Ok(Ok(READY)) => Ok(self),
-            Ok(_) => {
-                // Its end of the channel is closed when it ends, so this does not wait.
-                let _killed = self.child.kill();
-                bail!("the new program ended before it was ready: {}", self.child.wait()?)
+    pub async fn ready(mut self) -> anyhow::Result<Born> {
+        let said = tokio::select! {
+            said = tokio::time::timeout(PATIENCE, self.channel.read_u8()) => said,
+            Some(limit) = self.stops.recv() => {
+                self.stop(limit, false).await;
+                return Ok(Born::Stopped);
             }
-            Err(_) => {
-                let _killed = self.child.kill();
-                let _status = self.child.wait();
+        };
+        match (said, self.child.0.take()) {
+            (Ok(Ok(READY)), child) => {
+                self.child.0 = child;
+                Ok(Born::Ready(self))
+            }
+            (Ok(_), Some(mut child)) => {
+                // Its end of the channel is closed when it ends, so this does not wait.
+                let _killed = child.kill();
+                bail!("the new program ended before it was ready: {}", child.wait()?)
+            }
+            (_, child) => {
+                drop(Started(child));
                 bail!("the new program was not ready within {PATIENCE:?}")
+            }
+        }
+    }
+
+    /// For one that was ready when it was told to stop: waits until it has.
+    pub async fn stopped(mut self) {
+        if let Some(limit) = self.stops.recv().await {
+            self.stop(limit, true).await;
+        }
+    }
+
+    /// Tells it to stop, and waits for that. It may have clients from the moment it is ready: it accepts beside its predecessor.
+    async fn stop(mut self, limit: Duration, mut ready: bool) {
+        // One that is gone has stopped.
+        drop(self.channel.write_all(&[STOP]).await);
+        let pid = self.pid().cast_signed();
+        let Ok(Ok(ended)) = sys::pidfd_open(pid).map(|pidfd| sys::watch(pidfd, Interest::READABLE)) else {
+            return;
+        };
+        let (ended, mut speaks, mut told_again) = (Ending(ended), !ready, true);
+        let deadline = tokio::time::sleep(if ready { limit } else { limit.min(DEAF) });
+        tokio::pin!(deadline);
+        loop {
+            tokio::select! {
+                () = ended.come() => return,
+                () = &mut deadline => {
+                    return tracing::warn!("process {pid}, the successor that was being started, does not stop; it is killed");
+                }
+                said = self.channel.read_u8(), if speaks => {
+                    speaks = false;
+                    ready |= said.is_ok_and(|said| said == READY);
+                    if ready {
+                        deadline.as_mut().reset(tokio::time::Instant::now() + limit);
+                    }
+                }
+                again = self.stops.recv(), if told_again => {
+                    told_again = again.is_some();
+                    if told_again {
+                        // Not reaped yet, so it is this process and no other.
+                        kill(Pid::from_raw(pid), Signal::SIGTERM).ok();
+                    }
+                }
             }
         }
     }
@@ -225,10 +334,15 @@ impl Successor {
     ///
     /// # Errors
     /// When it is gone.
-    pub async fn take_over(mut self, takeover: Takeover) -> anyhow::Result<Telling> {
-        ensure!(self.child.try_wait()?.is_none(), "the new program has ended");
-        self.channel.write_all(&[takeover.byte()]).await?;
-        Ok(Telling { channel: self.channel, told: None })
+    pub async fn take_over(self, takeover: Takeover) -> anyhow::Result<Telling> {
+        let Self { mut child, mut channel, .. } = self;
+        if let Some(child) = &mut child.0 {
+            ensure!(child.try_wait()?.is_none(), "the new program has ended");
+        }
+        channel.write_all(&[takeover.byte()]).await?;
+        // From now on it is a process of its own.
+        drop(child.0.take());
+        Ok(Telling { channel, told: None })
     }
 }
 

@@ -67,7 +67,8 @@ impl Namespace {
             .spawn()
             .context("cannot start the process that makes sockets in the target's network namespace")?;
         let both = tokio::io::Interest::READABLE | tokio::io::Interest::WRITABLE;
-        let namespace = Self { channel: Mutex::new(crate::sys::watch(ours, both)?), agent: Mutex::new(agent) };
+        let namespace =
+            Self { channel: Mutex::new(crate::sys::watch(ours, both)?), agent: Mutex::new(agent) };
         let mut descriptors = vec![netns.as_fd()];
         descriptors.extend(root.as_ref().map(|root| root.as_fd()));
         match namespace.ask(&Request::Join, &descriptors).await? {

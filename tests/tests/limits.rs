@@ -190,8 +190,7 @@ fn too_few_descriptors_for_the_kernel_relay_are_named_as_the_reason() -> Result<
     for limit in (18..54).step_by(3) {
         let setup = scene.setup().launch(format!("nofile={limit}:{limit}")).arg("--relay=sockmap");
         let mut forwarder = setup.arg(scene.target()).start()?;
-        let settled =
-            |line: &str| line.contains("kernel relay loaded") || line.starts_with("bro: ");
+        let settled = |line: &str| line.contains("kernel relay loaded") || line.starts_with("bro: ");
         let line = forwarder.log().line(PATIENCE, settled).with_context(|| format!("with {limit}"))?;
         if line.contains("cannot be had") {
             told += 1;

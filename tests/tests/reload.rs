@@ -1,6 +1,7 @@
 //! Reload: a successor takes over, and nobody notices.
 #![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
 
+use std::io::{Read as _, Write as _};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::scene::{Scene, expect_relayed};
 use bro_tests::tier::{Need, met};
 use bro_tests::{process, require_namespaces};
+use bro_user::control::Outcome;
 use bro_user::status::Predecessor;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -27,7 +29,11 @@ fn reload(main: i32, notify: &mut Notify) -> Result<i32> {
 }
 
 fn newest_main(notify: &mut Notify, but: &[i32]) -> Result<i32> {
-    let line = notify.wait(PATIENCE, |line| {
+    newest_main_within(PATIENCE, notify, but)
+}
+
+fn newest_main_within(within: Duration, notify: &mut Notify, but: &[i32]) -> Result<i32> {
+    let line = notify.wait(within, |line| {
         let pid = line.strip_prefix("MAINPID=").and_then(|pid| pid.parse::<i32>().ok());
         pid.is_some_and(|pid| !but.contains(&pid))
     })?;
@@ -83,14 +89,16 @@ fn connections_stay_where_they_are_and_new_ones_go_to_the_successor() -> Result<
 fn expect_status(forwarder: &Forwarder, count: u64, predecessor: Option<(i32, u64)>) -> Result<()> {
     let predecessor = predecessor.map(|(pid, count)| Predecessor { pid, connections: Some(count) });
     let said = predecessor.as_ref().map(|predecessor| format!("; {predecessor}"));
-    let seen = || forwarder.report().is_ok_and(|report| {
-        report.total.open == count
-            && report.predecessor == predecessor
-            && match &said {
-                Some(said) => report.state.ends_with(said),
-                None => !report.state.contains("replaced"),
-            }
-    });
+    let seen = || {
+        forwarder.report().is_ok_and(|report| {
+            report.total.open == count
+                && report.predecessor == predecessor
+                && match &said {
+                    Some(said) => report.state.ends_with(said),
+                    None => !report.state.contains("replaced"),
+                }
+        })
+    };
     ensure!(process::eventually(PATIENCE, seen), "{:?}, and not {predecessor:?}", forwarder.report());
     Ok(())
 }
@@ -241,6 +249,121 @@ fn sigterm_to_both_ends_both_in_order() -> Result<()> {
     expect_relayed(&old.0, &old.1)?;
     drop(old);
     ensure!(forwarder.wait(PATIENCE)?.is_some_and(|status| status.success()), "the old process stays");
+    ensure!(ends(successor)?, "the successor stays");
+    forwarder.expect_nothing_left()
+}
+
+/// Whoever is told to stop while it starts a successor takes that one along: the service manager does not know of it yet.
+#[test]
+fn sigterm_after_sighup_leaves_nobody() -> Result<()> {
+    require_namespaces!();
+    let mut taken_along = 0;
+    for delay in [0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 30, 40, 50] {
+        let (mut notify, _scene, mut forwarder) = ready(|setup| setup)?;
+        forwarder.signal(Signal::SIGHUP)?;
+        std::thread::sleep(Duration::from_millis(delay));
+        forwarder.signal(Signal::SIGTERM)?;
+        let status =
+            forwarder.wait(PATIENCE)?.with_context(|| format!("after {delay} ms: it does not stop"))?;
+        ensure!(status.success(), "after {delay} ms: {status}");
+        // One that the service manager knows of is told by it.
+        match newest_main_so_far(&mut notify, forwarder.pid()) {
+            Some(main) => {
+                kill(Pid::from_raw(main), Signal::SIGTERM).ok();
+                ensure!(ends(main)?, "after {delay} ms: the successor does not stop");
+            }
+            None => taken_along += 1,
+        }
+        forwarder.expect_nothing_left().with_context(|| format!("after {delay} ms"))?;
+        forwarder.expect_no_panic()?;
+    }
+    ensure!(taken_along > 0, "each successor was quicker than SIGTERM");
+    Ok(())
+}
+
+/// The main process that the service manager was told of, if it is not `first`.
+fn newest_main_so_far(notify: &mut Notify, first: i32) -> Option<i32> {
+    // What has come is all there will be of it.
+    newest_main_within(Duration::ZERO, notify, &[first]).ok()
+}
+
+#[test]
+fn sigterm_after_sighup_lets_connections_finish() -> Result<()> {
+    require_namespaces!();
+    for delay in [0, 2, 4, 8] {
+        let (mut notify, mut scene, mut forwarder) = ready(|setup| setup)?;
+        let service = scene.serve()?;
+        let old = (scene.client()?, service.accept()?);
+        expect_relayed(&old.0, &old.1)?;
+        forwarder.signal(Signal::SIGHUP)?;
+        std::thread::sleep(Duration::from_millis(delay));
+        forwarder.signal(Signal::SIGTERM)?;
+        ensure!(forwarder.wait(MOMENT)?.is_none(), "after {delay} ms: it has cut its connection");
+        if let Some(main) = newest_main_so_far(&mut notify, forwarder.pid()) {
+            kill(Pid::from_raw(main), Signal::SIGTERM)?;
+        } else {
+            // The successor is gone before the last connection is.
+            let successor = |pid: &i32| process::name(*pid).as_deref() == Some("bro");
+            let gone = || !process::children(forwarder.pid()).iter().any(successor);
+            ensure!(process::eventually(PATIENCE, gone), "after {delay} ms: the successor stays");
+        }
+        expect_relayed(&old.0, &old.1).with_context(|| format!("after {delay} ms"))?;
+        drop(old);
+        ensure!(
+            forwarder.wait(PATIENCE)?.is_some_and(|status| status.success()),
+            "after {delay} ms: it stays"
+        );
+        forwarder.expect_nothing_left().with_context(|| format!("after {delay} ms"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_successor_that_hears_nothing_is_ended_with_the_one_that_starts_it() -> Result<()> {
+    require_namespaces!();
+    let (mut notify, _scene, mut forwarder) = ready(|setup| setup.copy())?;
+    std::fs::remove_file(forwarder.program())?;
+    let folder = forwarder.program().parent().context("a folder")?.to_owned();
+    bro_tests::forwarder::script(&folder, "bro", "exec sleep 1000")?;
+    forwarder.signal(Signal::SIGHUP)?;
+    notify.wait_anew(PATIENCE, |line| line == "RELOADING=1")?;
+    let started = || {
+        process::children(forwarder.pid())
+            .into_iter()
+            .any(|pid| process::name(pid).as_deref() == Some("sleep"))
+    };
+    ensure!(process::eventually(PATIENCE, started), "nothing was started");
+    forwarder.signal(Signal::SIGTERM)?;
+    forwarder.log().line(PATIENCE, |line| line.contains("does not stop; it is killed"))?;
+    forwarder.expect_exit(0)
+}
+
+/// What the forwarder that answers for the service says to `request`.
+fn ask(forwarder: &Forwarder, request: &str) -> Result<Outcome> {
+    let mut stream = std::os::unix::net::UnixStream::connect(forwarder.status_socket())?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(request.as_bytes())?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+#[test]
+fn told_to_sleep_it_minds_the_clients_of_its_predecessor() -> Result<()> {
+    require_namespaces!();
+    let (mut notify, mut scene, mut forwarder) = ready(|setup| setup)?;
+    let service = scene.serve()?;
+    let old = (scene.client()?, service.accept()?);
+    expect_relayed(&old.0, &old.1)?;
+    let successor = reload(forwarder.pid(), &mut notify)?;
+    expect_status(&forwarder, 0, Some((forwarder.pid(), 1)))?;
+    let outcome = ask(&forwarder, "sleep\n")?;
+    ensure!(!outcome.done && outcome.message.contains("still has 1 connection"), "{outcome:?}");
+    expect_relayed(&old.0, &old.1)?;
+    drop(old);
+    ensure!(forwarder.wait(PATIENCE)?.is_some(), "the old process stays");
+    expect_status(&forwarder, 0, None)?;
+    ask(&forwarder, "sleep\n")?;
     ensure!(ends(successor)?, "the successor stays");
     forwarder.expect_nothing_left()
 }

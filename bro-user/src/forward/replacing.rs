@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{Control, Phase};
 use crate::engine::handle::Plain;
-use crate::handover::{Ending, Predecessor, Program, Successor, Takeover, Telling};
+use crate::handover::{Born, Ending, Predecessor, Program, Stopper, Successor, Takeover, Telling, Word};
 use crate::life;
 use crate::listen::Listener;
 use crate::stats::Stats;
@@ -16,13 +16,16 @@ use crate::status;
 /// As good as for ever: until its last connection has ended, or the unit is stopped.
 const NO_LIMIT: Duration = Duration::from_secs(u32::MAX as u64);
 
+/// How much later than this process its successor may hear that both are to stop.
+const LATER: Duration = Duration::from_secs(5);
+
 /// What happens on the way.
 #[derive(Debug)]
 pub(super) enum News {
-    /// The successor is ready, or there is none.
-    Successor(anyhow::Result<Successor>),
-    /// This process has taken over from its predecessor.
-    TakenOver(Option<Takeover>),
+    /// The successor is ready or stopped, or there is none.
+    Successor(anyhow::Result<Born>),
+    /// What the predecessor says to this process; nothing if it has ended.
+    Told(Option<Word>),
     /// The predecessor still has so many connections.
     PredecessorHas(u64),
     /// The predecessor has ended.
@@ -35,15 +38,15 @@ pub(super) struct Replacing<'a> {
     /// What to start again.
     pub(super) program: Option<Program>,
     listeners: &'a [(Listener, usize)],
-    /// A successor is being started.
-    starting: bool,
+    /// A successor is being started, or has to be waited for until it has stopped.
+    starting: Option<Stopper>,
     /// A successor has taken over.
     replaced: bool,
     /// It, to be told how many connections this process still has.
     telling: Option<Telling>,
     /// The predecessor still has connections: if this process ended, systemd would end it as well.
     predecessor: Option<status::Predecessor>,
-    /// This process has no connection any more, and waits for its predecessor alone.
+    /// This process has no connection any more, and waits for its predecessor or for the successor that it stops, and for nothing else.
     pub(super) drained: bool,
     news: (UnboundedSender<News>, UnboundedReceiver<News>),
 }
@@ -53,7 +56,7 @@ impl<'a> Replacing<'a> {
         Self {
             program: None,
             listeners,
-            starting: false,
+            starting: None,
             replaced: false,
             telling: None,
             predecessor: None,
@@ -89,9 +92,21 @@ impl<'a> Replacing<'a> {
         }
     }
 
-    /// This process must not leave for want of clients now.
+    /// This process must not leave now: for want of clients, or because it has none any more.
     pub(super) const fn stands_in_the_way(&self) -> bool {
-        self.starting || self.has_predecessor()
+        self.starting.is_some() || self.has_predecessor()
+    }
+
+    /// A successor is being started.
+    pub(super) const fn is_starting(&self) -> bool {
+        self.starting.is_some()
+    }
+
+    /// This process was told to stop, and the service manager does not know of its successor: that stops too.
+    pub(super) fn stop_successor(&self, limit: Duration) {
+        if let Some(starting) = &self.starting {
+            starting.stop(limit.saturating_add(LATER));
+        }
     }
 }
 
@@ -99,7 +114,7 @@ impl Control<'_> {
     /// Starts a successor, in the background.
     pub(super) async fn begin_replacement(&mut self) {
         let Some(program) = self.replacing.program.clone() else { return };
-        if self.phase != Phase::Serving || self.replacing.starting {
+        if self.phase != Phase::Serving || self.replacing.is_starting() {
             return tracing::info!("not reloading: this forwarder is leaving or being replaced already");
         }
         tracing::info!("reloading: starting a successor");
@@ -119,8 +134,8 @@ impl Control<'_> {
         };
         let news = self.replacing.news.0.clone();
         match started {
-            Ok(successor) => {
-                self.replacing.starting = true;
+            Ok((successor, stopper)) => {
+                self.replacing.starting = Some(stopper);
                 let waiting = async move { news.send(News::Successor(successor.ready().await)).ok() };
                 drop(tokio::spawn(waiting));
             }
@@ -131,20 +146,43 @@ impl Control<'_> {
     /// Hears of a successor or predecessor.
     pub(super) async fn replacement(&mut self, news: News) {
         match news {
-            News::Successor(Ok(successor)) => self.hand_over(successor).await,
+            News::Successor(Ok(Born::Ready(successor))) if self.phase == Phase::Serving => {
+                self.hand_over(successor).await;
+            }
+            // It was told to stop, and has heard of it only now.
+            News::Successor(Ok(Born::Ready(successor))) => {
+                let news = self.replacing.news.0.clone();
+                let stopping = async move {
+                    successor.stopped().await;
+                    news.send(News::Successor(Ok(Born::Stopped))).ok()
+                };
+                drop(tokio::spawn(stopping));
+            }
+            News::Successor(Ok(Born::Stopped)) => self.replacing.starting = None,
+            News::Successor(Err(error)) if self.phase != Phase::Serving => {
+                tracing::debug!("the successor has not come up: {error:#}");
+                self.replacing.starting = None;
+            }
             News::Successor(Err(error)) => {
                 tracing::error!("cannot reload, and goes on as before: {error:#}");
-                self.replacing.starting = false;
+                self.replacing.starting = None;
                 // The successor may have put a socket of its own in this one's place. The old one takes its file along, so it goes first.
                 self.control = None;
                 self.control = crate::control::Server::start_or_warn();
                 life::ready(&self.status());
             }
-            News::TakenOver(takeover) => {
+            News::Told(Some(Word::Stop)) => {
+                // It waits for this one, and not the other way round.
+                self.replacing.predecessor = None;
+                if !matches!(self.phase, Phase::Draining(_)) {
+                    self.begin_drain("The predecessor was told to stop before this process had taken over");
+                }
+            }
+            News::Told(word) => {
                 life::mute(false);
                 tracing::info!("has taken over from its predecessor");
                 life::ready(&self.status());
-                if takeover == Some(Takeover::Awake) {
+                if word == Some(Word::TakenOver(Takeover::Awake)) {
                     self.engine.send(Plain::Wake("reload".into()));
                 }
             }
@@ -161,7 +199,7 @@ impl Control<'_> {
     }
 
     async fn hand_over(&mut self, successor: Successor) {
-        self.replacing.starting = false;
+        self.replacing.starting = None;
         // What the successor may stop when it is idle.
         self.activator.remember_start().await;
         let pid = successor.pid();
@@ -196,7 +234,7 @@ impl Control<'_> {
                     let news = news.clone();
                     async move {
                         // Whoever is told may have left meanwhile.
-                        news.send(News::TakenOver(saying.ready().await)).ok();
+                        news.send(News::Told(saying.ready().await)).ok();
                         while let Some(count) = saying.connections().await {
                             news.send(News::PredecessorHas(count)).ok();
                         }
@@ -210,7 +248,7 @@ impl Control<'_> {
             // It has ended meanwhile, so this process is what there is.
             Err(error) => {
                 tracing::debug!("no predecessor any more: {error:#}");
-                drop(news.send(News::TakenOver(None)));
+                drop(news.send(News::Told(None)));
             }
         }
     }

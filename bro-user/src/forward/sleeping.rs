@@ -102,6 +102,14 @@ impl Control<'_> {
         if self.phase != Phase::Serving {
             return asker.answer(Outcome::leaving());
         }
+        // The one that is being started would stay.
+        if self.replacing.is_starting() {
+            return asker.answer(Outcome::leaving());
+        }
+        // With this process the service manager would end that one as well.
+        if let Some(predecessor) = self.replacing.predecessor().filter(|_| !force) {
+            return asker.answer(Outcome::refused(format!("clients are connected: {predecessor}")));
+        }
         self.phase = Phase::Leaving;
         self.sleeper = Some((force, asker));
         self.engine.send(Plain::Leave(if force { Leave::Now } else { Leave::WithoutGuests }));
