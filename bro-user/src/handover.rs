@@ -295,10 +295,9 @@ impl Successor {
         }
     }
 
-    /// Tells it to stop, and waits for that. It may have clients from the moment it is ready: it accepts beside its predecessor.
-    async fn stop(mut self, limit: Duration, mut ready: bool) {
-        // One that is gone has stopped.
-        drop(self.channel.write_all(&[STOP]).await);
+    /// Tells it to stop, and waits for that. It may have clients from the moment it is ready, for it accepts beside its predecessor;
+    /// before, it does not listen to what is said here.
+    async fn stop(mut self, limit: Duration, ready: bool) {
         let pid = self.pid().cast_signed();
         let Ok(Ok(ended)) = sys::pidfd_open(pid).map(|pidfd| sys::watch(pidfd, Interest::READABLE)) else {
             return;
@@ -306,6 +305,10 @@ impl Successor {
         let (ended, mut speaks, mut told_again) = (Ending(ended), !ready, true);
         let deadline = tokio::time::sleep(if ready { limit } else { limit.min(DEAF) });
         tokio::pin!(deadline);
+        if ready {
+            // One that is gone has stopped.
+            drop(self.channel.write_all(&[STOP]).await);
+        }
         loop {
             tokio::select! {
                 () = ended.come() => return,
@@ -314,9 +317,9 @@ impl Successor {
                 }
                 said = self.channel.read_u8(), if speaks => {
                     speaks = false;
-                    ready |= said.is_ok_and(|said| said == READY);
-                    if ready {
+                    if said.is_ok_and(|said| said == READY) {
                         deadline.as_mut().reset(tokio::time::Instant::now() + limit);
+                        drop(self.channel.write_all(&[STOP]).await);
                     }
                 }
                 again = self.stops.recv(), if told_again => {
