@@ -60,6 +60,10 @@ pub fn start(scene: &Scene, contender: &Contender, order: Order, port: u16) -> R
         match contender.way {
             Way::Bro { options, .. } => {
                 let mut args = bro_args(scene, options);
+                // As it is by default: who insists has the first client wait until the kernel relay is loaded and tested.
+                args.iter_mut()
+                    .filter(|arg| *arg == "--relay=sockmap")
+                    .for_each(|arg| *arg = "--relay=auto".into());
                 args.push(target.clone());
                 Launch { socket, ..Launch::default() }.start(&scene.bro, &args, &log("forwarder"))
             }

@@ -183,7 +183,9 @@ pub const SECTIONS: &[Section] = &[
         note: "First byte after the client's connect(). systemd: until its stand-in has seen the client. Container: until the \
             service listens; it takes 50 ms to start up. Readiness: until the service has the connection. Relay: until the \
             client has its byte. The forwarder's own is all that comes after the service listens. systemd-socket-proxyd is \
-            started when the service listens (After=), for it does not hold clients; the others start beside it.",
+            started when the service listens (After=), for it does not hold clients; the others start beside it. bro with lanes is \
+            started with --relay=auto, which is the default; with --relay=sockmap it takes a client only when the kernel relay is \
+            loaded and tested, some 50 ms after its start, which no container of Podman's is as quick as.",
         metrics: &[
             less("cold.systemd", "systemd", Unit::Millis),
             less("cold.container", "container", Unit::Millis),

@@ -7,6 +7,9 @@ use crate::bench::contenders::{Contender, Way};
 use crate::bench::metrics::{self, Metric, SECTIONS, Section};
 use crate::bench::statistics::Summary;
 
+/// Why some rows are as they are: what was found out about them, by hand.
+const NOTES: &str = include_str!("notes.md");
+
 /// The document; `plots` is where the plots are, seen from it.
 pub fn render(report: &Report, plots: &str) -> String {
     let mut text = String::new();
@@ -33,6 +36,7 @@ fn write(report: &Report, plots: &str, text: &mut String) -> std::fmt::Result {
             writeln!(text, "![{}]({plots}{plot})\n", section.title)?;
         }
     }
+    text.push_str(NOTES);
     correctness(report, text)?;
     missing(report, text)?;
     setup(report, text)
