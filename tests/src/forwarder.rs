@@ -33,6 +33,8 @@ pub struct Setup {
     without_forward: bool,
     tools: Option<PathBuf>,
     readable_copy: bool,
+    /// The user that it runs as, whose its runtime directory is to be.
+    owner: Option<u32>,
 }
 
 impl Setup {
@@ -117,6 +119,7 @@ impl Setup {
         let (user, inheritable, ambient) =
             (format!("--reuid={uid}"), format!("--inh-caps={caps}"), format!("--ambient-caps={caps}"));
         let group = format!("--regid={uid}");
+        self.owner = Some(uid);
         self.through = ["setpriv".into(), user, group, "--clear-groups".into(), inheritable, ambient].into();
         self.readable_copy = true;
         self
@@ -147,6 +150,7 @@ impl Setup {
     #[must_use]
     pub fn user(mut self, uid: u32) -> Self {
         self.readable_copy = true;
+        self.owner = Some(uid);
         self.launch(format!("uid={uid}"))
     }
 
@@ -157,6 +161,7 @@ impl Setup {
         if self.readable_copy {
             program = bro::copy(&program, scratch.path())?;
         }
+        std::os::unix::fs::chown(scratch.path(), self.owner, None)?;
         let mut command = Command::new(bro::helper());
         command.arg("launch");
         if !self.pass_nothing && !self.sockets.is_empty() {
