@@ -43,7 +43,8 @@ impl Programs {
             } else if let Some(program) = id("prog_id") {
                 objects.push(BpfObject::Program(program));
                 // The forwarder keeps no descriptor of a map that it only reads through memory; its programs do.
-                let program = sys::pidfd_getfd(pidfd.as_fd(), number)?;
+                // One of the program that hooks goes to the relay process as well, and may be closed here by now; another stays.
+                let Ok(program) = sys::pidfd_getfd(pidfd.as_fd(), number) else { continue };
                 for map in sys::bpf_maps_of(program.as_fd())? {
                     let name = sys::bpf_map_name(bpf_object(BpfObject::Map(map))?.as_fd())?;
                     maps.insert(name, map);
