@@ -60,13 +60,19 @@ fn ready(options: impl FnOnce(Setup) -> Setup) -> Result<(Notify, Scene, Forward
     Ok((notify, scene, forwarder))
 }
 
+/// A scene's service, and a connection to it that relays: the client's end, and the service's.
+fn relaying(scene: &mut Scene) -> Result<(Listener, (Conn, Conn))> {
+    let service = scene.serve()?;
+    let connection = (scene.client()?, service.accept()?);
+    expect_relayed(&connection.0, &connection.1)?;
+    Ok((service, connection))
+}
+
 #[test]
 fn connections_stay_where_they_are_and_new_ones_go_to_the_successor() -> Result<()> {
     require_namespaces!();
     let (mut notify, mut scene, mut forwarder) = ready(|setup| setup)?;
-    let service = scene.serve()?;
-    let old = (scene.client()?, service.accept()?);
-    expect_relayed(&old.0, &old.1)?;
+    let (service, old) = relaying(&mut scene)?;
 
     let successor = reload(forwarder.pid(), &mut notify)?;
     ensure!(successor != forwarder.pid());
@@ -238,9 +244,7 @@ fn a_replaced_process_waits_for_the_one_it_has_replaced() -> Result<()> {
 fn sigterm_to_both_ends_both_in_order() -> Result<()> {
     require_namespaces!();
     let (mut notify, mut scene, mut forwarder) = ready(|setup| setup)?;
-    let service = scene.serve()?;
-    let old = (scene.client()?, service.accept()?);
-    expect_relayed(&old.0, &old.1)?;
+    let (_service, old) = relaying(&mut scene)?;
     let successor = reload(forwarder.pid(), &mut notify)?;
     for pid in process::members(forwarder.pid()) {
         kill(Pid::from_raw(pid), Signal::SIGTERM)?;
@@ -292,9 +296,7 @@ fn sigterm_after_sighup_lets_connections_finish() -> Result<()> {
     require_namespaces!();
     for delay in [0, 2, 4, 8] {
         let (mut notify, mut scene, mut forwarder) = ready(|setup| setup)?;
-        let service = scene.serve()?;
-        let old = (scene.client()?, service.accept()?);
-        expect_relayed(&old.0, &old.1)?;
+        let (_service, old) = relaying(&mut scene)?;
         forwarder.signal(Signal::SIGHUP)?;
         std::thread::sleep(Duration::from_millis(delay));
         forwarder.signal(Signal::SIGTERM)?;
@@ -352,9 +354,7 @@ fn ask(forwarder: &Forwarder, request: &str) -> Result<Outcome> {
 fn told_to_sleep_it_minds_the_clients_of_its_predecessor() -> Result<()> {
     require_namespaces!();
     let (mut notify, mut scene, mut forwarder) = ready(|setup| setup)?;
-    let service = scene.serve()?;
-    let old = (scene.client()?, service.accept()?);
-    expect_relayed(&old.0, &old.1)?;
+    let (_service, old) = relaying(&mut scene)?;
     let successor = reload(forwarder.pid(), &mut notify)?;
     expect_status(&forwarder, 0, Some((forwarder.pid(), 1)))?;
     let outcome = ask(&forwarder, "sleep\n")?;
@@ -372,9 +372,7 @@ fn told_to_sleep_it_minds_the_clients_of_its_predecessor() -> Result<()> {
 fn a_new_program_that_does_not_start_changes_nothing() -> Result<()> {
     require_namespaces!();
     let (mut notify, mut scene, forwarder) = ready(|setup| setup.copy())?;
-    let service = scene.serve()?;
-    let old = (scene.client()?, service.accept()?);
-    expect_relayed(&old.0, &old.1)?;
+    let (service, old) = relaying(&mut scene)?;
     // As a package manager does it: another file in its place.
     std::fs::remove_file(forwarder.program())?;
     bro_tests::forwarder::script(forwarder.program().parent().context("a folder")?, "bro", "exit 3")?;

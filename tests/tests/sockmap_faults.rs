@@ -500,28 +500,37 @@ impl Drop for Killed {
     }
 }
 
-/// A service in Python in a namespace of its own, with what it says and where it listens.
-fn in_python(program: &str) -> Result<(Namespace, Killed, bro_tests::log::Log, Address)> {
+/// The service, and its namespace.
+type PythonSite = (Killed, Namespace);
+
+/// A service in Python in a namespace of its own, with what it says, and a forwarder to it with the kernel relay.
+fn in_python(
+    program: &str,
+    options: &[&str],
+) -> Result<(PythonSite, bro_tests::log::Log, Listener, Forwarder)> {
     let namespace = Namespace::new()?;
     let mut command = Command::new(bro::helper());
     command.arg("launch").arg("--").args(namespace.enter()).args(["python3", "-c", program]);
     let mut service = Killed(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?);
     let says = bro_tests::log::Log::collect(service.0.stdout.take().context("stdout is piped")?);
     let port: u16 = says.line(PATIENCE, |_| true)?.trim().parse()?;
+    let front = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
+    let setup = Setup::new().args(["--relay=sockmap"]).args(options.iter().copied());
     let target = Address::Tcp(std::net::SocketAddr::from(([127, 0, 0, 1], port)));
-    Ok((namespace, service, says, target))
+    let forwarder = setup.netns(&namespace).socket(&front).arg(target.to_string()).start()?;
+    Ok(((service, namespace), says, front, forwarder))
 }
 
 #[test]
 fn a_service_that_turns_to_blocking_after_its_greeting_never_sees_an_error() -> Result<()> {
     require_bpf!();
-    if !met("a_service_that_turns_to_blocking_after_its_greeting", &[Need::Program("python3", "python3")]) {
+    if !met(
+        "a_service_that_turns_to_blocking_after_its_greeting_never_sees_an_error",
+        &[Need::Program("python3", "python3")],
+    ) {
         return Ok(());
     }
-    let (namespace, _service, says, target) = in_python(GREETS)?;
-    let front = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
-    let setup = Setup::new().arg("--relay=sockmap").netns(&namespace).socket(&front);
-    let forwarder = setup.arg(target.to_string()).start()?;
+    let (_site, says, front, forwarder) = in_python(GREETS, &[])?;
     let programs = forwarder.kernel_relay()?;
     for nth in 1..=4 {
         let client = Conn::new(&Here, front.address())?;
@@ -547,10 +556,7 @@ fn a_blocking_service_with_a_timer_never_sees_an_error() -> Result<()> {
     if !met("a_blocking_service_with_a_timer_never_sees_an_error", &[Need::Program("python3", "python3")]) {
         return Ok(());
     }
-    let (namespace, _service, says, target) = in_python(TIMED)?;
-    let front = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
-    let setup = Setup::new().args(["--relay=sockmap", "--local-clients=on"]).netns(&namespace).socket(&front);
-    let forwarder = setup.arg(target.to_string()).start()?;
+    let (_site, says, front, forwarder) = in_python(TIMED, &["--local-clients=on"])?;
     let programs = forwarder.kernel_relay()?;
     for nth in 1..=4 {
         let client = Conn::new(&Here, front.address())?;
