@@ -71,7 +71,6 @@ pub struct Args {
 
 /// The parts that a run starts as processes of their own.
 #[derive(Debug, Subcommand)]
-#[command(hide = true)]
 enum Part {
     /// Become a program, with a socket, in a namespace, as a user
     #[command(hide = true)]

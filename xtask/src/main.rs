@@ -54,3 +54,23 @@ fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::Cli;
+
+    /// An attribute of a task's own parts can hide the task.
+    #[test]
+    fn help_names_every_task() {
+        let help = Cli::command().render_help().to_string();
+        for task in ["run", "test", "bench", "build-ebpf", "dist"] {
+            assert!(
+                help.lines().any(|line| line.trim_start().starts_with(&format!("{task} "))),
+                "{task}:\n{help}"
+            );
+        }
+        assert!(!help.contains("part"), "{help}");
+    }
+}
