@@ -3,6 +3,7 @@
 
 mod features;
 mod host;
+mod selinux;
 mod service;
 
 use std::fmt::Write as _;
@@ -69,7 +70,7 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
                 features::check().await,
                 host::linger(),
                 host::namespaces(),
-                host::selinux(),
+                selinux::program(),
                 host::listeners().await,
                 host::pipes(),
                 host::descriptors(),

@@ -91,6 +91,19 @@ impl Quadlet {
         self.path.file_stem().is_some_and(|stem| stem.as_encoded_bytes().ends_with(b"@"))
     }
 
+    /// The place on the host that a `Volume=` shares, if it is one and can be told.
+    #[must_use]
+    pub fn shares(&self, volume: &str, owner: Option<&Owner>) -> Option<PathBuf> {
+        // SOURCE:DESTINATION[:OPTIONS]; DESTINATION alone is an anonymous volume, and any other SOURCE a volume's name.
+        let (source, _) = volume.split_once(':')?;
+        let source = specifiers::expand(source, &self.unit, owner).ok()?;
+        match source.strip_prefix("./").or_else(|| (source == ".").then_some("")) {
+            Some(beside) => Some(self.path.parent()?.join(beside)),
+            None if source.starts_with("../") => Some(self.path.parent()?.join(source)),
+            None => source.starts_with('/').then(|| source.into()),
+        }
+    }
+
     /// Does it run nginx? Seen from the image's name and the command.
     #[must_use]
     pub fn is_nginx(&self) -> bool {

@@ -1,6 +1,6 @@
 //! The oldest versions that things work with: the one table of them, which the README shows as well (a test compares).
 
-use super::Check;
+use super::{Check, selinux};
 
 /// Something that bro does, and the oldest of each that it needs; none where any will do.
 #[derive(Debug)]
@@ -9,6 +9,26 @@ pub(super) struct Feature {
     pub systemd: Option<u32>,
     pub podman: Option<(u32, u32)>,
     pub kernel: Option<(u32, u32)>,
+    /// Of a security module, where it is at work.
+    pub guard: Option<Guard>,
+}
+
+/// What a security module has to know of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Guard {
+    /// SELinux's policy for containers.
+    ContainerSelinux(u32, u32),
+    /// AppArmor with profiles for those who make user namespaces.
+    AppArmor(u32, u32),
+}
+
+impl std::fmt::Display for Guard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::ContainerSelinux(major, minor) => write!(f, "container-selinux {major}.{minor}"),
+            Self::AppArmor(major, minor) => write!(f, "AppArmor {major}.{minor}"),
+        }
+    }
 }
 
 const fn feature(
@@ -17,7 +37,11 @@ const fn feature(
     podman: Option<(u32, u32)>,
     kernel: Option<(u32, u32)>,
 ) -> Feature {
-    Feature { name, systemd, podman, kernel }
+    Feature { name, systemd, podman, kernel, guard: None }
+}
+
+const fn guarded(name: &'static str, guard: Guard) -> Feature {
+    Feature { name, systemd: None, podman: None, kernel: None, guard: Some(guard) }
 }
 
 /// All of them. The numbers are from systemd's NEWS, Podman's RELEASE_NOTES.md, and the manual pages and history of Linux.
@@ -37,10 +61,16 @@ pub(super) const FEATURES: &[Feature] = &[
     feature("no wait for the network (`[Quadlet] DefaultDependencies=`)", None, Some((5, 3)), None),
     // FlushPending=; its drop-in. (Podman hands sockets in since 3.4.)
     feature("sockets that the container takes over (`--direct`)", Some(247), Some((5, 0)), None),
+    // Before, a container might not accept at a socket of systemd's.
+    guarded("the same under SELinux", Guard::ContainerSelinux(2, 183)),
+    // Profiles for podman, crun and runc.
+    guarded("rootless containers under AppArmor's limit on user namespaces", Guard::AppArmor(4, 0)),
     feature("another account's port from a container (pasta)", None, Some((4, 4)), None),
     feature("the same at `host.containers.internal`", None, Some((5, 3)), None),
     // bpf_get_netns_cookie() for sock_ops programs
     feature("the kernel relay", None, None, Some((5, 15))),
+    // Maps that are pinned, used by those who may not load programs.
+    feature("the kernel relay through `bro loader`", None, None, Some((5, 19))),
 ];
 
 /// The versions of this host.
@@ -49,6 +79,10 @@ pub(super) struct Versions {
     pub systemd: Option<u32>,
     pub podman: Option<(u32, u32)>,
     pub kernel: Option<(u32, u32)>,
+    /// Where SELinux is at work.
+    pub container_selinux: Option<(u32, u32)>,
+    /// Where AppArmor limits user namespaces.
+    pub apparmor: Option<(u32, u32)>,
 }
 
 /// The first two numbers of a version: `257.9-1` is 257 and 9, `6.12.0-cloud` is 6 and 12.
@@ -66,9 +100,11 @@ pub(super) async fn says(program: &str, args: &[&str]) -> Option<String> {
 
 impl Versions {
     pub(super) async fn of_this_host() -> Self {
-        let (systemd, podman) = tokio::join!(
+        let (systemd, podman, container_selinux, apparmor) = tokio::join!(
             says("systemctl", &["--version"]),
-            says("podman", &["version", "--format", "{{.Client.Version}}"])
+            says("podman", &["version", "--format", "{{.Client.Version}}"]),
+            selinux::policy(),
+            apparmor()
         );
         // systemd 257 (257.9-1~deb13u1)
         let systemd =
@@ -78,6 +114,8 @@ impl Versions {
             systemd,
             podman: podman.as_deref().and_then(numbers),
             kernel: kernel.as_deref().and_then(numbers),
+            container_selinux,
+            apparmor,
         }
     }
 
@@ -89,11 +127,34 @@ impl Versions {
         };
         let dotted = |(major, minor): (u32, u32)| format!("{major}.{minor}");
         let whole = |version: Option<u32>| version.map(|major| (major, 0));
+        let guard = feature.guard.filter(|guard| match *guard {
+            Guard::ContainerSelinux(major, minor) => {
+                older(self.container_selinux, Some((major, minor))).is_some()
+            }
+            Guard::AppArmor(major, minor) => older(self.apparmor, Some((major, minor))).is_some(),
+        });
         older(whole(self.systemd), whole(feature.systemd))
             .map(|(major, _)| format!("systemd {major}"))
             .or_else(|| older(self.podman, feature.podman).map(|needs| format!("podman {}", dotted(needs))))
             .or_else(|| older(self.kernel, feature.kernel).map(|needs| format!("Linux {}", dotted(needs))))
+            .or_else(|| guard.map(|guard| guard.to_string()))
     }
+}
+
+/// Does AppArmor keep programs that it does not know from making user namespaces?
+pub(super) fn apparmor_limits() -> bool {
+    let limit = std::fs::read_to_string("/proc/sys/kernel/apparmor_restrict_unprivileged_userns");
+    limit.is_ok_and(|limit| limit.trim() == "1")
+}
+
+/// The version of AppArmor, where it does.
+async fn apparmor() -> Option<(u32, u32)> {
+    if !apparmor_limits() {
+        return None;
+    }
+    // AppArmor parser version 4.0.1
+    let said = says("apparmor_parser", &["--version"]).await?;
+    numbers(said.lines().next()?.rsplit(' ').next()?)
 }
 
 /// Does everything work with the versions of this host?
@@ -126,11 +187,18 @@ mod tests {
 
     #[test]
     fn says_what_is_too_old() {
-        let host = Versions { systemd: Some(257), podman: Some((4, 9)), kernel: Some((6, 1)) };
+        let host = Versions {
+            systemd: Some(257),
+            podman: Some((4, 9)),
+            kernel: Some((5, 15)),
+            container_selinux: Some((2, 182)),
+            apparmor: Some((3, 1)),
+        };
         let lacking: Vec<String> = FEATURES.iter().filter_map(|feature| host.lacks(feature)).collect();
         assert_eq!(
             lacking.join(", "),
-            "podman 5.0, podman 5.0, podman 5.0, podman 5.3, podman 5.3, podman 5.0, podman 5.3"
+            "podman 5.0, podman 5.0, podman 5.0, podman 5.3, podman 5.3, podman 5.0, container-selinux 2.183, AppArmor 4.0, \
+             podman 5.3, Linux 5.19"
         );
         assert!(FEATURES.iter().all(|feature| Versions::default().lacks(feature).is_none()));
     }
@@ -140,14 +208,16 @@ mod tests {
         let cell = |version: Option<String>| version.unwrap_or_default();
         let dotted = |(major, minor): (u32, u32)| format!("{major}.{minor}");
         let readme = include_str!("../../../README.md");
-        for Feature { name, systemd, podman, kernel } in FEATURES {
-            let row = format!(
-                "| {name} | {} | {} | {} |",
+        let row = |Feature { name, systemd, podman, kernel, guard }: &Feature| {
+            format!(
+                "| {name} | {} | {} | {} | {} |\n",
                 cell(systemd.map(|version| version.to_string())),
                 cell(podman.map(dotted)),
-                cell(kernel.map(dotted))
-            );
-            assert!(readme.contains(&row), "the README lacks the row\n{row}");
-        }
+                cell(kernel.map(dotted)),
+                cell(guard.map(|guard| guard.to_string()))
+            )
+        };
+        let table: String = FEATURES.iter().map(row).collect();
+        assert!(readme.contains(&table), "the README's table has to be\n{table}");
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::Check;
+use super::{Check, features};
 use crate::activate::bus::{Bus, Manager};
 use crate::kernel::{self, Kernel, Unavailable, pinned};
 use crate::netns::Where;
@@ -118,7 +118,7 @@ pub(super) fn namespaces() -> Check {
         };
     }
     let read = |path: &str| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
-    if read("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").as_deref() == Some("1") {
+    if features::apparmor_limits() {
         // bro makes no user namespace, it joins the container's; but Podman has to make that.
         return match PROFILES.into_iter().find(|profile| Path::new(profile).exists()) {
             Some(profile) => Check::ok(
@@ -140,37 +140,6 @@ pub(super) fn namespaces() -> Check {
             Check::bad(NAME, "user namespaces are switched off", "sudo sysctl user.max_user_namespaces=10000")
         }
         _ => Check::ok(NAME, "this user's containers can be entered without any capability"),
-    }
-}
-
-/// Where SELinux enforces its policy, what a system unit runs and what a container shares need the right labels. Nothing but the
-/// label of the program itself is looked at.
-pub(super) fn selinux() -> Check {
-    const NAME: &str = "selinux";
-    if !std::fs::read_to_string("/sys/fs/selinux/enforce").is_ok_and(|enforce| enforce.trim() == "1") {
-        return Check::ok(NAME, "not enforcing");
-    }
-    let program = std::env::current_exe().unwrap_or_default();
-    let kind = crate::sys::selinux_type(&program);
-    // Of the usual policies: files of users, root's home and temporary ones are not for system units. A user's units may run them.
-    let theirs = |kind: &str| kind.ends_with("_home_t") || kind.ends_with("_tmp_t") || kind == "default_t";
-    match kind.as_deref() {
-        Some(kind) if theirs(kind) && nix::unistd::geteuid().is_root() => Check::less(
-            NAME,
-            format!(
-                "enforcing, and {} is labelled {kind}, which system units may not run",
-                program.display()
-            ),
-            "install bro as /usr/local/bin/bro and run `sudo restorecon /usr/local/bin/bro`",
-        ),
-        kind => Check::ok(
-            NAME,
-            format!(
-                "enforcing; this program is labelled {}, no other label was looked at: what a container shares with the host \
-                 (Volume=) needs :z, and `sudo ausearch --message avc --start recent` shows what was refused",
-                kind.unwrap_or("nothing")
-            ),
-        ),
     }
 }
 

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::features::{self, FEATURES, Versions, says};
-use super::{Check, host};
+use super::features::{self, FEATURES, Guard, Versions, says};
+use super::{Check, host, selinux};
 use crate::activate::bus::{Bus, Known, Manager};
 use crate::activate::container;
 use crate::activated::{self, Activated, Listener};
@@ -61,6 +61,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     }
     if let Some(quadlet) = &quadlet {
         checks.push(image(quadlet, known.run_as.as_ref()).await);
+        checks.extend(selinux::shared(quadlet, known.run_as.as_ref()));
     }
     checks.push(versions(&known).await);
     match &known.run_as {
@@ -281,6 +282,8 @@ async fn versions(known: &Activated) -> Check {
     let needed = FEATURES.iter().filter(|feature| {
         (feature.name.contains("drop-ins") && !known.others.is_empty())
             || (feature.name.contains("--direct") && known.direct)
+            || (matches!(feature.guard, Some(Guard::ContainerSelinux(..))) && known.direct)
+            || (matches!(feature.guard, Some(Guard::AppArmor(..))) && known.unit_scope() == Manager::User)
             || (feature.name.contains("NAME@") && known.name.contains('@'))
             || (feature.name.contains(".pod") && known.quadlet.extension().is_some_and(|kind| kind == "pod"))
             || feature.name.contains("activate")

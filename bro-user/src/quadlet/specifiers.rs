@@ -1,4 +1,4 @@
-//! The specifiers of systemd.unit(5) that occur in container names.
+//! The specifiers of systemd.unit(5) that occur in containers' names and in paths.
 
 use crate::owner::Owner;
 
@@ -9,8 +9,8 @@ pub(super) fn expand(text: &str, unit: &str, owner: Option<&Owner>) -> Result<St
     let last = prefix.rsplit('-').next().unwrap_or(prefix);
     let uid = owner.map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
     let user = || match owner {
-        Some(owner) => Some(owner.name.clone()),
-        None => Some(nix::unistd::User::from_uid(uid.into()).ok().flatten()?.name),
+        Some(owner) => Some((owner.name.clone(), owner.home.clone())),
+        None => nix::unistd::User::from_uid(uid.into()).ok().flatten().map(|user| (user.name, user.dir)),
     };
     let mut expanded = String::new();
     let mut chars = text.chars();
@@ -28,7 +28,8 @@ pub(super) fn expand(text: &str, unit: &str, owner: Option<&Owner>) -> Result<St
             Some('i' | 'I') => expanded.push_str(instance),
             Some('j' | 'J') => expanded.push_str(last),
             Some('U') => expanded.push_str(&uid.to_string()),
-            Some('u') => expanded.push_str(&user().ok_or("%u")?),
+            Some('u') => expanded.push_str(&user().ok_or("%u")?.0),
+            Some('h') => expanded.push_str(user().ok_or("%h")?.1.to_str().ok_or("%h")?),
             other => return Err(other.map_or_else(|| "%".to_owned(), |other| format!("%{other}"))),
         }
     }
@@ -44,6 +45,8 @@ mod tests {
         assert_eq!(expand("systemd-%p_%i", "web@blue.service", None), Ok("systemd-web_blue".into()));
         assert_eq!(expand("%N-100%%", "web.service", None), Ok("web-100%".into()));
         assert_eq!(expand("%j", "my-web.service", None), Ok("web".into()));
+        let test = Owner { name: "test".into(), uid: 1000, gid: 1000, home: "/home/test".into() };
+        assert_eq!(expand("%h/%u-%U", "web.service", Some(&test)), Ok("/home/test/test-1000".into()));
         assert_eq!(expand("x%m", "web.service", None), Err("%m".into()));
         assert_eq!(expand("x%", "web.service", None), Err("%".into()));
     }

@@ -104,6 +104,35 @@ pub fn security_modules(host: &Host) -> Result<()> {
     let (outcome, said) = shown(&labelled("admin_home_t"), "selinux")?;
     ensure!(outcome == "less" && said.contains("admin_home_t") && said.contains("restorecon"), "{said}");
     let (outcome, said) = shown(&labelled("bin_t"), "selinux")?;
-    ensure!(outcome == "ok" && said.contains("bin_t") && said.contains(":z"), "{said}");
+    ensure!(outcome == "ok" && said.contains("bin_t"), "{said}");
+
+    // What a container shares.
+    let quadlet = |options: &str| {
+        let text =
+            format!("[Container]\nImage=localhost/busybox\nNetwork=none\nVolume=/srv:/data:{options}\n");
+        Manager::System.quadlet(host, "sharing.container", &text)
+    };
+    quadlet("ro")?;
+    let port = host.free_port()?;
+    ensure!(activate(host, Manager::System, &format!("sharing --external-port 127.0.0.1:{port}"))?.success());
+    let shared = |label: &str| {
+        let script = format!(
+            "{enforcing}mount -t tmpfs shown /srv\n\
+             python3 -c 'import os; os.setxattr(\"/srv\", \"security.selinux\", b\"u:object_r:{label}:s0\\0\")'\n\
+             bro doctor sharing --json || :"
+        );
+        shown(&script, "selinux")
+    };
+    let (outcome, said) = shared("var_t")?;
+    ensure!(
+        outcome == "less" && said.contains("/srv, which Volume=/srv:/data:ro shares") && said.contains(":z"),
+        "{said}"
+    );
+    let (outcome, said) = shared("container_file_t")?;
+    ensure!(outcome == "ok", "{said}");
+    quadlet("ro,z")?;
+    let (outcome, said) = shared("var_t")?;
+    ensure!(outcome == "ok", "{said}");
+    ensure!(activate(host, Manager::System, "sharing --remove")?.success());
     Ok(())
 }
