@@ -6,12 +6,12 @@ pub mod container;
 pub mod ownership;
 pub mod ready;
 pub mod rootless;
+pub mod runs;
 pub mod watching;
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use anyhow::{Context as _, bail};
 use nix::libc;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use crate::engine::Destination;
@@ -33,6 +34,7 @@ use bus::{Bus, Manager};
 use command::Outcome;
 use container::Inspected;
 use ready::Ready;
+use runs::Runs;
 use watching::Watching;
 
 /// Where targets are.
@@ -67,14 +69,16 @@ pub struct Incarnation {
 pub struct Activator {
     place: Place,
     unit: Option<String>,
+    /// Whose the unit's runs are.
+    runs: Arc<Runs>,
+    /// Follows them.
+    following: Mutex<JoinSet<()>>,
     manager: Manager,
     ready: Ready,
     bus: Mutex<Option<Bus>>,
     current: Mutex<Option<Arc<Incarnation>>>,
     /// The agent in the forwarder's own namespace, for targets that are there.
     own: Mutex<Option<Arc<Namespace>>>,
-    /// This process asked for the start of the unit, and has not noted yet which run that is.
-    started: AtomicBool,
     /// This process uses the unit.
     in_use: Mutex<Option<ownership::Use>>,
     /// The kernel relay's programs, where there may be any to watch the service.
@@ -111,13 +115,14 @@ impl Activator {
     pub fn new(place: Place, unit: Option<String>, manager: Manager, ready: Ready) -> Self {
         Self {
             place,
+            runs: Arc::new(Runs::of(unit.clone().unwrap_or_default())),
             unit,
+            following: Mutex::default(),
             manager,
             ready,
             bus: Mutex::default(),
             current: Mutex::default(),
             own: Mutex::default(),
-            started: AtomicBool::new(false),
             in_use: Mutex::default(),
             programs: OnceLock::new(),
             listening: tokio::sync::watch::Sender::new(0),
@@ -243,16 +248,19 @@ impl Activator {
         // Before the look at the unit: from here on no other forwarder stops it.
         self.begin_use(unit).await;
         let bus = self.bus().await?;
-        let before = bus.active_state(unit).await?;
-        // A run that somebody else has started meanwhile is not ours, although an earlier one was.
-        let ours = !matches!(before.as_str(), "active" | "activating" | "reloading");
-        self.started.store(ours, Relaxed);
+        let before = bus.look(unit).await?;
+        if before.is_running() {
+            self.runs.see(&before);
+        } else {
+            self.runs.order(&before);
+        }
+        self.follow_runs(&bus).await;
         // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients. Nor is
         // anything looked for before systemd has the order: finding it ends this. Where no process tells that it is there (in
         // the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is tried
         // before there is a way to the target may take another way, and wait there.
         let process = matches!(self.place, Place::Container(_) | Place::Pid(_));
-        let early = before != "deactivating" && process;
+        let early = before.state != "deactivating" && process;
         let ordered = || {
             if early {
                 findable.notify_one()
@@ -275,6 +283,7 @@ impl Activator {
                 unit,
                 "the unit ended without having said that it is ready (Result=protocol); it is started once more"
             );
+            self.runs.order(&bus.look(unit).await?);
             result = bus.start(unit).await.with_context(cannot)?;
         }
         anyhow::ensure!(
@@ -313,6 +322,7 @@ impl Activator {
     /// Forgets the bus, the namespace and the agents, after a failure that may have been theirs.
     pub async fn forget(&self) {
         *self.bus.lock().await = None;
+        self.following.lock().await.abort_all();
         *self.own.lock().await = None;
         *self.current.lock().await = None;
     }
@@ -336,12 +346,25 @@ impl Activator {
         *self.in_use.lock().await = None;
     }
 
-    /// Notes which run of the unit was started, for a forwarder that takes over from this one.
-    pub async fn remember_start(&self) {
-        let Some(unit) = self.unit.as_ref().filter(|_| self.started.load(Relaxed)) else { return };
+    /// Has the unit's runs followed from now on.
+    async fn follow_runs(&self, bus: &Bus) {
+        let mut following = self.following.lock().await;
+        while following.try_join_next().is_some() {}
+        if following.is_empty() {
+            let (runs, bus) = (self.runs.clone(), bus.clone());
+            following.spawn(async move {
+                let Err(error) = runs.follow(&bus).await;
+                tracing::debug!(%error, "the unit's runs are not followed any more");
+            });
+        }
+    }
+
+    /// Notes which run of the unit is a forwarder's, for one that takes over from this one.
+    pub async fn note_run(&self) {
+        let Some(unit) = &self.unit else { return };
         let Ok(bus) = self.bus().await else { return };
-        if let Ok(invocation) = bus.invocation(unit).await {
-            ownership::remember(unit, &invocation);
+        if let Ok(look) = bus.look(unit).await {
+            self.runs.see(&look);
         }
     }
 
@@ -364,15 +387,16 @@ impl Activator {
             }
         };
         let bus = self.bus().await?;
-        if matches!(bus.active_state(unit).await?.as_str(), "inactive" | "failed") {
+        let look = bus.look(unit).await?;
+        let ours = self.runs.see(&look);
+        if matches!(look.state.as_str(), "inactive" | "failed") {
             return Ok(Stopped::Done);
         }
-        if !by_force && !self.started.load(Relaxed) && !ownership::is_ours(unit, &bus.invocation(unit).await?)
-        {
+        if !by_force && !ours {
             return Ok(Stopped::NotOurs);
         }
         let result = bus.put_to_sleep(unit).await?;
-        ownership::forget(unit);
+        self.runs.forget();
         tracing::info!(unit, result, "stopped the unit");
         Ok(Stopped::Done)
     }

@@ -459,7 +459,7 @@ impl<'a> Control<'a> {
         }
         if matches!(self.phase, Phase::Draining(_)) {
             // One that was woken only now may not be noted yet, and nobody would put it to sleep.
-            drop(tokio::time::timeout(REMEMBER, self.activator.remember_start()).await);
+            drop(tokio::time::timeout(REMEMBER, self.activator.note_run()).await);
         }
         if let Some(news) = self.foreign.as_ref().and_then(Foreign::rest) {
             left_alone(news);

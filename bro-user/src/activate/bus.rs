@@ -74,6 +74,14 @@ trait Unit {
     fn inactive_exit_timestamp_monotonic(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "false"), name = "InvocationID")]
     fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn job(&self) -> zbus::Result<(u32, OwnedObjectPath)>;
+}
+
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Job", default_service = "org.freedesktop.systemd1")]
+trait Job {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn job_type(&self) -> zbus::Result<String>;
 }
 
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
@@ -84,6 +92,8 @@ trait Service {
     fn exec_main_code(&self) -> zbus::Result<i32>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn exec_main_status(&self) -> zbus::Result<i32>;
+    #[zbus(property(emits_changed_signal = "false"), name = "NRestarts")]
+    fn n_restarts(&self) -> zbus::Result<u32>;
 }
 
 /// What a service manager knows of a unit.
@@ -101,6 +111,40 @@ pub struct Known {
     pub needs_reload: bool,
     /// Since when it is active, in seconds since 1970.
     pub active_since: Option<u64>,
+}
+
+/// What a unit is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Look {
+    /// ActiveState: active, activating, inactive, failed, …
+    pub state: String,
+    /// Which run this is, or was (InvocationID); empty when it never ran.
+    pub invocation: String,
+    /// How often systemd has restarted it by itself since somebody started it.
+    pub restarts: u32,
+    /// It is being stopped only to be started again.
+    pub is_restarting: bool,
+}
+
+impl Look {
+    /// It runs, or is about to.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        matches!(self.state.as_str(), "active" | "activating" | "reloading")
+    }
+}
+
+/// The times at which a unit changes.
+pub struct Changes(zbus::fdo::PropertiesChangedStream);
+
+impl Changes {
+    /// Waits for the next one.
+    ///
+    /// # Errors
+    /// When the bus is closed.
+    pub async fn next(&mut self) -> anyhow::Result<()> {
+        self.0.next().await.map(drop).context("the bus was closed")
+    }
 }
 
 /// A connection to a service manager.
@@ -197,6 +241,40 @@ impl Bus {
     pub async fn invocation(&self, unit: &str) -> anyhow::Result<String> {
         let id = self.unit(unit).await?.invocation_id().await?;
         Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// What the unit is doing.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn look(&self, name: &str) -> anyhow::Result<Look> {
+        let unit = self.unit(name).await?;
+        // The job first: once a restart has stopped the unit, its job is one to start it.
+        let (id, job) = unit.job().await?;
+        let kind = match id {
+            0 => None,
+            // It may have ended since.
+            _ => JobProxy::builder(self.connection()).path(job).build().await?.job_type().await.ok(),
+        };
+        let invocation = unit.invocation_id().await?;
+        Ok(Look {
+            state: unit.active_state().await?,
+            invocation: invocation.iter().map(|byte| format!("{byte:02x}")).collect(),
+            // Other units than services have none.
+            restarts: self.service(name).await?.n_restarts().await.unwrap_or(0),
+            is_restarting: kind.is_some_and(|kind| kind.ends_with("restart")),
+        })
+    }
+
+    /// Tells whenever something of the unit changes.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn changes(&self, unit: &str) -> anyhow::Result<Changes> {
+        let path = self.systemd.load_unit(unit).await?;
+        let properties = zbus::fdo::PropertiesProxy::builder(self.connection());
+        let properties = properties.destination("org.freedesktop.systemd1").path(path).build().await?;
+        Ok(Changes(properties.receive_properties_changed().await?))
     }
 
     /// When the unit was last begun to be started, on the kernel's monotonic clock.

@@ -1,5 +1,5 @@
-//! Whose a running unit is: which start of it was a forwarder's (so that it is put to sleep again also by a forwarder that was
-//! itself restarted meanwhile), and who uses it now (so that the last of several forwarders puts it to sleep, and no other).
+//! Whose a running unit is: which run of it is a forwarder's (noted here so that it is put to sleep again also by a forwarder that
+//! was itself restarted meanwhile; `runs.rs` decides), and who uses it now (so that the last of several forwarders puts it to sleep, and no other).
 //! Two small files beside the status sockets: gone with a reboot, as the container is.
 
 use std::fs::File;
@@ -25,13 +25,13 @@ pub fn remember(unit: &str, invocation: &str) {
     }
 }
 
-/// Was this run of the unit started by a forwarder?
+/// The run of the unit that a forwarder has noted last.
 #[must_use]
-pub fn is_ours(unit: &str, invocation: &str) -> bool {
-    !invocation.is_empty() && std::fs::read_to_string(file(unit)).is_ok_and(|noted| noted == invocation)
+pub fn noted(unit: &str) -> Option<String> {
+    std::fs::read_to_string(file(unit)).ok().filter(|noted| !noted.is_empty())
 }
 
-/// It has been stopped.
+/// It has been stopped, or somebody else has started it since.
 pub fn forget(unit: &str) {
     std::fs::remove_file(file(unit)).ok();
 }

@@ -65,7 +65,7 @@ impl Control<'_> {
                 }
                 self.engine.send(Command::Ready { backend, destination });
                 let activator = self.activator.clone();
-                drop(tokio::spawn(async move { activator.remember_start().await }));
+                drop(tokio::spawn(async move { activator.note_run().await }));
                 if self.is_awake() {
                     self.answer_wakers(&Outcome::done("awake"));
                 }
