@@ -163,7 +163,7 @@ impl Engine {
         if let State::Ready(_) = &self.backends[backend].state {
             return self.start_connect(index, 0);
         }
-        if self.is_to_wait_for_a_byte(index) {
+        if self.are_bytes_to_wake() {
             return self.wait_for_a_byte(index);
         }
         self.hold(index, false);

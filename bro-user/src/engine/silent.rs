@@ -11,20 +11,19 @@ use super::Engine;
 use crate::connection::{End, Stage};
 
 impl Engine {
-    /// Is a client of this target to wait for its first byte? Not when the container is awake, or about to be: then nothing is
-    /// saved, and a service that speaks first may speak.
-    pub(super) fn is_to_wait_for_a_byte(&self, index: usize) -> bool {
-        self.settings.wake_on_data
-            && self.backends.iter().all(super::backends::Backend::is_asleep)
-            && crate::sys::byte_waits(self.connections[index].client.as_fd()) == Err(Errno::EAGAIN)
+    /// Is a client to wait for its first byte? Not when the container is awake, or about to be: then nothing is saved, and a
+    /// service that speaks first may speak.
+    pub(super) fn are_bytes_to_wake(&self) -> bool {
+        self.settings.wake_on_data && self.backends.iter().all(super::backends::Backend::is_asleep)
     }
 
-    /// Has the client wait for its first byte.
+    /// Has the client wait for its first byte, which may be there already, as its end may.
     pub(super) fn wait_for_a_byte(&mut self, index: usize) {
         let connection = &mut self.connections[index];
         connection.stage = Stage::Silent;
         let _none = self.silent.insert(connection.number, index);
         self.register(index);
+        self.silent_client_stirred(index);
     }
 
     /// A silent client has sent, finished or reset.

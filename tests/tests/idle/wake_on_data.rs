@@ -76,6 +76,27 @@ fn who_leaves_without_a_byte_is_forgotten() -> Result<()> {
     Ok(())
 }
 
+/// systemd has accepted nobody before the forwarder runs: whoever came and went meanwhile is in the backlog still.
+#[test]
+fn who_has_left_before_the_forwarder_ran_wakes_nothing() -> Result<()> {
+    require_namespaces!();
+    for family in [Family::Tcp4, Family::Unix] {
+        let scene = Scene::of(family)?;
+        let (closes, half_closes, aborts) = (scene.client()?, scene.client()?, scene.client()?);
+        half_closes.close_writing()?;
+        drop(closes);
+        aborts.abort()?;
+        let forwarder = scene.start(&["--wake-on=data"])?;
+        ensure!(half_closes.read_to_end()?.1 == End::Eof, "a FIN without a byte is answered by a reset");
+        for closing in forwarder.closings(3)? {
+            ensure!(closing.reason == "client-left", "{closing:?}");
+        }
+        ensure!(wakes(&forwarder) == 0, "{family:?}: it woke the service");
+        forwarder.stop()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_byte_and_a_fin_wake() -> Result<()> {
     require_namespaces!();
