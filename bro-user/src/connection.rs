@@ -197,6 +197,10 @@ pub struct Connection {
     pub active: Instant,
     /// How many bytes had moved then.
     pub moved: u64,
+    /// Bytes delivered to the service and to the client when they were last looked at.
+    pub last: (u64, u64),
+    /// The client has spoken since the service did.
+    pub awaits_answer: bool,
     /// It found the service asleep and was the first to.
     pub woke: bool,
     /// From accepted to connected, for the one that woke the service.
@@ -339,12 +343,23 @@ impl Connection {
 
     /// Has a byte moved since this was asked last? Then the connection was active, `now`.
     pub fn notice_bytes(&mut self, now: Instant) -> bool {
-        let (up, down) = self.totals();
-        let moved = std::mem::replace(&mut self.moved, up + down) != up + down;
+        self.notice_direction();
+        let total = self.last.0 + self.last.1;
+        let moved = std::mem::replace(&mut self.moved, total) != total;
         if moved {
             self.active = now;
         }
         moved
+    }
+
+    /// Notes who spoke last.
+    fn notice_direction(&mut self) {
+        let (up, down) = self.totals();
+        match std::mem::replace(&mut self.last, (up, down)) {
+            before if before.1 != down => self.awaits_answer = false,
+            before if before.0 != up => self.awaits_answer = true,
+            _ => {}
+        }
     }
 
     /// Moves what can be moved in both directions.
@@ -385,10 +400,10 @@ impl Connection {
             (End::Eof, _) => true,
             (End::ClientLeft, Stage::Silent) => true,
             (End::IdleExit, Stage::Relaying { up, down, .. }) => {
-                // One side waits for the rest of an answer: a FIN would pass for its end.
+                // One side waits for an answer, or for the rest of one: a FIN would pass for its end.
                 let rests =
                     |direction: &Direction| direction.half().is_open() && !direction.half().wants_write();
-                rests(up) && rests(down)
+                rests(up) && rests(down) && !self.awaits_answer
             }
             (End::IdleExit, _) => true,
             _ => false,

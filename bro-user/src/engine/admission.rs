@@ -101,6 +101,8 @@ impl Engine {
             opened: now,
             active: now,
             moved: 0,
+            last: (0, 0),
+            awaits_answer: false,
             woke: false,
             cold_start: None,
             stage: Stage::Held,

@@ -49,7 +49,7 @@ impl Engine {
             }
             Leave::WithoutBytes(limit) => {
                 self.notice_bytes();
-                self.connections.iter().all(|(_, connection)| sleeps(connection))
+                self.connections.iter().all(|(_, connection)| sleeps(connection, limit))
                     && self.stats.since_active() >= limit
             }
             Leave::Now => true,
@@ -62,10 +62,16 @@ impl Engine {
     }
 }
 
-/// Does nothing wait on it: neither for the service nor to be read?
-fn sleeps(connection: &Connection) -> bool {
+/// A client that has just connected is about to say something. One that does not keeps nothing awake for longer than that.
+const ABOUT_TO_SPEAK: Duration = Duration::from_secs(1);
+
+/// Does nothing wait on it: neither for the service nor to be read, nor is anything about to?
+fn sleeps(connection: &Connection, limit: Duration) -> bool {
+    let is_fresh = connection.opened.elapsed() < limit.min(ABOUT_TO_SPEAK);
     match &connection.stage {
-        Stage::Silent => true,
+        Stage::Silent => !is_fresh,
+        // It has not finished yet.
+        Stage::Relaying { up, .. } if is_fresh && up.half().wants_read() => false,
         Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => false,
         Stage::Relaying { service, up, down } => {
             let comes = |socket: std::os::fd::BorrowedFd<'_>, open: bool| {

@@ -88,6 +88,40 @@ fn who_waits_for_an_answer_sees_a_reset() -> Result<()> {
     forwarder.expect_exit(0)
 }
 
+/// Nor does a client that has asked and not half-closed take the end of the stream for an answer.
+#[test]
+fn who_has_asked_last_sees_a_reset() -> Result<()> {
+    require_namespaces!();
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let mut forwarder = scene.start(&["--idle-by=bytes", "--exit-idle-time=400ms"])?;
+    let (asks, answered) = ((scene.client()?, service.accept()?), (scene.client()?, service.accept()?));
+    expect_relayed(&asks.0, &asks.1)?;
+    expect_relayed(&answered.0, &answered.1)?;
+    std::thread::sleep(Duration::from_millis(100));
+    asks.0.send(b"ask")?;
+    asks.1.recv_exact(&mut [0; 3])?;
+    asks.0.expect_abort()?;
+    answered.0.expect_eof()?;
+    forwarder.expect_exit(0)
+}
+
+/// A client that has just connected is about to speak.
+#[test]
+fn who_has_just_connected_is_given_a_moment() -> Result<()> {
+    require_namespaces!();
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let mut forwarder = scene.start(&["--idle-by=bytes", "--exit-idle-time=800ms"])?;
+    let first = (scene.client()?, service.accept()?);
+    expect_relayed(&first.0, &first.1)?;
+    std::thread::sleep(Duration::from_millis(600));
+    let fresh = (scene.client()?, service.accept()?);
+    ensure!(forwarder.wait(Duration::from_millis(500))?.is_none(), "it left with a client just connected");
+    expect_relayed(&fresh.0, &fresh.1)?;
+    forwarder.expect_exit(0)
+}
+
 /// Nothing moves, since the client does not read; what it has not read yet is not passed off as all there was.
 #[test]
 fn who_has_not_read_everything_sees_a_reset() -> Result<()> {
