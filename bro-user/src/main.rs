@@ -1,5 +1,6 @@
 //! The `bro` command: reads the command line, sets logging up, runs, and turns errors into one sentence and an exit code.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use bro_user::cli::{self, Cli, Command};
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
         Command::AfterUpgrade(options) => upgrade::run(&options),
         Command::NetnsAgent => netns::agent::run(),
     };
-    match result {
+    match exit::unless_nobody_reads(result) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
@@ -72,15 +73,14 @@ fn command_line() -> Vec<std::ffi::OsString> {
 }
 
 /// clap's own words in one sentence; its help and version as they are.
-#[expect(clippy::print_stderr, reason = "the one sentence that a failing command says")]
 fn wrong_usage(error: &clap::Error) -> ExitCode {
     use clap::error::ErrorKind;
     if error.kind() == ErrorKind::MissingSubcommand
         || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
     {
-        eprintln!(
-            "bro: say what to do: `bro activate`, `bro forward`, `bro status` or `bro doctor` (see `bro --help`)"
-        );
+        complain(&anyhow::anyhow!(
+            "say what to do: `bro activate`, `bro forward`, `bro status` or `bro doctor` (see `bro --help`)"
+        ));
         return ExitCode::from(2);
     }
     if !error.use_stderr() {
@@ -91,11 +91,11 @@ fn wrong_usage(error: &clap::Error) -> ExitCode {
     let text = error.to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);
     let first: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-    eprintln!("bro: {} (see `bro --help`)", first.join(" "));
+    complain(&anyhow::anyhow!("{} (see `bro --help`)", first.join(" ")));
     ExitCode::from(2)
 }
 
-#[expect(clippy::print_stderr, reason = "the one sentence that a failing command says")]
 fn complain(error: &anyhow::Error) {
-    eprintln!("bro: {error:#}");
+    // Where nobody reads that either, the exit code says it.
+    writeln!(std::io::stderr(), "bro: {error:#}").ok();
 }
