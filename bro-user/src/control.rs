@@ -277,30 +277,34 @@ pub(crate) fn base_directory() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return SYSTEM.into();
     }
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    // Acting as a user, root has another environment than that user.
+    let own = nix::unistd::getuid() == nix::unistd::geteuid();
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| own).map(PathBuf::from);
     runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bro")
+}
+
+/// Was the socket made by this user's forwarder?
+pub(crate) fn is_of(socket: &Path, user: u32) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::symlink_metadata(socket).is_ok_and(|metadata| metadata.uid() == user)
 }
 
 /// The sockets of this user's forwarders.
 #[must_use]
 pub fn sockets() -> Vec<PathBuf> {
+    let below = |base: &Path| {
+        let entries = std::fs::read_dir(base).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path().join(SOCKET)).chain([base.join(SOCKET)]).collect::<Vec<_>>()
+    };
     let base = base_directory();
-    let mut found: Vec<PathBuf> = std::fs::read_dir(&base)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path().join(SOCKET))
-        .collect();
-    found.push(base.join(SOCKET));
-    // A user's forwarder may be a service of the system.
-    if base != Path::new(SYSTEM) {
-        let me = nix::unistd::geteuid().as_raw();
-        let mine = |path: &PathBuf| {
-            use std::os::unix::fs::MetadataExt as _;
-            std::fs::metadata(path).is_ok_and(|metadata| metadata.uid() == me)
-        };
-        let system = std::fs::read_dir(SYSTEM).into_iter().flatten().flatten();
-        found.extend(system.map(|entry| entry.path().join(SOCKET)).filter(mine));
+    let mut found = below(&base);
+    let me = nix::unistd::geteuid();
+    if me.is_root() {
+        // Root has a service manager of its own as well.
+        found.extend(below(Path::new("/run/user/0/bro")));
+    } else {
+        // A user's forwarder may be a service of the system.
+        found.extend(below(Path::new(SYSTEM)).into_iter().filter(|path| is_of(path, me.as_raw())));
     }
     found.retain(|path| path.exists());
     found.sort();

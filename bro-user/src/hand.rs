@@ -32,6 +32,8 @@ struct Service {
     scope: Manager,
     /// Whose container it is, where the forwarder is the system's.
     run_as: Option<Owner>,
+    /// bro has been told of it: by `bro activate`.
+    is_activated: bool,
 }
 
 impl Service {
@@ -40,7 +42,7 @@ impl Service {
         if let Ok(activated) = activated::find(&whom.name, scope) {
             let activator = activated.service();
             let (scope, run_as) = (activated.scope, activated.run_as);
-            return Ok(Self { unit: activated.unit, activator, scope, run_as });
+            return Ok(Self { unit: activated.unit, activator, scope, run_as, is_activated: true });
         }
         // A forwarder whose units somebody wrote by hand.
         let stem = whom.name.strip_suffix(".service").unwrap_or(&whom.name);
@@ -52,6 +54,7 @@ impl Service {
             activator: Some(format!("{stem}-activator.service")),
             scope,
             run_as: None,
+            is_activated: false,
         })
     }
 
@@ -70,14 +73,40 @@ impl Service {
 
     /// The running forwarders that start this unit, and what they say of themselves.
     async fn forwarders(&self) -> Vec<(PathBuf, Report)> {
+        let user = self.run_as.as_ref().map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
+        let manager = if self.run_as.is_some() { Manager::User } else { self.scope };
         let mut found = Vec::new();
-        for path in control::sockets() {
+        // What another user's says is nothing to go by.
+        for path in control::sockets().into_iter().filter(|path| control::is_of(path, user)) {
             let Ok(report) = control::ask_soon::<Report>(&path, Request::Status).await else { continue };
-            if report.unit.as_ref() == Some(&self.unit) {
+            if report.starts(&self.unit, manager) {
                 found.push((path, report));
             }
         }
         found
+    }
+
+    /// Is it one that a forwarder wakes, so that there is something to put to sleep? Other units are systemctl's matter.
+    async fn check_is_ours(&self) -> anyhow::Result<()> {
+        if self.is_activated {
+            return Ok(());
+        }
+        if let Some(activator) = &self.activator
+            && Bus::connect(self.scope).await?.known(activator).await?.load == "loaded"
+        {
+            return Ok(());
+        }
+        bail!(Failure::NotFound(format!(
+            "{} is not activated, and no forwarder for it runs (see `bro status`); systemctl stops any unit",
+            self.unit
+        )))
+    }
+
+    /// Makes this the only use of the unit.
+    fn alone(&self) -> std::io::Result<Lock> {
+        // The lock is where the forwarder has it.
+        let _acting = self.run_as.as_ref().map(Owner::act).transpose().map_err(std::io::Error::other)?;
+        Use::alone(&self.unit, None)
     }
 
     /// Is there such a unit?
@@ -162,7 +191,8 @@ async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<Str
             let result = bus.start(activator).await.with_context(|| format!("cannot start {activator}"))?;
             anyhow::ensure!(
                 matches!(result.as_str(), "done" | "canceled"),
-                "starting {activator} ended with “{result}”; see `journalctl --unit {activator}`"
+                "starting {activator} ended with “{result}”; see `{} {activator}`",
+                service.scope.journal()
             );
             started = true;
         }
@@ -188,34 +218,41 @@ pub fn sleep(options: &Sleep) -> anyhow::Result<()> {
 }
 
 async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> {
-    let forwarders = service.forwarders().await;
-    // Before the first of several forwarders is asked: all of them, or none.
-    let clients: Vec<&str> =
-        forwarders.iter().flat_map(|(_, report)| &report.peers).map(String::as_str).collect();
-    if !force {
-        refuse_for(service, &clients)?;
-    }
-    let mut last = None;
-    for (path, _) in &forwarders {
-        match control::ask::<Outcome>(path, Request::Sleep { force }, STOP).await {
-            Ok(outcome) => {
-                let clients: Vec<&str> = outcome.clients.iter().map(String::as_str).collect();
-                refuse_for(service, &clients)?;
-                last = Some(outcome);
+    loop {
+        let forwarders = service.forwarders().await;
+        if forwarders.is_empty() {
+            break;
+        }
+        // Before the first of several forwarders is asked: all of them, or none.
+        let clients: Vec<&str> =
+            forwarders.iter().flat_map(|(_, report)| &report.peers).map(String::as_str).collect();
+        if !force {
+            refuse_for(service, &clients)?;
+        }
+        let mut last = None;
+        for (path, _) in &forwarders {
+            match control::ask::<Outcome>(path, Request::Sleep { force }, STOP).await {
+                Ok(outcome) => {
+                    let clients: Vec<&str> = outcome.clients.iter().map(String::as_str).collect();
+                    refuse_for(service, &clients)?;
+                    last = Some(outcome);
+                }
+                Err(error) => tracing::debug!(%error, "a forwarder has gone meanwhile"),
             }
-            Err(error) => tracing::debug!(%error, "a forwarder has gone meanwhile"),
+        }
+        match last {
+            Some(outcome) if outcome.done => return Ok(outcome.message),
+            Some(outcome) if !outcome.leaving => bail!("{}: {}", service.unit, outcome.message),
+            // It is gone in a moment, or somebody has connected and it stays.
+            _ => pause(LOOK).await,
         }
     }
-    match last {
-        Some(outcome) if outcome.done => return Ok(outcome.message),
-        Some(outcome) if !outcome.leaving => bail!("{}: {}", service.unit, outcome.message),
-        _ => {}
-    }
-    // No forwarder, or it was just leaving: the unit is ours to stop.
+    // No forwarder, or none any more: the unit is ours to stop.
     let bus = service.units_bus().await?;
     service.check(&bus, &service.unit).await?;
+    service.check_is_ours().await?;
     let _alone = loop {
-        match Use::alone(&service.unit, None) {
+        match service.alone() {
             Ok(Lock::Taken) if !force => pause(LOOK).await,
             Ok(Lock::Had(alone)) => break Some(alone),
             Ok(Lock::Taken) | Err(_) => break None,
@@ -223,6 +260,9 @@ async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> 
     };
     if matches!(bus.active_state(&service.unit).await?.as_str(), "inactive" | "failed") {
         return Ok("asleep already".to_owned());
+    }
+    if let Some(other) = bus.needed_by(&service.unit).await?.filter(|_| !force) {
+        bail!("{other} needs {}, and would be stopped along with it (--force stops both)", service.unit);
     }
     let result = bus.put_to_sleep(&service.unit).await;
     let result = result.with_context(|| format!("cannot stop {}", service.unit))?;

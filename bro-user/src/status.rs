@@ -23,6 +23,9 @@ pub struct Report {
     pub version: String,
     /// The unit it starts.
     pub unit: Option<String>,
+    /// Whose service manager starts that; unknown of a forwarder of a version that does not tell.
+    #[serde(default)]
+    pub manager: Option<Manager>,
     /// Seconds since it started.
     pub uptime_s: u64,
     /// The same words as in `systemctl status`.
@@ -45,6 +48,14 @@ pub struct Report {
     pub listeners: Vec<Listener>,
     /// All of them together.
     pub total: Tally,
+}
+
+impl Report {
+    /// Is this the unit that it starts?
+    #[must_use]
+    pub fn starts(&self, unit: &str, by: Manager) -> bool {
+        self.unit.as_deref() == Some(unit) && self.manager.is_none_or(|manager| manager == by)
+    }
 }
 
 /// A process that was replaced and has not ended.
@@ -155,7 +166,7 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
             if options.json {
                 writeln!(out, "{json}")?;
             } else {
-                write!(out, "{text}")?;
+                write!(out, "{}", printable(&text))?;
             }
             out.flush()?;
             if !options.watch {
@@ -165,6 +176,12 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }))
+}
+
+/// A forwarder is a user's, and root may read what it says of itself: nothing of that is for the terminal.
+fn printable(text: &str) -> String {
+    let shown = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.into() };
+    text.chars().map(shown).collect()
 }
 
 /// What the forwarders say that are named on the command line, after a line for each service that has none now.
@@ -247,6 +264,7 @@ mod tests {
             pid: 7,
             version: "0".into(),
             unit: Some("web.service".into()),
+            manager: Some(Manager::User),
             uptime_s: 1,
             state: "1 connection now".into(),
             activity: Activity::default(),
@@ -264,6 +282,9 @@ mod tests {
         };
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
+        assert!(
+            report.starts("web.service", Manager::User) && !report.starts("web.service", Manager::System)
+        );
         let text = describe(&[report]);
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");
         assert!(text.contains("bytes 7 kernel"), "{text}");

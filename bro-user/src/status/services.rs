@@ -61,7 +61,8 @@ impl Service {
 
     /// What its forwarders know goes before what systemd knows.
     fn hear(&mut self, report: Report) {
-        if self.forwarders.is_empty() || report.activity.state != State::Asleep {
+        // That nobody has woken it through this forwarder is not to hide that it has failed, or that somebody else has started it.
+        if report.activity.state != State::Asleep {
             self.state = report.activity.state;
             self.since = report.activity.since.or(self.since);
             self.woken_by.clone_from(&report.activity.woken_by);
@@ -96,7 +97,8 @@ pub(super) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
             // Without systemd's word it is asleep, as far as anybody knows.
             drop(look(&mut service, &known, buses).await);
         }
-        let (its, others) = reports.into_iter().partition(|report| report.unit.as_ref() == Some(&known.unit));
+        let (its, others) =
+            reports.into_iter().partition(|report| report.starts(&known.unit, known.unit_scope()));
         let its: Vec<Report> = its;
         reports = others;
         its.into_iter().for_each(|report| service.hear(report));

@@ -166,6 +166,14 @@ pub fn by_hand(host: &Host, manager: Manager) -> Result<()> {
     manager.systemctl(host, &["start", "hand.service"])?;
     ensure!(bro(&["sleep", "hand"])?.success(), "not without a forwarder");
     site.await_container_gone()?;
+    // Units that no forwarder has to do with are not bro's to stop.
+    let journald = match manager {
+        Manager::System => "systemd-journald",
+        Manager::User(_) => "dbus",
+    };
+    let others = bro(&["sleep", "--force", journald])?;
+    ensure!(others.code == 4 && others.stderr.contains("is not activated"), "{others:?}");
+    ensure!(manager.show(host, &format!("{journald}.service"), "ActiveState")? == "active", "stopped");
     for verb in ["wake", "sleep"] {
         let unknown = bro(&[verb, "nosuch"])?;
         ensure!(unknown.code == 4 && unknown.stderr.contains("nosuch"), "{unknown:?}");
