@@ -1,4 +1,5 @@
-//! Jobs that keep a service from being put to sleep although nobody is connected: `--busy-file`, `--busy-exec`.
+//! Jobs that keep a service from being put to sleep although nobody is connected: `--busy-file`, `--busy-exec`, and units that
+//! need the container's.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,6 +22,10 @@ pub struct Inhibitors {
     pub exec: Option<String>,
 }
 
+/// The first exit status that is no answer: 125 is podman's own trouble, 126 and 127 are the shell's about a command that it cannot
+/// run or find, from 128 on it was killed, and 255 is podman's about a container that takes no command (it is paused, say).
+const TROUBLE: i32 = 125;
+
 impl Inhibitors {
     /// Is there nothing to ask?
     #[must_use]
@@ -34,7 +39,8 @@ impl Inhibitors {
         limit.clamp(SHORTEST_STEP, STEP)
     }
 
-    /// Who is busy, if somebody is. Ends within seconds: `activator` runs the command.
+    /// Who is busy, if somebody is: a unit that would be stopped along with the container's counts as well. Ends within seconds:
+    /// `activator` runs the command.
     pub async fn busy(&self, activator: &Activator) -> Option<String> {
         if let Some(file) = &self.file {
             match file.symlink_metadata() {
@@ -47,12 +53,15 @@ impl Inhibitors {
                 }
             }
         }
+        if let Some(other) = activator.needed_by().await {
+            return Some(format!("{other} needs it"));
+        }
         let exec = self.exec.as_ref()?;
         let trouble = match activator.run(&command::shell(exec)).await {
             Ok(Outcome::Exited(0)) => return Some(format!("“{exec}” says so")),
-            // What a shell says of a command that it cannot run, or cannot find.
-            Ok(Outcome::Exited(code @ (126 | 127))) => format!("exit status {code}"),
-            Ok(Outcome::Exited(_) | Outcome::Signalled) => return None,
+            Ok(Outcome::Exited(..TROUBLE)) => return None,
+            Ok(Outcome::Exited(code)) => format!("exit status {code}"),
+            Ok(Outcome::Signalled) => "it was killed".to_owned(),
             Ok(Outcome::TooLong) => format!("no answer within {} s", LIMIT.as_secs()),
             Err(error) => error.to_string(),
         };
@@ -81,8 +90,8 @@ mod tests {
     fn a_command_says_busy_by_0_and_by_not_being_runnable() {
         assert!(busy("true").is_some() && busy("/nowhere/at/all").is_some());
         assert_eq!(busy("exit 1"), None);
-        assert_eq!(busy("exit 125"), None);
-        assert_eq!(busy("kill -9 $$"), None);
+        assert_eq!(busy("exit 124"), None);
+        assert!(busy("exit 125").is_some() && busy("exit 255").is_some() && busy("kill -9 $$").is_some());
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub struct Idle {
     /// While this shell command on the host exits with 0, the service is busy: the idle exit waits
     ///
     /// Asked when the idle time has passed, and again every 10 s (or idle time, if that is shorter) until it says no; each try
-    /// is ended after 10 s. A try that takes too long, or whose command cannot be run (exit status 126 or 127), counts as busy
+    /// is ended after 10 s. A try that takes too long, or that fails (exit status from 125 on, killed), counts as busy
     /// and is warned of: no job is cut off because of a broken question.
     #[arg(long, value_name = "COMMAND", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub busy_exec: Option<String>,
