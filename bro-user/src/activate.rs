@@ -12,7 +12,7 @@ pub mod watching;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -76,11 +76,13 @@ pub struct Activator {
     manager: Manager,
     ready: Ready,
     bus: Mutex<Option<Bus>>,
-    current: Mutex<Option<Arc<Incarnation>>>,
+    current: std::sync::Mutex<Option<Arc<Incarnation>>>,
+    /// Held by the one who looks for it: that may take as long as a start.
+    searching: Mutex<()>,
     /// The agent in the forwarder's own namespace, for targets that are there.
     own: Mutex<Option<Arc<Namespace>>>,
     /// This process uses the unit.
-    in_use: Mutex<Option<ownership::Use>>,
+    in_use: std::sync::Mutex<Option<ownership::Use>>,
     /// The kernel relay's programs, where there may be any to watch the service.
     programs: OnceLock<Arc<Watching>>,
     /// Counts up whenever the kernel relay's programs say that somebody listens.
@@ -88,7 +90,7 @@ pub struct Activator {
 }
 
 /// What came of an attempt to stop the unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stopped {
     /// It is stopped.
     Done,
@@ -98,6 +100,8 @@ pub enum Stopped {
     NotOurs,
     /// It runs on: another forwarder uses it.
     Used,
+    /// It runs on: this unit would be stopped along with it.
+    Needed(String),
 }
 
 /// Between two looks for a container that is being started.
@@ -105,6 +109,18 @@ const LOOK: Duration = Duration::from_millis(2);
 
 /// Between two questions to systemd whether the unit has failed.
 const WATCH: Duration = Duration::from_millis(50);
+
+/// How long a service that listens already waits for systemd to call its unit started. Podman says so a moment after the container
+/// runs, and now and then that is lost and systemd ends a container that is well: a client that is connected by then goes down
+/// with it, one that waits is served by the next run. A unit that is not started before it is healthy, say, is not waited for.
+const SETTLE: Duration = Duration::from_millis(500);
+
+/// How often a unit that ended without having said that it is ready is started once more, for the same clients.
+const READY_LOST: u32 = 3;
+
+/// How long the service manager may not answer while it is told to start the unit, and the pause before it is asked again.
+const SILENT_MANAGER: Duration = Duration::from_secs(10);
+const READY_AGAIN: Duration = Duration::from_millis(200);
 
 /// How long to look for a running conmon before podman is asked.
 const ASK_PODMAN: Duration = Duration::from_secs(1);
@@ -121,9 +137,10 @@ impl Activator {
             manager,
             ready,
             bus: Mutex::default(),
-            current: Mutex::default(),
+            current: std::sync::Mutex::default(),
+            searching: Mutex::default(),
             own: Mutex::default(),
-            in_use: Mutex::default(),
+            in_use: std::sync::Mutex::default(),
             programs: OnceLock::new(),
             listening: tokio::sync::watch::Sender::new(0),
         }
@@ -204,7 +221,7 @@ impl Activator {
             };
             anyhow::Ok(Some((Destination { addresses: tcp, guarded, channel, table }, incarnation)))
         };
-        let findable = tokio::sync::Notify::new();
+        let (findable, started) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
         let prepared = async {
             if self.unit.is_some() {
@@ -213,7 +230,12 @@ impl Activator {
             let mut may_fail = true;
             loop {
                 match prepare().await {
-                    Ok(Some(prepared)) => return Ok(prepared),
+                    Ok(Some(prepared)) if self.unit.is_none() => return Ok(prepared),
+                    Ok(Some(prepared)) => tokio::select! {
+                        () = started.notified() => return Ok(prepared),
+                        () = gone(prepared.1.as_deref()) => {}
+                        () = sleep(SETTLE) => return Ok(prepared),
+                    },
                     Ok(None) if self.unit.is_some() => {}
                     Ok(None) => {
                         bail!(Failure::NotFound("the container's process exited before it listened".into()))
@@ -232,18 +254,48 @@ impl Activator {
         tokio::select! {
             biased;
             prepared = prepared => prepared,
-            failed = self.start(unit, &findable) => match failed {
+            failed = self.start(unit, &findable, &started) => match failed {
                 Ok(never) => match never {},
                 Err(error) => Err(error),
             },
         }
     }
 
-    /// Starts the unit, then watches it for as long as it is waited for. Returns only to say that it failed.
+    /// Starts the unit, then watches it for as long as it is waited for. Returns only to say that it failed. A service manager that
+    /// does not answer for a moment, since it executes itself anew, is asked again.
     async fn start(
         &self,
         unit: &str,
         findable: &tokio::sync::Notify,
+        started: &tokio::sync::Notify,
+    ) -> anyhow::Result<std::convert::Infallible> {
+        let mut silent_since = None;
+        loop {
+            let Err(error) = self.try_start(unit, findable, started, &mut silent_since).await;
+            // A bus that there never was does not come.
+            let since = match silent_since {
+                Some(since) => since,
+                None if bus::is_passing(&error) && self.bus.lock().await.is_some() => {
+                    tokio::time::Instant::now()
+                }
+                None => return Err(error),
+            };
+            silent_since = Some(since);
+            if !bus::is_passing(&error) || since.elapsed() > SILENT_MANAGER {
+                return Err(error);
+            }
+            tracing::warn!("the service manager does not answer; asking again: {error:#}");
+            *self.bus.lock().await = None;
+            sleep(READY_AGAIN).await;
+        }
+    }
+
+    async fn try_start(
+        &self,
+        unit: &str,
+        findable: &tokio::sync::Notify,
+        started: &tokio::sync::Notify,
+        silent_since: &mut Option<tokio::time::Instant>,
     ) -> anyhow::Result<std::convert::Infallible> {
         // Before the look at the unit: from here on no other forwarder stops it.
         self.begin_use(unit).await;
@@ -271,14 +323,20 @@ impl Activator {
         let mut result = bus.start_telling(unit, ordered).await.with_context(cannot)?;
         // Its Result= still tells of the run before.
         if result == "failed" && bus.last_try(unit).await.is_ok_and(|last| last < asked) {
+            self.runs.withdraw(&bus.look(unit).await?);
             bail!(
                 "systemd did not even try to start {unit}, which was started too often (StartLimitBurst= in \
                  StartLimitIntervalSec=); a client after that time wakes it again"
             );
         }
-        // Podman's READY=1 is lost now and then (seen at first rootless starts after a boot), and systemd then ends a container
-        // that is well. So that has a second chance, and no third.
-        if result == "failed" && bus.result(unit).await.is_ok_and(|result| result == "protocol") {
+        // Rootless Podman's READY=1 is lost now and then: the process that says it may be gone before systemd asks whose it is.
+        // Then systemd ends a container that is well.
+        let mut again = READY_LOST;
+        while result == "failed"
+            && again > 0
+            && bus.result(unit).await.is_ok_and(|result| result == "protocol")
+        {
+            again -= 1;
             tracing::warn!(
                 unit,
                 "the unit ended without having said that it is ready (Result=protocol); it is started once more"
@@ -286,16 +344,20 @@ impl Activator {
             self.runs.order(&bus.look(unit).await?);
             result = bus.start(unit).await.with_context(cannot)?;
         }
-        anyhow::ensure!(
-            result == "done",
-            "starting {unit} ended with “{result}”; see `journalctl --unit {unit}`"
-        );
+        if result != "done" {
+            // Nor is a run that somebody else starts later ours.
+            self.runs.withdraw(&bus.look(unit).await?);
+            bail!("starting {unit} ended with “{result}”; see `{} {unit}`", self.manager.journal());
+        }
         findable.notify_one();
+        started.notify_one();
         loop {
             let state = bus.active_state(unit).await?;
+            *silent_since = None;
             anyhow::ensure!(
                 !matches!(state.as_str(), "failed" | "inactive"),
-                "{unit} is {state} again before it listened; see `journalctl --unit {unit}`"
+                "{unit} is {state} again before it was ready; see `{} {unit}`",
+                self.manager.journal()
             );
             sleep(WATCH).await;
         }
@@ -322,17 +384,26 @@ impl Activator {
     /// Forgets the bus, the namespace and the agents, after a failure that may have been theirs.
     pub async fn forget(&self) {
         *self.bus.lock().await = None;
-        self.following.lock().await.abort_all();
         *self.own.lock().await = None;
-        *self.current.lock().await = None;
+        *self.current() = None;
+    }
+
+    fn current(&self) -> std::sync::MutexGuard<'_, Option<Arc<Incarnation>>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn in_use(&self) -> std::sync::MutexGuard<'_, Option<ownership::Use>> {
+        self.in_use.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Uses the unit from now on. Where another forwarder is just stopping it, waits until it has.
     async fn begin_use(&self, unit: &str) {
-        let mut in_use = self.in_use.lock().await;
-        while in_use.is_none() {
+        loop {
             match ownership::Use::begin(unit) {
-                Ok(ownership::Lock::Had(begun)) => *in_use = Some(begun),
+                Ok(ownership::Lock::Had(begun)) => {
+                    let _mine = self.in_use().get_or_insert(begun);
+                    return;
+                }
                 Ok(ownership::Lock::Taken) => sleep(LOOK * 5).await,
                 Err(error) => {
                     return tracing::debug!(%error, "other forwarders do not see that {unit} is used");
@@ -342,8 +413,8 @@ impl Activator {
     }
 
     /// Uses the unit no more, since it has ended by itself.
-    pub async fn end_use(&self) {
-        *self.in_use.lock().await = None;
+    pub fn end_use(&self) {
+        drop(self.in_use().take());
     }
 
     /// Has the unit's runs followed from now on.
@@ -369,13 +440,13 @@ impl Activator {
     }
 
     /// Stops the unit if a forwarder started it (this one, or one before it) and no other forwarder uses it; `by_force`, in any
-    /// case. Returns what came of it, in words.
+    /// case.
     ///
     /// # Errors
     /// When systemd refuses.
     pub async fn stop_what_it_started(&self, by_force: bool) -> anyhow::Result<Stopped> {
         let Some(unit) = &self.unit else { return Ok(Stopped::NoUnit) };
-        let mine = self.in_use.lock().await.take();
+        let mine = self.in_use().take();
         // Held until the unit is stopped: whoever wants to use it waits so long.
         let _alone = match ownership::Use::alone(unit, mine) {
             Ok(ownership::Lock::Had(alone)) => Some(alone),
@@ -395,27 +466,36 @@ impl Activator {
         if !by_force && !ours {
             return Ok(Stopped::NotOurs);
         }
+        if let Some(other) = bus.needed_by(unit).await?.filter(|_| !by_force) {
+            return Ok(Stopped::Needed(other));
+        }
         let result = bus.put_to_sleep(unit).await?;
         self.runs.forget();
         tracing::info!(unit, result, "stopped the unit");
         Ok(Stopped::Done)
     }
 
+    /// Another unit that runs and needs this one, if there is one.
+    pub async fn needed_by(&self) -> Option<String> {
+        let unit = self.unit.as_ref()?;
+        self.bus().await.ok()?.needed_by(unit).await.ok()?
+    }
+
     /// The entered namespace: the current one if it is still the right one, else it is found anew, however long that takes.
     async fn incarnation(&self) -> anyhow::Result<Arc<Incarnation>> {
-        let mut current = self.current.lock().await;
-        if let Some(incarnation) = current.as_ref().filter(|incarnation| incarnation.is_current(&self.place))
-        {
-            return Ok(incarnation.clone());
+        let _searching = self.searching.lock().await;
+        let known = self.current().take().filter(|incarnation| incarnation.is_current(&self.place));
+        if let Some(incarnation) = known {
+            *self.current() = Some(incarnation.clone());
+            return Ok(incarnation);
         }
-        *current = None;
         let fresh = Arc::new(match &self.place {
             Place::Own => unreachable!("the own namespace is not entered"),
             Place::Pid(pid) => Incarnation::of_process(*pid).await?,
             Place::Netns(path) => self.enter_file(path).await?,
             Place::Container(name) => self.enter_container(name).await?,
         });
-        *current = Some(fresh.clone());
+        *self.current() = Some(fresh.clone());
         Ok(fresh)
     }
 

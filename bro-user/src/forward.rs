@@ -7,12 +7,13 @@ mod waking;
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use crate::activate::bus::Manager;
@@ -38,13 +39,10 @@ use crate::timespan::TimeSpan;
 use crate::{life, status};
 use waking::Wakefulness;
 
-/// A target that refuses right after it was found to listen is not asked again sooner.
-const AFTER_REFUSAL: Duration = Duration::from_millis(20);
-
 /// The first of the failures after which nobody would be served before this has passed.
 const STATUS_STEP: Duration = Duration::from_secs(1);
 
-/// How long the service manager may take to say which run of the unit it was, at the end of a drain.
+/// How long the service manager may take to say which run of the unit it is, where somebody waits for that.
 const REMEMBER: Duration = Duration::from_secs(2);
 
 /// How often a drain asks the service manager for more time, and by how much.
@@ -296,6 +294,12 @@ struct Control<'a> {
     /// What it may connect to.
     addresses: AddressBook,
     woken: (UnboundedSender<Woken>, UnboundedReceiver<Woken>),
+    /// The tasks behind that.
+    wakes: JoinSet<()>,
+    /// Of each target.
+    refusals: Vec<waking::Refusals>,
+    /// Of each target: where it was found, which is watched.
+    watched: Vec<Weak<Incarnation>>,
     /// Targets whose namespace is gone.
     gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
     /// Of each target.
@@ -345,6 +349,9 @@ impl<'a> Control<'a> {
             started: Instant::now(),
             control: control::Server::start_or_warn(),
             wakefulness: vec![Wakefulness::Asleep; targets.len()],
+            wakes: JoinSet::new(),
+            refusals: vec![waking::Refusals::default(); targets.len()],
+            watched: targets.iter().map(|_| Weak::new()).collect(),
             awake_since: None,
             woken_at: Instant::now(),
             woken_by: None,
@@ -417,8 +424,8 @@ impl<'a> Control<'a> {
                     }
                     Some(event) => self.event(event),
                 },
-                Some((backend, result)) = self.woken.1.recv() => self.woken(backend, result).await,
-                Some(backend) = self.gone.1.recv() => self.gone(backend).await,
+                Some((backend, result)) = self.woken.1.recv() => self.woken(backend, result),
+                Some(backend) = self.gone.1.recv() => self.gone(backend),
                 Some(who) = self.said_busy.1.recv() => self.busy(who),
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
@@ -544,6 +551,7 @@ impl<'a> Control<'a> {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             unit: self.options.unit.clone(),
+            manager: Some(Manager::choose(self.options.system, self.options.user)),
             uptime_s: self.started.elapsed().as_secs(),
             state: self.status(),
             activity: self.activity(),

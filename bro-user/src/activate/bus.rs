@@ -7,16 +7,21 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_lite::StreamExt as _;
+use serde::{Deserialize, Serialize};
 use zbus::{OwnedObjectPath, Variant};
 
 use super::command::Outcome;
 use crate::owner::Owner;
 
+/// How long a job's end is waited for before somebody looks whether it is there still.
+const LOOK_FOR_JOB: Duration = Duration::from_secs(2);
+
 /// What syslog(3) calls a warning: systemd's own lines about a unit that are less are not kept.
 const LOG_WARNING: i32 = 4;
 
 /// Whose service manager.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Manager {
     /// The system's.
     System,
@@ -29,6 +34,15 @@ impl Manager {
     #[must_use]
     pub fn choose(system: bool, user: bool) -> Self {
         if system || (!user && nix::unistd::geteuid().is_root()) { Self::System } else { Self::User }
+    }
+
+    /// The command that shows a unit's log, but for the unit.
+    #[must_use]
+    pub const fn journal(self) -> &'static str {
+        match self {
+            Self::System => "journalctl --unit",
+            Self::User => "journalctl --user --unit",
+        }
     }
 }
 
@@ -74,6 +88,14 @@ trait Unit {
     fn inactive_exit_timestamp_monotonic(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "false"), name = "InvocationID")]
     fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn required_by(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn bound_by(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn requires(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn wants(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn job(&self) -> zbus::Result<(u32, OwnedObjectPath)>;
 }
@@ -143,7 +165,7 @@ impl Changes {
     /// # Errors
     /// When the bus is closed.
     pub async fn next(&mut self) -> anyhow::Result<()> {
-        self.0.next().await.map(drop).context("the bus was closed")
+        self.0.next().await.map(drop).ok_or_else(|| Closed.into())
     }
 }
 
@@ -315,7 +337,35 @@ impl Bus {
         let mut removed = self.systemd.receive_job_removed().await?;
         let job = self.systemd.start_unit(unit, "replace").await.map_err(plain)?;
         ordered();
-        wait(&mut removed, &job).await
+        self.ended(&mut removed, &job, unit).await
+    }
+
+    /// Waits for the end of a job. A service manager that executes itself anew just then (`daemon-reexec`, an upgrade) says nothing
+    /// of its end, so the job is looked for now and then.
+    async fn ended(
+        &self,
+        removed: &mut JobRemovedStream,
+        job: &OwnedObjectPath,
+        unit: &str,
+    ) -> anyhow::Result<String> {
+        loop {
+            let waiting = tokio::time::timeout(LOOK_FOR_JOB, wait(removed, job));
+            if let Ok(result) = waiting.await {
+                return result;
+            }
+            let known = JobProxy::builder(self.connection()).path(job.clone()).build().await?;
+            match known.job_type().await {
+                Err(zbus::Error::MethodError(name, ..))
+                    if name == "org.freedesktop.DBus.Error.UnknownObject" => {}
+                _ => continue,
+            }
+            // Its signal may be on its way.
+            if let Ok(result) = tokio::time::timeout(LOOK_FOR_JOB, wait(removed, job)).await {
+                return result;
+            }
+            let runs = matches!(self.active_state(unit).await?.as_str(), "active" | "reloading");
+            return Ok(if runs { "done" } else { "failed" }.to_owned());
+        }
     }
 
     /// Runs a command as a unit of its own, that is gone when the command has ended, and waits for that. After `limit` it is killed,
@@ -388,16 +438,40 @@ impl Bus {
         wait(&mut removed, &job).await
     }
 
-    /// Stops the unit. A container that had to be killed, since its first process knows no SIGTERM, leaves its unit failed; it
-    /// has been stopped all the same, and nobody is to be alarmed by that.
+    /// A running unit that would be stopped along with this one (Requires=, BindsTo=), if there is one. Those do not count that the
+    /// unit has pulled in itself, as a pod does with its containers, nor does the unit of this process.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn needed_by(&self, unit: &str) -> anyhow::Result<Option<String>> {
+        let known = self.unit(unit).await?;
+        let mut needing = known.required_by().await?;
+        needing.extend(known.bound_by().await?);
+        let mut own = known.requires().await?;
+        own.extend(known.wants().await?);
+        own.extend(crate::status::own_unit());
+        for other in needing.into_iter().filter(|other| !own.contains(other)) {
+            if matches!(self.active_state(&other).await?.as_str(), "active" | "activating" | "reloading") {
+                return Ok(Some(other));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Stops the unit, and has systemd forget how often it was started: its start limit is for units that fail, not for one that is
+    /// put to sleep and woken many times. A container that had to be killed, since its first process knows no SIGTERM, leaves its
+    /// unit failed; it has been stopped all the same, and nobody is to be alarmed by that.
     ///
     /// # Errors
     /// As [`Bus::stop`].
     pub async fn put_to_sleep(&self, unit: &str) -> anyhow::Result<String> {
         let result = self.stop(unit).await?;
-        if result == "done" && self.active_state(unit).await? == "failed" {
-            tracing::info!(unit, "the container did not heed its stop signal and was killed");
-            self.systemd.reset_failed_unit(unit).await?;
+        if result == "done" {
+            if self.active_state(unit).await? == "failed" {
+                tracing::info!(unit, "the container did not heed its stop signal and was killed");
+            }
+            // It may be unloaded by now, and all of that forgotten.
+            self.systemd.reset_failed_unit(unit).await.ok();
         }
         Ok(result)
     }
@@ -431,13 +505,41 @@ async fn wait(removed: &mut JobRemovedStream, job: &OwnedObjectPath) -> anyhow::
             return Ok(arguments.result().clone());
         }
     }
-    anyhow::bail!("the bus was closed")
+    Err(Closed.into())
+}
+
+/// The connection to the bus has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the bus was closed")]
+struct Closed;
+
+/// What D-Bus says where the one who was asked has just gone away; it may be back in a moment.
+const GONE: [&str; 4] = [
+    "org.freedesktop.DBus.Error.NoReply",
+    "org.freedesktop.DBus.Error.Disconnected",
+    "org.freedesktop.DBus.Error.ServiceUnknown",
+    "org.freedesktop.DBus.Error.NameHasNoOwner",
+];
+
+/// Is it the way to the service manager that failed, and not the service manager that refused?
+#[must_use]
+pub fn is_passing(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.is::<Closed>()
+            || match cause.downcast_ref() {
+                Some(zbus::Error::MethodError(name, ..)) => GONE.contains(&name.as_str()),
+                Some(zbus::Error::InputOutput(_)) => true,
+                _ => false,
+            }
+    })
 }
 
 /// systemd's own sentence, without the D-Bus name around it.
 fn plain(error: zbus::Error) -> anyhow::Error {
     match error {
-        zbus::Error::MethodError(_, Some(sentence), _) => anyhow::anyhow!(sentence),
+        zbus::Error::MethodError(name, Some(sentence), _) if !GONE.contains(&name.as_str()) => {
+            anyhow::anyhow!(sentence)
+        }
         error => error.into(),
     }
 }

@@ -27,6 +27,19 @@ pub enum Ready {
     Unchecked,
 }
 
+impl Ready {
+    /// What the service has not done yet, while it is not ready.
+    #[must_use]
+    pub const fn lacking(&self) -> &'static str {
+        match self {
+            Self::Listen | Self::Unchecked => "did not listen",
+            Self::Connect => "took no connection",
+            Self::Healthy => "was not healthy (`podman healthcheck run`)",
+            Self::Exec(_) => "was not ready by the command of --ready=exec:",
+        }
+    }
+}
+
 /// Not one of the ways.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(

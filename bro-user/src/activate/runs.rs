@@ -25,9 +25,9 @@ impl Whose {
     /// What it is after a look at the unit. `noted` is the run that a forwarder has noted, perhaps one before this.
     fn after(self, look: &Look, noted: Option<&str>) -> Self {
         let ours = || Self::Ours { run: look.invocation.clone(), restarting: look.is_restarting };
-        let runs = look.is_running();
         match self {
-            Self::Ordered { before } if !runs || look.invocation == before => Self::Ordered { before },
+            Self::Ordered { before } if look.invocation == before => Self::Ordered { before },
+            // It may have failed already.
             Self::Ordered { .. } => ours(),
             Self::Ours { run, restarting } if run == look.invocation => {
                 Self::Ours { run, restarting: restarting || look.is_restarting }
@@ -69,6 +69,13 @@ impl Runs {
     pub fn order(&self, now: &Look) {
         *self.whose.lock().unwrap_or_else(PoisonError::into_inner) =
             Whose::Ordered { before: now.invocation.clone() };
+    }
+
+    /// What was ordered has ended, and perhaps never began: no run after this one is ours.
+    pub fn withdraw(&self, now: &Look) {
+        if !self.see(now) {
+            *self.whose.lock().unwrap_or_else(PoisonError::into_inner) = Whose::Others;
+        }
     }
 
     /// Takes account of what the unit is doing. Says whether its run is a forwarder's.

@@ -201,7 +201,7 @@ impl Control<'_> {
     async fn hand_over(&mut self, successor: Successor) {
         self.replacing.starting = None;
         // What the successor may stop when it is idle.
-        self.activator.note_run().await;
+        drop(tokio::time::timeout(super::REMEMBER, self.activator.note_run()).await);
         let pid = successor.pid();
         let takeover = if self.awake_since.is_some() { Takeover::Awake } else { Takeover::Asleep };
         // Before the successor speaks: systemd listens to the main process alone.

@@ -16,6 +16,9 @@ use crate::life;
 /// The unit's own limit for our stop is longer by default; a unit that takes more than this stops without us.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How soon the engine is asked again whether it is time to leave.
+const AGAIN: Duration = Duration::from_millis(100);
+
 /// Where the questions of [`Inhibitors`] stand.
 #[derive(Debug, Default)]
 pub(super) struct Busy {
@@ -23,7 +26,7 @@ pub(super) struct Busy {
     asking: bool,
     /// Who was busy last.
     who: Option<String>,
-    /// When to ask again.
+    /// When to ask again, them or the engine.
     again: Option<Instant>,
 }
 
@@ -54,7 +57,7 @@ impl Control<'_> {
             file: self.options.idle.busy_file.clone(),
             exec: self.options.idle.busy_exec.clone(),
         };
-        if inhibitors.is_empty() {
+        if inhibitors.is_empty() && self.options.unit.is_none() {
             return self.ask_to_leave();
         }
         self.busy.asking = true;
@@ -120,7 +123,11 @@ impl Control<'_> {
         if self.phase == Phase::Leaving {
             self.phase = Phase::Serving;
         }
-        let Some((_, asker)) = self.sleeper.take() else { return };
+        let Some((_, asker)) = self.sleeper.take() else {
+            // Where the clock does not move, since only bytes count, it would be asked again at once.
+            self.busy.again = Some(Instant::now() + AGAIN);
+            return;
+        };
         let figures = self.engine.report();
         let answering = async move {
             let clients = figures.await.map(|figures| figures.peers).unwrap_or_default();
@@ -144,6 +151,8 @@ impl Control<'_> {
             }
         );
         let force = sleeper.as_ref().is_some_and(|(force, _)| *force);
+        // One that goes on would start the unit anew.
+        self.wakes.shutdown().await;
         let activator = self.activator.clone();
         let stopping = timeout(PATIENCE, activator.stop_what_it_started(force));
         tokio::pin!(stopping);
@@ -167,6 +176,12 @@ impl Control<'_> {
                 Outcome::refused(
                     "the forwarder has ended, but the unit runs on: it was not bro that started it (--force stops it all the same)",
                 )
+            }
+            Ok(Ok(Stopped::Needed(other))) => {
+                tracing::info!("the unit runs on: {other} needs it");
+                Outcome::refused(format!(
+                    "the forwarder has ended, but the unit runs on: {other} needs it (--force stops both)"
+                ))
             }
             Ok(Ok(Stopped::Used)) => {
                 tracing::info!("the unit runs on: another forwarder uses it");

@@ -1,11 +1,11 @@
 //! Waking: for the first client, after a refusal, and by hand (`bro wake`).
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{AFTER_REFUSAL, Control, Phase};
+use super::{Control, Phase};
 use crate::activate::{Incarnation, Place};
 use crate::connection::End;
 use crate::control::{Asker, Outcome};
@@ -21,13 +21,40 @@ pub(super) enum Wakefulness {
     Awake,
 }
 
+/// Who wakes it without being a client.
+const BY_HAND: &str = "bro wake";
+
+/// A target that refuses right after it was found to listen is not asked again sooner.
+const AFTER_REFUSAL: Duration = Duration::from_millis(20);
+
+/// Nor is one that goes on refusing (over a unix socket, whose listener no table shows) asked less often.
+const AFTER_MANY_REFUSALS: Duration = Duration::from_millis(640);
+
+/// How often a target has refused since it was woken.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Refusals(u32);
+
+impl Refusals {
+    /// How long to wait with the next try: twice as long each time.
+    fn pause(&mut self, refused: bool) -> Duration {
+        if !refused {
+            *self = Self::default();
+            return Duration::ZERO;
+        }
+        let pause = AFTER_REFUSAL.saturating_mul(1 << self.0.min(16));
+        self.0 += 1;
+        pause.min(AFTER_MANY_REFUSALS)
+    }
+}
+
 impl Control<'_> {
     /// Wakes a target in the background.
     pub(super) fn wake(&mut self, backend: usize, peer: &str, refused: bool) {
         let target = self.targets[backend].clone();
         self.wakefulness[backend] = Wakefulness::Waking;
+        let pause = self.refusals[backend].pause(refused);
         if refused {
-            tracing::debug!(%target, "the service refused a connection; waiting for it");
+            tracing::debug!(%target, ?pause, "the service refused a connection; waiting for it");
         } else {
             self.woken_by = Some(peer.to_owned());
             tracing::info!(%target, %peer, unit = self.options.unit.as_deref(), "waking the service for its first client");
@@ -35,19 +62,22 @@ impl Control<'_> {
         let limit = self.options.start_timeout.or_forever();
         let (activator, done) = (self.activator.clone(), self.woken.0.clone());
         let waking = async move {
-            if refused {
-                sleep(AFTER_REFUSAL).await;
-            }
+            sleep(pause).await;
             let result = match timeout(limit, activator.wake(backend, &target)).await {
                 Ok(result) => result,
                 Err(elapsed) => Err(elapsed.into()),
             };
+            let failed = result.is_err();
             done.send((backend, result)).ok();
+            if failed {
+                activator.forget().await;
+            }
         };
-        drop(tokio::spawn(waking));
+        while self.wakes.try_join_next().is_some() {}
+        self.wakes.spawn(waking);
     }
 
-    pub(super) async fn woken(
+    pub(super) fn woken(
         &mut self,
         backend: usize,
         result: anyhow::Result<(Destination, Option<Arc<Incarnation>>)>,
@@ -64,12 +94,14 @@ impl Control<'_> {
                     }
                 }
                 self.engine.send(Command::Ready { backend, destination });
-                let activator = self.activator.clone();
-                drop(tokio::spawn(async move { activator.note_run().await }));
                 if self.is_awake() {
                     self.answer_wakers(&Outcome::done("awake"));
                 }
                 let Some(incarnation) = incarnation else { return };
+                let known = std::mem::replace(&mut self.watched[backend], Arc::downgrade(&incarnation));
+                if known.ptr_eq(&self.watched[backend]) {
+                    return;
+                }
                 let gone = self.gone.0.clone();
                 let watching = async move {
                     incarnation.gone().await;
@@ -82,14 +114,16 @@ impl Control<'_> {
                 let target = &self.targets[backend];
                 let limit = self.options.start_timeout;
                 let (end, why) = if error.is::<tokio::time::error::Elapsed>() {
-                    (End::StartTimeout, format!("the service did not listen within {limit}"))
+                    (
+                        End::StartTimeout,
+                        format!("the service {} within {limit}", self.options.ready.lacking()),
+                    )
                 } else {
                     (End::StartFailed, format!("cannot start the service: {error:#}"))
                 };
                 tracing::error!(%target, "{why}; the clients held for it are reset");
                 self.answer_wakers(&Outcome::refused(format!("{target}: {why}")));
                 self.engine.send(Plain::Failed { backend, end });
-                self.activator.forget().await;
                 self.give_up_on_a_dead_process(error);
             }
         }
@@ -106,16 +140,20 @@ impl Control<'_> {
     }
 
     /// A target's namespace is gone.
-    pub(super) async fn gone(&mut self, backend: usize) {
+    pub(super) fn gone(&mut self, backend: usize) {
         tracing::info!(target = %self.targets[backend], "the service's namespace is gone; the next client wakes it again");
         if self.wakefulness[backend] == Wakefulness::Awake {
             self.wakefulness[backend] = Wakefulness::Asleep;
         }
         if self.wakefulness.iter().all(|target| *target == Wakefulness::Asleep) {
             self.awake_since = None;
-            self.activator.end_use().await;
+            self.activator.end_use();
         }
         self.engine.send(Plain::Gone { backend });
+        // Whoever waits for all of them waits for this one again.
+        if !self.wakers.is_empty() {
+            self.engine.send(Plain::Wake(BY_HAND.into()));
+        }
     }
 
     /// Is every target awake?
@@ -132,12 +170,27 @@ impl Control<'_> {
             return asker.answer(Outcome::done("awake already"));
         }
         self.wakers.push(asker);
-        self.engine.send(Plain::Wake("bro wake".into()));
+        self.engine.send(Plain::Wake(BY_HAND.into()));
     }
 
     fn answer_wakers(&mut self, outcome: &Outcome) {
         for waker in self.wakers.drain(..) {
             waker.answer(outcome.clone());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_goes_on_refusing_is_asked_less_often() {
+        let mut refusals = Refusals::default();
+        assert_eq!(refusals.pause(false), Duration::ZERO);
+        let pauses: Vec<_> = (0..7).map(|_| refusals.pause(true).as_millis()).collect();
+        assert_eq!(pauses, [20, 40, 80, 160, 320, 640, 640]);
+        assert_eq!(refusals.pause(false), Duration::ZERO);
+        assert_eq!(refusals.pause(true), AFTER_REFUSAL);
     }
 }

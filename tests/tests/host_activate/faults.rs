@@ -181,12 +181,12 @@ pub fn readiness_lost(host: &Host, manager: Manager) -> Result<()> {
     manager.wait_for(host, "lost-in.service", "ActiveState", "inactive", PATIENCE)?;
     manager.wait_for(host, "lost.service", "ActiveState", "inactive", PATIENCE)?;
 
-    // None is: the client is told after two.
+    // None is: the client is told after four.
     host.write(&format!("{data}/good"), "99")?;
     let mut client = host.connect(port)?;
     let seen = client.read(&mut [0; 1]);
     ensure!(seen.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{}", journal());
-    ensure!(starts()? == 4 && retries() == 2, "{} starts: {}", starts()?, journal());
+    ensure!(starts()? == 6 && retries() == 4, "{} starts: {}", starts()?, journal());
     manager.systemctl(host, &["stop", "lost-in.socket", "lost-in.service", "lost.service"])?;
     Ok(())
 }

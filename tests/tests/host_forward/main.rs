@@ -10,6 +10,7 @@ mod sharing;
 mod site;
 mod users;
 mod waking;
+mod whose;
 
 use anyhow::Result;
 use bro_tests::host::cases::{Case, Cases, note};
@@ -48,6 +49,13 @@ const BOTH: &[Case] = &[
     ("a job inside that is busy", sharing::busy_inside),
     ("waking and sleeping by hand", sharing::by_hand),
     ("a container that dies at every start", sharing::crash_loop),
+    ("a start that outlasts its limit is slept off", whose::slower_than_the_limit),
+    ("a container that systemd restarts is put to sleep again", whose::restarted_by_systemd),
+    ("a container that is restarted by hand is put to sleep again", whose::restarted_by_hand),
+    ("a container that is started anew by hand is left running", whose::started_anew_by_hand),
+    ("a forwarder that is killed during the start", whose::killed_while_it_starts),
+    ("two targets woken at once", whose::two_targets_at_once),
+    ("a container that another unit needs", whose::needed_by_another),
     ("services in bro status", doctoring::status_of_services),
     ("bro doctor and a service that is broken", doctoring::doctor_of_a_service),
     ("PostgreSQL, psql and pgbench", services::postgresql),

@@ -1,0 +1,131 @@
+//! Whose a running container is to stop: the forwarder's, whatever has happened to it since it was woken, until somebody else
+//! starts it anew; and nobody's while another unit needs it.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::host::{Host, Manager};
+
+use crate::site::{INNER, PATIENCE, Plan, Site};
+
+const IDLE: &str = "--exit-idle-time 700ms";
+
+fn echo(mut client: &TcpStream) -> Result<()> {
+    client.set_read_timeout(Some(PATIENCE))?;
+    client.write_all(b"hello")?;
+    let mut answer = [0; 5];
+    client.read_exact(&mut answer)?;
+    ensure!(&answer == b"hello", "{answer:?}");
+    Ok(())
+}
+
+/// The forwarder leaves, and the container with it.
+fn expect_asleep(site: &Site<'_>) -> Result<()> {
+    site.await_exit()?;
+    site.await_container_gone().with_context(|| site.journals())
+}
+
+/// The first client is reset since it takes too long; the second finds it running.
+pub fn slower_than_the_limit(host: &Host, manager: Manager) -> Result<()> {
+    let plan = Plan::service(manager, 2.5, &format!("--start-timeout 1s {IDLE}"));
+    let site = Site::new(host, manager, "slower", &plan)?;
+    site.expect_reset()?;
+    host.wait_until("a client is served", PATIENCE, || Ok(site.check_echo().is_ok()))?;
+    expect_asleep(&site)
+}
+
+/// systemd starts it anew by itself, and the next client comes meanwhile.
+pub fn restarted_by_systemd(host: &Host, manager: Manager) -> Result<()> {
+    let mut plan = Plan::busybox("exec nc -ll -p 7 -e /bin/cat", IDLE);
+    plan.container_unit = "[Service]\nRestart=always\nRestartSec=500ms";
+    let site = Site::new(host, manager, "upheld", &plan)?;
+    site.check_echo()?;
+    let first = manager.show(host, "upheld.service", "InvocationID")?;
+    manager.run(host, &["podman", "kill", "systemd-upheld"])?;
+    site.check_echo().with_context(|| site.journals())?;
+    ensure!(manager.show(host, "upheld.service", "InvocationID")? != first, "it was not restarted");
+    expect_asleep(&site)
+}
+
+/// An administrator restarts it, or `podman auto-update` does.
+pub fn restarted_by_hand(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::new(host, manager, "renewed", &Plan::service(manager, 0.2, IDLE))?;
+    let client = site.client()?;
+    echo(&client)?;
+    manager.systemctl(host, &["restart", "renewed.service"])?;
+    drop(client);
+    site.check_echo().with_context(|| site.journals())?;
+    expect_asleep(&site)
+}
+
+/// An administrator stops it, and starts it for reasons of his own.
+pub fn started_anew_by_hand(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::new(host, manager, "anew", &Plan::service(manager, 0.0, IDLE))?;
+    site.check_echo()?;
+    manager.systemctl(host, &["stop", "anew.service"])?;
+    manager.systemctl(host, &["start", "anew.service"])?;
+    site.await_exit()?;
+    ensure!(manager.show(host, "anew.service", "ActiveState")? == "active", "stopped: {}", site.journals());
+    Ok(())
+}
+
+/// The forwarder that woke it is killed before the service listens.
+pub fn killed_while_it_starts(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::new(host, manager, "orphan", &Plan::service(manager, 1.5, IDLE))?;
+    let client = site.client()?;
+    manager.wait_for(host, "orphan.service", "ActiveState", "active", PATIENCE)?;
+    let killed = site.forwarder_show("MainPID")?;
+    host.run(&["kill", "-KILL", &killed])?;
+    drop(client);
+    site.check_echo().with_context(|| site.journals())?;
+    expect_asleep(&site)
+}
+
+/// Two targets, and the second one's first client comes while the first one's is being waited for.
+pub fn two_targets_at_once(host: &Host, manager: Manager) -> Result<()> {
+    let options = format!("{IDLE} --target two=127.0.0.1:{INNER} --allow-missing-sockets");
+    let site = Site::new(host, manager, "double", &Plan::service(manager, 1.0, &options))?;
+    let second = host.free_port()?;
+    site.change_socket(&format!("ListenStream=0.0.0.0:{}\nFileDescriptorName=one", site.port))?;
+    let socket = format!(
+        "[Socket]\nListenStream=0.0.0.0:{second}\nFileDescriptorName=two\nService={}\n",
+        site.forwarder()
+    );
+    manager.unit(host, "double-two.socket", &socket)?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    manager.systemctl(host, &["start", "double-two.socket"])?;
+    let first = site.client()?;
+    manager.wait_for(host, "double.service", "ActiveState", "active", PATIENCE)?;
+    let other = host.connect(second)?;
+    echo(&first)?;
+    echo(&other)?;
+    drop((first, other));
+    let asleep = expect_asleep(&site);
+    manager.systemctl(host, &["stop", "double-two.socket"])?;
+    asleep
+}
+
+/// Another unit requires it: it would be stopped along with it.
+pub fn needed_by_another(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::new(host, manager, "needed", &Plan::service(manager, 0.0, IDLE))?;
+    let other =
+        "[Unit]\nRequires=needed.service\nAfter=needed.service\n[Service]\nExecStart=sleep infinity\n";
+    manager.unit(host, "needing.service", other)?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    site.check_echo()?;
+    manager.systemctl(host, &["start", "needing.service"])?;
+    host.wait_until("the forwarder says who needs it", PATIENCE, || {
+        Ok(site.forwarder_show("StatusText")?.contains("needing.service needs it"))
+    })
+    .with_context(|| site.journals())?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(
+        manager.show(host, "needing.service", "ActiveState")? == "active",
+        "taken down: {}",
+        site.journals()
+    );
+    manager.systemctl(host, &["stop", "needing.service"])?;
+    expect_asleep(&site)
+}
