@@ -100,7 +100,7 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
         &program::path(places)?,
         Some(&wanted.drop_in),
         places.root.as_deref(),
-    );
+    )?;
     Ok((wanted, known, files))
 }
 
@@ -150,7 +150,7 @@ async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
     activated.made.sort();
     activated.made.dedup();
     let files =
-        units::files(&activated, &program::path(places)?, Some(&wanted.drop_in), places.root.as_deref());
+        units::files(&activated, &program::path(places)?, Some(&wanted.drop_in), places.root.as_deref())?;
     let mut changes = changes(&activated, &files)?;
     // What an earlier run wrote and this one has no use for.
     let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
@@ -315,7 +315,7 @@ fn doomed(
     let mut changes = vec![gone(listener.file.clone())];
     let drop_in = units::DropIn::read(known, &rest);
     let bro = program::written(known);
-    for file in units::files(&rest, &bro, drop_in.as_ref(), places.root.as_deref()) {
+    for file in units::files(&rest, &bro, drop_in.as_ref(), places.root.as_deref())? {
         if std::fs::read_to_string(&file.path).ok().as_deref() != Some(&file.text) {
             changes.push(Change { path: file.path, text: Some(file.text) });
         }

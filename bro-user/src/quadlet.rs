@@ -151,6 +151,7 @@ pub fn find(
             );
         }
     };
+    check_path(&path)?;
     let file = search::read(&directories, &stem, kind, &path)?;
     if !file.has_section(kind.section()) {
         return Err(
@@ -160,6 +161,18 @@ pub fn find(
     let unit = unit(&stem, kind, &file, &path)?;
     let container = container(&stem, kind, &file, &unit, owner);
     Ok(Quadlet { name: stem, kind, path, file, unit, container })
+}
+
+/// The path becomes part of units, and whoever owns a directory has chosen its name.
+fn check_path(path: &Path) -> Result<(), Failure> {
+    if crate::units::holds_path(path) {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!(
+        "the quadlet lies in “{}”, a name with characters that no unit file can hold (control characters, or none of UTF-8); \
+         move it to another directory",
+        path.parent().unwrap_or(path).to_string_lossy().escape_debug()
+    )))
 }
 
 /// Splits `web.container` into its stem and the kinds it may be of.

@@ -132,7 +132,7 @@ pub(super) fn read(directories: &[PathBuf], stem: &str, kind: Kind, path: &Path)
     }
     for path in drop_ins.values() {
         let text =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {:?}", path.display()))?;
         if !text.starts_with(MARKER) {
             file.read(&text);
         }

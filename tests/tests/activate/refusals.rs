@@ -172,6 +172,37 @@ fn somebody_elses_files_are_not_touched() -> Result<()> {
     Ok(())
 }
 
+/// A user may name directories as he likes, and root's units say where the quadlet is: a line feed there would be a line of theirs.
+#[test]
+fn a_directorys_name_is_no_line_of_roots_unit() -> Result<()> {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    let tree = disk()?;
+    let quadlets = "home/test/.config/containers/systemd";
+    let evil = format!("{quadlets}/x\n[Service]\nUser=root\nExecStartPre=+/bin/touch /evil\n#");
+    tree.write(&format!("{evil}/evil.container"), "[Container]\nImage=localhost/evil\n")?;
+    // Nor would one that is no UTF-8 be read back as what it is.
+    let other = tree.path(quadlets).join(std::ffi::OsStr::from_bytes(b"\xff"));
+    std::fs::create_dir(&other)?;
+    std::fs::write(other.join("other.container"), "[Container]\nImage=localhost/other\n")?;
+    for name in ["evil", "other"] {
+        for more in [&[][..], &["--dry-run"]] {
+            let answer = said(
+                tree.command(&[name, "--system", "--run-as", "test", "--external-port", "80"]).args(more),
+            )?;
+            ensure!(
+                answer.code == 2
+                    && answer.stderr.contains("no unit file can hold")
+                    && answer.stderr.lines().count() == 1
+                    && answer.stdout.is_empty(),
+                "{answer:?}"
+            );
+        }
+    }
+    ensure!(!tree.path("etc/systemd").exists(), "something was written");
+    Ok(())
+}
+
 /// The names of the units are the same, whoever's container it is.
 #[test]
 fn one_name_is_one_users() -> Result<()> {
