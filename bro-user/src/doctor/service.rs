@@ -312,7 +312,7 @@ async fn listens(known: &Activated, listener: &Listener) -> Check {
         return Check::ok(NAME, format!("{target} is a unix socket, so nobody looked"));
     };
     let running = match &known.run_as {
-        Some(owner) => container::running_of(owner.uid, container),
+        Some(owner) => container::running_of(owner, container),
         None => container::running(container),
     };
     let Some(pid) = running else {
