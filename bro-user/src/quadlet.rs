@@ -136,7 +136,7 @@ pub fn find(
     let _acting = owner.filter(|_| root.is_none()).map(Owner::act).transpose()?;
     let mut found: Vec<(Kind, PathBuf)> = Vec::new();
     for &kind in &kinds {
-        if let Some(path) = search::file(&directories, &stem, kind) {
+        if let Some(path) = search::file(&directories, &stem, kind)? {
             found.push((kind, path));
         }
     }
@@ -214,8 +214,9 @@ pub(crate) fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
 fn not_found(stem: &str, kinds: &[Kind], directories: &[PathBuf]) -> Failure {
     // A template of that name is the likeliest mistake.
     if !stem.contains('@')
-        && let Some(kind) =
-            kinds.iter().find(|kind| search::file(directories, &format!("{stem}@"), **kind).is_some())
+        && let Some(kind) = kinds.iter().find(|kind| {
+            search::file(directories, &format!("{stem}@"), **kind).is_ok_and(|found| found.is_some())
+        })
     {
         return Failure::NotFound(format!(
             "{stem}@.{} is a template: say which instance is meant, for example {stem}@one",
