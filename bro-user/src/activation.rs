@@ -5,9 +5,11 @@
 
 pub mod address;
 mod apply;
+mod interrupt;
 mod program;
 pub(crate) mod request;
 mod say;
+mod standing;
 mod systemd;
 pub(crate) mod taken;
 mod write;
@@ -24,6 +26,7 @@ use crate::owner::Owner;
 use crate::quadlet;
 use crate::units::{self, File};
 use address::External;
+use interrupt::Interrupt;
 use request::{Places, Wanted};
 use write::{Change, Lock, Made, Owner as Whose};
 
@@ -48,7 +51,12 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        if options.remove { remove(options, &places).await } else { activate(options, &places).await }
+        let mut interrupt = Interrupt::watch()?;
+        if options.remove {
+            remove(options, &places, &mut interrupt).await
+        } else {
+            activate(options, &places, &mut interrupt).await
+        }
     })
 }
 
@@ -104,20 +112,56 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
     Ok((wanted, known, files))
 }
 
-async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
+async fn activate(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
     if options.dry_run {
-        let (wanted, known, files) = plan(options, places)?;
-        let mut warnings = wanted.warnings;
-        warnings.extend(program::warning(places));
-        warnings.extend(
-            check_listeners(&wanted.activated, known.as_ref(), None, places)
-                .await
-                .err()
-                .map(|error| error.to_string()),
-        );
-        say::warnings(&warnings)?;
-        return say::files(&files);
+        return dry_run(options, places).await;
     }
+    let Prepared { systemd, mut made, _lock, activated, known, changes, unfinished, warnings } =
+        interrupt.or(prepare(options, places)).await?;
+    say::warnings(&warnings)?;
+    let (systemd, known) = (systemd.as_ref(), known.as_ref());
+    let outcome =
+        apply::activate(systemd, &activated, known, &changes, &unfinished, places, interrupt).await?;
+    write::finished(&unfinished);
+    made.keep();
+    say::activated(&activated, &changes, outcome, places)
+}
+
+async fn dry_run(options: &Activate, places: &Places) -> anyhow::Result<()> {
+    let (wanted, known, _) = plan(options, places)?;
+    let mut warnings = wanted.warnings;
+    warnings.extend(program::warning(places));
+    warnings.extend(
+        check_listeners(&wanted.activated, known.as_ref(), None, places)
+            .await
+            .err()
+            .map(|error| error.to_string()),
+    );
+    let directories = directories_of(&wanted.activated, places);
+    let missing = directories.iter().flat_map(|directory| write::missing(directory));
+    let activated = with_made(wanted.activated, missing, places)?;
+    say::warnings(&warnings)?;
+    say::files(&units::files(
+        &activated,
+        &program::path(places)?,
+        Some(&wanted.drop_in),
+        places.root.as_deref(),
+    )?)
+}
+
+/// All that is decided and checked, under the lock; nothing has changed but for directories, which go again with this.
+struct Prepared {
+    systemd: Option<apply::Managers>,
+    made: Made,
+    _lock: Lock,
+    activated: Activated,
+    known: Option<Activated>,
+    changes: Vec<Change>,
+    unfinished: Vec<PathBuf>,
+    warnings: Vec<String>,
+}
+
+async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared> {
     // The quadlet has to be there before directories are made; everything is read again under the lock.
     let owner = plan(options, places)?.0.activated.run_as;
     // Asked before anything is written: without it nothing could be started.
@@ -127,7 +171,7 @@ async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
     };
     let mut made = Made::default();
     made.make(&places.units)?;
-    let _lock = Lock::take(&places.units)?;
+    let lock = Lock::take(&places.units, || made.make(&places.units)).await?;
     let (mut wanted, known, _) = plan(options, places)?;
     let mut warnings = std::mem::take(&mut wanted.warnings);
     warnings.extend(program::warning(places));
@@ -137,28 +181,42 @@ async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
         let container = systemd.container().context("the container's service manager is gone")?;
         warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
     }
-    for path in &wanted.activated.others {
-        made.make(path.parent().unwrap_or(path))?;
+    for directory in directories_of(&wanted.activated, places) {
+        made.make(&directory)?;
     }
-    let mut activated = wanted.activated;
-    // Whoever uses a directory that was made for another activated service shares it: the last one to go removes it.
-    let mine = files_of(&activated);
-    let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
-    let shared = all.into_iter().flat_map(|other| other.made);
-    let shared = shared.filter(|directory| mine.iter().any(|file| file.starts_with(directory)));
-    activated.made.extend(made.paths().iter().cloned().chain(shared));
-    activated.made.sort();
-    activated.made.dedup();
+    let activated = with_made(wanted.activated, made.paths().iter().cloned(), places)?;
     let files =
         units::files(&activated, &program::path(places)?, Some(&wanted.drop_in), places.root.as_deref())?;
     let mut changes = changes(&activated, &files)?;
     // What an earlier run wrote and this one has no use for.
     let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
     changes.extend(left.map(|path| Change { path, text: None }));
-    say::warnings(&warnings)?;
-    let outcome = apply::activate(systemd.as_ref(), &activated, known.as_ref(), &changes, places).await?;
-    made.keep();
-    say::activated(&activated, &changes, outcome, places)
+    let all = files_of(&activated).into_iter().chain(known.iter().flat_map(files_of));
+    let unfinished = write::unfinished(&activated.name, &places.units, all);
+    Ok(Prepared { systemd, made, _lock: lock, activated, known, changes, unfinished, warnings })
+}
+
+/// Where its files go.
+fn directories_of(activated: &Activated, places: &Places) -> Vec<PathBuf> {
+    let others = activated.others.iter().filter_map(|path| path.parent());
+    std::iter::once(&*places.units).chain(others).map(Path::to_owned).collect()
+}
+
+/// Notes the directories that were made for it.
+fn with_made(
+    mut activated: Activated,
+    made: impl Iterator<Item = PathBuf>,
+    places: &Places,
+) -> anyhow::Result<Activated> {
+    // Whoever uses a directory that was made for another activated service shares it: the last one to go removes it.
+    let mine = files_of(&activated);
+    let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
+    let shared = all.into_iter().flat_map(|other| other.made);
+    let shared = shared.filter(|directory| mine.iter().any(|file| file.starts_with(directory)));
+    activated.made.extend(made.chain(shared));
+    activated.made.sort();
+    activated.made.dedup();
+    Ok(activated)
 }
 
 /// Every file of an activated service.
@@ -245,7 +303,7 @@ async fn ours(owner: &taken::Owner, known: Option<&Activated>, systemd: Option<&
     }
 }
 
-async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
+async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
     let name = &options.name;
     let missing = || {
         Failure::NotFound(format!(
@@ -257,17 +315,18 @@ async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
         let known = known(name, places)?.ok_or_else(missing)?;
         return say::would_remove(&doomed(&known, options, places)?.0);
     }
-    let systemd = match &places.root {
-        None => {
-            let owner = known(name, places)?.and_then(|known| known.run_as);
-            Some(apply::connect_for_removal(places.scope, owner.as_ref()).await?)
-        }
-        Some(_) => None,
+    let prepare = async {
+        let systemd = match &places.root {
+            None => {
+                let owner = known(name, places)?.and_then(|known| known.run_as);
+                Some(apply::connect_for_removal(places.scope, owner.as_ref()).await?)
+            }
+            Some(_) => None,
+        };
+        let lock = Lock::take(&places.units, || Err(missing().into())).await?;
+        Ok((systemd, lock))
     };
-    if !places.units.is_dir() {
-        return Err(missing().into());
-    }
-    let _lock = Lock::take(&places.units)?;
+    let (systemd, _lock) = interrupt.or(prepare).await?;
     let known = known(name, places)?.ok_or_else(missing)?;
     let (changes, rest) = doomed(&known, options, places)?;
     for change in &changes {
@@ -278,7 +337,9 @@ async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
             );
         }
     }
-    let awake = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places).await?;
+    let unfinished = write::unfinished(&known.name, &places.units, files_of(&known));
+    let awake = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places, interrupt).await?;
+    write::finished(&unfinished);
     if rest.is_none() {
         write::remove_directories(&known.made)?;
     }
