@@ -268,14 +268,18 @@ async fn check_listeners(
                 Failure::Usage(format!("there is no network interface “{device}”; see `ip link`")).into()
             );
         }
+        let external: External = listener.address.parse()?;
+        // Whoever holds it now: that is nobody's socket.
+        if let Some(taken::Trouble::InTheWay(why)) = taken::look(&external) {
+            anyhow::bail!("{why} (nothing was changed)");
+        }
         // Held by the socket that is to stay, or to be replaced.
         if known.is_some_and(|known| known.listeners.iter().any(|before| before.address == listener.address))
         {
             continue;
         }
-        let external: External = listener.address.parse()?;
         match taken::look(&external) {
-            None => {}
+            None | Some(taken::Trouble::InTheWay(_)) => {}
             Some(taken::Trouble::Forbidden(why)) => return Err(Failure::NotPermitted(why).into()),
             Some(taken::Trouble::Taken(owner)) if ours(&owner, known, systemd).await => {}
             Some(taken::Trouble::Taken(owner)) => {

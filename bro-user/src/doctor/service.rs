@@ -198,6 +198,13 @@ async fn socket(known: &Activated, listener: &Listener, bus: &Bus) -> Check {
                         ),
                     );
                 }
+                Some(Trouble::InTheWay(why)) => {
+                    return Check::bad(
+                        NAME,
+                        format!("{unit} is {active}: {why}"),
+                        format!("then `{} restart {unit}`", systemctl(scope)),
+                    );
+                }
                 Some(Trouble::Forbidden(why)) => format!(": {why}"),
                 None => String::new(),
             };

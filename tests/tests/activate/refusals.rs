@@ -9,6 +9,9 @@ use crate::tree::{Tree, WEB, environment, said};
 /// What follows `bro activate`, the exit code, and what the sentence says.
 type Case = (&'static [&'static str], i32, &'static str);
 
+/// A byte longer than a socket's address holds.
+const LONG: &str = "/run/xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx";
+
 /// Of every option, what it cannot be given.
 const CASES: &[Case] = &[
     (&[], 2, "NAME"),
@@ -28,6 +31,10 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "::1"], 2, "no port"),
     (&["web", "--external-port", "/run/a b.sock"], 2, "unit file"),
     (&["web", "--external-port", "/run/web.sock"], 2, "--internal-port"),
+    (&["web", "--external-port", "/", "--internal-port", "80"], 2, "no path at which systemd listens"),
+    (&["web", "--external-port", "/tmp/", "--internal-port", "80"], 2, "no path at which systemd listens"),
+    (&["web", "--external-port", "/tmp/../tmp/x.sock", "--internal-port", "80"], 2, "no path at which"),
+    (&["web", "--external-port", LONG, "--internal-port", "80"], 2, "107 bytes"),
     (&["web", "--external-port", "80", "--internal-port", "http"], 2, "no port"),
     (&["web", "--external-port", "80", "--internal-port", "10.0.0.1:0"], 2, "not a TCP port"),
     (&["web", "--external-port", "80", "--service-name", "metrics"], 2, "not activated yet"),
