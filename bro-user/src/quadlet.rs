@@ -67,10 +67,10 @@ pub struct Quadlet {
 }
 
 impl Quadlet {
-    /// A setting of its own section.
+    /// A setting of its own section that has one value.
     #[must_use]
     pub fn value(&self, key: &str) -> Option<&str> {
-        self.file.value(self.kind.section(), key)
+        value(&self.file, self.kind, key)
     }
 
     /// A list of its own section, one entry an assignment.
@@ -117,6 +117,13 @@ impl Quadlet {
             || runs.first().is_some_and(|program| program.rsplit('/').next() == Some("nginx"))
             || self.value("Entrypoint").is_some_and(|program| program.rsplit('/').next() == Some("nginx"))
     }
+}
+
+/// One value, as Podman's generator reads it: without the double quotes around it. (It leaves those of lists.)
+fn value<'a>(file: &'a UnitFile, kind: Kind, key: &str) -> Option<&'a str> {
+    let value = file.value(kind.section(), key)?;
+    let bare = value.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    Some(bare.unwrap_or(value)).filter(|value| !value.is_empty())
 }
 
 /// Finds and reads the quadlet `name` (with or without an extension) where Podman looks for it, below `root`; with `owner`, where
@@ -233,7 +240,7 @@ fn not_found(stem: &str, kinds: &[Kind], directories: &[PathBuf]) -> Failure {
 
 /// The unit that the generator makes.
 pub(crate) fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Result<String, Failure> {
-    if let Some(name) = file.value(kind.section(), "ServiceName") {
+    if let Some(name) = value(file, kind, "ServiceName") {
         if stem.contains('@') {
             return Err(Failure::Usage(format!(
                 "{} is a template with ServiceName=, so its instances have one name; remove ServiceName=",
@@ -266,17 +273,16 @@ pub(crate) fn container(
     unit: &str,
     owner: Option<&Owner>,
 ) -> Result<String, String> {
-    let section = kind.section();
     match kind {
         Kind::Container => {
-            let name = file.value(section, "ContainerName");
+            let name = value(file, kind, "ContainerName");
             let name = name.unwrap_or(if stem.contains('@') { "systemd-%p_%i" } else { "systemd-%N" });
             specifiers::expand(name, unit, owner).map_err(|bad| {
                 format!("ContainerName={name} holds the specifier {bad}, which bro does not know; give --container")
             })
         }
         // All of a pod's containers share the namespace that its infra container holds.
-        Kind::Pod => match file.value(section, "PodName") {
+        Kind::Pod => match value(file, kind, "PodName") {
             Some(name) if name.contains('%') => Err(format!(
                 "PodName={name} holds a specifier; give --container NAME of one of its containers"
             )),
@@ -325,6 +331,14 @@ mod tests {
             name("p2", Kind::Pod, "[Pod]\nServiceName=ppp\nPodName=mypod\n"),
             is("ppp.service", "mypod-infra")
         );
+        // Quotes around one value are none of it.
+        assert_eq!(
+            name("q", Kind::Container, "[Container]\nServiceName=\"quoted\"\nContainerName=\"web\"\n"),
+            is("quoted.service", "web")
+        );
+        assert_eq!(name("q", Kind::Pod, "[Pod]\nPodName=\"mypod\"\n"), is("q-pod.service", "mypod-infra"));
+        assert_eq!(name("q", Kind::Container, "[Container]\nContainerName=\"\"\n").1, "systemd-q");
+        assert_eq!(name("q", Kind::Container, "[Container]\nContainerName=\"odd\n").1, "\"odd");
         assert_eq!(name("k", Kind::Kube, "[Kube]\n"), is("k.service", ""));
     }
 

@@ -76,6 +76,7 @@ const CASES: &[Case] = &[
     (&["mine", "--external-port", "80", "--run-as", "test", "--direct"], 2, "cannot be used with"),
     (&["mine", "--external-port", "80", "--run-as", "test", "--user"], 2, "cannot be used with"),
     (&["sly", "--external-port", "80", "--run-as", "test"], 2, "cannot be the name of a unit"),
+    (&["misnamed", "--external-port", "80"], 2, "cannot be a container's name"),
     (&["web", "--external-port", "80", "--restrict-network"], 2, "is for --direct"),
     (&["net", "--external-port", "80", "--restrict-network", "--direct"], 2, "add Network=none"),
     (&["web", "--remove"], 4, "nothing to remove"),
@@ -97,6 +98,10 @@ fn disk() -> Result<Tree> {
         ("etc/containers/systemd/both.container", "[Container]\nImage=localhost/both\n"),
         ("etc/containers/systemd/both.pod", "[Pod]\n"),
         ("etc/containers/systemd/wrong.container", "[Unit]\n"),
+        (
+            "etc/containers/systemd/misnamed.container",
+            "[Container]\nImage=localhost/misnamed\nContainerName=a b\n",
+        ),
         ("etc/passwd", "root:x:0:0::/root:/bin/sh\ntest:x:1000:1000::/home/test:/bin/sh\n"),
         ("home/test/.config/containers/systemd/mine.container", "[Container]\nImage=localhost/mine\n"),
         (
