@@ -79,6 +79,12 @@ impl Quadlet {
         self.file.values(self.kind.section(), key)
     }
 
+    /// `Network=host`: there is no namespace to enter.
+    #[must_use]
+    pub fn is_on_host(&self) -> bool {
+        self.values("Network") == ["host"]
+    }
+
     /// The file's own name.
     #[must_use]
     pub fn file_name(&self) -> String {

@@ -116,16 +116,10 @@ fn quadlet(known: &Activated, checks: &mut Vec<Check>) -> Option<Quadlet> {
             format!("{} makes {} now, and not {}", quadlet.path.display(), quadlet.unit, known.unit),
             again(known),
         ),
-        Ok(quadlet) if quadlet.container.as_ref().ok() != known.container.as_ref() && !known.direct => {
-            let now = quadlet.container.as_deref().unwrap_or("one whose name is not known");
-            let before = known.container.as_deref().unwrap_or("none");
-            Check::less(
-                NAME,
-                format!("its container is {now}, and the forwarder looks for {before}"),
-                again(known),
-            )
-        }
-        Ok(quadlet) => Check::ok(NAME, quadlet.path.display().to_string()),
+        Ok(quadlet) => match other_container(known, quadlet) {
+            Some(finding) => Check::less(NAME, finding, again(known)),
+            None => Check::ok(NAME, quadlet.path.display().to_string()),
+        },
         Err(_) if !known.quadlet.exists() => Check::bad(
             NAME,
             format!("{} is gone: removed or renamed", known.quadlet.display()),
@@ -137,6 +131,27 @@ fn quadlet(known: &Activated, checks: &mut Vec<Check>) -> Option<Quadlet> {
         Err(error) => Check::bad(NAME, format!("{error:#}"), "mend the quadlet"),
     });
     found.ok()
+}
+
+/// Does the quadlet make another container than the forwarder looks for? It knows better where --container has named one, and
+/// on the host's network there is none to look for.
+fn other_container(known: &Activated, quadlet: &Quadlet) -> Option<String> {
+    if known.direct || known.container_given {
+        return None;
+    }
+    let now = match &quadlet.container {
+        _ if quadlet.is_on_host() => None,
+        Ok(name) => Some(name.as_str()),
+        Err(_) => Some("one whose name is not known"),
+    };
+    let before = known.container.as_deref();
+    (now != before).then(|| {
+        format!(
+            "its container is {}, and the forwarder looks for {}",
+            now.unwrap_or("on the host's network"),
+            before.unwrap_or("none")
+        )
+    })
 }
 
 /// The unit that Podman's generator makes of the quadlet.
@@ -393,5 +408,57 @@ async fn last_words(unit: &str, scope: Manager) -> String {
     match features::says("journalctl", &args).await {
         Some(log) if !log.is_empty() => format!(", saying “{}”", log.lines().collect::<Vec<_>>().join(" / ")),
         _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quadlet::Kind;
+    use crate::unit_file::UnitFile;
+
+    fn known(container: Option<&str>, container_given: bool) -> Activated {
+        Activated {
+            name: "web".into(),
+            scope: Manager::User,
+            run_as: None,
+            quadlet: "/quadlets/web.container".into(),
+            unit: "web.service".into(),
+            container: container.map(str::to_owned),
+            direct: false,
+            socket_file: "/units/web-activator.socket".into(),
+            service_file: Some("/units/web-activator.service".into()),
+            listeners: Vec::new(),
+            options: Vec::new(),
+            container_given,
+            others: Vec::new(),
+            made: Vec::new(),
+        }
+    }
+
+    fn quadlet(kind: Kind, text: &str, container: Result<&str, &str>) -> Quadlet {
+        Quadlet {
+            name: "web".into(),
+            kind,
+            path: "/quadlets/web.container".into(),
+            file: UnitFile::parse(text),
+            unit: "web.service".into(),
+            container: container.map(str::to_owned).map_err(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn a_container_is_another_only_where_the_quadlet_has_the_word() {
+        let plain = quadlet(Kind::Container, "[Container]\n", Ok("systemd-web"));
+        assert_eq!(other_container(&known(Some("systemd-web"), false), &plain), None);
+        assert!(other_container(&known(Some("old"), false), &plain).unwrap().contains("looks for old"));
+        assert_eq!(other_container(&known(Some("sidecar"), true), &plain), None);
+        let host = quadlet(Kind::Container, "[Container]\nNetwork=host\n", Ok("systemd-web"));
+        assert_eq!(other_container(&known(None, false), &host), None);
+        // It was not on the host's network when it was activated, or is there no more.
+        assert!(other_container(&known(Some("systemd-web"), false), &host).is_some());
+        assert!(other_container(&known(None, false), &plain).is_some());
+        let kube = quadlet(Kind::Kube, "[Kube]\n", Err("the containers of a .kube"));
+        assert_eq!(other_container(&known(Some("pod-web"), true), &kube), None);
     }
 }
