@@ -367,18 +367,24 @@ async fn listens(known: &Activated, listener: &Listener) -> Check {
                 None => ("nothing listens there at all".to_owned(), "see the service's own log".to_owned()),
                 Some(first) => (
                     format!("it listens at {}", others.join(", ")),
-                    format!(
-                        "`bro activate {} --external-port {} --internal-port {}`, or change the service",
-                        known.name,
-                        listener.address,
-                        first.address.port()
-                    ),
+                    format!("`{}`, or change the service", lead_to(known, listener, first.address.port())),
                 ),
             };
             Check::bad(NAME, format!("nobody listens at {target} in {container}; {there}"), fix)
         }
         Err(error) => Check::bad(NAME, format!("cannot look into {container}: {error}"), "see `bro doctor`"),
     }
+}
+
+/// The command line that leads this port's clients to another port of the service.
+fn lead_to(known: &Activated, listener: &Listener, port: u16) -> String {
+    let name = &known.name;
+    let service = match &listener.service {
+        // The first port is meant where none is named.
+        service if service == name => String::new(),
+        service => format!(" --service-name {service}"),
+    };
+    format!("bro activate {name}{service} --external-port {} --internal-port {port}", listener.address)
 }
 
 async fn table(pid: i32) -> anyhow::Result<Table> {
@@ -445,6 +451,29 @@ mod tests {
             unit: "web.service".into(),
             container: container.map(str::to_owned).map_err(str::to_owned),
         }
+    }
+
+    #[test]
+    fn the_way_to_mend_a_port_is_that_ports() {
+        let mut listener = Listener {
+            service: "web".into(),
+            socket: "web-activator.socket".into(),
+            file: "/units/web-activator.socket".into(),
+            address: "8080".into(),
+            target: Some("127.0.0.1:80".into()),
+            backlog: None,
+            device: None,
+        };
+        let known = known(None, false);
+        assert_eq!(
+            lead_to(&known, &listener, 81),
+            "bro activate web --external-port 8080 --internal-port 81"
+        );
+        listener.service = "metrics".into();
+        assert_eq!(
+            lead_to(&known, &listener, 81),
+            "bro activate web --service-name metrics --external-port 8080 --internal-port 81"
+        );
     }
 
     #[test]
