@@ -91,11 +91,11 @@ fn wrong_usage(error: &clap::Error) -> ExitCode {
     let text = error.to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);
     let first: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-    eprintln!("bro: {} (see `bro --help`)", first.join(" "));
+    eprintln!("bro: {} (see `bro --help`)", exit::on_one_line(&first.join(" ")));
     ExitCode::from(2)
 }
 
 #[expect(clippy::print_stderr, reason = "the one sentence that a failing command says")]
 fn complain(error: &anyhow::Error) {
-    eprintln!("bro: {error:#}");
+    eprintln!("bro: {}", exit::sentence(error));
 }

@@ -72,7 +72,7 @@ pub(super) fn wanted(
              user's, not the system's",
         ));
     }
-    check_unit(quadlet)?;
+    check_names(quadlet)?;
     let mut warnings = Vec::new();
     let network = Network::of(quadlet);
     let nginx = direct && takes_nginx_way(options, quadlet, known);
@@ -170,7 +170,14 @@ fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool>
 }
 
 /// The quadlet may say anything; in units it stands among others.
-fn check_unit(quadlet: &Quadlet) -> anyhow::Result<()> {
+fn check_names(quadlet: &Quadlet) -> anyhow::Result<()> {
+    let name = &quadlet.name;
+    if name.contains(':') {
+        return Err(usage(format!(
+            "“{name}” cannot be activated: its socket goes by that name, and no FileDescriptorName= may hold a colon; give the \
+             quadlet another name"
+        )));
+    }
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_' | '.' | '@' | '\\');
     if quadlet.unit.chars().all(fits) {
         return Ok(());
@@ -276,6 +283,19 @@ fn listeners(
             .or_else(|| before.as_ref().and_then(|before| before.device.clone())),
         service,
     };
+    if let (Some(device), External::Path(_) | External::Abstract(_)) = (&listener.device, &external) {
+        return Err(usage(if options.bind_to_device.is_some() {
+            format!(
+                "{external} is a unix socket, which is on no network interface: leave --bind-to-device {device} out"
+            )
+        } else {
+            format!(
+                "“{}” is bound to the network interface {device}, where {external}, a unix socket, cannot be: remove that port or \
+                 all of {name} first (--remove)",
+                listener.service
+            )
+        }));
+    }
     if let Some(other) =
         listeners.iter().find(|other| other.service != listener.service && other.address == listener.address)
     {

@@ -49,6 +49,16 @@ const CASES: &[Case] = &[
     (&["play", "--external-port", "80"], 2, "--container"),
     (&["odd", "--external-port", "80"], 2, "specifier %m"),
     (&["web", "--external-port", "80", "--bind-to-device", "no/such"], 2, "network interface"),
+    (
+        &["web", "--external-port", "/run/x", "--internal-port", "80", "--bind-to-device", "lo"],
+        2,
+        "leave --bind-to-device lo out",
+    ),
+    (
+        &["web", "--external-port", "@x", "--internal-port", "80", "--bind-to-device", "lo"],
+        2,
+        "leave --bind-to-device lo out",
+    ),
     (&["web", "--external-port", "80", "--backlog", "0"], 2, "--backlog"),
     (&["web", "--external-port", "80", "--backlog", "many"], 2, "--backlog"),
     (&["web", "--external-port", "80", "--exit-idle-time", "soon"], 2, "not a number"),
@@ -80,6 +90,9 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "80", "--restrict-network"], 2, "is for --direct"),
     (&["net", "--external-port", "80", "--restrict-network", "--direct"], 2, "add Network=none"),
     (&["web", "--remove"], 4, "nothing to remove"),
+    (&["web\n", "--remove"], 4, "“web\\n” is not activated"),
+    (&["web\n", "--external-port", "80"], 2, "“web\\n” cannot be the name"),
+    (&["a:b", "--external-port", "80"], 2, "may hold a colon"),
     (&["web", "--remove", "--external-port", "80"], 2, "cannot be used with"),
     (&["web", "--external-port", "80", "stray"], 2, "stray"),
     (&["web", "--external-port", "80", "--nonsense"], 2, "--nonsense"),
@@ -102,6 +115,7 @@ fn disk() -> Result<Tree> {
             "etc/containers/systemd/misnamed.container",
             "[Container]\nImage=localhost/misnamed\nContainerName=a b\n",
         ),
+        ("etc/containers/systemd/a:b.container", "[Container]\nImage=localhost/ab\n"),
         ("etc/passwd", "root:x:0:0::/root:/bin/sh\ntest:x:1000:1000::/home/test:/bin/sh\n"),
         ("home/test/.config/containers/systemd/mine.container", "[Container]\nImage=localhost/mine\n"),
         (
@@ -152,6 +166,36 @@ fn every_option_has_its_bad_input() -> Result<()> {
     let answer =
         said(Command::new(bro_tests::bro::binary()).args(["activate", "web", "--root", "relative"]))?;
     ensure!(answer.code == 2 && answer.stderr.contains("not an absolute path"), "{answer:?}");
+    Ok(())
+}
+
+/// A socket that was bound to a network interface stays bound, and a unix socket cannot be.
+#[test]
+fn a_port_on_an_interface_becomes_no_unix_socket() -> Result<()> {
+    let tree = Tree::with_web()?;
+    ensure!(tree.run(&["web", "--external-port", "80", "--bind-to-device", "lo"])?.code == 0);
+    let before = tree.listing()?;
+    let answer = tree.run(&["web", "--external-port", "/run/x"])?;
+    ensure!(answer.code == 2 && answer.stderr.contains("network interface lo"), "{answer:?}");
+    ensure!(tree.listing()? == before, "something was written");
+    Ok(())
+}
+
+/// Also the directories that are made for the files.
+#[test]
+fn a_dry_run_prints_what_is_written() -> Result<()> {
+    let tree = Tree::with_web()?;
+    let dry = tree.run(&["web", "--external-port", "80", "--dry-run"])?;
+    ensure!(dry.code == 0 && tree.run(&["web", "--external-port", "80"])?.code == 0, "{dry:?}");
+    let mut files = 0;
+    for (path, text) in tree.listing()? {
+        if text.starts_with("# Written by bro activate") {
+            let printed = format!("==> {} <==\n{text}", tree.path(&path).display());
+            ensure!(dry.stdout.contains(&printed), "{printed}\nis not in\n{}", dry.stdout);
+            files += 1;
+        }
+    }
+    ensure!(files == 3, "{files} files");
     Ok(())
 }
 
