@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 
 use crate::activate::bus::Manager;
-use crate::activated::{self, Activated};
+use crate::activated::{self, Activated, remnant};
 use crate::cli::Activate;
 use crate::exit::Failure;
 use crate::owner::Owner;
@@ -66,6 +66,18 @@ fn known(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
     Ok(all.into_iter().find(|known| known.goes_by(name)))
 }
 
+/// The same for who clears it away: also if only a part of it is left, and with the units whose files are gone.
+fn known_or_left(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
+    let root = places.root.as_deref();
+    let Some(mut known) = known(name, places)? else {
+        let rest = remnant::find(name, &places.units, places.scope, root);
+        return Ok(rest.map(|rest| rest.activated));
+    };
+    let lost = remnant::lost(&known, &places.units);
+    known.listeners.extend(lost);
+    Ok(Some(known))
+}
+
 /// The user whose container is meant: as the command line says, or an earlier one said.
 fn owner(options: &Activate, all: &[Activated], places: &Places) -> anyhow::Result<Option<Owner>> {
     match &options.run_as {
@@ -82,6 +94,13 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
     let owner = owner(options, &all, places)?;
     let quadlet = quadlet::find(&options.name, places.scope, owner.as_ref(), places.root.as_deref())?;
     let known = all.into_iter().find(|known| known.name == quadlet.name);
+    // A first run that was killed may have left the first port's socket, which is written anew.
+    if known.is_none()
+        && let Some(rest) = remnant::find(&quadlet.name, &places.units, places.scope, places.root.as_deref())
+        && rest.activated.listeners.iter().any(|listener| listener.service != quadlet.name)
+    {
+        return Err(activated::in_part(&rest).into());
+    }
     if let Some(known) = &known
         && known.quadlet.extension() != quadlet.path.extension()
     {
@@ -316,13 +335,13 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
         ))
     };
     if options.dry_run {
-        let known = known(name, places)?.ok_or_else(missing)?;
+        let known = known_or_left(name, places)?.ok_or_else(missing)?;
         return say::would_remove(&doomed(&known, options, places)?.0);
     }
     let prepare = async {
         let systemd = match &places.root {
             None => {
-                let owner = known(name, places)?.and_then(|known| known.run_as);
+                let owner = known_or_left(name, places)?.and_then(|known| known.run_as);
                 Some(apply::connect_for_removal(places.scope, owner.as_ref()).await?)
             }
             Some(_) => None,
@@ -331,7 +350,7 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
         Ok((systemd, lock))
     };
     let (systemd, _lock) = interrupt.or(prepare).await?;
-    let known = known(name, places)?.ok_or_else(missing)?;
+    let known = known_or_left(name, places)?.ok_or_else(missing)?;
     let (changes, rest) = doomed(&known, options, places)?;
     for change in &changes {
         if write::owner(&change.path)? == Whose::Theirs {
@@ -358,8 +377,13 @@ fn doomed(
 ) -> anyhow::Result<(Vec<Change>, Option<Activated>)> {
     let gone = |path: PathBuf| Change { path, text: None };
     let Some(service) = &options.service_name else {
-        return Ok((files_of(known).into_iter().map(gone).collect(), None));
+        // Some may have been deleted by hand.
+        let there = files_of(known).into_iter().filter(|path| std::fs::symlink_metadata(path).is_ok());
+        return Ok((there.map(gone).collect(), None));
     };
+    if let Some(rest) = remnant::find(&known.name, &places.units, places.scope, places.root.as_deref()) {
+        return Err(activated::in_part(&rest).into());
+    }
     let name = &known.name;
     if service == name {
         return Err(Failure::Usage(format!(
@@ -368,7 +392,8 @@ fn doomed(
         .into());
     }
     let Some(listener) = known.listeners.iter().find(|listener| listener.service == *service) else {
-        let others: Vec<&str> = known.listeners.iter().map(|listener| listener.service.as_str()).collect();
+        let others = known.listeners.iter().map(|listener| listener.service.as_str());
+        let others: Vec<&str> = others.filter(|service| !service.is_empty()).collect();
         return Err(Failure::NotFound(format!(
             "{name} has no port “{service}”; it has {}",
             others.join(", ")
@@ -376,6 +401,8 @@ fn doomed(
         .into());
     };
     let mut rest = known.clone();
+    // Of a port whose file is gone nobody knows where it leads.
+    rest.listeners.retain(|listener| !listener.service.is_empty());
     rest.listeners.retain(|listener| listener.service != *service);
     let mut changes = vec![gone(listener.file.clone())];
     let drop_in = units::DropIn::read(known, &rest);

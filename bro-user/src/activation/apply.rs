@@ -368,23 +368,22 @@ pub(super) async fn remove(
     places: &Places,
     interrupt: &mut Interrupt,
 ) -> anyhow::Result<bool> {
-    let doomed: Vec<String> = known
+    let doomed: Vec<&Listener> = known
         .listeners
         .iter()
         .filter(|listener| rest.is_none_or(|rest| !rest.listeners.contains(listener)))
-        .map(|listener| listener.socket.clone())
         .collect();
     let Some(systemd) = systemd else {
         let changed = Changed::make(changes)?;
-        for unit in &doomed {
-            std::fs::remove_file(wants(places).join(unit)).ok();
+        for listener in &doomed {
+            std::fs::remove_file(wants(places).join(&listener.socket)).ok();
         }
         std::fs::remove_dir(wants(places)).ok();
         changed.keep();
         return Ok(false);
     };
     let before = Before::of(systemd, Some(known)).await;
-    let changed = match interrupt.or(take_down(systemd, known, &doomed, changes)).await {
+    let changed = match interrupt.or(take_down(systemd, known, &doomed, changes, places)).await {
         Ok(changed) => changed,
         Err(error) => {
             before.restore(systemd, &known.service().unwrap_or_else(|| known.unit.clone())).await;
@@ -406,19 +405,38 @@ pub(super) async fn remove(
 async fn take_down(
     systemd: &Managers,
     known: &Activated,
-    doomed: &[String],
+    doomed: &[&Listener],
     changes: &[Change],
+    places: &Places,
 ) -> anyhow::Result<Changed> {
+    let (there, gone): (Vec<&Listener>, Vec<&Listener>) =
+        doomed.iter().copied().partition(|listener| listener.file.exists());
     // Without its first client's socket it would be started again at once; so the sockets go first.
-    for unit in doomed {
-        stop(systemd, unit).await?;
+    for Listener { socket, .. } in &there {
+        stop(systemd, socket).await?;
+    }
+    for Listener { socket, .. } in &gone {
+        // systemd listens on, though nobody would find out from files.
+        if systemd.is_active(socket).await {
+            stop(systemd, socket).await?;
+        }
     }
     if let Some(service) = known.service()
         && systemd.is_active(&service).await
     {
         stop(systemd, &service).await?;
     }
-    systemd.disable(doomed).await?;
+    let enabled: Vec<String> = there.iter().map(|listener| listener.socket.clone()).collect();
+    if !enabled.is_empty() {
+        systemd.disable(&enabled).await?;
+    }
+    for Listener { socket, .. } in &gone {
+        // systemd disables nothing of which there is no file.
+        let link = wants(places).join(socket);
+        if link.is_symlink() {
+            std::fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;
+        }
+    }
     for change in changes.iter().filter(|change| change.text.is_none()) {
         let name = change.path.file_name().unwrap_or_default().to_string_lossy();
         if *name == crate::units::pause_unit(&known.name) {

@@ -9,7 +9,7 @@ use super::features::{self, FEATURES, Guard, Versions, says};
 use super::{Check, host, selinux};
 use crate::activate::bus::{Bus, Known, Manager};
 use crate::activate::container;
-use crate::activated::{self, Activated, Listener};
+use crate::activated::{self, Activated, Listener, remnant};
 use crate::activation::taken::{self, Trouble};
 use crate::cli::Doctor;
 use crate::cli::control::Whom;
@@ -98,8 +98,10 @@ fn again(known: &Activated) -> String {
 /// What `bro activate` wrote beside the units is still there.
 fn files(known: &Activated) -> Check {
     const NAME: &str = "files";
-    let gone: Vec<String> =
+    let mut gone: Vec<String> =
         known.others.iter().filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
+    let directory = known.socket_file.parent().unwrap_or(Path::new("/"));
+    gone.extend(remnant::lost(known, directory).into_iter().map(|listener| listener.socket));
     if gone.is_empty() {
         Check::ok(NAME, format!("activated by {}", known.socket_file.display()))
     } else {

@@ -159,6 +159,65 @@ fn many_at_once_end_as_one_after_the_other() -> Result<()> {
     Ok(())
 }
 
+/// Whichever of its files somebody has deleted by hand, no other stays, nor a link that enables one.
+#[test]
+fn what_is_left_of_a_service_can_be_removed() -> Result<()> {
+    let forwarded = |tree: &Tree| -> Result<()> {
+        ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
+        ensure!(tree.run(&["web", "--service-name", "metrics", "--external-port", "81"])?.code == 0);
+        Ok(())
+    };
+    let direct = |tree: &Tree| -> Result<()> {
+        ensure!(tree.run(&["web", "--external-port", "80", "--direct"])?.code == 0);
+        ensure!(tree.run(&["web", "--service-name", "metrics", "--external-port", "81"])?.code == 0);
+        Ok(())
+    };
+    let alone = |tree: &Tree| -> Result<()> {
+        ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
+        Ok(())
+    };
+    let (service, first) = ("web-activator.service", "web-activator.socket");
+    type Set = dyn Fn(&Tree) -> Result<()>;
+    let cases: [(&Set, &[&str]); 8] = [
+        (&forwarded, &[service]),
+        (&forwarded, &[first]),
+        (&forwarded, &["web-metrics-activator.socket"]),
+        (&forwarded, &[service, first]),
+        (&alone, &[first]),
+        (&alone, &[service]),
+        (&direct, &["web.socket"]),
+        (&direct, &["web-metrics.socket"]),
+    ];
+    for (set_up, deleted) in cases {
+        let tree = Tree::with_web()?;
+        std::fs::create_dir_all(tree.path("etc/systemd/system"))?;
+        std::fs::create_dir_all(tree.path("etc/containers/systemd/web.container.d"))?;
+        tree.write("etc/systemd/system/web.service.d/mine.conf", "[Service]\n")?;
+        let before = tree.listing()?;
+        set_up(&tree)?;
+        for file in deleted {
+            std::fs::remove_file(tree.path("etc/systemd/system").join(file))?;
+        }
+        let answer = tree.run(&["web", "--remove"])?;
+        ensure!(answer.code == 0, "without {deleted:?}: {answer:?}");
+        ensure!(!deleted.iter().any(|file| answer.stdout.contains(file)), "{answer:?}");
+        ensure!(tree.listing()? == before, "without {deleted:?}: {:?}", tree.listing()?.keys());
+    }
+    // Another port's socket would be taken for one of the new forwarder's, which knows nothing of it.
+    let tree = Tree::with_web()?;
+    forwarded(&tree)?;
+    std::fs::remove_file(tree.path("etc/systemd/system").join(service))?;
+    let answer = tree.run(&["web", "--external-port", "80"])?;
+    let words = "only in part: web-activator.service is gone";
+    ensure!(answer.code == 4 && answer.stderr.contains(words), "{answer:?}");
+    // What a first run that was killed has left is no hindrance.
+    let tree = Tree::with_web()?;
+    alone(&tree)?;
+    std::fs::remove_file(tree.path("etc/systemd/system").join(service))?;
+    ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
+    Ok(())
+}
+
 #[test]
 fn what_a_killed_run_left_behind_is_no_hindrance() -> Result<()> {
     let tree = Tree::with_web()?;
