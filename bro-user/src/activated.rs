@@ -3,6 +3,8 @@
 //! Each of its files begins with [`MARKER`] and has a section `[X-Bro]`, which systemd leaves alone. A socket's says which
 //! activation it belongs to and where its clients end up; the service's (with `--direct`, the socket's) says the rest.
 
+pub(crate) mod remnant;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -151,6 +153,11 @@ pub fn all(scope: Manager) -> anyhow::Result<Vec<Activated>> {
 /// [`Failure::NotFound`] when there is none.
 pub fn find(name: &str, scope: Manager) -> anyhow::Result<Activated> {
     let mut all = all(scope)?;
+    if !all.iter().any(|known| known.goes_by(name))
+        && let Some(rest) = remnant::find(name, &unit_directory(scope)?, scope, None)
+    {
+        return Err(in_part(&rest).into());
+    }
     match all.iter().position(|known| known.goes_by(name)) {
         Some(at) => Ok(all.swap_remove(at)),
         None => Err(Failure::NotFound(format!(
@@ -164,11 +171,30 @@ pub fn find(name: &str, scope: Manager) -> anyhow::Result<Activated> {
     }
 }
 
+/// The sentence about one of which files are gone.
+pub(crate) fn in_part(rest: &remnant::Remnant) -> Failure {
+    let (name, missing) = (&rest.activated.name, rest.missing.join(" and "));
+    Failure::NotFound(format!(
+        "“{name}” is activated only in part: {missing} is gone; `bro activate {name} --remove` clears what is left, and then it can \
+         be activated anew"
+    ))
+}
+
 /// As [`all`], in another directory; below `root`, if that is not part of what the units say.
 ///
 /// # Errors
 /// As [`all`].
 pub fn all_in(directory: &Path, scope: Manager, root: Option<&Path>) -> anyhow::Result<Vec<Activated>> {
+    let ours = ours_in(directory)?;
+    let main = ours.iter().filter(|(_, file)| file.value(SECTION, "Unit").is_some());
+    let mut all: Vec<Activated> =
+        main.filter_map(|(path, file)| assemble(path, file, &ours, scope, root)).collect();
+    all.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(all)
+}
+
+/// The units that `bro activate` wrote, by their paths.
+fn ours_in(directory: &Path) -> anyhow::Result<Vec<(PathBuf, UnitFile)>> {
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -184,11 +210,7 @@ pub fn all_in(directory: &Path, scope: Manager, root: Option<&Path>) -> anyhow::
         }
     }
     ours.sort_by(|one, other| one.0.cmp(&other.0));
-    let main = ours.iter().filter(|(_, file)| file.value(SECTION, "Unit").is_some());
-    let mut all: Vec<Activated> =
-        main.filter_map(|(path, file)| assemble(path, file, &ours, scope, root)).collect();
-    all.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(all)
+    Ok(ours)
 }
 
 /// The file, if `bro activate` wrote it.
@@ -225,19 +247,10 @@ pub(crate) fn assemble(
         let paths = file.values(SECTION, key).into_iter();
         paths.map(|path| crate::quadlet::below(root, Path::new(path))).collect()
     };
-    let run_as = file.value(SECTION, "RunAs").map(|name| {
-        Owner::find(name, root).unwrap_or_else(|_| Owner {
-            // The user is gone; what was made for him can still be removed.
-            name: name.to_owned(),
-            uid: file.value(SECTION, "RunAsId").and_then(|uid| uid.parse().ok()).unwrap_or(u32::MAX),
-            gid: u32::MAX,
-            home: "/nonexistent".into(),
-        })
-    });
     Some(Activated {
         name: name.to_owned(),
         scope,
-        run_as,
+        run_as: run_as(file, root),
         quadlet: file.value(SECTION, "Quadlet")?.into(),
         unit: file.value(SECTION, "Unit")?.to_owned(),
         container: file.value(SECTION, "Container").map(str::to_owned),
@@ -253,6 +266,17 @@ pub(crate) fn assemble(
         others: paths("Also"),
         made: paths("Made"),
     })
+}
+
+fn run_as(file: &UnitFile, root: Option<&Path>) -> Option<Owner> {
+    let name = file.value(SECTION, "RunAs")?;
+    Some(Owner::find(name, root).unwrap_or_else(|_| Owner {
+        // The user is gone; what was made for him can still be removed.
+        name: name.to_owned(),
+        uid: file.value(SECTION, "RunAsId").and_then(|uid| uid.parse().ok()).unwrap_or(u32::MAX),
+        gid: u32::MAX,
+        home: "/nonexistent".into(),
+    }))
 }
 
 fn listener(path: &Path, file: &UnitFile) -> Option<Listener> {
@@ -319,6 +343,29 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
             ]
         );
         assert_eq!(web.listeners[0].target.as_deref(), Some("127.0.0.1:80"));
+    }
+
+    #[test]
+    fn what_is_missing_of_one_is_said() {
+        let directory = tempdir();
+        let write = |name: &str, text: &str| std::fs::write(directory.join(name), text).unwrap();
+        let find = |name: &str| remnant::find(name, &directory, Manager::System, None);
+        write("web-activator.socket", &socket("web", "8080", "127.0.0.1:80"));
+        for name in ["web", "web.service", "web-activator.socket"] {
+            let rest = find(name).unwrap();
+            assert_eq!(
+                (rest.missing.join(" "), rest.activated.direct),
+                ("web-activator.service".into(), false)
+            );
+        }
+        assert!(find("other").is_none());
+        write("web-activator.service", SERVICE);
+        assert!(find("web").is_none());
+        std::fs::remove_file(directory.join("web-activator.socket")).unwrap();
+        let rest = find("web").unwrap();
+        assert_eq!(rest.missing, ["web-activator.socket"]);
+        assert!(in_part(&rest).to_string().contains("web-activator.socket is gone"));
+        std::fs::remove_dir_all(&directory).unwrap();
     }
 
     #[test]

@@ -5,9 +5,11 @@
 
 pub mod address;
 mod apply;
+mod interrupt;
 mod program;
 pub(crate) mod request;
 mod say;
+mod standing;
 mod systemd;
 pub(crate) mod taken;
 mod write;
@@ -17,13 +19,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 
 use crate::activate::bus::Manager;
-use crate::activated::{self, Activated};
+use crate::activated::{self, Activated, remnant};
 use crate::cli::Activate;
 use crate::exit::Failure;
 use crate::owner::Owner;
 use crate::quadlet;
 use crate::units::{self, File};
 use address::External;
+use interrupt::Interrupt;
 use request::{Places, Wanted};
 use write::{Change, Lock, Made, Owner as Whose};
 
@@ -48,7 +51,12 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        if options.remove { remove(options, &places).await } else { activate(options, &places).await }
+        let mut interrupt = Interrupt::watch()?;
+        if options.remove {
+            remove(options, &places, &mut interrupt).await
+        } else {
+            activate(options, &places, &mut interrupt).await
+        }
     })
 }
 
@@ -56,6 +64,18 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
 fn known(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
     let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
     Ok(all.into_iter().find(|known| known.goes_by(name)))
+}
+
+/// The same for who clears it away: also if only a part of it is left, and with the units whose files are gone.
+fn known_or_left(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
+    let root = places.root.as_deref();
+    let Some(mut known) = known(name, places)? else {
+        let rest = remnant::find(name, &places.units, places.scope, root);
+        return Ok(rest.map(|rest| rest.activated));
+    };
+    let lost = remnant::lost(&known, &places.units);
+    known.listeners.extend(lost);
+    Ok(Some(known))
 }
 
 /// The user whose container is meant: as the command line says, or an earlier one said.
@@ -74,6 +94,13 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
     let owner = owner(options, &all, places)?;
     let quadlet = quadlet::find(&options.name, places.scope, owner.as_ref(), places.root.as_deref())?;
     let known = all.into_iter().find(|known| known.name == quadlet.name);
+    // A first run that was killed may have left the first port's socket, which is written anew.
+    if known.is_none()
+        && let Some(rest) = remnant::find(&quadlet.name, &places.units, places.scope, places.root.as_deref())
+        && rest.activated.listeners.iter().any(|listener| listener.service != quadlet.name)
+    {
+        return Err(activated::in_part(&rest).into());
+    }
     if let Some(known) = &known
         && known.quadlet.extension() != quadlet.path.extension()
     {
@@ -100,24 +127,60 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
         &program::path(places)?,
         Some(&wanted.drop_in),
         places.root.as_deref(),
-    );
+    )?;
     Ok((wanted, known, files))
 }
 
-async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
+async fn activate(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
     if options.dry_run {
-        let (wanted, known, files) = plan(options, places)?;
-        let mut warnings = wanted.warnings;
-        warnings.extend(program::warning(places));
-        warnings.extend(
-            check_listeners(&wanted.activated, known.as_ref(), None, places)
-                .await
-                .err()
-                .map(|error| error.to_string()),
-        );
-        say::warnings(&warnings)?;
-        return say::files(&files);
+        return dry_run(options, places).await;
     }
+    let Prepared { systemd, mut made, _lock, activated, known, changes, unfinished, warnings } =
+        interrupt.or(prepare(options, places)).await?;
+    say::warnings(&warnings)?;
+    let (systemd, known) = (systemd.as_ref(), known.as_ref());
+    let outcome =
+        apply::activate(systemd, &activated, known, &changes, &unfinished, places, interrupt).await?;
+    write::finished(&unfinished);
+    made.keep();
+    say::activated(&activated, &changes, outcome, places)
+}
+
+async fn dry_run(options: &Activate, places: &Places) -> anyhow::Result<()> {
+    let (wanted, known, _) = plan(options, places)?;
+    let mut warnings = wanted.warnings;
+    warnings.extend(program::warning(places));
+    warnings.extend(
+        check_listeners(&wanted.activated, known.as_ref(), None, places)
+            .await
+            .err()
+            .map(|error| error.to_string()),
+    );
+    let directories = directories_of(&wanted.activated, places);
+    let missing = directories.iter().flat_map(|directory| write::missing(directory));
+    let activated = with_made(wanted.activated, missing, places)?;
+    say::warnings(&warnings)?;
+    say::files(&units::files(
+        &activated,
+        &program::path(places)?,
+        Some(&wanted.drop_in),
+        places.root.as_deref(),
+    )?)
+}
+
+/// All that is decided and checked, under the lock; nothing has changed but for directories, which go again with this.
+struct Prepared {
+    systemd: Option<apply::Managers>,
+    made: Made,
+    _lock: Lock,
+    activated: Activated,
+    known: Option<Activated>,
+    changes: Vec<Change>,
+    unfinished: Vec<PathBuf>,
+    warnings: Vec<String>,
+}
+
+async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared> {
     // The quadlet has to be there before directories are made; everything is read again under the lock.
     let owner = plan(options, places)?.0.activated.run_as;
     // Asked before anything is written: without it nothing could be started.
@@ -127,7 +190,7 @@ async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
     };
     let mut made = Made::default();
     made.make(&places.units)?;
-    let _lock = Lock::take(&places.units)?;
+    let lock = Lock::take(&places.units, || made.make(&places.units)).await?;
     let (mut wanted, known, _) = plan(options, places)?;
     let mut warnings = std::mem::take(&mut wanted.warnings);
     warnings.extend(program::warning(places));
@@ -137,28 +200,42 @@ async fn activate(options: &Activate, places: &Places) -> anyhow::Result<()> {
         let container = systemd.container().context("the container's service manager is gone")?;
         warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
     }
-    for path in &wanted.activated.others {
-        made.make(path.parent().unwrap_or(path))?;
+    for directory in directories_of(&wanted.activated, places) {
+        made.make(&directory)?;
     }
-    let mut activated = wanted.activated;
+    let activated = with_made(wanted.activated, made.paths().iter().cloned(), places)?;
+    let files =
+        units::files(&activated, &program::path(places)?, Some(&wanted.drop_in), places.root.as_deref())?;
+    let mut changes = changes(&activated, &files)?;
+    // What an earlier run wrote and this one has no use for.
+    let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
+    changes.extend(left.map(|path| Change { path, text: None }));
+    let all = files_of(&activated).into_iter().chain(known.iter().flat_map(files_of));
+    let unfinished = write::unfinished(&activated.name, &places.units, all);
+    Ok(Prepared { systemd, made, _lock: lock, activated, known, changes, unfinished, warnings })
+}
+
+/// Where its files go.
+fn directories_of(activated: &Activated, places: &Places) -> Vec<PathBuf> {
+    let others = activated.others.iter().filter_map(|path| path.parent());
+    std::iter::once(&*places.units).chain(others).map(Path::to_owned).collect()
+}
+
+/// Notes the directories that were made for it.
+fn with_made(
+    mut activated: Activated,
+    made: impl Iterator<Item = PathBuf>,
+    places: &Places,
+) -> anyhow::Result<Activated> {
     // Whoever uses a directory that was made for another activated service shares it: the last one to go removes it.
     let mine = files_of(&activated);
     let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
     let shared = all.into_iter().flat_map(|other| other.made);
     let shared = shared.filter(|directory| mine.iter().any(|file| file.starts_with(directory)));
-    activated.made.extend(made.paths().iter().cloned().chain(shared));
+    activated.made.extend(made.chain(shared));
     activated.made.sort();
     activated.made.dedup();
-    let files =
-        units::files(&activated, &program::path(places)?, Some(&wanted.drop_in), places.root.as_deref());
-    let mut changes = changes(&activated, &files)?;
-    // What an earlier run wrote and this one has no use for.
-    let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
-    changes.extend(left.map(|path| Change { path, text: None }));
-    say::warnings(&warnings)?;
-    let outcome = apply::activate(systemd.as_ref(), &activated, known.as_ref(), &changes, places).await?;
-    made.keep();
-    say::activated(&activated, &changes, outcome, places)
+    Ok(activated)
 }
 
 /// Every file of an activated service.
@@ -210,14 +287,18 @@ async fn check_listeners(
                 Failure::Usage(format!("there is no network interface “{device}”; see `ip link`")).into()
             );
         }
+        let external: External = listener.address.parse()?;
+        // Whoever holds it now: that is nobody's socket.
+        if let Some(taken::Trouble::InTheWay(why)) = taken::look(&external) {
+            anyhow::bail!("{why} (nothing was changed)");
+        }
         // Held by the socket that is to stay, or to be replaced.
         if known.is_some_and(|known| known.listeners.iter().any(|before| before.address == listener.address))
         {
             continue;
         }
-        let external: External = listener.address.parse()?;
         match taken::look(&external) {
-            None => {}
+            None | Some(taken::Trouble::InTheWay(_)) => {}
             Some(taken::Trouble::Forbidden(why)) => return Err(Failure::NotPermitted(why).into()),
             Some(taken::Trouble::Taken(owner)) if ours(&owner, known, systemd).await => {}
             Some(taken::Trouble::Taken(owner)) => {
@@ -245,7 +326,7 @@ async fn ours(owner: &taken::Owner, known: Option<&Activated>, systemd: Option<&
     }
 }
 
-async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
+async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
     let name = &options.name;
     let missing = || {
         Failure::NotFound(format!(
@@ -254,21 +335,22 @@ async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
         ))
     };
     if options.dry_run {
-        let known = known(name, places)?.ok_or_else(missing)?;
+        let known = known_or_left(name, places)?.ok_or_else(missing)?;
         return say::would_remove(&doomed(&known, options, places)?.0);
     }
-    let systemd = match &places.root {
-        None => {
-            let owner = known(name, places)?.and_then(|known| known.run_as);
-            Some(apply::connect_for_removal(places.scope, owner.as_ref()).await?)
-        }
-        Some(_) => None,
+    let prepare = async {
+        let systemd = match &places.root {
+            None => {
+                let owner = known_or_left(name, places)?.and_then(|known| known.run_as);
+                Some(apply::connect_for_removal(places.scope, owner.as_ref()).await?)
+            }
+            Some(_) => None,
+        };
+        let lock = Lock::take(&places.units, || Err(missing().into())).await?;
+        Ok((systemd, lock))
     };
-    if !places.units.is_dir() {
-        return Err(missing().into());
-    }
-    let _lock = Lock::take(&places.units)?;
-    let known = known(name, places)?.ok_or_else(missing)?;
+    let (systemd, _lock) = interrupt.or(prepare).await?;
+    let known = known_or_left(name, places)?.ok_or_else(missing)?;
     let (changes, rest) = doomed(&known, options, places)?;
     for change in &changes {
         if write::owner(&change.path)? == Whose::Theirs {
@@ -278,7 +360,9 @@ async fn remove(options: &Activate, places: &Places) -> anyhow::Result<()> {
             );
         }
     }
-    let awake = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places).await?;
+    let unfinished = write::unfinished(&known.name, &places.units, files_of(&known));
+    let awake = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places, interrupt).await?;
+    write::finished(&unfinished);
     if rest.is_none() {
         write::remove_directories(&known.made)?;
     }
@@ -293,8 +377,13 @@ fn doomed(
 ) -> anyhow::Result<(Vec<Change>, Option<Activated>)> {
     let gone = |path: PathBuf| Change { path, text: None };
     let Some(service) = &options.service_name else {
-        return Ok((files_of(known).into_iter().map(gone).collect(), None));
+        // Some may have been deleted by hand.
+        let there = files_of(known).into_iter().filter(|path| std::fs::symlink_metadata(path).is_ok());
+        return Ok((there.map(gone).collect(), None));
     };
+    if let Some(rest) = remnant::find(&known.name, &places.units, places.scope, places.root.as_deref()) {
+        return Err(activated::in_part(&rest).into());
+    }
     let name = &known.name;
     if service == name {
         return Err(Failure::Usage(format!(
@@ -303,7 +392,8 @@ fn doomed(
         .into());
     }
     let Some(listener) = known.listeners.iter().find(|listener| listener.service == *service) else {
-        let others: Vec<&str> = known.listeners.iter().map(|listener| listener.service.as_str()).collect();
+        let others = known.listeners.iter().map(|listener| listener.service.as_str());
+        let others: Vec<&str> = others.filter(|service| !service.is_empty()).collect();
         return Err(Failure::NotFound(format!(
             "{name} has no port “{service}”; it has {}",
             others.join(", ")
@@ -311,11 +401,13 @@ fn doomed(
         .into());
     };
     let mut rest = known.clone();
+    // Of a port whose file is gone nobody knows where it leads.
+    rest.listeners.retain(|listener| !listener.service.is_empty());
     rest.listeners.retain(|listener| listener.service != *service);
     let mut changes = vec![gone(listener.file.clone())];
     let drop_in = units::DropIn::read(known, &rest);
     let bro = program::written(known);
-    for file in units::files(&rest, &bro, drop_in.as_ref(), places.root.as_deref()) {
+    for file in units::files(&rest, &bro, drop_in.as_ref(), places.root.as_deref())? {
         if std::fs::read_to_string(&file.path).ok().as_deref() != Some(&file.text) {
             changes.push(Change { path: file.path, text: Some(file.text) });
         }

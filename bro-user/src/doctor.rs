@@ -97,9 +97,9 @@ fn describe(checks: &[Check]) -> String {
             Outcome::Bad => "BAD ",
         };
         // Writing to a String cannot fail.
-        write!(text, "{mark}  {name}: {finding}").ok();
+        write!(text, "{mark}  {name}: {}", exit::on_one_line(finding)).ok();
         match fix {
-            Some(fix) => writeln!(text, " -- {fix}").ok(),
+            Some(fix) => writeln!(text, " -- {}", exit::on_one_line(fix)).ok(),
             None => writeln!(text).ok(),
         };
     }

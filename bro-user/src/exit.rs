@@ -45,6 +45,22 @@ pub fn code_of(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(error.downcast_ref::<Failure>().map_or(1, Failure::code))
 }
 
+/// The error as the one sentence that is said of it.
+#[must_use]
+pub fn sentence(error: &anyhow::Error) -> String {
+    on_one_line(&format!("{error:#}"))
+}
+
+/// `text` on one line: what came from outside may hold line feeds, and what else makes a terminal do things.
+#[must_use]
+pub fn on_one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { line.extend(c.escape_debug()) } else { line.push(c) }
+    }
+    line
+}
+
 /// Whoever closes the pipe that is printed to has read enough (`bro status --watch | head`): nothing has failed.
 ///
 /// # Errors
@@ -54,5 +70,16 @@ pub fn unless_nobody_reads(result: anyhow::Result<()>) -> anyhow::Result<()> {
     match result {
         Err(error) if error.downcast_ref().is_some_and(gone) => Ok(()),
         result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line() {
+        let error = anyhow::anyhow!("it is “a\nb”").context("é\u{1b}[31m\tx\\");
+        assert_eq!(sentence(&error), "é\\u{1b}[31m\\tx\\: it is “a\\nb”");
     }
 }

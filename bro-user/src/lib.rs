@@ -6,6 +6,7 @@
 pub mod activate;
 pub mod activated;
 pub mod activation;
+mod bounded;
 pub mod capabilities;
 pub mod cli;
 pub mod connection;

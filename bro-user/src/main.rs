@@ -97,5 +97,5 @@ fn wrong_usage(error: &clap::Error) -> ExitCode {
 
 fn complain(error: &anyhow::Error) {
     // Where nobody reads that either, the exit code says it.
-    writeln!(std::io::stderr(), "bro: {error:#}").ok();
+    writeln!(std::io::stderr(), "bro: {}", exit::sentence(error)).ok();
 }

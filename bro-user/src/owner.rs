@@ -1,10 +1,11 @@
 //! The ordinary user whose container a system service serves (`bro activate --run-as`), and doing things as that user: what
 //! root does in places that belong to somebody else it does with that user's rights, so that no link there leads it astray.
 
+use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use nix::unistd::{Gid, Uid, User, getegid, geteuid, setegid, seteuid};
+use nix::unistd::{Gid, Uid, User, getegid, geteuid, getgroups, initgroups, setegid, seteuid, setgroups};
 
 use crate::exit::Failure;
 
@@ -95,33 +96,46 @@ impl Owner {
         geteuid().as_raw() == self.uid
     }
 
-    /// Files are opened and sockets connected as this user, until what is returned is dropped. It stays root's process: the
-    /// user can neither kill nor trace it. Who is not root is who he is.
+    /// Files are opened and sockets connected as this user and with the groups that the user is in, until what is returned is
+    /// dropped. It stays root's process: the user can neither kill nor trace it. Who is not root is who he is.
     ///
     /// # Errors
-    /// seteuid's.
+    /// Those of initgroups, setegid and seteuid.
     pub fn act(&self) -> anyhow::Result<Acting> {
-        let before = (geteuid(), getegid());
-        if !before.0.is_root() {
+        let uid = geteuid();
+        if !uid.is_root() {
             return Ok(Acting(None));
         }
-        let acting = Acting(Some(before));
-        setegid(Gid::from_raw(self.gid)).with_context(|| format!("cannot act as {}", self.name))?;
-        seteuid(Uid::from_raw(self.uid)).with_context(|| format!("cannot act as {}", self.name))?;
+        let cannot = || format!("cannot act as {}", self.name);
+        let groups = getgroups().with_context(cannot)?;
+        let (name, gid) = (CString::new(&*self.name).with_context(cannot)?, Gid::from_raw(self.gid));
+        // The groups first: afterwards there is no right to change them.
+        initgroups(&name, gid).with_context(cannot)?;
+        let acting = Acting(Some(Before { uid, gid: getegid(), groups }));
+        setegid(gid).with_context(cannot)?;
+        seteuid(Uid::from_raw(self.uid)).with_context(cannot)?;
         Ok(acting)
     }
+}
+
+/// Who this process is when it does not act.
+#[derive(Debug)]
+struct Before {
+    uid: Uid,
+    gid: Gid,
+    groups: Vec<Gid>,
 }
 
 /// While it lives, this process acts as somebody else.
 #[derive(Debug)]
 #[must_use = "dropping it ends the acting"]
-pub struct Acting(Option<(Uid, Gid)>);
+pub struct Acting(Option<Before>);
 
 impl Drop for Acting {
     fn drop(&mut self) {
-        if let Some((uid, gid)) = self.0.take() {
+        if let Some(Before { uid, gid, groups }) = self.0.take() {
             // The real and saved ids are root's still, so this cannot fail; were it to, going on would be wrong.
-            let back = seteuid(uid).and_then(|()| setegid(gid));
+            let back = seteuid(uid).and_then(|()| setegid(gid)).and_then(|()| setgroups(&groups));
             assert_eq!(back, Ok(()), "cannot become root again");
         }
     }
@@ -158,5 +172,31 @@ mod tests {
             drop(somebody.act().unwrap());
         }
         assert_eq!(geteuid(), before);
+    }
+
+    /// What root may do by its further groups (those of disks, of the journal) is nothing that a user may.
+    #[test]
+    fn acts_with_the_users_groups_and_no_others() {
+        const ALONE: &str = "BRO_TEST_ALONE";
+        if !geteuid().is_root() {
+            return;
+        }
+        if std::env::var_os(ALONE).is_none() {
+            // Whoever runs beside it in one process would act as well.
+            let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+            alone.args(["--exact", "owner::tests::acts_with_the_users_groups_and_no_others"]);
+            let output = alone.env(ALONE, "1").output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            return;
+        }
+        let roots = [0, 4, 6].map(Gid::from_raw);
+        setgroups(&roots).unwrap();
+        let somebody = Owner { name: "bro-is-nobody".into(), uid: 65534, gid: 65534, home: "/".into() };
+        let acting = somebody.act().unwrap();
+        assert_eq!(getgroups().unwrap(), [Gid::from_raw(65534)]);
+        assert_eq!((geteuid().as_raw(), getegid().as_raw()), (65534, 65534));
+        drop(acting);
+        assert_eq!(getgroups().unwrap(), roots);
+        assert_eq!((geteuid().as_raw(), getegid().as_raw()), (0, 0));
     }
 }

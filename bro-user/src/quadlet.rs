@@ -67,16 +67,22 @@ pub struct Quadlet {
 }
 
 impl Quadlet {
-    /// A setting of its own section.
+    /// A setting of its own section that has one value.
     #[must_use]
     pub fn value(&self, key: &str) -> Option<&str> {
-        self.file.value(self.kind.section(), key)
+        value(&self.file, self.kind, key)
     }
 
     /// A list of its own section, one entry an assignment.
     #[must_use]
     pub fn values(&self, key: &str) -> Vec<&str> {
         self.file.values(self.kind.section(), key)
+    }
+
+    /// `Network=host`: there is no namespace to enter.
+    #[must_use]
+    pub fn is_on_host(&self) -> bool {
+        self.values("Network") == ["host"]
     }
 
     /// The file's own name.
@@ -119,6 +125,13 @@ impl Quadlet {
     }
 }
 
+/// One value, as Podman's generator reads it: without the double quotes around it. (It leaves those of lists.)
+fn value<'a>(file: &'a UnitFile, kind: Kind, key: &str) -> Option<&'a str> {
+    let value = file.value(kind.section(), key)?;
+    let bare = value.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    Some(bare.unwrap_or(value)).filter(|value| !value.is_empty())
+}
+
 /// Finds and reads the quadlet `name` (with or without an extension) where Podman looks for it, below `root`; with `owner`, where
 /// that user's Podman does.
 ///
@@ -136,7 +149,7 @@ pub fn find(
     let _acting = owner.filter(|_| root.is_none()).map(Owner::act).transpose()?;
     let mut found: Vec<(Kind, PathBuf)> = Vec::new();
     for &kind in &kinds {
-        if let Some(path) = search::file(&directories, &stem, kind) {
+        if let Some(path) = search::file(&directories, &stem, kind)? {
             found.push((kind, path));
         }
     }
@@ -151,6 +164,7 @@ pub fn find(
             );
         }
     };
+    check_path(&path)?;
     let file = search::read(&directories, &stem, kind, &path)?;
     if !file.has_section(kind.section()) {
         return Err(
@@ -160,6 +174,18 @@ pub fn find(
     let unit = unit(&stem, kind, &file, &path)?;
     let container = container(&stem, kind, &file, &unit, owner);
     Ok(Quadlet { name: stem, kind, path, file, unit, container })
+}
+
+/// The path becomes part of units, and whoever owns a directory has chosen its name.
+fn check_path(path: &Path) -> Result<(), Failure> {
+    if crate::units::holds_path(path) {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!(
+        "the quadlet lies in “{}”, a name with characters that no unit file can hold (control characters, or none of UTF-8); \
+         move it to another directory",
+        path.parent().unwrap_or(path).to_string_lossy().escape_debug()
+    )))
 }
 
 /// Splits `web.container` into its stem and the kinds it may be of.
@@ -201,8 +227,9 @@ pub(crate) fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
 fn not_found(stem: &str, kinds: &[Kind], directories: &[PathBuf]) -> Failure {
     // A template of that name is the likeliest mistake.
     if !stem.contains('@')
-        && let Some(kind) =
-            kinds.iter().find(|kind| search::file(directories, &format!("{stem}@"), **kind).is_some())
+        && let Some(kind) = kinds.iter().find(|kind| {
+            search::file(directories, &format!("{stem}@"), **kind).is_ok_and(|found| found.is_some())
+        })
     {
         return Failure::NotFound(format!(
             "{stem}@.{} is a template: say which instance is meant, for example {stem}@one",
@@ -219,7 +246,7 @@ fn not_found(stem: &str, kinds: &[Kind], directories: &[PathBuf]) -> Failure {
 
 /// The unit that the generator makes.
 pub(crate) fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Result<String, Failure> {
-    if let Some(name) = file.value(kind.section(), "ServiceName") {
+    if let Some(name) = value(file, kind, "ServiceName") {
         if stem.contains('@') {
             return Err(Failure::Usage(format!(
                 "{} is a template with ServiceName=, so its instances have one name; remove ServiceName=",
@@ -252,17 +279,16 @@ pub(crate) fn container(
     unit: &str,
     owner: Option<&Owner>,
 ) -> Result<String, String> {
-    let section = kind.section();
     match kind {
         Kind::Container => {
-            let name = file.value(section, "ContainerName");
+            let name = value(file, kind, "ContainerName");
             let name = name.unwrap_or(if stem.contains('@') { "systemd-%p_%i" } else { "systemd-%N" });
             specifiers::expand(name, unit, owner).map_err(|bad| {
                 format!("ContainerName={name} holds the specifier {bad}, which bro does not know; give --container")
             })
         }
         // All of a pod's containers share the namespace that its infra container holds.
-        Kind::Pod => match file.value(section, "PodName") {
+        Kind::Pod => match value(file, kind, "PodName") {
             Some(name) if name.contains('%') => Err(format!(
                 "PodName={name} holds a specifier; give --container NAME of one of its containers"
             )),
@@ -311,6 +337,14 @@ mod tests {
             name("p2", Kind::Pod, "[Pod]\nServiceName=ppp\nPodName=mypod\n"),
             is("ppp.service", "mypod-infra")
         );
+        // Quotes around one value are none of it.
+        assert_eq!(
+            name("q", Kind::Container, "[Container]\nServiceName=\"quoted\"\nContainerName=\"web\"\n"),
+            is("quoted.service", "web")
+        );
+        assert_eq!(name("q", Kind::Pod, "[Pod]\nPodName=\"mypod\"\n"), is("q-pod.service", "mypod-infra"));
+        assert_eq!(name("q", Kind::Container, "[Container]\nContainerName=\"\"\n").1, "systemd-q");
+        assert_eq!(name("q", Kind::Container, "[Container]\nContainerName=\"odd\n").1, "\"odd");
         assert_eq!(name("k", Kind::Kube, "[Kube]\n"), is("k.service", ""));
     }
 

@@ -2,6 +2,7 @@
 //! written depends on nothing but the arguments, so that a second run can tell whether anything has changed.
 
 mod drop_in;
+mod holdable;
 mod pause;
 mod sandbox;
 mod service;
@@ -10,9 +11,11 @@ mod socket;
 use std::path::{Path, PathBuf};
 
 pub use drop_in::{DropIn, RESTRICTED};
+pub(crate) use holdable::holds_path;
 pub(crate) use pause::unit as pause_unit;
 
 use crate::activated::{Activated, MARKER};
+use crate::exit::Failure;
 
 /// A file to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,8 +28,16 @@ pub struct File {
 
 /// Every file of an activated service. `bro` is the program that the service runs; `root` is what lies
 /// above all paths and is not part of what units say.
-#[must_use]
-pub fn files(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>, root: Option<&Path>) -> Vec<File> {
+///
+/// # Errors
+/// [`Failure::Usage`] when something of it is nothing that a unit file can hold.
+pub fn files(
+    activated: &Activated,
+    bro: &Path,
+    drop_in: Option<&DropIn>,
+    root: Option<&Path>,
+) -> Result<Vec<File>, Failure> {
+    holdable::check(activated, bro, drop_in)?;
     let mut files: Vec<File> = activated
         .listeners
         .iter()
@@ -41,7 +52,7 @@ pub fn files(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>, root: 
     if let [_, path] = activated.others.as_slice() {
         files.push(File { path: path.clone(), text: pause::text(activated) });
     }
-    files
+    Ok(files)
 }
 
 /// What stands at the top of each file; `own` is where changes of the administrator's own belong.

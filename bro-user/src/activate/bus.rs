@@ -16,6 +16,12 @@ use crate::owner::Owner;
 /// How long a job's end is waited for before somebody looks whether it is there still.
 const LOOK_FOR_JOB: Duration = Duration::from_secs(2);
 
+/// How long another user's bus may take to let us in.
+const CONNECTING: Duration = Duration::from_secs(25);
+
+/// How long a call over it may take: a reload runs Podman's generator for all that the user has.
+const ANSWER: Duration = Duration::from_secs(90);
+
 /// What syslog(3) calls a warning: systemd's own lines about a unit that are less are not kept.
 const LOG_WARNING: i32 = 4;
 
@@ -203,7 +209,8 @@ impl Bus {
     /// Connects to the service manager of `owner`, as that user; whoever is not root can only be that user.
     ///
     /// # Errors
-    /// When that manager does not run, or this user may not.
+    /// When that manager does not run, or this user may not. Whoever that user is cannot keep us waiting for ever: each call has
+    /// a limit.
     pub async fn connect_as(owner: &Owner) -> anyhow::Result<Self> {
         if owner.is_me() {
             return Self::connect(Manager::User).await;
@@ -212,8 +219,8 @@ impl Bus {
         let connection = {
             // A user's bus asks the kernel who connects, and wants that user.
             let _acting = owner.act()?;
-            let builder = zbus::connection::Builder::address(address.as_str());
-            builder.build().await.with_context(|| {
+            let connected = reach(&address, CONNECTING).await;
+            connected.with_context(|| {
                 format!(
                     "cannot reach the bus of {name} (does {manager} run? `sudo loginctl enable-linger {name}` starts it at boot)",
                     name = owner.name,
@@ -498,6 +505,13 @@ impl Drop for Transient {
     }
 }
 
+/// Another user's bus, who may be nobody to wait for.
+async fn reach(address: &str, limit: Duration) -> zbus::Result<zbus::Connection> {
+    let builder = zbus::connection::Builder::address(address).method_timeout(ANSWER);
+    let late = |_| Err(std::io::Error::other(format!("it did not answer within {limit:?}")).into());
+    tokio::time::timeout(limit, builder.build()).await.unwrap_or_else(late)
+}
+
 async fn wait(removed: &mut JobRemovedStream, job: &OwnedObjectPath) -> anyhow::Result<String> {
     while let Some(signal) = removed.next().await {
         let arguments = signal.args()?;
@@ -552,4 +566,20 @@ fn user_bus() -> Option<PathBuf> {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     let path = runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bus");
     std::fs::metadata(&path).is_ok_and(|metadata| metadata.file_type().is_socket()).then_some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_bus_that_says_nothing_is_not_waited_for() {
+        let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-bus-XXXXXX")).unwrap();
+        let path = folder.join("bus");
+        let _listening = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let address = format!("unix:path={}", path.display());
+        let error = reach(&address, Duration::from_millis(100)).await.unwrap_err();
+        assert!(error.to_string().contains("did not answer"), "{error}");
+        std::fs::remove_dir_all(folder).unwrap();
+    }
 }

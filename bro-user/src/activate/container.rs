@@ -7,10 +7,15 @@ use std::time::Duration;
 
 use tokio::process::Command;
 
+use crate::bounded::{self, Link};
 use crate::exit::Failure;
+use crate::owner::Owner;
 
 /// How long `podman inspect` may take.
 const PODMAN: Duration = Duration::from_secs(20);
+
+/// The most that is read of a file with a process's number in it.
+const NUMBER: u64 = 32;
 
 /// What a running conmon says of its container.
 #[derive(Debug, PartialEq, Eq)]
@@ -44,12 +49,18 @@ impl Conmon {
 /// The main process of this user's running container `name`, without running podman.
 #[must_use]
 pub fn running(name: &str) -> Option<i32> {
-    running_of(nix::unistd::geteuid().as_raw(), name)
+    find(nix::unistd::geteuid().as_raw(), name)
 }
 
-/// The same of the user `owner`, for root who looks after that user's service.
+/// The same of the user `owner`, for root who looks after that user's service: as that user, who may have written whatever stands
+/// there.
 #[must_use]
-pub fn running_of(owner: u32, name: &str) -> Option<i32> {
+pub fn running_of(owner: &Owner, name: &str) -> Option<i32> {
+    let _acting = owner.act().ok()?;
+    find(owner.uid, name)
+}
+
+fn find(owner: u32, name: &str) -> Option<i32> {
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
     for process in processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()) {
         // The names of a process and its owner are cheap to read; its command line only follows for a conmon of ours.
@@ -61,7 +72,7 @@ pub fn running_of(owner: u32, name: &str) -> Option<i32> {
         let Ok(cmdline) = std::fs::read(path.join("cmdline")) else { continue };
         let Some(conmon) = Conmon::parse(&cmdline).filter(|conmon| conmon.name == name) else { continue };
         // Written once the container's namespaces exist.
-        let pid = std::fs::read_to_string(&conmon.pidfile).ok().and_then(|pid| pid.trim().parse().ok());
+        let pid = number_in(Path::new(&conmon.pidfile));
         let child_of_conmon =
             |pid: &i32| parent(*pid).map(|pid| pid.to_string()) == process.file_name().into_string().ok();
         if let Some(pid) = pid.filter(child_of_conmon) {
@@ -69,6 +80,11 @@ pub fn running_of(owner: u32, name: &str) -> Option<i32> {
         }
     }
     None
+}
+
+/// A process is called conmon, and names any file, as its owner likes: one that never ends, or a pipe that nobody writes into.
+fn number_in(pidfile: &Path) -> Option<i32> {
+    bounded::read(pidfile, NUMBER, Link::Refuse).ok()?.trim().parse().ok()
 }
 
 fn owned_by(process: &Path, uid: u32) -> bool {
@@ -142,6 +158,21 @@ mod tests {
         assert_eq!(conmon, Conmon { name: "systemd-web".into(), pidfile: "/run/x/pidfile".into() });
         assert_eq!(Conmon::parse(b"/usr/bin/podman\0-n\0x\0-p\0y"), None);
         assert_eq!(Conmon::parse(b""), None);
+    }
+
+    #[test]
+    fn a_pidfile_is_a_short_regular_file() {
+        let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-pidfile-XXXXXX")).unwrap();
+        let write = |name: &str, text: &str| {
+            std::fs::write(folder.join(name), text).unwrap();
+            number_in(&folder.join(name))
+        };
+        assert_eq!(write("good", "4711\n"), Some(4711));
+        assert_eq!(write("long", &" ".repeat(100)), None);
+        let pipe = folder.join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!((number_in(&pipe), number_in(Path::new("/dev/zero"))), (None, None));
+        std::fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]

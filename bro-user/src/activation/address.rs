@@ -75,6 +75,11 @@ pub enum Invalid {
         "“{0}” contains characters that a unit file cannot hold there (white space, quotes, % or control characters)"
     )]
     Characters(String),
+    /// A path that systemd does not take, or takes for another.
+    #[error(
+        "“{0}” is no path at which systemd listens: write one that names a file, with neither . nor .. nor an empty part in it"
+    )]
+    Path(String),
     /// An address without a port.
     #[error("“{0}” has no port; write PORT or ADDR:PORT")]
     NoPort(String),
@@ -93,7 +98,13 @@ impl FromStr for External {
         if text.starts_with(['/', '@']) {
             plain(text)?;
             return Ok(match text.parse::<Target>()? {
-                Target::Unix(path) => Self::Path(path),
+                Target::Unix(path) => {
+                    let mut parts = text.split('/').skip(1);
+                    if parts.any(|part| matches!(part, "" | "." | "..")) {
+                        return Err(Invalid::Path(text.to_owned()));
+                    }
+                    Self::Path(path)
+                }
                 Target::Abstract(name) => Self::Abstract(name),
                 Target::Tcp { .. } => unreachable!("it begins with / or @"),
             });
@@ -232,6 +243,11 @@ mod tests {
         assert!(refused("").contains("missing"));
         assert!(refused("/run/a b").contains("characters"));
         assert!(refused("@%h").contains("characters"));
+        for path in ["/", "/tmp/", "/tmp/../tmp/x.sock", "/run/./x.sock", "/run//x.sock", "/.."] {
+            assert!(refused(path).contains("no path at which systemd listens"), "{path}");
+        }
+        assert!(refused(&format!("/run/{}", "x".repeat(103))).contains("107 bytes"));
+        assert!(format!("/run/{}", "x".repeat(102)).parse::<External>().is_ok());
         assert!("web".parse::<Internal>().is_err());
         assert!(service_name("a/b").is_err() && service_name("").is_err() && service_name("metrics").is_ok());
         assert!(device("eth0").is_ok() && device("way-too-long-a-name").is_err() && device("a b").is_err());

@@ -1,11 +1,14 @@
 //! Has systemd take up what was written. Every step that fails takes files and units back to where they were.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
 use super::address::External;
+use super::interrupt::{Interrupt, Interrupted};
 use super::request::Places;
+use super::standing::{self, Standing};
 use super::systemd::Systemd;
 use super::taken;
 use super::write::{Change, Changed};
@@ -118,13 +121,15 @@ fn units(listeners: &[Listener]) -> Vec<String> {
     listeners.iter().map(|listener| listener.socket.clone()).collect()
 }
 
-/// Writes, enables, reloads and starts.
+/// Writes, enables, reloads and starts. `unfinished` are files that a run was at when it was killed.
 pub(super) async fn activate(
     systemd: Option<&Managers>,
     wanted: &Activated,
     known: Option<&Activated>,
     changes: &[Change],
+    unfinished: &[PathBuf],
     places: &Places,
+    interrupt: &mut Interrupt,
 ) -> anyhow::Result<Outcome> {
     let Some(systemd) = systemd else {
         // Links are part of the change where nobody else makes them.
@@ -133,18 +138,13 @@ pub(super) async fn activate(
         changed.keep();
         return Ok(if changes.is_empty() { Outcome::Nothing } else { Outcome::Written });
     };
-    let mut asleep = Vec::new();
-    for listener in &wanted.listeners {
-        if !systemd.is_active(&listener.socket).await || !systemd.is_enabled(&listener.socket).await {
-            asleep.push(listener.socket.clone());
-        }
-    }
-    if changes.is_empty() && asleep.is_empty() {
+    let plan = Plan::of(systemd, wanted, known, changes, unfinished).await;
+    if changes.is_empty() && unfinished.is_empty() && plan.restart.is_empty() && !plan.unread {
         return Ok(Outcome::Nothing);
     }
     let before = Before::of(systemd, known).await;
     let changed = Changed::make(changes)?;
-    match take_up(systemd, wanted, known, changes, &asleep).await {
+    match interrupt.or(take_up(systemd, wanted, known, &plan)).await {
         Ok(outcome) => {
             changed.keep();
             Ok(outcome)
@@ -152,19 +152,75 @@ pub(super) async fn activate(
         Err(error) => {
             let new: Vec<String> =
                 units(&wanted.listeners).into_iter().filter(|unit| !before.enabled.contains(unit)).collect();
-            for unit in &new {
+            // One that listens already as it was to listen would go on so.
+            for unit in new.iter().chain(plan.restart.iter().filter(|unit| !new.contains(unit))) {
                 systemd.bus.stop(unit).await.ok();
             }
             if !new.is_empty() {
                 systemd.disable(&new).await.ok();
             }
             drop(changed);
-            before.restore(systemd).await;
+            before.restore(systemd, &plan.runner).await;
             for unit in &new {
                 systemd.reset_failed(unit).await;
             }
-            Err(anyhow::anyhow!("{error:#}; nothing was changed"))
+            Err(unchanged(error))
         }
+    }
+}
+
+/// The same error, with what it means.
+fn unchanged(error: anyhow::Error) -> anyhow::Error {
+    if error.is::<Interrupted>() { error } else { anyhow::anyhow!("{error:#}; nothing was changed") }
+}
+
+/// What has to be done about units.
+#[derive(Debug)]
+struct Plan {
+    /// Socket units that need a new socket.
+    restart: Vec<String>,
+    /// systemd has not read all of what the files say, or said until now.
+    unread: bool,
+    /// Whom the sockets wake.
+    runner: String,
+    /// The runner's own unit says something new.
+    runner_changed: bool,
+}
+
+impl Plan {
+    async fn of(
+        systemd: &Managers,
+        wanted: &Activated,
+        known: Option<&Activated>,
+        changes: &[Change],
+        unfinished: &[PathBuf],
+    ) -> Self {
+        let is_changed = |listener: &Listener| {
+            let before = known
+                .and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
+            // Only what the kernel's socket is made of: whatever else changes in the file needs no new socket.
+            before != Some(listener) && before.is_none_or(|before| !same_socket(before, listener))
+        };
+        let (mut restart, mut unread) = (Vec::new(), false);
+        for listener in &wanted.listeners {
+            match standing::of(systemd, before(listener, known), unfinished).await {
+                _ if is_changed(listener) => restart.push(listener.socket.clone()),
+                Standing::Deaf => restart.push(listener.socket.clone()),
+                Standing::Unread => unread = true,
+                Standing::TakenUp => {}
+            }
+        }
+        let is_service = |path: &PathBuf| Some(path) == wanted.service_file.as_ref();
+        let mut runner_changed = changes.iter().any(|change| is_service(&change.path))
+            || unfinished.iter().any(is_service)
+            || wanted.direct;
+        if let Some(service) = wanted.service()
+            && systemd.needs_reload(&service).await
+        {
+            (unread, runner_changed) = (true, true);
+        }
+        let runner = wanted.service().unwrap_or_else(|| wanted.unit.clone());
+        Self { restart, unread, runner, runner_changed }
     }
 }
 
@@ -189,11 +245,15 @@ impl Before {
         before
     }
 
-    async fn restore(&self, systemd: &Managers) {
+    async fn restore(&self, systemd: &Managers, runner: &str) {
         if !self.enabled.is_empty() {
             systemd.enable(&self.enabled).await.ok();
         }
         systemd.reload().await.ok();
+        // systemd refuses to start a socket whose service is still ending.
+        if systemd.is_stopping(runner).await {
+            systemd.bus.stop(runner).await.ok();
+        }
         for unit in &self.active {
             systemd.bus.start(unit).await.ok();
         }
@@ -204,30 +264,21 @@ async fn take_up(
     systemd: &Managers,
     wanted: &Activated,
     known: Option<&Activated>,
-    changes: &[Change],
-    asleep: &[String],
+    plan: &Plan,
 ) -> anyhow::Result<Outcome> {
-    let is_changed = |listener: &Listener| {
-        let before =
-            known.and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
-        // Only what the kernel's socket is made of: whatever else changes in the file needs no new socket.
-        before != Some(listener) && before.is_none_or(|before| !same_socket(before, listener))
-    };
-    let mut restart: Vec<String> = wanted
-        .listeners
-        .iter()
-        .filter(|listener| is_changed(listener))
-        .map(|listener| listener.socket.clone())
-        .collect();
-    restart.extend(asleep.iter().filter(|unit| !restart.contains(unit)).cloned().collect::<Vec<_>>());
-    let runner = wanted.service().unwrap_or_else(|| wanted.unit.clone());
-    let running = systemd.is_active(&runner).await;
-    if !restart.is_empty() && known.is_some() {
+    let Plan { restart, runner, .. } = plan;
+    let running = systemd.is_active(runner).await;
+    let mut listening = false;
+    for unit in restart {
+        listening |= systemd.is_active(unit).await;
+    }
+    // They may listen without being known, after a first run that was killed.
+    if !restart.is_empty() && (known.is_some() || listening) {
         // systemd refuses to start a socket whose service runs, and the service keeps the sockets it was started with.
         if running {
-            stop(systemd, &runner).await?;
+            stop(systemd, runner).await?;
         }
-        for unit in &restart {
+        for unit in restart {
             stop(systemd, unit).await?;
         }
     }
@@ -252,12 +303,18 @@ async fn take_up(
             bail!("{}", cannot_listen(systemd, listener, wanted.scope).await);
         }
     }
-    let service_changed = changes.iter().any(|change| Some(&change.path) == wanted.service_file.as_ref());
-    Ok(if running && restart.is_empty() && (service_changed || wanted.direct) {
+    Ok(if running && restart.is_empty() && plan.runner_changed {
         Outcome::OldForwarder
     } else {
         Outcome::Listening
     })
+}
+
+/// The listener as it was, if there was one: that is what systemd may have taken up.
+fn before<'a>(listener: &'a Listener, known: Option<&'a Activated>) -> &'a Listener {
+    let before =
+        known.and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
+    before.unwrap_or(listener)
 }
 
 fn same_socket(before: &Listener, now: &Listener) -> bool {
@@ -309,28 +366,28 @@ pub(super) async fn remove(
     rest: Option<&Activated>,
     changes: &[Change],
     places: &Places,
+    interrupt: &mut Interrupt,
 ) -> anyhow::Result<bool> {
-    let doomed: Vec<String> = known
+    let doomed: Vec<&Listener> = known
         .listeners
         .iter()
         .filter(|listener| rest.is_none_or(|rest| !rest.listeners.contains(listener)))
-        .map(|listener| listener.socket.clone())
         .collect();
     let Some(systemd) = systemd else {
         let changed = Changed::make(changes)?;
-        for unit in &doomed {
-            std::fs::remove_file(wants(places).join(unit)).ok();
+        for listener in &doomed {
+            std::fs::remove_file(wants(places).join(&listener.socket)).ok();
         }
         std::fs::remove_dir(wants(places)).ok();
         changed.keep();
         return Ok(false);
     };
     let before = Before::of(systemd, Some(known)).await;
-    let changed = match take_down(systemd, known, &doomed, changes).await {
+    let changed = match interrupt.or(take_down(systemd, known, &doomed, changes, places)).await {
         Ok(changed) => changed,
         Err(error) => {
-            before.restore(systemd).await;
-            return Err(anyhow::anyhow!("{error:#}; nothing was changed"));
+            before.restore(systemd, &known.service().unwrap_or_else(|| known.unit.clone())).await;
+            return Err(unchanged(error));
         }
     };
     changed.keep();
@@ -348,19 +405,38 @@ pub(super) async fn remove(
 async fn take_down(
     systemd: &Managers,
     known: &Activated,
-    doomed: &[String],
+    doomed: &[&Listener],
     changes: &[Change],
+    places: &Places,
 ) -> anyhow::Result<Changed> {
+    let (there, gone): (Vec<&Listener>, Vec<&Listener>) =
+        doomed.iter().copied().partition(|listener| listener.file.exists());
     // Without its first client's socket it would be started again at once; so the sockets go first.
-    for unit in doomed {
-        stop(systemd, unit).await?;
+    for Listener { socket, .. } in &there {
+        stop(systemd, socket).await?;
+    }
+    for Listener { socket, .. } in &gone {
+        // systemd listens on, though nobody would find out from files.
+        if systemd.is_active(socket).await {
+            stop(systemd, socket).await?;
+        }
     }
     if let Some(service) = known.service()
         && systemd.is_active(&service).await
     {
         stop(systemd, &service).await?;
     }
-    systemd.disable(doomed).await?;
+    let enabled: Vec<String> = there.iter().map(|listener| listener.socket.clone()).collect();
+    if !enabled.is_empty() {
+        systemd.disable(&enabled).await?;
+    }
+    for Listener { socket, .. } in &gone {
+        // systemd disables nothing of which there is no file.
+        let link = wants(places).join(socket);
+        if link.is_symlink() {
+            std::fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;
+        }
+    }
     for change in changes.iter().filter(|change| change.text.is_none()) {
         let name = change.path.file_name().unwrap_or_default().to_string_lossy();
         if *name == crate::units::pause_unit(&known.name) {

@@ -66,9 +66,13 @@ pub(super) fn wanted(
         super::address::one_line(command).map_err(|reason| usage(format!("--ready=exec: {reason}")))?;
     }
     let direct = direct(options, known)?;
-    if let Some(owner) = &run_as {
-        check_run_as(owner, direct, quadlet)?;
+    if run_as.is_some() && direct {
+        return Err(usage(
+            "--run-as does not go with --direct: Podman passes on only the sockets of the manager that starts it, and that is the \
+             user's, not the system's",
+        ));
     }
+    check_names(quadlet)?;
     let mut warnings = Vec::new();
     let network = Network::of(quadlet);
     let nginx = direct && takes_nginx_way(options, quadlet, known);
@@ -78,7 +82,10 @@ pub(super) fn wanted(
         (false, None, Some(known)) if known.container_given => known.container.clone(),
         (false, None, _) if network == Network::Host => None,
         (false, None, _) => match &quadlet.container {
-            Ok(name) => Some(name.clone()),
+            Ok(name) => {
+                let file = quadlet.file_name();
+                Some(super::address::container(name).map_err(|reason| usage(format!("{file}: {reason}")))?)
+            }
             Err(reason) => return Err(usage(reason.clone())),
         },
     };
@@ -162,26 +169,21 @@ fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool>
     }
 }
 
-/// What root writes into the system's units for a user must be what it looks like.
-fn check_run_as(owner: &Owner, direct: bool, quadlet: &Quadlet) -> anyhow::Result<()> {
-    if direct {
-        return Err(usage(
-            "--run-as does not go with --direct: Podman passes on only the sockets of the manager that starts it, and that is the              user's, not the system's",
-        ));
-    }
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_' | '.' | '@');
-    if !quadlet.unit.chars().all(fits) {
-        let unit = quadlet.unit.escape_debug();
+/// The quadlet may say anything; in units it stands among others.
+fn check_names(quadlet: &Quadlet) -> anyhow::Result<()> {
+    let name = &quadlet.name;
+    if name.contains(':') {
         return Err(usage(format!(
-            "“{unit}”, of {}'s {}, cannot be the name of a unit",
-            owner.name,
-            quadlet.file_name()
+            "“{name}” cannot be activated: its socket goes by that name, and no FileDescriptorName= may hold a colon; give the \
+             quadlet another name"
         )));
     }
-    match &quadlet.container {
-        Ok(name) => super::address::container(name).map(drop).map_err(usage),
-        Err(_) => Ok(()),
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_' | '.' | '@' | '\\');
+    if quadlet.unit.chars().all(fits) {
+        return Ok(());
     }
+    let unit = quadlet.unit.escape_debug();
+    Err(usage(format!("“{unit}”, of {}, cannot be the name of a unit", quadlet.file_name())))
 }
 
 /// What the command line says of the options that are handed on.
@@ -281,6 +283,19 @@ fn listeners(
             .or_else(|| before.as_ref().and_then(|before| before.device.clone())),
         service,
     };
+    if let (Some(device), External::Path(_) | External::Abstract(_)) = (&listener.device, &external) {
+        return Err(usage(if options.bind_to_device.is_some() {
+            format!(
+                "{external} is a unix socket, which is on no network interface: leave --bind-to-device {device} out"
+            )
+        } else {
+            format!(
+                "“{}” is bound to the network interface {device}, where {external}, a unix socket, cannot be: remove that port or \
+                 all of {name} first (--remove)",
+                listener.service
+            )
+        }));
+    }
     if let Some(other) =
         listeners.iter().find(|other| other.service != listener.service && other.address == listener.address)
     {

@@ -8,12 +8,13 @@ use super::request::Places;
 use super::write::Change;
 use crate::activate::bus::Manager;
 use crate::activated::Activated;
+use crate::exit::on_one_line;
 use crate::units::File;
 
 pub(super) fn warnings(warnings: &[String]) -> anyhow::Result<()> {
     let mut err = std::io::stderr().lock();
     for warning in warnings {
-        writeln!(err, "bro: warning: {warning}")?;
+        writeln!(err, "bro: warning: {}", on_one_line(warning))?;
     }
     Ok(())
 }

@@ -33,12 +33,32 @@ trait Loaded {
     fn load_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn load_error(&self) -> zbus::Result<(String, String)>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn need_daemon_reload(&self) -> zbus::Result<bool>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn drop_in_paths(&self) -> zbus::Result<Vec<String>>;
 }
 
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Socket", default_service = "org.freedesktop.systemd1")]
 trait Listening {
     #[zbus(property(emits_changed_signal = "false"))]
     fn listen(&self) -> zbus::Result<Vec<(String, String)>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn backlog(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn bind_to_device(&self) -> zbus::Result<String>;
+}
+
+/// A socket unit as systemd has it now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Live {
+    /// Its addresses.
+    pub listen: Vec<String>,
+    pub backlog: u32,
+    /// Empty where it is bound to none.
+    pub device: String,
+    /// Somebody has a say in it besides its file.
+    pub has_drop_ins: bool,
 }
 
 /// A service manager.
@@ -96,8 +116,7 @@ impl Systemd {
 
     /// A unit that systemd cannot load: why.
     pub async fn load_problem(&self, unit: &str) -> anyhow::Result<Option<String>> {
-        let path = self.files.load_unit(unit).await?;
-        let loaded = LoadedProxy::builder(self.files.inner().connection()).path(path).build().await?;
+        let loaded = self.loaded(unit).await?;
         Ok(match loaded.load_state().await?.as_str() {
             "loaded" => None,
             state => {
@@ -105,6 +124,37 @@ impl Systemd {
                 Some(if words.is_empty() { state.to_owned() } else { words })
             }
         })
+    }
+
+    /// The unit's files have changed since they were read.
+    pub async fn needs_reload(&self, unit: &str) -> bool {
+        match self.loaded(unit).await {
+            Ok(loaded) => loaded.need_daemon_reload().await.unwrap_or(false),
+            Err(_) => false,
+        }
+    }
+
+    /// It is on its way down.
+    pub async fn is_stopping(&self, unit: &str) -> bool {
+        self.bus.active_state(unit).await.is_ok_and(|state| state == "deactivating")
+    }
+
+    /// What a socket unit is now.
+    pub async fn live(&self, unit: &str) -> anyhow::Result<Live> {
+        let path = self.files.load_unit(unit).await?;
+        let builder = ListeningProxy::builder(self.files.inner().connection()).path(path);
+        let socket = builder.build().await?;
+        Ok(Live {
+            listen: socket.listen().await?.into_iter().map(|(_, address)| address).collect(),
+            backlog: socket.backlog().await?,
+            device: socket.bind_to_device().await?,
+            has_drop_ins: !self.loaded(unit).await?.drop_in_paths().await?.is_empty(),
+        })
+    }
+
+    async fn loaded(&self, unit: &str) -> anyhow::Result<LoadedProxy<'static>> {
+        let path = self.files.load_unit(unit).await?;
+        Ok(LoadedProxy::builder(self.files.inner().connection()).path(path).build().await?)
     }
 
     /// Forgets a failure, so that it does not stand in the way of the next start.

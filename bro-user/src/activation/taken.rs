@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -18,6 +19,8 @@ pub(crate) enum Trouble {
     Taken(Owner),
     /// This user may not.
     Forbidden(String),
+    /// There is a file, or something else that is no socket: systemd would remove it.
+    InTheWay(String),
 }
 
 /// Who listens.
@@ -33,6 +36,11 @@ pub(crate) struct Owner {
 
 /// Tries whether systemd could listen at `external`: bind(2) without listen(2), so that no client is ever let in.
 pub(crate) fn look(external: &External) -> Option<Trouble> {
+    if let External::Path(path) = external
+        && let Some(what) = in_the_way_at(path)
+    {
+        return Some(Trouble::InTheWay(what));
+    }
     let error = match external {
         External::Port(port) => try_tcp((Ipv6Addr::UNSPECIFIED, *port).into(), false)
             // Without IPv6 systemd takes IPv4.
@@ -45,8 +53,8 @@ pub(crate) fn look(external: &External) -> Option<Trouble> {
             }),
         External::Address(address) => try_tcp(*address, true),
         External::Abstract(name) => try_abstract(name),
-        // systemd removes what is left of a socket that nobody listens on, but not one that is in use.
-        External::Path(path) if unix_owner(&path.display().to_string()).is_some() => Err(Errno::EADDRINUSE),
+        // systemd removes whatever is at the path, also a socket that somebody listens on.
+        External::Path(path) if path_owner(path).is_some() => Err(Errno::EADDRINUSE),
         External::Path(_) => Ok(()),
     }
     .err()?;
@@ -85,10 +93,8 @@ fn forbidden(external: &External) -> String {
 
 fn owner(external: &External) -> Owner {
     let found = match external {
-        External::Path(path) => {
-            unix_owner(&path.display().to_string()).map(|inode| (path.display().to_string(), inode))
-        }
-        External::Abstract(name) => unix_owner(&format!("@{name}")).map(|inode| (format!("@{name}"), inode)),
+        External::Path(path) => path_owner(path),
+        External::Abstract(name) => unix_owner(|bound| bound.strip_prefix('@') == Some(name)),
         External::Port(_) | External::Address(_) => tcp_owner(external),
     };
     let Some((address, inode)) = found else {
@@ -158,12 +164,48 @@ pub(crate) fn listener(line: &str) -> Option<(SocketAddr, u64)> {
     Some((SocketAddr::new(ip, port), fields.get(9)?.parse().ok()?))
 }
 
-/// The inode of the unix socket that is bound to `name`.
-fn unix_owner(name: &str) -> Option<u64> {
+/// What systemd would take away to listen at `path`, where that is nothing that it has left there itself.
+fn in_the_way_at(path: &Path) -> Option<String> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    let kind = metadata.file_type();
+    let what = if kind.is_socket() {
+        return None;
+    } else if kind.is_dir() {
+        "a directory"
+    } else if kind.is_symlink() {
+        "a symbolic link"
+    } else if kind.is_file() {
+        "a file"
+    } else {
+        "something that is no socket"
+    };
+    Some(format!(
+        "there is {what} at {}, which systemd would remove to listen there; choose another path, or move it away",
+        path.display()
+    ))
+}
+
+/// Address and inode of the socket that is bound to this path, by whatever way to its directory it was bound.
+fn path_owner(path: &Path) -> Option<(String, u64)> {
+    let place = |path: &Path| Some((path.parent()?.canonicalize().ok()?, path.file_name()?.to_owned()));
+    let wanted = place(path);
+    unix_owner(|bound| {
+        let bound = Path::new(bound);
+        bound == path
+            || (bound.is_absolute()
+                && bound.file_name() == path.file_name()
+                && wanted.is_some()
+                && place(bound) == wanted)
+    })
+}
+
+/// Name and inode of the first unix socket whose name fits.
+fn unix_owner(fits: impl Fn(&str) -> bool) -> Option<(String, u64)> {
     let text = std::fs::read_to_string("/proc/net/unix").ok()?;
     text.lines().skip(1).find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        (fields.get(7) == Some(&name)).then(|| fields.get(6)?.parse().ok())?
+        let name = fields.get(7).filter(|name| fits(name))?;
+        Some(((*name).to_owned(), fields.get(6)?.parse().ok()?))
     })
 }
 
@@ -231,6 +273,30 @@ mod tests {
         let Some(Trouble::Taken(owner)) = look(&external) else { panic!("{name} is taken") };
         assert!(owner.process.is_some());
         drop(listening);
+    }
+
+    #[test]
+    fn a_path_is_the_same_by_another_way_and_no_file_is_given_away() {
+        let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-taken-XXXXXX")).unwrap();
+        let at = |name: &str| External::Path(folder.join(name));
+        std::fs::create_dir(folder.join("run")).unwrap();
+        std::os::unix::fs::symlink("run", folder.join("var-run")).unwrap();
+        let listening = std::os::unix::net::UnixListener::bind(folder.join("run/x.sock")).unwrap();
+        for way in ["run/x.sock", "var-run/x.sock"] {
+            let Some(Trouble::Taken(owner)) = look(&at(way)) else { panic!("{way} is taken") };
+            // As whoever bound it has it: systemd is asked for that.
+            assert_eq!(owner.address, folder.join("run/x.sock").display().to_string());
+        }
+        drop(listening);
+        // What is left of it is systemd's to remove.
+        assert_eq!(look(&at("run/x.sock")), None);
+        assert_eq!(look(&at("run/other.sock")), None);
+        std::fs::write(folder.join("precious"), "x").unwrap();
+        for (name, what) in [("precious", "a file"), ("run", "a directory"), ("var-run", "a symbolic link")] {
+            let Some(Trouble::InTheWay(why)) = look(&at(name)) else { panic!("{name} is in the way") };
+            assert!(why.contains(what), "{why}");
+        }
+        std::fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]

@@ -5,14 +5,14 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::activated::MARKER;
+use crate::activated::{self, MARKER, SECTION};
 use crate::exit::Failure;
 
 /// How long to wait for another `bro activate`: it may wait for a service that finishes its connections.
@@ -59,16 +59,33 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Takes the lock of an existing directory.
-    pub fn take(directory: &Path) -> anyhow::Result<Self> {
+    /// Takes the lock of a directory; `missing` is asked to make one where there is none.
+    pub async fn take(
+        directory: &Path,
+        mut missing: impl FnMut() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
         let deadline = Instant::now() + LOCK;
-        let mut file = File::open(directory).map_err(|error| failed("open", directory, &error))?;
+        let mut tries = 0;
         loop {
+            let file = match File::open(directory) {
+                // It may go again at once; but a link to nowhere is never made a directory.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && tries < 100 => {
+                    tries += 1;
+                    missing()?;
+                    continue;
+                }
+                file => file.map_err(|error| failed("open", directory, &error))?,
+            };
+            let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+            let own = file.metadata().map(identity).map_err(|error| failed("look at", directory, &error))?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(directory) => return Ok(Self { _directory: directory }),
-                Err((back, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
-                    file = back;
-                    std::thread::sleep(Duration::from_millis(20));
+                // Whoever had it may have removed the directory with the last file: that one's lock holds nobody back.
+                Ok(locked) if std::fs::metadata(directory).is_ok_and(|now| identity(now) == own) => {
+                    return Ok(Self { _directory: locked });
+                }
+                Ok(_removed) => {}
+                Err((_, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
                     bail!("another bro activate has been at work for {LOCK:?}; try again when it has ended")
@@ -77,6 +94,14 @@ impl Lock {
             }
         }
     }
+}
+
+/// What is not there of a directory and those above it, in the order in which it would be made.
+pub(super) fn missing(directory: &Path) -> Vec<PathBuf> {
+    let mut missing: Vec<PathBuf> =
+        directory.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
+    missing.reverse();
+    missing
 }
 
 /// Directories that were made; removed again, as far as they are empty, unless kept.
@@ -89,13 +114,14 @@ pub(super) struct Made {
 impl Made {
     /// Makes `directory` and what is missing above it.
     pub fn make(&mut self, directory: &Path) -> anyhow::Result<()> {
-        let mut missing: Vec<&Path> = directory.ancestors().take_while(|path| !path.exists()).collect();
-        missing.reverse();
-        for path in missing {
-            match DirBuilder::new().mode(0o755).create(path) {
-                Ok(()) => self.paths.push(path.to_owned()),
+        for path in missing(directory) {
+            match DirBuilder::new().mode(0o755).create(&path) {
+                Ok(()) if self.paths.contains(&path) => {}
+                Ok(()) => self.paths.push(path),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(failed("make the directory", path, &error)),
+                // One above it has been removed since: whoever asked for it will ask again.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                Err(error) => return Err(failed("make the directory", &path, &error)),
             }
         }
         Ok(())
@@ -125,6 +151,42 @@ fn beside(path: &Path, what: &str) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     // Neither systemd nor Podman reads files that begin with a dot or end so.
     path.with_file_name(format!(".{name}.bro-{what}"))
+}
+
+/// The files of `name` that a run was at when it was killed: what was there before is still kept beside them. Looked for beside
+/// `paths`, and in `directory` also beside those that are gone. What had not taken its place yet goes.
+pub(super) fn unfinished(
+    name: &str,
+    directory: &Path,
+    paths: impl IntoIterator<Item = PathBuf>,
+) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    for path in paths {
+        std::fs::remove_file(beside(&path, "new")).ok();
+        if std::fs::symlink_metadata(beside(&path, "old")).is_ok() && !found.contains(&path) {
+            found.push(path);
+        }
+    }
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let (file, hidden) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        let Some(hidden) = hidden.strip_prefix('.') else { continue };
+        if hidden.ends_with(".bro-new") {
+            std::fs::remove_file(file).ok();
+        } else if let Some(path) = hidden.strip_suffix(".bro-old").map(|name| directory.join(name))
+            && activated::read_ours(&file).is_some_and(|file| file.value(SECTION, "Name") == Some(name))
+            && !found.contains(&path)
+        {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// They have been finished since.
+pub(super) fn finished(paths: &[PathBuf]) {
+    for path in paths {
+        std::fs::remove_file(beside(path, "old")).ok();
+    }
 }
 
 /// Changes that have taken place, and can still be taken back.
@@ -307,6 +369,45 @@ mod tests {
         let changes = [folder.change("a", Some("new a")), folder.change("z", Some("new z"))];
         Changed::make(&changes).unwrap_err();
         assert_eq!(folder.listing(), named(&[("a", "old a"), ("z", "")]));
+    }
+
+    #[tokio::test]
+    async fn a_lock_of_a_directory_that_was_removed_is_none() {
+        let folder = Folder::new();
+        let units = folder.0.join("units");
+        std::fs::create_dir(&units).unwrap();
+        let first = Lock::take(&units, || unreachable!()).await.unwrap();
+        let waiting = async { Lock::take(&units, || Ok(std::fs::create_dir(&units)?)).await.unwrap() };
+        let removing = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            std::fs::remove_dir(&units).unwrap();
+            drop(first);
+        };
+        let (second, ()) = tokio::join!(waiting, removing);
+        // It is the lock of the directory that is there now.
+        let own = second._directory.metadata().unwrap().ino();
+        assert_eq!(std::fs::metadata(&units).unwrap().ino(), own);
+        let removed = folder.0.join("never");
+        let error = Lock::take(&removed, || bail!("it is gone")).await.unwrap_err();
+        assert_eq!(error.to_string(), "it is gone");
+    }
+
+    #[test]
+    fn what_a_killed_run_was_at_is_found() {
+        let folder = Folder::new();
+        let write = |name: &str, text: &str| std::fs::write(folder.0.join(name), text).unwrap();
+        let ours = format!("{MARKER} for x\n[X-Bro]\nName=web\n");
+        write("web.socket", "new");
+        write(".web.socket.bro-old", &ours);
+        write(".web-gone.socket.bro-old", &ours);
+        write(".other.socket.bro-old", &ours.replace("web", "other"));
+        write(".web.socket.bro-new", "half");
+        let mut found = unfinished("web", &folder.0, [folder.0.join("web.socket"), folder.0.join("fine")]);
+        found.sort();
+        assert_eq!(found, [folder.0.join("web-gone.socket"), folder.0.join("web.socket")]);
+        finished(&found);
+        let left: Vec<String> = folder.listing().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(left, [".other.socket.bro-old", "web.socket"]);
     }
 
     #[test]

@@ -31,7 +31,7 @@ Examples:
 
 An option that is left out stays as an earlier run set it. Files that bro activate did not write are never overwritten.
 NAME is looked for where Podman looks (podman-systemd.unit(5)): NAME.container, NAME.pod, NAME.kube, or an instance
-NAME@INSTANCE of a template NAME@.container.
+NAME@INSTANCE of a template NAME@.container. Interrupted (Ctrl-C, SIGTERM, SIGHUP), it puts back what it has begun.
 
 Exit status: 0 done, or nothing to do; 1 failed; 2 wrong usage; 4 quadlet not found; 5 not permitted. Whatever the
 failure, no file and no unit is changed.";
@@ -86,7 +86,7 @@ pub struct Activate {
     #[arg(long, value_name = "CONTAINER", conflicts_with = "direct", value_parser = crate::activation::address::container)]
     pub container: Option<String>,
 
-    /// Listen on this network interface only (BindToDevice=)
+    /// Listen on this network interface only (BindToDevice=); not for a unix socket
     #[arg(long, value_name = "INTERFACE", value_parser = crate::activation::address::device)]
     pub bind_to_device: Option<String>,
 

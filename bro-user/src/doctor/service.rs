@@ -9,7 +9,7 @@ use super::features::{self, FEATURES, Guard, Versions, says};
 use super::{Check, host, selinux};
 use crate::activate::bus::{Bus, Known, Manager};
 use crate::activate::container;
-use crate::activated::{self, Activated, Listener};
+use crate::activated::{self, Activated, Listener, remnant};
 use crate::activation::taken::{self, Trouble};
 use crate::cli::Doctor;
 use crate::cli::control::Whom;
@@ -98,8 +98,10 @@ fn again(known: &Activated) -> String {
 /// What `bro activate` wrote beside the units is still there.
 fn files(known: &Activated) -> Check {
     const NAME: &str = "files";
-    let gone: Vec<String> =
+    let mut gone: Vec<String> =
         known.others.iter().filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
+    let directory = known.socket_file.parent().unwrap_or(Path::new("/"));
+    gone.extend(remnant::lost(known, directory).into_iter().map(|listener| listener.socket));
     if gone.is_empty() {
         Check::ok(NAME, format!("activated by {}", known.socket_file.display()))
     } else {
@@ -116,16 +118,10 @@ fn quadlet(known: &Activated, checks: &mut Vec<Check>) -> Option<Quadlet> {
             format!("{} makes {} now, and not {}", quadlet.path.display(), quadlet.unit, known.unit),
             again(known),
         ),
-        Ok(quadlet) if quadlet.container.as_ref().ok() != known.container.as_ref() && !known.direct => {
-            let now = quadlet.container.as_deref().unwrap_or("one whose name is not known");
-            let before = known.container.as_deref().unwrap_or("none");
-            Check::less(
-                NAME,
-                format!("its container is {now}, and the forwarder looks for {before}"),
-                again(known),
-            )
-        }
-        Ok(quadlet) => Check::ok(NAME, quadlet.path.display().to_string()),
+        Ok(quadlet) => match other_container(known, quadlet) {
+            Some(finding) => Check::less(NAME, finding, again(known)),
+            None => Check::ok(NAME, quadlet.path.display().to_string()),
+        },
         Err(_) if !known.quadlet.exists() => Check::bad(
             NAME,
             format!("{} is gone: removed or renamed", known.quadlet.display()),
@@ -137,6 +133,27 @@ fn quadlet(known: &Activated, checks: &mut Vec<Check>) -> Option<Quadlet> {
         Err(error) => Check::bad(NAME, format!("{error:#}"), "mend the quadlet"),
     });
     found.ok()
+}
+
+/// Does the quadlet make another container than the forwarder looks for? It knows better where --container has named one, and
+/// on the host's network there is none to look for.
+fn other_container(known: &Activated, quadlet: &Quadlet) -> Option<String> {
+    if known.direct || known.container_given {
+        return None;
+    }
+    let now = match &quadlet.container {
+        _ if quadlet.is_on_host() => None,
+        Ok(name) => Some(name.as_str()),
+        Err(_) => Some("one whose name is not known"),
+    };
+    let before = known.container.as_deref();
+    (now != before).then(|| {
+        format!(
+            "its container is {}, and the forwarder looks for {}",
+            now.unwrap_or("on the host's network"),
+            before.unwrap_or("none")
+        )
+    })
 }
 
 /// The unit that Podman's generator makes of the quadlet.
@@ -196,6 +213,13 @@ async fn socket(known: &Activated, listener: &Listener, bus: &Bus) -> Check {
                             "stop that, then `{} restart {unit}`; or activate another port",
                             systemctl(scope)
                         ),
+                    );
+                }
+                Some(Trouble::InTheWay(why)) => {
+                    return Check::bad(
+                        NAME,
+                        format!("{unit} is {active}: {why}"),
+                        format!("then `{} restart {unit}`", systemctl(scope)),
                     );
                 }
                 Some(Trouble::Forbidden(why)) => format!(": {why}"),
@@ -312,7 +336,7 @@ async fn listens(known: &Activated, listener: &Listener) -> Check {
         return Check::ok(NAME, format!("{target} is a unix socket, so nobody looked"));
     };
     let running = match &known.run_as {
-        Some(owner) => container::running_of(owner.uid, container),
+        Some(owner) => container::running_of(owner, container),
         None => container::running(container),
     };
     let Some(pid) = running else {
@@ -345,18 +369,24 @@ async fn listens(known: &Activated, listener: &Listener) -> Check {
                 None => ("nothing listens there at all".to_owned(), "see the service's own log".to_owned()),
                 Some(first) => (
                     format!("it listens at {}", others.join(", ")),
-                    format!(
-                        "`bro activate {} --external-port {} --internal-port {}`, or change the service",
-                        known.name,
-                        listener.address,
-                        first.address.port()
-                    ),
+                    format!("`{}`, or change the service", lead_to(known, listener, first.address.port())),
                 ),
             };
             Check::bad(NAME, format!("nobody listens at {target} in {container}; {there}"), fix)
         }
         Err(error) => Check::bad(NAME, format!("cannot look into {container}: {error}"), "see `bro doctor`"),
     }
+}
+
+/// The command line that leads this port's clients to another port of the service.
+fn lead_to(known: &Activated, listener: &Listener, port: u16) -> String {
+    let name = &known.name;
+    let service = match &listener.service {
+        // The first port is meant where none is named.
+        service if service == name => String::new(),
+        service => format!(" --service-name {service}"),
+    };
+    format!("bro activate {name}{service} --external-port {} --internal-port {port}", listener.address)
 }
 
 async fn table(pid: i32) -> anyhow::Result<Table> {
@@ -386,5 +416,80 @@ async fn last_words(unit: &str, scope: Manager) -> String {
     match features::says("journalctl", &args).await {
         Some(log) if !log.is_empty() => format!(", saying “{}”", log.lines().collect::<Vec<_>>().join(" / ")),
         _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quadlet::Kind;
+    use crate::unit_file::UnitFile;
+
+    fn known(container: Option<&str>, container_given: bool) -> Activated {
+        Activated {
+            name: "web".into(),
+            scope: Manager::User,
+            run_as: None,
+            quadlet: "/quadlets/web.container".into(),
+            unit: "web.service".into(),
+            container: container.map(str::to_owned),
+            direct: false,
+            socket_file: "/units/web-activator.socket".into(),
+            service_file: Some("/units/web-activator.service".into()),
+            listeners: Vec::new(),
+            options: Vec::new(),
+            container_given,
+            others: Vec::new(),
+            made: Vec::new(),
+        }
+    }
+
+    fn quadlet(kind: Kind, text: &str, container: Result<&str, &str>) -> Quadlet {
+        Quadlet {
+            name: "web".into(),
+            kind,
+            path: "/quadlets/web.container".into(),
+            file: UnitFile::parse(text),
+            unit: "web.service".into(),
+            container: container.map(str::to_owned).map_err(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn the_way_to_mend_a_port_is_that_ports() {
+        let mut listener = Listener {
+            service: "web".into(),
+            socket: "web-activator.socket".into(),
+            file: "/units/web-activator.socket".into(),
+            address: "8080".into(),
+            target: Some("127.0.0.1:80".into()),
+            backlog: None,
+            device: None,
+        };
+        let known = known(None, false);
+        assert_eq!(
+            lead_to(&known, &listener, 81),
+            "bro activate web --external-port 8080 --internal-port 81"
+        );
+        listener.service = "metrics".into();
+        assert_eq!(
+            lead_to(&known, &listener, 81),
+            "bro activate web --service-name metrics --external-port 8080 --internal-port 81"
+        );
+    }
+
+    #[test]
+    fn a_container_is_another_only_where_the_quadlet_has_the_word() {
+        let plain = quadlet(Kind::Container, "[Container]\n", Ok("systemd-web"));
+        assert_eq!(other_container(&known(Some("systemd-web"), false), &plain), None);
+        assert!(other_container(&known(Some("old"), false), &plain).unwrap().contains("looks for old"));
+        assert_eq!(other_container(&known(Some("sidecar"), true), &plain), None);
+        let host = quadlet(Kind::Container, "[Container]\nNetwork=host\n", Ok("systemd-web"));
+        assert_eq!(other_container(&known(None, false), &host), None);
+        // It was not on the host's network when it was activated, or is there no more.
+        assert!(other_container(&known(Some("systemd-web"), false), &host).is_some());
+        assert!(other_container(&known(None, false), &plain).is_some());
+        let kube = quadlet(Kind::Kube, "[Kube]\n", Err("the containers of a .kube"));
+        assert_eq!(other_container(&known(Some("pod-web"), true), &kube), None);
     }
 }

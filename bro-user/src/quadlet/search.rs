@@ -1,19 +1,27 @@
 //! Where Podman looks for quadlets and their drop-ins, and in which order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
 use super::Kind;
 use crate::activate::bus::Manager;
 use crate::activated::{self, MARKER};
+use crate::bounded::{self, Link};
 use crate::exit::Failure;
 use crate::owner::Owner;
 use crate::unit_file::UnitFile;
 
-/// How deep subdirectories are looked into; symbolic links could make a ring.
-const DEEPEST: usize = 8;
+/// How many directories are looked into below one of those where quadlets lie: whose it is may link to what there is.
+const MOST_DIRECTORIES: usize = 10_000;
+
+/// How many names are looked at in them, and among drop-ins.
+const MOST_NAMES: usize = 100_000;
+
+/// How long a quadlet or a drop-in may be.
+const LONGEST: u64 = 1 << 20;
 
 /// The directories, the one that wins first.
 pub(super) fn directories(
@@ -76,31 +84,73 @@ pub fn drop_in_directory(
 }
 
 /// The quadlet's file: that of the instance itself before its template's.
-pub(super) fn file(directories: &[PathBuf], stem: &str, kind: Kind) -> Option<PathBuf> {
+///
+/// # Errors
+/// When there is more to look at than anybody would have meant.
+pub(super) fn file(directories: &[PathBuf], stem: &str, kind: Kind) -> anyhow::Result<Option<PathBuf>> {
     let mut names = vec![format!("{stem}.{}", kind.extension())];
     if let Some((prefix, _)) = stem.split_once('@') {
         names.push(format!("{prefix}@.{}", kind.extension()));
     }
-    names.iter().find_map(|name| directories.iter().find_map(|directory| look(directory, directory, name, 0)))
+    for name in &names {
+        for directory in directories {
+            if let Some(path) = Walk::new(directory, name).look(directory)? {
+                return Ok(Some(path));
+            }
+        }
+    }
+    Ok(None)
 }
 
-fn look(top: &Path, directory: &Path, name: &str, depth: usize) -> Option<PathBuf> {
-    let path = directory.join(name);
-    if path.is_file() {
-        return Some(path);
+/// On the way through one of the directories and all below it, by links too, as Podman goes.
+struct Walk<'a> {
+    top: &'a Path,
+    name: &'a str,
+    /// Device and inode: links to what was seen lead nowhere new, and could make a ring.
+    seen: HashSet<(u64, u64)>,
+    names: usize,
+}
+
+impl<'a> Walk<'a> {
+    fn new(top: &'a Path, name: &'a str) -> Self {
+        Self { top, name, seen: HashSet::new(), names: 0 }
     }
-    if depth == DEEPEST {
-        return None;
+
+    fn look(&mut self, directory: &Path) -> anyhow::Result<Option<PathBuf>> {
+        let Ok(metadata) = std::fs::metadata(directory) else { return Ok(None) };
+        if !self.seen.insert((metadata.dev(), metadata.ino())) {
+            return Ok(None);
+        }
+        let path = directory.join(self.name);
+        if path.is_file() {
+            return Ok(Some(path));
+        }
+        let Ok(entries) = std::fs::read_dir(directory) else { return Ok(None) };
+        let mut inside = Vec::new();
+        for entry in entries.flatten() {
+            self.names += 1;
+            ensure!(
+                self.seen.len() <= MOST_DIRECTORIES && self.names <= MOST_NAMES,
+                "there is too much below {} to look for {} in all of it (more than {MOST_DIRECTORIES} directories, or \
+                 {MOST_NAMES} names); keep only quadlets there",
+                self.top.display(),
+                self.name
+            );
+            let path = entry.path();
+            // What lies in users/ is not the system's, and in users/UID that user's alone; both have entries of their own.
+            let is_users = directory == self.top && is_users(self.top, &path);
+            if path.extension().is_none_or(|end| end != "d") && !is_users && path.is_dir() {
+                inside.push(path);
+            }
+        }
+        inside.sort();
+        for path in inside {
+            if let Some(found) = self.look(&path)? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
-    let mut inside: Vec<PathBuf> =
-        std::fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path()).collect();
-    inside.sort();
-    inside
-        .into_iter()
-        .filter(|path| path.is_dir() && path.extension().is_none_or(|end| end != "d"))
-        // What lies in users/ is not the system's, and in users/UID that user's alone; both have entries of their own.
-        .filter(|path| depth > 0 || !is_users(top, path))
-        .find_map(|path| look(top, &path, name, depth + 1))
 }
 
 fn is_users(top: &Path, path: &Path) -> bool {
@@ -114,16 +164,23 @@ fn is_users(top: &Path, path: &Path) -> bool {
 
 /// Reads the quadlet and its drop-ins, those of `bro activate` left out: what it wrote is not the user's wish.
 pub(super) fn read(directories: &[PathBuf], stem: &str, kind: Kind, path: &Path) -> anyhow::Result<UnitFile> {
-    let text = std::fs::read_to_string(path).map_err(|error| unreadable(path, &error))?;
+    let text = bounded::read(path, LONGEST, Link::Follow).map_err(|error| unreadable(path, &error))?;
     let mut file = UnitFile::parse(&text);
     // By file name; of two with the same name, the first directory's counts.
     let mut drop_ins: BTreeMap<std::ffi::OsString, PathBuf> = BTreeMap::new();
     let parent = path.parent().map(Path::to_owned);
+    let mut names = 0;
     for directory in directories.iter().cloned().chain(parent) {
         for folder in drop_in_names(stem, kind) {
             let Ok(entries) = std::fs::read_dir(directory.join(folder)) else { continue };
             for entry in entries.flatten() {
                 let is_conf = Path::new(&entry.file_name()).extension().is_some_and(|end| end == "conf");
+                names += 1;
+                ensure!(
+                    names <= MOST_NAMES,
+                    "there are more than {MOST_NAMES} drop-ins for {}",
+                    path.display()
+                );
                 if is_conf && entry.path().is_file() {
                     drop_ins.entry(entry.file_name()).or_insert_with(|| entry.path());
                 }
@@ -131,8 +188,8 @@ pub(super) fn read(directories: &[PathBuf], stem: &str, kind: Kind, path: &Path)
         }
     }
     for path in drop_ins.values() {
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = bounded::read(path, LONGEST, Link::Follow)
+            .with_context(|| format!("cannot read {:?}", path.display()))?;
         if !text.starts_with(MARKER) {
             file.read(&text);
         }
@@ -241,6 +298,39 @@ mod tests {
         assert_eq!(tree.found("web@own"), "etc/containers/systemd/web@own.container");
         assert!(tree.find("web@blue").unwrap().is_shared() && !tree.find("web@own").unwrap().is_shared());
         assert!(tree.find("web").unwrap_err().to_string().contains("is a template"));
+    }
+
+    /// Each is looked into once, so that links to links do not multiply.
+    #[test]
+    fn links_in_a_ring_take_no_time() {
+        let tree = Tree::new(&[("etc/containers/systemd/deep/er/web.container", "[Container]\n")]);
+        let quadlets = tree.0.join("etc/containers/systemd");
+        for number in 0..30 {
+            std::os::unix::fs::symlink(".", quadlets.join(format!("{number}"))).unwrap();
+            std::os::unix::fs::symlink("../..", quadlets.join(format!("deep/er/{number}"))).unwrap();
+        }
+        let begun = std::time::Instant::now();
+        assert_eq!(tree.found("web"), "etc/containers/systemd/deep/er/web.container");
+        assert!(tree.find("nope").unwrap_err().to_string().contains("there is no nope.container"));
+        assert!(begun.elapsed() < std::time::Duration::from_secs(5), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn more_than_can_be_meant_is_not_looked_at() {
+        let tree = Tree::new(&[("etc/containers/systemd/z/web.container", "[Container]\n")]);
+        for number in 0..=MOST_DIRECTORIES {
+            std::fs::create_dir(tree.0.join(format!("etc/containers/systemd/{number}"))).unwrap();
+        }
+        // In their order, z is beyond the limit.
+        let error = tree.find("web").unwrap_err().to_string();
+        assert!(error.contains("too much below"), "{error}");
+        let tree = Tree::new(&[("etc/containers/systemd/web.container", "")]);
+        std::fs::File::create(tree.0.join("etc/containers/systemd/web.container"))
+            .unwrap()
+            .set_len(LONGEST + 1)
+            .unwrap();
+        let error = tree.find("web").unwrap_err().to_string();
+        assert!(error.contains("it has more than"), "{error}");
     }
 
     #[test]

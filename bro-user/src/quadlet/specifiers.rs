@@ -39,6 +39,7 @@ pub(super) fn expand(text: &str, unit: &str, owner: Option<&Owner>) -> Result<St
 #[cfg(test)]
 mod tests {
     use super::expand;
+    use crate::owner::Owner;
 
     #[test]
     fn expands_what_it_knows() {

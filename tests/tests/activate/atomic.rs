@@ -159,13 +159,125 @@ fn many_at_once_end_as_one_after_the_other() -> Result<()> {
     Ok(())
 }
 
+/// Whichever of its files somebody has deleted by hand, no other stays, nor a link that enables one.
+#[test]
+fn what_is_left_of_a_service_can_be_removed() -> Result<()> {
+    let forwarded = |tree: &Tree| -> Result<()> {
+        ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
+        ensure!(tree.run(&["web", "--service-name", "metrics", "--external-port", "81"])?.code == 0);
+        Ok(())
+    };
+    let direct = |tree: &Tree| -> Result<()> {
+        ensure!(tree.run(&["web", "--external-port", "80", "--direct"])?.code == 0);
+        ensure!(tree.run(&["web", "--service-name", "metrics", "--external-port", "81"])?.code == 0);
+        Ok(())
+    };
+    let alone = |tree: &Tree| -> Result<()> {
+        ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
+        Ok(())
+    };
+    let (service, first) = ("web-activator.service", "web-activator.socket");
+    type Set = dyn Fn(&Tree) -> Result<()>;
+    let cases: [(&Set, &[&str]); 8] = [
+        (&forwarded, &[service]),
+        (&forwarded, &[first]),
+        (&forwarded, &["web-metrics-activator.socket"]),
+        (&forwarded, &[service, first]),
+        (&alone, &[first]),
+        (&alone, &[service]),
+        (&direct, &["web.socket"]),
+        (&direct, &["web-metrics.socket"]),
+    ];
+    for (set_up, deleted) in cases {
+        let tree = Tree::with_web()?;
+        std::fs::create_dir_all(tree.path("etc/systemd/system"))?;
+        std::fs::create_dir_all(tree.path("etc/containers/systemd/web.container.d"))?;
+        tree.write("etc/systemd/system/web.service.d/mine.conf", "[Service]\n")?;
+        let before = tree.listing()?;
+        set_up(&tree)?;
+        for file in deleted {
+            std::fs::remove_file(tree.path("etc/systemd/system").join(file))?;
+        }
+        let answer = tree.run(&["web", "--remove"])?;
+        ensure!(answer.code == 0, "without {deleted:?}: {answer:?}");
+        ensure!(!deleted.iter().any(|file| answer.stdout.contains(file)), "{answer:?}");
+        ensure!(tree.listing()? == before, "without {deleted:?}: {:?}", tree.listing()?.keys());
+    }
+    // Another port's socket would be taken for one of the new forwarder's, which knows nothing of it.
+    let tree = Tree::with_web()?;
+    forwarded(&tree)?;
+    std::fs::remove_file(tree.path("etc/systemd/system").join(service))?;
+    let answer = tree.run(&["web", "--external-port", "80"])?;
+    let words = "only in part: web-activator.service is gone";
+    ensure!(answer.code == 4 && answer.stderr.contains(words), "{answer:?}");
+    // What a first run that was killed has left is no hindrance.
+    let tree = Tree::with_web()?;
+    alone(&tree)?;
+    std::fs::remove_file(tree.path("etc/systemd/system").join(service))?;
+    ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
+    Ok(())
+}
+
 #[test]
 fn what_a_killed_run_left_behind_is_no_hindrance() -> Result<()> {
     let tree = Tree::with_web()?;
     tree.write("etc/systemd/system/.web-activator.socket.bro-new", "half")?;
     tree.write("etc/systemd/system/.web-activator.socket.bro-old", "half")?;
     ensure!(tree.run(&["web", "--external-port", "80"])?.code == 0);
-    let hidden: Vec<String> = tree.listing()?.into_keys().filter(|path| path.contains("/.")).collect();
-    ensure!(hidden.is_empty(), "{hidden:?}");
+    let hidden = || -> Result<Vec<String>> {
+        Ok(tree.listing()?.into_keys().filter(|path| path.contains("/.")).collect())
+    };
+    ensure!(hidden()?.is_empty(), "{:?}", hidden()?);
+    // Also where the next run has no file to change, and where a file has gone for good.
+    let socket = std::fs::read_to_string(tree.path("etc/systemd/system/web-activator.socket"))?;
+    for more in [&["--external-port", "80"][..], &["--remove"]] {
+        tree.write("etc/systemd/system/.web-activator.socket.bro-old", &socket)?;
+        tree.write("etc/systemd/system/.web-gone-activator.socket.bro-old", &socket)?;
+        tree.write("etc/systemd/system/.web-gone-activator.socket.bro-new", "half")?;
+        ensure!(tree.run(&[&["web"], more].concat())?.code == 0);
+        ensure!(hidden()?.is_empty(), "{more:?}: {:?}", hidden()?);
+    }
+    Ok(())
+}
+
+/// By the signals that Ctrl-C, systemd and a connection that drops send.
+#[test]
+fn who_is_told_to_stop_leaves_everything_as_it_was() -> Result<()> {
+    use nix::sys::signal::{Signal, kill};
+
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let tree = Tree::with_web()?;
+        std::fs::create_dir_all(tree.path("etc/systemd/system"))?;
+        let before = tree.listing()?;
+        // It waits for this one, which never ends.
+        let locked = std::fs::File::open(tree.path("etc/systemd/system"))?;
+        locked.lock()?;
+        let mut command = tree.command(&["web", "--external-port", "80", "--system"]);
+        let child =
+            command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn()?;
+        let status = format!("/proc/{}/status", child.id());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        loop {
+            let text = std::fs::read_to_string(&status)?;
+            let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:")).context("it has one")?;
+            if u64::from_str_radix(caught.trim(), 16)? >> (signal as i32 - 1) & 1 == 1 {
+                break;
+            }
+            ensure!(std::time::Instant::now() < deadline, "it does not listen to {signal}: {text}");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        kill(nix::unistd::Pid::from_raw(child.id().cast_signed()), signal)?;
+        let output = child.wait_with_output()?;
+        let words = String::from_utf8(output.stderr)?;
+        ensure!(
+            output.status.code() == Some(1)
+                && words.contains("interrupted by")
+                && words.contains(signal.as_str())
+                && words.contains("nothing was changed"),
+            "{signal}: {:?}, {words}",
+            output.status
+        );
+        ensure!(tree.listing()? == before, "{signal}: something was written");
+    }
     Ok(())
 }

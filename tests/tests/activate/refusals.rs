@@ -9,6 +9,9 @@ use crate::tree::{Tree, WEB, environment, said};
 /// What follows `bro activate`, the exit code, and what the sentence says.
 type Case = (&'static [&'static str], i32, &'static str);
 
+/// A byte longer than a socket's address holds.
+const LONG: &str = "/run/xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx";
+
 /// Of every option, what it cannot be given.
 const CASES: &[Case] = &[
     (&[], 2, "NAME"),
@@ -28,6 +31,10 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "::1"], 2, "no port"),
     (&["web", "--external-port", "/run/a b.sock"], 2, "unit file"),
     (&["web", "--external-port", "/run/web.sock"], 2, "--internal-port"),
+    (&["web", "--external-port", "/", "--internal-port", "80"], 2, "no path at which systemd listens"),
+    (&["web", "--external-port", "/tmp/", "--internal-port", "80"], 2, "no path at which systemd listens"),
+    (&["web", "--external-port", "/tmp/../tmp/x.sock", "--internal-port", "80"], 2, "no path at which"),
+    (&["web", "--external-port", LONG, "--internal-port", "80"], 2, "107 bytes"),
     (&["web", "--external-port", "80", "--internal-port", "http"], 2, "no port"),
     (&["web", "--external-port", "80", "--internal-port", "10.0.0.1:0"], 2, "not a TCP port"),
     (&["web", "--external-port", "80", "--service-name", "metrics"], 2, "not activated yet"),
@@ -42,6 +49,16 @@ const CASES: &[Case] = &[
     (&["play", "--external-port", "80"], 2, "--container"),
     (&["odd", "--external-port", "80"], 2, "specifier %m"),
     (&["web", "--external-port", "80", "--bind-to-device", "no/such"], 2, "network interface"),
+    (
+        &["web", "--external-port", "/run/x", "--internal-port", "80", "--bind-to-device", "lo"],
+        2,
+        "leave --bind-to-device lo out",
+    ),
+    (
+        &["web", "--external-port", "@x", "--internal-port", "80", "--bind-to-device", "lo"],
+        2,
+        "leave --bind-to-device lo out",
+    ),
     (&["web", "--external-port", "80", "--backlog", "0"], 2, "--backlog"),
     (&["web", "--external-port", "80", "--backlog", "many"], 2, "--backlog"),
     (&["web", "--external-port", "80", "--exit-idle-time", "soon"], 2, "not a number"),
@@ -69,9 +86,13 @@ const CASES: &[Case] = &[
     (&["mine", "--external-port", "80", "--run-as", "test", "--direct"], 2, "cannot be used with"),
     (&["mine", "--external-port", "80", "--run-as", "test", "--user"], 2, "cannot be used with"),
     (&["sly", "--external-port", "80", "--run-as", "test"], 2, "cannot be the name of a unit"),
+    (&["misnamed", "--external-port", "80"], 2, "cannot be a container's name"),
     (&["web", "--external-port", "80", "--restrict-network"], 2, "is for --direct"),
     (&["net", "--external-port", "80", "--restrict-network", "--direct"], 2, "add Network=none"),
     (&["web", "--remove"], 4, "nothing to remove"),
+    (&["web\n", "--remove"], 4, "“web\\n” is not activated"),
+    (&["web\n", "--external-port", "80"], 2, "“web\\n” cannot be the name"),
+    (&["a:b", "--external-port", "80"], 2, "may hold a colon"),
     (&["web", "--remove", "--external-port", "80"], 2, "cannot be used with"),
     (&["web", "--external-port", "80", "stray"], 2, "stray"),
     (&["web", "--external-port", "80", "--nonsense"], 2, "--nonsense"),
@@ -90,6 +111,11 @@ fn disk() -> Result<Tree> {
         ("etc/containers/systemd/both.container", "[Container]\nImage=localhost/both\n"),
         ("etc/containers/systemd/both.pod", "[Pod]\n"),
         ("etc/containers/systemd/wrong.container", "[Unit]\n"),
+        (
+            "etc/containers/systemd/misnamed.container",
+            "[Container]\nImage=localhost/misnamed\nContainerName=a b\n",
+        ),
+        ("etc/containers/systemd/a:b.container", "[Container]\nImage=localhost/ab\n"),
         ("etc/passwd", "root:x:0:0::/root:/bin/sh\ntest:x:1000:1000::/home/test:/bin/sh\n"),
         ("home/test/.config/containers/systemd/mine.container", "[Container]\nImage=localhost/mine\n"),
         (
@@ -143,6 +169,36 @@ fn every_option_has_its_bad_input() -> Result<()> {
     Ok(())
 }
 
+/// A socket that was bound to a network interface stays bound, and a unix socket cannot be.
+#[test]
+fn a_port_on_an_interface_becomes_no_unix_socket() -> Result<()> {
+    let tree = Tree::with_web()?;
+    ensure!(tree.run(&["web", "--external-port", "80", "--bind-to-device", "lo"])?.code == 0);
+    let before = tree.listing()?;
+    let answer = tree.run(&["web", "--external-port", "/run/x"])?;
+    ensure!(answer.code == 2 && answer.stderr.contains("network interface lo"), "{answer:?}");
+    ensure!(tree.listing()? == before, "something was written");
+    Ok(())
+}
+
+/// Also the directories that are made for the files.
+#[test]
+fn a_dry_run_prints_what_is_written() -> Result<()> {
+    let tree = Tree::with_web()?;
+    let dry = tree.run(&["web", "--external-port", "80", "--dry-run"])?;
+    ensure!(dry.code == 0 && tree.run(&["web", "--external-port", "80"])?.code == 0, "{dry:?}");
+    let mut files = 0;
+    for (path, text) in tree.listing()? {
+        if text.starts_with("# Written by bro activate") {
+            let printed = format!("==> {} <==\n{text}", tree.path(&path).display());
+            ensure!(dry.stdout.contains(&printed), "{printed}\nis not in\n{}", dry.stdout);
+            files += 1;
+        }
+    }
+    ensure!(files == 3, "{files} files");
+    Ok(())
+}
+
 #[test]
 fn somebody_elses_files_are_not_touched() -> Result<()> {
     for theirs in [
@@ -169,6 +225,37 @@ fn somebody_elses_files_are_not_touched() -> Result<()> {
     let answer = tree.run(&["web", "--remove"])?;
     ensure!(answer.code == 1 && answer.stderr.contains("was not written by bro activate"), "{answer:?}");
     ensure!(tree.listing()? == before, "something was removed");
+    Ok(())
+}
+
+/// A user may name directories as he likes, and root's units say where the quadlet is: a line feed there would be a line of theirs.
+#[test]
+fn a_directorys_name_is_no_line_of_roots_unit() -> Result<()> {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    let tree = disk()?;
+    let quadlets = "home/test/.config/containers/systemd";
+    let evil = format!("{quadlets}/x\n[Service]\nUser=root\nExecStartPre=+/bin/touch /evil\n#");
+    tree.write(&format!("{evil}/evil.container"), "[Container]\nImage=localhost/evil\n")?;
+    // Nor would one that is no UTF-8 be read back as what it is.
+    let other = tree.path(quadlets).join(std::ffi::OsStr::from_bytes(b"\xff"));
+    std::fs::create_dir(&other)?;
+    std::fs::write(other.join("other.container"), "[Container]\nImage=localhost/other\n")?;
+    for name in ["evil", "other"] {
+        for more in [&[][..], &["--dry-run"]] {
+            let answer = said(
+                tree.command(&[name, "--system", "--run-as", "test", "--external-port", "80"]).args(more),
+            )?;
+            ensure!(
+                answer.code == 2
+                    && answer.stderr.contains("no unit file can hold")
+                    && answer.stderr.lines().count() == 1
+                    && answer.stdout.is_empty(),
+                "{answer:?}"
+            );
+        }
+    }
+    ensure!(!tree.path("etc/systemd").exists(), "something was written");
     Ok(())
 }
 

@@ -43,6 +43,70 @@ pub fn twice_at_once(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// SIGKILL may leave files that systemd has not taken up, or not all of what takes up a file: the next run does the rest.
+pub fn killed(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "killed", &Plan::service(manager, 0.0, ""), &IDLE)?;
+    let units = match manager {
+        Manager::System => "/etc/systemd/system".to_owned(),
+        Manager::User(user) => format!("/home/{user}/.config/systemd/user"),
+    };
+    let (first, second) = (site.port, host.free_port()?);
+    let file = format!("{units}/{}", site.socket());
+    let listens_at = |port: u16| -> Result<()> {
+        let again = activate(host, manager, "killed")?;
+        let expected = format!("{} listens at 0.0.0.0:{port}", site.socket());
+        ensure!(again.success() && again.stdout.contains(&expected), "{again:?}");
+        let answer = ask(host.connect(port)?, b"served").with_context(|| site.journals())?;
+        ensure!(answer == b"served", "{answer:?}");
+        let idle = activate(host, manager, "killed")?;
+        ensure!(idle.success() && idle.stdout.contains("nothing to do"), "{idle:?}");
+        Ok(())
+    };
+    // Before systemd was asked for anything.
+    host.sh(&format!("sed -i s/{first}/{second}/ {file}"))?;
+    listens_at(second)?;
+    ensure!(host.connect(first).is_err(), "it listens where it did before, too");
+    // Somebody had systemd read everything since, which makes no new socket.
+    host.sh(&format!("cp -p {file} {units}/.{}.bro-old; sed -i s/{second}/{first}/ {file}", site.socket()))?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    listens_at(first)?;
+    // A socket that is as it should be, but for the next boot.
+    host.sh(&format!("rm {units}/sockets.target.wants/{}", site.socket()))?;
+    listens_at(first)?;
+    manager.systemctl(host, &["is-enabled", &site.socket()])?;
+    let left = tree(host, manager)?;
+    ensure!(!left.iter().any(|line| line.contains(".bro-")), "something half-done is left: {left:#?}");
+    Ok(())
+}
+
+/// Told to stop while it waits for a forwarder that has a client, it leaves files and units as they were.
+pub fn interrupted(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "cut", &Plan::service(manager, 0.0, ""), &IDLE)?;
+    let before = tree(host, manager)?;
+    let client = site.client()?;
+    host.wait_until(
+        "the client is served",
+        PATIENCE,
+        || Ok(site.forwarder_show("ActiveState")? == "active"),
+    )?;
+    let other = host.free_port()?;
+    let external = format!("0.0.0.0:{other}");
+    let words = ["timeout", "--preserve-status", "3", "bro", "activate", "cut", "--external-port", &external];
+    let ran = std::thread::scope(|scope| {
+        let running = scope.spawn(|| manager.try_run(host, &words));
+        std::thread::sleep(Duration::from_secs(5));
+        drop(client);
+        running.join().expect("it does not panic")
+    })?;
+    ensure!(ran.code == 1 && ran.stderr.contains("interrupted by SIGTERM; nothing was changed"), "{ran:?}");
+    ensure!(tree(host, manager)? == before, "{:#?}", tree(host, manager)?);
+    site.check_echo().with_context(|| site.journals())?;
+    ensure!(host.connect(other).is_err(), "it listens at the new port");
+    let again = activate(host, manager, "cut")?;
+    ensure!(again.success() && again.stdout.contains("nothing to do"), "{again:?}");
+    Ok(())
+}
+
 /// The quadlet goes while its socket listens: clients are told at once; when it is back, they are served.
 pub fn quadlet_goes(host: &Host, manager: Manager) -> Result<()> {
     let plan = Plan::service(manager, 0.0, "");

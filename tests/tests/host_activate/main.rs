@@ -47,6 +47,8 @@ const BOTH: &[Case] = &[
     ("a command in the container's network", helper::by_its_owner),
     ("status and doctor", doctor::status_and_doctor),
     ("activated several times at once", faults::twice_at_once),
+    ("a run that was killed", faults::killed),
+    ("a run that is interrupted", faults::interrupted),
     ("the quadlet is renamed, and deleted", faults::quadlet_goes),
     ("the socket is stopped while clients are held", faults::socket_stopped),
     ("a hundred clients in the first millisecond", faults::hundred_at_once),

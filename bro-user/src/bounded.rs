@@ -1,0 +1,57 @@
+//! Reading a small file that somebody else may have put there: it is a regular file, or it is not read; no more of it is read than
+//! can be meant; and nobody is waited for, as whoever opens a pipe would.
+
+use std::fs::OpenOptions;
+use std::io::{self, Read as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use nix::libc;
+
+/// What to do with a symbolic link in the last place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Link {
+    /// Read what it leads to.
+    Follow,
+    /// It is no regular file.
+    Refuse,
+}
+
+/// The text of the file, of `most` bytes at most.
+pub(crate) fn read(path: &Path, most: u64, link: Link) -> io::Result<String> {
+    let link = if link == Link::Refuse { libc::O_NOFOLLOW } else { 0 };
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY | link;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut text = String::new();
+    let length = file.take(most + 1).read_to_string(&mut text)?;
+    if length as u64 > most {
+        return Err(io::Error::other(format!("it has more than {most} bytes")));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_small_regular_files_and_nothing_else() {
+        let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-bounded-XXXXXX")).unwrap();
+        let (file, link, pipe) = (folder.join("file"), folder.join("link"), folder.join("pipe"));
+        std::fs::write(&file, "12345").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let what = |path: &Path, most, link| read(path, most, link).map_err(|error| error.to_string());
+        assert_eq!(what(&file, 5, Link::Refuse), Ok("12345".into()));
+        assert_eq!(what(&file, 4, Link::Refuse), Err("it has more than 4 bytes".into()));
+        assert_eq!(what(&link, 5, Link::Follow), Ok("12345".into()));
+        what(&link, 5, Link::Refuse).unwrap_err();
+        // Nobody ever writes into it, and this has no end.
+        assert_eq!(what(&pipe, 5, Link::Follow), Err("it is no regular file".into()));
+        assert_eq!(what(Path::new("/dev/zero"), 5, Link::Follow), Err("it is no regular file".into()));
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}
