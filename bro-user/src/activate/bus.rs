@@ -277,20 +277,22 @@ impl Bus {
     /// # Errors
     /// When the bus fails.
     pub async fn look(&self, name: &str) -> anyhow::Result<Look> {
-        let unit = self.unit(name).await?;
-        // The job first: once a restart has stopped the unit, its job is one to start it.
-        let (id, job) = unit.job().await?;
-        let kind = match id {
-            0 => None,
+        let path = self.systemd.load_unit(name).await?;
+        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
+        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        // All at once, since a first client waits for it. The job first: once a restart has stopped the unit, its job is one to
+        // start it. Other units than services have no restarts.
+        let (job, invocation, state, restarts) =
+            tokio::join!(unit.job(), unit.invocation_id(), unit.active_state(), service.n_restarts());
+        let kind = match job? {
+            (0, _) => None,
             // It may have ended since.
-            _ => JobProxy::builder(self.connection()).path(job).build().await?.job_type().await.ok(),
+            (_, job) => JobProxy::builder(self.connection()).path(job).build().await?.job_type().await.ok(),
         };
-        let invocation = unit.invocation_id().await?;
         Ok(Look {
-            state: unit.active_state().await?,
-            invocation: invocation.iter().map(|byte| format!("{byte:02x}")).collect(),
-            // Other units than services have none.
-            restarts: self.service(name).await?.n_restarts().await.unwrap_or(0),
+            state: state?,
+            invocation: invocation?.iter().map(|byte| format!("{byte:02x}")).collect(),
+            restarts: restarts.unwrap_or(0),
             is_restarting: kind.is_some_and(|kind| kind.ends_with("restart")),
         })
     }
