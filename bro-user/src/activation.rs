@@ -133,7 +133,7 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
 
 async fn activate(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
     if options.dry_run {
-        return dry_run(options, places).await;
+        return interrupt.or(dry_run(options, places)).await;
     }
     let Prepared { systemd, mut made, _lock, activated, known, changes, unfinished, warnings } =
         interrupt.or(prepare(options, places)).await?;
