@@ -67,8 +67,10 @@ pub struct Activated {
     pub options: Vec<(String, String)>,
     /// The container was named by `--container`, not taken from the quadlet.
     pub container_given: bool,
-    /// Drop-ins that belong to it.
-    pub others: Vec<PathBuf>,
+    /// The quadlet's drop-in, if it needs one.
+    pub drop_in: Option<PathBuf>,
+    /// The unit that makes namespaces, with `--restrict-network`.
+    pub pause_unit: Option<PathBuf>,
     /// Directories that were made for its files.
     pub made: Vec<PathBuf>,
 }
@@ -95,6 +97,11 @@ impl Activated {
     #[must_use]
     pub fn unit_scope(&self) -> Manager {
         if self.run_as.is_some() { Manager::User } else { self.scope }
+    }
+
+    /// Its files besides sockets and service.
+    pub fn others(&self) -> impl Iterator<Item = &PathBuf> {
+        self.drop_in.iter().chain(&self.pause_unit)
     }
 
     /// The value of one of `bro forward`'s options, if it is set.
@@ -243,10 +250,11 @@ pub(crate) fn assemble(
     // The first port is the one that has the quadlet's own name.
     listeners.sort_by_key(|listener| (listener.service != name, listener.service.clone()));
     let options = file.values(SECTION, "Option").into_iter();
-    let paths = |key| {
+    let paths = |key| -> Vec<PathBuf> {
         let paths = file.values(SECTION, key).into_iter();
         paths.map(|path| crate::quadlet::below(root, Path::new(path))).collect()
     };
+    let (drop_in, pause_unit) = others(paths("Also"));
     Some(Activated {
         name: name.to_owned(),
         scope,
@@ -263,9 +271,17 @@ pub(crate) fn assemble(
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .collect(),
         container_given: file.boolean(SECTION, "ContainerGiven").unwrap_or(false),
-        others: paths("Also"),
+        drop_in,
+        pause_unit,
         made: paths("Made"),
     })
+}
+
+/// Which of them is the drop-in, and which the pause unit.
+fn others(paths: Vec<PathBuf>) -> (Option<PathBuf>, Option<PathBuf>) {
+    let (units, drop_ins): (Vec<PathBuf>, Vec<PathBuf>) =
+        paths.into_iter().partition(|path| path.extension().is_some_and(|kind| kind == "service"));
+    (drop_ins.into_iter().next(), units.into_iter().next())
 }
 
 fn run_as(file: &UnitFile, root: Option<&Path>) -> Option<Owner> {

@@ -133,7 +133,7 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
 
 async fn activate(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
     if options.dry_run {
-        return dry_run(options, places).await;
+        return interrupt.or(dry_run(options, places)).await;
     }
     let Prepared { systemd, mut made, _lock, activated, known, changes, unfinished, warnings } =
         interrupt.or(prepare(options, places)).await?;
@@ -217,7 +217,7 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
 
 /// Where its files go.
 fn directories_of(activated: &Activated, places: &Places) -> Vec<PathBuf> {
-    let others = activated.others.iter().filter_map(|path| path.parent());
+    let others = activated.others().filter_map(|path| path.parent());
     std::iter::once(&*places.units).chain(others).map(Path::to_owned).collect()
 }
 
@@ -241,7 +241,7 @@ fn with_made(
 /// Every file of an activated service.
 fn files_of(activated: &Activated) -> Vec<PathBuf> {
     let sockets = activated.listeners.iter().map(|listener| listener.file.clone());
-    sockets.chain(activated.service_file.clone()).chain(activated.others.iter().cloned()).collect()
+    sockets.chain(activated.service_file.clone()).chain(activated.others().cloned()).collect()
 }
 
 /// What differs from what is on the disk. Somebody else's file is never touched.
@@ -405,7 +405,8 @@ fn doomed(
     rest.listeners.retain(|listener| !listener.service.is_empty());
     rest.listeners.retain(|listener| listener.service != *service);
     let mut changes = vec![gone(listener.file.clone())];
-    let drop_in = units::DropIn::read(known, &rest);
+    let drop_in = known.drop_in.as_deref().and_then(activated::read_ours);
+    let drop_in = drop_in.map(|file| units::DropIn::read(&file, &rest));
     let bro = program::written(known);
     for file in units::files(&rest, &bro, drop_in.as_ref(), places.root.as_deref())? {
         if std::fs::read_to_string(&file.path).ok().as_deref() != Some(&file.text) {

@@ -22,6 +22,11 @@ pub struct Owner {
     pub home: PathBuf,
 }
 
+/// Does the service manager of the user of that name run from boot on? logind's own notes.
+pub(crate) fn lingers(name: &str) -> bool {
+    Path::new("/var/lib/systemd/linger").join(name).exists()
+}
+
 /// A user's name, as far as one can stand in a unit file.
 ///
 /// # Errors
@@ -84,10 +89,10 @@ impl Owner {
         format!("user@{}.service", self.uid)
     }
 
-    /// Does the user's service manager run from boot on? logind's own notes.
+    /// Does the user's service manager run from boot on?
     #[must_use]
     pub fn lingers(&self) -> bool {
-        Path::new("/var/lib/systemd/linger").join(&self.name).exists()
+        lingers(&self.name)
     }
 
     /// Is it this process's own user?

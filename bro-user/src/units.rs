@@ -46,10 +46,10 @@ pub fn files(
     if let Some(path) = &activated.service_file {
         files.push(File { path: path.clone(), text: service::text(activated, bro, root) });
     }
-    if let (Some(drop_in), [path, ..]) = (drop_in, activated.others.as_slice()) {
+    if let (Some(drop_in), Some(path)) = (drop_in, &activated.drop_in) {
         files.push(File { path: path.clone(), text: drop_in.text(activated) });
     }
-    if let [_, path] = activated.others.as_slice() {
+    if let Some(path) = &activated.pause_unit {
         files.push(File { path: path.clone(), text: pause::text(activated) });
     }
     Ok(files)
@@ -81,7 +81,7 @@ fn notes(activated: &Activated, root: Option<&Path>) -> Vec<(&'static str, Strin
         notes.push(("ContainerGiven", "yes".to_owned()));
     }
     notes.extend(activated.options.iter().map(|(name, value)| ("Option", format!("{name}={value}"))));
-    notes.extend(activated.others.iter().map(|path| ("Also", said(path))));
+    notes.extend(activated.others().map(|path| ("Also", said(path))));
     notes.extend(activated.made.iter().map(|path| ("Made", said(path))));
     notes
 }

@@ -55,11 +55,11 @@ pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&P
     let below = |path: &str| crate::quadlet::below(root, Path::new(path));
     let listed =
         |key| main.map(|(_, file)| file.values(SECTION, key).into_iter().map(below).collect::<Vec<_>>());
-    let others = listed("Also").unwrap_or_else(|| {
+    let (drop_in, pause_unit) = super::others(listed("Also").unwrap_or_else(|| {
         // The pause unit, and drop-ins.
         let units = files().map(|(path, _)| path).filter(|path| !is_socket(path)).cloned();
         units.chain(drop_ins(&own, scope, root)).collect()
-    });
+    }));
     let quadlet = main.and_then(|(_, file)| file.value(SECTION, "Quadlet")).map(PathBuf::from);
     Some(Remnant {
         activated: Activated {
@@ -74,7 +74,8 @@ pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&P
             listeners,
             options: Vec::new(),
             container_given: false,
-            others,
+            drop_in,
+            pause_unit,
             made: listed("Made").unwrap_or_default(),
             name: own,
         },
@@ -87,7 +88,7 @@ pub(crate) fn lost(known: &Activated, directory: &Path) -> Vec<Listener> {
     let mut named = vec![first_socket(&known.name, &known.unit, known.direct)];
     let service = known.service_file.as_deref().and_then(super::read_ours);
     named.extend(service.map(|file| file.words("Service", "Sockets")).unwrap_or_default());
-    let drop_in = known.others.first().and_then(|path| super::read_ours(path));
+    let drop_in = known.drop_in.as_deref().and_then(super::read_ours);
     named.extend(drop_in.map(|file| file.words("Unit", "Requires")).unwrap_or_default());
     named.sort();
     named.dedup();

@@ -5,14 +5,12 @@ use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::task::Poll;
 
+use nix::libc;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// The signals: what they are, their numbers, their names.
-const SIGNALS: [(fn() -> SignalKind, u32, &str); 3] = [
-    (SignalKind::interrupt, 2, "Ctrl-C (SIGINT)"),
-    (SignalKind::terminate, 15, "SIGTERM"),
-    (SignalKind::hangup, 1, "SIGHUP"),
-];
+/// The signals, and what they are called.
+const SIGNALS: [(i32, &str); 3] =
+    [(libc::SIGINT, "Ctrl-C (SIGINT)"), (libc::SIGTERM, "SIGTERM"), (libc::SIGHUP, "SIGHUP")];
 
 /// The error of work that was interrupted.
 #[derive(Debug, thiserror::Error)]
@@ -27,10 +25,10 @@ impl Interrupt {
     pub fn watch() -> anyhow::Result<Self> {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let mut signals = Vec::new();
-        for (kind, number, name) in SIGNALS {
+        for (number, name) in SIGNALS {
             // nohup(1), and a shell's background: whoever started us wants us to go on.
             if !is_ignored(&status, number) {
-                signals.push((signal(kind())?, name));
+                signals.push((signal(SignalKind::from_raw(number))?, name));
             }
         }
         Ok(Self(signals))
@@ -54,7 +52,7 @@ impl Interrupt {
 }
 
 /// Reads proc_pid_status(5): a mask in hexadecimal, the lowest bit for signal 1.
-fn is_ignored(status: &str, number: u32) -> bool {
+fn is_ignored(status: &str, number: i32) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
     mask >> (number - 1) & 1 == 1

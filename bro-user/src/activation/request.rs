@@ -19,17 +19,20 @@ use crate::units::{self, DropIn, RESTRICTED};
 /// How long a container stays up without a connection where nobody said otherwise.
 const IDLE: &str = "5min";
 
+/// An option's name, and what the command line says of it.
+type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
+
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
-const HANDED_ON: [&str; 9] = [
-    "ready",
-    "start-timeout",
-    "wake-on",
-    "exit-idle-time",
-    "idle-by",
-    "min-uptime",
-    "busy-file",
-    "busy-exec",
-    "relay",
+const HANDED_ON: [HandedOn; 9] = [
+    ("ready", |options| options.ready.as_ref().map(readiness)),
+    ("start-timeout", |options| options.start_timeout.map(written)),
+    ("wake-on", |options| options.wake_on.map(word)),
+    ("exit-idle-time", |options| options.exit_idle_time.map(written)),
+    ("idle-by", |options| options.idle_by.map(word)),
+    ("min-uptime", |options| options.min_uptime.map(written)),
+    ("busy-file", |options| options.busy_file.as_ref().map(|path| path.display().to_string())),
+    ("busy-exec", |options| options.busy_exec.clone()),
+    ("relay", |options| options.relay.map(word)),
 ];
 
 /// What shall be.
@@ -108,7 +111,8 @@ pub(super) fn wanted(
         service_file: (!direct).then(|| places.units.join(format!("{}-activator.service", quadlet.name))),
         listeners: listeners(options, quadlet, known, places, &network, (direct, nginx))?,
         options: if direct { way(nginx, restricted) } else { handed_on(options, known) },
-        others: Vec::new(),
+        drop_in: None,
+        pause_unit: None,
         made: known.map(|known| known.made.clone()).unwrap_or_default(),
     };
     activated.socket_file.clone_from(&activated.listeners[0].file);
@@ -130,10 +134,10 @@ pub(super) fn wanted(
             Some((_, instance)) => format!("50-bro-activator-{instance}.conf"),
             None => "50-bro-activator.conf".to_owned(),
         };
-        activated.others.push(directory.join(file));
+        activated.drop_in = Some(directory.join(file));
     }
     if restricted {
-        activated.others.push(places.units.join(units::pause_unit(&activated.name)));
+        activated.pause_unit = Some(places.units.join(units::pause_unit(&activated.name)));
     }
     warn_of_ports(quadlet, &activated, &mut warnings);
     warn_of_install(quadlet, &mut warnings);
@@ -156,7 +160,7 @@ fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool>
     let forwarders_own = options.internal_port.is_some()
         || options.container.is_some()
         || options.network.is_some()
-        || given(options).iter().any(|(_, value)| value.is_some());
+        || HANDED_ON.iter().any(|(_, said)| said(options).is_some());
     match (known.direct, options.direct.is_some()) {
         (false, true) => Err(usage(format!(
             "{name} is activated with a forwarder; to change that, run `bro activate {name} --remove` first"
@@ -186,31 +190,18 @@ fn check_names(quadlet: &Quadlet) -> anyhow::Result<()> {
     Err(usage(format!("“{unit}”, of {}, cannot be the name of a unit", quadlet.file_name())))
 }
 
-/// What the command line says of the options that are handed on.
-fn given(options: &Activate) -> [(&'static str, Option<String>); 9] {
-    fn word<T: ValueEnum>(value: T) -> String {
-        value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-    }
-    let ready = options.ready.as_ref().map(|ready| match ready {
+fn word<T: ValueEnum>(value: T) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+fn readiness(ready: &Ready) -> String {
+    match ready {
         Ready::Listen => "listen".to_owned(),
         Ready::Connect => "connect".to_owned(),
         Ready::Healthy => "healthy".to_owned(),
         Ready::Unchecked => "none".to_owned(),
         Ready::Exec(command) => format!("exec:{command}"),
-    });
-    let values = [
-        ready,
-        options.start_timeout.map(written),
-        options.wake_on.map(word),
-        options.exit_idle_time.map(written),
-        options.idle_by.map(word),
-        options.min_uptime.map(written),
-        options.busy_file.as_ref().map(|path| path.display().to_string()),
-        options.busy_exec.clone(),
-        options.relay.map(word),
-    ];
-    let mut values = values.into_iter();
-    HANDED_ON.map(|name| (name, values.next().flatten()))
+    }
 }
 
 /// As one would write it: whole minutes as minutes.
@@ -224,12 +215,12 @@ fn written(span: TimeSpan) -> String {
 
 fn handed_on(options: &Activate, known: Option<&Activated>) -> Vec<(String, String)> {
     let before = |name: &str| known.and_then(|known| known.option(name)).map(str::to_owned);
-    let value = |(name, value): (&str, Option<String>)| {
-        let value =
-            value.or_else(|| before(name)).or_else(|| (name == "exit-idle-time").then(|| IDLE.to_owned()));
-        Some((name.to_owned(), value?))
+    let value = |(name, said): &HandedOn| {
+        let value = said(options).or_else(|| before(name));
+        let value = value.or_else(|| (*name == "exit-idle-time").then(|| IDLE.to_owned()));
+        Some(((*name).to_owned(), value?))
     };
-    given(options).into_iter().filter_map(value).collect()
+    HANDED_ON.iter().filter_map(value).collect()
 }
 
 /// The ports there were, with what the command line says of one of them.

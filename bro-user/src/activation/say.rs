@@ -9,6 +9,7 @@ use super::write::Change;
 use crate::activate::bus::Manager;
 use crate::activated::Activated;
 use crate::exit::on_one_line;
+use crate::owner;
 use crate::units::File;
 
 pub(super) fn warnings(warnings: &[String]) -> anyhow::Result<()> {
@@ -130,10 +131,9 @@ fn tries(activated: &Activated) -> Vec<String> {
     activated.listeners.iter().filter_map(|listener| try_one(&listener.address)).collect()
 }
 
-/// logind's own notes.
 fn lingers() -> bool {
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
-    user.is_some_and(|user| std::path::Path::new("/var/lib/systemd/linger").join(user.name).exists())
+    user.is_some_and(|user| owner::lingers(&user.name))
 }
 
 pub(super) fn removed(known: &Activated, changes: &[Change], awake: bool) -> anyhow::Result<()> {

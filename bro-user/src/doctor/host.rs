@@ -77,7 +77,7 @@ pub(super) fn linger() -> Check {
         return Check::ok(NAME, "root's services start at boot");
     }
     match nix::unistd::User::from_uid(uid) {
-        Ok(Some(user)) if Path::new("/var/lib/systemd/linger").join(&user.name).exists() => {
+        Ok(Some(user)) if crate::owner::lingers(&user.name) => {
             Check::ok(NAME, "this user's services start at boot")
         }
         Ok(Some(user)) => Check::less(

@@ -99,7 +99,7 @@ fn again(known: &Activated) -> String {
 fn files(known: &Activated) -> Check {
     const NAME: &str = "files";
     let mut gone: Vec<String> =
-        known.others.iter().filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
+        known.others().filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
     let directory = known.socket_file.parent().unwrap_or(Path::new("/"));
     gone.extend(remnant::lost(known, directory).into_iter().map(|listener| listener.socket));
     if gone.is_empty() {
@@ -304,7 +304,7 @@ async fn versions(known: &Activated) -> Check {
     const NAME: &str = "versions";
     let versions = Versions::of_this_host().await;
     let needed = FEATURES.iter().filter(|feature| {
-        (feature.name.contains("drop-ins") && !known.others.is_empty())
+        (feature.name.contains("drop-ins") && known.drop_in.is_some())
             || (feature.name.contains("--direct") && known.direct)
             || (matches!(feature.guard, Some(Guard::ContainerSelinux(..))) && known.direct)
             || (matches!(feature.guard, Some(Guard::AppArmor(..))) && known.unit_scope() == Manager::User)
@@ -439,7 +439,8 @@ mod tests {
             listeners: Vec::new(),
             options: Vec::new(),
             container_given,
-            others: Vec::new(),
+            drop_in: None,
+            pause_unit: None,
             made: Vec::new(),
         }
     }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::activated::Activated;
+use crate::unit_file::UnitFile;
 
 /// How `--restrict-network` is noted.
 pub const RESTRICTED: &str = "restrict-network";
@@ -22,12 +23,11 @@ pub struct DropIn {
 }
 
 impl DropIn {
-    /// What was written for `known`, with the sockets of `rest`; none where there is no drop-in.
+    /// What was written, with the sockets of `rest`.
     #[must_use]
-    pub fn read(known: &Activated, rest: &Activated) -> Option<Self> {
-        let file = crate::activated::read_ours(known.others.first()?)?;
+    pub fn read(file: &UnitFile, rest: &Activated) -> Self {
         let own = file.words("Unit", "Requires");
-        Some(Self {
+        Self {
             no_network: file.value("Quadlet", "DefaultDependencies").is_some(),
             sockets: rest
                 .listeners
@@ -37,7 +37,7 @@ impl DropIn {
                 .collect(),
             nginx: file.value("Container", "Environment").is_some(),
             never_notifies: file.value("Container", "Notify").is_some(),
-        })
+        }
     }
 
     /// Is there anything to say?

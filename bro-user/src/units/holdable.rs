@@ -33,14 +33,15 @@ pub(super) fn check(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>)
         listeners,
         options,
         container_given: _,
-        others,
+        drop_in: drop_in_file,
+        pause_unit,
         made,
     } = activated;
     let mut texts: Vec<&str> = vec![name, unit];
     let mut paths: Vec<&Path> = vec![bro, quadlet, socket_file];
     texts.extend(container.as_deref());
     paths.extend(service_file.as_deref());
-    paths.extend(others.iter().chain(made).map(std::path::PathBuf::as_path));
+    paths.extend(drop_in_file.iter().chain(pause_unit).chain(made).map(std::path::PathBuf::as_path));
     if let Some(Owner { name, uid: _, gid: _, home }) = run_as {
         texts.push(name);
         paths.push(home);
@@ -96,7 +97,8 @@ mod tests {
             }],
             options: vec![("exit-idle-time".into(), "5min".into())],
             container_given: false,
-            others: vec!["/drop-in.conf".into()],
+            drop_in: Some("/drop-in.conf".into()),
+            pause_unit: Some("/pause.service".into()),
             made: vec!["/made".into()],
         }
     }
@@ -110,7 +112,7 @@ mod tests {
             super::super::files(activated, Path::new("/usr/bin/bro"), Some(drop_in), None)
         };
         assert!(!files(&activated(), &drop_in).unwrap().is_empty());
-        let spoil: [fn(&mut Activated); 14] = [
+        let spoil: [fn(&mut Activated); 15] = [
             |all| all.name = BAD.into(),
             |all| all.run_as.as_mut().unwrap().name = BAD.into(),
             |all| all.run_as.as_mut().unwrap().home = BAD.into(),
@@ -123,7 +125,8 @@ mod tests {
             |all| all.listeners[0].target = Some(BAD.into()),
             |all| all.listeners[0].device = Some(BAD.into()),
             |all| all.options[0].1 = BAD.into(),
-            |all| all.others[0] = BAD.into(),
+            |all| all.drop_in = Some(BAD.into()),
+            |all| all.pause_unit = Some(BAD.into()),
             |all| all.made[0] = BAD.into(),
         ];
         for (number, spoil) in spoil.iter().enumerate() {

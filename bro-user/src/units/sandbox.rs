@@ -178,7 +178,8 @@ mod tests {
             listeners: Vec::new(),
             options: Vec::new(),
             container_given: false,
-            others: Vec::new(),
+            drop_in: None,
+            pause_unit: None,
             made: Vec::new(),
         };
         lines(&activated, Some(Path::new(bro)))

@@ -309,6 +309,31 @@ fn a_port_already_taken_is_said_with_its_owner() -> Result<()> {
     Ok(())
 }
 
+/// systemd would remove it to listen there.
+#[test]
+fn what_is_no_socket_is_in_the_way_of_one() -> Result<()> {
+    let tree = Tree::with_web()?;
+    tree.write("home/.config/containers/systemd/web.container", "[Container]\nImage=localhost/web\n")?;
+    tree.write("precious", "mine")?;
+    let path = tree.path("precious").display().to_string();
+    let mut command = Command::new(bro_tests::bro::binary());
+    command.args([
+        "activate",
+        "web",
+        "--user",
+        "--dry-run",
+        "--external-port",
+        &path,
+        "--internal-port",
+        "80",
+    ]);
+    environment(&mut command);
+    let answer = said(command.env("XDG_CONFIG_HOME", tree.path("home/.config")))?;
+    let expected = format!("there is a file at {path}, which systemd would remove");
+    ensure!(answer.code == 0 && answer.stderr.contains(&expected), "{answer:?}");
+    Ok(())
+}
+
 #[test]
 fn without_a_service_manager_nothing_is_written() -> Result<()> {
     let tree =

@@ -79,6 +79,36 @@ pub fn killed(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// Without one of its files it cannot be read back, and what systemd has of it goes all the same.
+pub fn deleted_by_hand(host: &Host, manager: Manager) -> Result<()> {
+    Plan::service(manager, 0.0, "").write_quadlet(host, manager, "partly")?;
+    let units = match manager {
+        Manager::System => "/etc/systemd/system".to_owned(),
+        Manager::User(user) => format!("/home/{user}/.config/systemd/user"),
+    };
+    for file in ["partly-activator.service", "partly-activator.socket"] {
+        let port = host.free_port()?;
+        let words = format!("partly --external-port 127.0.0.1:{port} --internal-port {INNER}");
+        let ran = activate(host, manager, &words)?;
+        ensure!(ran.success(), "{ran:?}");
+        host.sh(&format!("rm {units}/{file}"))?;
+        let doctor = manager.try_run(host, &["bro", "doctor", "partly"])?;
+        ensure!(doctor.code == 4 && doctor.stderr.contains(&format!("{file} is gone")), "{doctor:?}");
+        // (A client would be waited for.)
+        let socket = manager.show(host, "partly-activator.socket", "ActiveState")?;
+        ensure!(socket == "active", "the socket is {socket}");
+        let removed = activate(host, manager, "partly --remove")?;
+        ensure!(removed.success(), "{removed:?}");
+        ensure!(host.connect(port).is_err(), "systemd listens still");
+        let left: Vec<String> =
+            tree(host, manager)?.into_iter().filter(|line| line.contains("partly-activator")).collect();
+        ensure!(left.is_empty(), "{left:#?}");
+        let forwarder = manager.show(host, "partly-activator.service", "ActiveState")?;
+        ensure!(forwarder == "inactive", "the forwarder is {forwarder}");
+    }
+    Ok(())
+}
+
 /// Told to stop while it waits for a forwarder that has a client, it leaves files and units as they were.
 pub fn interrupted(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::activated(host, manager, "cut", &Plan::service(manager, 0.0, ""), &IDLE)?;

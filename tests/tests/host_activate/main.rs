@@ -49,6 +49,7 @@ const BOTH: &[Case] = &[
     ("activated several times at once", faults::twice_at_once),
     ("a run that was killed", faults::killed),
     ("a run that is interrupted", faults::interrupted),
+    ("a file of it is deleted by hand", faults::deleted_by_hand),
     ("the quadlet is renamed, and deleted", faults::quadlet_goes),
     ("the socket is stopped while clients are held", faults::socket_stopped),
     ("a hundred clients in the first millisecond", faults::hundred_at_once),

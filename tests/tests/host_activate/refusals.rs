@@ -32,6 +32,7 @@ pub fn bad_input(host: &Host, manager: Manager) -> Result<()> {
         ("plain --external-port 8080 --relay pigeon", 2, "pigeon"),
         ("plain --external-port 8080 --backlog 0", 2, "backlog"),
         ("plain --external-port 8080 --bind-to-device nosuch0", 2, "nosuch0"),
+        ("plain --external-port /etc/hostname --internal-port 80", 1, "there is a file at /etc/hostname"),
         ("plain --external-port 8080 --network nosuch", 2, "nosuch"),
         ("plain --external-port 8080 --service-name a/b", 2, "a/b"),
         ("plain --external-port 8080 --direct --internal-port 80", 2, "--direct"),
