@@ -475,6 +475,13 @@ impl Activator {
         Ok(Stopped::Done)
     }
 
+    /// Is this process, which is being stopped, in the way of the unit's start?
+    pub async fn is_in_the_way(&self) -> bool {
+        let (Some(unit), Some(own)) = (&self.unit, crate::status::own_unit()) else { return false };
+        let Ok(bus) = self.bus().await else { return false };
+        bus.starts_after_the_end_of(unit, &own).await.unwrap_or(false)
+    }
+
     /// Another unit that runs and needs this one, if there is one.
     pub async fn needed_by(&self) -> Option<String> {
         let unit = self.unit.as_ref()?;

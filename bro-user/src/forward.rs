@@ -453,6 +453,9 @@ impl<'a> Control<'a> {
                 _ = watch.tick(), if watchdog.is_some() => self.engine.send(Plain::Ping),
                 _ = status.tick() => {
                     self.replacing.tell(&self.stats);
+                    if matches!(self.phase, Phase::Draining(_)) {
+                        self.give_up_where_in_the_way();
+                    }
                     if let Some(news) = self.foreign.as_mut().and_then(|foreign| foreign.news(std::time::Instant::now())) {
                         left_alone(news);
                     }

@@ -103,6 +103,8 @@ trait Unit {
     #[zbus(property(emits_changed_signal = "false"))]
     fn wants(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "false"))]
+    fn before(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
     fn job(&self) -> zbus::Result<(u32, OwnedObjectPath)>;
 }
 
@@ -110,6 +112,8 @@ trait Unit {
 trait Job {
     #[zbus(property(emits_changed_signal = "false"))]
     fn job_type(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn state(&self) -> zbus::Result<String>;
 }
 
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
@@ -465,6 +469,21 @@ impl Bus {
             }
         }
         Ok(None)
+    }
+
+    /// Does the start of the unit wait for the end of `other`, which is being stopped? Of two units in an order, systemd stops the
+    /// one before it starts the other.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn starts_after_the_end_of(&self, unit: &str, other: &str) -> anyhow::Result<bool> {
+        let unit = self.unit(unit).await?;
+        let (id, job) = unit.job().await?;
+        if id == 0 || !unit.before().await?.iter().any(|before| before == other) {
+            return Ok(false);
+        }
+        let job = JobProxy::builder(self.connection()).path(job).build().await?;
+        Ok(job.job_type().await? == "start" && job.state().await? == "waiting")
     }
 
     /// Stops the unit, and has systemd forget how often it was started: its start limit is for units that fail, not for one that is

@@ -129,6 +129,24 @@ impl Control<'_> {
         }
     }
 
+    /// Told to stop while it wakes a target: where systemd starts the unit only after this process has ended, those who are held
+    /// would be held in vain.
+    pub(super) fn give_up_where_in_the_way(&self) {
+        let waking =
+            self.wakefulness.iter().enumerate().filter(|(_, target)| **target == Wakefulness::Waking);
+        for (backend, _) in waking {
+            let (activator, done) = (self.activator.clone(), self.woken.0.clone());
+            let asking = async move {
+                if activator.is_in_the_way().await {
+                    let why =
+                        "its unit is started only when this forwarder, which is told to stop, has ended";
+                    done.send((backend, Err(anyhow::anyhow!(why)))).ok();
+                }
+            };
+            drop(tokio::spawn(asking));
+        }
+    }
+
     /// `--pid` names one process. When it has exited there will never be a namespace again, so the forwarder ends as well.
     fn give_up_on_a_dead_process(&mut self, error: anyhow::Error) {
         if matches!(self.activator.place(), Place::Pid(_))

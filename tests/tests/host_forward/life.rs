@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use bro_tests::host::{Host, Manager};
 
-use crate::site::{PATIENCE, Plan, Site, folder, text};
+use crate::site::{PATIENCE, Plan, Site, ask, folder, text};
 
 pub fn container_restarts(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "again", &Plan::service(manager, 0.2, ""))?;
@@ -99,6 +99,30 @@ pub fn killed(host: &Host, manager: Manager) -> Result<()> {
     site.await_exit()?;
     // The successor puts to sleep what its predecessor had woken.
     site.await_container_gone()
+}
+
+/// A forwarder that is ordered after its container, and is told to stop while it wakes it: each would wait for the other. The client
+/// is served, or told.
+pub fn stopped_while_it_wakes(host: &Host, manager: Manager) -> Result<()> {
+    let mut plan = Plan::service(manager, 0.3, "--exit-idle-time 5s");
+    plan.unit = "After={name}.service\nStartLimitIntervalSec=0";
+    let site = Site::new(host, manager, "hasty", &plan)?;
+    for pause in [0, 10, 20, 30, 40, 60, 80, 120] {
+        let client = site.client()?;
+        let (answer, took) = std::thread::scope(|scope| {
+            let asking = scope.spawn(move || ask(client, b"hasty"));
+            std::thread::sleep(Duration::from_millis(pause));
+            let began = std::time::Instant::now();
+            let stopped = manager.systemctl(host, &["stop", &site.socket(), &site.forwarder()]);
+            let took = began.elapsed();
+            stopped.map(|_| (asking.join().expect("it does not panic"), took))
+        })?;
+        // With --drain-timeout it would be half a minute.
+        ensure!(took < Duration::from_secs(15), "after {pause} ms: {took:?}\n{}", site.journals());
+        ensure!(answer.is_err() || answer? == b"hasty", "after {pause} ms: a wrong answer");
+        manager.systemctl(host, &["start", &site.socket()])?;
+    }
+    site.check_echo()
 }
 
 pub fn drains(host: &Host, manager: Manager) -> Result<()> {

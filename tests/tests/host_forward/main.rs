@@ -38,6 +38,7 @@ const BOTH: &[Case] = &[
     ("a client that leaves while it is held", life::client_leaves),
     ("a forwarder that is killed", life::killed),
     ("stopping the forwarder lets a connection finish", life::drains),
+    ("a forwarder that is told to stop while it wakes", life::stopped_while_it_wakes),
     ("what systemd is told", life::status),
     ("a container that dies during its start", failures::dies_during_start),
     ("a service that never listens", failures::never_listens),
