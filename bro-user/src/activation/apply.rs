@@ -345,18 +345,7 @@ pub(super) async fn taken(external: &External, owner: &taken::Owner, systemd: Op
         Some(systemd) => systemd.socket_at(&owner.address).await,
         None => None,
     };
-    let who = match (unit, &owner.process) {
-        (Some(unit), _) => format!("by {unit} at {}", owner.address),
-        (None, Some(process)) if owner.is_systemd => {
-            format!("by a socket unit at {}, held by {process}; see `systemctl list-sockets`", owner.address)
-        }
-        (None, Some(process)) => format!("by {process} at {}", owner.address),
-        (None, None) => format!(
-            "at {} by a process of another user's; see `sudo ss --listening --processes --numeric`",
-            owner.address
-        ),
-    };
-    format!("{external} is taken {who}")
+    format!("{external} is taken {}", owner.who(unit.as_deref()))
 }
 
 /// Stops, disables, removes and reloads. Says whether the container is still awake.
