@@ -9,8 +9,8 @@ mod interrupt;
 mod program;
 pub(crate) mod request;
 mod say;
-mod standing;
-mod systemd;
+pub(crate) mod standing;
+pub(crate) mod systemd;
 pub(crate) mod taken;
 mod write;
 
