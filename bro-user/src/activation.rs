@@ -7,6 +7,8 @@ pub mod address;
 mod apply;
 mod interrupt;
 mod program;
+mod published;
+mod refusals;
 pub(crate) mod request;
 mod say;
 pub(crate) mod standing;
