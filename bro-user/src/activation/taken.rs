@@ -48,21 +48,19 @@ impl Owner {
                 format!("by a socket unit at {address}, held by {process}; see `systemctl list-sockets`")
             }
             (None, Some(process), _) => format!("by {process} at {address}"),
-            (None, None, _) if !self.is_seen => {
-                format!(
-                    "at {address} by a process that has bound it and does not listen, so that nobody sees whose it is"
-                )
-            }
-            (None, None, Some(uid)) => {
-                let name = nix::unistd::User::from_uid(uid.into()).ok().flatten();
-                let name = name.map_or_else(|| format!("user {uid}"), |user| user.name);
-                format!(
-                    "at {address} by a process of {name}'s; see `sudo ss --listening --processes --numeric`"
-                )
-            }
-            (None, None, None) => format!(
-                "at {address} by a process of another user's; see `sudo ss --listening --processes --numeric`"
+            (None, None, _) if !self.is_seen => format!(
+                "by a process that has bound {address} and does not listen, so that nobody sees whose it is"
             ),
+            (None, None, user) => {
+                let name = |uid: u32| {
+                    let known = nix::unistd::User::from_uid(uid.into()).ok().flatten();
+                    known.map_or_else(|| format!("user {uid}"), |user| user.name)
+                };
+                format!(
+                    "by a process of {}'s at {address}; see `sudo ss --listening --processes --numeric`",
+                    user.map_or_else(|| "another user".to_owned(), name)
+                )
+            }
         }
     }
 }
@@ -393,6 +391,8 @@ mod tests {
         };
         assert!(owner.who(None).contains("a process of root's"), "{}", owner.who(None));
         assert_eq!(owner.who(Some("web.socket")), "by web.socket at 127.0.0.1:80");
+        let unknown = Owner { user: None, ..owner.clone() };
+        assert!(unknown.who(None).starts_with("by a process of another user's at "), "{}", unknown.who(None));
         let unseen = Owner { user: None, is_seen: false, ..owner };
         assert!(unseen.who(None).contains("does not listen"), "{}", unseen.who(None));
     }
