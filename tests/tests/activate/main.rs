@@ -2,6 +2,7 @@
 //! and that nothing is ever half-written. On a real systemd: the host suites.
 
 mod atomic;
+mod below;
 mod golden;
 mod refusals;
 mod security;
