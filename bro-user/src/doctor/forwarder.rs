@@ -3,16 +3,19 @@
 
 use std::path::PathBuf;
 
-use super::Check;
 use super::whose::Whose;
+use super::{Check, listens};
 use crate::activate::bus::Manager;
+use crate::activated::Activated;
 use crate::activation::systemd::Systemd;
 use crate::control::{self, Request};
 use crate::status::Report;
 
 const NAME: &str = "forwarder";
 
-pub(super) async fn check(service: &str, scope: Manager, whose: &Whose, systemd: &Systemd) -> Check {
+/// `service` is the forwarder's unit.
+pub(super) async fn check(known: &Activated, service: &str, systemd: &Systemd) -> Check {
+    let whose = Whose::front(known);
     let (systemctl, journal) = (whose.systemctl(), whose.journal(service));
     let unreadable = |error: anyhow::Error| {
         Check::bad(NAME, format!("{service}: {error:#}"), format!("see `{systemctl} status {service}`"))
@@ -44,12 +47,14 @@ pub(super) async fn check(service: &str, scope: Manager, whose: &Whose, systemd:
                 "{service} does not get up, and its clients wait: systemd has started it again {times} times{log}"
             ),
             format!(
-                "see `{journal}`; if its program has moved, have `bro activate` write the unit anew with the program where it is now"
+                "see `{journal}`; if its program has moved, `{} {}` writes the unit anew, with the program where it is now",
+                listens::activate(known),
+                known.name
             ),
         );
     }
     if found.active == "active"
-        && let Some(why) = does_not_answer(service, scope).await
+        && let Some(why) = does_not_answer(service, known.scope).await
         // It may have left meanwhile, as it does when it is idle.
         && systemd.bus.active_state(service).await.is_ok_and(|state| state == "active")
     {

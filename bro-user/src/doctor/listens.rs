@@ -172,7 +172,7 @@ fn internal(listening: Listening) -> String {
 }
 
 /// `bro activate`, by whoever may.
-fn activate(known: &Activated) -> &'static str {
+pub(super) fn activate(known: &Activated) -> &'static str {
     if known.scope == Manager::System && !nix::unistd::geteuid().is_root() {
         "sudo bro activate"
     } else {

@@ -54,7 +54,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
                 checks.push(socket(&known, listener, &systemd).await);
             }
             if let Some(service) = known.service() {
-                checks.push(forwarder::check(&service, known.scope, &Whose::front(&known), &systemd).await);
+                checks.push(forwarder::check(&known, &service, &systemd).await);
             }
             bus = Some(container);
         }
