@@ -371,6 +371,14 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
     }
 
     #[test]
+    fn a_user_who_is_gone_is_known_as_such() {
+        let file = |name: &str| UnitFile::parse(&format!("[{SECTION}]\nRunAs={name}\nRunAsId=4711\n"));
+        let gone = run_as(&file("bro-no-such-user"), None).unwrap();
+        assert!(gone.is_gone() && gone.name == "bro-no-such-user" && gone.uid == 4711);
+        assert!(!run_as(&file("nobody"), None).unwrap().is_gone());
+    }
+
+    #[test]
     fn no_directory_means_nothing_is_activated() {
         assert_eq!(all_in(Path::new("/nonexistent"), Manager::User, None).unwrap(), []);
     }
