@@ -7,8 +7,11 @@ use std::task::Poll;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// The signals: what they are, their numbers, their names.
-const SIGNALS: [(fn() -> SignalKind, u32, &str); 3] = [
+/// A signal: what it is, its number, its name.
+type Known = (fn() -> SignalKind, u32, &'static str);
+
+/// Those that are heeded.
+const SIGNALS: [Known; 3] = [
     (SignalKind::interrupt, 2, "Ctrl-C (SIGINT)"),
     (SignalKind::terminate, 15, "SIGTERM"),
     (SignalKind::hangup, 1, "SIGHUP"),
