@@ -4,6 +4,7 @@
 mod atomic;
 mod below;
 mod golden;
+mod nobody;
 mod refusals;
 mod security;
 mod tree;
