@@ -145,6 +145,14 @@ pub(crate) fn inode_at(external: &External) -> Option<u64> {
     found(external).map(|socket| socket.inode)
 }
 
+/// How many clients wait at the TCP listener of that number to be accepted.
+pub(crate) fn waiting(inode: u64) -> u32 {
+    let text =
+        ["/proc/net/tcp6", "/proc/net/tcp"].map(|table| std::fs::read_to_string(table).unwrap_or_default());
+    let mut rows = text.iter().flat_map(|text| text.lines().skip(1).filter_map(row));
+    rows.find(|row| row.inode == inode && row.listens).map_or(0, |row| row.waiting)
+}
+
 /// A socket that stands in the way.
 #[derive(Debug)]
 struct Socket {
@@ -197,6 +205,8 @@ fn in_the_way(external: &External, other: IpAddr) -> bool {
 pub(crate) struct Row {
     pub address: SocketAddr,
     pub listens: bool,
+    /// How many bytes wait to be read; of a listener, how many clients to be accepted.
+    pub waiting: u32,
     pub user: u32,
     pub inode: u64,
 }
@@ -219,6 +229,7 @@ pub(crate) fn row(line: &str) -> Option<Row> {
     Some(Row {
         address: SocketAddr::new(ip, port),
         listens: *fields.get(3)? == LISTEN,
+        waiting: u32::from_str_radix(fields.get(4)?.split_once(':')?.1, 16).ok()?,
         user: fields.get(7)?.parse().ok()?,
         inode: fields.get(9)?.parse().ok()?,
     })
@@ -371,9 +382,9 @@ mod tests {
 
     #[test]
     fn reads_the_kernels_tables() {
-        let line = "   1: 00000000000000000000000001000000:1F90 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4711 1 0 100 0 0 10 0";
-        let Row { address, listens, user, inode } = row(line).unwrap();
-        assert_eq!((listens, user, inode), (true, 1000, 4711));
+        let line = "   1: 00000000000000000000000001000000:1F90 00000000000000000000000000000000:0000 0A 00000000:00000002 00:00000000 00000000  1000        0 4711 1 0 100 0 0 10 0";
+        let Row { address, listens, waiting, user, inode } = row(line).unwrap();
+        assert_eq!((listens, waiting, user, inode), (true, 2, 1000, 4711));
         assert_eq!(address.port(), 8080);
         #[cfg(target_endian = "little")]
         assert_eq!(address.ip(), Ipv6Addr::LOCALHOST);

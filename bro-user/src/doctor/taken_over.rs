@@ -2,11 +2,15 @@
 //! that listens elsewhere wait for ever.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::Check;
-use super::listens::{NAME, is_paused, listeners, running, written};
+use super::listens::{NAME, activate, is_paused, listeners, running, written};
 use crate::activated::{Activated, Listener};
 use crate::activation::taken;
+
+/// How long a program that is at work may leave a client waiting.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// `container` is the quadlet's own.
 pub(super) async fn check(known: &Activated, listener: &Listener, container: Option<&str>) -> Check {
@@ -28,32 +32,57 @@ pub(super) async fn check(known: &Activated, listener: &Listener, container: Opt
     let Some(inode) = inode else {
         return Check::ok(NAME, format!("nobody listens at {address}, so there is nothing to take over"));
     };
+    let mend = if known.option("direct") == Some("nginx") {
+        format!("`listen {}` in nginx's configuration has to be exactly that", as_nginx(address))
+    } else {
+        format!(
+            "the program has to take over LISTEN_FDS (sd_listen_fds(3)); if it is an nginx whose Image= does not say so: \
+             `{} {name} --direct=nginx`",
+            activate(known)
+        )
+    };
+    let elsewhere = match listeners(pid).await {
+        Ok(found) if !found.is_empty() => format!("; it listens at {}", written(&found)),
+        _ => String::new(),
+    };
     match hold(&members(pid), inode) {
-        Some(true) => Check::ok(NAME, format!("{container} has taken {address} over")),
+        // Who has it open may only have inherited it.
+        Some(true) => match left_waiting(inode).await {
+            0 => Check::ok(NAME, format!("{container} has taken {address} over")),
+            1 => Check::bad(
+                NAME,
+                format!(
+                    "{container} runs and has {address}, and a client waits there to be accepted{elsewhere}"
+                ),
+                mend,
+            ),
+            clients => Check::bad(
+                NAME,
+                format!(
+                    "{container} runs and has {address}, and {clients} clients wait there to be accepted{elsewhere}"
+                ),
+                mend,
+            ),
+        },
         None => Check::ok(
             NAME,
             format!("the container takes {address} over itself; nobody could look, without the right to"),
         ),
-        Some(false) => {
-            let elsewhere = match listeners(pid).await {
-                Ok(found) if !found.is_empty() => format!("; it listens at {}", written(&found)),
-                _ => String::new(),
-            };
-            let mend = if known.option("direct") == Some("nginx") {
-                format!("`listen {}` in nginx's configuration has to be exactly that", as_nginx(address))
-            } else {
-                format!(
-                    "the program has to take over LISTEN_FDS (sd_listen_fds(3)); if it is an nginx whose Image= does not say so: \
-                     `bro activate {name} --direct=nginx`"
-                )
-            };
-            Check::bad(
-                NAME,
-                format!("{container} runs, and no process in it has taken {address} over{elsewhere}"),
-                mend,
-            )
-        }
+        Some(false) => Check::bad(
+            NAME,
+            format!("{container} runs, and no process in it has taken {address} over{elsewhere}"),
+            mend,
+        ),
     }
+}
+
+/// How many clients nobody accepts, although there was time to.
+async fn left_waiting(inode: u64) -> u32 {
+    if taken::waiting(inode) == 0 {
+        return 0;
+    }
+    tokio::time::sleep(MOMENT).await;
+    taken::waiting(inode)
 }
 
 /// As nginx writes it.
@@ -107,6 +136,10 @@ mod tests {
         assert_eq!(hold(std::slice::from_ref(&me), inode), Some(true));
         assert_eq!(hold(&[me], inode + 1_000_000), Some(false));
         assert_eq!(hold(&["/proc/0".into()], inode), None);
+        assert_eq!(taken::waiting(inode), 0);
+        let _clients =
+            [(); 2].map(|()| std::net::TcpStream::connect(listening.local_addr().unwrap()).unwrap());
+        assert_eq!(taken::waiting(inode), 2);
         drop(listening);
         assert_eq!(taken::inode_at(&external), None);
     }

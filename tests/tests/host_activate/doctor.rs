@@ -98,8 +98,11 @@ pub fn status_and_doctor(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// Expects a complaint: about what, a part of it, and further options.
+type Ill<'a> = dyn Fn(&str, &str, &[&str]) -> Result<()> + 'a;
+
 /// One that does not get up, and one that does not answer.
-fn a_broken_forwarder(site: &Site<'_>, ill: &dyn Fn(&str, &str, &[&str]) -> Result<()>) -> Result<()> {
+fn a_broken_forwarder(site: &Site<'_>, ill: &Ill<'_>) -> Result<()> {
     let (host, manager, forwarder) = (site.host, site.manager, site.forwarder());
     let drop_in = format!("{forwarder}.d/moved.conf");
     manager.unit(host, &drop_in, "[Service]\nExecStart=\nExecStart=/nonexistent/bro forward\n")?;
@@ -136,11 +139,7 @@ fn a_broken_forwarder(site: &Site<'_>, ill: &dyn Fn(&str, &str, &[&str]) -> Resu
 }
 
 /// Somebody has had the socket listen somewhere else by a drop-in.
-fn a_socket_elsewhere(
-    site: &Site<'_>,
-    ill: &dyn Fn(&str, &str, &[&str]) -> Result<()>,
-    status: &dyn Fn() -> Result<String>,
-) -> Result<()> {
+fn a_socket_elsewhere(site: &Site<'_>, ill: &Ill<'_>, status: &dyn Fn() -> Result<String>) -> Result<()> {
     let (host, manager, socket) = (site.host, site.manager, site.socket());
     let folder = match manager {
         Manager::System => "/etc/systemd/system".to_owned(),
