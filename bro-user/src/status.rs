@@ -183,17 +183,27 @@ fn printable(text: &str) -> String {
     text.chars().map(shown).collect()
 }
 
+/// What there is of a name, as JSON.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Named {
+    /// A forwarder of it.
+    Forwarder(Report),
+    /// It has none now.
+    Asleep(services::Service),
+}
+
 /// What the forwarders say that are named on the command line, after a line for each service that has none now: as text, and as
 /// JSON, where such a service stands as it does in the list of all.
 async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)> {
     let (mut asleep, mut reports) = (String::new(), Vec::new());
-    let mut json: Vec<serde_json::Value> = Vec::new();
+    let mut json: Vec<Named> = Vec::new();
     for whom in &options.whom {
         if whom.contains('/') {
             let report: anyhow::Result<Report> = control::ask_soon(Path::new(whom), Request::Status).await;
             let report = report
                 .map_err(|error| Failure::NotFound(format!("no forwarder answers at {whom}: {error}")))?;
-            json.push(serde_json::to_value(&report)?);
+            json.push(Named::Forwarder(report.clone()));
             reports.push(report);
             continue;
         }
@@ -205,11 +215,10 @@ async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)>
         };
         if service.forwarders.is_empty() {
             asleep += &format!("{}\n", services::sentence(&service));
-            json.push(serde_json::to_value(&service)?);
+            json.push(Named::Asleep(service));
+            continue;
         }
-        for report in &service.forwarders {
-            json.push(serde_json::to_value(report)?);
-        }
+        json.extend(service.forwarders.iter().cloned().map(Named::Forwarder));
         reports.extend(service.forwarders);
     }
     Ok((asleep + &describe(&reports), serde_json::to_string_pretty(&json)?))
