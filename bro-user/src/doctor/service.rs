@@ -17,6 +17,9 @@ use crate::quadlet::{self, Quadlet};
 /// How long `--wake` waits.
 const WAKE: std::time::Duration = std::time::Duration::from_secs(90);
 
+/// The check of those who start units.
+const MANAGER: &str = "service manager";
+
 /// What makes units of quadlets; it reads those of whoever runs it.
 const GENERATOR: &str = "/usr/lib/systemd/system-generators/podman-system-generator";
 
@@ -38,33 +41,27 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
         return Ok(checks);
     }
     let quadlet = quadlet(&known, &mut checks);
-    let managers = async {
-        let front = Systemd::connect(known.scope).await?;
-        let container = match &known.run_as {
-            Some(owner) => Bus::connect_as(owner).await?,
-            None => front.bus.clone(),
-        };
-        anyhow::Ok((front, container))
-    };
     let mut bus = None;
-    match managers.await {
-        Ok((systemd, container)) => {
-            checks.push(unit(&known, &container).await);
+    match Systemd::connect(known.scope).await {
+        Ok(systemd) => {
+            match container_manager(&known, &systemd).await {
+                Ok(container) => {
+                    checks.push(unit(&known, &container).await);
+                    bus = Some(container);
+                }
+                Err(check) => checks.push(check),
+            }
             for listener in &known.listeners {
                 checks.push(socket(&known, listener, &systemd).await);
             }
             if let Some(service) = known.service() {
                 checks.push(forwarder::check(&known, &service, &systemd).await);
             }
-            bus = Some(container);
         }
         Err(error) => checks.push(Check::bad(
-            "service manager",
+            MANAGER,
             format!("it does not answer: {error:#}"),
-            match &known.run_as {
-                Some(owner) => format!("`systemctl status {}`; see `bro doctor`", owner.manager()),
-                None => "nothing is activated without systemd; see `bro doctor`".to_owned(),
-            },
+            "nothing is activated without systemd; see `bro doctor`",
         )),
     }
     if let Some(quadlet) = &quadlet {
@@ -95,6 +92,29 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
         checks.push(listens::check(&known, listener, container, bus.as_ref()).await);
     }
     Ok(checks)
+}
+
+/// Who runs the container, or what there is to say where nobody answers.
+async fn container_manager(known: &Activated, front: &Systemd) -> Result<Bus, Check> {
+    let Some(owner) = &known.run_as else { return Ok(front.bus.clone()) };
+    let error = match Bus::connect_as(owner).await {
+        Ok(bus) => return Ok(bus),
+        Err(error) => error,
+    };
+    let manager = owner.manager();
+    let runs = front.bus.active_state(&manager).await.is_ok_and(|state| state == "active");
+    Err(if runs {
+        Check::bad(
+            MANAGER,
+            format!("that of {} does not answer: {error:#}", owner.name),
+            format!("`systemctl status {manager}`; see `bro doctor`"),
+        )
+    } else {
+        Check::ok(
+            MANAGER,
+            format!("that of {}, {manager}, does not run; the first client starts it", owner.name),
+        )
+    })
 }
 
 fn again(known: &Activated) -> String {
@@ -277,7 +297,10 @@ async fn as_the_file_says(known: &Activated, listener: &Listener, systemd: &Syst
         return Check::less(
             NAME,
             format!("{unit} listens at {address}, and has changed on disk since systemd read it"),
-            format!("`{systemctl} daemon-reload`"),
+            format!(
+                "`{systemctl} daemon-reload` and `{systemctl} restart {unit}` take the change up; `{}` takes it back",
+                listens::anew(known, listener)
+            ),
         );
     }
     Check::ok(NAME, format!("{unit} listens at {address}"))
