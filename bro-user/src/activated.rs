@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 
 use crate::activate::bus::Manager;
+use crate::bounded::{self, Link};
 use crate::exit::Failure;
 use crate::owner::Owner;
 use crate::unit_file::UnitFile;
@@ -19,6 +20,9 @@ pub const MARKER: &str = "# Written by bro activate";
 
 /// The section of its own.
 pub const SECTION: &str = "X-Bro";
+
+/// How long a unit may be that is read; those that `bro activate` writes stay far below.
+const LONGEST: u64 = 1 << 20;
 
 /// One port of an activated service.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -223,7 +227,7 @@ fn ours_in(directory: &Path) -> anyhow::Result<Vec<(PathBuf, UnitFile)>> {
 /// The file, if `bro activate` wrote it.
 #[must_use]
 pub fn read_ours(path: &Path) -> Option<UnitFile> {
-    let text = std::fs::read_to_string(path).ok()?;
+    let text = bounded::read(path, LONGEST, Link::Follow).ok()?;
     text.starts_with(MARKER).then(|| UnitFile::parse(&text))
 }
 
@@ -286,13 +290,9 @@ fn others(paths: Vec<PathBuf>) -> (Option<PathBuf>, Option<PathBuf>) {
 
 fn run_as(file: &UnitFile, root: Option<&Path>) -> Option<Owner> {
     let name = file.value(SECTION, "RunAs")?;
-    Some(Owner::find(name, root).unwrap_or_else(|_| Owner {
-        // The user is gone; what was made for him can still be removed.
-        name: name.to_owned(),
-        uid: file.value(SECTION, "RunAsId").and_then(|uid| uid.parse().ok()).unwrap_or(u32::MAX),
-        gid: u32::MAX,
-        home: "/nonexistent".into(),
-    }))
+    // The user may be gone; what was made for him can still be removed.
+    let uid = file.value(SECTION, "RunAsId").and_then(|uid| uid.parse().ok());
+    Some(Owner::find(name, root).unwrap_or_else(|_| Owner::gone(name, uid)))
 }
 
 fn listener(path: &Path, file: &UnitFile) -> Option<Listener> {
@@ -341,6 +341,8 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
         write("web-admin-activator.socket", &socket("admin", "127.0.0.1:9000", "127.0.0.1:9000"));
         write("other.service", &SERVICE.replace("# Written", "# Copied"));
         write("other.socket", "[Socket]\nListenStream=1\n");
+        // Nobody ever writes into it.
+        nix::unistd::mkfifo(&directory.join("web-pipe.socket"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let all = all_in(&directory, Manager::System, None).unwrap();
         std::fs::remove_dir_all(&directory).unwrap();
         let [web] = &all[..] else { panic!("{all:?}") };
@@ -382,6 +384,14 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
         assert_eq!(rest.missing, ["web-activator.socket"]);
         assert!(in_part(&rest).to_string().contains("web-activator.socket is gone"));
         std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn a_user_who_is_gone_is_known_as_such() {
+        let file = |name: &str| UnitFile::parse(&format!("[{SECTION}]\nRunAs={name}\nRunAsId=4711\n"));
+        let gone = run_as(&file("bro-no-such-user"), None).unwrap();
+        assert!(gone.is_gone() && gone.name == "bro-no-such-user" && gone.uid == 4711);
+        assert!(!run_as(&file("nobody"), None).unwrap().is_gone());
     }
 
     #[test]

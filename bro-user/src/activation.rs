@@ -7,10 +7,13 @@ pub mod address;
 mod apply;
 mod interrupt;
 mod program;
+mod published;
+mod refusals;
 pub(crate) mod request;
+mod rooted;
 mod say;
-mod standing;
-mod systemd;
+pub(crate) mod standing;
+pub(crate) mod systemd;
 pub(crate) mod taken;
 mod write;
 
@@ -48,6 +51,9 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
     if scope == Manager::System && ordinary && places.root.is_none() && !options.dry_run {
         let text = "the system's units are root's: run it with sudo, or with --user; nothing was changed";
         return Err(Failure::NotPermitted(text.to_owned()).into());
+    }
+    for directory in [places.units.clone(), apply::wants(&places)] {
+        rooted::stays_inside(places.root.as_deref(), &directory)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -93,6 +99,7 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
     let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
     let owner = owner(options, &all, places)?;
     let quadlet = quadlet::find(&options.name, places.scope, owner.as_ref(), places.root.as_deref())?;
+    rooted::stays_inside(places.root.as_deref(), &quadlet.path)?;
     let known = all.into_iter().find(|known| known.name == quadlet.name);
     // A first run that was killed may have left the first port's socket, which is written anew.
     if known.is_none()
@@ -128,6 +135,9 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
         Some(&wanted.drop_in),
         places.root.as_deref(),
     )?;
+    for file in &files {
+        rooted::stays_inside(places.root.as_deref(), &file.path)?;
+    }
     Ok((wanted, known, files))
 }
 
@@ -156,7 +166,8 @@ async fn dry_run(options: &Activate, places: &Places) -> anyhow::Result<()> {
             .err()
             .map(|error| error.to_string()),
     );
-    let directories = directories_of(&wanted.activated, places);
+    let mut directories = directories_of(&wanted.activated, places);
+    directories.extend(own_wants(places, places.units.exists()));
     let missing = directories.iter().flat_map(|directory| write::missing(directory));
     let activated = with_made(wanted.activated, missing, places)?;
     say::warnings(&warnings)?;
@@ -188,7 +199,7 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
         None => Some(apply::connect(places.scope, owner.as_ref()).await?),
         Some(_) => None,
     };
-    let mut made = Made::default();
+    let mut made = Made::for_all(places.scope == Manager::System);
     made.make(&places.units)?;
     let lock = Lock::take(&places.units, || made.make(&places.units)).await?;
     let (mut wanted, known, _) = plan(options, places)?;
@@ -200,7 +211,9 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
         let container = systemd.container().context("the container's service manager is gone")?;
         warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
     }
-    for directory in directories_of(&wanted.activated, places) {
+    let mut directories = directories_of(&wanted.activated, places);
+    directories.extend(own_wants(places, !made.paths().contains(&places.units)));
+    for directory in directories {
         made.make(&directory)?;
     }
     let activated = with_made(wanted.activated, made.paths().iter().cloned(), places)?;
@@ -221,6 +234,11 @@ fn directories_of(activated: &Activated, places: &Places) -> Vec<PathBuf> {
     std::iter::once(&*places.units).chain(others).map(Path::to_owned).collect()
 }
 
+/// Where links go that enable sockets, where systemd does not make it: noted as made, unless all that it lies in is new.
+fn own_wants(places: &Places, units_were_there: bool) -> Option<PathBuf> {
+    (places.root.is_some() && units_were_there).then(|| apply::wants(places))
+}
+
 /// Notes the directories that were made for it.
 fn with_made(
     mut activated: Activated,
@@ -228,7 +246,10 @@ fn with_made(
     places: &Places,
 ) -> anyhow::Result<Activated> {
     // Whoever uses a directory that was made for another activated service shares it: the last one to go removes it.
-    let mine = files_of(&activated);
+    let mut mine = files_of(&activated);
+    if places.root.is_some() {
+        mine.extend(activated.listeners.iter().map(|listener| apply::wants(places).join(&listener.socket)));
+    }
     let all = activated::all_in(&places.units, places.scope, places.root.as_deref())?;
     let shared = all.into_iter().flat_map(|other| other.made);
     let shared = shared.filter(|directory| mine.iter().any(|file| file.starts_with(directory)));
@@ -353,6 +374,7 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
     let known = known_or_left(name, places)?.ok_or_else(missing)?;
     let (changes, rest) = doomed(&known, options, places)?;
     for change in &changes {
+        rooted::stays_inside(places.root.as_deref(), &change.path)?;
         if write::owner(&change.path)? == Whose::Theirs {
             anyhow::bail!(
                 "{} was not written by bro activate any more; nothing was changed",
@@ -361,12 +383,12 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
         }
     }
     let unfinished = write::unfinished(&known.name, &places.units, files_of(&known));
-    let awake = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places, interrupt).await?;
+    let left = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places, interrupt).await?;
     write::finished(&unfinished);
     if rest.is_none() {
         write::remove_directories(&known.made)?;
     }
-    say::removed(&known, &changes, awake)
+    say::removed(&known, &changes, left)
 }
 
 /// What has to change for the removal, and what stays activated.

@@ -267,6 +267,8 @@ pub struct AfterUpgrade {
 #[derive(Debug, Args)]
 pub struct Status {
     /// All that is known of these services' forwarders, instead of a line for each service: names, or paths of status sockets
+    ///
+    /// A service without a running forwarder is shown as in the list of all, also with --json.
     #[arg(value_name = "NAME")]
     pub whom: Vec<String>,
 

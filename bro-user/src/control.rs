@@ -21,7 +21,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// The socket's name in the runtime directory.
-const SOCKET: &str = "status.sock";
+pub(crate) const SOCKET: &str = "status.sock";
 
 /// How long a request or an answer may take to cross the socket.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -270,7 +270,7 @@ impl Drop for Server {
 }
 
 /// Where the system's forwarders have their runtime directories.
-const SYSTEM: &str = "/run/bro";
+pub(crate) const SYSTEM: &str = "/run/bro";
 
 /// Where this user's forwarders have their runtime directories.
 pub(crate) fn base_directory() -> PathBuf {

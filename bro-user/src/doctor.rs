@@ -2,9 +2,15 @@
 //! fix.
 
 mod features;
+mod forwarder;
 mod host;
+mod image;
+mod listens;
+mod podman;
 mod selinux;
 mod service;
+mod taken_over;
+mod whose;
 
 use std::fmt::Write as _;
 use std::io::Write as _;

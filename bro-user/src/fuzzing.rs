@@ -118,7 +118,7 @@ pub fn proc_tables(bytes: &[u8]) {
     }
     container::parent_in(&text);
     for line in text.lines() {
-        taken::listener(line);
+        taken::row(line);
     }
 }
 

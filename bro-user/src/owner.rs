@@ -9,6 +9,9 @@ use nix::unistd::{Gid, Uid, User, getegid, geteuid, getgroups, initgroups, seteg
 
 use crate::exit::Failure;
 
+/// The number that no user and no group has.
+const NOBODY: u32 = u32::MAX;
+
 /// Such a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Owner {
@@ -93,6 +96,18 @@ impl Owner {
     #[must_use]
     pub fn lingers(&self) -> bool {
         lingers(&self.name)
+    }
+
+    /// One of whom only the name is left, and files that were made for him.
+    #[must_use]
+    pub fn gone(name: &str, uid: Option<u32>) -> Self {
+        Self { name: name.to_owned(), uid: uid.unwrap_or(NOBODY), gid: NOBODY, home: "/nonexistent".into() }
+    }
+
+    /// Is the user in the user database no more?
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.gid == NOBODY
     }
 
     /// Is it this process's own user?

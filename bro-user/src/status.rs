@@ -155,8 +155,7 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
                 let services = services::all(Manager::choose(options.system, options.user)).await?;
                 (services::describe(&services), serde_json::to_string_pretty(&services)?)
             } else {
-                let (asleep, reports) = reports(options).await?;
-                (asleep + &describe(&reports), serde_json::to_string_pretty(&reports)?)
+                named(options).await?
             };
             let mut out = std::io::stdout().lock();
             if !first {
@@ -184,16 +183,28 @@ fn printable(text: &str) -> String {
     text.chars().map(shown).collect()
 }
 
-/// What the forwarders say that are named on the command line, after a line for each service that has none now.
-async fn reports(options: &crate::cli::Status) -> anyhow::Result<(String, Vec<Report>)> {
+/// What there is of a name, as JSON.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Named {
+    /// A forwarder of it.
+    Forwarder(Report),
+    /// It has none now.
+    Asleep(services::Service),
+}
+
+/// What the forwarders say that are named on the command line, after a line for each service that has none now: as text, and as
+/// JSON, where such a service stands as it does in the list of all.
+async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)> {
     let (mut asleep, mut reports) = (String::new(), Vec::new());
+    let mut json: Vec<Named> = Vec::new();
     for whom in &options.whom {
         if whom.contains('/') {
-            let report = control::ask_soon(Path::new(whom), Request::Status).await;
-            reports
-                .push(report.map_err(|error| {
-                    Failure::NotFound(format!("no forwarder answers at {whom}: {error}"))
-                })?);
+            let report: anyhow::Result<Report> = control::ask_soon(Path::new(whom), Request::Status).await;
+            let report = report
+                .map_err(|error| Failure::NotFound(format!("no forwarder answers at {whom}: {error}")))?;
+            json.push(Named::Forwarder(report.clone()));
+            reports.push(report);
             continue;
         }
         let services = services::all(Manager::choose(options.system, options.user)).await?;
@@ -204,10 +215,13 @@ async fn reports(options: &crate::cli::Status) -> anyhow::Result<(String, Vec<Re
         };
         if service.forwarders.is_empty() {
             asleep += &format!("{}\n", services::sentence(&service));
+            json.push(Named::Asleep(service));
+            continue;
         }
+        json.extend(service.forwarders.iter().cloned().map(Named::Forwarder));
         reports.extend(service.forwarders);
     }
-    Ok((asleep, reports))
+    Ok((asleep + &describe(&reports), serde_json::to_string_pretty(&json)?))
 }
 
 pub(crate) fn describe(reports: &[Report]) -> String {

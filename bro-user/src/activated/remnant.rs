@@ -3,8 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Activated, Listener, MARKER, SECTION, assemble, config_home, listener, ours_in, unit_name};
+use super::{
+    Activated, LONGEST, Listener, MARKER, SECTION, assemble, config_home, listener, ours_in, unit_name,
+};
 use crate::activate::bus::Manager;
+use crate::bounded::{self, Link};
 use crate::unit_file::UnitFile;
 
 /// Such a service.
@@ -117,7 +120,7 @@ fn gone(socket: &str, directory: &Path) -> Listener {
 
 /// The quadlet that a file of ours says it is for.
 fn made_for(path: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
+    let text = bounded::read(path, LONGEST, Link::Follow).ok()?;
     let (quadlet, _) = text.strip_prefix(MARKER)?.strip_prefix(" for ")?.split_once(',')?;
     Some(quadlet.to_owned())
 }
@@ -139,7 +142,7 @@ fn drop_ins(name: &str, scope: Manager, root: Option<&Path>) -> Vec<PathBuf> {
     let is_ours = |path: &PathBuf| {
         let file = unit_name(path);
         file.starts_with("50-bro-activator")
-            && std::fs::read_to_string(path).is_ok_and(|text| {
+            && bounded::read(path, LONGEST, Link::Follow).is_ok_and(|text| {
                 text.starts_with(MARKER) && text.lines().nth(1).is_some_and(|line| line == undo)
             })
     };

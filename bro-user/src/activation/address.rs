@@ -80,6 +80,9 @@ pub enum Invalid {
         "“{0}” is no path at which systemd listens: write one that names a file, with neither . nor .. nor an empty part in it"
     )]
     Path(String),
+    /// A path at which no service can listen.
+    #[error("“{0}” is no path at which a service listens: write one that names a socket")]
+    NoSocket(String),
     /// An address without a port.
     #[error("“{0}” has no port; write PORT or ADDR:PORT")]
     NoPort(String),
@@ -149,6 +152,9 @@ impl FromStr for Internal {
             return Err(Invalid::NoPort(text.to_owned()));
         }
         plain(text)?;
+        if matches!(target, Target::Unix(_)) && matches!(text.rsplit('/').next(), Some("" | "." | "..")) {
+            return Err(Invalid::NoSocket(text.to_owned()));
+        }
         Ok(Self::Target(target))
     }
 }
@@ -249,6 +255,10 @@ mod tests {
         assert!(refused(&format!("/run/{}", "x".repeat(103))).contains("107 bytes"));
         assert!(format!("/run/{}", "x".repeat(102)).parse::<External>().is_ok());
         assert!("web".parse::<Internal>().is_err());
+        for path in ["/", "/run/", "/run/.."] {
+            assert_eq!(path.parse::<Internal>(), Err(Invalid::NoSocket(path.to_owned())));
+        }
+        assert!("/run/web.sock".parse::<Internal>().is_ok());
         assert!(service_name("a/b").is_err() && service_name("").is_err() && service_name("metrics").is_ok());
         assert!(device("eth0").is_ok() && device("way-too-long-a-name").is_err() && device("a b").is_err());
         assert!(absolute("busy").is_err() && absolute("/run/busy").is_ok());

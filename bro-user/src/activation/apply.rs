@@ -1,5 +1,7 @@
 //! Has systemd take up what was written. Every step that fails takes files and units back to where they were.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -25,8 +27,21 @@ pub(super) enum Outcome {
     Listening,
     /// The forwarder that runs has the settings from before.
     OldForwarder,
+    /// The same; with `--direct` the container ran, and was stopped: it held the sockets.
+    Stopped,
     /// Written below another root; nothing was started.
     Written,
+}
+
+/// What is left of a container whose sockets are gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Left {
+    /// It does not run, and did not.
+    Asleep,
+    /// It runs.
+    Awake,
+    /// With `--direct` it held the socket, and was stopped with it.
+    Stopped,
 }
 
 /// How long a user's service manager may take to start.
@@ -268,7 +283,7 @@ async fn take_up(
 ) -> anyhow::Result<Outcome> {
     let Plan { restart, runner, .. } = plan;
     let running = systemd.is_active(runner).await;
-    let mut listening = false;
+    let (mut listening, mut stopped) = (false, false);
     for unit in restart {
         listening |= systemd.is_active(unit).await;
     }
@@ -277,6 +292,7 @@ async fn take_up(
         // systemd refuses to start a socket whose service runs, and the service keeps the sockets it was started with.
         if running {
             stop(systemd, runner).await?;
+            stopped = true;
         }
         for unit in restart {
             stop(systemd, unit).await?;
@@ -305,6 +321,8 @@ async fn take_up(
     }
     Ok(if running && restart.is_empty() && plan.runner_changed {
         Outcome::OldForwarder
+    } else if stopped && wanted.direct {
+        Outcome::Stopped
     } else {
         Outcome::Listening
     })
@@ -345,21 +363,10 @@ pub(super) async fn taken(external: &External, owner: &taken::Owner, systemd: Op
         Some(systemd) => systemd.socket_at(&owner.address).await,
         None => None,
     };
-    let who = match (unit, &owner.process) {
-        (Some(unit), _) => format!("by {unit} at {}", owner.address),
-        (None, Some(process)) if owner.is_systemd => {
-            format!("by a socket unit at {}, held by {process}; see `systemctl list-sockets`", owner.address)
-        }
-        (None, Some(process)) => format!("by {process} at {}", owner.address),
-        (None, None) => format!(
-            "at {} by a process of another user's; see `sudo ss --listening --processes --numeric`",
-            owner.address
-        ),
-    };
-    format!("{external} is taken {who}")
+    format!("{external} is taken {}", owner.who(unit.as_deref()))
 }
 
-/// Stops, disables, removes and reloads. Says whether the container is still awake.
+/// Stops, disables, removes and reloads. Says what has become of the container.
 pub(super) async fn remove(
     systemd: Option<&Managers>,
     known: &Activated,
@@ -367,22 +374,29 @@ pub(super) async fn remove(
     changes: &[Change],
     places: &Places,
     interrupt: &mut Interrupt,
-) -> anyhow::Result<bool> {
+) -> anyhow::Result<Left> {
     let doomed: Vec<&Listener> = known
         .listeners
         .iter()
         .filter(|listener| rest.is_none_or(|rest| !rest.listeners.contains(listener)))
         .collect();
     let Some(systemd) = systemd else {
+        // Where the notes of what was made have gone too, an empty directory is taken for one that was.
+        let made = known.made.contains(&places.units)
+            || !known.service_file.as_ref().unwrap_or(&known.socket_file).exists();
         let changed = Changed::make(changes)?;
         for listener in &doomed {
             std::fs::remove_file(wants(places).join(&listener.socket)).ok();
         }
-        std::fs::remove_dir(wants(places)).ok();
+        // Otherwise it is noted as made itself, or somebody else's.
+        if rest.is_none() && made {
+            std::fs::remove_dir(wants(places)).ok();
+        }
         changed.keep();
-        return Ok(false);
+        return Ok(Left::Asleep);
     };
     let before = Before::of(systemd, Some(known)).await;
+    let ran = known.direct && systemd.is_active(&known.unit).await;
     let changed = match interrupt.or(take_down(systemd, known, &doomed, changes, places)).await {
         Ok(changed) => changed,
         Err(error) => {
@@ -397,8 +411,9 @@ pub(super) async fn remove(
         systemd.bus.start(&listener.socket).await?;
     }
     Ok(match systemd.container() {
-        Some(container) if rest.is_none() => container.is_active(&known.unit).await,
-        _ => false,
+        Some(container) if ran && !container.is_active(&known.unit).await => Left::Stopped,
+        Some(container) if rest.is_none() && container.is_active(&known.unit).await => Left::Awake,
+        _ => Left::Asleep,
     })
 }
 
@@ -446,14 +461,22 @@ async fn take_down(
     Changed::make(changes)
 }
 
-fn wants(places: &Places) -> std::path::PathBuf {
+/// Where the links are that enable sockets.
+pub(super) fn wants(places: &Places) -> PathBuf {
     places.units.join("sockets.target.wants")
 }
 
 /// What enabling does, where no systemd does it.
 fn link(wanted: &Activated, places: &Places) -> anyhow::Result<()> {
     let directory = wants(places);
-    std::fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    if !directory.is_dir() {
+        let cannot = || format!("cannot make {}", directory.display());
+        std::fs::create_dir(&directory).with_context(cannot)?;
+        if places.scope == Manager::System {
+            // Whatever the umask.
+            std::fs::set_permissions(&directory, Permissions::from_mode(0o755)).with_context(cannot)?;
+        }
+    }
     for unit in units(&wanted.listeners) {
         let link = directory.join(&unit);
         if let Err(error) = std::os::unix::fs::symlink(format!("../{unit}"), &link)

@@ -76,6 +76,8 @@ pub(super) fn wanted(
         ));
     }
     check_names(quadlet)?;
+    super::refusals::check(quadlet, direct)?;
+    let pod = super::refusals::pod_of(quadlet, run_as.as_ref(), places);
     let mut warnings = Vec::new();
     let network = Network::of(quadlet);
     let nginx = direct && takes_nginx_way(options, quadlet, known);
@@ -120,7 +122,7 @@ pub(super) fn wanted(
         check_direct(quadlet, nginx, &mut warnings)?;
     }
     check_ready(&activated, quadlet, &mut warnings)?;
-    check_host_network(&activated, &network)?;
+    check_host_network(&activated, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
     let drop_in = drop_in(quadlet, &activated, &network, nginx);
     if !drop_in.is_empty() {
         let directory = quadlet::drop_in_directory(
@@ -366,7 +368,10 @@ impl Network {
         let has = match self {
             Self::None => "none".to_owned(),
             Self::Host => "host".to_owned(),
-            Self::Others(networks) if networks.is_empty() => "Podman's default network".to_owned(),
+            Self::Others(networks) if networks.is_empty() => match quadlet.value("Pod") {
+                Some(pod) => format!("the network of {pod}, which it is part of"),
+                None => "Podman's default network".to_owned(),
+            },
             Self::Others(networks) => networks.join(" and "),
         };
         match (self, name) {
@@ -526,15 +531,11 @@ fn drop_in(quadlet: &Quadlet, activated: &Activated, network: &Network, nginx: b
 
 fn warn_of_ports(quadlet: &Quadlet, activated: &Activated, warnings: &mut Vec<String>) {
     let file = quadlet.file_name();
-    let taken: Vec<u16> = activated
-        .listeners
-        .iter()
-        .filter_map(|listener| listener.address.parse::<External>().ok()?.port())
-        .collect();
+    let listeners = activated.listeners.iter();
+    let taken: Vec<External> = listeners.filter_map(|listener| listener.address.parse().ok()).collect();
     for publish in quadlet.values("PublishPort") {
-        let clash =
-            published(publish).and_then(|ports| taken.iter().copied().find(|port| ports.contains(port)));
-        warnings.push(match clash {
+        let clash = taken.iter().find(|external| super::published::clashes(publish, external));
+        warnings.push(match clash.and_then(External::port) {
             Some(port) => format!(
                 "PublishPort={publish} in {file} takes port {port} as well: while systemd listens there the container cannot \
                  start; remove that line"

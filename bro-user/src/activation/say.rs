@@ -3,7 +3,7 @@
 use std::io::Write as _;
 
 use super::address::External;
-use super::apply::Outcome;
+use super::apply::{Left, Outcome};
 use super::request::Places;
 use super::write::Change;
 use crate::activate::bus::Manager;
@@ -72,6 +72,9 @@ pub(super) fn activated(
         )?;
         return Ok(());
     }
+    if outcome == Outcome::Stopped {
+        stopped(&mut out, &activated.unit)?;
+    }
     for listener in &activated.listeners {
         let target = match &listener.target {
             Some(target) => format!(
@@ -120,6 +123,10 @@ pub(super) fn activated(
     Ok(())
 }
 
+fn stopped(out: &mut impl std::io::Write, unit: &str) -> std::io::Result<()> {
+    writeln!(out, "{unit} was stopped: it held the socket")
+}
+
 fn tries(activated: &Activated) -> Vec<String> {
     let try_one = |address: &str| {
         Some(match address.parse::<External>().ok()? {
@@ -136,10 +143,13 @@ fn lingers() -> bool {
     user.is_some_and(|user| owner::lingers(&user.name))
 }
 
-pub(super) fn removed(known: &Activated, changes: &[Change], awake: bool) -> anyhow::Result<()> {
+pub(super) fn removed(known: &Activated, changes: &[Change], left: Left) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     list(&mut out, changes)?;
-    if awake {
+    if left == Left::Stopped {
+        stopped(&mut out, &known.unit)?;
+    }
+    if left == Left::Awake {
         let systemctl = match (&known.run_as, known.scope) {
             (Some(owner), _) => format!("systemctl --user --machine {}@", owner.name),
             (None, Manager::User) => "systemctl --user".to_owned(),

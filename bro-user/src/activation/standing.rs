@@ -34,9 +34,14 @@ pub(super) async fn of(systemd: &Systemd, listener: &Listener, unfinished: &[Pat
 /// Is it what the file says? Where an administrator's drop-in has the last word, nobody can tell from the file.
 fn serves(listener: &Listener, live: &Live) -> bool {
     live.has_drop_ins
-        || (live.listen.iter().any(|address| is_at(&listener.address, address))
+        || (listens_there(listener, live)
             && listener.backlog.is_none_or(|backlog| backlog == live.backlog)
             && listener.device.as_deref().unwrap_or_default() == live.device)
+}
+
+/// Does it listen where the file has its clients connect? It may besides listen elsewhere.
+pub(crate) fn listens_there(listener: &Listener, live: &Live) -> bool {
+    live.listen.iter().any(|address| is_at(&listener.address, address))
 }
 
 /// Does systemd write the address so?

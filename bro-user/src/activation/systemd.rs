@@ -30,6 +30,8 @@ trait Files {
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Unit", default_service = "org.freedesktop.systemd1")]
 trait Loaded {
     #[zbus(property(emits_changed_signal = "false"))]
+    fn sub_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
     fn load_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn load_error(&self) -> zbus::Result<(String, String)>;
@@ -51,7 +53,7 @@ trait Listening {
 
 /// A socket unit as systemd has it now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Live {
+pub(crate) struct Live {
     /// Its addresses.
     pub listen: Vec<String>,
     pub backlog: u32,
@@ -63,23 +65,25 @@ pub(super) struct Live {
 
 /// A service manager.
 #[derive(Debug)]
-pub(super) struct Systemd {
+pub(crate) struct Systemd {
     pub bus: Bus,
     files: FilesProxy<'static>,
 }
 
 impl Systemd {
     pub async fn connect(manager: Manager) -> anyhow::Result<Self> {
-        let bus = Bus::connect(manager).await?;
+        Self::over(Bus::connect(manager).await?).await
+    }
+
+    /// By a connection that is there already.
+    pub async fn over(bus: Bus) -> anyhow::Result<Self> {
         let files = FilesProxy::new(bus.connection()).await?;
         Ok(Self { bus, files })
     }
 
     /// The service manager of a user whom root does something for.
     pub async fn of(owner: &Owner) -> anyhow::Result<Self> {
-        let bus = Bus::connect_as(owner).await?;
-        let files = FilesProxy::new(bus.connection()).await?;
-        Ok(Self { bus, files })
+        Self::over(Bus::connect_as(owner).await?).await
     }
 
     /// Reads all unit files anew; the generators run, and with them Podman's.
@@ -137,6 +141,16 @@ impl Systemd {
     /// It is on its way down.
     pub async fn is_stopping(&self, unit: &str) -> bool {
         self.bus.active_state(unit).await.is_ok_and(|state| state == "deactivating")
+    }
+
+    /// A service that ends whenever it is started, and that systemd starts again: how often it has done so.
+    pub async fn restarting(&self, unit: &str) -> anyhow::Result<Option<u32>> {
+        let sub_state = self.loaded(unit).await?.sub_state().await?;
+        let look = self.bus.look(unit).await?;
+        // Between two tries, or in one of them.
+        let is_so =
+            sub_state.starts_with("auto-restart") || (look.state == "activating" && look.restarts > 0);
+        Ok(is_so.then_some(look.restarts))
     }
 
     /// What a socket unit is now.

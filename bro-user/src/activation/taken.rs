@@ -32,6 +32,37 @@ pub(crate) struct Owner {
     pub process: Option<String>,
     /// It is a service manager, which holds it for some socket unit.
     pub is_systemd: bool,
+    /// Whose socket it is, where the kernel's table says so.
+    pub user: Option<u32>,
+    /// The kernel's table shows it; what is bound and not connected it does not.
+    pub is_seen: bool,
+}
+
+impl Owner {
+    /// Who has the address, and where to see more; `unit` is the socket unit, if it is known.
+    pub fn who(&self, unit: Option<&str>) -> String {
+        let address = &self.address;
+        match (unit, &self.process, self.user) {
+            (Some(unit), _, _) => format!("by {unit} at {address}"),
+            (None, Some(process), _) if self.is_systemd => {
+                format!("by a socket unit at {address}, held by {process}; see `systemctl list-sockets`")
+            }
+            (None, Some(process), _) => format!("by {process} at {address}"),
+            (None, None, _) if !self.is_seen => format!(
+                "by a process that has bound {address} and does not listen, so that nobody sees whose it is"
+            ),
+            (None, None, user) => {
+                let name = |uid: u32| {
+                    let known = nix::unistd::User::from_uid(uid.into()).ok().flatten();
+                    known.map_or_else(|| format!("user {uid}"), |user| user.name)
+                };
+                format!(
+                    "by a process of {}'s at {address}; see `sudo ss --listening --processes --numeric`",
+                    user.map_or_else(|| "another user".to_owned(), name)
+                )
+            }
+        }
+    }
 }
 
 /// Tries whether systemd could listen at `external`: bind(2) without listen(2), so that no client is ever let in.
@@ -92,13 +123,9 @@ fn forbidden(external: &External) -> String {
 }
 
 fn owner(external: &External) -> Owner {
-    let found = match external {
-        External::Path(path) => path_owner(path),
-        External::Abstract(name) => unix_owner(|bound| bound.strip_prefix('@') == Some(name)),
-        External::Port(_) | External::Address(_) => tcp_owner(external),
-    };
-    let Some((address, inode)) = found else {
-        return Owner { address: external.to_string(), process: None, is_systemd: false };
+    let Some(Socket { address, inode, user }) = found(external) else {
+        let address = external.to_string();
+        return Owner { address, process: None, is_systemd: false, user: None, is_seen: false };
     };
     let process = process_of(inode);
     Owner {
@@ -108,27 +135,57 @@ fn owner(external: &External) -> Owner {
             let unit = unit_of(pid).map(|unit| format!(", {unit}")).unwrap_or_default();
             format!("{comm} (pid {pid}{unit})")
         }),
+        user,
+        is_seen: true,
     }
 }
 
-/// Address and inode of the listener that stands in the way.
-fn tcp_owner(external: &External) -> Option<(String, u64)> {
+/// The number by which the listener at this address goes among descriptors.
+pub(crate) fn inode_at(external: &External) -> Option<u64> {
+    found(external).map(|socket| socket.inode)
+}
+
+/// How many clients wait at the TCP listener of that number to be accepted.
+pub(crate) fn waiting(inode: u64) -> u32 {
+    let text =
+        ["/proc/net/tcp6", "/proc/net/tcp"].map(|table| std::fs::read_to_string(table).unwrap_or_default());
+    let mut rows = text.iter().flat_map(|text| text.lines().skip(1).filter_map(row));
+    rows.find(|row| row.inode == inode && row.listens).map_or(0, |row| row.waiting)
+}
+
+/// A socket that stands in the way.
+#[derive(Debug)]
+struct Socket {
+    address: String,
+    inode: u64,
+    user: Option<u32>,
+}
+
+fn found(external: &External) -> Option<Socket> {
+    match external {
+        External::Path(path) => path_owner(path),
+        External::Abstract(name) => unix_owner(|bound| bound.strip_prefix('@') == Some(name)),
+        External::Port(_) | External::Address(_) => tcp_owner(external),
+    }
+}
+
+/// The one that stands in the way: a listener before one that has come of it, or has only bound the port.
+fn tcp_owner(external: &External) -> Option<Socket> {
     let port = external.port()?;
-    let mut found: Option<(SocketAddr, u64)> = None;
+    let mut best: Option<Row> = None;
     for table in ["/proc/net/tcp6", "/proc/net/tcp"] {
         let text = std::fs::read_to_string(table).unwrap_or_default();
-        for (address, inode) in text.lines().skip(1).filter_map(listener) {
-            if address.port() == port && in_the_way(external, address.ip()) {
-                found.get_or_insert((address, inode));
+        for row in text.lines().skip(1).filter_map(row) {
+            // What only waits for its time to pass is nobody's.
+            let is_it =
+                row.inode != 0 && row.address.port() == port && in_the_way(external, row.address.ip());
+            if is_it && best.is_none_or(|best| row.listens && !best.listens) {
+                best = Some(row);
             }
         }
     }
-    let (address, inode) = found?;
-    let systemds = match address.ip() {
-        IpAddr::V4(ip) => format!("{ip}:{port}"),
-        IpAddr::V6(ip) => format!("[{ip}]:{port}"),
-    };
-    Some((systemds, inode))
+    let Row { address, inode, user, .. } = best?;
+    Some(Socket { address: address.to_string(), inode, user: Some(user) })
 }
 
 fn in_the_way(external: &External, other: IpAddr) -> bool {
@@ -143,13 +200,21 @@ fn in_the_way(external: &External, other: IpAddr) -> bool {
     }
 }
 
-/// A line of /proc/net/tcp{,6} (proc_net(5)): a listener's address and inode.
-pub(crate) fn listener(line: &str) -> Option<(SocketAddr, u64)> {
+/// A line of /proc/net/tcp{,6} (proc_net(5)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Row {
+    pub address: SocketAddr,
+    pub listens: bool,
+    /// How many bytes wait to be read; of a listener, how many clients to be accepted.
+    pub waiting: u32,
+    pub user: u32,
+    pub inode: u64,
+}
+
+/// Reads one.
+pub(crate) fn row(line: &str) -> Option<Row> {
     const LISTEN: &str = "0A";
     let fields: Vec<&str> = line.split_whitespace().collect();
-    if *fields.get(3)? != LISTEN {
-        return None;
-    }
     let (ip, port) = fields.get(1)?.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
     // Words of four bytes, each in this machine's order.
@@ -161,7 +226,13 @@ pub(crate) fn listener(line: &str) -> Option<(SocketAddr, u64)> {
         [_, _, _, _] => Ipv6Addr::from(<[u8; 16]>::try_from(words.concat()).ok()?).into(),
         _ => return None,
     };
-    Some((SocketAddr::new(ip, port), fields.get(9)?.parse().ok()?))
+    Some(Row {
+        address: SocketAddr::new(ip, port),
+        listens: *fields.get(3)? == LISTEN,
+        waiting: u32::from_str_radix(fields.get(4)?.split_once(':')?.1, 16).ok()?,
+        user: fields.get(7)?.parse().ok()?,
+        inode: fields.get(9)?.parse().ok()?,
+    })
 }
 
 /// What systemd would take away to listen at `path`, where that is nothing that it has left there itself.
@@ -185,8 +256,8 @@ fn in_the_way_at(path: &Path) -> Option<String> {
     ))
 }
 
-/// Address and inode of the socket that is bound to this path, by whatever way to its directory it was bound.
-fn path_owner(path: &Path) -> Option<(String, u64)> {
+/// The socket that is bound to this path, by whatever way to its directory it was bound.
+fn path_owner(path: &Path) -> Option<Socket> {
     let place = |path: &Path| Some((path.parent()?.canonicalize().ok()?, path.file_name()?.to_owned()));
     let wanted = place(path);
     unix_owner(|bound| {
@@ -199,28 +270,38 @@ fn path_owner(path: &Path) -> Option<(String, u64)> {
     })
 }
 
-/// Name and inode of the first unix socket whose name fits.
-fn unix_owner(fits: impl Fn(&str) -> bool) -> Option<(String, u64)> {
+/// The unix socket whose name fits: the listener before its connections, which have its name.
+fn unix_owner(fits: impl Fn(&str) -> bool) -> Option<Socket> {
+    /// `__SO_ACCEPTCON`
+    const LISTENS: &str = "00010000";
     let text = std::fs::read_to_string("/proc/net/unix").ok()?;
-    text.lines().skip(1).find_map(|line| {
+    let fitting = text.lines().skip(1).filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let name = fields.get(7).filter(|name| fits(name))?;
-        Some(((*name).to_owned(), fields.get(6)?.parse().ok()?))
-    })
+        let socket = Socket { address: (*name).to_owned(), inode: fields.get(6)?.parse().ok()?, user: None };
+        Some((*fields.get(3)? != LISTENS, socket))
+    });
+    fitting.min_by_key(|(connected, _)| *connected).map(|(_, socket)| socket)
+}
+
+/// Has the process of this directory in /proc the socket open?
+///
+/// # Errors
+/// When that is hidden from this user.
+pub(crate) fn holds(process: &Path, inode: u64) -> std::io::Result<bool> {
+    let wanted = format!("socket:[{inode}]");
+    let is_it = |path: &Path| std::fs::read_link(path).is_ok_and(|link| link.as_os_str() == wanted.as_str());
+    Ok(std::fs::read_dir(process.join("fd"))?.flatten().any(|descriptor| is_it(&descriptor.path())))
 }
 
 /// Name and id of a process that has the socket open, as far as this user can see.
 fn process_of(inode: u64) -> Option<(String, i32)> {
-    let wanted = format!("socket:[{inode}]");
     let mut holders = Vec::new();
     for process in std::fs::read_dir("/proc").ok()?.flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
             continue;
         };
-        let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else { continue };
-        let holds =
-            |path: &Path| std::fs::read_link(path).is_ok_and(|link| link.as_os_str() == wanted.as_str());
-        if descriptors.flatten().any(|descriptor| holds(&descriptor.path())) {
+        if holds(&process.path(), inode).unwrap_or(false) {
             let comm = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             holders.push((comm.trim().to_owned(), pid));
         }
@@ -301,12 +382,45 @@ mod tests {
 
     #[test]
     fn reads_the_kernels_tables() {
-        let line = "   1: 00000000000000000000000001000000:1F90 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4711 1 0 100 0 0 10 0";
-        let (address, inode) = listener(line).unwrap();
-        assert_eq!(inode, 4711);
+        let line = "   1: 00000000000000000000000001000000:1F90 00000000000000000000000000000000:0000 0A 00000000:00000002 00:00000000 00000000  1000        0 4711 1 0 100 0 0 10 0";
+        let Row { address, listens, waiting, user, inode } = row(line).unwrap();
+        assert_eq!((listens, waiting, user, inode), (true, 2, 1000, 4711));
         assert_eq!(address.port(), 8080);
         #[cfg(target_endian = "little")]
         assert_eq!(address.ip(), Ipv6Addr::LOCALHOST);
-        assert_eq!(listener("nonsense"), None);
+        assert_eq!(row("nonsense"), None);
+    }
+
+    #[test]
+    fn says_whose_it_is_as_far_as_it_is_known() {
+        let owner = Owner {
+            address: "127.0.0.1:80".into(),
+            process: None,
+            is_systemd: false,
+            user: Some(0),
+            is_seen: true,
+        };
+        assert!(owner.who(None).contains("a process of root's"), "{}", owner.who(None));
+        assert_eq!(owner.who(Some("web.socket")), "by web.socket at 127.0.0.1:80");
+        let unknown = Owner { user: None, ..owner.clone() };
+        assert!(unknown.who(None).starts_with("by a process of another user's at "), "{}", unknown.who(None));
+        let unseen = Owner { user: None, is_seen: false, ..owner };
+        assert!(unseen.who(None).contains("does not listen"), "{}", unseen.who(None));
+    }
+
+    /// A process's own that is only bound is nobody else's; nor is one that is connected.
+    #[test]
+    fn a_socket_that_does_not_listen_is_not_another_users() {
+        let bound = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(bound.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
+        let name: nix::sys::socket::SockaddrIn = nix::sys::socket::getsockname(bound.as_raw_fd()).unwrap();
+        let address = External::Address(([127, 0, 0, 1], name.port()).into());
+        let Some(Trouble::Taken(owner)) = look(&address) else { panic!("{address} is taken") };
+        assert!(!owner.is_seen && owner.who(None).contains("does not listen"), "{owner:?}");
+        let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = std::net::TcpStream::connect(listening.local_addr().unwrap()).unwrap();
+        let address = External::Address(client.local_addr().unwrap());
+        let Some(Trouble::Taken(owner)) = look(&address) else { panic!("{address} is taken") };
+        assert!(owner.process.unwrap().contains(&format!("pid {}", std::process::id())));
     }
 }

@@ -3,9 +3,9 @@
 //! New text goes into files beside the old ones first; only when all of it is on the disk does each take its place, by rename(2).
 //! What was there is kept beside it until the whole change stands, so that going back needs no room on the disk.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -109,15 +109,29 @@ pub(super) fn missing(directory: &Path) -> Vec<PathBuf> {
 pub(super) struct Made {
     paths: Vec<PathBuf>,
     kept: bool,
+    /// Everybody is to see what lies there, whatever the umask.
+    for_all: bool,
 }
 
 impl Made {
+    /// The system's are read by users too, and by their service managers. A user's own are that user's, who may hide them.
+    pub fn for_all(for_all: bool) -> Self {
+        Self { for_all, paths: Vec::new(), kept: false }
+    }
+
     /// Makes `directory` and what is missing above it.
     pub fn make(&mut self, directory: &Path) -> anyhow::Result<()> {
         for path in missing(directory) {
             match DirBuilder::new().mode(0o755).create(&path) {
-                Ok(()) if self.paths.contains(&path) => {}
-                Ok(()) => self.paths.push(path),
+                Ok(()) => {
+                    if self.for_all {
+                        std::fs::set_permissions(&path, Permissions::from_mode(0o755))
+                            .map_err(|error| failed("open to all", &path, &error))?;
+                    }
+                    if !self.paths.contains(&path) {
+                        self.paths.push(path);
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 // One above it has been removed since: whoever asked for it will ask again.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -279,6 +293,8 @@ fn write_new(path: &Path, text: &str) -> io::Result<()> {
         _ => Err(error),
     })?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
+    // Whatever the umask: `bro status` of a user reads the system's, and the generator of a user's service manager drop-ins.
+    file.set_permissions(Permissions::from_mode(0o644))?;
     file.write_all(text.as_bytes())?;
     file.sync_all()
 }

@@ -1,10 +1,35 @@
 //! The oldest versions that things work with: the one table of them, which the README shows as well (a test compares).
 
 use super::{Check, selinux};
+use crate::activate::bus::Manager;
+use crate::activated::Activated;
+use crate::quadlet::Quadlet;
+
+/// Which.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Id {
+    Forwarding,
+    SeveralSockets,
+    Waking,
+    Units,
+    DropIns,
+    Pod,
+    Template,
+    ServiceName,
+    NoWait,
+    Direct,
+    DirectUnderSelinux,
+    UnderAppArmor,
+    Pasta,
+    HostContainersInternal,
+    KernelRelay,
+    Loader,
+}
 
 /// Something that bro does, and the oldest of each that it needs; none where any will do.
 #[derive(Debug)]
 pub(super) struct Feature {
+    pub id: Id,
     pub name: &'static str,
     pub systemd: Option<u32>,
     pub podman: Option<(u32, u32)>,
@@ -32,45 +57,57 @@ impl std::fmt::Display for Guard {
 }
 
 const fn feature(
+    id: Id,
     name: &'static str,
     systemd: Option<u32>,
     podman: Option<(u32, u32)>,
     kernel: Option<(u32, u32)>,
 ) -> Feature {
-    Feature { name, systemd, podman, kernel, guard: None }
+    Feature { id, name, systemd, podman, kernel, guard: None }
 }
 
-const fn guarded(name: &'static str, guard: Guard) -> Feature {
-    Feature { name, systemd: None, podman: None, kernel: None, guard: Some(guard) }
+const fn guarded(id: Id, name: &'static str, guard: Guard) -> Feature {
+    Feature { id, name, systemd: None, podman: None, kernel: None, guard: Some(guard) }
 }
 
 /// All of them. The numbers are from systemd's NEWS, Podman's RELEASE_NOTES.md, and the manual pages and history of Linux.
 pub(super) const FEATURES: &[Feature] = &[
     // openat2(2)
-    feature("forwarding", None, None, Some((5, 6))),
+    feature(Id::Forwarding, "forwarding", None, None, Some((5, 6))),
     // FileDescriptorName=
-    feature("several sockets with targets of their own", Some(227), None, None),
+    feature(Id::SeveralSockets, "several sockets with targets of their own", Some(227), None, None),
     // InvocationID
-    feature("waking a unit and stopping it when idle (`--unit`)", Some(232), None, None),
-    // EXTEND_TIMEOUT_USEC= (RuntimeDirectory= with a slash: 235); quadlets, .kube among them
-    feature("units made by `bro activate`", Some(236), Some((4, 4)), None),
-    feature("drop-ins for quadlets (`Network=none`, `--direct`)", None, Some((5, 0)), None),
-    feature("`.pod` quadlets", None, Some((5, 0)), None),
-    feature("templates (`NAME@.container`)", None, Some((5, 0)), None),
-    feature("`ServiceName=` in quadlets", None, Some((5, 3)), None),
-    feature("no wait for the network (`[Quadlet] DefaultDependencies=`)", None, Some((5, 3)), None),
+    feature(Id::Waking, "waking a unit and stopping it when idle (`--unit`)", Some(232), None, None),
+    // ExecReload= without an absolute path (EXTEND_TIMEOUT_USEC=: 236; RuntimeDirectory= with a slash: 235); quadlets, .kube among
+    // them
+    feature(Id::Units, "units made by `bro activate`", Some(239), Some((4, 4)), None),
+    feature(Id::DropIns, "drop-ins for quadlets (`Network=none`, `--direct`)", None, Some((5, 0)), None),
+    feature(Id::Pod, "`.pod` quadlets", None, Some((5, 0)), None),
+    feature(Id::Template, "templates (`NAME@.container`)", None, Some((5, 0)), None),
+    feature(Id::ServiceName, "`ServiceName=` in quadlets", None, Some((5, 3)), None),
+    feature(
+        Id::NoWait,
+        "no wait for the network (`[Quadlet] DefaultDependencies=`)",
+        None,
+        Some((5, 3)),
+        None,
+    ),
     // FlushPending=; its drop-in. (Podman hands sockets in since 3.4.)
-    feature("sockets that the container takes over (`--direct`)", Some(247), Some((5, 0)), None),
+    feature(Id::Direct, "sockets that the container takes over (`--direct`)", Some(247), Some((5, 0)), None),
     // Before, a container might not accept at a socket of systemd's.
-    guarded("the same under SELinux", Guard::ContainerSelinux(2, 183)),
+    guarded(Id::DirectUnderSelinux, "the same under SELinux", Guard::ContainerSelinux(2, 183)),
     // Profiles for podman, crun and runc.
-    guarded("rootless containers under AppArmor's limit on user namespaces", Guard::AppArmor(4, 0)),
-    feature("another account's port from a container (pasta)", None, Some((4, 4)), None),
-    feature("the same at `host.containers.internal`", None, Some((5, 3)), None),
+    guarded(
+        Id::UnderAppArmor,
+        "rootless containers under AppArmor's limit on user namespaces",
+        Guard::AppArmor(4, 0),
+    ),
+    feature(Id::Pasta, "another account's port from a container (pasta)", None, Some((4, 4)), None),
+    feature(Id::HostContainersInternal, "the same at `host.containers.internal`", None, Some((5, 3)), None),
     // bpf_get_netns_cookie() for sock_ops programs
-    feature("the kernel relay", None, None, Some((5, 15))),
+    feature(Id::KernelRelay, "the kernel relay", None, None, Some((5, 15))),
     // Maps that are pinned, used by those who may not load programs.
-    feature("the kernel relay through `bro loader`", None, None, Some((5, 19))),
+    feature(Id::Loader, "the kernel relay through `bro loader`", None, None, Some((5, 19))),
 ];
 
 /// The versions of this host.
@@ -141,6 +178,50 @@ impl Versions {
     }
 }
 
+/// What an activated service makes use of; `quadlet` where it is there.
+pub(super) fn used(known: &Activated, quadlet: Option<&Quadlet>) -> Vec<&'static Feature> {
+    let of_user = known.unit_scope() == Manager::User;
+    // With auto it is spliced where the kernel relay is not to be had.
+    let wants_kernel = !known.direct && known.option("relay") == Some("sockmap");
+    let uses = |id: Id| match id {
+        Id::Units => true,
+        Id::Forwarding | Id::Waking => !known.direct,
+        Id::SeveralSockets => !known.direct && known.listeners.len() > 1,
+        Id::DropIns => known.drop_in.is_some(),
+        Id::Pod => {
+            known.quadlet.extension().is_some_and(|kind| kind == "pod")
+                || quadlet.is_some_and(|quadlet| quadlet.value("Pod").is_some())
+        }
+        Id::Template => known.name.contains('@'),
+        Id::ServiceName => quadlet.is_some_and(|quadlet| quadlet.value("ServiceName").is_some()),
+        Id::NoWait => {
+            quadlet.is_some_and(|quadlet| quadlet.file.value("Quadlet", "DefaultDependencies").is_some())
+        }
+        Id::Direct | Id::DirectUnderSelinux => known.direct,
+        Id::UnderAppArmor => of_user,
+        // Whoever comes from another account's container is not this service's matter.
+        Id::Pasta | Id::HostContainersInternal => false,
+        Id::KernelRelay => wants_kernel,
+        Id::Loader => wants_kernel && of_user,
+    };
+    FEATURES.iter().filter(|feature| uses(feature.id)).collect()
+}
+
+/// What of that is too new for this host.
+pub(super) async fn check_of(known: &Activated, quadlet: Option<&Quadlet>) -> Check {
+    const NAME: &str = "versions";
+    let versions = Versions::of_this_host().await;
+    let lacking: Vec<String> = used(known, quadlet)
+        .into_iter()
+        .filter_map(|feature| Some(format!("{} needs {}", feature.name, versions.lacks(feature)?)))
+        .collect();
+    if lacking.is_empty() {
+        Check::ok(NAME, "new enough")
+    } else {
+        Check::bad(NAME, lacking.join("; "), "use newer versions")
+    }
+}
+
 /// Does AppArmor keep programs that it does not know from making user namespaces?
 pub(super) fn apparmor_limits() -> bool {
     let limit = std::fs::read_to_string("/proc/sys/kernel/apparmor_restrict_unprivileged_userns");
@@ -204,11 +285,41 @@ mod tests {
     }
 
     #[test]
+    fn a_service_needs_what_it_makes_use_of() {
+        use super::super::service::tests::{known, quadlet};
+        use crate::quadlet::Kind;
+        let ids = |known: &Activated, quadlet: Option<&Quadlet>| -> Vec<Id> {
+            used(known, quadlet).iter().map(|feature| feature.id).collect()
+        };
+        let mut web = known(Some("systemd-web"), false);
+        let always = [Id::Forwarding, Id::Waking, Id::Units, Id::UnderAppArmor];
+        assert_eq!(ids(&web, None), always);
+        let plain = quadlet(Kind::Container, "[Container]\nImage=x\n", Ok("systemd-web"));
+        assert_eq!(ids(&web, Some(&plain)), always);
+        for (text, id) in [
+            ("[Container]\nServiceName=other\n", Id::ServiceName),
+            ("[Container]\nPod=app.pod\n", Id::Pod),
+            ("[Container]\n[Quadlet]\nDefaultDependencies=false\n", Id::NoWait),
+        ] {
+            let quadlet = quadlet(Kind::Container, text, Ok("systemd-web"));
+            assert!(ids(&web, Some(&quadlet)).contains(&id), "{text}");
+        }
+        web.options = vec![("relay".into(), "sockmap".into())];
+        assert!(ids(&web, None).ends_with(&[Id::KernelRelay, Id::Loader]));
+        web.quadlet = "/quadlets/web.pod".into();
+        assert!(ids(&web, None).contains(&Id::Pod));
+        (web.direct, web.scope) = (true, Manager::System);
+        assert_eq!(ids(&web, None), [Id::Units, Id::Pod, Id::Direct, Id::DirectUnderSelinux]);
+        let every: Vec<Id> = FEATURES.iter().map(|feature| feature.id).collect();
+        assert!(every.iter().enumerate().all(|(at, id)| !every[..at].contains(id)), "each id once");
+    }
+
+    #[test]
     fn the_readme_shows_this_table() {
         let cell = |version: Option<String>| version.unwrap_or_default();
         let dotted = |(major, minor): (u32, u32)| format!("{major}.{minor}");
         let readme = include_str!("../../../README.md");
-        let row = |Feature { name, systemd, podman, kernel, guard }: &Feature| {
+        let row = |Feature { name, systemd, podman, kernel, guard, .. }: &Feature| {
             format!(
                 "| {name} | {} | {} | {} | {} |\n",
                 cell(systemd.map(|version| version.to_string())),

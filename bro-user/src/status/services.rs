@@ -10,6 +10,8 @@ use serde::Serialize;
 use super::{Report, State};
 use crate::activate::bus::{Bus, Manager};
 use crate::activated::{self, Activated};
+use crate::activation::standing;
+use crate::activation::systemd::Systemd;
 use crate::control::{self, Request};
 
 /// One service.
@@ -31,12 +33,16 @@ pub(super) struct Service {
     pub connections: u64,
     /// What its forwarders say.
     pub forwarders: Vec<Report>,
+    /// Further names that it goes by, as `bro activate` and `bro sleep` take them.
+    #[serde(skip)]
+    pub also: Vec<String>,
 }
 
 impl Service {
     pub(super) fn is_called(&self, name: &str) -> bool {
         let services = self.forwarders.iter().filter_map(|report| report.service.as_deref());
         self.name == name
+            || self.also.iter().any(|also| also == name)
             || self
                 .unit
                 .as_deref()
@@ -56,6 +62,17 @@ impl Service {
             woken_by: None,
             connections: 0,
             forwarders: Vec::new(),
+            also: Vec::new(),
+        }
+    }
+
+    fn of(known: &Activated) -> Self {
+        let addresses = known.listeners.iter().map(|listener| listener.address.clone()).collect();
+        let quadlet = known.quadlet.file_name().map(|file| file.to_string_lossy().into_owned());
+        let sockets = known.listeners.iter().map(|listener| listener.socket.clone());
+        Self {
+            also: quadlet.into_iter().chain(known.service()).chain(sockets).collect(),
+            ..Self::new(known.name.clone(), Some(known.unit.clone()), addresses)
         }
     }
 
@@ -86,16 +103,17 @@ pub(super) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
     let activated = activated::all(scope)?;
     let sockets = control::sockets();
     let (mut buses, mut reports) = tokio::join!(
-        async { if activated.is_empty() { None } else { Buses::connect(scope).await } },
+        async { if activated.is_empty() { Buses::default() } else { Buses::connect(scope).await } },
         ask_all(sockets)
     );
     let mut services = Vec::new();
     for known in activated {
-        let addresses = known.listeners.iter().map(|listener| listener.address.clone()).collect();
-        let mut service = Service::new(known.name.clone(), Some(known.unit.clone()), addresses);
-        if let Some(buses) = &mut buses {
+        let mut service = Service::of(&known);
+        match buses.of(&known).await {
             // Without systemd's word it is asleep, as far as anybody knows.
-            drop(look(&mut service, &known, buses).await);
+            Some((front, container)) => drop(look(&mut service, &known, front, container).await),
+            // Who does not run does not listen.
+            None => service.state = State::Deaf,
         }
         let (its, others) =
             reports.into_iter().partition(|report| report.starts(&known.unit, known.unit_scope()));
@@ -130,51 +148,72 @@ async fn ask_all(sockets: Vec<PathBuf>) -> Vec<Report> {
     reports
 }
 
-/// The service managers that are asked.
+/// The service managers that are asked, as far as they run.
+#[derive(Default)]
 struct Buses {
-    own: Bus,
+    own: Option<Bus>,
     system: Option<Bus>,
     /// Of users whose containers the system's forwarders serve.
-    users: Vec<(u32, Bus)>,
+    users: Vec<(u32, Option<Bus>)>,
 }
 
 impl Buses {
-    async fn connect(scope: Manager) -> Option<Self> {
-        let own = Bus::connect(scope).await.ok()?;
-        let system = if scope == Manager::System { Some(own.clone()) } else { None };
-        Some(Self { own, system, users: Vec::new() })
+    async fn connect(scope: Manager) -> Self {
+        let own = Bus::connect(scope).await.ok();
+        let system = own.clone().filter(|_| scope == Manager::System);
+        Self { own, system, users: Vec::new() }
     }
 
-    /// Who listens and forwards, and who runs the container.
-    async fn of(&mut self, known: &Activated) -> anyhow::Result<(Bus, Bus)> {
-        let Some(owner) = &known.run_as else { return Ok((self.own.clone(), self.own.clone())) };
+    /// Who listens and forwards, and who runs the container; that one may be started by the first client only.
+    async fn of(&mut self, known: &Activated) -> Option<(Bus, Option<Bus>)> {
+        let Some(owner) = &known.run_as else { return self.own.clone().map(|own| (own.clone(), Some(own))) };
         let front = match &self.system {
             Some(system) => system.clone(),
-            None => self.system.insert(Bus::connect(Manager::System).await?).clone(),
+            None => self.system.insert(Bus::connect(Manager::System).await.ok()?).clone(),
         };
         if let Some((_, user)) = self.users.iter().find(|(uid, _)| *uid == owner.uid) {
-            return Ok((front, user.clone()));
+            return Some((front, user.clone()));
         }
-        let user = Bus::connect_as(owner).await?;
+        let user = Bus::connect_as(owner).await.ok();
         self.users.push((owner.uid, user.clone()));
-        Ok((front, user))
+        Some((front, user))
     }
 }
 
 /// What systemd knows of a service.
-async fn look(service: &mut Service, known: &Activated, buses: &mut Buses) -> anyhow::Result<()> {
-    let (front, container) = buses.of(known).await?;
-    let (bus, unit) = (front, container.known(&known.unit).await?);
+async fn look(
+    service: &mut Service,
+    known: &Activated,
+    bus: Bus,
+    container: Option<Bus>,
+) -> anyhow::Result<()> {
+    let unit = match container {
+        Some(container) => Some(container.known(&known.unit).await?),
+        None => None,
+    };
+    let systemd = Systemd::over(bus.clone()).await?;
     let mut deaf = false;
+    let mut addresses = Vec::new();
     for listener in &known.listeners {
         deaf |= bus.active_state(&listener.socket).await? != "active";
+        match systemd.live(&listener.socket).await {
+            // Somebody has changed the file, or written a drop-in: systemd's word counts.
+            Ok(live) if !live.listen.is_empty() && !standing::listens_there(listener, &live) => {
+                addresses.extend(live.listen);
+            }
+            _ => addresses.push(listener.address.clone()),
+        }
     }
-    let failed = match known.service() {
-        Some(forwarder) => bus.active_state(&forwarder).await? == "failed",
-        None => false,
-    };
-    service.state = match unit.active.as_str() {
+    service.addresses = addresses;
+    let (mut failed, mut restarting) = (false, false);
+    if let Some(forwarder) = known.service() {
+        failed = bus.active_state(&forwarder).await? == "failed";
+        restarting = systemd.restarting(&forwarder).await?.is_some();
+    }
+    service.state = match unit.as_ref().map_or("inactive", |unit| unit.active.as_str()) {
         _ if deaf => State::Deaf,
+        // However the container is: who comes now waits for a forwarder that does not get up.
+        _ if restarting => State::Failed,
         "active" | "reloading" => State::Awake,
         "activating" => State::Starting,
         "deactivating" => State::Stopping,
@@ -182,7 +221,7 @@ async fn look(service: &mut Service, known: &Activated, buses: &mut Buses) -> an
         _ if failed => State::Failed,
         _ => State::Asleep,
     };
-    service.since = unit.active_since.filter(|_| service.state == State::Awake);
+    service.since = unit.and_then(|unit| unit.active_since).filter(|_| service.state == State::Awake);
     Ok(())
 }
 
@@ -278,6 +317,8 @@ mod tests {
         let mut web = Service::new("web".into(), Some("web.service".into()), vec!["8080".into()]);
         let other = Service::new("other-one".into(), None, Vec::new());
         (web.state, web.woken_by, web.connections) = (State::Awake, Some("10.0.0.1:5".into()), 2);
+        web.also = vec!["web.container".into()];
+        assert!(web.is_called("web.container"));
         assert!(web.is_called("web") && web.is_called("web.service") && !web.is_called("we"));
         let text = describe(&[web, other]);
         assert_eq!(

@@ -2,7 +2,9 @@
 //! and that nothing is ever half-written. On a real systemd: the host suites.
 
 mod atomic;
+mod below;
 mod golden;
+mod nobody;
 mod refusals;
 mod security;
 mod tree;

@@ -39,12 +39,29 @@ pub fn nginx(host: &Host, manager: Manager) -> Result<()> {
         ensure!(page.contains("Welcome to nginx!"), "{page}");
         let interfaces = manager.run(host, &["podman", "exec", "systemd-taken", "ip", "-o", "link"])?;
         ensure!(interfaces.lines().count() == 1 && interfaces.contains(": lo:"), "{interfaces}");
+        let doctor = manager.try_run(host, &["bro", "doctor", "taken"])?;
+        ensure!(doctor.success() && doctor.stdout.contains("systemd-taken has taken"), "{doctor:?}");
         // It is stopped as any container is, and its next client wakes it.
         manager.systemctl(host, &["stop", "taken.service"])?;
         ensure!(manager.show(host, "taken.socket", "ActiveState")? == "active", "the socket stopped with it");
     }
+    // nginx lets go of what its configuration does not listen at.
+    let other = host.free_port()?;
+    let configured = host.run(&["cat", &format!("{files}/nginx.conf")])?;
+    host.write(
+        &format!("{files}/nginx.conf"),
+        configured.replace(&format!(":{port};"), &format!(":{other};")),
+    )?;
+    manager.systemctl(host, &["start", "taken.service"])?;
+    host.wait_until("doctor sees it", PATIENCE, || {
+        let doctor = manager.try_run(host, &["bro", "doctor", "taken"])?;
+        Ok(doctor.code == 1
+            && doctor.stdout.contains(&format!("it listens at 127.0.0.1:{other}"))
+            && doctor.stdout.contains(&format!("`listen 127.0.0.1:{port}`")))
+    })?;
     let removed = activate(host, manager, "taken --remove")?;
     ensure!(removed.success(), "{removed:?}");
+    ensure!(removed.stdout.contains("taken.service was stopped: it held the socket"), "{removed:?}");
     manager.systemctl(host, &["stop", "taken.service"])?;
     ensure!(
         tree(host, manager)? == before,

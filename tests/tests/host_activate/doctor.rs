@@ -47,6 +47,14 @@ pub fn status_and_doctor(host: &Host, manager: Manager) -> Result<()> {
     ill("the socket is not enabled", "enable", &[])?;
     manager.systemctl(host, &["enable", &site.socket()])?;
 
+    // Names that bro activate takes, and a sleeping service as JSON.
+    let named = manager.run(host, &["bro", "status", "--json", "patient.container"])?;
+    let named: Vec<Value> = serde_json::from_str(&named)?;
+    ensure!(named.len() == 1 && named[0]["state"] == "asleep", "{named:?}");
+
+    a_broken_forwarder(&site, &ill)?;
+    a_socket_elsewhere(&site, &ill, &status)?;
+
     // It listens, but somewhere else.
     let ran = activate(host, manager, "patient --external-port 0.0.0.0:1 --internal-port 99 --dry-run")?;
     ensure!(ran.success(), "{ran:?}");
@@ -57,6 +65,28 @@ pub fn status_and_doctor(host: &Host, manager: Manager) -> Result<()> {
         Ok(doctor(&[])?.stdout.contains("127.0.0.1:7"))
     })?;
     ill("it listens elsewhere", "127.0.0.1:99", &[])?;
+    // What is advised mends it, to the letter.
+    let advised = doctor(&[])?.stdout;
+    let advised = advised.split('`').find(|part| part.contains("--internal-port"));
+    let advised: Vec<&str> = advised.context("nothing is advised")?.split(' ').collect();
+    ensure!(manager.try_run(host, &advised)?.success(), "{advised:?}");
+    manager.systemctl(host, &["start", &site.unit()])?;
+    host.wait_until("it listens where it is looked for", bro_tests::host::site::PATIENCE, || {
+        Ok(complaints(&doctor(&[])?.stdout).is_empty())
+    })?;
+
+    // The unit runs, and the forwarder looks for a container that there is not.
+    let ran = activate(host, manager, "patient --container nobody")?;
+    ensure!(ran.success(), "{ran:?}");
+    manager.systemctl(host, &["start", &site.unit()])?;
+    ill("no such container", "no container nobody runs", &[])?;
+    ill("no such container", "systemd-patient", &[])?;
+    let ran = activate(host, manager, "patient --container systemd-patient")?;
+    ensure!(ran.success(), "{ran:?}");
+    manager.systemctl(host, &["start", &site.unit()])?;
+    manager.run(host, &["podman", "pause", "systemd-patient"])?;
+    ill("it is paused", "podman unpause systemd-patient", &[])?;
+    manager.run(host, &["podman", "unpause", "systemd-patient"])?;
     manager.systemctl(host, &["stop", &site.unit()])?;
 
     Plan::new("Image=localhost/nosuch\nPull=never", "", "").write_quadlet(host, manager, "patient")?;
@@ -65,6 +95,73 @@ pub fn status_and_doctor(host: &Host, manager: Manager) -> Result<()> {
     let unknown = manager.try_run(host, &["bro", "doctor", "nosuch"])?;
     ensure!(unknown.code == 4 && unknown.stderr.lines().count() == 1, "{unknown:?}");
     ensure!(activate(host, manager, "patient --remove")?.success());
+    Ok(())
+}
+
+/// Expects a complaint: about what, a part of it, and further options.
+type Ill<'a> = dyn Fn(&str, &str, &[&str]) -> Result<()> + 'a;
+
+/// One that does not get up, and one that does not answer.
+fn a_broken_forwarder(site: &Site<'_>, ill: &Ill<'_>) -> Result<()> {
+    let (host, manager, forwarder) = (site.host, site.manager, site.forwarder());
+    let drop_in = format!("{forwarder}.d/moved.conf");
+    manager.unit(host, &drop_in, "[Service]\nExecStart=\nExecStart=/nonexistent/bro forward\n")?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    let waiting = site.client()?;
+    host.wait_until("it is tried again", bro_tests::host::site::PATIENCE, || {
+        Ok(site.forwarder_show("NRestarts")?.parse::<u32>().is_ok_and(|times| times > 0))
+    })?;
+    ill("the forwarder cannot start", "does not get up", &[])?;
+    let all = manager.run(host, &["bro", "status"])?;
+    ensure!(all.lines().any(|line| line.starts_with("patient ") && line.contains("failed")), "{all}");
+    drop(waiting);
+    let folder = match manager {
+        Manager::System => "/etc/systemd/system".to_owned(),
+        Manager::User(user) => format!("/home/{user}/.config/systemd/user"),
+    };
+    host.run(&["rm", "-r", &format!("{folder}/{forwarder}.d")])?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    manager.systemctl(host, &["stop", &forwarder])?;
+    manager.systemctl(host, &["start", &site.socket()])?;
+
+    let client = site.client()?;
+    host.wait_until("it runs", bro_tests::host::site::PATIENCE, || {
+        Ok(site.forwarder_show("ActiveState")? == "active")
+    })?;
+    manager.systemctl(host, &["kill", "--signal", "STOP", "--kill-whom", "main", &forwarder])?;
+    let said = ill("the forwarder hangs", "does not answer", &[]);
+    manager.systemctl(host, &["kill", "--signal", "CONT", "--kill-whom", "main", &forwarder])?;
+    said?;
+    drop(client);
+    manager.systemctl(host, &["stop", &forwarder])?;
+    manager.systemctl(host, &["stop", &site.unit()])?;
+    Ok(())
+}
+
+/// Somebody has had the socket listen somewhere else by a drop-in.
+fn a_socket_elsewhere(site: &Site<'_>, ill: &Ill<'_>, status: &dyn Fn() -> Result<String>) -> Result<()> {
+    let (host, manager, socket) = (site.host, site.manager, site.socket());
+    let folder = match manager {
+        Manager::System => "/etc/systemd/system".to_owned(),
+        Manager::User(user) => format!("/home/{user}/.config/systemd/user"),
+    };
+    let text = host.run(&["cat", &format!("{folder}/{socket}")])?;
+    let elsewhere = host.free_port()?;
+    let listen: Vec<String> = text
+        .lines()
+        .map(|line| match line.starts_with("ListenStream=") {
+            true => format!("ListenStream=127.0.0.1:{elsewhere}"),
+            false => line.to_owned(),
+        })
+        .collect();
+    manager.unit(host, &socket, &(listen.join("\n") + "\n"))?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    manager.systemctl(host, &["restart", &socket])?;
+    ill("the socket listens elsewhere", &format!("listens at 127.0.0.1:{elsewhere}, and not at"), &[])?;
+    ensure!(status()?.contains(&elsewhere.to_string()), "{}", status()?);
+    manager.unit(host, &socket, &text)?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    manager.systemctl(host, &["restart", &socket])?;
     Ok(())
 }
 

@@ -117,6 +117,15 @@ pub fn doctor_of_a_service(host: &Host, manager: Manager) -> Result<()> {
     let taken = host.in_network(|| Ok(std::net::TcpListener::bind(("127.0.0.1", service.port))?))?;
     service.expect(&[], &["is taken by"])?;
     drop(taken);
+    // Another unit of the same service manager has the port.
+    let squat = format!("[Socket]\nListenStream=127.0.0.1:{}\n", service.port);
+    manager.unit(host, "squat.socket", &squat)?;
+    manager.unit(host, "squat.service", "[Service]\nExecStart=/bin/true\n")?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    manager.systemctl(host, &["start", "squat.socket"])?;
+    let named = service.expect(&[], &["is taken by squat.socket"]);
+    manager.systemctl(host, &["stop", "squat.socket"])?;
+    named?;
     manager.systemctl(host, &["start", &socket])?;
     ensure!(service.bad(&[])?.is_empty(), "mended: {:#?}", service.bad(&[])?);
 
@@ -140,8 +149,17 @@ pub fn doctor_of_a_service(host: &Host, manager: Manager) -> Result<()> {
     let failed = pulled.bad(&["--wake"])?;
     ensure!(failed.iter().any(|bad| bad.contains("unpulled.service")), "{failed:#?}");
 
-    // The quadlet is renamed away.
+    // What is to bring the image is not there, so Podman's generator makes no unit.
     let path = manager.quadlet_path("ill.container");
+    let quadlet = host.run(&["cat", &path])?;
+    manager.quadlet(host, "ill.container", "[Container]\nNetwork=none\nImage=gone.image\n")?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    let bad = service.bad(&[])?;
+    ensure!(bad.iter().any(|bad| bad.contains("systemd knows no gone-image.service")), "{bad:#?}");
+    manager.quadlet(host, "ill.container", &quadlet)?;
+    manager.systemctl(host, &["daemon-reload"])?;
+
+    // The quadlet is renamed away.
     std::fs::remove_file(host.path(&path))?;
     ensure!(
         service.bad(&[])?.iter().any(|bad| bad.contains("removed or renamed")),

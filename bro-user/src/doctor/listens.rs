@@ -1,0 +1,260 @@
+//! Does the service listen where its clients are connected to?
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::podman::{self, Answer};
+use super::{Check, taken_over};
+use crate::activate::bus::{Bus, Manager};
+use crate::activate::container;
+use crate::activated::{Activated, Listener};
+use crate::netns::diag::{Listening, Table};
+use crate::netns::{Namespace, Where};
+use crate::target::Target;
+
+pub(super) const NAME: &str = "listens";
+
+/// `bus` is that of the container's service manager, where it answers; `container` is the quadlet's own.
+pub(super) async fn check(
+    known: &Activated,
+    listener: &Listener,
+    container: Option<&str>,
+    bus: Option<&Bus>,
+) -> Check {
+    let Some(target) = &listener.target else {
+        return taken_over::check(known, listener, container).await;
+    };
+    let Some(container) = &known.container else {
+        return Check::ok(NAME, format!("{target} is in no container of its own, so nobody looked"));
+    };
+    let pid = match running(known, container) {
+        Some(pid) => pid,
+        None if is_active(known, bus).await => match podmans(known, container).await {
+            Ok(pid) => pid,
+            Err(check) => return check,
+        },
+        None => {
+            return Check::ok(
+                NAME,
+                format!("{container} is asleep, so nobody knows about {target} (--wake looks)"),
+            );
+        }
+    };
+    if is_paused(pid) {
+        return Check::bad(
+            NAME,
+            format!("{container} is paused, so nobody answers at {target}"),
+            format!("`podman unpause {container}`"),
+        );
+    }
+    let Ok(Target::Tcp { host, port }) = target.parse::<Target>() else {
+        return Check::ok(NAME, format!("{target} is a unix socket, so nobody looked"));
+    };
+    let ip = if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() };
+    let Ok(ip) = ip else {
+        return Check::ok(NAME, format!("{target} has a name, so nobody looked"));
+    };
+    let wanted = SocketAddr::new(ip, port);
+    match listeners(pid).await {
+        Ok(found) if found.iter().any(|listening| listening.serves(wanted)) => {
+            Check::ok(NAME, format!("{container} listens at {target}"))
+        }
+        Ok(found) => {
+            let (there, fix) = match nearest(&found, port) {
+                None => ("nothing listens there at all".to_owned(), "see the service's own log".to_owned()),
+                Some(best) => (
+                    format!("it listens at {}", written(&found)),
+                    format!("`{}`, or change the service", lead_to(known, listener, &internal(best))),
+                ),
+            };
+            Check::bad(NAME, format!("nobody listens at {target} in {container}; {there}"), fix)
+        }
+        Err(error) => {
+            Check::bad(NAME, format!("cannot look into {container}: {error:#}"), "see `bro doctor`")
+        }
+    }
+}
+
+/// The container's process, found without Podman.
+pub(super) fn running(known: &Activated, container: &str) -> Option<i32> {
+    match &known.run_as {
+        Some(owner) => container::running_of(owner, container),
+        None => container::running(container),
+    }
+}
+
+async fn is_active(known: &Activated, bus: Option<&Bus>) -> bool {
+    match bus {
+        Some(bus) => bus.active_state(&known.unit).await.is_ok_and(|state| state == "active"),
+        None => false,
+    }
+}
+
+/// The unit is active, and nothing shows a container of that name: what Podman says.
+async fn podmans(known: &Activated, container: &str) -> Result<i32, Check> {
+    let (unit, owner) = (&known.unit, known.run_as.as_ref());
+    let inspect = ["container", "inspect", "--format", "{{.State.Pid}}", "--", container];
+    let answer = podman::ask(owner, &inspect).await;
+    if let Answer::Yes(pid) = &answer
+        && let Some(pid) = pid.parse().ok().filter(|pid| *pid > 0)
+    {
+        return Ok(pid);
+    }
+    let mend = format!(
+        "`podman ps` shows the names; `{} {} --container NAME` takes another",
+        activate(known),
+        known.name
+    );
+    if let Some(trouble) = answer.trouble() {
+        return Err(Check::bad(
+            NAME,
+            format!("{unit} is active, no container {container} is seen, and {trouble}"),
+            mend,
+        ));
+    }
+    let others = match podman::ask(owner, &["ps", "--format", "{{.Names}}"]).await {
+        Answer::Yes(names) if !names.is_empty() => {
+            format!("; there run {}", names.lines().collect::<Vec<_>>().join(", "))
+        }
+        _ => String::new(),
+    };
+    Err(Check::bad(
+        NAME,
+        format!("{unit} is active, and no container {container} runs, so no client is connected{others}"),
+        mend,
+    ))
+}
+
+/// `podman pause` freezes the container's cgroup (cgroup.events of version 2).
+pub(super) fn is_paused(pid: i32) -> bool {
+    let Ok(cgroup) = std::fs::read_to_string(format!("/proc/{pid}/cgroup")) else { return false };
+    let Some(path) = cgroup.lines().find_map(|line| line.strip_prefix("0::/")) else { return false };
+    let events = Path::new("/sys/fs/cgroup").join(path).join("cgroup.events");
+    std::fs::read_to_string(events).is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
+}
+
+/// All that listens in the container's network namespace.
+pub(super) async fn listeners(pid: i32) -> anyhow::Result<Vec<Listening>> {
+    let netns = OwnedFd::from(std::fs::File::open(format!("/proc/{pid}/ns/net"))?);
+    let place = Where::Entered(Arc::new(Namespace::enter(netns, None).await?));
+    Ok(Table::open(&place).await?.listeners()?)
+}
+
+/// Their addresses.
+pub(super) fn written(found: &[Listening]) -> String {
+    let mut all: Vec<String> = found.iter().map(|listening| listening.address.to_string()).collect();
+    all.sort();
+    all.dedup();
+    all.join(", ")
+}
+
+/// The one that is most likely meant: at the same port, else the first.
+fn nearest(found: &[Listening], port: u16) -> Option<Listening> {
+    let by = |listening: &Listening| (listening.address.port() != port, listening.address.to_string());
+    found.iter().copied().min_by_key(by)
+}
+
+/// What `--internal-port` has to be, so that clients get to this one: a port alone means 127.0.0.1.
+fn internal(listening: Listening) -> String {
+    let port = listening.address.port();
+    if listening.serves((Ipv4Addr::LOCALHOST, port).into()) {
+        return port.to_string();
+    }
+    match listening.address.ip() {
+        IpAddr::V6(ip) if ip.is_unspecified() => {
+            SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port).to_string()
+        }
+        IpAddr::V6(ip) => SocketAddr::new(ip.to_canonical(), port).to_string(),
+        IpAddr::V4(_) => listening.address.to_string(),
+    }
+}
+
+/// `bro activate`, by whoever may.
+pub(super) fn activate(known: &Activated) -> &'static str {
+    if known.scope == Manager::System && !nix::unistd::geteuid().is_root() {
+        "sudo bro activate"
+    } else {
+        "bro activate"
+    }
+}
+
+/// The command line that leads this port's clients to another place of the service.
+fn lead_to(known: &Activated, listener: &Listener, internal: &str) -> String {
+    format!("{} --internal-port {internal}", anew(known, listener))
+}
+
+/// The command line that has this port as it was activated.
+pub(super) fn anew(known: &Activated, listener: &Listener) -> String {
+    let name = &known.name;
+    let service = match &listener.service {
+        // The first port is meant where none is named.
+        service if service == name => String::new(),
+        service => format!(" --service-name {service}"),
+    };
+    format!("{} {name}{service} --external-port {}", activate(known), listener.address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::service::tests::known;
+    use super::*;
+
+    fn listening(address: &str, v6_only: bool) -> Listening {
+        Listening { address: address.parse().unwrap(), v6_only }
+    }
+
+    #[test]
+    fn the_way_to_mend_a_port_is_that_ports() {
+        let mut listener = Listener {
+            service: "web".into(),
+            socket: "web-activator.socket".into(),
+            file: "/units/web-activator.socket".into(),
+            address: "8080".into(),
+            target: Some("127.0.0.1:80".into()),
+            backlog: None,
+            device: None,
+        };
+        let known = known(None, false);
+        assert_eq!(
+            lead_to(&known, &listener, "81"),
+            "bro activate web --external-port 8080 --internal-port 81"
+        );
+        listener.service = "metrics".into();
+        assert_eq!(
+            lead_to(&known, &listener, "[::1]:81"),
+            "bro activate web --service-name metrics --external-port 8080 --internal-port [::1]:81"
+        );
+    }
+
+    #[test]
+    fn what_is_advised_leads_to_who_listens() {
+        for (address, v6_only, advised) in [
+            ("127.0.0.1:81", false, "81"),
+            ("0.0.0.0:81", false, "81"),
+            ("[::]:81", false, "81"),
+            ("[::]:81", true, "[::1]:81"),
+            ("[::1]:81", false, "[::1]:81"),
+            ("10.88.0.5:80", false, "10.88.0.5:80"),
+            ("127.0.0.2:80", false, "127.0.0.2:80"),
+            ("[::ffff:10.1.2.3]:80", false, "10.1.2.3:80"),
+            ("[fd00::2]:80", false, "[fd00::2]:80"),
+        ] {
+            let there = listening(address, v6_only);
+            assert_eq!(internal(there), advised, "{address}");
+            let target: SocketAddr =
+                advised.parse().unwrap_or_else(|_| (Ipv4Addr::LOCALHOST, advised.parse().unwrap()).into());
+            assert!(there.serves(target), "{address}");
+            assert!(advised.parse::<crate::activation::address::Internal>().is_ok(), "{advised}");
+        }
+    }
+
+    #[test]
+    fn the_same_port_elsewhere_is_nearer_than_another() {
+        let found = [listening("127.0.0.1:22", false), listening("[::1]:80", false)];
+        assert_eq!(nearest(&found, 80), Some(found[1]));
+        assert_eq!(nearest(&found, 81), Some(found[0]));
+        assert_eq!(nearest(&[], 81), None);
+    }
+}
