@@ -368,8 +368,7 @@ impl Bus {
             }
             let known = JobProxy::builder(self.connection()).path(job.clone()).build().await?;
             match known.job_type().await {
-                Err(zbus::Error::MethodError(name, ..))
-                    if name == "org.freedesktop.DBus.Error.UnknownObject" => {}
+                Err(zbus::Error::FDO(error)) if matches!(*error, zbus::fdo::Error::UnknownObject(_)) => {}
                 _ => continue,
             }
             // Its signal may be on its way.
@@ -549,12 +548,13 @@ async fn wait(removed: &mut JobRemovedStream, job: &OwnedObjectPath) -> anyhow::
 struct Closed;
 
 /// What D-Bus says where the one who was asked has just gone away; it may be back in a moment.
-const GONE: [&str; 4] = [
-    "org.freedesktop.DBus.Error.NoReply",
-    "org.freedesktop.DBus.Error.Disconnected",
-    "org.freedesktop.DBus.Error.ServiceUnknown",
-    "org.freedesktop.DBus.Error.NameHasNoOwner",
-];
+const fn is_gone(error: &zbus::fdo::Error) -> bool {
+    use zbus::fdo::Error;
+    matches!(
+        error,
+        Error::NoReply(_) | Error::Disconnected(_) | Error::ServiceUnknown(_) | Error::NameHasNoOwner(_)
+    )
+}
 
 /// Is it the way to the service manager that failed, and not the service manager that refused?
 #[must_use]
@@ -562,7 +562,7 @@ pub fn is_passing(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<Closed>()
             || match cause.downcast_ref() {
-                Some(zbus::Error::MethodError(name, ..)) => GONE.contains(&name.as_str()),
+                Some(zbus::Error::FDO(error)) => is_gone(error),
                 Some(zbus::Error::InputOutput(_)) => true,
                 _ => false,
             }
@@ -572,8 +572,12 @@ pub fn is_passing(error: &anyhow::Error) -> bool {
 /// systemd's own sentence, without the D-Bus name around it.
 fn plain(error: zbus::Error) -> anyhow::Error {
     match error {
-        zbus::Error::MethodError(name, Some(sentence), _) if !GONE.contains(&name.as_str()) => {
-            anyhow::anyhow!(sentence)
+        zbus::Error::MethodError(_, Some(sentence), _) => anyhow::anyhow!(sentence),
+        zbus::Error::FDO(error) if !is_gone(&error) => {
+            use zbus::DBusError as _;
+            error
+                .description()
+                .map_or_else(|| anyhow::anyhow!("{error}"), |sentence| anyhow::anyhow!("{sentence}"))
         }
         error => error.into(),
     }

@@ -125,6 +125,26 @@ pub fn stopped_while_it_wakes(host: &Host, manager: Manager) -> Result<()> {
     site.check_echo()
 }
 
+/// The service manager executes itself anew (an upgrade of systemd does that) while clients are held.
+pub fn manager_executes_itself_anew(host: &Host) -> Result<()> {
+    for manager in [Manager::System, Manager::User("test")] {
+        let site =
+            Site::new(host, manager, "reexec", &Plan::service(manager, 1.5, "--exit-idle-time 500ms"))?;
+        for pause in [50, 300, 900] {
+            let client = site.client()?;
+            std::thread::sleep(Duration::from_millis(pause));
+            manager.systemctl(host, &["daemon-reexec"])?;
+            let answer = ask(client, b"anew").map_err(|error| {
+                error.context(format!("{manager:?}, after {pause} ms: {}", site.journals()))
+            })?;
+            ensure!(answer == b"anew", "{answer:?}");
+            site.await_exit()?;
+            site.await_container_gone()?;
+        }
+    }
+    Ok(())
+}
+
 pub fn drains(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "drain", &Plan::service(manager, 0.0, "--drain-timeout 20s"))?;
     let mut client = site.client()?;

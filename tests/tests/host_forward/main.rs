@@ -80,6 +80,7 @@ const OTHERS: &[OtherCase] = &[
     ),
     ("a user's process that passes itself off as conmon gets no client of root's", users::false_conmon),
     ("the system's manager is not an ordinary user's to command", users::systems_manager),
+    ("a service manager that executes itself anew during a start", life::manager_executes_itself_anew),
 ];
 
 #[test]
