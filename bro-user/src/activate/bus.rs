@@ -162,8 +162,14 @@ impl Look {
     /// It runs, or is about to.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        matches!(self.state.as_str(), "active" | "activating" | "reloading")
+        is_running(&self.state)
     }
+}
+
+/// Does a unit in this ActiveState run, or is it about to?
+#[must_use]
+pub fn is_running(state: &str) -> bool {
+    matches!(state, "active" | "activating" | "reloading")
 }
 
 /// The times at which a unit changes.
@@ -463,7 +469,7 @@ impl Bus {
         own.extend(known.wants().await?);
         own.extend(crate::status::own_unit());
         for other in needing.into_iter().filter(|other| !own.contains(other)) {
-            if matches!(self.active_state(&other).await?.as_str(), "active" | "activating" | "reloading") {
+            if is_running(&self.active_state(&other).await?) {
                 return Ok(Some(other));
             }
         }

@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use zbus::OwnedObjectPath;
 
-use crate::activate::bus::{Bus, Manager};
+use crate::activate::bus::{self, Bus, Manager};
 use crate::owner::Owner;
 
 /// `(ssssssouso)`: a unit as ListUnits describes it; the first is its name, the seventh its object.
@@ -115,7 +115,7 @@ impl Systemd {
 
     pub async fn is_active(&self, unit: &str) -> bool {
         let state = self.bus.active_state(unit).await;
-        state.is_ok_and(|state| matches!(state.as_str(), "active" | "activating" | "reloading"))
+        state.is_ok_and(|state| bus::is_running(&state))
     }
 
     /// A unit that systemd cannot load: why.
