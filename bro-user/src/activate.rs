@@ -29,6 +29,7 @@ use crate::kernel;
 use crate::netns::diag::Table;
 use crate::netns::wire::{Address, Destinations};
 use crate::netns::{AgentEnded, Namespace, Where};
+use crate::source::Sources;
 use crate::target::Target;
 use bus::{Bus, Manager};
 use command::Outcome;
@@ -214,12 +215,14 @@ impl Activator {
                 Where::Entered(namespace) => namespace.clone(),
             };
             let guarded = file.is_some();
-            let channel = namespace.channel(Destinations { addresses, file }).await?;
+            let sources = Sources::Kernel;
+            let binding = sources.binding();
+            let channel = namespace.channel(Destinations { addresses, file, binding }).await?;
             let table = match self.programs.get() {
                 Some(_) => Table::open(&place).await.ok(),
                 None => None,
             };
-            anyhow::Ok(Some((Destination { addresses: tcp, guarded, channel, table }, incarnation)))
+            anyhow::Ok(Some((Destination { addresses: tcp, guarded, sources, channel, table }, incarnation)))
         };
         let (findable, started) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.

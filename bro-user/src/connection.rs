@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kernel::Lane;
 use crate::relay::{Broken, Direction, Method, Side, Tools};
+use crate::source::Origin;
 
 /// Who connected.
 #[derive(Debug, Clone)]
@@ -187,6 +188,8 @@ pub struct Connection {
     pub client: OwnedFd,
     /// Who it is.
     pub peer: Peer,
+    /// The address under which the service is to see it.
+    pub origin: Origin,
     /// The index of the listener it came through.
     pub listener: usize,
     /// The index of its target.

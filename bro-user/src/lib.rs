@@ -32,6 +32,7 @@ pub mod quadlet;
 pub mod relay;
 pub mod sandbox;
 pub mod sockaddr;
+pub mod source;
 pub mod stats;
 pub mod status;
 pub mod sys;

@@ -239,12 +239,12 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
     let channel = channel.context("no channel to an agent")?;
     let sockets = Request::Sockets { domain: libc::AF_INET, kind: libc::SOCK_STREAM, protocol: 0, count: 1 };
     let elsewhere = wire::Address::Tcp(([127, 0, 0, 1], 1).into());
-    let more = wire::Destinations { addresses: vec![elsewhere], file: None };
+    let more = wire::Destinations { addresses: vec![elsewhere], ..Default::default() };
     for (request, refusal) in [
         (sockets, Errno::EPERM),
         (Request::Join, Errno::EPERM),
         (Request::Channel(more), Errno::EPERM),
-        (Request::Dial(1), Errno::EADDRNOTAVAIL),
+        (Request::Dial(1, None), Errno::EADDRNOTAVAIL),
         (Request::Supply(1, 1), Errno::EPERM),
     ] {
         // The relay process itself reads there as well; it sleeps while nobody asks and gets no more than an answer it did not

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use super::{Accepting, Engine, tcp};
 use crate::connection::{Connection, End, Peer, Registration, Stage};
 use crate::engine::handle::Event;
+use crate::source::Origin;
 use crate::stats::Stats;
 
 /// The first pause after EMFILE and its like; it doubles up to the last.
@@ -95,6 +96,7 @@ impl Engine {
         let connection = Connection {
             number,
             client,
+            origin: Origin::of(&peer),
             peer,
             listener,
             backend,

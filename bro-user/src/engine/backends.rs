@@ -15,6 +15,7 @@ use crate::connection::{Connection, End, Registration, Stage};
 use crate::engine::handle::Event;
 use crate::netns::diag::Table;
 use crate::netns::wire::{self, Answer, Destinations, Request};
+use crate::source::{self, Sources};
 use crate::stats::Stats;
 
 /// A target that listens.
@@ -24,6 +25,8 @@ pub struct Destination {
     pub addresses: Vec<Option<SocketAddr>>,
     /// Each connection has to ask the agent, for its namespace may be another one by then.
     pub guarded: bool,
+    /// From which addresses they are connected to.
+    pub sources: Sources,
     /// The agent that connects to them, by their numbers, or makes sockets for that.
     pub channel: OwnedFd,
     /// The namespace's table of sockets, where the kernel relay may need it.
@@ -47,6 +50,8 @@ struct Dial {
     number: u64,
     /// The address's number.
     address: usize,
+    /// The client's own port did not do.
+    any_port: bool,
 }
 
 /// Unconnected sockets asked for at a time, so that the agent is woken once for many connections; fewer where few connections
@@ -161,7 +166,7 @@ impl Engine {
     pub(super) fn place(&mut self, index: usize) {
         let backend = self.connections[index].backend;
         if let State::Ready(_) = &self.backends[backend].state {
-            return self.start_connect(index, 0);
+            return self.start_connect(index, 0, false);
         }
         if self.are_bytes_to_wake() {
             return self.wait_for_a_byte(index);
@@ -270,23 +275,33 @@ impl Engine {
         self.register(dial.index);
     }
 
-    /// Begins to connect to one of the target's addresses.
-    fn start_connect(&mut self, index: usize, address: usize) {
+    /// Begins to connect to one of the target's addresses, as the client or (with `any_port`) from another port of its address.
+    fn start_connect(&mut self, index: usize, address: usize, any_port: bool) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let backend = connection.backend;
         let State::Ready(supply) = &mut self.backends[backend].state else { return self.hold(index, false) };
         connection.stage = Stage::AwaitingSocket;
-        let dial = Dial { index, number: connection.number, address };
+        let dial = Dial { index, number: connection.number, address, any_port };
+        let origin = connection.origin;
         let most = self.settings.connections_max;
         let tcp = supply.destination.addresses.get(address).copied().flatten();
         match (tcp.filter(|_| !supply.destination.guarded), &self.addresses) {
             (Some(tcp), Some(book)) => {
                 let socket = supply.sockets[usize::from(tcp.is_ipv6())].pop();
+                let source = supply.destination.sources.of(origin, tcp);
+                let source = source.map(|source| if any_port { source::any_port(source) } else { source });
                 let replenished = supply.replenish(address, tcp, most);
                 match socket {
                     Some(socket) => {
-                        match book.connect(socket.as_fd(), slot(backend, address), tcp.is_ipv4()) {
+                        let bound = source.map_or(Ok(()), |source| source::bind_to(socket.as_fd(), source));
+                        let connect =
+                            |()| book.connect(socket.as_fd(), slot(backend, address), tcp.is_ipv4());
+                        match bound.and_then(connect) {
                             Ok(()) | Err(Errno::EINPROGRESS) => self.dialled(dial, socket),
+                            // The kernel holds the last connection from this port to there still.
+                            Err(Errno::EADDRNOTAVAIL) if source.is_some_and(|source| source.port() != 0) => {
+                                self.start_connect(index, address, true);
+                            }
                             Err(errno) => self.refused(index, address, errno),
                         }
                     }
@@ -313,7 +328,11 @@ impl Engine {
         while supply.asked.len() < AT_ONCE
             && let Some(dial) = supply.waiting.pop_front()
         {
-            let request = Request::Dial(u8::try_from(dial.address).unwrap_or(u8::MAX));
+            let Some(connection) = self.connections.get(dial.index) else { continue };
+            let Destination { addresses, sources, .. } = &supply.destination;
+            let tcp = addresses.get(dial.address).copied().flatten();
+            let source = tcp.and_then(|tcp| sources.of(connection.origin, tcp));
+            let request = Request::Dial(u8::try_from(dial.address).unwrap_or(u8::MAX), source);
             if let Err(error) = supply.ask(&request, Asked::Dial(dial)) {
                 tracing::warn!(%error, "the namespace agent does not take requests");
                 return self.backend_gone(backend);
@@ -375,7 +394,7 @@ impl Engine {
                 continue;
             }
             match errno {
-                None => self.start_connect(dial.index, dial.address),
+                None => self.start_connect(dial.index, dial.address, dial.any_port),
                 // The client waits until one is free.
                 Some(errno) if out_of_descriptors(errno) => {
                     self.try_again(dial);
@@ -399,7 +418,7 @@ impl Engine {
 
     pub(super) fn retry_connect(&mut self, index: usize) {
         if matches!(self.connections.get(index), Some(Connection { stage: Stage::AwaitingSocket, .. })) {
-            self.start_connect(index, 0);
+            self.start_connect(index, 0, false);
         }
     }
 
@@ -438,7 +457,7 @@ impl Engine {
         if let State::Ready(supply) = &self.backends[backend].state
             && number.saturating_add(1) < supply.destination.addresses.len()
         {
-            return self.start_connect(index, number + 1);
+            return self.start_connect(index, number + 1, false);
         }
         let patient = connection.active.elapsed() < self.settings.hold_limit;
         if !(self.settings.hold_refused && nobody_listens(errno) && patient) {

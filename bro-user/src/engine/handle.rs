@@ -24,6 +24,7 @@ use super::report::Figures;
 use crate::connection::End;
 use crate::kernel::{Descriptors, Share};
 use crate::netns::diag::Table;
+use crate::source::Sources;
 use crate::stats::Tally;
 use crate::sys;
 
@@ -141,7 +142,7 @@ const LONGEST: usize = 64 * 1024;
 /// How a message says which command it is.
 #[derive(Debug, Serialize, Deserialize)]
 enum Head {
-    Ready { backend: usize, addresses: Vec<Option<SocketAddr>>, guarded: bool },
+    Ready { backend: usize, addresses: Vec<Option<SocketAddr>>, guarded: bool, sources: Sources },
     Kernel { share: Share, clients: bool },
     Plain(Plain),
 }
@@ -149,9 +150,12 @@ enum Head {
 impl Command {
     fn encode(self) -> (Vec<u8>, Vec<OwnedFd>) {
         let (head, descriptors) = match self {
-            Self::Ready { backend, destination: Destination { addresses, guarded, channel, table } } => {
+            Self::Ready {
+                backend,
+                destination: Destination { addresses, guarded, sources, channel, table },
+            } => {
                 let descriptors = std::iter::once(channel).chain(table.map(Table::into_socket)).collect();
-                (Head::Ready { backend, addresses, guarded }, descriptors)
+                (Head::Ready { backend, addresses, guarded, sources }, descriptors)
             }
             Self::Kernel { descriptors, share, clients } => {
                 (Head::Kernel { share, clients }, descriptors.into_array().into())
@@ -164,11 +168,14 @@ impl Command {
 
     pub(crate) fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
         Some(match serde_json::from_slice(bytes).ok()? {
-            Head::Ready { backend, addresses, guarded } => {
+            Head::Ready { backend, addresses, guarded, sources } => {
                 let mut descriptors = descriptors.into_iter();
                 let channel = descriptors.next()?;
                 let table = descriptors.next().map(Table::of);
-                Self::Ready { backend, destination: Destination { addresses, guarded, channel, table } }
+                Self::Ready {
+                    backend,
+                    destination: Destination { addresses, guarded, sources, channel, table },
+                }
             }
             Head::Kernel { share, clients } => {
                 let descriptors = Descriptors::from_array(descriptors.try_into().ok()?);

@@ -13,10 +13,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::socket::{SockaddrStorage, UnixAddr, connect};
+use nix::sys::socket::{SockaddrStorage, UnixAddr, connect, setsockopt, sockopt};
 use nix::sys::stat::fstat;
 
 use super::wire::{self, Address, Answer, Destinations, Request};
+use crate::source::{Binding, any_port, bind_to};
 use crate::sys;
 
 /// More channels than a forwarder has targets would be a mistake of ours.
@@ -106,23 +107,23 @@ fn serve(
             added.extend(descriptors.pop().map(|channel| (channel, Asker::Relay(destinations))));
             Ok(Vec::new())
         }
-        (Asker::Relay(destinations), Request::Dial(number)) => {
+        (Asker::Relay(destinations), Request::Dial(number, source)) => {
             let address = destinations.addresses.get(usize::from(number)).ok_or(Errno::EADDRNOTAVAIL)?;
             let file = destinations.file.as_ref();
             if file.is_some_and(|file| !place.is_named_by(file)) {
                 return Err(wire::STALE);
             }
-            place.dial(address).map(|socket| vec![socket])
+            place.dial(address, destinations.binding, source).map(|socket| vec![socket])
         }
         (Asker::Relay(destinations), Request::Supply(number, count)) => {
             let address = destinations.addresses.get(usize::from(number)).and_then(Address::tcp);
             // Where the namespace may have to be another one, each connection asks.
             let address = address.filter(|_| destinations.file.is_none()).ok_or(Errno::EPERM)?;
             let count = count.min(sys::MOST_DESCRIPTORS as u8);
-            (0..count).map(|_| stream(domain_of(address))).collect()
+            (0..count).map(|_| stream(domain_of(address), destinations.binding)).collect()
         }
         // Whoever asks this is not who it was.
-        (Asker::Control, Request::Dial(_) | Request::Supply(..)) | (Asker::Relay(_), _) => Err(Errno::EPERM),
+        (Asker::Control, Request::Dial(..) | Request::Supply(..)) | (Asker::Relay(_), _) => Err(Errno::EPERM),
     }
 }
 
@@ -156,13 +157,17 @@ impl Place {
     }
 
     /// A socket that is connected to `address`, or about to be.
-    fn dial(&self, address: &Address) -> nix::Result<OwnedFd> {
+    fn dial(&self, address: &Address, binding: Binding, source: Option<SocketAddr>) -> nix::Result<OwnedFd> {
         match address {
             Address::Tcp(address) => {
-                let socket = stream(domain_of(*address))?;
-                match connect(socket.as_raw_fd(), &SockaddrStorage::from(*address)) {
-                    Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
-                    Err(errno) => Err(errno),
+                let socket = stream(domain_of(*address), binding)?;
+                match dial_tcp(&socket, *address, source) {
+                    // The kernel holds the last connection from this port to there still.
+                    Err(Errno::EADDRNOTAVAIL) if source.is_some_and(|source| source.port() != 0) => {
+                        let (socket, source) = (stream(domain_of(*address), binding)?, source.map(any_port));
+                        dial_tcp(&socket, *address, source).map(|()| socket)
+                    }
+                    dialled => dialled.map(|()| socket),
                 }
             }
             Address::Unix(path) => dial_unix(&UnixAddr::new(path)?),
@@ -181,12 +186,33 @@ const fn domain_of(address: SocketAddr) -> i32 {
     if address.is_ipv4() { nix::libc::AF_INET } else { nix::libc::AF_INET6 }
 }
 
-fn stream(domain: i32) -> nix::Result<OwnedFd> {
-    sys::socket(domain, nix::libc::SOCK_STREAM, 0).map_err(|error| sys::errno_of(&error))
+/// A stream socket that may be bound as `binding` says.
+fn stream(domain: i32, binding: Binding) -> nix::Result<OwnedFd> {
+    let socket = sys::socket(domain, nix::libc::SOCK_STREAM, 0).map_err(|error| sys::errno_of(&error))?;
+    if binding != Binding::Unbound {
+        // Without a port: the kernel chooses one by both ends, when it connects.
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+    }
+    if binding == Binding::Any {
+        setsockopt(&socket, sockopt::IpTransparent, &true)?;
+        // A client may have one port at several of a forwarder's sockets, or the one it had a moment ago.
+        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    }
+    Ok(socket)
+}
+
+fn dial_tcp(socket: &OwnedFd, address: SocketAddr, source: Option<SocketAddr>) -> nix::Result<()> {
+    if let Some(source) = source {
+        bind_to(socket.as_fd(), source)?;
+    }
+    match connect(socket.as_raw_fd(), &SockaddrStorage::from(address)) {
+        Ok(()) | Err(Errno::EINPROGRESS) => Ok(()),
+        Err(errno) => Err(errno),
+    }
 }
 
 fn dial_unix(address: &UnixAddr) -> nix::Result<OwnedFd> {
-    let socket = stream(nix::libc::AF_UNIX)?;
+    let socket = stream(nix::libc::AF_UNIX, Binding::Unbound)?;
     connect(socket.as_raw_fd(), address)?;
     Ok(socket)
 }

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::source::Binding;
 use crate::sys;
 
 /// A request to the agent.
@@ -29,9 +30,9 @@ pub enum Request {
     },
     /// Take requests from the socket that comes along as well: [`Request::Dial`] to these destinations, and nothing else.
     Channel(Destinations),
-    /// Make a stream socket and connect it to the destination with this number. The answer may be a socket whose connection is
-    /// still in progress.
-    Dial(u8),
+    /// Make a stream socket and connect it to the destination with this number, from this address if there is one. The answer may
+    /// be a socket whose connection is still in progress.
+    Dial(u8, Option<SocketAddr>),
     /// Make this many unconnected stream sockets, at most [`sys::MOST_DESCRIPTORS`], of the family of the destination with this
     /// number.
     Supply(u8, u8),
@@ -45,6 +46,9 @@ pub struct Destinations {
     /// A file that has to name the agent's namespace still when something is connected there; if it does not, the answer is
     /// [`STALE`].
     pub file: Option<PathBuf>,
+    /// What sockets for these destinations have to allow.
+    #[serde(default)]
+    pub binding: Binding,
 }
 
 impl Destinations {
@@ -102,7 +106,12 @@ impl Request {
                 serde_json::to_writer(&mut bytes, destinations).unwrap_or_default();
                 bytes
             }
-            Self::Dial(number) => vec![3, *number],
+            Self::Dial(number, source) => {
+                let mut bytes = vec![3, *number];
+                // As above.
+                serde_json::to_writer(&mut bytes, source).unwrap_or_default();
+                bytes
+            }
             Self::Supply(number, count) => vec![4, *number, *count],
         }
     }
@@ -120,7 +129,7 @@ impl Request {
                 }
             }
             (2, destinations) => Self::Channel(serde_json::from_slice(destinations).ok()?),
-            (3, [number]) => Self::Dial(*number),
+            (3, [number, source @ ..]) => Self::Dial(*number, serde_json::from_slice(source).ok()?),
             (4, [number, count]) => Self::Supply(*number, *count),
             _ => return None,
         })
@@ -190,8 +199,9 @@ mod tests {
                                    ip: std::net::IpAddr, port: u16, name: Vec<u8>) {
             let addresses = vec![Address::Tcp(SocketAddr::new(ip, port)), Address::Unix(path.clone().into()),
                                  Address::Abstract(name), Address::Inside(path.clone().into())];
-            let destinations = Destinations { addresses, file: Some(path.into()) };
-            for request in [Request::Join, Request::Channel(destinations), Request::Dial(count), Request::Supply(count, 16),
+            let destinations = Destinations { addresses, file: Some(path.into()), binding: Binding::Any };
+            let source = Some(SocketAddr::new(ip, port));
+            for request in [Request::Join, Request::Channel(destinations), Request::Dial(count, source), Request::Dial(count, None), Request::Supply(count, 16),
                             Request::Sockets { domain, kind, protocol, count }] {
                 prop_assert_eq!(Request::decode(&request.encode()), Some(request));
             }
