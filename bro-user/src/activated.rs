@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 
 use crate::activate::bus::Manager;
+use crate::activation::address::{self, is_straight};
 use crate::bounded::{self, Link};
 use crate::exit::Failure;
 use crate::owner::Owner;
@@ -242,29 +243,25 @@ pub(crate) fn assemble(
     scope: Manager,
     root: Option<&Path>,
 ) -> Option<Activated> {
-    let name = file.value(SECTION, "Name")?;
+    let name = activation_name(file)?;
     let direct = path.extension().is_some_and(|kind| kind == "socket");
     let mut listeners: Vec<Listener> = ours
         .iter()
         .filter(|(path, file)| {
-            path.extension().is_some_and(|kind| kind == "socket") && file.value(SECTION, "Name") == Some(name)
+            path.extension().is_some_and(|kind| kind == "socket") && activation_name(file) == Some(name)
         })
         .filter_map(|(path, file)| listener(path, file))
         .collect();
     // The first port is the one that has the quadlet's own name.
     listeners.sort_by_key(|listener| (listener.service != name, listener.service.clone()));
     let options = file.values(SECTION, "Option").into_iter();
-    let paths = |key| -> Vec<PathBuf> {
-        let paths = file.values(SECTION, key).into_iter();
-        paths.map(|path| crate::quadlet::below(root, Path::new(path))).collect()
-    };
-    let (drop_in, pause_unit) = others(paths("Also"));
+    let (drop_in, pause_unit) = others(paths(file, "Also", root));
     Some(Activated {
         name: name.to_owned(),
         scope,
         run_as: run_as(file, root),
-        quadlet: file.value(SECTION, "Quadlet")?.into(),
-        unit: file.value(SECTION, "Unit")?.to_owned(),
+        quadlet: quadlet(file)?,
+        unit: unit(file)?.to_owned(),
         container: file.value(SECTION, "Container").map(str::to_owned),
         direct,
         socket_file: listeners.first()?.file.clone(),
@@ -277,8 +274,39 @@ pub(crate) fn assemble(
         container_given: file.boolean(SECTION, "ContainerGiven").unwrap_or(false),
         drop_in,
         pause_unit,
-        made: paths("Made"),
+        made: paths(file, "Made", root),
     })
+}
+
+/// The notes are a file's, and below `--root` that file is whoever made the tree's: no name leads out of a directory, and no path out of
+/// the tree. What `bro activate` cannot have written is passed over. The name of the service:
+fn activation_name(file: &UnitFile) -> Option<&str> {
+    file.value(SECTION, "Name").filter(|name| is_unit_name(&format!("{name}.service")))
+}
+
+/// The unit that the first client starts.
+fn unit(file: &UnitFile) -> Option<&str> {
+    file.value(SECTION, "Unit").filter(|unit| is_unit_name(unit))
+}
+
+fn quadlet(file: &UnitFile) -> Option<PathBuf> {
+    file.value(SECTION, "Quadlet").map(PathBuf::from).filter(|path| is_straight(path))
+}
+
+/// A list of paths, where they are.
+fn paths(file: &UnitFile, key: &str, root: Option<&Path>) -> Vec<PathBuf> {
+    let paths = file.values(SECTION, key).into_iter().map(Path::new).filter(|path| is_straight(path));
+    paths.map(|path| crate::quadlet::below(root, path)).collect()
+}
+
+/// A list of units, the sockets among them.
+fn sockets(file: &UnitFile, section: &str, key: &str) -> Vec<String> {
+    let words = file.words(section, key).into_iter();
+    words.filter(|word| word.ends_with(".socket") && is_unit_name(word)).collect()
+}
+
+fn is_unit_name(text: &str) -> bool {
+    address::unit(text).is_ok()
 }
 
 /// Which of them is the drop-in, and which the pause unit.
@@ -297,7 +325,11 @@ fn run_as(file: &UnitFile, root: Option<&Path>) -> Option<Owner> {
 
 fn listener(path: &Path, file: &UnitFile) -> Option<Listener> {
     Some(Listener {
-        service: file.value("Socket", "FileDescriptorName")?.to_owned(),
+        // It is part of units' names.
+        service: file
+            .value("Socket", "FileDescriptorName")
+            .filter(|name| is_unit_name(&format!("{name}.socket")))?
+            .to_owned(),
         socket: unit_name(path),
         file: path.to_owned(),
         address: file.value(SECTION, "External")?.to_owned(),

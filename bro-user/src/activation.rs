@@ -222,7 +222,12 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
     let mut changes = changes(&activated, &files)?;
     // What an earlier run wrote and this one has no use for.
     let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
-    changes.extend(left.map(|path| Change { path, text: None }));
+    for path in left {
+        rooted::stays_inside(places.root.as_deref(), &path)?;
+        if write::owner(&path)? != Whose::Theirs {
+            changes.push(Change { path, text: None });
+        }
+    }
     let all = files_of(&activated).into_iter().chain(known.iter().flat_map(files_of));
     let unfinished = write::unfinished(&activated.name, &places.units, all);
     Ok(Prepared { systemd, made, _lock: lock, activated, known, changes, unfinished, warnings })
@@ -381,6 +386,9 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
                 change.path.display()
             );
         }
+    }
+    for directory in &known.made {
+        rooted::stays_inside(places.root.as_deref(), directory)?;
     }
     let unfinished = write::unfinished(&known.name, &places.units, files_of(&known));
     let left = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places, interrupt).await?;

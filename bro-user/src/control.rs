@@ -20,6 +20,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use crate::exit;
+
 /// The socket's name in the runtime directory.
 pub(crate) const SOCKET: &str = "status.sock";
 
@@ -31,6 +33,9 @@ const LONGEST_REQUEST: u64 = 64;
 
 /// The longest answer that is read: a forwarder of a thousand sockets stays far below.
 const LONGEST_ANSWER: u64 = 4 * 1024 * 1024;
+
+/// The longest string of an answer that is taken as it is: a message, an address or a reason stays far below.
+const LONGEST_STRING: usize = 4096;
 
 /// As many may ask at a time; the next wait in the socket's backlog.
 const AT_ONCE: usize = 16;
@@ -326,11 +331,31 @@ pub async fn ask<Answer: DeserializeOwned>(
         let mut text = String::new();
         let _length = stream.take(LONGEST_ANSWER).read_to_string(&mut text).await?;
         anyhow::ensure!(!text.is_empty(), "it closed the connection without an answer");
-        anyhow::Ok(serde_json::from_str(&text)?)
+        let mut said = serde_json::from_str(&text)?;
+        tame(&mut said);
+        anyhow::Ok(serde_json::from_value(said)?)
     };
     match tokio::time::timeout(patience, exchange).await {
         Ok(answer) => answer,
         Err(_) => anyhow::bail!("no answer within {patience:?}"),
+    }
+}
+
+/// Who listens at a socket may be anybody, and root reads what is answered: each string becomes one line that is shown by a terminal
+/// and makes it do nothing, nor is it longer than could be meant.
+fn tame(said: &mut serde_json::Value) {
+    use serde_json::Value;
+    match said {
+        Value::String(text) => {
+            if let Some((end, _)) = text.char_indices().nth(LONGEST_STRING) {
+                text.truncate(end);
+                text.push('…');
+            }
+            *text = exit::on_one_line(text);
+        }
+        Value::Array(values) => values.iter_mut().for_each(tame),
+        Value::Object(values) => values.values_mut().for_each(tame),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
     }
 }
 
@@ -357,6 +382,16 @@ mod tests {
         for line in ["sleep  force", "wake up", "SLEEP", "status\nwake", "sleep forced"] {
             assert_eq!(Request::parse(line), None, "{line}");
         }
+    }
+
+    #[test]
+    fn an_answer_is_a_line_each_and_not_longer_than_could_be_meant() {
+        let long = "ä".repeat(LONGEST_STRING + 1);
+        let mut said = serde_json::json!({ "a": ["x\ny\u{1b}[2J", 7], "b": long });
+        tame(&mut said);
+        assert_eq!(said["a"], serde_json::json!(["x\\ny\\u{1b}[2J", 7]));
+        assert_eq!(said["b"].as_str().unwrap().chars().count(), LONGEST_STRING + 1);
+        assert!(said["b"].as_str().unwrap().ends_with("ä…"));
     }
 
     #[test]

@@ -56,9 +56,41 @@ pub fn sentence(error: &anyhow::Error) -> String {
 pub fn on_one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() { line.extend(c.escape_debug()) } else { line.push(c) }
+        match c {
+            _ if !acts(c) => line.push(c),
+            // As they are known.
+            '\n' | '\t' | '\r' => line.extend(c.escape_default()),
+            _ => line.extend(c.escape_unicode()),
+        }
     }
     line
+}
+
+/// Does the character something to a terminal or to the order of what stands beside it, instead of being shown?
+fn acts(c: char) -> bool {
+    let separates = matches!(c, '\u{2028}' | '\u{2029}');
+    let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    c.is_control() || separates || turns
+}
+
+/// As JSON, for a person to read too: what stands in its strings is shown by a terminal, and makes it do nothing.
+///
+/// # Errors
+/// When it cannot be JSON.
+pub fn json(value: &impl serde::Serialize) -> serde_json::Result<String> {
+    use std::fmt::Write as _;
+    let text = serde_json::to_string_pretty(value)?;
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        // Line feeds are between values here: within a string they have been escaped. All of the others are in the BMP.
+        if c != '\n' && acts(c) {
+            // Writing to a String cannot fail.
+            write!(shown, "\\u{:04x}", u32::from(c)).ok();
+        } else {
+            shown.push(c);
+        }
+    }
+    Ok(shown)
 }
 
 /// Whoever closes the pipe that is printed to has read enough (`bro status --watch | head`): nothing has failed.
@@ -76,6 +108,19 @@ pub fn unless_nobody_reads(result: anyhow::Result<()>) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn json_is_the_same_and_does_nothing_to_a_terminal() {
+        let value = serde_json::json!({ "said": "a\nb \u{1b}[2J \u{9b}31m\u{7f} é\u{202e}x", "count": 7 });
+        let shown = json(&value).unwrap();
+        assert!(shown.chars().all(|c| c == '\n' || !acts(c)) && shown.contains('é'), "{shown}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&shown).unwrap(), value);
+    }
+
+    #[test]
+    fn nothing_that_acts_is_shown_as_it_is() {
+        assert_eq!(on_one_line("a\u{9b}b\u{202e}c\u{2028}d\u{7f}ü"), "a\\u{9b}b\\u{202e}c\\u{2028}d\\u{7f}ü");
+    }
 
     #[test]
     fn an_error_is_one_line() {

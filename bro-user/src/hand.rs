@@ -12,7 +12,7 @@ use crate::activate::ownership::{self, Lock, Use};
 use crate::activated;
 use crate::cli::control::{Sleep, Wake, Whom};
 use crate::control::{self, Outcome, Request};
-use crate::exit::Failure;
+use crate::exit::{Failure, on_one_line};
 use crate::owner::Owner;
 use crate::status::Report;
 
@@ -148,7 +148,7 @@ pub fn wake(options: &Wake) -> anyhow::Result<()> {
             Err(_) => bail!("{} is not ready after {}", service.unit, options.timeout),
         }
     })?;
-    writeln!(std::io::stdout(), "{}: {message}", service.unit)?;
+    writeln!(std::io::stdout(), "{}", on_one_line(&format!("{}: {message}", service.unit)))?;
     Ok(())
 }
 
@@ -213,7 +213,7 @@ pub fn sleep(options: &Sleep) -> anyhow::Result<()> {
             Err(_) => bail!("{} has not stopped after {STOP:?}", service.unit),
         }
     })?;
-    writeln!(std::io::stdout(), "{}: {message}", service.unit)?;
+    writeln!(std::io::stdout(), "{}", on_one_line(&format!("{}: {message}", service.unit)))?;
     Ok(())
 }
 

@@ -1,11 +1,15 @@
 //! The ordinary user whose container a system service serves (`bro activate --run-as`), and doing things as that user: what
 //! root does in places that belong to somebody else it does with that user's rights, so that no link there leads it astray.
 
+mod command;
+
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use nix::unistd::{Gid, Uid, User, getegid, geteuid, getgroups, initgroups, setegid, seteuid, setgroups};
+
+pub(crate) use command::Gaining;
 
 use crate::exit::Failure;
 

@@ -153,7 +153,7 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
         loop {
             let (text, json) = if options.whom.is_empty() {
                 let services = services::all(Manager::choose(options.system, options.user)).await?;
-                (services::describe(&services), serde_json::to_string_pretty(&services)?)
+                (services::describe(&services), exit::json(&services)?)
             } else {
                 named(options).await?
             };
@@ -177,10 +177,14 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     }))
 }
 
-/// A forwarder is a user's, and root may read what it says of itself: nothing of that is for the terminal.
+/// Names, addresses and what forwarders say are other people's: nothing of that is for the terminal.
 fn printable(text: &str) -> String {
-    let shown = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.into() };
-    text.chars().map(shown).collect()
+    let lines = text.split_inclusive('\n');
+    lines
+        .map(|line| {
+            exit::on_one_line(line.trim_end_matches('\n')) + if line.ends_with('\n') { "\n" } else { "" }
+        })
+        .collect()
 }
 
 /// What there is of a name, as JSON.
@@ -221,7 +225,7 @@ async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)>
         json.extend(service.forwarders.iter().cloned().map(Named::Forwarder));
         reports.extend(service.forwarders);
     }
-    Ok((asleep + &describe(&reports), serde_json::to_string_pretty(&json)?))
+    Ok((asleep + &describe(&reports), exit::json(&json)?))
 }
 
 pub(crate) fn describe(reports: &[Report]) -> String {

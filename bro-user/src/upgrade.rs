@@ -15,7 +15,8 @@ use nix::unistd::{Uid, User};
 use crate::activate::bus::Manager;
 use crate::activated::{self, Activated};
 use crate::cli::AfterUpgrade;
-use crate::exit::Failure;
+use crate::exit::{Failure, on_one_line};
+use crate::owner::{Gaining, Owner};
 
 /// How long one manager's forwarders may take, as timeout(1) reads it: a reload waits for the new program's readiness.
 const PATIENCE: &str = "60";
@@ -70,27 +71,17 @@ fn users() -> Vec<User> {
     users
 }
 
-/// The same for one user, as that user: no rights of root's, no terminal, nothing that could be waited for endlessly.
+/// The same for one user, as that user, who is not waited for endlessly.
 fn ask(user: &User) -> anyhow::Result<Child> {
-    let uid = user.uid.as_raw().to_string();
-    let runtime = format!("/run/user/{uid}");
-    Command::new("timeout")
-        .args(["--kill-after=5", PATIENCE, "setsid", "--wait", "setpriv"])
-        .args(["--reuid", &uid, "--regid", &user.gid.as_raw().to_string(), "--init-groups"])
-        .args(["--inh-caps=-all", "--no-new-privs"])
-        .arg(std::env::current_exe().context("cannot tell where bro itself is")?)
-        .args(["after-upgrade", "--user"])
-        .env_clear()
-        .env("PATH", "/usr/local/bin:/usr/bin:/bin")
-        .env("HOME", &user.dir)
-        .env("DBUS_SESSION_BUS_ADDRESS", format!("unix:path={runtime}/bus"))
-        .env("XDG_RUNTIME_DIR", runtime)
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .context("cannot run timeout(1)")
+    let owner = Owner {
+        name: user.name.clone(),
+        uid: user.uid.as_raw(),
+        gid: user.gid.as_raw(),
+        home: user.dir.clone(),
+    };
+    let bro = std::env::current_exe().context("cannot tell where bro itself is")?;
+    let mut command = owner.command_within(PATIENCE, Gaining::Forbidden, bro);
+    command.args(["after-upgrade", "--user"]).spawn().context("cannot run timeout(1)")
 }
 
 fn reload(manager: Manager) -> anyhow::Result<()> {
@@ -102,12 +93,13 @@ fn reload(manager: Manager) -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     let mut failed = Vec::new();
     for unit in running(&systemctl(manager, &["show", "--property=Id,ActiveState,CanReload"], &units)?) {
+        let name = on_one_line(&unit.name);
         if !unit.can_reload {
-            writeln!(out, "{}: goes on with the bro it was started with, until it is idle", unit.name)?;
+            writeln!(out, "{name}: goes on with the bro it was started with, until it is idle")?;
         } else if let Err(error) = systemctl(manager, &["reload"], std::slice::from_ref(&unit.name)) {
             failed.push(format!("{error:#}"));
         } else {
-            writeln!(out, "{}: reloaded", unit.name)?;
+            writeln!(out, "{name}: reloaded")?;
         }
     }
     ensure!(failed.is_empty(), "{}", failed.join("; "));

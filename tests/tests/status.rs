@@ -160,3 +160,82 @@ fn a_runtime_directory_that_is_of_no_use_is_warned_of() -> Result<()> {
     }
     Ok(())
 }
+
+/// Whoever listens at a socket in the directory of forwarders answers everything that is asked with what it likes. Gone with the value.
+struct Impostor {
+    base: std::path::PathBuf,
+    folder: bro_tests::scratch::Scratch,
+    name: String,
+}
+
+impl Impostor {
+    /// It claims to start NAME.service, and says this of it.
+    fn start(said: &'static str) -> Result<Self> {
+        use std::io::{BufRead as _, BufReader, Write as _};
+        let folder = bro_tests::scratch::Scratch::new()?;
+        let name = format!("impostor-{}-{}", std::process::id(), said.len());
+        let roots = nix::unistd::geteuid().is_root();
+        let base = if roots { "/run/bro".into() } else { folder.join("bro") };
+        let base = base.join(&name);
+        std::fs::create_dir_all(&base)?;
+        let listener = std::os::unix::net::UnixListener::bind(base.join("status.sock"))?;
+        let unit = format!("{name}.service");
+        drop(std::thread::spawn(move || {
+            for mut stream in listener.incoming().map_while(Result::ok) {
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).ok();
+                let answer = match line.trim() {
+                    "status" => serde_json::json!({
+                        "pid": 7, "version": said, "unit": unit, "uptime_s": 1, "state": said, "listeners": [],
+                        "activity": { "state": "awake", "since": 1, "woken_by": said },
+                        "relay": { "name": "splice", "reason": said },
+                        "total": {
+                            "accepted": 0, "open": 0, "held": 0, "cold_starts": 0, "kernel": 0, "spliced": 0, "copied": 0,
+                            "passes": 0, "grants": 0,
+                        },
+                    }),
+                    _ => serde_json::json!({ "done": true, "message": said }),
+                };
+                stream.write_all(answer.to_string().as_bytes()).ok();
+            }
+        }));
+        Ok(Self { base, folder, name })
+    }
+
+    fn bro(&self, words: &[&str]) -> Result<std::process::Output> {
+        let mut command = Command::new(bro_tests::bro::binary());
+        command.args(words).env("XDG_RUNTIME_DIR", self.folder.path());
+        Ok(command.output()?)
+    }
+}
+
+impl Drop for Impostor {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.base).ok();
+    }
+}
+
+/// Another user's forwarder answers root: nothing of that makes root's terminal do things, or looks like a line about another service.
+#[test]
+fn what_a_forwarder_says_is_shown_and_does_nothing() -> Result<()> {
+    const SAID: &str = "stopped\nroot-db  awake\u{1b}]0;owned\u{7}\u{9b}2J\u{202e}\u{7f}end";
+    let impostor = Impostor::start(SAID)?;
+    let name = impostor.name.as_str();
+    for words in [
+        &["wake", name][..],
+        &["sleep", name],
+        &["status"],
+        &["status", name],
+        &["status", name, "--json"],
+        &["status", "--json"],
+    ] {
+        let ran = impostor.bro(words)?;
+        let (shown, complaint) = (String::from_utf8(ran.stdout)?, String::from_utf8(ran.stderr)?);
+        ensure!(ran.status.success() && complaint.is_empty(), "{words:?}: {shown}{complaint}");
+        ensure!(shown.contains("end"), "{words:?} does not say it: {shown}");
+        let acts = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+        ensure!(!shown.contains(acts), "{words:?}: {shown:?}");
+        ensure!(!shown.lines().any(|line| line.starts_with("root-db")), "{words:?}: {shown:?}");
+    }
+    Ok(())
+}

@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    Activated, LONGEST, Listener, MARKER, SECTION, assemble, config_home, listener, ours_in, unit_name,
+    Activated, LONGEST, Listener, MARKER, SECTION, activation_name, assemble, config_home, is_unit_name,
+    listener, ours_in, unit_name,
 };
 use crate::activate::bus::Manager;
 use crate::bounded::{self, Link};
@@ -22,7 +23,7 @@ pub(crate) struct Remnant {
 /// The one that goes by `name`, if it is there, and is no whole.
 pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&Path>) -> Option<Remnant> {
     let ours = ours_in(directory).ok()?;
-    let named = |file: &UnitFile| file.value(SECTION, "Name").map(str::to_owned);
+    let named = |file: &UnitFile| activation_name(file).map(str::to_owned);
     let (_, own) =
         ours.iter().filter_map(|(path, file)| Some((path, named(file)?))).find(|(path, own)| {
             let quadlet = made_for(path).unwrap_or_default();
@@ -40,9 +41,11 @@ pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&P
     let mut listeners: Vec<Listener> =
         files().filter(|(path, _)| is_socket(path)).filter_map(|(path, file)| listener(path, file)).collect();
     let direct = main.is_none() && listeners.iter().any(|listener| listener.target.is_none());
-    let unit = main.and_then(|(_, file)| file.value(SECTION, "Unit")).map(str::to_owned);
+    let unit = main.and_then(|(_, file)| super::unit(file)).map(str::to_owned);
     let unit = unit.unwrap_or_else(|| {
-        let wakes = files().find_map(|(_, file)| file.value("Socket", "Service")).filter(|_| direct);
+        let wakes = files()
+            .find_map(|(_, file)| file.value("Socket", "Service"))
+            .filter(|unit| direct && is_unit_name(unit));
         wakes.map_or_else(|| format!("{own}.service"), str::to_owned)
     });
     let mut missing = Vec::new();
@@ -55,15 +58,13 @@ pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&P
     if !direct && main.is_none() {
         missing.push(service.clone());
     }
-    let below = |path: &str| crate::quadlet::below(root, Path::new(path));
-    let listed =
-        |key| main.map(|(_, file)| file.values(SECTION, key).into_iter().map(below).collect::<Vec<_>>());
+    let listed = |key| main.map(|(_, file)| super::paths(file, key, root));
     let (drop_in, pause_unit) = super::others(listed("Also").unwrap_or_else(|| {
         // The pause unit, and drop-ins.
         let units = files().map(|(path, _)| path).filter(|path| !is_socket(path)).cloned();
         units.chain(drop_ins(&own, scope, root)).collect()
     }));
-    let quadlet = main.and_then(|(_, file)| file.value(SECTION, "Quadlet")).map(PathBuf::from);
+    let quadlet = main.and_then(|(_, file)| super::quadlet(file));
     Some(Remnant {
         activated: Activated {
             scope,
@@ -90,9 +91,9 @@ pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&P
 pub(crate) fn lost(known: &Activated, directory: &Path) -> Vec<Listener> {
     let mut named = vec![first_socket(&known.name, &known.unit, known.direct)];
     let service = known.service_file.as_deref().and_then(super::read_ours);
-    named.extend(service.map(|file| file.words("Service", "Sockets")).unwrap_or_default());
+    named.extend(service.map(|file| super::sockets(&file, "Service", "Sockets")).unwrap_or_default());
     let drop_in = known.drop_in.as_deref().and_then(super::read_ours);
-    named.extend(drop_in.map(|file| file.words("Unit", "Requires")).unwrap_or_default());
+    named.extend(drop_in.map(|file| super::sockets(&file, "Unit", "Requires")).unwrap_or_default());
     named.sort();
     named.dedup();
     named.retain(|socket| !known.listeners.iter().any(|listener| listener.socket == *socket));

@@ -199,6 +199,11 @@ pub(crate) fn device(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// Is it an absolute path without `..`, one that leads where it seems to, also below another directory?
+pub(crate) fn is_straight(path: &std::path::Path) -> bool {
+    path.is_absolute() && !path.components().any(|part| part == std::path::Component::ParentDir)
+}
+
 /// A path that means the same for whoever reads it.
 pub(crate) fn absolute(text: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(one_line(text)?);

@@ -34,7 +34,7 @@ pub(super) fn would_remove(changes: &[Change]) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     for Change { path, text } in changes {
         let verb = if text.is_some() { "would change" } else { "would remove" };
-        writeln!(out, "{verb} {}", path.display())?;
+        writeln!(out, "{verb} {}", on_one_line(&path.display().to_string()))?;
     }
     Ok(())
 }
@@ -42,7 +42,7 @@ pub(super) fn would_remove(changes: &[Change]) -> anyhow::Result<()> {
 fn list(out: &mut impl std::io::Write, changes: &[Change]) -> std::io::Result<()> {
     for Change { path, text } in changes {
         let verb = if text.is_some() { "wrote" } else { "removed" };
-        writeln!(out, "{verb} {}", path.display())?;
+        writeln!(out, "{verb} {}", on_one_line(&path.display().to_string()))?;
     }
     Ok(())
 }

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use crate::owner::Owner;
+use crate::owner::{Gaining, Owner};
 
 /// How long it may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How a program ends that env(1) does not find.
+/// How a program ends that setpriv(1) does not find.
 const NOT_FOUND: i32 = 127;
 
 /// What came of it.
@@ -24,17 +24,9 @@ pub(super) enum Answer {
 }
 
 pub(super) async fn ask(owner: Option<&Owner>, args: &[&str]) -> Answer {
-    let mut command = match owner.filter(|owner| !owner.is_me()) {
+    let mut command: tokio::process::Command = match owner.filter(|owner| !owner.is_me()) {
         None => tokio::process::Command::new("podman"),
-        Some(owner) => {
-            let mut command = tokio::process::Command::new("setpriv");
-            command.args([format!("--reuid={}", owner.uid), format!("--regid={}", owner.gid)]);
-            command.args(["--init-groups", "env", "--chdir=/"]);
-            command.arg(format!("HOME={}", owner.home.display()));
-            command.arg(format!("XDG_RUNTIME_DIR={}", owner.runtime_directory().display()));
-            command.arg("podman");
-            command
-        }
+        Some(owner) => owner.command(Gaining::Allowed, "podman").into(),
     };
     let output = command.args(args).stdin(std::process::Stdio::null()).kill_on_drop(true).output();
     let output = match tokio::time::timeout(PATIENCE, output).await {

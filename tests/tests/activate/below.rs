@@ -86,6 +86,66 @@ fn an_absolute_link_leads_nowhere() -> Result<()> {
     Ok(())
 }
 
+/// Units of a tree are whoever's who made it, and what they name may lie beside the tree, or anywhere.
+#[test]
+fn what_a_trees_units_say_leads_nowhere() -> Result<()> {
+    const MARKED: &str =
+        "# Written by bro activate for web.container, and\n# To undo everything: bro activate web --remove\n";
+    let socket = |name: &str, service: &str| {
+        format!(
+            "{MARKED}[Socket]\nListenStream=127.0.0.1:8080\nFileDescriptorName={service}\nService=web-activator.service\n\
+             [X-Bro]\nName={name}\nExternal=127.0.0.1:8080\nInternal=127.0.0.1:80\n"
+        )
+    };
+    let service = |sockets: &str, unit: &str, notes: &str| {
+        format!(
+            "{MARKED}[Service]\nExecStart=/usr/bin/bro forward\nSockets=web-activator.socket {sockets}\n[X-Bro]\nName=web\n\
+             Quadlet=/etc/containers/systemd/web.container\nUnit={unit}\nContainer=systemd-web\n{notes}\n"
+        )
+    };
+    let plain = || socket("web", "web");
+    let marked = format!("{MARKED}precious\n");
+    let cases = [
+        ("Also=", plain(), service("", "web.service", "Also=/../outside/file")),
+        ("Also= of ours", plain(), service("", "web.service", "Also=/../outside/marked.service")),
+        ("Also= within", plain(), service("", "web.service", "Also=/etc/own")),
+        ("Made=", plain(), service("", "web.service", "Made=/../outside/empty")),
+        ("Sockets=", plain(), service("../../../../../outside/file", "web.service", "")),
+        ("Sockets= of ours", plain(), service("../../../../../outside/marked.socket", "web.service", "")),
+        ("Unit=", plain(), service("", "../../../../outside/marked.service", "")),
+        ("Name=", socket("../../../../outside/marked", "web"), service("", "web.service", "")),
+        ("FileDescriptorName=", socket("web", "../../../../outside/marked"), service("", "web.service", "")),
+    ];
+    for (what, socket, service) in cases {
+        for arguments in [&["web", "--external-port", "127.0.0.1:8081"][..], &["web", "--remove"]] {
+            let outer = Tree::new(&[
+                ("outside/file", "precious\n"),
+                ("outside/marked.service", &marked),
+                ("outside/marked.socket", &marked),
+            ])?;
+            std::fs::create_dir(outer.path("outside/empty"))?;
+            let units = "tree/etc/systemd/system";
+            outer.write("tree/etc/containers/systemd/web.container", "[Container]\nImage=localhost/web\n")?;
+            outer.write("tree/etc/own", "not written by bro\n")?;
+            outer.write(&format!("{units}/web-activator.socket"), &socket)?;
+            outer.write(&format!("{units}/web-activator.service"), &service)?;
+            std::fs::create_dir(outer.path(&format!("{units}/sockets.target.wants")))?;
+            let rest = |all: std::collections::BTreeMap<String, String>| {
+                all.into_iter().filter(|(path, _)| path.starts_with("outside") || path.ends_with("/own"))
+            };
+            let before: Vec<_> = rest(outer.listing()?).collect();
+            let mut command = Command::new(bro_tests::bro::binary());
+            command.arg("activate").args(arguments).arg("--system").arg("--root").arg(outer.path("tree"));
+            environment(&mut command);
+            let ran = said(&mut command)?;
+            let after: Vec<_> = rest(outer.listing()?).collect();
+            ensure!(before == after, "{what}: {arguments:?}: {ran:?}: {after:#?}");
+            ensure!(!ran.stdout.contains("outside"), "{what}: {arguments:?}: {ran:?}");
+        }
+    }
+    Ok(())
+}
+
 /// Reading it would wait for somebody who writes.
 #[test]
 fn a_pipe_among_the_units_is_nobodys() -> Result<()> {

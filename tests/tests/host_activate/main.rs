@@ -72,6 +72,7 @@ const OTHERS: &[OtherCase] = &[
     ("the system's forwarder for a user, with commands of the user's", run_as::owners_commands),
     ("the system's forwarder for a user, looked after", run_as::looked_after),
     ("what the system's forwarder for a user may and others may not", run_as::lines_that_are_not_crossed),
+    ("what root has a user's Podman do", run_as::podman_has_nothing_of_roots),
     ("the system's forwarder for a user who is not logged in", run_as::not_logged_in),
     ("another user's container by its process", helper::by_others),
     ("what doctor says of AppArmor and SELinux", doctor::security_modules),

@@ -221,6 +221,35 @@ pub fn lines_that_are_not_crossed(host: &Host) -> Result<()> {
     Ok(())
 }
 
+/// What root's `bro doctor NAME` has the user's Podman do is the user's process, which the user may trace: a stub in Podman's place says
+/// what of root's is within its reach.
+pub fn podman_has_nothing_of_roots(host: &Host) -> Result<()> {
+    let plan = Plan::new("Image=localhost/busybox\nNetwork=none", "", INNER);
+    let _served = Served::new(host, TEST, "watched", &plan, "")?;
+    let folder = "/srv/stub-podman";
+    host.run(&["install", "--directory", "--owner=test", "--group=test", folder])?;
+    let stub = format!(
+        "#!/bin/sh\n[ $(id -u) = 0 ] && exit 1\n\
+         {{ tr '\\0' '\\n' </proc/$$/environ; cut -d' ' -f6,7 /proc/$$/stat; echo pid $$; ls /proc/$$/fd; }} >>{folder}/seen\n"
+    );
+    host.write(&format!("{folder}/podman"), &stub)?;
+    // Within a shell's terminal, environment and redirections, and where nobody else sees the stub.
+    let script = format!(
+        "chmod 755 {folder}/podman; mount --bind {folder}/podman $(command -v podman); exec 9</etc/shadow; export SECRET=hunter2\n\
+         exec python3 -c 'import os, pty; os.set_inheritable(9, True); pty.spawn([\"bro\", \"doctor\", \"watched\", \"--system\"])'"
+    );
+    let ran = host.try_run(&["unshare", "--mount", "sh", "-euc", &script])?;
+    let seen = host.run(&["cat", &format!("{folder}/seen")]).with_context(|| format!("{ran:?}"))?;
+    host.run(&["rm", "-r", folder])?;
+    ensure!(seen.contains("HOME=/home/test") && !seen.contains("SECRET"), "root's environment: {seen}");
+    let lines: Vec<&str> = seen.lines().collect();
+    let at = lines.iter().position(|line| line.starts_with("pid ")).context("it says no pid")?;
+    let pid = &lines[at]["pid ".len()..];
+    ensure!(lines[at - 1] == format!("{pid} 0"), "its session is not its own, or has a terminal: {seen}");
+    ensure!(!lines[at + 1..].contains(&"9"), "root's descriptors: {seen}");
+    Ok(())
+}
+
 /// The first client brings the user's service manager up; who logs out for the last time takes all of it down, and the next
 /// client begins anew.
 pub fn not_logged_in(host: &Host) -> Result<()> {
