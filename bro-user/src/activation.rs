@@ -6,7 +6,7 @@
 pub mod address;
 mod apply;
 mod interrupt;
-mod program;
+pub(crate) mod program;
 mod published;
 mod refusals;
 pub(crate) mod request;
@@ -25,6 +25,7 @@ use crate::activate::bus::Manager;
 use crate::activated::{self, Activated, remnant};
 use crate::cli::Activate;
 use crate::exit::Failure;
+use crate::failed_wake;
 use crate::owner::Owner;
 use crate::quadlet;
 use crate::units::{self, File};
@@ -395,6 +396,9 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
     write::finished(&unfinished);
     if rest.is_none() {
         write::remove_directories(&known.made)?;
+        if places.root.is_none() {
+            failed_wake::forget(&known);
+        }
     }
     say::removed(&known, &changes, left)
 }

@@ -71,6 +71,9 @@ pub enum Command {
     /// Have the running forwarders of activated services take up a bro that has just been installed
     #[command(hide = true)]
     AfterUpgrade(AfterUpgrade),
+    /// Try what waking a service takes, for a `bro doctor NAME` that has systemd run this as it would run the forwarder
+    #[command(hide = true)]
+    TryWake(TryWake),
     /// Make sockets inside another network namespace, for a `bro forward` that holds the other end of fd 0
     #[command(hide = true)]
     NetnsAgent,
@@ -261,6 +264,20 @@ pub struct AfterUpgrade {
     /// Those of this user only (default: of the system, and of every user whose service manager runs)
     #[arg(long)]
     pub user: bool,
+}
+
+/// `bro try-wake`.
+#[derive(Debug, Args)]
+pub struct TryWake {
+    /// The process whose network namespace is entered (default: none is)
+    #[arg(long)]
+    pub pid: Option<i32>,
+    /// Where the service listens, which says what kinds of sockets are made (repeatable)
+    #[arg(long)]
+    pub target: Vec<Target>,
+    /// The kernel relay may be used
+    #[arg(long)]
+    pub bpf: bool,
 }
 
 /// `bro status`.

@@ -1,6 +1,7 @@
 //! `bro doctor`: what this host can do for this user, or what is wrong with one activated service; one line a check, with the
 //! fix.
 
+mod confinement;
 mod features;
 mod forwarder;
 mod host;
@@ -92,6 +93,14 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
     let printed = std::io::stdout().lock().write_all(text.as_bytes());
     exit::unless_nobody_reads(printed.map_err(Into::into))?;
     Ok(checks.iter().all(|check| check.outcome != Outcome::Bad))
+}
+
+/// Runs `bro try-wake`.
+///
+/// # Errors
+/// When nobody reads what it says.
+pub fn try_wake(options: &crate::cli::TryWake) -> anyhow::Result<()> {
+    confinement::trial::run(options)
 }
 
 fn describe(checks: &[Check]) -> String {

@@ -28,6 +28,7 @@ use crate::engine::process::{self, Process};
 use crate::engine::tcp::Keepalive;
 use crate::engine::{Destination, Settings, slot};
 use crate::exit::Failure;
+use crate::failed_wake::Failures;
 use crate::handover::{Predecessor, Program};
 use crate::kernel::{self, Bequest, Foreign, News, Unavailable};
 use crate::listen::{self, Listener, Passed};
@@ -310,6 +311,8 @@ struct Control<'a> {
     woken_at: Instant,
     /// Who woke it last.
     woken_by: Option<String>,
+    /// Wakes that failed.
+    failures: Failures,
     /// Whoever waits until it is awake.
     wakers: Vec<Asker>,
     /// Whoever told it to sleep, and whether by force.
@@ -355,6 +358,7 @@ impl<'a> Control<'a> {
             awake_since: None,
             woken_at: Instant::now(),
             woken_by: None,
+            failures: Failures::of(options.unit.as_deref(), &targets),
             wakers: Vec::new(),
             sleeper: None,
             busy: sleeping::Busy::default(),
@@ -558,6 +562,7 @@ impl<'a> Control<'a> {
             uptime_s: self.started.elapsed().as_secs(),
             state: self.status(),
             activity: self.activity(),
+            failed_wake: self.failures.last().cloned(),
             service: status::own_unit(),
             peers: Vec::new(),
             predecessor: self.replacing.predecessor().cloned(),

@@ -22,6 +22,8 @@ mod sys;
 mod trace;
 mod unavailable;
 
+pub use sys::try_bpf;
+
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
 

@@ -14,6 +14,7 @@ pub mod control;
 pub mod doctor;
 pub mod engine;
 pub mod exit;
+pub mod failed_wake;
 pub mod forward;
 #[cfg(fuzzing)]
 pub mod fuzzing;

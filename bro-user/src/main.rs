@@ -49,6 +49,7 @@ fn main() -> ExitCode {
         }
         Command::Helper(_) => unreachable!("dealt with above"),
         Command::AfterUpgrade(options) => upgrade::run(&options),
+        Command::TryWake(options) => doctor::try_wake(&options),
         Command::NetnsAgent => netns::agent::run(),
     };
     match exit::unless_nobody_reads(result) {

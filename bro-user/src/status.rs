@@ -2,6 +2,8 @@
 
 mod services;
 
+pub(crate) use services::roughly;
+
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
@@ -12,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::activate::bus::Manager;
 use crate::control::{self, Request};
 use crate::exit::{self, Failure};
+use crate::failed_wake::FailedWake;
 use crate::stats::Tally;
 
 /// What a forwarder says of itself.
@@ -33,6 +36,9 @@ pub struct Report {
     /// Whether the service is awake.
     #[serde(default)]
     pub activity: Activity,
+    /// The last wake that failed and was followed by none that succeeded.
+    #[serde(default)]
+    pub failed_wake: Option<FailedWake>,
     /// The forwarder's own unit, where it has one.
     #[serde(default)]
     pub service: Option<String>,
@@ -108,6 +114,21 @@ pub enum State {
     Deaf,
     /// Its unit, or its forwarder's, has failed.
     Failed,
+}
+
+impl State {
+    /// In a word.
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Asleep => "asleep",
+            Self::Starting => "starting",
+            Self::Awake => "awake",
+            Self::Busy => "awake and busy",
+            Self::Stopping => "stopping",
+            Self::Deaf => "not listening",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 /// How bytes are moved.
@@ -235,13 +256,18 @@ pub(crate) fn describe(reports: &[Report]) -> String {
         // Writing to a String cannot fail.
         writeln!(text, "bro {} (process {}){unit}: {}", report.version, report.pid, report.state).ok();
         let woken = report.activity.woken_by.as_deref().map(|by| format!(", woken by {by}"));
+        let name = report.unit.as_deref().map_or("NAME", |unit| unit.trim_end_matches(".service"));
         writeln!(
             text,
             "  {}{}",
-            services::since(report.activity.state, report.activity.since),
+            services::since(report.activity.state, report.activity.since, name),
             woken.unwrap_or_default()
         )
         .ok();
+        if let Some(failed) = &report.failed_wake {
+            writeln!(text, "  last wake failed {} ago, of {}: {}", failed.since(), failed.target, failed.why)
+                .ok();
+        }
         let reason = report.relay.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
         writeln!(text, "  relay {}{reason}, up {} s", report.relay.name, report.uptime_s).ok();
         for listener in &report.listeners {
@@ -286,6 +312,7 @@ mod tests {
             uptime_s: 1,
             state: "1 connection now".into(),
             activity: Activity::default(),
+            failed_wake: Some(FailedWake { at: 1, target: "127.0.0.1:80".into(), why: "no image".into() }),
             service: None,
             peers: Vec::new(),
             predecessor: None,
@@ -306,5 +333,10 @@ mod tests {
         let text = describe(&[report]);
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");
         assert!(text.contains("bytes 7 kernel"), "{text}");
+        assert!(
+            text.contains("d ago, of 127.0.0.1:80: no image")
+                || text.contains("h ago, of 127.0.0.1:80: no image"),
+            "{text}"
+        );
     }
 }

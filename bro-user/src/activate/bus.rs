@@ -1,5 +1,7 @@
 //! systemd over D-Bus (org.freedesktop.systemd1(5)): start a unit, see how it fares, stop it.
 
+mod confined;
+
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -9,6 +11,8 @@ use anyhow::Context as _;
 use futures_lite::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use zbus::{OwnedObjectPath, Variant};
+
+pub use confined::{Ended, Properties};
 
 use super::command::Outcome;
 use crate::owner::Owner;

@@ -27,7 +27,7 @@ pub(super) fn path(places: &Places) -> anyhow::Result<PathBuf> {
 }
 
 /// The path that units were written with.
-pub(super) fn written(activated: &Activated) -> PathBuf {
+pub(crate) fn written(activated: &Activated) -> PathBuf {
     let text = activated
         .service_file
         .as_ref()

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::whose::Whose;
-use super::{Check, features, forwarder, host, image, listens, selinux};
+use super::{Check, confinement, features, forwarder, host, image, listens, selinux};
 use crate::activate::bus::{Bus, Known, Manager};
 use crate::activated::{self, Activated, Listener, remnant};
 use crate::activation::standing;
@@ -11,6 +11,7 @@ use crate::activation::systemd::Systemd;
 use crate::activation::taken::{self, Trouble};
 use crate::cli::Doctor;
 use crate::cli::control::Whom;
+use crate::failed_wake::{self, FailedWake};
 use crate::hand;
 use crate::quadlet::{self, Quadlet};
 
@@ -56,6 +57,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
             }
             if let Some(service) = known.service() {
                 checks.push(forwarder::check(&known, &service, &systemd).await);
+                checks.extend(confinement::check(&known, &service, &systemd).await);
             }
         }
         Err(error) => checks.push(Check::bad(
@@ -87,6 +89,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
             }
         });
     }
+    checks.extend(failed_wake::noted(&known).map(|failed| failed_before(&known, &failed)));
     for listener in &known.listeners {
         let container = quadlet.as_ref().and_then(|quadlet| quadlet.container.as_deref().ok());
         checks.push(listens::check(&known, listener, container, bus.as_ref()).await);
@@ -115,6 +118,20 @@ async fn container_manager(known: &Activated, front: &Systemd) -> Result<Bus, Ch
             format!("that of {}, {manager}, does not run; the first client starts it", owner.name),
         )
     })
+}
+
+/// A wake that failed, and was followed by none that succeeded.
+fn failed_before(known: &Activated, failed: &FailedWake) -> Check {
+    let log = known.service().map(|service| Whose::front(known).journal(&service));
+    Check::bad(
+        "last wake",
+        format!("{} ago {} could not be woken: {}", failed.since(), failed.target, failed.why),
+        format!(
+            "if that has been mended, `bro wake {}` tries it and forgets this{}",
+            known.name,
+            log.map(|log| format!("; see `{log}`")).unwrap_or_default()
+        ),
+    )
 }
 
 fn again(known: &Activated) -> String {

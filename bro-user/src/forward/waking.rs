@@ -85,6 +85,7 @@ impl Control<'_> {
         match result {
             Ok((destination, incarnation)) => {
                 self.wakefulness[backend] = Wakefulness::Awake;
+                self.failures.woken(backend);
                 self.woken_at = Instant::now();
                 let _since = self.awake_since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
                 for (number, address) in destination.addresses.iter().enumerate() {
@@ -122,6 +123,7 @@ impl Control<'_> {
                     (End::StartFailed, format!("cannot start the service: {error:#}"))
                 };
                 tracing::error!(%target, "{why}; the clients held for it are reset");
+                self.failures.failed(backend, target, &why);
                 self.answer_wakers(&Outcome::refused(format!("{target}: {why}")));
                 self.engine.send(Plain::Failed { backend, end });
                 self.give_up_on_a_dead_process(error);

@@ -7,12 +7,13 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use super::{Report, State};
+use super::{Activity, Report, State};
 use crate::activate::bus::{Bus, Manager};
 use crate::activated::{self, Activated};
 use crate::activation::standing;
 use crate::activation::systemd::Systemd;
 use crate::control::{self, Request};
+use crate::failed_wake::{self, FailedWake};
 
 /// One service.
 #[derive(Debug, Serialize)]
@@ -31,6 +32,8 @@ pub(super) struct Service {
     pub woken_by: Option<String>,
     /// Connections now, with those that predecessors of its forwarders finish.
     pub connections: u64,
+    /// The last wake that failed and was followed by none that succeeded.
+    pub failed_wake: Option<FailedWake>,
     /// What its forwarders say.
     pub forwarders: Vec<Report>,
     /// Further names that it goes by, as `bro activate` and `bro sleep` take them.
@@ -61,6 +64,7 @@ impl Service {
             since: None,
             woken_by: None,
             connections: 0,
+            failed_wake: None,
             forwarders: Vec::new(),
             also: Vec::new(),
         }
@@ -71,18 +75,27 @@ impl Service {
         let quadlet = known.quadlet.file_name().map(|file| file.to_string_lossy().into_owned());
         let sockets = known.listeners.iter().map(|listener| listener.socket.clone());
         Self {
+            failed_wake: failed_wake::noted(known),
             also: quadlet.into_iter().chain(known.service()).chain(sockets).collect(),
             ..Self::new(known.name.clone(), Some(known.unit.clone()), addresses)
         }
     }
 
     /// What its forwarders know goes before what systemd knows.
-    fn hear(&mut self, report: Report) {
+    fn hear(&mut self, mut report: Report) {
         // That nobody has woken it through this forwarder is not to hide that it has failed, or that somebody else has started it.
         if report.activity.state != State::Asleep {
             self.state = report.activity.state;
             self.since = report.activity.since.or(self.since);
             self.woken_by.clone_from(&report.activity.woken_by);
+        } else {
+            // Nor where it is shown by itself.
+            report.activity = Activity { state: self.state, since: self.since, woken_by: None };
+        }
+        if let Some(failed) = &report.failed_wake
+            && self.failed_wake.as_ref().is_none_or(|noted| noted.at <= failed.at)
+        {
+            self.failed_wake = Some(failed.clone());
         }
         self.forwarders.push(report);
         let answers = |pid: i32| self.forwarders.iter().any(|report| report.pid.cast_signed() == pid);
@@ -245,7 +258,7 @@ pub(super) fn sentence(service: &Service) -> String {
 }
 
 fn about(service: &Service) -> String {
-    let mut text = since(service.state, service.since);
+    let mut text = since(service.state, service.since, &service.name);
     if let Some(by) = &service.woken_by {
         write!(text, ", woken by {by}").ok();
     }
@@ -261,27 +274,25 @@ fn about(service: &Service) -> String {
     if !service.addresses.is_empty() {
         write!(text, "; at {}", service.addresses.join(", ")).ok();
     }
+    if let Some(failed) = &service.failed_wake {
+        write!(text, "; last wake failed {} ago: {}", failed.since(), failed.why).ok();
+    }
     text
 }
 
-/// “awake for 3 min”.
-pub(super) fn since(state: State, since: Option<u64>) -> String {
+/// “awake for 3 min”, of the service of that name.
+pub(super) fn since(state: State, since: Option<u64>, name: &str) -> String {
     let word = match state {
-        State::Asleep => "asleep",
-        State::Starting => "starting",
-        State::Awake => "awake",
-        State::Busy => "awake and busy",
-        State::Stopping => "stopping",
-        State::Deaf => "not listening (see `bro doctor NAME`)",
-        State::Failed => "failed (see `bro doctor NAME`)",
+        State::Deaf | State::Failed => format!("{} (see `bro doctor {name}`)", state.word()),
+        state => state.word().to_owned(),
     };
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs());
     let span = since.map(|since| Duration::from_secs(now.saturating_sub(since)));
-    span.map_or_else(|| word.to_owned(), |span| format!("{word} for {}", roughly(span)))
+    span.map_or_else(|| word.clone(), |span| format!("{word} for {}", roughly(span)))
 }
 
 /// The two largest units of a span.
-fn roughly(span: Duration) -> String {
+pub(crate) fn roughly(span: Duration) -> String {
     let seconds = span.as_secs();
     let units = [
         ("d", seconds / 86_400),

@@ -165,6 +165,121 @@ fn a_socket_elsewhere(site: &Site<'_>, ill: &Ill<'_>, status: &dyn Fn() -> Resul
     Ok(())
 }
 
+pub fn confined_forwarder(host: &Host, manager: Manager) -> Result<()> {
+    let plan = Plan::service(manager, 0.0, "");
+    let site = Site::activated(host, manager, "confined", &plan, &["--exit-idle-time", "1min"])?;
+    confinement_is_told(&site)
+}
+
+/// What forbids the forwarder to wake is named while it sleeps, a wake that fails is remembered, and what is advised mends both.
+pub fn confinement_is_told(site: &Site<'_>) -> Result<()> {
+    let (host, front, name) = (site.host, site.front, site.name.as_str());
+    let check = |named: &str| -> Result<Option<Value>> {
+        let ran = front.try_run(host, &["bro", "doctor", name, "--json"])?;
+        let checks: Vec<Value> = serde_json::from_str(&ran.stdout).with_context(|| format!("{ran:?}"))?;
+        Ok(checks.into_iter().find(|check| check["name"] == named))
+    };
+    let confinement = || check("confinement")?.context("the confinement is not looked at");
+    let status = |words: &[&str]| front.run(host, &[&["bro", "status"], words].concat());
+    let fine = || -> Result<()> {
+        let found = confinement()?;
+        let finding = found["finding"].as_str().unwrap_or_default();
+        ensure!(found["outcome"] == "ok" && finding.contains("can do all that it takes"), "{found}");
+        Ok(())
+    };
+    let folder = match front {
+        Manager::System => "/etc/systemd/system".to_owned(),
+        Manager::User(user) => format!("/home/{user}/.config/systemd/user"),
+    };
+    let drop_ins = format!("{}.d", site.forwarder());
+    let drop_in = |file: &str, line: &str| -> Result<()> {
+        front.unit(host, &format!("{drop_ins}/{file}.conf"), &format!("[Service]\n{line}\n"))?;
+        front.systemctl(host, &["daemon-reload"])?;
+        Ok(())
+    };
+    let sleep = || -> Result<()> {
+        front.systemctl(host, &["stop", &site.forwarder()])?;
+        site.manager.systemctl(host, &["stop", &site.unit()])?;
+        Ok(())
+    };
+    fine()?;
+    for (line, directive, cause) in [
+        (
+            "RestrictAddressFamilies=\nRestrictAddressFamilies=AF_UNIX AF_INET",
+            "RestrictAddressFamilies=AF_NETLINK",
+            "Address family not supported",
+        ),
+        ("SystemCallFilter=~setns", "SystemCallFilter=setns", "may not enter"),
+    ] {
+        drop_in("10-narrow", line)?;
+        let (directive, forbidden) = (directive, directive.split_once('=').context("it is KEY=VALUE")?);
+        let names_it = |found: &Value| {
+            let finding = found["finding"].as_str().unwrap_or_default();
+            let fix = found["fix"].as_str().unwrap_or_default();
+            let (key, value) = forbidden;
+            found["outcome"] == "bad"
+                && finding.contains(&format!("its {key}= forbids {value}"))
+                && fix.contains(&format!("edit {}`", site.forwarder()))
+                && fix.ends_with(directive)
+        };
+        let found = confinement()?;
+        ensure!(names_it(&found), "asleep, {line}: {found}");
+
+        site.expect_reset().with_context(|| site.journals())?;
+        // Told by the forwarder, and when that has gone.
+        host.wait_until("it is noted", bro_tests::host::site::PATIENCE, || {
+            Ok(status(&[name])?.contains("last wake failed"))
+        })?;
+        let detail = status(&[name])?;
+        ensure!(detail.contains(cause), "no “{cause}” in {detail}");
+        let found = confinement()?;
+        ensure!(names_it(&found), "with the container running, {line}: {found}");
+        sleep()?;
+        for words in [&[][..], &[name]] {
+            let said = status(words)?;
+            let mine = said.lines().find(|line| line.starts_with(name)).context("it is not listed")?;
+            ensure!(mine.contains("last wake failed") && mine.contains(cause), "{words:?}: {said}");
+        }
+        let json: Value = serde_json::from_str(&status(&[name, "--json"])?)?;
+        ensure!(json[0]["failed_wake"]["why"].as_str().is_some_and(|why| why.contains(cause)), "{json}");
+        let last = check("last wake")?.context("doctor does not know of the last wake")?;
+        ensure!(last["outcome"] == "bad" && last.to_string().contains(cause), "{last}");
+
+        // What is advised, to the letter.
+        drop_in("50-mended", directive)?;
+        fine().with_context(|| format!("mended: {directive}"))?;
+        site.check_echo().with_context(|| site.journals())?;
+        ensure!(!status(&[name])?.contains("last wake failed"), "{}", status(&[name])?);
+        ensure!(check("last wake")?.is_none(), "{:?}", check("last wake")?);
+        sleep()?;
+        ensure!(!status(&[])?.contains("last wake failed"), "{}", status(&[])?);
+        host.run(&["rm", "-r", &format!("{folder}/{drop_ins}")])?;
+        front.systemctl(host, &["daemon-reload"])?;
+    }
+    fine()?;
+    // Who is no more has no last wake.
+    drop_in("10-narrow", "SystemCallFilter=~setns")?;
+    site.expect_reset().with_context(|| site.journals())?;
+    let runtime = match site.manager {
+        Manager::System => "/run/bro".to_owned(),
+        Manager::User(user) => format!("/run/user/{}/bro", host.uid(user)?),
+    };
+    let noted = format!("{runtime}/failed-{}", site.unit());
+    host.wait_until("it is noted", bro_tests::host::site::PATIENCE, || {
+        Ok(host.try_run(&["test", "-f", &noted])?.success())
+    })?;
+    sleep()?;
+    host.run(&["rm", "-r", &format!("{folder}/{drop_ins}")])?;
+    front.systemctl(host, &["daemon-reload"])?;
+    ensure!(activate(host, front, &format!("{name} --remove"))?.success());
+    ensure!(!host.try_run(&["test", "-e", &noted])?.success(), "{noted} is left");
+    let left = front.systemctl(host, &["list-units", "--all", "--no-legend", "bro-doctor-*"])?;
+    ensure!(left.trim().is_empty(), "units are left: {left}");
+    let left = host.try_run(&["pgrep", "--full", "[t]ry-wake"])?;
+    ensure!(!left.success(), "processes are left: {left:?}");
+    Ok(())
+}
+
 /// What neither this kernel nor this Debian has is shown to it: files that say that AppArmor and SELinux are at work.
 pub fn security_modules(host: &Host) -> Result<()> {
     // In a mount namespace of its own: these folders are nobody else's.

@@ -221,6 +221,12 @@ pub fn lines_that_are_not_crossed(host: &Host) -> Result<()> {
     Ok(())
 }
 
+pub fn confined(host: &Host) -> Result<()> {
+    let plan = Plan::service(TEST, 0.0, "");
+    let served = Served::new(host, TEST, "tight", &plan, "--exit-idle-time 1min")?;
+    crate::doctor::confinement_is_told(&served.0)
+}
+
 /// What root's `bro doctor NAME` has the user's Podman do is the user's process, which the user may trace: a stub in Podman's place says
 /// what of root's is within its reach.
 pub fn podman_has_nothing_of_roots(host: &Host) -> Result<()> {
