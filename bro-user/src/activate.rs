@@ -90,6 +90,17 @@ pub struct Activator {
     listening: tokio::sync::watch::Sender<u64>,
 }
 
+/// A target that listens.
+#[derive(Debug)]
+pub struct Awake {
+    /// How to connect to it.
+    pub destination: Destination,
+    /// Where it was found.
+    pub incarnation: Option<Arc<Incarnation>>,
+    /// The namespace's table of sockets, where the kernel relay may need it.
+    pub table: Option<Table>,
+}
+
 /// What came of an attempt to stop the unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stopped {
@@ -184,11 +195,7 @@ impl Activator {
     ///
     /// # Errors
     /// When it cannot be started, or its namespace cannot be entered.
-    pub async fn wake(
-        &self,
-        backend: usize,
-        target: &Target,
-    ) -> anyhow::Result<(Destination, Option<Arc<Incarnation>>)> {
+    pub async fn wake(&self, backend: usize, target: &Target) -> anyhow::Result<Awake> {
         let prepare = async || {
             let (place, incarnation) = match self.place {
                 Place::Own => (Where::Own, None),
@@ -222,7 +229,8 @@ impl Activator {
                 Some(_) => Table::open(&place).await.ok(),
                 None => None,
             };
-            anyhow::Ok(Some((Destination { addresses: tcp, guarded, sources, channel, table }, incarnation)))
+            let destination = Destination { addresses: tcp, guarded, sources, channel };
+            anyhow::Ok(Some(Awake { destination, incarnation, table }))
         };
         let (findable, started) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
@@ -236,7 +244,7 @@ impl Activator {
                     Ok(Some(prepared)) if self.unit.is_none() => return Ok(prepared),
                     Ok(Some(prepared)) => tokio::select! {
                         () = started.notified() => return Ok(prepared),
-                        () = gone(prepared.1.as_deref()) => {}
+                        () = gone(prepared.incarnation.as_deref()) => {}
                         () = sleep(SETTLE) => return Ok(prepared),
                     },
                     Ok(None) if self.unit.is_some() => {}

@@ -227,6 +227,8 @@ pub struct Burst {
     last: u64,
     /// Bytes it had been sent at the answer before that.
     before: u64,
+    /// Its socket is being looked for, to be let go.
+    is_leaving: bool,
 }
 
 impl Burst {
@@ -236,7 +238,7 @@ impl Burst {
     /// How much more may be sent.
     fn left(&mut self, sent: u64, answered: u64) -> usize {
         if answered != self.answered {
-            *self = Self { answered, last: sent, before: self.last };
+            (self.answered, self.before, self.last) = (answered, self.last, sent);
         }
         usize::try_from(u64::from(Self::MOST).saturating_sub(sent - self.before)).unwrap_or(0)
     }
@@ -303,7 +305,9 @@ impl Connection {
                     Side::Client => (up.half(), down.half()),
                     Side::Service => (down.half(), up.half()),
                 };
-                let interest = Interest { read: from_here.wants_read(), write: to_here.wants_write() };
+                // What waits for the service's socket to be let go does not wait for room.
+                let waits_for_room = to_here.wants_write() && !(side == Side::Service && up.is_beyond());
+                let interest = Interest { read: from_here.wants_read(), write: waits_for_room };
                 // Once both FINs have passed here, the socket reports a hang-up for ever.
                 let over = !from_here.is_open() && to_here == crate::relay::half_close::Half::Finished;
                 (!over).then_some(interest)
@@ -376,16 +380,21 @@ impl Connection {
                 up.allow(burst.left(up.delivered(), down.delivered()));
             }
             up.pump(self.client.as_fd(), service.as_fd(), tools)?;
-            if up.is_beyond() {
-                return Ok(Pumped::TooMuchForTheHook);
-            }
         }
         if down_ready {
             down.pump(service.as_fd(), self.client.as_fd(), tools)?;
         }
+        if up.is_beyond() {
+            return Ok(Pumped::TooMuchForTheHook);
+        }
         use crate::relay::half_close::Half;
         let finished = up.half() == Half::Finished && down.half() == Half::Finished;
         Ok(if finished { Pumped::Finished } else { Pumped::Open })
+    }
+
+    /// Is the service's socket to be looked for? Once.
+    pub fn asks_which_socket(&mut self) -> bool {
+        self.burst.as_mut().is_some_and(|burst| !std::mem::replace(&mut burst.is_leaving, true))
     }
 
     /// The service's socket is hooked no more, or never mind: what the client sends goes through.

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::activate::bus::Manager;
 use crate::activate::watching::{self, Loaded, Watching};
-use crate::activate::{Activator, Incarnation, Place};
+use crate::activate::{Activator, Awake, Incarnation, Place};
 use crate::cli::idle::{IdleBy, WakeOn};
 use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::connection::End;
@@ -26,12 +26,13 @@ use crate::control::{self, Asked, Asker, Request};
 use crate::engine::handle::{Event, Handle, Plain};
 use crate::engine::process::{self, Process};
 use crate::engine::tcp::Keepalive;
-use crate::engine::{Destination, Settings, slot};
+use crate::engine::{Settings, slot};
 use crate::exit::Failure;
 use crate::failed_wake::Failures;
 use crate::handover::{Predecessor, Program};
 use crate::kernel::{self, Bequest, Foreign, News, Unavailable};
 use crate::listen::{self, Listener, Passed};
+use crate::netns::diag::Table;
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
@@ -153,7 +154,7 @@ pub fn run(
 }
 
 /// What a finished wake reports.
-type Woken = (usize, anyhow::Result<(Destination, Option<Arc<Incarnation>>)>);
+type Woken = (usize, anyhow::Result<Awake>);
 
 /// How far along the end is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -301,6 +302,8 @@ struct Control<'a> {
     refusals: Vec<waking::Refusals>,
     /// Of each target: where it was found, which is watched.
     watched: Vec<Weak<Incarnation>>,
+    /// Of each target: the table of sockets there, where the kernel relay may need it.
+    tables: Vec<Option<Table>>,
     /// Targets whose namespace is gone.
     gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
     /// Of each target.
@@ -355,6 +358,7 @@ impl<'a> Control<'a> {
             wakes: JoinSet::new(),
             refusals: vec![waking::Refusals::default(); targets.len()],
             watched: targets.iter().map(|_| Weak::new()).collect(),
+            tables: targets.iter().map(|_| None).collect(),
             awake_since: None,
             woken_at: Instant::now(),
             woken_by: None,
@@ -618,6 +622,14 @@ impl<'a> Control<'a> {
                 Some(_) => self.wake(backend, &peer, refused),
                 None => tracing::error!(backend, "the relay process wants a target woken that there is not"),
             },
+            Event::WhichSocket { connection, backend, local, remote } => {
+                let table = self.tables.get(backend).and_then(Option::as_ref);
+                let cookie = table.and_then(|table| table.cookie(local, remote).ok());
+                if cookie.is_none() {
+                    tracing::debug!(conn = connection.number, "the service's socket is gone already");
+                }
+                self.engine.send(Plain::Socket { connection, cookie });
+            }
             Event::Leaving(_) => self.stays(),
             Event::Draining(why) => self.draining(&why),
             Event::Pong => life::alive(),

@@ -43,12 +43,12 @@ impl Listener {
         self.own
     }
 
-    /// The same socket for the relay process, which has no file to remove.
+    /// The same socket for the relay process, which has no file to remove, with this number.
     ///
     /// # Errors
     /// EMFILE.
-    pub fn for_relay(&self) -> std::io::Result<Self> {
-        let socket = self.socket.try_clone()?;
+    pub fn for_relay(&self, number: RawFd) -> std::io::Result<Self> {
+        let socket = crate::sys::duplicate(self.socket.as_fd(), number)?;
         Ok(Self {
             socket,
             name: self.name.clone(),

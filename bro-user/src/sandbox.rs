@@ -4,8 +4,11 @@
 //! processes do for it: the agents connect, to destinations that the control process has named, and the control process does the
 //! rest.
 
+mod options;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::os::fd::RawFd;
 
 use anyhow::Context as _;
 use caps::CapSet;
@@ -24,19 +27,21 @@ use crate::sys::AddressBook;
 const LANDLOCK: ABI = ABI::V6;
 
 /// Enters the sandbox, for the calling thread and all it will start; `addresses` is where the [`AddressBook`] is, `ports`
-/// are those of the targets. Returns what this kernel does not offer.
+/// are those of the targets, and `listeners` the descriptors of the listeners, which are other processes' too. Returns what this
+/// kernel does not offer.
 ///
 /// # Errors
 /// When something is refused that every kernel of ours has.
 pub fn enter(
     addresses: Option<Range<u64>>,
     ports: impl IntoIterator<Item = u16>,
+    listeners: Range<RawFd>,
 ) -> anyhow::Result<Vec<String>> {
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
     drop_capabilities()?;
     let mut missing = Vec::new();
     missing.extend(restrict_files(ports));
-    missing.extend(filter_system_calls(addresses));
+    missing.extend(filter_system_calls(addresses, listeners));
     Ok(missing)
 }
 
@@ -74,9 +79,33 @@ fn restrict_files(ports: impl IntoIterator<Item = u16>) -> Option<String> {
     }
 }
 
-fn filter_system_calls(addresses: Option<Range<u64>>) -> Option<String> {
-    let filter = filter(addresses).and_then(|filter| Ok(seccompiler::apply_filter(&filter)?));
-    filter.err().map(|error| format!("no filter for system calls: {error:#}"))
+fn filter_system_calls(addresses: Option<Range<u64>>, listeners: Range<RawFd>) -> Option<String> {
+    let apply = |filter: anyhow::Result<BpfProgram>| Ok(seccompiler::apply_filter(&filter?)?);
+    // The second one lets no other be added.
+    let applied = apply(leave_alone(listeners)).and_then(|()| apply(filter(addresses)));
+    applied.err().map(|error: anyhow::Error| format!("no filter for system calls: {error:#}"))
+}
+
+/// Refuses whatever changes the listeners, for they are the service manager's as well: what is done to them outlasts this process,
+/// and one that is shut down listens no more and could be connected, in the host's namespace. They have numbers in a row, so that
+/// this costs little; a descriptor that is made later has another number for as long as they are open. A filter of its own, so
+/// that those of what else is asked do not have to be multiplied by it.
+fn leave_alone(listeners: Range<RawFd>) -> anyhow::Result<BpfProgram> {
+    let bound = |is, number: RawFd| SeccompCondition::new(0, SeccompCmpArgLen::Dword, is, number as u64);
+    let one_of_them = || {
+        SeccompRule::new(vec![
+            bound(SeccompCmpOp::Ge, listeners.start)?,
+            bound(SeccompCmpOp::Lt, listeners.end)?,
+        ])
+    };
+    let calls =
+        [libc::SYS_shutdown, libc::SYS_connect, libc::SYS_bind, libc::SYS_setsockopt, libc::SYS_fcntl];
+    let rules = calls.map(|call| Ok((call, vec![one_of_them()?])));
+    let rules = rules.into_iter().collect::<Result<_, seccompiler::BackendError>>()?;
+    let refused = SeccompAction::Errno(libc::EPERM as u32);
+    let filter =
+        SeccompFilter::new(rules, SeccompAction::Allow, refused, std::env::consts::ARCH.try_into()?)?;
+    Ok(filter.try_into()?)
 }
 
 /// What may be asked of bpf(2): to read and change the maps that are there, and to run the program that hooks a client.
@@ -104,24 +133,31 @@ fn filter(addresses: Option<Range<u64>>) -> anyhow::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
     // Each case is a list of conditions that all have to hold.
     let mut allow = |call: libc::c_long, cases: Vec<Vec<Condition>>| -> anyhow::Result<()> {
-        let condition = |(argument, is, value): Condition| {
-            SeccompCondition::new(argument, SeccompCmpArgLen::Qword, is, value)
-        };
+        let condition =
+            |(argument, is, value, length): Condition| SeccompCondition::new(argument, length, is, value);
         let case = |conditions: Vec<Condition>| {
             SeccompRule::new(conditions.into_iter().map(condition).collect::<Result<_, _>>()?)
         };
         let _none = rules.insert(call, cases.into_iter().map(case).collect::<Result<_, _>>()?);
         Ok(())
     };
-    let equals = |argument: u8, value: u64| (argument, SeccompCmpOp::Eq, value);
-    let without = |argument: u8, bits: i32| (argument, SeccompCmpOp::MaskedEq(bits as u64), 0);
+    let whole = SeccompCmpArgLen::Qword;
+    let equals = |argument: u8, value: u64| (argument, SeccompCmpOp::Eq, value, whole.clone());
+    // Of an int the kernel looks at the lower half alone, and a caller may leave anything in the upper one.
+    let int = |argument: u8, value: i32| {
+        (argument, SeccompCmpOp::Eq, u64::from(value.cast_unsigned()), SeccompCmpArgLen::Dword)
+    };
+    let without = |argument: u8, bits: i32| (argument, SeccompCmpOp::MaskedEq(bits as u64), 0, whole.clone());
     // send(2) on what is connected: no address, so no way to anybody else.
     allow(libc::SYS_sendto, vec![vec![equals(4, 0)]])?;
     allow(libc::SYS_bpf, BPF_COMMANDS.map(|command| vec![equals(0, command)]).into())?;
-    allow(libc::SYS_fcntl, FCNTL_COMMANDS.map(|command| vec![equals(1, command as u64)]).into())?;
+    allow(libc::SYS_fcntl, FCNTL_COMMANDS.map(|command| vec![int(1, command)]).into())?;
+    for (call, options) in [(libc::SYS_setsockopt, options::SET), (libc::SYS_getsockopt, options::GET)] {
+        allow(call, options.iter().map(|&(level, name)| vec![int(1, level), int(2, name)]).collect())?;
+    }
     // Nothing that is written can be run, and the addresses, which are below all other memory, stay as they are.
     let end = addresses.as_ref().map_or(0, |addresses| addresses.end);
-    let above = (0, SeccompCmpOp::Ge, end);
+    let above = (0, SeccompCmpOp::Ge, end, whole.clone());
     allow(libc::SYS_mmap, vec![vec![without(2, libc::PROT_EXEC), without(3, libc::MAP_FIXED)]])?;
     allow(libc::SYS_mprotect, vec![vec![without(2, libc::PROT_EXEC), above.clone()]])?;
     allow(libc::SYS_mremap, vec![vec![above.clone(), without(3, !libc::MREMAP_MAYMOVE)]])?;
@@ -134,9 +170,10 @@ fn filter(addresses: Option<Range<u64>>) -> anyhow::Result<BpfProgram> {
             1,
             SeccompCmpOp::MaskedEq(AddressBook::ROOM as u64 - 1),
             addresses.start % AddressBook::ROOM as u64,
+            whole.clone(),
         );
-        let from = (1, SeccompCmpOp::Ge, addresses.start);
-        let until = (1, SeccompCmpOp::Lt, addresses.end);
+        let from = (1, SeccompCmpOp::Ge, addresses.start, whole.clone());
+        let until = (1, SeccompCmpOp::Lt, addresses.end, whole.clone());
         allow(libc::SYS_connect, vec![vec![aligned, from, until]])?;
     }
     // abort(3): a signal to itself.
@@ -150,8 +187,8 @@ fn filter(addresses: Option<Range<u64>>) -> anyhow::Result<BpfProgram> {
     Ok(filter.try_into()?)
 }
 
-/// The number of an argument, how it is compared, and with what.
-type Condition = (u8, SeccompCmpOp, u64);
+/// The number of an argument, how it is compared, with what, and how much of it.
+type Condition = (u8, SeccompCmpOp, u64, SeccompCmpArgLen);
 
 /// What is allowed with any arguments. The kernel remembers which these are, so that they cost next to nothing
 /// (`seccomp_cache_check_allow`): whatever is called per message has to be here.
@@ -169,8 +206,6 @@ const ALWAYS: &[libc::c_long] = &[
     libc::SYS_accept4,
     libc::SYS_getsockname,
     libc::SYS_getpeername,
-    libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
     libc::SYS_shutdown,
     libc::SYS_close,
     // Their bytes, the log's, and what the other processes say.

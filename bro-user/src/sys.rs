@@ -278,6 +278,16 @@ pub fn return_freed_memory() {
     }
 }
 
+/// A duplicate of a descriptor that has the first free number from `number` on, close-on-exec.
+///
+/// # Errors
+/// EMFILE, or EINVAL for a number that is beyond the limit.
+pub fn duplicate(descriptor: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedFd> {
+    let made = nix::fcntl::fcntl(descriptor, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(number))?;
+    // SAFETY: the kernel just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(made) })
+}
+
 /// Closes, after [`fork`] and in the child, what is its parent's alone. Nobody may use it there afterwards.
 pub fn close_in_child(descriptor: BorrowedFd<'_>) {
     // SAFETY: a plain number; the child ends by [`exit_now`], without the destructor that would close it again.
@@ -310,11 +320,13 @@ pub fn exit_now(code: i32) -> ! {
 
 /// The addresses that the relay process may connect to, in memory that only the control process can write. The relay process sees
 /// it at a place below all its other memory, which its sandbox never lets it change ([`crate::sandbox`]): so connect(2) can be
-/// allowed for exactly what stands here.
+/// allowed for exactly what stands here. Where no address stands there is none of a family that exists: zeros would be an address
+/// of AF_UNSPEC, to which a connected socket may be connected in order to be led elsewhere afterwards (connect(2)).
 #[derive(Debug)]
 pub struct AddressBook {
     start: std::ptr::NonNull<u8>,
     length: std::num::NonZeroUsize,
+    count: usize,
     /// Its memory, until both processes have it.
     file: Option<OwnedFd>,
 }
@@ -333,6 +345,9 @@ impl AddressBook {
     /// The room of one address, and what each is aligned to.
     pub const ROOM: usize = size_of::<libc::sockaddr_storage>();
 
+    /// What stands where no address does.
+    const NOTHING: u8 = 0xff;
+
     /// Where the relay process may see it: above what no process may map (vm.mmap_min_addr), and below where programs are loaded.
     const LOW: std::ops::Range<usize> = 0x1_0000..0x40_0000;
 
@@ -349,8 +364,10 @@ impl AddressBook {
         let length = std::num::NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidInput)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) }?;
-        Ok(Self { start: start.cast(), length, file: Some(file) })
+        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) }?.cast();
+        // SAFETY: all of a mapping that is writable and that nobody else has.
+        unsafe { std::ptr::write_bytes(start.as_ptr(), Self::NOTHING, length.get()) };
+        Ok(Self { start, length, count, file: Some(file) })
     }
 
     /// For the relay process, right after it was forked: the same addresses, read-only, and at a low place.
@@ -374,7 +391,7 @@ impl AddressBook {
             let Ok(start) = mapped else { continue };
             // SAFETY: the writable mapping that this process has from its parent; nothing here refers to it any more.
             unsafe { munmap(self.start.cast(), self.length.get()) }?;
-            return Ok(Self { start: start.cast(), length: self.length, file: None });
+            return Ok(Self { start: start.cast(), length: self.length, count: self.count, file: None });
         }
         Err(io::ErrorKind::AddrInUse.into())
     }
@@ -384,16 +401,26 @@ impl AddressBook {
         self.file = None;
     }
 
-    /// Where it is.
+    /// Where the addresses are: less than the pages that they fill.
     #[must_use]
     pub fn place(&self) -> std::ops::Range<u64> {
         let start = self.start.as_ptr() as u64;
-        start..start + self.length.get() as u64
+        start..start + (self.count * Self::ROOM) as u64
     }
 
     /// Whether there is room for this number.
     const fn has(&self, number: usize) -> bool {
-        number < self.length.get() / Self::ROOM
+        number < self.count
+    }
+
+    /// Has no address stand under these numbers any more. By the control process alone.
+    pub fn clear(&mut self, numbers: std::ops::Range<usize>) {
+        for number in numbers.filter(|&number| self.has(number)) {
+            // SAFETY: within the mapping, which is writable in the process that has made it.
+            let at = unsafe { self.start.add(number * Self::ROOM) };
+            // SAFETY: `ROOM` bytes of it.
+            unsafe { at.write_bytes(Self::NOTHING, Self::ROOM) };
+        }
     }
 
     /// Writes an address; false where there is no room for it. By the control process alone.
@@ -436,15 +463,12 @@ pub fn pass_descriptors(
     command: &mut std::process::Command,
     descriptors: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
-    use nix::fcntl::{FcntlArg, fcntl};
     use std::os::unix::process::CommandExt as _;
     // First above all destinations, so that none is overwritten before it has been passed on.
     let above = 3 + RawFd::try_from(descriptors.len()).map_err(io::Error::other)?;
     let mut sources = Vec::with_capacity(descriptors.len());
     for descriptor in descriptors {
-        let number = fcntl(descriptor, FcntlArg::F_DUPFD_CLOEXEC(above))?;
-        // SAFETY: the kernel just made this descriptor for us.
-        sources.push(unsafe { OwnedFd::from_raw_fd(number) });
+        sources.push(duplicate(*descriptor, above)?);
     }
     let place = move || {
         for (source, number) in sources.iter().zip(3..) {

@@ -3,16 +3,18 @@
 #![cfg(target_arch = "x86_64")]
 #![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
 
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::hijack::{Argument, Hijacked, rights};
+use bro_tests::netns::{Namespace, Owner};
+use bro_tests::peers::Family;
 use bro_tests::scene::Scene;
-use bro_tests::{process, require_namespaces};
+use bro_tests::{process, require_namespaces, sys};
 use bro_user::netns::wire::{self, Request};
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{SockType, getsockopt, sockopt};
+use nix::sys::socket::{AddressFamily, SockType, SockaddrLike as _, SockaddrStorage, getsockopt, sockopt};
 
 #[test]
 fn the_relay_process_holds_no_rights() -> Result<()> {
@@ -46,6 +48,11 @@ fn the_relay_process_holds_no_rights() -> Result<()> {
             "the relay process holds {number}: {what}"
         );
     }
+    // A socket of netlink's in the namespace, with the rights of its owner, destroys any connection there.
+    for socket in process::sockets(forwarder.relay())? {
+        let address = nix::sys::socket::getsockname::<SockaddrStorage>(socket.as_raw_fd())?;
+        ensure!(address.family() != Some(AddressFamily::Netlink), "it holds {address:?}");
+    }
     drop(pair);
     forwarder.stop().map(drop)
 }
@@ -60,8 +67,12 @@ fn a_hijacked_relay_process_can_do_no_harm() -> Result<()> {
     exchange(&client, &served)?;
 
     let relay = forwarder.relay();
-    let sockets = process::descriptors(relay)?.into_iter().filter(|(_, what)| what.starts_with("socket:"));
-    let sockets: Vec<i64> = sockets.map(|(number, _)| number.into()).collect();
+    let (listeners, sockets): (Vec<_>, Vec<_>) = numbered_sockets(relay)?
+        .into_iter()
+        .partition(|(_, socket)| getsockopt(socket, sockopt::AcceptConn) == Ok(true));
+    ensure!(listeners.len() == 1, "listeners: {listeners:?}");
+    let numbers = |of: &[(i64, OwnedFd)]| of.iter().map(|(number, _)| *number).collect::<Vec<_>>();
+    let (listeners, sockets) = (numbers(&listeners), numbers(&sockets));
     let mut hijacked = Hijacked::new(relay)?;
     // That calls are made in its name at all.
     ensure!(hijacked.call(libc::SYS_getpid, &[])? == Ok(u64::try_from(relay)?), "not its pid");
@@ -168,7 +179,23 @@ fn a_hijacked_relay_process_can_do_no_harm() -> Result<()> {
         ("forget them", libc::SYS_madvise, vec![book, page, number(libc::MADV_DONTNEED)]),
         ("lock them elsewhere", libc::SYS_remap_file_pages, vec![book, page, zero, zero, zero]),
     ]);
-    for &socket in &sockets {
+    for &listener in &listeners {
+        let beyond = Argument::from((7 << 32) | listener);
+        let (listener, on) = (Argument::from(listener), Argument::Bytes(&[1, 0, 0, 0]));
+        for how in [libc::SHUT_RD, libc::SHUT_WR, libc::SHUT_RDWR] {
+            harm.push(("stop systemd's listening", libc::SYS_shutdown, vec![listener, number(how)]));
+        }
+        // Of an int the kernel looks at the lower half alone.
+        harm.push(("stop it in another way", libc::SYS_shutdown, vec![beyond, number(libc::SHUT_RDWR)]));
+        let option = vec![listener, number(libc::SOL_SOCKET), number(libc::SO_KEEPALIVE), on, number(4)];
+        harm.push(("change what all accepted ones have", libc::SYS_setsockopt, option));
+        harm.push(("connect a listener", libc::SYS_connect, vec![listener, book, number(16)]));
+        let command = vec![listener, number(libc::F_DUPFD_CLOEXEC), zero];
+        harm.push(("give a listener another number", libc::SYS_fcntl, command));
+        let command = vec![listener, number(libc::F_SETFL), zero];
+        harm.push(("change a listener's flags", libc::SYS_fcntl, command));
+    }
+    for &socket in sockets.iter().chain(&listeners) {
         let socket = Argument::from(socket);
         let between = Argument::from(start + 8);
         harm.push((
@@ -178,6 +205,11 @@ fn a_hijacked_relay_process_can_do_no_harm() -> Result<()> {
         ));
         let beyond = Argument::from(start + 1024 * 1024);
         harm.push(("connect to what lies behind them", libc::SYS_connect, vec![socket, beyond, number(16)]));
+        // There is room for sixteen addresses of one target, and the rest of the page is no address either.
+        let rest = Argument::from(start + 16 * ROOM);
+        harm.push(("connect to what fills the page", libc::SYS_connect, vec![socket, rest, number(16)]));
+        let last = Argument::from(start + 4096 - ROOM);
+        harm.push(("connect to the end of the page", libc::SYS_connect, vec![socket, last, number(16)]));
         harm.push((
             "dissolve a connection",
             libc::SYS_connect,
@@ -209,16 +241,104 @@ fn a_hijacked_relay_process_can_do_no_harm() -> Result<()> {
         Ok(sockets.iter().map(|socket| bro_tests::peers::Address::of_peer(socket.as_fd()).ok()).collect())
     };
     let before = peers()?;
+    let expect_unchanged = || {
+        let after = peers()?;
+        let kept = before.iter().zip(&after).all(|(before, after)| before.is_none() || before == after);
+        ensure!(kept && before.len() == after.len(), "before {before:?}, after {after:?}");
+        Ok(())
+    };
+    // A place of the book where no address stands is none that dissolves a connection. (One that was made without waiting for it
+    // says once that it is connected, wherever it is told to.)
+    for &socket in &sockets {
+        for place in 1..16 {
+            for length in [2, 16, 28, 110, 128] {
+                let empty = Argument::from(start + place * ROOM);
+                let _came = hijacked.call(libc::SYS_connect, &[socket.into(), empty, number(length)])?;
+            }
+        }
+    }
+    expect_unchanged()?;
     for socket in sockets {
         let came =
             hijacked.call(libc::SYS_connect, &[Argument::from(socket), Argument::from(start), number(16)])?;
         ensure!(came != Err(Errno::EPERM), "connect is not allowed at all");
     }
-    let after = peers()?;
-    let kept = before.iter().zip(&after).all(|(before, after)| before.is_none() || before == after);
-    ensure!(kept && before.len() == after.len(), "before {before:?}, after {after:?}");
+    expect_unchanged()?;
     drop(hijacked);
-    // And nothing of it has hurt the connection.
+    // And nothing of it has hurt the connection, nor the listener.
+    exchange(&client, &served)?;
+    let next = (scene.client()?, service.accept()?);
+    exchange(&next.0, &next.1)?;
+    drop((client, served, next));
+    forwarder.stop().map(drop)
+}
+
+/// Who has made a user namespace has every capability over the network namespaces that belong to it, and holds none.
+#[test]
+fn a_hijacked_relay_process_has_no_power_over_a_network_of_its_users() -> Result<()> {
+    require_namespaces!();
+    let namespace = Namespace::owned_by(Owner::UserNamespace)?;
+    let mut scene = Scene::between(namespace, Family::Tcp4, Family::Tcp4)?;
+    let service = scene.serve()?;
+    let forwarder = scene.start(&[])?;
+    let (client, served) = (scene.client()?, service.accept()?);
+    exchange(&client, &served)?;
+
+    let relay = forwarder.relay();
+    let sockets = numbered_sockets(relay)?;
+    for (_, socket) in &sockets {
+        let address = nix::sys::socket::getsockname::<SockaddrStorage>(socket.as_raw_fd())?;
+        ensure!(address.family() != Some(AddressFamily::Netlink), "it holds {address:?}");
+    }
+    let mut hijacked = Hijacked::new(relay)?;
+    let one = Argument::Bytes(&[1, 0, 0, 0]);
+    let zeros = Argument::Bytes(&[0; 128]);
+    let anything = i64::from(u32::MAX) << 32;
+    let (repair, replace, information) = (19, 64, 64);
+    let set = [
+        ("mark packets", libc::SOL_SOCKET, libc::SO_MARK, one),
+        ("repair a connection", libc::IPPROTO_TCP, repair, one),
+        ("replace netfilter's tables", libc::SOL_IP, replace, zeros),
+        ("replace netfilter's tables for IPv6", libc::SOL_IPV6, replace, zeros),
+        ("be transparent", libc::SOL_IP, libc::IP_TRANSPARENT, one),
+        ("take more memory than may be", libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, one),
+        ("bind to a device", libc::SOL_SOCKET, libc::SO_BINDTODEVICE, Argument::Bytes(b"lo\0\0")),
+        ("filter", libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, zeros),
+        ("filter by BPF", libc::SOL_SOCKET, libc::SO_ATTACH_BPF, zeros),
+        ("lock a filter", libc::SOL_SOCKET, libc::SO_LOCK_FILTER, one),
+        ("have another protocol above", libc::IPPROTO_TCP, libc::TCP_ULP, Argument::Bytes(b"tls\0")),
+    ];
+    for &(number, _) in &sockets {
+        let socket = Argument::from(number);
+        for (what, level, name, value) in set {
+            for noise in [0, anything] {
+                let option = [(i64::from(level) | noise).into(), (i64::from(name) | noise).into()];
+                let arguments = [socket, option[0], option[1], value, Argument::Number(4)];
+                let came = hijacked.call(libc::SYS_setsockopt, &arguments)?;
+                ensure!(came == Err(Errno::EPERM), "with {number} it could {what}: {came:?}");
+            }
+        }
+        for (what, level, name) in [
+            ("read netfilter's tables", libc::SOL_IP, information),
+            ("read a filter", libc::SOL_SOCKET, libc::SO_ATTACH_FILTER),
+            ("read a connection's state", libc::IPPROTO_TCP, libc::TCP_INFO),
+        ] {
+            let length = Argument::Bytes(&[128, 0, 0, 0]);
+            let arguments = [socket, i64::from(level).into(), i64::from(name).into(), zeros, length];
+            let came = hijacked.call(libc::SYS_getsockopt, &arguments)?;
+            ensure!(came == Err(Errno::EPERM), "with {number} it could {what}: {came:?}");
+        }
+    }
+    // What it needs goes, whatever the unused half of an int holds.
+    let connection = sockets.iter().find(|(_, socket)| {
+        let peer = bro_tests::peers::Address::of_peer(socket.as_fd());
+        peer.is_ok_and(|peer| peer.to_string() == scene.target())
+    });
+    let connection = Argument::from(connection.context("no connection to the service")?.0);
+    let option = [i64::from(libc::SOL_SOCKET) | anything, i64::from(libc::SO_KEEPALIVE) | anything];
+    let arguments = [connection, option[0].into(), option[1].into(), one, Argument::Number(4)];
+    ensure!(hijacked.call(libc::SYS_setsockopt, &arguments)? == Ok(0), "it cannot do its work");
+    drop(hijacked);
     exchange(&client, &served)?;
     drop((client, served));
     forwarder.stop().map(drop)
@@ -234,8 +354,9 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
     let (client, served) = (scene.client()?, service.accept()?);
     exchange(&client, &served)?;
     // The channel to the control process is the older one.
-    let mut channels = process::sockets(forwarder.relay())?.into_iter();
-    let channel = channels.rfind(|socket| getsockopt(socket, sockopt::SockType) == Ok(SockType::SeqPacket));
+    let channels = process::sockets(forwarder.relay())?.into_iter();
+    let channels = channels.filter(|socket| getsockopt(socket, sockopt::SockType) == Ok(SockType::SeqPacket));
+    let channel = channels.max_by_key(|socket| nix::sys::stat::fstat(socket).map_or(0, |stat| stat.st_ino));
     let channel = channel.context("no channel to an agent")?;
     let sockets = Request::Sockets { domain: libc::AF_INET, kind: libc::SOCK_STREAM, protocol: 0, count: 1 };
     let elsewhere = wire::Address::Tcp(([127, 0, 0, 1], 1).into());
@@ -268,6 +389,16 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
     exchange(&client, &served)?;
     drop((client, served));
     forwarder.stop().map(drop)
+}
+
+/// The room of an address in the address book.
+const ROOM: i64 = 128;
+
+/// The sockets of `pid` with the numbers that they have there.
+fn numbered_sockets(pid: i32) -> Result<Vec<(i64, OwnedFd)>> {
+    let pidfd = sys::pidfd_open(pid)?;
+    let sockets = process::descriptors(pid)?.into_iter().filter(|(_, what)| what.starts_with("socket:"));
+    sockets.map(|(number, _)| Ok((number.into(), sys::pidfd_getfd(pidfd.as_fd(), number)?))).collect()
 }
 
 fn exchange(client: &bro_tests::peers::Conn, service: &bro_tests::peers::Conn) -> Result<()> {

@@ -13,7 +13,6 @@ use super::Engine;
 use super::token::Token;
 use crate::connection::{Connection, End, Registration, Stage};
 use crate::engine::handle::Event;
-use crate::netns::diag::Table;
 use crate::netns::wire::{self, Answer, Destinations, Request};
 use crate::source::{self, Sources};
 use crate::stats::Stats;
@@ -29,8 +28,6 @@ pub struct Destination {
     pub sources: Sources,
     /// The agent that connects to them, by their numbers, or makes sockets for that.
     pub channel: OwnedFd,
-    /// The namespace's table of sockets, where the kernel relay may need it.
-    pub table: Option<Table>,
 }
 
 /// Where an address of a target stands in the address book.
@@ -133,14 +130,6 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    /// The table of sockets of the namespace it is in now.
-    pub(super) fn table(&self) -> Option<&Table> {
-        match &self.state {
-            State::Ready(supply) => supply.destination.table.as_ref(),
-            State::Asleep | State::Waking => None,
-        }
-    }
-
     /// Neither ready nor being woken.
     pub(super) const fn is_asleep(&self) -> bool {
         matches!(self.state, State::Asleep)

@@ -87,7 +87,6 @@ impl Engine {
             Ok(Pumped::Open) => {}
             Ok(Pumped::TooMuchForTheHook) => {
                 self.release_service(index);
-                return self.pump(index, true, down);
             }
             Err(broken) => return self.finish(index, broken.into()),
         }

@@ -23,7 +23,6 @@ use super::lanes::Watch;
 use super::report::Figures;
 use crate::connection::End;
 use crate::kernel::{Descriptors, Share};
-use crate::netns::diag::Table;
 use crate::source::Sources;
 use crate::stats::Tally;
 use crate::sys;
@@ -80,6 +79,13 @@ pub enum Plain {
     Ping,
     /// Have the kernel relay watch a target's service.
     Watch(Watch),
+    /// The answer to [`Event::WhichSocket`].
+    Socket {
+        /// The connection.
+        connection: Numbered,
+        /// The cookie of its service's socket; none where it is not there any more.
+        cookie: Option<u64>,
+    },
     /// End: the control process is done.
     Stop,
     /// Tell the figures.
@@ -90,6 +96,15 @@ impl From<Plain> for Command {
     fn from(plain: Plain) -> Self {
         Self::Plain(plain)
     }
+}
+
+/// A connection, for somebody who does not have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Numbered {
+    /// Its place in the engine's table.
+    pub index: usize,
+    /// Its number, for the place may be another's by then.
+    pub number: u64,
 }
 
 /// What the engine tells the control process. Bounded without a limit on the queue: per target one wake at a time, and the others
@@ -111,6 +126,18 @@ pub enum Event {
         netns: u64,
         /// The port.
         port: u16,
+    },
+    /// Which socket of the target's namespace has these addresses? The engine's process cannot ask the kernel itself: it may have
+    /// every capability in that namespace, and is not to have a socket of netlink there.
+    WhichSocket {
+        /// The connection that it is the service's end of.
+        connection: Numbered,
+        /// Its target.
+        backend: usize,
+        /// Its own address.
+        local: SocketAddr,
+        /// That of its other end.
+        remote: SocketAddr,
     },
     /// The answer to [`Plain::Leave`].
     Leaving(bool),
@@ -150,12 +177,8 @@ enum Head {
 impl Command {
     fn encode(self) -> (Vec<u8>, Vec<OwnedFd>) {
         let (head, descriptors) = match self {
-            Self::Ready {
-                backend,
-                destination: Destination { addresses, guarded, sources, channel, table },
-            } => {
-                let descriptors = std::iter::once(channel).chain(table.map(Table::into_socket)).collect();
-                (Head::Ready { backend, addresses, guarded, sources }, descriptors)
+            Self::Ready { backend, destination: Destination { addresses, guarded, sources, channel } } => {
+                (Head::Ready { backend, addresses, guarded, sources }, vec![channel])
             }
             Self::Kernel { descriptors, share, clients } => {
                 (Head::Kernel { share, clients }, descriptors.into_array().into())
@@ -169,13 +192,8 @@ impl Command {
     pub(crate) fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
         Some(match serde_json::from_slice(bytes).ok()? {
             Head::Ready { backend, addresses, guarded, sources } => {
-                let mut descriptors = descriptors.into_iter();
-                let channel = descriptors.next()?;
-                let table = descriptors.next().map(Table::of);
-                Self::Ready {
-                    backend,
-                    destination: Destination { addresses, guarded, sources, channel, table },
-                }
+                let channel = descriptors.into_iter().next()?;
+                Self::Ready { backend, destination: Destination { addresses, guarded, sources, channel } }
             }
             Head::Kernel { share, clients } => {
                 let descriptors = Descriptors::from_array(descriptors.try_into().ok()?);

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::Engine;
 use super::token::Token;
 use crate::connection::{Burst, Connection, Peer, Stage};
-use crate::engine::handle::Event;
+use crate::engine::handle::{Event, Numbered};
 use crate::kernel::{self, Descriptors, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
 use crate::relay::Side;
 use crate::sockaddr;
@@ -174,23 +174,37 @@ impl Engine {
         }
     }
 
-    /// Lets a service's socket go, for good, before more is put in front of it than it may be asked about while it is hooked.
+    /// Has a service's socket let go, for good, before more is put in front of it than it may be asked about while it is hooked. What
+    /// the client sends waits until the control process has said which socket that is.
     pub(super) fn release_service(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
+        if !connection.asks_which_socket() {
+            return;
+        }
         let Stage::Relaying { service, .. } = &connection.stage else { return };
         let ends = (tcp(getsockname(service.as_raw_fd())), tcp(getpeername(service.as_raw_fd())));
-        if let (Some(lanes), (Some(own), Some(peer))) = (&mut self.lanes, ends)
-            && let Some(table) = self.backends[connection.backend].table()
-        {
+        let connection = Numbered { index, number: connection.number };
+        match ends {
             // Its own end of the connection is our peer's.
-            match table.cookie(peer, own) {
-                Ok(cookie) => lanes.kernel.release(cookie),
-                Err(error) => {
-                    tracing::debug!(conn = connection.number, %error, "the service's socket is gone already")
-                }
+            (Some(remote), Some(local)) => {
+                let backend = self.connections[index].backend;
+                self.outbox.tell(&Event::WhichSocket { connection, backend, local, remote });
             }
+            // It is broken, which the next read or write tells.
+            _ => self.release_socket(connection, None),
+        }
+    }
+
+    /// The control process has said which socket the service's is: it is let go, and the bytes that waited for that go through.
+    pub(super) fn release_socket(&mut self, Numbered { index, number }: Numbered, cookie: Option<u64>) {
+        let Some(connection) = self.connections.get_mut(index).filter(|found| found.number == number) else {
+            return;
+        };
+        if let (Some(lanes), Some(cookie)) = (&mut self.lanes, cookie) {
+            lanes.kernel.release(cookie);
         }
         connection.lift_burst();
+        self.pump(index, true, false);
     }
 
     /// Forgets the lanes of a connection that ends, and counts what they did.

@@ -1,11 +1,12 @@
 //! The relay process: the engine, in a process of its own that holds the connections and no rights. It is forked before the
 //! forwarder has a second thread, gives up everything it could do harm with ([`crate::sandbox`]), and ends with its parent.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -91,8 +92,7 @@ fn serve(
     }
     let _logging = logging::without_addresses();
     prctl::set_name(c"bro-relay")?;
-    let listeners = listeners.iter().map(|(listener, target)| Ok((listener.for_relay()?, *target)));
-    let listeners = listeners.collect::<std::io::Result<Vec<_>>>()?;
+    let (listeners, numbers) = in_a_row(listeners)?;
     let addresses = addresses.for_relay();
     let addresses = addresses.inspect_err(|error| tracing::debug!(%error, "the agents connect")).ok();
     let place = addresses.as_ref().map(AddressBook::place);
@@ -103,10 +103,31 @@ fn serve(
         Target::Tcp { port, .. } => Some(*port),
         Target::Unix(_) | Target::Abstract(_) => None,
     });
-    for missing in sandbox::enter(place, ports)? {
+    for missing in sandbox::enter(place, ports, numbers)? {
         tracing::info!("the relay process runs without a part of its sandbox: {missing}");
     }
     engine.run()
+}
+
+/// Each listener with the index of its target, and the numbers of their descriptors.
+type Row = (Vec<(Listener, usize)>, Range<RawFd>);
+
+/// The listeners, for the relay process alone: under descriptors with numbers in a row, which its sandbox tells from all others,
+/// and under no other.
+fn in_a_row(parents: &[(Listener, usize)]) -> anyhow::Result<Row> {
+    let open = std::fs::read_dir("/proc/self/fd")?.flatten();
+    let open = open.filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
+    let first = open.max().unwrap_or(2) + 1;
+    let mut listeners = Vec::with_capacity(parents.len());
+    let mut next = first;
+    for (listener, target) in parents {
+        let own = listener.for_relay(next)?;
+        ensure!(own.socket.as_raw_fd() == next, "a descriptor was opened while the relay process starts");
+        sys::close_in_child(listener.socket.as_fd());
+        listeners.push((own, *target));
+        next += 1;
+    }
+    Ok((listeners, first..next))
 }
 
 impl Process {
@@ -122,7 +143,6 @@ impl Process {
     /// When it did not end well.
     pub fn wait(self) -> anyhow::Result<()> {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        use std::os::fd::AsFd as _;
         let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
         if poll(&mut polled, patience) == Ok(0) {

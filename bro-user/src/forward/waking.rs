@@ -6,11 +6,11 @@ use std::time::{Duration, SystemTime};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Control, Phase};
-use crate::activate::{Incarnation, Place};
+use crate::activate::{Awake, Place};
 use crate::connection::End;
 use crate::control::{Asker, Outcome};
 use crate::engine::handle::{Command, Plain};
-use crate::engine::{Destination, slot};
+use crate::engine::slot;
 use crate::exit::Failure;
 
 /// Whether a target is awake, as far as the control side knows.
@@ -77,17 +77,16 @@ impl Control<'_> {
         self.wakes.spawn(waking);
     }
 
-    pub(super) fn woken(
-        &mut self,
-        backend: usize,
-        result: anyhow::Result<(Destination, Option<Arc<Incarnation>>)>,
-    ) {
+    pub(super) fn woken(&mut self, backend: usize, result: anyhow::Result<Awake>) {
         match result {
-            Ok((destination, incarnation)) => {
+            Ok(Awake { destination, incarnation, table }) => {
+                self.tables[backend] = table;
                 self.wakefulness[backend] = Wakefulness::Awake;
                 self.failures.woken(backend);
                 self.woken_at = Instant::now();
                 let _since = self.awake_since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
+                // What stood there before may be another's by now.
+                self.addresses.clear(slot(backend, destination.addresses.len())..slot(backend + 1, 0));
                 for (number, address) in destination.addresses.iter().enumerate() {
                     if let Some(address) = address {
                         // There is room for the most addresses a target may have.

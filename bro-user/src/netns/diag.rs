@@ -63,18 +63,6 @@ impl Table {
         Ok(Self { socket: place.socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_SOCK_DIAG).await? })
     }
 
-    /// A table whose socket another process has opened.
-    #[must_use]
-    pub const fn of(socket: OwnedFd) -> Self {
-        Self { socket }
-    }
-
-    /// Its socket, to be sent to another process.
-    #[must_use]
-    pub fn into_socket(self) -> OwnedFd {
-        self.socket
-    }
-
     /// Every TCP listener.
     ///
     /// # Errors
