@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 
 use anyhow::{Context as _, Result, ensure};
 
-/// The `bro` binary: `BRO_BIN` when set (as `cargo xtask test` does), else built once by cargo beside the tests.
+/// The `bro` binary: `BRO_BIN` when set (as `cargo xtask test` does, to the one that packages install), else built once by cargo
+/// beside the tests.
 #[must_use]
 pub fn binary() -> &'static PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
@@ -19,6 +20,12 @@ pub fn binary() -> &'static PathBuf {
         assert!(built.is_ok_and(|status| status.success()), "cargo could not build the bro binary");
         profile().join("bro")
     })
+}
+
+/// Whether it is the one that packages install, out of the tree that `cargo xtask dist` lays out.
+#[must_use]
+pub fn is_packaged() -> bool {
+    binary().ends_with("dist/tree/usr/bin/bro")
 }
 
 /// The folder that cargo builds into.

@@ -13,6 +13,8 @@ pub enum Need {
     UserNamespaces,
     /// bpf(2) may load programs (root, CAP_BPF and CAP_NET_ADMIN, kernel BTF).
     Bpf,
+    /// The binary under test is the one that packages install.
+    Packaged,
     /// A program on the PATH (or in a usual system folder), and the Debian package it comes from.
     Program(&'static str, &'static str),
 }
@@ -34,6 +36,9 @@ impl Need {
                 || !Path::new("/sys/kernel/btf/vmlinux").exists())
             .then(|| {
                 "needs bpf(2) and kernel BTF: run as root on a kernel with CONFIG_DEBUG_INFO_BTF=y".into()
+            }),
+            Self::Packaged => (!crate::bro::is_packaged()).then(|| {
+                "needs the binary that is installed: run `cargo xtask test`, without BRO_BIN".into()
             }),
             Self::Program(program, package) => find_program(program)
                 .is_none()

@@ -115,7 +115,15 @@ impl Tools {
         cargo.args(["build", "--release", "--locked", "--package", "bro-ebpf", "--bin", "bro-ebpf"]);
         cargo.args(["--features", "programs", "-Zbuild-std=core", "--target", "bpfel-unknown-none"]);
         // BTF is made from the full debug information; the linker optimises across crates by itself.
-        for setting in ["debug=2", "lto=false", "codegen-units=1", "panic=\"abort\"", "incremental=false"] {
+        let settings = [
+            "debug=2",
+            "lto=false",
+            "strip=\"none\"",
+            "codegen-units=1",
+            "panic=\"abort\"",
+            "incremental=false",
+        ];
+        for setting in settings {
             cargo.arg("--config").arg(format!("profile.release.{setting}"));
         }
         cargo.arg("--target-dir").arg(&target).current_dir(root);

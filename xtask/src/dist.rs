@@ -80,27 +80,43 @@ struct Release {
 }
 
 impl Release {
+    /// Of this clone, into `out`.
+    fn of(out: PathBuf, revision: u32) -> Result<Self> {
+        let source = crate::build::workspace();
+        std::fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
+        Ok(Self { epoch: Epoch::of(&source)?, source, out, version: env!("CARGO_PKG_VERSION"), revision })
+    }
+
     /// What `packaging` holds.
     fn packaging(&self, name: &str) -> PathBuf {
         self.source.join("packaging").join(name)
     }
 }
 
+fn default_out() -> Result<PathBuf> {
+    Ok(target_folder()?.join("dist"))
+}
+
+/// The binary that packages hold, built where it is out of date.
+pub fn binary() -> Result<PathBuf> {
+    binary::build(&Release::of(default_out()?, 1)?)
+}
+
+/// The same one where it is installed: in the tree that packages are made of, laid out anew.
+pub fn installed_binary() -> Result<PathBuf> {
+    let release = Release::of(default_out()?, 1)?;
+    let place = release.out.join("tree");
+    tree::lay_out(&release, &binary::build(&release)?, Habits::Debian, &place)?;
+    Ok(place.join("usr/bin/bro"))
+}
+
 /// The task.
 pub fn run(args: &Args) -> Result<()> {
-    let source = crate::build::workspace();
     let out = match &args.out {
         Some(out) => std::path::absolute(out)?,
-        None => target_folder()?.join("dist"),
+        None => default_out()?,
     };
-    std::fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
-    let release = Release {
-        epoch: Epoch::of(&source)?,
-        source,
-        out,
-        version: env!("CARGO_PKG_VERSION"),
-        revision: args.revision,
-    };
+    let release = Release::of(out, args.revision)?;
     let wanted = |what| args.what.is_empty() || args.what.contains(&what);
     if wanted(What::Man) {
         let pages = man::pages(&release)?;
@@ -117,7 +133,7 @@ pub fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     let binary = match &args.binary {
-        Some(path) => binary::stripped(path, &release)?,
+        Some(path) => binary::given(path, &release)?,
         None => binary::build(&release)?,
     };
     if wanted(What::Tree) {

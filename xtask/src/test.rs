@@ -55,9 +55,8 @@ enum Tier {
 /// Suites whose names begin so boot whole hosts or emulated kernels, or take minutes for another reason.
 const SLOW: &[&str] = &["emulator", "host", "million", "slow"];
 
-/// Run only when named: they take minutes, emulated processors bear no neighbours, and what packages ship is made of the same parts
-/// as what the `dist` suite packs.
-const BY_NAME: &[&str] = &["emulator", "million", "slow_dist"];
+/// Run only when named: they take minutes, and emulated processors bear no neighbours.
+const BY_NAME: &[&str] = &["emulator", "million"];
 
 impl Tier {
     fn name(&self) -> &str {
@@ -135,7 +134,7 @@ pub fn run(args: &Args) -> Result<()> {
     });
 
     std::env::set_current_dir(workspace()).context("the workspace's folder")?;
-    let runner = Runner::new(crate::build::bro()?)?;
+    let runner = Runner::new(crate::build::installed_bro()?)?;
     let mut summary = Summary::default();
     for tier in chosen {
         println!("\n== {} ==", tier.name());

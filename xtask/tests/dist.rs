@@ -15,6 +15,9 @@ const DEBIAN: Need = Need::Program("dpkg-shlibdeps", "dpkg-dev");
 const LINTIAN: Need = Need::Program("lintian", "lintian");
 const RPM: Need = Need::Program("rpmbuild", "rpm");
 
+/// Line tables or symbols that come back would be far more.
+const MOST_BYTES: usize = 16 << 20;
+
 /// `cargo xtask dist WHAT`, of the binary under test.
 fn dist(out: &Path, what: &[&str]) {
     let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
@@ -249,6 +252,54 @@ fn the_debian_package_holds_what_it_should_and_is_reproducible() {
         assert!(third_party.lines().any(|line| line.starts_with(dependency)), "no licence of {dependency}");
     }
     assert!(!third_party.contains("proptest "), "of what only tests need");
+    if bro_tests::bro::is_packaged() {
+        assert!(
+            std::fs::read(unpacked.join("usr/bin/bro")).unwrap()
+                == std::fs::read(bro_tests::bro::binary()).unwrap(),
+            "the package's binary is not the one that is tested"
+        );
+    }
+}
+
+/// `cargo xtask dist` as it is typed: nobody names it a binary.
+#[test]
+fn what_is_packaged_is_what_is_tested_stripped_and_of_no_folder_of_this_machine() {
+    require!(DEBIAN, RPM, Need::Program("nm", "binutils"), Need::Packaged);
+    let scratch = Scratch::new().unwrap();
+    let made = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["dist", "tree", "deb", "rpm", "--habits", "rpm", "--out"])
+        .arg(scratch.path())
+        .env_remove("BRO_BIN")
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let bytes = std::fs::read(bro_tests::bro::binary()).unwrap();
+    let (deb, rpm) = (only(scratch.path(), "deb"), only(scratch.path(), "rpm"));
+    let (from_deb, from_rpm) = (scratch.path().join("from-deb"), scratch.path().join("from-rpm"));
+    run("dpkg-deb", &["--extract", deb.to_str().unwrap(), from_deb.to_str().unwrap()]);
+    std::fs::create_dir(&from_rpm).unwrap();
+    let unpack = format!("cd {} && rpm2archive - <{} | tar -xz", from_rpm.display(), rpm.display());
+    run("sh", &["-c", &unpack]);
+    for place in [&scratch.path().join("tree"), &from_deb, &from_rpm] {
+        let packaged = std::fs::read(place.join("usr/bin/bro")).unwrap();
+        assert!(packaged == bytes, "{} holds another binary than the one that is tested", place.display());
+    }
+
+    let binary = scratch.path().join("tree/usr/bin/bro");
+    let version = Command::new(&binary).arg("--version").output().unwrap();
+    assert!(String::from_utf8_lossy(&version.stdout).contains(env!("CARGO_PKG_VERSION")), "{version:?}");
+    let symbols = Command::new("nm").arg(&binary).output().unwrap();
+    assert!(symbols.stdout.is_empty(), "it is not stripped");
+    assert!(bytes.len() < MOST_BYTES, "it has grown to {} bytes", bytes.len());
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let home = std::env::var_os("CARGO_HOME").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
+        PathBuf::from,
+    );
+    for folder in [workspace, &home] {
+        let folder = folder.to_str().unwrap().as_bytes();
+        assert!(!bytes.windows(folder.len()).any(|window| window == folder), "it names {folder:?}");
+    }
 }
 
 #[test]

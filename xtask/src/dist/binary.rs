@@ -1,9 +1,10 @@
-//! The binary that packages hold: profile `dist`, and no folder of this machine in it.
+//! The binary that packages hold, and that the tests run: built in release, with no folder of this machine in it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use object::Object as _;
 
 use super::Release;
 use crate::build::{cargo, target_folder};
@@ -21,7 +22,7 @@ pub fn build(release: &Release) -> Result<PathBuf> {
         flags.push(format!("--remap-path-prefix={}={anywhere}", here.display()));
     }
     let built = cargo()
-        .args(["build", "--locked", "--profile", "dist", "--package", "bro-user", "--bin", "bro"])
+        .args(["build", "--locked", "--release", "--package", "bro-user", "--bin", "bro"])
         .arg("--target-dir")
         .arg(&folder)
         .current_dir(&release.source)
@@ -31,15 +32,20 @@ pub fn build(release: &Release) -> Result<PathBuf> {
         .status()
         .context("cannot run cargo")?;
     ensure!(built.success(), "cargo could not build the bro binary");
-    let binary = folder.join("dist/bro");
+    let binary = folder.join("release/bro");
     for here in [&cargo_home, &release.source] {
         ensure!(!names(&binary, here)?, "the binary names {}, a folder of this machine", here.display());
     }
     Ok(binary)
 }
 
-/// A copy of a binary that somebody else built, without what only a debugger reads.
-pub fn stripped(path: &Path, release: &Release) -> Result<PathBuf> {
+/// A binary that somebody else built: as it is, or a copy without what only a debugger reads.
+pub fn given(path: &Path, release: &Release) -> Result<PathBuf> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let file = object::File::parse(&*bytes).with_context(|| format!("{} is no program", path.display()))?;
+    if file.symbol_table().is_none() {
+        return Ok(path.to_owned());
+    }
     let copy = release.out.join("bro");
     let mut strip = Command::new("strip");
     strip.args(["--strip-all", "-o"]).arg(&copy).arg(path);

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 
 use super::second_look;
 use super::summary::{Count, Failure};
-use crate::build::cargo;
+use crate::build::{cargo, target_folder};
 
 /// Runs tests with the built binary.
 pub struct Runner {
@@ -21,13 +21,7 @@ pub struct Runner {
 impl Runner {
     /// `bro` is the binary under test.
     pub fn new(bro: PathBuf) -> Result<Self> {
-        let folder = bro.parent().context("the binary is in a folder")?;
-        // Beside the binary when that is the build's own folder, so that nothing is left elsewhere.
-        let skips = if folder.ends_with("release") {
-            folder.join("bro-test-skips")
-        } else {
-            std::env::temp_dir().join(format!("bro-test-skips-{}", std::process::id()))
-        };
+        let skips = target_folder()?.join("bro-test-skips");
         Ok(Self { bro, skips })
     }
 
