@@ -1,5 +1,9 @@
 //! The `bro` command: reads the command line, sets logging up, runs, and turns errors into one sentence and an exit code.
 
+// Where they are in use without being named: see there.
+#[cfg(all(target_os = "linux", target_env = "gnu", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod words;
+
 use std::io::Write as _;
 use std::process::ExitCode;
 

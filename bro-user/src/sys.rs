@@ -8,6 +8,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::libc;
 use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
 
+/// An argument that is not looked at. What is not given is whatever was in the register, for a filter to see.
+const NOTHING: libc::c_ulong = 0;
+
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -73,7 +76,7 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 pub fn owning_user_namespace(ns: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     const NS_GET_USERNS: libc::Ioctl = 0xb701;
     // SAFETY: this request takes no argument.
-    let raw = check(unsafe { libc::ioctl(ns.as_raw_fd(), NS_GET_USERNS) })?;
+    let raw = check(unsafe { libc::ioctl(ns.as_raw_fd(), NS_GET_USERNS, NOTHING) })?;
     // SAFETY: the kernel just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
@@ -83,7 +86,7 @@ pub fn owning_user_namespace(ns: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 pub fn is_network_namespace(file: BorrowedFd<'_>) -> bool {
     const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
     // SAFETY: this request takes no argument; what is no namespace refuses it.
-    unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) == libc::CLONE_NEWNET }
+    unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE, NOTHING) == libc::CLONE_NEWNET }
 }
 
 /// openat2(2) with RESOLVE_IN_ROOT: `path` as a process whose root directory is `root` would see it, symlinks included.

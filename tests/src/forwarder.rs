@@ -125,6 +125,13 @@ impl Setup {
         self
     }
 
+    /// Runs it, and all that it starts, under a filter that kills what leaves half of an argument undefined.
+    #[must_use]
+    pub fn strict(mut self) -> Self {
+        self.through = [bro::helper().display().to_string(), "strict".into()].into();
+        self
+    }
+
     /// A variable of the environment.
     #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {

@@ -24,3 +24,4 @@ pub mod sys;
 pub mod tier;
 pub mod torture;
 pub mod transcript;
+pub mod words;

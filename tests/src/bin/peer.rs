@@ -4,6 +4,8 @@
 //! - `peer launch [OPTIONS] -- PROGRAM ARGS`: becomes PROGRAM, as systemd would have started it
 //! - `peer echo [nonblocking]`: answers every byte of every connection of the listening socket that is its stdin, with sockets
 //!   in blocking mode or not
+//! - `peer strict PROGRAM ARGS`: becomes PROGRAM, under a filter that kills what leaves half of an argument undefined
+//! - `peer ask CALL WORD WORD WORD`: makes this system call with these words, in hexadecimal
 //! - `peer eat-pipes`: uses up its user's pipe quota until its stdin closes
 
 use std::collections::HashMap;
@@ -31,6 +33,8 @@ fn main() -> Result<()> {
         Some("hold") => hold(arguments.next().as_deref()),
         Some("launch") => launch(arguments.collect()),
         Some("echo") => echo(arguments.next().as_deref() == Some("nonblocking")),
+        Some("strict") => strict(arguments.collect()),
+        Some("ask") => ask(arguments.collect()),
         Some("eat-pipes") => eat_pipes(),
         other => bail!("no such helper: {other:?}"),
     }
@@ -110,6 +114,24 @@ fn launch(arguments: Vec<String>) -> Result<()> {
     nix::unistd::setsid()?;
     set_pdeathsig(Signal::SIGKILL)?;
     Err(command.exec()).with_context(|| format!("starting {}", arguments[split + 1]))
+}
+
+fn strict(arguments: Vec<String>) -> Result<()> {
+    let (program, arguments) = arguments.split_first().context("strict needs a program")?;
+    let mut command = std::process::Command::new(program);
+    command.args(arguments);
+    bro_tests::words::be_strict()?;
+    Err(command.exec()).with_context(|| format!("starting {program}"))
+}
+
+fn ask(arguments: Vec<String>) -> Result<()> {
+    let words: Vec<i64> = arguments
+        .iter()
+        .map(|word| Ok(u64::from_str_radix(word, 16)?.cast_signed()))
+        .collect::<Result<_>>()?;
+    let [call, first, second, third] = words[..] else { bail!("ask takes a number and three words") };
+    bro_tests::sys::ask(call, [first, second, third])?;
+    Ok(())
 }
 
 fn raise_descriptor_limit() -> Result<()> {

@@ -15,6 +15,7 @@ mod refusals;
 mod reload;
 mod run_as;
 mod services;
+mod words;
 
 use anyhow::Result;
 use bro_tests::host::cases::{Case, Cases, note};
@@ -43,6 +44,7 @@ const BOTH: &[Case] = &[
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
     ("reloaded under pgbench", reload::under_pgbench),
+    ("no system call with half an argument undefined", words::nothing_undefined),
     ("a service that Podman and all may make no socket for", direct::restricted),
     ("a command in the container's network", helper::by_its_owner),
     ("status and doctor", doctor::status_and_doctor),
