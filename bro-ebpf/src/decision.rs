@@ -16,14 +16,9 @@ pub const SEGMENT: u32 = 16 * 1024;
 /// wake-up for each of the last few messages would cost more than it saves.
 pub const QUIET_CREDIT: u64 = 16 * 1024;
 
-/// The SO_SNDBUF that a hooked sender gets when its other end is on this host; the kernel doubles it. It bounds what a sender
-/// has under way through the forwarder, and so how soon the shortcut reopens.
-pub const SENDER_BUFFER: i32 = 128 * 1024;
-
-/// A verdict to pass, where the next one may differ, is for so many bytes only. The kernel keeps a verdict until what it was for
-/// has been queued to the end (`psock->eval` in `tcp_bpf_send_verdict`), and a sender that fills its buffer each time never
-/// gets to that end: without a step it would never be asked about again, and its whole stream would go the long way.
-pub const PASS_STEP: u32 = 4 * 1024;
+/// A sender that has put so many bytes into its lane without having read anything itself is in bulk: it passes until it reads. Lanes
+/// pay where one side waits for the other; a stream is faster through a pipe of the forwarder, which takes the lane away then.
+pub const BULK: u64 = 256 * 1024;
 
 /// What the program read from the lane's record before it decides.
 ///
@@ -43,8 +38,8 @@ pub struct Snapshot {
     pub low: u64,
     /// That event was sent and not yet answered.
     pub notified: bool,
-    /// The largest message that may be redirected.
-    pub largest: u64,
+    /// Payload bytes redirected since the sender read something.
+    pub burst: u64,
 }
 
 /// What to do with one message.
@@ -87,8 +82,8 @@ pub const fn decide(record: &Snapshot, write_seq: u32, base: u32, size: u32) -> 
     if write_seq.wrapping_sub(base) != record.forwarded as u32 {
         return Verdict::Pass { reason: Reason::Order, notify: false };
     }
-    if size as u64 > record.largest {
-        return Verdict::Pass { reason: Reason::Large, notify: false };
+    if record.burst.saturating_add(size as u64) > BULK {
+        return Verdict::Pass { reason: Reason::Bulk, notify: false };
     }
     let charge = charge(size);
     let credit = record.granted.wrapping_sub(record.spent) as i64;

@@ -62,9 +62,13 @@ pub enum Event {
         /// The watched port.
         port: u16,
     },
-    /// A client was non-blocking both times that it was looked at after it had sent something: it may be hooked.
+    /// A sender that has a lane was non-blocking both times that it was looked at after it had sent something: it may be hooked.
     Proved {
-        /// Its socket cookie.
+        /// The record's index.
+        record: u32,
+        /// Its serial number.
+        serial: u32,
+        /// The sender's socket cookie.
         socket: u64,
         /// Its addresses.
         flow: Flow,
@@ -104,7 +108,7 @@ impl Event {
                 let address = |at: usize| bytes.get(at..at + 16)?.try_into().ok();
                 let port = |at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
                 let flow = Flow::new(long(32)?, address(40)?, port(72)?, address(56)?, port(74)?);
-                Some(Self::Proved { socket, flow })
+                Some(Self::Proved { record, serial, socket, flow })
             }
             _ => None,
         }

@@ -68,9 +68,9 @@ pub mod role {
 
 /// What kind of sockets the service at a watched port uses.
 pub mod kind {
-    /// Not known: its next connection is watched, not hooked.
+    /// Not known.
     pub const UNKNOWN: u32 = 0;
-    /// Non-blocking ones: hooked from their first byte.
+    /// Non-blocking ones, as far as was seen. Each one is looked at all the same before it is hooked.
     pub const FIT: u32 = 1;
     /// Blocking ones: never hooked.
     pub const BLOCKING: u32 = 2;
@@ -86,9 +86,7 @@ impl SenderState {
     pub const HOOKED: u32 = 1;
     /// The event that it is a blocking one was sent.
     pub const REPORTED: u32 = 2;
-    /// Its round-trip callback was switched on by us, to learn the service's kind.
-    pub const LEARNING: u32 = 4;
-    /// A client that is looked at with each acknowledgement: whether it stays a non-blocking one.
+    /// It is looked at with each acknowledgement: whether it stays a non-blocking one.
     pub const PROVING: u32 = 8;
     /// It has stayed one, and the forwarder was asked to have it hooked.
     pub const PROVED: u32 = 16;
@@ -110,10 +108,12 @@ pub struct Sender {
     pub base: u32,
     /// Bits of [`SenderState`].
     pub state: u32,
-    /// A client's `write_seq` when it was first seen non-blocking after it had sent something; `base` before.
+    /// Its `write_seq` when it was first seen non-blocking after it had sent something; `base` before.
     pub seen: u32,
-    /// Its `copied_seq` when it was established: it differs once its owner has read.
-    pub unread: u32,
+    /// Its `copied_seq` when it sent last: it differs once its owner has read.
+    pub read: u32,
+    /// Payload bytes redirected since then.
+    pub burst: u64,
 }
 
 impl Sender {
@@ -123,7 +123,7 @@ impl Sender {
     pub const fn unknown(watch: WatchKey) -> Self {
         let flow = Flow::new(watch.netns, [0; 16], 0, [0; 16], 0);
         let route = Route { record: 0, serial: 0 };
-        Self { flow, watch, cookie: 0, route, base: 0, state: 0, seen: 0, unread: 0 }
+        Self { flow, watch, cookie: 0, route, base: 0, state: 0, seen: 0, read: 0, burst: 0 }
     }
 }
 
@@ -142,7 +142,7 @@ pub const REQUEST_OFFSET: usize = 14;
 
 const _: () = assert!(core::mem::size_of::<Flow>() == 48);
 const _: () = assert!(core::mem::size_of::<WatchKey>() == 16);
-const _: () = assert!(core::mem::size_of::<Sender>() == 96);
+const _: () = assert!(core::mem::size_of::<Sender>() == 104);
 const _: () = assert!(core::mem::size_of::<HookRequest>() == 56);
 
 /// The v4-mapped form of an IPv4 address given as its four bytes.

@@ -16,8 +16,8 @@ mod record;
 mod seat;
 
 pub use decision::{
-    MESSAGE_OVERHEAD, PASS_STEP, QUIET_CREDIT, SEGMENT, SENDER_BUFFER, Snapshot, Verdict, Watermark, charge,
-    credit_for, decide, grant, regrant, watermark,
+    BULK, MESSAGE_OVERHEAD, QUIET_CREDIT, SEGMENT, Snapshot, Verdict, Watermark, charge, credit_for, decide,
+    grant, regrant, watermark,
 };
 pub use event::{Event, RawEvent, RawProved};
 pub use keys::{

@@ -20,8 +20,8 @@ pub enum Reason {
     Pressure = 5,
     /// The target left its map.
     Gone = 6,
-    /// The message is larger than the lane takes.
-    Large = 7,
+    /// The sender is in bulk: it has sent much since it last read.
+    Bulk = 7,
 }
 
 impl Reason {
@@ -36,7 +36,7 @@ impl Reason {
         Self::Blocking,
         Self::Pressure,
         Self::Gone,
-        Self::Large,
+        Self::Bulk,
     ];
 
     /// The word for logs and status.
@@ -50,7 +50,7 @@ impl Reason {
             Self::Blocking => "blocking",
             Self::Pressure => "pressure",
             Self::Gone => "gone",
-            Self::Large => "large",
+            Self::Bulk => "bulk",
         }
     }
 }
@@ -75,8 +75,6 @@ pub struct Record {
     pub on: AtomicU64,
     /// The program told of low credit (1); the forwarder clears it.
     pub notified: AtomicU64,
-    /// The largest message that is redirected, in bytes.
-    pub largest: AtomicU64,
     /// Socket memory charged, in total.
     pub spent: AtomicU64,
     /// Payload bytes redirected.
@@ -88,7 +86,7 @@ pub struct Record {
     /// The last serial number that this slot had, so that whoever uses it after a forwarder that died goes on from there. The
     /// forwarder's; the programs take no notice of it.
     pub last: AtomicU64,
-    unused: [u64; 4],
+    unused: [u64; 5],
 }
 
 const _: () = assert!(core::mem::size_of::<Record>() == 192);
@@ -109,7 +107,7 @@ pub enum Counter {
     Zerocopy = 4,
     /// Sockets not hooked because they sent data in their SYN.
     FastOpen = 5,
-    /// Services whose first connection was watched.
+    /// Sockets noted as such that may come to be hooked.
     Watched = 6,
     /// Events that did not fit the ring buffer.
     EventsLost = 7,

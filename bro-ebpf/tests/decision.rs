@@ -1,20 +1,13 @@
 //! The decision and the credit arithmetic, case by case and over random values.
 
 use bro_ebpf::{
-    Event, Flow, HookRequest, MESSAGE_OVERHEAD, REQUEST_OFFSET, RawEvent, Reason, SEGMENT, Snapshot, Verdict,
-    charge, credit_for, decide, grant, regrant, v4_mapped, watermark,
+    BULK, Event, Flow, HookRequest, MESSAGE_OVERHEAD, REQUEST_OFFSET, RawEvent, Reason, SEGMENT, Snapshot,
+    Verdict, charge, credit_for, decide, grant, regrant, v4_mapped, watermark,
 };
 use proptest::prelude::*;
 
-const OPEN: Snapshot = Snapshot {
-    on: true,
-    forwarded: 0,
-    spent: 0,
-    granted: 1 << 20,
-    low: 1 << 19,
-    notified: false,
-    largest: u64::MAX,
-};
+const OPEN: Snapshot =
+    Snapshot { on: true, forwarded: 0, spent: 0, granted: 1 << 20, low: 1 << 19, notified: false, burst: 0 };
 
 #[test]
 fn the_first_message_of_a_fresh_lane_is_redirected() {
@@ -39,6 +32,17 @@ fn order_holds_across_the_wrap_of_both_counters() {
 fn a_lane_that_is_off_passes_everything_and_tells_nobody() {
     let record = Snapshot { on: false, granted: 0, ..OPEN };
     assert_eq!(decide(&record, 0, 0, 1), Verdict::Pass { reason: Reason::Off, notify: false });
+}
+
+/// As much as that and no more, whatever the sizes of the messages.
+#[test]
+fn a_sender_in_bulk_passes() {
+    let whole = |burst, size| decide(&Snapshot { burst, ..OPEN }, 0, 0, size);
+    assert!(matches!(whole(0, BULK as u32), Verdict::Redirect { .. }));
+    assert!(matches!(whole(BULK - 1, 1), Verdict::Redirect { .. }));
+    for (burst, size) in [(BULK, 1), (0, BULK as u32 + 1), (u64::MAX, u32::MAX)] {
+        assert_eq!(whole(burst, size), Verdict::Pass { reason: Reason::Bulk, notify: false });
+    }
 }
 
 #[test]
@@ -75,7 +79,7 @@ fn every_event_survives_the_ring_buffer() {
     let packet = HookRequest { flow, cookie: 99 }.packet();
     let mut proved = bytes(raw(RawEvent::PROVED));
     proved.extend(&packet[REQUEST_OFFSET..]);
-    assert_eq!(Event::parse(&proved), Some(Event::Proved { socket: 99, flow }));
+    assert_eq!(Event::parse(&proved), Some(Event::Proved { record: 1, serial: 7, socket: 99, flow }));
     assert_eq!(parse(RawEvent::PROVED), None);
     assert_eq!(Event::parse(&[1, 0, 0]), None);
 }

@@ -154,7 +154,7 @@ impl State {
             granted: self.granted,
             low: self.low,
             notified: self.notified,
-            largest: u64::MAX,
+            burst: 0,
         };
         match decide(&seen, self.write_seq, BASE, size) {
             Verdict::Redirect { charge, notify } => {
@@ -347,7 +347,7 @@ impl State {
             granted: self.granted,
             low: self.low,
             notified: self.notified,
-            largest: u64::MAX,
+            burst: 0,
         };
         decide(&seen, self.write_seq, BASE, size)
     }

@@ -26,7 +26,6 @@ use crate::engine::Destination;
 use crate::engine::lanes::Watch;
 use crate::exit::Failure;
 use crate::kernel;
-use crate::netns::diag::Table;
 use crate::netns::wire::{Address, Destinations};
 use crate::netns::{AgentEnded, Namespace, Where};
 use crate::source::Sources;
@@ -36,7 +35,7 @@ use command::Outcome;
 use container::Inspected;
 use ready::Ready;
 use runs::Runs;
-use watching::Watching;
+use watching::{Service, Watching};
 
 /// Where targets are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,8 +96,6 @@ pub struct Awake {
     pub destination: Destination,
     /// Where it was found.
     pub incarnation: Option<Arc<Incarnation>>,
-    /// The namespace's table of sockets, where the kernel relay may need it.
-    pub table: Option<Table>,
 }
 
 /// What came of an attempt to stop the unit.
@@ -225,12 +222,8 @@ impl Activator {
             let sources = Sources::Kernel;
             let binding = sources.binding();
             let channel = namespace.channel(Destinations { addresses, file, binding }).await?;
-            let table = match self.programs.get() {
-                Some(_) => Table::open(&place).await.ok(),
-                None => None,
-            };
             let destination = Destination { addresses: tcp, guarded, sources, channel };
-            anyhow::Ok(Some(Awake { destination, incarnation, table }))
+            anyhow::Ok(Some(Awake { destination, incarnation }))
         };
         let (findable, started) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
@@ -623,9 +616,14 @@ impl Activator {
         };
         let cgroup =
             cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;
+        let namespace = match place {
+            Where::Own => self.own_agent().await.ok()?,
+            Where::Entered(namespace) => namespace.clone(),
+        };
         // Before the programs watch, so that nothing they say is missed.
         let heard = self.listening.subscribe();
-        programs.watch(Watch { backend, netns, ports }, cgroup).await.then_some(heard)
+        let service = Service { watch: Watch { backend, netns, ports }, cgroup, namespace };
+        programs.watch(service).await.then_some(heard)
     }
 
     async fn wait_ready(

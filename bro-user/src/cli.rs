@@ -312,7 +312,8 @@ pub enum RelayChoice {
     /// The best relay this host can have
     Auto,
     /// The kernel relay: what the service sends goes straight into the client's connection, without waking bro; what
-    /// cannot go that way is spliced. Where it cannot be had, this is an error
+    /// cannot go that way is spliced. Where it cannot be had, this is an error. On kernels that answer FIONREAD with 0 for
+    /// its sockets (`bro doctor` tells), a service that asks how much waits hangs; auto means splice there
     Sockmap,
     /// splice(2) through a pipe, bytes stay in the kernel
     Splice,

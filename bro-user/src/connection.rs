@@ -210,37 +210,61 @@ pub struct Connection {
     pub cold_start: Option<Duration>,
     /// Where it stands.
     pub stage: Stage,
-    /// The service's socket is hooked on a kernel where that takes some care.
-    pub burst: Option<Burst>,
+    /// How the two sides talk, which decides about lanes.
+    pub talk: Talk,
     /// What epoll was last told, per side.
     pub registered: [Registration; 2],
 }
 
-/// What a client has sent since the service's answer before the last. Where the kernel does not tell a hooked socket's owner
-/// how much waits (FIONREAD), no more than [`Burst::MOST`] bytes are put in front of one that is hooked. The answer before
-/// the last, because the last may have been an interim one (“100 Continue”) with the request's head still in the buffer.
-#[derive(Debug, Default)]
-pub struct Burst {
-    /// Bytes the service had sent at its last answer.
-    answered: u64,
-    /// Bytes it had been sent then.
-    last: u64,
-    /// Bytes it had been sent at the answer before that.
-    before: u64,
-    /// Its socket is being looked for, to be let go.
-    is_leaving: bool,
+/// How the two sides of a connection talk, as it shows when bytes go through this process: lanes are opened for those that ask and
+/// answer in turn. A short connection has none, and pays for none; a stream has none either.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Talk {
+    /// Bytes that had reached the service, and the client, when this was looked at last.
+    last: (u64, u64),
+    /// Whose turn it was.
+    speaker: Option<Side>,
+    /// How often the turn has passed on, since the last stream.
+    turns: u8,
+    /// How much came in this turn, and half of what counted before it.
+    said: u64,
 }
 
-impl Burst {
-    /// Less than the smallest buffer that a service is known to ask about once it is full (nginx's first one has 1024 bytes).
-    pub const MOST: u32 = 1023;
+/// What is to be done about a connection's lanes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lanes {
+    /// Nothing.
+    Leave,
+    /// They ask and answer: it gets them.
+    Open,
+    /// One side streams: it loses them.
+    Close,
+}
 
-    /// How much more may be sent.
-    fn left(&mut self, sent: u64, answered: u64) -> usize {
-        if answered != self.answered {
-            (self.answered, self.before, self.last) = (answered, self.last, sent);
+impl Talk {
+    /// The client has asked, been answered, and asks again.
+    const ENOUGH: u8 = 3;
+
+    /// So many bytes have reached the service and the client.
+    fn hear(&mut self, up: u64, down: u64) -> Lanes {
+        let (asked, answered) = (up - self.last.0, down - self.last.1);
+        self.last = (up, down);
+        if asked + answered == 0 {
+            return Lanes::Leave;
         }
-        usize::try_from(u64::from(Self::MOST).saturating_sub(sent - self.before)).unwrap_or(0)
+        let speaker = if answered > asked { Side::Service } else { Side::Client };
+        // Both have said something since: of a connection with one lane only the other direction shows here each time.
+        if self.speaker != Some(speaker) || asked.min(answered) > 0 {
+            self.speaker = Some(speaker);
+            self.turns = self.turns.saturating_add(1);
+            self.said /= 2;
+        }
+        self.said += asked.max(answered);
+        if self.said > bro_ebpf::BULK {
+            self.turns = 0;
+            return Lanes::Close;
+        }
+        if self.turns >= Self::ENOUGH { Lanes::Open } else { Lanes::Leave }
     }
 }
 
@@ -251,8 +275,6 @@ pub enum Pumped {
     Open,
     /// Both ways are finished.
     Finished,
-    /// The burst is too long for a hooked service: it has to be let go first.
-    TooMuchForTheHook,
 }
 
 /// What epoll is to report of a socket. Errors and hang-ups it always reports.
@@ -305,9 +327,7 @@ impl Connection {
                     Side::Client => (up.half(), down.half()),
                     Side::Service => (down.half(), up.half()),
                 };
-                // What waits for the service's socket to be let go does not wait for room.
-                let waits_for_room = to_here.wants_write() && !(side == Side::Service && up.is_beyond());
-                let interest = Interest { read: from_here.wants_read(), write: waits_for_room };
+                let interest = Interest { read: from_here.wants_read(), write: to_here.wants_write() };
                 // Once both FINs have passed here, the socket reports a hang-up for ever.
                 let over = !from_here.is_open() && to_here == crate::relay::half_close::Half::Finished;
                 (!over).then_some(interest)
@@ -323,10 +343,18 @@ impl Connection {
             _ => (0, 0),
         };
         match method {
-            _ if self.lanes().any(|lane| lane.bytes() > 0) => "sockmap",
+            _ if self.shortcut() > 0 => "sockmap",
             Method::Splice if ours > 0 && ours == copied => "copy",
             Method::Splice => "splice",
             Method::Copy => "copy",
+        }
+    }
+
+    /// Bytes that lanes moved.
+    fn shortcut(&self) -> u64 {
+        match &self.stage {
+            Stage::Relaying { up, down, .. } => up.shortcut() + down.shortcut(),
+            _ => 0,
         }
     }
 
@@ -376,32 +404,35 @@ impl Connection {
     pub fn pump(&mut self, tools: &mut Tools, up_ready: bool, down_ready: bool) -> Result<Pumped, Broken> {
         let Stage::Relaying { service, up, down } = &mut self.stage else { return Ok(Pumped::Open) };
         if up_ready {
-            if let Some(burst) = &mut self.burst {
-                up.allow(burst.left(up.delivered(), down.delivered()));
-            }
             up.pump(self.client.as_fd(), service.as_fd(), tools)?;
         }
         if down_ready {
             down.pump(service.as_fd(), self.client.as_fd(), tools)?;
-        }
-        if up.is_beyond() {
-            return Ok(Pumped::TooMuchForTheHook);
         }
         use crate::relay::half_close::Half;
         let finished = up.half() == Half::Finished && down.half() == Half::Finished;
         Ok(if finished { Pumped::Finished } else { Pumped::Open })
     }
 
-    /// Is the service's socket to be looked for? Once.
-    pub fn asks_which_socket(&mut self) -> bool {
-        self.burst.as_mut().is_some_and(|burst| !std::mem::replace(&mut burst.is_leaving, true))
-    }
-
-    /// The service's socket is hooked no more, or never mind: what the client sends goes through.
-    pub fn lift_burst(&mut self) {
-        self.burst = None;
-        if let Stage::Relaying { up, .. } = &mut self.stage {
-            up.lift();
+    /// What its lanes are to be, after bytes have moved.
+    pub fn wants_lanes(&mut self) -> Lanes {
+        let Stage::Relaying { up, down, .. } = &self.stage else { return Lanes::Leave };
+        let wanted = self.talk.hear(up.delivered(), down.delivered());
+        if self.lanes().any(Lane::is_in_bulk) {
+            self.talk.turns = 0;
+            return Lanes::Close;
+        }
+        // A stream may end in them; what is left to say is not worth any.
+        let open = up.half().is_open() && down.half().is_open();
+        match wanted {
+            Lanes::Open if self.lanes().next().is_some() || !open => Lanes::Leave,
+            Lanes::Open => {
+                // Where there is none to be had, not again with each message.
+                self.talk.turns = 0;
+                Lanes::Open
+            }
+            Lanes::Close if self.lanes().next().is_none() => Lanes::Leave,
+            wanted => wanted,
         }
     }
 
@@ -449,18 +480,49 @@ pub fn closing_aborts(socket: &impl AsFd, yes: bool) {
 mod tests {
     use super::*;
 
+    fn heard(talk: &mut Talk, both: &mut (u64, u64), up: u64, down: u64) -> Lanes {
+        *both = (both.0 + up, both.1 + down);
+        talk.hear(both.0, both.1)
+    }
+
     #[test]
-    fn a_burst_reaches_over_an_interim_answer() {
-        let mut burst = Burst::default();
-        assert_eq!(burst.left(0, 0), 1023);
-        assert_eq!(burst.left(111, 0), 912);
-        // “100 Continue”: the head counts still.
-        assert_eq!(burst.left(111, 25), 912);
-        assert_eq!(burst.left(1111, 25), 0);
-        // Small requests, each answered, go on for ever.
-        let mut burst = Burst::default();
-        for turn in 0..100 {
-            assert!(burst.left(turn * 500, turn) >= 523, "{turn}");
+    fn lanes_are_for_those_who_ask_and_answer_in_turn() {
+        let (mut talk, mut both) = (Talk::default(), (0, 0));
+        // A short connection: connect, ask, be answered.
+        assert_eq!(heard(&mut talk, &mut both, 100, 0), Lanes::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 0, 5000), Lanes::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 0, 0), Lanes::Leave);
+        // It asks again.
+        assert_eq!(heard(&mut talk, &mut both, 100, 0), Lanes::Open);
+        // A large answer, in pieces: a stream, until they talk in turn again.
+        assert_eq!(heard(&mut talk, &mut both, 0, bro_ebpf::BULK / 2), Lanes::Open);
+        assert_eq!(heard(&mut talk, &mut both, 0, bro_ebpf::BULK / 2), Lanes::Close);
+        assert_eq!(heard(&mut talk, &mut both, 0, 1), Lanes::Close);
+        assert_eq!(heard(&mut talk, &mut both, 1, 0), Lanes::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 0, 1), Lanes::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 1, 0), Lanes::Open);
+    }
+
+    #[test]
+    fn one_lane_alone_is_kept_by_those_who_talk_in_turn() {
+        let (mut talk, mut both) = (Talk::default(), (0, 0));
+        for _ in 0..3 {
+            heard(&mut talk, &mut both, 1000, 1000);
+        }
+        for _ in 0..10_000 {
+            assert_eq!(heard(&mut talk, &mut both, 1000, 20_000), Lanes::Open);
+        }
+        // Large ones both ways are a stream.
+        let large = bro_ebpf::BULK / 2 + 1000;
+        assert!((0..20).any(|_| heard(&mut talk, &mut both, large, large) == Lanes::Close));
+    }
+
+    #[test]
+    fn a_service_that_only_sends_gets_no_lane() {
+        let (mut talk, mut both) = (Talk::default(), (0, 0));
+        assert_eq!(heard(&mut talk, &mut both, 100, 0), Lanes::Leave);
+        for _ in 0..10_000 {
+            assert_ne!(heard(&mut talk, &mut both, 0, 100), Lanes::Open);
         }
     }
 }

@@ -276,7 +276,6 @@ impl Engine {
                         Plain::Start => self.set_accepting(Accepting::Open)?,
                         Plain::Stop => return Ok(false),
                         Plain::Watch(watch) => self.watch(watch),
-                        Plain::Socket { connection, cookie } => self.release_socket(connection, cookie),
                         Plain::Failed { backend, end } => self.backend_failed(backend, end),
                         Plain::Gone { backend } => self.backend_gone(backend),
                         Plain::Drain(why) => self.drain(why)?,

@@ -32,7 +32,6 @@ use crate::failed_wake::Failures;
 use crate::handover::{Predecessor, Program};
 use crate::kernel::{self, Bequest, Foreign, News, Unavailable};
 use crate::listen::{self, Listener, Passed};
-use crate::netns::diag::Table;
 use crate::relay::Method;
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
@@ -217,6 +216,7 @@ fn load_kernel_relay(options: &Forward, bequest: Option<Bequest>) -> Option<Load
     let config = kernel::Config {
         connections: options.connections_max,
         hook_blocking: options.blocking_sockets,
+        bear_fionread: options.relay == RelayChoice::Sockmap,
         trace: kernel::trace_wanted(),
     };
     watching::load(config, bequest)
@@ -302,8 +302,6 @@ struct Control<'a> {
     refusals: Vec<waking::Refusals>,
     /// Of each target: where it was found, which is watched.
     watched: Vec<Weak<Incarnation>>,
-    /// Of each target: the table of sockets there, where the kernel relay may need it.
-    tables: Vec<Option<Table>>,
     /// Targets whose namespace is gone.
     gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
     /// Of each target.
@@ -358,7 +356,6 @@ impl<'a> Control<'a> {
             wakes: JoinSet::new(),
             refusals: vec![waking::Refusals::default(); targets.len()],
             watched: targets.iter().map(|_| Weak::new()).collect(),
-            tables: targets.iter().map(|_| None).collect(),
             awake_since: None,
             woken_at: Instant::now(),
             woken_by: None,
@@ -515,10 +512,13 @@ impl<'a> Control<'a> {
             Ok(loaded) => {
                 tracing::info!("kernel relay loaded and tested");
                 if loaded.share.fionread_lies {
-                    tracing::info!(
-                        "this kernel answers FIONREAD with 0 for sockets that the kernel relay has hooked: a connection whose client \
-                         sends more than {} bytes in two requests is spliced from then on",
-                        crate::connection::Burst::MOST
+                    // It was asked for: with auto it would have been refused.
+                    let hooked =
+                        if self.local_clients.is_some() { "the service, or a client" } else { "the service" };
+                    tracing::warn!(
+                        "--relay=sockmap: this kernel answers FIONREAD with 0 for hooked sockets; if {hooked} asks how much waits \
+                         (Java, nginx, Qt, .NET), its connections hang ({})",
+                        Unavailable::FionreadLies.mend()
                     );
                 }
                 self.kernel = KernelRelay::Loaded;
@@ -536,7 +536,9 @@ impl<'a> Control<'a> {
                         Failure::NotPermitted(sentence).into()
                     });
                 }
-                tracing::info!("relaying by splice, without the kernel relay: {why}; {mend}");
+                let clients =
+                    if self.local_clients.is_some() { "; --local-clients has no effect" } else { "" };
+                tracing::info!("relaying by splice, without the kernel relay: {why}; {mend}{clients}");
                 self.kernel = KernelRelay::Unavailable(why);
                 self.watching.unavailable();
             }
@@ -622,14 +624,6 @@ impl<'a> Control<'a> {
                 Some(_) => self.wake(backend, &peer, refused),
                 None => tracing::error!(backend, "the relay process wants a target woken that there is not"),
             },
-            Event::WhichSocket { connection, backend, local, remote } => {
-                let table = self.tables.get(backend).and_then(Option::as_ref);
-                let cookie = table.and_then(|table| table.cookie(local, remote).ok());
-                if cookie.is_none() {
-                    tracing::debug!(conn = connection.number, "the service's socket is gone already");
-                }
-                self.engine.send(Plain::Socket { connection, cookie });
-            }
             Event::Leaving(_) => self.stays(),
             Event::Draining(why) => self.draining(&why),
             Event::Pong => life::alive(),

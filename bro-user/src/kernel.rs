@@ -25,24 +25,37 @@ mod unavailable;
 pub use sys::try_bpf;
 
 use std::ops::{Deref, DerefMut};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use bequest::Estate;
 use bro_ebpf::kind;
 
 pub use bequest::Bequest;
-pub use bro_ebpf::{Event, Reason};
+pub use bro_ebpf::{Event, Flow, HookRequest, Reason};
 pub use foreign::{Foreign, News};
 pub use lane::{Granted, Lane, LaneCounters, LaneId, SenderAddress};
 pub use maps::{Descriptors, Maps, Share};
 pub use offsets::BtfError;
 pub use programs::Programs;
-pub use sys::{SendMemory, netns_cookie, send_memory};
+pub use sys::{SendMemory, fionread, netns_cookie, send_memory};
 pub use trace::wanted as trace_wanted;
 pub use unavailable::{Refused, Unavailable};
 
 /// What made the embedded programs: for `bro --version` and `bro doctor`.
 pub const OBJECT: &str = include_str!("kernel/bro.bpf.txt");
+
+/// How long a request to hook a sender is ([`HookRequest::packet`]).
+pub const HOOK_REQUEST: usize = bro_ebpf::REQUEST_OFFSET + size_of::<HookRequest>();
+
+/// Asks the program for it to put a sender of this thread's network namespace into the senders' map. That it is gone meanwhile, or
+/// blocks by now, is no error.
+///
+/// # Errors
+/// When the program cannot be run.
+pub fn hook(program: BorrowedFd<'_>, request: &[u8; HOOK_REQUEST]) -> std::io::Result<()> {
+    sys::run(program, request).map(drop)
+}
 
 /// How to load.
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +64,8 @@ pub struct Config {
     pub connections: u32,
     /// Hook sockets in blocking mode too, whose owners may then see an error they would not see on plain TCP.
     pub hook_blocking: bool,
+    /// Take it even where hooked sockets answer FIONREAD wrongly ([`Unavailable::FionreadLies`]).
+    pub bear_fionread: bool,
     /// Have the programs say what becomes of single sockets, in this process's log.
     pub trace: bool,
 }
@@ -67,9 +82,9 @@ pub enum Role {
 /// What kind of sockets a watched service uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Not known yet: its next connection is watched, and spliced.
+    /// Not known yet.
     Unknown,
-    /// Non-blocking ones: its connections get the service lane.
+    /// Non-blocking ones, as far as was seen.
     Fit,
     /// Blocking ones: spliced.
     Blocking,
@@ -106,7 +121,7 @@ pub struct Totals {
     pub hooked: u64,
     /// Senders the kernel refused there.
     pub hook_refused: u64,
-    /// Senders let go at their half-close or close.
+    /// Senders let go at their half-close or close, if they were hooked then.
     pub unhooked: u64,
     /// Sockets left alone because they are in blocking mode.
     pub blocking: u64,
@@ -114,7 +129,7 @@ pub struct Totals {
     pub zerocopy: u64,
     /// Sockets left alone because they sent data in their SYN.
     pub fast_open: u64,
-    /// First connections that were watched to learn the service's kind.
+    /// Sockets noted as such that may come to be hooked.
     pub watched: u64,
     /// Events that did not fit the ring buffer.
     pub events_lost: u64,
@@ -170,8 +185,16 @@ impl Kernel {
     /// The kernel relay, from whoever has it: `bro loader` for this user, else a predecessor, else loaded and tested here.
     ///
     /// # Errors
-    /// When none is to be had.
+    /// When none is to be had, or none that no service could notice ([`Config::bear_fionread`]).
     pub fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
+        let kernel = Self::from_whoever_has_it(config, bequest)?;
+        if kernel.fionread_lies() && !config.bear_fionread {
+            return Err(Unavailable::FionreadLies);
+        }
+        Ok(kernel)
+    }
+
+    fn from_whoever_has_it(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
         let pinned = if config.hook_blocking {
             // The loader's programs are for non-blocking sockets.
             Ok(None)

@@ -119,6 +119,15 @@ impl Namespace {
         Ok(ours)
     }
 
+    /// Gives the agent the program that hooks a sender of its namespace.
+    ///
+    /// # Errors
+    /// The agent's end.
+    pub async fn program(&self, hook: BorrowedFd<'_>) -> io::Result<()> {
+        let _none = self.ask(&Request::Program, &[hook]).await??;
+        Ok(())
+    }
+
     /// Has the agent ended? It may have and not be known to have: then a request fails with [`AgentEnded`].
     #[must_use]
     pub fn has_ended(&self) -> bool {

@@ -90,10 +90,8 @@ pub struct Direction {
     source: Side,
     /// The kernel's shortcut past us, where this direction has one. Boxed: most connections of a host without have none.
     lane: Option<Box<Lane>>,
-    /// How much may be written of what is read from now on; `None` for all of it.
-    allowance: Option<usize>,
-    /// More than that was read, and is held until [`Direction::lift`].
-    beyond: bool,
+    /// What lanes moved that the direction has had before.
+    moved_before: u64,
     /// Bytes that we wrote to the sink.
     pub total: u64,
     /// How many of them were copied.
@@ -116,42 +114,22 @@ impl Direction {
             method,
             source,
             lane: None,
-            allowance: None,
-            beyond: false,
+            moved_before: 0,
             total: 0,
             copied: 0,
         }
     }
 
-    /// Gives the direction a lane, before its first byte.
+    /// Gives the direction a lane, that was told of [`Direction::total`].
     pub fn set_lane(&mut self, lane: Lane) {
         self.lane = Some(Box::new(lane));
     }
 
-    /// Lets no more than so many bytes of what is read from now on through: the read that goes beyond is held.
-    pub fn allow(&mut self, bytes: usize) {
-        self.allowance = Some(bytes);
-    }
-
-    /// Is something held for having gone beyond the allowance?
-    #[must_use]
-    pub const fn is_beyond(&self) -> bool {
-        self.beyond
-    }
-
-    /// There is no allowance any more.
-    pub fn lift(&mut self) {
-        (self.allowance, self.beyond) = (None, false);
-    }
-
-    /// May `count` bytes that were read go through?
-    fn spend(&mut self, count: usize) -> bool {
-        match &mut self.allowance {
-            Some(left) if count > *left => self.beyond = true,
-            Some(left) => *left -= count,
-            None => {}
-        }
-        !self.beyond
+    /// Takes its lane away: what is sent from now on comes to us.
+    pub fn take_lane(&mut self) -> Option<Lane> {
+        let lane = self.lane.take().map(|lane| *lane);
+        self.moved_before += lane.as_ref().map_or(0, Lane::bytes);
+        lane
     }
 
     /// Its lane.
@@ -160,10 +138,21 @@ impl Direction {
         self.lane.as_deref()
     }
 
-    /// Bytes that reached the sink, ours and those of the lane.
+    /// The same, to be changed.
+    pub fn lane_mut(&mut self) -> Option<&mut Lane> {
+        self.lane.as_deref_mut()
+    }
+
+    /// Bytes that lanes moved, this one and those it had before.
+    #[must_use]
+    pub fn shortcut(&self) -> u64 {
+        self.moved_before + self.lane.as_ref().map_or(0, |lane| lane.bytes())
+    }
+
+    /// Bytes that reached the sink, ours and those of lanes.
     #[must_use]
     pub fn delivered(&self) -> u64 {
-        self.total + self.lane.as_ref().map_or(0, |lane| lane.bytes())
+        self.total + self.shortcut()
     }
 
     /// Where it stands.
@@ -191,9 +180,6 @@ impl Direction {
     ) -> Result<(), Broken> {
         let mut moved = 0;
         loop {
-            if self.beyond {
-                return Ok(());
-            }
             if self.half.wants_write() && !self.flush(sink, tools)? {
                 return Ok(());
             }
@@ -229,9 +215,7 @@ impl Direction {
             Ok(Filled::Bytes(count)) => {
                 self.half.read(count);
                 self.held = Held::Pipe(pipe);
-                if self.spend(count) {
-                    let _emptied = self.flush(sink, tools)?;
-                }
+                let _emptied = self.flush(sink, tools)?;
                 Ok(Some(count))
             }
             Ok(Filled::End) => {
@@ -278,10 +262,6 @@ impl Direction {
             return Ok(Some(0));
         }
         self.half.read(count);
-        if !self.spend(count) {
-            self.held = Held::Bytes(Box::new(Bytes::copy_from_slice(&tools.scratch[..count])));
-            return Ok(Some(count));
-        }
         let written = match copy::write(&tools.scratch[..count], sink) {
             Ok(written) => written,
             Err(Errno::EAGAIN) => 0,

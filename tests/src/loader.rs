@@ -17,7 +17,7 @@ use crate::forwarder::{Forwarder, Setup};
 use crate::peers::{Conn, Family, Here, Listener, PATIENCE};
 use crate::process;
 use crate::programs::Programs;
-use crate::scene::expect_relayed;
+use crate::scene::talk;
 use crate::scratch::Scratch;
 
 /// A user for whom something is loaded.
@@ -174,13 +174,13 @@ impl Site {
     pub fn exchange(&self, client: u32) -> Result<String> {
         let count = self.forwarder.log().closings(0, PATIENCE)?.len();
         let (near, far) = self.connect(client)?;
-        expect_relayed(&near, &far)?;
+        talk(&near, &far)?;
         drop((near, far));
         let closings = self.forwarder.closings(count + 1)?;
         Ok(closings.last().context("a closing line")?.relay.clone())
     }
 
-    /// Connections until one takes the kernel's lane: the first ones show of which kind the service is.
+    /// Connections until one takes the kernel's lane: how much of one does is a matter of who else uses the processors.
     pub fn expect_lane(&self, client: u32) -> Result<()> {
         let mut relay = String::new();
         let taken = process::eventually(PATIENCE, || {

@@ -98,6 +98,24 @@ impl Scene {
     }
 }
 
+/// Asks and is answered in turn, often enough for a connection to have its lanes.
+pub fn talk(client: &Conn, service: &Conn) -> Result<()> {
+    (0..TALK).try_for_each(|_| expect_relayed(client, service))
+}
+
+/// Asks and is answered until `so` (some socket is hooked, say) is so.
+pub fn talk_until(client: &Conn, service: &Conn, so: impl Fn() -> bool) -> Result<()> {
+    let deadline = std::time::Instant::now() + crate::peers::PATIENCE;
+    while !so() {
+        ensure!(std::time::Instant::now() < deadline, "they talk and talk, and nothing comes of it");
+        expect_relayed(client, service)?;
+    }
+    Ok(())
+}
+
+/// How many questions and answers [`talk`] is.
+pub const TALK: usize = 20;
+
 /// Sends a few bytes each way: the connection is relayed.
 pub fn expect_relayed(client: &Conn, service: &Conn) -> Result<()> {
     client.send(b"ping")?;

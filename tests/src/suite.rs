@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_ebpf::{Watch, kind, role};
+use bro_ebpf::role;
 
 use crate::forwarder::{Forwarder, Setup};
 use crate::log::Closing;
@@ -166,23 +166,16 @@ impl Rig {
         Ok(rig)
     }
 
-    /// Waits for the kernel relay and lets it see one connection, from which it learns of which kind the service is.
+    /// Waits for the kernel relay, and for the end of a first connection, which woke the service.
     fn warm_up(&mut self) -> Result<()> {
         let forwarder = self.forwarder.as_ref().context("the lane has one")?;
         let programs = forwarder.kernel_relay()?;
         let (client, service) = self.pair()?;
         expect_relayed(&client, &service)?;
-        // Over unix sockets there is nothing to learn.
         if self.legs.back.is_tcp() {
-            let learned = || {
-                let known = |watch: &Watch| watch.role == role::CLIENT || watch.kind == kind::FIT;
-                programs.watched().is_ok_and(|all| !all.is_empty() && all.iter().all(known))
-            };
-            ensure!(
-                process::eventually(PATIENCE, learned),
-                "the service was never found fit: {:?}",
-                programs.watched()
-            );
+            let watched =
+                || programs.watched().is_ok_and(|all| all.iter().any(|watch| watch.role == role::SERVICE));
+            ensure!(process::eventually(PATIENCE, watched), "nobody watches: {:?}", programs.watched());
         }
         drop((client, service));
         self.warm_up = Some(forwarder.closing()?);

@@ -23,12 +23,8 @@ use nix::sys::socket::{self, MsgFlags};
 use kernel_relay::content::Stream;
 use kernel_relay::{Bench, LIMIT, await_poll, connect_nonblocking, pair, receive, receive_end, send};
 
-const CONFIG: Config = Config { connections: 16, hook_blocking: false, trace: false };
+const CONFIG: Config = Config { connections: 16, hook_blocking: false, bear_fionread: true, trace: false };
 const BPFTOOL: Need = Need::Program("bpftool", "bpftool");
-
-fn fit() -> Bench {
-    Bench::new().and_then(Bench::fit).unwrap()
-}
 
 /// Runs in a network namespace of its own, with lo up. The thread ends with it, so nothing else ever runs there.
 fn in_a_namespace(test: impl FnOnce() -> Result<()> + Send) {
@@ -55,9 +51,9 @@ fn set_listener_option(socket: &TcpListener, level: i32, name: i32, value: i32) 
 #[test]
 fn redirected_bytes_do_not_move_write_seq() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
-    let lane = bench.service_lane(&ends).unwrap();
+    let lane = bench.hooked_lane(&ends).unwrap().0;
     let (mut sent, mut got) = (Stream::new(1), Stream::new(1));
     for _ in 0..100 {
         send(&ends.service, &mut sent, 1000).unwrap();
@@ -71,9 +67,9 @@ fn redirected_bytes_do_not_move_write_seq() {
 #[test]
 fn a_passed_byte_closes_the_lane_until_it_is_reported_forwarded() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
-    let lane = bench.service_lane(&ends).unwrap();
+    let (lane, before) = bench.hooked_lane(&ends).unwrap();
     let (mut sent, mut got) = (Stream::new(1), Stream::new(1));
     lane.enable(false);
     send(&ends.service, &mut sent, 10).unwrap();
@@ -84,7 +80,7 @@ fn a_passed_byte_closes_the_lane_until_it_is_reported_forwarded() {
     await_poll(ends.backend.as_fd(), PollFlags::POLLIN).unwrap();
     (&ends.backend).read_exact(&mut passed).unwrap();
     (&ends.accepted).write_all(&passed).unwrap();
-    lane.forwarded(20, ends.accepted.as_fd()).unwrap();
+    lane.forwarded(before + 20, ends.accepted.as_fd()).unwrap();
     send(&ends.service, &mut sent, 10).unwrap();
     assert_eq!(lane.bytes(), 10);
     receive(&ends.client, &mut got, 30).unwrap();
@@ -93,10 +89,10 @@ fn a_passed_byte_closes_the_lane_until_it_is_reported_forwarded() {
 #[test]
 fn redirected_bytes_are_in_the_targets_queue_when_send_returns() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     for seed in 0..50 {
         let ends = bench.connect().unwrap();
-        let lane = bench.service_lane(&ends).unwrap();
+        let lane = bench.hooked_lane(&ends).unwrap().0;
         send(&ends.service, &mut Stream::new(seed), 30_000).unwrap();
         // The FIN of this half-close must come after every one of them.
         ends.accepted.shutdown(Shutdown::Write).unwrap();
@@ -111,9 +107,9 @@ fn redirected_bytes_are_in_the_targets_queue_when_send_returns() {
 #[test]
 fn an_urgent_byte_is_urgent_behind_the_lane_too() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
-    let lane = bench.service_lane(&ends).unwrap();
+    let lane = bench.hooked_lane(&ends).unwrap().0;
     for (bytes, flags) in [(b"in", MsgFlags::empty()), (b"d!", MsgFlags::MSG_OOB), (b"on", MsgFlags::empty())]
     {
         assert_eq!(socket::send(ends.service.as_raw_fd(), bytes, flags | MsgFlags::MSG_NOSIGNAL), Ok(2));
@@ -134,7 +130,7 @@ fn an_urgent_byte_is_urgent_behind_the_lane_too() {
 #[test]
 fn so_meminfo_tells_what_is_queued_and_what_fits() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     let empty = send_memory(ends.accepted.as_fd()).unwrap();
     assert_eq!(empty.queued, 0, "{empty:?}");
@@ -150,9 +146,9 @@ fn so_meminfo_tells_what_is_queued_and_what_fits() {
 fn a_message_costs_no_more_socket_memory_than_it_is_charged() {
     require!(Need::Bpf, Need::Root, Need::Program("ip", "iproute2"));
     in_a_namespace(|| {
-        let bench = Bench::new()?.fit()?;
+        let mut bench = Bench::new()?;
         let ends = bench.connect()?;
-        let lane = bench.service_lane(&ends)?;
+        let lane = bench.hooked_lane(&ends)?.0;
         let down = Command::new("ip").args(["link", "set", "lo", "down"]).status()?;
         ensure!(down.success(), "ip link set lo down");
         for size in [1usize, 100, 1448, 16 * 1024, 40_000] {
@@ -180,9 +176,9 @@ fn a_hosts_notsent_lowat_is_out_of_the_way() {
     require!(Need::Bpf, Need::Root);
     in_a_namespace(|| {
         std::fs::write("/proc/sys/net/ipv4/tcp_notsent_lowat", "4096")?;
-        let bench = Bench::new()?.fit()?;
+        let mut bench = Bench::new()?;
         let ends = bench.connect()?;
-        let lane = bench.service_lane(&ends)?;
+        let lane = bench.hooked_lane(&ends)?.0;
         // Far more than 4 KiB not yet sent: the reader's window is full long before.
         let mut sent = 0;
         while let Ok(count) = (&ends.service).write(&[0; 32768]) {
@@ -204,7 +200,7 @@ fn a_redirect_crosses_network_namespaces_and_cookies_tell_them_apart() {
     let outside = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let home = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
     in_a_namespace(|| {
-        let mut bench = Bench::new()?.fit()?;
+        let mut bench = Bench::new()?;
         let host = netns_cookie(outside.as_fd())?;
         ensure!(host != bench.netns, "the cookies agree");
         bench.kernel.unwatch(bench.netns, bench.front.local_addr()?.port());
@@ -220,7 +216,7 @@ fn a_redirect_crosses_network_namespaces_and_cookies_tell_them_apart() {
         let (accepted, _) = bench.front.accept()?;
         accepted.set_nonblocking(true)?;
         let ends = kernel_relay::Ends { client, accepted, backend, service };
-        let lane = bench.service_lane(&ends)?;
+        let lane = bench.hooked_lane(&ends)?.0;
         send(&ends.service, &mut Stream::new(3), 50_000)?;
         receive(&ends.client, &mut Stream::new(3), 50_000)?;
         ensure!(lane.bytes() > 0, "{:?} {:?}", lane.snapshot(), bench.kernel.totals());
@@ -231,7 +227,7 @@ fn a_redirect_crosses_network_namespaces_and_cookies_tell_them_apart() {
 #[test]
 fn o_nonblock_of_a_client_is_seen_when_it_is_connected_and_when_it_sends() {
     require!(Need::Bpf);
-    let mut bench = fit();
+    let mut bench = Bench::new().unwrap();
     let address = bench.front.local_addr().unwrap();
     let _blocking = TcpStream::connect(address).unwrap();
     let _its_other_end = bench.front.accept().unwrap();
@@ -254,7 +250,7 @@ fn o_nonblock_of_a_client_is_seen_when_it_is_connected_and_when_it_sends() {
 #[test]
 fn a_client_that_turns_to_blocking_after_it_connected_is_never_hooked() {
     require!(Need::Bpf);
-    let mut bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     let lane = bench.client_lane(&ends).unwrap();
     let before = bench.kernel.totals();
@@ -265,8 +261,7 @@ fn a_client_that_turns_to_blocking_after_it_connected_is_never_hooked() {
     assert!(!bench.proved(Duration::from_millis(100)).unwrap());
     let after = bench.kernel.totals();
     assert_eq!((after.hooked - before.hooked, after.blocking - before.blocking), (0, 1), "{after:?}");
-    // The service's.
-    assert_eq!(bench.kernel.hooked_now(), 1);
+    assert_eq!(bench.kernel.hooked_now(), 0);
     assert_eq!(lane.snapshot().passed.iter().sum::<u64>(), 0, "it was asked about");
 }
 
@@ -275,16 +270,16 @@ fn a_client_that_turns_to_blocking_after_it_connected_is_never_hooked() {
 #[test]
 fn a_hooked_client_that_turns_to_blocking_is_let_go_when_its_next_message_is_acknowledged() {
     require!(Need::Bpf);
-    let mut bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     let lane = bench.client_lane(&ends).unwrap();
     let passed = bench.prove(&ends, &lane).unwrap();
-    assert_eq!(bench.kernel.hooked_now(), 2);
+    assert_eq!(bench.kernel.hooked_now(), 1);
     ends.client.set_nonblocking(false).unwrap();
     bench.pass(&ends, &lane, passed + 1).unwrap();
     let deadline = Instant::now() + LIMIT;
     // No event is taken from the ring: user space has no part in this.
-    while bench.kernel.hooked_now() == 2 {
+    while bench.kernel.hooked_now() == 1 {
         assert!(Instant::now() < deadline, "never let go: {:?}", bench.kernel.totals());
         std::thread::yield_now();
     }
@@ -301,7 +296,7 @@ fn a_hooked_client_that_turns_to_blocking_is_let_go_when_its_next_message_is_ack
 #[test]
 fn a_hook_that_comes_late_finds_nothing() {
     require!(Need::Bpf);
-    let mut bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     let lane = bench.client_lane(&ends).unwrap();
     let hooked = bench.kernel.totals().hooked;
@@ -314,41 +309,73 @@ fn a_hook_that_comes_late_finds_nothing() {
     assert_eq!(bench.kernel.totals().hooked, hooked, "hooked after its half-close");
 }
 
-/// A service that only greets has not shown yet how it reads.
+/// A service is hooked by the same rules as a client, and no sooner; before it has a lane it is only looked at, and has all its own.
 #[test]
-fn a_nonblocking_service_is_known_once_it_has_read_and_its_bytes_are_acknowledged() {
+fn a_service_is_hooked_after_two_messages_and_only_with_a_lane() {
     require!(Need::Bpf);
     let mut bench = Bench::new().unwrap();
-    let (backend, service) = pair(&bench.service).unwrap();
-    assert_eq!(bench.kernel.hooked_now(), 0, "hooked before it is known");
-    let (mut answers, mut seen) = (Stream::new(1), Stream::new(1));
-    send(&service, &mut answers, 10).unwrap();
-    receive(&backend, &mut seen, 10).unwrap();
-    send(&backend, &mut Stream::new(2), 10).unwrap();
-    await_poll(service.as_fd(), PollFlags::POLLIN).unwrap();
-    assert_eq!(bench.kind(), Some(Kind::Unknown), "known by its greeting");
-    receive(&service, &mut Stream::new(2), 10).unwrap();
-    send(&service, &mut answers, 10).unwrap();
-    receive(&backend, &mut seen, 10).unwrap();
-    bench.await_event(|event| matches!(event, Event::Learned { .. })).unwrap();
-    assert_eq!(bench.kind(), Some(Kind::Fit));
-    let _next = pair(&bench.service).unwrap();
-    assert_eq!(bench.kernel.hooked_now(), 1);
+    let ends = bench.connect().unwrap();
+    let (mut sent, mut seen) = (Stream::new(1), Stream::new(1));
+    let size = |socket| nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::SndBuf).unwrap();
+    let at_once =
+        |socket| nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::TcpNoDelay).unwrap();
+    ends.service.set_nodelay(false).unwrap();
+    let before = size(&ends.service);
+    for _ in 0..20 {
+        send(&ends.service, &mut sent, 10).unwrap();
+        receive(&ends.backend, &mut seen, 10).unwrap();
+        (&ends.backend).write_all(b"x").unwrap();
+        await_poll(ends.service.as_fd(), PollFlags::POLLIN).unwrap();
+        (&ends.service).read_exact(&mut [0]).unwrap();
+    }
+    assert!(!bench.proved(Duration::from_millis(50)).unwrap());
+    assert_eq!((bench.kernel.hooked_now(), bench.kind()), (0, Some(Kind::Unknown)));
+    assert!(!at_once(&ends.service), "TCP_NODELAY of a socket without a lane was set");
+    let sender = kernel_relay::sender(bench.netns, &ends.backend).unwrap();
+    let lane = bench.kernel.open_lane(&sender, ends.accepted.as_fd(), 200).unwrap();
+    bench.pass_down(&ends, &lane, 201).unwrap();
+    assert!(bench.proved(LIMIT).unwrap());
+    assert_eq!((bench.kernel.hooked_now(), bench.kind()), (1, Some(Kind::Fit)));
+    send(&ends.service, &mut sent, 10).unwrap();
+    assert_eq!(lane.bytes(), 10, "{:?}", lane.snapshot());
+    assert_eq!(size(&ends.service), before, "SO_SNDBUF was changed");
 }
 
-/// One that sends and sends without being asked never reads, and is known by that.
+/// What loses its lane is let go; with a lane again it is hooked again, at its next message.
 #[test]
-fn a_nonblocking_service_that_never_reads_is_known_by_what_it_sends() {
+fn a_sender_is_let_go_and_hooked_again() {
     require!(Need::Bpf);
     let mut bench = Bench::new().unwrap();
-    let (backend, service) = pair(&bench.service).unwrap();
-    let (mut sent, mut seen) = (Stream::new(1), Stream::new(1));
-    for _ in 0..20 {
-        send(&service, &mut sent, 10).unwrap();
-        receive(&backend, &mut seen, 10).unwrap();
+    let ends = bench.connect().unwrap();
+    let sender = kernel_relay::sender(bench.netns, &ends.backend).unwrap();
+    let mut total = 0;
+    for round in 1..=3 {
+        let lane = bench.kernel.open_lane(&sender, ends.accepted.as_fd(), total).unwrap();
+        let socket = loop {
+            total += 1;
+            bench.pass_down(&ends, &lane, total).unwrap();
+            let patience = if total > 1 { 100u16 } else { 0 };
+            let mut events = [nix::poll::PollFd::new(bench.kernel.events_fd(), PollFlags::POLLIN)];
+            nix::poll::poll(&mut events, patience).unwrap();
+            let mut proved = None;
+            bench.kernel.drain_events(|event| {
+                if let Event::Proved { flow, socket, record, serial } = event {
+                    proved = Some((flow, socket, record, serial));
+                }
+            });
+            let Some((flow, socket, record, serial)) = proved else { continue };
+            assert_eq!((record, serial), (lane.id().record, lane.id().serial));
+            bench.kernel.hook(flow, socket);
+            break socket;
+        };
+        assert_eq!(bench.kernel.hooked_now(), 1, "round {round}: {:?}", bench.kernel.totals());
+        send(&ends.service, &mut Stream::new(round), 100).unwrap();
+        receive(&ends.client, &mut Stream::new(round), 100).unwrap();
+        assert_eq!(lane.bytes(), 100, "{:?}", lane.snapshot());
+        bench.kernel.release(socket);
+        drop(lane);
+        assert_eq!(bench.kernel.hooked_now(), 0);
     }
-    bench.await_event(|event| matches!(event, Event::Learned { .. })).unwrap();
-    assert_eq!(bench.kind(), Some(Kind::Fit));
 }
 
 /// SIGUSR1 is caught, with SA_RESTART, by a handler that does nothing.
@@ -392,7 +419,7 @@ fn interrupt(process: u32, thread: i32) -> Result<()> {
 fn an_unmodified_blocking_service_never_sees_eagain_from_a_signal() {
     require!(Need::Bpf);
     harmless_signals();
-    let bench = Bench::new().unwrap();
+    let mut bench = Bench::new().unwrap();
     let backend = connect_nonblocking(bench.service.local_addr().unwrap()).unwrap();
     let (service, _) = bench.service.accept().unwrap();
     let (reading, process, thread) = read_in_a_thread(service);
@@ -406,7 +433,7 @@ fn an_unmodified_blocking_service_never_sees_eagain_from_a_signal() {
 fn a_client_that_turned_to_blocking_never_sees_eagain_from_a_signal() {
     require!(Need::Bpf);
     harmless_signals();
-    let mut bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     let lane = bench.client_lane(&ends).unwrap();
     bench.pass(&ends, &lane, 1).unwrap();
@@ -436,7 +463,7 @@ fn await_sleep(thread: i32) -> Result<()> {
 #[test]
 fn a_socket_that_wants_zerocopy_completions_is_seen_and_left_alone() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     set_listener_option(&bench.service, libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1).unwrap();
     let _ends = pair(&bench.service).unwrap();
     assert_eq!(bench.kernel.totals().zerocopy, 1);
@@ -451,7 +478,7 @@ fn tcp_fast_open_is_seen_and_left_alone() {
     in_a_namespace(|| {
         // Both sides, without asking for a cookie first.
         std::fs::write("/proc/sys/net/ipv4/tcp_fastopen", "519")?;
-        let bench = Bench::new()?.fit()?;
+        let mut bench = Bench::new()?;
         set_listener_option(&bench.front, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16)?;
         let client = nix::sys::socket::socket(
             nix::sys::socket::AddressFamily::Inet,
@@ -475,36 +502,16 @@ fn tcp_fast_open_is_seen_and_left_alone() {
     });
 }
 
-/// Within one host a hooked sender gets a small send buffer, so that the forwarder can catch up with it.
-#[test]
-fn a_hooked_senders_own_buffer_is_small() {
-    require!(Need::Bpf);
-    let mut bench = fit();
-    let ends = bench.connect().unwrap();
-    let lane = bench.client_lane(&ends).unwrap();
-    bench.prove(&ends, &lane).unwrap();
-    let size = |socket| nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::SndBuf).unwrap();
-    let small = 2 * bro_ebpf::SENDER_BUFFER as usize;
-    assert_eq!((size(&ends.service), size(&ends.client)), (small, small));
-    assert!(
-        size(&ends.accepted) > small && size(&ends.backend) > small,
-        "the forwarder's own stay as they are"
-    );
-    let (netns, port) = (bench.netns, bench.port());
-    bench.kernel.set_kind(netns, port, Kind::Blocking).unwrap();
-    let unhooked = pair(&bench.service).unwrap();
-    assert!(size(&unhooked.1) > small);
-}
-
 // ---- letting go
 
 #[test]
 fn a_sender_is_let_go_at_its_half_close_and_at_its_close() {
     require!(Need::Bpf);
-    let mut bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     let lane = bench.client_lane(&ends).unwrap();
     bench.prove(&ends, &lane).unwrap();
+    let _down = bench.hooked_lane(&ends).unwrap();
     assert_eq!(bench.kernel.hooked_now(), 2);
     ends.service.shutdown(Shutdown::Write).unwrap();
     assert_eq!(bench.kernel.hooked_now(), 1, "FIN_WAIT1");
@@ -514,6 +521,7 @@ fn a_sender_is_let_go_at_its_half_close_and_at_its_close() {
     let ends = bench.connect().unwrap();
     let lane = bench.client_lane(&ends).unwrap();
     bench.prove(&ends, &lane).unwrap();
+    let _down = bench.hooked_lane(&ends).unwrap();
     ends.backend.shutdown(Shutdown::Write).unwrap();
     receive_end(&ends.service).unwrap();
     assert_eq!(bench.kernel.hooked_now(), 2, "a sender that has seen the end may still send");
@@ -533,12 +541,12 @@ fn a_sender_is_let_go_at_its_half_close_and_at_its_close() {
 #[test]
 fn a_half_closed_target_is_refused() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     ends.client.shutdown(Shutdown::Write).unwrap();
     receive_end(&ends.accepted).unwrap();
     let sender = kernel_relay::sender(bench.netns, &ends.backend).unwrap();
-    let refused = bench.kernel.open_lane(&sender, ends.accepted.as_fd(), 0, None).unwrap_err();
+    let refused = bench.kernel.open_lane(&sender, ends.accepted.as_fd(), 0).unwrap_err();
     assert!(matches!(refused, Refused::NotEstablished), "{refused:?}");
     assert_eq!(bench.kernel.totals().open_lanes, 0);
 }
@@ -546,10 +554,11 @@ fn a_half_closed_target_is_refused() {
 #[test]
 fn a_lane_whose_target_is_gone_passes() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     let kernel_relay::Ends { client, accepted, backend, service } = bench.connect().unwrap();
-    let sender = kernel_relay::sender(bench.netns, &backend).unwrap();
-    let lane = bench.kernel.open_lane(&sender, accepted.as_fd(), 0, None).unwrap();
+    let ends = kernel_relay::Ends { client, accepted, backend, service };
+    let lane = bench.hooked_lane(&ends).unwrap().0;
+    let kernel_relay::Ends { client, accepted, backend, service } = ends;
     drop(accepted);
     send(&service, &mut Stream::new(1), 100).unwrap();
     receive(&backend, &mut Stream::new(1), 100).unwrap();
@@ -560,7 +569,7 @@ fn a_lane_whose_target_is_gone_passes() {
 #[test]
 fn splice_works_on_a_target() {
     require!(Need::Bpf);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     let _lane = bench.service_lane(&ends).unwrap();
     let (read, write) = nix::unistd::pipe().unwrap();
@@ -601,7 +610,7 @@ fn the_sixty_fifth_program_of_a_cgroup_is_refused_as_full() {
 #[test]
 fn a_program_that_somebody_attached_exclusively_is_reported_as_that() {
     require!(Need::Bpf, BPFTOOL);
-    let bench = Bench::new().unwrap();
+    let mut bench = Bench::new().unwrap();
     let other = bench.cgroup.sibling().unwrap();
     let [_, watch, _] = bench.kernel.program_ids().unwrap();
     let id = watch.to_string();
@@ -617,7 +626,7 @@ fn a_program_that_somebody_attached_exclusively_is_reported_as_that() {
 #[test]
 fn lanes_need_no_capability_once_everything_is_loaded() {
     require!(Need::Bpf, Need::Root);
-    let bench = fit();
+    let mut bench = Bench::new().unwrap();
     std::thread::scope(|scope| {
         let ordinary = scope.spawn(|| {
             const NOBODY: libc::uid_t = 65534;
@@ -625,7 +634,7 @@ fn lanes_need_no_capability_once_everything_is_loaded() {
             let changed = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
             ensure!(changed == 0, "setresuid");
             let ends = bench.connect()?;
-            let lane = bench.service_lane(&ends)?;
+            let lane = bench.hooked_lane(&ends)?.0;
             send(&ends.service, &mut Stream::new(1), 100)?;
             receive(&ends.client, &mut Stream::new(1), 100)?;
             ensure!(lane.bytes() == 100, "{:?}", lane.snapshot());
@@ -649,7 +658,6 @@ fn child_that_loads_and_waits() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (netns, port) = (netns_cookie(listener.as_fd()).unwrap(), listener.local_addr().unwrap().port());
     kernel.watch(netns, port, Role::Service).unwrap();
-    kernel.set_kind(netns, port, Kind::Fit).unwrap();
     let [send, watch, _] = kernel.program_ids().unwrap();
     println!("ready {port} {send} {watch}");
     listener.accept().unwrap();
@@ -661,7 +669,7 @@ fn child_that_loads_and_waits() {
 #[test]
 fn kill_9_leaves_no_program_and_sockets_go_back_to_plain_tcp() {
     require!(Need::Bpf, BPFTOOL);
-    let bench = Bench::new().unwrap();
+    let mut bench = Bench::new().unwrap();
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "--nocapture", "child_that_loads_and_waits"])
         .env("BRO_TEST_CGROUP", bench.cgroup.path())

@@ -75,15 +75,15 @@ fn what_becomes_of_a_socket_is_in_the_log() -> Result<()> {
         forwarder.log().line(PATIENCE, said).with_context(|| what.to_owned())
     };
     one_after_the_other(&front, &service, 1)?;
-    says("seen, to learn from it", &at_service)?;
-    says("the service is a non-blocking one", &at_service)?;
+    says("seen, it has to prove itself", &at_service)?;
+    says("proved to be a non-blocking one: ", &at_service)?;
     forwarder.closings(1)?;
     one_after_the_other(&front, &service, 2)?;
     forwarder.closings(3)?;
     says("hooked: ", &at_service)?;
     says("let go: ", &at_service)?;
-    says("seen, a client", &at_front)?;
-    says("proved to be a non-blocking client: ", &at_front)?;
+    says("seen, it has to prove itself", &at_front)?;
+    says("proved to be a non-blocking one: ", &at_front)?;
     says("hooked: ", &at_front)?;
 
     let address = service.address().clone();
@@ -139,7 +139,8 @@ fn thousands_of_lines_stop_nobody() -> Result<()> {
 fn programs_that_say_nothing_have_no_instruction_for_it() -> Result<()> {
     require_bpf!();
     let sizes = |trace: bool| -> Result<[usize; 3]> {
-        let kernel = Kernel::load(&Config { connections: 4, hook_blocking: false, trace })?;
+        let kernel =
+            Kernel::load(&Config { connections: 4, hook_blocking: false, bear_fionread: true, trace })?;
         let mut sizes = [0; 3];
         for (size, id) in sizes.iter_mut().zip(kernel.program_ids()?) {
             *size = sys::bpf_program_size(sys::bpf_object(BpfObject::Program(id))?.as_fd())?;

@@ -12,7 +12,7 @@ use bro_tests::bro;
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::pattern::Pattern;
-use bro_tests::peers::{Bound, Family, Here, Listener, PATIENCE};
+use bro_tests::peers::{Address, Bound, Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::process;
 use bro_tests::programs::Programs;
 use bro_tests::scratch::Scratch;
@@ -49,7 +49,8 @@ impl Drop for Service {
 struct Stand {
     forwarder: Forwarder,
     service: Option<Service>,
-    programs: Programs,
+    /// None where `auto` is splice.
+    programs: Option<Programs>,
     front: Listener,
     inside: u16,
     namespace: Namespace,
@@ -58,6 +59,11 @@ struct Stand {
 
 impl Stand {
     fn new(by: fn(Setup, &Namespace) -> Setup) -> Result<Self> {
+        Self::through("sockmap", by)
+    }
+
+    /// With this `--relay=`.
+    fn through(relay: &str, by: fn(Setup, &Namespace) -> Setup) -> Result<Self> {
         let namespace = Namespace::new()?;
         let loopback = Family::Tcp4.loopback().context("TCP has one")?;
         let front = Listener::new(&Here, &loopback)?;
@@ -66,9 +72,16 @@ impl Stand {
         let inside = probe.address().port().context("a TCP address")?;
         drop(probe);
         let setup = by(Setup::new().socket(&front), &namespace);
-        let setup = setup.args(["--relay=sockmap", "--local-clients=on"]);
+        let may_have = ["auto", "sockmap"].contains(&relay);
+        let mut setup = setup.arg(format!("--relay={relay}"));
+        if may_have {
+            setup = setup.arg("--local-clients=on");
+        }
         let forwarder = setup.arg(format!("127.0.0.1:{inside}")).start()?;
-        let programs = forwarder.kernel_relay()?;
+        let decided =
+            |line: &str| line.contains("kernel relay loaded") || line.contains("without the kernel relay");
+        let has_programs = may_have && forwarder.log().line(PATIENCE, decided)?.contains("loaded");
+        let programs = if has_programs { Some(Programs::of(forwarder.pid())?) } else { None };
         Ok(Self { forwarder, service: None, programs, front, inside, namespace, scratch: Scratch::new()? })
     }
 
@@ -101,12 +114,12 @@ impl Stand {
     }
 
     /// What the programs take the service for.
-    fn is_hooked(&self) -> Result<bool> {
-        let watched = self.programs.watched()?;
+    fn is_fit(&self) -> Result<bool> {
+        let watched = self.programs.as_ref().map_or(Ok(Vec::new()), Programs::watched)?;
         Ok(watched.iter().any(|watch| watch.role == role::SERVICE && watch.kind == kind::FIT))
     }
 
-    /// Lets the forwarder learn what kind of service it is: two requests, one after the other.
+    /// Two requests, one after the other, the first of which wakes the service.
     fn warm_up(&self, request: impl Fn() -> Result<()>) -> Result<()> {
         for count in 1..=2 {
             request().context("a first request")?;
@@ -120,10 +133,12 @@ impl Stand {
         let total = self.forwarder.report()?.total;
         println!("carried: {total:?}");
         ensure!(!lanes || total.kernel > 0, "not one byte took a lane: {total:?}");
-        self.programs.expect_nothing_in_use()?;
+        if let Some(programs) = &self.programs {
+            programs.expect_nothing_in_use()?;
+        }
         ensure!(self.forwarder.log().complaints().is_empty(), "{:?}", self.forwarder.log().complaints());
         self.forwarder.stop()?;
-        self.programs.expect_gone()
+        self.programs.map_or(Ok(()), |programs| programs.expect_gone())
     }
 }
 
@@ -156,8 +171,8 @@ fn download(stand: &Stand, name: &str, options: &[&str]) -> Result<()> {
 }
 
 /// nginx with one worker process, so that its memory of a connection is the one that all requests meet.
-fn nginx(by: fn(Setup, &Namespace) -> Setup, sendfile: &str) -> Result<Stand> {
-    let mut stand = Stand::new(by)?;
+fn nginx(relay: &str, by: fn(Setup, &Namespace) -> Setup, sendfile: &str) -> Result<Stand> {
+    let mut stand = Stand::through(relay, by)?;
     fs::create_dir(stand.scratch.join("www"))?;
     let (folder, port) = (stand.scratch.path().display().to_string(), stand.inside);
     let configuration = format!(
@@ -176,8 +191,6 @@ fn nginx(by: fn(Setup, &Namespace) -> Setup, sendfile: &str) -> Result<Stand> {
     stand.file("www/small", 300)?;
     stand.file("www/big", 20 << 20)?;
     stand.warm_up(|| download(&stand, "small", &[]))?;
-    let learned = process::eventually(PATIENCE, || stand.is_hooked().unwrap_or(false));
-    ensure!(learned, "nginx was never found fit: {:?}", stand.programs.watched());
     Ok(stand)
 }
 
@@ -186,13 +199,17 @@ fn nginx_needs(test: &str) -> bool {
 }
 
 fn nginx_downloads(by: fn(Setup, &Namespace) -> Setup, sendfile: &str) -> Result<()> {
-    let stand = nginx(by, sendfile)?;
+    let stand = nginx("sockmap", by, sendfile)?;
     download(&stand, "big", &[])?;
     // Several on one connection, and over HTTP/1.0, where the end of the connection is the end of the file.
     let (url, to) = (stand.url("small"), stand.scratch.join("many"));
-    let many = curl().args([&url, &url, &url, &url]).stdout(File::create(&to)?).output()?;
+    let many = curl().args([&url; 100]).stdout(File::create(&to)?).output()?;
     finished(many)?;
-    ensure!(fs::metadata(&to)?.len() == 1200, "{} bytes of four small files", fs::metadata(&to)?.len());
+    ensure!(
+        fs::metadata(&to)?.len() == 30_000,
+        "{} bytes of a hundred small files",
+        fs::metadata(&to)?.len()
+    );
     download(&stand, "big", &["--http1.0"])?;
     stand.finish(true)
 }
@@ -213,13 +230,14 @@ fn nginx_sends_a_large_file_without_sendfile() -> Result<()> {
     nginx_downloads(Setup::netns, "off")
 }
 
-/// These hung: nginx asks FIONREAD when a request has filled its buffer, and some kernels say 0 of every hooked socket.
+/// These hung: nginx asks FIONREAD when a request has filled its buffer, and some kernels say 0 of every hooked socket. With `auto`,
+/// which is splice there.
 #[test]
 fn nginx_takes_uploads() -> Result<()> {
     if !nginx_needs("nginx_takes_uploads") {
         return Ok(());
     }
-    let stand = nginx(Setup::netns, "on")?;
+    let stand = nginx("auto", Setup::netns, "on")?;
     // Around what nginx's buffers hold, and far beyond.
     for size in [1, 700, 1000, 1100, 5000, 100_000, 3 << 20] {
         let from = stand.file("upload", size)?;
@@ -241,7 +259,40 @@ fn nginx_takes_uploads() -> Result<()> {
     for (nth, file) in [&small, &large, &small, &large].into_iter().enumerate() {
         expect_same(file, &stand.scratch.join("www").join(format!("kept-{nth}")))?;
     }
-    stand.finish(true)
+    stand.finish(false)
+}
+
+/// A cookie of 3000 bytes, over TCP and over a unix socket, and past bro within the namespace: each on connections that are kept, so
+/// that they would be hooked if anybody did that.
+#[test]
+fn nginx_takes_large_cookies_wherever_they_come_from() -> Result<()> {
+    if !nginx_needs("nginx_takes_large_cookies_wherever_they_come_from") {
+        return Ok(());
+    }
+    let stand = nginx("auto", Setup::netns, "on")?;
+    let cookie = format!("Cookie: c={}", "x".repeat(3000));
+    let inside = format!("http://127.0.0.1:{}/small", stand.inside);
+    let enter = stand.namespace.enter();
+    for (through, url) in [(None, stand.url("small")), (Some(&enter), inside)] {
+        let mut command = match through {
+            None => curl(),
+            Some(enter) => {
+                let mut command = Command::new(bro::helper());
+                command.arg("launch").arg("--").args(enter).arg("curl");
+                command.args(["--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "10"]);
+                command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+                command
+            }
+        };
+        for _ in 0..20 {
+            command.args(["--next", "--silent", "--fail", "--max-time", "5", "--header", &cookie, &url]);
+        }
+        let said = command.output()?;
+        let came = said.stdout.len();
+        finished(said)?;
+        ensure!(came == 20 * 300, "{came} bytes of twenty small files");
+    }
+    stand.finish(false)
 }
 
 #[test]
@@ -249,7 +300,7 @@ fn a_slow_reader_of_nginx_holds_nobody_up() -> Result<()> {
     if !nginx_needs("a_slow_reader_of_nginx_holds_nobody_up") {
         return Ok(());
     }
-    let stand = nginx(Setup::netns, "on")?;
+    let stand = nginx("sockmap", Setup::netns, "on")?;
     let slow = stand.scratch.join("slow");
     let mut reader = curl();
     reader.args(["--limit-rate", "5M", "--output"]).arg(&slow).arg(stand.url("big"));
@@ -273,7 +324,7 @@ fn a_slow_reader_of_nginx_holds_nobody_up() -> Result<()> {
     }
     finished(reader.wait_with_output()?).context("the slow reader")?;
     expect_same(&big, &slow)?;
-    stand.finish(true)
+    stand.finish(false)
 }
 
 #[test]
@@ -428,6 +479,132 @@ fn a_blocking_server_is_left_alone_and_served_well() -> Result<()> {
     for _ in 0..3 {
         download(&stand, "big", &[])?;
     }
-    ensure!(!stand.is_hooked()?, "a blocking service was hooked: {:?}", stand.programs.watched());
+    ensure!(!stand.is_fit()?, "a blocking service was taken for another");
     stand.finish(false)
+}
+
+/// An echo of lines, and for "give" a megabyte, as most people write it in asyncio: its sockets are non-blocking, and it is woken by epoll.
+const ASYNCIO: &str = r#"
+import asyncio, sys
+async def serve(reader, writer):
+    while line := await reader.readline():
+        writer.write(b"x" * (1 << 20) if line == b"give\n" else line)
+        await writer.drain()
+    writer.close()
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
+    await server.serve_forever()
+asyncio.run(main())
+"#;
+
+/// The same for Node.
+const NODE: &str = r#"
+require("net").createServer({ allowHalfOpen: true }, socket => {
+    let rest = "";
+    socket.on("data", data => {
+        const lines = (rest + data).split("\n");
+        rest = lines.pop();
+        for (const line of lines) socket.write(line === "give" ? "x".repeat(1 << 20) : line + "\n");
+    });
+    socket.on("end", () => socket.end());
+    socket.on("error", () => {});
+}).listen(Number(process.argv[1]), "127.0.0.1");
+"#;
+
+/// What Java's `ServerSocket` with a time-out does for its `ready()`: sockets that do not block, and FIONREAD before each read.
+const ASKS_FIRST: &str = r#"
+import fcntl, socket, struct, sys, termios, threading, time
+def ready(fd):
+    return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"    "))[0]
+def serve(connection):
+    connection.setblocking(False)
+    rest, quiet = b"", time.monotonic()
+    while time.monotonic() - quiet < 5:
+        count = ready(connection.fileno())
+        if not count:
+            time.sleep(0.0005)
+            continue
+        rest, quiet = rest + connection.recv(count), time.monotonic()
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            connection.setblocking(True)
+            connection.sendall(b"x" * (1 << 20) if line == b"give" else line + b"\n")
+            connection.setblocking(False)
+    connection.close()
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"#;
+
+/// No answer takes longer.
+const GAP: Duration = Duration::from_millis(500);
+
+/// A service of a common runtime behind each relay and without any: lines of several sizes and large answers, on three connections.
+fn every_relay_serves(program: &str, arguments: &[&str], relays: &[&str]) -> Result<()> {
+    for relay in relays {
+        let direct = *relay == "direct";
+        let mut stand = Stand::through(if direct { "splice" } else { relay }, Setup::netns)?;
+        let path = find_program(program).with_context(|| format!("{program} has gone"))?;
+        let mut arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+        arguments.push(stand.inside.to_string());
+        stand.run(&path, &arguments)?;
+        let inside = Address::Tcp(std::net::SocketAddr::from(([127, 0, 0, 1], stand.inside)));
+        let up = || Conn::new(&stand.namespace, &inside).is_ok();
+        ensure!(process::eventually(PATIENCE, up), "{program} does not listen");
+        let mut longest = Duration::ZERO;
+        for nth in 0..3 {
+            let client = if direct {
+                Conn::new(&stand.namespace, &inside)?
+            } else {
+                Conn::new(&Here, stand.front.address())?
+            };
+            for round in 0..300 {
+                let mut line = vec![b'l'; [10, 600, 3000][round % 3]];
+                line.push(b'\n');
+                let large = round % 100 == 99;
+                let answer = if large { 1 << 20 } else { line.len() };
+                // The first of all wakes the service.
+                let began = std::time::Instant::now();
+                client.send(if large { b"give\n" } else { &line })?;
+                client.recv_exact(&mut vec![0; answer])?;
+                let took = began.elapsed();
+                ensure!(
+                    took < GAP || nth + round == 0,
+                    "{relay}: connection {nth}, answer {round} took {took:?}"
+                );
+                longest = longest.max(if nth + round == 0 { Duration::ZERO } else { took });
+            }
+            client.close_writing()?;
+        }
+        println!("{program} through {relay}: the longest answer took {longest:?}");
+        drop(stand.service.take());
+    }
+    Ok(())
+}
+
+#[test]
+fn asyncio_is_served_by_every_relay() -> Result<()> {
+    let needs = [Need::Root, Need::Bpf, Need::Program("python3", "python3")];
+    if !met("asyncio_is_served_by_every_relay", &needs) {
+        return Ok(());
+    }
+    every_relay_serves("python3", &["-c", ASYNCIO], &["direct", "splice", "copy", "auto", "sockmap"])
+}
+
+#[test]
+fn node_is_served_by_every_relay() -> Result<()> {
+    if !met("node_is_served_by_every_relay", &[Need::Root, Need::Bpf, Need::Program("node", "nodejs")]) {
+        return Ok(());
+    }
+    every_relay_serves("node", &["-e", NODE], &["direct", "splice", "copy", "auto", "sockmap"])
+}
+
+/// Without `--relay=sockmap`, which warns of just that.
+#[test]
+fn a_service_that_asks_first_is_served_by_every_relay() -> Result<()> {
+    let needs = [Need::Root, Need::Bpf, Need::Program("python3", "python3")];
+    if !met("a_service_that_asks_first_is_served_by_every_relay", &needs) {
+        return Ok(());
+    }
+    every_relay_serves("python3", &["-c", ASKS_FIRST], &["direct", "splice", "copy", "auto"])
 }

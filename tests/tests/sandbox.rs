@@ -367,6 +367,7 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
         (Request::Channel(more), Errno::EPERM),
         (Request::Dial(1, None), Errno::EADDRNOTAVAIL),
         (Request::Supply(1, 1), Errno::EPERM),
+        (Request::Program, Errno::EPERM),
     ] {
         // The relay process itself reads there as well; it sleeps while nobody asks and gets no more than an answer it did not
         // ask for.

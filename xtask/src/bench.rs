@@ -405,14 +405,14 @@ impl Bench {
     }
 
     fn program(&mut self, program: Program, up_to: f64) -> Result<()> {
-        let servers = program.start(&self.scene)?;
+        let servers = program.start(&self.scene, self.present.len())?;
         let mut up = Vec::new();
-        for contender in self.present.clone() {
+        for (place, contender) in self.present.clone().into_iter().enumerate() {
             // The unix reference is this task's own service.
             if contender.way == contenders::Way::Unix {
                 continue;
             }
-            match self.start_for(&contender, program) {
+            match self.start_for(&contender, place, program) {
                 Ok(running) => up.push((contender, running)),
                 Err(error) => self.results.fail(&contender, program.key(), &error),
             }
@@ -451,8 +451,8 @@ impl Bench {
         Ok(())
     }
 
-    fn start_for(&self, contender: &Contender, program: Program) -> Result<Running> {
-        let running = contender.start_for(&self.scene, program.port(contender), program)?;
+    fn start_for(&self, contender: &Contender, place: usize, program: Program) -> Result<Running> {
+        let running = contender.start_for(&self.scene, program.port(place), program)?;
         program.warm(&self.scene, &running)?;
         Ok(running)
     }

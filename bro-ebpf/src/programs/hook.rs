@@ -1,4 +1,4 @@
-//! `bro_hook`: puts a client into the senders' map after it has proved to be a non-blocking one.
+//! `bro_hook`: puts a sender into the senders' map after it has proved to be a non-blocking one and its lane is open.
 
 use core::ffi::c_void;
 
@@ -8,7 +8,7 @@ use aya_ebpf::helpers::{
 };
 use bro_ebpf::{Counter, Flow, HookRequest, REQUEST_OFFSET, Sender, SenderState, v4_mapped};
 
-use crate::kernel::TcpSock;
+use crate::kernel::{TcpSock, hook_blocking};
 use crate::maps::{SENDER, SENDERS, count, raw};
 use crate::trace;
 
@@ -18,6 +18,8 @@ const HOOKED: i32 = 1;
 const NOT_HOOKED: i32 = 0;
 /// `-EOPNOTSUPP`: it is half-closed or closed by now, which is no refusal.
 const GONE: i64 = -95;
+/// `-EEXIST`: it is hooked already.
+const HOOKED_ALREADY: i64 = -17;
 /// `BPF_NOEXIST`.
 const NOEXIST: u64 = 1;
 /// `BPF_F_CURRENT_NETNS`: the namespace of the thread that runs this.
@@ -87,12 +89,12 @@ fn hook(sk: *mut c_void, request: &HookRequest) -> i32 {
     // SAFETY: the storage lives as long as the socket, which is held. It is not locked: `state` is read and written as a whole
     // word, and the worst that a callback at the same time can do is that the socket stays hooked until it closes.
     let Some(sender) = (unsafe { sender.as_mut() }) else { return NOT_HOOKED };
-    if sender.cookie != request.cookie || sender.state & SenderState::PROVED == 0 {
+    if sender.cookie != request.cookie || sender.state & (SenderState::PROVED | SenderState::HOOKED) == 0 {
         return NOT_HOOKED;
     }
     let Some(tcp) = TcpSock::of(sk) else { return NOT_HOOKED };
-    if tcp.nonblocking() != Some(true) || tcp.zerocopy() {
-        trace::sender("not hooked, the client blocks by now or asks for MSG_ZEROCOPY", sender);
+    if !(hook_blocking() || tcp.nonblocking() == Some(true)) || tcp.zerocopy() {
+        trace::sender("not hooked, it blocks by now or asks for MSG_ZEROCOPY", sender);
         return NOT_HOOKED;
     }
     sender.state = SenderState::PROVING | SenderState::HOOKED;
@@ -104,6 +106,9 @@ fn hook(sk: *mut c_void, request: &HookRequest) -> i32 {
     if refused == 0 {
         count(Counter::Hooked);
         trace::sender("hooked", sender);
+        return HOOKED;
+    }
+    if refused == HOOKED_ALREADY {
         return HOOKED;
     }
     sender.state = 0;

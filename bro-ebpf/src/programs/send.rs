@@ -1,10 +1,9 @@
 //! `sk_msg`: one message of a hooked sender, before its own TCP sees it.
 
 use aya_ebpf::bindings::sk_msg_md;
-use aya_ebpf::helpers::{bpf_msg_apply_bytes, bpf_msg_redirect_hash, bpf_sk_storage_get};
+use aya_ebpf::helpers::{bpf_msg_redirect_hash, bpf_sk_storage_get};
 use bro_ebpf::{
-    Counter, PASS_STEP, RawEvent, Reason, Record, Sender, SenderState, Snapshot, TargetKey, Verdict, decide,
-    kind, role,
+    Counter, RawEvent, Reason, Record, Sender, SenderState, Snapshot, TargetKey, Verdict, decide, kind, role,
 };
 
 use crate::kernel::{TcpSock, hook_blocking, seat_of};
@@ -47,6 +46,10 @@ pub fn message(msg: *mut sk_msg_md) -> u32 {
         return pass(record, Reason::Pressure);
     }
 
+    let read = tcp.copied_seq();
+    if sender.read != read {
+        (sender.read, sender.burst) = (read, 0);
+    }
     let (on, forwarded) = (load(&record.on) != 0, load(&record.forwarded));
     // A full barrier: what is read below is at least as new as `forwarded` above (see `Snapshot`).
     let spent = load_with_barrier(&record.spent);
@@ -57,16 +60,12 @@ pub fn message(msg: *mut sk_msg_md) -> u32 {
         granted: load(&record.granted),
         low: load(&record.low),
         notified: load(&record.notified) != 0,
-        largest: load(&record.largest),
+        burst: sender.burst,
     };
     match decide(&snapshot, tcp.write_seq(), sender.base, size) {
         Verdict::Pass { reason, notify } => {
             if notify {
                 low_credit(record, sender);
-            }
-            if size > PASS_STEP && matches!(reason, Reason::Order | Reason::Credit) {
-                // SAFETY: the context is the kernel's own.
-                unsafe { bpf_msg_apply_bytes(msg, PASS_STEP) };
             }
             pass(record, reason)
         }
@@ -78,6 +77,7 @@ pub fn message(msg: *mut sk_msg_md) -> u32 {
             if found as u32 != PASS {
                 return pass(record, Reason::Gone);
             }
+            sender.burst += u64::from(size);
             store(&record.spent, spent.wrapping_add(charge));
             store(&record.bytes, load(&record.bytes).wrapping_add(u64::from(size)));
             store(&record.messages, load(&record.messages).wrapping_add(1));

@@ -1,4 +1,5 @@
-//! `sockops`: finds the senders, learns what kind a service is, and lets senders go.
+//! `sockops`: notes the senders, looks whether they are non-blocking ones, and lets them go. It hooks none: only the forwarder knows
+//! which connections are its own and have a lane (`hook.rs`).
 
 use core::arch::asm;
 use core::ffi::c_void;
@@ -11,14 +12,13 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_map_delete_elem, bpf_setsockopt, bpf_sk_storage_get,
-    bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
+    bpf_sock_ops_cb_flags_set,
 };
 use bro_ebpf::{
-    Counter, Flow, RawEvent, RawProved, SENDER_BUFFER, Sender, SenderState, Watch, WatchKey, kind, role,
-    v4_mapped,
+    Counter, Flow, RawEvent, RawProved, Route, Sender, SenderState, Watch, WatchKey, kind, role, v4_mapped,
 };
 
-use crate::kernel::{TcpSock, hook_blocking};
+use crate::kernel::{TcpSock, hook_blocking, seat_of};
 use crate::maps::{ROUTES, SENDER, SENDERS, WATCHED, count, raw, tell, tell_proved};
 use crate::trace;
 
@@ -48,8 +48,6 @@ macro_rules! context {
 
 /// `AF_INET`.
 const INET: u32 = 2;
-/// `BPF_NOEXIST`.
-const NOEXIST: u64 = 1;
 
 /// One callback of one socket. Each kind has a function, and so a stack, of its own: 512 bytes have to hold all that one needs,
 /// tracing included.
@@ -153,7 +151,7 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     }
     // SAFETY: the context is the kernel's own.
     new.cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };
-    (new.base, new.seen, new.unread) = (base, base, tcp.copied_seq());
+    (new.base, new.seen, new.read) = (base, base, tcp.copied_seq());
     let create = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
     let value = core::ptr::from_mut(&mut new).cast();
     // SAFETY: `sk` is the context's own and not null, `value` is of the storage's type.
@@ -164,37 +162,10 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
         // The program is attached to a parent cgroup as well and saw this connection already.
         return;
     }
-    if service && !hook_blocking() && kind == kind::UNKNOWN {
-        sender.state = SenderState::LEARNING;
-        count(Counter::Watched);
-        trace::sender("seen, to learn from it of which kind the service is", sender);
-        set_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG, 0);
-    } else if !service && !hook_blocking() {
-        sender.state = SenderState::PROVING;
-        trace::sender("seen, a client that has to prove itself", sender);
-        set_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG, 0);
-    } else {
-        hook(ops, sender);
-    }
-}
-
-#[inline(always)]
-fn hook(ops: *mut bpf_sock_ops, sender: &mut Sender) {
-    set_flags(ops, BPF_SOCK_OPS_STATE_CB_FLAG, 0);
-    let mut key = sender.cookie;
-    let key = core::ptr::from_mut(&mut key).cast();
-    // SAFETY: the context is the kernel's own, the key is of the map's key type.
-    let hooked = unsafe { bpf_sock_hash_update(ops, raw(&SENDERS), key, NOEXIST) };
-    if hooked == 0 {
-        sender.state = SenderState::HOOKED;
-        send_at_once(ops);
-        limit_own_queue(ops, sender);
-        count(Counter::Hooked);
-        trace::sender("hooked", sender);
-    } else {
-        count(Counter::HookRefused);
-        trace::sender("not hooked, the kernel refuses it", sender);
-    }
+    sender.state = SenderState::PROVING;
+    count(Counter::Watched);
+    trace::sender("seen, it has to prove itself", sender);
+    set_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG, 0);
 }
 
 /// The kernel hands what a hooked sender passes to TCP page by page. With Nagle's algorithm the last piece of a message that
@@ -209,22 +180,6 @@ fn send_at_once(ops: *mut bpf_sock_ops) {
     unsafe { bpf_setsockopt(ops.cast(), IPPROTO_TCP, TCP_NODELAY, value, size_of::<i32>() as i32) };
 }
 
-/// What a sender passes waits in its own send buffer, and the shortcut stays shut until the forwarder has moved all of that. A
-/// sender that never pauses refills the buffer as fast as the forwarder empties it, so a large one would keep it off the
-/// shortcut for ever. Between two sockets of one host a small one is no loss.
-#[inline(always)]
-fn limit_own_queue(ops: *mut bpf_sock_ops, sender: &Sender) {
-    const SOL_SOCKET: i32 = 1;
-    const SO_SNDBUF: i32 = 7;
-    if !sender.flow.is_local() {
-        return;
-    }
-    let mut size = SENDER_BUFFER;
-    let value = core::ptr::from_mut(&mut size).cast();
-    // SAFETY: the context is the kernel's own, the value is an int. A failure leaves the buffer as it is.
-    unsafe { bpf_setsockopt(ops.cast(), SOL_SOCKET, SO_SNDBUF, value, size_of::<i32>() as i32) };
-}
-
 /// Something that a watched socket had sent was acknowledged.
 #[inline(never)]
 fn acknowledged(ops: *mut bpf_sock_ops) {
@@ -232,104 +187,91 @@ fn acknowledged(ops: *mut bpf_sock_ops) {
         return;
     }
     let Some(sender) = known(ops) else { return };
-    if sender.state & SenderState::LEARNING != 0 {
-        learn(ops, sender);
-    } else if sender.state & SenderState::PROVING != 0 {
+    if sender.state & SenderState::PROVING != 0 {
         prove(ops, sender);
     }
 }
 
-/// A client is hooked once it has been non-blocking at two messages, each time after it sent it: whoever connects without
-/// blocking and then turns to blocking (hiredis, for one) does so in between. From then on it is looked at whenever it has passed
-/// something, and one that blocks is let go.
+/// A sender may be hooked once it has been non-blocking at two messages, each time after it sent it, and has a lane. Whoever connects
+/// without blocking, or greets, and then turns to blocking (hiredis, for one) does so in between. From then on it is looked at
+/// whenever it has passed something, and one that blocks is let go.
 #[inline(always)]
 fn prove(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     let Some(tcp) = socket(ops).and_then(TcpSock::of) else { return };
-    match tcp.nonblocking() {
-        Some(true) => {}
-        Some(false) => {
+    let unfit = match (tcp.nonblocking(), tcp.zerocopy()) {
+        // Its owner has closed it, or not accepted it yet.
+        (None, _) => return,
+        (_, true) => kind::ZEROCOPY,
+        (Some(false), false) if !hook_blocking() => kind::BLOCKING,
+        _ => kind::UNKNOWN,
+    };
+    if unfit != kind::UNKNOWN {
+        if unfit == kind::BLOCKING {
             count(Counter::Blocking);
-            trace::sender("given up, the client blocks by now", sender);
-            set_flags(ops, 0, BPF_SOCK_OPS_RTT_CB_FLAG);
-            return let_go(sender);
+            trace::sender("given up, it blocks", sender);
+        } else {
+            count(Counter::Zerocopy);
+            trace::sender("given up, it asks for MSG_ZEROCOPY", sender);
         }
-        // Its owner has closed it.
-        None => return,
+        learn(sender, unfit);
+        set_flags(ops, 0, BPF_SOCK_OPS_RTT_CB_FLAG);
+        return let_go(sender);
     }
-    if sender.state & (SenderState::PROVED | SenderState::HOOKED) != 0 {
-        return;
-    }
+    let has_proved = sender.state & (SenderState::PROVED | SenderState::HOOKED) != 0;
     let write_seq = tcp.write_seq();
     if sender.seen == sender.base {
         sender.seen = write_seq;
         return;
     }
-    // Without a route the forwarder does not know it yet, or has no lane for it.
-    // SAFETY: only looked at.
-    if sender.seen == write_seq || unsafe { ROUTES.get(&sender.flow) }.is_none() {
+    if sender.seen == write_seq && !has_proved {
         return;
     }
-    let Some(watch) = WATCHED.get_ptr_mut(&sender.watch) else { return };
-    // SAFETY: the verifier checks the access.
-    let seat = unsafe { (*watch).seat };
+    // Without a route it is not the forwarder's, or has no lane: then nothing about it is changed.
+    // SAFETY: the value is copied at once.
+    let Some(route) = (unsafe { ROUTES.get(&sender.flow) }) else { return };
+    let Route { record, serial } = *route;
+    if has_proved && serial == sender.route.serial && record == sender.route.record {
+        // The forwarder knows.
+        return;
+    }
+    learn(sender, kind::FIT);
     set_flags(ops, BPF_SOCK_OPS_STATE_CB_FLAG, 0);
     send_at_once(ops);
-    limit_own_queue(ops, sender);
     let event = RawEvent {
         what: RawEvent::PROVED,
-        record: 0,
-        serial: 0,
+        record,
+        serial,
         port: sender.watch.port,
         netns: sender.watch.netns,
         socket: sender.cookie,
     };
     // First: the forwarder may be quick.
-    sender.state = SenderState::PROVING | SenderState::PROVED;
-    if !tell_proved(seat, &RawProved { event, flow: sender.flow }) {
-        sender.state = SenderState::PROVING;
+    sender.state |= SenderState::PROVED;
+    sender.route = Route { record, serial };
+    // Not whoever watches the port: whose lane it is.
+    if !tell_proved(seat_of(record), &RawProved { event, flow: sender.flow }) {
+        // Once more at the next message.
+        sender.route.serial = 0;
         return;
     }
-    trace::sender("proved to be a non-blocking client", sender);
+    trace::sender("proved to be a non-blocking one", sender);
 }
 
-/// So many segments of its own are enough to learn from a service that was sent none.
-const SENDS_UNASKED: u32 = 16;
-
-/// What a service's first connection has sent was acknowledged: its file now says which kind of socket the service uses. Blocking it is
-/// as soon as it is seen to be; non-blocking only after it has read something as well: one that greets before it turns to blocking
-/// is still non-blocking when its greeting is acknowledged.
-#[inline(always)]
-fn learn(ops: *mut bpf_sock_ops, sender: &mut Sender) {
-    let Some(tcp) = socket(ops).and_then(TcpSock::of) else { return };
-    let Some(nonblocking) = tcp.nonblocking() else { return };
-    let has_read = tcp.copied_seq() != sender.unread;
-    if nonblocking && !has_read && context!(ops, data_segs_out) < SENDS_UNASKED {
-        return;
-    }
-    sender.state &= !SenderState::LEARNING;
-    set_flags(ops, 0, BPF_SOCK_OPS_RTT_CB_FLAG);
-    let learned = match (nonblocking, tcp.zerocopy()) {
-        (false, _) => kind::BLOCKING,
-        (true, true) => kind::ZEROCOPY,
-        (true, false) => kind::FIT,
-    };
+/// Notes what kind of sockets the service at this port uses, and tells the forwarder if that is news.
+#[inline(never)]
+fn learn(sender: &Sender, kind: u32) {
     let Some(watch) = WATCHED.get_ptr_mut(&sender.watch) else { return };
     // SAFETY: the verifier checks the accesses; each word is written whole.
     let seat = unsafe {
-        if (*watch).kind != kind::UNKNOWN {
+        if (*watch).role != role::SERVICE || (*watch).kind == kind {
             return;
         }
-        (*watch).kind = learned;
+        (*watch).kind = kind;
         (*watch).seat
     };
-    match learned {
-        kind::FIT => trace::sender("the service is a non-blocking one", sender),
-        kind::BLOCKING => trace::sender("the service is a blocking one", sender),
-        _ => trace::sender("the service asks for MSG_ZEROCOPY", sender),
-    }
     let event = RawEvent {
         what: RawEvent::LEARNED,
-        record: learned,
+        record: kind,
         serial: 0,
         port: sender.watch.port,
         netns: sender.watch.netns,

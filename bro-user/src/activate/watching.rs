@@ -2,6 +2,7 @@
 //! they are attached where the container is, and no longer.
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use tokio::sync::oneshot;
 use crate::engine::handle::{Command, Handle};
 use crate::engine::lanes::Watch;
 use crate::kernel::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
+use crate::netns::Namespace;
 
 /// How long the thread may take to answer: it may just be attaching.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -116,11 +118,22 @@ impl Attacher {
 #[derive(Debug)]
 enum State {
     /// Not known yet; what they are to watch then, by target.
-    Loading(HashMap<usize, (Watch, PathBuf)>),
-    /// There are.
-    Loaded(Attacher),
+    Loading(HashMap<usize, Service>),
+    /// There are; with the program that hooks a sender.
+    Loaded(Attacher, Arc<OwnedFd>),
     /// There are none.
     Unavailable,
+}
+
+/// A service to be watched.
+#[derive(Debug)]
+pub struct Service {
+    /// For what.
+    pub watch: Watch,
+    /// The cgroup that it and this forwarder share.
+    pub cgroup: PathBuf,
+    /// Where it is: its agent hooks its sockets.
+    pub namespace: Arc<Namespace>,
 }
 
 /// What the programs watch.
@@ -148,11 +161,18 @@ impl Watching {
                 Err(error) => tracing::warn!("no lane for local clients: {error} ({})", error.mend()),
             }
         }
+        let hook = match descriptors.hook.try_clone() {
+            Ok(hook) => Arc::new(hook),
+            Err(error) => {
+                tracing::warn!(%error, "the kernel relay cannot be used; splicing instead");
+                return self.unavailable();
+            }
+        };
         self.engine.send(Command::Kernel { descriptors, share, clients });
-        let before = std::mem::replace(&mut *self.state(), State::Loaded(attacher));
+        let before = std::mem::replace(&mut *self.state(), State::Loaded(attacher, hook));
         let State::Loading(waiting) = before else { return };
-        for (watch, cgroup) in waiting.into_values() {
-            let _told_too_late = self.watch(watch, cgroup).await;
+        for service in waiting.into_values() {
+            let _told_too_late = self.watch(service).await;
         }
     }
 
@@ -163,15 +183,20 @@ impl Watching {
 
     /// Has the programs watch a target's service in a cgroup; says whether they will tell when it listens. While they are being
     /// loaded whoever asks looks for listeners in another way.
-    pub async fn watch(&self, watch: Watch, cgroup: PathBuf) -> bool {
-        let attacher = match &mut *self.state() {
+    pub async fn watch(&self, service: Service) -> bool {
+        let (attacher, hook) = match &mut *self.state() {
             State::Loading(waiting) => {
-                let _older = waiting.insert(watch.backend, (watch, cgroup));
+                let _older = waiting.insert(service.watch.backend, service);
                 return false;
             }
             State::Unavailable => return false,
-            State::Loaded(attacher) => attacher.clone(),
+            State::Loaded(attacher, hook) => (attacher.clone(), hook.clone()),
         };
+        let Service { watch, cgroup, namespace } = service;
+        if let Err(error) = namespace.program(hook.as_fd()).await {
+            tracing::debug!(%error, "no kernel lane for the service");
+            return false;
+        }
         let ports = match attacher.attach(&cgroup, false).await {
             Ok(()) => watch.ports,
             Err(error) => {
@@ -186,7 +211,7 @@ impl Watching {
     pub async fn bequest(&self, older: bool) -> Option<Bequest> {
         let (to, bequest) = oneshot::channel();
         match &*self.state() {
-            State::Loaded(Attacher(orders)) => orders.send(Order::Bequeath { older, to }).ok()?,
+            State::Loaded(Attacher(orders), _) => orders.send(Order::Bequeath { older, to }).ok()?,
             State::Loading(_) | State::Unavailable => return None,
         }
         let bequest = tokio::time::timeout(PATIENCE, bequest).await.ok()?.ok()?;
@@ -198,7 +223,7 @@ impl Watching {
 
     /// The successor has taken over: this process's end is not the end of what it has left.
     pub fn leave(&self) {
-        if let State::Loaded(Attacher(orders)) = &*self.state() {
+        if let State::Loaded(Attacher(orders), _) = &*self.state() {
             orders.send(Order::Leave).ok();
         }
     }

@@ -105,7 +105,7 @@ pub(super) const FEATURES: &[Feature] = &[
     feature(Id::Pasta, "another account's port from a container (pasta)", None, Some((4, 4)), None),
     feature(Id::HostContainersInternal, "the same at `host.containers.internal`", None, Some((5, 3)), None),
     // bpf_get_netns_cookie() for sock_ops programs
-    feature(Id::KernelRelay, "the kernel relay", None, None, Some((5, 15))),
+    feature(Id::KernelRelay, "the kernel relay", None, None, Some((5, 19))),
     // Maps that are pinned, used by those who may not load programs.
     feature(Id::Loader, "the kernel relay through `bro loader`", None, None, Some((5, 19))),
 ];

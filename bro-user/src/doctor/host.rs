@@ -21,10 +21,10 @@ pub(super) fn kernel_version() -> Check {
     let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or(0));
     match (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) {
         version if version < (5, 6) => Check::bad(NAME, format!("Linux {release}"), "use Linux 5.6 or newer"),
-        version if version < (5, 15) => Check::less(
+        version if version < (5, 19) => Check::less(
             NAME,
             format!("Linux {release}"),
-            "the kernel relay needs Linux 5.15 or newer; splice works",
+            "the kernel relay needs Linux 5.19 or newer; splice works",
         ),
         _ => Check::ok(NAME, format!("Linux {release}")),
     }
@@ -279,7 +279,7 @@ pub(super) fn kernel_relay() -> Check {
     if let Ok(Some(set)) = loaded_set() {
         return relay_works(set.fionread_lies, set.clients, "by bro loader");
     }
-    let config = kernel::Config { connections: 16, hook_blocking: false, trace: false };
+    let config = kernel::Config { connections: 16, hook_blocking: false, bear_fionread: true, trace: false };
     let tested = Kernel::load(&config).and_then(|mut kernel| {
         kernel.selftest()?;
         Ok((kernel.fionread_lies(), kernel.programs.hook_clients().is_ok()))
@@ -310,10 +310,10 @@ fn relay_works(fionread_lies: bool, clients: bool, how: &str) -> Check {
         return Check::less(
             NAME,
             format!(
-                "loaded and tested ({how}), but this kernel answers FIONREAD with 0 for hooked sockets, so large requests are \
-                 spliced"
+                "loaded and tested ({how}), but not used by --relay=auto: {}; bytes are spliced",
+                Unavailable::FionreadLies
             ),
-            "use a kernel without that defect, or --relay=splice for a service that lives by FIONREAD",
+            Unavailable::FionreadLies.mend(),
         );
     }
     Check::ok(NAME, format!("loaded and tested ({how})"))

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::{Accepting, Engine, tcp};
-use crate::connection::{Connection, End, Peer, Registration, Stage};
+use crate::connection::{Connection, End, Peer, Registration, Stage, Talk};
 use crate::engine::handle::Event;
 use crate::source::Origin;
 use crate::stats::Stats;
@@ -108,7 +108,7 @@ impl Engine {
             woke: false,
             cold_start: None,
             stage: Stage::Held,
-            burst: None,
+            talk: Talk::default(),
             registered: [Registration::Absent; 2],
         };
         Stats::set(&self.stats.accepted, number);

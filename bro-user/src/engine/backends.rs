@@ -13,6 +13,7 @@ use super::Engine;
 use super::token::Token;
 use crate::connection::{Connection, End, Registration, Stage};
 use crate::engine::handle::Event;
+use crate::kernel::{Flow, HookRequest};
 use crate::netns::wire::{self, Answer, Destinations, Request};
 use crate::source::{self, Sources};
 use crate::stats::Stats;
@@ -65,6 +66,8 @@ enum Asked {
     Dial(Dial),
     /// For sockets of the family of this address.
     Sockets { address: usize },
+    /// To hook a sender.
+    Hook,
 }
 
 #[derive(Debug)]
@@ -85,7 +88,7 @@ impl Supply {
     fn dials(&self) -> Vec<Dial> {
         let asked = self.asked.iter().filter_map(|asked| match asked {
             Asked::Dial(dial) => Some(dial),
-            Asked::Sockets { .. } => None,
+            Asked::Sockets { .. } | Asked::Hook => None,
         });
         asked.chain(&self.waiting).chain(&self.thirsty).copied().collect()
     }
@@ -347,6 +350,15 @@ impl Engine {
             None => return,
             Some(Asked::Dial(dial)) => dial,
             Some(Asked::Sockets { address }) => return self.sockets_came(backend, address, answer),
+            Some(Asked::Hook) => {
+                if let Err(errno) = answer {
+                    tracing::debug!(
+                        error = errno.desc(),
+                        "the service's socket could not be hooked and is spliced"
+                    );
+                }
+                return self.dial_waiting(backend);
+            }
         };
         if self.is_dialling(dial) {
             match answer.map(|mut sockets| sockets.pop()) {
@@ -365,6 +377,19 @@ impl Engine {
             }
         }
         self.dial_waiting(backend);
+    }
+
+    /// Has the agent in a target's namespace hook a sender there. One that is not hooked is spliced.
+    pub(super) fn hook_inside(&mut self, backend: usize, flow: Flow, cookie: u64) {
+        let State::Ready(supply) = &mut self.backends[backend].state else { return };
+        if supply.asked.len() >= AT_ONCE {
+            return;
+        }
+        let request = Request::Hook(Box::new(HookRequest { flow, cookie }.packet()));
+        if let Err(error) = supply.ask(&request, Asked::Hook) {
+            tracing::warn!(%error, "the namespace agent does not take requests");
+            self.backend_gone(backend);
+        }
     }
 
     /// The agent has made sockets: whoever waits for one begins anew.

@@ -85,11 +85,9 @@ impl Engine {
         match pumped {
             Ok(Pumped::Finished) => return self.finish(index, End::Eof),
             Ok(Pumped::Open) => {}
-            Ok(Pumped::TooMuchForTheHook) => {
-                self.release_service(index);
-            }
             Err(broken) => return self.finish(index, broken.into()),
         }
+        self.consider_lanes(index);
         self.register(index);
     }
 
@@ -108,7 +106,6 @@ impl Engine {
         let (up, down) = (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
         connection.stage = Stage::Relaying { service, up, down };
         self.pending -= 1;
-        self.open_lanes(index, target);
         self.pump(index, true, false);
     }
 

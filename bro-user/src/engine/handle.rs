@@ -79,13 +79,6 @@ pub enum Plain {
     Ping,
     /// Have the kernel relay watch a target's service.
     Watch(Watch),
-    /// The answer to [`Event::WhichSocket`].
-    Socket {
-        /// The connection.
-        connection: Numbered,
-        /// The cookie of its service's socket; none where it is not there any more.
-        cookie: Option<u64>,
-    },
     /// End: the control process is done.
     Stop,
     /// Tell the figures.
@@ -96,15 +89,6 @@ impl From<Plain> for Command {
     fn from(plain: Plain) -> Self {
         Self::Plain(plain)
     }
-}
-
-/// A connection, for somebody who does not have it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Numbered {
-    /// Its place in the engine's table.
-    pub index: usize,
-    /// Its number, for the place may be another's by then.
-    pub number: u64,
 }
 
 /// What the engine tells the control process. Bounded without a limit on the queue: per target one wake at a time, and the others
@@ -126,18 +110,6 @@ pub enum Event {
         netns: u64,
         /// The port.
         port: u16,
-    },
-    /// Which socket of the target's namespace has these addresses? The engine's process cannot ask the kernel itself: it may have
-    /// every capability in that namespace, and is not to have a socket of netlink there.
-    WhichSocket {
-        /// The connection that it is the service's end of.
-        connection: Numbered,
-        /// Its target.
-        backend: usize,
-        /// Its own address.
-        local: SocketAddr,
-        /// That of its other end.
-        remote: SocketAddr,
     },
     /// The answer to [`Plain::Leave`].
     Leaving(bool),

@@ -1,5 +1,6 @@
-//! The kernel relay's place in the engine: lanes are opened when a connection is, granted credit when the programs ask, and
-//! closed with the connection. Whatever is refused is relayed by splice, for that connection.
+//! The kernel relay's place in the engine: lanes are opened for connections that ask and answer in turn, and only their sockets are
+//! hooked; they are granted credit when the programs ask, and closed with the connection or when it streams. Whatever is refused is
+//! relayed by splice, for that connection.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -11,9 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Engine;
 use super::token::Token;
-use crate::connection::{Burst, Connection, Peer, Stage};
-use crate::engine::handle::{Event, Numbered};
-use crate::kernel::{self, Descriptors, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
+use crate::connection::{Connection, Lanes as Wanted, Peer, Stage};
+use crate::engine::handle::Event;
+use crate::kernel::{self, Descriptors, Flow, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
 use crate::relay::Side;
 use crate::sockaddr;
 use crate::stats::Tally;
@@ -144,81 +145,35 @@ impl Engine {
         }
     }
 
-    /// Opens the lanes of a connection that has just been made to `target`, its TCP address.
-    pub(super) fn open_lanes(&mut self, index: usize, target: Option<SocketAddr>) {
+    /// Opens or closes a connection's lanes by how its sides talk.
+    pub(super) fn consider_lanes(&mut self, index: usize) {
         let Some(lanes) = &mut self.lanes else { return };
         let Some(connection) = self.connections.get_mut(index) else { return };
-        let (number, client) = (connection.number, connection.client.as_fd());
-        let Stage::Relaying { service, up, down } = &mut connection.stage else { return };
-        // As a sender sees itself: its own address is our peer's.
-        let own = |fd: i32| tcp(getsockname(fd));
-        let watched = self.backends[connection.backend].watched;
-        let careful = lanes.kernel.fionread_lies();
-        let Peer::Tcp(peer) = connection.peer else { return };
-        if let (Some(netns), Some(remote), Some(local)) = (watched, own(service.as_raw_fd()), target) {
-            let sender = SenderAddress { netns, local, remote };
-            lanes.open(&sender, client, (index, number, Side::Client), None, |lane| {
-                down.set_lane(lane);
-                connection.burst = careful.then(Burst::default);
-            });
-        }
-        if let (Some(netns), Some(remote), Some(_)) = (lanes.clients, own(client.as_raw_fd()), target)
-            && sockaddr::on_this_host(remote.ip(), peer.ip())
-        {
-            let sender = SenderAddress { netns, local: peer, remote };
-            // The programs see messages, not bursts: a head and a body that both take the lane are within it.
-            let largest = careful.then_some(Burst::MOST / 2);
-            lanes.open(&sender, service.as_fd(), (index, number, Side::Service), largest, |lane| {
-                up.set_lane(lane)
-            });
-        }
-    }
-
-    /// Has a service's socket let go, for good, before more is put in front of it than it may be asked about while it is hooked. What
-    /// the client sends waits until the control process has said which socket that is.
-    pub(super) fn release_service(&mut self, index: usize) {
-        let Some(connection) = self.connections.get_mut(index) else { return };
-        if !connection.asks_which_socket() {
-            return;
-        }
-        let Stage::Relaying { service, .. } = &connection.stage else { return };
-        let ends = (tcp(getsockname(service.as_raw_fd())), tcp(getpeername(service.as_raw_fd())));
-        let connection = Numbered { index, number: connection.number };
-        match ends {
-            // Its own end of the connection is our peer's.
-            (Some(remote), Some(local)) => {
-                let backend = self.connections[index].backend;
-                self.outbox.tell(&Event::WhichSocket { connection, backend, local, remote });
+        match connection.wants_lanes() {
+            Wanted::Leave => {}
+            Wanted::Open => lanes.open_both(index, connection, self.backends[connection.backend].watched),
+            Wanted::Close => {
+                let listener = connection.listener;
+                let Stage::Relaying { up, down, .. } = &mut connection.stage else { return };
+                for lane in [up.take_lane(), down.take_lane()].into_iter().flatten() {
+                    lanes.close(&lane, &mut self.tallies[listener]);
+                }
             }
-            // It is broken, which the next read or write tells.
-            _ => self.release_socket(connection, None),
         }
-    }
-
-    /// The control process has said which socket the service's is: it is let go, and the bytes that waited for that go through.
-    pub(super) fn release_socket(&mut self, Numbered { index, number }: Numbered, cookie: Option<u64>) {
-        let Some(connection) = self.connections.get_mut(index).filter(|found| found.number == number) else {
-            return;
-        };
-        if let (Some(lanes), Some(cookie)) = (&mut self.lanes, cookie) {
-            lanes.kernel.release(cookie);
-        }
-        connection.lift_burst();
-        self.pump(index, true, false);
     }
 
     /// Forgets the lanes of a connection that ends, and counts what they did.
     pub(super) fn close_lanes(&mut self, connection: &Connection) {
         let Some(lanes) = &mut self.lanes else { return };
         for lane in connection.lanes() {
-            let _owner = lanes.owners.remove(&lane.id());
-            add(&mut self.tallies[connection.listener], &lane.snapshot());
+            lanes.close(lane, &mut self.tallies[connection.listener]);
         }
     }
 
     /// Hears what the programs have to say.
     pub(super) fn kernel_events(&mut self) {
         let Some(lanes) = &mut self.lanes else { return };
+        let mut proved = Vec::new();
         let Lanes { kernel, owners, .. } = lanes;
         let (connections, outbox) = (&self.connections, &self.outbox);
         kernel.drain_events(|event| match event {
@@ -241,33 +196,99 @@ impl Engine {
             kernel::Event::Learned { port, kind, .. } => {
                 tracing::debug!(port, kind = ?kernel::Kind::of(kind), "learned what kind of sockets the service uses");
             }
-            kernel::Event::Proved { .. } => {}
+            kernel::Event::Proved { record, serial, socket, flow } => {
+                proved.push((LaneId { record, serial }, flow, socket));
+            }
             kernel::Event::BlockingSender { port, .. } => {
                 tracing::debug!(port, "a socket in blocking mode was let go; its bytes are spliced");
             }
         });
+        for (lane, flow, socket) in proved {
+            self.hook(lane, flow, socket);
+        }
+    }
+
+    /// A sender has proved to be a non-blocking one: it is hooked, if its lane is open still.
+    fn hook(&mut self, id: LaneId, flow: Flow, socket: u64) {
+        let Some(lanes) = &self.lanes else { return };
+        let Some(&(index, number, sink)) = lanes.owners.get(&id) else { return };
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        let Stage::Relaying { up, down, .. } = &mut connection.stage else { return };
+        let lane = match sink {
+            Side::Client => down.lane_mut(),
+            Side::Service => up.lane_mut(),
+        };
+        let Some(lane) = lane.filter(|lane| connection.number == number && lane.id() == id) else { return };
+        lane.set_hooked(socket);
+        match sink {
+            // The service's own socket is in its namespace.
+            Side::Client => {
+                let backend = connection.backend;
+                self.hook_inside(backend, flow, socket);
+            }
+            Side::Service => lanes.kernel.hook(flow, socket),
+        }
     }
 }
 
 impl Lanes {
+    /// Opens what lanes a connection can have: the service's if the programs watch it, in the namespace with the cookie `watched`,
+    /// and the client's if it is on this host.
+    fn open_both(&mut self, index: usize, connection: &mut Connection, watched: Option<u64>) {
+        let (number, client) = (connection.number, connection.client.as_fd());
+        let Stage::Relaying { service, up, down } = &mut connection.stage else { return };
+        if watched.is_none() && self.clients.is_none() {
+            return;
+        }
+        // A unix client has no lane, nor does its service.
+        let Peer::Tcp(peer) = connection.peer else { return };
+        let ends = |fd: i32| (tcp(getsockname(fd)), tcp(getpeername(fd)));
+        // As a sender sees itself: its own address is our peer's.
+        let (Some(remote), Some(local)) = ends(service.as_raw_fd()) else { return };
+        if let Some(netns) = watched {
+            let sender = SenderAddress { netns, local, remote };
+            let owner = (index, number, Side::Client);
+            self.open(&sender, client, owner, down.total).into_iter().for_each(|lane| down.set_lane(lane));
+        }
+        if let (Some(netns), Some(remote)) = (self.clients, tcp(getsockname(client.as_raw_fd())))
+            && sockaddr::on_this_host(remote.ip(), peer.ip())
+        {
+            let sender = SenderAddress { netns, local: peer, remote };
+            let owner = (index, number, Side::Service);
+            self.open(&sender, service.as_fd(), owner, up.total)
+                .into_iter()
+                .for_each(|lane| up.set_lane(lane));
+        }
+    }
+
+    /// Opens a lane for what its sender sends from now on, `forwarded` bytes of which are in the target already.
     fn open(
         &mut self,
         sender: &SenderAddress,
         target: std::os::fd::BorrowedFd<'_>,
         owner: (usize, u64, Side),
-        largest: Option<u32>,
-        set: impl FnOnce(kernel::Lane),
-    ) {
-        match self.kernel.open_lane(sender, target, 0, largest) {
+        forwarded: u64,
+    ) -> Option<kernel::Lane> {
+        match self.kernel.open_lane(sender, target, forwarded) {
             Ok(lane) => {
                 let _none = self.owners.insert(lane.id(), owner);
-                set(lane);
+                Some(lane)
             }
             Err(reason) => {
                 if !std::mem::replace(&mut self.refusal_announced, true) {
                     tracing::info!(%reason, "a connection has no kernel lane and is spliced");
                 }
+                None
             }
         }
+    }
+
+    /// Counts what a lane did that is to be closed, and lets its sender go.
+    fn close(&mut self, lane: &kernel::Lane, tally: &mut Tally) {
+        let _owner = self.owners.remove(&lane.id());
+        if let Some(socket) = lane.hooked() {
+            self.kernel.release(socket);
+        }
+        add(tally, &lane.snapshot());
     }
 }

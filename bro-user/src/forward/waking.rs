@@ -79,8 +79,7 @@ impl Control<'_> {
 
     pub(super) fn woken(&mut self, backend: usize, result: anyhow::Result<Awake>) {
         match result {
-            Ok(Awake { destination, incarnation, table }) => {
-                self.tables[backend] = table;
+            Ok(Awake { destination, incarnation }) => {
                 self.wakefulness[backend] = Wakefulness::Awake;
                 self.failures.woken(backend);
                 self.woken_at = Instant::now();

@@ -97,7 +97,15 @@ pub fn install(order: &Order) -> Result<(), Unavailable> {
     order.named.check(&folder(order.user))?;
     pin(draft.path(), loaded, &order.cgroup, order.user)?;
     make(&draft.path().join(order.named.folder()), 0o700)?;
-    draft.publish(&folder(order.user))
+    draft.publish(&folder(order.user))?;
+    if seen.fionread_lies {
+        let defect = Unavailable::FionreadLies;
+        tracing::warn!(
+            "loaded, but forwarders with --relay=auto do not use it: {defect} ({})",
+            defect.mend()
+        );
+    }
+    Ok(())
 }
 
 /// Takes a user's set away; false when there was none. Forwarders that use it go on.
@@ -122,7 +130,7 @@ struct Seen {
 
 /// Tests programs of the same kind, that hook this process's own sockets.
 fn tested() -> Result<Seen, Unavailable> {
-    let config = Config { connections: 1, hook_blocking: false, trace: false };
+    let config = Config { connections: 1, hook_blocking: false, bear_fionread: true, trace: false };
     let own = Owners::of(nix::unistd::geteuid().as_raw(), &[]);
     let mut kernel = Kernel::of(load::load(&Shape { owners: own, ..Shape::own(&config) })?)?;
     kernel.selftest()?;

@@ -142,12 +142,11 @@ impl Lanes {
         sender: &SenderAddress,
         target: BorrowedFd<'_>,
         forwarded: u64,
-        largest: u64,
     ) -> Result<Lane, Refused> {
         let mut tables = self.tables();
         let route = tables.free.pop_front().ok_or(Refused::NoSlot)?;
-        match tables.open(&self.records, route, sender, target, (forwarded, largest)) {
-            Ok(()) => Ok(Lane { lanes: Arc::clone(self), route, flow: sender.flow() }),
+        match tables.open(&self.records, route, sender, target, forwarded) {
+            Ok(()) => Ok(Lane { lanes: Arc::clone(self), route, flow: sender.flow(), hooked: None }),
             Err(refused) => {
                 tables.free.push_back(next_use(route));
                 Err(refused)
@@ -168,14 +167,13 @@ impl Tables {
         route: Route,
         sender: &SenderAddress,
         target: BorrowedFd<'_>,
-        (forwarded, largest): (u64, u64),
+        forwarded: u64,
     ) -> Result<(), Refused> {
         const NO_EXIST: u64 = 1;
         let record = records.get(route.record as usize).ok_or(Refused::NoSlot)?;
         lift_notsent_lowat(target).map_err(Refused::Memory)?;
         reset(record);
         record.forwarded.store(forwarded, Relaxed);
-        record.largest.store(largest, Relaxed);
         give(record, target, |spent, credit, _| regrant(spent, credit)).map_err(Refused::Memory)?;
         record.grants.store(0, Relaxed);
         record.last.store(route.serial.into(), Relaxed);
@@ -267,6 +265,8 @@ pub struct Lane {
     lanes: Arc<Lanes>,
     route: Route,
     flow: Flow,
+    /// The cookie of its sender's socket, once that was hooked.
+    hooked: Option<u64>,
 }
 
 impl Lane {
@@ -305,6 +305,23 @@ impl Lane {
     /// When the target's send memory cannot be read.
     pub fn grant(&self, target: BorrowedFd<'_>) -> io::Result<Granted> {
         give(self.record(), target, grant)
+    }
+
+    /// Notes that its sender's socket, with this cookie, was asked to be hooked.
+    pub const fn set_hooked(&mut self, socket: u64) {
+        self.hooked = Some(socket);
+    }
+
+    /// The cookie of its sender's socket, if that may be hooked.
+    #[must_use]
+    pub const fn hooked(&self) -> Option<u64> {
+        self.hooked
+    }
+
+    /// Has its sender been found to be in bulk, which is no business of a lane's?
+    #[must_use]
+    pub fn is_in_bulk(&self) -> bool {
+        self.record().passed[Reason::Bulk as usize].load(Relaxed) > 0
     }
 
     /// Opens or shuts the shortcut. What is shut takes the ordinary way; nothing is lost or reordered at any time.

@@ -6,11 +6,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use aya::maps::{HashMap, Map, MapData, MapError, RingBuf, SockHash};
-use bro_ebpf::{Counter, Event, HookRequest, Watch, WatchKey, kind, role};
+use bro_ebpf::{Counter, Event, Flow, HookRequest, Watch, WatchKey, kind, role};
 use serde::{Deserialize, Serialize};
 
 use super::lane::{self, Lane, Lanes, SenderAddress};
-use super::sys::{self, Mapping, PortKey, WatchValue};
+use super::sys::{Mapping, PortKey, WatchValue};
 use super::unavailable::{Refused, Unavailable};
 use super::{Kind, Role, Totals, load};
 
@@ -31,7 +31,7 @@ pub struct Descriptors {
     pub targets: OwnedFd,
     /// Events.
     pub events: OwnedFd,
-    /// The program that hooks a client, to be run.
+    /// The program that hooks a sender, to be run.
     pub hook: OwnedFd,
 }
 
@@ -185,8 +185,7 @@ impl Maps {
 
     /// Opens a lane from `sender` into `target`'s transmit queue. `forwarded` is what the forwarder has already written to
     /// `target` of the sender's bytes; bytes of its own that it put before them (a proxy header) do not count, and must be
-    /// written before this. May be called right after connect, before or after the sender was hooked. Messages of more than
-    /// `largest` bytes do not take the lane.
+    /// written before this. May be called at any time in a connection's life, before the sender was hooked.
     ///
     /// # Errors
     /// When there is no lane for this connection: relay it by splice.
@@ -195,12 +194,11 @@ impl Maps {
         sender: &SenderAddress,
         target: BorrowedFd<'_>,
         forwarded: u64,
-        largest: Option<u32>,
     ) -> Result<Lane, Refused> {
-        self.lanes.open(sender, target, forwarded, largest.map_or(u64::MAX, u64::from))
+        self.lanes.open(sender, target, forwarded)
     }
 
-    /// Takes a sender, by its socket cookie, out of the senders' map for good: from now on it is ordinary TCP's.
+    /// Takes a sender, by its socket cookie, out of the senders' map: from now on it is ordinary TCP's.
     pub fn release(&mut self, cookie: u64) {
         let _gone_meanwhile = self.senders.remove(&cookie);
     }
@@ -218,18 +216,21 @@ impl Maps {
         self.events.as_fd()
     }
 
-    /// Hands over every event there is. A blocking sender has already been taken out of the senders' map, and a client that has
-    /// proved to be a non-blocking one put there.
+    /// Puts a sender that has proved to be a non-blocking one into the senders' map. One of another network namespace than this
+    /// thread's is not found: for that, a process there runs the program ([`super::hook`]).
+    pub fn hook(&self, flow: Flow, socket: u64) {
+        if let Err(error) = super::hook(self.hook.as_fd(), &HookRequest { flow, cookie: socket }.packet()) {
+            tracing::debug!(%error, "a sender could not be hooked and is spliced");
+        }
+    }
+
+    /// Hands over every event there is. A blocking sender has already been taken out of the senders' map.
     pub fn drain_events(&mut self, mut each: impl FnMut(Event)) {
         while let Some(bytes) = self.events.next() {
             let Some(event) = Event::parse(&bytes) else { continue };
             drop(bytes);
-            match event {
-                Event::BlockingSender { socket, .. } => {
-                    let _closed_meanwhile = self.senders.remove(&socket);
-                }
-                Event::Proved { socket, flow } => hook(&self.hook, &HookRequest { flow, cookie: socket }),
-                _ => {}
+            if let Event::BlockingSender { socket, .. } = event {
+                let _closed_meanwhile = self.senders.remove(&socket);
             }
             each(event);
         }
@@ -260,14 +261,6 @@ impl Maps {
     #[must_use]
     pub fn hooked_now(&self) -> usize {
         self.senders.keys().filter(Result::is_ok).count()
-    }
-}
-
-/// Puts a client into the senders' map. One of another network namespace than this thread's is not found, and spliced.
-fn hook(program: &OwnedFd, request: &HookRequest) {
-    match sys::run(program.as_fd(), &request.packet()) {
-        Ok(_hooked_or_gone_meanwhile) => {}
-        Err(error) => tracing::debug!(%error, "a client could not be hooked and is spliced"),
     }
 }
 

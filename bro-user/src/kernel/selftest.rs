@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::load::chain;
-use super::{Event, Kernel, Kind, Lane, Reason, Role, SenderAddress, cgroup, netns_cookie};
+use super::{Event, Kernel, Lane, LaneId, Reason, Role, SenderAddress, cgroup, netns_cookie};
 
 /// How long all of it may take, on a machine that is just booting.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -19,7 +19,7 @@ const BUFFER: usize = 128 * 1024;
 /// The service's answer to the first request: less than any send buffer's half.
 const SMALL: usize = 16 * 1024;
 
-/// How many messages a client may need to prove that it is a non-blocking one: two, but for acknowledgements that come late.
+/// How many messages a sender may need to prove that it is a non-blocking one: two, but for acknowledgements that come late.
 const MOST_MESSAGES: u64 = 10;
 /// How long each but the first is waited for, in milliseconds.
 const PROOF: u16 = 50;
@@ -36,7 +36,7 @@ pub(super) fn run(kernel: &mut Kernel) -> Outcome<Outcome> {
     let port = step("the listener's address", listener.local_addr())?.port();
     let netns = step("the namespace's cookie", netns_cookie(listener.as_fd()))?;
     let outcome = step("watching a port", kernel.watch(netns, port, Role::Service))
-        .and_then(|()| Test { kernel, listener, netns, port, deadline: Instant::now() + LIMIT }.run());
+        .and_then(|()| Test { kernel, listener, netns, deadline: Instant::now() + LIMIT }.run());
     kernel.unwatch(netns, port);
     if !attached_before {
         kernel.detach(&own);
@@ -48,7 +48,6 @@ struct Test<'a> {
     kernel: &'a mut Kernel,
     listener: TcpListener,
     netns: u64,
-    port: u16,
     deadline: Instant,
 }
 
@@ -62,26 +61,22 @@ struct Ends {
 
 impl Test<'_> {
     fn run(mut self) -> Outcome<Outcome> {
-        // Where blocking sockets are hooked too, there is nothing to learn: each is hooked from its first connection.
-        if !self.kernel.maps.share.hook_blocking {
-            self.learn()?;
-        }
-        let hooked = self.kernel.totals().hooked;
         let (backend, service) = self.pair(&self.listener)?;
-        if self.kernel.totals().hooked == hooked {
-            return Err("the service's socket was not hooked".into());
-        }
         let front = listener()?;
         let (client, accepted) = self.pair(&front)?;
         for (socket, option) in [(&accepted, true), (&service, true), (&client, false), (&backend, false)] {
             step("a buffer's size", buffer_size(socket, option))?;
         }
         let mut ends = Ends { client, accepted, backend, service };
+        if self.kernel.hooked_now() > 0 {
+            return Err("a socket was hooked that nobody had asked for".into());
+        }
         let lane = self.lane(&ends)?;
+        let greeted = self.prove(&mut ends, &lane, Role::Service)?;
         self.fionread(&mut ends)?;
         self.half_close(&mut ends, &lane)?;
         let sent = self.fill(&mut ends, &lane)?;
-        self.drain(&mut ends, &lane, sent)?;
+        self.drain(&mut ends, &lane, sent, greeted)?;
         let unhooked = self.kernel.totals().unhooked;
         if unhooked == 0 {
             return Err("the service's socket was not let go when it closed".into());
@@ -91,10 +86,6 @@ impl Test<'_> {
 
     /// A client on this host proves to be a non-blocking one, is hooked by `bro_hook`, and has its lane.
     fn local_client(&mut self) -> Outcome {
-        if self.kernel.maps.share.hook_blocking {
-            // Then clients are hooked when they connect, as services are.
-            return Ok(());
-        }
         let front = listener()?;
         let port = step("the listener's address", front.local_addr())?.port();
         step("watching a port", self.kernel.watch(self.netns, port, Role::Client))?;
@@ -112,26 +103,9 @@ impl Test<'_> {
             local: step("the client's address", ends.accepted.peer_addr())?,
             remote: step("the accepted socket's address", ends.accepted.local_addr())?,
         };
-        let lane = self.kernel.open_lane(&sender, ends.backend.as_fd(), 0, None);
+        let lane = self.kernel.open_lane(&sender, ends.backend.as_fd(), 0);
         let lane = lane.map_err(|error| chain(&error))?;
-        let before = self.kernel.totals();
-        let (mut sent, mut proved) = (0, false);
-        while !proved {
-            if sent == MOST_MESSAGES {
-                return Err(format!("it did not prove to be a non-blocking one: {:?}", self.kernel.totals()));
-            }
-            sent += 1;
-            self.pass(&mut ends, &lane, sent)?;
-            // Not before the second message.
-            let patience = if sent < 2 { 0 } else { PROOF };
-            let mut events = [PollFd::new(self.kernel.events_fd(), PollFlags::POLLIN)];
-            step("an event", poll(&mut events, patience))?;
-            // Who hands the event over runs the program that hooks.
-            self.kernel.drain_events(|event| proved |= matches!(event, Event::Proved { .. }));
-        }
-        if self.kernel.totals().hooked == before.hooked {
-            return Err(format!("the program for it refused or cannot be run: {:?}", self.kernel.totals()));
-        }
+        self.prove(&mut ends, &lane, Role::Client)?;
         let request = content(0, SMALL);
         step("the request", ends.client.write_all(&request))?;
         if lane.bytes() != SMALL as u64 {
@@ -140,14 +114,48 @@ impl Test<'_> {
         self.expect(&mut ends.service, &request, "the request")
     }
 
-    /// One byte of the client's goes the long way; with it so many have.
-    fn pass(&self, ends: &mut Ends, lane: &Lane, total: u64) -> Outcome {
-        const WHAT: &str = "a client's message";
-        step(WHAT, ends.client.write_all(b"y"))?;
-        self.expect(&mut ends.accepted, b"y", WHAT)?;
-        step(WHAT, ends.backend.write_all(b"y"))?;
-        step("a grant", lane.forwarded(total, ends.backend.as_fd()))?;
-        self.expect(&mut ends.service, b"y", WHAT)
+    /// Has a sender prove to be a non-blocking one, by bytes that go the long way, and hooks it. How many those were.
+    fn prove(&mut self, ends: &mut Ends, lane: &Lane, role: Role) -> Outcome<u64> {
+        let before = self.kernel.totals();
+        for sent in 1..=MOST_MESSAGES {
+            self.pass(ends, lane, sent, role)?;
+            // Not before the second message.
+            let patience = if sent < 2 { 0 } else { PROOF };
+            let mut events = [PollFd::new(self.kernel.events_fd(), PollFlags::POLLIN)];
+            step("an event", poll(&mut events, patience))?;
+            let mut proved = None;
+            self.kernel.drain_events(|event| {
+                if let Event::Proved { record, serial, socket, flow } = event
+                    && (LaneId { record, serial }) == lane.id()
+                {
+                    proved = Some((flow, socket));
+                }
+            });
+            let Some((flow, socket)) = proved else { continue };
+            self.kernel.hook(flow, socket);
+            if self.kernel.totals().hooked == before.hooked {
+                return Err(format!(
+                    "the program for it refused or cannot be run: {:?}",
+                    self.kernel.totals()
+                ));
+            }
+            return Ok(sent);
+        }
+        Err(format!("it did not prove to be a non-blocking one: {:?}", self.kernel.totals()))
+    }
+
+    /// One byte of a sender's goes the long way; with it so many have.
+    fn pass(&self, ends: &mut Ends, lane: &Lane, total: u64, role: Role) -> Outcome {
+        let Ends { client, accepted, backend, service } = ends;
+        let (sender, near, far, receiver, what) = match role {
+            Role::Client => (client, accepted, backend, service, "a client's message"),
+            Role::Service => (service, backend, accepted, client, "a service's message"),
+        };
+        step(what, sender.write_all(b"y"))?;
+        self.expect(near, b"y", what)?;
+        step(what, far.write_all(b"y"))?;
+        step("a grant", lane.forwarded(total, far.as_fd()))?;
+        self.expect(receiver, b"y", what)
     }
 
     /// Exactly these bytes come.
@@ -165,26 +173,6 @@ impl Test<'_> {
         if got == wanted { Ok(()) } else { Err(format!("{what} was changed on its way")) }
     }
 
-    /// The first connection only shows of which kind the service is.
-    fn learn(&mut self) -> Outcome {
-        let (mut backend, mut service) = self.pair(&self.listener)?;
-        // Nothing is learned of a service before it has read.
-        step("the first byte", backend.write_all(b"x"))?;
-        self.expect(&mut service, b"x", "the first byte")?;
-        step("the first byte", service.write_all(b"x"))?;
-        self.expect(&mut backend, b"x", "the first byte")?;
-        loop {
-            match self.kernel.kind(self.netns, self.port) {
-                Some(Kind::Fit) => return Ok(()),
-                Some(Kind::Unknown) => {}
-                other => return Err(format!("a non-blocking service was taken for {other:?}")),
-            }
-            let events = PollFd::new(self.kernel.events_fd(), PollFlags::POLLIN);
-            wait(events, self.deadline, "the service's kind")?;
-            self.kernel.drain_events(|_| {});
-        }
-    }
-
     fn lane(&self, ends: &Ends) -> Outcome<Lane> {
         let address = |name: &str, address: std::io::Result<SocketAddr>| step(name, address);
         let sender = SenderAddress {
@@ -192,10 +180,10 @@ impl Test<'_> {
             local: address("the service's address", ends.backend.peer_addr())?,
             remote: address("the backend's address", ends.backend.local_addr())?,
         };
-        self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0, None).map_err(|error| chain(&error))
+        self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0).map_err(|error| chain(&error))
     }
 
-    /// Whether the service can still ask how much waits. If not, that is for the engine to be careful about.
+    /// Whether the service can still ask how much waits. If not, only who insists gets this relay.
     fn fionread(&mut self, ends: &mut Ends) -> Outcome {
         step("a request", ends.backend.write_all(b"x"))?;
         self.wait(&ends.service, PollFlags::POLLIN, "a request")?;
@@ -251,10 +239,10 @@ impl Test<'_> {
     }
 
     /// Relays what was passed, as the forwarder does, and checks every byte and the end at the client.
-    fn drain(&self, ends: &mut Ends, lane: &Lane, sent: usize) -> Outcome {
+    fn drain(&self, ends: &mut Ends, lane: &Lane, sent: usize, greeted: u64) -> Outcome {
         step("the end", ends.service.shutdown(Shutdown::Write))?;
         let mut buffer = vec![0; 256 * 1024];
-        let (mut pending, mut total, mut ended) = (Vec::new(), 0u64, false);
+        let (mut pending, mut total, mut ended) = (Vec::new(), greeted, false);
         let mut received = SMALL;
         loop {
             if pending.is_empty() && !ended {

@@ -56,6 +56,12 @@ pub enum Unavailable {
     /// The self-test failed.
     #[error("the self-test failed: {0}")]
     SelfTest(String),
+    /// The self-test has seen that hooked sockets answer FIONREAD with 0, whatever waits.
+    #[error(
+        "this kernel answers FIONREAD with 0 for hooked sockets, so a service that asks how much waits (Java, nginx) would wait for \
+         ever"
+    )]
+    FionreadLies,
     /// The pins of `bro loader` cannot be opened or made.
     #[error("bro loader's {} cannot be used", .0.display())]
     Pin(PathBuf, #[source] io::Error),
@@ -96,10 +102,10 @@ impl Unavailable {
                 "use a kernel with CONFIG_DEBUG_INFO_BTF=y and /sys mounted"
             }
             Self::Map { .. } => {
-                "use Linux 5.15 or newer with CONFIG_BPF_STREAM_PARSER=y; if it is memory: LimitMEMLOCK=infinity or a \
+                "use Linux 5.19 or newer with CONFIG_BPF_STREAM_PARSER=y; if it is memory: LimitMEMLOCK=infinity or a \
                  smaller --connections-max="
             }
-            Self::Verifier { .. } => "use Linux 5.15 or newer; on such a one please report this line",
+            Self::Verifier { .. } => "use Linux 5.19 or newer; on such a one please report this line",
             Self::Mapping(_) => "raise the memory limit of the unit (MemoryMax=, LimitAS=)",
             Self::Cgroup(..) => "the cgroup must exist, below a mounted cgroup v2 file system",
             Self::CgroupFull(_) => "detach what is no longer needed (bpftool cgroup tree)",
@@ -108,6 +114,10 @@ impl Unavailable {
             }
             Self::Attach(..) => "see bpftool cgroup tree for what else is attached there",
             Self::Object(_) => "build bro anew; cargo xtask build-ebpf remakes the programs",
+            Self::FionreadLies => {
+                "a kernel without that defect has the kernel relay back: Linux before 6.6.128, 6.12.75 and 6.18.14 of these series, or \
+                 one with the commit 04af4efde58a of July 2026; for a service that never asks there is --relay=sockmap"
+            }
             Self::SelfTest(_) => "please report this line with the kernel's version",
             Self::Pin(_, error) if error.raw_os_error() == Some(nix::libc::EPERM) => {
                 "use Linux 5.19 or newer, or `sysctl kernel.unprivileged_bpf_disabled=0`; a SystemCallFilter= of the unit must \

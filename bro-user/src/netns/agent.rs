@@ -1,5 +1,6 @@
 //! The agent: a single-threaded child that joins another network namespace, makes sockets there for the control side, and
-//! connects for the relay process, to the destinations that the control side has named and to no other.
+//! connects for the relay process, to the destinations that the control side has named and to no other. It also runs the kernel
+//! relay's program that hooks a sender, which finds only sockets of the namespace that it is run in.
 //!
 //! It is a process of its own because setns(2) lets nobody with threads join a user namespace, and an ordinary user must join
 //! the user namespace that owns a rootless container's network namespace before it may join the latter. It holds nothing else:
@@ -18,7 +19,7 @@ use nix::sys::stat::fstat;
 
 use super::wire::{self, Address, Answer, Destinations, Request};
 use crate::source::{Binding, any_port, bind_to};
-use crate::sys;
+use crate::{kernel, sys};
 
 /// More channels than a forwarder has targets would be a mistake of ours.
 const MOST_CHANNELS: usize = 1024;
@@ -39,6 +40,8 @@ struct Place {
     root: Option<OwnedFd>,
     /// Device and inode of the network namespace.
     netns: Option<(u64, u64)>,
+    /// The kernel relay's program that hooks a sender, which it finds in the namespace of whoever runs it.
+    hook: Option<OwnedFd>,
 }
 
 /// Serves the channel at descriptor 0 until it is closed.
@@ -96,7 +99,7 @@ fn serve(
         (Asker::Control, Request::Join) => {
             let netns = (!descriptors.is_empty()).then(|| descriptors.remove(0)).ok_or(Errno::EINVAL)?;
             let stat = fstat(&netns)?;
-            *place = Place { root: descriptors.pop(), netns: Some((stat.st_dev, stat.st_ino)) };
+            *place = Place { root: descriptors.pop(), netns: Some((stat.st_dev, stat.st_ino)), hook: None };
             join(netns.as_fd()).map(|()| Vec::new())
         }
         (Asker::Control, Request::Sockets { domain, kind, protocol, count }) => {
@@ -122,8 +125,18 @@ fn serve(
             let count = count.min(sys::MOST_DESCRIPTORS as u8);
             (0..count).map(|_| stream(domain_of(address), destinations.binding)).collect()
         }
+        (Asker::Control, Request::Program) => {
+            place.hook = descriptors.pop();
+            Ok(Vec::new())
+        }
+        (Asker::Relay(_), Request::Hook(request)) => {
+            let program = place.hook.as_ref().ok_or(Errno::ENOENT)?;
+            kernel::hook(program.as_fd(), &request).map_err(|error| sys::errno_of(&error))?;
+            Ok(Vec::new())
+        }
         // Whoever asks this is not who it was.
-        (Asker::Control, Request::Dial(..) | Request::Supply(..)) | (Asker::Relay(_), _) => Err(Errno::EPERM),
+        (Asker::Control, Request::Dial(..) | Request::Supply(..) | Request::Hook(_))
+        | (Asker::Relay(_), _) => Err(Errno::EPERM),
     }
 }
 

@@ -83,30 +83,6 @@ impl Table {
         Ok(found)
     }
 
-    /// The cookie of the socket at `local` that is connected to `remote`.
-    ///
-    /// # Errors
-    /// NotFound when there is none.
-    pub fn cookie(&self, local: SocketAddr, remote: SocketAddr) -> io::Result<u64> {
-        let (family, mut id) =
-            if local.is_ipv4() { (AF_INET, SocketId::new_v4()) } else { (AF_INET6, SocketId::new_v6()) };
-        (id.source_address, id.source_port) = (local.ip(), local.port());
-        (id.destination_address, id.destination_port) = (remote.ip(), remote.port());
-        // INET_DIAG_NOCOOKIE: whichever socket has these addresses.
-        id.cookie = [0xff; 8];
-        let request = InetRequest {
-            family,
-            protocol: IPPROTO_TCP,
-            extensions: ExtensionFlags::empty(),
-            states: StateFlags::all(),
-            socket_id: id,
-        };
-        self.send(NLM_F_REQUEST, request)?;
-        let mut cookie = None;
-        self.receive(|response| cookie = Some(u64::from_ne_bytes(response.header.socket_id.cookie)))?;
-        cookie.ok_or_else(|| io::ErrorKind::NotFound.into())
-    }
-
     fn send(&self, flags: u16, request: InetRequest) -> io::Result<()> {
         let mut header = NetlinkHeader::default();
         header.flags = flags;
@@ -195,19 +171,6 @@ mod tests {
         let read = |code| messages(&error(code), &mut |_| ()).unwrap_err().raw_os_error();
         assert_eq!(read(-libc::ENOENT), Some(libc::ENOENT));
         assert_eq!(read(i32::MIN), Some(i32::MIN));
-    }
-
-    #[tokio::test]
-    async fn finds_a_socket_by_its_addresses() {
-        let table = Table::open(&Where::Own).await.unwrap();
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (local, remote) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
-        let cookie = table.cookie(local, remote).unwrap();
-        assert_eq!(table.cookie(local, remote).unwrap(), cookie);
-        assert_ne!(table.cookie(remote, local).unwrap(), cookie, "the other end is another socket");
-        drop((client, listener));
-        assert!(table.cookie(local, "127.0.0.1:1".parse().unwrap()).is_err());
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::kernel::HOOK_REQUEST;
 use crate::source::Binding;
 use crate::sys;
 
@@ -36,6 +37,10 @@ pub enum Request {
     /// Make this many unconnected stream sockets, at most [`sys::MOST_DESCRIPTORS`], of the family of the destination with this
     /// number.
     Supply(u8, u8),
+    /// Keep the program that comes along, for [`Request::Hook`].
+    Program,
+    /// Run that program, which puts a socket of the agent's namespace into the kernel relay's map of senders, on this request.
+    Hook(Box<[u8; HOOK_REQUEST]>),
 }
 
 /// Where a channel leads.
@@ -113,6 +118,8 @@ impl Request {
                 bytes
             }
             Self::Supply(number, count) => vec![4, *number, *count],
+            Self::Program => vec![5],
+            Self::Hook(request) => std::iter::once(6).chain(**request).collect(),
         }
     }
 
@@ -131,6 +138,8 @@ impl Request {
             (2, destinations) => Self::Channel(serde_json::from_slice(destinations).ok()?),
             (3, [number, source @ ..]) => Self::Dial(*number, serde_json::from_slice(source).ok()?),
             (4, [number, count]) => Self::Supply(*number, *count),
+            (5, []) => Self::Program,
+            (6, request) => Self::Hook(Box::new(request.try_into().ok()?)),
             _ => return None,
         })
     }
@@ -202,6 +211,7 @@ mod tests {
             let destinations = Destinations { addresses, file: Some(path.into()), binding: Binding::Any };
             let source = Some(SocketAddr::new(ip, port));
             for request in [Request::Join, Request::Channel(destinations), Request::Dial(count, source), Request::Dial(count, None), Request::Supply(count, 16),
+                            Request::Program, Request::Hook(Box::new([count; HOOK_REQUEST])),
                             Request::Sockets { domain, kind, protocol, count }] {
                 prop_assert_eq!(Request::decode(&request.encode()), Some(request));
             }

@@ -18,7 +18,7 @@ use crate::forwarder::Forwarder;
 use crate::pattern::Pattern;
 use crate::peers::{Conn, End, PATIENCE};
 use crate::process;
-use crate::scene::Scene;
+use crate::scene::{Scene, talk};
 
 /// Where things lie inside: as in a target folder.
 pub const BRO: &str = "/bro/bro";
@@ -186,8 +186,12 @@ fn status(forwarder: &Forwarder) -> Result<Value> {
     ours.cloned().with_context(|| format!("bro status does not know the forwarder: {output}"))
 }
 
-/// [`BYTES`] both ways at once, then an end each way; every byte compared.
+/// So often the two ask and answer before they stream: connections that do have their lanes.
+pub const TALKS: u64 = 10;
+
+/// Questions and answers, then [`BYTES`] both ways at once, then an end each way; every byte compared.
 fn exchange(client: &Conn, service: &Conn, seed: u64) -> Result<()> {
+    (0..TALKS).try_for_each(|_| talk(client, service))?;
     let (up, down) = (Pattern(2 * seed), Pattern(2 * seed + 1));
     let send = |conn: &Conn, pattern| -> Result<()> {
         conn.pour(pattern, 0, BYTES)?;

@@ -39,7 +39,8 @@ pub fn other_user(host: &Host) -> Result<()> {
 pub fn in_the_same_slice(host: &Host) -> Result<()> {
     let uid = load(host, "test")?;
     let test = Manager::User("test");
-    let site = Site::new(host, test, "shared", &Plan::service(test, 0.0, "--local-clients=on"))?;
+    let site =
+        Site::new(host, test, "shared", &Plan::service(test, 0.0, "--relay=sockmap --local-clients=on"))?;
     expect_lane(&site)?;
     let client = format!(
         "import socket; s = socket.create_connection(('127.0.0.1', {})); s.sendall(b'ping'); assert s.recv(4) == b'ping'",
@@ -76,7 +77,7 @@ const INSIDE: &str = "import ctypes, errno, os\n\
 pub fn inside_a_container(host: &Host) -> Result<()> {
     let uid = load(host, "test")?;
     let test = Manager::User("test");
-    let site = Site::new(host, test, "inside", &Plan::service(test, 0.0, ""))?;
+    let site = Site::new(host, test, "inside", &Plan::service(test, 0.0, "--relay=sockmap"))?;
     expect_lane(&site)?;
     let script = INSIDE.replace("UID", &uid.to_string());
     let said = test.run(host, &["podman", "exec", "systemd-inside", "python3", "-c", &script])?;

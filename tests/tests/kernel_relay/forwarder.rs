@@ -10,8 +10,8 @@ use anyhow::{Context as _, Result, ensure};
 use bro_user::kernel::{Event, Kernel, Lane, LaneCounters};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::LIMIT;
 use super::content::Numbers;
+use super::{LIMIT, hook_who_has_proved};
 
 /// One connection: `accepted` faces the client, `backend` the service.
 pub struct Connection {
@@ -146,7 +146,7 @@ pub fn relay(kernel: &mut Kernel, mut connections: Vec<Connection>, toggle: Opti
 
 fn grant(kernel: &mut Kernel, connections: &[Connection]) -> Result<()> {
     let mut low = Vec::new();
-    kernel.drain_events(|event| {
+    hook_who_has_proved(kernel, |event| {
         if let Event::LowCredit { record, serial } = event {
             low.push((record, serial));
         }

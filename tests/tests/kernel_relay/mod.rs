@@ -54,7 +54,10 @@ pub struct Ends {
 
 impl Bench {
     pub fn new() -> Result<Self> {
-        Self::with("127.0.0.1:0", Config { connections: 64, hook_blocking: false, trace: false })
+        Self::with(
+            "127.0.0.1:0",
+            Config { connections: 64, hook_blocking: false, bear_fionread: true, trace: false },
+        )
     }
 
     /// Everything at `address`, with both lanes watched.
@@ -78,13 +81,6 @@ impl Bench {
         self.kernel.kind(self.netns, self.port())
     }
 
-    /// As if a first connection had shown that the service is a non-blocking one.
-    pub fn fit(mut self) -> Result<Self> {
-        let port = self.port();
-        self.kernel.set_kind(self.netns, port, Kind::Fit)?;
-        Ok(self)
-    }
-
     /// One forwarded connection; the client connects the way non-blocking clients do.
     pub fn connect(&self) -> Result<Ends> {
         let (client, accepted) = pair(&self.front)?;
@@ -94,49 +90,57 @@ impl Bench {
 
     pub fn service_lane(&self, ends: &Ends) -> Result<Lane> {
         let sender = sender(self.netns, &ends.backend)?;
-        Ok(self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0, None)?)
+        Ok(self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0)?)
     }
 
     pub fn client_lane(&self, ends: &Ends) -> Result<Lane> {
         let sender = sender(self.netns, &ends.accepted)?;
-        Ok(self.kernel.open_lane(&sender, ends.backend.as_fd(), 0, None)?)
+        Ok(self.kernel.open_lane(&sender, ends.backend.as_fd(), 0)?)
+    }
+
+    /// A service's lane whose sender is hooked already, and how many bytes went the long way for that.
+    pub fn hooked_lane(&mut self, ends: &Ends) -> Result<(Lane, u64)> {
+        let lane = self.service_lane(ends)?;
+        let passed = self.prove_by(ends, &lane, Self::pass_down)?;
+        Ok((lane, passed))
     }
 
     /// Has the client send bytes (`y`), which go the long way, until it has proved to be a non-blocking one and is hooked, and
     /// says how many those were. The client's lane must be open.
     pub fn prove(&mut self, ends: &Ends, lane: &Lane) -> Result<u64> {
-        let mut total = 0;
-        for _ in 0..10 {
-            total += 1;
-            self.pass(ends, lane, total)?;
+        self.prove_by(ends, lane, Self::pass)
+    }
+
+    fn prove_by(
+        &mut self,
+        ends: &Ends,
+        lane: &Lane,
+        pass: impl Fn(&Self, &Ends, &Lane, u64) -> Result<()>,
+    ) -> Result<u64> {
+        for total in 1..=10 {
+            pass(self, ends, lane, total)?;
             if self.proved(Duration::from_millis(100))? {
                 return Ok(total);
             }
         }
-        anyhow::bail!("the client was not hooked: {:?}", self.kernel.totals())
+        anyhow::bail!("it was not hooked: {:?}", self.kernel.totals())
     }
 
     /// A byte of the client's (`y`) goes the long way; with it so many have.
     pub fn pass(&self, ends: &Ends, lane: &Lane, total: u64) -> Result<()> {
-        use io::{Read as _, Write as _};
-        let mut byte = [0];
-        (&ends.client).write_all(b"y")?;
-        await_poll(ends.accepted.as_fd(), PollFlags::POLLIN)?;
-        (&ends.accepted).read_exact(&mut byte)?;
-        (&ends.backend).write_all(&byte)?;
-        lane.forwarded(total, ends.backend.as_fd())?;
-        await_poll(ends.service.as_fd(), PollFlags::POLLIN)?;
-        (&ends.service).read_exact(&mut byte)?;
-        ensure!(byte == *b"y", "another byte came: {byte:?}");
-        Ok(())
+        long_way([&ends.client, &ends.accepted, &ends.backend, &ends.service], lane, total)
     }
 
-    /// Whether a client proves to be a non-blocking one (and so is hooked) within this time.
+    /// The same of the service's.
+    pub fn pass_down(&self, ends: &Ends, lane: &Lane, total: u64) -> Result<()> {
+        long_way([&ends.service, &ends.backend, &ends.accepted, &ends.client], lane, total)
+    }
+
+    /// Whether a sender proves to be a non-blocking one (and so is hooked) within this time.
     pub fn proved(&mut self, within: Duration) -> Result<bool> {
         let deadline = Instant::now() + within;
         loop {
-            let mut proved = false;
-            self.kernel.drain_events(|event| proved |= matches!(event, Event::Proved { .. }));
+            let proved = hook_who_has_proved(&mut self.kernel, |_| {});
             let left = deadline.saturating_duration_since(Instant::now()).as_millis() as u16;
             if proved || left == 0 {
                 return Ok(proved);
@@ -156,6 +160,33 @@ impl Bench {
             await_poll(self.kernel.events_fd(), PollFlags::POLLIN).context("an event")?;
         }
     }
+}
+
+/// Hooks senders that have proved to be non-blocking ones; whether there were any. Other events are handed over.
+pub fn hook_who_has_proved(kernel: &mut Kernel, mut each: impl FnMut(Event)) -> bool {
+    let mut proved = Vec::new();
+    kernel.drain_events(|event| match event {
+        Event::Proved { socket, flow, .. } => proved.push((flow, socket)),
+        event => each(event),
+    });
+    proved.iter().for_each(|(flow, socket)| kernel.hook(*flow, *socket));
+    !proved.is_empty()
+}
+
+/// A byte (`y`) from the first socket to the second, and from the third to the fourth.
+fn long_way([from, near, far, to]: [&TcpStream; 4], lane: &Lane, total: u64) -> Result<()> {
+    use io::{Read as _, Write as _};
+    let (mut from, mut near, mut far, mut to) = (from, near, far, to);
+    let mut byte = [0];
+    from.write_all(b"y")?;
+    await_poll(near.as_fd(), PollFlags::POLLIN)?;
+    near.read_exact(&mut byte)?;
+    far.write_all(&byte)?;
+    lane.forwarded(total, far.as_fd())?;
+    await_poll(to.as_fd(), PollFlags::POLLIN)?;
+    to.read_exact(&mut byte)?;
+    ensure!(byte == *b"y", "another byte came: {byte:?}");
+    Ok(())
 }
 
 /// The sender at the other end of a socket of the forwarder.

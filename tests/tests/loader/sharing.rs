@@ -8,7 +8,7 @@ use bro_tests::forwarder::Setup;
 use bro_tests::loader::{ALICE, INSIDE_ALICE, Site, Stage, as_user};
 use bro_tests::peers::{Family, Here, Listener, PATIENCE};
 use bro_tests::process;
-use bro_tests::scene::expect_relayed;
+use bro_tests::scene::{expect_relayed, talk_until};
 use bro_user::kernel::pinned;
 use nix::sys::signal::Signal;
 
@@ -56,8 +56,8 @@ fn several_forwarders_each_have_their_own_seat() -> Result<()> {
     ensure!(seats == [0, 1, 2], "{seats:?}");
     // All at once, so that lanes of all three are open together.
     let open: Vec<_> = sites.iter().map(|site| site.connect(ALICE)).collect::<Result<_>>()?;
-    for (client, service) in &open {
-        expect_relayed(client, service)?;
+    for (nth, (client, service)) in open.iter().enumerate() {
+        talk_until(client, service, || programs.hooked().is_ok_and(|now| now > nth))?;
     }
     ensure!(programs.hooked()? == 3, "{} hooked", programs.hooked()?);
     Ok(())
@@ -94,7 +94,7 @@ fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
     let site = Site { forwarder, front, service };
     site.expect_lane(ALICE)?;
     let (client, far) = site.connect(ALICE)?;
-    expect_relayed(&client, &far)?;
+    talk_until(&client, &far, || programs.hooked().is_ok_and(|now| now > 0))?;
     let records = programs.records()?;
     let before = records.last(0).context("the first record")?;
     let Site { forwarder, front, service } = site;

@@ -58,6 +58,8 @@ pub enum Way {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lanes {
     None,
+    /// Where the kernel allows.
+    Auto,
     Service,
     Both,
 }
@@ -73,7 +75,7 @@ const fn bro(
 }
 
 /// Everyone, in the order of the tables.
-pub const ALL: [Contender; 14] = [
+pub const ALL: [Contender; 15] = [
     Contender {
         key: "direct",
         label: "direct (no forwarder)",
@@ -86,6 +88,7 @@ pub const ALL: [Contender; 14] = [
         way: Way::Unix,
         how: "the same service on a unix socket, for reference",
     },
+    bro("bro-auto", "bro, auto", &["--relay=auto"], Lanes::Auto, "what bro does unless it is told otherwise"),
     bro(
         "bro-both-lanes",
         "bro, both lanes",

@@ -7,6 +7,7 @@ mod flows;
 mod idle;
 mod requests;
 mod slow;
+mod writes;
 
 use std::collections::BTreeMap;
 
@@ -27,6 +28,8 @@ pub enum Load {
     Upload,
     /// One connection, both ways at once
     Duplex,
+    /// One way, in writes of 4 KiB to 1 MiB that are tried first
+    Writes,
     /// A request and its answer of 64 bytes, one at a time
     Requests64,
     /// The same of 1 KiB
@@ -45,10 +48,11 @@ pub enum Load {
 
 impl Load {
     /// What is measured in rounds.
-    pub const TIMED: [Self; 9] = [
+    pub const TIMED: [Self; 10] = [
         Self::Download,
         Self::Upload,
         Self::Duplex,
+        Self::Writes,
         Self::Requests64,
         Self::Requests1k,
         Self::Requests16k,
@@ -91,6 +95,7 @@ pub fn main(args: &Args) -> Result<()> {
     }
     let figures = match args.load {
         Load::Download | Load::Upload | Load::Duplex => bulk::measure(args),
+        Load::Writes => writes::measure(args),
         Load::Requests64 => requests::measure(args, 64),
         Load::Requests1k => requests::measure(args, 1024),
         Load::Requests16k => requests::measure(args, 16 * 1024),

@@ -90,6 +90,20 @@ pub const SECTIONS: &[Section] = &[
         ],
     },
     Section {
+        title: "Bulk by the size of writes",
+        note: "One connection; each write is tried first, and waited for only when it does not fit.",
+        metrics: &[
+            more("writes4k.down_bytes_per_second", "to client, 4 KiB", Unit::Rate),
+            more("writes64k.down_bytes_per_second", "64 KiB", Unit::Rate),
+            more("writes256k.down_bytes_per_second", "256 KiB", Unit::Rate),
+            more("writes1m.down_bytes_per_second", "1 MiB", Unit::Rate),
+            more("writes4k.up_bytes_per_second", "to service, 4 KiB", Unit::Rate),
+            more("writes64k.up_bytes_per_second", "64 KiB", Unit::Rate),
+            more("writes256k.up_bytes_per_second", "256 KiB", Unit::Rate),
+            more("writes1m.up_bytes_per_second", "1 MiB", Unit::Rate),
+        ],
+    },
+    Section {
         title: "CPU per GiB",
         note: "Processor seconds of the whole system (client, service, kernel threads and interrupts included), and of the \
             forwarder's own processes.",
@@ -164,18 +178,41 @@ pub const SECTIONS: &[Section] = &[
         ],
     },
     Section {
-        title: "Real programs",
-        note: "pgbench -S with 8 clients; redis-benchmark GET with 16 clients, without and with -P 16; wrk with 16 connections \
-            against nginx.",
+        title: "Databases",
+        note: "pgbench with 8 clients: select only, like TPC-B, and select only with a connection for each transaction. \
+            redis-benchmark GET with 16 clients, without and with -P 16.",
         metrics: &[
-            more("pgbench.per_second", "pgbench", Unit::PerSecond),
-            less("pgbench.mean", "pgbench mean", Unit::Micros),
+            more("pgbench.per_second", "pgbench -S", Unit::PerSecond),
+            less("pgbench.mean", "pgbench -S mean", Unit::Micros),
+            more("pgbench-tpcb.per_second", "pgbench, TPC-B", Unit::PerSecond),
+            more("pgbench-connect.per_second", "pgbench -S -C", Unit::PerSecond),
             more("redis.per_second", "redis", Unit::PerSecond),
             less("redis.p99", "redis p99", Unit::Micros),
             more("redis-pipelined.per_second", "redis -P 16", Unit::PerSecond),
-            more("wrk.per_second", "wrk, nginx", Unit::PerSecond),
+        ],
+    },
+    Section {
+        title: "Web servers",
+        note: "nginx. wrk with 16 connections that are kept, and with a connection for each request; h2load with 16 connections of 10 \
+            streams, HTTP/2 without TLS.",
+        metrics: &[
+            more("wrk.per_second", "wrk", Unit::PerSecond),
             less("wrk.p99", "wrk p99", Unit::Micros),
             less("wrk.system_cpu_per_request", "wrk system CPU", Unit::Micros),
+            more("wrk-close.per_second", "wrk, Connection: close", Unit::PerSecond),
+            more("h2load.per_second", "h2load", Unit::PerSecond),
+        ],
+    },
+    Section {
+        title: "Network tools",
+        note: "iperf3, one stream, in writes of 128 KiB and 1 MiB; sockperf ping-pong over TCP, 64 bytes, half of a round trip as it \
+            says. Both use blocking sockets.",
+        metrics: &[
+            more("iperf3-128k.up", "iperf3 to service, 128 KiB", Unit::Rate),
+            more("iperf3-128k.down", "iperf3 to client, 128 KiB", Unit::Rate),
+            more("iperf3-1m.up", "iperf3 to service, 1 MiB", Unit::Rate),
+            more("iperf3-1m.down", "iperf3 to client, 1 MiB", Unit::Rate),
+            less("sockperf.mean", "sockperf", Unit::Micros),
         ],
     },
     Section {

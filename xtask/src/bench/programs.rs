@@ -1,7 +1,6 @@
-//! Real programs: PostgreSQL with pgbench, redis with redis-benchmark, nginx with wrk.
+//! Programs that nobody here wrote: PostgreSQL with pgbench, redis with redis-benchmark, nginx with wrk and h2load, iperf3, sockperf.
 //!
-//! Each server runs three times: for contenders without a kernel lane, and one for each bro with lanes, whose programs take
-//! every connection of a service into their care, also those that come through others.
+//! Each server runs once for each contender, so that nobody meets what another one's connections have left.
 
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::Path;
@@ -10,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use nix::unistd::User;
 
-use super::contenders::{self, Contender, Lanes, Running, Way};
+use super::contenders::{self, Running};
 use super::cpu::Meter;
 use super::launch::{Launch, Launched, this_task};
 use super::load::Figures;
@@ -27,10 +26,14 @@ pub enum Program {
     Postgres,
     Redis,
     Nginx,
+    Http2,
+    Iperf,
+    Sockperf,
 }
 
 impl Program {
-    pub const ALL: [Self; 3] = [Self::Postgres, Self::Redis, Self::Nginx];
+    pub const ALL: [Self; 6] =
+        [Self::Postgres, Self::Redis, Self::Nginx, Self::Http2, Self::Iperf, Self::Sockperf];
 
     /// In JSON and for `--only`.
     pub fn key(self) -> &'static str {
@@ -38,6 +41,9 @@ impl Program {
             Self::Postgres => "pgbench",
             Self::Redis => "redis",
             Self::Nginx => "wrk",
+            Self::Http2 => "h2load",
+            Self::Iperf => "iperf3",
+            Self::Sockperf => "sockperf",
         }
     }
 
@@ -49,6 +55,9 @@ impl Program {
             }
             Self::Redis => &[("redis-server", "redis-server"), ("redis-benchmark", "redis-tools")],
             Self::Nginx => &[("nginx", "nginx"), ("wrk", "wrk")],
+            Self::Http2 => &[("nginx", "nginx"), ("h2load", "nghttp2-client")],
+            Self::Iperf => &[("iperf3", "iperf3")],
+            Self::Sockperf => &[("sockperf", "sockperf")],
         }
     }
 
@@ -66,7 +75,10 @@ impl Program {
             .iter()
             .filter(|(program, _)| !program.starts_with("initdb"))
             .filter_map(|(program, _)| {
-                let flag = if *program == "wrk" || *program == "nginx" { "-v" } else { "--version" };
+                let flag = match *program {
+                    "wrk" | "nginx" => "-v",
+                    _ => "--version",
+                };
                 tools::version(&tools::find(program)?, flag)
             })
             .collect();
@@ -74,14 +86,17 @@ impl Program {
         found
     }
 
-    /// The port of the instance that a contender is given.
-    pub fn port(self, contender: &Contender) -> u16 {
+    /// The port of the instance that a contender is given, by its place.
+    pub fn port(self, place: usize) -> u16 {
         let first = match self {
             Self::Postgres => 5432,
             Self::Redis => 6379,
             Self::Nginx => 8080,
+            Self::Http2 => 8280,
+            Self::Iperf => 5201,
+            Self::Sockperf => 11_111,
         };
-        first + instance(contender)
+        first + u16::try_from(place).unwrap_or(0)
     }
 
     /// What a client says first, and is answered, as [`super::poke`] wants it.
@@ -90,21 +105,28 @@ impl Program {
             // "May I speak TLS?", to which the answer is one letter.
             Self::Postgres => "hex:0000000804d2162f",
             Self::Redis => "PING\\r\\n",
+            // The connection's preface and empty settings.
+            Self::Http2 => "hex:505249202a20485454502f322e300d0a0d0a534d0d0a0d0a000000040000000000",
+            // A test's name, 37 bytes; what follows is then missing.
+            Self::Iperf => "hex:62726f2d62656e63682d62726f2d62656e63682d62726f2d62656e63682d62726f2d626f00",
+            // A ping: its number, that it is a client's which wants an answer, and its length.
+            Self::Sockperf => "hex:000000000000000100030000000e",
             Self::Nginx => "GET / HTTP/1.1\\r\\nHost: bench\\r\\nConnection: close\\r\\n\\r\\n",
         }
     }
 
     /// Starts it as often as it takes.
-    pub fn start(self, scene: &Scene) -> Result<Servers> {
+    pub fn start(self, scene: &Scene, places: usize) -> Result<Servers> {
         let servers = match self {
-            Self::Postgres => postgres(scene),
-            Self::Redis => redis(scene),
-            Self::Nginx => nginx(scene),
+            Self::Postgres => postgres(scene, places),
+            Self::Redis => redis(scene, places),
+            Self::Nginx | Self::Http2 => nginx(scene, self, places),
+            Self::Iperf | Self::Sockperf => network_tool(scene, self, places),
         };
         servers.with_context(|| format!("starting what {} needs", self.key()))
     }
 
-    /// Lets it be known: a kernel relay learns a service's kind on the first connections.
+    /// A few words with it, so that everything is awake.
     pub fn warm(self, scene: &Scene, running: &Running) -> Result<()> {
         let args = ["poke".into(), running.address.to_string(), self.greeting().into(), "--times=3".into()];
         running.client(scene, &args, START).map(drop)
@@ -129,17 +151,19 @@ impl Program {
             Self::Postgres => {
                 let clients = 8;
                 let (each, clients) = (plan.transactions.to_string(), clients.to_string());
-                let common = [
-                    "-n", "-S", "-h", &host, "-p", &port, "-U", "bench", "-j", "2", "-c", &clients, "-t",
-                    &each,
-                ];
-                let (said, _) = run("pgbench", &[common.as_slice(), &["postgres"]].concat())?;
-                figures.insert(
-                    "pgbench.per_second".into(),
-                    after(&said, "tps = ").context("no tps in its words")?,
-                );
-                if let Some(ms) = after(&said, "latency average = ") {
-                    figures.insert("pgbench.mean".into(), ms / 1e3);
+                let common = ["-n", "-h", &host, "-p", &port, "-U", "bench", "-j", "2", "-c", &clients, "-t"];
+                let fewer = (plan.transactions / 10).max(20).to_string();
+                for (name, options, each) in [
+                    ("pgbench", &["-S"][..], &each),
+                    ("pgbench-tpcb", &["-b", "tpcb-like"], &fewer),
+                    ("pgbench-connect", &["-S", "-C"], &fewer),
+                ] {
+                    let (said, _) = run("pgbench", &[&common[..], &[each], options, &["postgres"]].concat())?;
+                    let rate = after(&said, "tps = ").context("no tps in its words")?;
+                    figures.insert(format!("{name}.per_second"), rate);
+                    if let Some(ms) = after(&said, "latency average = ") {
+                        figures.insert(format!("{name}.mean"), ms / 1e3);
+                    }
                 }
             }
             Self::Redis => {
@@ -186,6 +210,40 @@ impl Program {
                 {
                     figures.insert("wrk.p99".into(), p99);
                 }
+                let (said, _) =
+                    run("wrk", &["-t1", "-c16", "-H", "Connection: close", "-d", &seconds, &url])?;
+                let rate = after(&said, "Requests/sec:").context("no rate in its words")?;
+                figures.insert("wrk-close.per_second".into(), rate);
+            }
+            Self::Http2 => {
+                let (seconds, url) = (plan.wrk_seconds.to_string(), format!("http://{host}:{port}/"));
+                let (said, _) = run("h2load", &["-t1", "-c16", "-m10", "-D", &seconds, &url])?;
+                // "finished in 1.00s, 12345.67 req/s, 1.23MB/s"
+                let line = said
+                    .lines()
+                    .find(|line| line.starts_with("finished in"))
+                    .context("no rate in its words")?;
+                let rate = line.split(", ").find_map(|part| part.strip_suffix(" req/s")?.parse().ok());
+                figures.insert("h2load.per_second".into(), rate.context("no rate in its words")?);
+            }
+            Self::Iperf => {
+                let seconds = plan.wrk_seconds.to_string();
+                for (name, length) in [("iperf3-128k", "128K"), ("iperf3-1m", "1M")] {
+                    for (way, options) in [("up", &[][..]), ("down", &["-R"])] {
+                        let common = ["-c", &host, "-p", &port, "-t", &seconds, "-l", length, "-J"];
+                        let (said, _) = run("iperf3", &[&common[..], options].concat())?;
+                        let said: serde_json::Value = serde_json::from_str(&said)?;
+                        let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
+                        figures.insert(format!("{name}.{way}"), bits.context("no rate in its words")? / 8.0);
+                    }
+                }
+            }
+            Self::Sockperf => {
+                let seconds = plan.wrk_seconds.to_string();
+                let args = ["ping-pong", "--tcp", "-i", &host, "-p", &port, "-t", &seconds, "-m", "64"];
+                let (said, _) = run("sockperf", &args)?;
+                let usec = after(&said, "Summary: Latency is ").context("no latency in its words")?;
+                figures.insert("sockperf.mean".into(), usec / 1e6);
             }
         }
         Ok(figures)
@@ -204,15 +262,6 @@ fn span(text: &str) -> Option<f64> {
     [("us", 1e-6), ("ms", 1e-3), ("s", 1.0)]
         .iter()
         .find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.parse::<f64>().ok()? * factor))
-}
-
-/// Which instance a contender is given.
-fn instance(contender: &Contender) -> u16 {
-    match contender.way {
-        Way::Bro { lanes: Lanes::Service, .. } => 1,
-        Way::Bro { lanes: Lanes::Both, .. } => 2,
-        _ => 0,
-    }
 }
 
 /// Running servers; they end with this.
@@ -244,7 +293,7 @@ fn database_user() -> Option<&'static str> {
     root.then(|| if matches!(User::from_name("postgres"), Ok(Some(_))) { "postgres" } else { "nobody" })
 }
 
-fn postgres(scene: &Scene) -> Result<Servers> {
+fn postgres(scene: &Scene, places: usize) -> Result<Servers> {
     let user = database_user();
     let base = scene.folder.path("postgres");
     std::fs::create_dir(&base)?;
@@ -252,7 +301,7 @@ fn postgres(scene: &Scene) -> Result<Servers> {
     if let Some(user) = user.and_then(|name| User::from_name(name).ok()?) {
         chown(&base, Some(user.uid.as_raw()), Some(user.gid.as_raw()))?;
     }
-    let data = |number: u16| base.join(number.to_string()).display().to_string();
+    let data = |number: usize| base.join(number.to_string()).display().to_string();
     let outside =
         |program: &Path, args: &[String]| Launch { user, ..Launch::default() }.output(program, args, START);
     let initdb = tools::find("initdb").context("initdb is gone")?;
@@ -263,26 +312,26 @@ fn postgres(scene: &Scene) -> Result<Servers> {
     let rules = base.join("0/pg_hba.conf");
     let known = std::fs::read_to_string(&rules)?;
     std::fs::write(&rules, known + "host all all 0.0.0.0/0 trust\n")?;
-    for number in 1..3 {
+    for number in 1..places {
         let copy = ["-a".to_owned(), data(0), data(number)];
         outside(&tools::find("cp").context("cp is gone")?, &copy)?;
     }
     let mut servers = Vec::new();
-    for number in 0..3 {
-        let port = (5432 + number).to_string();
+    for number in 0..places {
+        let port = Program::Postgres.port(number).to_string();
         let mut args: Vec<String> = ["-D", &data(number), "-p", &port].map(str::to_owned).to_vec();
         for setting in [
             "listen_addresses=0.0.0.0",
             "unix_socket_directories=",
             "fsync=off",
             "max_connections=60",
-            "shared_buffers=32MB",
+            "shared_buffers=16MB",
             "autovacuum=off",
         ] {
             args.extend(["-c".to_owned(), setting.to_owned()]);
         }
         servers.push(start(scene, "postgres", args, user, &format!("postgres-{number}.log"))?);
-        await_answer(scene, 5432 + number, Program::Postgres)?;
+        await_answer(scene, Program::Postgres.port(number), Program::Postgres)?;
         let fill = ["-i", "-q", "-s", "1", "-h", "127.0.0.1", "-p", &port, "-U", "bench", "postgres"]
             .map(str::to_owned);
         let launch = Launch { inside: scene.inside(true), ..Launch::default() };
@@ -293,10 +342,10 @@ fn postgres(scene: &Scene) -> Result<Servers> {
     Ok(Servers(servers))
 }
 
-fn redis(scene: &Scene) -> Result<Servers> {
+fn redis(scene: &Scene, places: usize) -> Result<Servers> {
     let mut servers = Vec::new();
-    for number in 0..3 {
-        let port = (6379 + number).to_string();
+    for number in 0..places {
+        let port = Program::Redis.port(number).to_string();
         let folder = scene.folder.path("").display().to_string();
         let args = [
             "--port",
@@ -319,16 +368,37 @@ fn redis(scene: &Scene) -> Result<Servers> {
             None,
             &format!("redis-{number}.log"),
         )?);
-        await_answer(scene, 6379 + number, Program::Redis)?;
+        await_answer(scene, Program::Redis.port(number), Program::Redis)?;
     }
     Ok(Servers(servers))
 }
 
-/// One nginx with three ports, which are three services to a kernel relay.
-fn nginx(scene: &Scene) -> Result<Servers> {
-    let folder = scene.folder.path("nginx-http");
+/// Servers that come with the client that measures.
+fn network_tool(scene: &Scene, tool: Program, places: usize) -> Result<Servers> {
+    let mut servers = Vec::new();
+    for place in 0..places {
+        let port = tool.port(place).to_string();
+        let (program, args) = match tool {
+            Program::Sockperf => ("sockperf", ["sr", "--tcp", "-i", "127.0.0.1", "-p", &port].to_vec()),
+            _ => ("iperf3", ["-s", "-p", &port].to_vec()),
+        };
+        let args = args.into_iter().map(str::to_owned).collect();
+        servers.push(start(scene, program, args, None, &format!("{program}-{place}.log"))?);
+        await_answer(scene, tool.port(place), tool)?;
+    }
+    Ok(Servers(servers))
+}
+
+/// An nginx for each, of one process, as a service that is one has.
+fn nginx(scene: &Scene, speaks: Program, places: usize) -> Result<Servers> {
+    (0..places).map(|place| one_nginx(scene, speaks, place)).collect::<Result<_>>().map(Servers)
+}
+
+fn one_nginx(scene: &Scene, speaks: Program, place: usize) -> Result<Launched> {
+    let port = speaks.port(place);
+    let folder = scene.folder.path(&format!("nginx-http-{port}"));
     std::fs::create_dir(&folder)?;
-    let listen: String = (8080..8083).map(|port| format!("        listen {port};\n")).collect();
+    let listen = format!("        listen {port}{};\n", if speaks == Program::Http2 { " http2" } else { "" });
     let paths: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .iter()
         .map(|name| format!("    {name}_temp_path {};\n", folder.join(name).display()))
@@ -343,9 +413,9 @@ fn nginx(scene: &Scene) -> Result<Servers> {
     std::fs::write(&file, config)?;
     let log = folder.join("error.log").display().to_string();
     let args = ["-e", &log, "-c", &file.display().to_string()].map(str::to_owned);
-    let server = start(scene, "nginx", args.to_vec(), None, "nginx-http.log")?;
-    await_answer(scene, 8080, Program::Nginx)?;
-    Ok(Servers(vec![server]))
+    let server = start(scene, "nginx", args.to_vec(), None, &format!("nginx-http-{port}.log"))?;
+    await_answer(scene, port, speaks)?;
+    Ok(server)
 }
 
 #[cfg(test)]

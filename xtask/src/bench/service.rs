@@ -99,6 +99,8 @@ enum Doing {
     Asking { head: [u8; wire::LENGTH], filled: usize },
     /// `keep` has been read and not yet written.
     Echo { keep: Vec<u8> },
+    /// So many bytes, in writes of `block`, until one does not fit.
+    Writes { out: u64, block: usize },
     /// Both ways at once, or one of them; eight bytes more go out when all that was to come has come.
     Bulk { out: u64, into: u64, answer: bool },
     /// Waits for the client's half-close.
@@ -220,6 +222,8 @@ impl Doing {
             Self::Asking { .. } | Self::AnswerAtEnd { .. } | Self::Watch { .. } => EpollFlags::EPOLLIN,
             Self::Echo { keep } if keep.is_empty() => EpollFlags::EPOLLIN,
             Self::Echo { .. } | Self::Answering { .. } | Self::Flood { .. } => EpollFlags::EPOLLOUT,
+            Self::Writes { out: 0, .. } => EpollFlags::EPOLLIN,
+            Self::Writes { .. } => EpollFlags::EPOLLOUT,
             Self::Bulk { out: 0, .. } => EpollFlags::EPOLLIN,
             Self::Bulk { into: 0, .. } => EpollFlags::EPOLLOUT,
             Self::Bulk { .. } => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT,
@@ -241,6 +245,7 @@ impl Connection {
                 }
                 Ok(turn)
             }
+            Doing::Writes { out, block } => writes(self.socket.as_fd(), out, *block, buffer),
             Doing::AnswerAtEnd { came, bytes } => {
                 let read = some(nix::unistd::read(&self.socket, &mut buffer[..]))
                     .map_or(Ok(None), |r| r.map(Some))?;
@@ -315,6 +320,7 @@ impl Connection {
         self.doing = match ask {
             Ask::Ping | Ask::Echo => Doing::Echo { keep: Vec::new() },
             Ask::Source(out) => Doing::Bulk { out, into: 0, answer: false },
+            Ask::Writes(out, log) => Doing::Writes { out, block: 1 << log.min(30) },
             Ask::Sink(into) => Doing::Bulk { out: 0, into, answer: true },
             Ask::Both(bytes) => Doing::Bulk { out: bytes, into: bytes, answer: true },
             Ask::AnswerAtEnd(bytes) => Doing::AnswerAtEnd { came: 0, bytes },
@@ -339,7 +345,9 @@ impl Connection {
         };
         // Nothing more need come for it to begin.
         match self.doing {
-            Doing::Bulk { .. } | Doing::Answering { .. } | Doing::Flood { .. } => self.turn(buffer, watched),
+            Doing::Bulk { .. } | Doing::Writes { .. } | Doing::Answering { .. } | Doing::Flood { .. } => {
+                self.turn(buffer, watched)
+            }
             _ => Ok(Turn::Waits),
         }
     }
@@ -382,6 +390,22 @@ fn bulk(socket: BorrowedFd<'_>, out: &mut u64, into: &mut u64, buffer: &mut [u8]
         if let Some(written) = some(nix::unistd::write(socket, &buffer[..now])) {
             *out -= written? as u64;
         }
+    }
+    Ok(Turn::Waits)
+}
+
+/// As many writes as fit; when all is out, the client's end is waited for.
+fn writes(socket: BorrowedFd<'_>, out: &mut u64, block: usize, buffer: &[u8]) -> Result<Turn, Errno> {
+    if *out == 0 {
+        return match some(nix::unistd::read(socket, &mut [0; 64])) {
+            None => Ok(Turn::Waits),
+            Some(read) => read.map(|_| Turn::Over),
+        };
+    }
+    while *out > 0 {
+        let now = usize::try_from(*out).unwrap_or(usize::MAX).min(block).min(buffer.len());
+        let Some(written) = some(nix::unistd::write(socket, &buffer[..now])) else { break };
+        *out -= written? as u64;
     }
     Ok(Turn::Waits)
 }

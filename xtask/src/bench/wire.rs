@@ -11,6 +11,8 @@ pub enum Ask {
     Echo,
     /// So many bytes to the client.
     Source(u64),
+    /// The same in writes of this power of two, each tried first and waited for only when it does not fit, as many programs do.
+    Writes(u64, u8),
     /// So many bytes to the service, which then says so in eight bytes.
     Sink(u64),
     /// Both at once, then the eight bytes.
@@ -68,6 +70,8 @@ impl Ask {
             Self::Ping => return vec![PING],
             Self::Echo => (b'E', 0),
             Self::Source(n) => (b'S', n),
+            // Nobody sends 2^48 bytes.
+            Self::Writes(n, log) => (b'T', n | u64::from(log) << 48),
             Self::Sink(n) => (b'K', n),
             Self::Both(n) => (b'B', n),
             Self::AnswerAtEnd(n) => (b'H', n),
@@ -89,6 +93,7 @@ impl Ask {
         Ok(match letter {
             b'E' => Self::Echo,
             b'S' => Self::Source(n),
+            b'T' => Self::Writes(n & ((1 << 48) - 1), (n >> 48) as u8),
             b'K' => Self::Sink(n),
             b'B' => Self::Both(n),
             b'H' => Self::AnswerAtEnd(n),
@@ -122,7 +127,14 @@ mod tests {
 
     #[test]
     fn an_ask_survives_the_wire() {
-        for ask in [Ask::Echo, Ask::Source(7), Ask::Both(1 << 40), Ask::Abort, Ask::Query(3)] {
+        for ask in [
+            Ask::Echo,
+            Ask::Source(7),
+            Ask::Writes(1 << 40, 20),
+            Ask::Both(1 << 40),
+            Ask::Abort,
+            Ask::Query(3),
+        ] {
             let bytes: [u8; LENGTH] = ask.encode().try_into().expect("nine bytes");
             assert_eq!(Ask::decode(bytes).expect("an ask"), ask);
         }
