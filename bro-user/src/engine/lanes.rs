@@ -149,7 +149,7 @@ impl Engine {
         let Some(lanes) = &mut self.lanes else { return };
         let Some(connection) = self.connections.get_mut(index) else { return };
         let (number, client) = (connection.number, connection.client.as_fd());
-        let Stage::Relaying { service, up, down } = &mut connection.stage else { return };
+        let Stage::Relaying { service, up, down, .. } = &mut connection.stage else { return };
         // As a sender sees itself: its own address is our peer's.
         let own = |fd: i32| tcp(getsockname(fd));
         let watched = self.backends[connection.backend].watched;
