@@ -193,17 +193,17 @@ pub struct Forward {
     #[arg(long)]
     pub blocking_sockets: bool,
 
-    /// TCP keepalive on both legs: idle time before the first probe, 1s to 32767s (default: net.ipv4.tcp_keepalive_time)
-    #[arg(long, value_name = "SPAN", value_parser = crate::timespan::keepalive)]
-    pub keepalive_time: Option<TimeSpan>,
+    /// TCP keepalive on both legs: time without traffic before the first probe, 1s to 32767s
+    #[arg(long, value_name = "SPAN", default_value = "60s", value_parser = crate::timespan::keepalive)]
+    pub keepalive_time: TimeSpan,
 
-    /// TCP keepalive on both legs: time between probes, 1s to 32767s (default: net.ipv4.tcp_keepalive_intvl)
-    #[arg(long, value_name = "SPAN", value_parser = crate::timespan::keepalive)]
-    pub keepalive_interval: Option<TimeSpan>,
+    /// TCP keepalive on both legs: time between probes, 1s to 32767s
+    #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = crate::timespan::keepalive)]
+    pub keepalive_interval: TimeSpan,
 
-    /// TCP keepalive on both legs: unanswered probes before an abort (default: net.ipv4.tcp_keepalive_probes)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=127))]
-    pub keepalive_probes: Option<u32>,
+    /// TCP keepalive on both legs: unanswered probes before an abort
+    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=127))]
+    pub keepalive_probes: u32,
 
     /// More log lines: -v for every connection's start, -vv for every step, in the kernel relay's programs too
     #[arg(short, long, action = clap::ArgAction::Count)]

@@ -1,5 +1,7 @@
 //! One client's story, in order: admitted, held until the service listens, given a socket, connected, relayed, closed.
 
+mod abort;
+
 use std::fmt;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,9 +11,12 @@ use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::Lane;
+use crate::kernel::{Lane, send_memory};
+use crate::relay::half_close::Half;
 use crate::relay::{Broken, Direction, Method, Side, Tools};
 use crate::source::Origin;
+
+pub use abort::{Abort, Progress, STALLED, Verdict, WHOLE};
 
 /// Who connected.
 #[derive(Debug, Clone)]
@@ -176,6 +181,8 @@ pub enum Stage {
         up: Direction,
         /// Service to client.
         down: Direction,
+        /// One side has aborted, and the other is still owed what was sent before that. Boxed, for it is rare.
+        abort: Option<Box<Abort>>,
     },
 }
 
@@ -322,14 +329,18 @@ impl Connection {
             }
             (Stage::Connecting { .. }, Side::Service) => Some(Interest { read: false, write: true }),
             (Stage::Silent | Stage::Held | Stage::AwaitingSocket, Side::Service) => None,
-            (Stage::Relaying { up, down, .. }, side) => {
+            (Stage::Relaying { up, down, abort, .. }, side) => {
                 let (from_here, to_here) = match side {
                     Side::Client => (up.half(), down.half()),
                     Side::Service => (down.half(), up.half()),
                 };
+                if abort.as_ref().is_some_and(|abort| abort.side == side) {
+                    // It would tell of its abort for ever: it is listened to while there is a place for what is left.
+                    return from_here.wants_read().then_some(Interest { read: true, write: false });
+                }
                 let interest = Interest { read: from_here.wants_read(), write: to_here.wants_write() };
                 // Once both FINs have passed here, the socket reports a hang-up for ever.
-                let over = !from_here.is_open() && to_here == crate::relay::half_close::Half::Finished;
+                let over = !from_here.is_open() && !from_here.is_void() && to_here == Half::Finished;
                 (!over).then_some(interest)
             }
         }
@@ -402,21 +413,20 @@ impl Connection {
     /// # Errors
     /// The side that broke.
     pub fn pump(&mut self, tools: &mut Tools, up_ready: bool, down_ready: bool) -> Result<Pumped, Broken> {
-        let Stage::Relaying { service, up, down } = &mut self.stage else { return Ok(Pumped::Open) };
+        let Stage::Relaying { service, up, down, .. } = &mut self.stage else { return Ok(Pumped::Open) };
         if up_ready {
             up.pump(self.client.as_fd(), service.as_fd(), tools)?;
         }
         if down_ready {
             down.pump(service.as_fd(), self.client.as_fd(), tools)?;
         }
-        use crate::relay::half_close::Half;
         let finished = up.half() == Half::Finished && down.half() == Half::Finished;
         Ok(if finished { Pumped::Finished } else { Pumped::Open })
     }
 
     /// What its lanes are to be, after bytes have moved.
     pub fn wants_lanes(&mut self) -> Lanes {
-        let Stage::Relaying { up, down, .. } = &self.stage else { return Lanes::Leave };
+        let Stage::Relaying { up, down, abort: None, .. } = &self.stage else { return Lanes::Leave };
         let wanted = self.talk.hear(up.delivered(), down.delivered());
         if self.lanes().any(Lane::is_in_bulk) {
             self.talk.turns = 0;
@@ -433,6 +443,64 @@ impl Connection {
             }
             Lanes::Close if self.lanes().next().is_none() => Lanes::Leave,
             wanted => wanted,
+        }
+    }
+
+    /// One side has aborted. `errno` is what a call on its socket failed with; the kernel does not say that again. False when
+    /// nobody is left who could be owed anything.
+    pub fn abort(&mut self, side: Side, errno: Option<Errno>, tools: &mut Tools) -> bool {
+        let Stage::Relaying { up, down, abort, .. } = &mut self.stage else { return false };
+        if let Some(abort) = abort {
+            abort.tell(errno);
+            return abort.side == side;
+        }
+        let (from, to) = match side {
+            Side::Client => (up, down),
+            Side::Service => (down, up),
+        };
+        to.sink_aborted(tools);
+        // EPIPE: it had finished sending before (`tcp_reset`), or has closed without having anything left to read (unix). That
+        // end is in its place in the stream.
+        from.source_aborted(errno.is_some_and(|errno| errno != Errno::EPIPE));
+        *abort = Some(Box::new(Abort::new(side, errno, Instant::now())));
+        true
+    }
+
+    /// How far the other side has come with what it is owed before an abort is passed on to it; `None` when it has acknowledged
+    /// all of it, or there is no abort.
+    #[must_use]
+    pub fn owed(&self) -> Option<Progress> {
+        let Stage::Relaying { service, up, down, abort: Some(abort) } = &self.stage else { return None };
+        let (from, sink) = match abort.side {
+            Side::Client => (up, service),
+            Side::Service => (down, &self.client),
+        };
+        // Nothing is ever queued in a unix socket: what was written has arrived, and stays when this end is closed.
+        let queued = send_memory(sink.as_fd()).map_or(0, |memory| memory.queued);
+        let paid = from.half().is_over() && queued == 0;
+        (!paid).then(|| Progress { delivered: from.delivered(), queued })
+    }
+
+    /// Has one side aborted?
+    #[must_use]
+    pub const fn is_aborted(&self) -> bool {
+        matches!(self.stage, Stage::Relaying { abort: Some(_), .. })
+    }
+
+    /// The abort that is to be passed on, if one is.
+    pub fn abort_mut(&mut self) -> Option<&mut Abort> {
+        match &mut self.stage {
+            Stage::Relaying { abort, .. } => abort.as_deref_mut(),
+            _ => None,
+        }
+    }
+
+    /// How it ends when it ends now by `end`: by the abort, if one side has aborted already.
+    #[must_use]
+    pub fn end(&self, end: End) -> End {
+        match &self.stage {
+            Stage::Relaying { abort: Some(abort), .. } => abort.end(self.socket(abort.side)),
+            _ => end,
         }
     }
 
@@ -458,7 +526,7 @@ impl Connection {
         let aborted = !self.ends_cleanly(end);
         closing_aborts(&self.client, aborted);
         match self.stage {
-            Stage::Relaying { service, mut up, mut down } => {
+            Stage::Relaying { service, mut up, mut down, .. } => {
                 closing_aborts(&service, aborted);
                 up.discard(tools);
                 down.discard(tools);

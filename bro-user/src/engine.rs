@@ -5,6 +5,7 @@
 //! Level-triggered, because what to wait for is derived from the connection's state each time ([`Connection::interest`]): a
 //! short read then costs no second one, and no order of events can lose an edge.
 
+mod aborts;
 mod admission;
 mod backends;
 mod connections;
@@ -97,6 +98,8 @@ pub struct Engine {
     silent: BTreeMap<u64, usize>,
     /// Connections to try again at the next tick (a unix service's backlog was full).
     retries: Vec<usize>,
+    /// When to look after aborts that are on their way.
+    looks: aborts::Looks,
     next_number: u64,
     tools: Tools,
     /// The addresses that this process may connect to itself; without, the agents connect.
@@ -150,6 +153,7 @@ impl Engine {
             per_source: HashMap::new(),
             silent: BTreeMap::new(),
             retries: Vec::new(),
+            looks: aborts::Looks::default(),
             next_number: 1,
             tools: Tools::new(pipes),
             addresses,
@@ -212,6 +216,9 @@ impl Engine {
         if let Some(step) = self.byte_step() {
             at_most(step);
         }
+        if let Some(span) = self.looks.patience() {
+            at_most(span);
+        }
         if let Accepting::BackingOff { until, .. } = self.accepting {
             at_most(until.saturating_duration_since(Instant::now()));
         }
@@ -223,6 +230,7 @@ impl Engine {
 
     /// Everything that is due by the clock.
     fn tick(&mut self) -> anyhow::Result<()> {
+        self.look_at_aborts();
         if self.pending == 0
             && self.settings.idle_timeout.is_none()
             && self.byte_step().is_none()

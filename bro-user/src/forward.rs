@@ -36,7 +36,6 @@ use crate::relay::Method;
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
 use crate::target::Target;
-use crate::timespan::TimeSpan;
 use crate::{life, status};
 use waking::Wakefulness;
 
@@ -239,8 +238,8 @@ fn settings(options: &Forward) -> Settings {
             RelayChoice::Copy => Method::Copy,
         },
         keepalive: Keepalive::new(
-            options.keepalive_time.map(TimeSpan::or_forever),
-            options.keepalive_interval.map(TimeSpan::or_forever),
+            options.keepalive_time.or_forever(),
+            options.keepalive_interval.or_forever(),
             options.keepalive_probes,
         ),
         idle_timeout: options.idle_timeout.finite(),

@@ -168,6 +168,24 @@ impl Direction {
         }
     }
 
+    /// The source has aborted. What it had sent is delivered still. `taken` when the kernel will not say so again, as it does at
+    /// the end of what is left to be read while it has not been asked.
+    pub fn source_aborted(&mut self, taken: bool) {
+        if taken {
+            self.half.source_aborted();
+        }
+    }
+
+    /// The sink has aborted: what is held is given up, and what comes is thrown away.
+    pub fn sink_aborted(&mut self, tools: &mut Tools) {
+        self.half.sink_aborted();
+        self.discard(tools);
+        if let Some(lane) = &self.lane {
+            // What its sender sends comes to us, as long as it does not know.
+            lane.enable(false);
+        }
+    }
+
     /// Moves what can be moved now, and passes the FIN on when it is due.
     ///
     /// # Errors
@@ -209,6 +227,9 @@ impl Direction {
         sink: BorrowedFd<'_>,
         tools: &mut Tools,
     ) -> Result<Option<usize>, Broken> {
+        if self.half.is_void() {
+            return self.throw_away(source, tools);
+        }
         let borrowed = if self.method == Method::Splice { tools.pool.borrow() } else { None };
         let Some(pipe) = borrowed else { return self.fill_by_copy(source, sink, tools) };
         match splice::fill(source, &pipe) {
@@ -241,9 +262,26 @@ impl Direction {
             }
             Err(errno) => {
                 tools.pool.give_back(pipe);
-                Err(Broken { side: self.source, errno })
+                Err(self.broke(errno))
             }
         }
+    }
+
+    /// Reading has failed, which it does only once nothing is left to be read.
+    fn broke(&mut self, errno: Errno) -> Broken {
+        self.half.broke();
+        Broken { side: self.source, errno }
+    }
+
+    /// One read of what there is no sink for any more.
+    fn throw_away(&mut self, source: BorrowedFd<'_>, tools: &mut Tools) -> Result<Option<usize>, Broken> {
+        match copy::read(source, &mut tools.scratch) {
+            Ok(0) => self.half.ended(),
+            Ok(count) => return Ok(Some(count)),
+            Err(Errno::EAGAIN) => {}
+            Err(errno) => return Err(self.broke(errno)),
+        }
+        Ok(None)
     }
 
     fn fill_by_copy(
@@ -255,7 +293,7 @@ impl Direction {
         let count = match copy::read(source, &mut tools.scratch) {
             Ok(count) => count,
             Err(Errno::EAGAIN) => return Ok(None),
-            Err(errno) => return Err(Broken { side: self.source, errno }),
+            Err(errno) => return Err(self.broke(errno)),
         };
         if count == 0 {
             self.half.ended();

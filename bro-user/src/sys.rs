@@ -99,14 +99,43 @@ pub fn open_in_root(root: BorrowedFd<'_>, path: &std::path::Path) -> io::Result<
     Ok(openat2(root, path, how)?)
 }
 
-/// Whether a byte waits to be read. By a look at it, because FIONREAD says 0 of every socket in a sockmap on Linux 6.6.128,
-/// 6.12.75, 6.18.14, 6.19 and many after them. Like any recv(2) it takes the socket's error along.
-///
-/// # Errors
-/// recv's, such as EAGAIN when nothing waits.
-pub fn byte_waits(socket: BorrowedFd<'_>) -> nix::Result<bool> {
+/// What a look at a socket shows.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waiting {
+    /// At least a byte.
+    Byte,
+    /// The end of the stream.
+    End,
+    /// Nothing yet.
+    Nothing,
+    /// The connection's abort, and nothing before it. The kernel says so once, and this was it.
+    Abort(nix::errno::Errno),
+}
+
+/// What waits to be read. By a look at it (MSG_PEEK), because FIONREAD says 0 of every socket in a sockmap on Linux 6.6.128,
+/// 6.12.75, 6.18.14, 6.19 and many after them. Like any recv(2) it takes the socket's error along; to ask without taking
+/// anything there is [`stirs`].
+pub fn look(socket: BorrowedFd<'_>) -> Waiting {
+    use nix::errno::Errno;
     use nix::sys::socket::{MsgFlags, recv};
-    recv(socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT).map(|count| count > 0)
+    loop {
+        return match recv(socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => Waiting::End,
+            Ok(_) => Waiting::Byte,
+            Err(Errno::EINTR) => continue,
+            Err(Errno::EAGAIN) => Waiting::Nothing,
+            Err(errno) => Waiting::Abort(errno),
+        };
+    }
+}
+
+/// Whether anything waits to be read: a byte, the end, or an abort, which is still there afterwards.
+#[must_use]
+pub fn stirs(socket: BorrowedFd<'_>) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    // Not to be told is no reason to believe that nothing is there.
+    poll(&mut [PollFd::new(socket, PollFlags::POLLIN)], PollTimeout::ZERO) != Ok(0)
 }
 
 /// Sends one message of a seqpacket channel, with descriptors where there are any.

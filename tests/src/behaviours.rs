@@ -17,17 +17,18 @@ use crate::peers::{Conn, End, PATIENCE};
 use crate::process;
 use crate::suite::Rig;
 
+pub use crate::aborts::*;
 pub use crate::torture::mixed_torture;
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 /// What the client sends, and what the service sends: never alike.
-const UP: Pattern = Pattern(0x1111);
-const DOWN: Pattern = Pattern(0x2222);
+pub(crate) const UP: Pattern = Pattern(0x1111);
+pub(crate) const DOWN: Pattern = Pattern(0x2222);
 /// A sender that could not send for so long is stopped: on loopback everything that will move has moved.
-const STUCK: Duration = Duration::from_millis(400);
+pub(crate) const STUCK: Duration = Duration::from_millis(400);
 
 /// Runs both at once and reports the first failure.
-fn both<A: Send, B>(
+pub(crate) fn both<A: Send, B>(
     one: impl FnOnce() -> Result<A> + Send,
     other: impl FnOnce() -> Result<B>,
 ) -> Result<(A, B)> {
@@ -246,7 +247,7 @@ fn expect_told(stayer: &Conn, by_reset: bool) -> Result<()> {
 }
 
 /// The most that all buffers between a sender and a reader who does not read may take.
-fn buffers_bound() -> Result<u64> {
+pub(crate) fn buffers_bound() -> Result<u64> {
     let most = |name: &str| -> Result<u64> {
         let values = std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}"))?;
         Ok(values.split_whitespace().last().context("three values")?.parse()?)

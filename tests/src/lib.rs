@@ -1,5 +1,6 @@
 //! The harness: what every suite under `tests/tests/` stands on.
 
+pub mod aborts;
 pub mod activation;
 pub mod behaviours;
 pub mod bro;

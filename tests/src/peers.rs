@@ -455,6 +455,24 @@ impl Conn {
         Ok(())
     }
 
+    /// How many of the bytes sent the other end's kernel has not acknowledged yet. (Over unix none: they have arrived.)
+    pub fn unacknowledged(&self) -> io::Result<u64> {
+        if self.family.is_tcp() { crate::sys::unacknowledged(self.fd.as_fd()) } else { Ok(0) }
+    }
+
+    /// Waits until all that was sent is acknowledged.
+    pub fn wait_acknowledged(&self) -> Result<()> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            match self.unacknowledged()? {
+                0 => return Ok(()),
+                left => ensure!(Instant::now() < deadline, "{left} bytes were not acknowledged in time"),
+            }
+            // The kernel has no event for it.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Sends bytes `from..to` of `pattern`.
     pub fn pour(&self, pattern: Pattern, from: u64, to: u64) -> Result<()> {
         self.pour_chunks(pattern, from, to, || 64 * 1024)

@@ -64,6 +64,14 @@ pub fn pass_fds(command: &mut Command, fds: &[BorrowedFd<'_>]) -> io::Result<()>
     Ok(())
 }
 
+/// Bytes in a TCP socket's transmit queue that were not acknowledged yet (tcp(7) SIOCOUTQ).
+pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ (which is TIOCOUTQ) writes one int, which outlives the call.
+    let asked = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if asked < 0 { Err(io::Error::last_os_error()) } else { u64::try_from(bytes).map_err(io::Error::other) }
+}
+
 /// Brings up the loopback interface of the network namespace that this process is in.
 pub fn loopback_up() -> io::Result<()> {
     let socket = nix::sys::socket::socket(

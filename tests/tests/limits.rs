@@ -239,12 +239,21 @@ fn silence_ends_a_connection_and_one_byte_now_and_then_keeps_it() -> Result<()> 
 
 #[test]
 fn keepalive_times_reach_both_legs() -> Result<()> {
+    keepalive(&["--keepalive-time=77s", "--keepalive-interval=7s", "--keepalive-probes=5"], (77, 7, 5))
+}
+
+/// Without being asked for: the host's own would keep a service awake for two hours for a client whose link has gone.
+#[test]
+fn a_side_that_has_vanished_is_found_after_two_minutes() -> Result<()> {
+    keepalive(&[], (60, 10, 6))
+}
+
+fn keepalive(options: &[&str], expected: (u32, u32, u32)) -> Result<()> {
     use nix::sys::socket::{getsockopt, sockopt};
     require_namespaces!();
     let mut scene = Scene::new()?;
     let service = scene.serve()?;
-    let forwarder =
-        scene.start(&["--keepalive-time=77s", "--keepalive-interval=7s", "--keepalive-probes=5"])?;
+    let forwarder = scene.start(options)?;
     let pair = (scene.client()?, service.accept()?);
     expect_relayed(&pair.0, &pair.1)?;
     let mut legs = 0;
@@ -257,7 +266,7 @@ fn keepalive_times_reach_both_legs() -> Result<()> {
                 getsockopt(&socket, sockopt::TcpKeepInterval)?,
                 getsockopt(&socket, sockopt::TcpKeepCount)?,
             );
-            ensure!(getsockopt(&socket, sockopt::KeepAlive)? && times == (77, 7, 5), "a leg has {times:?}");
+            ensure!(getsockopt(&socket, sockopt::KeepAlive)? && times == expected, "a leg has {times:?}");
             legs += 1;
         }
     }

@@ -168,3 +168,75 @@ fn a_readiness_command_that_hangs_is_ended_and_tried_again() -> Result<()> {
     drop((client, served));
     forwarder.stop().map(drop)
 }
+
+/// What one side sent before its reset waits for a reader that does not read: half a minute, at no cost but the kernel's queues.
+#[test]
+fn a_reader_that_never_reads_is_waited_for_half_a_minute() -> Result<()> {
+    require_namespaces!();
+    const COUNT: usize = 40;
+    let rig = Rig::with(Lane::Splice, Legs::TCP4, |setup| setup.arg("--connections-max=1000"))?;
+    let forwarder = rig.forwarder().context("the lane has one")?;
+    let pattern = bro_tests::pattern::Pattern(7);
+    let mut readers = Vec::new();
+    for round in 0..COUNT {
+        let (client, service) = rig.pair()?;
+        expect_relayed(&client, &service)?;
+        let (sender, reader) = if round % 2 == 0 { (service, client) } else { (client, service) };
+        // More than the reader's kernel takes of its own.
+        let sent = sender.pour_until_stuck(pattern, u64::MAX, Duration::from_millis(20))?;
+        readers.push((sender, reader, sent));
+    }
+    let (memory, begin) = (forwarder.memory_kib()?, Instant::now());
+    let mut stayers = Vec::new();
+    for (sender, reader, _) in readers {
+        sender.abort()?;
+        stayers.push(reader);
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    forwarder.expect_no_spin(Duration::from_secs(1))?;
+    let closings = forwarder.log().closings(COUNT, Duration::from_secs(40))?;
+    let took = begin.elapsed();
+    let limit = bro_user::connection::STALLED;
+    ensure!(took >= limit && took < limit + Duration::from_secs(6), "the last one ended after {took:?}");
+    ensure!(closings.iter().all(|closing| closing.reason.ends_with("-reset")), "{closings:?}");
+    ensure!(closings.iter().all(|closing| closing.duration_ms >= 29_000), "{closings:?}");
+    let grown = forwarder.memory_kib()?.saturating_sub(memory);
+    ensure!(grown < 4096, "{COUNT} resets that nobody took cost {grown} KiB");
+    for reader in stayers {
+        reader.expect_abort()?;
+    }
+    rig.finish()
+}
+
+/// A thousand services reset at once, with what they have sent still on its way: every client gets all of it.
+#[test]
+fn a_thousand_resets_at_once_lose_nothing() -> Result<()> {
+    require_namespaces!();
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    const SIZE: u64 = 200_000;
+    let rig = Rig::with(Lane::Splice, Legs::TCP4, |setup| setup.arg("--connections-max=2000"))?;
+    let pattern = bro_tests::pattern::Pattern(8);
+    let mut pairs = Vec::new();
+    for _ in 0..1000 {
+        let (client, service) = rig.pair()?;
+        service.pour(pattern, 0, SIZE)?;
+        pairs.push((client, service));
+    }
+    for (_, service) in &pairs {
+        service.wait_acknowledged()?;
+    }
+    let clients = pairs.into_iter().map(|(client, service)| service.abort().map(|()| client));
+    let clients: Vec<Conn> = clients.collect::<Result<_>>()?;
+    // All at once, for there is half a minute for it.
+    let read = |part: &[Conn]| part.iter().try_for_each(|client| client.drink(pattern, 0, SIZE));
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = clients.chunks(25).map(|part| scope.spawn(move || read(part))).collect();
+        readers.into_iter().try_for_each(|reader| reader.join().expect("it does not panic"))
+    })?;
+    for client in &clients {
+        client.expect_abort()?;
+    }
+    drop(clients);
+    rig.finish()
+}

@@ -4,14 +4,13 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Instant;
 
-use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use nix::sys::socket::{getsockopt, sockopt};
 
 use super::Engine;
 use super::token::{GENERATIONS, Token};
 use crate::connection::{Connection, End, Interest, Pumped, Registration, Stage};
 use crate::relay::{Broken, Direction, Side};
+use crate::sys::{Waiting, look};
 
 const SIDES: [Side; 2] = [Side::Client, Side::Service];
 
@@ -31,7 +30,7 @@ impl Engine {
             (Stage::Silent, _) => self.silent_client_stirred(index),
             (Stage::Connecting { .. }, Side::Service) => self.connect_event(index),
             (Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }, Side::Client) if trouble => {
-                self.held_client_hung_up(index);
+                self.held_client_hung_up(index, events.contains(EpollFlags::EPOLLERR));
             }
             _ => {}
         }
@@ -39,10 +38,9 @@ impl Engine {
 
     /// A held client that reset has left, and so has one that closed without a word. What one has sent before it closed (over
     /// unix that is a hang-up too) is delivered all the same.
-    fn held_client_hung_up(&mut self, index: usize) {
+    fn held_client_hung_up(&mut self, index: usize, reset: bool) {
         let Some(connection) = self.connections.get(index) else { return };
-        let reset = getsockopt(&connection.client, sockopt::SocketError) != Ok(0);
-        if reset || !crate::sys::byte_waits(connection.client.as_fd()).unwrap_or(false) {
+        if reset || look(connection.client.as_fd()) != Waiting::Byte {
             self.finish(index, End::ClientLeft);
         } else {
             self.silence(index, Side::Client);
@@ -50,6 +48,9 @@ impl Engine {
     }
 
     fn relay_event(&mut self, index: usize, side: Side, events: EpollFlags, trouble: bool) {
+        if events.contains(EpollFlags::EPOLLERR) {
+            return self.side_aborted(index, side, None);
+        }
         let readable = trouble || events.contains(EpollFlags::EPOLLIN);
         let writable = trouble || events.contains(EpollFlags::EPOLLOUT);
         let (up, down) = match side {
@@ -57,20 +58,12 @@ impl Engine {
             Side::Service => (writable, readable),
         };
         self.pump(index, up, down);
-        if !trouble {
-            return;
-        }
-        // Whatever could be read has been. If the socket's error is still there, nobody was reading: the abort counts now.
-        let Some(connection) = self.connections.get_mut(index) else { return };
-        let Some(socket) = connection.socket(side) else { return };
-        match getsockopt(&socket, sockopt::SocketError) {
-            Ok(0) | Err(_) => {
-                // A hang-up, with nothing to be done about it yet: silence it until there is.
-                if connection.interest(side) == Some(Interest { read: false, write: false }) {
-                    self.silence(index, side);
-                }
-            }
-            Ok(code) => self.finish(index, Broken { side, errno: Errno::from_raw(code) }.into()),
+        // A hang-up, with nothing to be done about it yet: silence it until there is.
+        if trouble
+            && let Some(connection) = self.connections.get(index)
+            && connection.interest(side) == Some(Interest { read: false, write: false })
+        {
+            self.silence(index, side);
         }
     }
 
@@ -85,10 +78,10 @@ impl Engine {
         match pumped {
             Ok(Pumped::Finished) => return self.finish(index, End::Eof),
             Ok(Pumped::Open) => {}
-            Err(broken) => return self.finish(index, broken.into()),
+            Err(broken) => return self.side_aborted(index, broken.side, Some(broken.errno)),
         }
         self.consider_lanes(index);
-        self.register(index);
+        self.settle(index);
     }
 
     /// The service has accepted, at `target` if it is on TCP: bytes may flow.
@@ -104,7 +97,7 @@ impl Engine {
             connection.cold_start = Some(now - waiting_since);
         }
         let (up, down) = (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
-        connection.stage = Stage::Relaying { service, up, down };
+        connection.stage = Stage::Relaying { service, up, down, abort: None };
         self.pending -= 1;
         self.pump(index, true, false);
     }
@@ -196,6 +189,7 @@ impl Engine {
     /// Ends a connection.
     pub(super) fn finish(&mut self, index: usize, end: End) {
         let Some(mut connection) = self.connections.try_remove(index) else { return };
+        let end = connection.end(end);
         if self.settings.idle_by_bytes.is_some() && connection.notice_bytes(Instant::now()) {
             self.stats.now_idle();
         }

@@ -1,13 +1,12 @@
 //! When the forwarder may leave: `--idle-by=bytes` and the moment of leaving itself.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Accepting, Engine};
 use crate::connection::{Connection, End, Stage};
-use crate::relay::Side;
 
 /// What the control side asks when it wants to leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,12 +72,11 @@ fn sleeps(connection: &Connection, limit: Duration) -> bool {
         // It has not finished yet.
         Stage::Relaying { up, .. } if is_fresh && up.half().wants_read() => false,
         Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => false,
-        Stage::Relaying { service, up, down } => {
-            let comes = |socket: std::os::fd::BorrowedFd<'_>, open: bool| {
-                open && crate::sys::byte_waits(socket).is_ok_and(|waits| waits)
-            };
-            let client = connection.socket(Side::Client);
-            !client.is_some_and(|client| comes(client, up.half().wants_read()))
+        // An abort is on its way.
+        Stage::Relaying { abort: Some(_), .. } => false,
+        Stage::Relaying { service, up, down, abort: None } => {
+            let comes = |socket: BorrowedFd<'_>, open: bool| open && crate::sys::stirs(socket);
+            !comes(connection.client.as_fd(), up.half().wants_read())
                 && !comes(service.as_fd(), down.half().wants_read())
         }
     }

@@ -236,7 +236,7 @@ impl Lanes {
     /// and the client's if it is on this host.
     fn open_both(&mut self, index: usize, connection: &mut Connection, watched: Option<u64>) {
         let (number, client) = (connection.number, connection.client.as_fd());
-        let Stage::Relaying { service, up, down } = &mut connection.stage else { return };
+        let Stage::Relaying { service, up, down, .. } = &mut connection.stage else { return };
         if watched.is_none() && self.clients.is_none() {
             return;
         }

@@ -5,10 +5,9 @@
 use std::os::fd::AsFd as _;
 use std::time::Instant;
 
-use nix::errno::Errno;
-
 use super::Engine;
 use crate::connection::{End, Stage};
+use crate::sys::{Waiting, look};
 
 impl Engine {
     /// Is a client to wait for its first byte? Not when the container is awake, or about to be: then nothing is saved, and a
@@ -29,15 +28,15 @@ impl Engine {
     /// A silent client has sent, finished or reset.
     pub(super) fn silent_client_stirred(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
-        match crate::sys::byte_waits(connection.client.as_fd()) {
-            Ok(true) => {
+        match look(connection.client.as_fd()) {
+            Waiting::Byte => {
                 let _index = self.silent.remove(&connection.number);
                 // From now on it waits for the service.
                 connection.active = Instant::now();
                 self.hold(index, false);
             }
-            Err(Errno::EAGAIN) => {}
-            Ok(false) | Err(_) => self.finish(index, End::ClientLeft),
+            Waiting::Nothing => {}
+            Waiting::End | Waiting::Abort(_) => self.finish(index, End::ClientLeft),
         }
     }
 

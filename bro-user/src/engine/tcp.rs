@@ -8,26 +8,27 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::connection::closing_aborts;
 
-/// `--keepalive-*`, in the units of tcp(7). What is not given stays as the host has it (net.ipv4.tcp_keepalive_*).
+/// `--keepalive-*`, in the units of tcp(7). The host's own (net.ipv4.tcp_keepalive_*) would find a client whose link has gone
+/// after more than two hours, in which it keeps the service awake.
 #[derive(Debug, Clone, Copy)]
 pub struct Keepalive {
     /// Seconds without traffic before the first probe.
-    pub time: Option<u32>,
+    pub time: u32,
     /// Seconds between probes.
-    pub interval: Option<u32>,
+    pub interval: u32,
     /// Unanswered probes before the connection is aborted.
-    pub probes: Option<u32>,
+    pub probes: u32,
 }
 
 impl Keepalive {
     /// Rounded up to seconds; [`crate::timespan::keepalive`] lets nothing pass that tcp(7) does not accept.
     #[must_use]
-    pub fn new(time: Option<Duration>, interval: Option<Duration>, probes: Option<u32>) -> Self {
+    pub fn new(time: Duration, interval: Duration, probes: u32) -> Self {
         let seconds = |span: Duration| {
             let seconds = span.as_secs() + u64::from(span.subsec_nanos() > 0);
             u32::try_from(seconds).unwrap_or(u32::MAX)
         };
-        Self { time: time.map(seconds), interval: interval.map(seconds), probes }
+        Self { time: seconds(time), interval: seconds(interval), probes }
     }
 }
 
@@ -39,15 +40,9 @@ pub fn set_options(socket: &impl AsFd, peer: Option<IpAddr>, keepalive: Keepaliv
     }
     super::unpaced::unpace(socket.as_fd(), peer);
     setsockopt(socket, sockopt::KeepAlive, &true).ok();
-    if let Some(time) = keepalive.time {
-        setsockopt(socket, sockopt::TcpKeepIdle, &time).ok();
-    }
-    if let Some(interval) = keepalive.interval {
-        setsockopt(socket, sockopt::TcpKeepInterval, &interval).ok();
-    }
-    if let Some(probes) = keepalive.probes {
-        setsockopt(socket, sockopt::TcpKeepCount, &probes).ok();
-    }
+    setsockopt(socket, sockopt::TcpKeepIdle, &keepalive.time).ok();
+    setsockopt(socket, sockopt::TcpKeepInterval, &keepalive.interval).ok();
+    setsockopt(socket, sockopt::TcpKeepCount, &keepalive.probes).ok();
     // An urgent byte stays in its place in the stream, where recv finds it (tcp(7), “Sockets API”).
     setsockopt(socket, sockopt::OobInline, &true).ok();
 }

@@ -2,7 +2,7 @@
 //! so that every order of events can be tried (see the tests below).
 //!
 //! The rules: bytes are read only when none wait, so what one direction holds is bounded by one read; a FIN is forwarded
-//! exactly once, and only after the last byte.
+//! exactly once, and only after the last byte; an abort overtakes no byte that was sent before it, and never passes for a FIN.
 
 /// A direction of flow, from its source to its sink.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +19,17 @@ pub enum Half {
     },
     /// The FIN was passed on: nothing will flow here again.
     Finished,
+    /// The source has aborted, as the kernel has said already: what it had sent before is still there to be read, and the end of
+    /// that is no FIN.
+    Last {
+        /// Bytes read and not yet written.
+        held: usize,
+    },
+    /// The sink has aborted: what the source still sends is read and thrown away, so that a source which reads only after it
+    /// has sent everything gets to what waits for it.
+    Void,
+    /// It has ended without a FIN: nothing will flow here again.
+    Over,
 }
 
 impl Half {
@@ -29,15 +40,15 @@ impl Half {
     #[must_use]
     pub const fn held(self) -> usize {
         match self {
-            Self::Open { held } | Self::Ending { held } => held,
-            Self::Finished => 0,
+            Self::Open { held } | Self::Ending { held } | Self::Last { held } => held,
+            Self::Finished | Self::Void | Self::Over => 0,
         }
     }
 
     /// Is the source to be read?
     #[must_use]
     pub const fn wants_read(self) -> bool {
-        matches!(self, Self::Open { held: 0 })
+        matches!(self, Self::Open { held: 0 } | Self::Last { held: 0 } | Self::Void)
     }
 
     /// Is there something for the sink?
@@ -58,22 +69,63 @@ impl Half {
         matches!(self, Self::Open { .. })
     }
 
+    /// Is what is read thrown away?
+    #[must_use]
+    pub const fn is_void(self) -> bool {
+        matches!(self, Self::Void)
+    }
+
+    /// Has the sink been given all that will ever come?
+    #[must_use]
+    pub const fn is_over(self) -> bool {
+        matches!(self, Self::Finished | Self::Over)
+    }
+
     /// `count` bytes came from the source.
     pub fn read(&mut self, count: usize) {
         debug_assert!(self.wants_read(), "read while {self:?}");
-        *self = Self::Open { held: count };
+        match self {
+            Self::Last { held } | Self::Open { held } => *held = count,
+            Self::Ending { .. } | Self::Finished | Self::Void | Self::Over => {}
+        }
     }
 
-    /// The source's FIN was read.
+    /// The end of the stream was read: the source's FIN, unless the source is known to have aborted.
     pub fn ended(&mut self) {
         debug_assert!(self.wants_read(), "end of file while {self:?}");
-        *self = Self::Ending { held: self.held() };
+        *self = match *self {
+            Self::Open { held } => Self::Ending { held },
+            _ => Self::Over,
+        };
+    }
+
+    /// Reading failed: the source has aborted, and nothing that it had sent is left to be read.
+    pub fn broke(&mut self) {
+        debug_assert!(self.wants_read(), "a read failed while {self:?}");
+        *self = Self::Over;
+    }
+
+    /// The source has aborted, and the kernel has said so for the last time: it will show what is left as ending like any stream.
+    pub const fn source_aborted(&mut self) {
+        if let Self::Open { held } = *self {
+            *self = Self::Last { held };
+        }
+    }
+
+    /// The sink has aborted: what is held is held for nothing.
+    pub const fn sink_aborted(&mut self) {
+        *self = match *self {
+            Self::Open { .. } | Self::Void => Self::Void,
+            // Nothing is to be read any more.
+            Self::Ending { .. } | Self::Last { .. } | Self::Over => Self::Over,
+            Self::Finished => Self::Finished,
+        };
     }
 
     /// The sink took `count` bytes.
     pub fn wrote(&mut self, count: usize) {
         debug_assert!(count <= self.held(), "wrote {count} while {self:?}");
-        if let Self::Open { held } | Self::Ending { held } = self {
+        if let Self::Open { held } | Self::Ending { held } | Self::Last { held } = self {
             *held = held.saturating_sub(count);
         }
     }
@@ -104,6 +156,19 @@ mod tests {
             1 => Just(Event::SourceEnds),
             4 => (1usize..5000).prop_map(Event::Writable),
         ]
+    }
+
+    /// How an abort comes to be known.
+    #[derive(Debug, Clone, Copy)]
+    enum Told {
+        /// By a read, once nothing is left.
+        Reading,
+        /// By something else, before all was read.
+        Otherwise,
+    }
+
+    fn told() -> impl Strategy<Value = Told> {
+        prop_oneof![Just(Told::Reading), Just(Told::Otherwise)]
     }
 
     proptest! {
@@ -148,6 +213,95 @@ mod tests {
                     _ => {}
                 }
             }
+        }
+    }
+
+    proptest! {
+        /// The source has sent `queued` more bytes, perhaps a FIN, and then aborted.
+        #[test]
+        fn an_abort_overtakes_no_byte_and_is_no_end(
+            events in proptest::collection::vec(event(), 0..100),
+            queued in 0usize..50_000,
+            fin in proptest::bool::ANY,
+            told in told(),
+            rooms in proptest::collection::vec(1usize..5000, 1..20),
+        ) {
+            let mut half = Half::NEW;
+            let (mut read, mut written, mut ended) = (0, 0, false);
+            for event in events {
+                match event {
+                    Event::Readable(count) if half.wants_read() => { half.read(count); read += count; }
+                    Event::SourceEnds if half.wants_read() => { half.ended(); ended = true; }
+                    Event::Writable(room) if half.wants_write() => {
+                        let count = room.min(half.held());
+                        half.wrote(count);
+                        written += count;
+                    }
+                    _ if half.fin_due() => half.fin_sent(),
+                    _ => {}
+                }
+            }
+            // A FIN is the last thing in the queue, and the kernel tells by something else than a read of no abort that came after one.
+            let told = if fin { Told::Reading } else { told };
+            let mut left = if ended { 0 } else { queued };
+            if matches!(told, Told::Otherwise) {
+                half.source_aborted();
+            }
+            let mut steps = 0;
+            while !half.is_over() {
+                steps += 1;
+                prop_assert!(steps < 1000, "it never ends: {half:?}");
+                if half.fin_due() {
+                    prop_assert!(ended, "an abort has passed for a FIN");
+                    prop_assert_eq!(read, written, "a FIN before the last byte");
+                    half.fin_sent();
+                } else if half.wants_write() {
+                    let count = rooms[steps % rooms.len()].min(half.held());
+                    half.wrote(count);
+                    written += count;
+                } else if half.wants_read() && left > 0 {
+                    let count = left.min(1234);
+                    half.read(count);
+                    (read, left) = (read + count, left - count);
+                } else if half.wants_read() && fin {
+                    half.ended();
+                    ended = true;
+                } else if half.wants_read() {
+                    match told {
+                        Told::Reading => half.broke(),
+                        Told::Otherwise => half.ended(),
+                    }
+                } else {
+                    prop_assert!(false, "nothing is wanted: {half:?}");
+                }
+            }
+            prop_assert_eq!(left, 0, "bytes are left unread");
+            prop_assert_eq!(read, written, "bytes are lost");
+            prop_assert_eq!(half == Half::Finished, ended);
+        }
+
+        #[test]
+        fn what_is_sent_to_a_sink_that_is_gone_goes_nowhere(
+            before in proptest::collection::vec(event(), 0..50),
+            after in proptest::collection::vec(event(), 0..50),
+        ) {
+            let mut half = Half::NEW;
+            let happens = |half: &mut Half, event| match event {
+                Event::Readable(count) if half.wants_read() => half.read(count),
+                Event::SourceEnds if half.wants_read() => half.ended(),
+                Event::Writable(room) if half.wants_write() => half.wrote(room.min(half.held())),
+                _ if half.fin_due() => half.fin_sent(),
+                _ => {}
+            };
+            before.into_iter().for_each(|event| happens(&mut half, event));
+            let (was_open, was_finished) = (half.is_open(), half == Half::Finished);
+            half.sink_aborted();
+            prop_assert_eq!(half.is_void(), was_open);
+            for event in after.into_iter().chain([Event::SourceEnds]) {
+                happens(&mut half, event);
+                prop_assert!(!half.wants_write() && !half.fin_due(), "{half:?}");
+            }
+            prop_assert_eq!(half, if was_finished { Half::Finished } else { Half::Over });
         }
     }
 }

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
 
 use super::pipes::{CAPACITY, Pipe};
-use crate::sys::byte_waits;
+use crate::sys::{Waiting, look};
 
 /// What came of filling a pipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,9 +27,10 @@ pub enum Filled {
 /// EINVAL when the socket cannot be spliced, else the connection's own error.
 pub fn fill(source: BorrowedFd<'_>, pipe: &Pipe) -> nix::Result<Filled> {
     let fill = || retry(|| splice(source, None, pipe.write(), None, CAPACITY, flags()));
-    let waits = || match retry(|| byte_waits(source)) {
-        Err(Errno::EAGAIN) => Ok(false),
-        waits => waits,
+    let waits = || match look(source) {
+        Waiting::Byte => Ok(true),
+        Waiting::End | Waiting::Nothing => Ok(false),
+        Waiting::Abort(errno) => Err(errno),
     };
     let filled = match fill() {
         // Bytes that came between the two calls are no reason to copy, so it is the second refusal that counts.
