@@ -32,7 +32,8 @@ pub fn run(options: &Loader) -> anyhow::Result<()> {
     }
     if !nix::unistd::geteuid().is_root() {
         bail!(Failure::NotPermitted(format!(
-            "only root may load programs for somebody: `sudo systemctl enable --now bro-loader@{uid}`"
+            "only root may load programs for somebody: {}",
+            advice(&uid.to_string())
         )));
     }
     let mut out = std::io::stdout().lock();
@@ -95,6 +96,31 @@ fn slice(uid: u32, name: &str) -> anyhow::Result<PathBuf> {
          keeps it there",
         slice.display()
     );
+}
+
+/// The unit that does it at each boot, without the user whom it is for.
+const UNIT: &str = "bro-loader@.service";
+
+/// Is that unit here? The packages bring it, and `cargo install` does not.
+pub(crate) fn is_a_unit() -> bool {
+    const WHERE: [&str; 5] = [
+        "/etc/systemd/system",
+        "/run/systemd/system",
+        "/usr/local/lib/systemd/system",
+        "/usr/lib/systemd/system",
+        "/lib/systemd/system",
+    ];
+    WHERE.iter().any(|directory| std::path::Path::new(directory).join(UNIT).exists())
+}
+
+/// What has the kernel relay loaded for a user, here.
+pub(crate) fn advice(user: &str) -> String {
+    if is_a_unit() {
+        return format!("`sudo systemctl enable --now bro-loader@{user}`");
+    }
+    format!(
+        "`sudo bro loader {user}`, until the next boot ({UNIT}, which does it at each, is not installed: bro's packages bring it)"
+    )
 }
 
 /// The reason with its mend, and the exit code that goes with it.

@@ -17,10 +17,10 @@ pub fn init(verbose: u8) {
     VERBOSE.set(verbose).ok();
     let filter = filter(verbose);
     let registry = tracing_subscriber::registry().with(filter);
-    let journal = stderr_is_the_journal().then(tracing_journald::layer).and_then(Result::ok);
+    let journal = stderr_is_the_journal().then(journal::Journal::connect).and_then(Result::ok);
     match journal {
         // Fields become BRO_CONN=, BRO_PEER=, … (systemd.journal-fields(7)).
-        Some(journal) => registry.with(journal.with_field_prefix(Some("BRO".into()))).init(),
+        Some(journal) => registry.with(journal).init(),
         None => {
             use std::io::IsTerminal as _;
             let text = fmt::layer().with_writer(std::io::stderr).with_target(false);

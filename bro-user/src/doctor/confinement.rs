@@ -406,3 +406,112 @@ fn culprit(step: Step, known: &Activated, confines: &Confines) -> Option<Culprit
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::service::tests::known;
+
+    fn list(allows: bool, listed: &[&str]) -> Variant<'static> {
+        Variant::from((allows, listed.iter().map(|&word| word.to_owned()).collect::<Vec<String>>()))
+    }
+
+    fn confines(properties: &[(&str, Variant<'static>)]) -> Confines {
+        let owned = properties
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), value.try_to_owned().expect("it holds no descriptor")));
+        Confines::of(&owned.collect())
+    }
+
+    /// Who is named for a step that fails, of a system's service or a user's.
+    fn named(scope: Manager, step: Step, properties: &[(&str, Variant<'static>)]) -> Option<String> {
+        let mut web = known(Some("systemd-web"), false);
+        web.scope = scope;
+        culprit(step, &web, &confines(properties)).map(|culprit| culprit.line)
+    }
+
+    #[test]
+    fn a_directive_that_forbids_a_step_is_named() {
+        use Manager::{System, User};
+        const UNIX: &[&str] = &["AF_UNIX", "AF_INET"];
+        let bits = Variant::from;
+        let cases: [(Manager, Step, &str, Variant<'static>, Option<&str>); 14] = [
+            (
+                User,
+                Step::Table,
+                "RestrictAddressFamilies",
+                list(true, UNIX),
+                Some("RestrictAddressFamilies=AF_NETLINK"),
+            ),
+            (
+                User,
+                Step::Inet6,
+                "RestrictAddressFamilies",
+                list(true, UNIX),
+                Some("RestrictAddressFamilies=AF_INET6"),
+            ),
+            (User, Step::Inet, "RestrictAddressFamilies", list(true, UNIX), None),
+            (
+                User,
+                Step::Inet,
+                "RestrictAddressFamilies",
+                list(false, UNIX),
+                Some("RestrictAddressFamilies=AF_INET"),
+            ),
+            (
+                User,
+                Step::Table,
+                "RestrictAddressFamilies",
+                list(true, &[]),
+                Some("RestrictAddressFamilies=AF_NETLINK"),
+            ),
+            (
+                User,
+                Step::Enter,
+                "SystemCallFilter",
+                list(false, &["setns:EPERM"]),
+                Some("SystemCallFilter=setns"),
+            ),
+            (System, Step::Bpf, "SystemCallFilter", list(true, &["socket"]), Some("SystemCallFilter=bpf")),
+            (System, Step::Enter, "RestrictNamespaces", bits(CLONE_NEWNET), None),
+            (User, Step::Enter, "RestrictNamespaces", bits(CLONE_NEWNET), Some("RestrictNamespaces=user")),
+            (User, Step::Enter, "RestrictNamespaces", bits(CLONE_NEWUSER), Some("RestrictNamespaces=net")),
+            (
+                System,
+                Step::Enter,
+                "CapabilityBoundingSet",
+                bits(0_u64),
+                Some("CapabilityBoundingSet=CAP_SYS_ADMIN"),
+            ),
+            (
+                System,
+                Step::Find,
+                "CapabilityBoundingSet",
+                bits(0_u64),
+                Some("CapabilityBoundingSet=CAP_SYS_PTRACE"),
+            ),
+            // Of its own container a user's needs none.
+            (User, Step::Enter, "CapabilityBoundingSet", bits(0_u64), None),
+            (User, Step::Enter, "PrivateUsers", Variant::from(true), Some("PrivateUsers=no")),
+        ];
+        for (scope, step, property, value, line) in cases {
+            let found = named(scope, step, &[(property, value.try_clone().expect("no descriptor"))]);
+            assert_eq!(found.as_deref(), line, "{scope:?} {step:?} {property} {value:?}");
+        }
+        for step in [Step::Find, Step::Enter, Step::Inet, Step::Inet6, Step::Unix, Step::Table, Step::Bpf] {
+            assert_eq!(named(System, step, &[]), None, "{step:?}");
+        }
+    }
+
+    #[test]
+    fn who_is_ended_in_the_midst_of_a_step_has_said_the_one_before() {
+        let words = |target: &str| ["bro", "try-wake", target].map(str::to_owned);
+        assert_eq!(next(Step::Enter, &words("--target=127.0.0.1:80")), Step::Inet);
+        assert_eq!(next(Step::Enter, &words("--target=/run/x")), Step::Unix);
+        assert_eq!(next(Step::Inet, &words("--target=127.0.0.1:80")), Step::Table);
+        let ended = |result: &str, code, status| Ended { result: result.to_owned(), code, status };
+        assert_eq!(how(&ended("core-dump", 3, 31)), "it was ended by SIGSYS");
+        assert_eq!(how(&ended("exit-code", 1, 226)), "exit status 226");
+        assert_eq!(how(&ended("timeout", 2, 9)), "it took more than 10s");
+    }
+}

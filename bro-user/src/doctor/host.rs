@@ -265,7 +265,7 @@ pub(super) fn loader() -> Check {
         Ok(None) => Check::less(
             NAME,
             "the kernel relay is not loaded for this user",
-            format!("sudo systemctl enable --now bro-loader@{user}"),
+            crate::loader::advice(&user.to_string()),
         ),
         Err(reason) => {
             let mend = reason.mend();

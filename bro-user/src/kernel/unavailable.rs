@@ -93,6 +93,12 @@ impl Unavailable {
             _ if self.wants_descriptors() => {
                 "raise the limit on descriptors (LimitNOFILE= of the unit, `ulimit -n`; of the whole system: fs.file-max)"
             }
+            Self::NotPermitted(..) if !crate::loader::is_a_unit() => {
+                "an ordinary user needs no rights once root has loaded it: `sudo bro loader $(id -u)`, until the next boot \
+                 (bro-loader@.service, which does it at each, is not installed: bro's packages bring it); a system unit may \
+                 have AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_PERFMON instead (and none of them taken away by \
+                 CapabilityBoundingSet= or a user namespace)"
+            }
             Self::NotPermitted(..) => {
                 "an ordinary user needs no rights with `sudo systemctl enable --now bro-loader@$(id -u)`; a system unit may \
                  have AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_PERFMON instead (and none of them taken away by \

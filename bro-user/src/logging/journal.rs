@@ -1,5 +1,5 @@
-//! journald's native protocol over a connected socket, for the relay process. tracing-journald, which the control process uses, names
-//! journald's address with every message, and a process that may name addresses may talk to anybody.
+//! journald's native protocol over a connected socket. A process that names journald's address with every message, as tracing-journald
+//! does, may talk to anybody, and the relay process may not. Besides, what a person reads is more than the bare sentence here.
 
 use std::fmt::{Debug, Write as _};
 use std::io;
@@ -9,13 +9,15 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer};
 
+use crate::exit::on_one_line;
+
 /// Where journald listens (systemd-journald.service(8)).
 const SOCKET: &str = "/run/systemd/journal/socket";
 
 /// More than any line of ours, and less than a datagram takes.
 const LONGEST: usize = 64 * 1024;
 
-/// Sends each event to journald, with the fields that tracing-journald gives it.
+/// Sends each event to journald, with its fields as BRO_….
 #[derive(Debug)]
 pub struct Journal {
     socket: UnixDatagram,
@@ -37,7 +39,8 @@ impl Journal {
 impl<S: Subscriber> Layer<S> for Journal {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let metadata = event.metadata();
-        let mut message = Message(Vec::with_capacity(512));
+        let mut message =
+            Message { bytes: Vec::with_capacity(512), text: String::new(), fields: String::new() };
         message.put(
             "PRIORITY",
             match *metadata.level() {
@@ -55,29 +58,44 @@ impl<S: Subscriber> Layer<S> for Journal {
             message.put("CODE_LINE", &line.to_string());
         }
         event.record(&mut message);
+        message.put_text();
         // Like every other logger: a journal that does not keep up loses lines, it does not hold connections up.
-        self.socket.send(&message.0[..message.0.len().min(LONGEST)]).ok();
+        self.socket.send(&message.bytes[..message.bytes.len().min(LONGEST)]).ok();
     }
 }
 
 /// Fields as journald takes them: the name, a newline, the value's length as a little-endian 64-bit number, the value, a newline.
+/// What a person reads, MESSAGE, is what stands on standard error elsewhere: the sentence and the fields.
 #[derive(Debug)]
-struct Message(Vec<u8>);
+struct Message {
+    bytes: Vec<u8>,
+    text: String,
+    fields: String,
+}
 
 impl Message {
     fn put(&mut self, name: &str, value: &str) {
-        self.0.extend(name.bytes());
-        self.0.push(b'\n');
-        self.0.extend((value.len() as u64).to_le_bytes());
-        self.0.extend(value.bytes());
-        self.0.push(b'\n');
+        self.bytes.extend(name.bytes());
+        self.bytes.push(b'\n');
+        self.bytes.extend((value.len() as u64).to_le_bytes());
+        self.bytes.extend(value.bytes());
+        self.bytes.push(b'\n');
     }
 
     fn field(&mut self, field: &Field, value: &str) {
         match field.name() {
-            "message" => self.put("MESSAGE", value),
-            name => self.put(&format!("BRO_{}", name.to_uppercase().replace('.', "_")), value),
+            "message" => value.clone_into(&mut self.text),
+            name => {
+                self.put(&format!("BRO_{}", name.to_uppercase().replace('.', "_")), value);
+                // Writing to a String cannot fail.
+                write!(self.fields, " {name}={}", on_one_line(value)).ok();
+            }
         }
+    }
+
+    fn put_text(&mut self) {
+        let text = std::mem::take(&mut self.text) + &self.fields;
+        self.put("MESSAGE", &text);
     }
 }
 

@@ -324,6 +324,12 @@ mod tests {
     }
 
     #[test]
+    fn what_is_advised_names_the_service() {
+        assert_eq!(since(State::Failed, None, "web"), "failed (see `bro doctor web`)");
+        assert_eq!(since(State::Deaf, None, "web@blue"), "not listening (see `bro doctor web@blue`)");
+    }
+
+    #[test]
     fn a_service_is_a_line() {
         let mut web = Service::new("web".into(), Some("web.service".into()), vec!["8080".into()]);
         let other = Service::new("other-one".into(), None, Vec::new());

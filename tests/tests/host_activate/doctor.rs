@@ -30,6 +30,24 @@ pub fn status_and_doctor(host: &Host, manager: Manager) -> Result<()> {
     let well = doctor(&[])?;
     ensure!(well.success() && complaints(&well.stdout).is_empty(), "{well:?}");
     drop(client);
+    // What the journal shows to a person says all of it, without asking for fields.
+    host.wait_until("the connection's end is logged", bro_tests::host::site::PATIENCE, || {
+        Ok(site.journal().contains("connection closed"))
+    })?;
+    let journal = site.journal();
+    for (what, parts) in [
+        (
+            "waking the service for its first client",
+            &["target=127.0.0.1:", "peer=127.0.0.1:", "unit=patient.service"][..],
+        ),
+        (
+            "connection closed",
+            &["peer=127.0.0.1:", "relay=", "to_service=", "to_client=", "duration_ms=", "reason="],
+        ),
+    ] {
+        let line = journal.lines().find(|line| line.contains(what)).with_context(|| journal.clone())?;
+        ensure!(parts.iter().all(|part| line.contains(part)), "not all of {parts:?}: {line}");
+    }
     manager.run(host, &["bro", "sleep", "--force", "patient"])?;
     ensure!(status()?.contains("asleep"), "{}", status()?);
 
@@ -234,6 +252,13 @@ pub fn confinement_is_told(site: &Site<'_>) -> Result<()> {
         ensure!(detail.contains(cause), "no “{cause}” in {detail}");
         let found = confinement()?;
         ensure!(names_it(&found), "with the container running, {line}: {found}");
+        // The container has been started; its forwarder, which could not wake it, does not hide that, wherever it is asked.
+        let listed: Vec<Value> = serde_json::from_str(&status(&["--json"])?)?;
+        let listed = listed.iter().find(|service| service["name"] == name).context("it is not listed")?;
+        let alone: Value = serde_json::from_str(&status(&[name, "--json"])?)?;
+        ensure!(alone[0]["pid"].is_u64(), "no forwarder runs: {alone}");
+        ensure!(listed["state"] == "awake" && alone[0]["activity"]["state"] == "awake", "{listed} {alone}");
+        ensure!(status(&[name])?.contains("\n  awake for "), "{}", status(&[name])?);
         sleep()?;
         for words in [&[][..], &[name]] {
             let said = status(words)?;
@@ -277,6 +302,29 @@ pub fn confinement_is_told(site: &Site<'_>) -> Result<()> {
     ensure!(left.trim().is_empty(), "units are left: {left}");
     let left = host.try_run(&["pgrep", "--full", "[t]ry-wake"])?;
     ensure!(!left.success(), "processes are left: {left:?}");
+    Ok(())
+}
+
+/// Where the unit is not installed, nothing advises to enable it.
+pub fn loader_without_its_unit(host: &Host) -> Result<()> {
+    const UNIT: &str = "/etc/systemd/system/bro-loader@.service";
+    let test = Manager::User("test");
+    let said = || -> Result<String> {
+        let ran = test.try_run(host, &["bro", "doctor"])?;
+        let line = ran.stdout.lines().find(|line| line.contains("is not loaded for this user"));
+        Ok(line.with_context(|| format!("{ran:?}"))?.to_owned())
+    };
+    let uid = host.uid("test")?;
+    let without = said()?;
+    ensure!(
+        without.contains(&format!("`sudo bro loader {uid}`")) && !without.contains("enable --now"),
+        "{without}"
+    );
+    host.write(UNIT, "[Service]\nExecStart=/bin/true\n")?;
+    let with = said();
+    host.run(&["rm", UNIT])?;
+    let with = with?;
+    ensure!(with.contains(&format!("`sudo systemctl enable --now bro-loader@{uid}`")), "{with}");
     Ok(())
 }
 

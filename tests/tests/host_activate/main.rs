@@ -80,6 +80,7 @@ const OTHERS: &[OtherCase] = &[
     ("the system's forwarder for a user who is not logged in", run_as::not_logged_in),
     ("another user's container by its process", helper::by_others),
     ("what doctor says of AppArmor and SELinux", doctor::security_modules),
+    ("doctor and a loader whose unit is not installed", doctor::loader_without_its_unit),
 ];
 
 #[test]
