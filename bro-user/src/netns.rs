@@ -1,7 +1,10 @@
 //! Sockets inside another network namespace: the forwarder's end of its [`agent`].
 
+pub mod addresses;
 pub mod agent;
 pub mod diag;
+pub(crate) mod netlink;
+pub mod replies;
 pub mod wire;
 
 use std::io;
@@ -117,6 +120,14 @@ impl Namespace {
         let (ours, theirs) = pair()?;
         let _none = self.ask(&Request::Channel(destinations), &[theirs.as_fd()]).await??;
         Ok(ours)
+    }
+
+    /// Keeps what a service at `target` answers in the namespace ([`replies::keep`]).
+    ///
+    /// # Errors
+    /// The agent's end; within, what [`replies::keep`] says.
+    pub async fn keep_replies(&self, target: std::net::SocketAddr) -> io::Result<nix::Result<()>> {
+        Ok(self.ask(&Request::KeepReplies(target), &[]).await?.map(drop))
     }
 
     /// Has the agent ended? It may have and not be known to have: then a request fails with [`AgentEnded`].
