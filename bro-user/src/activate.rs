@@ -7,9 +7,10 @@ pub mod ownership;
 pub mod ready;
 pub mod rootless;
 pub mod runs;
+pub mod sources;
 pub mod watching;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, PoisonError};
@@ -28,7 +29,6 @@ use crate::exit::Failure;
 use crate::kernel;
 use crate::netns::wire::{Address, Destinations};
 use crate::netns::{AgentEnded, Namespace, Where};
-use crate::source::Sources;
 use crate::target::Target;
 use bus::{Bus, Manager};
 use command::Outcome;
@@ -75,6 +75,7 @@ pub struct Activator {
     following: Mutex<JoinSet<()>>,
     manager: Manager,
     ready: Ready,
+    source: sources::Wanted,
     bus: Mutex<Option<Bus>>,
     current: std::sync::Mutex<Option<Arc<Incarnation>>>,
     /// Held by the one who looks for it: that may take as long as a start.
@@ -137,7 +138,13 @@ const ASK_PODMAN: Duration = Duration::from_secs(1);
 impl Activator {
     /// An activator that has done nothing yet.
     #[must_use]
-    pub fn new(place: Place, unit: Option<String>, manager: Manager, ready: Ready) -> Self {
+    pub fn new(
+        place: Place,
+        unit: Option<String>,
+        manager: Manager,
+        ready: Ready,
+        source: sources::Wanted,
+    ) -> Self {
         Self {
             place,
             runs: Arc::new(Runs::of(unit.clone().unwrap_or_default())),
@@ -145,6 +152,7 @@ impl Activator {
             following: Mutex::default(),
             manager,
             ready,
+            source,
             bus: Mutex::default(),
             current: std::sync::Mutex::default(),
             searching: Mutex::default(),
@@ -201,7 +209,7 @@ impl Activator {
                     (Where::Entered(incarnation.namespace.clone()), Some(incarnation))
                 }
             };
-            let addresses = self.resolve(target).await?;
+            let mut addresses = self.resolve(target).await?;
             let heard = self.watch(backend, &place, incarnation.as_deref(), &addresses).await;
             tokio::select! {
                 ready = self.wait_ready(&place, &addresses, heard) => ready?,
@@ -213,13 +221,13 @@ impl Activator {
                 }
                 _ => None,
             };
-            let tcp = addresses.iter().map(Address::tcp).collect();
             let namespace = match &place {
                 Where::Own => self.own_agent().await?,
                 Where::Entered(namespace) => namespace.clone(),
             };
             let guarded = file.is_some();
-            let sources = Sources::Kernel;
+            let sources = self.source.decide(&place, &namespace, &mut addresses).await?;
+            let tcp = addresses.iter().map(Address::tcp).collect();
             let binding = sources.binding();
             let channel = namespace.channel(Destinations { addresses, file, binding }).await?;
             let destination = Destination { addresses: tcp, guarded, sources, channel };
@@ -579,7 +587,7 @@ impl Activator {
             Target::Tcp { host, port } => {
                 let found = tokio::net::lookup_host((host.as_str(), *port));
                 let found = found.await.with_context(|| format!("cannot look up the target {target}"))?;
-                found.take(Destinations::MOST).map(Address::Tcp).collect()
+                found.take(Destinations::MOST).map(|found| Address::Tcp(reached(found))).collect()
             }
             Target::Abstract(name) => vec![Address::Abstract(name.as_bytes().to_vec())],
             Target::Unix(path) => match self.place {
@@ -688,6 +696,18 @@ async fn gone(incarnation: Option<&Incarnation>) {
         Some(incarnation) => incarnation.gone().await,
         None => std::future::pending().await,
     }
+}
+
+/// The address that a connection to `target` reaches: to the unspecified one, which is this host, it reaches loopback.
+fn reached(target: SocketAddr) -> SocketAddr {
+    let ip = match target.ip().to_canonical() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        // With its scope.
+        IpAddr::V6(_) => return target,
+        ip => ip,
+    };
+    SocketAddr::new(ip, target.port())
 }
 
 /// What to say when a namespace cannot be opened.

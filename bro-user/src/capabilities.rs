@@ -6,10 +6,17 @@ use caps::{CapSet, Capability};
 pub const KERNEL_RELAY: [Capability; 3] =
     [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
 
-/// Gives up, for the calling thread and the children it will have, what only the kernel relay's set-up needed. A thread that
-/// never had them loses nothing.
-pub fn drop_the_kernel_relays() {
-    for capability in KERNEL_RELAY {
+/// What it takes to show a service clients' own addresses, in a namespace whose owner is this user namespace's root: its agents have it
+/// from their parent.
+const CLIENTS_ADDRESSES: Capability = Capability::CAP_NET_ADMIN;
+
+/// Gives up, for the calling thread and the children it will have, what only the kernel relay's set-up needed; `shows_clients`: but for
+/// what its agents need then. A thread that never had them loses nothing.
+pub fn drop_the_kernel_relays(shows_clients: bool) {
+    let kept = shows_clients && nix::unistd::geteuid().is_root();
+    for capability in
+        KERNEL_RELAY.into_iter().filter(|capability| !(kept && *capability == CLIENTS_ADDRESSES))
+    {
         // Ambient first: it must stay within the permitted set.
         for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
             if let Err(error) = caps::drop(None, set, capability) {

@@ -176,6 +176,16 @@ pub struct Forward {
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub relay: RelayChoice,
 
+    /// From which address the service sees its clients come: auto, client, container or loopback
+    ///
+    /// client: the client's own address and port, in a container whose network is the loopback interface alone (`Network=none`). It
+    /// takes CAP_NET_ADMIN over the container's network, which the owner of a rootless container has. Clients on this host's own
+    /// loopback interface, and those of a unix socket, come from 169.254.1.2 or fd62:726f::2. container: the container's own address
+    /// on its network, for every client. auto: client without a network, else container. loopback: 127.0.0.1 or ::1, and so
+    /// every client is granted what the service trusts its own host with, such as a database without a password.
+    #[arg(long, value_name = "WHICH", default_value = "auto")]
+    pub source: crate::activate::sources::Choice,
+
     /// Let what clients on this host send take a kernel lane too: off, on, or a cgroup's path
     ///
     /// The lane's program then looks at every TCP connection that is made in that cgroup (on: in all of them) and takes

@@ -8,6 +8,7 @@ mod host;
 mod image;
 mod listens;
 mod podman;
+mod seen;
 mod selinux;
 mod service;
 mod taken_over;

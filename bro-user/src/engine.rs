@@ -52,6 +52,8 @@ pub struct Settings {
     pub method: Method,
     /// `--keepalive-*`
     pub keepalive: tcp::Keepalive,
+    /// `--source`: whether connections to the service may be bound to an address.
+    pub binds: bool,
     /// `--idle-timeout`
     pub idle_timeout: Option<Duration>,
     /// `--start-timeout`: how long a client may wait for its connection to the service, all in all.

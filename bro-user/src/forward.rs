@@ -5,18 +5,21 @@ mod replacing;
 mod sleeping;
 mod waking;
 
-use std::os::fd::OwnedFd;
+use std::collections::HashMap;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
+use nix::sys::socket::{SockaddrStorage, getsockname};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use crate::activate::bus::Manager;
+use crate::activate::sources::{Choice, Wanted};
 use crate::activate::watching::{self, Loaded, Watching};
 use crate::activate::{Activator, Awake, Incarnation, Place};
 use crate::cli::idle::{IdleBy, WakeOn};
@@ -141,7 +144,9 @@ pub fn run(
             _ => Place::Own,
         };
         let manager = Manager::choose(options.system, options.user);
-        let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, options.ready.clone()));
+        let source = Wanted { choice: options.source, clients: clients_namespace(&listeners) };
+        let ready = options.ready.clone();
+        let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, ready, source));
         activator.check().await?;
         let engine = (relay, channel, addresses, stats);
         let mut control =
@@ -221,6 +226,17 @@ fn load_kernel_relay(options: &Forward, bequest: Option<Bequest>) -> Option<Load
     watching::load(config, bequest)
 }
 
+/// The cookie of the network namespace that all clients come to, if all come over TCP and there is one.
+fn clients_namespace(listeners: &[(Listener, usize)]) -> Option<u64> {
+    let mut cookies = listeners.iter().map(|(listener, _)| {
+        let address = getsockname::<SockaddrStorage>(listener.socket.as_raw_fd()).ok()?;
+        crate::sockaddr::tcp(&address)?;
+        kernel::netns_cookie(listener.socket.as_fd()).ok()
+    });
+    let first = cookies.next()??;
+    cookies.all(|other| other == Some(first)).then_some(first)
+}
+
 /// What the command line decides for the engine.
 fn settings(options: &Forward) -> Settings {
     let fit = connections_that_fit();
@@ -242,6 +258,7 @@ fn settings(options: &Forward) -> Settings {
             options.keepalive_interval.or_forever(),
             options.keepalive_probes,
         ),
+        binds: options.source != Choice::Loopback,
         idle_timeout: options.idle_timeout.finite(),
         wake_on_data: options.idle.wake_on == WakeOn::Data,
         idle_by_bytes: (options.idle.idle_by == IdleBy::Bytes)
@@ -279,6 +296,8 @@ struct Control<'a> {
     started: Instant,
     control: Option<control::Server>,
     targets: Vec<Target>,
+    /// How each target sees its clients, since it was last woken.
+    seen: HashMap<String, String>,
     activator: Arc<Activator>,
     stats: Arc<Stats>,
     engine: Arc<Handle>,
@@ -364,6 +383,7 @@ impl<'a> Control<'a> {
             busy: sleeping::Busy::default(),
             said_busy: unbounded_channel(),
             targets,
+            seen: HashMap::new(),
             activator,
             stats,
             engine: handle,
@@ -401,7 +421,7 @@ impl<'a> Control<'a> {
             self.kernel_loaded(loaded).await?;
         }
         // The thread that has loaded the programs attaches them; this one never needs the rights for that.
-        crate::capabilities::drop_the_kernel_relays();
+        crate::capabilities::drop_the_kernel_relays(self.shows_clients());
         // Not before: who insists on what cannot be had gets one sentence.
         for (name, address, target) in &self.listeners {
             tracing::info!(socket = %name, %address, %target, "listening");
@@ -484,6 +504,11 @@ impl<'a> Control<'a> {
         let ended = tokio::task::spawn_blocking(move || relay.wait()).await;
         ended.unwrap_or_else(|error| Err(error.into()))?;
         self.failure.map_or(Ok(()), Err)
+    }
+
+    /// Whether agents may have to show the service clients' own addresses.
+    fn shows_clients(&self) -> bool {
+        matches!(self.options.source, Choice::Auto | Choice::Client)
     }
 
     fn status(&self) -> String {
@@ -575,14 +600,15 @@ impl<'a> Control<'a> {
             listeners: Vec::new(),
             total: Tally::default(),
         };
-        let listeners = self.listeners.clone();
+        let (listeners, seen) = (self.listeners.clone(), self.seen.clone());
         let figures = self.engine.report();
         let answering = async move {
             let Ok(figures) = figures.await else { return };
             report.peers = figures.peers;
             for ((name, address, target), tally) in listeners.into_iter().zip(figures.tallies) {
                 report.total += &tally;
-                report.listeners.push(status::Listener { name, address, target, tally });
+                let seen = seen.get(&target).cloned();
+                report.listeners.push(status::Listener { name, address, target, seen, tally });
             }
             asker.answer(report);
         };

@@ -16,7 +16,7 @@ use crate::control;
 use crate::engine::handle;
 use crate::kernel::{cgroup, offsets::Offsets};
 use crate::listen::{self, Environment};
-use crate::netns::{diag, wire};
+use crate::netns::{netlink, wire};
 use crate::quadlet::{self, Kind};
 use crate::status;
 use crate::target::{self, Target};
@@ -122,9 +122,10 @@ pub fn proc_tables(bytes: &[u8]) {
     }
 }
 
-/// A datagram of sock_diag(7).
+/// A datagram of sock_diag(7) or rtnetlink(7).
 pub fn socket_table(bytes: &[u8]) {
-    diag::messages(bytes, &mut |_| ()).ok();
+    netlink::messages::<netlink_packet_sock_diag::SockDiagMessage>(bytes, &mut |_| ()).ok();
+    netlink::messages::<netlink_packet_route::RouteNetlinkMessage>(bytes, &mut |_| ()).ok();
 }
 
 /// The kernel's description of its types.

@@ -76,9 +76,10 @@ mod tests {
     use crate::activate::Place;
     use crate::activate::bus::Manager;
     use crate::activate::ready::Ready;
+    use crate::activate::sources::Wanted;
 
     fn activator() -> Activator {
-        Activator::new(Place::Own, None, Manager::User, Ready::Unchecked)
+        Activator::new(Place::Own, None, Manager::User, Ready::Unchecked, Wanted::default())
     }
 
     fn busy(exec: &str) -> Option<String> {

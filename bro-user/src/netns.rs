@@ -1,7 +1,10 @@
 //! Sockets inside another network namespace: the forwarder's end of its [`agent`].
 
+pub mod addresses;
 pub mod agent;
 pub mod diag;
+pub(crate) mod netlink;
+pub mod replies;
 pub mod wire;
 
 use std::io;
@@ -126,6 +129,14 @@ impl Namespace {
     pub async fn program(&self, hook: BorrowedFd<'_>) -> io::Result<()> {
         let _none = self.ask(&Request::Program, &[hook]).await??;
         Ok(())
+    }
+
+    /// Keeps what a service at `target` answers in the namespace ([`replies::keep`]).
+    ///
+    /// # Errors
+    /// The agent's end; within, what [`replies::keep`] says.
+    pub async fn keep_replies(&self, target: std::net::SocketAddr) -> io::Result<nix::Result<()>> {
+        Ok(self.ask(&Request::KeepReplies(target), &[]).await?.map(drop))
     }
 
     /// Has the agent ended? It may have and not be known to have: then a request fails with [`AgentEnded`].

@@ -1,6 +1,5 @@
 //! What the relay process can no longer do, whoever gets hold of it: no capabilities, no new privileges, no file (landlock(7)), and
-//! of the system calls only those that moving bytes between sockets takes (seccomp(2)). It can make no socket, connect none and
-//! bind none, open and execute nothing, signal and trace nobody, and send no descriptor. What it needs of that kind other
+//! of the system calls only those that moving bytes between sockets takes (seccomp(2)). It can make no socket, let none listen, open and execute nothing, signal and trace nobody, and send no descriptor. What it needs of that kind other
 //! processes do for it: the agents connect, to destinations that the control process has named, and the control process does the
 //! rest.
 
@@ -27,8 +26,8 @@ use crate::sys::AddressBook;
 const LANDLOCK: ABI = ABI::V6;
 
 /// Enters the sandbox, for the calling thread and all it will start; `addresses` is where the [`AddressBook`] is, `ports`
-/// are those of the targets, and `listeners` the descriptors of the listeners, which are other processes' too. Returns what this
-/// kernel does not offer.
+/// are those of the targets, `listeners` the descriptors of the listeners, which are other processes' too, and `binds` says whether
+/// connections to the targets have addresses of clients. Returns what this kernel does not offer.
 ///
 /// # Errors
 /// When something is refused that every kernel of ours has.
@@ -36,12 +35,13 @@ pub fn enter(
     addresses: Option<Range<u64>>,
     ports: impl IntoIterator<Item = u16>,
     listeners: Range<RawFd>,
+    binds: bool,
 ) -> anyhow::Result<Vec<String>> {
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
     drop_capabilities()?;
     let mut missing = Vec::new();
-    missing.extend(restrict_files(ports));
-    missing.extend(filter_system_calls(addresses, listeners));
+    missing.extend(restrict_files(ports, binds));
+    missing.extend(filter_system_calls(addresses, listeners, binds));
     Ok(missing)
 }
 
@@ -55,11 +55,13 @@ fn drop_capabilities() -> anyhow::Result<()> {
 }
 
 /// Landlock with no rule but for the targets' ports: no file, no other port, no signal to anybody. Says what is missing.
-fn restrict_files(ports: impl IntoIterator<Item = u16>) -> Option<String> {
+fn restrict_files(ports: impl IntoIterator<Item = u16>, binds: bool) -> Option<String> {
+    // A client has any port.
+    let net = if binds { AccessNet::ConnectTcp.into() } else { AccessNet::BindTcp | AccessNet::ConnectTcp };
     let restricted = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK))
-        .and_then(|rules| rules.handle_access(AccessNet::BindTcp | AccessNet::ConnectTcp))
+        .and_then(|rules| rules.handle_access(net))
         .and_then(|rules| rules.scope(Scope::AbstractUnixSocket | Scope::Signal))
         .and_then(landlock::Ruleset::create)
         .and_then(|rules| {
@@ -79,10 +81,14 @@ fn restrict_files(ports: impl IntoIterator<Item = u16>) -> Option<String> {
     }
 }
 
-fn filter_system_calls(addresses: Option<Range<u64>>, listeners: Range<RawFd>) -> Option<String> {
+fn filter_system_calls(
+    addresses: Option<Range<u64>>,
+    listeners: Range<RawFd>,
+    binds: bool,
+) -> Option<String> {
     let apply = |filter: anyhow::Result<BpfProgram>| Ok(seccompiler::apply_filter(&filter?)?);
     // The second one lets no other be added.
-    let applied = apply(leave_alone(listeners)).and_then(|()| apply(filter(addresses)));
+    let applied = apply(leave_alone(listeners)).and_then(|()| apply(filter(addresses, binds)));
     applied.err().map(|error: anyhow::Error| format!("no filter for system calls: {error:#}"))
 }
 
@@ -129,7 +135,7 @@ const FCNTL_COMMANDS: [i32; 7] = [
     libc::F_GETPIPE_SZ,
 ];
 
-fn filter(addresses: Option<Range<u64>>) -> anyhow::Result<BpfProgram> {
+fn filter(addresses: Option<Range<u64>>, binds: bool) -> anyhow::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
     // Each case is a list of conditions that all have to hold.
     let mut allow = |call: libc::c_long, cases: Vec<Vec<Condition>>| -> anyhow::Result<()> {
@@ -175,6 +181,11 @@ fn filter(addresses: Option<Range<u64>>) -> anyhow::Result<BpfProgram> {
         let from = (1, SeccompCmpOp::Ge, addresses.start, whole.clone());
         let until = (1, SeccompCmpOp::Lt, addresses.end, whole.clone());
         allow(libc::SYS_connect, vec![vec![aligned, from, until]])?;
+    }
+    if binds {
+        // The filter does not see to what. listen(2) is not allowed, so that nothing comes in there.
+        let lengths = [size_of::<libc::sockaddr_in>(), size_of::<libc::sockaddr_in6>()];
+        allow(libc::SYS_bind, lengths.map(|length| vec![int(2, length as i32)]).into())?;
     }
     // abort(3): a signal to itself.
     allow(libc::SYS_tgkill, vec![vec![equals(0, u64::from(std::process::id()))]])?;

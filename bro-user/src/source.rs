@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{SockaddrStorage, bind};
+use nix::sys::socket::{SockaddrIn, SockaddrIn6, bind};
 use serde::{Deserialize, Serialize};
 
 use crate::connection::Peer;
@@ -153,10 +153,13 @@ pub enum Sources {
 /// # Errors
 /// bind's.
 pub fn bind_to(socket: BorrowedFd<'_>, source: SocketAddr) -> nix::Result<()> {
-    match bind(socket.as_raw_fd(), &SockaddrStorage::from(source)) {
-        Err(Errno::EADDRINUSE | Errno::EACCES) if source.port() != 0 => {
-            bind(socket.as_raw_fd(), &SockaddrStorage::from(any_port(source)))
-        }
+    // By its family's own length: the relay process's sandbox lets no other pass.
+    let bind = |source: SocketAddr| match source {
+        SocketAddr::V4(source) => bind(socket.as_raw_fd(), &SockaddrIn::from(source)),
+        SocketAddr::V6(source) => bind(socket.as_raw_fd(), &SockaddrIn6::from(source)),
+    };
+    match bind(source) {
+        Err(Errno::EADDRINUSE | Errno::EACCES) if source.port() != 0 => bind(any_port(source)),
         bound => bound,
     }
 }
@@ -200,6 +203,21 @@ impl Sources {
             Self::Kernel => Binding::Unbound,
             Self::Container { .. } => Binding::Own,
             Self::Client { .. } => Binding::Any,
+        }
+    }
+}
+
+impl std::fmt::Display for Sources {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Kernel => f.write_str("as local ones"),
+            Self::Container { v4, v6 } => {
+                f.write_str("by the container's own address")?;
+                let own = [v4.map(IpAddr::from), v6.map(IpAddr::from)];
+                let own: Vec<String> = own.iter().flatten().map(IpAddr::to_string).collect();
+                write!(f, ", {}", own.join(" or "))
+            }
+            Self::Client { .. } => f.write_str("by their own addresses"),
         }
     }
 }

@@ -149,6 +149,9 @@ pub struct Listener {
     pub address: String,
     /// Where its clients are connected to.
     pub target: String,
+    /// How the service sees them there, since it was last woken: “by their own addresses”, say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen: Option<String>,
     /// Its figures.
     pub tally: Tally,
 }
@@ -272,6 +275,9 @@ pub(crate) fn describe(reports: &[Report]) -> String {
         writeln!(text, "  relay {}{reason}, up {} s", report.relay.name, report.uptime_s).ok();
         for listener in &report.listeners {
             writeln!(text, "  {} {} -> {}", listener.name, listener.address, listener.target).ok();
+            if let Some(seen) = &listener.seen {
+                writeln!(text, "    the service sees clients {seen}").ok();
+            }
             figures(&mut text, &listener.tally);
         }
         if report.listeners.len() > 1 {
@@ -321,6 +327,7 @@ mod tests {
                 name: "http".into(),
                 address: "[::]:80".into(),
                 target: "127.0.0.1:80".into(),
+                seen: None,
                 tally: tally.clone(),
             }],
             total: tally,

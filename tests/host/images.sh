@@ -42,9 +42,10 @@ finish socat <<'C'
 ENTRYPOINT ["socat"]
 C
 
+# As the real image is built, which anybody may use through a published port.
 begin /usr/bin/redis-server /usr/bin/redis-cli
 finish redis <<'C'
-CMD ["redis-server", "--save", ""]
+CMD ["redis-server", "--save", "", "--protected-mode", "no"]
 C
 
 begin /usr/sbin/nginx /usr/bin/curl
@@ -92,7 +93,9 @@ set -e
 export PATH=/$postgres/bin:\$PATH PGDATA=/var/lib/postgresql/data
 if [ ! -s \$PGDATA/PG_VERSION ]; then
     echo "\$POSTGRES_PASSWORD" >/tmp/password
-    initdb --pwfile=/tmp/password --auth-host=scram-sha-256 --auth-local=trust --encoding=UTF8 --locale=C --no-sync >/dev/null
+    initdb --pwfile=/tmp/password --encoding=UTF8 --locale=C --no-sync >/dev/null
+    # Who comes from 127.0.0.1 is trusted; everybody else needs the password.
+    echo "host all all all scram-sha-256" >>\$PGDATA/pg_hba.conf
 fi
 exec "\$@"
 C

@@ -132,6 +132,15 @@ impl Setup {
         self
     }
 
+    /// Runs it without a capability that its user has otherwise, as `CapabilityBoundingSet=` does. Needs root.
+    #[must_use]
+    pub fn without(mut self, capability: &str) -> Self {
+        let less = format!("-{capability}");
+        self.through =
+            ["setpriv".into(), format!("--bounding-set={less}"), format!("--inh-caps={less}")].into();
+        self
+    }
+
     /// A variable of the environment.
     #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {

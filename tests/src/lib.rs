@@ -20,6 +20,7 @@ pub mod programs;
 pub mod scene;
 pub mod scratch;
 pub mod short;
+pub mod street;
 pub mod suite;
 pub mod sys;
 pub mod tier;

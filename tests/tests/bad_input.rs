@@ -235,6 +235,7 @@ fn options_that_are_wrong_or_contradict_each_other() -> Result<()> {
         &["--connections-max=many"],
         &["--connections-per-source=0"],
         &["--relay=fast"],
+        &["--source=nobody"],
         &["--ready=soon"],
         &["--ready=exec:"],
         &["--pid=0"],

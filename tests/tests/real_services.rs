@@ -341,7 +341,18 @@ fn redis_answers_its_benchmark() -> Result<()> {
     }
     let mut stand = Stand::new(Setup::pid)?;
     let inside = stand.inside.to_string();
-    let arguments = ["--bind", "127.0.0.1", "--port", &inside, "--save", "", "--appendonly", "no"];
+    let arguments = [
+        "--bind",
+        "127.0.0.1",
+        "--port",
+        &inside,
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--protected-mode",
+        "no",
+    ];
     let program = find_program("redis-server").context("redis-server has gone")?;
     stand.run(&program, &arguments.map(Into::into))?;
     let port = stand.port().to_string();
@@ -405,6 +416,10 @@ fn postgresql_answers_pgbench_and_large_queries() -> Result<()> {
     initdb.args(&nobody).arg(programs.join("initdb")).arg("--pgdata").arg(&data);
     initdb.args(["--no-sync", "--auth=trust", "--username=test", "--no-instructions", "--locale=C"]);
     finished(initdb.current_dir(stand.scratch.path()).output()?).context("initdb")?;
+    // initdb trusts 127.0.0.1, and clients of this host come from another address.
+    let rules = data.join("pg_hba.conf");
+    let known = fs::read_to_string(&rules)?;
+    fs::write(&rules, known + "host all all 169.254.1.2/32 trust\n")?;
 
     let mut arguments = nobody.to_vec();
     arguments.extend([

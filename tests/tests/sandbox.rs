@@ -217,7 +217,11 @@ fn a_hijacked_relay_process_can_do_no_harm() -> Result<()> {
         ));
         harm.push(("connect elsewhere", libc::SYS_connect, vec![socket, Argument::Bytes(inet), number(16)]));
         harm.push(("connect to the bus", libc::SYS_connect, vec![socket, Argument::Bytes(unix), number(31)]));
-        harm.push(("bind", libc::SYS_bind, vec![socket, Argument::Bytes(inet), number(16)]));
+        harm.push((
+            "bind like a unix socket",
+            libc::SYS_bind,
+            vec![socket, Argument::Bytes(unix), number(31)],
+        ));
         harm.push(("listen", libc::SYS_listen, vec![socket, number(1)]));
         harm.push((
             "send to an address",
@@ -344,6 +348,78 @@ fn a_hijacked_relay_process_has_no_power_over_a_network_of_its_users() -> Result
     forwarder.stop().map(drop)
 }
 
+/// What is left to it of bind(2): its targets see a client of its choice, and nobody else sees anything.
+#[test]
+fn a_hijacked_relay_process_is_at_most_a_false_client_of_its_target() -> Result<()> {
+    require_namespaces!();
+    for source in ["--source=auto", "--source=loopback"] {
+        let mut scene = Scene::new()?;
+        let service = scene.serve()?;
+        let setup = bro_tests::forwarder::Setup::new().socket(&scene.front).pid(&scene.namespace);
+        let forwarder = setup.arg(source).arg(scene.target()).start()?;
+        let (client, served) = (scene.client()?, service.accept()?);
+        exchange(&client, &served)?;
+        let relay = forwarder.relay();
+        let mut spare = None;
+        for ((number, _), socket) in process::descriptors(relay)?
+            .into_iter()
+            .filter(|(_, what)| what.starts_with("socket:"))
+            .zip(process::sockets(relay)?)
+        {
+            let is_tcp = getsockopt(&socket, sockopt::SockType) == Ok(SockType::Stream)
+                && getsockopt(&socket, sockopt::AcceptConn) == Ok(false)
+                && matches!(
+                    bro_tests::peers::Address::of(socket.as_fd()),
+                    Ok(bro_tests::peers::Address::Tcp(_))
+                );
+            if is_tcp && bro_tests::peers::Address::of_peer(socket.as_fd()).is_err() {
+                spare = Some(Argument::from(i64::from(number)));
+            }
+        }
+        let spare = spare.context("the agent has made no spare socket")?;
+        let mut hijacked = Hijacked::new(relay)?;
+        let number = |value: i32| Argument::from(i64::from(value));
+        // sockaddr_in of 203.0.113.99:4242, a path, and an address that is nobody's.
+        let stranger = Argument::Bytes(b"\x02\0\x10\x92\xcb\0\x71\x63\0\0\0\0\0\0\0\0");
+        let path = Argument::Bytes(b"\x01\0/tmp/bro-hija\0");
+        let bound = hijacked.call(libc::SYS_bind, &[spare, stranger, number(16)])?;
+        if source == "--source=loopback" {
+            ensure!(bound == Err(Errno::EPERM), "{bound:?}");
+        } else {
+            ensure!(bound == Ok(0), "{bound:?}");
+            ensure!(
+                hijacked.call(libc::SYS_listen, &[spare, number(1)])? == Err(Errno::EPERM),
+                "it may listen"
+            );
+            let elsewhere = Argument::Bytes(b"\x02\0\0\x50\x7f\0\0\x01\0\0\0\0\0\0\0\0");
+            let came = hijacked.call(libc::SYS_connect, &[spare, elsewhere, number(16)])?;
+            ensure!(came == Err(Errno::EPERM), "it may connect elsewhere: {came:?}");
+            let book = std::fs::read_to_string(format!("/proc/{relay}/maps"))?;
+            let book = book.lines().find(|line| line.contains("bro-addresses")).context("no address book")?;
+            let start = i64::from_str_radix(book.split('-').next().unwrap_or_default(), 16)?;
+            let came = hijacked.call(libc::SYS_connect, &[spare, Argument::from(start), number(16)])?;
+            ensure!(matches!(came, Ok(0) | Err(Errno::EINPROGRESS)), "{came:?}");
+            let false_client = service.accept()?;
+            let seen = bro_tests::peers::Address::of_peer(false_client.as_fd())?.to_string();
+            ensure!(seen == "203.0.113.99:4242", "{seen}");
+            // No file comes of a name that a channel is given.
+            for (number_of, _) in
+                process::descriptors(relay)?.into_iter().filter(|(_, what)| what.starts_with("socket:"))
+            {
+                hijacked
+                    .call(libc::SYS_bind, &[Argument::from(i64::from(number_of)), path, number(16)])?
+                    .ok();
+            }
+            ensure!(!std::path::Path::new("/tmp/bro-hija").exists(), "it has made a file");
+        }
+        drop(hijacked);
+        exchange(&client, &served)?;
+        drop((client, served));
+        forwarder.stop()?;
+    }
+    Ok(())
+}
+
 /// The agent connects to the target, and does nothing else for the relay process.
 #[test]
 fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
@@ -364,6 +440,7 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
     for (request, refusal) in [
         (sockets, Errno::EPERM),
         (Request::Join, Errno::EPERM),
+        (Request::KeepReplies(([127, 0, 0, 1], 1).into()), Errno::EPERM),
         (Request::Channel(more), Errno::EPERM),
         (Request::Dial(1, None), Errno::EADDRNOTAVAIL),
         (Request::Supply(1, 1), Errno::EPERM),

@@ -88,7 +88,7 @@ fn serve(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
                 let hooked = if clients { programs.hook_clients() } else { Ok(()) };
                 let attached = hooked.and_then(|()| programs.attach(&cgroup));
                 if !clients && attached.is_ok() && !std::mem::replace(&mut dropped, true) {
-                    crate::capabilities::drop_the_kernel_relays();
+                    crate::capabilities::drop_the_kernel_relays(false);
                 }
                 drop(done.send(attached));
             }

@@ -23,7 +23,7 @@ const IDLE: &str = "5min";
 type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
-const HANDED_ON: [HandedOn; 9] = [
+const HANDED_ON: [HandedOn; 10] = [
     ("ready", |options| options.ready.as_ref().map(readiness)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
@@ -33,6 +33,7 @@ const HANDED_ON: [HandedOn; 9] = [
     ("busy-file", |options| options.busy_file.as_ref().map(|path| path.display().to_string())),
     ("busy-exec", |options| options.busy_exec.clone()),
     ("relay", |options| options.relay.map(word)),
+    ("source", |options| options.source.map(word)),
 ];
 
 /// What shall be.

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use super::RelayChoice;
 use super::idle::{IdleBy, WakeOn};
 use crate::activate::ready::Ready;
+use crate::activate::sources::Choice;
 use crate::activation::address::{External, Internal};
 use crate::timespan::TimeSpan;
 
@@ -130,6 +131,10 @@ pub struct Activate {
     #[arg(long, value_name = "HOW", conflicts_with = "direct")]
     pub relay: Option<RelayChoice>,
 
+    /// From which address the service sees its clients: auto, client, container or loopback (as in bro forward)
+    #[arg(long, value_name = "WHICH", conflicts_with = "direct")]
+    pub source: Option<Choice>,
+
     /// For the system, for the rootless container of an ordinary user: systemd listens, as on port 80, and the forwarder is USER
     ///
     /// The quadlet is looked for where USER's Podman looks; the container, its images and its unit are USER's as ever. The socket
@@ -153,7 +158,7 @@ pub struct Activate {
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
         "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
-        "relay", "run_as", "restrict_network"])]
+        "relay", "source", "run_as", "restrict_network"])]
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing

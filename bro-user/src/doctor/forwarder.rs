@@ -82,7 +82,7 @@ async fn does_not_answer(service: &str, scope: Manager) -> Option<String> {
 }
 
 /// In the directory that its unit names (`RuntimeDirectory=bro/%N`).
-fn socket(service: &str, scope: Manager) -> PathBuf {
+pub(super) fn socket(service: &str, scope: Manager) -> PathBuf {
     let base = match scope {
         Manager::System => PathBuf::from(control::SYSTEM),
         Manager::User => control::base_directory(),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::whose::Whose;
-use super::{Check, confinement, features, forwarder, host, image, listens, selinux};
+use super::{Check, confinement, features, forwarder, host, image, listens, seen, selinux};
 use crate::activate::bus::{Bus, Known, Manager};
 use crate::activated::{self, Activated, Listener, remnant};
 use crate::activation::standing;
@@ -93,6 +93,9 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     for listener in &known.listeners {
         let container = quadlet.as_ref().and_then(|quadlet| quadlet.container.as_deref().ok());
         checks.push(listens::check(&known, listener, container, bus.as_ref()).await);
+    }
+    if !known.direct {
+        checks.push(seen::check(&known).await);
     }
     Ok(checks)
 }

@@ -103,7 +103,7 @@ fn serve(
         Target::Tcp { port, .. } => Some(*port),
         Target::Unix(_) | Target::Abstract(_) => None,
     });
-    for missing in sandbox::enter(place, ports, numbers)? {
+    for missing in sandbox::enter(place, ports, numbers, settings.binds)? {
         tracing::info!("the relay process runs without a part of its sandbox: {missing}");
     }
     engine.run()

@@ -92,6 +92,13 @@ impl Control<'_> {
                         let _there_is_room = self.addresses.write(slot(backend, number), *address);
                     }
                 }
+                if destination.addresses.iter().any(Option::is_some) {
+                    let (target, seen) = (self.targets[backend].to_string(), destination.sources.to_string());
+                    if self.seen.get(&target) != Some(&seen) {
+                        tracing::info!(%target, "the service sees clients {seen}");
+                        let _before = self.seen.insert(target, seen);
+                    }
+                }
                 self.engine.send(Command::Ready { backend, destination });
                 if self.is_awake() {
                     self.answer_wakers(&Outcome::done("awake"));

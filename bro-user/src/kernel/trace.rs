@@ -67,7 +67,7 @@ impl Drop for Tracer {
 
 fn read(mut lines: EbpfLogger<Lines>, end: &EventFd) {
     // Reading takes none of the rights that loading took.
-    crate::capabilities::drop_the_kernel_relays();
+    crate::capabilities::drop_the_kernel_relays(false);
     loop {
         let mut fds =
             [PollFd::new(lines.as_fd(), PollFlags::POLLIN), PollFd::new(end.as_fd(), PollFlags::POLLIN)];

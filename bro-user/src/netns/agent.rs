@@ -17,6 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{SockaddrStorage, UnixAddr, connect, setsockopt, sockopt};
 use nix::sys::stat::fstat;
 
+use super::replies;
 use super::wire::{self, Address, Answer, Destinations, Request};
 use crate::source::{Binding, any_port, bind_to};
 use crate::{kernel, sys};
@@ -105,6 +106,11 @@ fn serve(
         (Asker::Control, Request::Sockets { domain, kind, protocol, count }) => {
             let make = |_| sys::socket(domain, kind, protocol).map_err(|error| sys::errno_of(&error));
             (0..count.min(sys::MOST_DESCRIPTORS as u8)).map(make).collect()
+        }
+        (Asker::Control, Request::KeepReplies(target)) => {
+            replies::keep(target)?;
+            // Whether such a socket is to be had is known only of one.
+            stream(domain_of(target), Binding::Any).map(|_| Vec::new())
         }
         (Asker::Control, Request::Channel(destinations)) => {
             added.extend(descriptors.pop().map(|channel| (channel, Asker::Relay(destinations))));

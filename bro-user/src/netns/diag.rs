@@ -2,24 +2,16 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_MULTIPART, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv, send};
-use std::os::fd::AsFd as _;
 
-use super::Where;
-
-/// The kernel answers a dump at once; this bounds a surprise.
-const PATIENCE_MS: u16 = 1000;
+use super::{Where, netlink};
 
 /// A sock_diag socket in a namespace.
 #[derive(Debug)]
@@ -77,59 +69,18 @@ impl Table {
                 states: StateFlags::LISTEN,
                 socket_id,
             };
-            self.send(NLM_F_REQUEST | NLM_F_DUMP, request)?;
-            self.receive(|response| found.push(read(response)))?;
+            self.ask(NLM_F_REQUEST | NLM_F_DUMP, request, |response| found.push(read(response)))?;
         }
         Ok(found)
     }
 
-    fn send(&self, flags: u16, request: InetRequest) -> io::Result<()> {
-        let mut header = NetlinkHeader::default();
-        header.flags = flags;
-        let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
-        packet.finalize();
-        let mut bytes = vec![0; packet.buffer_len()];
-        packet.serialize(&mut bytes);
-        let _sent = send(self.socket.as_raw_fd(), &bytes, MsgFlags::empty())?;
-        Ok(())
-    }
-
-    /// Hands over each socket of an answer: of a dump until its end, else the one that was asked for.
-    fn receive(&self, mut each: impl FnMut(&InetResponse)) -> io::Result<()> {
-        let mut buffer = vec![0; 32 * 1024];
-        loop {
-            let mut polled = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-            if poll(&mut polled, PollTimeout::from(PATIENCE_MS))? == 0 {
-                return Err(io::ErrorKind::TimedOut.into());
+    fn ask(&self, flags: u16, request: InetRequest, mut each: impl FnMut(&InetResponse)) -> io::Result<()> {
+        netlink::ask(&self.socket, flags, SockDiagMessage::InetRequest(request), |answer| {
+            if let SockDiagMessage::InetResponse(response) = answer {
+                each(&response);
             }
-            let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            if !messages(&buffer[..length], &mut each)? {
-                return Ok(());
-            }
-        }
+        })
     }
-}
-
-/// Hands over each socket of a datagram; is there to be a further datagram?
-pub(crate) fn messages(mut rest: &[u8], each: &mut impl FnMut(&InetResponse)) -> io::Result<bool> {
-    let mut more = true;
-    while !rest.is_empty() {
-        let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-        more = message.header.flags & NLM_F_MULTIPART != 0;
-        match message.payload {
-            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
-            NetlinkPayload::Done(_) => return Ok(false),
-            NetlinkPayload::Error(error) => {
-                return Err(io::Error::from_raw_os_error(error.raw_code().wrapping_neg()));
-            }
-            _ => {}
-        }
-        // Messages are padded to four bytes, and one of length 0 would loop for ever.
-        let step = (message.header.length as usize).next_multiple_of(4).max(4);
-        rest = rest.get(step..).unwrap_or_default();
-    }
-    Ok(more)
 }
 
 fn read(response: &InetResponse) -> Listening {
@@ -160,17 +111,6 @@ mod tests {
         assert!(!listening("127.0.0.2:80", false).serves(local));
         assert!(!listening("0.0.0.0:80", false).serves(local6));
         assert!(!listening("0.0.0.0:81", false).serves(local));
-    }
-
-    #[test]
-    fn an_error_is_an_error_whatever_its_number() {
-        let error = |code: i32| -> Vec<u8> {
-            let header = [20, 2, 0, 0].into_iter().flat_map(u32::to_ne_bytes);
-            header.chain(code.to_ne_bytes()).collect()
-        };
-        let read = |code| messages(&error(code), &mut |_| ()).unwrap_err().raw_os_error();
-        assert_eq!(read(-libc::ENOENT), Some(libc::ENOENT));
-        assert_eq!(read(i32::MIN), Some(i32::MIN));
     }
 
     #[tokio::test]

@@ -29,6 +29,8 @@ pub enum Request {
         /// How many, at most [`sys::MOST_DESCRIPTORS`].
         count: u8,
     },
+    /// Keep what a service at this address answers in the namespace, and see that sockets may have clients' addresses there.
+    KeepReplies(SocketAddr),
     /// Take requests from the socket that comes along as well: [`Request::Dial`] to these destinations, and nothing else.
     Channel(Destinations),
     /// Make a stream socket and connect it to the destination with this number, from this address if there is one. The answer may
@@ -111,6 +113,12 @@ impl Request {
                 serde_json::to_writer(&mut bytes, destinations).unwrap_or_default();
                 bytes
             }
+            Self::KeepReplies(target) => {
+                let mut bytes = vec![7];
+                // As above.
+                serde_json::to_writer(&mut bytes, target).unwrap_or_default();
+                bytes
+            }
             Self::Dial(number, source) => {
                 let mut bytes = vec![3, *number];
                 // As above.
@@ -137,6 +145,7 @@ impl Request {
             }
             (2, destinations) => Self::Channel(serde_json::from_slice(destinations).ok()?),
             (3, [number, source @ ..]) => Self::Dial(*number, serde_json::from_slice(source).ok()?),
+            (7, target) => Self::KeepReplies(serde_json::from_slice(target).ok()?),
             (4, [number, count]) => Self::Supply(*number, *count),
             (5, []) => Self::Program,
             (6, request) => Self::Hook(Box::new(request.try_into().ok()?)),
@@ -210,7 +219,7 @@ mod tests {
                                  Address::Abstract(name), Address::Inside(path.clone().into())];
             let destinations = Destinations { addresses, file: Some(path.into()), binding: Binding::Any };
             let source = Some(SocketAddr::new(ip, port));
-            for request in [Request::Join, Request::Channel(destinations), Request::Dial(count, source), Request::Dial(count, None), Request::Supply(count, 16),
+            for request in [Request::Join, Request::KeepReplies(SocketAddr::new(ip, port)), Request::Channel(destinations), Request::Dial(count, source), Request::Dial(count, None), Request::Supply(count, 16),
                             Request::Program, Request::Hook(Box::new([count; HOOK_REQUEST])),
                             Request::Sockets { domain, kind, protocol, count }] {
                 prop_assert_eq!(Request::decode(&request.encode()), Some(request));

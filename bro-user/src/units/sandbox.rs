@@ -49,9 +49,14 @@ pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
     match kind {
         Kind::Rootful => {
             say(
-                "# To enter containers' namespaces, whoever is root in them; for the kernel relay, those of its programs.",
+                "# To enter containers' namespaces, whoever is root in them; for the kernel relay, those of its programs; to show the \
+                 service\n# its clients' addresses, CAP_NET_ADMIN.",
             );
-            let relay = if uses_kernel(activated) { " CAP_BPF CAP_NET_ADMIN CAP_PERFMON" } else { "" };
+            let relay = match (uses_kernel(activated), shows_clients(activated)) {
+                (true, _) => " CAP_BPF CAP_NET_ADMIN CAP_PERFMON",
+                (false, true) => " CAP_NET_ADMIN",
+                (false, false) => "",
+            };
             say(&format!(
                 "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}\nRestrictNamespaces=net"
             ));
@@ -81,6 +86,10 @@ pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
         network(activated, &mut say);
     }
     text
+}
+
+fn shows_clients(activated: &Activated) -> bool {
+    matches!(activated.option("source"), None | Some("auto" | "client"))
 }
 
 fn uses_kernel(activated: &Activated) -> bool {

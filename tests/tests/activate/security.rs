@@ -11,7 +11,12 @@ use crate::tree::{Tree, said};
 /// counts a user namespace, out of which no container can be entered.
 const CASES: &[(&str, &[&str], u32)] = &[
     ("rootful", &["web", "--system"], 20),
-    ("rootful, without the kernel relay", &["web", "--system", "--relay", "splice"], 18),
+    ("rootful, without the kernel relay", &["web", "--system", "--relay", "splice"], 20),
+    (
+        "rootful, without clients' addresses too",
+        &["web", "--system", "--relay", "splice", "--source", "container"],
+        18,
+    ),
     (
         "rootful, a container's address",
         &["net", "--system", "--network", "lan", "--bind-to-device", "lo"],

@@ -114,7 +114,7 @@ pub fn nginx(host: &Host, manager: Manager) -> Result<()> {
 
 pub fn redis(host: &Host, manager: Manager) -> Result<()> {
     let container = format!(
-        "Rootfs={}:O\nTmpfs=/tmp\nRunInit=yes\nExec=/usr/bin/redis-server --bind 127.0.0.1 --port 6379 --save '' --dir /tmp",
+        "Rootfs={}:O\nTmpfs=/tmp\nRunInit=yes\nExec=/usr/bin/redis-server --bind 127.0.0.1 --port 6379 --save '' --dir /tmp --protected-mode no",
         manager.image()
     );
     let site =
