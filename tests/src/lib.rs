@@ -3,11 +3,13 @@
 pub mod activation;
 pub mod behaviours;
 pub mod bro;
+mod debian;
 pub mod emulator;
 pub mod forwarder;
 #[cfg(target_arch = "x86_64")]
 pub mod hijack;
 pub mod host;
+mod kept;
 pub mod loader;
 pub mod log;
 pub mod netns;
@@ -24,4 +26,5 @@ pub mod sys;
 pub mod tier;
 pub mod torture;
 pub mod transcript;
+pub mod vm;
 pub mod words;

@@ -52,8 +52,8 @@ enum Tier {
     OrdinaryUser,
 }
 
-/// Suites whose names begin so boot whole hosts or emulated kernels, or take minutes for another reason.
-const SLOW: &[&str] = &["emulator", "host", "million", "slow"];
+/// Suites whose names begin so boot whole hosts or emulated machines, or take minutes for another reason.
+const SLOW: &[&str] = &["emulator", "host", "million", "slow", "vm"];
 
 /// Run only when named: they take minutes, and emulated processors bear no neighbours.
 const BY_NAME: &[&str] = &["emulator", "million"];
