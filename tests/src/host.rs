@@ -12,7 +12,7 @@
 pub mod cases;
 mod inside;
 mod manager;
-pub(crate) mod root;
+mod root;
 pub mod site;
 
 use std::fs::File;

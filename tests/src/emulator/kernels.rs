@@ -7,7 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::host::root::{lock, lock_file, mirror};
+use crate::debian::mirror;
+use crate::kept::{lock, lock_file};
 
 /// A Debian release, for the kernel it carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -26,6 +26,10 @@ impl Cases {
         if std::env::var("BRO_CASE").is_ok_and(|wanted| !name.contains(&wanted)) {
             return;
         }
+        self.run(name, body);
+    }
+
+    fn run(&self, name: &str, body: impl FnOnce() -> Result<()>) {
         let began = Instant::now();
         self.ran.fetch_add(1, Ordering::Relaxed);
         let ended = catch_unwind(AssertUnwindSafe(body));
@@ -39,6 +43,13 @@ impl Cases {
                 self.fail(name, said, seconds);
             }
         }
+    }
+
+    /// Runs a case that others stand on, also when `BRO_CASE` is for one of those; whether it has held.
+    pub fn needed(&self, name: &str, body: impl FnOnce() -> Result<()>) -> bool {
+        let before = self.failures();
+        self.run(name, body);
+        self.failures() == before
     }
 
     /// Runs cases under the system's manager and under a user's at once, as on a server: most of the time is spent waiting.
@@ -60,6 +71,10 @@ impl Cases {
             (self.ran.into_inner(), self.failed.into_inner().unwrap_or_else(PoisonError::into_inner));
         assert!(ran > 0, "no case has BRO_CASE in its name");
         assert!(failed.is_empty(), "{} of {ran} cases failed: {}", failed.len(), failed.join(", "));
+    }
+
+    fn failures(&self) -> usize {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     fn fail(&self, name: &str, why: &str, seconds: f64) {

@@ -1,0 +1,125 @@
+//! The Debian package on a whole Debian: its own kernel with AppArmor, its own systemd and Podman, in an emulated machine. Installed
+//! with dpkg, used by root and by an ordinary user, rebooted, upgraded under connected clients, removed. One machine serves all cases,
+//! which come in this order; `BRO_CASE=part` runs those so named and what they stand on.
+
+mod package;
+mod relays;
+mod site;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::host::cases::{Cases, note};
+use bro_tests::scratch::Scratch;
+use bro_tests::vm::{Machine, NEEDS, log};
+
+use site::Site;
+
+#[test]
+fn the_debian_package_on_a_whole_debian() {
+    if !bro_tests::tier::met("the_debian_package_on_a_whole_debian", &NEEDS) {
+        return;
+    }
+    let scratch = Scratch::new().expect("a folder for the packages");
+    let packages = std::thread::scope(|scope| {
+        let making = ["1", "2"].map(|revision| {
+            let folder = scratch.join(revision);
+            scope.spawn(move || made(revision, &folder))
+        });
+        making.map(|one| one.join().expect("no panic").expect("the package is made"))
+    });
+    let mut machine = Machine::boot(&[&packages[0], &packages[1]]).expect("the machine boots");
+    note(&format!("the machine booted in {:.0} s", machine.booted_in().as_secs_f64()));
+    let names = packages.map(|path| {
+        let name = path.file_name().expect("a package has a name");
+        format!("/run/brought/{}", name.to_string_lossy())
+    });
+    let cases = Cases::default();
+    everything(&cases, &mut machine, &names);
+    cases.conclude();
+}
+
+fn everything(cases: &Cases, machine: &mut Machine, packages: &[String; 2]) {
+    if !cases.needed("the package installs", || package::install(machine, &packages[0])) {
+        return;
+    }
+    cases.case("bro doctor, as root", || package::doctor(&machine.root));
+    cases.case("bro doctor, as a user", || package::doctor(&machine.user));
+    if !cases.needed("three services are activated", || Site::activate_all(machine)) {
+        return;
+    }
+    cases.case("rootful, through the kernel relay", || relays::kernel(&Site::lane(machine)));
+    cases.case("rootful, through splice", || relays::splice(&Site::spliced(machine)));
+    cases.case("rootless, without bro loader", || relays::splice(&Site::rootless(machine)));
+    cases.case("bro doctor NAME", || relays::doctor(machine));
+    if !cases.needed("bro loader is started", || relays::load(machine)) {
+        return;
+    }
+    cases.case("rootless, through bro loader's kernel relay", || relays::kernel(&Site::rootless(machine)));
+    cases.case("the log of the first boot", || log_of(machine));
+    if !cases.needed("a reboot", || reboot(machine)) {
+        return;
+    }
+    cases.case("rootful, after the reboot", || relays::kernel(&Site::lane(machine)));
+    cases.case("rootless, after the reboot", || relays::kernel(&Site::rootless(machine)));
+    cases.case("an upgrade under connected clients", || package::upgrade(machine, &packages[1]));
+    cases.case("removal and purge", || package::remove(machine));
+    cases.case("the log of the second boot", || log_of(machine));
+    cases.case("a denial of AppArmor's would be in the log", || denial(machine));
+}
+
+fn reboot(machine: &mut Machine) -> Result<()> {
+    machine.reboot()?;
+    note(&format!("the machine rebooted in {:.0} s", machine.booted_in().as_secs_f64()));
+    for site in Site::all(machine) {
+        let state = site.agent.show(&site.socket(), "ActiveState")?;
+        ensure!(state == "active", "{} is {state} after the reboot", site.socket());
+    }
+    Ok(())
+}
+
+/// Nothing failed, the kernel has no complaint, AppArmor has denied nothing, no filter of system calls has killed anything.
+fn log_of(machine: &Machine) -> Result<()> {
+    for agent in [&machine.root, &machine.user] {
+        let failed = agent.failed_units()?;
+        ensure!(failed.is_empty(), "failed units: {failed}");
+    }
+    let log = kernel_log(machine)?;
+    ensure!(log.contains("apparmor=\"STATUS\""), "AppArmor says nothing at all: {log}");
+    let complaints = log::complaints(&log);
+    ensure!(complaints.is_empty(), "the log has complaints:\n{}", complaints.join("\n"));
+    // Bits of what has happened to it: 128 is an oops, 512 a warning. A lockup (16384) is the emulator's slowness.
+    let tainted: u32 = machine.root.run(&["cat", "/proc/sys/kernel/tainted"])?.parse()?;
+    ensure!(tainted & !16384 == 0, "the kernel is tainted: {tainted}");
+    Ok(())
+}
+
+fn kernel_log(machine: &Machine) -> Result<String> {
+    machine.root.run(&["journalctl", "--boot", "--no-pager", "_TRANSPORT=kernel", "+", "_TRANSPORT=audit"])
+}
+
+/// What [`log_of`] looks for does come, and it finds it.
+fn denial(machine: &Machine) -> Result<()> {
+    machine
+        .root
+        .sh("echo 'profile bro-tests { /usr/** mr, /etc/ld.so.cache r, }' | apparmor_parser --replace
+         ! aa-exec --profile=bro-tests -- cat /etc/hostname 2>/dev/null")?;
+    let log = kernel_log(machine)?;
+    let mut denied = log::complaints(&log).into_iter().filter(|line| line.contains("bro-tests"));
+    ensure!(denied.any(|line| line.contains("/etc/hostname")), "no denial is found in\n{log}");
+    Ok(())
+}
+
+/// The package of the binary under test.
+fn made(revision: &str, folder: &Path) -> Result<PathBuf> {
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["dist", "deb", "--revision", revision, "--out"])
+        .arg(folder)
+        .arg("--binary")
+        .arg(bro_tests::bro::binary())
+        .output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8(output.stdout)?;
+    Ok(said.trim().lines().last().context("dist said nothing")?.into())
+}
