@@ -130,7 +130,7 @@ fn an_urgent_byte_is_urgent_behind_the_lane_too() {
 #[test]
 fn so_meminfo_tells_what_is_queued_and_what_fits() {
     require!(Need::Bpf);
-    let mut bench = Bench::new().unwrap();
+    let bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     let empty = send_memory(ends.accepted.as_fd()).unwrap();
     assert_eq!(empty.queued, 0, "{empty:?}");
@@ -419,7 +419,7 @@ fn interrupt(process: u32, thread: i32) -> Result<()> {
 fn an_unmodified_blocking_service_never_sees_eagain_from_a_signal() {
     require!(Need::Bpf);
     harmless_signals();
-    let mut bench = Bench::new().unwrap();
+    let bench = Bench::new().unwrap();
     let backend = connect_nonblocking(bench.service.local_addr().unwrap()).unwrap();
     let (service, _) = bench.service.accept().unwrap();
     let (reading, process, thread) = read_in_a_thread(service);
@@ -463,7 +463,7 @@ fn await_sleep(thread: i32) -> Result<()> {
 #[test]
 fn a_socket_that_wants_zerocopy_completions_is_seen_and_left_alone() {
     require!(Need::Bpf);
-    let mut bench = Bench::new().unwrap();
+    let bench = Bench::new().unwrap();
     set_listener_option(&bench.service, libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1).unwrap();
     let _ends = pair(&bench.service).unwrap();
     assert_eq!(bench.kernel.totals().zerocopy, 1);
@@ -478,7 +478,7 @@ fn tcp_fast_open_is_seen_and_left_alone() {
     in_a_namespace(|| {
         // Both sides, without asking for a cookie first.
         std::fs::write("/proc/sys/net/ipv4/tcp_fastopen", "519")?;
-        let mut bench = Bench::new()?;
+        let bench = Bench::new()?;
         set_listener_option(&bench.front, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16)?;
         let client = nix::sys::socket::socket(
             nix::sys::socket::AddressFamily::Inet,
@@ -541,7 +541,7 @@ fn a_sender_is_let_go_at_its_half_close_and_at_its_close() {
 #[test]
 fn a_half_closed_target_is_refused() {
     require!(Need::Bpf);
-    let mut bench = Bench::new().unwrap();
+    let bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     ends.client.shutdown(Shutdown::Write).unwrap();
     receive_end(&ends.accepted).unwrap();
@@ -569,7 +569,7 @@ fn a_lane_whose_target_is_gone_passes() {
 #[test]
 fn splice_works_on_a_target() {
     require!(Need::Bpf);
-    let mut bench = Bench::new().unwrap();
+    let bench = Bench::new().unwrap();
     let ends = bench.connect().unwrap();
     let _lane = bench.service_lane(&ends).unwrap();
     let (read, write) = nix::unistd::pipe().unwrap();
@@ -610,7 +610,7 @@ fn the_sixty_fifth_program_of_a_cgroup_is_refused_as_full() {
 #[test]
 fn a_program_that_somebody_attached_exclusively_is_reported_as_that() {
     require!(Need::Bpf, BPFTOOL);
-    let mut bench = Bench::new().unwrap();
+    let bench = Bench::new().unwrap();
     let other = bench.cgroup.sibling().unwrap();
     let [_, watch, _] = bench.kernel.program_ids().unwrap();
     let id = watch.to_string();
@@ -669,7 +669,7 @@ fn child_that_loads_and_waits() {
 #[test]
 fn kill_9_leaves_no_program_and_sockets_go_back_to_plain_tcp() {
     require!(Need::Bpf, BPFTOOL);
-    let mut bench = Bench::new().unwrap();
+    let bench = Bench::new().unwrap();
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "--nocapture", "child_that_loads_and_waits"])
         .env("BRO_TEST_CGROUP", bench.cgroup.path())
