@@ -27,8 +27,9 @@ use crate::engine::Destination;
 use crate::engine::lanes::Watch;
 use crate::exit::Failure;
 use crate::kernel;
+use crate::netns::identity::{self, Identity};
 use crate::netns::wire::{Address, Destinations};
-use crate::netns::{AgentEnded, Namespace, Where};
+use crate::netns::{self, AgentEnded, Namespace, Where};
 use crate::target::Target;
 use bus::{Bus, Manager};
 use command::Outcome;
@@ -76,6 +77,8 @@ pub struct Activator {
     manager: Manager,
     ready: Ready,
     source: sources::Wanted,
+    /// As whom unix sockets are connected to.
+    identity: Identity,
     bus: Mutex<Option<Bus>>,
     current: std::sync::Mutex<Option<Arc<Incarnation>>>,
     /// Held by the one who looks for it: that may take as long as a start.
@@ -144,6 +147,7 @@ impl Activator {
         manager: Manager,
         ready: Ready,
         source: sources::Wanted,
+        identity: Identity,
     ) -> Self {
         Self {
             place,
@@ -153,6 +157,7 @@ impl Activator {
             manager,
             ready,
             source,
+            identity,
             bus: Mutex::default(),
             current: std::sync::Mutex::default(),
             searching: Mutex::default(),
@@ -174,11 +179,29 @@ impl Activator {
         self.listening.send_modify(|count| *count += 1);
     }
 
-    /// Checks what can be checked before the first client: that a place which nobody is going to start can be entered.
+    /// What to say of an agent that does not connect to unix sockets.
+    fn refused_identity(&self, error: std::io::Error) -> anyhow::Error {
+        match identity::refusal(crate::sys::errno_of(&error), self.identity) {
+            Some(sentence) if error.raw_os_error().is_some() => Failure::NotPermitted(sentence).into(),
+            _ => error.into(),
+        }
+    }
+
+    /// Checks what can be checked before the first client: that a place which nobody is going to start can be entered, and that
+    /// unix sockets of this process's own namespaces can be connected to as the right user.
     ///
     /// # Errors
     /// [`Failure::NotFound`] or [`Failure::NotPermitted`].
-    pub async fn check(&self) -> anyhow::Result<()> {
+    pub async fn check(&self, targets: &[Target]) -> anyhow::Result<()> {
+        let unix = targets.iter().any(|target| !matches!(target, Target::Tcp { .. }));
+        if unix
+            && self.place == Place::Own
+            && self.identity != Identity::Forwarder
+            && !identity::may_become_another()
+        {
+            let sentence = identity::refusal(identity::NOT_PERMITTED, self.identity).unwrap_or_default();
+            return Err(Failure::NotPermitted(sentence).into());
+        }
         if self.unit.is_some() || self.place == Place::Own {
             return Ok(());
         }
@@ -229,7 +252,8 @@ impl Activator {
             let sources = self.source.decide(&place, &namespace, &mut addresses).await?;
             let tcp = addresses.iter().map(Address::tcp).collect();
             let binding = sources.binding();
-            let channel = namespace.channel(Destinations { addresses, file, binding }).await?;
+            let channel = namespace.channel(Destinations { addresses, file, binding }).await;
+            let channel = channel.map_err(|error| self.refused_identity(error))?;
             let destination = Destination { addresses: tcp, guarded, sources, channel };
             anyhow::Ok(Some(Awake { destination, incarnation }))
         };
@@ -390,7 +414,9 @@ impl Activator {
             return Ok(own.clone());
         }
         let here = std::fs::File::open("/proc/self/ns/net")?;
-        Ok(own.insert(Arc::new(Namespace::enter(here.into(), None).await?)).clone())
+        let process = netns::folder_of(std::process::id())?;
+        let entered = Namespace::enter(here.into(), process, None, self.identity).await?;
+        Ok(own.insert(Arc::new(entered)).clone())
     }
 
     /// Forgets the bus, the namespace and the agents, after a failure that may have been theirs.
@@ -510,7 +536,7 @@ impl Activator {
         }
         let fresh = Arc::new(match &self.place {
             Place::Own => unreachable!("the own namespace is not entered"),
-            Place::Pid(pid) => Incarnation::of_process(*pid).await?,
+            Place::Pid(pid) => Incarnation::of_process(*pid, self.identity).await?,
             Place::Netns(path) => self.enter_file(path).await?,
             Place::Container(name) => self.enter_container(name).await?,
         });
@@ -527,7 +553,7 @@ impl Activator {
                     }
                     sleep(LOOK * 5).await;
                 }
-                Ok(file) => return Incarnation::new(file.into(), None, None, None).await,
+                Ok(file) => return Incarnation::of_file(file.into(), self.identity).await,
                 // A unit may be about to make it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.unit.is_some() => {
                     sleep(LOOK * 5).await
@@ -545,7 +571,7 @@ impl Activator {
         let reachable = rootless::reachable(path).ok_or_else(none)?;
         match std::fs::File::open(&reachable) {
             Ok(file) if crate::sys::is_network_namespace(file.as_fd()) => {
-                let mut found = Incarnation::new(file.into(), None, None, None).await?;
+                let mut found = Incarnation::of_file(file.into(), self.identity).await?;
                 found.path = Some(reachable);
                 Ok(Some(found))
             }
@@ -572,7 +598,7 @@ impl Activator {
                 asked = tokio::time::Instant::now();
             }
             if let Some(pid) = pid {
-                match Incarnation::of_process(pid).await {
+                match Incarnation::of_process(pid, self.identity).await {
                     // It was just leaving; the next one will come.
                     Err(error) if matches!(error.downcast_ref(), Some(Failure::NotFound(_))) => {}
                     result => return result,
@@ -722,20 +748,15 @@ fn opening(what: &str, error: &std::io::Error) -> Failure {
 }
 
 impl Incarnation {
-    async fn new(
-        netns: OwnedFd,
-        root: Option<OwnedFd>,
-        pid: Option<i32>,
-        process: Option<OwnedFd>,
-    ) -> anyhow::Result<Self> {
+    /// A namespace that a file names. Unix paths are this process's own there, and so are ids.
+    async fn of_file(netns: OwnedFd, identity: Identity) -> anyhow::Result<Self> {
         let stat = nix::sys::stat::fstat(&netns)?;
-        let namespace = Arc::new(Namespace::enter(netns, root).await?);
-        let process =
-            process.map(|pidfd| crate::sys::watch(pidfd, tokio::io::Interest::READABLE)).transpose()?;
-        Ok(Self { namespace, pid, process, file: (stat.st_dev, stat.st_ino), path: None })
+        let own = netns::folder_of(std::process::id())?;
+        let namespace = Arc::new(Namespace::enter(netns, own, None, identity).await?);
+        Ok(Self { namespace, pid: None, process: None, file: (stat.st_dev, stat.st_ino), path: None })
     }
 
-    async fn of_process(pid: i32) -> anyhow::Result<Self> {
+    async fn of_process(pid: i32, identity: Identity) -> anyhow::Result<Self> {
         let what = format!("process {pid}");
         let open = |path: String, flags: i32| {
             use std::os::unix::fs::OpenOptionsExt as _;
@@ -748,11 +769,15 @@ impl Incarnation {
             let dying = crate::sys::exited(&process);
             opening(&what, &if dying { std::io::Error::from_raw_os_error(libc::ESRCH) } else { error })
         })?;
+        let folder = netns::folder_of(pid.unsigned_abs()).map_err(|error| opening(&what, &error))?;
         let root = open(format!("/proc/{pid}/root"), libc::O_PATH | libc::O_DIRECTORY).ok();
         if crate::sys::exited(&process) {
             return Err(Failure::NotFound(format!("{what} has exited")).into());
         }
-        Self::new(netns, root, Some(pid), Some(process)).await
+        let stat = nix::sys::stat::fstat(&netns)?;
+        let namespace = Arc::new(Namespace::enter(netns, folder, root, identity).await?);
+        let process = Some(crate::sys::watch(process, tokio::io::Interest::READABLE)?);
+        Ok(Self { namespace, pid: Some(pid), process, file: (stat.st_dev, stat.st_ino), path: None })
     }
 
     /// Is this still the namespace that a client should be connected in?

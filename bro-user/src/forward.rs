@@ -145,9 +145,9 @@ pub fn run(
         };
         let manager = Manager::choose(options.system, options.user);
         let source = Wanted { choice: options.source, clients: clients_namespace(&listeners) };
-        let ready = options.ready.clone();
-        let activator = Arc::new(Activator::new(place, options.unit.clone(), manager, ready, source));
-        activator.check().await?;
+        let (unit, ready, identity) = (options.unit.clone(), options.ready.clone(), options.unix_identity);
+        let activator = Arc::new(Activator::new(place, unit, manager, ready, source, identity));
+        activator.check(&targets).await?;
         let engine = (relay, channel, addresses, stats);
         let mut control =
             Control::start(options, &listeners, targets, activator, engine, local_clients, bequest)?;

@@ -77,9 +77,11 @@ mod tests {
     use crate::activate::bus::Manager;
     use crate::activate::ready::Ready;
     use crate::activate::sources::Wanted;
+    use crate::netns::identity::Identity;
 
     fn activator() -> Activator {
-        Activator::new(Place::Own, None, Manager::User, Ready::Unchecked, Wanted::default())
+        let (source, identity) = (Wanted::default(), Identity::default());
+        Activator::new(Place::Own, None, Manager::User, Ready::Unchecked, source, identity)
     }
 
     fn busy(exec: &str) -> Option<String> {

@@ -3,6 +3,7 @@
 pub mod addresses;
 pub mod agent;
 pub mod diag;
+pub mod identity;
 pub(crate) mod netlink;
 pub mod replies;
 pub mod wire;
@@ -20,7 +21,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 
 use crate::exit::Failure;
-use crate::netns::wire::{Answer, Destinations, Request};
+use crate::netns::identity::Identity;
+use crate::netns::wire::{Address, Answer, Destinations, Request};
 
 /// How long an agent may take for one answer. It only makes sockets; a longer silence is a fault.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -53,11 +55,17 @@ impl AgentEnded {
 }
 
 impl Namespace {
-    /// Starts an agent in `netns`; `root` is where its unix paths start.
+    /// Starts an agent in `netns`, which connects to unix sockets as `identity`; `process` is the folder in /proc of the process whose
+    /// ids that are, `root` is where its unix paths start.
     ///
     /// # Errors
     /// [`Failure::NotPermitted`] when this user may not enter it.
-    pub async fn enter(netns: OwnedFd, root: Option<OwnedFd>) -> anyhow::Result<Self> {
+    pub async fn enter(
+        netns: OwnedFd,
+        process: OwnedFd,
+        root: Option<OwnedFd>,
+        identity: Identity,
+    ) -> anyhow::Result<Self> {
         let (ours, theirs) = pair()?;
         let agent = tokio::process::Command::new("/proc/self/exe")
             .arg("netns-agent")
@@ -72,9 +80,9 @@ impl Namespace {
         let both = tokio::io::Interest::READABLE | tokio::io::Interest::WRITABLE;
         let namespace =
             Self { channel: Mutex::new(crate::sys::watch(ours, both)?), agent: Mutex::new(agent) };
-        let mut descriptors = vec![netns.as_fd()];
+        let mut descriptors = vec![netns.as_fd(), process.as_fd()];
         descriptors.extend(root.as_ref().map(|root| root.as_fd()));
-        match namespace.ask(&Request::Join, &descriptors).await? {
+        match namespace.ask(&Request::Join(identity), &descriptors).await? {
             Ok(_) => Ok(namespace),
             Err(Errno::EPERM | Errno::EACCES) => Err(Failure::NotPermitted(
                 "this user may not enter the target's network namespace: it belongs to another user (run bro as that \
@@ -84,6 +92,14 @@ impl Namespace {
             .into()),
             Err(errno) => anyhow::bail!("cannot enter the target's network namespace: {}", errno.desc()),
         }
+    }
+
+    /// The same for one who only makes sockets there, and connects to none over unix.
+    ///
+    /// # Errors
+    /// As [`Namespace::enter`].
+    pub async fn look_into(netns: OwnedFd) -> anyhow::Result<Self> {
+        Self::enter(netns, folder_of(std::process::id())?, None, Identity::default()).await
     }
 
     /// Makes `count` sockets in the namespace, non-blocking.
@@ -139,6 +155,19 @@ impl Namespace {
         Ok(self.ask(&Request::KeepReplies(target), &[]).await?.map(drop))
     }
 
+    /// One connection to `address`, or why there is none.
+    ///
+    /// # Errors
+    /// As [`Namespace::channel`].
+    pub async fn dial(&self, address: Address) -> io::Result<Answer> {
+        let channel =
+            self.channel(Destinations { addresses: vec![address], ..Destinations::default() }).await?;
+        Request::Dial(0, None).send(channel.as_fd(), &[])?;
+        let channel = crate::sys::watch(channel, tokio::io::Interest::READABLE)?;
+        let answered = channel.async_io(tokio::io::Interest::READABLE, |fd| wire::receive_answer(fd.as_fd()));
+        tokio::time::timeout(PATIENCE, answered).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
     /// Has the agent ended? It may have and not be known to have: then a request fails with [`AgentEnded`].
     #[must_use]
     pub fn has_ended(&self) -> bool {
@@ -167,6 +196,17 @@ impl Namespace {
             answered => answered,
         }
     }
+}
+
+/// The folder of a process in /proc: it stays that process's, whoever gets its number.
+///
+/// # Errors
+/// open's, when there is no such process.
+pub fn folder_of(pid: u32) -> io::Result<OwnedFd> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    let folder = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(format!("/proc/{pid}"))?;
+    Ok(folder.into())
 }
 
 /// A socket pair: our end non-blocking, theirs blocking.

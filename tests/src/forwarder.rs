@@ -190,6 +190,11 @@ impl Setup {
             command.arg("forward");
         }
         command.args(&self.arguments);
+        // The tests' unix sockets are in folders that are open to their own user alone; a test about other users says so.
+        let said = self.arguments.iter().any(|one| one.as_encoded_bytes().starts_with(b"--unix-identity"));
+        if !self.without_forward && !said {
+            command.arg("--unix-identity=forwarder");
+        }
         // What the machine's own service manager may have given to the tests is not meant for the program.
         for name in
             ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "RUST_LOG"]

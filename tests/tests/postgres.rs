@@ -7,8 +7,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::activation::{PACKAGE, start, wait_until_activated};
 use bro_tests::bro;
+use bro_tests::forwarder::Setup;
 use bro_tests::netns::{Namespace, Owner};
-use bro_tests::peers::{Bound, Family};
+use bro_tests::peers::{Bound, Family, Here, Listener};
 use bro_tests::process;
 use bro_tests::scratch::Scratch;
 use bro_tests::tier::{Need, find_program, met};
@@ -26,6 +27,11 @@ struct Cluster {
 
 impl Cluster {
     fn new() -> Result<Self> {
+        Self::trusting("--auth=trust", "test")
+    }
+
+    /// One with such a rule of whom it trusts, whose superuser has this name.
+    fn trusting(rule: &str, superuser: &str) -> Result<Self> {
         // initdb is on nobody's PATH; the servers' own programs are beside it.
         let initdb = find_program("initdb").context("initdb has gone")?;
         let programs =
@@ -39,8 +45,8 @@ impl Cluster {
         command.arg(cluster.programs.join("initdb")).arg("--pgdata").arg(cluster.data());
         let options = [
             "--no-sync",
-            "--auth=trust",
-            "--username=test",
+            rule,
+            &format!("--username={superuser}"),
             "--no-instructions",
             "--locale=C",
             "--encoding=UTF8",
@@ -183,6 +189,53 @@ fn the_first_psql_wakes_postgresql_and_pgbench_runs_through() -> Result<()> {
         closings.iter().find(|closing| closing.reason != "eof")
     );
     forwarder.expect_exit(0).context("idle exit")?;
+    drop(server);
+    Ok(())
+}
+
+/// `peer` trusts the user at the other end of the unix socket, and root has a role of that name. A client over TCP is not root by coming
+/// through root's forwarder, unless that is asked for.
+#[test]
+fn a_client_over_tcp_is_no_peer_of_postgresqls() -> Result<()> {
+    let needs =
+        [Need::Root, Need::Program("initdb", "postgresql"), Need::Program("psql", "postgresql-client")];
+    if !met("a_client_over_tcp_is_no_peer_of_postgresqls", &needs) {
+        return Ok(());
+    }
+    let psql = find_program("psql").expect("it was there a moment ago");
+    let cluster = Cluster::trusting("--auth=peer", "root")?;
+    // The folder of the data is closed to others; the socket is to be reached.
+    let folder = cluster.scratch.join("run");
+    std::fs::create_dir(&folder)?;
+    chown(&folder, Some(NOBODY.into()), Some(NOBODY.into()))?;
+    let mut command = cluster.as_ordinary_user(&[]);
+    command.arg(cluster.programs.join("postgres")).arg("-D").arg(cluster.data());
+    command.arg(format!("-cunix_socket_directories={}", folder.display()));
+    command.args(["-clisten_addresses=", "-cport=5432", "-cfsync=off", "-cshared_buffers=16MB"]);
+    let log = std::fs::File::create(cluster.scratch.join("log"))?;
+    let server = Server(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?);
+    let socket = folder.join(".s.PGSQL.5432");
+    ensure!(process::eventually(Duration::from_secs(20), || socket.exists()), "PostgreSQL does not listen");
+    for identity in ["unused", "forwarder"] {
+        let front = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
+        let port = front.address().port().context("a TCP address")?;
+        let forwarder = Setup::new()
+            .socket(&front)
+            .arg(&socket)
+            .args([format!("--unix-identity={identity}"), "--relay=splice".into()])
+            .start()?;
+        let mut asked = Command::new(&psql);
+        asked.args(["--host=127.0.0.1", "--username=root", "--no-password", &format!("--port={port}")]);
+        asked.args(["--no-align", "--tuples-only", "--command=SELECT current_user", "postgres"]);
+        let output = asked.env("PGCONNECT_TIMEOUT", "30").env_remove("PGPASSWORD").output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if identity == "forwarder" {
+            ensure!(output.status.success() && output.stdout == b"root\n", "{output:?}");
+        } else {
+            ensure!(!output.status.success() && said.contains("Peer authentication failed"), "{output:?}");
+        }
+        forwarder.stop()?;
+    }
     drop(server);
     Ok(())
 }

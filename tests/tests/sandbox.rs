@@ -11,6 +11,7 @@ use bro_tests::netns::{Namespace, Owner};
 use bro_tests::peers::Family;
 use bro_tests::scene::Scene;
 use bro_tests::{process, require_namespaces, sys};
+use bro_user::netns::identity::Identity;
 use bro_user::netns::wire::{self, Request};
 use nix::errno::Errno;
 use nix::libc;
@@ -439,7 +440,7 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
     let more = wire::Destinations { addresses: vec![elsewhere], ..Default::default() };
     for (request, refusal) in [
         (sockets, Errno::EPERM),
-        (Request::Join, Errno::EPERM),
+        (Request::Join(Identity::Unused), Errno::EPERM),
         (Request::KeepReplies(([127, 0, 0, 1], 1).into()), Errno::EPERM),
         (Request::Channel(more), Errno::EPERM),
         (Request::Dial(1, None), Errno::EADDRNOTAVAIL),

@@ -23,7 +23,7 @@ const IDLE: &str = "5min";
 type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
-const HANDED_ON: [HandedOn; 10] = [
+const HANDED_ON: [HandedOn; 11] = [
     ("ready", |options| options.ready.as_ref().map(readiness)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
@@ -32,6 +32,7 @@ const HANDED_ON: [HandedOn; 10] = [
     ("min-uptime", |options| options.min_uptime.map(written)),
     ("busy-file", |options| options.busy_file.as_ref().map(|path| path.display().to_string())),
     ("busy-exec", |options| options.busy_exec.clone()),
+    ("unix-identity", |options| options.unix_identity.map(|identity| identity.to_string())),
     ("relay", |options| options.relay.map(word)),
     ("source", |options| options.source.map(word)),
 ];

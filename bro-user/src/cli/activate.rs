@@ -9,6 +9,7 @@ use super::idle::{IdleBy, WakeOn};
 use crate::activate::ready::Ready;
 use crate::activate::sources::Choice;
 use crate::activation::address::{External, Internal};
+use crate::netns::identity::Identity;
 use crate::timespan::TimeSpan;
 
 pub(super) const EXAMPLES: &str = "\
@@ -127,6 +128,10 @@ pub struct Activate {
     #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
     pub start_timeout: Option<TimeSpan>,
 
+    /// As whom a service's unix socket is connected to: unused, forwarder or UID[:GID] (as in bro forward)
+    #[arg(long, value_name = "WHO", conflicts_with = "direct")]
+    pub unix_identity: Option<Identity>,
+
     /// How bytes are moved: auto, sockmap, splice or copy
     #[arg(long, value_name = "HOW", conflicts_with = "direct")]
     pub relay: Option<RelayChoice>,
@@ -158,7 +163,7 @@ pub struct Activate {
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
         "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
-        "relay", "source", "run_as", "restrict_network"])]
+        "unix_identity", "relay", "source", "run_as", "restrict_network"])]
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing

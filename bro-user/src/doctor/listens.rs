@@ -5,13 +5,18 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+use nix::libc;
+
 use super::podman::{self, Answer};
 use super::{Check, taken_over};
 use crate::activate::bus::{Bus, Manager};
 use crate::activate::container;
 use crate::activated::{Activated, Listener};
 use crate::netns::diag::{Listening, Table};
-use crate::netns::{Namespace, Where};
+use crate::netns::identity;
+use crate::netns::wire::Address;
+use crate::netns::{self, Namespace, Where};
 use crate::target::Target;
 
 pub(super) const NAME: &str = "listens";
@@ -49,8 +54,13 @@ pub(super) async fn check(
             format!("`podman unpause {container}`"),
         );
     }
-    let Ok(Target::Tcp { host, port }) = target.parse::<Target>() else {
-        return Check::ok(NAME, format!("{target} is a unix socket, so nobody looked"));
+    let (host, port) = match target.parse::<Target>() {
+        Ok(Target::Tcp { host, port }) => (host, port),
+        Ok(Target::Unix(path)) => return unix(known, container, pid, Address::Inside(path)).await,
+        Ok(Target::Abstract(name)) => {
+            return unix(known, container, pid, Address::Abstract(name.into_bytes())).await;
+        }
+        Err(error) => return Check::bad(NAME, error.to_string(), lead_to(known, listener, "PATH")),
     };
     let ip = if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() };
     let Ok(ip) = ip else {
@@ -73,6 +83,54 @@ pub(super) async fn check(
         }
         Err(error) => {
             Check::bad(NAME, format!("cannot look into {container}: {error:#}"), "see `bro doctor`")
+        }
+    }
+}
+
+/// Does the unix socket take a connection of the user as whom the forwarder connects?
+async fn unix(known: &Activated, container: &str, pid: i32, address: Address) -> Check {
+    let wish = known.option("unix-identity").and_then(|text| text.parse().ok()).unwrap_or_default();
+    let at = match &address {
+        Address::Inside(path) | Address::Unix(path) => path.display().to_string(),
+        Address::Abstract(name) => format!("@{}", String::from_utf8_lossy(name)),
+        Address::Tcp(address) => address.to_string(),
+    };
+    let connecting = async {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let path = libc::O_PATH | libc::O_DIRECTORY;
+        let mut opening = std::fs::OpenOptions::new();
+        let root = opening.read(true).custom_flags(path).open(format!("/proc/{pid}/root"))?;
+        let netns = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
+        let process = netns::folder_of(pid.unsigned_abs())?;
+        let namespace = Namespace::enter(netns.into(), process, Some(root.into()), wish).await?;
+        anyhow::Ok(namespace.dial(address).await?)
+    };
+    match connecting.await {
+        Ok(Ok(_)) => {
+            Check::ok(NAME, format!("{container} listens at {at}, and lets the forwarder's clients in"))
+        }
+        Ok(Err(Errno::EACCES)) => Check::bad(
+            NAME,
+            format!(
+                "{container} does not let the user in at {at} as whom the forwarder connects (--unix-identity={wish})"
+            ),
+            format!(
+                "open the socket and the folders above it to that user, or `{} {} --unix-identity=UID:GID`",
+                activate(known),
+                known.name
+            ),
+        ),
+        Ok(Err(errno)) => Check::bad(
+            NAME,
+            format!("nobody listens at {at} in {container}: {}", errno.desc()),
+            "see the service's own log",
+        ),
+        Err(error) => {
+            let sentence = error
+                .downcast_ref::<std::io::Error>()
+                .and_then(|error| identity::refusal(crate::sys::errno_of(error), wish));
+            let finding = sentence.unwrap_or_else(|| format!("cannot look into {container}: {error:#}"));
+            Check::bad(NAME, finding, "see `bro doctor`")
         }
     }
 }
@@ -138,7 +196,7 @@ pub(super) fn is_paused(pid: i32) -> bool {
 /// All that listens in the container's network namespace.
 pub(super) async fn listeners(pid: i32) -> anyhow::Result<Vec<Listening>> {
     let netns = OwnedFd::from(std::fs::File::open(format!("/proc/{pid}/ns/net"))?);
-    let place = Where::Entered(Arc::new(Namespace::enter(netns, None).await?));
+    let place = Where::Entered(Arc::new(Namespace::look_into(netns).await?));
     Ok(Table::open(&place).await?.listeners()?)
 }
 

@@ -81,6 +81,8 @@ struct Supply {
     waiting: VecDeque<Dial>,
     /// Who waits for a socket.
     thirsty: VecDeque<Dial>,
+    /// It has been said that the service's unix socket is closed to the user who connects.
+    not_admitted: bool,
 }
 
 impl Supply {
@@ -212,6 +214,7 @@ impl Engine {
             asked: VecDeque::new(),
             waiting: VecDeque::new(),
             thirsty: VecDeque::new(),
+            not_admitted: false,
         };
         self.backends[backend].state = State::Ready(Box::new(supply));
         // In the order in which they came, also those who were held again after a refusal.
@@ -473,6 +476,10 @@ impl Engine {
         {
             return self.start_connect(index, number + 1, false);
         }
+        if errno == Errno::EACCES && self.address(index, number).is_none() {
+            self.say_not_admitted(backend);
+        }
+        let Some(connection) = self.connections.get(index) else { return };
         let patient = connection.active.elapsed() < self.settings.hold_limit;
         if !(self.settings.hold_refused && nobody_listens(errno) && patient) {
             return self.finish(index, End::Refused(errno));
@@ -484,6 +491,19 @@ impl Engine {
         );
         self.backend_lost(backend, true);
         self.hold(index, true);
+    }
+
+    /// A unix socket that is not open to the user as whom the agent connects: said once for each time that the service is woken.
+    fn say_not_admitted(&mut self, backend: usize) {
+        let Backend { name, state, .. } = &mut self.backends[backend];
+        let State::Ready(supply) = state else { return };
+        if !std::mem::replace(&mut supply.not_admitted, true) {
+            tracing::warn!(
+                target = %name,
+                "the service's unix socket does not let the user in as whom this forwarder connects (--unix-identity): open the \
+                 socket and the folders above it to that user, or name another one"
+            );
+        }
     }
 
     /// A connection that did not relay yet has ended: nobody is to wait for it.

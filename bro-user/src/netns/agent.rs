@@ -17,6 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{SockaddrStorage, UnixAddr, connect, setsockopt, sockopt};
 use nix::sys::stat::fstat;
 
+use super::identity::{self, Actor, Identity};
 use super::replies;
 use super::wire::{self, Address, Answer, Destinations, Request};
 use crate::source::{Binding, any_port, bind_to};
@@ -39,6 +40,12 @@ enum Asker {
 struct Place {
     /// The root directory of unix paths inside the container.
     root: Option<OwnedFd>,
+    /// The folder in /proc of the process whose ids count.
+    process: Option<OwnedFd>,
+    /// As whom it is to connect to unix sockets.
+    wish: Identity,
+    /// As whom it does, once that has been asked for.
+    actor: Option<Actor>,
     /// Device and inode of the network namespace.
     netns: Option<(u64, u64)>,
     /// The kernel relay's program that hooks a sender, which it finds in the namespace of whoever runs it.
@@ -97,10 +104,13 @@ fn serve(
     added: &mut Vec<(OwnedFd, Asker)>,
 ) -> Answer {
     match (asker, request) {
-        (Asker::Control, Request::Join) => {
-            let netns = (!descriptors.is_empty()).then(|| descriptors.remove(0)).ok_or(Errno::EINVAL)?;
+        (Asker::Control, Request::Join(wish)) => {
+            let mut descriptors = descriptors.into_iter();
+            let netns = descriptors.next().ok_or(Errno::EINVAL)?;
             let stat = fstat(&netns)?;
-            *place = Place { root: descriptors.pop(), netns: Some((stat.st_dev, stat.st_ino)), hook: None };
+            let (process, root) = (descriptors.next(), descriptors.next());
+            let netns_is = Some((stat.st_dev, stat.st_ino));
+            *place = Place { root, process, wish, actor: None, netns: netns_is, hook: None };
             join(netns.as_fd()).map(|()| Vec::new())
         }
         (Asker::Control, Request::Sockets { domain, kind, protocol, count }) => {
@@ -113,6 +123,9 @@ fn serve(
             stream(domain_of(target), Binding::Any).map(|_| Vec::new())
         }
         (Asker::Control, Request::Channel(destinations)) => {
+            if destinations.addresses.iter().any(|address| address.tcp().is_none()) {
+                place.choose_actor()?;
+            }
             added.extend(descriptors.pop().map(|channel| (channel, Asker::Relay(destinations))));
             Ok(Vec::new())
         }
@@ -175,6 +188,16 @@ impl Place {
         nix::sys::stat::stat(file).is_ok_and(|stat| Some((stat.st_dev, stat.st_ino)) == self.netns)
     }
 
+    /// As whom it connects to unix sockets: decided when the first are named, since the process may be gone later.
+    fn choose_actor(&mut self) -> nix::Result<()> {
+        if self.actor.is_none() {
+            let process = self.process.as_ref().ok_or(Errno::EINVAL)?;
+            let root = self.root.as_ref().map(|root| root.as_fd());
+            self.actor = Some(Actor::decide(self.wish, process.as_fd(), root)?);
+        }
+        Ok(())
+    }
+
     /// A socket that is connected to `address`, or about to be.
     fn dial(&self, address: &Address, binding: Binding, source: Option<SocketAddr>) -> nix::Result<OwnedFd> {
         match address {
@@ -189,15 +212,26 @@ impl Place {
                     dialled => dialled.map(|()| socket),
                 }
             }
-            Address::Unix(path) => dial_unix(&UnixAddr::new(path)?),
-            Address::Abstract(name) => dial_unix(&UnixAddr::new_abstract(name)?),
-            Address::Inside(path) => {
+            Address::Unix(path) => self.dial_unix(|| dial_unix(&UnixAddr::new(path)?)),
+            Address::Abstract(name) => self.dial_unix(|| dial_unix(&UnixAddr::new_abstract(name)?)),
+            Address::Inside(path) => self.dial_unix(|| {
                 let root = self.root.as_ref().ok_or(Errno::ENOENT)?;
                 let file = sys::open_in_root(root.as_fd(), path).map_err(|error| sys::errno_of(&error))?;
                 // Through the descriptor: no symlink of the container can lead outside, and no path is too long for sun_path.
                 dial_unix(&UnixAddr::new(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str())?)
-            }
+            }),
         }
+    }
+
+    /// As the user who is to connect there, and who has to be let in.
+    fn dial_unix(&self, dial: impl FnOnce() -> nix::Result<OwnedFd>) -> nix::Result<OwnedFd> {
+        let actor = self.actor.ok_or(identity::NOT_PERMITTED)?;
+        let socket = actor.act(dial)?;
+        // An id that was thought to be unused, and is the service's own.
+        if self.wish == Identity::Unused && actor.is_the_listener(&socket) {
+            return Err(Errno::EACCES);
+        }
+        Ok(socket)
     }
 }
 

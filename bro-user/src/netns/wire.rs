@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::identity::Identity;
 use crate::kernel::HOOK_REQUEST;
 use crate::source::Binding;
 use crate::sys;
@@ -15,9 +16,9 @@ use crate::sys;
 /// A request to the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
-    /// Join the network namespace that comes along as the first descriptor; the second, if any, is the root directory for
-    /// [`Address::Inside`].
-    Join,
+    /// Join the network namespace that comes along as the first descriptor. The second is the folder in /proc of the process whose
+    /// ids count, the third, if any, the root directory for [`Address::Inside`]. Unix sockets are connected to as this user.
+    Join(Identity),
     /// Make unconnected sockets.
     Sockets {
         /// socket(2)'s domain.
@@ -99,7 +100,14 @@ const LONGEST: usize = 32 * 1024;
 impl Request {
     pub(crate) fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Join => vec![0],
+            Self::Join(Identity::Unused) => vec![0, 0],
+            Self::Join(Identity::Forwarder) => vec![0, 1],
+            Self::Join(Identity::User { uid, gid }) => {
+                let mut bytes = vec![0, 2];
+                bytes.extend(uid.to_le_bytes());
+                bytes.extend(gid.to_le_bytes());
+                bytes
+            }
             Self::Sockets { domain, kind, protocol, count } => {
                 let mut bytes = vec![1, *count];
                 for number in [domain, kind, protocol] {
@@ -133,7 +141,12 @@ impl Request {
 
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         Some(match bytes.split_first()? {
-            (0, []) => Self::Join,
+            (0, [0]) => Self::Join(Identity::Unused),
+            (0, [1]) => Self::Join(Identity::Forwarder),
+            (0, [2, ids @ ..]) if ids.len() == 8 => {
+                let mut numbers = ids.chunks_exact(4).map(|n| u32::from_le_bytes([n[0], n[1], n[2], n[3]]));
+                Self::Join(Identity::User { uid: numbers.next()?, gid: numbers.next()? })
+            }
             (1, [count, rest @ ..]) if rest.len() == 12 => {
                 let mut numbers = rest.chunks_exact(4).map(|n| i32::from_le_bytes([n[0], n[1], n[2], n[3]]));
                 Self::Sockets {
@@ -219,7 +232,10 @@ mod tests {
                                  Address::Abstract(name), Address::Inside(path.clone().into())];
             let destinations = Destinations { addresses, file: Some(path.into()), binding: Binding::Any };
             let source = Some(SocketAddr::new(ip, port));
-            for request in [Request::Join, Request::KeepReplies(SocketAddr::new(ip, port)), Request::Channel(destinations), Request::Dial(count, source), Request::Dial(count, None), Request::Supply(count, 16),
+            let user = Identity::User { uid: port.into(), gid: protocol.cast_unsigned() };
+            for request in [Request::Join(Identity::Unused), Request::Join(Identity::Forwarder), Request::Join(user),
+                            Request::Channel(destinations), Request::Dial(count, source), Request::Dial(count, None),
+                            Request::KeepReplies(SocketAddr::new(ip, port)), Request::Supply(count, 16),
                             Request::Program, Request::Hook(Box::new([count; HOOK_REQUEST])),
                             Request::Sockets { domain, kind, protocol, count }] {
                 prop_assert_eq!(Request::decode(&request.encode()), Some(request));

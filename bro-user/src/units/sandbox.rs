@@ -57,8 +57,9 @@ pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
                 (false, true) => " CAP_NET_ADMIN",
                 (false, false) => "",
             };
+            let user = if becomes_another(activated) { " CAP_SETGID CAP_SETUID" } else { "" };
             say(&format!(
-                "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}\nRestrictNamespaces=net"
+                "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}{user}\nRestrictNamespaces=net"
             ));
         }
         Kind::RunAs(_) => say("CapabilityBoundingSet=\nRestrictNamespaces=user net"),
@@ -80,6 +81,10 @@ pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
     say(&format!(
         "SystemCallFilter=@system-service {OWN}{bpf}\nSystemCallFilter=~{NEVER}\nSystemCallErrorNumber=EPERM"
     ));
+    if becomes_another(activated) {
+        say("# To connect to the service's unix socket as a user of the container that it does not trust.");
+        say("SystemCallFilter=setgroups setresgid setresuid");
+    }
     say("# It may not raise its limits any more.\nLimitNOFILE=524288");
     if !matches!(kind, Kind::User) {
         files(activated, bro, &kind, &mut say);
@@ -94,6 +99,12 @@ fn shows_clients(activated: &Activated) -> bool {
 
 fn uses_kernel(activated: &Activated) -> bool {
     matches!(activated.option("relay"), None | Some("auto" | "sockmap"))
+}
+
+/// Does it connect to a unix socket, and not as its own user?
+fn becomes_another(activated: &Activated) -> bool {
+    activated.option("unix-identity") != Some("forwarder")
+        && targets(activated).any(|target| !matches!(target, Target::Tcp { .. }))
 }
 
 fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut impl FnMut(&str)) {

@@ -75,6 +75,7 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "80", "--start-timeout", ""], 2, "--start-timeout"),
     (&["web", "--external-port", "80", "--relay", "pigeon"], 2, "--relay"),
     (&["web", "--external-port", "80", "--source", "nobody"], 2, "--source"),
+    (&["web", "--external-port", "80", "--unix-identity", "www-data"], 2, "numbers inside the container"),
     (&["web", "--external-port", "80", "--user"], 2, "cannot be used with"),
     (&["onhost", "--external-port", "80"], 2, "host's network"),
     (&["inpod", "--external-port", "80"], 2, "host's network"),

@@ -15,6 +15,7 @@ mod refusals;
 mod reload;
 mod run_as;
 mod services;
+mod unix_socket;
 mod words;
 
 use anyhow::Result;
@@ -47,6 +48,7 @@ const BOTH: &[Case] = &[
     ("no system call with half an argument undefined", words::nothing_undefined),
     ("a service that Podman and all may make no socket for", direct::restricted),
     ("a command in the container's network", helper::by_its_owner),
+    ("unix_socket: whom a service sees through a confined forwarder", unix_socket::who_connects),
     ("status and doctor", doctor::status_and_doctor),
     ("doctor and a forwarder that is confined too much", doctor::confined_forwarder),
     ("activated several times at once", faults::twice_at_once),

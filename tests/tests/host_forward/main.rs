@@ -8,6 +8,7 @@ mod places;
 mod services;
 mod sharing;
 mod site;
+mod unix_socket;
 mod users;
 mod waking;
 mod whose;
@@ -59,6 +60,7 @@ const BOTH: &[Case] = &[
     ("a container that another unit needs", whose::needed_by_another),
     ("services in bro status", doctoring::status_of_services),
     ("bro doctor and a service that is broken", doctoring::doctor_of_a_service),
+    ("unix_socket: whom a service in a container sees", unix_socket::who_connects),
     ("PostgreSQL, psql and pgbench", services::postgresql),
     ("nginx over TCP and over its unix socket", services::nginx),
     ("redis and redis-benchmark", services::redis),

@@ -121,7 +121,7 @@ async fn all(options: &TryWake) -> anyhow::Result<()> {
         said(Step::Bpf, crate::kernel::try_bpf(nix::unistd::geteuid().is_root()).map_err(Into::into))?;
     }
     let Some(netns) = said(Step::Find, find(options.pid))? else { return Ok(()) };
-    let Some(namespace) = said(Step::Enter, Namespace::enter(netns, None).await)? else { return Ok(()) };
+    let Some(namespace) = said(Step::Enter, Namespace::look_into(netns).await)? else { return Ok(()) };
     let place = Where::Entered(Arc::new(namespace));
     for (step, domain) in families(&options.target) {
         said(step, place.socket(domain, libc::SOCK_STREAM, 0).await.map_err(Into::into))?;

@@ -1,0 +1,84 @@
+//! A service on a unix socket behind the confined forwarders that `bro activate` writes: its clients are nobody to it, and `bro doctor`
+//! says so where it does not let nobody in.
+
+use anyhow::{Result, ensure};
+use bro_tests::host::site::{PATIENCE, Plan, Site};
+use bro_tests::host::{Host, Manager};
+
+/// Says which user it sees, to each client.
+const SERVICE: &str = r"import os,socket,struct
+s=socket.socket(socket.AF_UNIX); s.bind('/tmp/who.sock'); os.chmod('/tmp/who.sock',MODE); s.listen()
+while True:
+    c,_=s.accept(); p,u,g=struct.unpack('3i',c.getsockopt(1,17,12))
+    try: c.sendall(b'%d:%d\n'%(u,g))
+    except OSError: pass
+    c.close()
+";
+
+fn plan(manager: Manager) -> Plan {
+    let container = format!(
+        "Rootfs={}:O\nVolume=/srv/seen.py:/srv/seen.py:ro\nTmpfs=/tmp\nStopSignal=SIGKILL\nExec=/usr/bin/python3 /srv/seen.py",
+        manager.image()
+    );
+    Plan::new(&container, "", "")
+}
+
+const OPTIONS: [&str; 4] = ["--internal-port", "/tmp/who.sock", "--exit-idle-time", "1s"];
+
+fn is_nobody(said: &str) -> bool {
+    let ids = said.trim().split_once(':');
+    ids.is_some_and(|(uid, gid)| {
+        uid == gid && uid.parse().is_ok_and(|uid: u32| (65520..=65531).contains(&uid))
+    })
+}
+
+pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
+    let write = |mode: &str| host.write("/srv/seen.py", &SERVICE.replace("MODE", mode));
+    write("0o666")?;
+    let site = Site::activated(host, manager, "seen", &plan(manager), &OPTIONS)?;
+    let ask = || host.sh(&format!("timeout 20 socat -u TCP:127.0.0.1:{} - || :", site.port));
+    let doctor = || manager.try_run(host, &["bro", "doctor", "seen"]);
+    let asleep = || -> Result<()> {
+        manager.wait_for(host, &site.unit(), "ActiveState", "inactive", PATIENCE)?;
+        manager.wait_for(host, &site.forwarder(), "ActiveState", "inactive", PATIENCE)
+    };
+    let said = ask()?;
+    ensure!(is_nobody(&said), "the service sees {said:?}\n{}", site.journal());
+    let well = doctor()?;
+    ensure!(
+        well.stdout.contains("listens at /tmp/who.sock, and lets the forwarder's clients in"),
+        "{well:?}"
+    );
+    asleep()?;
+
+    write("0o600")?;
+    ensure!(ask()?.is_empty(), "a stranger was let in");
+    let ill = doctor()?;
+    ensure!(ill.code == 1 && ill.stdout.contains("does not let the user in at /tmp/who.sock"), "{ill:?}");
+    // As the line says that mends it.
+    manager.run(host, &["bro", "sleep", "--force", "seen"])?;
+    manager.run(host, &["bro", "activate", "seen", "--unix-identity", "0:0"])?;
+    let said = ask()?;
+    ensure!(said.trim() == "0:0", "the service sees {said:?}\n{}", site.journal());
+    let well = doctor()?;
+    ensure!(well.success(), "{well:?}");
+    asleep()?;
+    drop(site);
+
+    // The system's forwarder for a user's container.
+    if let Manager::User(user) = manager {
+        write("0o666")?;
+        plan(manager).write_quadlet(host, manager, "seen")?;
+        let port = host.free_port()?;
+        let external = format!("127.0.0.1:{port}");
+        let mut words =
+            vec!["bro", "activate", "seen", "--system", "--run-as", user, "--external-port", &external];
+        words.extend(OPTIONS);
+        host.run(&words)?;
+        let said = host.sh(&format!("timeout 20 socat -u TCP:{external} - || :"));
+        let removed = host.run(&["bro", "activate", "seen", "--system", "--remove"]);
+        ensure!(is_nobody(&said?), "the service sees another user");
+        removed?;
+    }
+    Ok(())
+}
