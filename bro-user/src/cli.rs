@@ -17,6 +17,7 @@ pub use helper::Helper;
 pub use loader::Loader;
 
 use crate::netns::identity::Identity;
+use crate::proxy_protocol::{Trusted, Version};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 
@@ -213,6 +214,25 @@ pub struct Forward {
     /// SA_RESTART), or that follows a shutdown of the sending side, can fail with EAGAIN. Only for programs that bear it.
     #[arg(long)]
     pub blocking_sockets: bool,
+
+    /// Tell the service who its client is, by a PROXY protocol header in front of the client's bytes: v1 (text) or v2 (binary)
+    ///
+    /// For a service that expects it of every connection (nginx: listen … proxy_protocol). A client without an IP address, over unix,
+    /// is told of as UNKNOWN (v1) or LOCAL (v2).
+    #[arg(long, value_name = "v1|v2")]
+    pub proxy_protocol: Option<Version>,
+
+    /// Take the client's address from the PROXY protocol header (v1 or v2) of a --trusted balancer in front
+    ///
+    /// Whoever is trusted has to send one within 5 s, of 107 bytes (v1) or 4096 bytes (v2) at most, or is reset. That address is then the
+    /// client's: for --source, --connections-per-source, the log, and --proxy-protocol. Where the header names none (UNKNOWN, LOCAL),
+    /// the balancer is the client. From whoever is not trusted a header is not believed: it is ordinary bytes, for the service.
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub accept_proxy: bool,
+
+    /// With --accept-proxy: whose headers are believed, addresses, networks (10.0.0.0/8), or unix for clients of a unix socket (repeatable)
+    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',')]
+    pub trusted: Vec<Trusted>,
 
     /// TCP keepalive on both legs: time without traffic before the first probe, 1s to 32767s
     #[arg(long, value_name = "SPAN", default_value = "60s", value_parser = crate::timespan::keepalive)]

@@ -3,15 +3,16 @@
 mod abort;
 
 use std::fmt;
-use std::net::IpAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{SockaddrStorage, setsockopt, sockopt};
+use nix::sys::socket::{SockaddrStorage, getsockname, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use crate::kernel::{Lane, send_memory};
+use crate::proxy_protocol::{Bad, Incoming, Said};
 use crate::relay::half_close::Half;
 use crate::relay::{Broken, Direction, Method, Side, Tools};
 use crate::source::Origin;
@@ -108,6 +109,11 @@ pub enum End {
     ClientLeft,
     /// Over `--connections-per-source`.
     SourceLimit,
+    /// A trusted peer sent no PROXY header, or one that makes no sense.
+    #[serde(skip)]
+    BadHeader(Bad),
+    /// A trusted peer did not send its PROXY header in time.
+    HeaderTimeout,
     /// A second SIGTERM, or `bro sleep --force`.
     Shutdown,
     /// Nothing moved on any connection for `--exit-idle-time`.
@@ -127,6 +133,8 @@ impl End {
             Self::Refused(_) => "refused",
             Self::ClientLeft => "client-left",
             Self::SourceLimit => "source-limit",
+            Self::BadHeader(_) => "bad-proxy-header",
+            Self::HeaderTimeout => "proxy-header-timeout",
             Self::Shutdown => "shutdown",
             Self::IdleExit => "idle-exit",
         }
@@ -137,6 +145,7 @@ impl End {
     pub fn detail(self) -> Option<&'static str> {
         match self {
             Self::ClientReset(errno) | Self::ServiceReset(errno) | Self::Refused(errno) => Some(errno.desc()),
+            Self::BadHeader(bad) => Some(bad.sentence()),
             _ => None,
         }
     }
@@ -160,6 +169,8 @@ impl fmt::Display for End {
 /// Where in its story a connection is.
 #[derive(Debug)]
 pub enum Stage {
+    /// A trusted balancer in front has connected, whose header says who the client is (`--accept-proxy`).
+    Introducing(Box<Incoming>),
     /// The service sleeps, and only a byte of the client's wakes it (`--wake-on=data`).
     Silent,
     /// The service does not listen yet.
@@ -186,6 +197,17 @@ pub enum Stage {
     },
 }
 
+/// A balancer in front that has introduced a client.
+#[derive(Debug)]
+pub struct Through {
+    /// Who connected.
+    pub peer: Peer,
+    /// The address at which the client reached it, where it has said so.
+    pub destination: Option<SocketAddr>,
+    /// How long its header was.
+    pub header: u64,
+}
+
 /// One connection.
 #[derive(Debug)]
 pub struct Connection {
@@ -195,6 +217,10 @@ pub struct Connection {
     pub client: OwnedFd,
     /// Who it is.
     pub peer: Peer,
+    /// Through whom it came, where that one has said who it is.
+    pub through: Option<Box<Through>>,
+    /// `--connections-per-source` counts it.
+    pub counted: bool,
     /// The address under which the service is to see it.
     pub origin: Origin,
     /// The index of the listener it came through.
@@ -306,6 +332,32 @@ pub enum Registration {
 }
 
 impl Connection {
+    /// A trusted balancer has said who the client is, in a header of so many bytes.
+    pub fn introduce(&mut self, said: Said, header: usize) {
+        let (peer, destination) = match said {
+            Said::Client { source, destination } => (Peer::Tcp(source), Some(destination)),
+            Said::Nothing => (self.peer.clone(), None),
+        };
+        self.origin = Origin::of(&peer);
+        let balancer = std::mem::replace(&mut self.peer, peer);
+        self.through = Some(Box::new(Through { peer: balancer, destination, header: header as u64 }));
+    }
+
+    /// Who is at the other end of the client's socket.
+    #[must_use]
+    pub fn neighbour(&self) -> &Peer {
+        self.through.as_ref().map_or(&self.peer, |through| &through.peer)
+    }
+
+    /// The client's address and the one it has reached, for the service to be told.
+    #[must_use]
+    pub fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+        let Peer::Tcp(source) = self.peer else { return None };
+        let own = || crate::sockaddr::tcp(&getsockname::<SockaddrStorage>(self.client.as_raw_fd()).ok()?);
+        let destination = self.through.as_ref().and_then(|through| through.destination).or_else(own)?;
+        Some((source, destination))
+    }
+
     /// The socket of one side, where there is one.
     #[must_use]
     pub fn socket(&self, side: Side) -> Option<BorrowedFd<'_>> {
@@ -314,7 +366,9 @@ impl Connection {
             (Side::Service, Stage::Connecting { service, .. } | Stage::Relaying { service, .. }) => {
                 Some(service.as_fd())
             }
-            (Side::Service, Stage::Silent | Stage::Held | Stage::AwaitingSocket) => None,
+            (Side::Service, Stage::Introducing(_) | Stage::Silent | Stage::Held | Stage::AwaitingSocket) => {
+                None
+            }
         }
     }
 
@@ -322,13 +376,17 @@ impl Connection {
     #[must_use]
     pub fn interest(&self, side: Side) -> Option<Interest> {
         match (&self.stage, side) {
-            (Stage::Silent, Side::Client) => Some(Interest { read: true, write: false }),
+            (Stage::Introducing(_) | Stage::Silent, Side::Client) => {
+                Some(Interest { read: true, write: false })
+            }
             // Only a reset is of interest while the client is held; what it sends waits in its socket.
             (Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }, Side::Client) => {
                 Some(Interest { read: false, write: false })
             }
             (Stage::Connecting { .. }, Side::Service) => Some(Interest { read: false, write: true }),
-            (Stage::Silent | Stage::Held | Stage::AwaitingSocket, Side::Service) => None,
+            (Stage::Introducing(_) | Stage::Silent | Stage::Held | Stage::AwaitingSocket, Side::Service) => {
+                None
+            }
             (Stage::Relaying { up, down, abort, .. }, side) => {
                 let (from_here, to_here) = match side {
                     Side::Client => (up.half(), down.half()),
@@ -510,6 +568,7 @@ impl Connection {
         match (end, &self.stage) {
             (End::Eof, _) => true,
             (End::ClientLeft, Stage::Silent) => true,
+            (End::ClientLeft, Stage::Introducing(incoming)) => incoming.length() == 0,
             (End::IdleExit, Stage::Relaying { up, down, .. }) => {
                 // One side waits for an answer, or for the rest of one: a FIN would pass for its end.
                 let rests =
@@ -531,7 +590,11 @@ impl Connection {
                 up.discard(tools);
                 down.discard(tools);
             }
-            Stage::Silent | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {}
+            Stage::Introducing(_)
+            | Stage::Silent
+            | Stage::Held
+            | Stage::AwaitingSocket
+            | Stage::Connecting { .. } => {}
         }
     }
 }

@@ -12,6 +12,7 @@ mod connections;
 mod crowd;
 pub mod handle;
 pub mod idle;
+mod introductions;
 pub mod lanes;
 pub mod process;
 pub mod report;
@@ -31,6 +32,7 @@ use slab::Slab;
 
 use crate::connection::{Connection, End, Source};
 use crate::listen::Listener;
+use crate::proxy_protocol::{Trusted, Version};
 use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
@@ -58,6 +60,10 @@ pub struct Settings {
     pub idle_timeout: Option<Duration>,
     /// `--start-timeout`: how long a client may wait for its connection to the service, all in all.
     pub hold_limit: Duration,
+    /// `--proxy-protocol`
+    pub proxy_protocol: Option<Version>,
+    /// `--trusted`, with `--accept-proxy`: whose headers are read.
+    pub trusted: Vec<Trusted>,
     /// `--wake-on=data`
     pub wake_on_data: bool,
     /// `--idle-by=bytes`: the idle time.

@@ -126,6 +126,11 @@ pub fn run(
     if healthy_without_container {
         anyhow::bail!(Failure::Usage("--ready=healthy needs --container, whose health check it is".into()));
     }
+    if options.accept_proxy && options.trusted.is_empty() {
+        bail!(Failure::Usage(
+            "--accept-proxy needs --trusted: who may say in a header who the client is, such as --trusted=10.0.0.5".into()
+        ));
+    }
     let local_clients = local_clients(options)?;
     let stats = Arc::new(Stats::new()?);
     let mut addresses = AddressBook::new(slot(targets.len(), 0))?;
@@ -260,6 +265,8 @@ fn settings(options: &Forward) -> Settings {
         ),
         binds: options.source != Choice::Loopback,
         idle_timeout: options.idle_timeout.finite(),
+        proxy_protocol: options.proxy_protocol,
+        trusted: if options.accept_proxy { options.trusted.clone() } else { Vec::new() },
         wake_on_data: options.idle.wake_on == WakeOn::Data,
         idle_by_bytes: (options.idle.idle_by == IdleBy::Bytes)
             .then(|| options.idle.exit_idle_time.finite())

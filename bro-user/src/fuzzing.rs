@@ -17,6 +17,7 @@ use crate::engine::handle;
 use crate::kernel::{cgroup, offsets::Offsets};
 use crate::listen::{self, Environment};
 use crate::netns::{netlink, wire};
+use crate::proxy_protocol::{Bad, Incoming, LONGEST, Said, Version};
 use crate::quadlet::{self, Kind};
 use crate::status;
 use crate::target::{self, Target};
@@ -92,6 +93,40 @@ pub fn target(text: &str) {
     ));
     drop((address::service_name(text).is_ok(), address::device(text).is_ok()));
     drop((address::absolute(text).is_ok(), address::one_line(text).is_ok()));
+}
+
+/// What a trusted balancer sends, in pieces of as many bytes as the first one says.
+pub fn proxy_header(bytes: &[u8]) {
+    let Some((&size, stream)) = bytes.split_first() else { return };
+    let (mut incoming, mut taken) = (Incoming::default(), 0);
+    for there in (0..stream.len()).step_by(usize::from(size).max(1)).chain([stream.len()]) {
+        let waiting = stream.get(taken..there).unwrap_or_default();
+        if waiting.is_empty() {
+            continue;
+        }
+        let Ok(count) = incoming.belonging(waiting) else { return };
+        assert!((1..=waiting.len()).contains(&count));
+        taken += count;
+        assert!(taken <= LONGEST);
+        match incoming.take(&waiting[..count]) {
+            Ok(None) => {}
+            // What was said can be said on.
+            Ok(Some(Said::Client { source, destination })) if source.is_ipv4() == destination.is_ipv4() => {
+                for version in [Version::V1, Version::V2] {
+                    let header = version.header(Some((source, destination)));
+                    assert_eq!(incoming_whole(&header), Ok(Some(Said::Client { source, destination })));
+                }
+                return;
+            }
+            Ok(Some(_)) | Err(_) => return,
+        }
+    }
+}
+
+fn incoming_whole(header: &[u8]) -> Result<Option<Said>, Bad> {
+    let mut incoming = Incoming::default();
+    assert_eq!(incoming.belonging(header), Ok(header.len()));
+    incoming.take(header)
 }
 
 /// A span of time; printed, it is the same one.

@@ -29,6 +29,7 @@ pub mod loader;
 pub mod logging;
 pub mod netns;
 pub mod owner;
+pub mod proxy_protocol;
 pub mod quadlet;
 pub mod relay;
 pub mod sandbox;

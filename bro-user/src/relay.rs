@@ -88,6 +88,10 @@ pub struct Direction {
     held: Held,
     method: Method,
     source: Side,
+    /// How many bytes of our own, which come first, are not written yet. They count for nothing.
+    preceding: usize,
+    /// Bytes of the source's that were for us, and are not passed on.
+    kept: u64,
     /// The kernel's shortcut past us, where this direction has one. Boxed: most connections of a host without have none.
     lane: Option<Box<Lane>>,
     /// What lanes moved that the direction has had before.
@@ -113,6 +117,8 @@ impl Direction {
             held: Held::Nothing,
             method,
             source,
+            preceding: 0,
+            kept: 0,
             lane: None,
             moved_before: 0,
             total: 0,
@@ -120,9 +126,28 @@ impl Direction {
         }
     }
 
-    /// Gives the direction a lane, that was told of [`Direction::total`].
+    /// Gives the direction a lane, that was told of [`Direction::dealt_with`].
     pub fn set_lane(&mut self, lane: Lane) {
         self.lane = Some(Box::new(lane));
+    }
+
+    /// So many bytes of the source's were for us, before the first that is passed on.
+    pub fn keep(&mut self, bytes: u64) {
+        self.kept = bytes;
+    }
+
+    /// How many of the bytes that the source has given to us are in the sink, or were for us: what its lane has to know. `None` before
+    /// the bytes of ours that come first are written, which nothing may overtake.
+    #[must_use]
+    pub const fn dealt_with(&self) -> Option<u64> {
+        if self.preceding == 0 { Some(self.kept + self.total) } else { None }
+    }
+
+    /// Puts bytes of ours in front of the first of the source's. Nothing is read before they are written.
+    pub fn precede(&mut self, bytes: Vec<u8>) {
+        self.preceding = bytes.len();
+        self.half.read(bytes.len());
+        self.held = Held::Bytes(Box::new(bytes.into()));
     }
 
     /// Takes its lane away: what is sent from now on comes to us.
@@ -322,8 +347,9 @@ impl Direction {
                     splice::empty(pipe, sink, self.half.held()).inspect(|n| tools.spliced += *n as u64)
                 }
                 Held::Bytes(rest) => copy::write_rest(rest, sink).inspect(|n| {
-                    self.copied += *n as u64;
-                    tools.copied += *n as u64;
+                    let counted = n.saturating_sub(self.preceding) as u64;
+                    self.copied += counted;
+                    tools.copied += counted;
                 }),
                 Held::Nothing => unreachable!("bytes are held, and by nothing"),
             };
@@ -343,10 +369,12 @@ impl Direction {
     /// it gave to us is in the sink.
     fn wrote(&mut self, count: usize, sink: BorrowedFd<'_>) {
         self.half.wrote(count);
-        self.total += count as u64;
+        let own = count.min(self.preceding);
+        self.preceding -= own;
+        self.total += (count - own) as u64;
         if let Some(lane) = self.lane.as_ref().filter(|_| count > 0) {
             // If the sink's room cannot be read the lane stays shut, and we go on.
-            lane.forwarded(self.total, sink).ok();
+            lane.forwarded(self.kept + self.total, sink).ok();
         }
     }
 

@@ -10,7 +10,7 @@ use bro_ebpf::role;
 use crate::forwarder::{Forwarder, Setup};
 use crate::log::Closing;
 use crate::netns::Namespace;
-use crate::peers::{Address, Conn, Family, Here, Listener, PATIENCE};
+use crate::peers::{Address, Conn, Family, Here, Listener, PATIENCE, is_abort};
 use crate::process;
 use crate::programs::{Flapping, Programs};
 use crate::scene::expect_relayed;
@@ -121,8 +121,18 @@ pub struct Rig {
     connected: AtomicUsize,
     warm_up: Option<Closing>,
     flapping: Option<Flapping>,
+    introduced: bool,
     _scratch: Scratch,
 }
+
+/// The client that a balancer in front speaks of, in a [`Rig`] that has one.
+pub const INTRODUCED: &str = "198.51.100.7:4711";
+
+/// What the balancer sends first.
+const INTRODUCTION: &[u8] = b"PROXY TCP4 198.51.100.7 203.0.113.1 4711 443\r\n";
+
+/// What the service hears first.
+const HEARD: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc6\x33\x64\x07\xcb\0\x71\x01\x12\x67\x01\xbb";
 
 impl Rig {
     /// The usual one.
@@ -130,8 +140,18 @@ impl Rig {
         Self::with(lane, legs, |setup| setup)
     }
 
+    /// One whose clients are balancers that introduce a client each, to a service that wants to be told.
+    pub fn introduced(lane: Lane, legs: Legs) -> Result<Self> {
+        let options = ["--accept-proxy", "--trusted=127.0.0.0/8,::1,unix", "--proxy-protocol=v2"];
+        Self::build(lane, legs, |setup| setup.args(options), true)
+    }
+
     /// One whose forwarder has further settings.
     pub fn with(lane: Lane, legs: Legs, adjust: impl FnOnce(Setup) -> Setup) -> Result<Self> {
+        Self::build(lane, legs, adjust, false)
+    }
+
+    fn build(lane: Lane, legs: Legs, adjust: impl FnOnce(Setup) -> Setup, introduced: bool) -> Result<Self> {
         let scratch = Scratch::new()?;
         let namespace = Namespace::new()?;
         let at = |family: Family, name: &str| {
@@ -158,6 +178,7 @@ impl Rig {
             connected,
             warm_up,
             flapping,
+            introduced,
             _scratch: scratch,
         };
         if lane.is_kernel() {
@@ -212,13 +233,37 @@ impl Rig {
             None => Conn::new(&self.namespace, self.service.address()),
         }?;
         self.connected.fetch_add(1, Ordering::Relaxed);
+        if self.introduced {
+            conn.send(INTRODUCTION)?;
+        }
+        Ok(conn)
+    }
+
+    /// Do its clients come through a balancer?
+    #[must_use]
+    pub const fn is_introduced(&self) -> bool {
+        self.introduced
+    }
+
+    /// The service's end of the next connection, from the client's first byte on.
+    pub fn accept(&self) -> Result<Conn> {
+        let conn = self.service.accept()?;
+        if self.introduced {
+            let mut heard = [0; HEARD.len()];
+            match conn.recv_exact(&mut heard) {
+                Ok(()) => ensure!(heard == HEARD, "the service heard {heard:?}"),
+                // A client's abort throws away what has not been read.
+                Err(error) if error.downcast_ref().is_some_and(is_abort) => {}
+                Err(error) => return Err(error),
+            }
+        }
         Ok(conn)
     }
 
     /// A connection's two ends: the client's and the service's.
     pub fn pair(&self) -> Result<(Conn, Conn)> {
         let client = self.connect()?;
-        let service = self.service.accept().context("the service waits for the client's connection")?;
+        let service = self.accept().context("the service waits for the client's connection")?;
         Ok((client, service))
     }
 
@@ -265,6 +310,17 @@ pub fn run(lane: Lane, legs: Legs, behaviour: fn(&Rig) -> Result<()>) -> Result<
         return Ok(());
     }
     let rig = Rig::new(lane, legs)?;
+    behaviour(&rig)?;
+    rig.finish()
+}
+
+/// The same, with a balancer in front and a service that wants to be told.
+pub fn run_introduced(lane: Lane, legs: Legs, behaviour: fn(&Rig) -> Result<()>) -> Result<()> {
+    let name = std::thread::current().name().unwrap_or("?").to_owned();
+    if !crate::tier::met(&name, &lane.needs()) {
+        return Ok(());
+    }
+    let rig = Rig::introduced(lane, legs)?;
     behaviour(&rig)?;
     rig.finish()
 }

@@ -176,7 +176,7 @@ pub fn torture(rig: &Rig, seed: u64, connections: u64) -> Result<()> {
         let services = scope.spawn(|| {
             thread::scope(|inner| {
                 let all: Vec<_> = (0..connections)
-                    .map(|_| rig.service().accept().map(|conn| inner.spawn(|| service(rig, conn))))
+                    .map(|_| rig.accept().map(|conn| inner.spawn(|| service(rig, conn))))
                     .collect::<Result<_>>()?;
                 all.into_iter().try_for_each(|one| one.join().expect("a service does not panic"))
             })

@@ -23,7 +23,7 @@ const IDLE: &str = "5min";
 type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
-const HANDED_ON: [HandedOn; 11] = [
+const HANDED_ON: [HandedOn; 14] = [
     ("ready", |options| options.ready.as_ref().map(readiness)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
@@ -33,6 +33,9 @@ const HANDED_ON: [HandedOn; 11] = [
     ("busy-file", |options| options.busy_file.as_ref().map(|path| path.display().to_string())),
     ("busy-exec", |options| options.busy_exec.clone()),
     ("unix-identity", |options| options.unix_identity.map(|identity| identity.to_string())),
+    ("proxy-protocol", |options| options.proxy_protocol.map(word)),
+    ("accept-proxy", |options| options.accept_proxy.map(|accept| accept.to_string())),
+    ("trusted", |options| (!options.trusted.is_empty()).then(|| listed(&options.trusted))),
     ("relay", |options| options.relay.map(word)),
     ("source", |options| options.source.map(word)),
 ];
@@ -122,6 +125,11 @@ pub(super) fn wanted(
     activated.socket_file.clone_from(&activated.listeners[0].file);
     if direct {
         check_direct(quadlet, nginx, &mut warnings)?;
+    }
+    if activated.option("accept-proxy") == Some("true") && activated.option("trusted").is_none() {
+        return Err(usage(
+            "--accept-proxy needs --trusted: who may say in a header who the client is, such as --trusted=10.0.0.5",
+        ));
     }
     check_ready(&activated, quadlet, &mut warnings)?;
     check_host_network(&activated, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
@@ -215,6 +223,10 @@ fn written(span: TimeSpan) -> String {
         Some((seconds @ 1.., 0)) if seconds % 60 == 0 => format!("{}min", seconds / 60),
         _ => span.to_string(),
     }
+}
+
+fn listed<T: ToString>(all: &[T]) -> String {
+    all.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn handed_on(options: &Activate, known: Option<&Activated>) -> Vec<(String, String)> {

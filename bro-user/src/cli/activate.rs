@@ -10,6 +10,7 @@ use crate::activate::ready::Ready;
 use crate::activate::sources::Choice;
 use crate::activation::address::{External, Internal};
 use crate::netns::identity::Identity;
+use crate::proxy_protocol::{Trusted, Version};
 use crate::timespan::TimeSpan;
 
 pub(super) const EXAMPLES: &str = "\
@@ -132,6 +133,18 @@ pub struct Activate {
     #[arg(long, value_name = "WHO", conflicts_with = "direct")]
     pub unix_identity: Option<Identity>,
 
+    /// Tell the service who its client is, by a PROXY protocol header: v1 or v2 (as in bro forward)
+    #[arg(long, value_name = "v1|v2", conflicts_with = "direct")]
+    pub proxy_protocol: Option<Version>,
+
+    /// Take the client's address from the PROXY protocol header of a --trusted balancer in front (as in bro forward)
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_missing_value = "true", conflicts_with = "direct")]
+    pub accept_proxy: Option<bool>,
+
+    /// With --accept-proxy: whose headers are believed, addresses, networks, or unix (repeatable, as in bro forward)
+    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',', conflicts_with = "direct")]
+    pub trusted: Vec<Trusted>,
+
     /// How bytes are moved: auto, sockmap, splice or copy
     #[arg(long, value_name = "HOW", conflicts_with = "direct")]
     pub relay: Option<RelayChoice>,
@@ -163,7 +176,7 @@ pub struct Activate {
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
         "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
-        "unix_identity", "relay", "source", "run_as", "restrict_network"])]
+        "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "run_as", "restrict_network"])]
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing

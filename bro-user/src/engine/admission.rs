@@ -98,6 +98,8 @@ impl Engine {
             client,
             origin: Origin::of(&peer),
             peer,
+            through: None,
+            counted: false,
             listener,
             backend,
             opened: now,
@@ -113,26 +115,41 @@ impl Engine {
         };
         Stats::set(&self.stats.accepted, number);
         self.tallies[listener].accepted += 1;
-        if let Some(limit) = self.settings.connections_per_source {
-            let count = self.per_source.entry(connection.peer.source()).or_default();
-            if *count >= limit {
-                self.log_end(&connection, End::SourceLimit);
-                connection.close(End::SourceLimit, &mut self.tools);
-                return;
-            }
-            *count += 1;
-        }
         tcp::set_options(&connection.client, connection.peer.ip(), self.settings.keepalive);
-        tracing::debug!(conn = number, peer = %connection.peer, target = %self.backends[backend].name, "accepted");
+        let introduced = self.settings.trusted.iter().any(|trusted| trusted.is(&connection.peer));
         let index = self.connections.insert(connection);
         self.pending += 1;
         Stats::set(&self.stats.open, self.connections.len() as u64);
+        if introduced {
+            self.connections[index].stage = Stage::Introducing(Box::default());
+            return self.read_introduction(index);
+        }
+        self.welcome(index);
+    }
+
+    /// It is known who the client is: it is let in, unless too many of its source are.
+    pub(super) fn welcome(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        if let Some(limit) = self.settings.connections_per_source {
+            let count = self.per_source.entry(connection.peer.source()).or_default();
+            if *count >= limit {
+                return self.finish(index, End::SourceLimit);
+            }
+            *count += 1;
+            connection.counted = true;
+        }
+        tracing::debug!(
+            conn = connection.number,
+            peer = %connection.peer,
+            target = %self.backends[connection.backend].name,
+            "accepted"
+        );
         self.place(index);
     }
 
     /// After a connection has ended: room for the next, and news for those who wait for the last.
-    pub(super) fn after_end(&mut self, source: crate::connection::Source) {
-        if self.settings.connections_per_source.is_some()
+    pub(super) fn after_end(&mut self, source: Option<crate::connection::Source>) {
+        if let Some(source) = source
             && let Some(count) = self.per_source.get_mut(&source)
         {
             *count -= 1;

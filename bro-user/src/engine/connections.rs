@@ -27,6 +27,7 @@ impl Engine {
         let trouble = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
         match (&connection.stage, side) {
             (Stage::Relaying { .. }, _) => self.relay_event(index, side, events, trouble),
+            (Stage::Introducing(_), _) => self.read_introduction(index),
             (Stage::Silent, _) => self.silent_client_stirred(index),
             (Stage::Connecting { .. }, Side::Service) => self.connect_event(index),
             (Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }, Side::Client) if trouble => {
@@ -96,7 +97,12 @@ impl Engine {
         if connection.woke {
             connection.cold_start = Some(now - waiting_since);
         }
-        let (up, down) = (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
+        let (mut up, down) = (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
+        if let Some(version) = self.settings.proxy_protocol {
+            up.precede(version.header(connection.ends()));
+        }
+        // What a balancer in front sent for us is part of what its socket has sent.
+        up.keep(connection.through.as_ref().map_or(0, |through| through.header));
         connection.stage = Stage::Relaying { service, up, down, abort: None };
         self.pending -= 1;
         self.pump(index, true, false);
@@ -165,6 +171,11 @@ impl Engine {
                         due.push((index, End::IdleTimeout));
                     }
                 }
+                Stage::Introducing(_) => {
+                    if now - connection.active >= super::introductions::WITHIN {
+                        due.push((index, End::HeaderTimeout));
+                    }
+                }
                 Stage::Silent => {
                     if now - connection.active >= self.settings.hold_limit {
                         due.push((index, End::IdleTimeout));
@@ -199,7 +210,7 @@ impl Engine {
             self.forget_waiting(index, &connection);
         }
         self.log_end(&connection, end);
-        let source = connection.peer.source();
+        let source = connection.counted.then(|| connection.peer.source());
         self.close_lanes(&connection);
         connection.close(end, &mut self.tools);
         self.after_end(source);
@@ -212,6 +223,7 @@ impl Engine {
         tracing::info!(
             conn = connection.number,
             peer = %connection.peer,
+            through = connection.through.as_ref().map(|through| through.peer.to_string()),
             target = %self.backends[connection.backend].name,
             relay = %connection.relay_name(self.settings.method),
             to_service,

@@ -71,7 +71,7 @@ fn sleeps(connection: &Connection, limit: Duration) -> bool {
         Stage::Silent => !is_fresh,
         // It has not finished yet.
         Stage::Relaying { up, .. } if is_fresh && up.half().wants_read() => false,
-        Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => false,
+        Stage::Introducing(_) | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => false,
         // An abort is on its way.
         Stage::Relaying { abort: Some(_), .. } => false,
         Stage::Relaying { service, up, down, abort: None } => {

@@ -236,12 +236,15 @@ impl Lanes {
     /// and the client's if it is on this host.
     fn open_both(&mut self, index: usize, connection: &mut Connection, watched: Option<u64>) {
         let (number, client) = (connection.number, connection.client.as_fd());
+        let neighbour = connection.neighbour().clone();
         let Stage::Relaying { service, up, down, .. } = &mut connection.stage else { return };
         if watched.is_none() && self.clients.is_none() {
             return;
         }
         // A unix client has no lane, nor does its service.
-        let Peer::Tcp(peer) = connection.peer else { return };
+        let Peer::Tcp(peer) = neighbour else { return };
+        // The service has not been told yet who its client is.
+        let Some(dealt_with) = up.dealt_with() else { return };
         let ends = |fd: i32| (tcp(getsockname(fd)), tcp(getpeername(fd)));
         // As a sender sees itself: its own address is our peer's.
         let (Some(remote), Some(local)) = ends(service.as_raw_fd()) else { return };
@@ -255,7 +258,7 @@ impl Lanes {
         {
             let sender = SenderAddress { netns, local: peer, remote };
             let owner = (index, number, Side::Service);
-            self.open(&sender, service.as_fd(), owner, up.total)
+            self.open(&sender, service.as_fd(), owner, dealt_with)
                 .into_iter()
                 .for_each(|lane| up.set_lane(lane));
         }

@@ -1,0 +1,61 @@
+//! Clients that come through a trusted balancer in front (`--accept-proxy`): its header, which says who they are, is read before
+//! anything else is done for them. Until then they wake nothing and count for no source.
+
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+
+use super::Engine;
+use crate::connection::{End, Stage};
+use crate::proxy_protocol::{Incoming, LONGEST, Said};
+
+/// How long a trusted peer may take to send its header. One lost packet is no reason to give up.
+pub(super) const WITHIN: Duration = Duration::from_secs(5);
+
+impl Engine {
+    /// A trusted peer may have sent more of its header.
+    pub(super) fn read_introduction(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        let Stage::Introducing(incoming) = &mut connection.stage else { return };
+        match read(connection.client.as_fd(), incoming) {
+            Ok(None) => self.register(index),
+            Ok(Some(said)) => {
+                let length = incoming.length();
+                connection.introduce(said, length);
+                // From now on it waits for the service.
+                connection.active = Instant::now();
+                connection.stage = Stage::Held;
+                self.welcome(index);
+            }
+            Err(end) => self.finish(index, end),
+        }
+    }
+}
+
+/// Takes what is there of the header and no byte of what follows it: looks first, and then reads as much as belongs to it.
+fn read(client: BorrowedFd<'_>, incoming: &mut Incoming) -> Result<Option<Said>, End> {
+    let (mut seen, mut taken) = ([0; LONGEST], [0; LONGEST]);
+    while let Some(waiting) = receive(client, &mut seen, MsgFlags::MSG_PEEK)? {
+        let belonging = incoming.belonging(&seen[..waiting]).map_err(End::BadHeader)?;
+        let Some(count) = receive(client, &mut taken[..belonging], MsgFlags::empty())? else { break };
+        if let Some(said) = incoming.take(&taken[..count]).map_err(End::BadHeader)? {
+            return Ok(Some(said));
+        }
+    }
+    Ok(None)
+}
+
+/// One look or read; `None` when nothing waits.
+fn receive(client: BorrowedFd<'_>, room: &mut [u8], how: MsgFlags) -> Result<Option<usize>, End> {
+    loop {
+        match recv(client.as_raw_fd(), room, how | MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return Ok(None),
+            Err(errno) => return Err(End::ClientReset(errno)),
+            Ok(0) => return Err(End::ClientLeft),
+            Ok(count) => return Ok(Some(count)),
+        }
+    }
+}
