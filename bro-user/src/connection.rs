@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::kernel::{Lane, send_memory};
 use crate::proxy_protocol::{Bad, Incoming, Said};
 use crate::relay::half_close::Half;
-use crate::relay::{Broken, Direction, Method, Side, Tools};
+use crate::relay::{Broken, Direction, Guard, Method, Side, Tools, copy};
 use crate::source::Origin;
 
 pub use abort::{Abort, Progress, STALLED, Verdict, WHOLE};
@@ -109,6 +109,9 @@ pub enum End {
     ClientLeft,
     /// Over `--connections-per-source`.
     SourceLimit,
+    /// One side passed descriptors, which cannot be passed on.
+    #[serde(skip)]
+    Descriptors(Side),
     /// A trusted peer sent no PROXY header, or one that makes no sense.
     #[serde(skip)]
     BadHeader(Bad),
@@ -133,6 +136,7 @@ impl End {
             Self::Refused(_) => "refused",
             Self::ClientLeft => "client-left",
             Self::SourceLimit => "source-limit",
+            Self::Descriptors(_) => "descriptors",
             Self::BadHeader(_) => "bad-proxy-header",
             Self::HeaderTimeout => "proxy-header-timeout",
             Self::Shutdown => "shutdown",
@@ -145,6 +149,12 @@ impl End {
     pub fn detail(self) -> Option<&'static str> {
         match self {
             Self::ClientReset(errno) | Self::ServiceReset(errno) | Self::Refused(errno) => Some(errno.desc()),
+            Self::Descriptors(Side::Client) => {
+                Some("the client passed descriptors (SCM_RIGHTS), which a relay cannot pass on")
+            }
+            Self::Descriptors(Side::Service) => {
+                Some("the service passed descriptors (SCM_RIGHTS), which a relay cannot pass on")
+            }
             Self::BadHeader(bad) => Some(bad.sentence()),
             _ => None,
         }
@@ -154,6 +164,7 @@ impl End {
 impl From<Broken> for End {
     fn from(broken: Broken) -> Self {
         match broken.side {
+            side if broken.errno == copy::DESCRIPTORS => Self::Descriptors(side),
             Side::Client => Self::ClientReset(broken.errno),
             Side::Service => Self::ServiceReset(broken.errno),
         }
@@ -219,6 +230,8 @@ pub struct Connection {
     pub peer: Peer,
     /// Through whom it came, where that one has said who it is.
     pub through: Option<Box<Through>>,
+    /// Whether it may pass descriptors.
+    pub guard: Guard,
     /// `--connections-per-source` counts it.
     pub counted: bool,
     /// The address under which the service is to see it.

@@ -146,6 +146,10 @@ impl Engine {
         epoll.add(mailbox.channel(), EpollEvent::new(EpollFlags::EPOLLIN, Token::Mailbox.into()))?;
         // Two directions, and never more pipes than could leave descriptors for connections.
         let pipes = settings.connections_max.saturating_mul(2).min(1024);
+        // Whoever connects from now on: what a relay cannot pass on, the kernel refuses to the sender, if it can.
+        for (listener, _) in &listeners {
+            crate::sys::refuse_descriptors(listener.socket.as_fd()).ok();
+        }
         let tallies = vec![Tally::default(); listeners.len()];
         Ok(Self {
             settings,

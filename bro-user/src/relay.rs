@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use bytes::Bytes;
 use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
 
 use crate::kernel::Lane;
 use half_close::Half;
@@ -34,6 +34,34 @@ pub enum Side {
     Client,
     /// The service's.
     Service,
+}
+
+/// Whether descriptors may come along with what a source sends (unix(7) SCM_RIGHTS). They cannot be relayed, and splice(2) and recv(2)
+/// would lose them without a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guard {
+    /// None can: it is no unix socket, or the kernel refuses them to the sender.
+    Needless,
+    /// The kernel refuses them from now on; what was sent before may have some.
+    Backlog,
+    /// The kernel does not refuse any: all that comes is looked at, and so is copied.
+    Always,
+}
+
+impl Guard {
+    /// Of a unix socket; has the kernel refuse them from now on, if it can.
+    #[must_use]
+    pub fn of(socket: BorrowedFd<'_>) -> Self {
+        let refuses = crate::sys::refuses_descriptors(socket);
+        if refuses != Some(true) {
+            crate::sys::ask_for_nothing_else(socket);
+        }
+        match refuses {
+            Some(true) => Self::Needless,
+            Some(false) if crate::sys::refuse_descriptors(socket).is_ok() => Self::Backlog,
+            _ => Self::Always,
+        }
+    }
 }
 
 /// A call on one side's socket that failed: the connection's abort.
@@ -88,6 +116,8 @@ pub struct Direction {
     held: Held,
     method: Method,
     source: Side,
+    /// Whether descriptors may come from the source.
+    guard: Guard,
     /// How many bytes of our own, which come first, are not written yet. They count for nothing.
     preceding: usize,
     /// Bytes of the source's that were for us, and are not passed on.
@@ -117,6 +147,7 @@ impl Direction {
             held: Held::Nothing,
             method,
             source,
+            guard: Guard::Needless,
             preceding: 0,
             kept: 0,
             lane: None,
@@ -141,6 +172,11 @@ impl Direction {
     #[must_use]
     pub const fn dealt_with(&self) -> Option<u64> {
         if self.preceding == 0 { Some(self.kept + self.total) } else { None }
+    }
+
+    /// From its source, a unix socket, descriptors may come.
+    pub fn set_guard(&mut self, guard: Guard) {
+        self.guard = guard;
     }
 
     /// Puts bytes of ours in front of the first of the source's. Nothing is read before they are written.
@@ -238,7 +274,9 @@ impl Direction {
             }
             let Some(count) = self.fill(source, sink, tools)? else { return Ok(()) };
             // A short read is left to level-triggered epoll: it costs nothing when there is no more, which is the usual case.
-            if self.half.is_open() && !self.half.wants_write() && count < LARGE {
+            // But what was sent before the kernel refused descriptors is to be over soon.
+            let short = count < LARGE && self.guard != Guard::Backlog;
+            if self.half.is_open() && !self.half.wants_write() && short {
                 return Ok(());
             }
             moved += count;
@@ -255,7 +293,8 @@ impl Direction {
         if self.half.is_void() {
             return self.throw_away(source, tools);
         }
-        let borrowed = if self.method == Method::Splice { tools.pool.borrow() } else { None };
+        let spliced = self.method == Method::Splice && self.guard == Guard::Needless;
+        let borrowed = if spliced { tools.pool.borrow() } else { None };
         let Some(pipe) = borrowed else { return self.fill_by_copy(source, sink, tools) };
         match splice::fill(source, &pipe) {
             Ok(Filled::Bytes(count)) => {
@@ -315,9 +354,20 @@ impl Direction {
         sink: BorrowedFd<'_>,
         tools: &mut Tools,
     ) -> Result<Option<usize>, Broken> {
-        let count = match copy::read(source, &mut tools.scratch) {
+        let read = match self.guard {
+            Guard::Needless => copy::read(source, &mut tools.scratch),
+            Guard::Backlog | Guard::Always => {
+                copy::read_guarded(source, &mut tools.scratch, MsgFlags::empty())
+            }
+        };
+        let count = match read {
             Ok(count) => count,
-            Err(Errno::EAGAIN) => return Ok(None),
+            Err(Errno::EAGAIN) => {
+                if self.guard == Guard::Backlog {
+                    self.guard = Guard::Needless;
+                }
+                return Ok(None);
+            }
             Err(errno) => return Err(self.broke(errno)),
         };
         if count == 0 {
@@ -382,6 +432,96 @@ impl Direction {
     pub fn discard(&mut self, tools: &mut Tools) {
         if let Held::Pipe(pipe) = std::mem::replace(&mut self.held, Held::Nothing) {
             tools.pool.discard(pipe);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{IoSlice, Read as _, Write as _};
+    use std::os::fd::{AsFd as _, AsRawFd as _};
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+
+    use super::*;
+
+    fn pass(through: &UnixStream, bytes: &[u8]) -> nix::Result<usize> {
+        let descriptors = [0, 1, 2];
+        let rights = [ControlMessage::ScmRights(&descriptors)];
+        sendmsg::<()>(through.as_raw_fd(), &[IoSlice::new(bytes)], &rights, MsgFlags::empty(), None)
+    }
+
+    /// Source and sink, the ends of a relay between them, and the relay itself.
+    fn relay(guard: Guard) -> (UnixStream, UnixStream, UnixStream, UnixStream, Direction, Tools) {
+        let ((source, near), (far, sink)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        near.set_nonblocking(true).unwrap();
+        far.set_nonblocking(true).unwrap();
+        let mut direction = Direction::new(Side::Client, Method::Splice);
+        direction.set_guard(guard);
+        (source, near, far, sink, direction, Tools::new(16))
+    }
+
+    /// As on a kernel that refuses none: the connection breaks at the descriptors, and what came before them has been delivered.
+    #[test]
+    fn descriptors_that_come_along_break_the_connection() {
+        let (mut source, near, far, mut sink, mut direction, mut tools) = relay(Guard::Always);
+        for _ in 0..3 {
+            source.write_all(b"before").unwrap();
+            direction.pump(near.as_fd(), far.as_fd(), &mut tools).unwrap();
+            let mut bytes = [0; 6];
+            sink.read_exact(&mut bytes).unwrap();
+            assert_eq!(&bytes, b"before");
+        }
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        source.write_all(b"before").unwrap();
+        pass(&source, b"with").unwrap();
+        let before = open();
+        let broken = loop {
+            match direction.pump(near.as_fd(), far.as_fd(), &mut tools) {
+                Ok(()) => {}
+                Err(broken) => break broken,
+            }
+        };
+        assert_eq!(broken, Broken { side: Side::Client, errno: copy::DESCRIPTORS });
+        // Other tests open and close some meanwhile; three for each message would show.
+        assert!(open() <= before + 2, "{} and then {}", before, open());
+    }
+
+    /// A listening socket may have asked for the credentials of each message (`PassCredentials=`).
+    #[test]
+    fn credentials_are_taken_for_no_descriptors() {
+        let (mut source, near, far, mut sink, mut direction, mut tools) = relay(Guard::Needless);
+        setsockopt(&near, sockopt::PassCred, &true).unwrap();
+        source.write_all(b"before").unwrap();
+        direction.set_guard(Guard::of(near.as_fd()));
+        source.write_all(b" and after").unwrap();
+        direction.pump(near.as_fd(), far.as_fd(), &mut tools).unwrap();
+        sink.read_exact(&mut [0; 16]).unwrap();
+    }
+
+    /// What was sent before the kernel refused descriptors is looked at, and then nothing is any more.
+    #[test]
+    fn after_the_backlog_bytes_are_spliced_again() {
+        let (mut source, near, far, mut sink, mut direction, mut tools) = relay(Guard::Backlog);
+        source.write_all(b"before").unwrap();
+        direction.pump(near.as_fd(), far.as_fd(), &mut tools).unwrap();
+        assert_eq!((direction.guard, direction.copied), (Guard::Needless, 6));
+        source.write_all(b"after").unwrap();
+        direction.pump(near.as_fd(), far.as_fd(), &mut tools).unwrap();
+        assert_eq!((direction.total, direction.copied), (11, 6));
+        sink.read_exact(&mut [0; 11]).unwrap();
+    }
+
+    #[test]
+    fn a_kernel_that_can_refuse_them_does() {
+        let (source, near, ..) = relay(Guard::Needless);
+        match Guard::of(near.as_fd()) {
+            Guard::Always => assert_eq!(pass(&source, b"x"), Ok(1)),
+            guard => {
+                assert_eq!((guard, Guard::of(near.as_fd())), (Guard::Backlog, Guard::Needless));
+                assert_eq!(pass(&source, b"x"), Err(Errno::EPERM));
+            }
         }
     }
 }

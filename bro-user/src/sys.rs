@@ -138,6 +138,50 @@ pub fn stirs(socket: BorrowedFd<'_>) -> bool {
     poll(&mut [PollFd::new(socket, PollFlags::POLLIN)], PollTimeout::ZERO) != Ok(0)
 }
 
+/// SO_PASSRIGHTS (Linux 6.16): whether descriptors may be passed to this socket.
+const SO_PASSRIGHTS: libc::c_int = 83;
+
+/// Has the kernel refuse descriptors that are passed to this unix socket from now on (unix(7) SCM_RIGHTS): the sender gets EPERM.
+/// Sockets that a listening one accepts have it from it.
+///
+/// # Errors
+/// When the kernel is too old for that, or it is no unix socket.
+pub fn refuse_descriptors(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let no: libc::c_int = 0;
+    let (value, length) = ((&raw const no).cast(), size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: the value is valid for reading for as long as the call lasts.
+    let done =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, value, length) };
+    check(done).map(drop)
+}
+
+/// Has nothing but bytes and descriptors come with a message to this unix socket: no credentials (SO_PASSCRED, SO_PASSPIDFD) and no label
+/// (SO_PASSSEC), which a listening socket may have asked for. Else each message would seem to have been cut off.
+pub fn ask_for_nothing_else(socket: BorrowedFd<'_>) {
+    const SO_PASSPIDFD: libc::c_int = 76;
+    let no: libc::c_int = 0;
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    for option in [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD] {
+        // SAFETY: the value is valid for reading for as long as the call lasts. An older kernel knows one of them less.
+        let _refused = unsafe {
+            libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const no).cast(), length)
+        };
+    }
+}
+
+/// Does the kernel refuse descriptors for this unix socket? `None` where it cannot.
+#[must_use]
+pub fn refuses_descriptors(socket: BorrowedFd<'_>) -> Option<bool> {
+    let mut passes: libc::c_int = 1;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    let value = (&raw mut passes).cast();
+    // SAFETY: value and length are valid for writing, and length holds the room there is.
+    let done = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, value, &raw mut length)
+    };
+    check(done).is_ok().then_some(passes == 0)
+}
+
 /// Sends one message of a seqpacket channel, with descriptors where there are any.
 ///
 /// # Errors

@@ -283,7 +283,9 @@ impl Rig {
         let closings = log.closings(clients, std::time::Duration::ZERO)?;
         ensure!(closings.len() == clients, "{} closing lines for {clients} clients", closings.len());
         for closing in &closings {
-            let fits = self.lane.words().contains(&closing.relay.as_str());
+            // A unix client that came before the forwarder may have sent descriptors, so what it sent first was looked at.
+            let first = self.legs.front == Family::Unix && closing.relay == "copy";
+            let fits = first || self.lane.words().contains(&closing.relay.as_str());
             ensure!(fits, "relayed by {:?}: {closing:?}", closing.relay);
         }
         let all = || closings.iter().chain(&self.warm_up);

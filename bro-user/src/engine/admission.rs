@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use super::{Accepting, Engine, tcp};
 use crate::connection::{Connection, End, Peer, Registration, Stage, Talk};
 use crate::engine::handle::Event;
+use crate::relay::Guard;
 use crate::source::Origin;
 use crate::stats::Stats;
 
@@ -93,12 +94,17 @@ impl Engine {
         let peer = Peer::of(client.as_fd(), address);
         let number = self.next_number;
         self.next_number += 1;
+        let guard = match peer {
+            Peer::Tcp(_) => Guard::Needless,
+            Peer::Unix { .. } => Guard::of(client.as_fd()),
+        };
         let connection = Connection {
             number,
             client,
             origin: Origin::of(&peer),
             peer,
             through: None,
+            guard,
             counted: false,
             listener,
             backend,

@@ -9,7 +9,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 use super::Engine;
 use super::token::{GENERATIONS, Token};
 use crate::connection::{Connection, End, Interest, Pumped, Registration, Stage};
-use crate::relay::{Broken, Direction, Side};
+use crate::relay::{Broken, Direction, Guard, Side, copy};
 use crate::sys::{Waiting, look};
 
 const SIDES: [Side; 2] = [Side::Client, Side::Service];
@@ -79,6 +79,8 @@ impl Engine {
         match pumped {
             Ok(Pumped::Finished) => return self.finish(index, End::Eof),
             Ok(Pumped::Open) => {}
+            // Not for the other side to wait for.
+            Err(broken) if broken.errno == copy::DESCRIPTORS => return self.finish(index, broken.into()),
             Err(broken) => return self.side_aborted(index, broken.side, Some(broken.errno)),
         }
         self.consider_lanes(index);
@@ -97,7 +99,12 @@ impl Engine {
         if connection.woke {
             connection.cold_start = Some(now - waiting_since);
         }
-        let (mut up, down) = (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
+        let (mut up, mut down) =
+            (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
+        up.set_guard(connection.guard);
+        if target.is_none() {
+            down.set_guard(Guard::of(service.as_fd()));
+        }
         if let Some(version) = self.settings.proxy_protocol {
             up.precede(version.header(connection.ends()));
         }

@@ -1,15 +1,16 @@
 //! Clients that come through a trusted balancer in front (`--accept-proxy`): its header, which says who they are, is read before
 //! anything else is done for them. Until then they wake nothing and count for no source.
 
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::MsgFlags;
 
 use super::Engine;
 use crate::connection::{End, Stage};
 use crate::proxy_protocol::{Incoming, LONGEST, Said};
+use crate::relay::{Broken, Side, copy};
 
 /// How long a trusted peer may take to send its header. One lost packet is no reason to give up.
 pub(super) const WITHIN: Duration = Duration::from_secs(5);
@@ -49,13 +50,10 @@ fn read(client: BorrowedFd<'_>, incoming: &mut Incoming) -> Result<Option<Said>,
 
 /// One look or read; `None` when nothing waits.
 fn receive(client: BorrowedFd<'_>, room: &mut [u8], how: MsgFlags) -> Result<Option<usize>, End> {
-    loop {
-        match recv(client.as_raw_fd(), room, how | MsgFlags::MSG_DONTWAIT) {
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => return Ok(None),
-            Err(errno) => return Err(End::ClientReset(errno)),
-            Ok(0) => return Err(End::ClientLeft),
-            Ok(count) => return Ok(Some(count)),
-        }
+    match copy::read_guarded(client, room, how) {
+        Err(Errno::EAGAIN) => Ok(None),
+        Err(errno) => Err(Broken { side: Side::Client, errno }.into()),
+        Ok(0) => Err(End::ClientLeft),
+        Ok(count) => Ok(Some(count)),
     }
 }

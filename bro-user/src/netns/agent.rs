@@ -266,6 +266,8 @@ fn dial_tcp(socket: &OwnedFd, address: SocketAddr, source: Option<SocketAddr>) -
 
 fn dial_unix(address: &UnixAddr) -> nix::Result<OwnedFd> {
     let socket = stream(nix::libc::AF_UNIX, Binding::Unbound)?;
+    // Before the service can send any. Where the kernel cannot refuse them, the relay looks.
+    sys::refuse_descriptors(socket.as_fd()).ok();
     connect(socket.as_raw_fd(), address)?;
     Ok(socket)
 }

@@ -1,11 +1,12 @@
 //! Moving bytes with recv(2) and send(2) through a buffer that all connections share. Only what a full sink leaves over is
 //! kept per connection. The relay that always works: no pipe, no privilege.
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use bytes::Bytes;
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recv, recvmsg, send};
 
 /// The most that one recv takes, and so the most that one direction holds.
 pub const CHUNK: usize = 128 * 1024;
@@ -19,6 +20,25 @@ pub fn read(source: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<usize> {
         match recv(source.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
             Err(Errno::EINTR) => {}
             result => return result,
+        }
+    }
+}
+
+/// What [`read_guarded`] fails with when descriptors came along. No socket fails with it by itself.
+pub const DESCRIPTORS: Errno = Errno::EMULTIHOP;
+
+/// The same from a unix socket, where descriptors may come along (unix(7) SCM_RIGHTS). There is no room for them, so the kernel
+/// closes them before this process has any, however many there are, and says that it did.
+///
+/// # Errors
+/// [`DESCRIPTORS`], or as [`read()`].
+pub fn read_guarded(source: BorrowedFd<'_>, buffer: &mut [u8], how: MsgFlags) -> nix::Result<usize> {
+    loop {
+        let mut parts = [IoSliceMut::new(&mut *buffer)];
+        match recvmsg::<()>(source.as_raw_fd(), &mut parts, None, how | MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EINTR) => {}
+            Ok(message) if message.flags.contains(MsgFlags::MSG_CTRUNC) => return Err(DESCRIPTORS),
+            result => return result.map(|message| message.bytes),
         }
     }
 }

@@ -17,11 +17,19 @@ const SO_MEMINFO: i32 = 55;
 /// Which namespace a socket is in.
 const SO_NETNS_COOKIE: i32 = 71;
 
+/// Whether descriptors may be passed to a unix socket; and what comes with each message to it besides.
+const SO_PASSRIGHTS: i32 = 83;
+const SO_PASSPIDFD: i32 = 76;
+
 /// What may be set.
 pub const SET: &[Option] = &[
     (libc::SOL_SOCKET, libc::SO_LINGER),
     (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
     (libc::SOL_SOCKET, libc::SO_OOBINLINE),
+    (libc::SOL_SOCKET, SO_PASSRIGHTS),
+    (libc::SOL_SOCKET, libc::SO_PASSCRED),
+    (libc::SOL_SOCKET, libc::SO_PASSSEC),
+    (libc::SOL_SOCKET, SO_PASSPIDFD),
     (libc::IPPROTO_TCP, libc::TCP_NODELAY),
     (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
     (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
@@ -34,6 +42,7 @@ pub const SET: &[Option] = &[
 pub const GET: &[Option] = &[
     (libc::SOL_SOCKET, libc::SO_ERROR),
     (libc::SOL_SOCKET, libc::SO_PEERCRED),
+    (libc::SOL_SOCKET, SO_PASSRIGHTS),
     (libc::SOL_SOCKET, SO_MEMINFO),
     (libc::SOL_SOCKET, SO_NETNS_COOKIE),
 ];
