@@ -397,7 +397,8 @@ fn with_rights(connections: &str) -> Result<(Notify, Site)> {
     let address = Family::Tcp4.loopback().context("TCP has a loopback address")?;
     let (front, service) = (Listener::new(&Here, &address)?, Listener::new(&Here, &address)?);
     let setup = Setup::new().ambient(USER).socket(&front).env("NOTIFY_SOCKET", notify.name());
-    let setup = setup.arg(connections).arg(service.address().to_string());
+    // Not auto, which is splice where the kernel answers FIONREAD wrongly.
+    let setup = setup.args(["--relay=sockmap", connections]).arg(service.address().to_string());
     Ok((notify, Site { forwarder: setup.start()?, front, service }))
 }
 
