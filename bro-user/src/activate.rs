@@ -9,6 +9,7 @@ pub mod rootless;
 pub mod runs;
 pub mod sources;
 pub mod watching;
+pub mod whereabouts;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -37,6 +38,7 @@ use container::Inspected;
 use ready::Ready;
 use runs::Runs;
 use watching::{Service, Watching};
+use whereabouts::Whereabouts;
 
 /// Where targets are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,8 +119,11 @@ pub enum Stopped {
     Needed(String),
 }
 
-/// Between two looks for a container that is being started.
-const LOOK: Duration = Duration::from_millis(2);
+/// Between two looks for what is about to change.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Between two looks through all processes for a container that is being started.
+const SEARCH: Duration = Duration::from_millis(20);
 
 /// Between two questions to systemd whether the unit has failed.
 const WATCH: Duration = Duration::from_millis(50);
@@ -442,7 +447,7 @@ impl Activator {
                     let _mine = self.in_use().get_or_insert(begun);
                     return;
                 }
-                Ok(ownership::Lock::Taken) => sleep(LOOK * 5).await,
+                Ok(ownership::Lock::Taken) => sleep(LOOK).await,
                 Err(error) => {
                     return tracing::debug!(%error, "other forwarders do not see that {unit} is used");
                 }
@@ -551,12 +556,12 @@ impl Activator {
                     if let Some(found) = self.enter_rootless(path).await? {
                         return Ok(found);
                     }
-                    sleep(LOOK * 5).await;
+                    sleep(LOOK).await;
                 }
                 Ok(file) => return Incarnation::of_file(file.into(), self.identity).await,
                 // A unit may be about to make it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.unit.is_some() => {
-                    sleep(LOOK * 5).await
+                    sleep(LOOK).await
                 }
                 Err(error) => {
                     return Err(opening(&format!("the namespace {}", path.display()), &error).into());
@@ -584,10 +589,21 @@ impl Activator {
     async fn enter_container(&self, name: &str) -> anyhow::Result<Incarnation> {
         let start = tokio::time::Instant::now();
         let mut asked = start;
+        let mut whereabouts = match &self.unit {
+            Some(unit) => Some(Whereabouts::of(self.bus().await?, unit).await),
+            None => None,
+        };
         loop {
-            let mut pid = container::running(name);
+            let mut pid = match &mut whereabouts {
+                Some(whereabouts) => whereabouts.look(name).await,
+                None => container::running(name),
+            };
             // Without a unit nobody may be about to start it, so podman is asked at once; with one, only if conmon hides.
-            if pid.is_none() && (asked == start && self.unit.is_none() || asked.elapsed() > ASK_PODMAN) {
+            let nothing_else_tells = match &whereabouts {
+                Some(whereabouts) => whereabouts.is_elsewhere() && asked.elapsed() > ASK_PODMAN,
+                None => asked == start || asked.elapsed() > ASK_PODMAN,
+            };
+            if pid.is_none() && nothing_else_tells {
                 match container::inspect(name).await {
                     Ok(Inspected::Running(found)) => pid = Some(found),
                     Ok(_) => {}
@@ -604,7 +620,10 @@ impl Activator {
                     result => return result,
                 }
             }
-            sleep(if start.elapsed() < ASK_PODMAN { LOOK } else { LOOK * 10 }).await;
+            match &mut whereabouts {
+                Some(whereabouts) => whereabouts.wait().await,
+                None => sleep(SEARCH).await,
+            }
         }
     }
 

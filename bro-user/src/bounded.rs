@@ -22,7 +22,7 @@ pub(crate) fn read(path: &Path, most: u64, link: Link) -> io::Result<String> {
     let link = if link == Link::Refuse { libc::O_NOFOLLOW } else { 0 };
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | link;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    if !file.metadata()?.is_file() {
+    if !file.metadata()?.is_file() || is_made_up(&file)? {
         return Err(io::Error::other("it is no regular file"));
     }
     let mut text = String::new();
@@ -31,6 +31,14 @@ pub(crate) fn read(path: &Path, most: u64, link: Link) -> io::Result<String> {
         return Err(io::Error::other(format!("it has more than {most} bytes")));
     }
     Ok(text)
+}
+
+/// What stands in /proc and /sys is the kernel's to say at that moment, and not what somebody has written down: the number that was
+/// last given to a process, say.
+fn is_made_up(file: &std::fs::File) -> io::Result<bool> {
+    use nix::sys::statfs::{PROC_SUPER_MAGIC, SYSFS_MAGIC, fstatfs};
+    let kind = fstatfs(file)?.filesystem_type();
+    Ok([PROC_SUPER_MAGIC, SYSFS_MAGIC].contains(&kind))
 }
 
 #[cfg(test)]
@@ -51,6 +59,8 @@ mod tests {
         what(&link, 5, Link::Refuse).unwrap_err();
         // Nobody ever writes into it, and this has no end.
         assert_eq!(what(&pipe, 5, Link::Follow), Err("it is no regular file".into()));
+        let last = Path::new("/proc/sys/kernel/ns_last_pid");
+        assert_eq!(what(last, 32, Link::Follow), Err("it is no regular file".into()));
         assert_eq!(what(Path::new("/dev/zero"), 5, Link::Follow), Err("it is no regular file".into()));
         std::fs::remove_dir_all(folder).unwrap();
     }

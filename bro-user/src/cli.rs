@@ -180,7 +180,8 @@ pub struct Forward {
     #[arg(short = 'c', long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_max: u32,
 
-    /// How many connections at once from one source address (or, over unix, one user); further ones are reset
+    /// How many connections at once from one source (an IPv4 address, the /64 of an IPv6 one, or, over unix, a user); further ones are
+    /// reset
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_per_source: Option<u32>,
 

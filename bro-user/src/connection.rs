@@ -3,7 +3,7 @@
 mod abort;
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -34,9 +34,9 @@ pub enum Peer {
 }
 
 /// What `--connections-per-source` counts by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
-    /// A host.
+    /// A host: an IPv4 address, or the /64 of an IPv6 one, since a host has the choice of all addresses in it.
     Address(IpAddr),
     /// A user of this host.
     User(u32),
@@ -68,9 +68,17 @@ impl Peer {
     #[must_use]
     pub const fn source(&self) -> Source {
         match self {
-            Self::Tcp(address) => Source::Address(address.ip()),
+            Self::Tcp(address) => Source::Address(host(address.ip())),
             Self::Unix { uid, .. } => Source::User(*uid),
         }
+    }
+}
+
+/// An IPv4 address as it is, the first address of an IPv6 one's /64.
+const fn host(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
+        address @ IpAddr::V4(_) => address,
     }
 }
 
@@ -627,6 +635,16 @@ mod tests {
     fn heard(talk: &mut Talk, both: &mut (u64, u64), up: u64, down: u64) -> Lanes {
         *both = (both.0 + up, both.1 + down);
         talk.hear(both.0, both.1)
+    }
+
+    #[test]
+    fn a_host_is_an_ipv4_address_or_a_64() {
+        let source = |address: &str| Peer::Tcp(address.parse().unwrap()).source();
+        assert_eq!(source("[2001:db8:1:2::3]:1"), source("[2001:db8:1:2:ffff::4]:2"));
+        assert_ne!(source("[2001:db8:1:2::3]:1"), source("[2001:db8:1:3::3]:1"));
+        assert_ne!(source("192.0.2.1:1"), source("192.0.2.2:1"));
+        assert_eq!(source("192.0.2.1:1"), source("[::ffff:192.0.2.1]:1"));
+        assert_ne!(source("[::ffff:192.0.2.1]:1"), source("[::ffff:192.0.2.2]:1"));
     }
 
     #[test]

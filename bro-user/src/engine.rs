@@ -21,7 +21,7 @@ pub mod tcp;
 mod token;
 mod unpaced;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
 use backends::Backend;
 use crowd::Crowd;
-use handle::{Command, Event, Mailbox, Outbox, Plain};
+use handle::{Command, Event, Mailbox, Outbox, Plain, Received};
 use token::Token;
 
 pub use backends::{Destination, slot};
@@ -48,6 +48,8 @@ pub use backends::{Destination, slot};
 pub struct Settings {
     /// `--connections-max`
     pub connections_max: usize,
+    /// As many pipes as there are descriptors for, beside so many connections.
+    pub pipes: usize,
     /// `--connections-per-source`
     pub connections_per_source: Option<u32>,
     /// How bytes are moved.
@@ -102,8 +104,11 @@ pub struct Engine {
     /// Connections that do not relay yet.
     pending: usize,
     per_source: HashMap<Source, u32>,
-    /// Connections whose client has to say something first, by their numbers.
-    silent: BTreeMap<u64, usize>,
+    /// Connections whose client has to say something first.
+    silent: silent::Silent,
+    /// Connections, by place and number, for which the kernel had no source port.
+    starved: VecDeque<(usize, u64)>,
+    last_port: Instant,
     /// Connections to try again at the next tick (a unix service's backlog was full).
     retries: Vec<usize>,
     /// When to look after aborts that are on their way.
@@ -144,8 +149,7 @@ impl Engine {
     ) -> anyhow::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(mailbox.channel(), EpollEvent::new(EpollFlags::EPOLLIN, Token::Mailbox.into()))?;
-        // Two directions, and never more pipes than could leave descriptors for connections.
-        let pipes = settings.connections_max.saturating_mul(2).min(1024);
+        let pipes = settings.pipes;
         // Whoever connects from now on: what a relay cannot pass on, the kernel refuses to the sender, if it can.
         for (listener, _) in &listeners {
             crate::sys::refuse_descriptors(listener.socket.as_fd()).ok();
@@ -163,9 +167,11 @@ impl Engine {
             connections: Slab::new(),
             pending: 0,
             per_source: HashMap::new(),
-            silent: BTreeMap::new(),
+            silent: silent::Silent::default(),
             retries: Vec::new(),
             looks: aborts::Looks::default(),
+            starved: VecDeque::new(),
+            last_port: Instant::now(),
             next_number: 1,
             tools: Tools::new(pipes),
             addresses,
@@ -222,6 +228,9 @@ impl Engine {
         if self.pending > 0 {
             at_most(TICK);
         }
+        if !self.starved.is_empty() {
+            at_most(backends::PORT);
+        }
         if let Some(limit) = self.settings.idle_timeout.filter(|_| !self.connections.is_empty()) {
             at_most((limit / 8).clamp(Duration::from_millis(10), Duration::from_secs(1)));
         }
@@ -264,6 +273,7 @@ impl Engine {
         for index in std::mem::take(&mut self.retries) {
             self.retry_connect(index);
         }
+        self.look_for_ports(now);
         let steps = [
             (self.pending > 0).then_some(TICK),
             self.settings.idle_timeout.map(|limit| (limit / 8).min(TICK)),
@@ -287,7 +297,8 @@ impl Engine {
         loop {
             match self.mailbox.next() {
                 None => return Ok(true),
-                Some(command) => match command {
+                Some(Received::WithoutDescriptors(of)) => self.lacks_descriptors(of),
+                Some(Received::Command(command)) => match command {
                     Command::Ready { backend, destination } => self.backend_ready(backend, destination),
                     Command::Kernel { descriptors, share, clients } => {
                         self.kernel_loaded(&descriptors, share, clients);
@@ -299,6 +310,7 @@ impl Engine {
                         Plain::Failed { backend, end } => self.backend_failed(backend, end),
                         Plain::Gone { backend } => self.backend_gone(backend),
                         Plain::Drain(why) => self.drain(why)?,
+                        Plain::EndSilent => self.let_silent_clients_go(End::Shutdown),
                         Plain::EndAll(end) => self.end_all(end),
                         Plain::Leave(how) => {
                             let leaving = self.leave(how)?;

@@ -36,6 +36,7 @@ use crate::handover::{Predecessor, Program};
 use crate::kernel::{self, Bequest, Foreign, News, Unavailable};
 use crate::listen::{self, Listener, Passed};
 use crate::relay::Method;
+use crate::relay::pipes;
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
 use crate::target::Target;
@@ -96,14 +97,21 @@ fn route(options: &Forward, listeners: Vec<Listener>) -> Result<Routes, Failure>
 /// the kernel relay's maps.
 const RESERVED_DESCRIPTORS: u64 = 128;
 
-/// Raises the limit on descriptors as far as may be, and says how many connections fit: two descriptors each, the rest kept
-/// for what is not a connection.
-fn connections_that_fit() -> usize {
+/// Raises the limit on descriptors as far as may be, and says how many are left for connections and pipes.
+fn descriptors_for_connections() -> usize {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return usize::MAX };
     let limit =
         if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_err() { soft } else { hard };
-    usize::try_from(((limit - RESERVED_DESCRIPTORS.min(limit / 4 * 3)) / 2).max(1)).unwrap_or(usize::MAX)
+    usize::try_from(limit - RESERVED_DESCRIPTORS.min(limit / 4 * 3)).unwrap_or(usize::MAX)
+}
+
+/// How many connections, of those asked for, fit into so many descriptors, and how many pipes beside them. Each is two descriptors;
+/// where not all pipes fit that might be used, there are fewer, and bytes are copied.
+fn fitting(descriptors: usize, asked: usize) -> (usize, usize) {
+    let pairs = descriptors / 2;
+    let connections = asked.min((pairs / 3 * 2).max(pairs.saturating_sub(pipes::MOST)).max(1));
+    (connections, connections.saturating_mul(2).min(pipes::MOST).min(pairs.saturating_sub(connections)))
 }
 
 /// Runs a forwarder until it is idle, told to stop, or fails. `passed` is what systemd passed, or the forwarder that this one takes
@@ -244,15 +252,16 @@ fn clients_namespace(listeners: &[(Listener, usize)]) -> Option<u64> {
 
 /// What the command line decides for the engine.
 fn settings(options: &Forward) -> Settings {
-    let fit = connections_that_fit();
-    if fit < options.connections_max as usize {
-        let asked = options.connections_max;
+    let asked = options.connections_max as usize;
+    let (connections_max, pipes) = fitting(descriptors_for_connections(), asked);
+    if connections_max < asked {
         tracing::warn!(
-            "--connections-max={asked} is more than the limit on descriptors allows: {fit} at once (LimitNOFILE=)"
+            "--connections-max={asked} is more than the limit on descriptors allows: {connections_max} at once (LimitNOFILE=)"
         );
     }
     Settings {
-        connections_max: fit.min(options.connections_max as usize),
+        connections_max,
+        pipes,
         connections_per_source: options.connections_per_source,
         method: match options.relay {
             RelayChoice::Auto | RelayChoice::Sockmap | RelayChoice::Splice => Method::Splice,
@@ -444,7 +453,12 @@ impl<'a> Control<'a> {
             let draining_until = if let Phase::Draining(until) = self.phase { Some(until) } else { None };
             tokio::select! {
                 event = self.events.recv() => match event {
-                    None => break,
+                    None => {
+                        // However it ends, nobody has told it to.
+                        let ended = "the relay process has ended by itself, and with it every connection";
+                        let _first = self.failure.get_or_insert_with(|| anyhow!(ended));
+                        break;
+                    }
                     // Who is replaced in turn waits for its own predecessor, so that the last one knows of them all; and nobody
                     // leaves a successor behind that the service manager does not know of.
                     Some(Event::Drained) if self.replacing.stands_in_the_way() => self.replacing.drained = true,
@@ -684,6 +698,8 @@ impl<'a> Control<'a> {
     fn begin_drain(&mut self, why: &'static str) {
         let limit = self.options.drain_timeout.or_forever();
         self.phase = Phase::Draining(Instant::now() + limit);
+        // Nobody has asked for anything with them, and they would hold the drain for its whole time.
+        self.engine.send(Plain::EndSilent);
         self.engine.send(Plain::Drain(why.into()));
         self.replacing.stop_successor(limit);
     }
@@ -695,5 +711,25 @@ impl<'a> Control<'a> {
         tracing::info!(open, "{why}: no more clients are accepted, those there are may finish");
         // A successor's word is the service's now: this is muted then.
         life::stopping(&self.status(), EXTEND_BY.min(limit + Duration::from_secs(5)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_descriptors_for_their_pipes() {
+        for descriptors in (0..3000).chain([65_536, 524_288]) {
+            for asked in [1, 2, 256, 1000, 100_000] {
+                let (connections, pipes) = fitting(descriptors, asked);
+                assert!((1..=asked).contains(&connections), "{descriptors} {asked}");
+                assert!(descriptors < 4 || 2 * (connections + pipes) <= descriptors, "{descriptors} {asked}");
+                assert!(pipes <= 2 * connections && (pipes > 0 || descriptors < 8), "{descriptors} {asked}");
+            }
+        }
+        assert_eq!(fitting(524_160, 256), (256, 256));
+        assert_eq!(fitting(896, 256), (256, 192));
+        assert_eq!(fitting(172, 1000), (56, 30));
     }
 }

@@ -152,6 +152,7 @@ pub fn proc_tables(bytes: &[u8]) {
         assert!(path.starts_with("/sys/fs/cgroup"));
     }
     container::parent_in(&text);
+    container::has_one_number(&text);
     for line in text.lines() {
         taken::row(line);
     }

@@ -231,7 +231,9 @@ pub fn receive_with_descriptors(
     let mut parts = [io::IoSliceMut::new(buffer)];
     let message =
         recvmsg::<()>(channel.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
-    let truncated = message.flags.contains(MsgFlags::MSG_CTRUNC);
+    if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
+    }
     let mut descriptors = Vec::new();
     for item in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = item {
@@ -239,7 +241,7 @@ pub fn receive_with_descriptors(
             descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
         }
     }
-    if truncated { Err(io::Error::from_raw_os_error(libc::EMFILE)) } else { Ok((message.bytes, descriptors)) }
+    Ok((message.bytes, descriptors))
 }
 
 /// The most descriptors that one message of ours carries (the kernel's own limit, SCM_MAX_FD, is 253).

@@ -274,3 +274,47 @@ fn keepalive(options: &[&str], expected: (u32, u32, u32)) -> Result<()> {
     drop(pair);
     forwarder.stop().map(drop)
 }
+
+/// The kernel chooses a source port for each connection, and has no more of them than net.ipv4.ip_local_port_range says. That the
+/// next client has to wait for one is nobody else's business, least of all a refusal of the service's.
+#[test]
+fn without_a_source_port_one_client_waits_and_no_other() -> Result<()> {
+    require_namespaces!();
+    const PORTS: usize = 4;
+    let mut scene = Scene::new()?;
+    let mut shell = scene.namespace.enter();
+    let range = format!("echo 20000 {} > /proc/sys/net/ipv4/ip_local_port_range", 20000 + PORTS - 1);
+    shell.extend(["sh".into(), "-c".into(), range]);
+    ensure!(std::process::Command::new(&shell[0]).args(&shell[1..]).status()?.success(), "{shell:?}");
+    let service = scene.serve()?;
+    // As a client itself, bro has the client's port.
+    let forwarder = scene.start(&["--relay=splice", "--source=loopback"])?;
+    let mut open = Vec::new();
+    for _ in 0..PORTS {
+        let pair = (scene.client()?, service.accept()?);
+        expect_relayed(&pair.0, &pair.1)?;
+        open.push(pair);
+    }
+    let waiting = [scene.client()?, scene.client()?];
+    let told = |line: &str| line.contains("no free source port");
+    let line = forwarder.log().line(PATIENCE, told)?;
+    ensure!(line.contains("WARN") && line.contains(&scene.target()), "{line}");
+    ensure!(service.try_accept(MOMENT)?.is_none(), "there was a port");
+    forwarder.expect_no_spin(MOMENT)?;
+    for (client, served) in &open {
+        expect_relayed(client, served)?;
+    }
+    for client in waiting {
+        // Nothing is kept of a connection that is aborted.
+        open.remove(0).0.abort()?;
+        let served = service.accept().context("a port is free")?;
+        expect_relayed(&client, &served)?;
+        open.push((client, served));
+    }
+    let lines = forwarder.log().lines();
+    ensure!(lines.iter().filter(|line| told(line)).count() == 1, "{lines:#?}");
+    ensure!(lines.iter().filter(|line| line.contains("waking")).count() == 1, "{lines:#?}");
+    ensure!(!lines.iter().any(|line| line.contains("refused")), "{lines:#?}");
+    drop(open);
+    forwarder.stop().map(drop)
+}

@@ -470,6 +470,23 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
     forwarder.stop().map(drop)
 }
 
+/// The relay process ends when it is told to. One that ends without, in whatever order, has failed with all its connections.
+#[test]
+fn a_relay_process_that_ends_by_itself_is_a_failure() -> Result<()> {
+    require_namespaces!();
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let mut forwarder = scene.start(&[])?;
+    let (client, served) = (scene.client()?, service.accept()?);
+    exchange(&client, &served)?;
+    // It is gone after that, so there is no answer.
+    Hijacked::new(forwarder.relay())?.call(libc::SYS_exit_group, &[Argument::Number(0)]).unwrap_err();
+    forwarder.expect_exit(1)?;
+    let line = forwarder.log().line(bro_tests::peers::PATIENCE, |line| line.starts_with("bro: "))?;
+    ensure!(line.contains("the relay process has ended by itself"), "{line}");
+    Ok(())
+}
+
 /// The room of an address in the address book.
 const ROOM: i64 = 128;
 

@@ -15,6 +15,8 @@ use zbus::{OwnedObjectPath, Variant};
 pub use confined::{Ended, Properties};
 
 use super::command::Outcome;
+use super::container::Residence;
+use crate::kernel::cgroup;
 use crate::owner::Owner;
 
 /// How long a job's end is waited for before somebody looks whether it is there still.
@@ -130,6 +132,10 @@ trait Service {
     fn exec_main_status(&self) -> zbus::Result<i32>;
     #[zbus(property(emits_changed_signal = "false"), name = "NRestarts")]
     fn n_restarts(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "false"), name = "MainPID")]
+    fn main_pid(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn control_group(&self) -> zbus::Result<String>;
 }
 
 /// What a service manager knows of a unit.
@@ -309,6 +315,23 @@ impl Bus {
             restarts: restarts.unwrap_or(0),
             is_restarting: kind.is_some_and(|kind| kind.ends_with("restart")),
         })
+    }
+
+    /// Where the unit's processes are, and its ActiveState.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn residence(&self, unit: &str) -> anyhow::Result<(Residence, String)> {
+        let path = self.systemd.load_unit(unit).await?;
+        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
+        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (state, main, cgroup) =
+            tokio::join!(unit.active_state(), service.main_pid(), service.control_group());
+        // Other units than services have no processes.
+        let (main, cgroup) = (main.unwrap_or(0), cgroup.unwrap_or_default());
+        let cgroup = cgroup.strip_prefix('/').filter(|below| !below.is_empty());
+        let cgroup = cgroup.and_then(|below| Some(cgroup::mount_point().ok()?.join(below)));
+        Ok((Residence { main, cgroup }, state?))
     }
 
     /// Tells whenever something of the unit changes.

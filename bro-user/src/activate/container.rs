@@ -1,7 +1,13 @@
 //! Finding a Podman container's process: through conmon, which runs for as long as the container does and says on its command
 //! line whose it is; podman itself, which takes tens of milliseconds, is asked only when that shows nothing.
+//!
+//! A process of a container may call itself conmon and say the same, and root of a container is the same user outside as the
+//! container's owner. What it cannot forge is where it is: a container has a process namespace of its own (unless it was given the
+//! host's), and no way into another unit's cgroup.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -16,6 +22,13 @@ const PODMAN: Duration = Duration::from_secs(20);
 
 /// The most that is read of a file with a process's number in it.
 const NUMBER: u64 = 32;
+
+/// The most that is read of a command line. Podman puts the name and the pidfile near its start; a process may have megabytes of it.
+const COMMAND_LINE: u64 = 4096;
+
+/// The most that is read of a cgroup's list of processes, and the most cgroups that are looked into below a unit's.
+const PROCESSES: u64 = 64 * 1024;
+const CGROUPS: usize = 16;
 
 /// What a running conmon says of its container.
 #[derive(Debug, PartialEq, Eq)]
@@ -62,24 +75,81 @@ pub fn running_of(owner: &Owner, name: &str) -> Option<i32> {
 
 fn find(owner: u32, name: &str) -> Option<i32> {
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
-    for process in processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()) {
-        // The names of a process and its owner are cheap to read; its command line only follows for a conmon of ours.
-        let path = process.path();
-        if !std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n") || !owned_by(&path, owner)
-        {
-            continue;
-        }
-        let Ok(cmdline) = std::fs::read(path.join("cmdline")) else { continue };
-        let Some(conmon) = Conmon::parse(&cmdline).filter(|conmon| conmon.name == name) else { continue };
-        // Written once the container's namespaces exist.
-        let pid = number_in(Path::new(&conmon.pidfile));
-        let child_of_conmon =
-            |pid: &i32| parent(*pid).map(|pid| pid.to_string()) == process.file_name().into_string().ok();
-        if let Some(pid) = pid.filter(child_of_conmon) {
-            return Some(pid);
+    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.find_map(|pid| of_conmon(pid, owner, name))
+}
+
+/// What a unit's service manager knows of where its processes are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Residence {
+    /// Its main process (MainPID); 0 while there is none. For a container that is conmon.
+    pub main: u32,
+    /// The folder of its cgroup, once it has one.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// The main process of this user's running container `name` that the unit has started: its conmon is the unit's main process, or in
+/// the unit's cgroup. As many files are looked at as the unit has processes, however many the host has.
+#[must_use]
+pub fn running_in(residence: &Residence, name: &str) -> Option<i32> {
+    let owner = nix::unistd::geteuid().as_raw();
+    let main = i32::try_from(residence.main).ok().filter(|&main| main > 0);
+    let found = main.and_then(|main| of_conmon(main, owner, name));
+    found.or_else(|| {
+        processes_in(residence.cgroup.as_deref()?).into_iter().find_map(|pid| of_conmon(pid, owner, name))
+    })
+}
+
+/// The processes in a unit's cgroup and in those right below it: with --cgroups=split conmon has one beside the container's, in which
+/// the container may make as many as it likes.
+fn processes_in(cgroup: &Path) -> BTreeSet<i32> {
+    let below = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
+    let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).take(CGROUPS);
+    let mut pids = BTreeSet::new();
+    for folder in std::iter::once(cgroup.to_owned()).chain(below.map(|entry| entry.path())) {
+        let mut text = String::new();
+        let Ok(list) = std::fs::File::open(folder.join("cgroup.procs")) else { continue };
+        // A cgroup with threads alone has no such list.
+        if list.take(PROCESSES).read_to_string(&mut text).is_ok() {
+            pids.extend(text.lines().filter_map(|pid| pid.parse::<i32>().ok()));
         }
     }
-    None
+    pids
+}
+
+/// The container's main process, if `pid` is the conmon of this user's container `name`.
+fn of_conmon(pid: i32, owner: u32, name: &str) -> Option<i32> {
+    let path = PathBuf::from(format!("/proc/{pid}"));
+    // The names of a process and its owner are cheap to read; the rest only follows for a conmon of ours.
+    if !std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n")
+        || !owned_by(&path, owner)
+        || !is_in_own_namespace(&path)
+    {
+        return None;
+    }
+    let conmon = Conmon::parse(&command_line(&path)?).filter(|conmon| conmon.name == name)?;
+    // Written once the container's namespaces exist.
+    number_in(Path::new(&conmon.pidfile)).filter(|&child| parent(child) == Some(pid))
+}
+
+/// Is the process in the process namespace whose /proc this is? One in a namespace below has a number in each (NSpid).
+fn is_in_own_namespace(process: &Path) -> bool {
+    std::fs::read_to_string(process.join("status")).is_ok_and(|status| has_one_number(&status))
+}
+
+pub(crate) fn has_one_number(status: &str) -> bool {
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    // A kernel without process namespaces shows none.
+    numbers.is_none_or(|numbers| numbers.split_whitespace().count() == 1)
+}
+
+/// The start of its command line: whole words.
+fn command_line(process: &Path) -> Option<Vec<u8>> {
+    let mut line = Vec::new();
+    let _length =
+        std::fs::File::open(process.join("cmdline")).ok()?.take(COMMAND_LINE).read_to_end(&mut line).ok()?;
+    line.truncate(line.iter().rposition(|&byte| byte == 0)?);
+    Some(line)
 }
 
 /// A process is called conmon, and names any file, as its owner likes: one that never ends, or a pipe that nobody writes into.

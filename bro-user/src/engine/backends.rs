@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
@@ -55,6 +56,9 @@ struct Dial {
 /// Unconnected sockets asked for at a time, so that the agent is woken once for many connections; fewer where few connections
 /// are allowed, since each is a descriptor.
 const SUPPLY: usize = 16;
+
+/// How often the kernel is asked whether there is a source port again.
+pub(super) const PORT: Duration = Duration::from_millis(20);
 
 /// With this few left, more are asked for.
 const LOW: usize = 4;
@@ -130,6 +134,8 @@ pub(super) struct Backend {
     pub(super) name: String,
     /// The cookie of the namespace in which the kernel relay's programs watch the service, if they do.
     pub(super) watched: Option<u64>,
+    /// It was said that there is no source port towards it.
+    ports_announced: bool,
     state: State,
     held: VecDeque<usize>,
 }
@@ -141,7 +147,7 @@ impl Backend {
     }
 
     pub(super) const fn asleep(name: String) -> Self {
-        Self { name, watched: None, state: State::Asleep, held: VecDeque::new() }
+        Self { name, watched: None, ports_announced: false, state: State::Asleep, held: VecDeque::new() }
     }
 }
 
@@ -152,7 +158,7 @@ const fn out_of_descriptors(errno: Errno) -> bool {
 
 /// The errors that mean “nobody listens (yet)”.
 const fn nobody_listens(errno: Errno) -> bool {
-    matches!(errno, Errno::ECONNREFUSED | Errno::ENOENT | Errno::ENETUNREACH | Errno::EADDRNOTAVAIL)
+    matches!(errno, Errno::ECONNREFUSED | Errno::ENOENT | Errno::ENETUNREACH)
 }
 
 impl Engine {
@@ -227,6 +233,22 @@ impl Engine {
             self.place(index);
         }
         self.let_silent_clients_in();
+    }
+
+    /// The table of descriptors was full when those for a target came, or those of the kernel relay.
+    pub(super) fn lacks_descriptors(&mut self, backend: Option<usize>) {
+        let Some(target) = backend.and_then(|backend| self.backends.get(backend)) else {
+            return tracing::warn!(
+                "no descriptors for the kernel relay are left (LimitNOFILE=); bytes are spliced"
+            );
+        };
+        let name = &target.name;
+        tracing::warn!(
+            "no descriptor for the way to {name} is left (LimitNOFILE=); its clients wait until there is one"
+        );
+        // As after a refusal: it is tried again, after a while.
+        let (backend, peer) = (backend.unwrap_or_default(), String::new());
+        self.outbox.tell(&Event::Wake { backend, peer, refused: true });
     }
 
     pub(super) fn backend_failed(&mut self, backend: usize, end: End) {
@@ -481,6 +503,9 @@ impl Engine {
         }
         let Some(connection) = self.connections.get(index) else { return };
         let patient = connection.active.elapsed() < self.settings.hold_limit;
+        if errno == Errno::EADDRNOTAVAIL && patient {
+            return self.wait_for_a_port(index);
+        }
         if !(self.settings.hold_refused && nobody_listens(errno) && patient) {
             return self.finish(index, End::Refused(errno));
         }
@@ -503,6 +528,48 @@ impl Engine {
                 "the service's unix socket does not let the user in as whom this forwarder connects (--unix-identity): open the \
                  socket and the folders above it to that user, or name another one"
             );
+        }
+    }
+
+    /// The kernel has no source port for a connection to the target: that is no refusal of the service's, which goes on serving those who
+    /// are connected. The client, and no other, waits until one is free.
+    fn wait_for_a_port(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        connection.stage = Stage::AwaitingSocket;
+        connection.registered[1] = Registration::Absent;
+        let (number, backend) = (connection.number, &mut self.backends[connection.backend]);
+        if !std::mem::replace(&mut backend.ports_announced, true) {
+            tracing::warn!(
+                "the namespace has no free source port towards {} (net.ipv4.ip_local_port_range, net.ipv4.tcp_tw_reuse); a client \
+                 waits until it has one",
+                backend.name
+            );
+        }
+        self.starved.push_back((index, number));
+        self.register(index);
+    }
+
+    /// Tries again for those who wait for a source port. To find that there is none the kernel looks at all of them, so one tries for
+    /// all, and the next ones only where it had one.
+    pub(super) fn look_for_ports(&mut self, now: Instant) {
+        if self.starved.is_empty() || now.duration_since(self.last_port) < PORT {
+            return;
+        }
+        self.last_port = now;
+        for _ in 0..AT_ONCE {
+            let Some((index, number)) = self.starved.pop_front() else { return };
+            if self.connections.get(index).is_none_or(|connection| connection.number != number) {
+                continue;
+            }
+            self.retry_connect(index);
+            let waits = |connection: &Connection| matches!(connection.stage, Stage::AwaitingSocket);
+            if self.connections.get(index).is_some_and(waits) {
+                // It keeps its place.
+                if self.starved.back() == Some(&(index, number)) {
+                    self.starved.rotate_right(1);
+                }
+                return;
+            }
         }
     }
 

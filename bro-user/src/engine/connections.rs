@@ -211,7 +211,7 @@ impl Engine {
         if self.settings.idle_by_bytes.is_some() && connection.notice_bytes(Instant::now()) {
             self.stats.now_idle();
         }
-        let _silent = self.silent.remove(&connection.number);
+        self.silent.remove(connection.peer.source(), connection.number);
         if !matches!(connection.stage, Stage::Relaying { .. }) {
             self.pending -= 1;
             self.forget_waiting(index, &connection);

@@ -71,6 +71,8 @@ pub enum Plain {
     Drain(String),
     /// End every connection now.
     EndAll(End),
+    /// End those whose clients have not said anything (`--wake-on=data`).
+    EndSilent,
     /// Accept no more if it is time to leave; say whether.
     Leave(Leave),
     /// Wake what sleeps; who wants it, for the log.
@@ -291,6 +293,15 @@ async fn read(channel: Arc<AsyncFd<OwnedFd>>, outlet: UnboundedSender<Event>, wa
     }
 }
 
+/// What came of the commands.
+#[derive(Debug)]
+pub enum Received {
+    /// One of them.
+    Command(Command),
+    /// One whose descriptors did not fit the table of this process: [`Command::Ready`] of this target, or [`Command::Kernel`].
+    WithoutDescriptors(Option<usize>),
+}
+
 /// The engine's end of the commands.
 #[derive(Debug)]
 pub struct Mailbox {
@@ -307,18 +318,28 @@ impl Mailbox {
 
     /// The next command, if there is one. Without a control process there is nothing to do but stop.
     #[must_use]
-    pub fn next(&self) -> Option<Command> {
+    pub fn next(&self) -> Option<Received> {
         let mut buffer = self.buffer.borrow_mut();
+        let nonsense = || {
+            tracing::error!("the control process says something that makes no sense");
+            Received::Command(Plain::Stop.into())
+        };
         match sys::receive_with_descriptors(self.channel(), &mut buffer) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Ok((length @ 1.., descriptors)) => {
                 let command = Command::decode(&buffer[..length], descriptors);
-                Some(command.unwrap_or_else(|| {
-                    tracing::error!("the control process says something that makes no sense");
-                    Plain::Stop.into()
-                }))
+                Some(command.map_or_else(nonsense, Received::Command))
             }
-            Ok(_) | Err(_) => Some(Plain::Stop.into()),
+            // Its words have come.
+            Err(error) if sys::errno_of(&error) == Errno::EMFILE => {
+                let words = serde_json::Deserializer::from_slice(&buffer).into_iter().next();
+                Some(match words {
+                    Some(Ok(Head::Ready { backend, .. })) => Received::WithoutDescriptors(Some(backend)),
+                    Some(Ok(Head::Kernel { .. })) => Received::WithoutDescriptors(None),
+                    _ => nonsense(),
+                })
+            }
+            Ok(_) | Err(_) => Some(Received::Command(Plain::Stop.into())),
         }
     }
 }
@@ -372,4 +393,32 @@ pub fn engines_ends(channel: OwnedFd) -> (Mailbox, Outbox) {
     let channel = Rc::new(channel);
     let mailbox = Mailbox { channel: channel.clone(), buffer: RefCell::new(vec![0; LONGEST]) };
     (mailbox, Outbox { channel, queue: RefCell::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    #[test]
+    fn a_command_whose_descriptors_do_not_fit_is_not_the_end() {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (control, engine) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let (mailbox, _outbox) = engines_ends(engine);
+        let send = |head: &Head| {
+            // More than one message of ours has room for: that shows as a full table does.
+            let too_many = [control.as_fd(); sys::MOST_DESCRIPTORS + 1];
+            let words = serde_json::to_vec(head).unwrap();
+            sys::send_with_descriptors(control.as_fd(), &words, &too_many).unwrap();
+        };
+        let sources = crate::source::Sources::default;
+        send(&Head::Plain(Plain::Report));
+        assert!(matches!(mailbox.next(), Some(Received::Command(Command::Plain(Plain::Stop)))));
+        send(&Head::Ready { backend: 7, addresses: vec![None; 16], guarded: false, sources: sources() });
+        // What a longer message before it has left is no part of it.
+        send(&Head::Ready { backend: 3, addresses: vec![None], guarded: false, sources: sources() });
+        assert!(matches!(mailbox.next(), Some(Received::WithoutDescriptors(Some(7)))));
+        assert!(matches!(mailbox.next(), Some(Received::WithoutDescriptors(Some(3)))));
+        assert!(mailbox.next().is_none());
+    }
 }

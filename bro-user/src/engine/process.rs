@@ -1,6 +1,7 @@
 //! The relay process: the engine, in a process of its own that holds the connections and no rights. It is forked before the
 //! forwarder has a second thread, gives up everything it could do harm with ([`crate::sandbox`]), and ends with its parent.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -116,8 +117,12 @@ type Row = (Vec<(Listener, usize)>, Range<RawFd>);
 /// and under no other.
 fn in_a_row(parents: &[(Listener, usize)]) -> anyhow::Result<Row> {
     let open = std::fs::read_dir("/proc/self/fd")?.flatten();
-    let open = open.filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
-    let first = open.max().unwrap_or(2) + 1;
+    let open = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let open: BTreeSet<RawFd> = open.collect();
+    // The first row that is free: a process may have been started with a descriptor that is beyond its limit.
+    let count = RawFd::try_from(parents.len())?;
+    let free = |first: &RawFd| (*first..*first + count).all(|number| !open.contains(&number));
+    let first = (3..RawFd::MAX - count).find(free).context("no descriptors are left")?;
     let mut listeners = Vec::with_capacity(parents.len());
     let mut next = first;
     for (listener, target) in parents {

@@ -1,6 +1,6 @@
 //! Users: whose manager is commanded, and whose containers may be entered.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::{Host, Manager};
 
 use crate::failures::{forward, one_sentence};
@@ -75,21 +75,24 @@ pub fn symlink_in_the_container(host: &Host) -> Result<()> {
     Ok(())
 }
 
-/// An ordinary user's process with the name and the command line of the container's conmon must not get the clients of root's
-/// container, even if it hides whose it is as far as a process can.
+/// A process with the name and the command line of the container's conmon must not get the container's clients, even if it hides whose
+/// it is as far as a process can: neither an ordinary user's those of root's container, nor one of the container's own owner, in the
+/// host's process namespace (root of a container with `PodmanArgs=--pid=host`, say), for it is not in the unit's cgroup.
 pub fn false_conmon(host: &Host) -> Result<()> {
-    let system = Manager::System;
     host.write("/home/test/conmon.py", FALSE_CONMON)?;
-    let impostor = "exec -a conmon python3 /home/test/conmon.py -n systemd-victim -p /home/test/pid";
-    let mut impostor = host.command(Some("test"), &["bash", "-c", impostor])?.spawn()?;
-    let result = (|| {
-        host.wait_until("the impostor", PATIENCE, || Ok(host.path("/home/test/pid").exists()))?;
-        let site = Site::new(host, system, "victim", &Plan::service(system, 0.3, ""))?;
-        site.check_echo()
-    })();
-    host.sh("kill $(cat /home/test/pid)")?;
-    impostor.wait()?;
-    result
+    for manager in [Manager::System, Manager::User("test")] {
+        let impostor = "exec -a conmon python3 /home/test/conmon.py -n systemd-victim -p /home/test/pid";
+        let mut impostor = host.command(Some("test"), &["bash", "-c", impostor])?.spawn()?;
+        let result = (|| {
+            host.wait_until("the impostor", PATIENCE, || Ok(host.path("/home/test/pid").exists()))?;
+            let site = Site::new(host, manager, "victim", &Plan::service(manager, 0.3, ""))?;
+            site.check_echo().with_context(|| format!("{manager:?}"))
+        })();
+        host.sh("kill $(cat /home/test/pid); rm /home/test/pid")?;
+        impostor.wait()?;
+        result?;
+    }
+    Ok(())
 }
 
 const FALSE_CONMON: &str = r#"

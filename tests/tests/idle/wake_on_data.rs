@@ -261,3 +261,53 @@ fn a_container_that_is_awake_is_awake_for_all_its_targets() -> Result<()> {
     drop((before, first, served, greeted, late, greeted_too));
     forwarder.stop().map(drop)
 }
+
+/// Whoever connects without end and says nothing is let go for others, and not these for him.
+#[test]
+fn a_flood_of_silent_clients_shuts_nobody_out() -> Result<()> {
+    require_namespaces!();
+    let mut scene = Scene::new()?;
+    let forwarder = scene.start(&["--wake-on=data", "--connections-max=8"])?;
+    let slow = scene.client()?;
+    scene.expect_held(&forwarder, 1)?;
+    let elsewhere = Some(std::net::Ipv4Addr::new(127, 0, 0, 2).into());
+    let mut flood = Vec::new();
+    for _ in 0..40 {
+        flood.push(Conn::bound_to(&Here, scene.front.address(), elsewhere)?);
+    }
+    let gone = forwarder.closings(33)?;
+    ensure!(gone.iter().all(|closing| closing.peer.starts_with("127.0.0.2:")), "{gone:?}");
+    slow.send(b"ping")?;
+    forwarder.log().line(PATIENCE, |line| line.contains("waking the service"))?;
+    let service = scene.serve()?;
+    let deadline = Instant::now() + PATIENCE;
+    // Those that were silent are let through as well.
+    loop {
+        ensure!(Instant::now() < deadline, "who has spoken is not served");
+        let served = service.accept()?;
+        if !has_sent(&served)? {
+            flood.push(served);
+            continue;
+        }
+        served.recv_exact(&mut [0; 4])?;
+        served.send(b"pong")?;
+        slow.recv_exact(&mut [0; 4])?;
+        break;
+    }
+    drop((flood, slow, service));
+    forwarder.stop().map(drop)
+}
+
+/// A stop waits for what is under way, and with a client that has not said a word nothing is.
+#[test]
+fn a_stop_does_not_wait_for_silent_clients() -> Result<()> {
+    require_namespaces!();
+    let scene = Scene::new()?;
+    let mut forwarder = scene.start(&["--wake-on=data", "--drain-timeout=60s"])?;
+    let _silent = scene.client()?;
+    scene.expect_held(&forwarder, 1)?;
+    forwarder.signal(nix::sys::signal::Signal::SIGTERM)?;
+    forwarder.expect_exit_within(0, Duration::from_secs(5))?;
+    ensure!(forwarder.closing()?.reason == "shutdown", "{:?}", forwarder.closing()?);
+    Ok(())
+}
