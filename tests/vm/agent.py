@@ -12,7 +12,7 @@
 # An answer with "error" says why there is no other.
 import itertools, json, os, signal, socket, subprocess, sys, tempfile, threading
 
-PATIENCE = 60
+PATIENCE = 110
 out, lock = sys.stdout.buffer, threading.Lock()
 clients, numbers = {}, itertools.count(1)
 
