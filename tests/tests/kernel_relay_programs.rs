@@ -376,7 +376,7 @@ fn a_closed_lane_is_never_hit_again() {
 fn when_all_lanes_are_taken_the_next_is_refused() {
     require!(Need::Bpf);
     let config = Config { connections: 1, hook_blocking: false, bear_fionread: true, trace: false };
-    let mut bench = Bench::with("127.0.0.1:0", config).unwrap();
+    let bench = Bench::with("127.0.0.1:0", config).unwrap();
     let ends: Vec<_> = (0..5).map(|_| bench.connect().unwrap()).collect();
     let lanes: Vec<_> = ends.iter().map(|ends| bench.service_lane(ends)).collect();
     assert!(lanes[..4].iter().all(Result::is_ok), "{lanes:?}");
