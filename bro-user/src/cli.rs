@@ -129,11 +129,11 @@ pub struct Forward {
     #[arg(long, value_name = "PATH", group = "place")]
     pub netns: Option<PathBuf>,
 
-    /// As whom a service's unix socket is connected to: unused, forwarder, or UID[:GID]
+    /// As whom a service's unix socket is connected to: unused, forwarder, or UID or UID:GID
     ///
     /// The service sees that user (SO_PEERCRED), and may trust it, as PostgreSQL's “peer” and MariaDB's “unix_socket” do.
     /// unused: an id of the container's that no entry of its /etc/passwd and /etc/group has, so that no client has more rights than
-    /// a stranger. UID[:GID]: this one, as the container numbers them (GID: the same number), with no other group. forwarder: this
+    /// a stranger. UID or UID:GID: this one, as the container numbers them (GID: the same number), with no other group. forwarder: this
     /// forwarder's own user; every client then has the rights that the service gives to that user, which is mostly the owner or root.
     /// Whoever it is has to be let in by the socket's mode and by that of the folders above it.
     #[arg(long, value_name = "WHO", default_value_t = Identity::Unused)]

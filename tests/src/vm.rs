@@ -223,9 +223,9 @@ fn qemu(image: &Image, writes: Writes, brought: &Path, scratch: &Scratch, ports:
     let mut command = Command::new("setpriv");
     command
         .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
-        // Emulated on every machine alike, so that a result does not depend on who may use which hardware. One processor, and
+        // Emulated on every machine alike, so that a result does not depend on who may use which hardware. And
         // without the 16-byte compare-and-swap: see the emulator of kernels.
-        .args(["-accel", "tcg", "-cpu", "max,-cx16", "-smp", "1", "-m", "2048"])
+        .args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", "2", "-m", "3072"])
         .args(["-nodefaults", "-display", "none", "-nic", "none"])
         .arg("-serial")
         .arg(format!("file:{}", scratch.join("console").display()))

@@ -255,8 +255,17 @@ fn options_that_are_wrong_or_contradict_each_other() -> Result<()> {
     refused(Setup::bare(), USAGE, &[]).map(drop)
 }
 
+/// Whether an option has a value.
+#[derive(Clone, Copy)]
+enum Value {
+    None,
+    /// It may stand alone.
+    May,
+    Must,
+}
+
 /// The options of `bro SUBCOMMAND`, and whether each takes a value, as its help has them.
-fn options_of(subcommand: &str) -> Result<Vec<(String, bool)>> {
+fn options_of(subcommand: &str) -> Result<Vec<(String, Value)>> {
     let output =
         std::process::Command::new(bro_tests::bro::binary()).args([subcommand, "--help"]).output()?;
     let help = String::from_utf8(output.stdout)?;
@@ -264,7 +273,11 @@ fn options_of(subcommand: &str) -> Result<Vec<(String, bool)>> {
     let options = lines.filter_map(|line| {
         let (_, option) = line.split_once("--")?;
         let name: String = option.chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();
-        let value = option[name.len()..].trim_start().starts_with(['<', '[', '=']);
+        let value = match option[name.len()..].trim_start() {
+            rest if rest.starts_with("[=") => Value::May,
+            rest if rest.starts_with(['<', '[', '=']) => Value::Must,
+            _ => Value::None,
+        };
         Some((format!("--{name}"), value))
     });
     Ok(options.collect())
@@ -275,14 +288,12 @@ fn options_of(subcommand: &str) -> Result<Vec<(String, bool)>> {
 fn every_option_without_a_value_or_with_one_too_many() -> Result<()> {
     let mut tried = 0;
     for subcommand in ["loader", "forward", "activate", "wake", "sleep", "status", "doctor"] {
-        for (option, takes_value) in options_of(subcommand)? {
+        for (option, value) in options_of(subcommand)? {
             let empty = format!("{option}=");
             let wrong = [&[&*option][..], &[&*empty]];
-            // `--direct` may stand alone.
-            let wrong = match (takes_value, &*option) {
-                (true, "--direct") => &wrong[1..2],
-                (true, _) => &wrong[..2],
-                (false, _) => &wrong[1..2],
+            let wrong = match value {
+                Value::Must => &wrong[..2],
+                Value::May | Value::None => &wrong[1..2],
             };
             for words in wrong {
                 let name =

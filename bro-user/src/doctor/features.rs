@@ -279,7 +279,7 @@ mod tests {
         assert_eq!(
             lacking.join(", "),
             "podman 5.0, podman 5.0, podman 5.0, podman 5.3, podman 5.3, podman 5.0, container-selinux 2.183, AppArmor 4.0, \
-             podman 5.3, Linux 5.19"
+             podman 5.3, Linux 5.19, Linux 5.19"
         );
         assert!(FEATURES.iter().all(|feature| Versions::default().lacks(feature).is_none()));
     }

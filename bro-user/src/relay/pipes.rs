@@ -14,7 +14,7 @@ pub const CAPACITY: usize = 1024 * 1024;
 /// user's quota, which other programs of the user need too (fs.pipe-user-pages-soft, 64 MiB).
 const LARGE: usize = 16;
 
-/// The most pipes that a forwarder has. With [`LARGE`] ones among them that is less than half of what a user may have (in pages, by
+/// The most pipes that a forwarder has. With the large ones among them that is less than half of what a user may have (in pages, by
 /// the kernel's default for fs.pipe-user-pages-soft); what more connections hold is copied.
 pub const MOST: usize = 256;
 const _: () = assert!(LARGE * CAPACITY / 4096 + (MOST - LARGE) * 16 <= 16_384 / 2);

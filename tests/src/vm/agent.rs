@@ -19,12 +19,15 @@ const SECONDS: u64 = 120;
 /// What the agent needs besides to say so.
 const GRACE: Duration = Duration::from_secs(30);
 
+/// For each request's number, who waits for its answer; nothing once the machine has ended.
+type Waiting = Option<HashMap<u64, Sender<Value>>>;
+
 /// One user's session in the machine. Several threads may ask at once.
 #[derive(Debug)]
 pub struct Agent {
     port: Mutex<UnixStream>,
     /// For each request under way, who waits for its answer; nothing once the machine has ended.
-    waiting: Arc<Mutex<Option<HashMap<u64, Sender<Value>>>>>,
+    waiting: Arc<Mutex<Waiting>>,
     boots: Mutex<Receiver<String>>,
     number: AtomicU64,
     /// It has not answered in time: it is not asked again, so that each of the cases left does not wait as long.
