@@ -21,7 +21,7 @@ use std::arch::asm;
 use nix::libc::{
     self, c_char, c_int, c_long, c_uint, c_ulong, c_void, epoll_event, gid_t, id_t, idtype_t, iovec, mode_t,
     msghdr, nfds_t, off_t, off64_t, pid_t, pollfd, rlimit, sighandler_t, siginfo_t, sigset_t, size_t,
-    sockaddr, socklen_t, ssize_t, stat, stat64, statx as statx_t, timespec, uid_t,
+    sockaddr, socklen_t, ssize_t, stat, stat64, statfs64, statx as statx_t, timespec, uid_t,
 };
 
 /// An argument as the kernel gets it: the whole of a register.
@@ -202,6 +202,7 @@ calls! {
     fn flock(file: c_int, how: c_int) -> c_int = SYS_flock;
     fn fstat(file: c_int, about: *mut stat) -> c_int = SYS_fstat;
     fn fstat64(file: c_int, about: *mut stat64) -> c_int = SYS_fstat;
+    fn fstatfs64(file: c_int, about: *mut statfs64) -> c_int = SYS_fstatfs;
     fn fstatat(folder: c_int, path: *const c_char, about: *mut stat, flags: c_int) -> c_int = SYS_newfstatat;
     fn fstatat64(folder: c_int, path: *const c_char, about: *mut stat64, flags: c_int) -> c_int = SYS_newfstatat;
     fn statx(folder: c_int, path: *const c_char, flags: c_int, mask: c_uint, about: *mut statx_t) -> c_int = SYS_statx;
@@ -224,6 +225,9 @@ calls! {
     fn setpgid(process: pid_t, group: pid_t) -> c_int = SYS_setpgid;
     fn getgroups(count: c_int, groups: *mut gid_t) -> c_int = SYS_getgroups;
     fn setns(namespace: c_int, kind: c_int) -> c_int = SYS_setns;
+    // Of the calling thread alone, where glibc has all follow: the process that calls these has no other (`netns/identity.rs`).
+    fn setresuid(real: uid_t, effective: uid_t, saved: uid_t) -> c_int = SYS_setresuid;
+    fn setresgid(real: gid_t, effective: gid_t, saved: gid_t) -> c_int = SYS_setresgid;
     fn getrlimit(resource: c_uint, limit: *mut rlimit) -> c_int = SYS_prlimit64(NULL, resource, NULL, limit);
     fn setrlimit(resource: c_uint, limit: *const rlimit) -> c_int = SYS_prlimit64(NULL, resource, limit, NULL);
     fn getrandom(bytes: *mut c_void, length: size_t, flags: c_uint) -> ssize_t = SYS_getrandom;
@@ -240,6 +244,8 @@ calls! {
         = SYS_openat(HERE, path, flags, mode_for(flags, mode));
     fn open64(path: *const c_char, flags: c_int, mode: usize) -> c_int
         = SYS_openat(HERE, path, flags, mode_for(flags, mode));
+    fn openat(folder: c_int, path: *const c_char, flags: c_int, mode: usize) -> c_int
+        = SYS_openat(folder, path, flags, mode_for(flags, mode));
     fn fcntl(file: c_int, command: c_int, argument: usize) -> c_int
         = SYS_fcntl(file, command, argument_of(command, argument));
     fn ioctl(file: c_int, request: c_ulong, argument: usize) -> c_int = SYS_ioctl(file, request as c_uint, argument);
