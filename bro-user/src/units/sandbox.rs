@@ -72,9 +72,17 @@ pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
         }
     }
     say(
-        "NoNewPrivileges=yes\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK\nRestrictRealtime=yes\n\
-         RestrictSUIDSGID=yes\nLockPersonality=yes\nMemoryDenyWriteExecute=yes\nKeyringMode=private\nUMask=0077\n\
-         SystemCallArchitectures=native",
+        "NoNewPrivileges=yes\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK\nRestrictRealtime=yes",
+    );
+    if looks_below_a_root(activated) {
+        say(
+            "# No RestrictSUIDSGID=: it forbids openat2(2), which finds the socket below the container's root.",
+        );
+    } else {
+        say("RestrictSUIDSGID=yes");
+    }
+    say(
+        "LockPersonality=yes\nMemoryDenyWriteExecute=yes\nKeyringMode=private\nUMask=0077\nSystemCallArchitectures=native",
     );
     // A user's forwarder opens what bro-loader@ has left for it by the same system call.
     let bpf = if uses_kernel(activated) { " bpf" } else { "" };
@@ -105,6 +113,11 @@ fn uses_kernel(activated: &Activated) -> bool {
 fn becomes_another(activated: &Activated) -> bool {
     activated.option("unix-identity") != Some("forwarder")
         && targets(activated).any(|target| !matches!(target, Target::Tcp { .. }))
+}
+
+/// Is a service's unix socket in the files of a container?
+fn looks_below_a_root(activated: &Activated) -> bool {
+    activated.container.is_some() && targets(activated).any(|target| matches!(target, Target::Unix(_)))
 }
 
 fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut impl FnMut(&str)) {

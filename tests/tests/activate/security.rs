@@ -22,8 +22,8 @@ const CASES: &[(&str, &[&str], u32)] = &[
         &["net", "--system", "--network", "lan", "--bind-to-device", "lo"],
         20,
     ),
-    // As another user to the service's socket.
-    ("rootful, a unix target", &["web", "--system", "--internal-port", "/run/x"], 22),
+    // As another user to the service's socket, which openat2(2) finds: RestrictSUIDSGID= (0.2) forbids that.
+    ("rootful, a unix target", &["web", "--system", "--internal-port", "/run/x"], 24),
     ("a user's container, by the system", &["mine", "--system", "--run-as", "test"], 13),
     ("a user's", &["mine", "--user"], 67),
     // Whatever commands these have: the service manager runs them, outside.

@@ -65,18 +65,18 @@ pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
     asleep()?;
     drop(site);
 
-    // The system's forwarder for a user's container.
+    // The system's forwarder for a user's container. The system's own one has its name beside this.
     if let Manager::User(user) = manager {
         write("0o666")?;
-        plan(manager).write_quadlet(host, manager, "seen")?;
+        plan(manager).write_quadlet(host, manager, "theirs")?;
         let port = host.free_port()?;
         let external = format!("127.0.0.1:{port}");
         let mut words =
-            vec!["bro", "activate", "seen", "--system", "--run-as", user, "--external-port", &external];
+            vec!["bro", "activate", "theirs", "--system", "--run-as", user, "--external-port", &external];
         words.extend(OPTIONS);
         host.run(&words)?;
         let said = host.sh(&format!("timeout 20 socat -u TCP:{external} - || :"));
-        let removed = host.run(&["bro", "activate", "seen", "--system", "--remove"]);
+        let removed = host.run(&["bro", "activate", "theirs", "--system", "--remove"]);
         ensure!(is_nobody(&said?), "the service sees another user");
         removed?;
     }

@@ -14,8 +14,12 @@ pub fn nothing_undefined(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::activated(host, manager, "strict", &plan, &["--exit-idle-time", "1s"])?;
     let unit = manager.systemctl(host, &["cat", &site.forwarder()])?;
     ensure!(unit.contains("\nRestrictAddressFamilies="), "no filter of systemd's: {unit}");
-    let line =
-        unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).context("it starts something")?;
+    let (_, line) = unit.split_once("\nExecStart=").context("it starts something")?;
+    // It may go on in further lines.
+    let line: String = line
+        .split_inclusive('\n')
+        .scan(true, |goes_on, line| std::mem::replace(goes_on, line.ends_with("\\\n")).then_some(line))
+        .collect();
     let text = format!("[Service]\nExecStart=\nExecStart=/usr/local/bin/peer strict {line}\n");
     manager.unit(host, &format!("{}.d/strict.conf", site.forwarder()), &text)?;
     manager.systemctl(host, &["daemon-reload"])?;

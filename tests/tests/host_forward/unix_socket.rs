@@ -24,13 +24,13 @@ fn seen(site: &Site<'_>) -> Result<(u32, u32, i32)> {
 }
 
 pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
+    // With other user namespaces (UIDMap=, nomap) Podman does not start a container of a root that is not its own, as this host's
+    // images are.
     let namespaces: &[&str] = match manager {
-        Manager::System => {
-            &["", "UIDMap=0:300000:65536\nGIDMap=0:300000:65536", "UIDMap=0:300000:900\nGIDMap=0:300000:900"]
-        }
-        Manager::User(_) => &["", "UserNS=keep-id", "UserNS=nomap"],
+        Manager::System => &[""],
+        Manager::User(_) => &["", "UserNS=keep-id"],
     };
-    let write = |mode: &str| host.write("/srv/who.py", &SERVICE.replace("MODE", mode));
+    let write = |mode: &str| host.write("/srv/who.py", SERVICE.replace("MODE", mode));
     let plan = |line: &str, identity: &str| {
         let container = format!(
             "Rootfs={}:O\nVolume=/srv/who.py:/srv/who.py:ro\nTmpfs=/tmp\nStopSignal=SIGKILL\n{line}\nExec=/usr/bin/python3 /srv/who.py",
@@ -40,12 +40,10 @@ pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
     };
     write("0o666")?;
     for line in namespaces {
-        // A rootfs of others' files cannot be mapped anew by everybody; then this says nothing of the matter.
         let site = Site::new(host, manager, "who", &plan(line, ""))?;
         let (uid, gid, groups) =
             seen(&site).map_err(|error| error.context(format!("{line}\n{}", site.journal())))?;
-        let free = if line.contains(":900") { 800..=899 } else { 65520..=65531 };
-        ensure!(uid == gid && free.contains(&uid) && groups == 0, "{line}: {uid} {gid} {groups}");
+        ensure!(uid == gid && (65520..=65531).contains(&uid) && groups == 0, "{line}: {uid} {gid} {groups}");
         site.await_exit()?;
         site.await_container_gone()?;
     }
