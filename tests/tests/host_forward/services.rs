@@ -114,13 +114,14 @@ pub fn nginx(host: &Host, manager: Manager) -> Result<()> {
 
 pub fn redis(host: &Host, manager: Manager) -> Result<()> {
     let container = format!(
-        "Rootfs={}:O\nTmpfs=/tmp\nRunInit=yes\nExec=/usr/bin/redis-server --bind 127.0.0.1 --port 6379 --save '' --dir /tmp --protected-mode no",
+        "Rootfs={}:O\nTmpfs=/tmp\nRunInit=yes\nExec=/usr/bin/redis-server --bind 127.0.0.1 --port 6379 --protected-mode no --save '' --dir /tmp",
         manager.image()
     );
     let site =
         Site::new(host, manager, "cache", &Plan::new(&container, "--exit-idle-time 1s", "127.0.0.1:6379"))?;
     let port = site.port.to_string();
-    ensure!(host.run(&["redis-cli", "-p", &port, "ping"])? == "PONG");
+    let said = host.run(&["redis-cli", "-p", &port, "ping"])?;
+    ensure!(said == "PONG", "{said}\n{}", site.journals());
     let report =
         host.run(&["redis-benchmark", "-p", &port, "-q", "-n", "20000", "-P", "8", "-t", "set,get,mset"])?;
     ensure!(!report.contains("Error"), "{report}");
