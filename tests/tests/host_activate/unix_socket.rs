@@ -33,7 +33,7 @@ fn is_nobody(said: &str) -> bool {
 }
 
 pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
-    let write = |mode: &str| host.write("/srv/seen.py", &SERVICE.replace("MODE", mode));
+    let write = |mode: &str| host.write("/srv/seen.py", SERVICE.replace("MODE", mode));
     write("0o666")?;
     let site = Site::activated(host, manager, "seen", &plan(manager), &OPTIONS)?;
     let ask = || host.sh(&format!("timeout 20 socat -u TCP:127.0.0.1:{} - || :", site.port));
