@@ -37,12 +37,12 @@ fn echoed(client: &Conn, text: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// As many connections at rest as the descriptor limit allows, at most 9,900.
+/// As many connections at rest as the descriptor limit allows beside the pipes, at most 9,600.
 fn thousands_at_rest(lane: Lane) -> Result<()> {
     require_namespaces!();
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    let count = usize::try_from(hard.saturating_sub(200) / 2)?.min(9_900);
+    let count = usize::try_from(hard.saturating_sub(800) / 2)?.min(9_600);
     let namespace = Namespace::new()?;
     let loopback = Family::Tcp4.loopback().context("TCP has one")?;
     let (front, service) = (Listener::new(&Here, &loopback)?, Listener::new(&namespace, &loopback)?);
