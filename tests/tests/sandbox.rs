@@ -430,10 +430,16 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
     let forwarder = scene.start(&[])?;
     let (client, served) = (scene.client()?, service.accept()?);
     exchange(&client, &served)?;
-    // The channel to the control process is the older one.
-    let channels = process::sockets(forwarder.relay())?.into_iter();
-    let channels = channels.filter(|socket| getsockopt(socket, sockopt::SockType) == Ok(SockType::SeqPacket));
-    let channel = channels.max_by_key(|socket| nix::sys::stat::fstat(socket).map_or(0, |stat| stat.st_ino));
+    // There is one to the control process as well. Both ends of a pair are made at once, so their numbers follow each other.
+    let number = |socket: &OwnedFd| nix::sys::stat::fstat(socket).map_or(0, |stat| stat.st_ino);
+    let agents = process::children(forwarder.pid()).into_iter().filter(|child| *child != forwarder.relay());
+    let theirs = agents.map(process::sockets).collect::<Result<Vec<_>>>()?;
+    let theirs: Vec<u64> = theirs.iter().flatten().map(number).collect();
+    let mut channels = process::sockets(forwarder.relay())?.into_iter();
+    let channel = channels.find(|socket| {
+        getsockopt(socket, sockopt::SockType) == Ok(SockType::SeqPacket)
+            && theirs.contains(&(number(socket) + 1))
+    });
     let channel = channel.context("no channel to an agent")?;
     let sockets = Request::Sockets { domain: libc::AF_INET, kind: libc::SOCK_STREAM, protocol: 0, count: 1 };
     let elsewhere = wire::Address::Tcp(([127, 0, 0, 1], 1).into());

@@ -267,7 +267,7 @@ fn what_is_asked_by_hand() -> Result<()> {
     std::fs::create_dir_all(&quadlets)?;
     std::fs::write(quadlets.join("web.container"), "[Container]\nImage=localhost/web\nNetwork=none\n")?;
     let root = format!("--root={}", scratch.path().display());
-    let activate = ["activate", "web", "--external-port=8080", &root];
+    let activate = ["activate", "web", "--system", "--external-port=8080", &root];
     for more in [&["--dry-run"][..], &[], &["--exit-idle-time=5min"]] {
         let ran = strictly(bro::binary(), &[&activate[..], more].concat())?;
         ensure!(ran.status.success(), "bro activate {more:?}: {ran:?}");
