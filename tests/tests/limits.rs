@@ -295,7 +295,10 @@ fn without_a_source_port_one_client_waits_and_no_other() -> Result<()> {
         expect_relayed(&pair.0, &pair.1)?;
         open.push(pair);
     }
-    let waiting = [scene.client()?, scene.client()?];
+    let mut waiting = vec![(b'a', scene.client()?), (b'b', scene.client()?)];
+    for (name, client) in &waiting {
+        client.send(&[*name])?;
+    }
     let told = |line: &str| line.contains("no free source port");
     let line = forwarder.log().line(PATIENCE, told)?;
     ensure!(line.contains("WARN") && line.contains(&scene.target()), "{line}");
@@ -304,10 +307,15 @@ fn without_a_source_port_one_client_waits_and_no_other() -> Result<()> {
     for (client, served) in &open {
         expect_relayed(client, served)?;
     }
-    for client in waiting {
+    while !waiting.is_empty() {
         // Nothing is kept of a connection that is aborted.
         open.remove(0).0.abort()?;
         let served = service.accept().context("a port is free")?;
+        let mut name = [0];
+        served.recv_exact(&mut name)?;
+        let who =
+            waiting.iter().position(|waiting| waiting.0 == name[0]).context("nobody waits by that name")?;
+        let (_, client) = waiting.remove(who);
         expect_relayed(&client, &served)?;
         open.push((client, served));
     }
