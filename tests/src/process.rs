@@ -1,10 +1,13 @@
 //! What the kernel says about a running process: its memory, its descriptors, its processor time, its session.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use nix::poll::PollFlags;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::peers::wait_for;
 use crate::sys;
@@ -128,5 +131,26 @@ pub fn eventually(within: Duration, mut what: impl FnMut() -> bool) -> bool {
             return false;
         }
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A service's processes, in a session of their own. Dropping it ends them all.
+#[derive(Debug)]
+pub struct Session(pub Child);
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let session = self.0.id().cast_signed();
+        // At once and in good order, which for PostgreSQL is SIGQUIT and for the others SIGTERM; then whoever is left.
+        for signal in [Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGKILL] {
+            for pid in members(session) {
+                kill(Pid::from_raw(pid), signal).ok();
+            }
+            if eventually(Duration::from_secs(2), || members(session).is_empty()) {
+                break;
+            }
+        }
+        self.0.kill().ok();
+        self.0.wait().ok();
     }
 }

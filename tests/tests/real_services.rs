@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -13,42 +13,21 @@ use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::pattern::Pattern;
 use bro_tests::peers::{Address, Bound, Conn, Family, Here, Listener, PATIENCE};
-use bro_tests::process;
+use bro_tests::process::{self, Session};
 use bro_tests::programs::Programs;
 use bro_tests::scratch::Scratch;
 use bro_tests::tier::{Need, find_program, met};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, chown};
+use nix::unistd::chown;
 
 /// The user that root becomes: PostgreSQL refuses root.
 const NOBODY: u32 = 65534;
 
 const CURL: Need = Need::Program("curl", "curl");
 
-/// A service's processes, in a session of their own. Dropping it ends them all.
-struct Service(Child);
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let session = self.0.id().cast_signed();
-        // At once and in good order, which for PostgreSQL is SIGQUIT and for the others SIGTERM; then whoever is left.
-        for signal in [Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGKILL] {
-            for pid in process::members(session) {
-                kill(Pid::from_raw(pid), signal).ok();
-            }
-            if process::eventually(Duration::from_secs(2), || process::members(session).is_empty()) {
-                break;
-            }
-        }
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 /// A namespace with a free port for the service, and a forwarder in front of it. The fields end in this order.
 struct Stand {
     forwarder: Forwarder,
-    service: Option<Service>,
+    service: Option<Session>,
     /// None where `auto` is splice.
     programs: Option<Programs>,
     front: Listener,
@@ -100,7 +79,7 @@ impl Stand {
         command.arg("launch").arg("--").args(self.namespace.enter()).arg(program).args(arguments);
         let log = File::create(self.scratch.join("service.log"))?;
         command.current_dir(self.scratch.path()).stdin(Stdio::null());
-        self.service = Some(Service(command.stdout(log.try_clone()?).stderr(log).spawn()?));
+        self.service = Some(Session(command.stdout(log.try_clone()?).stderr(log).spawn()?));
         Ok(())
     }
 

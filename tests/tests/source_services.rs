@@ -4,7 +4,7 @@
 
 use std::fs::{self, File};
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,12 +12,11 @@ use bro_tests::bro;
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::peers::{Address, Conn, Listener, PATIENCE};
-use bro_tests::process;
+use bro_tests::process::{self, Session};
 use bro_tests::scratch::Scratch;
 use bro_tests::street::{Street, command};
 use bro_tests::tier::{Need, find_program, met};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, chown};
+use nix::unistd::chown;
 
 /// The user that root becomes: PostgreSQL refuses root.
 const NOBODY: u32 = 65534;
@@ -35,28 +34,9 @@ fn relays() -> Vec<&'static [&'static str]> {
     relays
 }
 
-/// A service's processes, in a session of their own. Dropping it ends them all.
-struct Service(Child);
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let session = self.0.id().cast_signed();
-        for signal in [Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGKILL] {
-            for pid in process::members(session) {
-                kill(Pid::from_raw(pid), signal).ok();
-            }
-            if process::eventually(Duration::from_secs(2), || process::members(session).is_empty()) {
-                break;
-            }
-        }
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 /// A service in a namespace without a network, and two clients elsewhere, each with a cable to the street.
 struct Stand {
-    service: Option<Service>,
+    service: Option<Session>,
     namespace: Namespace,
     strangers: [Namespace; 2],
     street: Street,
@@ -83,7 +63,7 @@ impl Stand {
         }
         let log = File::create(self.log())?;
         service.args(words).current_dir(self.scratch.path()).stdin(Stdio::null());
-        self.service = Some(Service(service.stdout(log.try_clone()?).stderr(log).spawn()?));
+        self.service = Some(Session(service.stdout(log.try_clone()?).stderr(log).spawn()?));
         Ok(())
     }
 
