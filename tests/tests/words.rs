@@ -315,6 +315,8 @@ const LEFT_TO_GLIBC: &[&str] = &[
     // Other users' rights: glibc's, because all threads have to follow. The first two are for children with another user, of which
     // bro has none; the others move their argument, and so widen it.
     "setgid setuid setegid seteuid",
+    // Weak: std's spawn and pidfd take them where glibc has them (2.39). In glibc they are C, which widens what it passes on.
+    "pidfd_getpid pidfd_spawnp",
     // By second names, which words.rs calls with whole words.
     "__sigaction euidaccess sigprocmask ssignal",
 ];

@@ -55,21 +55,21 @@ pub fn by_its_owner(host: &Host, manager: Manager) -> Result<()> {
 
 pub fn by_others(host: &Host) -> Result<()> {
     let (test, other) = (Manager::User("test"), Manager::User("other"));
-    start(host, other, "theirs")?;
-    let theirs = pid(host, other, "theirs")?;
+    start(host, other, "neighbour")?;
+    let theirs = pid(host, other, "neighbour")?;
     for (whose, pid) in [("another user's", theirs.as_str()), ("root's", "1")] {
         let ran = test.try_run(host, &["bro", "helper", "--pid", pid, "--", "true"])?;
         ensure!(ran.code == 5 && ran.stderr.lines().count() == 1, "{whose}: {ran:?}");
         ensure!(ran.stderr.contains("belongs to another user"), "{whose}: {ran:?}");
     }
     // To this user's Podman there is no such container.
-    let ran = test.try_run(host, &["bro", "helper", "--container", "systemd-theirs", "--", "true"])?;
+    let ran = test.try_run(host, &["bro", "helper", "--container", "systemd-neighbour", "--", "true"])?;
     ensure!(ran.code == 4 && ran.stderr.lines().count() == 1, "{ran:?}");
     // Nothing about the program lets it: no setuid bit, no capability.
     let mode = host.run(&["stat", "--format", "%a", "/usr/local/bin/bro"])?;
     ensure!(mode == "755", "{mode}");
     // Root may enter everybody's.
     host.run(&["bro", "helper", "--pid", &theirs, "--", "true"])?;
-    other.systemctl(host, &["stop", "theirs.service"])?;
+    other.systemctl(host, &["stop", "neighbour.service"])?;
     Ok(())
 }

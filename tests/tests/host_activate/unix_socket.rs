@@ -79,6 +79,7 @@ pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
         let removed = host.run(&["bro", "activate", "theirs", "--system", "--remove"]);
         ensure!(is_nobody(&said?), "the service sees another user");
         removed?;
+        manager.systemctl(host, &["stop", "theirs.service"])?;
     }
     Ok(())
 }
