@@ -1,10 +1,11 @@
 //! Unmodified services behind the kernel relay: nginx, Redis, PostgreSQL and a blocking web server, each asked by its own
 //! unmodified client. What they answer, and what reaches them, is compared byte by byte.
 
+mod runtimes;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bro_ebpf::{kind, role};
@@ -12,7 +13,7 @@ use bro_tests::bro;
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::pattern::Pattern;
-use bro_tests::peers::{Address, Bound, Conn, Family, Here, Listener, PATIENCE};
+use bro_tests::peers::{Bound, Family, Here, Listener, PATIENCE};
 use bro_tests::process::{self, Session};
 use bro_tests::programs::Programs;
 use bro_tests::scratch::Scratch;
@@ -475,130 +476,4 @@ fn a_blocking_server_is_left_alone_and_served_well() -> Result<()> {
     }
     ensure!(!stand.is_fit()?, "a blocking service was taken for another");
     stand.finish(false)
-}
-
-/// An echo of lines, and for "give" a megabyte, as most people write it in asyncio: its sockets are non-blocking, and it is woken by epoll.
-const ASYNCIO: &str = r#"
-import asyncio, sys
-async def serve(reader, writer):
-    while line := await reader.readline():
-        writer.write(b"x" * (1 << 20) if line == b"give\n" else line)
-        await writer.drain()
-    writer.close()
-async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
-    await server.serve_forever()
-asyncio.run(main())
-"#;
-
-/// The same for Node.
-const NODE: &str = r#"
-require("net").createServer({ allowHalfOpen: true }, socket => {
-    let rest = "";
-    socket.on("data", data => {
-        const lines = (rest + data).split("\n");
-        rest = lines.pop();
-        for (const line of lines) socket.write(line === "give" ? "x".repeat(1 << 20) : line + "\n");
-    });
-    socket.on("end", () => socket.end());
-    socket.on("error", () => {});
-}).listen(Number(process.argv[1]), "127.0.0.1");
-"#;
-
-/// What Java's `ServerSocket` with a time-out does for its `ready()`: sockets that do not block, and FIONREAD before each read.
-const ASKS_FIRST: &str = r#"
-import fcntl, socket, struct, sys, termios, threading, time
-def ready(fd):
-    return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"    "))[0]
-def serve(connection):
-    connection.setblocking(False)
-    rest, quiet = b"", time.monotonic()
-    while time.monotonic() - quiet < 5:
-        count = ready(connection.fileno())
-        if not count:
-            time.sleep(0.0005)
-            continue
-        rest, quiet = rest + connection.recv(count), time.monotonic()
-        *lines, rest = rest.split(b"\n")
-        for line in lines:
-            connection.setblocking(True)
-            connection.sendall(b"x" * (1 << 20) if line == b"give" else line + b"\n")
-            connection.setblocking(False)
-    connection.close()
-listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
-while True:
-    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-"#;
-
-/// No answer takes longer.
-const GAP: Duration = Duration::from_millis(500);
-
-/// A service of a common runtime behind each relay and without any: lines of several sizes and large answers, on three connections.
-fn every_relay_serves(program: &str, arguments: &[&str], relays: &[&str]) -> Result<()> {
-    for relay in relays {
-        let direct = *relay == "direct";
-        let mut stand = Stand::through(if direct { "splice" } else { relay }, Setup::netns)?;
-        let path = find_program(program).with_context(|| format!("{program} has gone"))?;
-        let mut arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
-        arguments.push(stand.inside.to_string());
-        stand.run(&path, &arguments)?;
-        let inside = Address::Tcp(std::net::SocketAddr::from(([127, 0, 0, 1], stand.inside)));
-        let up = || Conn::new(&stand.namespace, &inside).is_ok();
-        ensure!(process::eventually(PATIENCE, up), "{program} does not listen");
-        let mut longest = Duration::ZERO;
-        for nth in 0..3 {
-            let client = if direct {
-                Conn::new(&stand.namespace, &inside)?
-            } else {
-                Conn::new(&Here, stand.front.address())?
-            };
-            for round in 0..300 {
-                let mut line = vec![b'l'; [10, 600, 3000][round % 3]];
-                line.push(b'\n');
-                let large = round % 100 == 99;
-                let answer = if large { 1 << 20 } else { line.len() };
-                // The first of all wakes the service.
-                let began = std::time::Instant::now();
-                client.send(if large { b"give\n" } else { &line })?;
-                client.recv_exact(&mut vec![0; answer])?;
-                let took = began.elapsed();
-                ensure!(
-                    took < GAP || nth + round == 0,
-                    "{relay}: connection {nth}, answer {round} took {took:?}"
-                );
-                longest = longest.max(if nth + round == 0 { Duration::ZERO } else { took });
-            }
-            client.close_writing()?;
-        }
-        println!("{program} through {relay}: the longest answer took {longest:?}");
-        drop(stand.service.take());
-    }
-    Ok(())
-}
-
-#[test]
-fn asyncio_is_served_by_every_relay() -> Result<()> {
-    let needs = [Need::Root, Need::Bpf, Need::Program("python3", "python3")];
-    if !met("asyncio_is_served_by_every_relay", &needs) {
-        return Ok(());
-    }
-    every_relay_serves("python3", &["-c", ASYNCIO], &["direct", "splice", "copy", "auto", "sockmap"])
-}
-
-#[test]
-fn node_is_served_by_every_relay() -> Result<()> {
-    if !met("node_is_served_by_every_relay", &[Need::Root, Need::Bpf, Need::Program("node", "nodejs")]) {
-        return Ok(());
-    }
-    every_relay_serves("node", &["-e", NODE], &["direct", "splice", "copy", "auto", "sockmap"])
-}
-
-/// Without `--relay=sockmap`, which warns of just that.
-#[test]
-fn a_service_that_asks_first_is_served_by_every_relay() -> Result<()> {
-    let needs = [Need::Root, Need::Bpf, Need::Program("python3", "python3")];
-    if !met("a_service_that_asks_first_is_served_by_every_relay", &needs) {
-        return Ok(());
-    }
-    every_relay_serves("python3", &["-c", ASKS_FIRST], &["direct", "splice", "copy", "auto"])
 }
