@@ -55,9 +55,8 @@ enum Tier {
 /// Suites whose names begin so boot whole hosts or emulated machines, or take minutes for another reason.
 const SLOW: &[&str] = &["emulator", "host", "million", "slow", "vm"];
 
-/// Run only when named: they take minutes, and emulated processors bear no neighbours. `vm` belongs into every run, but none of its
-/// runs has come to an end yet.
-const BY_NAME: &[&str] = &["emulator", "million", "vm"];
+/// Run only when named: they take minutes, and emulated processors bear no neighbours.
+const BY_NAME: &[&str] = &["emulator", "million"];
 
 impl Tier {
     fn name(&self) -> &str {

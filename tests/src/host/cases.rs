@@ -52,6 +52,15 @@ impl Cases {
         self.failures() == before
     }
 
+    /// Runs cases that do not mind each other, all at once.
+    pub fn at_once(&self, cases: &[(&str, &(dyn Fn() -> Result<()> + Sync))]) {
+        std::thread::scope(|scope| {
+            for (name, body) in cases {
+                scope.spawn(move || self.case(name, body));
+            }
+        });
+    }
+
     /// Runs cases under the system's manager and under a user's at once, as on a server: most of the time is spent waiting.
     pub fn both(&self, host: &Host, cases: &[Case]) {
         std::thread::scope(|scope| {

@@ -44,14 +44,20 @@ fn everything(cases: &Cases, machine: &mut Machine, packages: &[String; 2]) {
     if !cases.needed("the package installs", || package::install(machine, &packages[0])) {
         return;
     }
-    cases.case("bro doctor, as root", || package::doctor(&machine.root));
-    cases.case("bro doctor, as a user", || package::doctor(&machine.user));
+    let shared = &*machine;
+    cases.at_once(&[
+        ("bro doctor, as root", &|| package::doctor(&shared.root)),
+        ("bro doctor, as a user", &|| package::doctor(&shared.user)),
+    ]);
     if !cases.needed("three services are activated", || Site::activate_all(machine)) {
         return;
     }
-    cases.case("rootful, through the kernel relay", || relays::kernel(&Site::lane(machine)));
-    cases.case("rootful, through splice", || relays::splice(&Site::spliced(machine)));
-    cases.case("rootless, without bro loader", || relays::splice(&Site::rootless(machine)));
+    let shared = &*machine;
+    cases.at_once(&[
+        ("rootful, through the kernel relay", &|| relays::kernel(&Site::lane(shared))),
+        ("rootful, through splice", &|| relays::splice(&Site::spliced(shared))),
+        ("rootless, without bro loader", &|| relays::splice(&Site::rootless(shared))),
+    ]);
     cases.case("bro doctor NAME", || relays::doctor(machine));
     if !cases.needed("bro loader is started", || relays::load(machine)) {
         return;
@@ -61,8 +67,11 @@ fn everything(cases: &Cases, machine: &mut Machine, packages: &[String; 2]) {
     if !cases.needed("a reboot", || reboot(machine)) {
         return;
     }
-    cases.case("rootful, after the reboot", || relays::kernel(&Site::lane(machine)));
-    cases.case("rootless, after the reboot", || relays::kernel(&Site::rootless(machine)));
+    let shared = &*machine;
+    cases.at_once(&[
+        ("rootful, after the reboot", &|| relays::kernel(&Site::lane(shared))),
+        ("rootless, after the reboot", &|| relays::kernel(&Site::rootless(shared))),
+    ]);
     cases.case("an upgrade under connected clients", || package::upgrade(machine, &packages[1]));
     cases.case("removal and purge", || package::remove(machine));
     cases.case("the log of the second boot", || log_of(machine));
