@@ -234,9 +234,11 @@ fn qemu(image: &Image, writes: Writes, brought: &Path, scratch: &Scratch, ports:
         .arg("-initrd")
         .arg(image.initrd())
         .arg("-append")
-        // Without the checks of its clocks, which a busy machine's emulator fails.
+        // Without the checks of its clocks, which a busy machine's emulator fails, and without what guards against real processors:
+        // each change of page tables empties the cache that an emulator lives by.
         .arg(
-            "console=ttyS0 root=/dev/vda rw quiet panic=-1 no_timer_check tsc=reliable systemd.show_status=0",
+            "console=ttyS0 root=/dev/vda rw quiet panic=-1 no_timer_check tsc=reliable mitigations=off \
+             systemd.show_status=0",
         )
         .arg("-drive")
         .arg(drive(&image.disk(), &format!("cache=unsafe,snapshot={snapshot}")))

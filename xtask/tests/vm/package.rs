@@ -76,11 +76,16 @@ pub fn remove(machine: &Machine) -> Result<()> {
     drop(client);
     machine.root.run(&["systemctl", "stop", &spliced.socket(), &spliced.forwarder(), &spliced.unit()])?;
     dpkg(&machine.root, &["--purge", "bro"])?;
-    let left = machine.root.sh("find /usr /etc /opt /srv /run /var/lib /var/cache -xdev -name '*bro*' \
-         -not -path '/run/brought*' -not -path '/var/lib/dpkg/*' -not -path '/srv/image*' | sort")?;
-    let made = ["/etc/hostname", "/run/systemd/generator/"];
-    let left: Vec<&str> =
-        left.lines().filter(|path| !made.iter().any(|made| path.starts_with(made))).collect();
+    let named = ["bro", "bro[-_.@]*", "*[-_]bro", "*[-_]bro[-_.]*"]
+        .map(|name| format!("-name '{name}'"))
+        .join(" -o ");
+    let left = machine.root.sh(&format!(
+        "find /usr /etc /opt /srv /run /var/lib /var/cache -xdev \\( {named} \\) -not -path '/run/brought*' \
+         -not -path '/var/lib/dpkg/*' -not -path '/srv/image*' -not -path '/run/systemd/generator/*' | sort"
+    ))?;
+    // What `bro activate` wrote for root is root's, like units written by hand; dpkg has said that it is there.
+    let roots = ["/etc/containers/systemd/spliced.container.d/50-bro-activator.conf"];
+    let left: Vec<&str> = left.lines().filter(|path| !roots.contains(path)).collect();
     ensure!(left.is_empty(), "left: {left:#?}");
     Ok(())
 }
