@@ -688,11 +688,18 @@ impl Activator {
         let tcp: Vec<SocketAddr> = addresses.iter().filter_map(Address::tcp).collect();
         match &self.ready {
             Ready::Unchecked => {}
-            Ready::Listen if !tcp.is_empty() => ready::listening(place, &tcp, heard).await?,
+            Ready::Auto | Ready::Listen | Ready::Says(_) if !tcp.is_empty() => {
+                if !self.ready.asks_elsewhere() {
+                    ready::listening(place, &tcp, heard).await?;
+                }
+                if let Some((protocol, strictness)) = self.ready.question(tcp[0].port()) {
+                    ready::answering(place, &tcp, &protocol, strictness).await?;
+                }
+            }
             Ready::Connect if !tcp.is_empty() => ready::connectable(place, &tcp).await?,
             // A unix socket that nobody listens on refuses without the service noticing: the client's own connection is the
             // test, and is tried until it succeeds.
-            Ready::Listen | Ready::Connect => {}
+            Ready::Auto | Ready::Listen | Ready::Connect | Ready::Says(_) => {}
             Ready::Healthy => {
                 let Place::Container(name) = &self.place else {
                     anyhow::bail!(Failure::Usage(

@@ -134,6 +134,9 @@ pub fn run(
     if healthy_without_container {
         anyhow::bail!(Failure::Usage("--ready=healthy needs --container, whose health check it is".into()));
     }
+    if let Some(refusal) = targets.iter().find_map(|target| options.ready.refusal(target)) {
+        bail!(Failure::Usage(refusal));
+    }
     if options.accept_proxy && options.trusted.is_empty() {
         bail!(Failure::Usage(
             "--accept-proxy needs --trusted: who may say in a header who the client is, such as --trusted=10.0.0.5".into()

@@ -77,7 +77,7 @@ impl Cluster {
         command
     }
 
-    fn start(&self, namespace: &Namespace, port: u16) -> Result<Server> {
+    fn start(&self, namespace: &Namespace, port: u16, options: &[&str]) -> Result<Server> {
         let mut command = self.as_ordinary_user(&namespace.enter());
         command.arg(self.programs.join("postgres")).arg("-D").arg(self.data());
         // On the host's file system, where `pg_isready` finds it without entering the namespace.
@@ -88,6 +88,7 @@ impl Cluster {
             "-cmax_connections=20",
             "-cshared_buffers=16MB",
         ]);
+        command.args(options);
         let log = std::fs::File::create(self.scratch.join("log"))?;
         Ok(Server(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?))
     }
@@ -161,7 +162,7 @@ fn the_first_psql_wakes_postgresql_and_pgbench_runs_through() -> Result<()> {
     let first =
         client(&psql, port).args(["--no-align", "--tuples-only", "--command=SELECT 6 * 7"]).spawn()?;
     wait_until_activated(&forwarder)?;
-    let server = cluster.start(&namespace, inside)?;
+    let server = cluster.start(&namespace, inside, &[])?;
     let answer = finished(first.wait_with_output()?).context("the psql that woke it")?;
     ensure!(answer.trim() == "42", "psql says {answer:?}");
     ensure!(forwarder.closing()?.cold_start_ms.is_some(), "{:?}", forwarder.closing());
@@ -189,6 +190,44 @@ fn the_first_psql_wakes_postgresql_and_pgbench_runs_through() -> Result<()> {
         closings.iter().find(|closing| closing.reason != "eof")
     );
     forwarder.expect_exit(0).context("idle exit")?;
+    drop(server);
+    Ok(())
+}
+
+/// It listens from its first moment on, and says for seconds that it is starting up.
+#[test]
+fn the_first_psql_waits_for_a_postgresql_that_recovers() -> Result<()> {
+    let mut needs = bro_tests::suite::namespace_needs();
+    needs.extend([Need::Program("initdb", "postgresql"), Need::Program("psql", "postgresql-client")]);
+    if !met("the_first_psql_waits_for_a_postgresql_that_recovers", &needs) {
+        return Ok(());
+    }
+    let psql = find_program("psql").expect("it was there a moment ago");
+    let cluster = Cluster::new()?;
+    let owner = if Uid::effective().is_root() { Owner::Usual } else { Owner::KeepId };
+    let namespace = Namespace::owned_by(owner)?;
+    let probe = Bound::new(&namespace, &Family::Tcp4.loopback().context("TCP has one")?)?;
+    let inside = probe.address().port().context("a TCP address")?;
+    drop(probe);
+    // Each file that it asks an archive for takes a second, and is not there.
+    std::fs::write(cluster.data().join("recovery.signal"), "")?;
+    let server =
+        cluster.start(&namespace, inside, &["-chot_standby=off", "-crestore_command=sleep 1; false"])?;
+    for (ready, is_well) in [("listen", false), ("postgres", true)] {
+        let front = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
+        let setup = Setup::new().socket(&front).netns(&namespace).arg(format!("--ready={ready}"));
+        let forwarder = setup.arg(format!("127.0.0.1:{inside}")).start()?;
+        let port = front.address().port().context("a TCP address")?;
+        let output =
+            client(&psql, port).args(["--no-align", "--tuples-only", "--command=SELECT 6 * 7"]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if is_well {
+            ensure!(output.stdout == b"42\n", "{output:?}");
+        } else {
+            ensure!(said.contains("starting up") || said.contains("not accepting"), "{output:?}");
+        }
+        forwarder.stop()?;
+    }
     drop(server);
     Ok(())
 }

@@ -24,7 +24,7 @@ type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
 const HANDED_ON: [HandedOn; 14] = [
-    ("ready", |options| options.ready.as_ref().map(readiness)),
+    ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
     ("exit-idle-time", |options| options.exit_idle_time.map(written)),
@@ -104,6 +104,9 @@ pub(super) fn wanted(
     if restricted {
         check_restricted(direct, &network, quadlet)?;
     }
+    let checks_health = container.is_some()
+        && quadlet.kind == Kind::Container
+        && quadlet.value("HealthCmd").is_some_and(|command| !["", "none"].contains(&command));
     let mut activated = Activated {
         name: quadlet.name.clone(),
         scope: places.scope,
@@ -117,7 +120,7 @@ pub(super) fn wanted(
         socket_file: PathBuf::new(),
         service_file: (!direct).then(|| places.units.join(format!("{}-activator.service", quadlet.name))),
         listeners: listeners(options, quadlet, known, places, &network, (direct, nginx))?,
-        options: if direct { way(nginx, restricted) } else { handed_on(options, known) },
+        options: if direct { way(nginx, restricted) } else { handed_on(options, checks_health, known) },
         drop_in: None,
         pause_unit: None,
         made: known.map(|known| known.made.clone()).unwrap_or_default(),
@@ -206,16 +209,6 @@ fn word<T: ValueEnum>(value: T) -> String {
     value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
-fn readiness(ready: &Ready) -> String {
-    match ready {
-        Ready::Listen => "listen".to_owned(),
-        Ready::Connect => "connect".to_owned(),
-        Ready::Healthy => "healthy".to_owned(),
-        Ready::Unchecked => "none".to_owned(),
-        Ready::Exec(command) => format!("exec:{command}"),
-    }
-}
-
 /// As one would write it: whole minutes as minutes.
 fn written(span: TimeSpan) -> String {
     match span.finite().map(|span| (span.as_secs(), span.subsec_nanos())) {
@@ -229,11 +222,18 @@ fn listed<T: ToString>(all: &[T]) -> String {
     all.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-fn handed_on(options: &Activate, known: Option<&Activated>) -> Vec<(String, String)> {
+fn handed_on(options: &Activate, checks_health: bool, known: Option<&Activated>) -> Vec<(String, String)> {
     let before = |name: &str| known.and_then(|known| known.option(name)).map(str::to_owned);
     let value = |(name, said): &HandedOn| {
         let value = said(options).or_else(|| before(name));
-        let value = value.or_else(|| (*name == "exit-idle-time").then(|| IDLE.to_owned()));
+        let value = match *name {
+            "exit-idle-time" => value.or_else(|| Some(IDLE.to_owned())),
+            // The quadlet says itself how to tell.
+            "ready" if checks_health => {
+                value.filter(|way| way != "auto").or_else(|| Some("healthy".to_owned()))
+            }
+            _ => value,
+        };
         Some(((*name).to_owned(), value?))
     };
     HANDED_ON.iter().filter_map(value).collect()
@@ -482,6 +482,14 @@ fn check_direct(quadlet: &Quadlet, nginx: bool, warnings: &mut Vec<String>) -> a
 }
 
 fn check_ready(activated: &Activated, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
+    if let Some(way) = activated.option("ready").and_then(|way| way.parse::<Ready>().ok()) {
+        let targets = activated.listeners.iter().filter_map(|listener| listener.target.as_deref());
+        for target in targets.filter_map(|target| target.parse::<Target>().ok()) {
+            if let Some(refusal) = way.refusal(&target) {
+                return Err(usage(refusal));
+            }
+        }
+    }
     if activated.option("ready") != Some("healthy") {
         return Ok(());
     }

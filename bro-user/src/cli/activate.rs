@@ -121,7 +121,7 @@ pub struct Activate {
     #[arg(long, value_name = "CMD", conflicts_with = "direct", value_parser = crate::activation::address::one_line)]
     pub busy_exec: Option<String>,
 
-    /// When the first client may be connected: listen, connect, healthy, exec:CMD or none (as in bro forward)
+    /// When the first client may be connected, as in bro forward (default: healthy where the quadlet has a HealthCmd=, else auto)
     #[arg(long, value_name = "HOW", conflicts_with = "direct")]
     pub ready: Option<Ready>,
 
