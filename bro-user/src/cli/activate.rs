@@ -129,7 +129,7 @@ pub struct Activate {
     #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
     pub start_timeout: Option<TimeSpan>,
 
-    /// As whom a service's unix socket is connected to: unused, forwarder or UID or UID:GID (as in bro forward)
+    /// As which user a service's unix socket is connected to: unused, forwarder or UID or UID:GID (as in bro forward)
     #[arg(long, value_name = "WHO", conflicts_with = "direct")]
     pub unix_identity: Option<Identity>,
 
