@@ -6,6 +6,8 @@ pub mod control;
 mod documented;
 mod helper;
 pub mod idle;
+#[cfg(test)]
+mod links;
 mod loader;
 
 use std::path::PathBuf;
@@ -58,7 +60,7 @@ pub enum Command {
     Activate(Box<Activate>),
     /// Start an activated service now, and wait until it is ready
     Wake(control::Wake),
-    /// Stop an activated service now, unless somebody is connected
+    /// Stop an activated service now, unless clients are connected
     Sleep(control::Sleep),
     /// What is activated, and whether it is awake; with a NAME: connections, bytes by relay, cold starts
     Status(Status),
@@ -129,13 +131,13 @@ pub struct Forward {
     #[arg(long, value_name = "PATH", group = "place")]
     pub netns: Option<PathBuf>,
 
-    /// As whom a service's unix socket is connected to: unused, forwarder, or UID or UID:GID
+    /// As which user a service's unix socket is connected to: unused, forwarder, or UID or UID:GID
     ///
     /// The service sees that user (SO_PEERCRED), and may trust it, as PostgreSQL's “peer” and MariaDB's “unix_socket” do.
     /// unused: an id of the container's that no entry of its /etc/passwd and /etc/group has, so that no client has more rights than
     /// a stranger. UID or UID:GID: this one, as the container numbers them (GID: the same number), with no other group. forwarder: this
     /// forwarder's own user; every client then has the rights that the service gives to that user, which is mostly the owner or root.
-    /// Whoever it is has to be let in by the socket's mode and by that of the folders above it.
+    /// The socket's mode, and that of the folders above it, has to let that user in.
     #[arg(long, value_name = "WHO", default_value_t = Identity::Unused)]
     pub unix_identity: Identity,
 
@@ -228,9 +230,9 @@ pub struct Forward {
 
     /// Take the client's address from the PROXY protocol header (v1 or v2) of a --trusted balancer in front
     ///
-    /// Whoever is trusted has to send one within 5 s, of 107 bytes (v1) or 4096 bytes (v2) at most, or is reset. That address is then the
+    /// A trusted balancer has to send one within 5 s, of 107 bytes (v1) or 4096 bytes (v2) at most, or is reset. That address is then the
     /// client's: for --source, --connections-per-source, the log, and --proxy-protocol. Where the header names none (UNKNOWN, LOCAL),
-    /// the balancer is the client. From whoever is not trusted a header is not believed: it is ordinary bytes, for the service.
+    /// the balancer is the client. A header of any other peer is not believed: it is ordinary bytes, for the service.
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
     pub accept_proxy: bool,
 

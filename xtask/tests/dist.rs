@@ -239,6 +239,10 @@ fn the_debian_package_holds_what_it_should_and_is_reproducible() {
         "./usr/share/bash-completion/completions/bro",
         "./usr/share/zsh/vendor-completions/_bro",
         "./usr/share/fish/vendor_completions.d/bro.fish",
+        "./usr/share/doc/bro/README.md.gz",
+        "./usr/share/doc/bro/docs/guide.md.gz",
+        "./usr/share/doc/bro/docs/reference.md.gz",
+        "./usr/share/doc/bro/docs/clients.md.gz",
         "./usr/share/doc/bro/copyright",
         "./usr/share/doc/bro/third-party.txt.gz",
     ] {

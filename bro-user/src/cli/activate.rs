@@ -66,7 +66,7 @@ pub struct Activate {
     /// Podman passes the sockets of the container's unit on (LISTEN_FDS). The program must be made for that: then clients
     /// reach it without anything in between, with their own addresses, also with Network=none. nginx can, by way of the
     /// variable NGINX, which is set for it (auto looks for “nginx” in Image= and Exec=; give --direct=nginx where neither says
-    /// so). Nobody stops the container when it is idle, and bro's own options do not apply.
+    /// so). Nothing stops the container when it is idle, and bro's own options do not apply.
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
     pub direct: Option<Direct>,
 
@@ -129,7 +129,7 @@ pub struct Activate {
     #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
     pub start_timeout: Option<TimeSpan>,
 
-    /// As whom a service's unix socket is connected to: unused, forwarder or UID or UID:GID (as in bro forward)
+    /// As which user a service's unix socket is connected to: unused, forwarder or UID or UID:GID (as in bro forward)
     #[arg(long, value_name = "WHO", conflicts_with = "direct")]
     pub unix_identity: Option<Identity>,
 

@@ -8,9 +8,14 @@ use clap::{Command, CommandFactory as _, Parser as _};
 use super::Cli;
 use crate::unit_file::split_words;
 
-const TEXTS: [&str; 2] = [include_str!("../../../README.md"), include_str!("../../../docs/activation.md")];
+const TEXTS: [&str; 4] = [
+    include_str!("../../../README.md"),
+    include_str!("../../../docs/guide.md"),
+    include_str!("../../../docs/reference.md"),
+    include_str!("../../../docs/clients.md"),
+];
 
-/// Where `cargo xtask`'s own options are, which the README names too.
+/// Where `cargo xtask`'s own options are, which the texts name too.
 const TASKS: [&str; 3] = [
     include_str!("../../../xtask/src/run.rs"),
     include_str!("../../../xtask/src/test.rs"),

@@ -41,18 +41,18 @@ pub struct Idle {
 /// `--idle-by=`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum IdleBy {
-    /// Idle is who has no connection
+    /// A service is idle without connections
     Connections,
-    /// Idle is also who has connections on which nothing moves: at the idle exit they are closed, as by an orderly end
+    /// It is idle also with connections on which nothing moves: at the idle exit they are closed, as by an orderly end
     Bytes,
 }
 
 /// `--wake-on=`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WakeOn {
-    /// Whoever connects
+    /// A client that connects
     Connect,
-    /// Whoever sends a byte: a port scan or a health check that sends nothing wakes nothing. Not for protocols in which the
+    /// A client that sends a byte: a port scan or a health check that sends nothing wakes nothing. Not for protocols in which the
     /// service speaks first (MySQL, SSH, SMTP): their clients would wait for ever
     Data,
 }

@@ -13,8 +13,8 @@ Examples:
     bro loader alice
     bro loader --remove alice
 
-The programs look at the user's own cgroup (user-UID.slice) and take hold of sockets of that user and of the users of his
-containers (/etc/subuid) only. They and their memory are pinned below /run/bro/bpf/UID, as files of his alone. With the default
+The programs look at the user's own cgroup (user-UID.slice) and take hold of sockets of that user and of the users of that
+user's containers (/etc/subuid) only. They and their memory are pinned below /run/bro/bpf/UID, as files of that user alone. With the default
 for --connections that is some 4 MB for each user.
 
 A set that is loaded again takes the place of the old one in one step; forwarders that use the old one keep it until they end.";

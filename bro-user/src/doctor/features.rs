@@ -1,4 +1,4 @@
-//! The oldest versions that things work with: the one table of them, which the README shows as well (a test compares).
+//! The oldest versions that things work with: the one table of them, which docs/reference.md shows as well (a test compares).
 
 use super::{Check, selinux};
 use crate::activate::bus::Manager;
@@ -315,10 +315,10 @@ mod tests {
     }
 
     #[test]
-    fn the_readme_shows_this_table() {
+    fn the_reference_shows_this_table() {
         let cell = |version: Option<String>| version.unwrap_or_default();
         let dotted = |(major, minor): (u32, u32)| format!("{major}.{minor}");
-        let readme = include_str!("../../../README.md");
+        let reference = include_str!("../../../docs/reference.md");
         let row = |Feature { name, systemd, podman, kernel, guard, .. }: &Feature| {
             format!(
                 "| {name} | {} | {} | {} | {} |\n",
@@ -329,6 +329,6 @@ mod tests {
             )
         };
         let table: String = FEATURES.iter().map(row).collect();
-        assert!(readme.contains(&table), "the README's table has to be\n{table}");
+        assert!(reference.contains(&table), "the table of docs/reference.md has to be\n{table}");
     }
 }

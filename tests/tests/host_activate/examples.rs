@@ -1,4 +1,4 @@
-//! The README and docs/activation.md, executed as they stand there.
+//! README.md and the documents for users, executed as they stand there: every chapter that shows something to do.
 
 use std::collections::HashSet;
 
@@ -9,9 +9,11 @@ use bro_tests::transcript::{Chapter, Step, Who, chapters, compare};
 
 use crate::activated::tree;
 
-const TEXTS: [(&str, &str); 2] = [
+const TEXTS: [(&str, &str); 4] = [
     ("README", include_str!("../../../README.md")),
-    ("docs/activation", include_str!("../../../docs/activation.md")),
+    ("docs/guide", include_str!("../../../docs/guide.md")),
+    ("docs/reference", include_str!("../../../docs/reference.md")),
+    ("docs/clients", include_str!("../../../docs/clients.md")),
 ];
 
 /// Whose prompt is `$`, and who is called `db` there.

@@ -17,7 +17,7 @@ start containers on their first connection, and relay it
  listens, and relays every connection into the container's own network
  namespace: in the kernel where it may load a program there, with splice(2)
  elsewhere, half-close for half-close and reset for reset. The container is
- stopped again when nobody has been connected for a while.
+ stopped again when no client has been connected for a while.
  .
  It takes the place of systemd-socket-proxyd for containers, also for those
  without a network of their own.
@@ -26,7 +26,7 @@ start containers on their first connection, and relay it
 /// Who the package is from, named as Debian's own tools do.
 pub fn maintainer() -> String {
     let name = std::env::var("DEBFULLNAME").unwrap_or_else(|_| "The bro contributors".into());
-    // Debian wants an address. This one is nobody's and never will be (RFC 2606): who publishes a package says his own.
+    // Debian wants an address. This one is reserved (RFC 2606); the publisher of a package sets DEBEMAIL.
     let address = std::env::var("DEBEMAIL").unwrap_or_else(|_| "bro@example.org".into());
     format!("{name} <{address}>")
 }

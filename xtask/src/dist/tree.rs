@@ -10,6 +10,10 @@ use clap_complete::Shell;
 
 use super::{Habits, Release, completions, licences, man};
 
+/// What is installed for readers, at the same paths below the documentation's folder, so that links between them say where to look.
+const DOCUMENTS: [&str; 6] =
+    ["README.md", "CHANGELOG.md", "SECURITY.md", "docs/guide.md", "docs/reference.md", "docs/clients.md"];
+
 /// Lays the tree out anew.
 pub fn lay_out(release: &Release, binary: &Path, habits: Habits, place: &Path) -> Result<()> {
     match std::fs::remove_dir_all(place) {
@@ -38,8 +42,8 @@ pub fn lay_out(release: &Release, binary: &Path, habits: Habits, place: &Path) -
         };
         tree.file(&format!("usr/share/{folder}/{}", script.file), script.text.as_bytes())?;
     }
-    for (from, to) in [("README.md", "README.md"), ("docs/activation.md", "activation.md")] {
-        tree.compressed(&format!("usr/share/doc/bro/{to}"), &std::fs::read(release.source.join(from))?)?;
+    for text in DOCUMENTS {
+        tree.compressed(&format!("usr/share/doc/bro/{text}"), &std::fs::read(release.source.join(text))?)?;
     }
     let crates = licences::of_dependencies(release)?;
     match habits {
