@@ -233,8 +233,8 @@ pub async fn answering(
     strictness: Strictness,
 ) -> io::Result<()> {
     let start = Instant::now();
-    // Since when a connection was had, while nothing has been understood.
-    let mut strange_since = None;
+    // When it first took a connection.
+    let mut connected_since = None;
     let mut understood = false;
     loop {
         for address in addresses {
@@ -245,6 +245,7 @@ pub async fn answering(
             let domain = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
             let socket = place.socket(domain, libc::SOCK_STREAM, 0).await?;
             let Ok(Ok(socket)) = timeout(TRY, connect(socket, address)).await else { continue };
+            let since = *connected_since.get_or_insert_with(Instant::now);
             let limit = if strictness == Strictness::Lenient && !understood { SILENCE } else { ANSWER };
             let answer = timeout(limit, ask(socket, protocol)).await.ok().and_then(Result::ok).flatten();
             match answer {
@@ -252,8 +253,7 @@ pub async fn answering(
                 Some(Answer::NotYet) => understood = true,
                 Some(Answer::Foreign) if strictness == Strictness::Lenient => return Ok(()),
                 Some(Answer::Foreign) | None => {
-                    let since = *strange_since.get_or_insert_with(Instant::now);
-                    if strictness == Strictness::Lenient && !understood && since.elapsed() > SILENCE {
+                    if strictness == Strictness::Lenient && !understood && since.elapsed() >= SILENCE {
                         return Ok(());
                     }
                 }
