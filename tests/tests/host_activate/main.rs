@@ -3,6 +3,7 @@
 //! named.
 
 mod activated;
+mod clients;
 mod crossover;
 mod direct;
 mod doctor;
@@ -44,6 +45,8 @@ const BOTH: &[Case] = &[
     ),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
+    ("clients of PostgreSQL in other containers", clients::postgresql),
+    ("clients of redis in other containers", clients::redis),
     ("reloaded under pgbench", reload::under_pgbench),
     ("no system call with half an argument undefined", words::nothing_undefined),
     ("a service that Podman and all may make no socket for", direct::restricted),
