@@ -2,7 +2,7 @@
 //! container behind `podman run --publish`, never more.
 
 use anyhow::{Context as _, Result, ensure};
-use bro_tests::host::site::{PATIENCE, Plan, Site};
+use bro_tests::host::site::{INNER, PATIENCE, Plan, Site};
 use bro_tests::host::{Host, Manager};
 
 /// Whom containers know the host as.
@@ -186,6 +186,84 @@ pub fn redis(host: &Host, manager: Manager) -> Result<()> {
             );
         }
         ensure!(inside(&site, &["redis-cli", "set", "a", "1"])? == "OK", "it does not trust its own host");
+    }
+    Ok(())
+}
+
+/// Says to each client who it is.
+const WHOM: &str = r"import socket,sys
+s=socket.create_server(('127.0.0.1',int(sys.argv[1])))
+while True:
+    c,a=s.accept(); c.sendall(a[0].encode()); c.close()
+";
+
+/// A forwarder that finds its target by this option, at a port of its own. Dropping it stops it.
+struct Found<'h> {
+    host: &'h Host,
+    manager: Manager,
+    port: u16,
+}
+
+impl<'h> Found<'h> {
+    const UNIT: &'static str = "found";
+
+    fn new(host: &'h Host, manager: Manager, option: [&str; 2], inner: &str) -> Result<Self> {
+        let found = Self { host, manager, port: host.free_port()? };
+        let scope = if manager == Manager::System { "--system" } else { "--user" };
+        let (unit, listen) = (format!("--unit={}", Self::UNIT), format!("0.0.0.0:{}", found.port));
+        let transient = ["systemd-run", scope, "--quiet", "--collect", "--service-type=notify", &unit];
+        let target = format!("127.0.0.1:{inner}");
+        let forward = ["/usr/local/bin/bro", "forward", "--listen", &listen, option[0], option[1], &target];
+        manager.run(host, &[&transient[..], &forward].concat())?;
+        Ok(found)
+    }
+}
+
+impl Drop for Found<'_> {
+    fn drop(&mut self) {
+        self.manager.systemctl(self.host, &["stop", Self::UNIT]).ok();
+    }
+}
+
+/// A client on the host's loopback interface and one on its network, through the forwarder of a container, of a process and of a
+/// namespace: which of these it is makes no difference, and none is ever seen as a local one.
+pub fn by_place(host: &Host, manager: Manager) -> Result<()> {
+    host.write("/srv/whom.py", WHOM)?;
+    let ask = |port: u16| -> Result<[String; 2]> {
+        let one = |ip: &str| host.sh(&format!("timeout 20 socat -u TCP:{ip}:{port} -"));
+        Ok([one("127.0.0.1")?, one("192.0.2.1")?])
+    };
+    for network in networks(manager).into_iter().chain(["Network=host"]) {
+        // On the host's network others may have the usual one.
+        let inner = if network == "Network=host" { host.free_port()? } else { INNER }.to_string();
+        let container = format!(
+            "Rootfs={}:O\nVolume=/srv/whom.py:/srv/whom.py:ro\nStopSignal=SIGKILL\n\
+             Exec=/usr/bin/python3 /srv/whom.py {inner}",
+            manager.image()
+        );
+        let plan = Plan { network, ..Plan::new(&container, "", "") };
+        let options = ["--internal-port", &inner, "--exit-idle-time", "1min"];
+        let site = Site::activated(host, manager, "whom", &plan, &options)?;
+        let came = ask(site.port).with_context(|| format!("{network}\n{}", site.journals()))?;
+        let wanted = match network {
+            "Network=none" => ["169.254.1.2".to_owned(), "192.0.2.1".to_owned()],
+            "Network=host" => {
+                let own = host.run(&["hostname", "-I"])?;
+                ensure!(own.split_whitespace().any(|ip| ip == came[0]), "{network}: {came:?} of {own}");
+                [came[0].clone(), came[0].clone()]
+            }
+            _ => {
+                let own = seen(&site, network, Client::Host)?;
+                [own.clone(), own]
+            }
+        };
+        ensure!(came == wanted && !came[0].starts_with("127."), "{network}: {came:?}, not {wanted:?}");
+        let pid = manager.run(host, &["podman", "inspect", "--format", "{{.State.Pid}}", "systemd-whom"])?;
+        for option in [["--pid", &pid], ["--netns", &format!("/proc/{pid}/ns/net")]] {
+            let found = Found::new(host, manager, option, &inner)?;
+            let came = ask(found.port).with_context(|| format!("{network}, {option:?}"))?;
+            ensure!(came == wanted, "{network}, {option:?}: {came:?}, not {wanted:?}");
+        }
     }
     Ok(())
 }
