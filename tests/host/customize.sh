@@ -11,7 +11,7 @@ for unit in systemd-networkd.service systemd-networkd-wait-online.service system
     nftables.service podman-auto-update.service podman-auto-update.timer \
     podman.socket podman.service podman-restart.service podman-clean-transient.service \
     apt-daily.timer apt-daily.service apt-daily-upgrade.timer fstrim.timer dpkg-db-backup.timer e2scrub_all.timer \
-    e2scrub_reap.service postgresql.service redis-server.service nginx.service systemd-tpm2-setup.service \
+    e2scrub_reap.service postgresql.service redis-server.service nginx.service haproxy.service systemd-tpm2-setup.service \
     systemd-tpm2-setup-early.service; do
     ln -sf /dev/null "$root/etc/systemd/system/$unit"
 done

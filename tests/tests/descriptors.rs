@@ -1,15 +1,25 @@
-//! Descriptors that one side passes over a unix socket (SCM_RIGHTS) are refused, and nobody loses one in silence.
+//! Descriptors that one side passes over a unix socket (SCM_RIGHTS) are refused, and nobody loses one in silence. Credentials
+//! (SCM_CREDENTIALS) are lost, and why that is so.
 
-use std::io::IoSlice;
-use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::forwarder::Forwarder;
-use bro_tests::peers::{Conn, Family, PATIENCE};
+use bro_tests::peers::{Conn, Family, PATIENCE, wait_for};
 use bro_tests::scene::{Scene, expect_relayed};
+use bro_tests::tier::{Need, met};
 use bro_tests::{process, require_namespaces};
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::libc;
+use nix::poll::PollFlags;
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, UnixCredentials, getsockopt, recvmsg, sendmsg, setsockopt,
+    sockopt,
+};
 
 const RELAYS: [&str; 3] = ["--relay=splice", "--relay=copy", "--relay=auto"];
 
@@ -96,6 +106,76 @@ fn what_was_sent_before_the_forwarder_was_there_ends_the_connection() -> Result<
         second.recv_exact(&mut bytes)?;
         ensure!(&bytes == b"ping", "{relay}: {bytes:?} came");
         drop((client, honest, first, second));
+        forwarder.stop()?;
+    }
+    Ok(())
+}
+
+/// Another user than this process's.
+const OTHER: u32 = 4711;
+
+/// Sends a byte and says that it is the other user's, as only root may.
+fn claim(through: &impl AsFd) -> Result<()> {
+    let other = libc::ucred { pid: std::process::id().cast_signed(), uid: OTHER, gid: OTHER };
+    let other = UnixCredentials::from(other);
+    let claim = [ControlMessage::ScmCredentials(&other)];
+    let fd = through.as_fd().as_raw_fd();
+    sendmsg::<()>(fd, &[IoSlice::new(b"x")], &claim, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
+}
+
+/// Receives a byte: whose it is said to be, if that is said, and what else the kernel says of it.
+fn receive(from: &impl AsFd) -> Result<(Option<u32>, MsgFlags)> {
+    let mut byte = [0];
+    let mut parts = [IoSliceMut::new(&mut byte)];
+    let mut room = nix::cmsg_space!(UnixCredentials);
+    let message = recvmsg::<()>(from.as_fd().as_raw_fd(), &mut parts, Some(&mut room), MsgFlags::empty())?;
+    let user = message.cmsgs()?.find_map(|part| match part {
+        ControlMessageOwned::ScmCredentials(said) => Some(said.uid()),
+        _ => None,
+    });
+    Ok((user, message.flags))
+}
+
+/// Why they are not refused: a receiver is not told of them, or it is told of the kernel's own as well, which look the same.
+#[test]
+fn credentials_that_are_passed_look_like_those_that_the_kernel_adds() -> Result<()> {
+    if !met("credentials_that_are_passed_look_like_those_that_the_kernel_adds", &[Need::Root]) {
+        return Ok(());
+    }
+    let (ours, theirs) = UnixStream::pair()?;
+    claim(&ours)?;
+    ensure!(receive(&theirs)? == (None, MsgFlags::empty()), "who has not asked for them is told");
+    setsockopt(&theirs, sockopt::PassCred, &true)?;
+    claim(&ours)?;
+    let passed = receive(&theirs)?;
+    // A child that has become another user since the connection was made, and says nothing of itself.
+    let child = Command::new("printf").arg("x").uid(OTHER).stdout(OwnedFd::from(ours)).status()?;
+    ensure!(child.success(), "{child}");
+    let added = receive(&theirs)?;
+    ensure!(passed == added && passed.0 == Some(OTHER), "{passed:?} and {added:?} can be told apart");
+    ensure!(getsockopt(&theirs, sockopt::PeerCredentials)?.uid() == 0, "it is not root who has connected");
+    Ok(())
+}
+
+#[test]
+fn credentials_that_are_passed_end_at_the_forwarder_and_the_bytes_do_not() -> Result<()> {
+    if !met("credentials_that_are_passed_end_at_the_forwarder_and_the_bytes_do_not", &[Need::Root]) {
+        return Ok(());
+    }
+    for relay in RELAYS {
+        let mut scene = Scene::of(Family::Unix)?;
+        let service = scene.serve()?;
+        let forwarder = scene.start(&[relay])?;
+        let (client, accepted) = (scene.client()?, service.accept()?);
+        expect_relayed(&client, &accepted)?;
+        setsockopt(&accepted, sockopt::PassCred, &true)?;
+        claim(&client)?;
+        wait_for(accepted.as_fd(), PollFlags::POLLIN, PATIENCE)?;
+        // The user of who has sent it last.
+        ensure!(receive(&accepted)?.0 == Some(0), "{relay}: a client's claim came through");
+        expect_relayed(&client, &accepted)?;
+        drop((client, accepted));
         forwarder.stop()?;
     }
     Ok(())

@@ -102,6 +102,58 @@ fn the_service_sees_each_client_by_its_own_address_and_port() -> Result<()> {
     Ok(())
 }
 
+/// The interface that a link-local address is of is known on the client's side alone.
+#[test]
+fn a_link_local_client_keeps_its_address() -> Result<()> {
+    if !met("a_link_local_client_keeps_its_address", &[Need::Root]) {
+        return Ok(());
+    }
+    let street = Street::new(&[])?;
+    let client = street.neighbour(1)?;
+    for (namespace, interface, ip) in [(&street.namespace, "n1", "fe80::1"), (&client, "eth0", "fe80::2")] {
+        // Without the kernel's own, which it may choose as well.
+        inside(namespace, &["ip", "-6", "address", "flush", "dev", interface])?;
+        inside(namespace, &["ip", "address", "add", &format!("{ip}/64"), "dev", interface, "nodad"])?;
+    }
+    let (near, far) = (index(&street.namespace, "n1")?, index(&client, "eth0")?);
+    let ways = [(WAYS[0], "--relay=splice"), (WAYS[1], "--relay=copy"), (WAYS[0], "--relay=auto")];
+    for (way, relay) in ways {
+        for (front, back) in [
+            ("[::]:0".to_owned(), Family::Tcp6),
+            (format!("[fe80::1%{near}]:0"), Family::Tcp6),
+            ("[::]:0".to_owned(), Family::Tcp4),
+        ] {
+            let namespace = Namespace::new()?;
+            let front = street.front(&front)?;
+            let service = Listener::new(&namespace, &loopback(back))?;
+            let setup = way(Setup::new().socket(&front), &namespace).arg(relay);
+            let forwarder = setup.arg(service.address().to_string()).start()?;
+            for _ in 0..2 {
+                let to = format!("[fe80::1%{far}]:{}", port(front.address()));
+                let ours = Conn::new(&client, &Address::Tcp(to.parse()?))?;
+                let served = service.accept().with_context(|| format!("{:#?}", forwarder.log().lines()))?;
+                let came = seen(&served)?;
+                let what = format!("through {} to {}: {came}", front.address(), service.address());
+                ensure!(came.port() == port(&ours.address()?), "{what}");
+                match came {
+                    SocketAddr::V6(came) => ensure!(came.ip().to_string() == "fe80::2", "{what}"),
+                    // Of the whole address: all of them are of one network.
+                    SocketAddr::V4(came) => ensure!(came.ip().octets()[0] >= 240, "{what}"),
+                }
+                expect_relayed(&ours, &served)?;
+            }
+            forwarder.stop()?;
+        }
+    }
+    Ok(())
+}
+
+/// The number of an interface.
+fn index(namespace: &Namespace, interface: &str) -> Result<u32> {
+    let said = inside(namespace, &["ip", "-o", "link", "show", "dev", interface])?;
+    Ok(said.split(':').next().unwrap_or_default().parse()?)
+}
+
 #[test]
 fn a_client_over_a_unix_socket_is_no_local_one() -> Result<()> {
     require_namespaces!();
@@ -333,6 +385,33 @@ fn a_container_with_a_network_is_shown_its_own_address() -> Result<()> {
         drop((ours, served));
         forwarder.stop()?;
     }
+    Ok(())
+}
+
+/// As `Network=host`: the service is where its clients come in, and so is their loopback interface.
+#[test]
+fn on_the_hosts_own_network_clients_are_the_host_and_not_local_ones() -> Result<()> {
+    if !met("on_the_hosts_own_network_clients_are_the_host_and_not_local_ones", &[Need::Root]) {
+        return Ok(());
+    }
+    let street = Street::new(&[])?;
+    let stranger = street.neighbour(1)?;
+    let service = Listener::new(&street.namespace, &loopback(Family::Tcp4))?;
+    let front = street.front("0.0.0.0:0")?;
+    for way in WAYS {
+        let setup = way(Setup::new().socket(&front), &street.namespace);
+        let forwarder = setup.arg(service.address().to_string()).start()?;
+        for (place, to) in
+            [(&stranger, "10.66.1.1"), (&street.namespace, "10.66.1.1"), (&street.namespace, "127.0.0.1")]
+        {
+            let ours = Conn::new(place, &at(&front, to)?)?;
+            let served = service.accept()?;
+            ensure!(seen(&served)?.ip().to_string() == "10.66.1.1", "{to}: {}", seen(&served)?);
+            expect_relayed(&ours, &served)?;
+        }
+        forwarder.stop()?;
+    }
+    ensure!(!rules(&street.namespace)?.contains("6451823"), "{}", rules(&street.namespace)?);
     Ok(())
 }
 

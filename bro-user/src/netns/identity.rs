@@ -158,7 +158,7 @@ impl Actor {
         Ok(actor)
     }
 
-    /// Does `connect` as this user, and without a capability. For a process without threads, which ends if it cannot be itself again.
+    /// Does `connect` as this user, and without a capability. For a process without threads, which ends if it cannot be what it was.
     ///
     /// # Errors
     /// [`NOT_PERMITTED`], or what `connect` fails with.
@@ -178,9 +178,12 @@ impl Actor {
             (Err(Errno::EINVAL), _) => Err(UNMAPPED),
             _ => Err(NOT_PERMITTED),
         };
-        let restored = setresuid(same.0, user, same.0).is_ok()
-            && caps::set(None, CapSet::Effective, &rights).is_ok()
-            && setresgid(same.1, group, same.1).is_ok();
+        // Without capabilities: then nothing but this process's own ids can be meant. A user namespace that has not these
+        // (`UserNS=nomap`) knows no way back: there it stays the other user, whom nothing trusts, and has its capabilities again.
+        let back = |done: nix::Result<()>| matches!(done, Ok(()) | Err(Errno::EPERM | Errno::EINVAL));
+        let restored = back(setresuid(same.0, user, same.0))
+            && back(setresgid(same.1, group, same.1))
+            && caps::set(None, CapSet::Effective, &rights).is_ok();
         if !restored {
             // Whatever it did next it would do as the wrong user.
             sys::exit_now(1);

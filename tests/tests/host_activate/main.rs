@@ -3,11 +3,13 @@
 //! named.
 
 mod activated;
+mod clients;
 mod crossover;
 mod direct;
 mod doctor;
 mod examples;
 mod faults;
+mod haproxy;
 mod helper;
 mod networks;
 mod power;
@@ -44,11 +46,16 @@ const BOTH: &[Case] = &[
     ),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
+    ("clients of PostgreSQL in other containers", clients::postgresql),
+    ("clients of redis in other containers", clients::redis),
+    ("whom a service sees, wherever it is and however it is found", clients::by_place),
+    ("HAProxy on either side, by PROXY v1 and v2", haproxy::on_either_side),
     ("reloaded under pgbench", reload::under_pgbench),
     ("no system call with half an argument undefined", words::nothing_undefined),
     ("a service that Podman and all may make no socket for", direct::restricted),
     ("a command in the container's network", helper::by_its_owner),
     ("unix_socket: whom a service sees through a confined forwarder", unix_socket::who_connects),
+    ("unix_socket: whom a service sees in a user namespace of its own", unix_socket::mapped),
     ("status and doctor", doctor::status_and_doctor),
     ("doctor and a forwarder that is confined too much", doctor::confined_forwarder),
     ("activated several times at once", faults::twice_at_once),

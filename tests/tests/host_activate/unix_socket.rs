@@ -1,7 +1,7 @@
 //! A service on a unix socket behind the confined forwarders that `bro activate` writes: its clients are nobody to it, and `bro doctor`
 //! says so where it does not let nobody in.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::site::{PATIENCE, Plan, Site};
 use bro_tests::host::{Host, Manager};
 
@@ -81,5 +81,35 @@ pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
         removed?;
         manager.systemctl(host, &["stop", "theirs.service"])?;
     }
+    Ok(())
+}
+
+/// Containers of an image, whose files Podman maps as `UIDMap=` and `nomap` say. PostgreSQL's `peer` names the user that it sees and that
+/// its system does not know.
+pub fn mapped(host: &Host, manager: Manager) -> Result<()> {
+    const IMAGE: &str = "docker.io/library/postgres";
+    manager.import_image(host, "postgres", IMAGE)?;
+    let line = match manager {
+        Manager::System => "UIDMap=0:300000:65536\nGIDMap=0:300000:65536",
+        Manager::User(_) => "UserNS=nomap",
+    };
+    let container = format!(
+        "Image={IMAGE}\n{line}\nEnvironment=POSTGRES_PASSWORD=secret\n\
+         Exec=sh -c 'echo local all all peer >/var/lib/postgresql/data/pg_hba.conf; \
+         exec postgres -c listen_addresses= -c unix_socket_directories=/tmp'"
+    );
+    let options = ["--internal-port", "/tmp/.s.PGSQL.5432", "--exit-idle-time", "1min"];
+    let site = Site::activated(host, manager, "mapped", &Plan::new(&container, "", ""), &options)?;
+    let psql = format!("psql -w -U postgres -h 127.0.0.1 -p {} -Atc 'select 1' 2>&1 || true", site.port);
+    let mut said = String::new();
+    host.wait_until("PostgreSQL's answer", PATIENCE, || {
+        said = host.sh(&psql)?;
+        Ok(!said.contains("starting up"))
+    })?;
+    ensure!(said.contains("Peer authentication failed"), "{said}\n{}", site.journals());
+    let log = manager.run(host, &["sh", "-c", "podman logs systemd-mapped 2>&1"])?;
+    let seen = log.split_once("local user ID ").and_then(|(_, rest)| rest.split_once(':'));
+    let seen: u32 = seen.with_context(|| log.clone())?.0.parse()?;
+    ensure!((65520..=65531).contains(&seen), "it sees {seen}");
     Ok(())
 }

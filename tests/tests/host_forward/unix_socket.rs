@@ -24,8 +24,8 @@ fn seen(site: &Site<'_>) -> Result<(u32, u32, i32)> {
 }
 
 pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
-    // With other user namespaces (UIDMap=, nomap) Podman does not start a container of a root that is not its own, as this host's
-    // images are.
+    // With other user namespaces (UIDMap=, nomap) Podman does not start a container of a root that it cannot map, as this host's is with
+    // `:O`: host_activate has those of an image.
     let namespaces: &[&str] = match manager {
         Manager::System => &[""],
         Manager::User(_) => &["", "UserNS=keep-id"],

@@ -2,6 +2,9 @@
 //! gets what it gets over the network, never more, and nobody pays for another.
 #![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
 
+mod loopback_users;
+mod mariadb;
+
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -75,11 +78,14 @@ impl Stand {
         fs::read_to_string(self.log()).unwrap_or_default()
     }
 
-    fn forward(&self, relay: &[&str]) -> Result<(Listener, Forwarder)> {
+    fn forward(&self, options: &[&str]) -> Result<(Listener, Forwarder)> {
+        self.forward_to(&format!("127.0.0.1:{INSIDE}"), options)
+    }
+
+    fn forward_to(&self, target: &str, options: &[&str]) -> Result<(Listener, Forwarder)> {
         let front = self.street.front("0.0.0.0:0")?;
-        let setup = Setup::new().socket(&front).pid(&self.namespace).args(relay.iter().copied());
-        let forwarder = setup.arg(format!("127.0.0.1:{INSIDE}")).start()?;
-        Ok((front, forwarder))
+        let setup = Setup::new().socket(&front).pid(&self.namespace).args(options.iter().copied());
+        Ok((front, setup.arg(target).start()?))
     }
 
     /// A client's command, from this stranger, or (`None`) from the host that the socket is on.
