@@ -148,17 +148,13 @@ pub fn backlog(listener: BorrowedFd<'_>) -> io::Result<u64> {
     }
     let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes into `info`, of which zeros are valid too.
-    let (result, info) = unsafe {
-        let result = libc::getsockopt(
-            listener.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            info.as_mut_ptr().cast(),
-            &raw mut length,
-        );
-        (result, info.assume_init())
+    let place = info.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most `length` bytes to `place`, which is `info`.
+    let result = unsafe {
+        libc::getsockopt(listener.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length)
     };
+    // SAFETY: it consists of integers, for which zeros will do where the kernel has written nothing.
+    let info = unsafe { info.assume_init() };
     let errno = nix::errno::Errno::result(result);
     match errno {
         Ok(_) => Ok(u64::from(info.tcpi_unacked.max(1))),

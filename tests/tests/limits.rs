@@ -196,6 +196,8 @@ fn out_of_descriptors_it_backs_off_and_recovers() -> Result<()> {
     ensure!((1..CLIENTS).contains(&served), "{served} served at once");
     ensure!(forwarder.is_running()?, "it has ended");
     forwarder.expect_no_spin(MOMENT * 2)?;
+    let is_told = || forwarder.log().complaints().iter().any(|line| line.contains("LimitNOFILE="));
+    ensure!(process::eventually(PATIENCE, is_told), "{:#?}", forwarder.log().lines());
     let told = forwarder.log().complaints();
     ensure!((1..4).contains(&told.len()), "want it told, and told briefly: {told:#?}");
     // As connections end, everyone gets a turn.

@@ -84,9 +84,10 @@ async fn troubled(manager: Manager) -> anyhow::Result<Vec<Trouble>> {
 fn forwarder(properties: &Properties) -> Option<String> {
     // a(sasbttttuii): the program, its words, …
     let Variant::Array(commands) = &**properties.get("ExecStart")? else { return None };
-    let Some(Variant::Structure(command)) = commands.iter().next() else { return None };
+    let Some(Variant::Structure(command)) = commands.first() else { return None };
     let [Variant::Str(program), Variant::Array(words), ..] = command.fields() else { return None };
-    let is_forward = matches!(words.iter().nth(1), Some(Variant::Str(word)) if word.as_str() == "forward");
+    let words: &[Variant<'_>] = words;
+    let is_forward = matches!(words.get(1), Some(Variant::Str(word)) if word.as_str() == "forward");
     let name = program.as_str().rsplit('/').next()?;
     (is_forward && name == "bro").then(|| program.as_str().to_owned())
 }

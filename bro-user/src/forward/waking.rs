@@ -161,15 +161,15 @@ impl Control<'_> {
     /// Ends the wait for a service that has been started long ago, is not ready, and that nobody waits for.
     pub(super) fn give_up_on_slow_starts(&mut self) {
         let too_long = self.activator.progress().started.is_some_and(|started| started.elapsed() > SLOWEST);
-        let given_up: Vec<usize> = self
-            .waking()
-            .filter(|(_, waking)| too_long && waking.until.is_none())
-            .map(|(backend, _)| backend)
-            .collect();
+        if !too_long || Stats::get(&self.stats.held) > 0 || !self.wakers.is_empty() {
+            return;
+        }
+        let given_up: Vec<usize> = self.waking().map(|(backend, _)| backend).collect();
         for backend in given_up {
             let target = &self.targets[backend];
             tracing::error!(%target, "the service {} within {SLOWEST:?} of its unit's start; not waiting any more", self.options.ready.lacking());
             self.give_up(backend);
+            self.engine.send(Plain::Failed { backend, end: End::StartTimeout });
         }
     }
 
