@@ -4,7 +4,9 @@ pub mod bus;
 pub mod command;
 pub mod container;
 pub mod ownership;
+pub mod progress;
 pub mod ready;
+pub mod restart;
 pub mod rootless;
 pub mod runs;
 pub mod sources;
@@ -35,6 +37,7 @@ use crate::target::Target;
 use bus::{Bus, Manager};
 use command::Outcome;
 use container::Inspected;
+use progress::Progress;
 use ready::Ready;
 use runs::Runs;
 use watching::{Service, Watching};
@@ -76,6 +79,8 @@ pub struct Activator {
     runs: Arc<Runs>,
     /// Follows them.
     following: Mutex<JoinSet<()>>,
+    /// How far its start is, while it is waited for.
+    progress: std::sync::Mutex<Progress>,
     manager: Manager,
     ready: Ready,
     source: sources::Wanted,
@@ -159,6 +164,7 @@ impl Activator {
             runs: Arc::new(Runs::of(unit.clone().unwrap_or_default())),
             unit,
             following: Mutex::default(),
+            progress: std::sync::Mutex::default(),
             manager,
             ready,
             source,
@@ -299,7 +305,38 @@ impl Activator {
                 Ok(never) => match never {},
                 Err(error) => Err(error),
             },
+            never = self.follow_progress(unit) => match never {},
         }
+    }
+
+    /// How far the unit's start is, or was when it was last waited for.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note_progress(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Has [`Activator::progress`] say what the unit does.
+    async fn follow_progress(&self, unit: &str) -> std::convert::Infallible {
+        loop {
+            sleep(progress::STEP).await;
+            // A service manager that executes itself anew says nothing for a moment.
+            let Ok(bus) = self.bus().await else { continue };
+            if let Ok(start) = bus.how_far(unit).await {
+                let doing = crate::exit::on_one_line(&format!("{unit} {}", start.words()));
+                self.note_progress(|progress| progress.doing = doing);
+            }
+        }
+    }
+
+    /// Is the service manager starting the unit just now, for whomever?
+    pub async fn is_starting(&self) -> bool {
+        let Some(unit) = &self.unit else { return false };
+        let Ok(bus) = self.bus().await else { return false };
+        bus.how_far(unit).await.is_ok_and(|start| start.is_under_way())
     }
 
     /// Starts the unit, then watches it for as long as it is waited for. Returns only to say that it failed. A service manager that
@@ -338,16 +375,37 @@ impl Activator {
         started: &tokio::sync::Notify,
         silent_since: &mut Option<tokio::time::Instant>,
     ) -> anyhow::Result<std::convert::Infallible> {
+        self.note_progress(|progress| *progress = Progress::default());
         // Before the look at the unit: from here on no other forwarder stops it.
         self.begin_use(unit).await;
         let bus = self.bus().await?;
-        let before = bus.look(unit).await?;
-        if before.is_running() {
-            self.runs.see(&before);
-        } else {
-            self.runs.order(&before);
-        }
-        self.follow_runs(&bus).await;
+        let before = loop {
+            let look = bus.look(unit).await?;
+            // After that look, and about the same state: between two of them its process may end.
+            if look.is_between() && restart::awaited(&bus, unit).await? != look.state {
+                continue;
+            }
+            if look.is_running() {
+                self.runs.see(&look);
+            } else {
+                self.runs.order(&look);
+            }
+            self.follow_runs(&bus).await;
+            if !look.is_active() {
+                break look;
+            }
+            // There is nothing to order. To order it all the same would start it against its start limit where its process has just
+            // ended, and systemd is about to restart it.
+            self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
+            findable.notify_one();
+            started.notify_one();
+            while bus::is_active(&bus.active_state(unit).await?) {
+                *silent_since = None;
+                sleep(WATCH).await;
+            }
+            // Nobody may have taken notice of that yet.
+            futures_lite::future::poll_once(started.notified()).await;
+        };
         // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients. Nor is
         // anything looked for before systemd has the order: finding it ends this. Where no process tells that it is there (in
         // the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is tried
@@ -382,7 +440,11 @@ impl Activator {
                 unit,
                 "the unit ended without having said that it is ready (Result=protocol); it is started once more"
             );
-            self.runs.order(&bus.look(unit).await?);
+            let _state = restart::awaited(&bus, unit).await?;
+            let now = bus.look(unit).await?;
+            if !now.is_running() {
+                self.runs.order(&now);
+            }
             result = bus.start(unit).await.with_context(cannot)?;
         }
         if result != "done" {
@@ -390,6 +452,7 @@ impl Activator {
             self.runs.withdraw(&bus.look(unit).await?);
             bail!("starting {unit} ended with “{result}”; see `{} {unit}`", self.manager.journal());
         }
+        self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
         findable.notify_one();
         started.notify_one();
         loop {

@@ -6,6 +6,7 @@
 pub mod address;
 mod apply;
 mod interrupt;
+mod patience;
 pub(crate) mod program;
 mod published;
 mod refusals;

@@ -181,9 +181,9 @@ pub struct Forward {
     #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::timespan::limit)]
     pub idle_timeout: TimeSpan,
 
-    /// How many connections at once; further clients wait in the kernel's backlog
-    #[arg(short = 'c', long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub connections_max: u32,
+    /// How many connections at once; further clients wait in the kernel's backlog (default: as many as the limit on descriptors allows)
+    #[arg(short = 'c', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub connections_max: Option<u32>,
 
     /// How many connections at once from one source (an IPv4 address, the /64 of an IPv6 one, or, over unix, a user); further ones are
     /// reset
@@ -218,7 +218,7 @@ pub struct Forward {
     ///
     /// The kernel's receive path for such sockets has a flaw: a blocking recv that is interrupted by a signal (even with
     /// SA_RESTART), or that follows a shutdown of the sending side, can fail with EAGAIN. Only for programs that bear it.
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
     pub blocking_sockets: bool,
 
     /// Tell the service who its client is, by a PROXY protocol header in front of the client's bytes: v1 (text) or v2 (binary)
@@ -266,6 +266,16 @@ pub enum LocalClients {
     On,
     /// Clients in this cgroup and below.
     Cgroup(PathBuf),
+}
+
+impl std::fmt::Display for LocalClients {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::On => f.write_str("on"),
+            Self::Cgroup(path) => path.display().fmt(f),
+        }
+    }
 }
 
 impl std::str::FromStr for LocalClients {

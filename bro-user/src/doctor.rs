@@ -4,6 +4,7 @@
 mod confinement;
 mod features;
 mod forwarder;
+mod forwarders;
 mod host;
 mod image;
 mod listens;
@@ -19,6 +20,7 @@ use std::io::Write as _;
 
 use serde::Serialize;
 
+use crate::activate::bus::Manager;
 use crate::exit;
 
 /// How a check came out.
@@ -80,6 +82,7 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
                 host::namespaces(),
                 selinux::program(),
                 host::listeners().await,
+                forwarders::check(Manager::choose(options.system, options.user)).await,
                 host::pipes(),
                 host::descriptors(),
                 host::cgroup(),

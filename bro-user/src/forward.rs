@@ -3,6 +3,7 @@
 
 mod replacing;
 mod sleeping;
+mod waiting;
 mod waking;
 
 use std::collections::HashMap;
@@ -97,6 +98,10 @@ fn route(options: &Forward, listeners: Vec<Listener>) -> Result<Routes, Failure>
 /// the kernel relay's maps.
 const RESERVED_DESCRIPTORS: u64 = 128;
 
+/// For how many connections the kernel relay has lanes where nobody has said how many there may be: more are spliced. Lanes take memory
+/// from the start, connections only when they come.
+const LANES: u32 = 256;
+
 /// Raises the limit on descriptors as far as may be, and says how many are left for connections and pipes.
 fn descriptors_for_connections() -> usize {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -147,8 +152,9 @@ pub fn run(
     let mut addresses = AddressBook::new(slot(targets.len(), 0))?;
     // Before the first thread.
     let private = predecessor.as_ref().map(Predecessor::descriptor);
-    let (relay, channel) =
-        process::start(&settings(options), &listeners, &targets, &mut addresses, &stats, private)?;
+    let settings = settings(options);
+    let limit = waiting::Limit::new(options.connections_max, settings.connections_max);
+    let (relay, channel) = process::start(&settings, &listeners, &targets, &mut addresses, &stats, private)?;
     // After it: none of this is the relay process's either.
     let bequest = predecessor.as_ref().and_then(Predecessor::bequest);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -168,6 +174,7 @@ pub fn run(
         let mut control =
             Control::start(options, &listeners, targets, activator, engine, local_clients, bequest)?;
         control.replacing.program = Some(program);
+        control.limit = limit;
         control.run(predecessor).await
     })
 }
@@ -234,7 +241,7 @@ fn load_kernel_relay(options: &Forward, bequest: Option<Bequest>) -> Option<Load
         return None;
     }
     let config = kernel::Config {
-        connections: options.connections_max,
+        connections: options.connections_max.unwrap_or(LANES),
         hook_blocking: options.blocking_sockets,
         bear_fionread: options.relay == RelayChoice::Sockmap,
         trace: kernel::trace_wanted(),
@@ -255,9 +262,9 @@ fn clients_namespace(listeners: &[(Listener, usize)]) -> Option<u64> {
 
 /// What the command line decides for the engine.
 fn settings(options: &Forward) -> Settings {
-    let asked = options.connections_max as usize;
-    let (connections_max, pipes) = fitting(descriptors_for_connections(), asked);
-    if connections_max < asked {
+    let asked = options.connections_max.map(|most| most as usize);
+    let (connections_max, pipes) = fitting(descriptors_for_connections(), asked.unwrap_or(usize::MAX));
+    if let Some(asked) = asked.filter(|&asked| connections_max < asked) {
         tracing::warn!(
             "--connections-max={asked} is more than the limit on descriptors allows: {connections_max} at once (LimitNOFILE=)"
         );
@@ -347,6 +354,8 @@ struct Control<'a> {
     awake_since: Option<(Instant, SystemTime)>,
     /// When a target was woken last; before that, when the forwarder started.
     woken_at: Instant,
+    /// Nobody was there any more when a long start had succeeded: the service is kept for those who come again, until then.
+    kept_until: Instant,
     /// Who woke it last.
     woken_by: Option<String>,
     /// Wakes that failed.
@@ -359,6 +368,7 @@ struct Control<'a> {
     /// Answers to the question who is busy.
     said_busy: (UnboundedSender<Option<String>>, UnboundedReceiver<Option<String>>),
     phase: Phase,
+    limit: waiting::Limit,
     replacing: replacing::Replacing<'a>,
     failure: Option<anyhow::Error>,
 }
@@ -389,12 +399,13 @@ impl<'a> Control<'a> {
             listeners: described,
             started: Instant::now(),
             control: control::Server::start_or_warn(),
-            wakefulness: vec![Wakefulness::Asleep; targets.len()],
+            wakefulness: targets.iter().map(|_| Wakefulness::Asleep).collect(),
             wakes: JoinSet::new(),
             refusals: vec![waking::Refusals::default(); targets.len()],
             watched: targets.iter().map(|_| Weak::new()).collect(),
             awake_since: None,
             woken_at: Instant::now(),
+            kept_until: Instant::now(),
             woken_by: None,
             failures: Failures::of(options.unit.as_deref(), &targets),
             wakers: Vec::new(),
@@ -417,6 +428,7 @@ impl<'a> Control<'a> {
             woken: unbounded_channel(),
             gone: unbounded_channel(),
             phase: Phase::Serving,
+            limit: waiting::Limit::new(None, usize::MAX),
             replacing: replacing::Replacing::new(listeners),
             failure: None,
         })
@@ -453,6 +465,7 @@ impl<'a> Control<'a> {
         }
         loop {
             let idle_at = self.idle_deadline();
+            let impatient_at = self.impatience();
             let draining_until = if let Phase::Draining(until) = self.phase { Some(until) } else { None };
             tokio::select! {
                 event = self.events.recv() => match event {
@@ -490,6 +503,7 @@ impl<'a> Control<'a> {
                         self.idle_time_is_over();
                     }
                 }
+                () = sleep_until(impatient_at.unwrap_or_else(Instant::now)), if impatient_at.is_some() => self.loses_patience(),
                 () = sleep_until(draining_until.unwrap_or_else(Instant::now)), if draining_until.is_some() => {
                     self.engine.send(Plain::EndAll(End::DrainTimeout));
                     // Somebody else may have to be waited for still.
@@ -503,6 +517,10 @@ impl<'a> Control<'a> {
                     self.replacing.tell(&self.stats);
                     if matches!(self.phase, Phase::Draining(_)) {
                         self.give_up_where_in_the_way();
+                    }
+                    self.give_up_on_slow_starts();
+                    if self.phase == Phase::Serving {
+                        self.limit.look(Stats::get(&self.stats.open), self.replacing.listeners());
                     }
                     if let Some(news) = self.foreign.as_mut().and_then(|foreign| foreign.news(std::time::Instant::now())) {
                         left_alone(news);
@@ -544,8 +562,19 @@ impl<'a> Control<'a> {
             _ if self.who_is_busy().is_some() => {
                 format!("Idle, but busy: {}", self.who_is_busy().unwrap_or_default())
             }
-            _ if held > 0 => format!("Starting the service: {held} client{} waiting", plural(held)),
+            _ if held > 0 || self.being_woken().is_some() => {
+                let waiting = if held == 0 { "no".into() } else { held.to_string() };
+                format!(
+                    "Starting the service{}{waiting} client{} waiting",
+                    self.how_far(),
+                    plural(held.max(1))
+                )
+            }
             _ => format!("{open} connection{} now, {served} since the start", plural(open)),
+        };
+        let said = match self.limit.waiting().filter(|_| self.phase == Phase::Serving) {
+            Some(waiting) => format!("{said}; {waiting}"),
+            None => said,
         };
         match self.replacing.predecessor() {
             Some(predecessor) => format!("{said}; {predecessor}"),
@@ -619,6 +648,7 @@ impl<'a> Control<'a> {
             failed_wake: self.failures.last().cloned(),
             service: status::own_unit(),
             peers: Vec::new(),
+            waiting: self.limit.waiting().cloned(),
             predecessor: self.replacing.predecessor().cloned(),
             relay: self.relay(),
             listeners: Vec::new(),
@@ -645,13 +675,17 @@ impl<'a> Control<'a> {
             Phase::Draining(_) => status::State::Stopping,
             _ if self.awake_since.is_some() && self.who_is_busy().is_some() => status::State::Busy,
             _ if self.awake_since.is_some() => status::State::Awake,
-            _ if self.wakefulness.contains(&Wakefulness::Waking) => status::State::Starting,
+            _ if self.being_woken().is_some() => status::State::Starting,
             Phase::Serving | Phase::Leaving => status::State::Asleep,
         };
-        let since = self.awake_since.map(|(_, since)| since);
+        let is_starting = state == status::State::Starting;
+        let woken =
+            self.being_woken().filter(|_| is_starting).map(|since| SystemTime::now() - since.elapsed());
+        let since = woken.or_else(|| self.awake_since.map(|(_, since)| since));
         let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
         let woken_by = self.woken_by.clone().filter(|_| state != status::State::Asleep);
-        status::Activity { state, since: since.map(|since| since.as_secs()), woken_by }
+        let doing = Some(self.activator.progress().doing).filter(|doing| is_starting && !doing.is_empty());
+        status::Activity { state, since: since.map(|since| since.as_secs()), woken_by, doing }
     }
 
     fn relay(&self) -> status::Relay {
@@ -669,7 +703,10 @@ impl<'a> Control<'a> {
         match event {
             // The relay process is not trusted with anything: neither with a number of ours, nor with asking once.
             Event::Wake { backend, peer, refused } => match self.wakefulness.get(backend) {
-                Some(Wakefulness::Waking) => tracing::debug!(backend, "woken already"),
+                Some(Wakefulness::Waking(waking)) if waking.until.is_some() => {
+                    tracing::debug!(backend, "woken already");
+                }
+                Some(Wakefulness::Waking(_)) => self.wait_again(backend, &peer),
                 Some(_) => self.wake(backend, &peer, refused),
                 None => tracing::error!(backend, "the relay process wants a target woken that there is not"),
             },

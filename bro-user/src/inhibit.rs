@@ -39,8 +39,8 @@ impl Inhibitors {
         limit.clamp(SHORTEST_STEP, STEP)
     }
 
-    /// Who is busy, if somebody is: a unit that would be stopped along with the container's counts as well. Ends within seconds:
-    /// `activator` runs the command.
+    /// Who is busy, if somebody is: a unit that would be stopped along with the container's counts as well, and so does a start that
+    /// is under way, whoever ordered it. Ends within seconds: `activator` runs the command.
     pub async fn busy(&self, activator: &Activator) -> Option<String> {
         if let Some(file) = &self.file {
             match file.symlink_metadata() {
@@ -52,6 +52,9 @@ impl Inhibitors {
                     return Some(format!("{}: {error}", file.display()));
                 }
             }
+        }
+        if activator.is_starting().await {
+            return Some("it is still being started".into());
         }
         if let Some(other) = activator.needed_by().await {
             return Some(format!("{other} needs it"));

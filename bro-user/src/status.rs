@@ -45,6 +45,9 @@ pub struct Report {
     /// Who is connected, the first twenty.
     #[serde(default)]
     pub peers: Vec<String>,
+    /// Who is not let in, since there are as many connections as may be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
     /// The process that it has replaced (`systemctl reload`), while that one has connections to finish.
     #[serde(default)]
     pub predecessor: Option<Predecessor>,
@@ -61,6 +64,25 @@ impl Report {
     #[must_use]
     pub fn starts(&self, unit: &str, by: Manager) -> bool {
         self.unit.as_deref() == Some(unit) && self.manager.is_none_or(|manager| manager == by)
+    }
+}
+
+/// Clients that wait in the kernel's backlog.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// How many; at least so many over unix.
+    pub clients: u64,
+    /// How many connections there may be.
+    pub connections: u64,
+    /// What lets more in, as it is set now.
+    pub lets_in: String,
+}
+
+impl std::fmt::Display for Waiting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { clients, connections, lets_in } = self;
+        let (plural, verb) = if *clients == 1 { ("", "waits") } else { ("s", "wait") };
+        write!(f, "{clients} client{plural} {verb} until one of {connections} connections ends ({lets_in})")
     }
 }
 
@@ -93,6 +115,9 @@ pub struct Activity {
     pub since: Option<u64>,
     /// The client that woke it, or `bro wake`.
     pub woken_by: Option<String>,
+    /// What a start that takes long is at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doing: Option<String>,
 }
 
 /// How far a service is from being asleep.
@@ -260,9 +285,10 @@ pub(crate) fn describe(reports: &[Report]) -> String {
         writeln!(text, "bro {} (process {}){unit}: {}", report.version, report.pid, report.state).ok();
         let woken = report.activity.woken_by.as_deref().map(|by| format!(", woken by {by}"));
         let name = report.unit.as_deref().map_or("NAME", |unit| unit.trim_end_matches(".service"));
+        let doing = report.activity.doing.as_deref().map(|doing| format!(": {doing}")).unwrap_or_default();
         writeln!(
             text,
-            "  {}{}",
+            "  {}{doing}{}",
             services::since(report.activity.state, report.activity.since, name),
             woken.unwrap_or_default()
         )
@@ -321,6 +347,7 @@ mod tests {
             failed_wake: Some(FailedWake { at: 1, target: "127.0.0.1:80".into(), why: "no image".into() }),
             service: None,
             peers: Vec::new(),
+            waiting: Some(Waiting { clients: 2, connections: 256, lets_in: "--connections-max=256".into() }),
             predecessor: None,
             relay: Relay { name: "splice".into(), reason: Some("no CAP_BPF".into()) },
             listeners: vec![Listener {

@@ -138,6 +138,31 @@ pub fn stirs(socket: BorrowedFd<'_>) -> bool {
     poll(&mut [PollFd::new(socket, PollFlags::POLLIN)], PollTimeout::ZERO) != Ok(0)
 }
 
+/// How many clients wait to be accepted: over TCP their number (tcp(7): `tcpi_unacked` of a listening socket), else at least one or none.
+///
+/// # Errors
+/// When it is no socket.
+pub fn backlog(listener: BorrowedFd<'_>) -> io::Result<u64> {
+    if !stirs(listener) {
+        return Ok(0);
+    }
+    let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    let place = info.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most `length` bytes to `place`, which is `info`.
+    let result = unsafe {
+        libc::getsockopt(listener.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length)
+    };
+    // SAFETY: it consists of integers, for which zeros will do where the kernel has written nothing.
+    let info = unsafe { info.assume_init() };
+    let errno = nix::errno::Errno::result(result);
+    match errno {
+        Ok(_) => Ok(u64::from(info.tcpi_unacked.max(1))),
+        Err(nix::errno::Errno::EOPNOTSUPP) => Ok(1),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// SO_PASSRIGHTS (Linux 6.16): whether descriptors may be passed to this socket.
 const SO_PASSRIGHTS: libc::c_int = 83;
 

@@ -36,6 +36,16 @@ fn over_the_limit_a_client_waits_in_the_backlog() -> Result<()> {
         ensure!(client.stays_silent(Duration::ZERO)?, "a waiting client was dropped");
     }
     expect_relayed(&open[0].0, &open[0].1).context("the first two are not held up")?;
+    // They wait where nobody sees them, so it is said: with what lets them in.
+    let said = "2 clients wait until one of 2 connections ends (--connections-max=2)";
+    let status =
+        || forwarder.report().map(|report| (report.state, report.waiting.map(|waiting| waiting.clients)));
+    ensure!(
+        process::eventually(PATIENCE, || status()
+            .is_ok_and(|(state, waiting)| state.contains(said) && waiting == Some(2))),
+        "{:?}",
+        status()
+    );
     // One leaves, one comes in: the one that has waited longest.
     for client in waiting {
         open.remove(0);
@@ -46,8 +56,32 @@ fn over_the_limit_a_client_waits_in_the_backlog() -> Result<()> {
         ensure!(service.try_accept(Duration::from_millis(50))?.is_none(), "two came in for one that left");
         open.push((client, service_end));
     }
+    let nobody_waits = || status().is_ok_and(|(state, waiting)| !state.contains("wait") && waiting.is_none());
+    ensure!(process::eventually(PATIENCE, nobody_waits), "{:?}", status());
     drop(open);
     forwarder.closings(4)?;
+    let log = forwarder.stop()?;
+    let warned = log.lines().iter().filter(|line| line.contains("--connections-max=2")).count();
+    ensure!(warned == 1, "said {warned} times: {:#?}", log.lines());
+    Ok(())
+}
+
+/// Without the option there are as many connections as the limit on descriptors has room for.
+#[test]
+fn by_default_descriptors_are_the_limit() -> Result<()> {
+    require_namespaces!();
+    const CLIENTS: usize = 300;
+    let mut scene = Scene::new()?;
+    let service = scene.serve()?;
+    let forwarder = scene.start(&[])?;
+    let mut open = Vec::new();
+    for number in 0..CLIENTS {
+        let pair = (scene.client()?, service.accept().with_context(|| format!("client {number} waits"))?);
+        expect_relayed(&pair.0, &pair.1)?;
+        open.push(pair);
+    }
+    ensure!(forwarder.report()?.waiting.is_none());
+    drop(open);
     forwarder.stop().map(drop)
 }
 
@@ -162,6 +196,8 @@ fn out_of_descriptors_it_backs_off_and_recovers() -> Result<()> {
     ensure!((1..CLIENTS).contains(&served), "{served} served at once");
     ensure!(forwarder.is_running()?, "it has ended");
     forwarder.expect_no_spin(MOMENT * 2)?;
+    let is_told = || forwarder.log().complaints().iter().any(|line| line.contains("LimitNOFILE="));
+    ensure!(process::eventually(PATIENCE, is_told), "{:#?}", forwarder.log().lines());
     let told = forwarder.log().complaints();
     ensure!((1..4).contains(&told.len()), "want it told, and told briefly: {told:#?}");
     // As connections end, everyone gets a turn.

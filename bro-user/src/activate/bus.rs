@@ -16,6 +16,8 @@ pub use confined::{Ended, Properties};
 
 use super::command::Outcome;
 use super::container::Residence;
+use super::progress::Start;
+use super::restart::Restarting;
 use crate::kernel::cgroup;
 use crate::owner::Owner;
 
@@ -87,6 +89,8 @@ trait Unit {
     #[zbus(property(emits_changed_signal = "false"))]
     fn active_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
+    fn sub_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
     fn load_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn unit_file_state(&self) -> zbus::Result<String>;
@@ -94,6 +98,8 @@ trait Unit {
     fn source_path(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn need_daemon_reload(&self) -> zbus::Result<bool>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn stop_when_unneeded(&self) -> zbus::Result<bool>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn active_enter_timestamp(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "false"))]
@@ -130,10 +136,23 @@ trait Service {
     fn exec_main_code(&self) -> zbus::Result<i32>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn exec_main_status(&self) -> zbus::Result<i32>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn exec_main_start_timestamp_monotonic(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "false"), name = "NRestarts")]
     fn n_restarts(&self) -> zbus::Result<u32>;
     #[zbus(property(emits_changed_signal = "false"), name = "MainPID")]
     fn main_pid(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "false"), name = "ControlPID")]
+    fn control_pid(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn status_text(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn restart(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"), name = "RestartUSec")]
+    fn restart_usec(&self) -> zbus::Result<u64>;
+    /// With RestartSteps=, the next one; since systemd 254.
+    #[zbus(property(emits_changed_signal = "false"), name = "RestartUSecNext")]
+    fn restart_usec_next(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn control_group(&self) -> zbus::Result<String>;
 }
@@ -151,6 +170,8 @@ pub struct Known {
     pub source: PathBuf,
     /// Its files have changed since they were read.
     pub needs_reload: bool,
+    /// systemd stops it when no other unit needs it (StopWhenUnneeded=).
+    pub stops_unneeded: bool,
     /// Since when it is active, in seconds since 1970.
     pub active_since: Option<u64>,
 }
@@ -169,6 +190,18 @@ pub struct Look {
 }
 
 impl Look {
+    /// It is on its way up or down, or waits to be restarted.
+    #[must_use]
+    pub fn is_between(&self) -> bool {
+        matches!(self.state.as_str(), "activating" | "deactivating")
+    }
+
+    /// It runs, and nothing has to be done for that.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        is_active(&self.state)
+    }
+
     /// It runs, or is about to.
     #[must_use]
     pub fn is_running(&self) -> bool {
@@ -180,6 +213,12 @@ impl Look {
 #[must_use]
 pub fn is_running(state: &str) -> bool {
     matches!(state, "active" | "activating" | "reloading")
+}
+
+/// Does a unit in this ActiveState run already?
+#[must_use]
+pub fn is_active(state: &str) -> bool {
+    matches!(state, "active" | "reloading")
 }
 
 /// The times at which a unit changes.
@@ -279,6 +318,7 @@ impl Bus {
             file: unit.unit_file_state().await?,
             source: unit.source_path().await?.into(),
             needs_reload: unit.need_daemon_reload().await?,
+            stops_unneeded: unit.stop_when_unneeded().await?,
             active_since: (since > 0).then_some(since / 1_000_000),
         })
     }
@@ -334,6 +374,57 @@ impl Bus {
         Ok((Residence { main, cgroup }, state?))
     }
 
+    /// How far the unit's start is.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn how_far(&self, unit: &str) -> anyhow::Result<Start> {
+        let path = self.systemd.load_unit(unit).await?;
+        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
+        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (state, sub, job) = tokio::join!(unit.active_state(), unit.sub_state(), unit.job());
+        // Other units than services have no processes and say nothing.
+        let (control, main, status) =
+            tokio::join!(service.control_pid(), service.main_pid(), service.status_text());
+        let waits = match job? {
+            (0, _) => false,
+            // It may have ended since.
+            (_, job) => JobProxy::builder(self.connection())
+                .path(job)
+                .build()
+                .await?
+                .state()
+                .await
+                .is_ok_and(|state| state == "waiting"),
+        };
+        let pid = control.ok().filter(|&pid| pid > 0).or_else(|| main.ok().filter(|&pid| pid > 0));
+        let comm = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
+        let process = comm.map(|comm| comm.trim_end().to_owned());
+        Ok(Start { state: state?, sub: sub?, waits, status: status.unwrap_or_default(), process })
+    }
+
+    /// What there is to know of the unit's restarts.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn restarting(&self, unit: &str) -> anyhow::Result<Restarting> {
+        let path = self.systemd.load_unit(unit).await?;
+        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
+        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (state, sub, job) = tokio::join!(unit.active_state(), unit.sub_state(), unit.job());
+        // Other units than services have no restarts.
+        let (policy, always, next) =
+            tokio::join!(service.restart(), service.restart_usec(), service.restart_usec_next());
+        let delay = next.or(always).unwrap_or(0);
+        Ok(Restarting {
+            state: state?,
+            sub: sub?,
+            has_job: job?.0 != 0,
+            policy: policy.unwrap_or_else(|_| "no".into()),
+            delay: Duration::from_micros(delay),
+        })
+    }
+
     /// Tells whenever something of the unit changes.
     ///
     /// # Errors
@@ -360,6 +451,16 @@ impl Bus {
     /// When the bus fails, or the unit is no service.
     pub async fn result(&self, unit: &str) -> anyhow::Result<String> {
         Ok(self.service(unit).await?.result().await?)
+    }
+
+    /// “ (Result=exit-code, its main process exited with status 143)”, as far as systemd knows.
+    async fn how_it_ended(&self, unit: &str) -> anyhow::Result<String> {
+        let service = self.service(unit).await?;
+        let (result, code) = (service.result().await?, service.exec_main_code().await?);
+        // What is known of a main process may be of a run before this one.
+        let started = Duration::from_micros(service.exec_main_start_timestamp_monotonic().await?);
+        let code = if started >= self.last_try(unit).await? { code } else { 0 };
+        Ok(ended_how(&result, code, service.exec_main_status().await?))
     }
 
     async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {
@@ -519,8 +620,9 @@ impl Bus {
     }
 
     /// Stops the unit, and has systemd forget how often it was started: its start limit is for units that fail, not for one that is
-    /// put to sleep and woken many times. A container that had to be killed, since its first process knows no SIGTERM, leaves its
-    /// unit failed; it has been stopped all the same, and nobody is to be alarmed by that.
+    /// put to sleep and woken many times. A container whose first process did not end as a success (it had to be killed since it knows
+    /// no SIGTERM, or exits with 143 as Java does) leaves its unit failed; it has been stopped all the same, and nobody is to be alarmed
+    /// by that.
     ///
     /// # Errors
     /// As [`Bus::stop`].
@@ -528,13 +630,30 @@ impl Bus {
         let result = self.stop(unit).await?;
         if result == "done" {
             if self.active_state(unit).await? == "failed" {
-                tracing::info!(unit, "the container did not heed its stop signal and was killed");
+                let how = self.how_it_ended(unit).await.unwrap_or_default();
+                tracing::info!(unit, "systemd calls the stopped unit failed{how}; that is forgotten");
             }
             // It may be unloaded by now, and all of that forgotten.
             self.systemd.reset_failed_unit(unit).await.ok();
         }
         Ok(result)
     }
+}
+
+/// How a unit's run ended, from its Result=, ExecMainCode= and ExecMainStatus=: no more than was seen. Where no main process ran (the
+/// stop came during ExecStartPre=) there is no code.
+fn ended_how(result: &str, code: i32, status: i32) -> String {
+    use nix::libc::{CLD_DUMPED, CLD_EXITED, CLD_KILLED};
+    let main = match code {
+        CLD_EXITED => format!(", its main process exited with status {status}"),
+        CLD_KILLED | CLD_DUMPED => format!(
+            ", its main process was ended by {}",
+            nix::sys::signal::Signal::try_from(status)
+                .map_or_else(|_| format!("signal {status}"), |signal| signal.as_str().to_owned())
+        ),
+        _ => String::new(),
+    };
+    format!(" (Result={result}{main})")
 }
 
 /// A unit that was made for one command. Dropping it has systemd end the command, if it runs, and forget the unit.
@@ -629,6 +748,21 @@ fn user_bus() -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_more_is_said_of_an_end_than_was_seen() {
+        use nix::libc::{CLD_EXITED, CLD_KILLED, SIGKILL};
+        assert_eq!(
+            ended_how("exit-code", CLD_EXITED, 143),
+            " (Result=exit-code, its main process exited with status 143)"
+        );
+        assert_eq!(
+            ended_how("timeout", CLD_KILLED, SIGKILL),
+            " (Result=timeout, its main process was ended by SIGKILL)"
+        );
+        // ExecStartPre= got the signal.
+        assert_eq!(ended_how("signal", 0, 0), " (Result=signal)");
+    }
 
     #[tokio::test]
     async fn a_bus_that_says_nothing_is_not_waited_for() {

@@ -9,6 +9,7 @@ use anyhow::{Context as _, bail};
 
 use super::address::External;
 use super::interrupt::{Interrupt, Interrupted};
+use super::patience;
 use super::request::Places;
 use super::standing::{self, Standing};
 use super::systemd::Systemd;
@@ -159,7 +160,8 @@ pub(super) async fn activate(
     }
     let before = Before::of(systemd, known).await;
     let changed = Changed::make(changes)?;
-    match interrupt.or(take_up(systemd, wanted, known, &plan)).await {
+    let taking_up = take_up(systemd, wanted, known, &plan);
+    match interrupt.or(patience::telling(systemd, known, taking_up)).await {
         Ok(outcome) => {
             changed.keep();
             Ok(outcome)
@@ -397,7 +399,8 @@ pub(super) async fn remove(
     };
     let before = Before::of(systemd, Some(known)).await;
     let ran = known.direct && systemd.is_active(&known.unit).await;
-    let changed = match interrupt.or(take_down(systemd, known, &doomed, changes, places)).await {
+    let taking_down = take_down(systemd, known, &doomed, changes, places);
+    let changed = match interrupt.or(patience::telling(systemd, Some(known), taking_down)).await {
         Ok(changed) => changed,
         Err(error) => {
             before.restore(systemd, &known.service().unwrap_or_else(|| known.unit.clone())).await;

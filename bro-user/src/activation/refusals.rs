@@ -15,6 +15,13 @@ pub(super) fn check(quadlet: &Quadlet, direct: bool) -> anyhow::Result<()> {
             "RefuseManualStart=yes in {file}: systemd starts {unit} for nobody who asks, and so not for bro; remove that line"
         ));
     }
+    if quadlet.file.boolean("Unit", "StopWhenUnneeded") == Some(true) {
+        return refuse(format!(
+            "StopWhenUnneeded=yes in {file}: systemd stops {unit} under its clients whenever no other unit needs it, and a client is no \
+             unit; remove that line{}",
+            if direct { "" } else { ", bro stops it when nobody is connected and no running unit needs it" }
+        ));
+    }
     if direct && quadlet.file.value("Service", "Type") == Some("oneshot") {
         return refuse(format!(
             "Type=oneshot in {file}: {unit} never becomes active while it serves, so systemd ends it as one that does not start; \

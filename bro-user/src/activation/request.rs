@@ -20,10 +20,10 @@ use crate::units::{self, DropIn, RESTRICTED};
 const IDLE: &str = "5min";
 
 /// An option's name, and what the command line says of it.
-type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
+pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
-const HANDED_ON: [HandedOn; 14] = [
+pub(crate) const HANDED_ON: [HandedOn; 23] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
@@ -32,12 +32,21 @@ const HANDED_ON: [HandedOn; 14] = [
     ("min-uptime", |options| options.min_uptime.map(written)),
     ("busy-file", |options| options.busy_file.as_ref().map(|path| path.display().to_string())),
     ("busy-exec", |options| options.busy_exec.clone()),
+    ("drain-timeout", |options| options.drain_timeout.map(written)),
+    ("idle-timeout", |options| options.idle_timeout.map(written)),
+    ("connections-max", |options| options.connections_max.map(|most| most.to_string())),
+    ("connections-per-source", |options| options.connections_per_source.map(|most| most.to_string())),
+    ("keepalive-time", |options| options.keepalive_time.map(written)),
+    ("keepalive-interval", |options| options.keepalive_interval.map(written)),
+    ("keepalive-probes", |options| options.keepalive_probes.map(|probes| probes.to_string())),
     ("unix-identity", |options| options.unix_identity.map(|identity| identity.to_string())),
     ("proxy-protocol", |options| options.proxy_protocol.map(word)),
     ("accept-proxy", |options| options.accept_proxy.map(|accept| accept.to_string())),
     ("trusted", |options| (!options.trusted.is_empty()).then(|| listed(&options.trusted))),
     ("relay", |options| options.relay.map(word)),
     ("source", |options| options.source.map(word)),
+    ("local-clients", |options| options.local_clients.as_ref().map(ToString::to_string)),
+    ("blocking-sockets", |options| options.blocking_sockets.map(|yes| yes.to_string())),
 ];
 
 /// What shall be.
@@ -134,6 +143,7 @@ pub(super) fn wanted(
             "--accept-proxy needs --trusted: who may say in a header who the client is, such as --trusted=10.0.0.5",
         ));
     }
+    check_local_clients(&activated)?;
     check_ready(&activated, quadlet, &mut warnings)?;
     check_host_network(&activated, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
     let drop_in = drop_in(quadlet, &activated, &network, nginx);
@@ -481,6 +491,17 @@ fn check_direct(quadlet: &Quadlet, nginx: bool, warnings: &mut Vec<String>) -> a
     Ok(())
 }
 
+/// The forwarder would refuse to start.
+fn check_local_clients(activated: &Activated) -> anyhow::Result<()> {
+    let asked = activated.option("local-clients").is_some_and(|clients| clients != "off");
+    if asked && matches!(activated.option("relay"), Some("splice" | "copy")) {
+        return Err(usage(
+            "--local-clients is part of the kernel relay: use --relay=auto or sockmap with it",
+        ));
+    }
+    Ok(())
+}
+
 fn check_ready(activated: &Activated, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
     if let Some(way) = activated.option("ready").and_then(|way| way.parse::<Ready>().ok()) {
         let targets = activated.listeners.iter().filter_map(|listener| listener.target.as_deref());
@@ -600,6 +621,48 @@ fn warn_of_install(quadlet: &Quadlet, warnings: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What `bro forward` has for those alone who write its unit, or run it, by hand: `bro activate` decides these.
+    const BY_HAND: [&str; 11] = [
+        "target",
+        "targets",
+        "allow-missing-sockets",
+        "listen",
+        "container",
+        "pid",
+        "netns",
+        "unit",
+        "user",
+        "system",
+        "verbose",
+    ];
+
+    #[test]
+    fn every_option_of_the_forwarder_is_one_of_activate() {
+        use clap::CommandFactory as _;
+        let all = crate::cli::Cli::command();
+        let names = |command: &str| -> Vec<String> {
+            let command = all.find_subcommand(command).unwrap();
+            command.get_arguments().map(|argument| argument.get_id().as_str().replace('_', "-")).collect()
+        };
+        let (forward, activate) = (names("forward"), names("activate"));
+        let is_handed_on = |name: &String| HANDED_ON.iter().any(|(handed, _)| handed == name);
+        let forgotten: Vec<&String> =
+            forward.iter().filter(|name| !is_handed_on(name) && !BY_HAND.contains(&name.as_str())).collect();
+        assert!(forgotten.is_empty(), "bro activate does not know of {forgotten:?}");
+        let remove = all.find_subcommand("activate").unwrap();
+        let removing = remove.get_arguments().find(|argument| argument.get_id() == "remove").unwrap();
+        let conflicts: Vec<String> = remove
+            .get_arg_conflicts_with(removing)
+            .into_iter()
+            .map(|argument| argument.get_id().as_str().replace('_', "-"))
+            .collect();
+        for (name, _) in HANDED_ON {
+            let name = name.to_owned();
+            assert!(forward.contains(&name) && activate.contains(&name), "{name} is no option of both");
+            assert!(conflicts.contains(&name), "--remove takes {name} without a word");
+        }
+    }
 
     #[test]
     fn spans_are_written_as_they_are_read() {

@@ -171,6 +171,12 @@ impl Systemd {
         Ok(LoadedProxy::builder(self.files.inner().connection()).path(path).build().await?)
     }
 
+    /// The services that have failed or are just being started, again perhaps.
+    pub async fn troubled_services(&self) -> anyhow::Result<Vec<String>> {
+        let listed = self.files.list_units_by_patterns(&["activating", "failed"], &["*.service"]).await?;
+        Ok(listed.into_iter().map(|(name, ..)| name).collect())
+    }
+
     /// Forgets a failure, so that it does not stand in the way of the next start.
     pub async fn reset_failed(&self, unit: &str) {
         // There may be none to forget.

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::RelayChoice;
 use super::idle::{IdleBy, WakeOn};
+use super::{LocalClients, RelayChoice};
 use crate::activate::ready::Ready;
 use crate::activate::sources::Choice;
 use crate::activation::address::{External, Internal};
@@ -129,6 +129,34 @@ pub struct Activate {
     #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
     pub start_timeout: Option<TimeSpan>,
 
+    /// On SIGTERM, how long connections may take to finish (default: 30s)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
+    pub drain_timeout: Option<TimeSpan>,
+
+    /// Abort a connection after SPAN without a byte in either direction (default: infinity)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
+    pub idle_timeout: Option<TimeSpan>,
+
+    /// How many connections at once; further clients wait (default: as many as the limit on descriptors allows)
+    #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub connections_max: Option<u32>,
+
+    /// How many connections at once from one source; further ones are reset (as in bro forward)
+    #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub connections_per_source: Option<u32>,
+
+    /// TCP keepalive on both legs: time without traffic before the first probe (default: 60s)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::keepalive)]
+    pub keepalive_time: Option<TimeSpan>,
+
+    /// TCP keepalive on both legs: time between probes (default: 10s)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::keepalive)]
+    pub keepalive_interval: Option<TimeSpan>,
+
+    /// TCP keepalive on both legs: unanswered probes before an abort (default: 6)
+    #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=127))]
+    pub keepalive_probes: Option<u32>,
+
     /// As which user a service's unix socket is connected to: unused, forwarder or UID or UID:GID (as in bro forward)
     #[arg(long, value_name = "WHO", conflicts_with = "direct")]
     pub unix_identity: Option<Identity>,
@@ -153,6 +181,14 @@ pub struct Activate {
     #[arg(long, value_name = "WHICH", conflicts_with = "direct")]
     pub source: Option<Choice>,
 
+    /// Let what clients on this host send take a kernel lane too: off, on, or a cgroup's path (as in bro forward)
+    #[arg(long, value_name = "off|on|CGROUP", conflicts_with = "direct")]
+    pub local_clients: Option<LocalClients>,
+
+    /// Let sockets in blocking mode take the kernel lanes too (as in bro forward)
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_missing_value = "true", conflicts_with = "direct")]
+    pub blocking_sockets: Option<bool>,
+
     /// For the system, for the rootless container of an ordinary user: systemd listens, as on port 80, and the forwarder is USER
     ///
     /// The quadlet is looked for where USER's Podman looks; the container, its images and its unit are USER's as ever. The socket
@@ -176,7 +212,9 @@ pub struct Activate {
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
         "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
-        "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "run_as", "restrict_network"])]
+        "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "keepalive_time", "keepalive_interval",
+        "keepalive_probes", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
+        "blocking_sockets", "run_as", "restrict_network"])]
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing

@@ -62,6 +62,7 @@ fn commands(text: &str) -> Vec<String> {
             // A comment stands apart.
             let line = line.split("    #").next().unwrap_or_default();
             let line = line.split_once("ExecStart=").map_or(line, |(_, command)| command);
+            let line = line.strip_prefix("%h/.local/bin/").unwrap_or(line);
             let at = if line.trim_start().starts_with("bro ") { line.find("bro ") } else { None };
             let at = at.or_else(|| line.find(" bro ").map(|at| at + 1));
             found.extend(at.map(|at| line[at..].trim_end_matches(" &").trim().to_owned()));

@@ -9,7 +9,7 @@ use crate::activate::bus::Manager;
 use crate::activated::Activated;
 use crate::activation::systemd::Systemd;
 use crate::control::{self, Request};
-use crate::status::Report;
+use crate::status::{Report, Waiting};
 
 const NAME: &str = "forwarder";
 
@@ -53,8 +53,8 @@ pub(super) async fn check(known: &Activated, service: &str, systemd: &Systemd) -
             ),
         );
     }
-    if found.active == "active"
-        && let Some(why) = does_not_answer(service, known.scope).await
+    let answer = if found.active == "active" { ask(service, known.scope).await } else { Answer::NotAsked };
+    if let Answer::None(why) = &answer
         // It may have left meanwhile, as it does when it is idle.
         && systemd.bus.active_state(service).await.is_ok_and(|state| state == "active")
     {
@@ -64,21 +64,50 @@ pub(super) async fn check(known: &Activated, service: &str, systemd: &Systemd) -
             format!("`{systemctl} restart {service}`; before that, `{journal}` may say why"),
         );
     }
+    if let Answer::Report(report) = answer
+        && let Some(waiting) = &report.waiting
+    {
+        return Check::bad(NAME, format!("{service} is full: {waiting}"), room(known, service, waiting));
+    }
     Check::ok(NAME, format!("{service} is {}", found.active))
 }
 
-/// Why not, if it has the socket that each forwarder is asked at.
-async fn does_not_answer(service: &str, scope: Manager) -> Option<String> {
+/// What lets those in who wait.
+fn room(known: &Activated, service: &str, waiting: &Waiting) -> String {
+    if waiting.lets_in.starts_with("--connections-max") {
+        let more = waiting.connections.saturating_mul(4);
+        format!("`{} {} --connections-max {more}` lets more in", listens::activate(known), known.name)
+    } else {
+        format!(
+            "LimitNOFILE= in a drop-in of {service}, of two descriptors a connection and some to spare, lets more in"
+        )
+    }
+}
+
+/// What a forwarder answers, if it has the socket that each is asked at.
+enum Answer {
+    Report(Box<Report>),
+    /// It does not, and why.
+    None(String),
+    NotAsked,
+}
+
+async fn ask(service: &str, scope: Manager) -> Answer {
     let path = socket(service, scope);
     if !path.exists() {
-        return None;
+        return Answer::NotAsked;
     }
-    let asked = control::ask_soon::<Report>(&path, Request::Status).await;
-    let error = asked.err()?;
-    let refused = error.downcast_ref::<std::io::Error>();
-    // Who may not ask does not find out.
-    (refused.map(std::io::Error::kind) != Some(std::io::ErrorKind::PermissionDenied))
-        .then(|| format!("{error:#} at {}", path.display()))
+    match control::ask_soon::<Report>(&path, Request::Status).await {
+        Ok(report) => Answer::Report(Box::new(report)),
+        // Who may not ask does not find out.
+        Err(error)
+            if error.downcast_ref::<std::io::Error>().map(std::io::Error::kind)
+                == Some(std::io::ErrorKind::PermissionDenied) =>
+        {
+            Answer::NotAsked
+        }
+        Err(error) => Answer::None(format!("{error:#} at {}", path.display())),
+    }
 }
 
 /// In the directory that its unit names (`RuntimeDirectory=bro/%N`).

@@ -231,6 +231,15 @@ async fn unit(known: &Activated, bus: &Bus) -> Check {
             let log = whose.last_words(unit).await;
             Check::bad(NAME, format!("{unit} has failed{log}"), format!("see `{}`", whose.journal(unit)))
         }
+        Ok(found) if found.stops_unneeded => Check::bad(
+            NAME,
+            format!(
+                "{unit} has StopWhenUnneeded=yes: systemd stops it under its clients whenever no other unit needs it"
+            ),
+            format!(
+                "take that out of the quadlet or its drop-in (`{systemctl} cat {unit}` shows it), `{systemctl} daemon-reload`"
+            ),
+        ),
         Ok(found) if found.needs_reload => {
             Check::less(NAME, format!("{unit} has changed on disk"), format!("`{systemctl} daemon-reload`"))
         }

@@ -97,6 +97,11 @@ impl<'a> Replacing<'a> {
         self.starting.is_some() || self.has_predecessor()
     }
 
+    /// The sockets that this process and its successors listen on, each with its target's number.
+    pub(super) const fn listeners(&self) -> &'a [(Listener, usize)] {
+        self.listeners
+    }
+
     /// A successor is being started.
     pub(super) const fn is_starting(&self) -> bool {
         self.starting.is_some()
@@ -203,7 +208,9 @@ impl Control<'_> {
         // What the successor may stop when it is idle.
         drop(tokio::time::timeout(super::REMEMBER, self.activator.note_run()).await);
         let pid = successor.pid();
-        let takeover = if self.awake_since.is_some() { Takeover::Awake } else { Takeover::Asleep };
+        // A start that is under way is waited for by the successor.
+        let awake = self.awake_since.is_some() || self.being_woken().is_some();
+        let takeover = if awake { Takeover::Awake } else { Takeover::Asleep };
         // Before the successor speaks: systemd listens to the main process alone.
         life::succeeded_by(pid);
         match successor.take_over(takeover).await {

@@ -37,8 +37,15 @@ impl Control<'_> {
         if self.busy.asking || !self.wakers.is_empty() || self.replacing.stands_in_the_way() {
             return None;
         }
+        // The unit is never stopped in the middle of its start, whether or not those who waited have given up.
+        if self.options.unit.is_some() && self.being_woken().is_some() {
+            return None;
+        }
         let awake = self.awake_since.map(|(since, _)| since + self.options.idle.min_uptime.or_forever());
-        [Some(self.idle_since() + limit), awake, self.busy.again].into_iter().flatten().max()
+        [Some(self.idle_since() + limit), Some(self.kept_until), awake, self.busy.again]
+            .into_iter()
+            .flatten()
+            .max()
     }
 
     /// Since when nothing happens; now, while something does.

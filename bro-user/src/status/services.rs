@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use super::{Activity, Report, State};
+use super::{Activity, Report, State, Waiting};
 use crate::activate::bus::{Bus, Manager};
 use crate::activated::{self, Activated};
 use crate::activation::standing;
@@ -30,8 +30,14 @@ pub(super) struct Service {
     pub since: Option<u64>,
     /// Why: the client that woke it, or `bro wake`.
     pub woken_by: Option<String>,
+    /// What a start that takes long is at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub doing: Option<String>,
     /// Connections now, with those that predecessors of its forwarders finish.
     pub connections: u64,
+    /// Who is not let in, since there are as many connections as may be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
     /// The last wake that failed and was followed by none that succeeded.
     pub failed_wake: Option<FailedWake>,
     /// What its forwarders say.
@@ -63,7 +69,9 @@ impl Service {
             state,
             since: None,
             woken_by: None,
+            doing: None,
             connections: 0,
+            waiting: None,
             failed_wake: None,
             forwarders: Vec::new(),
             also: Vec::new(),
@@ -88,15 +96,17 @@ impl Service {
             self.state = report.activity.state;
             self.since = report.activity.since.or(self.since);
             self.woken_by.clone_from(&report.activity.woken_by);
+            self.doing.clone_from(&report.activity.doing);
         } else {
             // Nor where it is shown by itself.
-            report.activity = Activity { state: self.state, since: self.since, woken_by: None };
+            report.activity = Activity { state: self.state, since: self.since, ..Activity::default() };
         }
         if let Some(failed) = &report.failed_wake
             && self.failed_wake.as_ref().is_none_or(|noted| noted.at <= failed.at)
         {
             self.failed_wake = Some(failed.clone());
         }
+        self.waiting = report.waiting.clone().or(self.waiting.take());
         self.forwarders.push(report);
         let answers = |pid: i32| self.forwarders.iter().any(|report| report.pid.cast_signed() == pid);
         let connections = |report: &Report| {
@@ -259,6 +269,9 @@ pub(super) fn sentence(service: &Service) -> String {
 
 fn about(service: &Service) -> String {
     let mut text = since(service.state, service.since, &service.name);
+    if let Some(doing) = &service.doing {
+        write!(text, ": {doing}").ok();
+    }
     if let Some(by) = &service.woken_by {
         write!(text, ", woken by {by}").ok();
     }
@@ -270,6 +283,9 @@ fn about(service: &Service) -> String {
             if service.connections == 1 { "" } else { "s" }
         )
         .ok();
+    }
+    if let Some(waiting) = &service.waiting {
+        write!(text, "; {waiting}").ok();
     }
     if !service.addresses.is_empty() {
         write!(text, "; at {}", service.addresses.join(", ")).ok();

@@ -130,6 +130,15 @@ fn a_broken_forwarder(site: &Site<'_>, ill: &Ill<'_>) -> Result<()> {
         Ok(site.forwarder_show("NRestarts")?.parse::<u32>().is_ok_and(|times| times > 0))
     })?;
     ill("the forwarder cannot start", "does not get up", &[])?;
+    // Of the host as well, where a unit that was written by hand has no name to ask after.
+    let said = manager.try_run(host, &["bro", "doctor"])?.stdout;
+    let line = said.lines().find(|line| line.contains("forwarders: ")).unwrap_or_default();
+    ensure!(
+        line.starts_with("BAD")
+            && line.contains(&forwarder)
+            && line.contains("/nonexistent/bro cannot be executed"),
+        "{said}"
+    );
     let all = manager.run(host, &["bro", "status"])?;
     ensure!(all.lines().any(|line| line.starts_with("patient ") && line.contains("failed")), "{all}");
     drop(waiting);

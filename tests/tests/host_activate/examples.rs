@@ -35,8 +35,34 @@ pub fn all(host: &Host, cases: &Cases) {
     }
 }
 
-/// Does what a chapter shows, and looks that the chapter has left nothing but the files that it shows.
+/// Where a user has it, as the README says: the units of a user's own chapters find it there.
+const USERS: &str = "/home/test/.local/bin/bro";
+const SYSTEMS: &str = "/usr/local/bin/bro";
+
+fn installed(host: &Host) -> Result<()> {
+    USER.run(host, &["install", "-D", SYSTEMS, USERS])?;
+    Ok(())
+}
+
+/// Does what a chapter shows, with the program where its reader has put it.
 fn run(host: &Host, chapter: &Chapter, images: &mut HashSet<(u8, String)>) -> Result<()> {
+    let is_users = chapter.steps.iter().all(|step| match step {
+        Step::File { path, .. } => path.starts_with("~/"),
+        Step::Command { who, .. } => matches!(who, Who::User),
+    });
+    if !is_users {
+        return run_where_it_is(host, chapter, images);
+    }
+    installed(host)?;
+    let aside = format!("{SYSTEMS}-aside");
+    host.run(&["mv", SYSTEMS, &aside])?;
+    let result = run_where_it_is(host, chapter, images);
+    host.run(&["mv", &aside, SYSTEMS])?;
+    result
+}
+
+/// Does what a chapter shows, and looks that the chapter has left nothing but the files that it shows.
+fn run_where_it_is(host: &Host, chapter: &Chapter, images: &mut HashSet<(u8, String)>) -> Result<()> {
     let everybody = [Manager::System, USER, DB];
     let before = everybody.map(|manager| tree(host, manager).unwrap_or_default());
     let mut written = Vec::new();
@@ -105,6 +131,8 @@ fn command(host: &Host, who: Manager, line: &str, prints: Option<&str>) -> Resul
         Some(line) => format!("({line}) >/dev/null 2>&1 &"),
         None => format!("exec 2>&1\n{line}"),
     };
+    // As a login's: ~/.profile puts that folder first once it is there.
+    let script = format!("PATH=~/.local/bin:$PATH\n{script}");
     let ran = who.try_run(host, &["bash", "-c", &script])?;
     match prints {
         Some(expected) => compare(expected, &ran.stdout),

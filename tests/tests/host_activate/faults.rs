@@ -137,6 +137,34 @@ pub fn interrupted(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// Who removes it under a client is told whom that waits for, and how to cut it short; doing so does.
+pub fn removed_under_a_client(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "leaving", &Plan::service(manager, 0.0, ""), &IDLE)?;
+    let mut client = site.client()?;
+    std::io::Write::write_all(&mut client, b"here")?;
+    client.read_exact(&mut [0; 4])?;
+    let user = if manager == Manager::System { "" } else { " --user" };
+    let cut = format!("systemctl{user} kill --kill-whom=main {}", site.forwarder());
+    let began = Instant::now();
+    let removed = std::thread::scope(|scope| -> Result<bro_tests::host::Ran> {
+        let running = scope.spawn(|| activate(host, manager, "leaving --remove"));
+        manager.wait_for(host, &site.forwarder(), "ActiveState", "deactivating", PATIENCE)?;
+        // Something is said within a second or two.
+        std::thread::sleep(Duration::from_secs(3));
+        manager.run(host, &cut.split(' ').collect::<Vec<_>>())?;
+        running.join().expect("it does not panic")
+    })?;
+    ensure!(
+        removed.success() && began.elapsed() < Duration::from_secs(20),
+        "{:?}: {removed:?}",
+        began.elapsed()
+    );
+    let said = &removed.stderr;
+    ensure!(said.contains("lets its clients finish") && said.contains("1 connection left"), "{said}");
+    ensure!(said.contains(&cut), "no “{cut}” in: {said}");
+    Ok(())
+}
+
 /// The quadlet goes while its socket listens: clients are told at once; when it is back, they are served.
 pub fn quadlet_goes(host: &Host, manager: Manager) -> Result<()> {
     let plan = Plan::service(manager, 0.0, "");

@@ -65,6 +65,7 @@ const BOTH: &[Case] = &[
     ("the quadlet is renamed, and deleted", faults::quadlet_goes),
     ("the socket is stopped while clients are held", faults::socket_stopped),
     ("a hundred clients in the first millisecond", faults::hundred_at_once),
+    ("removed under a client", faults::removed_under_a_client),
     ("a crash loop", faults::crash_loop),
     ("a start whose readiness was lost", faults::readiness_lost),
     ("the container is updated", faults::updated),

@@ -3,7 +3,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::{Host, Manager};
@@ -36,6 +36,37 @@ pub fn slower_than_the_limit(host: &Host, manager: Manager) -> Result<()> {
     expect_asleep(&site)
 }
 
+/// A start that takes longer than clients wait and an idle forwarder stays goes on: of the unit itself, and of the service in it.
+/// Those who come meanwhile are told in time, one who comes late enough is served, by the same run.
+pub fn longer_than_limit_and_idle_time(host: &Host, manager: Manager) -> Result<()> {
+    let mut plan = Plan::service(manager, 4.0, "--start-timeout 1s --exit-idle-time 300ms");
+    plan.container_unit = "[Service]\nExecStartPre=/bin/sleep 5";
+    let site = Site::new(host, manager, "long", &plan)?;
+    let began = Instant::now();
+    site.expect_reset()?;
+    ensure!(began.elapsed() < Duration::from_secs(4), "told after {:?}", began.elapsed());
+    host.wait_until("what the start is at", PATIENCE, || {
+        Ok(site
+            .forwarder_show("StatusText")?
+            .contains("long.service runs ExecStartPre= (sleep); no client waiting"))
+    })
+    .with_context(|| site.journals())?;
+    let listed = manager.run(host, &["bro", "status", "long"])?;
+    ensure!(listed.contains("starting for ") && listed.contains("ExecStartPre= (sleep)"), "{listed}");
+    let run = manager.show(host, "long.service", "InvocationID")?;
+    let mut resets = 1;
+    host.wait_until("a client is served", PATIENCE, || {
+        let served = site.check_echo().is_ok();
+        resets += usize::from(!served);
+        std::thread::sleep(Duration::from_millis(500));
+        Ok(served)
+    })
+    .with_context(|| site.journals())?;
+    ensure!(resets > 2, "the start was no long one: {resets} resets");
+    ensure!(manager.show(host, "long.service", "InvocationID")? == run, "begun anew: {}", site.journals());
+    expect_asleep(&site)
+}
+
 /// systemd starts it anew by itself, and the next client comes meanwhile.
 pub fn restarted_by_systemd(host: &Host, manager: Manager) -> Result<()> {
     let mut plan = Plan::busybox("exec nc -ll -p 7 -e /bin/cat", IDLE);
@@ -47,6 +78,26 @@ pub fn restarted_by_systemd(host: &Host, manager: Manager) -> Result<()> {
     site.check_echo().with_context(|| site.journals())?;
     ensure!(manager.show(host, "upheld.service", "InvocationID")? != first, "it was not restarted");
     expect_asleep(&site)
+}
+
+/// It ends again and again, and systemd restarts it, as often as its start limit allows and no more often: bro uses up nothing of that,
+/// and clients who come meanwhile are served.
+pub fn restarted_as_often_as_may_be(host: &Host, manager: Manager) -> Result<()> {
+    let mut plan = Plan::busybox("timeout 3 nc -ll -p 7 -e /bin/cat; exit 0", "--exit-idle-time 5s");
+    plan.container_unit =
+        "StartLimitIntervalSec=20\nStartLimitBurst=6\n[Service]\nRestart=always\nRestartSec=500ms";
+    let site = Site::new(host, manager, "again", &plan)?;
+    site.check_echo()?;
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(16) {
+        // One that is connected in the moment of an end is cut off by the service; it is not kept from the next run.
+        drop(site.check_echo());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let restarts: u32 = manager.show(host, "again.service", "NRestarts")?.parse()?;
+    ensure!((2..=5).contains(&restarts), "systemd has restarted it {restarts} times: {}", site.journals());
+    ensure!(site.errors()?.is_empty(), "{}", site.journals());
+    site.check_echo().or_else(|_| site.check_echo()).with_context(|| site.journals())
 }
 
 /// An administrator restarts it, or `podman auto-update` does.
