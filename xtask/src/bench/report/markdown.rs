@@ -44,8 +44,10 @@ fn write(report: &Report, plots: &str, text: &mut String) -> std::fmt::Result {
 }
 
 fn doubts(report: &Report, text: &mut String) -> std::fmt::Result {
-    for doubt in report.runs.iter().flat_map(|run| run.environment.doubts()) {
-        writeln!(text, "> **{doubt}**\n")?;
+    for run in &report.runs {
+        for doubt in run.environment.doubts() {
+            writeln!(text, "> **{}: {doubt}**\n", run.workloads.join(", "))?;
+        }
     }
     Ok(())
 }
