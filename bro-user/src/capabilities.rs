@@ -10,6 +10,13 @@ pub const KERNEL_RELAY: [Capability; 3] =
 /// from their parent.
 const CLIENTS_ADDRESSES: Capability = Capability::CAP_NET_ADMIN;
 
+/// Whether the calling thread may load such programs at all: without either of these bpf(2) refuses it every one.
+#[must_use]
+pub fn may_load_programs() -> bool {
+    let holds = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(true);
+    [Capability::CAP_BPF, Capability::CAP_SYS_ADMIN].into_iter().any(holds)
+}
+
 /// Gives up, for the calling thread and the children it will have, what only the kernel relay's set-up needed; `shows_clients`: but for
 /// what its agents need then. A thread that never had them loses nothing.
 pub fn drop_the_kernel_relays(shows_clients: bool) {

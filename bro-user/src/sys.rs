@@ -246,27 +246,47 @@ pub fn errno_of(error: &io::Error) -> nix::errno::Errno {
 /// Receives one message of a seqpacket channel with the descriptors that came along (unix(7) SCM_RIGHTS), close-on-exec.
 ///
 /// # Errors
-/// recvmsg's; EMFILE when the descriptors did not all fit this process's limit (MSG_CTRUNC).
+/// recvmsg's; EMFILE when the descriptors did not all fit this process's limit (MSG_CTRUNC). Those that did are closed again.
 pub fn receive_with_descriptors(
     channel: BorrowedFd<'_>,
     buffer: &mut [u8],
 ) -> io::Result<(usize, Vec<OwnedFd>)> {
-    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+    use nix::sys::socket::{MsgFlags, recvmsg};
     let mut control = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
     let mut parts = [io::IoSliceMut::new(buffer)];
     let message =
         recvmsg::<()>(channel.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
-    if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+    let (length, cut_off) = (message.bytes, message.flags.contains(MsgFlags::MSG_CTRUNC));
+    let mut descriptors = Vec::new();
+    for number in numbers_in(&control) {
+        // SAFETY: the kernel just put this descriptor into our table, for us alone, and says its number once.
+        descriptors.push(unsafe { OwnedFd::from_raw_fd(number) });
+    }
+    if cut_off {
         return Err(io::Error::from_raw_os_error(libc::EMFILE));
     }
-    let mut descriptors = Vec::new();
-    for item in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(numbers) = item {
-            // SAFETY: the kernel just put these descriptors into our table, for us alone.
-            descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
+    Ok((length, descriptors))
+}
+
+/// The numbers of the descriptors in a control buffer (cmsg(3)) that was all zero before recvmsg(2) wrote to it. Nix reads none that was
+/// cut off, and those descriptors are in our table all the same.
+fn numbers_in(mut control: &[u8]) -> Vec<RawFd> {
+    // SAFETY: it only calculates.
+    let data = unsafe { libc::CMSG_LEN(0) } as usize;
+    let mut numbers = Vec::new();
+    while control.len() >= data {
+        // SAFETY: there are bytes enough for a header, which is made of integers alone.
+        let header: libc::cmsghdr = unsafe { control.as_ptr().cast::<libc::cmsghdr>().read_unaligned() };
+        let Some(content) = control.get(data..header.cmsg_len as usize) else { break };
+        if (header.cmsg_level, header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            let (whole, _rest) = content.as_chunks();
+            numbers.extend(whole.iter().map(|number| RawFd::from_ne_bytes(*number)));
         }
+        // SAFETY: it only calculates.
+        let space = unsafe { libc::CMSG_SPACE(content.len() as u32) } as usize;
+        control = control.get(space..).unwrap_or_default();
     }
-    Ok((message.bytes, descriptors))
+    numbers
 }
 
 /// The most descriptors that one message of ours carries (the kernel's own limit, SCM_MAX_FD, is 253).
@@ -583,4 +603,52 @@ pub fn pass_descriptors(
     // SAFETY: between fork and exec this calls nothing but dup2, which is async-signal-safe.
     let _same = unsafe { command.pre_exec(place) };
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+    use std::os::fd::AsFd as _;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+
+    fn channel() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    /// The reading end of a pipe whose writing end has been sent so often, and is open nowhere else.
+    fn send_writing_ends(through: &OwnedFd, count: usize) -> std::io::PipeReader {
+        let (reading, writing) = std::io::pipe().unwrap();
+        send_with_descriptors(through.as_fd(), b"words", &vec![writing.as_fd(); count]).unwrap();
+        reading
+    }
+
+    #[test]
+    fn descriptors_that_fit_are_closed_when_others_do_not() {
+        let (near, far) = channel();
+        for count in [MOST_DESCRIPTORS + 1, 2 * MOST_DESCRIPTORS] {
+            let mut reading = send_writing_ends(&near, count);
+            let refused = receive_with_descriptors(far.as_fd(), &mut [0; 5]).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EMFILE));
+            // While one of them is open the pipe has no end, and this waits for ever.
+            assert!(exited(&reading.as_fd().try_clone_to_owned().unwrap()), "one is open still");
+            assert_eq!(reading.read(&mut [0]).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn all_that_a_message_may_carry_arrive() {
+        let (near, far) = channel();
+        for count in [0, 1, MOST_DESCRIPTORS] {
+            let reading = send_writing_ends(&near, count);
+            let (length, descriptors) = receive_with_descriptors(far.as_fd(), &mut [0; 5]).unwrap();
+            assert_eq!((length, descriptors.len()), (5, count));
+            let end = reading.as_fd().try_clone_to_owned().unwrap();
+            assert_eq!(exited(&end), count == 0);
+            drop(descriptors);
+            assert!(exited(&end));
+        }
+    }
 }

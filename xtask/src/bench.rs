@@ -53,6 +53,12 @@ pub struct Args {
     /// More and longer rounds, for figures to publish
     #[arg(long)]
     full: bool,
+    /// So many rounds of everything that is measured in rounds
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    rounds: Option<u8>,
+    /// Keep what earlier runs have left in the folder of --out of other workloads, for those who measure a few at a time
+    #[arg(long)]
+    add: bool,
     /// Only these contenders and workloads, by the names that --list prints
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     only: Vec<String>,
@@ -112,6 +118,12 @@ fn workloads() -> Vec<String> {
     names.extend(Load::TIMED.map(Load::name));
     names.extend(Program::ALL.map(|program| program.key().to_owned()));
     names
+}
+
+/// The workload whose figure has this name.
+fn workload_of(figure: &str) -> Option<String> {
+    let all = workloads().into_iter();
+    all.filter(|workload| figure.starts_with(workload)).max_by_key(String::len)
 }
 
 fn list() -> Result<()> {
@@ -177,7 +189,12 @@ fn bench(args: &Args) -> Result<()> {
         (_, true) => Plan::full(),
         _ => Plan::usual(),
     };
+    let plan = match args.rounds {
+        Some(rounds) => plan.with_rounds(rounds.into()),
+        None => plan,
+    };
     let choice = Choice::of(&args.only)?;
+    let earlier = if args.add { Some(report::Report::read(&args.out)?) } else { None };
     let bro = crate::build::bro()?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
 
@@ -196,12 +213,19 @@ fn bench(args: &Args) -> Result<()> {
     bench.idle();
     bench.rounds();
     bench.programs();
-    let Bench { scene, plan, clock, present, results, .. } = bench;
+    let Bench { scene, plan, clock, present, results, choice } = bench;
     let versions = versions(&scene, &present);
     drop(scene);
     environment.after(clock.elapsed());
 
-    let report = report::Report { environment, plan, present, missing, versions, results };
+    let mut workloads = choice.workloads;
+    workloads.retain(|workload| !missing.iter().any(|lack| lack.name == *workload));
+    let runs = vec![report::Run { environment, plan, workloads }];
+    let report = report::Report { runs, present, missing, versions, results };
+    let report = match earlier {
+        Some(earlier) => report.add_to(earlier)?,
+        None => report,
+    };
     report.write(&args.out)?;
     if args.publish {
         report.publish()?;
@@ -347,14 +371,12 @@ impl Bench {
                 Err(error) => self.results.fail(&contender, "every load", &error),
             }
         }
+        let names = loads.iter().map(|load| load.name()).collect::<Vec<_>>().join(" ");
         let mut longest = Duration::ZERO;
         for round in 0..self.plan.rounds {
             if round > 0 && !self.clock.fits(longest, 0.66) {
-                self.results.left_out.push(format!(
-                    "{} of {} rounds of load",
-                    self.plan.rounds - round,
-                    self.plan.rounds
-                ));
+                let (left, all) = (self.plan.rounds - round, self.plan.rounds);
+                self.results.left_out.push(format!("{left} of {all} rounds of {names}"));
                 break;
             }
             let begin = Instant::now();
@@ -375,14 +397,14 @@ impl Bench {
             }
             longest = longest.max(begin.elapsed());
         }
-        self.note_moved(&up, "load");
+        self.note_moved(&up, &names);
     }
 
     /// How each bro moved the bytes.
-    fn note_moved(&mut self, up: &[(Contender, Running)], what: &'static str) {
+    fn note_moved(&mut self, up: &[(Contender, Running)], what: &str) {
         for (contender, running) in up {
             if let Some(moved) = running.moved() {
-                self.results.moved.entry(contender.key).or_default().push((what, moved));
+                self.results.moved.entry(contender.key).or_default().push((what.to_owned(), moved));
             }
         }
     }

@@ -67,6 +67,10 @@ pub(super) struct Loaded {
 
 /// Loads the programs and attaches `bro_send` to the senders' map.
 pub(super) fn load(shape: &Shape) -> Result<Loaded, Unavailable> {
+    // Asked first: the kernel's types are megabytes, and to read them for nothing was half of a user's wake.
+    if !crate::capabilities::may_load_programs() {
+        return Err(Unavailable::NotPermitted("make BPF maps", io::Error::from_raw_os_error(libc::EPERM)));
+    }
     let btf = std::fs::read("/sys/kernel/btf/vmlinux").map_err(Unavailable::UnreadableBtf)?;
     let offsets = Offsets::find(&btf).map_err(Unavailable::NoBtf)?;
     let mut ebpf = open(shape, &offsets)?;

@@ -511,7 +511,7 @@ impl Running {
 }
 
 /// Bytes, by how they were moved.
-#[derive(Debug, Clone, Copy, serde::Serialize)]
+#[derive(Debug, Clone, Copy, serde::Serialize, serde::Deserialize)]
 pub struct Moved {
     pub kernel: u64,
     pub spliced: u64,

@@ -4,13 +4,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::cpu::{Meter, stolen_seconds};
 use super::{memory, tools};
 
 /// The machine.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Environment {
     pub kernel: String,
     pub processor: String,
@@ -94,11 +94,17 @@ impl Environment {
     /// What makes the figures doubtful, in sentences.
     pub fn doubts(&self) -> Vec<String> {
         let mut doubts = Vec::new();
-        let busy = self.busy_before.max(self.busy_after);
-        if busy > 0.1 {
+        let (before, after) = (self.busy_before, self.busy_after);
+        if before.min(after) > 0.1 {
             doubts.push(format!(
-                "The machine was not quiet: other programs kept {busy:.1} of {} processors busy before or after the run. Do not \
-                 quote these figures.",
+                "The machine was not quiet: other programs kept {before:.1} of {} processors busy before the run and {after:.1} after \
+                 it. Do not quote these figures.",
+                self.cores
+            ));
+        } else if before.max(after) > 0.1 {
+            doubts.push(format!(
+                "Other programs kept {before:.2} of {} processors busy in the second before the run and {after:.2} in the one after it, so \
+                 the round beside that second may be off.",
                 self.cores
             ));
         }

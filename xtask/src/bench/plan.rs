@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 /// The amounts.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Plan {
-    pub name: &'static str,
+    pub name: String,
     /// Rounds of what is measured in rounds.
     pub rounds: usize,
     pub program_rounds: usize,
@@ -23,6 +23,12 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// With so many rounds of whatever is measured in rounds.
+    pub fn with_rounds(mut self, rounds: usize) -> Self {
+        (self.rounds, self.program_rounds) = (rounds, rounds);
+        self
+    }
+
     /// How long one measurement may take until it is given up.
     pub fn load_limit(&self) -> Duration {
         Duration::from_secs_f64(4.0 + 16.0 * self.seconds)
@@ -41,7 +47,7 @@ impl Plan {
     /// Under three minutes on two cores.
     pub fn quick() -> Self {
         Self {
-            name: "quick",
+            name: "quick".into(),
             rounds: 3,
             program_rounds: 2,
             cold_rounds: 5,
@@ -58,16 +64,16 @@ impl Plan {
     /// The usual one.
     pub fn usual() -> Self {
         Self {
-            name: "default",
+            name: "default".into(),
             rounds: 5,
-            program_rounds: 3,
+            program_rounds: 5,
             cold_rounds: 9,
             idle_rounds: 1,
             seconds: 0.5,
             idle: vec![1000, 9000],
             transactions: 1000,
             redis_requests: 20_000,
-            wrk_seconds: 2,
+            wrk_seconds: 1,
             limit: None,
         }
     }
@@ -75,7 +81,7 @@ impl Plan {
     /// For figures that are published.
     pub fn full() -> Self {
         Self {
-            name: "full",
+            name: "full".into(),
             rounds: 9,
             program_rounds: 5,
             cold_rounds: 21,

@@ -379,7 +379,7 @@ fn network_tool(scene: &Scene, tool: Program, places: usize) -> Result<Servers> 
     for place in 0..places {
         let port = tool.port(place).to_string();
         let (program, args) = match tool {
-            Program::Sockperf => ("sockperf", ["sr", "--tcp", "-i", "127.0.0.1", "-p", &port].to_vec()),
+            Program::Sockperf => ("sockperf", ["sr", "--tcp", "-p", &port].to_vec()),
             _ => ("iperf3", ["-s", "-p", &port].to_vec()),
         };
         let args = args.into_iter().map(str::to_owned).collect();

@@ -3,8 +3,9 @@
 use std::fmt::Write as _;
 
 use super::{Report, plots};
-use crate::bench::contenders::{Contender, Way};
+use crate::bench::contenders::{Contender, Lanes, Way};
 use crate::bench::metrics::{self, Metric, SECTIONS, Section};
+use crate::bench::plan::Plan;
 use crate::bench::statistics::Summary;
 
 /// Why some rows are as they are: what was found out about them, by hand.
@@ -24,7 +25,7 @@ fn write(report: &Report, plots: &str, text: &mut String) -> std::fmt::Result {
     writeln!(
         text,
         "    sudo --preserve-env=PATH,HOME cargo xtask bench --{}",
-        report.plan.name.replace("default", "full")
+        report.last().plan.name.replace("default", "full")
     )?;
     writeln!(text, "\nWithout root it leaves the kernel relay out; `--quick` takes under three minutes.\n")?;
     doubts(report, text)?;
@@ -43,20 +44,26 @@ fn write(report: &Report, plots: &str, text: &mut String) -> std::fmt::Result {
 }
 
 fn doubts(report: &Report, text: &mut String) -> std::fmt::Result {
-    for doubt in report.environment.doubts() {
-        writeln!(text, "> **{doubt}**\n")?;
+    for run in &report.runs {
+        for doubt in run.environment.doubts() {
+            writeln!(text, "> **{}: {doubt}**\n", run.workloads.join(", "))?;
+        }
     }
     Ok(())
 }
 
 fn reading(report: &Report, text: &mut String) -> std::fmt::Result {
-    let plan = &report.plan;
+    let most = |of: fn(&Plan) -> usize| report.runs.iter().map(|run| of(&run.plan)).max().unwrap_or(0);
+    let plan = &report.last().plan;
     writeln!(
         text,
-        "Medians of up to {} rounds that take turns, {} s each ({} for real programs, {} cold starts); in small print the lowest \
+        "Medians of up to {} rounds that take turns, {} s each ({} s for real programs; {} cold starts); in small print the lowest \
          and the highest round and how many there were. **Bold** is the best forwarder of a column, and every one that this \
          run cannot tell from it: their rounds overlap. The direct connection and the unix socket are no forwarders.\n",
-        plan.rounds, plan.seconds, plan.program_rounds, plan.cold_rounds
+        most(|plan| plan.rounds),
+        plan.seconds,
+        plan.wrk_seconds,
+        most(|plan| plan.cold_rounds)
     )?;
     for left_out in &report.results.left_out {
         writeln!(text, "Left out for want of time: {left_out}.\n")?;
@@ -175,6 +182,46 @@ fn each_relay(report: &Report, text: &mut String) -> std::fmt::Result {
         if !rows.is_empty() {
             writeln!(text, "- **{}** alone is behind {}", bro.label, rows.join("; "))?;
         }
+    }
+    writeln!(text)?;
+    against_splice(report, text)
+}
+
+/// Each relay that `auto` may choose against the one that it chooses otherwise.
+fn against_splice(report: &Report, text: &mut String) -> std::fmt::Result {
+    let with_lanes = |contender: &&Contender| {
+        matches!(contender.way, Way::Bro { lanes: Lanes::Both | Lanes::Service, .. })
+    };
+    let is_splice = |contender: &&Contender| contender.key == "bro-splice";
+    let Some(splice) = report.present.iter().find(is_splice) else { return Ok(()) };
+    for bro in report.present.iter().filter(with_lanes) {
+        let (mut ahead, mut even, mut behind) = (0, 0, Vec::new());
+        for metric in metrics::all() {
+            let (Some(ours), Some(spliced)) =
+                (report.results.get(bro, metric), report.results.get(splice, metric))
+            else {
+                continue;
+            };
+            if beats(metric, &ours, &spliced) {
+                ahead += 1;
+            } else if beats(metric, &spliced, &ours) {
+                behind.push(format!(
+                    "`{}` {} (against {})",
+                    metric.key,
+                    plain(metric, &ours),
+                    plain(metric, &spliced)
+                ));
+            } else {
+                even += 1;
+            }
+        }
+        let rows = if behind.is_empty() { String::new() } else { format!(": {}", behind.join("; ")) };
+        let (label, behind) = (bro.label, behind.len());
+        writeln!(
+            text,
+            "- **{label}** against {}: ahead in {ahead}, not to be told apart in {even}, behind in {behind}{rows}",
+            splice.label
+        )?;
     }
     writeln!(text)
 }
@@ -303,7 +350,7 @@ fn setup(report: &Report, text: &mut String) -> std::fmt::Result {
         });
         writeln!(text, "- bytes moved by {who}: {}", shares.collect::<Vec<_>>().join("; "))?;
     }
-    let e = &report.environment;
+    let e = &report.last().environment;
     writeln!(text, "\n## The machine\n\n| | |\n| --- | --- |")?;
     let machine = if e.virtual_machine { " (a virtual machine)" } else { "" };
     writeln!(text, "| processor | {}, {} cores{machine} |", e.processor, e.cores)?;
@@ -312,16 +359,8 @@ fn setup(report: &Report, text: &mut String) -> std::fmt::Result {
     let or_unknown = |value: &Option<String>| value.clone().unwrap_or_else(|| "unknown".into());
     writeln!(text, "| system | {} |", or_unknown(&e.system))?;
     writeln!(text, "| frequency governor | {} |", or_unknown(&e.governor))?;
-    writeln!(text, "| bro | {}, commit {} |", or_unknown(&e.bro), or_unknown(&e.commit))?;
-    writeln!(text, "| run | {}, {:.0} s, on {} |", report.plan.name, e.seconds, or_unknown(&e.date))?;
     writeln!(text, "| as | {} |", if e.root { "root" } else { "an ordinary user" })?;
     writeln!(text, "| descriptors | {} a process |", e.descriptors)?;
-    writeln!(text, "| load average before | {} |", or_unknown(&e.load_average))?;
-    writeln!(
-        text,
-        "| busy with other things | {:.2} processors before, {:.2} after |",
-        e.busy_before, e.busy_after
-    )?;
     for (name, value) in &e.settings {
         writeln!(text, "| {name} | {value} |")?;
     }
@@ -331,6 +370,22 @@ fn setup(report: &Report, text: &mut String) -> std::fmt::Result {
             told.push(version);
             writeln!(text, "| {name} | {version} |")?;
         }
+    }
+    for run in &report.runs {
+        let (e, rounds) = (&run.environment, run.plan.rounds);
+        writeln!(
+            text,
+            "| run | {}: {}, {rounds} rounds, {:.0} s, on {}, commit {}; {:.2} processors busy with other things before and {:.2} after, \
+             load average before {} |",
+            run.workloads.join(", "),
+            run.plan.name,
+            e.seconds,
+            or_unknown(&e.date),
+            or_unknown(&e.commit),
+            e.busy_before,
+            e.busy_after,
+            or_unknown(&e.load_average)
+        )?;
     }
     Ok(())
 }

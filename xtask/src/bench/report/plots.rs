@@ -58,7 +58,7 @@ const PLOTS: &[Plot] = &[
     },
     Plot {
         file: "programs.svg",
-        section: "Real programs",
+        section: "Databases",
         title: "Requests a second of real programs (more is better)",
         metrics: &["pgbench.per_second", "redis.per_second", "wrk.per_second"],
         stacked: false,
