@@ -158,10 +158,11 @@ pub struct Forward {
     /// listen: the kernel's table of listeners in the target's namespace shows the port; the service is not touched. auto: the
     /// same, and a service at port 5432, 3306 or 6379 says in PostgreSQL's, MySQL's or Redis' protocol that it takes clients
     /// (one that says something else there, or nothing for a second, is ready as well). postgres, mysql, redis: the same at any
-    /// port, and nothing else will do. http:[//HOST][:PORT]/PATH: the answer to a GET has a status below 500; HOST is only named
-    /// in the request. connect: a connection of bro's own succeeded (and is closed). healthy: podman's health check passes
-    /// (needs --container). exec:CMD: a shell command on the host exits with 0, tried every 200 ms, each try for 10 s at most.
-    /// none: at once; a refused connection is a reset for the client. All of it within --start-timeout.
+    /// port, and nothing else will do. http:PAGE: the answer to a GET has a status below 500; PAGE is /PATH, or //HOST/PATH,
+    /// :PORT/PATH or //HOST:PORT/PATH, where HOST is only named in the request. connect: a connection of bro's own succeeded (and
+    /// is closed). healthy: podman's health check passes (needs --container). exec:CMD: a shell command on the host exits with 0,
+    /// tried every 200 ms, each try for 10 s at most. none: at once; a refused connection is a reset for the client. All of it
+    /// within --start-timeout.
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub ready: crate::activate::ready::Ready,
 

@@ -102,7 +102,10 @@ impl Page {
         if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
             return None;
         }
-        let slash = if text.starts_with("//") { text[2..].find('/')? + 2 } else { text.find('/')? };
+        let slash = match text.strip_prefix("//") {
+            Some(rest) => rest.find('/')? + 2,
+            None => text.find('/')?,
+        };
         let (place, path) = text.split_at(slash);
         // An IPv6 address has colons of its own, in brackets.
         let (host, port) = match place.rsplit_once(':') {
