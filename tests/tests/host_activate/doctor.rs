@@ -91,7 +91,8 @@ pub fn status_and_doctor(host: &Host, manager: Manager) -> Result<()> {
     manager.systemctl(host, &["start", &site.unit()])?;
     host.wait_until("it listens where it is looked for", bro_tests::host::site::PATIENCE, || {
         Ok(complaints(&doctor(&[])?.stdout).is_empty())
-    })?;
+    })
+    .with_context(|| format!("{:?}\n{}", doctor(&[]), site.journals()))?;
 
     // The unit runs, and the forwarder looks for a container that there is not.
     let ran = activate(host, manager, "patient --container nobody")?;
