@@ -252,7 +252,7 @@ fn numbers_in(mut control: &[u8]) -> Vec<RawFd> {
     while control.len() >= data {
         // SAFETY: there are bytes enough for a header, which is made of integers alone.
         let header: libc::cmsghdr = unsafe { control.as_ptr().cast::<libc::cmsghdr>().read_unaligned() };
-        let Some(content) = control.get(data..header.cmsg_len as usize) else { break };
+        let Some(content) = control.get(data..header.cmsg_len) else { break };
         if (header.cmsg_level, header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             let (whole, _rest) = content.as_chunks();
             numbers.extend(whole.iter().map(|number| RawFd::from_ne_bytes(*number)));
