@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, MapData, MapError, SockHash};
 use bro_ebpf::{Flow, Reason, Record, Route, credit_for, grant, regrant, v4_mapped, watermark};
@@ -97,6 +98,8 @@ struct Tables {
     targets: SockHash<MapData, RouteValue>,
     /// Free records with the serial number of their next use. First in, first out, so that a slot rests as long as it can.
     free: VecDeque<Route>,
+    /// Closed ones whose targets are still in the map, since when.
+    resting: VecDeque<(Instant, Route)>,
     closed: LaneCounters,
     capacity: usize,
 }
@@ -121,8 +124,14 @@ impl Lanes {
         let free = (first..first + capacity)
             .map(|record| next_use(Route { record, serial: last(record) }))
             .collect();
-        let tables =
-            Tables { routes, targets, free, closed: LaneCounters::default(), capacity: capacity as usize };
+        let tables = Tables {
+            routes,
+            targets,
+            free,
+            resting: VecDeque::new(),
+            closed: LaneCounters::default(),
+            capacity: capacity as usize,
+        };
         Self { records, tables: Mutex::new(tables) }
     }
 
@@ -133,7 +142,7 @@ impl Lanes {
     /// The sum over the lanes that were closed, and how many are open.
     pub(super) fn closed(&self) -> (LaneCounters, usize) {
         let tables = self.tables();
-        (tables.closed, tables.capacity - tables.free.len())
+        (tables.closed, tables.capacity - tables.free.len() - tables.resting.len())
     }
 
     /// Opens a lane: see [`super::Kernel::open_lane`].
@@ -144,6 +153,7 @@ impl Lanes {
         forwarded: u64,
     ) -> Result<Lane, Refused> {
         let mut tables = self.tables();
+        tables.reclaim(Instant::now());
         let route = tables.free.pop_front().ok_or(Refused::NoSlot)?;
         match tables.open(&self.records, route, sender, target, forwarded) {
             Ok(()) => Ok(Lane { lanes: Arc::clone(self), route, flow: sender.flow(), hooked: None }),
@@ -154,6 +164,9 @@ impl Lanes {
         }
     }
 }
+
+/// How long a send may take from the program's decision to the target's queue. It does nothing in between but wait for its turn.
+const REST: Duration = Duration::from_secs(1);
 
 /// The serial number after this one; never 0, which means "no route" to the programs.
 fn next_use(route: Route) -> Route {
@@ -196,14 +209,29 @@ impl Tables {
         // From here on the program passes: it compares the serial number with every message.
         record.on.store(0, Relaxed);
         record.serial.store(0, Release);
-        // A message that passed that check already still finds the target or not; either is in order.
-        let _gone = self.targets.remove(&RouteValue(route));
+        // A message that passed that check already still finds the target or not; either is in order. Not so one that has found it:
+        // the kernel fails its send with EPIPE when the target leaves the map before it is queued there (`tcp_bpf_sendmsg_redir`). So
+        // the target rests for a while.
         let ours = self.routes.get(&FlowKey(flow), 0).is_ok_and(|found| found.0 == route);
         if ours {
             let _gone = self.routes.remove(&FlowKey(flow));
         }
         self.closed += counters(record);
-        self.free.push_back(next_use(route));
+        let now = Instant::now();
+        self.resting.push_back((now, route));
+        self.reclaim(now);
+    }
+
+    /// Takes targets out of the map that have rested, or whose slots are needed, and frees those. One whose socket is closed has left it
+    /// by itself.
+    fn reclaim(&mut self, now: Instant) {
+        while let Some(&(since, route)) = self.resting.front()
+            && (now - since >= REST || self.free.is_empty())
+        {
+            let _rested = self.resting.pop_front();
+            let _gone = self.targets.remove(&RouteValue(route));
+            self.free.push_back(next_use(route));
+        }
     }
 }
 
