@@ -13,7 +13,7 @@ use bytes::Bytes;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
 
-use crate::kernel::Lane;
+use crate::kernel::{Lane, LaneCounters};
 use half_close::Half;
 use pipes::{Pipe, Pool};
 use splice::Filled;
@@ -186,11 +186,14 @@ impl Direction {
         self.held = Held::Bytes(Box::new(bytes.into()));
     }
 
-    /// Takes its lane away: what is sent from now on comes to us.
-    pub fn take_lane(&mut self) -> Option<Lane> {
-        let lane = self.lane.take().map(|lane| *lane);
-        self.moved_before += lane.as_ref().map_or(0, Lane::bytes);
-        lane
+    /// Takes its lane away, and what that did: what is sent from now on comes to us.
+    pub fn take_lane(&mut self) -> Option<(Lane, LaneCounters)> {
+        let lane = *self.lane.take()?;
+        lane.enable(false);
+        // One look for all that count: a message that was let through before may be counted any moment.
+        let did = lane.snapshot();
+        self.moved_before += did.bytes;
+        Some((lane, did))
     }
 
     /// Its lane.

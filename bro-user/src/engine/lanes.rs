@@ -155,8 +155,8 @@ impl Engine {
             Wanted::Close => {
                 let listener = connection.listener;
                 let Stage::Relaying { up, down, .. } = &mut connection.stage else { return };
-                for lane in [up.take_lane(), down.take_lane()].into_iter().flatten() {
-                    lanes.close(&lane, &mut self.tallies[listener]);
+                for (lane, did) in [up.take_lane(), down.take_lane()].into_iter().flatten() {
+                    lanes.close(&lane, &did, &mut self.tallies[listener]);
                 }
             }
         }
@@ -166,7 +166,7 @@ impl Engine {
     pub(super) fn close_lanes(&mut self, connection: &Connection) {
         let Some(lanes) = &mut self.lanes else { return };
         for lane in connection.lanes() {
-            lanes.close(lane, &mut self.tallies[connection.listener]);
+            lanes.close(lane, &lane.snapshot(), &mut self.tallies[connection.listener]);
         }
     }
 
@@ -287,11 +287,11 @@ impl Lanes {
     }
 
     /// Counts what a lane did that is to be closed, and lets its sender go.
-    fn close(&mut self, lane: &kernel::Lane, tally: &mut Tally) {
+    fn close(&mut self, lane: &kernel::Lane, did: &LaneCounters, tally: &mut Tally) {
         let _owner = self.owners.remove(&lane.id());
         if let Some(socket) = lane.hooked() {
             self.kernel.release(socket);
         }
-        add(tally, &lane.snapshot());
+        add(tally, did);
     }
 }
