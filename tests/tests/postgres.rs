@@ -94,6 +94,16 @@ impl Cluster {
     }
 }
 
+/// A namespace, and a port that is free in it, where no other program takes any.
+fn place() -> Result<(Namespace, u16)> {
+    // An ordinary user is himself in the namespace: PostgreSQL refuses a user namespace's root as well.
+    let owner = if Uid::effective().is_root() { Owner::Usual } else { Owner::KeepId };
+    let namespace = Namespace::owned_by(owner)?;
+    let probe = Bound::new(&namespace, &Family::Tcp4.loopback().context("TCP has one")?)?;
+    let port = probe.address().port().context("a TCP address")?;
+    Ok((namespace, port))
+}
+
 struct Server(Child);
 
 impl Drop for Server {
@@ -137,13 +147,7 @@ fn the_first_psql_wakes_postgresql_and_pgbench_runs_through() -> Result<()> {
     let [psql, pgbench] =
         ["psql", "pgbench"].map(|name| find_program(name).expect("it was there a moment ago"));
     let cluster = Cluster::new()?;
-    // An ordinary user is himself in the namespace: PostgreSQL refuses a user namespace's root as well.
-    let owner = if Uid::effective().is_root() { Owner::Usual } else { Owner::KeepId };
-    let namespace = Namespace::owned_by(owner)?;
-    // A port that is free in this namespace, where nobody else takes any.
-    let probe = Bound::new(&namespace, &Family::Tcp4.loopback().context("TCP has one")?)?;
-    let inside = probe.address().port().context("a TCP address")?;
-    drop(probe);
+    let (namespace, inside) = place()?;
     // A listening server may still be recovering, and says so to whoever connects: readiness is what pg_isready says.
     let is_ready = cluster.programs.join("pg_isready");
     let is_ready =
@@ -204,11 +208,7 @@ fn the_first_psql_waits_for_a_postgresql_that_recovers() -> Result<()> {
     }
     let psql = find_program("psql").expect("it was there a moment ago");
     let cluster = Cluster::new()?;
-    let owner = if Uid::effective().is_root() { Owner::Usual } else { Owner::KeepId };
-    let namespace = Namespace::owned_by(owner)?;
-    let probe = Bound::new(&namespace, &Family::Tcp4.loopback().context("TCP has one")?)?;
-    let inside = probe.address().port().context("a TCP address")?;
-    drop(probe);
+    let (namespace, inside) = place()?;
     // Each file that it asks an archive for takes a second, and is not there.
     std::fs::write(cluster.data().join("recovery.signal"), "")?;
     let server =
