@@ -63,6 +63,26 @@ pub fn doctor(machine: &Machine) -> Result<()> {
     Ok(())
 }
 
+/// The profile that [`denied`] confines a forwarder by.
+pub const PROFILE: &str = "bro-tests-forwarder";
+
+/// AppArmor forbids a forwarder what a wake takes: `bro doctor NAME` tries it, and says that it is a security module and which label.
+pub fn denied(machine: &Machine) -> Result<()> {
+    let (root, site) = (&machine.root, Site::lane(machine));
+    let drop_in = format!("/etc/systemd/system/{}.d/50-tests.conf", site.forwarder());
+    root.sh(&format!(
+        "echo 'profile {PROFILE} flags=(attach_disconnected) {{ file, capability, network, deny network netlink, unix, deny ptrace, \
+         signal, mount, umount, dbus, }}' | apparmor_parser --replace
+         mkdir -p $(dirname {drop_in}); printf '[Service]\nAppArmorProfile={PROFILE}\n' >{drop_in}; systemctl daemon-reload"
+    ))?;
+    let ill = root.try_run(&["bro", "doctor", site.name])?;
+    root.sh(&format!("rm -r $(dirname {drop_in}); systemctl daemon-reload"))?;
+    note(ill.stdout.lines().find(|line| line.contains("confinement")).context("no word of the confinement")?);
+    ensure!(!ill.success() && ill.stdout.contains(&format!("takes it for “{PROFILE}")), "{ill:?}");
+    ensure!(root.try_run(&["bro", "doctor", site.name])?.success(), "doctor complains on");
+    Ok(())
+}
+
 /// A set of programs for the user, whose service then asks for the kernel relay.
 pub fn load(machine: &Machine) -> Result<()> {
     machine.root.run(&["systemctl", "enable", "--now", "bro-loader@1000.service"])?;
