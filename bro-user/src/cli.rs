@@ -100,6 +100,9 @@ Time spans are systemd's: 90, 500ms, 1min 30s, infinity. A number alone is in se
 Exit status: 0 done; 1 failed; 2 wrong usage; 3 no socket was passed; 4 container, process or namespace not found;
 5 not permitted.";
 
+/// How long a stopping forwarder lets its connections finish, unless it is told otherwise.
+pub(crate) const DRAIN_TIMEOUT: &str = "30s";
+
 /// `bro forward`.
 #[derive(Debug, Args)]
 pub struct Forward {
@@ -175,7 +178,7 @@ pub struct Forward {
     pub idle: idle::Idle,
 
     /// On SIGTERM, how long connections may take to finish (0: they are ended at once, as by a second SIGTERM)
-    #[arg(long, value_name = "SPAN", default_value = "30s")]
+    #[arg(long, value_name = "SPAN", default_value = DRAIN_TIMEOUT)]
     pub drain_timeout: TimeSpan,
 
     /// Abort a connection after SPAN without a byte in either direction

@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep};
 use super::systemd::Systemd;
 use crate::activate::bus::Manager;
 use crate::activated::Activated;
+use crate::cli::DRAIN_TIMEOUT;
 use crate::exit::on_one_line;
 
 /// Between two looks. What ends sooner needs no words.
@@ -18,9 +19,6 @@ const STEP: Duration = Duration::from_secs(1);
 
 /// How long nothing is said where nothing changes.
 const SILENCE: Duration = Duration::from_secs(10);
-
-/// The default of `bro forward`.
-const DRAIN: &str = "30s";
 
 /// Does the work, and says on standard error what it waits for.
 pub(super) async fn telling<T>(
@@ -55,7 +53,7 @@ struct Wait {
 impl Wait {
     /// Of a service with a forwarder.
     fn for_clients_of(known: &Activated) -> Option<Self> {
-        let limit = known.option("drain-timeout").unwrap_or(DRAIN).to_owned();
+        let limit = known.option("drain-timeout").unwrap_or(DRAIN_TIMEOUT).to_owned();
         Some(Self {
             service: known.service()?,
             manager: known.scope,
@@ -66,7 +64,7 @@ impl Wait {
     }
 
     async fn look(&mut self, systemd: &Systemd) {
-        // Whoever cannot be asked is waited for all the same.
+        // A service manager that does not answer now is waited for all the same.
         let Ok(found) = systemd.bus.how_far(&self.service).await else { return };
         if found.state == "deactivating"
             && let Some(text) = self.news(&found.status, Instant::now())
