@@ -11,10 +11,11 @@ use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 use serde::{Deserialize, Serialize};
 
 use super::Engine;
+use super::handle::Event;
 use super::token::Token;
 use crate::connection::{Connection, Lanes as Wanted, Peer, Stage};
-use crate::engine::handle::Event;
-use crate::kernel::{self, Descriptors, Flow, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
+use crate::kernel;
+use crate::kernel::{Descriptors, Flow, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
 use crate::relay::Side;
 use crate::sockaddr;
 use crate::stats::Tally;

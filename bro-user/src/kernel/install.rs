@@ -13,7 +13,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, RenameFlags, renameat2};
 use nix::mount::{MsFlags, mount};
 
-use super::load::{self, Loaded, Shape, not_pinned};
+use super::load;
+use super::load::{Loaded, Shape, not_pinned};
 use super::maps::data;
 use super::pinned::{ABOUT, HOOK, LINK, ROOT, SEATS_FOLDER, events, folder, version};
 use super::unavailable::Unavailable;

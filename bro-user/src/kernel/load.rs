@@ -17,7 +17,8 @@ use super::maps::{Descriptors, Share};
 use super::offsets::Offsets;
 use super::programs::Programs;
 use super::sys::OwnersValue;
-use super::trace::{self, Tracer};
+use super::trace;
+use super::trace::Tracer;
 use super::unavailable::Unavailable;
 
 /// The programs as `cargo xtask build-ebpf` made them; aya wants them aligned.

@@ -17,9 +17,11 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{SockaddrStorage, UnixAddr, connect, setsockopt, sockopt};
 use nix::sys::stat::fstat;
 
-use super::identity::{self, Actor, Identity};
+use super::identity;
+use super::identity::{Actor, Identity};
 use super::replies;
-use super::wire::{self, Address, Answer, Destinations, Request};
+use super::wire;
+use super::wire::{Address, Answer, Destinations, Request};
 use crate::source::{Binding, any_port, bind_to};
 use crate::{kernel, sys};
 
