@@ -43,7 +43,7 @@ pub const NAMES: [(&str, &str); 3] =
 /// The version, with what made the kernel relay's programs.
 fn long_version() -> &'static str {
     static TEXT: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
-        let object = crate::kernel::OBJECT.lines().collect::<Vec<_>>().join("\n  ");
+        let object = bro_sockmap::OBJECT.lines().collect::<Vec<_>>().join("\n  ");
         format!("{}\nkernel programs made by\n  {object}", env!("CARGO_PKG_VERSION"))
     });
     &TEXT

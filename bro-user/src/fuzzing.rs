@@ -14,8 +14,6 @@ use crate::control_socket;
 use crate::engine::handle;
 use crate::installed;
 use crate::installed::SECTION;
-use crate::kernel::cgroup;
-use crate::kernel::offsets::Offsets;
 use crate::netns::{netlink, wire};
 use crate::podman::container;
 use crate::podman::quadlet;
@@ -30,6 +28,8 @@ use crate::systemd::time_span::TimeSpan;
 use crate::systemd::unit_file::{UnitFile, quote_word, split_words};
 use crate::target;
 use crate::target::Target;
+use bro_sockmap::btf::Offsets;
+use bro_sockmap::cgroup;
 
 /// `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES`, a line each.
 pub fn environment(text: &str) {

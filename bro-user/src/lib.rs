@@ -1,10 +1,9 @@
 //! bro: start any container on its first connection, relay it without losing a byte, and get out of the way.
 //!
-//! The library behind the `bro` binary, so that tests and fuzzers reach its parts. Start reading at [`forward`] (one
-//! forwarder's life) and [`engine`] (one thread, one epoll, every connection); ARCHITECTURE.md is the map.
+//! The library behind the `bro` binary, so that tests and fuzzers reach its parts. Start reading at [`commands::forward`] (one
+//! forwarder's life); ARCHITECTURE.md is the map.
 
 pub mod address;
-pub mod capabilities;
 pub mod cli;
 pub mod commands;
 pub mod connection;
@@ -14,7 +13,6 @@ pub mod exit;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod installed;
-pub mod kernel;
 pub mod logging;
 pub mod netns;
 pub mod podman;

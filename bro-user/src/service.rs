@@ -27,7 +27,6 @@ use tokio::time::sleep;
 use crate::engine::Destination;
 use crate::engine::lanes::Watch;
 use crate::exit::Failure;
-use crate::kernel;
 use crate::netns;
 use crate::netns::identity;
 use crate::netns::identity::Identity;
@@ -727,10 +726,10 @@ impl Activator {
             return None;
         }
         let socket = place.socket(libc::AF_INET, libc::SOCK_STREAM, 0).await.ok()?;
-        let netns = kernel::netns_cookie(socket.as_fd()).ok()?;
+        let netns = bro_sockmap::netns_cookie(socket.as_fd()).ok()?;
         let cgroup = match incarnation.and_then(|incarnation| incarnation.pid) {
-            Some(pid) => kernel::cgroup::shared_with(pid.unsigned_abs()),
-            None => kernel::cgroup::mount_point(),
+            Some(pid) => bro_sockmap::cgroup::shared_with(pid.unsigned_abs()),
+            None => bro_sockmap::cgroup::mount_point(),
         };
         let cgroup =
             cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;

@@ -35,8 +35,6 @@ use crate::engine::process::Process;
 use crate::engine::socket_options::Keepalive;
 use crate::engine::{Settings, slot};
 use crate::exit::Failure;
-use crate::kernel;
-use crate::kernel::{Bequest, Foreign, News, Unavailable};
 use crate::relay::Method;
 use crate::relay::pipes;
 use crate::service::failed_wake::Failures;
@@ -51,6 +49,7 @@ use crate::systemd::listen_fds::{Listener, Passed};
 use crate::systemd::manager::Manager;
 use crate::systemd::notify;
 use crate::target::Target;
+use bro_sockmap::{Bequest, Foreign, News, Unavailable};
 use wake::Wakefulness;
 
 /// The first of the failures after which nobody would be served before this has passed.
@@ -249,11 +248,11 @@ fn load_kernel_relay(options: &Forward, bequest: Option<Bequest>) -> Option<Load
     if !matches!(options.relay, RelayChoice::Auto | RelayChoice::Sockmap) {
         return None;
     }
-    let config = kernel::Config {
+    let config = bro_sockmap::Config {
         connections: options.connections_max.unwrap_or(LANES),
         hook_blocking: options.blocking_sockets,
         bear_fionread: options.relay == RelayChoice::Sockmap,
-        trace: kernel::trace_wanted(),
+        trace: bro_sockmap::trace_wanted(),
     };
     kernel_watch::load(config, bequest)
 }
@@ -263,7 +262,7 @@ fn clients_namespace(listeners: &[(Listener, usize)]) -> Option<u64> {
     let mut cookies = listeners.iter().map(|(listener, _)| {
         let address = getsockname::<SockaddrStorage>(listener.socket.as_raw_fd()).ok()?;
         crate::sockaddr::tcp(&address)?;
-        kernel::netns_cookie(listener.socket.as_fd()).ok()
+        bro_sockmap::netns_cookie(listener.socket.as_fd()).ok()
     });
     let first = cookies.next()??;
     cookies.all(|other| other == Some(first)).then_some(first)
@@ -316,7 +315,7 @@ fn local_clients(options: &Forward) -> anyhow::Result<Option<std::path::PathBuf>
         LocalClients::On => Path::new("/"),
         LocalClients::Cgroup(path) => path,
     };
-    let root = kernel::cgroup::mount_point().context("--local-clients needs cgroup v2")?;
+    let root = bro_sockmap::cgroup::mount_point().context("--local-clients needs cgroup v2")?;
     let path = if below.starts_with(&root) { below.to_owned() } else { root.join(below.strip_prefix("/")?) };
     if !path.is_dir() {
         bail!(Failure::Usage(format!("--local-clients: there is no cgroup {}", below.display())));
@@ -461,7 +460,7 @@ impl<'a> Control<'a> {
             self.kernel_loaded(loaded).await?;
         }
         // The thread that has loaded the programs attaches them; this one never needs the rights for that.
-        crate::capabilities::drop_the_kernel_relays(self.shows_clients());
+        bro_sockmap::capabilities::drop_the_kernel_relays(self.shows_clients());
         // Not before: who insists on what cannot be had gets one sentence.
         for (name, address, target) in &self.listeners {
             tracing::info!(socket = %name, %address, %target, "listening");

@@ -11,10 +11,10 @@ use nix::unistd::{Uid, User};
 
 use crate::cli::Loader;
 use crate::exit::Failure;
-use crate::kernel::install;
-use crate::kernel::install::{Named, Order};
-use crate::kernel::{Unavailable, cgroup};
 use crate::systemd::manager::{Bus, Manager};
+use bro_sockmap::pin;
+use bro_sockmap::pin::{Named, Order};
+use bro_sockmap::{LOADER_UNIT, Unavailable, cgroup};
 
 /// How long systemd may take to start a user's manager.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -39,7 +39,7 @@ pub fn run(options: &Loader) -> anyhow::Result<()> {
     }
     let mut out = std::io::stdout().lock();
     if options.remove {
-        let said = if install::remove(uid, named).map_err(plain)? {
+        let said = if pin::remove(uid, named).map_err(plain)? {
             "removed; forwarders that use them go on with them until they end"
         } else {
             "there was nothing to remove"
@@ -53,7 +53,7 @@ pub fn run(options: &Loader) -> anyhow::Result<()> {
     let subordinate =
         subordinate::ranges(&std::fs::read_to_string("/etc/subuid").unwrap_or_default(), uid, &name);
     let order = Order { named, user: uid, subordinate, cgroup, connections: options.connections };
-    install::install(&order).map_err(plain)?;
+    pin::install(&order).map_err(plain)?;
     let (cgroup, connections) = (order.cgroup.display(), order.connections);
     let seats = bro_ebpf::SEATS;
     writeln!(
@@ -99,28 +99,13 @@ fn slice(uid: u32, name: &str) -> anyhow::Result<PathBuf> {
     );
 }
 
-/// The unit that does it at each boot, without the user whom it is for.
-const UNIT: &str = "bro-loader@.service";
-
-/// Is that unit here? The packages bring it, and `cargo install` does not.
-pub(crate) fn is_a_unit() -> bool {
-    const WHERE: [&str; 5] = [
-        "/etc/systemd/system",
-        "/run/systemd/system",
-        "/usr/local/lib/systemd/system",
-        "/usr/lib/systemd/system",
-        "/lib/systemd/system",
-    ];
-    WHERE.iter().any(|directory| std::path::Path::new(directory).join(UNIT).exists())
-}
-
 /// What has the kernel relay loaded for a user, here.
 pub(crate) fn advice(user: &str) -> String {
-    if is_a_unit() {
+    if bro_sockmap::loader_unit_is_installed() {
         return format!("`sudo systemctl enable --now bro-loader@{user}`");
     }
     format!(
-        "`sudo bro loader {user}`, until the next boot ({UNIT}, which does it at each, is not installed: bro's packages bring it)"
+        "`sudo bro loader {user}`, until the next boot ({LOADER_UNIT}, which does it at each, is not installed: bro's packages bring it)"
     )
 }
 

@@ -14,12 +14,12 @@ use super::Engine;
 use super::handle::Event;
 use super::token::Token;
 use crate::connection::{Connection, End, Registration, Stage};
-use crate::kernel::{Flow, HookRequest};
 use crate::netns::wire;
 use crate::netns::wire::{Answer, Destinations, Request};
 use crate::source;
 use crate::source::Sources;
 use crate::stats::Stats;
+use bro_sockmap::{Flow, HookRequest};
 
 /// A target that listens.
 #[derive(Debug)]

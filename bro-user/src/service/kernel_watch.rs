@@ -11,8 +11,8 @@ use tokio::sync::oneshot;
 
 use crate::engine::handle::{Command, Handle};
 use crate::engine::lanes::Watch;
-use crate::kernel::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
 use crate::netns::Namespace;
+use bro_sockmap::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
 
 /// How long the thread may take to answer: it may just be attaching.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -88,7 +88,7 @@ fn serve(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
                 let hooked = if clients { programs.hook_clients() } else { Ok(()) };
                 let attached = hooked.and_then(|()| programs.attach(&cgroup));
                 if !clients && attached.is_ok() && !std::mem::replace(&mut dropped, true) {
-                    crate::capabilities::drop_the_kernel_relays(false);
+                    bro_sockmap::capabilities::drop_the_kernel_relays(false);
                 }
                 drop(done.send(attached));
             }

@@ -10,7 +10,6 @@ use nix::errno::Errno;
 use nix::libc;
 
 use crate::exit::Failure;
-use crate::kernel;
 use crate::netns::addresses::Addresses;
 use crate::netns::wire::Address;
 use crate::netns::{Namespace, Where};
@@ -74,7 +73,7 @@ impl Wanted {
 
 async fn cookie(place: &Where) -> Option<u64> {
     let socket = place.socket(libc::AF_INET, libc::SOCK_STREAM, 0).await.ok()?;
-    kernel::netns_cookie(socket.as_fd()).ok()
+    bro_sockmap::netns_cookie(socket.as_fd()).ok()
 }
 
 /// From the container's own address on its network.

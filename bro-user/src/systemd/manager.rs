@@ -15,11 +15,11 @@ use zbus::{OwnedObjectPath, Variant};
 pub use transient::{Ended, Properties};
 
 use super::run_command::Outcome;
-use crate::kernel::cgroup;
 use crate::podman::container::Residence;
 use crate::run_as::Owner;
 use crate::service::progress::Start;
 use crate::service::restart::Restarting;
+use bro_sockmap::cgroup;
 
 /// How long a job's end is waited for before somebody looks whether it is there still.
 const LOOK_FOR_JOB: Duration = Duration::from_secs(2);

@@ -4,13 +4,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{Check, versions};
-use crate::kernel;
-use crate::kernel::{Kernel, Unavailable, pinned};
 use crate::netns::Where;
 use crate::netns::sock_diag::Table;
 use crate::relay::pipes::Pool;
 use crate::run_as::Owner;
 use crate::systemd::manager::{Bus, Manager};
+use bro_sockmap::{Kernel, Unavailable, pinned};
 
 /// The kernel that the system calls bro needs came with: pidfd_open(2) in 5.3, openat2(2) in 5.6.
 pub(super) fn kernel_version() -> Check {
@@ -188,7 +187,7 @@ pub(super) fn descriptors() -> Check {
 
 pub(super) fn cgroup() -> Check {
     const NAME: &str = "cgroup";
-    match kernel::cgroup::mount_point() {
+    match bro_sockmap::cgroup::mount_point() {
         Ok(path) => Check::ok(NAME, format!("version 2 is mounted at {}", path.display())),
         Err(error) => Check::less(NAME, error.to_string(), "boot with systemd.unified_cgroup_hierarchy=1"),
     }
@@ -218,7 +217,7 @@ pub(super) fn sandbox() -> Check {
 
 pub(super) fn capabilities() -> Check {
     const NAME: &str = "capabilities";
-    let missing: Vec<String> = crate::capabilities::KERNEL_RELAY
+    let missing: Vec<String> = bro_sockmap::capabilities::KERNEL_RELAY
         .into_iter()
         .filter(|capability| !caps::has_cap(None, caps::CapSet::Effective, *capability).unwrap_or(false))
         .map(|capability| capability.to_string())
@@ -280,14 +279,15 @@ pub(super) fn kernel_relay() -> Check {
     if let Ok(Some(set)) = loaded_set() {
         return relay_works(set.fionread_lies, set.clients, "by bro loader");
     }
-    let config = kernel::Config { connections: 16, hook_blocking: false, bear_fionread: true, trace: false };
+    let config =
+        bro_sockmap::Config { connections: 16, hook_blocking: false, bear_fionread: true, trace: false };
     let tested = Kernel::load(&config).and_then(|mut kernel| {
         kernel.selftest()?;
         Ok((kernel.fionread_lies(), kernel.programs.hook_clients().is_ok()))
     });
     match tested {
         Ok((fionread_lies, clients)) => {
-            relay_works(fionread_lies, clients, kernel::OBJECT.lines().next().unwrap_or("?"))
+            relay_works(fionread_lies, clients, bro_sockmap::OBJECT.lines().next().unwrap_or("?"))
         }
         Err(reason) => {
             let mend = reason.mend();

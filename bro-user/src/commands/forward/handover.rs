@@ -24,9 +24,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::kernel::Bequest;
 use crate::sys;
 use crate::systemd::listen_fds::Listener;
+use bro_sockmap::Bequest;
 
 /// The variable that names the descriptor of the successor's end.
 const VARIABLE: &str = "BRO_HANDOVER";

@@ -118,7 +118,7 @@ async fn all(options: &TryWake) -> anyhow::Result<()> {
         user_namespace: user_namespace.display().to_string(),
     }))?;
     if options.bpf {
-        said(Step::Bpf, crate::kernel::try_bpf(nix::unistd::geteuid().is_root()).map_err(Into::into))?;
+        said(Step::Bpf, bro_sockmap::try_bpf(nix::unistd::geteuid().is_root()).map_err(Into::into))?;
     }
     let Some(netns) = said(Step::Find, find(options.pid))? else { return Ok(()) };
     let Some(namespace) = said(Step::Enter, Namespace::look_into(netns).await)? else { return Ok(()) };

@@ -9,7 +9,7 @@ use aya::Ebpf;
 use aya::programs::{SchedClassifier, SockOps};
 use nix::libc;
 
-use super::bequest::{Bequest, Estate};
+use super::handoff::{Bequest, Estate};
 use super::load;
 use super::maps::Share;
 use super::seat::Seat;

@@ -13,8 +13,8 @@ use nix::libc;
 use bro_ebpf::{Owners, SEATS};
 
 use super::Config;
+use super::btf::Offsets;
 use super::maps::{Descriptors, Share};
-use super::offsets::Offsets;
 use super::programs::Programs;
 use super::sys::OwnersValue;
 use super::trace;
@@ -49,7 +49,7 @@ impl Shape {
     pub(super) fn own(config: &Config) -> Self {
         let records = config.connections.max(1).saturating_mul(2).saturating_add(SELF_TEST_LANES);
         let Config { hook_blocking, trace, .. } = *config;
-        let seats = super::bequest::seats(records) as usize;
+        let seats = super::handoff::seats(records) as usize;
         Self { owners: Owners::EVERYBODY, seats, records, ring: OWN_RING, hook_blocking, trace }
     }
 }

@@ -4,16 +4,17 @@
 //! It has two halves, which may be in different processes: [`Programs`], which take rights to load and attach, and [`Maps`],
 //! which take none to use. A forwarder that may load does so for itself ([`Programs`]), and nothing of that is pinned: when the
 //! last process that holds them ends, however it ends, the kernel closes the links, maps and programs, and every socket goes back
-//! to ordinary TCP. For one that may not, `bro loader` has done it ([`install`], [`pinned`]).
+//! to ordinary TCP. For one that may not, `bro loader` has done it ([`pin`], [`pinned`]).
 
-mod bequest;
+pub mod btf;
+pub mod capabilities;
 pub mod cgroup;
-mod foreign;
-pub mod install;
+mod handoff;
 mod lane;
 mod load;
 mod maps;
-pub(crate) mod offsets;
+mod other_users;
+pub mod pin;
 pub mod pinned;
 mod programs;
 mod seat;
@@ -28,22 +29,38 @@ use std::ops::{Deref, DerefMut};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
-use bequest::Estate;
 use bro_ebpf::kind;
+use handoff::Estate;
 
-pub use bequest::Bequest;
 pub use bro_ebpf::{Event, Flow, HookRequest, Reason};
-pub use foreign::{Foreign, News};
+pub use btf::BtfError;
+pub use handoff::Bequest;
 pub use lane::{Granted, Lane, LaneCounters, LaneId, SenderAddress};
 pub use maps::{Descriptors, Maps, Share};
-pub use offsets::BtfError;
+pub use other_users::{Foreign, News};
 pub use programs::Programs;
 pub use sys::{SendMemory, fionread, netns_cookie, send_memory};
 pub use trace::wanted as trace_wanted;
 pub use unavailable::{Refused, Unavailable};
 
 /// What made the embedded programs: for `bro --version` and `bro doctor`.
-pub const OBJECT: &str = include_str!("kernel/bro.bpf.txt");
+pub const OBJECT: &str = include_str!("bro.bpf.txt");
+
+/// The unit that has the kernel relay loaded for a user at each boot.
+pub const LOADER_UNIT: &str = "bro-loader@.service";
+
+/// Is [`LOADER_UNIT`] here? The packages bring it, and `cargo install` does not.
+#[must_use]
+pub fn loader_unit_is_installed() -> bool {
+    const WHERE: [&str; 5] = [
+        "/etc/systemd/system",
+        "/run/systemd/system",
+        "/usr/local/lib/systemd/system",
+        "/usr/lib/systemd/system",
+        "/lib/systemd/system",
+    ];
+    WHERE.iter().any(|directory| Path::new(directory).join(LOADER_UNIT).exists())
+}
 
 /// How long a request to hook a sender is ([`HookRequest::packet`]).
 pub const HOOK_REQUEST: usize = bro_ebpf::REQUEST_OFFSET + size_of::<HookRequest>();

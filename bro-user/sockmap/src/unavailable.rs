@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::btf::BtfError;
 use super::load::errno_within;
-use super::offsets::BtfError;
 
 /// Why the kernel relay cannot be had on this host, or not for this process.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +93,7 @@ impl Unavailable {
             _ if self.wants_descriptors() => {
                 "raise the limit on descriptors (LimitNOFILE= of the unit, `ulimit -n`; of the whole system: fs.file-max)"
             }
-            Self::NotPermitted(..) if !crate::commands::loader::is_a_unit() => {
+            Self::NotPermitted(..) if !crate::loader_unit_is_installed() => {
                 "an ordinary user needs no rights once root has loaded it: `sudo bro loader $(id -u)`, until the next boot \
                  (bro-loader@.service, which does it at each, is not installed: bro's packages bring it); a system unit may \
                  have AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_PERFMON instead (and none of them taken away by \

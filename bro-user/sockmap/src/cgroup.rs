@@ -58,7 +58,11 @@ fn common(one: &Path, other: &Path) -> PathBuf {
         .collect()
 }
 
-pub(crate) fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
+/// The cgroup v2 that a `/proc/PID/cgroup` names, below the mount point of that file system.
+///
+/// # Errors
+/// When it names none.
+pub fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
     let path = table.lines().find_map(|line| line.strip_prefix("0::/")).map(Path::new);
     let below = |path: &Path| path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
     match path {
