@@ -108,10 +108,10 @@ fn activated_services_on_a_real_host() {
     }
     cases.both(&host, BOTH);
     for (name, case) in OTHERS {
-        cases.case(name, || case(&host));
+        cases.on(&host, name, || case(&host));
     }
     examples::all(&host, &cases);
-    cases.case("after a reboot without a login", || power::nobody_has_logged_in(&mut host));
-    cases.case("reboot and power cut in mid-stream", || power::reboot_and_power_cut(&mut host));
+    cases.rebooting(&mut host, "after a reboot without a login", power::nobody_has_logged_in);
+    cases.rebooting(&mut host, "reboot and power cut in mid-stream", power::reboot_and_power_cut);
     cases.conclude();
 }
