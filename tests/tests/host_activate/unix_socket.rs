@@ -23,7 +23,7 @@ fn plan(manager: Manager) -> Plan {
     Plan::new(&container, "", "")
 }
 
-const OPTIONS: [&str; 4] = ["--internal-port", "/tmp/who.sock", "--exit-idle-time", "1s"];
+const OPTIONS: [&str; 4] = ["--internal-port", "/tmp/who.sock", "--exit-idle-time", "1min"];
 
 fn is_nobody(said: &str) -> bool {
     let ids = said.trim().split_once(':');
@@ -38,7 +38,9 @@ pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::activated(host, manager, "seen", &plan(manager), &OPTIONS)?;
     let ask = || host.sh(&format!("timeout 20 socat -u TCP:127.0.0.1:{} - || :", site.port));
     let doctor = || manager.try_run(host, &["bro", "doctor", "seen"]);
+    // It stays awake while it is looked at.
     let asleep = || -> Result<()> {
+        manager.run(host, &["bro", "sleep", "--force", "seen"])?;
         manager.wait_for(host, &site.unit(), "ActiveState", "inactive", PATIENCE)?;
         manager.wait_for(host, &site.forwarder(), "ActiveState", "inactive", PATIENCE)
     };
