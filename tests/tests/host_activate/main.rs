@@ -86,6 +86,7 @@ const OTHERS: &[OtherCase] = &[
     ("the system's forwarder for a user, looked after", run_as::looked_after),
     ("what the system's forwarder for a user may and others may not", run_as::lines_that_are_not_crossed),
     ("doctor and the system's forwarder for a user that is confined too much", run_as::confined),
+    ("unix_socket: whom a user's service sees through the system's forwarder", unix_socket::of_a_user),
     ("what root has a user's Podman do", run_as::podman_has_nothing_of_roots),
     ("the system's forwarder for a user who is not logged in", run_as::not_logged_in),
     ("another user's container by its process", helper::by_others),
