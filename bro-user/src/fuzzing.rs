@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_relay::engine::protocol;
 use bro_relay::netns::{netlink, wire};
-use bro_relay::protocol;
 use bro_relay::proxy_protocol::{Bad, Incoming, LONGEST, Said, Version};
 use bro_relay::target::{self, Target};
 use bro_sockmap::btf::Offsets;
@@ -20,7 +20,7 @@ use crate::podman::container;
 use crate::podman::quadlet::{self, Kind};
 use crate::service::readiness::Ready;
 use crate::systemd::listen_fds::{self, Environment};
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::systemd::time_span::TimeSpan;
 use crate::systemd::unit_file::{UnitFile, quote_word, split_words};
 use crate::{control_socket, port_owner};

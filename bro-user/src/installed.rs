@@ -14,12 +14,10 @@ use bro_relay::read_bounded::{self, Link};
 
 use crate::address::{self, is_straight};
 use crate::exit::Failure;
+use crate::paths::unit_directory;
 use crate::run_as::Owner;
-use crate::systemd::manager::Manager;
-use crate::systemd::unit_file::UnitFile;
-
-/// How the first line of every file begins that `bro activate` writes. A file without it is somebody else's.
-pub const MARKER: &str = "# Written by bro activate";
+use crate::systemd::scope::Manager;
+use crate::systemd::unit_file::{MARKER, UnitFile};
 
 /// The section of its own.
 pub const SECTION: &str = "X-Bro";
@@ -116,35 +114,6 @@ impl Activated {
     pub fn option(&self, name: &str) -> Option<&str> {
         self.options.iter().find(|(option, _)| option == name).map(|(_, value)| value.as_str())
     }
-}
-
-/// Where `bro activate` puts units.
-///
-/// # Errors
-/// When there is no home directory.
-pub fn unit_directory(scope: Manager) -> anyhow::Result<PathBuf> {
-    match scope {
-        Manager::System => Ok("/etc/systemd/system".into()),
-        Manager::User => Ok(config_home()?.join("systemd/user")),
-    }
-}
-
-/// `$XDG_CONFIG_HOME`, or what stands for it.
-///
-/// # Errors
-/// When neither the environment nor the user database names a home directory.
-pub fn config_home() -> anyhow::Result<PathBuf> {
-    let absolute =
-        |name| std::env::var_os(name).map(PathBuf::from).filter(|path: &PathBuf| path.is_absolute());
-    if let Some(config) = absolute("XDG_CONFIG_HOME") {
-        return Ok(config);
-    }
-    if let Some(home) = absolute("HOME") {
-        return Ok(home.join(".config"));
-    }
-    let user =
-        nix::unistd::User::from_uid(nix::unistd::geteuid())?.context("this user has no home directory")?;
-    Ok(user.dir.join(".config"))
 }
 
 /// Everything that is activated in this scope, by name; for a user, also what the system listens for on that user's behalf.
@@ -298,7 +267,7 @@ fn quadlet(file: &UnitFile) -> Option<PathBuf> {
 /// A list of paths, where they are.
 fn paths(file: &UnitFile, key: &str, root: Option<&Path>) -> Vec<PathBuf> {
     let paths = file.values(SECTION, key).into_iter().map(Path::new).filter(|path| is_straight(path));
-    paths.map(|path| crate::podman::quadlet::below(root, path)).collect()
+    paths.map(|path| crate::paths::below(root, path)).collect()
 }
 
 /// A list of units, the sockets among them.

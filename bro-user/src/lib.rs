@@ -13,6 +13,7 @@ pub mod fuzzing;
 pub mod installed;
 pub mod logging;
 pub mod netns;
+mod paths;
 pub mod podman;
 mod port_owner;
 mod relay_handle;

@@ -1,4 +1,4 @@
-//! The control process's end of the channel to the relay process ([`bro_relay::protocol`]).
+//! The control process's end of the channel to the relay process ([`bro_relay::engine::protocol`]).
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bro_relay::engine::lanes::Watch;
+use bro_relay::engine::protocol::{Command, Event, LONGEST, Plain};
 use bro_relay::engine::report::Figures;
-use bro_relay::protocol::{Command, Event, LONGEST, Plain};
 use bro_relay::stats::Tally;
 use bro_relay::sys;
 use tokio::io::Interest;

@@ -54,9 +54,7 @@ impl Owner {
     pub fn find(name: &str, root: Option<&Path>) -> anyhow::Result<Self> {
         let name = &*self::name(name).map_err(Failure::Usage)?;
         let found = match root {
-            Some(root) => {
-                Self::in_file(name, &crate::podman::quadlet::below(Some(root), Path::new("/etc/passwd")))
-            }
+            Some(root) => Self::in_file(name, &crate::paths::below(Some(root), Path::new("/etc/passwd"))),
             None => User::from_name(name).context("the user database cannot be read")?.map(|user| Self {
                 name: user.name,
                 uid: user.uid.as_raw(),

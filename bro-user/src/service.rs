@@ -3,9 +3,7 @@
 pub mod failed_wake;
 
 pub mod kernel_watch;
-pub mod progress;
 pub mod readiness;
-pub mod restart;
 pub mod runs;
 pub mod sources;
 pub mod use_lock;
@@ -25,7 +23,6 @@ use bro_relay::netns::wire::{Address, Destinations};
 use bro_relay::target::Target;
 use kernel_watch::{Service, Watching};
 use nix::libc;
-use progress::Progress;
 use readiness::Ready;
 use runs::Runs;
 use tokio::io::unix::AsyncFd;
@@ -38,8 +35,11 @@ use crate::exit::Failure;
 use crate::netns::{self, AgentEnded, Namespace, Where};
 use crate::podman::container::{self, Inspected};
 use crate::podman::rootless_netns;
-use crate::systemd::manager::{self, Bus, Manager};
+use crate::systemd::manager::{self, Bus};
+use crate::systemd::progress::{self, Progress};
+use crate::systemd::restart;
 use crate::systemd::run_command::{self, Outcome};
+use crate::systemd::scope::Manager;
 
 /// Where targets are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -581,7 +581,9 @@ impl Activator {
 
     /// Is this process, which is being stopped, in the way of the unit's start?
     pub async fn is_in_the_way(&self) -> bool {
-        let (Some(unit), Some(own)) = (&self.unit, crate::commands::status::own_unit()) else { return false };
+        let (Some(unit), Some(own)) = (&self.unit, crate::systemd::own_unit::own_unit()) else {
+            return false;
+        };
         let Ok(bus) = self.bus().await else { return false };
         bus.starts_after_the_end_of(unit, &own).await.unwrap_or(false)
     }

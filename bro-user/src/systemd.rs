@@ -3,7 +3,11 @@
 pub mod listen_fds;
 pub mod manager;
 pub mod notify;
+pub(crate) mod own_unit;
+pub mod progress;
+pub mod restart;
 pub mod run_command;
+pub mod scope;
 pub mod time_span;
 pub mod unit_file;
 pub(crate) mod unit_files;

@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 
 pub use drop_in::{DropIn, RESTRICTED};
 pub(crate) use namespaces::unit as pause_unit;
-pub(crate) use validate::holds_path;
 
 use crate::exit::Failure;
-use crate::installed::{Activated, MARKER};
+use crate::installed::Activated;
+use crate::paths::unrooted;
+use crate::systemd::unit_file::MARKER;
 
 /// A file to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,10 +85,4 @@ fn notes(activated: &Activated, root: Option<&Path>) -> Vec<(&'static str, Strin
     notes.extend(activated.others().map(|path| ("Also", said(path))));
     notes.extend(activated.made.iter().map(|path| ("Made", said(path))));
     notes
-}
-
-/// A path as units name it.
-pub(crate) fn unrooted(path: &Path, root: Option<&Path>) -> PathBuf {
-    let inside = root.and_then(|root| path.strip_prefix(root).ok());
-    inside.map_or_else(|| path.to_owned(), |inside| Path::new("/").join(inside))
 }

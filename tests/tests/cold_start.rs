@@ -535,7 +535,8 @@ impl Drop for FalseConmon {
 #[test]
 fn a_conmon_inside_a_container_is_none() -> Result<()> {
     require_namespaces!();
-    use bro_user::podman::container::{Residence, running, running_in};
+    use bro_user::podman::container::{running, running_in};
+    use bro_user::systemd::manager::Residence;
     let scene = Scene::new()?;
     let own = format!("bro-test-own-{}", std::process::id());
     let outside = FalseConmon::start(scene.folder(), &[], &own, 0)?;

@@ -5,11 +5,12 @@
 //! reading at [`engine`] (one thread, every connection) and [`connection`] (one client's story).
 
 pub mod connection;
+pub mod counters;
 pub mod engine;
 pub mod listener;
 pub mod netns;
+pub mod peer;
 pub mod process;
-pub mod protocol;
 pub mod proxy_protocol;
 pub mod read_bounded;
 pub mod relay;

@@ -14,12 +14,12 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
 
-use crate::engine::{Engine, Settings};
+use crate::engine::{Engine, Settings, protocol};
 use crate::listener::Listener;
+use crate::sandbox;
 use crate::stats::Stats;
 use crate::sys::{self, AddressBook};
 use crate::target::Target;
-use crate::{protocol, sandbox};
 
 /// How long the relay process may take to end when it has been told to.
 const PATIENCE: Duration = Duration::from_secs(5);

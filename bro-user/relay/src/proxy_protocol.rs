@@ -9,7 +9,7 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use proxy_header::{ParseConfig, Protocol, ProxiedAddress, ProxyHeader};
 
-use crate::connection::Peer;
+use crate::peer::Peer;
 
 /// The version of the header in front of each connection to the service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{SockaddrIn, SockaddrIn6, bind};
 use serde::{Deserialize, Serialize};
 
-use crate::connection::Peer;
+use crate::peer::Peer;
 
 /// Where clients come from that are on this host's loopback interface, or come over a unix socket: what Podman (5.3 and newer)
 /// calls host.containers.internal under pasta.

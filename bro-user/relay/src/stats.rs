@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::counters::Counters;
 use crate::sys::SharedMemory;
 
 /// What STATUS= and the idle exit need. Written by the engine alone; in memory that a forked process shares.
@@ -16,20 +17,6 @@ pub struct Stats {
     counters: SharedMemory<Counters>,
     /// When counting began. The clock is the same for all processes (CLOCK_MONOTONIC).
     start: Instant,
-}
-
-/// The numbers of [`Stats`].
-#[derive(Debug, Default)]
-#[repr(C)]
-pub struct Counters {
-    /// Connections accepted.
-    pub accepted: AtomicU64,
-    /// Connections that exist now, held ones included.
-    pub open: AtomicU64,
-    /// Clients that wait for the service now.
-    pub held: AtomicU64,
-    /// When the last connection ended (or, by bytes, the last byte moved), in milliseconds since the start.
-    pub idle_since: AtomicU64,
 }
 
 impl Deref for Stats {

@@ -312,14 +312,14 @@ pub struct SharedMemory<T> {
 /// It must consist of atomics alone, so that zeros are valid and others may change it at any time.
 unsafe trait Shareable: Sync {}
 // SAFETY: four `AtomicU64`s.
-unsafe impl Shareable for crate::stats::Counters {}
+unsafe impl Shareable for crate::counters::Counters {}
 
 // SAFETY: the memory is not tied to a thread.
 unsafe impl<T: Sync> Send for SharedMemory<T> {}
 // SAFETY: only `&T` of a `Sync` type is ever given out.
 unsafe impl<T: Sync> Sync for SharedMemory<T> {}
 
-impl SharedMemory<crate::stats::Counters> {
+impl SharedMemory<crate::counters::Counters> {
     /// Fresh memory.
     ///
     /// # Errors

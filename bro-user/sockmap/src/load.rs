@@ -1,9 +1,7 @@
 //! Loads the embedded programs: their offsets, the sizes of their maps, and every refusal with its reason.
 
-use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::path::Path;
 
 use aya::maps::{Map, MapError, SockHash};
 use aya::programs::{ProgramError, SchedClassifier, SkMsg, SockOps};
@@ -17,7 +15,7 @@ use super::maps::{Descriptors, Share};
 use super::programs::Programs;
 use super::sys::OwnersValue;
 use super::trace::{self, Tracer};
-use super::unavailable::Unavailable;
+use super::unavailable::{Unavailable, chain, damaged, errno_within};
 
 /// The programs as `cargo xtask build-ebpf` made them; aya wants them aligned.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("bro.bpf.o");
@@ -211,10 +209,6 @@ where
     program.try_into().map_err(|error| Unavailable::Object(format!("{name}: {error}")))
 }
 
-pub(super) fn damaged(error: MapError) -> Unavailable {
-    Unavailable::Object(chain(&error))
-}
-
 fn refused(name: &'static str, error: ProgramError) -> Unavailable {
     match error {
         ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EPERM) => {
@@ -233,35 +227,6 @@ fn verdict(log: &str) -> &str {
     let statistics = ["verification time", "stack depth", "processed "];
     let says = |line: &&str| !line.is_empty() && !statistics.iter().any(|begin| line.starts_with(begin));
     log.lines().map(str::trim).rev().find(says).unwrap_or("without a word")
-}
-
-/// The first error number in an error's chain of causes.
-pub(super) fn errno_within(error: &(dyn Error + 'static)) -> Option<i32> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(found) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            return Some(found);
-        }
-        next = error.source();
-    }
-    None
-}
-
-/// What went wrong with a pin.
-pub(super) fn not_pinned(path: &Path, error: &(dyn Error + 'static)) -> Unavailable {
-    let number = errno_within(error).map(io::Error::from_raw_os_error);
-    Unavailable::Pin(path.into(), number.unwrap_or_else(|| io::Error::other(chain(error))))
-}
-
-/// An error with its causes, on one line.
-pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut line = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        line = format!("{line}: {error}");
-        next = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

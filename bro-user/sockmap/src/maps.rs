@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::lane::{self, Lane, Lanes, SenderAddress};
 use super::sys::{Mapping, PortKey, WatchValue};
-use super::unavailable::{Refused, Unavailable};
-use super::{Kind, Role, Totals, load};
+use super::unavailable::{self, Refused, Unavailable};
+use super::{Kind, Role, Totals};
 
 /// The maps by their descriptors, to be used here or sent to another process.
 #[derive(Debug)]
@@ -123,13 +123,13 @@ impl Maps {
         let first = share.first_record();
         let records = Mapping::of_records(records.as_fd(), (first + share.records) as usize);
         let totals = Mapping::of_numbers(totals.as_fd(), Counter::COUNT);
-        let routes = HashMap::try_from(Map::HashMap(data(routes)?)).map_err(load::damaged)?;
-        let targets = SockHash::try_from(Map::SockHash(data(targets)?)).map_err(load::damaged)?;
+        let routes = HashMap::try_from(Map::HashMap(data(routes)?)).map_err(unavailable::damaged)?;
+        let targets = SockHash::try_from(Map::SockHash(data(targets)?)).map_err(unavailable::damaged)?;
         let lanes = Lanes::new(records.map_err(Unavailable::Mapping)?, routes, targets, first, share.records);
         Ok(Self {
-            watched: HashMap::try_from(Map::HashMap(data(watched)?)).map_err(load::damaged)?,
-            senders: SockHash::try_from(Map::SockHash(data(senders)?)).map_err(load::damaged)?,
-            events: RingBuf::try_from(Map::RingBuf(data(events)?)).map_err(load::damaged)?,
+            watched: HashMap::try_from(Map::HashMap(data(watched)?)).map_err(unavailable::damaged)?,
+            senders: SockHash::try_from(Map::SockHash(data(senders)?)).map_err(unavailable::damaged)?,
+            events: RingBuf::try_from(Map::RingBuf(data(events)?)).map_err(unavailable::damaged)?,
             hook: hook.try_clone().map_err(Unavailable::Mapping)?,
             totals: totals.map_err(Unavailable::Mapping)?,
             lanes: Arc::new(lanes),
@@ -267,7 +267,7 @@ impl Maps {
 /// A map of this descriptor.
 pub(super) fn data(map: &OwnedFd) -> Result<MapData, Unavailable> {
     let map = map.try_clone().map_err(Unavailable::Mapping)?;
-    MapData::from_fd(map).map_err(|error: MapError| load::damaged(error))
+    MapData::from_fd(map).map_err(|error: MapError| unavailable::damaged(error))
 }
 
 fn key(netns: u64, port: u16) -> PortKey {

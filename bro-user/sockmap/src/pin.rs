@@ -13,10 +13,10 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, RenameFlags, renameat2};
 use nix::mount::{MsFlags, mount};
 
-use super::load::{self, Loaded, Shape, not_pinned};
+use super::load::{self, Loaded, Shape};
 use super::maps::data;
 use super::pinned::{ABOUT, HOOK, LINK, ROOT, SEATS_FOLDER, events, folder, version};
-use super::unavailable::Unavailable;
+use super::unavailable::{self, Unavailable, not_pinned};
 use super::{Config, Kernel, seat, sys};
 
 /// A seat's ring buffer, in bytes: some 800 events.
@@ -142,7 +142,7 @@ fn tested() -> Result<Seen, Unavailable> {
 
 fn write_down(loaded: &Loaded, shape: &Shape, seen: &Seen) -> Result<(), Unavailable> {
     let mut about: Array<_, u64> =
-        Array::try_from(Map::Array(data(&loaded.about)?)).map_err(load::damaged)?;
+        Array::try_from(Map::Array(data(&loaded.about)?)).map_err(unavailable::damaged)?;
     let facts = [
         (About::Records, u64::from(shape.records)),
         (About::FionreadLies, u64::from(seen.fionread_lies)),
@@ -150,7 +150,7 @@ fn write_down(loaded: &Loaded, shape: &Shape, seen: &Seen) -> Result<(), Unavail
         (About::Version, version()?),
     ];
     for (what, value) in facts {
-        about.set(what as u32, value, 0).map_err(load::damaged)?;
+        about.set(what as u32, value, 0).map_err(unavailable::damaged)?;
     }
     Ok(())
 }

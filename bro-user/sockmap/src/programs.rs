@@ -12,9 +12,9 @@ use nix::libc;
 use super::handoff::{Bequest, Estate};
 use super::maps::Share;
 use super::seat::Seat;
+use super::sys;
 use super::trace::Tracer;
-use super::unavailable::Unavailable;
-use super::{load, sys};
+use super::unavailable::{self, Unavailable};
 
 /// The loaded programs. Dropping them detaches them, if it was this process that loaded them.
 pub struct Programs {
@@ -162,7 +162,7 @@ impl Programs {
         let hook: Option<Result<&mut SchedClassifier, _>> =
             ebpf.program_mut("bro_hook").map(TryInto::try_into);
         let Some(Ok(hook)) = hook else { return Err(Unavailable::Object("no program bro_hook".into())) };
-        hook.pin(path).map_err(|error| load::not_pinned(path, &error))
+        hook.pin(path).map_err(|error| unavailable::not_pinned(path, &error))
     }
 
     /// Takes the link to a cgroup, for it to outlive this process.

@@ -13,10 +13,10 @@ use bro_ebpf::{SEATS, seat_of};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::cgroup;
 use super::maps::{Descriptors, Share, data};
 use super::sys::{FlowKey, Mapping, PortKey, RouteValue, WatchValue};
-use super::unavailable::Unavailable;
-use super::{cgroup, load};
+use super::unavailable::{self, Unavailable};
 
 /// How often all seats are tried: whoever tidies holds one for a moment that is not his.
 const ROUNDS: usize = 3;
@@ -119,7 +119,7 @@ pub(super) fn tidy(
 ) -> Result<(), Unavailable> {
     let dead = |seat: u32| seat == share.seat || free(seat);
     let mut watched: HashMap<MapData, PortKey, WatchValue> =
-        HashMap::try_from(Map::HashMap(data(&descriptors.watched)?)).map_err(load::damaged)?;
+        HashMap::try_from(Map::HashMap(data(&descriptors.watched)?)).map_err(unavailable::damaged)?;
     let left: Vec<PortKey> = watched
         .iter()
         .flatten()
@@ -132,7 +132,7 @@ pub(super) fn tidy(
 
     let ours = |route: &RouteValue| seat_of(route.0.record, share.records) == share.seat;
     let mut routes: HashMap<MapData, FlowKey, RouteValue> =
-        HashMap::try_from(Map::HashMap(data(&descriptors.routes)?)).map_err(load::damaged)?;
+        HashMap::try_from(Map::HashMap(data(&descriptors.routes)?)).map_err(unavailable::damaged)?;
     let left: Vec<FlowKey> =
         routes.iter().flatten().filter(|(_, route)| ours(route)).map(|(flow, _)| flow).collect();
     for key in left {
@@ -140,7 +140,7 @@ pub(super) fn tidy(
     }
     // Its sockets left this map when they were closed, but for those that it had shared with somebody.
     let mut targets: SockHash<MapData, RouteValue> =
-        SockHash::try_from(Map::SockHash(data(&descriptors.targets)?)).map_err(load::damaged)?;
+        SockHash::try_from(Map::SockHash(data(&descriptors.targets)?)).map_err(unavailable::damaged)?;
     let left: Vec<RouteValue> = targets.keys().flatten().filter(ours).collect();
     for key in left {
         let _gone = targets.remove(&key);

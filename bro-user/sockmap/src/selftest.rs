@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::load::chain;
+use super::unavailable::chain;
 use super::{Event, Kernel, Lane, LaneId, Reason, Role, SenderAddress, cgroup, netns_cookie};
 
 /// How long all of it may take, on a machine that is just booting.

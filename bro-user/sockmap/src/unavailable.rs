@@ -1,10 +1,12 @@
 //! Why the kernel relay, or one lane of it, cannot be had: each reason with its mend.
 
+use std::error::Error;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use aya::maps::MapError;
 
 use super::btf::BtfError;
-use super::load::errno_within;
 
 /// Why the kernel relay cannot be had on this host, or not for this process.
 #[derive(Debug, thiserror::Error)]
@@ -172,6 +174,40 @@ pub enum Refused {
     /// The target's send memory could not be read.
     #[error("the socket's send memory cannot be read")]
     Memory(#[source] io::Error),
+}
+
+/// A map that is not what it was made as.
+pub(super) fn damaged(error: MapError) -> Unavailable {
+    Unavailable::Object(chain(&error))
+}
+
+/// The first error number in an error's chain of causes.
+pub(super) fn errno_within(error: &(dyn Error + 'static)) -> Option<i32> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(found);
+        }
+        next = error.source();
+    }
+    None
+}
+
+/// What went wrong with a pin.
+pub(super) fn not_pinned(path: &Path, error: &(dyn Error + 'static)) -> Unavailable {
+    let number = errno_within(error).map(io::Error::from_raw_os_error);
+    Unavailable::Pin(path.into(), number.unwrap_or_else(|| io::Error::other(chain(error))))
+}
+
+/// An error with its causes, on one line.
+pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        line = format!("{line}: {error}");
+        next = error.source();
+    }
+    line
 }
 
 #[cfg(test)]

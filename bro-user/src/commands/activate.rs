@@ -26,11 +26,11 @@ use crate::cli::Activate;
 use crate::exit::Failure;
 use crate::installed::{self, Activated, leftover};
 use crate::podman::quadlet;
-use crate::port_owner;
 use crate::run_as::Owner;
 use crate::service::failed_wake;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::units::{self, File};
+use crate::{paths, port_owner};
 
 /// Runs `bro activate`.
 ///
@@ -38,7 +38,7 @@ use crate::units::{self, File};
 /// Each with the exit code of [`crate::exit`]; nothing has changed then.
 pub fn run(options: &Activate) -> anyhow::Result<()> {
     let scope = Manager::choose(options.system, options.user);
-    let units = quadlet::below(options.root.as_deref(), &installed::unit_directory(scope)?);
+    let units = paths::below(options.root.as_deref(), &paths::unit_directory(scope)?);
     if let (Manager::User, Some(name)) = (scope, &options.run_as) {
         let text = format!(
             "--run-as is for the system's units, which are root's: run it with sudo (as {name} alone, leave --run-as out)"

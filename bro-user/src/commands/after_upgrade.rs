@@ -16,7 +16,7 @@ use crate::cli::AfterUpgrade;
 use crate::exit::{Failure, on_one_line};
 use crate::installed::{self, Activated};
 use crate::run_as::{Gaining, Owner};
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 
 /// How long one manager's forwarders may take, as timeout(1) reads it: a reload waits for the new program's readiness.
 const PATIENCE: &str = "60";

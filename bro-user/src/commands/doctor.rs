@@ -21,7 +21,7 @@ use std::io::Write as _;
 use serde::Serialize;
 
 use crate::exit;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

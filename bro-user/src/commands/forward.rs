@@ -17,11 +17,11 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
 use bro_relay::connection::End;
+use bro_relay::engine::protocol::{Event, Plain};
 use bro_relay::engine::socket_options::Keepalive;
 use bro_relay::engine::{Settings, slot};
 use bro_relay::listener::Listener;
 use bro_relay::process::{self, Process};
-use bro_relay::protocol::{Event, Plain};
 use bro_relay::relay::{Method, pipes};
 use bro_relay::stats::{Stats, Tally};
 use bro_relay::sys::AddressBook;
@@ -47,8 +47,8 @@ use crate::service::kernel_watch::{self, Loaded, Watching};
 use crate::service::sources::{Choice, Wanted};
 use crate::service::{Activator, Awake, Incarnation, Place};
 use crate::systemd::listen_fds::{self, Passed};
-use crate::systemd::manager::Manager;
-use crate::systemd::notify;
+use crate::systemd::scope::Manager;
+use crate::systemd::{notify, own_unit};
 
 /// The first of the failures after which nobody would be served before this has passed.
 const STATUS_STEP: Duration = Duration::from_secs(1);
@@ -660,7 +660,7 @@ impl<'a> Control<'a> {
             state: self.status(),
             activity: self.activity(),
             failed_wake: self.failures.last().cloned(),
-            service: status::own_unit(),
+            service: own_unit::own_unit(),
             peers: Vec::new(),
             waiting: self.limit.waiting().cloned(),
             predecessor: self.replacing.predecessor().cloned(),

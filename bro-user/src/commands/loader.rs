@@ -13,7 +13,8 @@ use nix::unistd::{Uid, User};
 
 use crate::cli::Loader;
 use crate::exit::Failure;
-use crate::systemd::manager::{Bus, Manager};
+use crate::systemd::manager::Bus;
+use crate::systemd::scope::Manager;
 
 /// How long systemd may take to start a user's manager.
 const PATIENCE: Duration = Duration::from_secs(60);

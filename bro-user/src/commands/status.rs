@@ -2,8 +2,6 @@
 
 mod list;
 
-pub(crate) use list::roughly;
-
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
@@ -15,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::control_socket::{self, Request};
 use crate::exit::{self, Failure};
 use crate::service::failed_wake::FailedWake;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 
 /// What a forwarder says of itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -179,14 +177,6 @@ pub struct Listener {
     pub seen: Option<String>,
     /// Its figures.
     pub tally: Tally,
-}
-
-/// The unit that this process is the service of, as its cgroup says.
-#[must_use]
-pub fn own_unit() -> Option<String> {
-    let cgroups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
-    path.rsplit('/').next().filter(|unit| unit.ends_with(".service")).map(str::to_owned)
 }
 
 /// Runs `bro status`.

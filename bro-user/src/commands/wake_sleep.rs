@@ -14,7 +14,8 @@ use crate::exit::{Failure, on_one_line};
 use crate::installed;
 use crate::run_as::Owner;
 use crate::service::use_lock::{self, Lock, Use};
-use crate::systemd::manager::{Bus, Manager};
+use crate::systemd::manager::Bus;
+use crate::systemd::scope::Manager;
 
 /// Between two looks for a forwarder that is about to come or to go.
 const LOOK: Duration = Duration::from_millis(50);

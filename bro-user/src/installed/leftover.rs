@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use bro_relay::read_bounded::{self, Link};
 
 use super::{
-    Activated, LONGEST, Listener, MARKER, SECTION, activation_name, assemble, config_home, is_unit_name,
-    listener, ours_in, unit_name,
+    Activated, LONGEST, Listener, SECTION, activation_name, assemble, is_unit_name, listener, ours_in,
+    unit_name,
 };
-use crate::systemd::manager::Manager;
-use crate::systemd::unit_file::UnitFile;
+use crate::paths::config_home;
+use crate::systemd::scope::Manager;
+use crate::systemd::unit_file::{MARKER, UnitFile};
 
 /// Such a service.
 #[derive(Debug)]
@@ -137,7 +138,7 @@ fn drop_ins(name: &str, scope: Manager, root: Option<&Path>) -> Vec<PathBuf> {
         Manager::System => PathBuf::from("/etc/containers/systemd"),
         Manager::User => config_home().unwrap_or_default().join("containers/systemd"),
     };
-    let quadlets = crate::podman::quadlet::below(root, &quadlets);
+    let quadlets = crate::paths::below(root, &quadlets);
     let mut places = vec![quadlets.clone()];
     places.extend(inside(&quadlets.join("users")));
     let undo = format!("# To undo everything: bro activate {name} --remove");

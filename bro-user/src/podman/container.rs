@@ -16,6 +16,7 @@ use tokio::process::Command;
 
 use crate::exit::Failure;
 use crate::run_as::Owner;
+use crate::systemd::manager::Residence;
 
 /// How long `podman inspect` may take.
 const PODMAN: Duration = Duration::from_secs(20);
@@ -77,15 +78,6 @@ fn find(owner: u32, name: &str) -> Option<i32> {
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.find_map(|pid| of_conmon(pid, owner, name))
-}
-
-/// What a unit's service manager knows of where its processes are.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Residence {
-    /// Its main process (MainPID); 0 while there is none. For a container that is conmon.
-    pub main: u32,
-    /// The folder of its cgroup, once it has one.
-    pub cgroup: Option<PathBuf>,
 }
 
 /// The main process of this user's running container `name` that the unit has started: its conmon is the unit's main process, or in

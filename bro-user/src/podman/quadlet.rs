@@ -8,10 +8,9 @@ use std::path::{Path, PathBuf};
 
 use crate::exit::Failure;
 use crate::run_as::Owner;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::systemd::unit_file::UnitFile;
 
-pub(crate) use search::below;
 pub use search::drop_in_directory;
 
 /// What a quadlet describes.
@@ -178,7 +177,7 @@ pub fn find(
 
 /// The path becomes part of units, and whoever owns a directory has chosen its name.
 fn check_path(path: &Path) -> Result<(), Failure> {
-    if crate::units::holds_path(path) {
+    if crate::systemd::unit_file::holds_path(path) {
         return Ok(());
     }
     Err(Failure::Usage(format!(

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::control_socket;
 use crate::exit::on_one_line;
 use crate::installed::Activated;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 
 /// How many characters of a cause are kept.
 const LONGEST_CAUSE: usize = 1000;
@@ -35,7 +35,7 @@ impl FailedWake {
     #[must_use]
     pub fn since(&self) -> String {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        crate::commands::status::roughly(Duration::from_secs(now.saturating_sub(self.at)))
+        crate::systemd::time_span::roughly(Duration::from_secs(now.saturating_sub(self.at)))
     }
 
     fn now(target: &Target, why: &str) -> Self {

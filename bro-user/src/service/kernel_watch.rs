@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use bro_relay::engine::lanes::Watch;
-use bro_relay::protocol::Command;
+use bro_relay::engine::protocol::Command;
 use bro_sockmap::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
 use tokio::sync::oneshot;
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use crate::podman::container::{self, Residence};
-use crate::systemd::manager::{Bus, Changes};
+use crate::podman::container;
+use crate::systemd::manager::{Bus, Changes, Residence};
 
 /// Between two looks, where the service manager does not tell of a change.
 const LOOK: Duration = Duration::from_millis(20);

@@ -9,16 +9,15 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_lite::StreamExt as _;
-use serde::{Deserialize, Serialize};
 use zbus::{OwnedObjectPath, Variant};
 
 pub use transient::{Ended, Properties};
 
+use super::progress::Start;
+use super::restart::Restarting;
 use super::run_command::Outcome;
-use crate::podman::container::Residence;
+use super::scope::Manager;
 use crate::run_as::Owner;
-use crate::service::progress::Start;
-use crate::service::restart::Restarting;
 use bro_sockmap::cgroup;
 
 /// How long a job's end is waited for before somebody looks whether it is there still.
@@ -32,33 +31,6 @@ const ANSWER: Duration = Duration::from_secs(90);
 
 /// What syslog(3) calls a warning: systemd's own lines about a unit that are less are not kept.
 const LOG_WARNING: i32 = 4;
-
-/// Whose service manager.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Manager {
-    /// The system's.
-    System,
-    /// This user's.
-    User,
-}
-
-impl Manager {
-    /// `--system`, `--user`, or that of whoever runs bro.
-    #[must_use]
-    pub fn choose(system: bool, user: bool) -> Self {
-        if system || (!user && nix::unistd::geteuid().is_root()) { Self::System } else { Self::User }
-    }
-
-    /// The command that shows a unit's log, but for the unit.
-    #[must_use]
-    pub const fn journal(self) -> &'static str {
-        match self {
-            Self::System => "journalctl --unit",
-            Self::User => "journalctl --user --unit",
-        }
-    }
-}
 
 #[zbus::proxy(
     interface = "org.freedesktop.systemd1.Manager",
@@ -219,6 +191,15 @@ pub fn is_running(state: &str) -> bool {
 #[must_use]
 pub fn is_active(state: &str) -> bool {
     matches!(state, "active" | "reloading")
+}
+
+/// What a unit's service manager knows of where its processes are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Residence {
+    /// Its main process (MainPID); 0 while there is none. For a container that is conmon.
+    pub main: u32,
+    /// The folder of its cgroup, once it has one.
+    pub cgroup: Option<PathBuf>,
 }
 
 /// The times at which a unit changes.
@@ -595,7 +576,7 @@ impl Bus {
         needing.extend(known.bound_by().await?);
         let mut own = known.requires().await?;
         own.extend(known.wants().await?);
-        own.extend(crate::commands::status::own_unit());
+        own.extend(super::own_unit::own_unit());
         for other in needing.into_iter().filter(|other| !own.contains(other)) {
             if is_running(&self.active_state(&other).await?) {
                 return Ok(Some(other));

@@ -147,6 +147,20 @@ pub fn keepalive(text: &str) -> Result<TimeSpan, Invalid> {
     }
 }
 
+/// The two largest units of a span.
+pub(crate) fn roughly(span: Duration) -> String {
+    let seconds = span.as_secs();
+    let units = [
+        ("d", seconds / 86_400),
+        ("h", seconds / 3600 % 24),
+        ("min", seconds / 60 % 60),
+        ("s", seconds % 60),
+    ];
+    let first = units.iter().position(|(_, count)| *count > 0).unwrap_or(3);
+    let parts = units[first..].iter().take(2).filter(|(_, count)| *count > 0 || first == 3);
+    parts.map(|(unit, count)| format!("{count}{unit}")).collect::<Vec<_>>().join(" ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,5 +1,10 @@
 //! Unit files and quadlets as text: systemd.syntax(7), as far as reading one takes.
 
+use std::path::Path;
+
+/// How the first line of every file begins that `bro activate` writes. A file without it is somebody else's.
+pub const MARKER: &str = "# Written by bro activate";
+
 /// One `KEY=VALUE`, in a section.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
@@ -173,6 +178,16 @@ pub fn quote_word(word: &str) -> String {
     }
     quoted.push('"');
     quoted
+}
+
+/// Can `text` stand behind a `KEY=`, and be all that is read back there?
+pub(crate) fn holds(text: &str) -> bool {
+    !text.contains(char::is_control) && !text.ends_with('\\')
+}
+
+/// The same of a path. One that is no UTF-8 would be read back as another.
+pub(crate) fn holds_path(path: &Path) -> bool {
+    path.to_str().is_some_and(holds)
 }
 
 #[cfg(test)]

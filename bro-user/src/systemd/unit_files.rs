@@ -3,7 +3,8 @@
 use anyhow::Context as _;
 use zbus::OwnedObjectPath;
 
-use super::manager::{self, Bus, Manager};
+use super::manager::{self, Bus};
+use super::scope::Manager;
 use crate::run_as::Owner;
 
 /// `(ssssssouso)`: a unit as ListUnits describes it; the first is its name, the seventh its object.

@@ -7,7 +7,7 @@
 //! the user namespace, and a mount namespace in which the network namespace has its name; others of its processes join them.
 
 use crate::installed::{Activated, SECTION};
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 
 /// Its name.
 pub(crate) fn unit(name: &str) -> String {

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use crate::installed::{Activated, SECTION};
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::systemd::unit_file::quote_word;
 
 pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> String {

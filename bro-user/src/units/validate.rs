@@ -7,16 +7,7 @@ use super::DropIn;
 use crate::exit::Failure;
 use crate::installed::{Activated, Listener};
 use crate::run_as::Owner;
-
-/// Can `text` stand behind a `KEY=`, and be all that is read back there?
-fn holds(text: &str) -> bool {
-    !text.contains(char::is_control) && !text.ends_with('\\')
-}
-
-/// The same of a path. One that is no UTF-8 would be read back as another.
-pub(crate) fn holds_path(path: &Path) -> bool {
-    path.to_str().is_some_and(holds)
-}
+use crate::systemd::unit_file::{holds, holds_path};
 
 /// Checks all that files are made of. Taken apart without `..`, so that no field that is added later goes by unseen.
 pub(super) fn check(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>) -> Result<(), Failure> {
@@ -73,7 +64,7 @@ pub(super) fn check(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::systemd::manager::Manager;
+    use crate::systemd::scope::Manager;
 
     fn activated() -> Activated {
         Activated {

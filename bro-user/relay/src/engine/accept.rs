@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::{Accepting, Engine, socket_options};
-use crate::connection::{Connection, End, Peer, Registration, Stage, Talk};
-use crate::protocol::Event;
+use crate::connection::{Connection, End, Registration, Stage, Talk};
+use crate::engine::protocol::Event;
+use crate::peer::Peer;
 use crate::relay::Guard;
 use crate::source::Origin;
 use crate::stats::Stats;
@@ -154,7 +155,7 @@ impl Engine {
     }
 
     /// After a connection has ended: room for the next, and news for those who wait for the last.
-    pub(super) fn after_end(&mut self, source: Option<crate::connection::Source>) {
+    pub(super) fn after_end(&mut self, source: Option<crate::peer::Source>) {
         if let Some(source) = source
             && let Some(count) = self.per_source.get_mut(&source)
         {

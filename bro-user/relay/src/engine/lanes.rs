@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Engine;
 use super::token::Token;
-use crate::connection::{Connection, Lanes as Wanted, Peer, Stage};
-use crate::protocol::Event;
+use crate::connection::{Connection, Lanes as Wanted, Stage};
+use crate::engine::protocol::Event;
+use crate::peer::Peer;
 use crate::relay::Side;
 use crate::sockaddr;
 use crate::stats::Tally;

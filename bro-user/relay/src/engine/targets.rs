@@ -14,8 +14,8 @@ use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
 use super::Engine;
 use super::token::Token;
 use crate::connection::{Connection, End, Registration, Stage};
+use crate::engine::protocol::Event;
 use crate::netns::wire::{self, Answer, Destinations, Request};
-use crate::protocol::Event;
 use crate::source::{self, Sources};
 use crate::stats::Stats;
 

@@ -8,7 +8,8 @@ use std::os::fd::AsFd as _;
 use std::time::Instant;
 
 use super::Engine;
-use crate::connection::{End, Source, Stage};
+use crate::connection::{End, Stage};
+use crate::peer::Source;
 use crate::sys::{Waiting, look};
 
 /// The connections whose client has to say something first.

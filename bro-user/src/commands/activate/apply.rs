@@ -16,7 +16,7 @@ use crate::installed::drift::{self, Standing};
 use crate::installed::{Activated, Listener};
 use crate::port_owner;
 use crate::run_as::Owner;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::systemd::unit_files::Systemd;
 
 /// What came of it.

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use super::plan::Places;
 use crate::exit::Failure;
 use crate::installed::Activated;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::systemd::unit_file::UnitFile;
 
 /// The program that runs now, by its own path: `bro-activate` may be a link to it.

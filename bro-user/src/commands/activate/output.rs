@@ -9,7 +9,7 @@ use crate::address::External;
 use crate::exit::on_one_line;
 use crate::installed::Activated;
 use crate::run_as;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::units::File;
 
 pub(super) fn warnings(warnings: &[String]) -> anyhow::Result<()> {

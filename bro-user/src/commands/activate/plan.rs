@@ -9,10 +9,11 @@ use crate::address::{External, Internal};
 use crate::cli::{Activate, Direct};
 use crate::exit::Failure;
 use crate::installed::{Activated, Listener};
+use crate::paths;
 use crate::podman::quadlet::{self, Kind, Quadlet};
 use crate::run_as::Owner;
 use crate::service::readiness::Ready;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::systemd::time_span::TimeSpan;
 use crate::units::{self, DropIn, RESTRICTED};
 
@@ -120,7 +121,7 @@ pub(super) fn wanted(
         name: quadlet.name.clone(),
         scope: places.scope,
         run_as,
-        quadlet: units::unrooted(&quadlet.path, places.root.as_deref()),
+        quadlet: paths::unrooted(&quadlet.path, places.root.as_deref()),
         unit: quadlet.unit.clone(),
         container_given: !direct
             && (options.container.is_some() || known.is_some_and(|known| known.container_given)),

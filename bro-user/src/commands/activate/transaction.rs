@@ -14,7 +14,8 @@ use anyhow::{Context as _, bail};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::exit::Failure;
-use crate::installed::{self, MARKER, SECTION};
+use crate::installed::{self, SECTION};
+use crate::systemd::unit_file::MARKER;
 
 /// How long to wait for another `bro activate`: it may wait for a service that finishes its connections.
 const LOCK: Duration = Duration::from_secs(180);

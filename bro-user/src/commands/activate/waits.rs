@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep};
 use crate::cli::DRAIN_TIMEOUT;
 use crate::exit::on_one_line;
 use crate::installed::Activated;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::systemd::unit_files::Systemd;
 
 /// Between two looks. What ends sooner needs no words.

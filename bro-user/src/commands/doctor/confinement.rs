@@ -17,7 +17,8 @@ use super::{Check, listens};
 use crate::commands::activate::executable;
 use crate::installed::Activated;
 use crate::run_as::Gaining;
-use crate::systemd::manager::{Ended, Manager, Properties};
+use crate::systemd::manager::{Ended, Properties};
+use crate::systemd::scope::Manager;
 use crate::systemd::unit_files::Systemd;
 
 const NAME: &str = "confinement";

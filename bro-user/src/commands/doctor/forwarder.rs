@@ -8,7 +8,7 @@ use super::{Check, listens};
 use crate::commands::status::{Report, Waiting};
 use crate::control_socket::{self, Request};
 use crate::installed::Activated;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 use crate::systemd::unit_files::Systemd;
 
 const NAME: &str = "forwarder";

@@ -5,7 +5,8 @@ use std::time::Duration;
 use zbus::Variant;
 
 use super::Check;
-use crate::systemd::manager::{Manager, Properties};
+use crate::systemd::manager::Properties;
+use crate::systemd::scope::Manager;
 use crate::systemd::unit_files::Systemd;
 
 const NAME: &str = "forwarders";

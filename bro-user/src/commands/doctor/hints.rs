@@ -4,7 +4,7 @@
 use super::versions::says;
 use crate::installed::Activated;
 use crate::run_as::Owner;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 
 /// Whose service manager, seen by whoever runs bro.
 #[derive(Debug, Clone, PartialEq, Eq)]

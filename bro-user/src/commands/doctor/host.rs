@@ -10,7 +10,8 @@ use super::{Check, versions};
 use crate::netns::Where;
 use crate::netns::sock_diag::Table;
 use crate::run_as::Owner;
-use crate::systemd::manager::{Bus, Manager};
+use crate::systemd::manager::Bus;
+use crate::systemd::scope::Manager;
 
 /// The kernel that the system calls bro needs came with: pidfd_open(2) in 5.3, openat2(2) in 5.6.
 pub(super) fn kernel_version() -> Check {

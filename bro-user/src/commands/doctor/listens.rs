@@ -17,7 +17,8 @@ use crate::installed::{Activated, Listener};
 use crate::netns::sock_diag::{Listening, Table};
 use crate::netns::{self, Namespace, Where};
 use crate::podman::container;
-use crate::systemd::manager::{Bus, Manager};
+use crate::systemd::manager::Bus;
+use crate::systemd::scope::Manager;
 
 pub(super) const NAME: &str = "listens";
 

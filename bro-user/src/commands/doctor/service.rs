@@ -11,7 +11,8 @@ use crate::installed::{self, Activated, Listener, drift, leftover};
 use crate::podman::quadlet::{self, Quadlet};
 use crate::port_owner::{self, Trouble};
 use crate::service::failed_wake::{self, FailedWake};
-use crate::systemd::manager::{Bus, Known, Manager};
+use crate::systemd::manager::{Bus, Known};
+use crate::systemd::scope::Manager;
 use crate::systemd::unit_files::Systemd;
 
 /// How long `--wake` waits.

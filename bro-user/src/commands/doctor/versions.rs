@@ -3,7 +3,7 @@
 use super::{Check, selinux};
 use crate::installed::Activated;
 use crate::podman::quadlet::Quadlet;
-use crate::systemd::manager::Manager;
+use crate::systemd::scope::Manager;
 
 /// Which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -79,7 +79,7 @@ mod tests {
     use crate::service::Place;
     use crate::service::readiness::Ready;
     use crate::service::sources::Wanted;
-    use crate::systemd::manager::Manager;
+    use crate::systemd::scope::Manager;
     use bro_relay::netns::identity::Identity;
 
     fn activator() -> Activator {

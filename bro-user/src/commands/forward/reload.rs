@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use bro_relay::engine::protocol::Plain;
 use bro_relay::listener::Listener;
-use bro_relay::protocol::Plain;
 use bro_relay::stats::Stats;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bro_relay::engine::idle::Leave;
-use bro_relay::protocol::Plain;
+use bro_relay::engine::protocol::Plain;
 use tokio::time::{Instant, timeout};
 
 use super::inhibit::Inhibitors;

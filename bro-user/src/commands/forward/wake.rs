@@ -4,17 +4,17 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bro_relay::connection::End;
+use bro_relay::engine::protocol::{Command, Plain};
 use bro_relay::engine::slot;
-use bro_relay::protocol::{Command, Plain};
 use bro_relay::stats::Stats;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 
 use super::{Control, Phase};
-use crate::commands::status;
 use crate::control_socket::{Asker, Outcome};
 use crate::exit::Failure;
 use crate::service::{Awake, Place};
+use crate::systemd::time_span;
 
 /// Whether a target is awake, as far as the control side knows.
 #[derive(Debug)]
@@ -124,7 +124,7 @@ impl Control<'_> {
         let doing = self.activator.progress().doing;
         match self.being_woken() {
             Some(since) if !doing.is_empty() => {
-                format!(" for {}: {doing}; ", status::roughly(since.elapsed()))
+                format!(" for {}: {doing}; ", time_span::roughly(since.elapsed()))
             }
             _ => ": ".into(),
         }

@@ -11,7 +11,9 @@ use super::{Activity, Report, State, Waiting};
 use crate::control_socket::{self, Request};
 use crate::installed::{self, Activated, drift};
 use crate::service::failed_wake::{self, FailedWake};
-use crate::systemd::manager::{Bus, Manager};
+use crate::systemd::manager::Bus;
+use crate::systemd::scope::Manager;
+use crate::systemd::time_span::roughly;
 use crate::systemd::unit_files::Systemd;
 
 /// One service.
@@ -304,20 +306,6 @@ pub(super) fn since(state: State, since: Option<u64>, name: &str) -> String {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs());
     let span = since.map(|since| Duration::from_secs(now.saturating_sub(since)));
     span.map_or_else(|| word.clone(), |span| format!("{word} for {}", roughly(span)))
-}
-
-/// The two largest units of a span.
-pub(crate) fn roughly(span: Duration) -> String {
-    let seconds = span.as_secs();
-    let units = [
-        ("d", seconds / 86_400),
-        ("h", seconds / 3600 % 24),
-        ("min", seconds / 60 % 60),
-        ("s", seconds % 60),
-    ];
-    let first = units.iter().position(|(_, count)| *count > 0).unwrap_or(3);
-    let parts = units[first..].iter().take(2).filter(|(_, count)| *count > 0 || first == 3);
-    parts.map(|(unit, count)| format!("{count}{unit}")).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

@@ -9,10 +9,10 @@ use bro_relay::read_bounded::{self, Link};
 
 use super::Kind;
 use crate::exit::Failure;
-use crate::installed::{self, MARKER};
+use crate::paths;
 use crate::run_as::Owner;
-use crate::systemd::manager::Manager;
-use crate::systemd::unit_file::UnitFile;
+use crate::systemd::scope::Manager;
+use crate::systemd::unit_file::{MARKER, UnitFile};
 
 /// How many directories are looked into below one of those where quadlets lie: whose it is may link to what there is.
 const MOST_DIRECTORIES: usize = 10_000;
@@ -50,18 +50,10 @@ pub(super) fn directories(
             let uid = nix::unistd::geteuid();
             let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
             let runtime = runtime.unwrap_or_else(|| format!("/run/user/{uid}").into());
-            of_user(uid.as_raw(), runtime, installed::config_home()?)
+            of_user(uid.as_raw(), runtime, paths::config_home()?)
         }
     };
-    Ok(plain.into_iter().map(|path| below(root, &path)).collect())
-}
-
-/// `path`, below `root` where there is one.
-pub(crate) fn below(root: Option<&Path>, path: &Path) -> PathBuf {
-    match root {
-        Some(root) => root.join(path.strip_prefix("/").unwrap_or(path)),
-        None => path.to_owned(),
-    }
+    Ok(plain.into_iter().map(|path| paths::below(root, &path)).collect())
 }
 
 /// Where `bro activate` puts drop-ins for the quadlet: beside those that its owner would write.
@@ -78,9 +70,9 @@ pub fn drop_in_directory(
         // Not into the home directory: what root writes is to lie where only root writes.
         (_, Some(owner)) => Path::new("/etc/containers/systemd/users").join(owner.uid.to_string()),
         (Manager::System, None) => PathBuf::from("/etc/containers/systemd"),
-        (Manager::User, None) => installed::config_home()?.join("containers/systemd"),
+        (Manager::User, None) => paths::config_home()?.join("containers/systemd"),
     };
-    Ok(below(root, &directory).join(format!("{}.d", quadlet.file_name())))
+    Ok(paths::below(root, &directory).join(format!("{}.d", quadlet.file_name())))
 }
 
 /// The quadlet's file: that of the instance itself before its template's.

@@ -164,7 +164,8 @@ mod tests {
     use super::*;
 
     fn found(files: &[(&str, &str)]) -> Vec<Vec<(String, String)>> {
-        let sources = files.iter().map(|(path, text)| (module(Path::new(path)), (*text).to_owned())).collect();
+        let sources =
+            files.iter().map(|(path, text)| (module(Path::new(path)), (*text).to_owned())).collect();
         let imports = imports(&sources);
         let owned = |(from, to): (&str, &str)| (from.to_owned(), to.to_owned());
         circles(&imports).into_iter().map(|circle| circle.into_iter().map(owned).collect()).collect()
@@ -173,7 +174,9 @@ mod tests {
     #[test]
     fn a_circle_is_found_however_it_is_written() {
         let far = ("a/b.rs", "fn f() { crate::d::g() }");
-        for near in ["use crate::a::b;", "use crate::{x::Y,\n    a::{self, b::{C, E}}};", "use super::a::b as c;"] {
+        for near in
+            ["use crate::a::b;", "use crate::{x::Y,\n    a::{self, b::{C, E}}};", "use super::a::b as c;"]
+        {
             let circle = found(&[("a.rs", ""), far, ("d.rs", near), ("x.rs", "")]);
             assert_eq!(circle, [[("a::b".into(), "d".into()), ("d".into(), "a::b".into())]], "{near}");
         }
@@ -181,7 +184,8 @@ mod tests {
 
     #[test]
     fn parts_of_one_thing_may_know_each_other() {
-        let parts = [("a.rs", "use crate::a::b::C;"), ("a/b.rs", "use super::d;"), ("a/d.rs", "use crate::a::X;")];
+        let parts =
+            [("a.rs", "use crate::a::b::C;"), ("a/b.rs", "use super::d;"), ("a/d.rs", "use crate::a::X;")];
         assert!(found(&parts).is_empty());
         assert_eq!(found(&[parts[0], ("a/b.rs", "use crate::e;"), ("e.rs", "use super::a;")]).len(), 1);
     }
@@ -189,6 +193,9 @@ mod tests {
     #[test]
     fn comments_and_tests_import_nothing() {
         let tests = "use crate::b;\n\n#[cfg(test)]\nmod tests {\n    use crate::b::c;\n}\n";
-        assert!(found(&[("a.rs", "// crate::b\nfn f() {}"), ("b.rs", "use crate::a;"), ("d.rs", tests)]).is_empty());
+        assert!(
+            found(&[("a.rs", "// crate::b\nfn f() {}"), ("b.rs", "use crate::a;"), ("d.rs", tests)])
+                .is_empty()
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Between two questions to the service manager. A start that ends sooner needs no words.
-pub(super) const STEP: Duration = Duration::from_secs(1);
+pub(crate) const STEP: Duration = Duration::from_secs(1);
 
 /// The longest text of a unit's own (STATUS= of sd_notify(3)) that is repeated.
 const LONGEST: usize = 200;

@@ -42,7 +42,7 @@ impl Restarting {
 ///
 /// # Errors
 /// When the bus fails.
-pub(super) async fn awaited(bus: &Bus, unit: &str) -> anyhow::Result<String> {
+pub(crate) async fn awaited(bus: &Bus, unit: &str) -> anyhow::Result<String> {
     let now = bus.restarting(unit).await?;
     if !now.is_near() {
         return Ok(now.state);
