@@ -5,6 +5,7 @@
 
 pub mod address;
 mod apply;
+mod asked_at;
 mod interrupt;
 mod patience;
 pub(crate) mod program;
@@ -27,6 +28,7 @@ use crate::activated::{self, Activated, remnant};
 use crate::cli::Activate;
 use crate::exit::Failure;
 use crate::failed_wake;
+use crate::metrics::ledger;
 use crate::owner::Owner;
 use crate::quadlet;
 use crate::units::{self, File};
@@ -304,6 +306,7 @@ async fn check_listeners(
     systemd: Option<&apply::Managers>,
     places: &Places,
 ) -> anyhow::Result<()> {
+    asked_at::check(activated, known, places)?;
     if places.root.is_some() {
         return Ok(());
     }
@@ -399,6 +402,7 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
         write::remove_directories(&known.made)?;
         if places.root.is_none() {
             failed_wake::forget(&known);
+            ledger::forget(&known);
         }
     }
     say::removed(&known, &changes, left)

@@ -10,7 +10,8 @@ use std::process::ExitCode;
 use bro_user::cli::{self, Cli, Command};
 use bro_user::handover::Predecessor;
 use bro_user::{
-    activation, doctor, exit, forward, hand, helper, listen, loader, logging, netns, status, upgrade,
+    activation, doctor, exit, forward, hand, helper, listen, loader, logging, metrics, netns, status, top,
+    upgrade,
 };
 use clap::Parser as _;
 
@@ -40,6 +41,8 @@ fn main() -> ExitCode {
         Command::Wake(options) => hand::wake(&options),
         Command::Sleep(options) => hand::sleep(&options),
         Command::Status(options) => status::run(&options),
+        Command::Top(options) => top::run(&options),
+        Command::Metrics(options) => metrics::run(&options),
         Command::Doctor(options) => doctor::run(&options).and_then(|well| {
             if well {
                 Ok(())

@@ -1,6 +1,6 @@
 //! `bro status`: what running forwarders say of themselves ([`crate::control`]).
 
-mod services;
+pub(crate) mod services;
 
 pub(crate) use services::roughly;
 
@@ -15,6 +15,7 @@ use crate::activate::bus::Manager;
 use crate::control::{self, Request};
 use crate::exit::{self, Failure};
 use crate::failed_wake::FailedWake;
+use crate::metrics::Own;
 use crate::stats::Tally;
 
 /// What a forwarder says of itself.
@@ -57,6 +58,9 @@ pub struct Report {
     pub listeners: Vec<Listener>,
     /// All of them together.
     pub total: Tally,
+    /// What it has counted itself, without other forwarders of the unit.
+    #[serde(default)]
+    pub own: Own,
 }
 
 impl Report {
@@ -143,7 +147,7 @@ pub enum State {
 
 impl State {
     /// In a word.
-    const fn word(self) -> &'static str {
+    pub(crate) const fn word(self) -> &'static str {
         match self {
             Self::Asleep => "asleep",
             Self::Starting => "starting",
@@ -358,6 +362,7 @@ mod tests {
                 tally: tally.clone(),
             }],
             total: tally,
+            own: Own::default(),
         };
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
