@@ -139,7 +139,7 @@ fn clear(path: &Path) -> io::Result<()> {
     }
     match std::os::unix::net::UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
-        Ok(_) => Err(io::Error::from(io::ErrorKind::AddrInUse)),
+        Ok(_) => Err(nix::errno::Errno::EADDRINUSE.into()),
         Err(error) => Err(error),
     }
 }

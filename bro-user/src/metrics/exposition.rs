@@ -20,6 +20,8 @@ use crate::status::services::Service;
 #[derive(Debug)]
 pub(crate) struct Exposed {
     service: String,
+    /// It has no unit, and what it is called need not be its name alone.
+    is_nameless: bool,
     state: State,
     since: Option<u64>,
     failed_wake: Option<u64>,
@@ -43,14 +45,16 @@ impl Exposed {
             }
         }
         let told: u64 = now.iter().map(|(_, tally)| tally.open).sum();
-        // The same name as a forwarder of it gives itself.
-        let unit = service.unit.as_deref().map(|unit| unit.strip_suffix(".service").unwrap_or(unit));
+        // The same name as a forwarder of it gives itself, and none with a process' number in it.
+        let own = || service.forwarders.iter().find_map(|report| report.service.as_deref());
+        let name = service.unit.as_deref().or_else(own).unwrap_or(NAMELESS);
         let forwarders = service
             .forwarders
             .iter()
             .map(|report| (report.version.clone(), report.relay.name.clone(), report.uptime_s));
         Self {
-            service: unit.unwrap_or(&service.name).to_owned(),
+            service: name.strip_suffix(".service").unwrap_or(name).to_owned(),
+            is_nameless: service.unit.is_none(),
             state: service.state,
             since: service.since,
             failed_wake: service.failed_wake.as_ref().map(|failed| failed.at),
@@ -61,6 +65,27 @@ impl Exposed {
             counts: service.counts.clone(),
         }
     }
+}
+
+/// What a forwarder is called that starts no unit and is no service.
+const NAMELESS: &str = "bro";
+
+/// No two with one name, since readers refuse all of it then. What is activated twice is one unit with one ledger, and the first
+/// has its forwarders; those that are no unit's are numbered.
+fn distinct(all: Vec<Exposed>) -> Vec<Exposed> {
+    let mut kept: Vec<Exposed> = Vec::with_capacity(all.len());
+    for mut exposed in all {
+        let is_taken = |name: &str| kept.iter().any(|other| other.service == name);
+        if is_taken(&exposed.service) {
+            if !exposed.is_nameless {
+                continue;
+            }
+            let mut numbered = (2_usize..).map(|number| format!("{}-{number}", exposed.service));
+            exposed.service = numbered.find(|name| !is_taken(name)).unwrap_or_default();
+        }
+        kept.push(exposed);
+    }
+    kept
 }
 
 /// A label's value: the library writes it as it is.
@@ -403,7 +428,7 @@ impl Collector for Snapshot {
 /// All of it, with the end that tells a reader that nothing was cut off.
 pub(super) fn text(exposed: Vec<Exposed>) -> anyhow::Result<String> {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Snapshot(exposed)));
+    registry.register_collector(Box::new(Snapshot(distinct(exposed))));
     let mut text = String::new();
     form::encode(&mut text, &registry)?;
     Ok(text)
@@ -481,6 +506,21 @@ mod tests {
         let text = text(vec![exposed("a\"} 1\nbro_x\\")]).unwrap();
         assert!(text.contains(r#"{service="a\"} 1\nbro_x\\"}"#), "{text}");
         assert!(names(&text).iter().all(|name| name.starts_with("bro_") && name != "bro_x"));
+    }
+
+    #[test]
+    fn no_sample_is_there_twice() {
+        let nameless = || Exposed { is_nameless: true, ..exposed("bro") };
+        let text = text(vec![exposed("web"), nameless(), exposed("web"), nameless(), nameless()]).unwrap();
+        let keys: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .map(|line| line.rsplit_once(' ').unwrap().0)
+            .collect();
+        assert_eq!(keys.len(), keys.iter().collect::<BTreeSet<_>>().len(), "{text}");
+        for name in ["web", "bro", "bro-2", "bro-3"] {
+            assert!(keys.contains(&format!("bro_forwarders{{service=\"{name}\"}}").as_str()), "{text}");
+        }
     }
 
     #[test]
