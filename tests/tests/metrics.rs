@@ -319,8 +319,8 @@ fn who_asks_slowly_is_let_go_and_keeps_nobody_from_the_service() -> Result<()> {
     // The kernel relay would open descriptors meanwhile, and so would the first wake.
     let forwarder = scene.start(&["--metrics", "127.0.0.1:0", "--relay", "splice"])?;
     let at = address(&forwarder)?;
-    let first = (scene.client()?, service.accept()?);
-    expect_relayed(&first.0, &first.1)?;
+    let first_pair = (scene.client()?, service.accept()?);
+    expect_relayed(&first_pair.0, &first_pair.1)?;
     scrape(&at)?;
     let mut before = usize::MAX;
     let settled = || {
@@ -354,7 +354,7 @@ fn who_asks_slowly_is_let_go_and_keeps_nobody_from_the_service() -> Result<()> {
     drop(slow);
     scrape(&at)?;
     ensure!(process::eventually(PATIENCE, || forwarder.descriptors().unwrap_or_default() <= before + 2));
-    drop(pair);
+    drop((pair, first_pair));
     forwarder.expect_no_spin(Duration::from_secs(1))?;
     forwarder.stop().map(drop)
 }
@@ -420,5 +420,6 @@ fn on_standard_output_it_is_the_same() -> Result<()> {
         samples.retain(|key, _| !key.starts_with("bro_forwarder_uptime_seconds"));
     }
     ensure!(printed == served, "{printed:#?}\n{served:#?}");
+    drop(pair);
     forwarder.stop().map(drop)
 }
