@@ -12,9 +12,9 @@ use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::ledger::Counts;
+use crate::commands::status::State;
+use crate::commands::status::list::Service;
 use crate::stats::{Tally, Times};
-use crate::status::State;
-use crate::status::services::Service;
 
 /// What there is to tell of one service.
 #[derive(Debug)]
@@ -440,8 +440,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::commands::status::Waiting;
     use crate::connection::End;
-    use crate::status::Waiting;
 
     /// One of which everything is known.
     fn exposed(name: &str) -> Exposed {
@@ -449,7 +449,7 @@ mod tests {
         tally.to_service.spliced = 4;
         tally.ended.add(End::Eof);
         tally.cold_start_times.add(Duration::from_millis(300));
-        let mut service = crate::status::services::tests::service(name);
+        let mut service = crate::commands::status::list::tests::service(name);
         service.state = State::Awake;
         service.since = Some(7);
         service.waiting = Some(Waiting { clients: 2, connections: 1, lets_in: String::new() });

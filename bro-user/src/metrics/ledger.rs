@@ -14,10 +14,10 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 use serde::{Deserialize, Serialize};
 
-use crate::activated::Activated;
-use crate::control;
+use crate::control_socket;
 use crate::exit::on_one_line;
-use crate::failed_wake;
+use crate::installed::Activated;
+use crate::service::failed_wake;
 use crate::stats::Tally;
 
 /// The longest file that is read: a forwarder's own part is below 1 KiB for each of its sockets.
@@ -169,7 +169,7 @@ impl Ledger {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let part = format!("{}-{}", std::process::id(), now.as_millis());
         Self {
-            path: unit.map(|unit| file(&control::base_directory(), unit)),
+            path: unit.map(|unit| file(&control_socket::base_directory(), unit)),
             part,
             kept: None,
             looked: (Instant::now(), 0),
@@ -215,7 +215,7 @@ impl Ledger {
 /// What all forwarders of `unit` have counted, of which those that run say the rest themselves. In the same directory as
 /// this process's own notes.
 pub(crate) fn total(unit: Option<&str>, running: &[&Own]) -> Counts {
-    let kept = unit.and_then(|unit| read(&file(&control::base_directory(), unit)).ok());
+    let kept = unit.and_then(|unit| read(&file(&control_socket::base_directory(), unit)).ok());
     kept.unwrap_or_default().total(running.iter().copied())
 }
 
