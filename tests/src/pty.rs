@@ -64,10 +64,10 @@ impl Pty {
         self.screen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The lines that are shown.
+    /// The lines that are shown, without what is blank at their ends.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
-        self.screen().0.screen().contents().lines().map(str::to_owned).collect()
+        self.screen().0.screen().contents().lines().map(|line| line.trim_end().to_owned()).collect()
     }
 
     /// Waits until a line is shown that is wanted, and gives it.

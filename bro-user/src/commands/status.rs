@@ -247,9 +247,9 @@ fn printable(text: &str) -> String {
 #[serde(untagged)]
 enum Named {
     /// A forwarder of it.
-    Forwarder(Report),
+    Forwarder(Box<Report>),
     /// It has none now.
-    Asleep(list::Service),
+    Asleep(Box<list::Service>),
 }
 
 /// What the forwarders say that are named on the command line, after a line for each service that has none now: as text, and as
@@ -263,7 +263,7 @@ async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)>
                 control_socket::ask_soon(Path::new(whom), Request::Status).await;
             let report = report
                 .map_err(|error| Failure::NotFound(format!("no forwarder answers at {whom}: {error}")))?;
-            json.push(Named::Forwarder(report.clone()));
+            json.push(Named::Forwarder(Box::new(report.clone())));
             reports.push(report);
             continue;
         }
@@ -275,10 +275,10 @@ async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)>
         };
         if service.forwarders.is_empty() {
             asleep += &format!("{}\n", list::sentence(&service));
-            json.push(Named::Asleep(service));
+            json.push(Named::Asleep(Box::new(service)));
             continue;
         }
-        json.extend(service.forwarders.iter().cloned().map(Named::Forwarder));
+        json.extend(service.forwarders.iter().cloned().map(Box::new).map(Named::Forwarder));
         reports.extend(service.forwarders);
     }
     Ok((asleep + &describe(&reports), exit::json(&json)?))

@@ -6,7 +6,9 @@ use std::sync::Once;
 
 use crossterm::cursor::Show;
 use crossterm::execute;
-use crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode};
+use crossterm::terminal::{
+    Clear, ClearType, EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode,
+};
 use ratatui::backend::CrosstermBackend;
 use ratatui::{Frame, Terminal};
 
@@ -26,9 +28,9 @@ impl Screen {
         let terminal = Terminal::new(CrosstermBackend::new(io::stdout()))?;
         enable_raw_mode()?;
         // From here on its end puts everything back.
-        let mut screen = Self(terminal);
-        execute!(io::stdout(), EnterAlternateScreen)?;
-        screen.0.clear()?;
+        let screen = Self(terminal);
+        // Not by the library's way to clear it, which asks the terminal where its cursor is: not every one answers.
+        execute!(io::stdout(), EnterAlternateScreen, Clear(ClearType::All))?;
         Ok(screen)
     }
 

@@ -81,6 +81,9 @@ pub(super) enum Said {
     Told(String),
 }
 
+/// Bytes of each service by its name, to it and to clients.
+type Totals = BTreeMap<String, (u64, u64)>;
+
 /// Bytes in a second, to the service and to clients.
 pub(super) type Rates = (u64, u64);
 
@@ -94,7 +97,7 @@ pub(super) struct View {
     pub lost: Option<String>,
     rates: BTreeMap<String, Rates>,
     /// What had gone where at the last look, and when that was.
-    before: Option<(Instant, BTreeMap<String, (u64, u64)>)>,
+    before: Option<(Instant, Totals)>,
     /// The name of the one that is chosen.
     chosen: Option<String>,
     pub said: Said,
@@ -126,8 +129,7 @@ impl View {
             }
         };
         (self.lost, self.known) = (None, true);
-        let bytes: BTreeMap<String, (u64, u64)> =
-            rows.iter().map(|row| (row.name.clone(), row.bytes)).collect();
+        let bytes: Totals = rows.iter().map(|row| (row.name.clone(), row.bytes)).collect();
         self.rates.clear();
         if let Some((then, before)) = &self.before {
             let span = at.saturating_duration_since(*then);
