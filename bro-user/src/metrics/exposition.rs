@@ -14,7 +14,7 @@ use prometheus_client::registry::{Registry, Unit};
 use super::ledger::Counts;
 use crate::commands::status::State;
 use crate::commands::status::list::Service;
-use crate::stats::{Tally, Times};
+use bro_relay::stats::{Tally, Times};
 
 /// What there is to tell of one service.
 #[derive(Debug)]
@@ -441,7 +441,7 @@ mod tests {
 
     use super::*;
     use crate::commands::status::Waiting;
-    use crate::connection::End;
+    use bro_relay::connection::End;
 
     /// One of which everything is known.
     fn exposed(name: &str) -> Exposed {

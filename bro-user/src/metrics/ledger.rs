@@ -18,7 +18,7 @@ use crate::control_socket;
 use crate::exit::on_one_line;
 use crate::installed::Activated;
 use crate::service::failed_wake;
-use crate::stats::Tally;
+use bro_relay::stats::Tally;
 
 /// The longest file that is read: a forwarder's own part is below 1 KiB for each of its sockets.
 const LONGEST: u64 = 4 * 1024 * 1024;
@@ -293,7 +293,7 @@ fn keep(path: &Path, own: &Own) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connection::End;
+    use bro_relay::connection::End;
 
     fn own(part: &str, accepted: u64) -> Own {
         let mut tally = Tally { accepted, open: 3, ..Tally::default() };

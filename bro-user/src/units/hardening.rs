@@ -14,11 +14,12 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_relay::target::Target;
+
 use crate::installed::Activated;
 use crate::metrics::endpoint::Endpoint;
 use crate::systemd::manager::Manager;
 use crate::systemd::unit_file::quote_word;
-use crate::target::Target;
 
 /// What @system-service has beyond need. `chown` and the like, other users' ids, priorities, devices, mounts.
 const NEVER: &str = "@chown @clock @cpu-emulation @debug @keyring @memlock @module @mount @obsolete @raw-io @reboot @resources \
