@@ -64,6 +64,10 @@ pub enum Command {
     Sleep(wake_sleep::Sleep),
     /// What is activated, and whether it is awake; with a NAME: connections, bytes by relay, cold starts
     Status(Status),
+    /// A live view of what is activated, in the terminal: states, connections, rates; wakes and puts to sleep by key
+    Top(Top),
+    /// What is activated, and all that was counted since the host was booted, in the form of OpenMetrics (Prometheus)
+    Metrics(Metrics),
     /// What this host can do for this user and what not, or what is wrong with one service; one line a check, with the fix
     Doctor(Doctor),
     /// Load the kernel relay for a user, whose forwarders then need no rights for it
@@ -256,6 +260,14 @@ pub struct Forward {
     #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=127))]
     pub keepalive_probes: u32,
 
+    /// Answer GET /metrics there, with what `bro metrics` prints: ADDR:PORT, a PORT of 127.0.0.1, or the path of a unix socket
+    ///
+    /// In the form of OpenMetrics, for Prometheus and its like; only while this forwarder runs. 8 requests at once, of 8 KiB and 5 s
+    /// each. Nobody is asked for a password: who can connect can read. A unix socket has mode 0660; one that nobody listens at
+    /// any more is replaced.
+    #[arg(long, value_name = "ADDR:PORT|PATH")]
+    pub metrics: Option<crate::metrics::endpoint::Endpoint>,
+
     /// More log lines: -v for every connection's start, -vv for every step, in the kernel relay's programs too
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -365,6 +377,30 @@ pub struct Status {
     /// Print again each second, until interrupted
     #[arg(short, long)]
     pub watch: bool,
+}
+
+/// `bro metrics`.
+#[derive(Debug, Args)]
+pub struct Metrics {
+    /// The services of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// The services of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
+}
+
+/// `bro top`.
+#[derive(Debug, Args)]
+pub struct Top {
+    /// The services of this user (default for an ordinary user)
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// The services of the system (default for root)
+    #[arg(long)]
+    pub system: bool,
 }
 
 /// `--proxy-protocol`.

@@ -6,5 +6,7 @@ pub mod doctor;
 pub mod forward;
 pub mod helper;
 pub mod loader;
+pub mod metrics;
 pub mod status;
+pub mod top;
 pub mod wake_sleep;

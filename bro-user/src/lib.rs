@@ -12,6 +12,7 @@ pub mod exit;
 pub mod fuzzing;
 pub mod installed;
 pub mod logging;
+pub mod metrics;
 pub mod netns;
 mod paths;
 pub mod podman;

@@ -9,7 +9,9 @@ use std::process::ExitCode;
 
 use bro_user::cli::{self, Cli, Command};
 use bro_user::commands::forward::handover::Predecessor;
-use bro_user::commands::{activate, after_upgrade, doctor, forward, helper, loader, status, wake_sleep};
+use bro_user::commands::{
+    activate, after_upgrade, doctor, forward, helper, loader, metrics, status, top, wake_sleep,
+};
 use bro_user::systemd::listen_fds;
 use bro_user::{exit, logging};
 use clap::Parser as _;
@@ -44,6 +46,8 @@ fn main() -> ExitCode {
         Command::Wake(options) => wake_sleep::wake(&options),
         Command::Sleep(options) => wake_sleep::sleep(&options),
         Command::Status(options) => status::run(&options),
+        Command::Top(options) => top::run(&options),
+        Command::Metrics(options) => metrics::run(&options),
         Command::Doctor(options) => doctor::run(&options).and_then(|well| {
             if well {
                 Ok(())

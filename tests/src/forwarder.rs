@@ -148,6 +148,14 @@ impl Setup {
         self
     }
 
+    /// Answers where `bro status` looks for a user's forwarders, if `folder` is the user's runtime directory ([`bro_of`] sees it there).
+    #[must_use]
+    pub fn found_in(self, folder: &Path) -> Self {
+        let own = folder.join("bro/web");
+        std::fs::create_dir_all(&own).expect("a folder can be made");
+        self.env("RUNTIME_DIRECTORY", own)
+    }
+
     /// Programs that come first on the PATH.
     #[must_use]
     pub fn tools(mut self, folder: PathBuf) -> Self {
@@ -421,6 +429,24 @@ impl Drop for Forwarder {
             lines[lines.len().saturating_sub(60)..].join("\n")
         );
     }
+}
+
+/// `bro` with these words, of a user whose runtime directory is `folder`, and for whom nothing is activated. On a terminal of its own,
+/// if it has one.
+#[must_use]
+pub fn bro_of(folder: &Path, words: &[&str]) -> Command {
+    let mut command = Command::new("setsid");
+    if words.first() == Some(&"top") {
+        command.arg("--ctty");
+    }
+    if nix::unistd::geteuid().is_root() {
+        // Root's are looked for below /run.
+        let script = "mkdir -p /run/bro && mount --bind \"$0\" /run/bro && exec \"$@\"";
+        command.args(["unshare", "--mount", "sh", "-c", script]).arg(folder.join("bro"));
+    }
+    command.arg(bro::binary()).args(words);
+    command.env("XDG_RUNTIME_DIR", folder).env("XDG_CONFIG_HOME", folder);
+    command
 }
 
 /// The file `name` in `folder`, as a shell script with `body`.

@@ -19,6 +19,7 @@ pub mod pattern;
 pub mod peers;
 pub mod process;
 pub mod programs;
+pub mod pty;
 pub mod scene;
 pub mod scratch;
 pub mod short;

@@ -61,7 +61,28 @@ pub enum End {
 }
 
 impl End {
-    const fn word(self) -> &'static str {
+    /// Every reason that a log line may give.
+    pub const WORDS: [&str; 15] = [
+        "eof",
+        "client-reset",
+        "service-reset",
+        "idle-timeout",
+        "drain-timeout",
+        "start-timeout",
+        "start-failed",
+        "refused",
+        "client-left",
+        "source-limit",
+        "descriptors",
+        "bad-proxy-header",
+        "proxy-header-timeout",
+        "shutdown",
+        "idle-exit",
+    ];
+
+    /// The reason in its log line, of which there is a fixed number.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
         match self {
             Self::Eof => "eof",
             Self::ClientReset(_) => "client-reset",
@@ -369,6 +390,15 @@ impl Connection {
         }
     }
 
+    /// Bytes that this process has spliced and copied to the service.
+    #[must_use]
+    pub const fn to_service(&self) -> (u64, u64) {
+        match &self.stage {
+            Stage::Relaying { up, .. } => (up.total.saturating_sub(up.copied), up.copied),
+            _ => (0, 0),
+        }
+    }
+
     /// Bytes that lanes moved.
     fn shortcut(&self) -> u64 {
         match &self.stage {
@@ -378,12 +408,12 @@ impl Connection {
     }
 
     /// Its lanes.
-    pub fn lanes(&self) -> impl Iterator<Item = &Lane> {
+    pub fn lanes(&self) -> impl Iterator<Item = (Side, &Lane)> {
         let (up, down) = match &self.stage {
             Stage::Relaying { up, down, .. } => (up.lane(), down.lane()),
             _ => (None, None),
         };
-        up.into_iter().chain(down)
+        up.map(|lane| (Side::Service, lane)).into_iter().chain(down.map(|lane| (Side::Client, lane)))
     }
 
     /// Bytes that reached the service and the client so far.
@@ -436,7 +466,7 @@ impl Connection {
     pub fn wants_lanes(&mut self) -> Lanes {
         let Stage::Relaying { up, down, abort: None, .. } = &self.stage else { return Lanes::Leave };
         let wanted = self.talk.hear(up.delivered(), down.delivered());
-        if self.lanes().any(Lane::is_in_bulk) {
+        if self.lanes().any(|(_, lane)| lane.is_in_bulk()) {
             self.talk.turns = 0;
             return Lanes::Close;
         }
@@ -574,6 +604,17 @@ mod tests {
         assert_ne!(source("192.0.2.1:1"), source("192.0.2.2:1"));
         assert_eq!(source("192.0.2.1:1"), source("[::ffff:192.0.2.1]:1"));
         assert_ne!(source("[::ffff:192.0.2.1]:1"), source("[::ffff:192.0.2.2]:1"));
+    }
+
+    #[test]
+    fn every_reason_is_one_that_is_counted() {
+        use End::*;
+        let (errno, bad) = (Errno::EPIPE, Bad::TooLong);
+        let first = [Eof, ClientReset(errno), ServiceReset(errno), IdleTimeout, DrainTimeout, StartTimeout];
+        let second = [StartFailed, Refused(errno), ClientLeft, SourceLimit, Descriptors(Side::Client)];
+        let third = [BadHeader(bad), HeaderTimeout, Shutdown, IdleExit];
+        let words: Vec<&str> = first.into_iter().chain(second).chain(third).map(End::word).collect();
+        assert_eq!(words, End::WORDS);
     }
 
     #[test]

@@ -189,6 +189,10 @@ pub struct Activate {
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_missing_value = "true", conflicts_with = "direct")]
     pub blocking_sockets: Option<bool>,
 
+    /// The forwarder answers GET /metrics there, while it runs: ADDR:PORT, a PORT of 127.0.0.1, or a unix socket's path (as in bro forward)
+    #[arg(long, value_name = "ADDR:PORT|PATH", conflicts_with = "direct")]
+    pub metrics: Option<crate::metrics::endpoint::Endpoint>,
+
     /// For the system, for the rootless container of an ordinary user: systemd listens, as on port 80, and the forwarder is USER
     ///
     /// The quadlet is looked for where USER's Podman looks; the container, its images and its unit are USER's as ever. The socket
@@ -214,7 +218,7 @@ pub struct Activate {
         "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
         "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "keepalive_time", "keepalive_interval",
         "keepalive_probes", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
-        "blocking_sockets", "run_as", "restrict_network"])]
+        "blocking_sockets", "metrics", "run_as", "restrict_network"])]
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing

@@ -4,6 +4,7 @@
 //! change them all at once (`write`), and have systemd take it up. Whatever fails takes everything back.
 
 mod apply;
+mod asked_at;
 pub(crate) mod executable;
 mod output;
 pub(crate) mod plan;
@@ -25,6 +26,7 @@ use crate::address::External;
 use crate::cli::Activate;
 use crate::exit::Failure;
 use crate::installed::{self, Activated, leftover};
+use crate::metrics::ledger;
 use crate::podman::quadlet;
 use crate::run_as::Owner;
 use crate::service::failed_wake;
@@ -301,6 +303,7 @@ async fn check_listeners(
     systemd: Option<&apply::Managers>,
     places: &Places,
 ) -> anyhow::Result<()> {
+    asked_at::check(activated, known, places)?;
     if places.root.is_some() {
         return Ok(());
     }
@@ -400,6 +403,7 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
         transaction::remove_directories(&known.made)?;
         if places.root.is_none() {
             failed_wake::forget(&known);
+            ledger::forget(&known);
         }
     }
     output::removed(&known, &changes, left)

@@ -41,6 +41,8 @@ use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::control_socket::{self, Asked, Asker, Request};
 use crate::exit::Failure;
 use crate::logging;
+use crate::metrics::ledger::Ledger;
+use crate::metrics::{self, Counts, Question};
 use crate::relay_handle::Handle;
 use crate::service::failed_wake::Failures;
 use crate::service::kernel_watch::{self, Loaded, Watching};
@@ -189,6 +191,12 @@ pub fn run(
             Control::start(options, &listeners, targets, activator, engine, local_clients, bequest)?;
         control.replacing.program = Some(program);
         control.limit = limit;
+        // A predecessor listens there still, where there is one.
+        if predecessor.is_none()
+            && let Some(endpoint) = &options.metrics
+        {
+            control.metrics = Some(metrics::Server::start(endpoint)?);
+        }
         control.run(predecessor).await
     })
 }
@@ -222,6 +230,14 @@ async fn loaded(loading: &mut Option<Loading>) -> Result<Loaded, Unavailable> {
 
 /// Waits for somebody who asks; for ever where there is no socket to ask at.
 async fn asked(server: &mut Option<control_socket::Server>) -> std::io::Result<Asked> {
+    match server {
+        Some(server) => server.asked().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for somebody who wants metrics; for ever where they are not served.
+async fn metrics_asked(server: &mut Option<metrics::Server>) -> Question {
     match server {
         Some(server) => server.asked().await,
         None => std::future::pending().await,
@@ -374,6 +390,12 @@ struct Control<'a> {
     woken_by: Option<String>,
     /// Wakes that failed.
     failures: Failures,
+    /// What this side of the forwarder has counted.
+    counts: Counts,
+    /// Where it is kept for forwarders to come.
+    ledger: Ledger,
+    /// `--metrics`
+    metrics: Option<metrics::Server>,
     /// Whoever waits until it is awake.
     wakers: Vec<Asker>,
     /// Whoever told it to sleep, and whether by force.
@@ -422,6 +444,9 @@ impl<'a> Control<'a> {
             kept_until: Instant::now(),
             woken_by: None,
             failures: Failures::of(options.unit.as_deref(), &targets),
+            counts: Counts::default(),
+            ledger: Ledger::of(options.unit.as_deref()),
+            metrics: None,
             wakers: Vec::new(),
             sleeper: None,
             busy: sleep::Busy::default(),
@@ -526,13 +551,18 @@ impl<'a> Control<'a> {
                 _ = extend.tick(), if draining_until.is_some() => notify::extend(EXTEND_BY),
                 loaded = loaded(&mut self.loading), if self.loading.is_some() => self.kernel_loaded(loaded).await?,
                 asked = asked(&mut self.control) => self.asked(asked),
+                question = metrics_asked(&mut self.metrics) => self.tell_metrics(question),
                 _ = watch.tick(), if watchdog.is_some() => self.engine.send(Plain::Ping),
                 _ = status.tick() => {
                     self.replacing.tell(&self.stats);
                     if matches!(self.phase, Phase::Draining(_)) {
                         self.give_up_where_in_the_way();
+                        self.keep_counts().await;
                     }
                     self.give_up_on_slow_starts();
+                    if self.ledger.is_due(Stats::get(&self.stats.accepted), Stats::get(&self.stats.open)) {
+                        self.keep_counts().await;
+                    }
                     if self.phase == Phase::Serving {
                         self.limit.look(Stats::get(&self.stats.open), self.replacing.listeners());
                     }
@@ -554,6 +584,7 @@ impl<'a> Control<'a> {
         if let Some(news) = self.foreign.as_ref().and_then(Foreign::rest) {
             left_alone(news);
         }
+        self.keep_counts().await;
         self.engine.send(Plain::Stop);
         // The command goes out while this waits.
         let relay = self.relay;
@@ -651,6 +682,17 @@ impl<'a> Control<'a> {
 
     /// Answers one who asked for the status, in the background.
     fn report(&self, asker: Asker) {
+        let report = self.reporting();
+        let answering = async move {
+            if let Some(report) = report.await {
+                asker.answer(report);
+            }
+        };
+        drop(tokio::spawn(answering));
+    }
+
+    /// What there is to report, once the engine has said its part.
+    fn reporting(&self) -> impl Future<Output = Option<status::Report>> + use<> {
         let mut report = status::Report {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -667,20 +709,47 @@ impl<'a> Control<'a> {
             relay: self.relay(),
             listeners: Vec::new(),
             total: Tally::default(),
+            own: self.ledger.own(self.counts.clone()),
         };
         let (listeners, seen) = (self.listeners.clone(), self.seen.clone());
         let figures = self.engine.report();
-        let answering = async move {
-            let Ok(figures) = figures.await else { return };
+        async move {
+            let figures = figures.await.ok()?;
             report.peers = figures.peers;
+            let names = listeners.iter().map(|(name, ..)| name.as_str());
+            report.own.counts = report.own.counts.with(names.zip(&figures.tallies));
             for ((name, address, target), tally) in listeners.into_iter().zip(figures.tallies) {
                 report.total += &tally;
                 let seen = seen.get(&target).cloned();
                 report.listeners.push(status::Listener { name, address, target, seen, tally });
             }
-            asker.answer(report);
+            Some(report)
+        }
+    }
+
+    /// Answers one who wants metrics, in the background.
+    fn tell_metrics(&self, to: Question) {
+        let report = self.reporting();
+        let answering = async move {
+            // Whoever does not wait for it any more has closed the connection.
+            match report.await.map(metrics::of_forwarder) {
+                Some(Ok(text)) => drop(to.send(text)),
+                Some(Err(error)) => tracing::error!("metrics cannot be written: {error:#}"),
+                None => {}
+            }
         };
         drop(tokio::spawn(answering));
+    }
+
+    /// Keeps what was counted so far for forwarders to come.
+    async fn keep_counts(&mut self) {
+        if !self.ledger.keeps() {
+            return;
+        }
+        // A relay process that has ended by itself tells no more.
+        let Ok(Ok(figures)) = tokio::time::timeout(STATUS_STEP, self.engine.report()).await else { return };
+        let names = self.listeners.iter().map(|(name, ..)| name.as_str());
+        self.ledger.keep(self.counts.with(names.zip(&figures.tallies)));
     }
 
     /// Whether the service is awake, since when, and why.

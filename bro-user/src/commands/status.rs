@@ -1,6 +1,6 @@
 //! `bro status`: what running forwarders say of themselves ([`crate::control_socket`]).
 
-mod list;
+pub(crate) mod list;
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control_socket::{self, Request};
 use crate::exit::{self, Failure};
+use crate::metrics::Own;
 use crate::service::failed_wake::FailedWake;
 use crate::systemd::scope::Manager;
 
@@ -55,6 +56,9 @@ pub struct Report {
     pub listeners: Vec<Listener>,
     /// All of them together.
     pub total: Tally,
+    /// What it has counted itself, without other forwarders of the unit.
+    #[serde(default)]
+    pub own: Own,
 }
 
 impl Report {
@@ -141,7 +145,7 @@ pub enum State {
 
 impl State {
     /// In a word.
-    const fn word(self) -> &'static str {
+    pub(crate) const fn word(self) -> &'static str {
         match self {
             Self::Asleep => "asleep",
             Self::Starting => "starting",
@@ -231,9 +235,9 @@ fn printable(text: &str) -> String {
 #[serde(untagged)]
 enum Named {
     /// A forwarder of it.
-    Forwarder(Report),
+    Forwarder(Box<Report>),
     /// It has none now.
-    Asleep(list::Service),
+    Asleep(Box<list::Service>),
 }
 
 /// What the forwarders say that are named on the command line, after a line for each service that has none now: as text, and as
@@ -247,7 +251,7 @@ async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)>
                 control_socket::ask_soon(Path::new(whom), Request::Status).await;
             let report = report
                 .map_err(|error| Failure::NotFound(format!("no forwarder answers at {whom}: {error}")))?;
-            json.push(Named::Forwarder(report.clone()));
+            json.push(Named::Forwarder(Box::new(report.clone())));
             reports.push(report);
             continue;
         }
@@ -259,10 +263,10 @@ async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)>
         };
         if service.forwarders.is_empty() {
             asleep += &format!("{}\n", list::sentence(&service));
-            json.push(Named::Asleep(service));
+            json.push(Named::Asleep(Box::new(service)));
             continue;
         }
-        json.extend(service.forwarders.iter().cloned().map(Named::Forwarder));
+        json.extend(service.forwarders.iter().cloned().map(Box::new).map(Named::Forwarder));
         reports.extend(service.forwarders);
     }
     Ok((asleep + &describe(&reports), exit::json(&json)?))
@@ -349,6 +353,7 @@ mod tests {
                 tally: tally.clone(),
             }],
             total: tally,
+            own: Own::default(),
         };
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);

@@ -210,14 +210,21 @@ async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<Str
 pub fn sleep(options: &Sleep) -> anyhow::Result<()> {
     let service = Service::of(&options.whom)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let message = runtime.block_on(async {
-        match tokio::time::timeout(STOP, put_to_sleep(&service, options.force)).await {
-            Ok(message) => message,
-            Err(_) => bail!("{} has not stopped after {STOP:?}", service.unit),
-        }
-    })?;
+    let message = runtime.block_on(put_away(&options.whom, options.force))?;
     writeln!(std::io::stdout(), "{}", on_one_line(&format!("{}: {message}", service.unit)))?;
     Ok(())
+}
+
+/// Puts an activated service to sleep, for somebody who looks at it.
+///
+/// # Errors
+/// As [`sleep`].
+pub async fn put_away(whom: &Whom, force: bool) -> anyhow::Result<String> {
+    let service = Service::of(whom)?;
+    match tokio::time::timeout(STOP, put_to_sleep(&service, force)).await {
+        Ok(message) => message,
+        Err(_) => bail!("{} has not stopped after {STOP:?}", service.unit),
+    }
 }
 
 async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> {

@@ -17,7 +17,9 @@ use std::path::{Path, PathBuf};
 use bro_relay::target::Target;
 
 use crate::installed::Activated;
+use crate::metrics::endpoint::Endpoint;
 use crate::systemd::scope::Manager;
+use crate::systemd::unit_file::quote_word;
 
 /// What @system-service has beyond need. `chown` and the like, other users' ids, priorities, devices, mounts.
 const NEVER: &str = "@chown @clock @cpu-emulation @debug @keyring @memlock @module @mount @obsolete @raw-io @reboot @resources \
@@ -124,6 +126,10 @@ fn looks_below_a_root(activated: &Activated) -> bool {
 fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut impl FnMut(&str)) {
     let mut looked_at: Vec<PathBuf> = bro.map(Path::to_owned).into_iter().collect();
     looked_at.extend(activated.option("busy-file").map(PathBuf::from));
+    let metrics = metrics(activated);
+    if let Some(Endpoint::Unix(path)) = &metrics {
+        looked_at.push(path.clone());
+    }
     if activated.container.is_none() {
         looked_at.extend(targets(activated).filter_map(|target| match target {
             Target::Unix(path) => Some(path),
@@ -153,6 +159,15 @@ fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut i
             ));
         }
     }
+    if let Some(Endpoint::Unix(path)) = &metrics
+        && let Some(folder) =
+            path.parent().filter(|folder| !folder.starts_with(crate::control_socket::SYSTEM))
+    {
+        say(&format!(
+            "# For the socket of --metrics.\nReadWritePaths=-{}",
+            quote_word(&folder.display().to_string()).replace("$$", "$")
+        ));
+    }
     if !below(&["/tmp", "/var/tmp"]) {
         say("PrivateTmp=yes");
     }
@@ -176,16 +191,29 @@ fn network(activated: &Activated, say: &mut impl FnMut(&str)) {
             }
         }
     }
-    if activated.container.is_some() {
+    let metrics = match metrics(activated) {
+        Some(Endpoint::Tcp(address)) => Some(address),
+        Some(Endpoint::Unix(_)) | None => None,
+    };
+    if activated.container.is_some() && metrics.is_none() {
         say(
             "# systemd listens, and the container's own network is entered: this service needs none itself.\nPrivateNetwork=yes",
         );
+    }
+    if metrics.is_some_and(|address| !address.ip().is_loopback()) {
+        // Whoever may ask for metrics from elsewhere is not known here.
+        return say("# No IPAddressDeny=: metrics are asked for from other hosts.");
     }
     let addresses: String = addresses.iter().map(|address| format!(" {address}")).collect();
     say(&format!(
         "# Where the service is. (Clients come over systemd's sockets, which have an IPAddressDeny= of their own.)\n\
          IPAddressDeny=any\nIPAddressAllow=localhost{addresses}"
     ));
+}
+
+/// Where the forwarder is asked for metrics.
+fn metrics(activated: &Activated) -> Option<Endpoint> {
+    activated.option("metrics")?.parse().ok()
 }
 
 fn targets(activated: &Activated) -> impl Iterator<Item = Target> {
@@ -198,6 +226,10 @@ mod tests {
     use crate::run_as::Owner;
 
     fn lines_of(scope: Manager, run_as: bool, bro: &str) -> String {
+        lines_with(scope, run_as, bro, None)
+    }
+
+    fn lines_with(scope: Manager, run_as: bool, bro: &str, metrics: Option<&str>) -> String {
         let owner = Owner { name: "test".into(), uid: 7, gid: 7, home: "/home/test".into() };
         let activated = Activated {
             name: "web".into(),
@@ -210,7 +242,7 @@ mod tests {
             socket_file: PathBuf::new(),
             service_file: None,
             listeners: Vec::new(),
-            options: Vec::new(),
+            options: metrics.map(|at| ("metrics".to_owned(), at.to_owned())).into_iter().collect(),
             container_given: false,
             drop_in: None,
             pause_unit: None,
@@ -231,6 +263,31 @@ mod tests {
         let run_as = |bro: &str| lines_of(Manager::System, true, bro);
         assert!(run_as("/usr/bin/bro").contains("\nProtectHome=tmpfs\nBindPaths=-/run/user/7\n"));
         assert!(run_as("/home/x/bro").contains("\nProtectHome=read-only\nReadWritePaths=-/run/user/7\n"));
+    }
+
+    #[test]
+    fn who_asks_for_metrics_can_reach_them_and_nothing_more_is_opened() {
+        let with = |run_as, metrics| lines_with(Manager::System, run_as, "/usr/bin/bro", Some(metrics));
+        for run_as in [false, true] {
+            let without = lines_of(Manager::System, run_as, "/usr/bin/bro");
+            let local = with(run_as, "127.0.0.1:9464");
+            let less: Vec<&str> =
+                without.lines().filter(|line| !local.lines().any(|other| other == *line)).collect();
+            assert_eq!(less.last(), Some(&"PrivateNetwork=yes"), "{less:?}");
+            assert!(local.contains("\nIPAddressAllow=localhost\n"), "{local}");
+            let open = with(run_as, "0.0.0.0:9464");
+            assert!(!open.contains("PrivateNetwork=") && !open.contains("\nIPAddressDeny="), "{open}");
+            assert!(with(run_as, "/run/bro/web-activator/metrics.sock").contains("\nPrivateNetwork=yes\n"));
+            assert!(!with(run_as, "/run/bro/web-activator/metrics.sock").contains("--metrics"));
+            let folder = with(run_as, "/run/metrics/web.sock");
+            assert!(
+                folder.contains("\nReadWritePaths=-/run/metrics\n")
+                    && folder.contains("\nPrivateNetwork=yes\n")
+            );
+            assert!(!with(run_as, "/tmp/web.sock").contains("PrivateTmp"));
+        }
+        let user = lines_with(Manager::User, false, "/usr/bin/bro", Some("127.0.0.1:9464"));
+        assert_eq!(user, lines_of(Manager::User, false, "/usr/bin/bro"), "nothing is closed there");
     }
 
     #[test]

@@ -103,6 +103,7 @@ const CASES: &[Case] = &[
         "part of the kernel relay",
     ),
     (&["web", "--external-port", "80", "--blocking-sockets=perhaps"], 2, "--blocking-sockets"),
+    (&["web", "--external-port", "80", "--metrics", "localhost:9464"], 2, "--metrics"),
     (&["unneeded", "--external-port", "80"], 2, "StopWhenUnneeded=yes in unneeded.container"),
     (&["unneeded", "--external-port", "80", "--direct"], 2, "StopWhenUnneeded=yes in unneeded.container"),
     (&["dropped", "--external-port", "80"], 2, "StopWhenUnneeded=yes in dropped.container"),

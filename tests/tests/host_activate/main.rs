@@ -11,6 +11,7 @@ mod examples;
 mod faults;
 mod haproxy;
 mod helper;
+mod metrics;
 mod networks;
 mod power;
 mod refusals;
@@ -57,6 +58,9 @@ const BOTH: &[Case] = &[
     ("unix_socket: whom a service sees through a confined forwarder", unix_socket::who_connects),
     ("unix_socket: whom a service sees in a user namespace of its own", unix_socket::mapped),
     ("status and doctor", doctor::status_and_doctor),
+    ("metrics: counted over stops and reloads", metrics::counted_over_stops_and_reloads),
+    ("metrics: over a unix socket", metrics::over_a_unix_socket),
+    ("metrics: top wakes and puts to sleep", metrics::top),
     ("doctor and a forwarder that is confined too much", doctor::confined_forwarder),
     ("activated several times at once", faults::twice_at_once),
     ("a run that was killed", faults::killed),
@@ -88,6 +92,7 @@ const OTHERS: &[OtherCase] = &[
     ("doctor and the system's forwarder for a user that is confined too much", run_as::confined),
     ("unix_socket: whom a user's service sees through the system's forwarder", unix_socket::of_a_user),
     ("what root has a user's Podman do", run_as::podman_has_nothing_of_roots),
+    ("metrics: of the system's forwarder for a user", metrics::of_the_systems_forwarder_for_a_user),
     ("the system's forwarder for a user who is not logged in", run_as::not_logged_in),
     ("another user's container by its process", helper::by_others),
     ("what doctor says of AppArmor and SELinux", doctor::security_modules),

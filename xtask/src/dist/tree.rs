@@ -11,8 +11,15 @@ use clap_complete::Shell;
 use super::{Habits, Release, completions, licences, man};
 
 /// What is installed for readers, at the same paths below the documentation's folder, so that links between them say where to look.
-const DOCUMENTS: [&str; 6] =
-    ["README.md", "CHANGELOG.md", "SECURITY.md", "docs/guide.md", "docs/reference.md", "docs/clients.md"];
+const DOCUMENTS: [&str; 7] = [
+    "README.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/guide.md",
+    "docs/reference.md",
+    "docs/clients.md",
+    "docs/grafana-dashboard.json",
+];
 
 /// Lays the tree out anew.
 pub fn lay_out(release: &Release, binary: &Path, habits: Habits, place: &Path) -> Result<()> {

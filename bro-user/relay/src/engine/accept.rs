@@ -46,6 +46,7 @@ impl Engine {
     /// Accepts one client; false when there is none, or none can be taken.
     fn accept_one(&mut self, listener: usize, pause: Duration) -> anyhow::Result<bool> {
         if self.connections.len() >= self.settings.connections_max && self.silent.is_empty() {
+            self.tallies[listener].full += 1;
             self.set_accepting(Accepting::Full)?;
             return Ok(false);
         }
@@ -75,6 +76,7 @@ impl Engine {
                 // EMFILE, ENFILE, ENOBUFS, ENOMEM, or a listener that somebody shut down: nothing that trying at once mends.
                 _ => {
                     if pause == FIRST_PAUSE {
+                        self.tallies[listener].exhausted += 1;
                         tracing::warn!(%error, "cannot accept; clients wait in the backlog until it works again");
                     }
                     self.set_accepting(Accepting::BackingOff { until: Instant::now() + pause, pause })?;

@@ -71,11 +71,14 @@ impl Engine {
     /// Moves bytes, then ends the connection or tells epoll what it waits for now.
     pub(super) fn pump(&mut self, index: usize, up: bool, down: bool) {
         let Some(connection) = self.connections.get_mut(index) else { return };
-        let (spliced, copied) = (self.tools.spliced, self.tools.copied);
+        let (spliced, copied, before) = (self.tools.spliced, self.tools.copied, connection.to_service());
         let pumped = connection.pump(&mut self.tools, up, down);
         let tally = &mut self.tallies[connection.listener];
         tally.spliced += self.tools.spliced - spliced;
         tally.copied += self.tools.copied - copied;
+        let after = connection.to_service();
+        tally.to_service.spliced += after.0 - before.0;
+        tally.to_service.copied += after.1 - before.1;
         match pumped {
             Ok(Pumped::Finished) => return self.finish(index, End::Eof),
             Ok(Pumped::Open) => {}
@@ -97,7 +100,9 @@ impl Engine {
         let now = Instant::now();
         let waiting_since = std::mem::replace(&mut connection.active, now);
         if connection.woke {
-            connection.cold_start = Some(now - waiting_since);
+            let span = now - waiting_since;
+            connection.cold_start = Some(span);
+            self.tallies[connection.listener].cold_start_times.add(span);
         }
         let (mut up, mut down) =
             (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
@@ -217,6 +222,7 @@ impl Engine {
             self.forget_waiting(index, &connection);
         }
         self.log_end(&connection, end);
+        self.tallies[connection.listener].ended.add(end);
         let source = connection.counted.then(|| connection.peer.source());
         self.close_lanes(&connection);
         connection.close(end, &mut self.tools);

@@ -44,9 +44,12 @@ pub(super) struct Lanes {
     refusal_announced: bool,
 }
 
-/// Adds what a lane did to a tally.
-pub(super) fn add(tally: &mut Tally, lane: &LaneCounters) {
+/// Adds what a lane towards one side did to a tally.
+pub(super) fn add(tally: &mut Tally, sink: Side, lane: &LaneCounters) {
     tally.kernel += lane.bytes;
+    if sink == Side::Service {
+        tally.to_service.kernel += lane.bytes;
+    }
     tally.passes += lane.passed.iter().sum::<u64>();
     tally.grants += lane.grants;
 }
@@ -156,8 +159,9 @@ impl Engine {
             Wanted::Close => {
                 let listener = connection.listener;
                 let Stage::Relaying { up, down, .. } = &mut connection.stage else { return };
-                for (lane, did) in [up.take_lane(), down.take_lane()].into_iter().flatten() {
-                    lanes.close(&lane, &did, &mut self.tallies[listener]);
+                for (sink, taken) in [(Side::Service, up.take_lane()), (Side::Client, down.take_lane())] {
+                    let Some((lane, did)) = taken else { continue };
+                    lanes.close(&lane, &did, sink, &mut self.tallies[listener]);
                 }
             }
         }
@@ -166,8 +170,8 @@ impl Engine {
     /// Forgets the lanes of a connection that ends, and counts what they did.
     pub(super) fn close_lanes(&mut self, connection: &Connection) {
         let Some(lanes) = &mut self.lanes else { return };
-        for lane in connection.lanes() {
-            lanes.close(lane, &lane.snapshot(), &mut self.tallies[connection.listener]);
+        for (sink, lane) in connection.lanes() {
+            lanes.close(lane, &lane.snapshot(), sink, &mut self.tallies[connection.listener]);
         }
     }
 
@@ -288,11 +292,11 @@ impl Lanes {
     }
 
     /// Counts what a lane did that is to be closed, and lets its sender go.
-    fn close(&mut self, lane: &bro_sockmap::Lane, did: &LaneCounters, tally: &mut Tally) {
+    fn close(&mut self, lane: &bro_sockmap::Lane, did: &LaneCounters, sink: Side, tally: &mut Tally) {
         let _owner = self.owners.remove(&lane.id());
         if let Some(socket) = lane.hooked() {
             self.kernel.release(socket);
         }
-        add(tally, did);
+        add(tally, sink, did);
     }
 }

@@ -129,8 +129,8 @@ pub enum Event {
     Peers(Vec<String>),
 }
 
-/// As many tallies as go into one message.
-const TALLIES: usize = 64;
+/// As many tallies as go into one message, however large their numbers.
+const TALLIES: usize = 32;
 
 /// More than the longest message, in bytes.
 pub const LONGEST: usize = 64 * 1024;

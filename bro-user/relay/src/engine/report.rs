@@ -38,8 +38,8 @@ impl Engine {
                 Stage::Silent => tally.silent += 1,
                 _ => {}
             }
-            for lane in connection.lanes() {
-                super::lanes::add(tally, &lane.snapshot());
+            for (sink, lane) in connection.lanes() {
+                super::lanes::add(tally, sink, &lane.snapshot());
             }
         }
         tallies

@@ -24,7 +24,7 @@ const IDLE: &str = "5min";
 pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
-pub(crate) const HANDED_ON: [HandedOn; 23] = [
+pub(crate) const HANDED_ON: [HandedOn; 24] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
@@ -48,6 +48,7 @@ pub(crate) const HANDED_ON: [HandedOn; 23] = [
     ("source", |options| options.source.map(word)),
     ("local-clients", |options| options.local_clients.as_ref().map(ToString::to_string)),
     ("blocking-sockets", |options| options.blocking_sockets.map(|yes| yes.to_string())),
+    ("metrics", |options| options.metrics.as_ref().map(ToString::to_string)),
 ];
 
 /// What shall be.

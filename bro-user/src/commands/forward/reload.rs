@@ -11,10 +11,14 @@ use tokio::time::Instant;
 use super::handover::{Born, Ending, Predecessor, Program, Stopper, Successor, Takeover, Telling, Word};
 use super::{Control, Phase};
 use crate::commands::status;
+use crate::metrics;
 use crate::systemd::notify;
 
 /// As good as for ever: until its last connection has ended, or the unit is stopped.
 const NO_LIMIT: Duration = Duration::from_secs(u32::MAX as u64);
+
+/// Who has the successor find a service that is awake.
+pub(super) const AFTER_RELOAD: &str = "reload";
 
 /// How much later than this process its successor may hear that both are to stop.
 const LATER: Duration = Duration::from_secs(5);
@@ -169,6 +173,7 @@ impl Control<'_> {
                 self.replacing.starting = None;
             }
             News::Successor(Err(error)) => {
+                self.counts.failed_reloads += 1;
                 tracing::error!("cannot reload, and goes on as before: {error:#}");
                 self.replacing.starting = None;
                 // The successor may have put a socket of its own in this one's place. The old one takes its file along, so it goes first.
@@ -186,9 +191,10 @@ impl Control<'_> {
             News::Told(word) => {
                 notify::mute(false);
                 tracing::info!("has taken over from its predecessor");
+                self.serve_metrics();
                 notify::ready(&self.status());
                 if word == Some(Word::TakenOver(Takeover::Awake)) {
-                    self.engine.send(Plain::Wake("reload".into()));
+                    self.engine.send(Plain::Wake(AFTER_RELOAD.into()));
                 }
             }
             News::PredecessorHas(count) => {
@@ -211,15 +217,22 @@ impl Control<'_> {
         // A start that is under way is waited for by the successor.
         let awake = self.awake_since.is_some() || self.being_woken().is_some();
         let takeover = if awake { Takeover::Awake } else { Takeover::Asleep };
+        // The successor listens there, and goes on counting from here.
+        self.metrics = None;
+        self.keep_counts().await;
         // Before the successor speaks: systemd listens to the main process alone.
         notify::succeeded_by(pid);
         match successor.take_over(takeover).await {
             Ok(telling) => self.replacing.telling = Some(telling),
             Err(error) => {
                 tracing::error!("the successor is gone; going on as before: {error:#}");
+                self.counts.failed_reloads += 1;
+                self.serve_metrics();
                 return notify::succeeded_by(std::process::id());
             }
         }
+        self.counts.reloads += 1;
+        self.keep_counts().await;
         self.replacing.tell(&self.stats);
         notify::mute(true);
         self.watching.leave();
@@ -229,6 +242,16 @@ impl Control<'_> {
         self.replacing.replaced = true;
         self.phase = Phase::Draining(Instant::now() + NO_LIMIT);
         self.engine.send(Plain::Drain(format!("Replaced by process {pid}")));
+    }
+
+    /// Listens for those who want metrics, now that the other process does not any more.
+    fn serve_metrics(&mut self) {
+        let Some(endpoint) = &self.options.metrics else { return };
+        match metrics::Server::start(endpoint) {
+            Ok(server) => self.metrics = Some(server),
+            // Clients have done nothing to deserve an end.
+            Err(error) => tracing::error!("{error:#}; going on without"),
+        }
     }
 
     /// Takes over from a predecessor, in the background.

@@ -171,8 +171,12 @@ impl Control<'_> {
                     Ok(Asked { to, .. }) => to.answer(Outcome::leaving()),
                     Err(_) => self.control = None,
                 },
+                question = super::metrics_asked(&mut self.metrics) => self.tell_metrics(question),
             }
         };
+        if matches!(stopped, Ok(Ok(Stopped::Done))) {
+            *(if sleeper.is_some() { &mut self.counts.told_stops } else { &mut self.counts.idle_stops }) += 1;
+        }
         let outcome = match stopped {
             Ok(Ok(Stopped::Done)) => Outcome::done("stopped"),
             Ok(Ok(Stopped::NoUnit)) => {

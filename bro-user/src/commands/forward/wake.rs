@@ -74,6 +74,7 @@ impl Control<'_> {
             tracing::debug!(%target, ?pause, "the service refused a connection; waiting for it");
         } else {
             self.woken_by = Some(peer.to_owned());
+            self.count_wake(peer);
             tracing::info!(%target, %peer, unit = self.options.unit.as_deref(), "waking the service for its first client");
         }
         let (activator, done) = (self.activator.clone(), self.woken.0.clone());
@@ -90,6 +91,16 @@ impl Control<'_> {
         let task = self.wakes.spawn(waking);
         let (since, until) = (Instant::now(), Some(self.patience()));
         self.wakefulness[backend] = Wakefulness::Waking(Waking { since, until, refused, task });
+    }
+
+    /// Counts a wake of the service: the first of its targets', and not one that only finds again what a predecessor has woken.
+    fn count_wake(&mut self, by: &str) {
+        if self.awake_since.is_some() || self.being_woken().is_some() || by == super::reload::AFTER_RELOAD {
+            return;
+        }
+        let count =
+            if by == BY_HAND { &mut self.counts.woken_by_hand } else { &mut self.counts.woken_by_clients };
+        *count += 1;
     }
 
     /// How long a client that comes now is held.
@@ -188,6 +199,10 @@ impl Control<'_> {
         let target = &self.targets[backend];
         tracing::error!(%target, "{why}; the clients held for it are reset{rest}");
         self.failures.failed(backend, target, why);
+        match end {
+            End::StartTimeout => self.counts.start_timeouts += 1,
+            _ => self.counts.start_failures += 1,
+        }
         self.answer_wakers(&Outcome::refused(format!("{}: {why}", self.targets[backend])));
         self.engine.send(Plain::Failed { backend, end });
     }

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::{Activity, Report, State, Waiting};
 use crate::control_socket::{self, Request};
 use crate::installed::{self, Activated, drift};
+use crate::metrics::{Counts, Own, ledger};
 use crate::service::failed_wake::{self, FailedWake};
 use crate::systemd::manager::Bus;
 use crate::systemd::scope::Manager;
@@ -18,7 +19,7 @@ use crate::systemd::unit_files::Systemd;
 
 /// One service.
 #[derive(Debug, Serialize)]
-pub(super) struct Service {
+pub(crate) struct Service {
     /// The quadlet's name, or that of the unit.
     pub name: String,
     /// The unit that the first client starts; none where a forwarder starts none.
@@ -43,6 +44,9 @@ pub(super) struct Service {
     pub failed_wake: Option<FailedWake>,
     /// What its forwarders say.
     pub forwarders: Vec<Report>,
+    /// What all forwarders of its unit have counted since the host was booted.
+    #[serde(skip)]
+    pub counts: Counts,
     /// Further names that it goes by, as `bro activate` and `bro sleep` take them.
     #[serde(skip)]
     pub also: Vec<String>,
@@ -75,6 +79,7 @@ impl Service {
             waiting: None,
             failed_wake: None,
             forwarders: Vec::new(),
+            counts: Counts::default(),
             also: Vec::new(),
         }
     }
@@ -123,7 +128,7 @@ impl Service {
 ///
 /// # Errors
 /// When the unit directory cannot be read.
-pub(super) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
+pub(crate) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
     let activated = installed::all(scope)?;
     let sockets = control_socket::sockets();
     let (mut buses, mut reports) = tokio::join!(
@@ -144,6 +149,7 @@ pub(super) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
         let its: Vec<Report> = its;
         reports = others;
         its.into_iter().for_each(|report| service.hear(report));
+        service.counts = ledger::total_of(&known, &own(&service));
         services.push(service);
     }
     for report in reports {
@@ -158,9 +164,27 @@ pub(super) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
         let addresses = report.listeners.iter().map(|listener| listener.address.clone());
         services[at].addresses.extend(addresses);
         services[at].hear(report);
+        let service = &services[at];
+        services[at].counts = ledger::total(service.unit.as_deref(), &own(service));
     }
     services.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(services)
+}
+
+/// The service of one forwarder, as that one sees it.
+pub(crate) fn alone(report: Report) -> Service {
+    let unit = report.unit.clone();
+    let by = unit.clone().or_else(|| report.service.clone());
+    let mut service =
+        Service::new(by.unwrap_or_else(|| "bro".into()).replace(".service", ""), unit, Vec::new());
+    service.hear(report);
+    service.counts = ledger::total(service.unit.as_deref(), &own(&service));
+    service
+}
+
+/// What its running forwarders have counted themselves.
+fn own(service: &Service) -> Vec<&Own> {
+    service.forwarders.iter().map(|report| &report.own).collect()
 }
 
 /// A socket without a forwarder is a left-over of one that was killed.
@@ -264,7 +288,7 @@ pub(super) fn describe(services: &[Service]) -> String {
 }
 
 /// One service in a sentence.
-pub(super) fn sentence(service: &Service) -> String {
+pub(crate) fn sentence(service: &Service) -> String {
     format!("{}: {}", service.name, about(service))
 }
 
@@ -303,14 +327,23 @@ pub(super) fn since(state: State, since: Option<u64>, name: &str) -> String {
         State::Deaf | State::Failed => format!("{} (see `bro doctor {name}`)", state.word()),
         state => state.word().to_owned(),
     };
+    age(since).map_or_else(|| word.clone(), |span| format!("{word} for {}", roughly(span)))
+}
+
+/// How long ago that was, in seconds since 1970.
+pub(crate) fn age(since: Option<u64>) -> Option<Duration> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs());
-    let span = since.map(|since| Duration::from_secs(now.saturating_sub(since)));
-    span.map_or_else(|| word.clone(), |span| format!("{word} for {}", roughly(span)))
+    since.map(|since| Duration::from_secs(now.saturating_sub(since)))
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// One that sleeps.
+    pub(crate) fn service(name: &str) -> Service {
+        Service::new(name.into(), Some(format!("{name}.service")), Vec::new())
+    }
 
     #[test]
     fn spans_are_said_roughly() {

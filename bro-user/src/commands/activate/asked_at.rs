@@ -1,0 +1,120 @@
+//! `--metrics`: can the forwarder be asked for them there? One that cannot listen serves no client either.
+
+use std::path::Path;
+
+use super::plan::Places;
+use crate::address::External;
+use crate::exit::Failure;
+use crate::installed;
+use crate::installed::Activated;
+use crate::metrics::endpoint::Endpoint;
+use crate::port_owner;
+use crate::port_owner::Trouble;
+
+/// Is the address free, also while other forwarders sleep?
+pub(super) fn check(activated: &Activated, known: Option<&Activated>, places: &Places) -> anyhow::Result<()> {
+    let Some(text) = activated.option("metrics") else { return Ok(()) };
+    let endpoint: Endpoint = text.parse()?;
+    for listener in &activated.listeners {
+        if clashes(&endpoint, &listener.address) {
+            return Err(Failure::Usage(format!(
+                "--metrics {text} is where clients connect, at {}; give another address",
+                listener.address
+            ))
+            .into());
+        }
+    }
+    if places.root.is_some() {
+        return Ok(());
+    }
+    let others = installed::all(places.scope)?;
+    let mut others = others.iter().filter(|other| other.name != activated.name);
+    if let Some(other) = others.find(|other| other.option("metrics").is_some_and(|at| same(&endpoint, at))) {
+        return Err(Failure::Usage(format!(
+            "--metrics {text}: those of {} are there; give each service an address of its own",
+            other.name
+        ))
+        .into());
+    }
+    if known.is_some_and(|known| known.option("metrics") == Some(text)) {
+        return Ok(());
+    }
+    let external = match &endpoint {
+        Endpoint::Tcp(address) => External::Address(*address),
+        Endpoint::Unix(path) => {
+            folder(path)?;
+            External::Path(path.clone())
+        }
+    };
+    match port_owner::look(&external) {
+        None => Ok(()),
+        Some(Trouble::Forbidden(why)) => Err(Failure::NotPermitted(format!("--metrics: {why}")).into()),
+        Some(Trouble::InTheWay(why)) => anyhow::bail!("--metrics: {why} (nothing was changed)"),
+        Some(Trouble::Taken(owner)) => {
+            anyhow::bail!(
+                "--metrics {text} is taken {}; give another address (nothing was changed)",
+                owner.who(None)
+            )
+        }
+    }
+}
+
+/// systemd makes the forwarder's own folder when it starts it; any other has to be there.
+fn folder(path: &Path) -> anyhow::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let made = folder.parent().is_some_and(|above| above.ends_with("bro"));
+    if made || folder.is_dir() {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!(
+        "--metrics {}: there is no folder {}; make it, or give another path (nothing was changed)",
+        path.display(),
+        folder.display()
+    ))
+    .into())
+}
+
+/// Do both want the same?
+fn same(endpoint: &Endpoint, other: &str) -> bool {
+    match (endpoint, other.parse()) {
+        (Endpoint::Tcp(one), Ok(Endpoint::Tcp(other))) => {
+            let everywhere = one.ip().is_unspecified() || other.ip().is_unspecified();
+            one.port() != 0 && one.port() == other.port() && (one.ip() == other.ip() || everywhere)
+        }
+        (Endpoint::Unix(one), Ok(Endpoint::Unix(other))) => *one == other,
+        _ => false,
+    }
+}
+
+fn clashes(endpoint: &Endpoint, external: &str) -> bool {
+    match (endpoint, external.parse()) {
+        (Endpoint::Tcp(address), Ok(External::Port(port))) => address.port() == port,
+        (_, Ok(External::Address(other))) => same(endpoint, &other.to_string()),
+        (Endpoint::Unix(path), Ok(External::Path(other))) => *path == other,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_for_one() {
+        let clash = |endpoint: &str, external: &str| clashes(&endpoint.parse().unwrap(), external);
+        assert!(clash("127.0.0.1:80", "80") && clash("127.0.0.1:80", "127.0.0.1:80"));
+        assert!(clash("127.0.0.1:80", "0.0.0.0:80") && clash("0.0.0.0:80", "127.0.0.1:80"));
+        assert!(clash("/run/x", "/run/x"));
+        assert!(!clash("127.0.0.1:81", "80") && !clash("127.0.0.2:80", "127.0.0.1:80"));
+        assert!(!clash("/run/x", "/run/y") && !clash("/run/x", "80") && !clash("127.0.0.1:80", "@x"));
+        assert!(!clash("127.0.0.1:0", "127.0.0.1:1"));
+    }
+
+    #[test]
+    fn a_folder_that_is_not_there_is_told_of() {
+        for path in ["/run/bro/web-activator/m", "/run/user/7/bro/web-activator/m", "/tmp/m"] {
+            folder(Path::new(path)).unwrap();
+        }
+        assert!(folder(Path::new("/nowhere/m")).unwrap_err().to_string().contains("no folder /nowhere"));
+    }
+}

@@ -1,0 +1,18 @@
+//! `bro metrics`: what there is to tell of every activated service, once.
+
+use std::io::Write as _;
+
+use super::status::list;
+use crate::systemd::scope::Manager;
+use crate::{exit, metrics};
+
+/// Runs `bro metrics`.
+///
+/// # Errors
+/// When the unit directory cannot be read.
+pub fn run(options: &crate::cli::Metrics) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let services = runtime.block_on(list::all(Manager::choose(options.system, options.user)))?;
+    let text = metrics::of(&services)?;
+    exit::unless_nobody_reads(std::io::stdout().lock().write_all(text.as_bytes()).map_err(Into::into))
+}
