@@ -30,6 +30,7 @@ use crate::engine::Destination;
 use crate::engine::lanes::Watch;
 use crate::exit::Failure;
 use crate::kernel;
+use crate::last_words;
 use crate::netns::identity::{self, Identity};
 use crate::netns::wire::{Address, Destinations};
 use crate::netns::{self, AgentEnded, Namespace, Where};
@@ -144,6 +145,9 @@ const READY_LOST: u32 = 3;
 /// How long the service manager may not answer while it is told to start the unit, and the pause before it is asked again.
 const SILENT_MANAGER: Duration = Duration::from_secs(10);
 const READY_AGAIN: Duration = Duration::from_millis(200);
+
+/// How long Podman's words about a start that has failed are looked for.
+const CAUSE: Duration = Duration::from_secs(3);
 
 /// How long to look for a running conmon before podman is asked.
 const ASK_PODMAN: Duration = Duration::from_secs(1);
@@ -450,7 +454,9 @@ impl Activator {
         if result != "done" {
             // Nor is a run that somebody else starts later ours.
             self.runs.withdraw(&bus.look(unit).await?);
-            bail!("starting {unit} ended with “{result}”; see `{} {unit}`", self.manager.journal());
+            let cause = self.cause(&bus, unit, result == "dependency").await;
+            let journal = self.manager.journal();
+            bail!("starting {unit} ended with “{result}”{cause}; see `{journal} {unit}`");
         }
         self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
         findable.notify_one();
@@ -458,13 +464,33 @@ impl Activator {
         loop {
             let state = bus.active_state(unit).await?;
             *silent_since = None;
-            anyhow::ensure!(
-                !matches!(state.as_str(), "failed" | "inactive"),
-                "{unit} is {state} again before it was ready; see `{} {unit}`",
-                self.manager.journal()
-            );
+            if matches!(state.as_str(), "failed" | "inactive") {
+                let (cause, journal) = (self.cause(&bus, unit, false).await, self.manager.journal());
+                bail!("{unit} is {state} again before it was ready{cause}; see `{journal} {unit}`");
+            }
             sleep(WATCH).await;
         }
+    }
+
+    /// Why a start has failed, in Podman's words where it has said some: of the unit itself, or of one that it requires and that did not
+    /// start. Those who are held wait for this, a moment.
+    async fn cause(&self, bus: &Bus, unit: &str, by_another: bool) -> String {
+        let looking = async {
+            let other = if by_another { bus.failed_requirement(unit).await.ok().flatten() } else { None };
+            let failed = other.as_deref().unwrap_or(unit);
+            let mut matches = vec!["--unit".to_owned(), failed.to_owned()];
+            if self.manager == bus::Manager::User {
+                matches.insert(0, "--user".to_owned());
+            }
+            let words = last_words::cause(&matches).await;
+            match (other, words) {
+                (Some(other), Some(words)) => format!(": {other} has failed, saying “{words}”"),
+                (Some(other), None) => format!(": {other} has failed"),
+                (None, Some(words)) => format!(", saying “{words}”"),
+                (None, None) => String::new(),
+            }
+        };
+        tokio::time::timeout(CAUSE, looking).await.unwrap_or_default()
     }
 
     async fn bus(&self) -> anyhow::Result<Bus> {

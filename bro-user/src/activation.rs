@@ -5,12 +5,15 @@
 
 pub mod address;
 mod apply;
+mod backoff;
 mod interrupt;
+pub(crate) mod nowhere;
 mod patience;
 pub(crate) mod program;
-mod published;
+pub(crate) mod published;
 mod refusals;
 pub(crate) mod request;
+mod restart;
 mod rooted;
 mod say;
 pub(crate) mod standing;
@@ -25,6 +28,7 @@ use anyhow::Context as _;
 use crate::activate::bus::Manager;
 use crate::activated::{self, Activated, remnant};
 use crate::cli::Activate;
+use crate::doctor::image;
 use crate::exit::Failure;
 use crate::failed_wake;
 use crate::owner::Owner;
@@ -48,7 +52,8 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
         );
         return Err(Failure::Usage(text).into());
     }
-    let places = Places { scope, units, root: options.root.clone() };
+    let has_steps = backoff::has_steps(options.root.as_deref());
+    let places = Places { scope, units, root: options.root.clone(), has_steps };
     let ordinary = !nix::unistd::geteuid().is_root();
     if scope == Manager::System && ordinary && places.root.is_none() && !options.dry_run {
         let text = "the system's units are root's: run it with sudo, or with --user; nothing was changed";
@@ -135,7 +140,7 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
         &wanted.activated,
         &program::path(places)?,
         Some(&wanted.drop_in),
-        places.root.as_deref(),
+        (places.root.as_deref(), places.has_steps),
     )?;
     for file in &files {
         rooted::stays_inside(places.root.as_deref(), &file.path)?;
@@ -162,6 +167,7 @@ async fn dry_run(options: &Activate, places: &Places) -> anyhow::Result<()> {
     let (wanted, known, _) = plan(options, places)?;
     let mut warnings = wanted.warnings;
     warnings.extend(program::warning(places));
+    warnings.extend(nowhere(&wanted.activated, places));
     warnings.extend(
         check_listeners(&wanted.activated, known.as_ref(), None, places)
             .await
@@ -177,7 +183,7 @@ async fn dry_run(options: &Activate, places: &Places) -> anyhow::Result<()> {
         &activated,
         &program::path(places)?,
         Some(&wanted.drop_in),
-        places.root.as_deref(),
+        (places.root.as_deref(), places.has_steps),
     )?)
 }
 
@@ -212,15 +218,21 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
     if let Some(systemd) = &systemd {
         let container = systemd.container().context("the container's service manager is gone")?;
         warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
+        warnings.extend(image::warning(&wanted.activated, &wanted.quadlet).await);
     }
+    warnings.extend(nowhere(&wanted.activated, places));
     let mut directories = directories_of(&wanted.activated, places);
     directories.extend(own_wants(places, !made.paths().contains(&places.units)));
     for directory in directories {
         made.make(&directory)?;
     }
     let activated = with_made(wanted.activated, made.paths().iter().cloned(), places)?;
-    let files =
-        units::files(&activated, &program::path(places)?, Some(&wanted.drop_in), places.root.as_deref())?;
+    let files = units::files(
+        &activated,
+        &program::path(places)?,
+        Some(&wanted.drop_in),
+        (places.root.as_deref(), places.has_steps),
+    )?;
     let mut changes = changes(&activated, &files)?;
     // What an earlier run wrote and this one has no use for.
     let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
@@ -233,6 +245,16 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
     let all = files_of(&activated).into_iter().chain(known.iter().flat_map(files_of));
     let unfinished = write::unfinished(&activated.name, &places.units, all);
     Ok(Prepared { systemd, made, _lock: lock, activated, known, changes, unfinished, warnings })
+}
+
+/// The warnings of external addresses that are nobody's.
+fn nowhere(activated: &Activated, places: &Places) -> Vec<String> {
+    if places.root.is_some() {
+        return Vec::new();
+    }
+    let addresses = activated.listeners.iter().filter_map(|listener| listener.address.parse().ok());
+    let all = addresses.filter_map(|external| nowhere::sentence(&external));
+    all.map(|sentence| format!("{sentence}; {}", nowhere::MEND)).collect()
 }
 
 /// Where its files go.
@@ -327,7 +349,10 @@ async fn check_listeners(
         }
         match taken::look(&external) {
             None | Some(taken::Trouble::InTheWay(_)) => {}
-            Some(taken::Trouble::Forbidden(why)) => return Err(Failure::NotPermitted(why).into()),
+            Some(taken::Trouble::Forbidden(why)) => {
+                let text = format!("{why}; {}", taken::instead(activated, listener));
+                return Err(Failure::NotPermitted(text).into());
+            }
             Some(taken::Trouble::Taken(owner)) if ours(&owner, known, systemd).await => {}
             Some(taken::Trouble::Taken(owner)) => {
                 anyhow::bail!("{}", apply::taken(&external, &owner, systemd).await)
@@ -443,7 +468,7 @@ fn doomed(
     let drop_in = known.drop_in.as_deref().and_then(activated::read_ours);
     let drop_in = drop_in.map(|file| units::DropIn::read(&file, &rest));
     let bro = program::written(known);
-    for file in units::files(&rest, &bro, drop_in.as_ref(), places.root.as_deref())? {
+    for file in units::files(&rest, &bro, drop_in.as_ref(), (places.root.as_deref(), places.has_steps))? {
         if std::fs::read_to_string(&file.path).ok().as_deref() != Some(&file.text) {
             changes.push(Change { path: file.path, text: Some(file.text) });
         }

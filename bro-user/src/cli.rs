@@ -256,6 +256,13 @@ pub struct Forward {
     #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=127))]
     pub keepalive_probes: u32,
 
+    /// Abort a connection of which a side has acknowledged nothing of what was sent to it for SPAN, 1s or more, or infinity
+    ///
+    /// For a side that vanishes in the middle of an answer, when TCP keepalive is silent. As TCP_USER_TIMEOUT (tcp(7)), but a side that
+    /// merely does not read, and answers the probes of its closed window, is not aborted.
+    #[arg(long, value_name = "SPAN", default_value = "3min", value_parser = crate::timespan::user_timeout)]
+    pub user_timeout: TimeSpan,
+
     /// More log lines: -v for every connection's start, -vv for every step, in the kernel relay's programs too
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,

@@ -5,13 +5,16 @@ mod confinement;
 mod features;
 mod forwarder;
 mod forwarders;
+mod health;
 mod host;
-mod image;
+pub(crate) mod image;
 mod listens;
-mod podman;
+pub(crate) mod podman;
+mod ports;
 mod seen;
 mod selinux;
 mod service;
+mod settings;
 mod taken_over;
 mod whose;
 

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use crate::activate::bus::Manager;
+use crate::activate::ownership;
 use crate::activated::Activated;
 use crate::bounded::{self, Link};
 use crate::control;
@@ -99,10 +100,11 @@ pub(crate) fn noted(known: &Activated) -> Option<FailedWake> {
     read(&directory, &known.unit)
 }
 
-/// It is activated no more.
+/// It is activated no more: neither this is kept, nor whose its runs were.
 pub(crate) fn forget(known: &Activated) {
     if let Some((directory, _acting)) = place(known) {
         std::fs::remove_file(file(&directory, &known.unit)).ok();
+        ownership::clear(&directory, &known.unit);
     }
 }
 

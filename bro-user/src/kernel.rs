@@ -38,7 +38,7 @@ pub use lane::{Granted, Lane, LaneCounters, LaneId, SenderAddress};
 pub use maps::{Descriptors, Maps, Share};
 pub use offsets::BtfError;
 pub use programs::Programs;
-pub use sys::{SendMemory, fionread, netns_cookie, send_memory};
+pub use sys::{SendMemory, Sent, fionread, netns_cookie, send_memory, sent};
 pub use trace::wanted as trace_wanted;
 pub use unavailable::{Refused, Unavailable};
 

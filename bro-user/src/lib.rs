@@ -23,6 +23,7 @@ pub mod handover;
 pub mod helper;
 pub mod inhibit;
 pub mod kernel;
+mod last_words;
 pub mod life;
 pub mod listen;
 pub mod loader;

@@ -1,9 +1,9 @@
 //! The commands that a finding advises, for the service manager that it is about: as root one asks after an ordinary user's in
 //! other words than after one's own.
 
-use super::features::says;
 use crate::activate::bus::Manager;
 use crate::activated::Activated;
+use crate::last_words;
 use crate::owner::Owner;
 
 /// Whose service manager, seen by whoever runs bro.
@@ -53,9 +53,8 @@ impl Whose {
         }
     }
 
-    /// The last lines of a unit's log, to stand behind a finding.
+    /// Why a unit has failed, in Podman's words, or else the last lines of its log, to stand behind a finding.
     pub async fn last_words(&self, unit: &str) -> String {
-        let mut args = vec!["--lines=3", "--output=cat", "--no-pager", "--quiet"];
         let named = match self {
             Self::System => vec!["--unit".to_owned(), unit.to_owned()],
             Self::Mine => vec!["--user".to_owned(), "--unit".to_owned(), unit.to_owned()],
@@ -66,13 +65,8 @@ impl Whose {
                 vec![by("_SYSTEMD_USER_UNIT"), user.clone(), "+".to_owned(), by("USER_UNIT"), user]
             }
         };
-        args.extend(named.iter().map(String::as_str));
-        match says("journalctl", &args).await {
-            Some(log) if !log.is_empty() => {
-                format!(", saying “{}”", log.lines().collect::<Vec<_>>().join(" / "))
-            }
-            _ => String::new(),
-        }
+        let said = last_words::read(&named).await.last();
+        said.map(|said| format!(", saying “{said}”")).unwrap_or_default()
     }
 }
 

@@ -11,6 +11,7 @@ mod examples;
 mod faults;
 mod haproxy;
 mod helper;
+mod honest;
 mod networks;
 mod power;
 mod refusals;
@@ -58,6 +59,10 @@ const BOTH: &[Case] = &[
     ("unix_socket: whom a service sees in a user namespace of its own", unix_socket::mapped),
     ("status and doctor", doctor::status_and_doctor),
     ("doctor and a forwarder that is confined too much", doctor::confined_forwarder),
+    ("honest: Podman's own words about a wake that failed", honest::podmans_own_words),
+    ("honest: what is in the way", honest::in_the_way),
+    ("honest: changed settings are taken up", honest::settings_taken_up),
+    ("honest: what is taken down, and what is left", honest::taken_down),
     ("activated several times at once", faults::twice_at_once),
     ("a run that was killed", faults::killed),
     ("a run that is interrupted", faults::interrupted),
