@@ -478,11 +478,11 @@ impl Activator {
         let looking = async {
             let other = if by_another { bus.failed_requirement(unit).await.ok().flatten() } else { None };
             let failed = other.as_deref().unwrap_or(unit);
-            let mut matches = vec!["--unit".to_owned(), failed.to_owned()];
-            if self.manager == bus::Manager::User {
-                matches.insert(0, "--user".to_owned());
-            }
-            let words = last_words::cause(&matches).await;
+            let of = match self.manager {
+                Manager::System => last_words::Of::System,
+                Manager::User => last_words::Of::User(nix::unistd::geteuid().as_raw()),
+            };
+            let words = last_words::cause(failed, of).await;
             match (other, words) {
                 (Some(other), Some(words)) => format!(": {other} has failed, saying “{words}”"),
                 (Some(other), None) => format!(": {other} has failed"),

@@ -18,7 +18,27 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The journal is written by another process, which may be a moment behind.
 const MOMENT: Duration = Duration::from_millis(150);
 
-/// The last lines of a unit's journal, chosen by `matches` (journalctl(1)).
+/// Whose unit it is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Of {
+    /// The system's.
+    System,
+    /// A user's.
+    User(u32),
+}
+
+impl Of {
+    /// What chooses the records of it (journalctl(1)): those of its own, and those of the service manager about it. (`--user` would look
+    /// only into files that there are not where the journal is volatile.)
+    fn matches(self, unit: &str) -> Vec<String> {
+        let Self::User(uid) = self else { return vec!["--unit".to_owned(), unit.to_owned()] };
+        let user = format!("_UID={uid}");
+        let by = |field: &str| format!("{field}={unit}");
+        vec![by("_SYSTEMD_USER_UNIT"), user.clone(), "+".to_owned(), by("USER_UNIT"), user]
+    }
+}
+
+/// The last lines of a unit's journal.
 #[derive(Debug, Default)]
 pub(crate) struct Words {
     /// Podman's error, from there on.
@@ -71,7 +91,7 @@ impl Words {
                 words.systemds.push(message);
                 continue;
             }
-            if field(record, "SYSLOG_IDENTIFIER").as_deref() == Some("podman") {
+            if is_podmans(record) {
                 if message.starts_with("Error:") {
                     words.podmans.clear();
                     words.podmans.push(message.clone());
@@ -89,6 +109,15 @@ fn is_systemds(record: &Value) -> bool {
     record.get("SYSLOG_IDENTIFIER").and_then(Value::as_str) == Some("systemd")
 }
 
+/// It goes by the name of the unit (SyslogIdentifier=), as its container does. Of a process that has just ended the journal may not know what it
+/// was; a container's have another way there (conmon's), unless it is told otherwise.
+fn is_podmans(record: &Value) -> bool {
+    match record.get("_COMM").and_then(Value::as_str) {
+        Some(name) => name == "podman",
+        None => record.get("_TRANSPORT").and_then(Value::as_str) == Some("stdout"),
+    }
+}
+
 fn short(lines: &[String]) -> String {
     let text = lines.join(" / ");
     match text.char_indices().nth(LONGEST) {
@@ -98,9 +127,9 @@ fn short(lines: &[String]) -> String {
 }
 
 /// Reads them; nothing where this user may not, or the journal does not answer in time.
-pub(crate) async fn read(matches: &[String]) -> Words {
+pub(crate) async fn read(unit: &str, of: Of) -> Words {
     let mut command = tokio::process::Command::new("journalctl");
-    command.args([RECORDS, "--output=json", "--no-pager", "--quiet"]).args(matches);
+    command.args([RECORDS, "--output=json", "--no-pager", "--quiet"]).args(of.matches(unit));
     command.stdin(std::process::Stdio::null()).stderr(std::process::Stdio::null()).kill_on_drop(true);
     match tokio::time::timeout(PATIENCE, command.output()).await {
         Ok(Ok(output)) if output.status.success() => Words::of(&String::from_utf8_lossy(&output.stdout)),
@@ -109,12 +138,12 @@ pub(crate) async fn read(matches: &[String]) -> Words {
 }
 
 /// What Podman said of a unit that has just failed.
-pub(crate) async fn cause(matches: &[String]) -> Option<String> {
-    if let Some(cause) = read(matches).await.cause() {
+pub(crate) async fn cause(unit: &str, of: Of) -> Option<String> {
+    if let Some(cause) = read(unit, of).await.cause() {
         return Some(cause);
     }
     tokio::time::sleep(MOMENT).await;
-    read(matches).await.cause()
+    read(unit, of).await.cause()
 }
 
 #[cfg(test)]
@@ -123,7 +152,8 @@ mod tests {
 
     fn record(run: &str, who: &str, message: &str) -> String {
         let id = if who == "systemd" { "USER_INVOCATION_ID" } else { "_SYSTEMD_INVOCATION_ID" };
-        let mut record = serde_json::json!({ "SYSLOG_IDENTIFIER": who, "MESSAGE": message });
+        let named = if who == "systemd" { "systemd" } else { "web" };
+        let mut record = serde_json::json!({ "SYSLOG_IDENTIFIER": named, "_COMM": who, "MESSAGE": message });
         record[id] = run.into();
         if who == "systemd" {
             record["_SYSTEMD_INVOCATION_ID"] = "of user@1000.service".into();
@@ -155,7 +185,7 @@ mod tests {
     fn what_a_container_says_of_errors_is_not_podmans() {
         let text = [
             record("2", "systemd", "Started web.service."),
-            record("2", "systemd-web", "Error: no configuration"),
+            record("2", "conmon", "Error: no configuration"),
             record("2", "systemd", "web.service: Failed with result 'exit-code'."),
         ]
         .join("\n");

@@ -3,7 +3,7 @@
 
 use crate::activate::bus::Manager;
 use crate::activated::Activated;
-use crate::last_words;
+use crate::last_words::{self, Of};
 use crate::owner::Owner;
 
 /// Whose service manager, seen by whoever runs bro.
@@ -55,17 +55,12 @@ impl Whose {
 
     /// Why a unit has failed, in Podman's words, or else the last lines of its log, to stand behind a finding.
     pub async fn last_words(&self, unit: &str) -> String {
-        let named = match self {
-            Self::System => vec!["--unit".to_owned(), unit.to_owned()],
-            Self::Mine => vec!["--user".to_owned(), "--unit".to_owned(), unit.to_owned()],
-            // What it said itself, or the service manager of it.
-            Self::Of(Owner { uid, .. }) => {
-                let user = format!("_UID={uid}");
-                let by = |field: &str| format!("{field}={unit}");
-                vec![by("_SYSTEMD_USER_UNIT"), user.clone(), "+".to_owned(), by("USER_UNIT"), user]
-            }
+        let of = match self {
+            Self::System => Of::System,
+            Self::Mine => Of::User(nix::unistd::geteuid().as_raw()),
+            Self::Of(Owner { uid, .. }) => Of::User(*uid),
         };
-        let said = last_words::read(&named).await.last();
+        let said = last_words::read(unit, of).await.last();
         said.map(|said| format!(", saying “{said}”")).unwrap_or_default()
     }
 }
