@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use crate::timespan::TimeSpan;
+use crate::systemd::time_span::TimeSpan;
 
 /// When the service is woken, and when it may sleep.
 #[derive(Debug, Args)]
 pub struct Idle {
     /// Exit after SPAN without a connection, and stop the unit if bro started it
-    #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::timespan::limit)]
+    #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::systemd::time_span::limit)]
     pub exit_idle_time: TimeSpan,
 
     /// What --exit-idle-time counts from: the last connection's end, or the last byte

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use super::Engine;
 use crate::connection::{Connection, End, Stage};
-use crate::kernel::{Sent, sent};
 use crate::relay::Side;
+use bro_sockmap::{Sent, sent};
 
 /// Between two looks at a connection: a part of the limit, within these.
 const STEPS: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(15)];

@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use crate::activate::bus::Manager;
-use crate::activated::{Activated, SECTION};
-use crate::unit_file::quote_word;
+use crate::installed::{Activated, SECTION};
+use crate::systemd::manager::Manager;
+use crate::systemd::unit_file::quote_word;
 
 pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>, has_steps: bool) -> String {
     let service = activated.service().unwrap_or_default();
@@ -37,7 +37,7 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>, has_s
             )
         }
     };
-    let sandbox = super::sandbox::lines(activated, Some(bro).filter(|_| root.is_none()));
+    let sandbox = super::hardening::lines(activated, Some(bro).filter(|_| root.is_none()));
     let again = if has_steps {
         "# One that cannot start is tried less and less often.\nRestartSec=1s\nRestartSteps=8\nRestartMaxDelaySec=1min\n"
     } else {
