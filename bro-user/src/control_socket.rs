@@ -20,8 +20,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::systemd::manager::Manager;
 use crate::exit;
+use crate::systemd::manager::Manager;
 
 /// The socket's name in the runtime directory.
 pub(crate) const SOCKET: &str = "status.sock";
