@@ -6,9 +6,7 @@
 pub mod address;
 pub mod cli;
 pub mod commands;
-pub mod connection;
 pub mod control_socket;
-pub mod engine;
 pub mod exit;
 #[cfg(fuzzing)]
 pub mod fuzzing;
@@ -18,17 +16,10 @@ pub mod logging;
 pub mod netns;
 pub mod podman;
 mod port_owner;
-pub mod proxy_protocol;
-mod read_bounded;
-pub mod relay;
+mod relay_handle;
 pub mod run_as;
-pub mod sandbox;
 pub mod service;
-pub mod sockaddr;
-pub mod source;
-pub mod stats;
 pub mod sys;
 pub mod systemd;
-pub mod target;
 mod unassigned_address;
 pub mod units;

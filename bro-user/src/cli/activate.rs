@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
+use bro_relay::netns::identity::Identity;
+use bro_relay::proxy_protocol::Trusted;
 use clap::{Args, ValueEnum};
 
 use super::idle::{IdleBy, WakeOn};
-use super::{LocalClients, RelayChoice};
+use super::{LocalClients, ProxyVersion, RelayChoice};
 use crate::address::{External, Internal};
-use crate::netns::identity::Identity;
-use crate::proxy_protocol::{Trusted, Version};
 use crate::service::readiness::Ready;
 use crate::service::sources::Choice;
 use crate::systemd::time_span::TimeSpan;
@@ -167,7 +167,7 @@ pub struct Activate {
 
     /// Tell the service who its client is, by a PROXY protocol header: v1 or v2 (as in bro forward)
     #[arg(long, value_name = "v1|v2", conflicts_with = "direct")]
-    pub proxy_protocol: Option<Version>,
+    pub proxy_protocol: Option<ProxyVersion>,
 
     /// Take the client's address from the PROXY protocol header of a --trusted balancer in front (as in bro forward)
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_missing_value = "true", conflicts_with = "direct")]

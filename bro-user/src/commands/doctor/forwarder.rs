@@ -4,8 +4,7 @@
 use super::hints::Whose;
 use super::{Check, listens, settings};
 use crate::commands::status::{Report, Waiting};
-use crate::control_socket;
-use crate::control_socket::Request;
+use crate::control_socket::{self, Request};
 use crate::installed::Activated;
 use crate::systemd::manager::Manager;
 use crate::systemd::unit_files::Systemd;
