@@ -83,9 +83,32 @@ pub enum Invalid {
     /// A path at which no service can listen.
     #[error("“{0}” is no path at which a service listens: write one that names a socket")]
     NoSocket(String),
+    /// Both ports at once, as `podman run --publish` takes them.
+    #[error(
+        "“{text}” are two ports, and this is where clients connect: write --external-port {external} --internal-port {internal}"
+    )]
+    Published {
+        /// All of it.
+        text: String,
+        /// The one that clients connect to.
+        external: String,
+        /// The one of the container.
+        internal: String,
+    },
     /// An address without a port.
     #[error("“{0}” has no port; write PORT or ADDR:PORT")]
     NoPort(String),
+}
+
+/// `[IP:]HOST:CONTAINER`, as Podman and Docker write a published port: where clients connect, and the port of the container.
+fn published(text: &str) -> Option<(String, String)> {
+    let (external, internal) = text.rsplit_once(':')?;
+    let both = [external.rsplit_once(':').map_or(external, |(_, port)| port), internal];
+    let is_port = |text: &&str| text.parse::<u16>().is_ok_and(|port| port > 0);
+    let ip = external
+        .rsplit_once(':')
+        .is_none_or(|(ip, _)| ip.parse::<Ipv4Addr>().is_ok() || ip.starts_with('[') && ip.ends_with(']'));
+    (ip && both.iter().all(is_port)).then(|| (external.to_owned(), internal.to_owned()))
 }
 
 /// Unix paths and abstract names go into unit files as they are.
@@ -117,6 +140,9 @@ impl FromStr for External {
         }
         if text.parse::<IpAddr>().is_ok() {
             return Err(Invalid::NoPort(text.to_owned()));
+        }
+        if let Some((external, internal)) = published(text) {
+            return Err(Invalid::Published { text: text.to_owned(), external, internal });
         }
         let Target::Tcp { host, port } = text.parse::<Target>()? else {
             unreachable!("no unix target begins so")
@@ -246,6 +272,10 @@ mod tests {
     fn refuses_with_the_reason() {
         let refused = |text: &str| text.parse::<External>().unwrap_err().to_string();
         assert!(refused("localhost:80").contains("not an IP address"));
+        assert!(refused("8080:80").ends_with("write --external-port 8080 --internal-port 80"));
+        assert!(refused("127.0.0.1:8080:80").contains("--external-port 127.0.0.1:8080 --internal-port 80"));
+        assert!(refused("[::1]:8080:80").contains("--external-port [::1]:8080 --internal-port 80"));
+        assert!(refused("web:80").contains("not an IP address"));
         assert!(refused("127.0.0.1").contains("no port"));
         assert!(refused("::1").contains("no port"));
         assert!(refused("[::1]").contains("no port"));

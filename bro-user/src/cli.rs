@@ -268,6 +268,13 @@ pub struct Forward {
     #[arg(long, value_name = "ADDR:PORT|PATH")]
     pub metrics: Option<crate::metrics::endpoint::Endpoint>,
 
+    /// Abort a connection of which a side has acknowledged nothing of what was sent to it for SPAN, 1s or more, or infinity
+    ///
+    /// For a side that vanishes in the middle of an answer, when TCP keepalive is silent. As TCP_USER_TIMEOUT (tcp(7)), but a side that
+    /// merely does not read, and answers the probes of its closed window, is not aborted.
+    #[arg(long, value_name = "SPAN", default_value = "3min", value_parser = crate::systemd::time_span::user_timeout)]
+    pub user_timeout: TimeSpan,
+
     /// More log lines: -v for every connection's start, -vv for every step, in the kernel relay's programs too
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,

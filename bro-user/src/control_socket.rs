@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::exit;
+use crate::systemd::scope::Manager;
 
 /// The socket's name in the runtime directory.
 pub(crate) const SOCKET: &str = "status.sock";
@@ -288,6 +289,15 @@ pub(crate) fn base_directory() -> PathBuf {
     runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bro")
 }
 
+/// The socket of the forwarder that is the service `service`, in the directory that its unit names (`RuntimeDirectory=bro/%N`).
+pub(crate) fn socket_of(service: &str, scope: Manager) -> PathBuf {
+    let base = match scope {
+        Manager::System => PathBuf::from(SYSTEM),
+        Manager::User => base_directory(),
+    };
+    base.join(service.strip_suffix(".service").unwrap_or(service)).join(SOCKET)
+}
+
 /// Was the socket made by this user's forwarder?
 pub(crate) fn is_of(socket: &Path, user: u32) -> bool {
     use std::os::unix::fs::MetadataExt as _;
@@ -382,6 +392,14 @@ mod tests {
         for line in ["sleep  force", "wake up", "SLEEP", "status\nwake", "sleep forced"] {
             assert_eq!(Request::parse(line), None, "{line}");
         }
+    }
+
+    #[test]
+    fn the_socket_is_where_the_unit_has_it() {
+        assert_eq!(
+            socket_of("web-activator.service", Manager::System),
+            PathBuf::from("/run/bro/web-activator/status.sock")
+        );
     }
 
     #[test]

@@ -210,8 +210,12 @@ pub fn activated(text: &str) {
         if let Some(activated) =
             installed::assemble(path, file, &files, Manager::User, Some(Path::new("/root")))
         {
-            let _files =
-                crate::units::files(&activated, Path::new("/usr/bin/bro"), None, Some(Path::new("/root")));
+            let _files = crate::units::files(
+                &activated,
+                Path::new("/usr/bin/bro"),
+                None,
+                (Some(Path::new("/root")), false),
+            );
             let _named: bool = activated.goes_by("web");
         }
     }

@@ -11,6 +11,7 @@ pub mod exit;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod installed;
+mod last_words;
 pub mod logging;
 pub mod metrics;
 pub mod netns;
@@ -22,4 +23,5 @@ pub mod run_as;
 pub mod service;
 pub mod sys;
 pub mod systemd;
+mod unassigned_address;
 pub mod units;

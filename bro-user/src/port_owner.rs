@@ -11,6 +11,8 @@ use nix::sys::socket::{
 };
 
 use crate::address::External;
+use crate::installed::{Activated, Listener};
+use crate::systemd::scope::Manager;
 
 /// Why nobody can listen there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,11 +117,24 @@ fn try_abstract(name: &str) -> nix::Result<()> {
 fn forbidden(external: &External) -> String {
     let port = external.port().unwrap_or_default();
     let lowest = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap_or_default();
-    format!(
-        "an ordinary user may not listen on port {port}, only from {} on; choose another, or run `sudo sysctl \
-         net.ipv4.ip_unprivileged_port_start={port}`",
-        lowest.trim()
-    )
+    format!("an ordinary user may not listen on port {port}, only from {} on", lowest.trim())
+}
+
+/// What to do about a port on which an ordinary user may not listen.
+pub(crate) fn instead(known: &Activated, listener: &Listener) -> String {
+    let port = listener.address.parse::<External>().ok().and_then(|external| external.port());
+    let (port, name) = (port.unwrap_or_default(), &known.name);
+    let sysctl = format!("`sudo sysctl net.ipv4.ip_unprivileged_port_start={port}`");
+    let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
+    match (&listener.target, user) {
+        // The container stays this user's; only the first port can be activated so, and others after it.
+        (Some(target), Some(user)) if known.scope == Manager::User && listener.service == *name => format!(
+            "choose another, or have the system listen for this user's container: `sudo bro activate {name} --system --run-as {} \
+             --external-port {} --internal-port {target}`; or let every user listen there: {sysctl}",
+            user.name, listener.address
+        ),
+        _ => format!("choose another, or let every user listen there: {sysctl}"),
+    }
 }
 
 fn owner(external: &External) -> Owner {

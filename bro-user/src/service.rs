@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
+use crate::last_words;
 use anyhow::{Context as _, bail};
 use bro_relay::engine::Destination;
 use bro_relay::engine::lanes::Watch;
@@ -142,6 +143,9 @@ const READY_LOST: u32 = 3;
 /// How long the service manager may not answer while it is told to start the unit, and the pause before it is asked again.
 const SILENT_MANAGER: Duration = Duration::from_secs(10);
 const READY_AGAIN: Duration = Duration::from_millis(200);
+
+/// How long Podman's words about a start that has failed are looked for.
+const CAUSE: Duration = Duration::from_secs(3);
 
 /// How long to look for a running conmon before podman is asked.
 const ASK_PODMAN: Duration = Duration::from_secs(1);
@@ -448,7 +452,9 @@ impl Activator {
         if result != "done" {
             // Nor is a run that somebody else starts later ours.
             self.runs.withdraw(&bus.look(unit).await?);
-            bail!("starting {unit} ended with “{result}”; see `{} {unit}`", self.manager.journal());
+            let cause = self.cause(&bus, unit, result == "dependency").await;
+            let journal = self.manager.journal();
+            bail!("starting {unit} ended with “{result}”{cause}; see `{journal} {unit}`");
         }
         self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
         findable.notify_one();
@@ -456,13 +462,33 @@ impl Activator {
         loop {
             let state = bus.active_state(unit).await?;
             *silent_since = None;
-            anyhow::ensure!(
-                !matches!(state.as_str(), "failed" | "inactive"),
-                "{unit} is {state} again before it was ready; see `{} {unit}`",
-                self.manager.journal()
-            );
+            if matches!(state.as_str(), "failed" | "inactive") {
+                let (cause, journal) = (self.cause(&bus, unit, false).await, self.manager.journal());
+                bail!("{unit} is {state} again before it was ready{cause}; see `{journal} {unit}`");
+            }
             sleep(WATCH).await;
         }
+    }
+
+    /// Why a start has failed, in Podman's words where it has said some: of the unit itself, or of one that it requires and that did not
+    /// start. Those who are held wait for this, a moment.
+    async fn cause(&self, bus: &Bus, unit: &str, by_another: bool) -> String {
+        let looking = async {
+            let other = if by_another { bus.failed_requirement(unit).await.ok().flatten() } else { None };
+            let failed = other.as_deref().unwrap_or(unit);
+            let of = match self.manager {
+                Manager::System => last_words::Of::System,
+                Manager::User => last_words::Of::User(nix::unistd::geteuid().as_raw()),
+            };
+            let words = last_words::cause(failed, of).await;
+            match (other, words) {
+                (Some(other), Some(words)) => format!(": {other} has failed, saying “{words}”"),
+                (Some(other), None) => format!(": {other} has failed"),
+                (None, Some(words)) => format!(", saying “{words}”"),
+                (None, None) => String::new(),
+            }
+        };
+        tokio::time::timeout(CAUSE, looking).await.unwrap_or_default()
     }
 
     async fn bus(&self) -> anyhow::Result<Bus> {

@@ -28,7 +28,7 @@ pub struct File {
 }
 
 /// Every file of an activated service. `bro` is the program that the service runs; `root` is what lies
-/// above all paths and is not part of what units say.
+/// above all paths and is not part of what units say; `has_steps` is whether systemd knows RestartSteps=.
 ///
 /// # Errors
 /// [`Failure::Usage`] when something of it is nothing that a unit file can hold.
@@ -36,7 +36,7 @@ pub fn files(
     activated: &Activated,
     bro: &Path,
     drop_in: Option<&DropIn>,
-    root: Option<&Path>,
+    (root, has_steps): (Option<&Path>, bool),
 ) -> Result<Vec<File>, Failure> {
     validate::check(activated, bro, drop_in)?;
     let mut files: Vec<File> = activated
@@ -45,7 +45,7 @@ pub fn files(
         .map(|listener| File { path: listener.file.clone(), text: socket::text(activated, listener, root) })
         .collect();
     if let Some(path) = &activated.service_file {
-        files.push(File { path: path.clone(), text: service::text(activated, bro, root) });
+        files.push(File { path: path.clone(), text: service::text(activated, bro, root, has_steps) });
     }
     if let (Some(drop_in), Some(path)) = (drop_in, &activated.drop_in) {
         files.push(File { path: path.clone(), text: drop_in.text(activated) });

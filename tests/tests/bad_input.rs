@@ -135,6 +135,10 @@ fn time_spans_that_make_no_sense_for_an_option() -> Result<()> {
             refused(setup, USAGE, &[option, "1s to 32767s"]).with_context(|| format!("{option}={span}"))?;
         }
     }
+    for span in ["0", "999ms"] {
+        let setup = Setup::new().socket(&front).arg(format!("--user-timeout={span}")).arg("127.0.0.1:80");
+        refused(setup, USAGE, &["--user-timeout", "1s or more"]).with_context(|| span)?;
+    }
     refused(Setup::bare().args(["wake", "x", "--timeout=0"]), USAGE, &["--timeout", "infinity"])?;
     for option in ["--start-timeout=0", "--exit-idle-time=0"] {
         refused(Setup::bare().args(["activate", "x", option]), USAGE, &["infinity"]).context(option)?;

@@ -327,7 +327,7 @@ fn a_hijacked_relay_process_has_no_power_over_a_network_of_its_users() -> Result
         for (what, level, name) in [
             ("read netfilter's tables", libc::SOL_IP, information),
             ("read a filter", libc::SOL_SOCKET, libc::SO_ATTACH_FILTER),
-            ("read a connection's state", libc::IPPROTO_TCP, libc::TCP_INFO),
+            ("read a connection's queues", libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE),
         ] {
             let length = Argument::Bytes(&[128, 0, 0, 0]);
             let arguments = [socket, i64::from(level).into(), i64::from(name).into(), zeros, length];

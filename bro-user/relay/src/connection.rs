@@ -31,6 +31,9 @@ pub enum End {
     /// The service aborted.
     #[serde(skip)]
     ServiceReset(Errno),
+    /// Nothing that was sent to this side was acknowledged for `--user-timeout`.
+    #[serde(skip)]
+    Vanished(Side),
     /// No byte for `--idle-timeout`.
     IdleTimeout,
     /// It outlived `--drain-timeout`.
@@ -87,6 +90,8 @@ impl End {
             Self::Eof => "eof",
             Self::ClientReset(_) => "client-reset",
             Self::ServiceReset(_) => "service-reset",
+            Self::Vanished(Side::Client) => "client-vanished",
+            Self::Vanished(Side::Service) => "service-vanished",
             Self::IdleTimeout => "idle-timeout",
             Self::DrainTimeout => "drain-timeout",
             Self::StartTimeout => "start-timeout",
@@ -114,6 +119,7 @@ impl End {
                 Some("the service passed descriptors (SCM_RIGHTS), which a relay cannot pass on")
             }
             Self::BadHeader(bad) => Some(bad.sentence()),
+            Self::Vanished(_) => Some("it acknowledged nothing of what was sent to it (--user-timeout)"),
             _ => None,
         }
     }
@@ -202,6 +208,8 @@ pub struct Connection {
     pub opened: Instant,
     /// When bytes last moved, as far as was noticed; before that, since when it waits for the service.
     pub active: Instant,
+    /// What is known of its sides' acknowledgements.
+    pub answers: crate::engine::answers::Known,
     /// How many bytes had moved then.
     pub moved: u64,
     /// Bytes delivered to the service and to the client when they were last looked at.

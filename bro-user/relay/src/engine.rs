@@ -8,6 +8,7 @@
 mod aborts;
 mod accept;
 mod accept_batch;
+pub mod answers;
 mod congestion;
 mod connections;
 pub mod idle;
@@ -56,6 +57,8 @@ pub struct Settings {
     pub method: Method,
     /// `--keepalive-*`
     pub keepalive: socket_options::Keepalive,
+    /// `--user-timeout`
+    pub user_timeout: Option<Duration>,
     /// `--source`: whether connections to the service may be bound to an address.
     pub binds: bool,
     /// `--idle-timeout`
@@ -113,6 +116,8 @@ pub struct Engine {
     retries: Vec<usize>,
     /// When to look after aborts that are on their way.
     looks: aborts::Looks,
+    /// When to look for acknowledgements.
+    answers: answers::Answers,
     next_number: u64,
     tools: Tools,
     /// The addresses that this process may connect to itself; without, the agents connect.
@@ -155,6 +160,7 @@ impl Engine {
             crate::sys::refuse_descriptors(listener.socket.as_fd()).ok();
         }
         let tallies = vec![Tally::default(); listeners.len()];
+        let answers = answers::Answers::new(settings.user_timeout);
         Ok(Self {
             settings,
             epoll,
@@ -170,6 +176,7 @@ impl Engine {
             silent: wake_on_data::Silent::default(),
             retries: Vec::new(),
             looks: aborts::Looks::default(),
+            answers,
             starved: VecDeque::new(),
             last_port: Instant::now(),
             next_number: 1,
@@ -240,6 +247,9 @@ impl Engine {
         if let Some(span) = self.looks.patience() {
             at_most(span);
         }
+        if let Some(span) = self.answers.patience().filter(|_| !self.connections.is_empty()) {
+            at_most(span);
+        }
         if let Accepting::BackingOff { until, .. } = self.accepting {
             at_most(until.saturating_duration_since(Instant::now()));
         }
@@ -252,6 +262,7 @@ impl Engine {
     /// Everything that is due by the clock.
     fn tick(&mut self) -> anyhow::Result<()> {
         self.look_at_aborts();
+        self.look_for_answers();
         if self.pending == 0
             && self.settings.idle_timeout.is_none()
             && self.byte_step().is_none()

@@ -39,7 +39,7 @@ pub use lane::{Granted, Lane, LaneCounters, LaneId, SenderAddress};
 pub use maps::{Descriptors, Maps, Share};
 pub use other_users::{Foreign, News};
 pub use programs::Programs;
-pub use sys::{SendMemory, fionread, netns_cookie, send_memory};
+pub use sys::{SendMemory, Sent, fionread, netns_cookie, send_memory, sent};
 pub use trace::wanted as trace_wanted;
 pub use unavailable::{Refused, Unavailable};
 

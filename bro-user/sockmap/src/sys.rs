@@ -154,6 +154,37 @@ pub fn send_memory(socket: BorrowedFd<'_>) -> io::Result<SendMemory> {
     Ok(SendMemory { sndbuf: info[3].into(), queued: info[5].into() })
 }
 
+/// What TCP_INFO tells of what was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sent {
+    /// Segments that are not acknowledged.
+    pub in_flight: u32,
+    /// Probes of a closed window that nothing was heard after.
+    pub probes: u8,
+    /// How long ago a byte was sent, also once more.
+    pub last_sent: std::time::Duration,
+    /// How long ago an acknowledgement came, of anything.
+    pub last_heard: std::time::Duration,
+}
+
+/// What a TCP socket has sent, and whether that was acknowledged (`TCP_INFO`).
+///
+/// # Errors
+/// getsockopt's, for every other socket.
+pub fn sent(socket: BorrowedFd<'_>) -> io::Result<Sent> {
+    // struct tcp_info begins with eight bytes, the fourth of which is tcpi_probes; then come tcpi_rto, tcpi_ato, tcpi_snd_mss, tcpi_rcv_mss,
+    // tcpi_unacked, tcpi_sacked, tcpi_lost, tcpi_retrans, tcpi_fackets, tcpi_last_data_sent, tcpi_last_ack_sent,
+    // tcpi_last_data_recv and tcpi_last_ack_recv, the times in milliseconds.
+    let info = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, [0u32; 15])?;
+    let span = |milliseconds: u32| std::time::Duration::from_millis(milliseconds.into());
+    Ok(Sent {
+        in_flight: info[6],
+        probes: info[0].to_ne_bytes()[3],
+        last_sent: span(info[11]),
+        last_heard: span(info[14]),
+    })
+}
+
 /// The cookie of the network namespace a socket belongs to.
 ///
 /// # Errors

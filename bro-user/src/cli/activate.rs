@@ -157,6 +157,10 @@ pub struct Activate {
     #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=127))]
     pub keepalive_probes: Option<u32>,
 
+    /// Abort a connection of which a side has acknowledged nothing of what was sent to it for SPAN, or infinity (default: 3min)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::user_timeout)]
+    pub user_timeout: Option<TimeSpan>,
+
     /// As which user a service's unix socket is connected to: unused, forwarder or UID or UID:GID (as in bro forward)
     #[arg(long, value_name = "WHO", conflicts_with = "direct")]
     pub unix_identity: Option<Identity>,
@@ -217,7 +221,7 @@ pub struct Activate {
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
         "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
         "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "keepalive_time", "keepalive_interval",
-        "keepalive_probes", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
+        "keepalive_probes", "user_timeout", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
         "blocking_sockets", "metrics", "run_as", "restrict_network"])]
     pub remove: bool,
 

@@ -5,11 +5,13 @@
 
 mod apply;
 mod asked_at;
+mod backoff;
 pub(crate) mod executable;
 mod output;
 pub(crate) mod plan;
 mod preflight;
-mod publish_port;
+pub(crate) mod publish_port;
+mod restart;
 mod root_dir;
 mod signals;
 mod transaction;
@@ -24,6 +26,7 @@ use transaction::{Change, Lock, Made, Owner as Whose};
 
 use crate::address::External;
 use crate::cli::Activate;
+use crate::commands::doctor::image;
 use crate::exit::Failure;
 use crate::installed::{self, Activated, leftover};
 use crate::metrics::ledger;
@@ -31,6 +34,7 @@ use crate::podman::quadlet;
 use crate::run_as::Owner;
 use crate::service::failed_wake;
 use crate::systemd::scope::Manager;
+use crate::unassigned_address;
 use crate::units::{self, File};
 use crate::{paths, port_owner};
 
@@ -47,7 +51,8 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
         );
         return Err(Failure::Usage(text).into());
     }
-    let places = Places { scope, units, root: options.root.clone() };
+    let has_steps = backoff::has_steps(options.root.as_deref());
+    let places = Places { scope, units, root: options.root.clone(), has_steps };
     let ordinary = !nix::unistd::geteuid().is_root();
     if scope == Manager::System && ordinary && places.root.is_none() && !options.dry_run {
         let text = "the system's units are root's: run it with sudo, or with --user; nothing was changed";
@@ -134,7 +139,7 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
         &wanted.activated,
         &executable::path(places)?,
         Some(&wanted.drop_in),
-        places.root.as_deref(),
+        (places.root.as_deref(), places.has_steps),
     )?;
     for file in &files {
         root_dir::stays_inside(places.root.as_deref(), &file.path)?;
@@ -161,6 +166,7 @@ async fn dry_run(options: &Activate, places: &Places) -> anyhow::Result<()> {
     let (wanted, known, _) = plan(options, places)?;
     let mut warnings = wanted.warnings;
     warnings.extend(executable::warning(places));
+    warnings.extend(nowhere(&wanted.activated, places));
     warnings.extend(
         check_listeners(&wanted.activated, known.as_ref(), None, places)
             .await
@@ -176,7 +182,7 @@ async fn dry_run(options: &Activate, places: &Places) -> anyhow::Result<()> {
         &activated,
         &executable::path(places)?,
         Some(&wanted.drop_in),
-        places.root.as_deref(),
+        (places.root.as_deref(), places.has_steps),
     )?)
 }
 
@@ -211,15 +217,21 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
     if let Some(systemd) = &systemd {
         let container = systemd.container().context("the container's service manager is gone")?;
         warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
+        warnings.extend(image::warning(&wanted.activated, &wanted.quadlet).await);
     }
+    warnings.extend(nowhere(&wanted.activated, places));
     let mut directories = directories_of(&wanted.activated, places);
     directories.extend(own_wants(places, !made.paths().contains(&places.units)));
     for directory in directories {
         made.make(&directory)?;
     }
     let activated = with_made(wanted.activated, made.paths().iter().cloned(), places)?;
-    let files =
-        units::files(&activated, &executable::path(places)?, Some(&wanted.drop_in), places.root.as_deref())?;
+    let files = units::files(
+        &activated,
+        &executable::path(places)?,
+        Some(&wanted.drop_in),
+        (places.root.as_deref(), places.has_steps),
+    )?;
     let mut changes = changes(&activated, &files)?;
     // What an earlier run wrote and this one has no use for.
     let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
@@ -232,6 +244,16 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
     let all = files_of(&activated).into_iter().chain(known.iter().flat_map(files_of));
     let unfinished = transaction::unfinished(&activated.name, &places.units, all);
     Ok(Prepared { systemd, made, _lock: lock, activated, known, changes, unfinished, warnings })
+}
+
+/// The warnings of external addresses that are nobody's.
+fn nowhere(activated: &Activated, places: &Places) -> Vec<String> {
+    if places.root.is_some() {
+        return Vec::new();
+    }
+    let addresses = activated.listeners.iter().filter_map(|listener| listener.address.parse().ok());
+    let all = addresses.filter_map(|external| unassigned_address::sentence(&external));
+    all.map(|sentence| format!("{sentence}; {}", unassigned_address::MEND)).collect()
 }
 
 /// Where its files go.
@@ -327,7 +349,10 @@ async fn check_listeners(
         }
         match port_owner::look(&external) {
             None | Some(port_owner::Trouble::InTheWay(_)) => {}
-            Some(port_owner::Trouble::Forbidden(why)) => return Err(Failure::NotPermitted(why).into()),
+            Some(port_owner::Trouble::Forbidden(why)) => {
+                let text = format!("{why}; {}", port_owner::instead(activated, listener));
+                return Err(Failure::NotPermitted(text).into());
+            }
             Some(port_owner::Trouble::Taken(owner)) if ours(&owner, known, systemd).await => {}
             Some(port_owner::Trouble::Taken(owner)) => {
                 anyhow::bail!("{}", apply::taken(&external, &owner, systemd).await)
@@ -448,7 +473,7 @@ fn doomed(
     let drop_in = known.drop_in.as_deref().and_then(installed::read_ours);
     let drop_in = drop_in.map(|file| units::DropIn::read(&file, &rest));
     let bro = executable::written(known);
-    for file in units::files(&rest, &bro, drop_in.as_ref(), places.root.as_deref())? {
+    for file in units::files(&rest, &bro, drop_in.as_ref(), (places.root.as_deref(), places.has_steps))? {
         if std::fs::read_to_string(&file.path).ok().as_deref() != Some(&file.text) {
             changes.push(Change { path: file.path, text: Some(file.text) });
         }

@@ -312,6 +312,7 @@ fn settings(options: &Forward) -> Settings {
             options.keepalive_interval.or_forever(),
             options.keepalive_probes,
         ),
+        user_timeout: options.user_timeout.finite(),
         binds: options.source != Choice::Loopback,
         idle_timeout: options.idle_timeout.finite(),
         proxy_protocol: options.proxy_protocol.map(Into::into),

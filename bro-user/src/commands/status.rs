@@ -279,7 +279,11 @@ pub(crate) fn describe(reports: &[Report]) -> String {
         // Writing to a String cannot fail.
         writeln!(text, "bro {} (process {}){unit}: {}", report.version, report.pid, report.state).ok();
         let woken = report.activity.woken_by.as_deref().map(|by| format!(", woken by {by}"));
-        let name = report.unit.as_deref().map_or("NAME", |unit| unit.trim_end_matches(".service"));
+        let name = report
+            .unit
+            .as_ref()
+            .or(report.service.as_ref())
+            .map_or("", |unit| unit.trim_end_matches(".service"));
         let doing = report.activity.doing.as_deref().map(|doing| format!(": {doing}")).unwrap_or_default();
         writeln!(
             text,

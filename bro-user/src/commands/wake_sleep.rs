@@ -227,7 +227,30 @@ pub async fn put_away(whom: &Whom, force: bool) -> anyhow::Result<String> {
     }
 }
 
+/// Says which other units go down with it, before they do.
+async fn announce(service: &Service) {
+    // Who cannot be asked about that is stopped all the same: it was asked for by force.
+    let Ok(bus) = service.units_bus().await else { return };
+    let Ok(needing) = bus.all_that_need(&service.unit).await else { return };
+    let needing: Vec<String> =
+        needing.into_iter().filter(|unit| Some(unit) != service.activator.as_ref()).collect();
+    if !needing.is_empty() {
+        let text = on_one_line(&with_it(&service.unit, &needing));
+        writeln!(std::io::stderr(), "bro: {text}").ok();
+    }
+}
+
+fn with_it(unit: &str, needing: &[String]) -> String {
+    match needing {
+        [one] => format!("{one}, which needs {unit}, is stopped along with it"),
+        several => format!("{}, which need {unit}, are stopped along with it", several.join(", ")),
+    }
+}
+
 async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> {
+    if force {
+        announce(service).await;
+    }
     loop {
         let forwarders = service.forwarders().await;
         if forwarders.is_empty() {
@@ -285,4 +308,21 @@ fn refuse_for(service: &Service, clients: &[&str]) -> anyhow::Result<()> {
         return Ok(());
     }
     bail!("{} has clients: {} (--force resets them)", service.unit, clients.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_who_goes_down_with_it() {
+        let units = ["a.service", "b.service"].map(str::to_owned);
+        assert_eq!(
+            with_it("db.service", &units[..1]),
+            "a.service, which needs db.service, is stopped along with it"
+        );
+        assert!(
+            with_it("db.service", &units).starts_with("a.service, b.service, which need db.service, are")
+        );
+    }
 }

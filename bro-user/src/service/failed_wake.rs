@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::control_socket;
 use crate::exit::on_one_line;
 use crate::installed::Activated;
+use crate::service::use_lock;
 use crate::systemd::scope::Manager;
 
 /// How many characters of a cause are kept.
@@ -99,10 +100,11 @@ pub(crate) fn noted(known: &Activated) -> Option<FailedWake> {
     read(&directory, &known.unit)
 }
 
-/// It is activated no more.
+/// It is activated no more: neither this is kept, nor whose its runs were.
 pub(crate) fn forget(known: &Activated) {
     if let Some((directory, _acting)) = place(known) {
         std::fs::remove_file(file(&directory, &known.unit)).ok();
+        use_lock::clear(&directory, &known.unit);
     }
 }
 

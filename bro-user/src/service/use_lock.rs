@@ -1,9 +1,10 @@
 //! Whose a running unit is: which run of it is a forwarder's (noted here so that it is put to sleep again also by a forwarder that
 //! was itself restarted meanwhile; `runs.rs` decides), and who uses it now (so that the last of several forwarders puts it to sleep, and no other).
-//! Two small files beside the status sockets: gone with a reboot, as the container is.
+//! Two small files beside the status sockets: gone with a reboot, as the container is, or with the service's activation.
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -34,6 +35,18 @@ pub fn noted(unit: &str) -> Option<String> {
 /// It has been stopped, or somebody else has started it since.
 pub fn forget(unit: &str) {
     std::fs::remove_file(file(unit)).ok();
+}
+
+/// Takes away both files of a unit in the directory where they are, unless another forwarder uses it. What runs of it is nobody's then.
+pub(crate) fn clear(directory: &Path, unit: &str) {
+    let lock = directory.join(format!("use-{unit}"));
+    // Asking for the lock would make the file.
+    let alone = lock.exists().then(|| Use::alone_in(&lock, None));
+    if let Some(Ok(Lock::Taken)) = alone {
+        return;
+    }
+    std::fs::remove_file(directory.join(format!("started-{unit}"))).ok();
+    std::fs::remove_file(&lock).ok();
 }
 
 /// A forwarder's use of a unit: a lock (flock(2)) shared by all that use it. The kernel takes it back from one that dies.
@@ -80,12 +93,18 @@ impl Use {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder)?;
         }
-        // Never removed: a lock on a file that has another name by now protects nothing.
-        let file = File::options().create(true).write(true).truncate(false).open(path)?;
-        match Flock::lock(file, how) {
-            Ok(lock) => Ok(Lock::Had(Self(lock))),
-            Err((_, Errno::EWOULDBLOCK)) => Ok(Lock::Taken),
-            Err((_, errno)) => Err(errno.into()),
+        loop {
+            let file = File::options().create(true).write(true).truncate(false).open(path)?;
+            let lock = match Flock::lock(file, how) {
+                Ok(lock) => lock,
+                Err((_, Errno::EWOULDBLOCK)) => return Ok(Lock::Taken),
+                Err((_, errno)) => return Err(errno.into()),
+            };
+            // A lock on a file that was removed meanwhile protects nothing.
+            let (locked, named) = (lock.metadata()?, std::fs::metadata(path));
+            if named.is_ok_and(|named| (named.dev(), named.ino()) == (locked.dev(), locked.ino())) {
+                return Ok(Lock::Had(Self(lock)));
+            }
         }
     }
 }
@@ -112,6 +131,36 @@ mod tests {
         assert!(shared(&path).is_none(), "used while it is being stopped");
         drop(alone);
         assert!(shared(&path).is_some());
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_left_of_a_unit_that_nobody_uses() {
+        let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-clear-XXXXXX")).unwrap();
+        let files = || std::fs::read_dir(&folder).unwrap().count();
+        clear(&folder, "web.service");
+        assert_eq!(files(), 0, "asking has made a file");
+        let held = shared(&folder.join("use-web.service"));
+        std::fs::write(folder.join("started-web.service"), "1").unwrap();
+        clear(&folder, "web.service");
+        assert_eq!(files(), 2, "it is in use");
+        drop(held);
+        std::fs::write(folder.join("started-other.service"), "1").unwrap();
+        clear(&folder, "web.service");
+        assert_eq!(files(), 1, "another's stays");
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    /// Whoever opened the file before it was removed has no lock that another would not get.
+    #[test]
+    fn a_lock_is_one_of_the_file_that_is_there() {
+        let path = std::env::temp_dir().join(format!("bro-use-again-{}", std::process::id()));
+        let first = shared(&path);
+        std::fs::remove_file(&path).unwrap();
+        let second = shared(&path);
+        assert!(first.is_some() && second.is_some());
+        drop(first);
+        assert!(matches!(Use::alone_in(&path, None).unwrap(), Lock::Taken), "the second's is not seen");
         std::fs::remove_file(&path).unwrap();
     }
 }

@@ -41,6 +41,7 @@ trait Systemd {
     fn subscribe(&self) -> zbus::Result<()>;
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn restart_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn start_transient_unit(
         &self,
         name: &str,
@@ -565,20 +566,67 @@ impl Bus {
         wait(&mut removed, &job).await
     }
 
-    /// A running unit that would be stopped along with this one (Requires=, BindsTo=), if there is one. Those do not count that the
-    /// unit has pulled in itself, as a pod does with its containers, nor does the unit of this process.
+    /// Stops the unit, starts it again, and waits for the end of the job.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn restart(&self, unit: &str) -> anyhow::Result<String> {
+        let mut removed = self.systemd.receive_job_removed().await?;
+        let job = self.systemd.restart_unit(unit, "replace").await.map_err(plain)?;
+        self.ended(&mut removed, &job, unit).await
+    }
+
+    /// The running units that would be stopped along with this one, and with those: each is named once, however it needs it.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn all_that_need(&self, unit: &str) -> anyhow::Result<Vec<String>> {
+        /// As many are asked about; nobody reads a longer list.
+        const MOST: usize = 200;
+        let (mut found, mut at) = (vec![unit.to_owned()], 0);
+        while at < found.len() && found.len() < MOST {
+            for other in self.running_that_need(&found[at]).await? {
+                if !found.contains(&other) {
+                    found.push(other);
+                }
+            }
+            at += 1;
+        }
+        Ok(found.split_off(1))
+    }
+
+    /// A running unit that would be stopped along with this one (Requires=, BindsTo=), if there is one.
     ///
     /// # Errors
     /// When the bus fails.
     pub async fn needed_by(&self, unit: &str) -> anyhow::Result<Option<String>> {
+        Ok(self.running_that_need(unit).await?.into_iter().next())
+    }
+
+    /// Those do not count that the unit has pulled in itself, as a pod does with its containers, nor does the unit of this process.
+    async fn running_that_need(&self, unit: &str) -> anyhow::Result<Vec<String>> {
         let known = self.unit(unit).await?;
         let mut needing = known.required_by().await?;
         needing.extend(known.bound_by().await?);
         let mut own = known.requires().await?;
         own.extend(known.wants().await?);
         own.extend(super::own_unit::own_unit());
+        let mut running = Vec::new();
         for other in needing.into_iter().filter(|other| !own.contains(other)) {
             if is_running(&self.active_state(&other).await?) {
+                running.push(other);
+            }
+        }
+        Ok(running)
+    }
+
+    /// A unit that this one requires, or is bound to, and that has failed.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn failed_requirement(&self, unit: &str) -> anyhow::Result<Option<String>> {
+        for other in self.unit(unit).await?.requires().await? {
+            if self.active_state(&other).await? == "failed" {
                 return Ok(Some(other));
             }
         }

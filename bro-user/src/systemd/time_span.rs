@@ -57,6 +57,9 @@ pub enum Invalid {
     /// More or less than tcp(7) takes.
     #[error("the kernel takes 1s to 32767s (some 9 hours) for it")]
     Keepalive,
+    /// Less than a round trip may take.
+    #[error("an acknowledgement may take a second; write 1s or more, or infinity for no limit")]
+    TooSoon,
 }
 
 /// Nanoseconds in one of systemd.time(7)'s units.
@@ -161,6 +164,17 @@ pub(crate) fn roughly(span: Duration) -> String {
     parts.map(|(unit, count)| format!("{count}{unit}")).collect::<Vec<_>>().join(" ")
 }
 
+/// Reads how long a side may acknowledge nothing.
+///
+/// # Errors
+/// As for every time span, and when it is less than a second.
+pub fn user_timeout(text: &str) -> Result<TimeSpan, Invalid> {
+    match text.parse()? {
+        TimeSpan::Finite(span) if span < Duration::from_secs(1) => Err(Invalid::TooSoon),
+        span => Ok(span),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -201,6 +215,8 @@ mod tests {
         assert_eq!(limit("infinity"), Ok(TimeSpan::Infinite));
         for out_of_range in ["0", "10ms", "999ms", "32768", "32767.1s", "99999999", "infinity"] {
             assert_eq!(keepalive(out_of_range), Err(Invalid::Keepalive), "{out_of_range}");
+            let user = (user_timeout("999ms"), user_timeout("infinity"));
+            assert_eq!(user, (Err(Invalid::TooSoon), Ok(TimeSpan::Infinite)));
         }
         for within in ["1", "1.5s", "2h", "32767"] {
             assert!(keepalive(within).is_ok(), "{within}");

@@ -7,7 +7,7 @@ use crate::installed::{Activated, SECTION};
 use crate::systemd::scope::Manager;
 use crate::systemd::unit_file::quote_word;
 
-pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> String {
+pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>, has_steps: bool) -> String {
     let service = activated.service().unwrap_or_default();
     let mut text = super::heading(activated, Some(&service));
     let unit = &activated.unit;
@@ -38,6 +38,11 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
         }
     };
     let sandbox = super::hardening::lines(activated, Some(bro).filter(|_| root.is_none()));
+    let again = if has_steps {
+        "# One that cannot start is tried less and less often.\nRestartSec=1s\nRestartSteps=8\nRestartMaxDelaySec=1min\n"
+    } else {
+        "# (systemd before 254 knows no RestartSteps=, which would try one that cannot start less and less often.)\nRestartSec=5s\n"
+    };
     let command = command(activated, bro).join(" \\\n    ");
     // Writing to a String cannot fail.
     write!(
@@ -59,7 +64,7 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
          Sockets={sockets}\n\
          RuntimeDirectory=bro/%N\n\
          Restart=on-failure\n\
-         RestartSec=1s\n\
+         {again}\
          WatchdogSec=30s\n\
          TimeoutStopSec=2min\n\
          \n\

@@ -100,7 +100,7 @@ mod tests {
         const BAD: &str = "/x\nExecStartPre=+/bin/evil";
         let drop_in = DropIn { sockets: vec!["web.socket".into()], ..DropIn::default() };
         let files = |activated: &Activated, drop_in: &DropIn| {
-            super::super::files(activated, Path::new("/usr/bin/bro"), Some(drop_in), None)
+            super::super::files(activated, Path::new("/usr/bin/bro"), Some(drop_in), (None, true))
         };
         assert!(!files(&activated(), &drop_in).unwrap().is_empty());
         let spoil: [fn(&mut Activated); 15] = [

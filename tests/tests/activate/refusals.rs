@@ -96,6 +96,8 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "80", "--keepalive-time", "0"], 2, "--keepalive-time"),
     (&["web", "--external-port", "80", "--keepalive-interval", "10h"], 2, "--keepalive-interval"),
     (&["web", "--external-port", "80", "--keepalive-probes", "128"], 2, "--keepalive-probes"),
+    (&["web", "--external-port", "80", "--user-timeout", "500ms"], 2, "--user-timeout"),
+    (&["web", "--external-port", "8080:80"], 2, "--external-port 8080 --internal-port 80"),
     (&["web", "--external-port", "80", "--local-clients", "some"], 2, "--local-clients"),
     (
         &["web", "--external-port", "80", "--local-clients", "on", "--relay", "copy"],

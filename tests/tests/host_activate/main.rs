@@ -11,6 +11,7 @@ mod examples;
 mod faults;
 mod haproxy;
 mod helper;
+mod honest;
 mod metrics;
 mod networks;
 mod power;
@@ -62,6 +63,10 @@ const BOTH: &[Case] = &[
     ("metrics: over a unix socket", metrics::over_a_unix_socket),
     ("metrics: top wakes and puts to sleep", metrics::top),
     ("doctor and a forwarder that is confined too much", doctor::confined_forwarder),
+    ("honest: Podman's own words about a wake that failed", honest::podmans_own_words),
+    ("honest: what is in the way", honest::in_the_way),
+    ("honest: changed settings are taken up", honest::settings_taken_up),
+    ("honest: what is taken down, and what is left", honest::taken_down),
     ("activated several times at once", faults::twice_at_once),
     ("a run that was killed", faults::killed),
     ("a run that is interrupted", faults::interrupted),

@@ -113,6 +113,7 @@ impl Engine {
             backend,
             opened: now,
             active: now,
+            answers: super::answers::Known::default(),
             moved: 0,
             last: (0, 0),
             awaits_answer: false,

@@ -45,4 +45,5 @@ pub const GET: &[Option] = &[
     (libc::SOL_SOCKET, SO_PASSRIGHTS),
     (libc::SOL_SOCKET, SO_MEMINFO),
     (libc::SOL_SOCKET, SO_NETNS_COOKIE),
+    (libc::IPPROTO_TCP, libc::TCP_INFO),
 ];

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 
 use super::plan::Places;
+use super::restart;
 use super::signals::{Interrupt, Interrupted};
 use super::transaction::{Change, Changed};
 use super::waits;
@@ -26,8 +27,10 @@ pub(super) enum Outcome {
     Nothing,
     /// It listens now; the forwarder was not running, or has been stopped.
     Listening,
-    /// The forwarder that runs has the settings from before.
+    /// The forwarder that runs has the settings from before, and clients.
     OldForwarder,
+    /// The forwarder ran with the settings from before, had no client, and was started anew.
+    Restarted,
     /// The same; with `--direct` the container ran, and was stopped: it held the sockets.
     Stopped,
     /// Written below another root; nothing was started.
@@ -322,7 +325,12 @@ async fn take_up(
         }
     }
     Ok(if running && restart.is_empty() && plan.runner_changed {
-        Outcome::OldForwarder
+        let is_forwarder = wanted.service().is_some();
+        if is_forwarder && restart::unless_in_use(systemd, runner, wanted.scope).await? {
+            Outcome::Restarted
+        } else {
+            Outcome::OldForwarder
+        }
     } else if stopped && wanted.direct {
         Outcome::Stopped
     } else {

@@ -85,6 +85,11 @@ pub(super) fn activated(
         };
         writeln!(out, "{} listens at {}{target}", listener.socket, listener.address)?;
     }
+    if outcome == Outcome::Restarted
+        && let Some(unit) = activated.service()
+    {
+        writeln!(out, "{unit} had no client, and was restarted with the new settings")?;
+    }
     if outcome == Outcome::OldForwarder {
         let unit = activated.service().unwrap_or_else(|| activated.unit.clone());
         writeln!(

@@ -24,7 +24,7 @@ const IDLE: &str = "5min";
 pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
-pub(crate) const HANDED_ON: [HandedOn; 24] = [
+pub(crate) const HANDED_ON: [HandedOn; 25] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
@@ -40,6 +40,7 @@ pub(crate) const HANDED_ON: [HandedOn; 24] = [
     ("keepalive-time", |options| options.keepalive_time.map(written)),
     ("keepalive-interval", |options| options.keepalive_interval.map(written)),
     ("keepalive-probes", |options| options.keepalive_probes.map(|probes| probes.to_string())),
+    ("user-timeout", |options| options.user_timeout.map(written)),
     ("unix-identity", |options| options.unix_identity.map(|identity| identity.to_string())),
     ("proxy-protocol", |options| options.proxy_protocol.map(word)),
     ("accept-proxy", |options| options.accept_proxy.map(|accept| accept.to_string())),
@@ -55,6 +56,7 @@ pub(crate) const HANDED_ON: [HandedOn; 24] = [
 #[derive(Debug)]
 pub(super) struct Wanted {
     pub activated: Activated,
+    pub quadlet: Quadlet,
     pub drop_in: DropIn,
     /// Podman's own dependency on the network stands.
     pub waits_for_network: bool,
@@ -67,6 +69,8 @@ pub(super) struct Places {
     pub scope: Manager,
     pub units: PathBuf,
     pub root: Option<PathBuf>,
+    /// The service manager knows RestartSteps=.
+    pub has_steps: bool,
 }
 
 fn usage(text: impl Into<String>) -> anyhow::Error {
@@ -178,7 +182,7 @@ pub(super) fn wanted(
     let own_word = quadlet.file.boolean("Quadlet", "DefaultDependencies");
     let waits_for_network =
         activated.unit_scope() == Manager::User && !drop_in.no_network && own_word != Some(false);
-    Ok(Wanted { activated, drop_in, waits_for_network, warnings })
+    Ok(Wanted { activated, quadlet: quadlet.clone(), drop_in, waits_for_network, warnings })
 }
 
 fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool> {
@@ -581,10 +585,9 @@ fn warn_of_ports(quadlet: &Quadlet, activated: &Activated, warnings: &mut Vec<St
     for publish in quadlet.values("PublishPort") {
         let clash = taken.iter().find(|external| super::publish_port::clashes(publish, external));
         warnings.push(match clash.and_then(External::port) {
-            Some(port) => format!(
-                "PublishPort={publish} in {file} takes port {port} as well: while systemd listens there the container cannot \
-                 start; remove that line"
-            ),
+            Some(port) => {
+                format!("{}; remove that line", super::publish_port::sentence(publish, port, quadlet))
+            }
             None => format!(
                 "PublishPort={publish} in {file} is a way in past bro: it wakes nothing, and who comes that way is cut off by the \
                  idle stop; remove that line unless it is meant"

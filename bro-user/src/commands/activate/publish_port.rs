@@ -4,6 +4,22 @@ use std::net::IpAddr;
 
 use super::plan::published;
 use crate::address::External;
+use crate::podman::quadlet::Quadlet;
+
+/// The sentences about those that are in the way.
+pub(crate) fn in_the_way(quadlet: &Quadlet, external: &External) -> Vec<String> {
+    let port = external.port().unwrap_or_default();
+    let all = quadlet.values("PublishPort").into_iter().filter(|publish| clashes(publish, external));
+    all.map(|publish| sentence(publish, port, quadlet)).collect()
+}
+
+/// What comes of one that clashes.
+pub(super) fn sentence(publish: &str, port: u16, quadlet: &Quadlet) -> String {
+    format!(
+        "PublishPort={publish} in {} takes port {port} as well: while systemd listens there the container cannot start",
+        quadlet.file_name()
+    )
+}
 
 /// `None` is every address, and one of those clashes with any.
 pub(super) fn clashes(publish: &str, external: &External) -> bool {

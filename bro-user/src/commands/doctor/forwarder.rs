@@ -1,10 +1,8 @@
 //! Does the forwarder do its work? One that cannot start is started by systemd again and again, and one that hangs is active all the
 //! same.
 
-use std::path::PathBuf;
-
 use super::hints::Whose;
-use super::{Check, listens};
+use super::{Check, listens, settings};
 use crate::commands::status::{Report, Waiting};
 use crate::control_socket::{self, Request};
 use crate::installed::Activated;
@@ -69,6 +67,24 @@ pub(super) async fn check(known: &Activated, service: &str, systemd: &Systemd) -
     {
         return Check::bad(NAME, format!("{service} is full: {waiting}"), room(known, service, waiting));
     }
+    if found.needs_reload {
+        return Check::less(
+            NAME,
+            format!("{service} is {}, and has changed on disk since systemd read it", found.active),
+            format!("`{systemctl} daemon-reload`"),
+        );
+    }
+    if found.active == "active"
+        && systemd.bus.properties(service).await.is_ok_and(|properties| settings::are_older(&properties))
+    {
+        return Check::less(
+            NAME,
+            format!("{service} runs with settings from before its unit was changed"),
+            format!(
+                "`{systemctl} restart {service}`, once its clients have left; their connections end with it"
+            ),
+        );
+    }
     Check::ok(NAME, format!("{service} is {}", found.active))
 }
 
@@ -93,7 +109,7 @@ enum Answer {
 }
 
 async fn ask(service: &str, scope: Manager) -> Answer {
-    let path = socket(service, scope);
+    let path = control_socket::socket_of(service, scope);
     if !path.exists() {
         return Answer::NotAsked;
     }
@@ -107,27 +123,5 @@ async fn ask(service: &str, scope: Manager) -> Answer {
             Answer::NotAsked
         }
         Err(error) => Answer::None(format!("{error:#} at {}", path.display())),
-    }
-}
-
-/// In the directory that its unit names (`RuntimeDirectory=bro/%N`).
-pub(super) fn socket(service: &str, scope: Manager) -> PathBuf {
-    let base = match scope {
-        Manager::System => PathBuf::from(control_socket::SYSTEM),
-        Manager::User => control_socket::base_directory(),
-    };
-    base.join(service.strip_suffix(".service").unwrap_or(service)).join(control_socket::SOCKET)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_socket_is_where_the_unit_has_it() {
-        assert_eq!(
-            socket("web-activator.service", Manager::System),
-            PathBuf::from("/run/bro/web-activator/status.sock")
-        );
     }
 }

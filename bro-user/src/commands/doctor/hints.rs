@@ -1,8 +1,8 @@
 //! The commands that a finding advises, for the service manager that it is about: as root one asks after an ordinary user's in
 //! other words than after one's own.
 
-use super::versions::says;
 use crate::installed::Activated;
+use crate::last_words::{self, Of};
 use crate::run_as::Owner;
 use crate::systemd::scope::Manager;
 
@@ -53,26 +53,15 @@ impl Whose {
         }
     }
 
-    /// The last lines of a unit's log, to stand behind a finding.
+    /// Why a unit has failed, in Podman's words, or else the last lines of its log, to stand behind a finding.
     pub async fn last_words(&self, unit: &str) -> String {
-        let mut args = vec!["--lines=3", "--output=cat", "--no-pager", "--quiet"];
-        let named = match self {
-            Self::System => vec!["--unit".to_owned(), unit.to_owned()],
-            Self::Mine => vec!["--user".to_owned(), "--unit".to_owned(), unit.to_owned()],
-            // What it said itself, or the service manager of it.
-            Self::Of(Owner { uid, .. }) => {
-                let user = format!("_UID={uid}");
-                let by = |field: &str| format!("{field}={unit}");
-                vec![by("_SYSTEMD_USER_UNIT"), user.clone(), "+".to_owned(), by("USER_UNIT"), user]
-            }
+        let of = match self {
+            Self::System => Of::System,
+            Self::Mine => Of::User(nix::unistd::geteuid().as_raw()),
+            Self::Of(Owner { uid, .. }) => Of::User(*uid),
         };
-        args.extend(named.iter().map(String::as_str));
-        match says("journalctl", &args).await {
-            Some(log) if !log.is_empty() => {
-                format!(", saying “{}”", log.lines().collect::<Vec<_>>().join(" / "))
-            }
-            _ => String::new(),
-        }
+        let said = last_words::read(unit, of).await.last();
+        said.map(|said| format!(", saying “{said}”")).unwrap_or_default()
     }
 }
 

@@ -32,10 +32,10 @@ pub(super) async fn check(known: &Activated, quadlet: &Quadlet, bus: Option<&Bus
     if let Some(unit) = brought_by(image, quadlet) {
         return by_unit(image, &unit, &Whose::container(known), bus).await;
     }
-    let as_whom = match Whose::container(known) {
-        Whose::Of(owner) => format!(" as {}", owner.name),
-        Whose::System | Whose::Mine => String::new(),
-    };
+    if image.contains('%') {
+        return Check::ok(NAME, format!("{image} is what systemd makes of it, so nobody looked"));
+    }
+    let as_whom = as_whom(known);
     let answer = podman::ask(known.run_as.as_ref(), &["image", "exists", image]).await;
     if let Some(trouble) = answer.trouble() {
         return Check::bad(
@@ -46,17 +46,39 @@ pub(super) async fn check(known: &Activated, quadlet: &Quadlet, bus: Option<&Bus
     }
     match answer {
         // podman-image-exists(1)
-        Answer::No(1, _) => Check::bad(
-            NAME,
-            format!("{image} is not here: the first client waits for its download, or in vain"),
-            format!("`podman pull {image}`{as_whom}"),
-        ),
+        Answer::No(1, _) => Check::bad(NAME, missing(image), format!("`podman pull {image}`{as_whom}")),
         Answer::No(_, words) => Check::bad(
             NAME,
             format!("podman cannot say whether {image} is here: {words}"),
             format!("see `podman image exists {image}`{as_whom}"),
         ),
         _ => Check::ok(NAME, format!("{image} is here")),
+    }
+}
+
+fn missing(image: &str) -> String {
+    format!("{image} is not here: the first client waits for its download, or in vain")
+}
+
+fn as_whom(known: &Activated) -> String {
+    match Whose::container(known) {
+        Whose::Of(owner) => format!(" as {}", owner.name),
+        Whose::System | Whose::Mine => String::new(),
+    }
+}
+
+/// The warning about an image that is not there, for who activates it: nothing is pulled, and Podman may take ten seconds to answer.
+pub(crate) async fn warning(known: &Activated, quadlet: &Quadlet) -> Option<String> {
+    let image = quadlet.value("Image")?;
+    if image.contains('%') || quadlet.value("Rootfs").is_some() || brought_by(image, quadlet).is_some() {
+        return None;
+    }
+    match podman::ask(known.run_as.as_ref(), &["image", "exists", image]).await {
+        Answer::No(1, _) => {
+            Some(format!("{}; `podman pull {image}`{} gets it now", missing(image), as_whom(known)))
+        }
+        // Without an answer there is nothing to warn of; `bro doctor` says what is the matter.
+        _ => None,
     }
 }
 

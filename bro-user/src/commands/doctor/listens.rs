@@ -161,11 +161,8 @@ async fn podmans(known: &Activated, container: &str) -> Result<i32, Check> {
     {
         return Ok(pid);
     }
-    let mend = format!(
-        "`podman ps` shows the names; `{} {} --container NAME` takes another",
-        activate(known),
-        known.name
-    );
+    let take = |other: &str| format!("`{} {} --container {other}`", activate(known), known.name);
+    let mend = format!("`podman ps` shows the names; {} takes another", take("NAME"));
     if let Some(trouble) = answer.trouble() {
         return Err(Check::bad(
             NAME,
@@ -173,11 +170,15 @@ async fn podmans(known: &Activated, container: &str) -> Result<i32, Check> {
             mend,
         ));
     }
-    let others = match podman::ask(owner, &["ps", "--format", "{{.Names}}"]).await {
-        Answer::Yes(names) if !names.is_empty() => {
-            format!("; there run {}", names.lines().collect::<Vec<_>>().join(", "))
-        }
+    let names = match podman::ask(owner, &["ps", "--format", "{{.Names}}"]).await {
+        Answer::Yes(names) => names,
         _ => String::new(),
+    };
+    let names: Vec<&str> = names.lines().filter(|name| !name.is_empty()).collect();
+    let others = if names.is_empty() { String::new() } else { format!("; there run {}", names.join(", ")) };
+    let mend = match names[..] {
+        [only] => format!("{} takes that one", take(only)),
+        _ => mend,
     };
     Err(Check::bad(
         NAME,
@@ -246,13 +247,16 @@ fn lead_to(known: &Activated, listener: &Listener, internal: &str) -> String {
 
 /// The command line that has this port as it was activated.
 pub(super) fn anew(known: &Activated, listener: &Listener) -> String {
-    let name = &known.name;
-    let service = match &listener.service {
-        // The first port is meant where none is named.
-        service if service == name => String::new(),
+    let service = service_name(known, listener);
+    format!("{} {}{service} --external-port {}", activate(known), known.name, listener.address)
+}
+
+/// The option that names a port; the first one is meant where none is named.
+pub(super) fn service_name(known: &Activated, listener: &Listener) -> String {
+    match &listener.service {
+        service if *service == known.name => String::new(),
         service => format!(" --service-name {service}"),
-    };
-    format!("{} {name}{service} --external-port {}", activate(known), listener.address)
+    }
 }
 
 #[cfg(test)]

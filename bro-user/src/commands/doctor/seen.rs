@@ -1,6 +1,6 @@
 //! How does the service see its clients? What it grants to its own host alone it must not grant to a stranger.
 
-use super::{Check, forwarder, listens};
+use super::{Check, listens};
 use crate::commands::status::Report;
 use crate::control_socket::{self, Request};
 use crate::installed::Activated;
@@ -38,7 +38,7 @@ pub(super) async fn check(known: &Activated) -> Check {
 
 /// What its forwarder says of each target.
 async fn said(service: &str, known: &Activated) -> Vec<String> {
-    let path = forwarder::socket(service, known.scope);
+    let path = control_socket::socket_of(service, known.scope);
     let Ok(report) = control_socket::ask_soon::<Report>(&path, Request::Status).await else {
         return Vec::new();
     };

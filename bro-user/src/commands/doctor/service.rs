@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::hints::Whose;
-use super::{Check, confinement, forwarder, host, image, listens, seen, selinux, versions};
+use super::{Check, confinement, forwarder, health, host, image, listens, ports, seen, selinux, versions};
 use crate::cli::Doctor;
 use crate::cli::wake_sleep::Whom;
 use crate::commands::wake_sleep;
@@ -68,8 +68,10 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     }
     if let Some(quadlet) = &quadlet {
         checks.push(image::check(&known, quadlet, bus.as_ref()).await);
+        checks.extend(health::check(&known, quadlet).await);
         checks.extend(selinux::shared(quadlet, known.run_as.as_ref()));
     }
+    checks.extend(ports::check(&known, quadlet.as_ref()));
     checks.push(versions::check_of(&known, quadlet.as_ref()).await);
     match &known.run_as {
         // Its service manager is started by the first client; but the user's logging out stops it.
@@ -281,7 +283,13 @@ async fn socket(known: &Activated, listener: &Listener, systemd: &Systemd) -> Ch
                         format!("then `{systemctl} restart {unit}`"),
                     );
                 }
-                Some(Trouble::Forbidden(why)) => format!(": {why}"),
+                Some(Trouble::Forbidden(why)) => {
+                    return Check::bad(
+                        NAME,
+                        format!("{unit} is {active}, so nobody listens at {address}: {why}"),
+                        port_owner::instead(known, listener),
+                    );
+                }
                 None => String::new(),
             };
             let log = if active == "failed" { whose.last_words(unit).await } else { String::new() };

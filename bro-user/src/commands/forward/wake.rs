@@ -298,8 +298,11 @@ impl Control<'_> {
         if matches!(self.wakefulness[backend], Wakefulness::Awake) {
             self.wakefulness[backend] = Wakefulness::Asleep;
         }
-        if self.wakefulness.iter().all(|target| matches!(target, Wakefulness::Asleep)) {
+        if !self.wakefulness.iter().any(|target| matches!(target, Wakefulness::Awake)) {
+            // Also where one is being woken again, since it has refused a connection before this was known.
             self.awake_since = None;
+        }
+        if self.wakefulness.iter().all(|target| matches!(target, Wakefulness::Asleep)) {
             self.activator.end_use();
         }
         self.engine.send(Plain::Gone { backend });

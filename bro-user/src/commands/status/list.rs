@@ -47,6 +47,9 @@ pub(crate) struct Service {
     /// What all forwarders of its unit have counted since the host was booted.
     #[serde(skip)]
     pub counts: Counts,
+    /// How the service manager says that it is; none where it was not asked.
+    #[serde(skip)]
+    systemds: Option<State>,
     /// Further names that it goes by, as `bro activate` and `bro sleep` take them.
     #[serde(skip)]
     pub also: Vec<String>,
@@ -80,6 +83,7 @@ impl Service {
             failed_wake: None,
             forwarders: Vec::new(),
             counts: Counts::default(),
+            systemds: None,
             also: Vec::new(),
         }
     }
@@ -95,16 +99,15 @@ impl Service {
         }
     }
 
-    /// What its forwarders know goes before what systemd knows.
+    /// What its forwarders know goes before what systemd knows, as far as both can be so. Wherever a forwarder is shown, it is as its
+    /// service is.
     fn hear(&mut self, mut report: Report) {
-        // That nobody has woken it through this forwarder is not to hide that it has failed, or that somebody else has started it.
-        if report.activity.state != State::Asleep {
+        if believes(report.activity.state, self.systemds) {
             self.state = report.activity.state;
             self.since = report.activity.since.or(self.since);
             self.woken_by.clone_from(&report.activity.woken_by);
             self.doing.clone_from(&report.activity.doing);
         } else {
-            // Nor where it is shown by itself.
             report.activity = Activity { state: self.state, since: self.since, ..Activity::default() };
         }
         if let Some(failed) = &report.failed_wake
@@ -121,6 +124,20 @@ impl Service {
             report.total.open + before.and_then(|predecessor| predecessor.connections).unwrap_or(0)
         };
         self.connections = self.forwarders.iter().map(connections).sum();
+    }
+}
+
+/// Is a service as its forwarder says, and not as the service manager says, if that was asked?
+const fn believes(forwarder: State, systemd: Option<State>) -> bool {
+    match (forwarder, systemd) {
+        // That nobody has woken it through this forwarder is not to hide that it has failed, or that somebody else has started it.
+        (State::Asleep, _) => false,
+        // Without a run of its unit it is not awake, whatever was so a moment ago.
+        (
+            State::Awake | State::Busy,
+            Some(State::Asleep | State::Starting | State::Stopping | State::Failed),
+        ) => false,
+        _ => true,
     }
 }
 
@@ -262,15 +279,24 @@ async fn look(
         _ if deaf => State::Deaf,
         // However the container is: who comes now waits for a forwarder that does not get up.
         _ if restarting => State::Failed,
+        "inactive" if failed => State::Failed,
+        active => of_unit(active),
+    };
+    // One that does not listen, or whose forwarder does not get up, may be awake all the same for those who are there.
+    service.systemds = unit.as_ref().map(|unit| of_unit(&unit.active));
+    service.since = unit.and_then(|unit| unit.active_since).filter(|_| service.state == State::Awake);
+    Ok(())
+}
+
+/// From a unit's ActiveState.
+fn of_unit(active: &str) -> State {
+    match active {
         "active" | "reloading" => State::Awake,
         "activating" => State::Starting,
         "deactivating" => State::Stopping,
         "failed" => State::Failed,
-        _ if failed => State::Failed,
         _ => State::Asleep,
-    };
-    service.since = unit.and_then(|unit| unit.active_since).filter(|_| service.state == State::Awake);
-    Ok(())
+    }
 }
 
 pub(super) fn describe(services: &[Service]) -> String {
@@ -363,6 +389,30 @@ pub(crate) mod tests {
     fn what_is_advised_names_the_service() {
         assert_eq!(since(State::Failed, None, "web"), "failed (see `bro doctor web`)");
         assert_eq!(since(State::Deaf, None, "web@blue"), "not listening (see `bro doctor web@blue`)");
+    }
+
+    #[test]
+    fn a_forwarder_is_believed_as_far_as_its_unit_can_be_so() {
+        use State::{Asleep, Awake, Busy, Deaf, Failed, Starting, Stopping};
+        for (forwarder, systemd, believed) in [
+            (Asleep, Some(Awake), false),
+            (Asleep, Some(Failed), false),
+            (Asleep, None, false),
+            (Awake, Some(Awake), true),
+            (Awake, None, true),
+            (Busy, Some(Awake), true),
+            // Awake for a minute, with 14 connections, and its unit's start waits for the network.
+            (Awake, Some(Asleep), false),
+            (Awake, Some(Starting), false),
+            (Busy, Some(Failed), false),
+            (Starting, Some(Asleep), true),
+            (Starting, Some(Awake), true),
+            (Stopping, Some(Awake), true),
+        ] {
+            assert_eq!(believes(forwarder, systemd), believed, "{forwarder:?} {systemd:?}");
+        }
+        assert_eq!((of_unit("maintenance"), of_unit("reloading")), (Asleep, Awake));
+        assert_ne!(of_unit("failed"), Deaf);
     }
 
     #[test]

@@ -1,0 +1,32 @@
+//! A forwarder that runs with the settings from before: it is started anew where that disturbs no client.
+
+use anyhow::Context as _;
+
+use crate::commands::status::{Report, State};
+use crate::control_socket::{self, Request};
+use crate::systemd::scope::Manager;
+use crate::systemd::unit_files::Systemd;
+
+/// Starts the running forwarder anew, if it has no client. False where it has one, or nobody knows.
+pub(super) async fn unless_in_use(systemd: &Systemd, service: &str, scope: Manager) -> anyhow::Result<bool> {
+    // One that systemd is just starting, perhaps for the hundredth time, has nobody: clients wait in the kernel for one that gets up.
+    if systemd.bus.active_state(service).await? == "active" {
+        let report: anyhow::Result<Report> =
+            control_socket::ask_soon(&control_socket::socket_of(service, scope), Request::Status).await;
+        if !report.is_ok_and(|report| has_nobody(&report)) {
+            return Ok(false);
+        }
+    }
+    // A client that connects from here on waits in the socket's backlog, or is let finish.
+    let result = systemd.bus.restart(service).await.with_context(|| format!("cannot restart {service}"))?;
+    anyhow::ensure!(result == "done", "restarting {service} ended with “{result}”");
+    Ok(true)
+}
+
+fn has_nobody(report: &Report) -> bool {
+    report.total.open == 0
+        && report.total.held == 0
+        && report.waiting.is_none()
+        && report.predecessor.is_none()
+        && matches!(report.activity.state, State::Asleep | State::Awake | State::Busy)
+}

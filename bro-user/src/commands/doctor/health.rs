@@ -1,0 +1,69 @@
+//! With `--ready=healthy`: is there a health check that could ever say so?
+
+use serde_json::Value;
+
+use super::podman::{self, Answer};
+use super::{Check, listens};
+use crate::installed::Activated;
+use crate::podman::quadlet::{Kind, Quadlet};
+
+const NAME: &str = "ready";
+
+/// None where readiness is no matter of health checks, or where nobody can say.
+pub(super) async fn check(known: &Activated, quadlet: &Quadlet) -> Option<Check> {
+    if known.option("ready") != Some("healthy") || known.container_given || quadlet.kind != Kind::Container {
+        return None;
+    }
+    let file = quadlet.file_name();
+    if let Some(command) = quadlet.value("HealthCmd").filter(|command| !command.is_empty()) {
+        return Some(match command {
+            "none" => none(known, &format!("HealthCmd=none in {file}")),
+            _ => Check::ok(NAME, format!("HealthCmd= in {file} says when clients may come")),
+        });
+    }
+    let Some(image) = quadlet.value("Image") else {
+        return Some(none(known, &format!("no HealthCmd= in {file}")));
+    };
+    let answer = podman::ask(known.run_as.as_ref(), &["image", "inspect", image]).await;
+    let Answer::Yes(text) = answer else { return None };
+    let described: Value = serde_json::from_str(&text).ok()?;
+    Some(if has_health_check(&described) {
+        Check::ok(NAME, format!("the health check of {image} says when clients may come"))
+    } else {
+        none(known, &format!("no HealthCmd= in {file}, and no health check in {image}"))
+    })
+}
+
+fn none(known: &Activated, there_is: &str) -> Check {
+    Check::bad(
+        NAME,
+        format!("--ready=healthy, and there is {there_is}: no client is ever connected"),
+        format!("HealthCmd= in the quadlet, or `{} {} --ready auto`", listens::activate(known), known.name),
+    )
+}
+
+/// What `podman image inspect` prints is a list; versions spell the key differently.
+fn has_health_check(described: &Value) -> bool {
+    let image = described.get(0).unwrap_or(described);
+    let checks = ["Healthcheck", "HealthCheck"];
+    let places = [Some(image), image.get("Config")];
+    places.into_iter().flatten().any(|place| {
+        checks.iter().filter_map(|key| place.get(key)?.get("Test")?.as_array()).any(|test| {
+            test.first().and_then(Value::as_str).is_some_and(|kind| !kind.eq_ignore_ascii_case("none"))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_health_check_is_one_that_is_run() {
+        let image = |text: &str| has_health_check(&serde_json::from_str(text).unwrap());
+        assert!(image(r#"[{"Healthcheck":{"Test":["CMD-SHELL","true"]}}]"#));
+        assert!(image(r#"[{"Config":{"Healthcheck":{"Test":["CMD","x"]}}}]"#));
+        assert!(!image(r#"[{"Healthcheck":{"Test":["NONE"]}}]"#));
+        assert!(!image(r#"[{"Healthcheck":null,"Config":{}}]"#) && !image("[]"));
+    }
+}
