@@ -34,6 +34,7 @@ use crate::netns::identity::{self, Identity};
 use crate::netns::wire::{Address, Destinations};
 use crate::netns::{self, AgentEnded, Namespace, Where};
 use crate::target::Target;
+use crate::wakes::Wakes;
 use bus::{Bus, Manager};
 use command::Outcome;
 use container::Inspected;
@@ -96,6 +97,8 @@ pub struct Activator {
     in_use: std::sync::Mutex<Option<ownership::Use>>,
     /// The kernel relay's programs, where there may be any to watch the service.
     programs: OnceLock<Arc<Watching>>,
+    /// Where starts are counted.
+    wakes: OnceLock<Arc<Wakes>>,
     /// Counts up whenever the kernel relay's programs say that somebody listens.
     listening: tokio::sync::watch::Sender<u64>,
 }
@@ -175,6 +178,7 @@ impl Activator {
             own: Mutex::default(),
             in_use: std::sync::Mutex::default(),
             programs: OnceLock::new(),
+            wakes: OnceLock::new(),
             listening: tokio::sync::watch::Sender::new(0),
         }
     }
@@ -183,6 +187,12 @@ impl Activator {
     pub fn watch_through(&self, programs: Arc<Watching>) {
         // Set once, by whoever starts the engine.
         self.programs.set(programs).ok();
+    }
+
+    /// Has starts counted from now on.
+    pub fn count_starts(&self, wakes: Arc<Wakes>) {
+        // Set once, by whoever starts the engine.
+        self.wakes.set(wakes).ok();
     }
 
     /// The kernel relay's programs say that somebody listens.
@@ -339,6 +349,13 @@ impl Activator {
         bus.how_far(unit).await.is_ok_and(|start| start.is_under_way())
     }
 
+    /// Does the unit run? Without one nobody knows.
+    pub async fn is_up(&self) -> bool {
+        let Some(unit) = &self.unit else { return false };
+        let Ok(bus) = self.bus().await else { return false };
+        bus.active_state(unit).await.is_ok_and(|state| bus::is_active(&state))
+    }
+
     /// Starts the unit, then watches it for as long as it is waited for. Returns only to say that it failed. A service manager that
     /// does not answer for a moment, since it executes itself anew, is asked again.
     async fn start(
@@ -411,6 +428,10 @@ impl Activator {
         // the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is tried
         // before there is a way to the target may take another way, and wait there.
         let process = matches!(self.place, Place::Container(_) | Place::Pid(_));
+        // Another target's client, or somebody else, may have ordered it.
+        if let Some(wakes) = self.wakes.get().filter(|_| !before.is_running()) {
+            wakes.started();
+        }
         let early = before.state != "deactivating" && process;
         let ordered = || {
             if early {

@@ -399,6 +399,7 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
         write::remove_directories(&known.made)?;
         if places.root.is_none() {
             failed_wake::forget(&known);
+            crate::wakes::forget(&known);
         }
     }
     say::removed(&known, &changes, left)

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kernel::{Lane, send_memory};
 use crate::proxy_protocol::{Bad, Incoming, Said};
+use crate::rate::Meter;
 use crate::relay::half_close::Half;
 use crate::relay::{Broken, Direction, Guard, Method, Side, Tools, copy};
 use crate::source::Origin;
@@ -40,6 +41,16 @@ pub enum Source {
     Address(IpAddr),
     /// A user of this host.
     User(u32),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address @ IpAddr::V4(_)) => address.fmt(f),
+            Self::Address(address @ IpAddr::V6(_)) => write!(f, "{address}/64"),
+            Self::User(uid) => write!(f, "user {uid}"),
+        }
+    }
 }
 
 impl Peer {
@@ -117,6 +128,10 @@ pub enum End {
     ClientLeft,
     /// Over `--connections-per-source`.
     SourceLimit,
+    /// It came while the service slept, and wakes nothing (`--wake-ignore`).
+    WakeIgnored,
+    /// It came while the service slept, which was started too often (`--wakes-per-hour`).
+    WakeLimit,
     /// One side passed descriptors, which cannot be passed on.
     #[serde(skip)]
     Descriptors(Side),
@@ -144,6 +159,8 @@ impl End {
             Self::Refused(_) => "refused",
             Self::ClientLeft => "client-left",
             Self::SourceLimit => "source-limit",
+            Self::WakeIgnored => "wake-ignored",
+            Self::WakeLimit => "wake-limit",
             Self::Descriptors(_) => "descriptors",
             Self::BadHeader(_) => "bad-proxy-header",
             Self::HeaderTimeout => "proxy-header-timeout",
@@ -260,6 +277,12 @@ pub struct Connection {
     pub awaits_answer: bool,
     /// It found the service asleep and was the first to.
     pub woke: bool,
+    /// It keeps nothing awake (`--idle-ignore`).
+    pub ignored: bool,
+    /// It wakes nothing (`--wake-ignore`).
+    pub wakes_nothing: bool,
+    /// How much has to move on it to keep anything awake (`--idle-below`).
+    pub meter: Option<Box<Meter>>,
     /// From accepted to connected, for the one that woke the service.
     pub cold_start: Option<Duration>,
     /// Where it stands.
@@ -475,6 +498,17 @@ impl Connection {
             self.active = now;
         }
         moved
+    }
+
+    /// Has so much moved since this was asked last as keeps the service awake, where that goes by bytes?
+    pub fn keeps_awake(&mut self, now: Instant) -> bool {
+        let moved = self.notice_bytes(now);
+        let total = self.moved;
+        match &mut self.meter {
+            _ if self.ignored => false,
+            None => moved,
+            Some(meter) => meter.reaches(total, now),
+        }
     }
 
     /// Notes who spoke last.

@@ -33,6 +33,7 @@ use slab::Slab;
 use crate::connection::{Connection, End, Source};
 use crate::listen::Listener;
 use crate::proxy_protocol::{Trusted, Version};
+use crate::rate::Rate;
 use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
@@ -68,8 +69,14 @@ pub struct Settings {
     pub trusted: Vec<Trusted>,
     /// `--wake-on=data`
     pub wake_on_data: bool,
-    /// `--idle-by=bytes`: the idle time.
+    /// `--idle-by=bytes` or `--idle-below`: the idle time.
     pub idle_by_bytes: Option<Duration>,
+    /// `--idle-ignore`
+    pub idle_ignore: Vec<Trusted>,
+    /// `--idle-below`
+    pub idle_below: Option<Rate>,
+    /// `--wake-ignore`
+    pub wake_ignore: Vec<Trusted>,
     /// Whether a refused connection means “not ready yet” (every `--ready` but `none`).
     pub hold_refused: bool,
 }
@@ -103,6 +110,8 @@ pub struct Engine {
     connections: Slab<Connection>,
     /// Connections that do not relay yet.
     pending: usize,
+    /// Connections that are not ignored (`--idle-ignore`).
+    keeping: usize,
     per_source: HashMap<Source, u32>,
     /// Connections whose client has to say something first.
     silent: silent::Silent,
@@ -166,6 +175,7 @@ impl Engine {
             backends: targets.into_iter().map(Backend::asleep).collect(),
             connections: Slab::new(),
             pending: 0,
+            keeping: 0,
             per_source: HashMap::new(),
             silent: silent::Silent::default(),
             retries: Vec::new(),
@@ -309,6 +319,7 @@ impl Engine {
                         Plain::Watch(watch) => self.watch(watch),
                         Plain::Failed { backend, end } => self.backend_failed(backend, end),
                         Plain::Gone { backend } => self.backend_gone(backend),
+                        Plain::Knocked { backend, runs } => self.knocked(backend, runs),
                         Plain::Drain(why) => self.drain(why)?,
                         Plain::EndSilent => self.let_silent_clients_go(End::Shutdown),
                         Plain::EndAll(end) => self.end_all(end),

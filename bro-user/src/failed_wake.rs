@@ -107,7 +107,7 @@ pub(crate) fn forget(known: &Activated) {
 }
 
 /// Where its forwarder notes things, to be looked into as the forwarder's user.
-fn place(known: &Activated) -> Option<(PathBuf, Option<crate::owner::Acting>)> {
+pub(crate) fn place(known: &Activated) -> Option<(PathBuf, Option<crate::owner::Acting>)> {
     match (&known.run_as, known.scope) {
         (Some(owner), _) if owner.is_gone() => None,
         (Some(owner), _) => {

@@ -23,7 +23,7 @@ use crate::activate::bus::Manager;
 use crate::activate::sources::{Choice, Wanted};
 use crate::activate::watching::{self, Loaded, Watching};
 use crate::activate::{Activator, Awake, Incarnation, Place};
-use crate::cli::idle::{IdleBy, WakeOn};
+use crate::cli::idle::WakeOn;
 use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::connection::End;
 use crate::control::{self, Asked, Asker, Request};
@@ -41,6 +41,7 @@ use crate::relay::pipes;
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
 use crate::target::Target;
+use crate::wakes::{Limits, Wakes};
 use crate::{life, status};
 use waking::Wakefulness;
 
@@ -287,11 +288,22 @@ fn settings(options: &Forward) -> Settings {
         proxy_protocol: options.proxy_protocol,
         trusted: if options.accept_proxy { options.trusted.clone() } else { Vec::new() },
         wake_on_data: options.idle.wake_on == WakeOn::Data,
-        idle_by_bytes: (options.idle.idle_by == IdleBy::Bytes)
-            .then(|| options.idle.exit_idle_time.finite())
-            .flatten(),
+        idle_by_bytes: options.idle.exit_idle_time.finite().filter(|_| options.idle.counts_bytes()),
+        idle_ignore: options.idle.idle_ignore.clone(),
+        idle_below: options.idle.idle_below,
+        wake_ignore: options.idle.wake_ignore.clone(),
         hold_limit: options.start_timeout.or_forever(),
         hold_refused: options.ready != crate::activate::ready::Ready::Unchecked,
+    }
+}
+
+/// What the command line decides about how often the service is started.
+fn wake_limits(options: &Forward) -> Limits {
+    let idle = &options.idle;
+    Limits {
+        per_hour: idle.wakes_per_hour,
+        idle_time: idle.exit_idle_time.or_forever(),
+        most_idle_time: idle.exit_idle_time_max.or_forever(),
     }
 }
 
@@ -367,8 +379,14 @@ struct Control<'a> {
     busy: sleeping::Busy,
     /// Answers to the question who is busy.
     said_busy: (UnboundedSender<Option<String>>, UnboundedReceiver<Option<String>>),
+    /// Whether the service runs, for clients that wake nothing.
+    knocked: (UnboundedSender<waking::Knocked>, UnboundedReceiver<waking::Knocked>),
     phase: Phase,
     limit: waiting::Limit,
+    /// How often the service is started.
+    history: Arc<Wakes>,
+    /// That it was started too often has been said.
+    too_many_said: bool,
     replacing: replacing::Replacing<'a>,
     failure: Option<anyhow::Error>,
 }
@@ -390,6 +408,8 @@ impl<'a> Control<'a> {
         let (handle, events) = Handle::new(channel)?;
         let handle = Arc::new(handle);
         let watching = Arc::new(Watching::new(handle.clone()));
+        let history = Arc::new(Wakes::of(options.unit.as_deref(), wake_limits(options)));
+        activator.count_starts(history.clone());
         let loading = load_kernel_relay(options, bequest);
         if loading.is_some() {
             activator.watch_through(watching.clone());
@@ -412,6 +432,7 @@ impl<'a> Control<'a> {
             sleeper: None,
             busy: sleeping::Busy::default(),
             said_busy: unbounded_channel(),
+            knocked: unbounded_channel(),
             targets,
             seen: HashMap::new(),
             activator,
@@ -429,6 +450,8 @@ impl<'a> Control<'a> {
             gone: unbounded_channel(),
             phase: Phase::Serving,
             limit: waiting::Limit::new(None, usize::MAX),
+            history,
+            too_many_said: false,
             replacing: replacing::Replacing::new(listeners),
             failure: None,
         })
@@ -488,6 +511,7 @@ impl<'a> Control<'a> {
                 Some((backend, result)) = self.woken.1.recv() => self.woken(backend, result),
                 Some(backend) = self.gone.1.recv() => self.gone(backend),
                 Some(who) = self.said_busy.1.recv() => self.busy(who),
+                Some(knocked) = self.knocked.1.recv() => self.knocked(knocked),
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
                 _ = hang_up.recv() => self.begin_replacement().await,
@@ -576,6 +600,10 @@ impl<'a> Control<'a> {
             Some(waiting) => format!("{said}; {waiting}"),
             None => said,
         };
+        let said = match self.history.remark() {
+            Some(remark) => format!("{said}; {remark}"),
+            None => said,
+        };
         match self.replacing.predecessor() {
             Some(predecessor) => format!("{said}; {predecessor}"),
             None => said,
@@ -646,6 +674,7 @@ impl<'a> Control<'a> {
             state: self.status(),
             activity: self.activity(),
             failed_wake: self.failures.last().cloned(),
+            rhythm: self.history.rhythm().map(Box::new),
             service: status::own_unit(),
             peers: Vec::new(),
             waiting: self.limit.waiting().cloned(),
@@ -702,14 +731,23 @@ impl<'a> Control<'a> {
     fn event(&mut self, event: Event) {
         match event {
             // The relay process is not trusted with anything: neither with a number of ours, nor with asking once.
-            Event::Wake { backend, peer, refused } => match self.wakefulness.get(backend) {
+            Event::Wake { backend, peer, source, refused } => match self.wakefulness.get(backend) {
                 Some(Wakefulness::Waking(waking)) if waking.until.is_some() => {
                     tracing::debug!(backend, "woken already");
                 }
                 Some(Wakefulness::Waking(_)) => self.wait_again(backend, &peer),
-                Some(_) => self.wake(backend, &peer, refused),
+                Some(Wakefulness::Asleep) if source.is_some() && self.history.too_many().is_some() => {
+                    self.looks_before_refusing(backend, peer);
+                }
+                Some(_) => {
+                    if !refused && self.is_asleep() {
+                        self.found_asleep(source.as_deref());
+                    }
+                    self.wake(backend, &peer, refused);
+                }
                 None => tracing::error!(backend, "the relay process wants a target woken that there is not"),
             },
+            Event::Knock { backend, peer } => self.knocked_for(backend, peer),
             Event::Leaving(_) => self.stays(),
             Event::Draining(why) => self.draining(&why),
             Event::Pong => life::alive(),

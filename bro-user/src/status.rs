@@ -16,6 +16,7 @@ use crate::control::{self, Request};
 use crate::exit::{self, Failure};
 use crate::failed_wake::FailedWake;
 use crate::stats::Tally;
+use crate::wakes::Rhythm;
 
 /// What a forwarder says of itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +40,9 @@ pub struct Report {
     /// The last wake that failed and was followed by none that succeeded.
     #[serde(default)]
     pub failed_wake: Option<FailedWake>,
+    /// How often it is started, where that is limited or lets the idle time grow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rhythm: Option<Box<Rhythm>>,
     /// The forwarder's own unit, where it has one.
     #[serde(default)]
     pub service: Option<String>,
@@ -345,6 +349,7 @@ mod tests {
             state: "1 connection now".into(),
             activity: Activity::default(),
             failed_wake: Some(FailedWake { at: 1, target: "127.0.0.1:80".into(), why: "no image".into() }),
+            rhythm: None,
             service: None,
             peers: Vec::new(),
             waiting: Some(Waiting { clients: 2, connections: 256, lets_in: "--connections-max=256".into() }),

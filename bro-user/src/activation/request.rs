@@ -23,12 +23,17 @@ const IDLE: &str = "5min";
 pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
-pub(crate) const HANDED_ON: [HandedOn; 23] = [
+pub(crate) const HANDED_ON: [HandedOn; 28] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
+    ("wake-ignore", |options| (!options.wake_ignore.is_empty()).then(|| listed(&options.wake_ignore))),
     ("exit-idle-time", |options| options.exit_idle_time.map(written)),
+    ("exit-idle-time-max", |options| options.exit_idle_time_max.map(written)),
     ("idle-by", |options| options.idle_by.map(word)),
+    ("idle-ignore", |options| (!options.idle_ignore.is_empty()).then(|| listed(&options.idle_ignore))),
+    ("idle-below", |options| options.idle_below.map(|rate| rate.to_string())),
+    ("wakes-per-hour", |options| options.wakes_per_hour.map(|most| most.to_string())),
     ("min-uptime", |options| options.min_uptime.map(written)),
     ("busy-file", |options| options.busy_file.as_ref().map(|path| path.display().to_string())),
     ("busy-exec", |options| options.busy_exec.clone()),

@@ -136,6 +136,8 @@ pub(super) struct Backend {
     pub(super) watched: Option<u64>,
     /// It was said that there is no source port towards it.
     ports_announced: bool,
+    /// It was asked whether the service runs, for those who wake nothing.
+    knocking: bool,
     state: State,
     held: VecDeque<usize>,
 }
@@ -147,7 +149,14 @@ impl Backend {
     }
 
     pub(super) const fn asleep(name: String) -> Self {
-        Self { name, watched: None, ports_announced: false, state: State::Asleep, held: VecDeque::new() }
+        Self {
+            name,
+            watched: None,
+            ports_announced: false,
+            knocking: false,
+            state: State::Asleep,
+            held: VecDeque::new(),
+        }
     }
 }
 
@@ -168,7 +177,7 @@ impl Engine {
         if let State::Ready(_) = &self.backends[backend].state {
             return self.start_connect(index, 0, false);
         }
-        if self.are_bytes_to_wake() {
+        if !self.connections[index].wakes_nothing && self.are_bytes_to_wake() {
             return self.wait_for_a_byte(index);
         }
         self.hold(index, false);
@@ -179,7 +188,12 @@ impl Engine {
         for (index, backend) in self.backends.iter_mut().enumerate() {
             if backend.is_asleep() {
                 backend.state = State::Waking;
-                self.outbox.tell(&Event::Wake { backend: index, peer: by.to_owned(), refused: false });
+                self.outbox.tell(&Event::Wake {
+                    backend: index,
+                    peer: by.to_owned(),
+                    source: None,
+                    refused: false,
+                });
             }
         }
     }
@@ -190,11 +204,20 @@ impl Engine {
         connection.registered[1] = Registration::Absent;
         let backend = &mut self.backends[connection.backend];
         backend.held.push_back(index);
-        if matches!(backend.state, State::Asleep) {
+        if matches!(backend.state, State::Asleep) && connection.wakes_nothing {
+            if !std::mem::replace(&mut backend.knocking, true) {
+                self.outbox
+                    .tell(&Event::Knock { backend: connection.backend, peer: connection.peer.to_string() });
+            }
+        } else if matches!(backend.state, State::Asleep) {
             backend.state = State::Waking;
             connection.woke |= !refused;
-            let wake =
-                Event::Wake { backend: connection.backend, peer: connection.peer.to_string(), refused };
+            let wake = Event::Wake {
+                backend: connection.backend,
+                peer: connection.peer.to_string(),
+                source: Some(connection.peer.source().to_string()),
+                refused,
+            };
             if !refused {
                 self.tallies[connection.listener].cold_starts += 1;
             }
@@ -248,13 +271,32 @@ impl Engine {
         );
         // As after a refusal: it is tried again, after a while.
         let (backend, peer) = (backend.unwrap_or_default(), String::new());
-        self.outbox.tell(&Event::Wake { backend, peer, refused: true });
+        self.outbox.tell(&Event::Wake { backend, peer, source: None, refused: true });
     }
 
     pub(super) fn backend_failed(&mut self, backend: usize, end: End) {
         self.backends[backend].state = State::Asleep;
         for index in std::mem::take(&mut self.backends[backend].held) {
             self.finish(index, end);
+        }
+        self.publish_held();
+    }
+
+    /// Whether the service runs, for those who wake nothing: they wait until it is found, or are reset. Where another client wakes it
+    /// by now, they wait with that one.
+    pub(super) fn knocked(&mut self, backend: usize, runs: bool) {
+        let Some(known) = self.backends.get_mut(backend) else { return };
+        known.knocking = false;
+        if !known.is_asleep() {
+            return;
+        }
+        if runs {
+            known.state = State::Waking;
+            return;
+        }
+        for index in std::mem::take(&mut known.held) {
+            self.ignore(index);
+            self.finish(index, End::WakeIgnored);
         }
         self.publish_held();
     }

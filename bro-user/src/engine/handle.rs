@@ -67,6 +67,13 @@ pub enum Plain {
         /// Which target.
         backend: usize,
     },
+    /// The answer to [`Event::Knock`].
+    Knocked {
+        /// Which target.
+        backend: usize,
+        /// The service runs, and is being looked for.
+        runs: bool,
+    },
     /// Accept no more, for this reason; say when that is so, and when the last connection has ended.
     Drain(String),
     /// End every connection now.
@@ -103,8 +110,17 @@ pub enum Event {
         backend: usize,
         /// Who the client is.
         peer: String,
+        /// Its source, where it is a client.
+        source: Option<String>,
         /// The target was ready and refused a connection since.
         refused: bool,
+    },
+    /// A client that wakes nothing is here (`--wake-ignore`): does the service run?
+    Knock {
+        /// Which target.
+        backend: usize,
+        /// Who the client is.
+        peer: String,
     },
     /// Something began to listen at this port of the namespace with this cookie.
     Listening {

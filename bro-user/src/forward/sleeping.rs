@@ -6,7 +6,6 @@ use tokio::time::{Instant, timeout};
 
 use super::{Control, Phase};
 use crate::activate::Stopped;
-use crate::cli::idle::IdleBy;
 use crate::control::{Asked, Asker, Outcome, Request};
 use crate::engine::handle::Plain;
 use crate::engine::idle::Leave;
@@ -33,7 +32,10 @@ pub(super) struct Busy {
 impl Control<'_> {
     /// When to leave for want of clients, or to look again whether there are any.
     pub(super) fn idle_deadline(&self) -> Option<Instant> {
-        let limit = self.options.idle.exit_idle_time.finite().filter(|_| self.phase == Phase::Serving)?;
+        if self.phase != Phase::Serving || self.options.idle.exit_idle_time.finite().is_none() {
+            return None;
+        }
+        let limit = self.history.idle_time();
         if self.busy.asking || !self.wakers.is_empty() || self.replacing.stands_in_the_way() {
             return None;
         }
@@ -50,10 +52,8 @@ impl Control<'_> {
 
     /// Since when nothing happens; now, while something does.
     fn idle_since(&self) -> Instant {
-        let since = match self.options.idle.idle_by {
-            IdleBy::Connections => self.stats.idle_from(),
-            IdleBy::Bytes => self.stats.quiet_from(),
-        };
+        let since =
+            if self.options.idle.counts_bytes() { self.stats.quiet_from() } else { self.stats.idle_from() };
         // The engine, which counts, hears of a wake a moment later than this side.
         since.map_or_else(Instant::now, Instant::from_std).max(self.woken_at)
     }
@@ -79,7 +79,7 @@ impl Control<'_> {
 
     /// The answer to the question who is busy.
     pub(super) fn busy(&mut self, who: Option<String>) {
-        let limit = self.options.idle.exit_idle_time.or_forever();
+        let limit = self.history.idle_time();
         self.busy.asking = false;
         self.busy.again = who.as_ref().map(|_| Instant::now() + Inhibitors::step(limit));
         if let Some(who) = who.as_ref().filter(|_| self.busy.who.is_none()) {
@@ -95,15 +95,16 @@ impl Control<'_> {
 
     /// Who keeps the idle exit waiting, if somebody does.
     pub(super) fn who_is_busy(&self) -> Option<&str> {
-        let limit = self.options.idle.exit_idle_time.or_forever();
+        let limit = self.history.idle_time();
         self.busy.who.as_deref().filter(|_| self.idle_since() + limit <= Instant::now())
     }
 
     fn ask_to_leave(&mut self) {
         self.phase = Phase::Leaving;
-        self.engine.send(Plain::Leave(match self.options.idle.idle_by {
-            IdleBy::Connections => Leave::WithoutConnections,
-            IdleBy::Bytes => Leave::WithoutBytes(self.options.idle.exit_idle_time.or_forever()),
+        self.engine.send(Plain::Leave(if self.options.idle.counts_bytes() {
+            Leave::WithoutBytes(self.history.idle_time())
+        } else {
+            Leave::WithoutConnections
         }));
     }
 
@@ -174,7 +175,13 @@ impl Control<'_> {
             }
         };
         let outcome = match stopped {
-            Ok(Ok(Stopped::Done)) => Outcome::done("stopped"),
+            Ok(Ok(Stopped::Done)) => {
+                // Who wakes by hand what was put to sleep by hand is not to be waited for.
+                if sleeper.is_none() && self.awake_since.is_some() {
+                    self.history.slept();
+                }
+                Outcome::done("stopped")
+            }
             Ok(Ok(Stopped::NoUnit)) => {
                 Outcome::refused("the forwarder has ended, but it has no --unit that it could stop")
             }

@@ -287,6 +287,10 @@ fn about(service: &Service) -> String {
     if let Some(waiting) = &service.waiting {
         write!(text, "; {waiting}").ok();
     }
+    let rhythms = service.forwarders.iter().filter_map(|report| report.rhythm.as_ref()?.remark());
+    for remark in rhythms {
+        write!(text, "; {remark}").ok();
+    }
     if !service.addresses.is_empty() {
         write!(text, "; at {}", service.addresses.join(", ")).ok();
     }

@@ -4,6 +4,7 @@
 mod doctoring;
 mod failures;
 mod life;
+mod often;
 mod places;
 mod services;
 mod sharing;
@@ -60,6 +61,9 @@ const BOTH: &[Case] = &[
     ("a forwarder that is killed during the start", whose::killed_while_it_starts),
     ("two targets woken at once", whose::two_targets_at_once),
     ("a container that another unit needs", whose::needed_by_another),
+    ("often: the same client again and again", often::the_same_client_again_and_again),
+    ("often: a container that was started too often", often::started_too_often),
+    ("often: clients that wake nothing", often::who_wakes_nothing),
     ("services in bro status", doctoring::status_of_services),
     ("bro doctor and a service that is broken", doctoring::doctor_of_a_service),
     ("unix_socket: whom a service in a container sees", unix_socket::who_connects),
