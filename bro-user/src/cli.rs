@@ -1,7 +1,6 @@
 //! The command line: what each option means, in the words that `--help` and the man page print.
 
 mod activate;
-pub mod control;
 #[cfg(test)]
 mod documented;
 mod helper;
@@ -9,6 +8,7 @@ pub mod idle;
 #[cfg(test)]
 mod links;
 mod loader;
+pub mod wake_sleep;
 
 use std::path::PathBuf;
 
@@ -20,8 +20,8 @@ pub use loader::Loader;
 
 use crate::netns::identity::Identity;
 use crate::proxy_protocol::{Trusted, Version};
+use crate::systemd::time_span::TimeSpan;
 use crate::target::Target;
-use crate::timespan::TimeSpan;
 
 /// Start any container on its first connection, relay it without losing a byte, and get out of the way.
 #[derive(Debug, Parser)]
@@ -43,7 +43,7 @@ pub const NAMES: [(&str, &str); 3] =
 /// The version, with what made the kernel relay's programs.
 fn long_version() -> &'static str {
     static TEXT: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
-        let object = crate::kernel::OBJECT.lines().collect::<Vec<_>>().join("\n  ");
+        let object = bro_sockmap::OBJECT.lines().collect::<Vec<_>>().join("\n  ");
         format!("{}\nkernel programs made by\n  {object}", env!("CARGO_PKG_VERSION"))
     });
     &TEXT
@@ -59,9 +59,9 @@ pub enum Command {
     #[command(after_long_help = activate::EXAMPLES)]
     Activate(Box<Activate>),
     /// Start an activated service now, and wait until it is ready
-    Wake(control::Wake),
+    Wake(wake_sleep::Wake),
     /// Stop an activated service now, unless clients are connected
-    Sleep(control::Sleep),
+    Sleep(wake_sleep::Sleep),
     /// What is activated, and whether it is awake; with a NAME: connections, bytes by relay, cold starts
     Status(Status),
     /// What this host can do for this user and what not, or what is wrong with one service; one line a check, with the fix
@@ -119,11 +119,11 @@ pub struct Forward {
     pub allow_missing_sockets: bool,
 
     /// Listen on ADDR, for a host without systemd: [NAME=]HOST:PORT, PORT or a unix path (repeatable)
-    #[arg(long, value_name = "ADDR", value_parser = crate::listen::parse_listen)]
-    pub listen: Vec<crate::listen::ListenSpec>,
+    #[arg(long, value_name = "ADDR", value_parser = crate::systemd::listen_fds::parse_listen)]
+    pub listen: Vec<crate::systemd::listen_fds::ListenSpec>,
 
     /// The Podman container whose network namespace (for a unix target: whose files) the target is in
-    #[arg(long, value_name = "NAME", group = "place", value_parser = crate::activation::address::container)]
+    #[arg(long, value_name = "NAME", group = "place", value_parser = crate::address::container)]
     pub container: Option<String>,
 
     /// The process whose network namespace the target is in
@@ -145,7 +145,7 @@ pub struct Forward {
     pub unix_identity: Identity,
 
     /// The unit to start on the first connection (without it, the container is started by unit dependencies)
-    #[arg(long, value_name = "NAME.service", value_parser = crate::activation::address::unit)]
+    #[arg(long, value_name = "NAME.service", value_parser = crate::address::unit)]
     pub unit: Option<String>,
 
     /// Start the unit on the user's service manager (default for an ordinary user)
@@ -167,10 +167,10 @@ pub struct Forward {
     /// tried every 200 ms, each try for 10 s at most. none: at once; a refused connection is a reset for the client. All of it
     /// within --start-timeout.
     #[arg(long, value_name = "HOW", default_value = "auto")]
-    pub ready: crate::activate::ready::Ready,
+    pub ready: crate::service::readiness::Ready,
 
     /// How long clients are held while the service starts; then they are reset and the next client tries again
-    #[arg(long, value_name = "SPAN", default_value = "90s", value_parser = crate::timespan::limit)]
+    #[arg(long, value_name = "SPAN", default_value = "90s", value_parser = crate::systemd::time_span::limit)]
     pub start_timeout: TimeSpan,
 
     /// When it wakes and when it sleeps.
@@ -182,7 +182,7 @@ pub struct Forward {
     pub drain_timeout: TimeSpan,
 
     /// Abort a connection after SPAN without a byte in either direction
-    #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::timespan::limit)]
+    #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::systemd::time_span::limit)]
     pub idle_timeout: TimeSpan,
 
     /// How many connections at once; further clients wait in the kernel's backlog (default: as many as the limit on descriptors allows)
@@ -206,7 +206,7 @@ pub struct Forward {
     /// on its network, for every client. auto: client without a network, else container. loopback: 127.0.0.1 or ::1, and so
     /// every client is granted what the service trusts its own host with, such as a database without a password.
     #[arg(long, value_name = "WHICH", default_value = "auto")]
-    pub source: crate::activate::sources::Choice,
+    pub source: crate::service::sources::Choice,
 
     /// Let what clients on this host send take a kernel lane too: off, on, or a cgroup's path
     ///
@@ -245,11 +245,11 @@ pub struct Forward {
     pub trusted: Vec<Trusted>,
 
     /// TCP keepalive on both legs: time without traffic before the first probe, 1s to 32767s
-    #[arg(long, value_name = "SPAN", default_value = "60s", value_parser = crate::timespan::keepalive)]
+    #[arg(long, value_name = "SPAN", default_value = "60s", value_parser = crate::systemd::time_span::keepalive)]
     pub keepalive_time: TimeSpan,
 
     /// TCP keepalive on both legs: time between probes, 1s to 32767s
-    #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = crate::timespan::keepalive)]
+    #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = crate::systemd::time_span::keepalive)]
     pub keepalive_interval: TimeSpan,
 
     /// TCP keepalive on both legs: unanswered probes before an abort

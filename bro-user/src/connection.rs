@@ -11,12 +11,12 @@ use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, getsockname, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::{Lane, send_memory};
 use crate::proxy_protocol::{Bad, Incoming, Said};
 use crate::rate::Meter;
 use crate::relay::half_close::Half;
 use crate::relay::{Broken, Direction, Guard, Method, Side, Tools, copy};
 use crate::source::Origin;
+use bro_sockmap::{Lane, send_memory};
 
 pub use abort::{Abort, Progress, STALLED, Verdict, WHOLE};
 

@@ -1,25 +1,25 @@
 //! The engine: one process, one level-triggered epoll, every connection. It accepts, has agents connect, and relays; whatever may
-//! wait for somebody else (systemd, podman, a name server) is the control process's business ([`crate::forward`]), which it tells
+//! wait for somebody else (systemd, podman, a name server) is the control process's business ([`crate::commands::forward`]), which it tells
 //! what it needs and which tells it when a target is ready.
 //!
 //! Level-triggered, because what to wait for is derived from the connection's state each time ([`Connection::interest`]): a
 //! short read then costs no second one, and no order of events can lose an edge.
 
 mod aborts;
-mod admission;
-mod backends;
+mod accept;
+mod accept_batch;
+mod congestion;
 mod connections;
-mod crowd;
 pub mod handle;
 pub mod idle;
 mod introductions;
 pub mod lanes;
 pub mod process;
 pub mod report;
-mod silent;
-pub mod tcp;
+pub mod socket_options;
+mod targets;
 mod token;
-mod unpaced;
+mod wake_on_data;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd as _;
@@ -31,18 +31,18 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use slab::Slab;
 
 use crate::connection::{Connection, End, Source};
-use crate::listen::Listener;
 use crate::proxy_protocol::{Trusted, Version};
 use crate::rate::Rate;
 use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
-use backends::Backend;
-use crowd::Crowd;
+use crate::systemd::listen_fds::Listener;
+use accept_batch::Crowd;
 use handle::{Command, Event, Mailbox, Outbox, Plain, Received};
+use targets::Backend;
 use token::Token;
 
-pub use backends::{Destination, slot};
+pub use targets::{Destination, slot};
 
 /// What the command line decided for the engine.
 #[derive(Debug, Clone)]
@@ -56,7 +56,7 @@ pub struct Settings {
     /// How bytes are moved.
     pub method: Method,
     /// `--keepalive-*`
-    pub keepalive: tcp::Keepalive,
+    pub keepalive: socket_options::Keepalive,
     /// `--source`: whether connections to the service may be bound to an address.
     pub binds: bool,
     /// `--idle-timeout`
@@ -114,7 +114,7 @@ pub struct Engine {
     keeping: usize,
     per_source: HashMap<Source, u32>,
     /// Connections whose client has to say something first.
-    silent: silent::Silent,
+    silent: wake_on_data::Silent,
     /// Connections, by place and number, for which the kernel had no source port.
     starved: VecDeque<(usize, u64)>,
     last_port: Instant,
@@ -177,7 +177,7 @@ impl Engine {
             pending: 0,
             keeping: 0,
             per_source: HashMap::new(),
-            silent: silent::Silent::default(),
+            silent: wake_on_data::Silent::default(),
             retries: Vec::new(),
             looks: aborts::Looks::default(),
             starved: VecDeque::new(),
@@ -239,7 +239,7 @@ impl Engine {
             at_most(TICK);
         }
         if !self.starved.is_empty() {
-            at_most(backends::PORT);
+            at_most(targets::PORT);
         }
         if let Some(limit) = self.settings.idle_timeout.filter(|_| !self.connections.is_empty()) {
             at_most((limit / 8).clamp(Duration::from_millis(10), Duration::from_secs(1)));

@@ -5,24 +5,31 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser as _;
 
-use crate::activate::bus::Manager;
-use crate::activate::container;
-use crate::activate::ready::Ready;
-use crate::activated::{self, SECTION};
-use crate::activation::address::{self, External, Internal};
-use crate::activation::{request, taken};
+use crate::address;
+use crate::address::{External, Internal};
 use crate::cli::{Cli, LocalClients};
-use crate::control;
+use crate::commands::activate::plan;
+use crate::commands::status;
+use crate::control_socket;
 use crate::engine::handle;
-use crate::kernel::{cgroup, offsets::Offsets};
-use crate::listen::{self, Environment};
+use crate::installed;
+use crate::installed::SECTION;
 use crate::netns::{netlink, wire};
+use crate::podman::container;
+use crate::podman::quadlet;
+use crate::podman::quadlet::Kind;
+use crate::port_owner;
 use crate::proxy_protocol::{Bad, Incoming, LONGEST, Said, Version};
-use crate::quadlet::{self, Kind};
-use crate::status;
-use crate::target::{self, Target};
-use crate::timespan::TimeSpan;
-use crate::unit_file::{UnitFile, quote_word, split_words};
+use crate::service::readiness::Ready;
+use crate::systemd::listen_fds;
+use crate::systemd::listen_fds::Environment;
+use crate::systemd::manager::Manager;
+use crate::systemd::time_span::TimeSpan;
+use crate::systemd::unit_file::{UnitFile, quote_word, split_words};
+use crate::target;
+use crate::target::Target;
+use bro_sockmap::btf::Offsets;
+use bro_sockmap::cgroup;
 
 /// `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES`, a line each.
 pub fn environment(text: &str) {
@@ -69,7 +76,7 @@ pub fn quadlet(text: &str) {
             };
             let _nginx: bool = quadlet.is_nginx();
             for publish in quadlet.values("PublishPort") {
-                request::published(publish);
+                plan::published(publish);
             }
         }
     }
@@ -85,7 +92,7 @@ pub fn target(text: &str) {
         assert_eq!(external.to_string().parse::<External>(), Ok(external.clone()));
         drop(external.local());
     }
-    drop((target::parse_named(text).is_ok(), listen::parse_listen(text).is_ok()));
+    drop((target::parse_named(text).is_ok(), listen_fds::parse_listen(text).is_ok()));
     drop((
         text.parse::<Internal>().is_ok(),
         text.parse::<Ready>().is_ok(),
@@ -154,7 +161,7 @@ pub fn proc_tables(bytes: &[u8]) {
     container::parent_in(&text);
     container::has_one_number(&text);
     for line in text.lines() {
-        taken::row(line);
+        port_owner::row(line);
     }
 }
 
@@ -171,8 +178,8 @@ pub fn kernel_types(bytes: &[u8]) {
 
 /// What a forwarder is asked: over its status socket, and, as an agent, by the forwarder.
 pub fn request(bytes: &[u8]) {
-    if let Some(request) = std::str::from_utf8(bytes).ok().and_then(control::Request::parse) {
-        assert_eq!(control::Request::parse(request.line()), Some(request));
+    if let Some(request) = std::str::from_utf8(bytes).ok().and_then(control_socket::Request::parse) {
+        assert_eq!(control_socket::Request::parse(request.line()), Some(request));
     }
     if let Some(request) = wire::Request::decode(bytes) {
         assert_eq!(wire::Request::decode(&request.encode()), Some(request));
@@ -192,7 +199,7 @@ pub fn answer(text: &str) {
     if let Ok(report) = serde_json::from_str::<status::Report>(text) {
         status::describe(&[report.clone(), report]);
     }
-    drop(serde_json::from_str::<control::Outcome>(text).is_ok());
+    drop(serde_json::from_str::<control_socket::Outcome>(text).is_ok());
 }
 
 /// Units that `bro activate` wrote, or somebody else: files with a line of dashes between two.
@@ -207,7 +214,7 @@ pub fn activated(text: &str) {
         .collect();
     for (path, file) in &files {
         if let Some(activated) =
-            activated::assemble(path, file, &files, Manager::User, Some(Path::new("/root")))
+            installed::assemble(path, file, &files, Manager::User, Some(Path::new("/root")))
         {
             let _files =
                 crate::units::files(&activated, Path::new("/usr/bin/bro"), None, Some(Path::new("/root")));

@@ -36,8 +36,9 @@ fn filter(verbose: u8) -> EnvFilter {
         _ => LevelFilter::TRACE,
     };
     // The libraries' own chatter is of use only to those who ask for it by name. The kernel's programs are asked to talk by this
-    // filter as well (`kernel::trace_wanted`).
-    let default = format!("warn,bro={level},bro_user={level},bro_ebpf={level}");
+    // filter as well (`bro_sockmap::trace_wanted`).
+    let default =
+        format!("warn,bro={level},bro_user={level},bro_relay={level},bro_sockmap={level},bro_ebpf={level}");
     EnvFilter::builder().parse(std::env::var("BRO_LOG").unwrap_or(default)).unwrap_or_default()
 }
 

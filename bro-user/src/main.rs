@@ -7,11 +7,12 @@ mod words;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use bro_user::cli::{self, Cli, Command};
-use bro_user::handover::Predecessor;
-use bro_user::{
-    activation, doctor, exit, forward, hand, helper, listen, loader, logging, netns, status, upgrade,
-};
+use bro_user::cli;
+use bro_user::cli::{Cli, Command};
+use bro_user::commands::forward::handover::Predecessor;
+use bro_user::commands::{activate, after_upgrade, doctor, forward, helper, loader, status, wake_sleep};
+use bro_user::systemd::listen_fds;
+use bro_user::{exit, logging, netns};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
@@ -30,15 +31,15 @@ fn main() -> ExitCode {
     };
     // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
     let predecessor = Predecessor::take();
-    let passed = listen::take_passed(predecessor.as_ref());
+    let passed = listen_fds::take_passed(predecessor.as_ref());
     let result = match command {
         Command::Forward(options) => {
             logging::init(options.verbose);
             forward::run(&options, passed, predecessor)
         }
-        Command::Activate(options) => activation::run(&options),
-        Command::Wake(options) => hand::wake(&options),
-        Command::Sleep(options) => hand::sleep(&options),
+        Command::Activate(options) => activate::run(&options),
+        Command::Wake(options) => wake_sleep::wake(&options),
+        Command::Sleep(options) => wake_sleep::sleep(&options),
         Command::Status(options) => status::run(&options),
         Command::Doctor(options) => doctor::run(&options).and_then(|well| {
             if well {
@@ -52,7 +53,7 @@ fn main() -> ExitCode {
             loader::run(&options)
         }
         Command::Helper(_) => unreachable!("dealt with above"),
-        Command::AfterUpgrade(options) => upgrade::run(&options),
+        Command::AfterUpgrade(options) => after_upgrade::run(&options),
         Command::TryWake(options) => doctor::try_wake(&options),
         Command::NetnsAgent => netns::agent::run(),
     };

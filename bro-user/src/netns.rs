@@ -2,10 +2,10 @@
 
 pub mod addresses;
 pub mod agent;
-pub mod diag;
 pub mod identity;
 pub(crate) mod netlink;
 pub mod replies;
+pub mod sock_diag;
 pub mod wire;
 
 use std::io;

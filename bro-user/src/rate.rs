@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use crate::timespan::TimeSpan;
+use crate::systemd::time_span::TimeSpan;
 
 /// Bytes within a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub enum Invalid {
     Bytes(String),
     /// Behind it.
     #[error("the time behind the slash: {0}")]
-    Time(#[from] crate::timespan::Invalid),
+    Time(#[from] crate::systemd::time_span::Invalid),
     /// Too short or too long.
     #[error("the time behind the slash is from 100ms to 1d")]
     Range,

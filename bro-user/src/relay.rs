@@ -13,7 +13,7 @@ use bytes::Bytes;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
 
-use crate::kernel::{Lane, LaneCounters};
+use bro_sockmap::{Lane, LaneCounters};
 use half_close::Half;
 use pipes::{Pipe, Pool};
 use splice::Filled;

@@ -2,20 +2,20 @@
 //! written depends on nothing but the arguments, so that a second run can tell whether anything has changed.
 
 mod drop_in;
-mod holdable;
-mod pause;
-mod sandbox;
+mod hardening;
+mod namespaces;
 mod service;
 mod socket;
+mod validate;
 
 use std::path::{Path, PathBuf};
 
 pub use drop_in::{DropIn, RESTRICTED};
-pub(crate) use holdable::holds_path;
-pub(crate) use pause::unit as pause_unit;
+pub(crate) use namespaces::unit as pause_unit;
+pub(crate) use validate::holds_path;
 
-use crate::activated::{Activated, MARKER};
 use crate::exit::Failure;
+use crate::installed::{Activated, MARKER};
 
 /// A file to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub fn files(
     drop_in: Option<&DropIn>,
     root: Option<&Path>,
 ) -> Result<Vec<File>, Failure> {
-    holdable::check(activated, bro, drop_in)?;
+    validate::check(activated, bro, drop_in)?;
     let mut files: Vec<File> = activated
         .listeners
         .iter()
@@ -50,7 +50,7 @@ pub fn files(
         files.push(File { path: path.clone(), text: drop_in.text(activated) });
     }
     if let Some(path) = &activated.pause_unit {
-        files.push(File { path: path.clone(), text: pause::text(activated) });
+        files.push(File { path: path.clone(), text: namespaces::text(activated) });
     }
     Ok(files)
 }
@@ -66,7 +66,7 @@ fn heading(activated: &Activated, own: Option<&str>) -> String {
     )
 }
 
-/// `[X-Bro]`, from which [`crate::activated`] reads everything back.
+/// `[X-Bro]`, from which [`crate::installed`] reads everything back.
 fn notes(activated: &Activated, root: Option<&Path>) -> Vec<(&'static str, String)> {
     let said = |path: &Path| unrooted(path, root).display().to_string();
     let mut notes =

@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bro_user::status::Report;
+use bro_user::commands::status::Report;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 

@@ -535,7 +535,7 @@ impl Drop for FalseConmon {
 #[test]
 fn a_conmon_inside_a_container_is_none() -> Result<()> {
     require_namespaces!();
-    use bro_user::activate::container::{Residence, running, running_in};
+    use bro_user::podman::container::{Residence, running, running_in};
     let scene = Scene::new()?;
     let own = format!("bro-test-own-{}", std::process::id());
     let outside = FalseConmon::start(scene.folder(), &[], &own, 0)?;
@@ -566,9 +566,9 @@ fn a_long_command_line_is_not_read_to_its_end() -> Result<()> {
     let scene = Scene::new()?;
     let name = format!("bro-test-long-{}", std::process::id());
     let near = FalseConmon::start(scene.folder(), &[], &name, 1000)?;
-    ensure!(bro_user::activate::container::running(&name) == Some(near.child), "not found");
+    ensure!(bro_user::podman::container::running(&name) == Some(near.child), "not found");
     let name = format!("bro-test-longer-{}", std::process::id());
     let far = FalseConmon::start(scene.folder(), &[], &name, 100_000)?;
-    ensure!(bro_user::activate::container::running(&name).is_none(), "found {} behind it all", far.child);
+    ensure!(bro_user::podman::container::running(&name).is_none(), "found {} behind it all", far.child);
     Ok(())
 }

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use bro_sockmap::fionread;
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::loader::{ALICE, Site, Stage};
 use bro_tests::netns::Namespace;
@@ -14,7 +15,6 @@ use bro_tests::programs::Programs;
 use bro_tests::scene::{talk, talk_until};
 use bro_tests::scratch::Scratch;
 use bro_tests::tier::{Need, met};
-use bro_user::kernel::fionread;
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 
@@ -209,7 +209,7 @@ fn connections_beyond_the_lanes_are_not_hooked() -> Result<()> {
     let path = stage.cgroup().to_str().context("a cgroup's path")?;
     let ran = stage.loader(&[&ALICE.to_string(), "--cgroup", path, "--connections", "1"])?;
     ensure!(ran.status.success(), "{ran:?}");
-    let programs = Programs::pinned(&bro_user::kernel::pinned::folder(ALICE))?;
+    let programs = Programs::pinned(&bro_sockmap::pinned::folder(ALICE))?;
     let site = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
     site.expect_lane(ALICE)?;
     // Two lanes each way round: a service's lane for each of two connections.

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use bro_ebpf::MESSAGE_OVERHEAD;
-use bro_tests::require;
-use bro_tests::tier::Need;
-use bro_user::kernel::{
+use bro_sockmap::{
     Config, Event, Kernel, Kind, Reason, Refused, Role, Unavailable, netns_cookie, send_memory,
 };
+use bro_tests::require;
+use bro_tests::tier::Need;
 use nix::libc;
 use nix::poll::PollFlags;
 use nix::sys::socket::{self, MsgFlags};

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::thread::{JoinHandle, spawn};
 
 use anyhow::{Context as _, Result, ensure};
+use bro_sockmap::{Config, Event, Kernel, Kind, Reason, Role};
 use bro_tests::require;
 use bro_tests::tier::Need;
-use bro_user::kernel::{Config, Event, Kernel, Kind, Reason, Role};
 
 use kernel_relay::content::{Numbers, Stream};
 use kernel_relay::forwarder::{Connection, relay};
@@ -242,7 +242,7 @@ fn a_reader_that_never_reads_bounds_what_the_lane_takes() {
         }
         assert!(sent < 1 << 28, "no bound");
     }
-    let memory = bro_user::kernel::send_memory(ends.accepted.as_fd()).unwrap();
+    let memory = bro_sockmap::send_memory(ends.accepted.as_fd()).unwrap();
     let taken = lane.bytes();
     assert!(taken > 0 && taken <= memory.sndbuf, "{taken} bytes taken, {memory:?}");
     let mut poll = [nix::poll::PollFd::new(ends.service.as_fd(), nix::poll::PollFlags::POLLOUT)];

@@ -4,6 +4,7 @@
 use std::os::fd::AsFd as _;
 
 use anyhow::{Context as _, Result, ensure};
+use bro_sockmap::{Config, Kernel};
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::pattern::Pattern;
 use bro_tests::peers::{Address, Conn, Family, Here, Listener, PATIENCE};
@@ -11,7 +12,6 @@ use bro_tests::process;
 use bro_tests::suite::{Lane, Legs, Rig};
 use bro_tests::sys::{self, BpfObject};
 use bro_tests::tier::{Need, met};
-use bro_user::kernel::{Config, Kernel};
 
 const UP: Pattern = Pattern(0x7171);
 const DOWN: Pattern = Pattern(0x8282);

@@ -13,8 +13,8 @@ use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::scene::{Scene, expect_relayed};
 use bro_tests::tier::{Need, met};
 use bro_tests::{process, require_namespaces};
-use bro_user::control::Outcome;
-use bro_user::status::Predecessor;
+use bro_user::commands::status::Predecessor;
+use bro_user::control_socket::Outcome;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 

@@ -13,8 +13,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail, ensure};
 
 /// The checked-in object and what made it, below the workspace.
-const OBJECT: &str = "bro-user/src/kernel/bro.bpf.o";
-const RECORD: &str = "bro-user/src/kernel/bro.bpf.txt";
+const OBJECT: &str = "bro-user/sockmap/src/bro.bpf.o";
+const RECORD: &str = "bro-user/sockmap/src/bro.bpf.txt";
 
 const MEND: &str = "no compiler for the kernel's programs: on Debian `sudo apt-get install rustc-web cargo-web rust-web-src`, \
     elsewhere `rustup toolchain install nightly --component rust-src`";

@@ -6,13 +6,13 @@ use clap::{Args, ValueEnum};
 
 use super::idle::{IdleBy, WakeOn};
 use super::{LocalClients, RelayChoice};
-use crate::activate::ready::Ready;
-use crate::activate::sources::Choice;
-use crate::activation::address::{External, Internal};
+use crate::address::{External, Internal};
 use crate::netns::identity::Identity;
 use crate::proxy_protocol::{Trusted, Version};
 use crate::rate::Rate;
-use crate::timespan::TimeSpan;
+use crate::service::readiness::Ready;
+use crate::service::sources::Choice;
+use crate::systemd::time_span::TimeSpan;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -59,7 +59,7 @@ pub struct Activate {
     pub internal_port: Option<Internal>,
 
     /// A name for this port, to give one container several: one forwarder serves them all
-    #[arg(long, value_name = "SERVICE", value_parser = crate::activation::address::service_name)]
+    #[arg(long, value_name = "SERVICE", value_parser = crate::address::service_name)]
     pub service_name: Option<String>,
 
     /// No forwarder: hand the socket to the container's own program (auto, nginx or listen-fds)
@@ -87,11 +87,11 @@ pub struct Activate {
     pub network: Option<String>,
 
     /// The container whose network namespace the service is in (default: the quadlet's own; needed for a .kube)
-    #[arg(long, value_name = "CONTAINER", conflicts_with = "direct", value_parser = crate::activation::address::container)]
+    #[arg(long, value_name = "CONTAINER", conflicts_with = "direct", value_parser = crate::address::container)]
     pub container: Option<String>,
 
     /// Listen on this network interface only (BindToDevice=); not for a unix socket
-    #[arg(long, value_name = "INTERFACE", value_parser = crate::activation::address::device)]
+    #[arg(long, value_name = "INTERFACE", value_parser = crate::address::device)]
     pub bind_to_device: Option<String>,
 
     /// How many clients may wait to be accepted (Backlog=; default: systemd's, which is the kernel's limit)
@@ -99,7 +99,7 @@ pub struct Activate {
     pub backlog: Option<u32>,
 
     /// Stop forwarder and container after SPAN without a connection, or infinity (default: 5min)
-    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::limit)]
     pub exit_idle_time: Option<TimeSpan>,
 
     /// How far that grows while the same clients wake the container again and again (default: 1h, as in bro forward)
@@ -127,7 +127,7 @@ pub struct Activate {
     pub wake_ignore: Vec<Trusted>,
 
     /// How often clients may have the container started within any 60 minutes (as in bro forward)
-    #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::wakes::MOST_PER_HOUR)))]
+    #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::service::wakes::MOST_PER_HOUR)))]
     pub wakes_per_hour: Option<u32>,
 
     /// Let the container run for SPAN at least once it was woken
@@ -135,11 +135,11 @@ pub struct Activate {
     pub min_uptime: Option<TimeSpan>,
 
     /// Do not stop the container while this file exists
-    #[arg(long, value_name = "PATH", conflicts_with = "direct", value_parser = crate::activation::address::absolute)]
+    #[arg(long, value_name = "PATH", conflicts_with = "direct", value_parser = crate::address::absolute)]
     pub busy_file: Option<PathBuf>,
 
     /// Do not stop the container while this shell command exits with 0
-    #[arg(long, value_name = "CMD", conflicts_with = "direct", value_parser = crate::activation::address::one_line)]
+    #[arg(long, value_name = "CMD", conflicts_with = "direct", value_parser = crate::address::one_line)]
     pub busy_exec: Option<String>,
 
     /// When the first client may be connected, as in bro forward (default: healthy where the quadlet has a HealthCmd=, else auto)
@@ -147,7 +147,7 @@ pub struct Activate {
     pub ready: Option<Ready>,
 
     /// How long clients are held while the container starts (default: 90s)
-    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::limit)]
     pub start_timeout: Option<TimeSpan>,
 
     /// On SIGTERM, how long connections may take to finish (default: 30s)
@@ -155,7 +155,7 @@ pub struct Activate {
     pub drain_timeout: Option<TimeSpan>,
 
     /// Abort a connection after SPAN without a byte in either direction (default: infinity)
-    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::limit)]
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::limit)]
     pub idle_timeout: Option<TimeSpan>,
 
     /// How many connections at once; further clients wait (default: as many as the limit on descriptors allows)
@@ -167,11 +167,11 @@ pub struct Activate {
     pub connections_per_source: Option<u32>,
 
     /// TCP keepalive on both legs: time without traffic before the first probe (default: 60s)
-    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::keepalive)]
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::keepalive)]
     pub keepalive_time: Option<TimeSpan>,
 
     /// TCP keepalive on both legs: time between probes (default: 10s)
-    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::timespan::keepalive)]
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::keepalive)]
     pub keepalive_interval: Option<TimeSpan>,
 
     /// TCP keepalive on both legs: unanswered probes before an abort (default: 6)
@@ -215,7 +215,7 @@ pub struct Activate {
     /// The quadlet is looked for where USER's Podman looks; the container, its images and its unit are USER's as ever. The socket
     /// and the forwarder's service are the system's, and nothing of theirs runs as root. The service starts USER's service
     /// manager where it does not run yet.
-    #[arg(long, value_name = "USER", value_parser = crate::owner::name, conflicts_with_all = ["user", "direct"])]
+    #[arg(long, value_name = "USER", value_parser = crate::run_as::name, conflicts_with_all = ["user", "direct"])]
     pub run_as: Option<String>,
 
     /// For the system: quadlets and units below /etc, rootful containers (default for root)
@@ -239,7 +239,7 @@ pub struct Activate {
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing
-    #[arg(long, value_name = "DIR", value_parser = crate::activation::address::absolute)]
+    #[arg(long, value_name = "DIR", value_parser = crate::address::absolute)]
     pub root: Option<PathBuf>,
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use clap::{Command, CommandFactory as _, Parser as _};
 
 use super::Cli;
-use crate::unit_file::split_words;
+use crate::systemd::unit_file::split_words;
 
 const TEXTS: [&str; 4] = [
     include_str!("../../../README.md"),

@@ -29,7 +29,7 @@ pub struct Helper {
     pub pid: Option<i32>,
 
     /// The running container of this user whose network namespace CMD is to be in
-    #[arg(long, value_name = "NAME", value_parser = crate::activation::address::container)]
+    #[arg(long, value_name = "NAME", value_parser = crate::address::container)]
     pub container: Option<String>,
 
     /// The command with its arguments

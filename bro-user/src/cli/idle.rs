@@ -6,13 +6,13 @@ use clap::{Args, ValueEnum};
 
 use crate::proxy_protocol::Trusted as Peers;
 use crate::rate::Rate;
-use crate::timespan::TimeSpan;
+use crate::systemd::time_span::TimeSpan;
 
 /// When the service is woken, and when it may sleep.
 #[derive(Debug, Args)]
 pub struct Idle {
     /// Exit after SPAN without a connection, and stop the unit if bro started it
-    #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::timespan::limit)]
+    #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::systemd::time_span::limit)]
     pub exit_idle_time: TimeSpan,
 
     /// How far that grows while the same clients wake the service again and again (no longer than --exit-idle-time: not at all)
@@ -55,7 +55,7 @@ pub struct Idle {
     /// How often clients may have the service started within any 60 minutes; those who come beyond that while it sleeps are reset
     ///
     /// `bro wake` is not refused, but counts. (1 to 1000; no limit unless one is set.)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::wakes::MOST_PER_HOUR)))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::service::wakes::MOST_PER_HOUR)))]
     pub wakes_per_hour: Option<u32>,
 
     /// Never stop the service earlier than SPAN after it was woken

@@ -93,7 +93,7 @@ impl Engine {
         let keepalive = self.settings.keepalive;
         let Some(connection) = self.connections.get_mut(index) else { return };
         let address = target.map(|target| target.ip().to_canonical());
-        super::tcp::set_options(&service, address, keepalive);
+        super::socket_options::set_options(&service, address, keepalive);
         let now = Instant::now();
         let waiting_since = std::mem::replace(&mut connection.active, now);
         if connection.woke {

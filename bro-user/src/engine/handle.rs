@@ -22,10 +22,10 @@ use super::idle::Leave;
 use super::lanes::Watch;
 use super::report::Figures;
 use crate::connection::End;
-use crate::kernel::{Descriptors, Share};
 use crate::source::Sources;
 use crate::stats::Tally;
 use crate::sys;
+use bro_sockmap::{Descriptors, Share};
 
 /// What the control process tells the engine.
 #[derive(Debug)]

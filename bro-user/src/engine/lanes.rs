@@ -11,13 +11,13 @@ use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 use serde::{Deserialize, Serialize};
 
 use super::Engine;
+use super::handle::Event;
 use super::token::Token;
 use crate::connection::{Connection, Lanes as Wanted, Peer, Stage};
-use crate::engine::handle::Event;
-use crate::kernel::{self, Descriptors, Flow, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
 use crate::relay::Side;
 use crate::sockaddr;
 use crate::stats::Tally;
+use bro_sockmap::{Descriptors, Flow, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
 
 /// What the programs are to watch for one target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,7 +89,7 @@ impl Engine {
         let Some(lanes) = &mut self.lanes else { return };
         for (listener, _) in &self.listeners {
             let Some(address) = tcp(getsockname(listener.socket.as_raw_fd())) else { continue };
-            let watching = kernel::netns_cookie(listener.socket.as_fd())
+            let watching = bro_sockmap::netns_cookie(listener.socket.as_fd())
                 .and_then(|cookie| lanes.kernel.watch(cookie, address.port(), Role::Client).map(|()| cookie));
             match watching {
                 Ok(cookie) => lanes.clients = Some(cookie),
@@ -177,7 +177,7 @@ impl Engine {
         let Lanes { kernel, owners, .. } = lanes;
         let (connections, outbox) = (&self.connections, &self.outbox);
         kernel.drain_events(|event| match event {
-            kernel::Event::LowCredit { record, serial } => {
+            bro_sockmap::Event::LowCredit { record, serial } => {
                 let Some(&(index, number, sink)) = owners.get(&LaneId { record, serial }) else { return };
                 let Some(connection) = connections.get(index).filter(|connection| connection.number == number) else {
                     return;
@@ -192,14 +192,14 @@ impl Engine {
                     lane.grant(socket).ok();
                 }
             }
-            kernel::Event::Listening { netns, port } => outbox.tell(&Event::Listening { netns, port }),
-            kernel::Event::Learned { port, kind, .. } => {
-                tracing::debug!(port, kind = ?kernel::Kind::of(kind), "learned what kind of sockets the service uses");
+            bro_sockmap::Event::Listening { netns, port } => outbox.tell(&Event::Listening { netns, port }),
+            bro_sockmap::Event::Learned { port, kind, .. } => {
+                tracing::debug!(port, kind = ?bro_sockmap::Kind::of(kind), "learned what kind of sockets the service uses");
             }
-            kernel::Event::Proved { record, serial, socket, flow } => {
+            bro_sockmap::Event::Proved { record, serial, socket, flow } => {
                 proved.push((LaneId { record, serial }, flow, socket));
             }
-            kernel::Event::BlockingSender { port, .. } => {
+            bro_sockmap::Event::BlockingSender { port, .. } => {
                 tracing::debug!(port, "a socket in blocking mode was let go; its bytes are spliced");
             }
         });
@@ -271,7 +271,7 @@ impl Lanes {
         target: std::os::fd::BorrowedFd<'_>,
         owner: (usize, u64, Side),
         forwarded: u64,
-    ) -> Option<kernel::Lane> {
+    ) -> Option<bro_sockmap::Lane> {
         match self.kernel.open_lane(sender, target, forwarded) {
             Ok(lane) => {
                 let _none = self.owners.insert(lane.id(), owner);
@@ -287,7 +287,7 @@ impl Lanes {
     }
 
     /// Counts what a lane did that is to be closed, and lets its sender go.
-    fn close(&mut self, lane: &kernel::Lane, did: &LaneCounters, tally: &mut Tally) {
+    fn close(&mut self, lane: &bro_sockmap::Lane, did: &LaneCounters, tally: &mut Tally) {
         let _owner = self.owners.remove(&lane.id());
         if let Some(socket) = lane.hooked() {
             self.kernel.release(socket);

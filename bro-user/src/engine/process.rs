@@ -15,9 +15,9 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
 
 use super::{Engine, Settings, handle};
-use crate::listen::Listener;
 use crate::stats::Stats;
 use crate::sys::AddressBook;
+use crate::systemd::listen_fds::Listener;
 use crate::target::Target;
 use crate::{logging, sandbox, sys};
 

@@ -17,11 +17,13 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{SockaddrStorage, UnixAddr, connect, setsockopt, sockopt};
 use nix::sys::stat::fstat;
 
-use super::identity::{self, Actor, Identity};
+use super::identity;
+use super::identity::{Actor, Identity};
 use super::replies;
-use super::wire::{self, Address, Answer, Destinations, Request};
+use super::wire;
+use super::wire::{Address, Answer, Destinations, Request};
 use crate::source::{Binding, any_port, bind_to};
-use crate::{kernel, sys};
+use crate::sys;
 
 /// More channels than a forwarder has targets would be a mistake of ours.
 const MOST_CHANNELS: usize = 1024;
@@ -150,7 +152,7 @@ fn serve(
         }
         (Asker::Relay(_), Request::Hook(request)) => {
             let program = place.hook.as_ref().ok_or(Errno::ENOENT)?;
-            kernel::hook(program.as_fd(), &request).map_err(|error| sys::errno_of(&error))?;
+            bro_sockmap::hook(program.as_fd(), &request).map_err(|error| sys::errno_of(&error))?;
             Ok(Vec::new())
         }
         // Whoever asks this is not who it was.

@@ -16,7 +16,8 @@ use nix::sys::stat::{Mode, fstatat, stat};
 use nix::unistd::{Gid, Uid, getegid, geteuid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 
-use crate::bounded::{self, Link};
+use crate::read_bounded;
+use crate::read_bounded::Link;
 use crate::sys;
 
 /// `--unix-identity`: who connects to the service's unix socket.
@@ -220,11 +221,11 @@ fn text(process: BorrowedFd<'_>, name: &str) -> nix::Result<String> {
 /// The ids in the user database: of users, of their groups, and of groups. What cannot be read names none.
 fn taken(root: Option<BorrowedFd<'_>>) -> HashSet<u32> {
     let read = |path: &str| match root {
-        None => bounded::read(Path::new(path), DATABASE, Link::Follow).ok(),
+        None => read_bounded::read(Path::new(path), DATABASE, Link::Follow).ok(),
         Some(root) => {
             let file = sys::open_in_root(root, Path::new(path)).ok()?;
             let opened = format!("/proc/self/fd/{}", file.as_raw_fd());
-            bounded::read(Path::new(&opened), DATABASE, Link::Follow).ok()
+            read_bounded::read(Path::new(&opened), DATABASE, Link::Follow).ok()
         }
     };
     let texts = [read("/etc/passwd"), read("/etc/group")];

@@ -9,9 +9,9 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
-use crate::kernel::HOOK_REQUEST;
 use crate::source::Binding;
 use crate::sys;
+use bro_sockmap::HOOK_REQUEST;
 
 /// A request to the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use nix::libc;
 /// A level and a name.
 pub type Option = (i32, i32);
 
-/// A host-wide limit may be in the way of the kernel relay ([`crate::kernel::Lane`]).
+/// A host-wide limit may be in the way of the kernel relay ([`bro_sockmap::Lane`]).
 const TCP_NOTSENT_LOWAT: i32 = 25;
 /// How full a send buffer is.
 const SO_MEMINFO: i32 = 55;

@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use crate::activated::Activated;
-use crate::unit_file::UnitFile;
+use crate::installed::Activated;
+use crate::systemd::unit_file::UnitFile;
 
 /// How `--restrict-network` is noted.
 pub const RESTRICTED: &str = "restrict-network";
@@ -58,7 +58,7 @@ impl DropIn {
                  StartLimitIntervalSec=0\n"
             );
             if restricted {
-                let pause = super::pause::unit(&activated.name);
+                let pause = super::namespaces::unit(&activated.name);
                 write!(
                     section,
                     "# Makes the namespaces, which this unit may not.\nWants={pause}\nAfter={pause}\n"
@@ -78,7 +78,7 @@ impl DropIn {
             }
         }
         if restricted {
-            let netns = super::pause::netns(&activated.name);
+            let netns = super::namespaces::netns(&activated.name);
             write!(
                 container,
                 "# No network but loopback, as before, in a namespace that is there already.\nNetwork=\nNetwork=ns:{netns}\n\

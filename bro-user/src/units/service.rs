@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use crate::activate::bus::Manager;
-use crate::activated::{Activated, SECTION};
-use crate::unit_file::quote_word;
+use crate::installed::{Activated, SECTION};
+use crate::systemd::manager::Manager;
+use crate::systemd::unit_file::quote_word;
 
 pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> String {
     let service = activated.service().unwrap_or_default();
@@ -37,7 +37,7 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>) -> St
             )
         }
     };
-    let sandbox = super::sandbox::lines(activated, Some(bro).filter(|_| root.is_none()));
+    let sandbox = super::hardening::lines(activated, Some(bro).filter(|_| root.is_none()));
     let command = command(activated, bro).join(" \\\n    ");
     // Writing to a String cannot fail.
     write!(

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use crate::activated::{Activated, Listener, SECTION};
-use crate::activation::address::External;
+use crate::address::External;
+use crate::installed::{Activated, Listener, SECTION};
 
 pub(super) fn text(activated: &Activated, listener: &Listener, root: Option<&Path>) -> String {
     let mut text = super::heading(activated, Some(&listener.socket));

@@ -23,7 +23,7 @@ fn files_of(directory: &Path) -> Result<BTreeMap<String, String>> {
 
 /// Words of a command line; quotes keep one together.
 fn words(line: &str) -> Vec<String> {
-    bro_user::unit_file::split_words(line)
+    bro_user::systemd::unit_file::split_words(line)
 }
 
 fn case(case: &Path) -> Result<()> {

@@ -9,8 +9,8 @@ use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::peers::PATIENCE;
 use bro_tests::scene::{Scene, expect_relayed};
 use bro_tests::{process, require_namespaces};
-use bro_user::control::Outcome;
-use bro_user::status::State;
+use bro_user::commands::status::State;
+use bro_user::control_socket::Outcome;
 
 use crate::{MOMENT, wakes};
 

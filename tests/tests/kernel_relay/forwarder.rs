@@ -7,7 +7,7 @@ use std::os::fd::AsFd as _;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
-use bro_user::kernel::{Event, Kernel, Lane, LaneCounters};
+use bro_sockmap::{Event, Kernel, Lane, LaneCounters};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::content::Numbers;

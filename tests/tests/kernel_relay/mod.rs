@@ -11,7 +11,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_user::kernel::{Config, Event, Kernel, Kind, Lane, Role, SenderAddress, netns_cookie};
+use bro_sockmap::{Config, Event, Kernel, Kind, Lane, Role, SenderAddress, netns_cookie};
 use nix::poll::{PollFd, PollFlags, poll};
 
 use cgroup::Cgroup;

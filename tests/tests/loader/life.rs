@@ -5,12 +5,12 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use bro_ebpf::About;
+use bro_sockmap::pinned;
 use bro_tests::loader::{ALICE, Site, Stage, as_user};
 use bro_tests::peers::PATIENCE;
 use bro_tests::scene::expect_relayed;
 use bro_tests::scratch::Scratch;
 use bro_tests::sys;
-use bro_user::kernel::pinned;
 
 use crate::require_bpf;
 

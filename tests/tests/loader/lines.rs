@@ -5,13 +5,13 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use bro_ebpf::{Counter, role};
+use bro_sockmap::{Maps, Role, netns_cookie, pinned};
 use bro_tests::bro;
 use bro_tests::loader::{ALICE, BOB, Site, Stage, as_user};
 use bro_tests::peers::{Address, PATIENCE};
 use bro_tests::programs::Programs;
 use bro_tests::scratch::Scratch;
 use bro_tests::sys;
-use bro_user::kernel::{Maps, Role, netns_cookie, pinned};
 
 use crate::require_bpf;
 

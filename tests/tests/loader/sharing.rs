@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bro_ebpf::{Counter, SEATS};
+use bro_sockmap::pinned;
 use bro_tests::forwarder::Setup;
 use bro_tests::loader::{ALICE, INSIDE_ALICE, Site, Stage, as_user};
 use bro_tests::peers::{Family, Here, Listener, PATIENCE};
 use bro_tests::process;
 use bro_tests::scene::{expect_relayed, talk_until};
-use bro_user::kernel::pinned;
 use nix::sys::signal::Signal;
 
 use crate::require_bpf;

@@ -1,6 +1,7 @@
 //! Completions for shells: static scripts, for `bro` and each of its other names.
 
-use bro_user::cli::{self, Cli};
+use bro_user::cli;
+use bro_user::cli::Cli;
 use clap::CommandFactory as _;
 use clap_complete::Shell;
 

@@ -12,7 +12,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result};
-use bro_user::cli::{self, Cli};
+use bro_user::cli;
+use bro_user::cli::Cli;
 use clap::CommandFactory as _;
 use clap_mangen::Man;
 

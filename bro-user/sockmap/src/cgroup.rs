@@ -1,0 +1,101 @@
+//! Where processes are in the cgroup v2 tree, as paths that can be opened.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The folder at which cgroup v2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified beside version 1.
+///
+/// # Errors
+/// When it is not mounted.
+pub fn mount_point() -> io::Result<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
+    let found = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let (path, kind) = (fields.next()?, fields.next()?);
+        (kind == "cgroup2").then(|| path.replace("\\040", " ").into())
+    });
+    found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "cgroup v2 is not mounted"))
+}
+
+/// The folder of a process's cgroup.
+///
+/// # Errors
+/// When the process is gone, or the cgroup is outside what this process's cgroup namespace shows.
+pub fn of_process(pid: u32) -> io::Result<PathBuf> {
+    parse(&std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?, &mount_point()?)
+}
+
+/// The folder of this process's own cgroup.
+///
+/// # Errors
+/// As [`of_process`].
+pub fn of_self() -> io::Result<PathBuf> {
+    parse(&std::fs::read_to_string("/proc/self/cgroup")?, &mount_point()?)
+}
+
+/// The folder of a user's slice, which holds all that he runs but for what system services run in his name.
+///
+/// # Errors
+/// When cgroup v2 is not mounted.
+pub fn of_user(uid: u32) -> io::Result<PathBuf> {
+    Ok(mount_point()?.join(format!("user.slice/user-{uid}.slice")))
+}
+
+/// The deepest cgroup that holds both this process and `pid`. It exists for as long as this process does, however often a
+/// container's own cgroup is removed and made again, so what is attached there stays attached.
+///
+/// # Errors
+/// As [`of_process`].
+pub fn shared_with(pid: u32) -> io::Result<PathBuf> {
+    Ok(common(&of_self()?, &of_process(pid)?))
+}
+
+fn common(one: &Path, other: &Path) -> PathBuf {
+    one.components()
+        .zip(other.components())
+        .take_while(|(one, other)| one == other)
+        .map(|(same, _)| same)
+        .collect()
+}
+
+/// The cgroup v2 that a `/proc/PID/cgroup` names, below the mount point of that file system.
+///
+/// # Errors
+/// When it names none.
+pub fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
+    let path = table.lines().find_map(|line| line.strip_prefix("0::/")).map(Path::new);
+    let below = |path: &Path| path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    match path {
+        Some(path) if below(path) => Ok(mount.join(path)),
+        _ => Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 of it is visible here")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_what_two_cgroups_share() {
+        let common = |one, other| common(Path::new(one), Path::new(other));
+        let (proxy, container) =
+            ("/c/system.slice/web-proxy.service", "/c/system.slice/web.service/libpod-payload-1");
+        assert_eq!(common(proxy, container), Path::new("/c/system.slice"));
+        assert_eq!(common("/c", "/c/user.slice"), Path::new("/c"));
+    }
+
+    #[test]
+    fn the_line_of_version_2_counts() {
+        let mount = Path::new("/sys/fs/cgroup");
+        let path = |table| parse(table, mount).ok();
+        assert_eq!(
+            path("4:cpu:/x\n0::/a.slice/b.service\n"),
+            Some("/sys/fs/cgroup/a.slice/b.service".into())
+        );
+        assert_eq!(path("0::/\n"), Some("/sys/fs/cgroup/".into()));
+        for outside in ["0::/../../other\n", "0::/a/../../other\n", "0:://usr\n"] {
+            assert_eq!(path(outside), None, "{outside}");
+        }
+        assert_eq!(path("4:cpu:/x\n"), None);
+    }
+}

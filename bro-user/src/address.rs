@@ -1,0 +1,283 @@
+//! What `bro activate` reads from its command line: addresses of both sides, names, and text that ends up in a unit file.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::target;
+use crate::target::Target;
+
+/// Where clients connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum External {
+    /// Every address, IPv4 and IPv6.
+    Port(u16),
+    /// One address.
+    Address(SocketAddr),
+    /// A unix socket.
+    Path(PathBuf),
+    /// A unix socket's abstract name, without the `@`.
+    Abstract(String),
+}
+
+impl External {
+    /// The port, of TCP.
+    #[must_use]
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Port(port) => Some(*port),
+            Self::Address(address) => Some(address.port()),
+            Self::Path(_) | Self::Abstract(_) => None,
+        }
+    }
+
+    /// An address at which a client on this host reaches it.
+    #[must_use]
+    pub fn local(&self) -> Option<SocketAddr> {
+        let address = match self {
+            Self::Port(port) => return Some((Ipv4Addr::LOCALHOST, *port).into()),
+            Self::Address(address) => *address,
+            Self::Path(_) | Self::Abstract(_) => return None,
+        };
+        let ip = match address.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+            ip => ip,
+        };
+        Some(SocketAddr::new(ip, address.port()))
+    }
+}
+
+impl fmt::Display for External {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Port(port) => write!(f, "{port}"),
+            Self::Address(address) => write!(f, "{address}"),
+            Self::Path(path) => write!(f, "{}", path.display()),
+            Self::Abstract(name) => write!(f, "@{name}"),
+        }
+    }
+}
+
+/// Why a text is not an external address.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    /// A port, an address or a path.
+    #[error(transparent)]
+    Target(#[from] target::Invalid),
+    /// A name where systemd needs an address.
+    #[error(
+        "“{0}” is not an IP address; systemd listens on addresses, not on names: write for example 127.0.0.1:8080"
+    )]
+    NotAnIp(String),
+    /// What no unit file could hold.
+    #[error(
+        "“{0}” contains characters that a unit file cannot hold there (white space, quotes, % or control characters)"
+    )]
+    Characters(String),
+    /// A path that systemd does not take, or takes for another.
+    #[error(
+        "“{0}” is no path at which systemd listens: write one that names a file, with neither . nor .. nor an empty part in it"
+    )]
+    Path(String),
+    /// A path at which no service can listen.
+    #[error("“{0}” is no path at which a service listens: write one that names a socket")]
+    NoSocket(String),
+    /// An address without a port.
+    #[error("“{0}” has no port; write PORT or ADDR:PORT")]
+    NoPort(String),
+}
+
+/// Unix paths and abstract names go into unit files as they are.
+fn plain(text: &str) -> Result<(), Invalid> {
+    let bad = |c: char| c.is_whitespace() || c.is_control() || "%\"'\\;#".contains(c);
+    if text.contains(bad) { Err(Invalid::Characters(text.escape_debug().to_string())) } else { Ok(()) }
+}
+
+impl FromStr for External {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        if text.starts_with(['/', '@']) {
+            plain(text)?;
+            return Ok(match text.parse::<Target>()? {
+                Target::Unix(path) => {
+                    let mut parts = text.split('/').skip(1);
+                    if parts.any(|part| matches!(part, "" | "." | "..")) {
+                        return Err(Invalid::Path(text.to_owned()));
+                    }
+                    Self::Path(path)
+                }
+                Target::Abstract(name) => Self::Abstract(name),
+                Target::Tcp { .. } => unreachable!("it begins with / or @"),
+            });
+        }
+        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Ok(Self::Port(target::port(text)?));
+        }
+        if text.parse::<IpAddr>().is_ok() {
+            return Err(Invalid::NoPort(text.to_owned()));
+        }
+        let Target::Tcp { host, port } = text.parse::<Target>()? else {
+            unreachable!("no unix target begins so")
+        };
+        if !text.ends_with(&format!(":{port}")) {
+            return Err(Invalid::NoPort(text.to_owned()));
+        }
+        let ip = host.parse::<IpAddr>().map_err(|_| Invalid::NotAnIp(host))?;
+        Ok(Self::Address(SocketAddr::new(ip, port)))
+    }
+}
+
+/// Where the service listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Internal {
+    /// A port; of which address, the network decides.
+    Port(u16),
+    /// All of it.
+    Target(Target),
+}
+
+impl FromStr for Internal {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Ok(Self::Port(target::port(text)?));
+        }
+        let target: Target = text.parse()?;
+        if let Target::Tcp { port, .. } = &target
+            && !text.ends_with(&format!(":{port}"))
+        {
+            return Err(Invalid::NoPort(text.to_owned()));
+        }
+        plain(text)?;
+        if matches!(target, Target::Unix(_)) && matches!(text.rsplit('/').next(), Some("" | "." | "..")) {
+            return Err(Invalid::NoSocket(text.to_owned()));
+        }
+        Ok(Self::Target(target))
+    }
+}
+
+/// A word that is part of a unit's name and a socket's FileDescriptorName=.
+pub(crate) fn service_name(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if text.is_empty() || text.len() > 64 || !text.chars().all(fits) {
+        let text = text.escape_debug();
+        return Err(format!(
+            "“{text}” cannot be part of a unit's name: use up to 64 letters, digits, - _ and ."
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+/// A container's name, by Podman's own rule.
+pub(crate) fn container(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+    if text.chars().all(fits) && text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("“{}” cannot be a container's name", text.escape_debug()))
+}
+
+/// A unit's name with its suffix, as systemd allows it (systemd.unit(5)).
+pub(crate) fn unit(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
+    let named = text.rsplit_once('.').is_some_and(|(name, suffix)| !name.is_empty() && !suffix.is_empty());
+    if named && text.len() < 256 && text.chars().all(fits) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("“{}” is not the name of a unit, such as web.service", text.escape_debug()))
+}
+
+/// A network interface's name, as the kernel allows it (dev_valid_name).
+pub(crate) fn device(text: &str) -> Result<String, String> {
+    let bad = |c: char| c.is_whitespace() || c.is_control() || "/:%\"'\\".contains(c);
+    if text.is_empty() || text.len() > 15 || text == "." || text == ".." || text.contains(bad) {
+        return Err(format!("“{}” is not the name of a network interface", text.escape_debug()));
+    }
+    Ok(text.to_owned())
+}
+
+/// Is it an absolute path without `..`, one that leads where it seems to, also below another directory?
+pub(crate) fn is_straight(path: &std::path::Path) -> bool {
+    path.is_absolute() && !path.components().any(|part| part == std::path::Component::ParentDir)
+}
+
+/// A path that means the same for whoever reads it.
+pub(crate) fn absolute(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(one_line(text)?);
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err(format!("“{text}” is not an absolute path: the service does not run in this directory"))
+    }
+}
+
+/// Text that fits on a line of a unit file.
+pub(crate) fn one_line(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() {
+        return Err("it is empty".to_owned());
+    }
+    if text.contains(char::is_control) || text.ends_with('\\') || text.trim() != text {
+        let text = text.escape_debug();
+        return Err(format!("“{text}” does not fit on one line of a unit file"));
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn reads_every_form() {
+        assert_eq!("8080".parse(), Ok(External::Port(8080)));
+        assert_eq!("127.0.0.1:80".parse(), Ok(External::Address(([127, 0, 0, 1], 80).into())));
+        assert_eq!("[::1]:80".parse(), Ok(External::Address((Ipv6Addr::LOCALHOST, 80).into())));
+        assert_eq!("/run/web.sock".parse(), Ok(External::Path("/run/web.sock".into())));
+        assert_eq!("@web".parse(), Ok(External::Abstract("web".into())));
+        assert_eq!("80".parse(), Ok(Internal::Port(80)));
+        assert_eq!("10.0.0.2:80".parse(), Ok(Internal::Target("10.0.0.2:80".parse().unwrap())));
+    }
+
+    #[test]
+    fn refuses_with_the_reason() {
+        let refused = |text: &str| text.parse::<External>().unwrap_err().to_string();
+        assert!(refused("localhost:80").contains("not an IP address"));
+        assert!(refused("127.0.0.1").contains("no port"));
+        assert!(refused("::1").contains("no port"));
+        assert!(refused("[::1]").contains("no port"));
+        assert!(refused("0").contains("not a TCP port"));
+        assert!(refused("127.0.0.1:http").contains("not a TCP port"));
+        assert!(refused("").contains("missing"));
+        assert!(refused("/run/a b").contains("characters"));
+        assert!(refused("@%h").contains("characters"));
+        for path in ["/", "/tmp/", "/tmp/../tmp/x.sock", "/run/./x.sock", "/run//x.sock", "/.."] {
+            assert!(refused(path).contains("no path at which systemd listens"), "{path}");
+        }
+        assert!(refused(&format!("/run/{}", "x".repeat(103))).contains("107 bytes"));
+        assert!(format!("/run/{}", "x".repeat(102)).parse::<External>().is_ok());
+        assert!("web".parse::<Internal>().is_err());
+        for path in ["/", "/run/", "/run/.."] {
+            assert_eq!(path.parse::<Internal>(), Err(Invalid::NoSocket(path.to_owned())));
+        }
+        assert!("/run/web.sock".parse::<Internal>().is_ok());
+        assert!(service_name("a/b").is_err() && service_name("").is_err() && service_name("metrics").is_ok());
+        assert!(device("eth0").is_ok() && device("way-too-long-a-name").is_err() && device("a b").is_err());
+        assert!(absolute("busy").is_err() && absolute("/run/busy").is_ok());
+        assert!(one_line("a\nb").is_err() && one_line("").is_err() && one_line("pg_isready -q").is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn prints_what_it_reads(text in "\\PC{0,30}") {
+            if let Ok(external) = text.parse::<External>() {
+                prop_assert_eq!(external.to_string().parse::<External>(), Ok(external));
+            }
+            text.parse::<Internal>().ok();
+        }
+    }
+}

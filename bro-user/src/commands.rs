@@ -1,0 +1,10 @@
+//! The subcommands, each in a file of its name; `cli` has their options.
+
+pub mod activate;
+pub mod after_upgrade;
+pub mod doctor;
+pub mod forward;
+pub mod helper;
+pub mod loader;
+pub mod status;
+pub mod wake_sleep;

@@ -1,0 +1,456 @@
+//! `bro activate`: from a quadlet to a socket that wakes it, and back.
+//!
+//! In order: read the quadlet and what is activated already, decide what shall be (`request`), put it into files (`units`),
+//! change them all at once (`write`), and have systemd take it up. Whatever fails takes everything back.
+
+mod apply;
+pub(crate) mod executable;
+mod output;
+pub(crate) mod plan;
+mod preflight;
+mod publish_port;
+mod root_dir;
+mod signals;
+mod transaction;
+mod waits;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+use crate::address::External;
+use crate::cli::Activate;
+use crate::exit::Failure;
+use crate::installed;
+use crate::installed::{Activated, leftover};
+use crate::podman::quadlet;
+use crate::port_owner;
+use crate::run_as::Owner;
+use crate::service::failed_wake;
+use crate::systemd::manager::Manager;
+use crate::units;
+use crate::units::File;
+use plan::{Places, Wanted};
+use signals::Interrupt;
+use transaction::{Change, Lock, Made, Owner as Whose};
+
+/// Runs `bro activate`.
+///
+/// # Errors
+/// Each with the exit code of [`crate::exit`]; nothing has changed then.
+pub fn run(options: &Activate) -> anyhow::Result<()> {
+    let scope = Manager::choose(options.system, options.user);
+    let units = quadlet::below(options.root.as_deref(), &installed::unit_directory(scope)?);
+    if let (Manager::User, Some(name)) = (scope, &options.run_as) {
+        let text = format!(
+            "--run-as is for the system's units, which are root's: run it with sudo (as {name} alone, leave --run-as out)"
+        );
+        return Err(Failure::Usage(text).into());
+    }
+    let places = Places { scope, units, root: options.root.clone() };
+    let ordinary = !nix::unistd::geteuid().is_root();
+    if scope == Manager::System && ordinary && places.root.is_none() && !options.dry_run {
+        let text = "the system's units are root's: run it with sudo, or with --user; nothing was changed";
+        return Err(Failure::NotPermitted(text.to_owned()).into());
+    }
+    for directory in [places.units.clone(), apply::wants(&places)] {
+        root_dir::stays_inside(places.root.as_deref(), &directory)?;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupt = Interrupt::watch()?;
+        if options.remove {
+            remove(options, &places, &mut interrupt).await
+        } else {
+            activate(options, &places, &mut interrupt).await
+        }
+    })
+}
+
+/// The activated service that goes by this name, if it is there.
+fn known(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
+    let all = installed::all_in(&places.units, places.scope, places.root.as_deref())?;
+    Ok(all.into_iter().find(|known| known.goes_by(name)))
+}
+
+/// The same for who clears it away: also if only a part of it is left, and with the units whose files are gone.
+fn known_or_left(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
+    let root = places.root.as_deref();
+    let Some(mut known) = known(name, places)? else {
+        let rest = leftover::find(name, &places.units, places.scope, root);
+        return Ok(rest.map(|rest| rest.activated));
+    };
+    let lost = leftover::lost(&known, &places.units);
+    known.listeners.extend(lost);
+    Ok(Some(known))
+}
+
+/// The user whose container is meant: as the command line says, or an earlier one said.
+fn owner(options: &Activate, all: &[Activated], places: &Places) -> anyhow::Result<Option<Owner>> {
+    match &options.run_as {
+        Some(name) => Ok(Some(Owner::find(name, places.root.as_deref())?)),
+        None => {
+            Ok(all.iter().find(|known| known.goes_by(&options.name)).and_then(|known| known.run_as.clone()))
+        }
+    }
+}
+
+/// All of it that would be written, for a quadlet that was found.
+fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<Activated>, Vec<File>)> {
+    let all = installed::all_in(&places.units, places.scope, places.root.as_deref())?;
+    let owner = owner(options, &all, places)?;
+    let quadlet = quadlet::find(&options.name, places.scope, owner.as_ref(), places.root.as_deref())?;
+    root_dir::stays_inside(places.root.as_deref(), &quadlet.path)?;
+    let known = all.into_iter().find(|known| known.name == quadlet.name);
+    // A first run that was killed may have left the first port's socket, which is written anew.
+    if known.is_none()
+        && let Some(rest) = leftover::find(&quadlet.name, &places.units, places.scope, places.root.as_deref())
+        && rest.activated.listeners.iter().any(|listener| listener.service != quadlet.name)
+    {
+        return Err(installed::in_part(&rest).into());
+    }
+    if let Some(known) = &known
+        && known.quadlet.extension() != quadlet.path.extension()
+    {
+        return Err(Failure::Usage(format!(
+            "{} is activated already, for {}; both would need the same units",
+            known.name,
+            known.quadlet.display()
+        ))
+        .into());
+    }
+    if let Some(known) = &known
+        && known.run_as != owner
+    {
+        let whose = known.run_as.as_ref().map_or("the system's own container", |owner| &owner.name);
+        return Err(Failure::Usage(format!(
+            "{} is activated already, for {whose}; both would need the same units: `bro activate {} --remove` makes room",
+            known.name, known.name
+        ))
+        .into());
+    }
+    let wanted = plan::wanted(options, &quadlet, known.as_ref(), owner, places)?;
+    let files = units::files(
+        &wanted.activated,
+        &executable::path(places)?,
+        Some(&wanted.drop_in),
+        places.root.as_deref(),
+    )?;
+    for file in &files {
+        root_dir::stays_inside(places.root.as_deref(), &file.path)?;
+    }
+    Ok((wanted, known, files))
+}
+
+async fn activate(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
+    if options.dry_run {
+        return interrupt.or(dry_run(options, places)).await;
+    }
+    let Prepared { systemd, mut made, _lock, activated, known, changes, unfinished, warnings } =
+        interrupt.or(prepare(options, places)).await?;
+    output::warnings(&warnings)?;
+    let (systemd, known) = (systemd.as_ref(), known.as_ref());
+    let outcome =
+        apply::activate(systemd, &activated, known, &changes, &unfinished, places, interrupt).await?;
+    transaction::finished(&unfinished);
+    made.keep();
+    output::activated(&activated, &changes, outcome, places)
+}
+
+async fn dry_run(options: &Activate, places: &Places) -> anyhow::Result<()> {
+    let (wanted, known, _) = plan(options, places)?;
+    let mut warnings = wanted.warnings;
+    warnings.extend(executable::warning(places));
+    warnings.extend(
+        check_listeners(&wanted.activated, known.as_ref(), None, places)
+            .await
+            .err()
+            .map(|error| error.to_string()),
+    );
+    let mut directories = directories_of(&wanted.activated, places);
+    directories.extend(own_wants(places, places.units.exists()));
+    let missing = directories.iter().flat_map(|directory| transaction::missing(directory));
+    let activated = with_made(wanted.activated, missing, places)?;
+    output::warnings(&warnings)?;
+    output::files(&units::files(
+        &activated,
+        &executable::path(places)?,
+        Some(&wanted.drop_in),
+        places.root.as_deref(),
+    )?)
+}
+
+/// All that is decided and checked, under the lock; nothing has changed but for directories, which go again with this.
+struct Prepared {
+    systemd: Option<apply::Managers>,
+    made: Made,
+    _lock: Lock,
+    activated: Activated,
+    known: Option<Activated>,
+    changes: Vec<Change>,
+    unfinished: Vec<PathBuf>,
+    warnings: Vec<String>,
+}
+
+async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared> {
+    // The quadlet has to be there before directories are made; everything is read again under the lock.
+    let owner = plan(options, places)?.0.activated.run_as;
+    // Asked before anything is written: without it nothing could be started.
+    let systemd = match &places.root {
+        None => Some(apply::connect(places.scope, owner.as_ref()).await?),
+        Some(_) => None,
+    };
+    let mut made = Made::for_all(places.scope == Manager::System);
+    made.make(&places.units)?;
+    let lock = Lock::take(&places.units, || made.make(&places.units)).await?;
+    let (mut wanted, known, _) = plan(options, places)?;
+    let mut warnings = std::mem::take(&mut wanted.warnings);
+    warnings.extend(executable::warning(places));
+    executable::check(&wanted.activated, places)?;
+    check_listeners(&wanted.activated, known.as_ref(), systemd.as_ref(), places).await?;
+    if let Some(systemd) = &systemd {
+        let container = systemd.container().context("the container's service manager is gone")?;
+        warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
+    }
+    let mut directories = directories_of(&wanted.activated, places);
+    directories.extend(own_wants(places, !made.paths().contains(&places.units)));
+    for directory in directories {
+        made.make(&directory)?;
+    }
+    let activated = with_made(wanted.activated, made.paths().iter().cloned(), places)?;
+    let files =
+        units::files(&activated, &executable::path(places)?, Some(&wanted.drop_in), places.root.as_deref())?;
+    let mut changes = changes(&activated, &files)?;
+    // What an earlier run wrote and this one has no use for.
+    let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
+    for path in left {
+        root_dir::stays_inside(places.root.as_deref(), &path)?;
+        if transaction::owner(&path)? != Whose::Theirs {
+            changes.push(Change { path, text: None });
+        }
+    }
+    let all = files_of(&activated).into_iter().chain(known.iter().flat_map(files_of));
+    let unfinished = transaction::unfinished(&activated.name, &places.units, all);
+    Ok(Prepared { systemd, made, _lock: lock, activated, known, changes, unfinished, warnings })
+}
+
+/// Where its files go.
+fn directories_of(activated: &Activated, places: &Places) -> Vec<PathBuf> {
+    let others = activated.others().filter_map(|path| path.parent());
+    std::iter::once(&*places.units).chain(others).map(Path::to_owned).collect()
+}
+
+/// Where links go that enable sockets, where systemd does not make it: noted as made, unless all that it lies in is new.
+fn own_wants(places: &Places, units_were_there: bool) -> Option<PathBuf> {
+    (places.root.is_some() && units_were_there).then(|| apply::wants(places))
+}
+
+/// Notes the directories that were made for it.
+fn with_made(
+    mut activated: Activated,
+    made: impl Iterator<Item = PathBuf>,
+    places: &Places,
+) -> anyhow::Result<Activated> {
+    // Whoever uses a directory that was made for another activated service shares it: the last one to go removes it.
+    let mut mine = files_of(&activated);
+    if places.root.is_some() {
+        mine.extend(activated.listeners.iter().map(|listener| apply::wants(places).join(&listener.socket)));
+    }
+    let all = installed::all_in(&places.units, places.scope, places.root.as_deref())?;
+    let shared = all.into_iter().flat_map(|other| other.made);
+    let shared = shared.filter(|directory| mine.iter().any(|file| file.starts_with(directory)));
+    activated.made.extend(made.chain(shared));
+    activated.made.sort();
+    activated.made.dedup();
+    Ok(activated)
+}
+
+/// Every file of an activated service.
+fn files_of(activated: &Activated) -> Vec<PathBuf> {
+    let sockets = activated.listeners.iter().map(|listener| listener.file.clone());
+    sockets.chain(activated.service_file.clone()).chain(activated.others().cloned()).collect()
+}
+
+/// What differs from what is on the disk. Somebody else's file is never touched.
+fn changes(activated: &Activated, files: &[File]) -> anyhow::Result<Vec<Change>> {
+    let mut changes = Vec::new();
+    for File { path, text } in files {
+        match transaction::owner(path)? {
+            Whose::Ours(old) if old == *text => continue,
+            Whose::Ours(_) if belongs_to_another(path, &activated.name) => {
+                anyhow::bail!("{} belongs to another activated service; nothing was changed", path.display())
+            }
+            Whose::Ours(_) | Whose::Nobody => {}
+            Whose::Theirs => anyhow::bail!(
+                "{} is there and was not written by bro activate; move it away (nothing was changed)",
+                path.display()
+            ),
+        }
+        changes.push(Change { path: path.clone(), text: Some(text.clone()) });
+    }
+    Ok(changes)
+}
+
+fn belongs_to_another(path: &Path, name: &str) -> bool {
+    let file = installed::read_ours(path);
+    file.and_then(|file| file.value(installed::SECTION, "Name").map(|other| other != name)).unwrap_or(false)
+}
+
+/// Can systemd listen where it is to?
+async fn check_listeners(
+    activated: &Activated,
+    known: Option<&Activated>,
+    systemd: Option<&apply::Managers>,
+    places: &Places,
+) -> anyhow::Result<()> {
+    if places.root.is_some() {
+        return Ok(());
+    }
+    for listener in &activated.listeners {
+        if let Some(device) = &listener.device
+            && !Path::new("/sys/class/net").join(device).exists()
+        {
+            return Err(
+                Failure::Usage(format!("there is no network interface “{device}”; see `ip link`")).into()
+            );
+        }
+        let external: External = listener.address.parse()?;
+        // Whoever holds it now: that is nobody's socket.
+        if let Some(port_owner::Trouble::InTheWay(why)) = port_owner::look(&external) {
+            anyhow::bail!("{why} (nothing was changed)");
+        }
+        // Held by the socket that is to stay, or to be replaced.
+        if known.is_some_and(|known| known.listeners.iter().any(|before| before.address == listener.address))
+        {
+            continue;
+        }
+        match port_owner::look(&external) {
+            None | Some(port_owner::Trouble::InTheWay(_)) => {}
+            Some(port_owner::Trouble::Forbidden(why)) => return Err(Failure::NotPermitted(why).into()),
+            Some(port_owner::Trouble::Taken(owner)) if ours(&owner, known, systemd).await => {}
+            Some(port_owner::Trouble::Taken(owner)) => {
+                anyhow::bail!("{}", apply::taken(&external, &owner, systemd).await)
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A socket of this very service that will make room.
+async fn ours(
+    owner: &port_owner::Owner,
+    known: Option<&Activated>,
+    systemd: Option<&apply::Managers>,
+) -> bool {
+    let Some(known) = known else { return false };
+    match systemd {
+        Some(systemd) => {
+            let unit = systemd.socket_at(&owner.address).await;
+            unit.is_some_and(|unit| known.listeners.iter().any(|before| before.socket == unit))
+        }
+        // In a dry run nobody is asked; the port says enough.
+        None => {
+            let port = |address: &str| address.parse::<External>().ok().and_then(|address| address.port());
+            let taken = port(&owner.address);
+            taken.is_some() && known.listeners.iter().any(|before| port(&before.address) == taken)
+        }
+    }
+}
+
+async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
+    let name = &options.name;
+    let missing = || {
+        Failure::NotFound(format!(
+            "“{name}” is not activated {}: there is nothing to remove",
+            if places.scope == Manager::System { "for the system" } else { "for this user" }
+        ))
+    };
+    if options.dry_run {
+        let known = known_or_left(name, places)?.ok_or_else(missing)?;
+        return output::would_remove(&doomed(&known, options, places)?.0);
+    }
+    let prepare = async {
+        let systemd = match &places.root {
+            None => {
+                let owner = known_or_left(name, places)?.and_then(|known| known.run_as);
+                Some(apply::connect_for_removal(places.scope, owner.as_ref()).await?)
+            }
+            Some(_) => None,
+        };
+        let lock = Lock::take(&places.units, || Err(missing().into())).await?;
+        Ok((systemd, lock))
+    };
+    let (systemd, _lock) = interrupt.or(prepare).await?;
+    let known = known_or_left(name, places)?.ok_or_else(missing)?;
+    let (changes, rest) = doomed(&known, options, places)?;
+    for change in &changes {
+        root_dir::stays_inside(places.root.as_deref(), &change.path)?;
+        if transaction::owner(&change.path)? == Whose::Theirs {
+            anyhow::bail!(
+                "{} was not written by bro activate any more; nothing was changed",
+                change.path.display()
+            );
+        }
+    }
+    for directory in &known.made {
+        root_dir::stays_inside(places.root.as_deref(), directory)?;
+    }
+    let unfinished = transaction::unfinished(&known.name, &places.units, files_of(&known));
+    let left = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places, interrupt).await?;
+    transaction::finished(&unfinished);
+    if rest.is_none() {
+        transaction::remove_directories(&known.made)?;
+        if places.root.is_none() {
+            failed_wake::forget(&known);
+            crate::service::wakes::forget(&known);
+        }
+    }
+    output::removed(&known, &changes, left)
+}
+
+/// What has to change for the removal, and what stays activated.
+fn doomed(
+    known: &Activated,
+    options: &Activate,
+    places: &Places,
+) -> anyhow::Result<(Vec<Change>, Option<Activated>)> {
+    let gone = |path: PathBuf| Change { path, text: None };
+    let Some(service) = &options.service_name else {
+        // Some may have been deleted by hand.
+        let there = files_of(known).into_iter().filter(|path| std::fs::symlink_metadata(path).is_ok());
+        return Ok((there.map(gone).collect(), None));
+    };
+    if let Some(rest) = leftover::find(&known.name, &places.units, places.scope, places.root.as_deref()) {
+        return Err(installed::in_part(&rest).into());
+    }
+    let name = &known.name;
+    if service == name {
+        return Err(Failure::Usage(format!(
+            "“{service}” is the first port of {name}; remove all of it: `bro activate {name} --remove`"
+        ))
+        .into());
+    }
+    let Some(listener) = known.listeners.iter().find(|listener| listener.service == *service) else {
+        let others = known.listeners.iter().map(|listener| listener.service.as_str());
+        let others: Vec<&str> = others.filter(|service| !service.is_empty()).collect();
+        return Err(Failure::NotFound(format!(
+            "{name} has no port “{service}”; it has {}",
+            others.join(", ")
+        ))
+        .into());
+    };
+    let mut rest = known.clone();
+    // Of a port whose file is gone nobody knows where it leads.
+    rest.listeners.retain(|listener| !listener.service.is_empty());
+    rest.listeners.retain(|listener| listener.service != *service);
+    let mut changes = vec![gone(listener.file.clone())];
+    let drop_in = known.drop_in.as_deref().and_then(installed::read_ours);
+    let drop_in = drop_in.map(|file| units::DropIn::read(&file, &rest));
+    let bro = executable::written(known);
+    for file in units::files(&rest, &bro, drop_in.as_ref(), places.root.as_deref())? {
+        if std::fs::read_to_string(&file.path).ok().as_deref() != Some(&file.text) {
+            changes.push(Change { path: file.path, text: Some(file.text) });
+        }
+    }
+    Ok((changes, Some(rest)))
+}

@@ -1,0 +1,497 @@
+//! Has systemd take up what was written. Every step that fails takes files and units back to where they were.
+
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+
+use super::plan::Places;
+use super::signals::{Interrupt, Interrupted};
+use super::transaction::{Change, Changed};
+use super::waits;
+use crate::address::External;
+use crate::installed::drift;
+use crate::installed::drift::Standing;
+use crate::installed::{Activated, Listener};
+use crate::port_owner;
+use crate::run_as::Owner;
+use crate::systemd::manager::Manager;
+use crate::systemd::unit_files::Systemd;
+
+/// What came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// All was as it should be.
+    Nothing,
+    /// It listens now; the forwarder was not running, or has been stopped.
+    Listening,
+    /// The forwarder that runs has the settings from before.
+    OldForwarder,
+    /// The same; with `--direct` the container ran, and was stopped: it held the sockets.
+    Stopped,
+    /// Written below another root; nothing was started.
+    Written,
+}
+
+/// What is left of a container whose sockets are gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Left {
+    /// It does not run, and did not.
+    Asleep,
+    /// It runs.
+    Awake,
+    /// With `--direct` it held the socket, and was stopped with it.
+    Stopped,
+}
+
+/// How long a user's service manager may take to start.
+const MANAGER: Duration = Duration::from_secs(90);
+
+/// Who listens and forwards, and who runs the container: the same but with `--run-as`.
+#[derive(Debug)]
+pub(super) struct Managers {
+    front: Systemd,
+    /// The container's, where it is another; none where it cannot be reached and need not be.
+    user: Option<Systemd>,
+    apart: bool,
+}
+
+impl std::ops::Deref for Managers {
+    type Target = Systemd;
+
+    fn deref(&self) -> &Systemd {
+        &self.front
+    }
+}
+
+impl Managers {
+    /// The one that runs the container.
+    pub fn container(&self) -> Option<&Systemd> {
+        if self.apart { self.user.as_ref() } else { Some(&self.front) }
+    }
+
+    /// Both read their units anew, the container's first: the forwarder is to find what it starts.
+    async fn reload(&self) -> anyhow::Result<()> {
+        if let Some(user) = &self.user {
+            user.reload().await?;
+        }
+        self.front.reload().await
+    }
+}
+
+/// Reaches the service managers, or says clearly that one cannot be reached.
+pub(super) async fn connect(scope: Manager, owner: Option<&Owner>) -> anyhow::Result<Managers> {
+    let front = connect_front(scope).await?;
+    let Some(owner) = owner else { return Ok(Managers { front, user: None, apart: false }) };
+    let manager = owner.manager();
+    let started = tokio::time::timeout(MANAGER, front.bus.start(&manager)).await;
+    let result = started.map_err(|_| anyhow::anyhow!("{manager} did not start within {MANAGER:?}"))??;
+    anyhow::ensure!(
+        result == "done",
+        "the service manager of {}, {manager}, cannot be started ({result}); nothing was changed",
+        owner.name
+    );
+    let user = Systemd::of(owner).await.context("nothing was changed")?;
+    Ok(Managers { front, user: Some(user), apart: true })
+}
+
+/// The same for who only clears away: a user who is gone, or is not there now, is not waited for.
+pub(super) async fn connect_for_removal(scope: Manager, owner: Option<&Owner>) -> anyhow::Result<Managers> {
+    let front = connect_front(scope).await?;
+    let user = match owner {
+        Some(owner) => Systemd::of(owner).await.ok(),
+        None => None,
+    };
+    Ok(Managers { front, user, apart: owner.is_some() })
+}
+
+async fn connect_front(scope: Manager) -> anyhow::Result<Systemd> {
+    let ours = match scope {
+        Manager::System => "the system's service manager",
+        Manager::User => "this user's service manager",
+    };
+    Systemd::connect(scope).await.with_context(|| {
+        format!("{ours} cannot be reached, so nothing was changed (see --dry-run, and --root for images)")
+    })
+}
+
+/// Podman's user units wait for the system's network-online.target, also where nothing will ever ask for that.
+pub(super) async fn network_warning(systemd: &Systemd, waits: bool) -> Option<String> {
+    const WAITS: &str = "podman-user-wait-network-online.service";
+    if !waits || !systemd.load_problem(WAITS).await.is_ok_and(|problem| problem.is_none()) {
+        return None;
+    }
+    let system = Systemd::connect(Manager::System).await.ok()?;
+    let state = system.bus.active_state("network-online.target").await.ok()?;
+    (state != "active").then(|| {
+        format!(
+            "the container waits up to 90 s for network-online.target ({WAITS}), and nothing on this host asks for that target; \
+             sudo systemctl add-wants multi-user.target network-online.target, or write [Quadlet] DefaultDependencies=false \
+             into the quadlet"
+        )
+    })
+}
+
+fn units(listeners: &[Listener]) -> Vec<String> {
+    listeners.iter().map(|listener| listener.socket.clone()).collect()
+}
+
+/// Writes, enables, reloads and starts. `unfinished` are files that a run was at when it was killed.
+pub(super) async fn activate(
+    systemd: Option<&Managers>,
+    wanted: &Activated,
+    known: Option<&Activated>,
+    changes: &[Change],
+    unfinished: &[PathBuf],
+    places: &Places,
+    interrupt: &mut Interrupt,
+) -> anyhow::Result<Outcome> {
+    let Some(systemd) = systemd else {
+        // Links are part of the change where nobody else makes them.
+        let changed = Changed::make(changes)?;
+        link(wanted, places)?;
+        changed.keep();
+        return Ok(if changes.is_empty() { Outcome::Nothing } else { Outcome::Written });
+    };
+    let plan = Plan::of(systemd, wanted, known, changes, unfinished).await;
+    if changes.is_empty() && unfinished.is_empty() && plan.restart.is_empty() && !plan.unread {
+        return Ok(Outcome::Nothing);
+    }
+    let before = Before::of(systemd, known).await;
+    let changed = Changed::make(changes)?;
+    let taking_up = take_up(systemd, wanted, known, &plan);
+    match interrupt.or(waits::telling(systemd, known, taking_up)).await {
+        Ok(outcome) => {
+            changed.keep();
+            Ok(outcome)
+        }
+        Err(error) => {
+            let new: Vec<String> =
+                units(&wanted.listeners).into_iter().filter(|unit| !before.enabled.contains(unit)).collect();
+            // One that listens already as it was to listen would go on so.
+            for unit in new.iter().chain(plan.restart.iter().filter(|unit| !new.contains(unit))) {
+                systemd.bus.stop(unit).await.ok();
+            }
+            if !new.is_empty() {
+                systemd.disable(&new).await.ok();
+            }
+            drop(changed);
+            before.restore(systemd, &plan.runner).await;
+            for unit in &new {
+                systemd.reset_failed(unit).await;
+            }
+            Err(unchanged(error))
+        }
+    }
+}
+
+/// The same error, with what it means.
+fn unchanged(error: anyhow::Error) -> anyhow::Error {
+    if error.is::<Interrupted>() { error } else { anyhow::anyhow!("{error:#}; nothing was changed") }
+}
+
+/// What has to be done about units.
+#[derive(Debug)]
+struct Plan {
+    /// Socket units that need a new socket.
+    restart: Vec<String>,
+    /// systemd has not read all of what the files say, or said until now.
+    unread: bool,
+    /// Whom the sockets wake.
+    runner: String,
+    /// The runner's own unit says something new.
+    runner_changed: bool,
+}
+
+impl Plan {
+    async fn of(
+        systemd: &Managers,
+        wanted: &Activated,
+        known: Option<&Activated>,
+        changes: &[Change],
+        unfinished: &[PathBuf],
+    ) -> Self {
+        let is_changed = |listener: &Listener| {
+            let before = known
+                .and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
+            // Only what the kernel's socket is made of: whatever else changes in the file needs no new socket.
+            before != Some(listener) && before.is_none_or(|before| !same_socket(before, listener))
+        };
+        let (mut restart, mut unread) = (Vec::new(), false);
+        for listener in &wanted.listeners {
+            match drift::of(systemd, before(listener, known), unfinished).await {
+                _ if is_changed(listener) => restart.push(listener.socket.clone()),
+                Standing::Deaf => restart.push(listener.socket.clone()),
+                Standing::Unread => unread = true,
+                Standing::TakenUp => {}
+            }
+        }
+        let is_service = |path: &PathBuf| Some(path) == wanted.service_file.as_ref();
+        let mut runner_changed = changes.iter().any(|change| is_service(&change.path))
+            || unfinished.iter().any(is_service)
+            || wanted.direct;
+        if let Some(service) = wanted.service()
+            && systemd.needs_reload(&service).await
+        {
+            (unread, runner_changed) = (true, true);
+        }
+        let runner = wanted.service().unwrap_or_else(|| wanted.unit.clone());
+        Self { restart, unread, runner, runner_changed }
+    }
+}
+
+/// What ran before a change.
+#[derive(Debug, Default)]
+struct Before {
+    enabled: Vec<String>,
+    active: Vec<String>,
+}
+
+impl Before {
+    async fn of(systemd: &Managers, known: Option<&Activated>) -> Self {
+        let mut before = Self::default();
+        for unit in known.map(|known| units(&known.listeners)).unwrap_or_default() {
+            if systemd.is_enabled(&unit).await {
+                before.enabled.push(unit.clone());
+            }
+            if systemd.is_active(&unit).await {
+                before.active.push(unit);
+            }
+        }
+        before
+    }
+
+    async fn restore(&self, systemd: &Managers, runner: &str) {
+        if !self.enabled.is_empty() {
+            systemd.enable(&self.enabled).await.ok();
+        }
+        systemd.reload().await.ok();
+        // systemd refuses to start a socket whose service is still ending.
+        if systemd.is_stopping(runner).await {
+            systemd.bus.stop(runner).await.ok();
+        }
+        for unit in &self.active {
+            systemd.bus.start(unit).await.ok();
+        }
+    }
+}
+
+async fn take_up(
+    systemd: &Managers,
+    wanted: &Activated,
+    known: Option<&Activated>,
+    plan: &Plan,
+) -> anyhow::Result<Outcome> {
+    let Plan { restart, runner, .. } = plan;
+    let running = systemd.is_active(runner).await;
+    let (mut listening, mut stopped) = (false, false);
+    for unit in restart {
+        listening |= systemd.is_active(unit).await;
+    }
+    // They may listen without being known, after a first run that was killed.
+    if !restart.is_empty() && (known.is_some() || listening) {
+        // systemd refuses to start a socket whose service runs, and the service keeps the sockets it was started with.
+        if running {
+            stop(systemd, runner).await?;
+            stopped = true;
+        }
+        for unit in restart {
+            stop(systemd, unit).await?;
+        }
+    }
+    systemd.enable(&units(&wanted.listeners)).await?;
+    systemd.reload().await?;
+    let container = systemd.container().context("the container's service manager is gone")?;
+    if let Some(problem) = container.load_problem(&wanted.unit).await? {
+        let generator = match wanted.unit_scope() {
+            Manager::System => "/usr/lib/systemd/system-generators/podman-system-generator --dryrun",
+            Manager::User => "/usr/lib/systemd/user-generators/podman-user-generator --user --dryrun",
+        };
+        bail!(
+            "Podman's quadlet generator makes no {} of {} ({problem}); ask it why: {generator}",
+            wanted.unit,
+            wanted.quadlet.display()
+        );
+    }
+    for listener in wanted.listeners.iter().filter(|listener| restart.contains(&listener.socket)) {
+        systemd.reset_failed(&listener.socket).await;
+        let result = systemd.bus.start(&listener.socket).await?;
+        if result != "done" {
+            bail!("{}", cannot_listen(systemd, listener, wanted.scope).await);
+        }
+    }
+    Ok(if running && restart.is_empty() && plan.runner_changed {
+        Outcome::OldForwarder
+    } else if stopped && wanted.direct {
+        Outcome::Stopped
+    } else {
+        Outcome::Listening
+    })
+}
+
+/// The listener as it was, if there was one: that is what systemd may have taken up.
+fn before<'a>(listener: &'a Listener, known: Option<&'a Activated>) -> &'a Listener {
+    let before =
+        known.and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
+    before.unwrap_or(listener)
+}
+
+fn same_socket(before: &Listener, now: &Listener) -> bool {
+    (&before.address, before.backlog, &before.device, &before.service)
+        == (&now.address, now.backlog, &now.device, &now.service)
+}
+
+async fn stop(systemd: &Systemd, unit: &str) -> anyhow::Result<()> {
+    let result = systemd.bus.stop(unit).await.with_context(|| format!("cannot stop {unit}"))?;
+    anyhow::ensure!(result == "done", "stopping {unit} ended with “{result}”");
+    Ok(())
+}
+
+async fn cannot_listen(systemd: &Managers, listener: &Listener, scope: Manager) -> String {
+    let unit = &listener.socket;
+    let user = if scope == Manager::User { " --user" } else { "" };
+    if let Ok(external) = listener.address.parse()
+        && let Some(port_owner::Trouble::Taken(owner)) = port_owner::look(&external)
+    {
+        return taken(&external, &owner, Some(systemd)).await;
+    }
+    format!("systemd cannot listen at {}; see `journalctl{user} --unit {unit}`", listener.address)
+}
+
+/// The sentence about an address that somebody has.
+pub(super) async fn taken(
+    external: &External,
+    owner: &port_owner::Owner,
+    systemd: Option<&Managers>,
+) -> String {
+    let unit = match systemd {
+        Some(systemd) => systemd.socket_at(&owner.address).await,
+        None => None,
+    };
+    format!("{external} is taken {}", owner.who(unit.as_deref()))
+}
+
+/// Stops, disables, removes and reloads. Says what has become of the container.
+pub(super) async fn remove(
+    systemd: Option<&Managers>,
+    known: &Activated,
+    rest: Option<&Activated>,
+    changes: &[Change],
+    places: &Places,
+    interrupt: &mut Interrupt,
+) -> anyhow::Result<Left> {
+    let doomed: Vec<&Listener> = known
+        .listeners
+        .iter()
+        .filter(|listener| rest.is_none_or(|rest| !rest.listeners.contains(listener)))
+        .collect();
+    let Some(systemd) = systemd else {
+        // Where the notes of what was made have gone too, an empty directory is taken for one that was.
+        let made = known.made.contains(&places.units)
+            || !known.service_file.as_ref().unwrap_or(&known.socket_file).exists();
+        let changed = Changed::make(changes)?;
+        for listener in &doomed {
+            std::fs::remove_file(wants(places).join(&listener.socket)).ok();
+        }
+        // Otherwise it is noted as made itself, or somebody else's.
+        if rest.is_none() && made {
+            std::fs::remove_dir(wants(places)).ok();
+        }
+        changed.keep();
+        return Ok(Left::Asleep);
+    };
+    let before = Before::of(systemd, Some(known)).await;
+    let ran = known.direct && systemd.is_active(&known.unit).await;
+    let taking_down = take_down(systemd, known, &doomed, changes, places);
+    let changed = match interrupt.or(waits::telling(systemd, Some(known), taking_down)).await {
+        Ok(changed) => changed,
+        Err(error) => {
+            before.restore(systemd, &known.service().unwrap_or_else(|| known.unit.clone())).await;
+            return Err(unchanged(error));
+        }
+    };
+    changed.keep();
+    systemd.reload().await?;
+    // Stopping the forwarder has stopped nothing else: what stays goes on listening.
+    for listener in rest.map(|rest| rest.listeners.as_slice()).unwrap_or_default() {
+        systemd.bus.start(&listener.socket).await?;
+    }
+    Ok(match systemd.container() {
+        Some(container) if ran && !container.is_active(&known.unit).await => Left::Stopped,
+        Some(container) if rest.is_none() && container.is_active(&known.unit).await => Left::Awake,
+        _ => Left::Asleep,
+    })
+}
+
+async fn take_down(
+    systemd: &Managers,
+    known: &Activated,
+    doomed: &[&Listener],
+    changes: &[Change],
+    places: &Places,
+) -> anyhow::Result<Changed> {
+    let (there, gone): (Vec<&Listener>, Vec<&Listener>) =
+        doomed.iter().copied().partition(|listener| listener.file.exists());
+    // Without its first client's socket it would be started again at once; so the sockets go first.
+    for Listener { socket, .. } in &there {
+        stop(systemd, socket).await?;
+    }
+    for Listener { socket, .. } in &gone {
+        // systemd listens on, though nobody would find out from files.
+        if systemd.is_active(socket).await {
+            stop(systemd, socket).await?;
+        }
+    }
+    if let Some(service) = known.service()
+        && systemd.is_active(&service).await
+    {
+        stop(systemd, &service).await?;
+    }
+    let enabled: Vec<String> = there.iter().map(|listener| listener.socket.clone()).collect();
+    if !enabled.is_empty() {
+        systemd.disable(&enabled).await?;
+    }
+    for Listener { socket, .. } in &gone {
+        // systemd disables nothing of which there is no file.
+        let link = wants(places).join(socket);
+        if link.is_symlink() {
+            std::fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;
+        }
+    }
+    for change in changes.iter().filter(|change| change.text.is_none()) {
+        let name = change.path.file_name().unwrap_or_default().to_string_lossy();
+        if *name == crate::units::pause_unit(&known.name) {
+            stop(systemd, &name).await?;
+        }
+    }
+    Changed::make(changes)
+}
+
+/// Where the links are that enable sockets.
+pub(super) fn wants(places: &Places) -> PathBuf {
+    places.units.join("sockets.target.wants")
+}
+
+/// What enabling does, where no systemd does it.
+fn link(wanted: &Activated, places: &Places) -> anyhow::Result<()> {
+    let directory = wants(places);
+    if !directory.is_dir() {
+        let cannot = || format!("cannot make {}", directory.display());
+        std::fs::create_dir(&directory).with_context(cannot)?;
+        if places.scope == Manager::System {
+            // Whatever the umask.
+            std::fs::set_permissions(&directory, Permissions::from_mode(0o755)).with_context(cannot)?;
+        }
+    }
+    for unit in units(&wanted.listeners) {
+        let link = directory.join(&unit);
+        if let Err(error) = std::os::unix::fs::symlink(format!("../{unit}"), &link)
+            && error.kind() != std::io::ErrorKind::AlreadyExists
+        {
+            return Err(error).with_context(|| format!("cannot make the link {}", link.display()));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,690 @@
+//! From the command line, the quadlet and what is activated already, to what shall be: checked, with what there is to warn of.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use crate::address::{External, Internal};
+use crate::cli::{Activate, Direct};
+use crate::exit::Failure;
+use crate::installed::{Activated, Listener};
+use crate::podman::quadlet;
+use crate::podman::quadlet::{Kind, Quadlet};
+use crate::run_as::Owner;
+use crate::service::readiness::Ready;
+use crate::systemd::manager::Manager;
+use crate::systemd::time_span::TimeSpan;
+use crate::target::Target;
+use crate::units;
+use crate::units::{DropIn, RESTRICTED};
+
+/// How long a container stays up without a connection where nobody said otherwise.
+const IDLE: &str = "5min";
+
+/// An option's name, and what the command line says of it.
+pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
+
+/// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
+pub(crate) const HANDED_ON: [HandedOn; 28] = [
+    ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
+    ("start-timeout", |options| options.start_timeout.map(written)),
+    ("wake-on", |options| options.wake_on.map(word)),
+    ("wake-ignore", |options| (!options.wake_ignore.is_empty()).then(|| listed(&options.wake_ignore))),
+    ("exit-idle-time", |options| options.exit_idle_time.map(written)),
+    ("exit-idle-time-max", |options| options.exit_idle_time_max.map(written)),
+    ("idle-by", |options| options.idle_by.map(word)),
+    ("idle-ignore", |options| (!options.idle_ignore.is_empty()).then(|| listed(&options.idle_ignore))),
+    ("idle-below", |options| options.idle_below.map(|rate| rate.to_string())),
+    ("wakes-per-hour", |options| options.wakes_per_hour.map(|most| most.to_string())),
+    ("min-uptime", |options| options.min_uptime.map(written)),
+    ("busy-file", |options| options.busy_file.as_ref().map(|path| path.display().to_string())),
+    ("busy-exec", |options| options.busy_exec.clone()),
+    ("drain-timeout", |options| options.drain_timeout.map(written)),
+    ("idle-timeout", |options| options.idle_timeout.map(written)),
+    ("connections-max", |options| options.connections_max.map(|most| most.to_string())),
+    ("connections-per-source", |options| options.connections_per_source.map(|most| most.to_string())),
+    ("keepalive-time", |options| options.keepalive_time.map(written)),
+    ("keepalive-interval", |options| options.keepalive_interval.map(written)),
+    ("keepalive-probes", |options| options.keepalive_probes.map(|probes| probes.to_string())),
+    ("unix-identity", |options| options.unix_identity.map(|identity| identity.to_string())),
+    ("proxy-protocol", |options| options.proxy_protocol.map(word)),
+    ("accept-proxy", |options| options.accept_proxy.map(|accept| accept.to_string())),
+    ("trusted", |options| (!options.trusted.is_empty()).then(|| listed(&options.trusted))),
+    ("relay", |options| options.relay.map(word)),
+    ("source", |options| options.source.map(word)),
+    ("local-clients", |options| options.local_clients.as_ref().map(ToString::to_string)),
+    ("blocking-sockets", |options| options.blocking_sockets.map(|yes| yes.to_string())),
+];
+
+/// What shall be.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub activated: Activated,
+    pub drop_in: DropIn,
+    /// Podman's own dependency on the network stands.
+    pub waits_for_network: bool,
+    pub warnings: Vec<String>,
+}
+
+/// Where files go.
+#[derive(Debug, Clone)]
+pub(super) struct Places {
+    pub scope: Manager,
+    pub units: PathBuf,
+    pub root: Option<PathBuf>,
+}
+
+fn usage(text: impl Into<String>) -> anyhow::Error {
+    Failure::Usage(text.into()).into()
+}
+
+/// Puts it together.
+pub(super) fn wanted(
+    options: &Activate,
+    quadlet: &Quadlet,
+    known: Option<&Activated>,
+    run_as: Option<Owner>,
+    places: &Places,
+) -> anyhow::Result<Wanted> {
+    if let Some(Ready::Exec(command)) = &options.ready {
+        crate::address::one_line(command).map_err(|reason| usage(format!("--ready=exec: {reason}")))?;
+    }
+    let direct = direct(options, known)?;
+    if run_as.is_some() && direct {
+        return Err(usage(
+            "--run-as does not go with --direct: Podman passes on only the sockets of the manager that starts it, and that is the \
+             user's, not the system's",
+        ));
+    }
+    check_names(quadlet)?;
+    super::preflight::check(quadlet, direct)?;
+    let pod = super::preflight::pod_of(quadlet, run_as.as_ref(), places);
+    let mut warnings = Vec::new();
+    let network = Network::of(quadlet);
+    let nginx = direct && takes_nginx_way(options, quadlet, known);
+    let container = match (direct, &options.container, known) {
+        (true, _, _) => None,
+        (false, Some(given), _) => Some(given.clone()),
+        (false, None, Some(known)) if known.container_given => known.container.clone(),
+        (false, None, _) if network == Network::Host => None,
+        (false, None, _) => match &quadlet.container {
+            Ok(name) => {
+                let file = quadlet.file_name();
+                Some(crate::address::container(name).map_err(|reason| usage(format!("{file}: {reason}")))?)
+            }
+            Err(reason) => return Err(usage(reason.clone())),
+        },
+    };
+    let restricted =
+        options.restrict_network || known.is_some_and(|known| known.option(RESTRICTED).is_some());
+    if restricted {
+        check_restricted(direct, &network, quadlet)?;
+    }
+    let checks_health = container.is_some()
+        && quadlet.kind == Kind::Container
+        && quadlet.value("HealthCmd").is_some_and(|command| !["", "none"].contains(&command));
+    let mut activated = Activated {
+        name: quadlet.name.clone(),
+        scope: places.scope,
+        run_as,
+        quadlet: units::unrooted(&quadlet.path, places.root.as_deref()),
+        unit: quadlet.unit.clone(),
+        container_given: !direct
+            && (options.container.is_some() || known.is_some_and(|known| known.container_given)),
+        container,
+        direct,
+        socket_file: PathBuf::new(),
+        service_file: (!direct).then(|| places.units.join(format!("{}-activator.service", quadlet.name))),
+        listeners: listeners(options, quadlet, known, places, &network, (direct, nginx))?,
+        options: if direct { way(nginx, restricted) } else { handed_on(options, checks_health, known) },
+        drop_in: None,
+        pause_unit: None,
+        made: known.map(|known| known.made.clone()).unwrap_or_default(),
+    };
+    activated.socket_file.clone_from(&activated.listeners[0].file);
+    if direct {
+        check_direct(quadlet, nginx, &mut warnings)?;
+    }
+    if activated.option("accept-proxy") == Some("true") && activated.option("trusted").is_none() {
+        return Err(usage(
+            "--accept-proxy needs --trusted: who may say in a header who the client is, such as --trusted=10.0.0.5",
+        ));
+    }
+    check_local_clients(&activated)?;
+    check_ready(&activated, quadlet, &mut warnings)?;
+    check_host_network(&activated, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
+    let drop_in = drop_in(quadlet, &activated, &network, nginx);
+    if !drop_in.is_empty() {
+        let directory = quadlet::drop_in_directory(
+            quadlet,
+            places.scope,
+            activated.run_as.as_ref(),
+            places.root.as_deref(),
+        )?;
+        let file = match quadlet.name.split_once('@').filter(|_| quadlet.is_shared()) {
+            // The directory is the template's, so each instance has a file of its own.
+            Some((_, instance)) => format!("50-bro-activator-{instance}.conf"),
+            None => "50-bro-activator.conf".to_owned(),
+        };
+        activated.drop_in = Some(directory.join(file));
+    }
+    if restricted {
+        activated.pause_unit = Some(places.units.join(units::pause_unit(&activated.name)));
+    }
+    warn_of_ports(quadlet, &activated, &mut warnings);
+    warn_of_install(quadlet, &mut warnings);
+    if let Some(pod) = quadlet.value("Pod").filter(|_| quadlet.kind == Kind::Container) {
+        warnings.push(format!(
+            "{} is part of {pod}: {} alone is woken and stopped with its clients; to wake and stop the whole pod, activate {pod}",
+            quadlet.file_name(),
+            quadlet.unit
+        ));
+    }
+    let own_word = quadlet.file.boolean("Quadlet", "DefaultDependencies");
+    let waits_for_network =
+        activated.unit_scope() == Manager::User && !drop_in.no_network && own_word != Some(false);
+    Ok(Wanted { activated, drop_in, waits_for_network, warnings })
+}
+
+fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool> {
+    let Some(known) = known else { return Ok(options.direct.is_some()) };
+    let name = &known.name;
+    let forwarders_own = options.internal_port.is_some()
+        || options.container.is_some()
+        || options.network.is_some()
+        || HANDED_ON.iter().any(|(_, said)| said(options).is_some());
+    match (known.direct, options.direct.is_some()) {
+        (false, true) => Err(usage(format!(
+            "{name} is activated with a forwarder; to change that, run `bro activate {name} --remove` first"
+        ))),
+        (true, false) if forwarders_own => Err(usage(format!(
+            "{name} is activated with --direct, where there is no forwarder that could do that; to change it, run `bro \
+             activate {name} --remove` first"
+        ))),
+        (direct, _) => Ok(direct),
+    }
+}
+
+/// The quadlet may say anything; in units it stands among others.
+fn check_names(quadlet: &Quadlet) -> anyhow::Result<()> {
+    let name = &quadlet.name;
+    if name.contains(':') {
+        return Err(usage(format!(
+            "“{name}” cannot be activated: its socket goes by that name, and no FileDescriptorName= may hold a colon; give the \
+             quadlet another name"
+        )));
+    }
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_' | '.' | '@' | '\\');
+    if quadlet.unit.chars().all(fits) {
+        return Ok(());
+    }
+    let unit = quadlet.unit.escape_debug();
+    Err(usage(format!("“{unit}”, of {}, cannot be the name of a unit", quadlet.file_name())))
+}
+
+fn word<T: ValueEnum>(value: T) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// As one would write it: whole minutes as minutes.
+fn written(span: TimeSpan) -> String {
+    match span.finite().map(|span| (span.as_secs(), span.subsec_nanos())) {
+        Some((seconds @ 1.., 0)) if seconds % 3600 == 0 => format!("{}h", seconds / 3600),
+        Some((seconds @ 1.., 0)) if seconds % 60 == 0 => format!("{}min", seconds / 60),
+        _ => span.to_string(),
+    }
+}
+
+fn listed<T: ToString>(all: &[T]) -> String {
+    all.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+fn handed_on(options: &Activate, checks_health: bool, known: Option<&Activated>) -> Vec<(String, String)> {
+    let before = |name: &str| known.and_then(|known| known.option(name)).map(str::to_owned);
+    let value = |(name, said): &HandedOn| {
+        let value = said(options).or_else(|| before(name));
+        let value = match *name {
+            "exit-idle-time" => value.or_else(|| Some(IDLE.to_owned())),
+            // The quadlet says itself how to tell.
+            "ready" if checks_health => {
+                value.filter(|way| way != "auto").or_else(|| Some("healthy".to_owned()))
+            }
+            _ => value,
+        };
+        Some(((*name).to_owned(), value?))
+    };
+    HANDED_ON.iter().filter_map(value).collect()
+}
+
+/// The ports there were, with what the command line says of one of them.
+fn listeners(
+    options: &Activate,
+    quadlet: &Quadlet,
+    known: Option<&Activated>,
+    places: &Places,
+    network: &Network,
+    (direct, nginx): (bool, bool),
+) -> anyhow::Result<Vec<Listener>> {
+    let name = &quadlet.name;
+    let service = options.service_name.clone().unwrap_or_else(|| name.clone());
+    let mut listeners = known.map(|known| known.listeners.clone()).unwrap_or_default();
+    if known.is_none() && service != *name {
+        return Err(usage(format!(
+            "{name} is not activated yet; do that first, without --service-name, and then add “{service}”"
+        )));
+    }
+    let before = listeners.iter().find(|listener| listener.service == service).cloned();
+    let external = match (&options.external_port, &before) {
+        (Some(external), _) => external.clone(),
+        (None, Some(before)) => before.address.parse()?,
+        (None, None) => {
+            return Err(usage("say where clients are to connect: --external-port [ADDR:]PORT"));
+        }
+    };
+    let external = match external {
+        // What nginx calls `listen 80;` is IPv4 only, and it takes over only a socket of exactly its address.
+        External::Port(port) if nginx => External::Address((std::net::Ipv4Addr::UNSPECIFIED, port).into()),
+        external => external,
+    };
+    let target =
+        if direct { None } else { Some(target(options, before.as_ref(), &external, quadlet, network)?) };
+    let stem = quadlet.unit.strip_suffix(".service").unwrap_or(&quadlet.unit);
+    let socket = match (direct, service == *name) {
+        (false, true) => format!("{name}-activator.socket"),
+        (false, false) => format!("{name}-{service}-activator.socket"),
+        (true, true) => format!("{stem}.socket"),
+        (true, false) => format!("{stem}-{service}.socket"),
+    };
+    let listener = Listener {
+        file: places.units.join(&socket),
+        socket,
+        address: external.to_string(),
+        target,
+        backlog: options.backlog.or_else(|| before.as_ref().and_then(|before| before.backlog)),
+        device: options
+            .bind_to_device
+            .clone()
+            .or_else(|| before.as_ref().and_then(|before| before.device.clone())),
+        service,
+    };
+    if let (Some(device), External::Path(_) | External::Abstract(_)) = (&listener.device, &external) {
+        return Err(usage(if options.bind_to_device.is_some() {
+            format!(
+                "{external} is a unix socket, which is on no network interface: leave --bind-to-device {device} out"
+            )
+        } else {
+            format!(
+                "“{}” is bound to the network interface {device}, where {external}, a unix socket, cannot be: remove that port or \
+                 all of {name} first (--remove)",
+                listener.service
+            )
+        }));
+    }
+    if let Some(other) =
+        listeners.iter().find(|other| other.service != listener.service && other.address == listener.address)
+    {
+        return Err(usage(format!(
+            "{} is the address of “{}” already; give “{}” another --external-port",
+            other.address, other.service, listener.service
+        )));
+    }
+    match listeners.iter_mut().find(|known| known.service == listener.service) {
+        Some(known) => *known = listener,
+        None => listeners.push(listener),
+    }
+    // In the order in which they are read back.
+    listeners.sort_by_key(|listener| (listener.service != *name, listener.service.clone()));
+    Ok(listeners)
+}
+
+fn target(
+    options: &Activate,
+    before: Option<&Listener>,
+    external: &External,
+    quadlet: &Quadlet,
+    network: &Network,
+) -> anyhow::Result<String> {
+    let host = match &options.network {
+        Some(name) => Some(network.address(name, quadlet)?),
+        None => None,
+    };
+    let at = |port: u16| Target::Tcp { host: host.clone().unwrap_or_else(|| "127.0.0.1".to_owned()), port };
+    Ok(match (&options.internal_port, before) {
+        (Some(Internal::Target(target)), _) => target.to_string(),
+        (Some(Internal::Port(port)), _) => at(*port).to_string(),
+        (None, Some(Listener { target: Some(before), .. })) => match (&host, before.parse()) {
+            (Some(_), Ok(Target::Tcp { port, .. })) => at(port).to_string(),
+            _ => before.clone(),
+        },
+        (None, _) => match external.port() {
+            Some(port) => at(port).to_string(),
+            None => {
+                return Err(usage(
+                    "clients connect to a unix socket, so say where the service listens: --internal-port [ADDR:]PORT",
+                ));
+            }
+        },
+    })
+}
+
+/// What kind of network the container has.
+#[derive(Debug, PartialEq, Eq)]
+enum Network {
+    /// `Network=none`.
+    None,
+    /// `Network=host`.
+    Host,
+    /// Anything else: names of networks without options, as written; empty for Podman's default.
+    Others(Vec<String>),
+}
+
+impl Network {
+    fn of(quadlet: &Quadlet) -> Self {
+        let networks = quadlet.values("Network");
+        match networks.as_slice() {
+            ["none"] => Self::None,
+            ["host"] => Self::Host,
+            others => Self::Others(
+                others
+                    .iter()
+                    .map(|network| network.split(':').next().unwrap_or_default().to_owned())
+                    .collect(),
+            ),
+        }
+    }
+
+    /// The container's address on the network that `--network` names.
+    fn address(&self, name: &str, quadlet: &Quadlet) -> anyhow::Result<String> {
+        let file = quadlet.file_name();
+        let has = match self {
+            Self::None => "none".to_owned(),
+            Self::Host => "host".to_owned(),
+            Self::Others(networks) if networks.is_empty() => match quadlet.value("Pod") {
+                Some(pod) => format!("the network of {pod}, which it is part of"),
+                None => "Podman's default network".to_owned(),
+            },
+            Self::Others(networks) => networks.join(" and "),
+        };
+        match (self, name) {
+            (Self::None, "none") | (Self::Host, "host") => return Ok("127.0.0.1".to_owned()),
+            (Self::Others(networks), name) => {
+                let stem = |network: &str| network.strip_suffix(".network").unwrap_or(network).to_owned();
+                if !networks.iter().any(|network| stem(network) == stem(name)) {
+                    return Err(usage(format!("{file} is not on the network “{name}”: it has {has}")));
+                }
+            }
+            _ => return Err(usage(format!("{file} is not on the network “{name}”: it has {has}"))),
+        }
+        let inline =
+            quadlet.values("Network").into_iter().filter_map(|network| network.split_once(':')).find_map(
+                |(network, options)| {
+                    let same = network.strip_suffix(".network").unwrap_or(network)
+                        == name.strip_suffix(".network").unwrap_or(name);
+                    let mut options = options.split(',');
+                    same.then(|| options.find_map(|option| option.strip_prefix("ip=")))?
+                },
+            );
+        match inline.or_else(|| quadlet.value("IP")).or_else(|| quadlet.value("IP6")) {
+            Some(ip) if ip.parse::<std::net::IpAddr>().is_ok() => Ok(ip.to_owned()),
+            _ => Err(usage(format!(
+                "the container's address on “{name}” differs from start to start; add IP= to {file}, or leave --network out \
+                 if the service listens on every address of its container"
+            ))),
+        }
+    }
+}
+
+fn takes_nginx_way(options: &Activate, quadlet: &Quadlet, known: Option<&Activated>) -> bool {
+    match (options.direct, known.and_then(|known| known.option("direct"))) {
+        (Some(Direct::Nginx), _) | (None, Some("nginx")) => true,
+        (Some(Direct::ListenFds), _) | (None, Some(_)) => false,
+        (Some(Direct::Auto) | None, _) => quadlet.is_nginx(),
+    }
+}
+
+/// Noted, so that a later run without `--direct=` keeps to it.
+fn way(nginx: bool, restricted: bool) -> Vec<(String, String)> {
+    let mut way = vec![("direct".to_owned(), if nginx { "nginx" } else { "listen-fds" }.to_owned())];
+    if restricted {
+        way.push((RESTRICTED.to_owned(), "yes".to_owned()));
+    }
+    way
+}
+
+/// May this one be cut off from the network?
+fn check_restricted(direct: bool, network: &Network, quadlet: &Quadlet) -> anyhow::Result<()> {
+    if !direct {
+        return Err(usage(
+            "--restrict-network is for --direct: a forwarder makes its connections in the container's network, and is confined \
+             without a word",
+        ));
+    }
+    if *network != Network::None {
+        return Err(usage(format!(
+            "--restrict-network needs a container without a network; add Network=none to {}",
+            quadlet.file_name()
+        )));
+    }
+    Ok(())
+}
+
+fn check_direct(quadlet: &Quadlet, nginx: bool, warnings: &mut Vec<String>) -> anyhow::Result<()> {
+    let file = quadlet.file_name();
+    if quadlet.kind != Kind::Container {
+        return Err(usage(format!(
+            "--direct is for a .container: Podman passes no sockets on to the containers of {file}"
+        )));
+    }
+    if quadlet.is_shared() {
+        let (prefix, instance) = quadlet.name.split_once('@').unwrap_or((&quadlet.name, ""));
+        return Err(usage(format!(
+            "--direct needs a drop-in for this instance alone, and {file} is shared by all; give it a file of its own: ln -s \
+             {file} {prefix}@{instance}.container"
+        )));
+    }
+    if quadlet.value("Notify") == Some("healthy") {
+        warnings.push(format!(
+            "Notify=healthy in {file}: the service listens on the passed socket and not inside the container, so a health check \
+             that connects inside fails and the unit never becomes active"
+        ));
+    }
+    if nginx {
+        warnings.push(
+            "nginx takes over only a socket of exactly the address that its configuration listens on, port included; with any \
+             other it listens inside the container, where no client comes"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}
+
+/// The forwarder would refuse to start.
+fn check_local_clients(activated: &Activated) -> anyhow::Result<()> {
+    let asked = activated.option("local-clients").is_some_and(|clients| clients != "off");
+    if asked && matches!(activated.option("relay"), Some("splice" | "copy")) {
+        return Err(usage(
+            "--local-clients is part of the kernel relay: use --relay=auto or sockmap with it",
+        ));
+    }
+    Ok(())
+}
+
+fn check_ready(activated: &Activated, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
+    if let Some(way) = activated.option("ready").and_then(|way| way.parse::<Ready>().ok()) {
+        let targets = activated.listeners.iter().filter_map(|listener| listener.target.as_deref());
+        for target in targets.filter_map(|target| target.parse::<Target>().ok()) {
+            if let Some(refusal) = way.refusal(&target) {
+                return Err(usage(refusal));
+            }
+        }
+    }
+    if activated.option("ready") != Some("healthy") {
+        return Ok(());
+    }
+    let file = quadlet.file_name();
+    if activated.container.is_none() {
+        return Err(usage(format!(
+            "--ready=healthy needs --container, whose health check it is; {file} uses the host's network"
+        )));
+    }
+    match quadlet.kind {
+        Kind::Pod if !activated.container_given => Err(usage(format!(
+            "--ready=healthy follows a container's health check, and {file} has none; name one of its containers by --container"
+        ))),
+        Kind::Container if quadlet.value("HealthCmd") == Some("none") => Err(usage(format!(
+            "HealthCmd=none in {file}: there is no health check that --ready=healthy could follow"
+        ))),
+        Kind::Container if quadlet.value("HealthCmd").is_none() => {
+            warnings.push(format!(
+                "{file} has no HealthCmd=: unless the image brings a health check, nobody will ever be connected"
+            ));
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// With `Network=host` the service itself takes its port on the host.
+fn check_host_network(activated: &Activated, network: &Network) -> anyhow::Result<()> {
+    if *network != Network::Host || activated.direct {
+        return Ok(());
+    }
+    for listener in &activated.listeners {
+        let (Ok(external), Some(Ok(Target::Tcp { port, .. }))) =
+            (listener.address.parse::<External>(), listener.target.as_ref().map(|target| target.parse()))
+        else {
+            continue;
+        };
+        if external.port() == Some(port) {
+            return Err(usage(format!(
+                "the container uses the host's network, so its service itself takes port {port}; give another --external-port, \
+                 or another network to the container"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn drop_in(quadlet: &Quadlet, activated: &Activated, network: &Network, nginx: bool) -> DropIn {
+    let own_word = quadlet.file.value("Quadlet", "DefaultDependencies").is_some();
+    DropIn {
+        no_network: quadlet.kind == Kind::Container && *network == Network::None && !own_word,
+        sockets: if activated.direct {
+            activated.listeners.iter().map(|listener| listener.socket.clone()).collect()
+        } else {
+            Vec::new()
+        },
+        nginx,
+        never_notifies: nginx && quadlet.value("Notify").is_some_and(|notify| notify != "healthy"),
+    }
+}
+
+fn warn_of_ports(quadlet: &Quadlet, activated: &Activated, warnings: &mut Vec<String>) {
+    let file = quadlet.file_name();
+    let listeners = activated.listeners.iter();
+    let taken: Vec<External> = listeners.filter_map(|listener| listener.address.parse().ok()).collect();
+    for publish in quadlet.values("PublishPort") {
+        let clash = taken.iter().find(|external| super::publish_port::clashes(publish, external));
+        warnings.push(match clash.and_then(External::port) {
+            Some(port) => format!(
+                "PublishPort={publish} in {file} takes port {port} as well: while systemd listens there the container cannot \
+                 start; remove that line"
+            ),
+            None => format!(
+                "PublishPort={publish} in {file} is a way in past bro: it wakes nothing, and who comes that way is cut off by the \
+                 idle stop; remove that line unless it is meant"
+            ),
+        });
+    }
+}
+
+/// The host's TCP ports of `[[IP:][HOST]:]CONTAINER[/PROTOCOL]`.
+pub(crate) fn published(text: &str) -> Option<std::ops::RangeInclusive<u16>> {
+    let text = match text.split_once('/') {
+        Some((ports, "tcp")) => ports,
+        Some(_) => return None,
+        None => text,
+    };
+    let (rest, _container) = text.rsplit_once(':')?;
+    let host = rest.rsplit_once(':').map_or(rest, |(_, host)| host);
+    let (first, last) = host.split_once('-').unwrap_or((host, host));
+    Some(first.parse().ok()?..=last.parse().ok()?)
+}
+
+fn warn_of_install(quadlet: &Quadlet, warnings: &mut Vec<String>) {
+    for key in ["WantedBy", "RequiredBy", "UpheldBy"] {
+        let targets = quadlet.file.words("Install", key);
+        if !targets.is_empty() {
+            warnings.push(format!(
+                "{key}={} in {} starts {} without any client, and what bro has not started it does not stop; remove that line",
+                targets.join(" "),
+                quadlet.file_name(),
+                quadlet.unit
+            ));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `bro forward` has for those alone who write its unit, or run it, by hand: `bro activate` decides these.
+    const BY_HAND: [&str; 11] = [
+        "target",
+        "targets",
+        "allow-missing-sockets",
+        "listen",
+        "container",
+        "pid",
+        "netns",
+        "unit",
+        "user",
+        "system",
+        "verbose",
+    ];
+
+    #[test]
+    fn every_option_of_the_forwarder_is_one_of_activate() {
+        use clap::CommandFactory as _;
+        let all = crate::cli::Cli::command();
+        let names = |command: &str| -> Vec<String> {
+            let command = all.find_subcommand(command).unwrap();
+            command.get_arguments().map(|argument| argument.get_id().as_str().replace('_', "-")).collect()
+        };
+        let (forward, activate) = (names("forward"), names("activate"));
+        let is_handed_on = |name: &String| HANDED_ON.iter().any(|(handed, _)| handed == name);
+        let forgotten: Vec<&String> =
+            forward.iter().filter(|name| !is_handed_on(name) && !BY_HAND.contains(&name.as_str())).collect();
+        assert!(forgotten.is_empty(), "bro activate does not know of {forgotten:?}");
+        let remove = all.find_subcommand("activate").unwrap();
+        let removing = remove.get_arguments().find(|argument| argument.get_id() == "remove").unwrap();
+        let conflicts: Vec<String> = remove
+            .get_arg_conflicts_with(removing)
+            .into_iter()
+            .map(|argument| argument.get_id().as_str().replace('_', "-"))
+            .collect();
+        for (name, _) in HANDED_ON {
+            let name = name.to_owned();
+            assert!(forward.contains(&name) && activate.contains(&name), "{name} is no option of both");
+            assert!(conflicts.contains(&name), "--remove takes {name} without a word");
+        }
+    }
+
+    #[test]
+    fn spans_are_written_as_they_are_read() {
+        for span in ["5min", "1h", "90s", "infinity", "0ns", "1.5s", "250ms"] {
+            assert_eq!(written(span.parse().unwrap()), span);
+        }
+    }
+
+    #[test]
+    fn reads_published_ports() {
+        assert_eq!(published("8080:80"), Some(8080..=8080));
+        assert_eq!(published("127.0.0.1:8080:80/tcp"), Some(8080..=8080));
+        assert_eq!(published("[::1]:8000-8010:80-90"), Some(8000..=8010));
+        assert_eq!(published("80"), None);
+        assert_eq!(published("127.0.0.1::80"), None);
+        assert_eq!(published("53:53/udp"), None);
+    }
+}

@@ -1,0 +1,126 @@
+//! `bro doctor`: what this host can do for this user, or what is wrong with one activated service; one line a check, with the
+//! fix.
+
+mod confinement;
+mod direct;
+mod forwarder;
+mod forwarders;
+mod hints;
+mod host;
+mod image;
+mod listens;
+mod podman;
+mod seen;
+mod selinux;
+mod service;
+mod versions;
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+
+use serde::Serialize;
+
+use crate::exit;
+use crate::systemd::manager::Manager;
+
+/// How a check came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Outcome {
+    /// All there.
+    Ok,
+    /// bro works without it, in a lesser way.
+    Less,
+    /// Something that bro is for does not work.
+    Bad,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    outcome: Outcome,
+    finding: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fix: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, finding: impl Into<String>) -> Self {
+        Self { name, outcome: Outcome::Ok, finding: finding.into(), fix: None }
+    }
+
+    fn less(name: &'static str, finding: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { name, outcome: Outcome::Less, finding: finding.into(), fix: Some(fix.into()) }
+    }
+
+    /// Where it is this very thing that matters, less is bad.
+    fn or_bad(self) -> Self {
+        let outcome = if self.outcome == Outcome::Less { Outcome::Bad } else { self.outcome };
+        Self { outcome, ..self }
+    }
+
+    fn bad(name: &'static str, finding: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { name, outcome: Outcome::Bad, finding: finding.into(), fix: Some(fix.into()) }
+    }
+}
+
+/// Runs `bro doctor`; true when nothing that bro is for is broken.
+///
+/// # Errors
+/// When there is no service of that name, or standard output is closed.
+pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let checks = runtime.block_on(async {
+        match &options.name {
+            Some(name) => service::checks(name, options).await,
+            None => Ok(vec![
+                host::kernel_version(),
+                host::service_manager().await,
+                host::podman().await,
+                versions::check().await,
+                host::linger(),
+                host::namespaces(),
+                selinux::program(),
+                host::listeners().await,
+                forwarders::check(Manager::choose(options.system, options.user)).await,
+                host::pipes(),
+                host::descriptors(),
+                host::cgroup(),
+                host::sandbox(),
+                host::capabilities(),
+                host::loader(),
+                host::kernel_relay(),
+            ]),
+        }
+    })?;
+    let text = if options.json { exit::json(&checks)? + "\n" } else { describe(&checks) };
+    let printed = std::io::stdout().lock().write_all(text.as_bytes());
+    exit::unless_nobody_reads(printed.map_err(Into::into))?;
+    Ok(checks.iter().all(|check| check.outcome != Outcome::Bad))
+}
+
+/// Runs `bro try-wake`.
+///
+/// # Errors
+/// When nobody reads what it says.
+pub fn try_wake(options: &crate::cli::TryWake) -> anyhow::Result<()> {
+    confinement::trial::run(options)
+}
+
+fn describe(checks: &[Check]) -> String {
+    let mut text = String::new();
+    for Check { name, outcome, finding, fix } in checks {
+        let mark = match outcome {
+            Outcome::Ok => "ok  ",
+            Outcome::Less => "less",
+            Outcome::Bad => "BAD ",
+        };
+        // Writing to a String cannot fail.
+        write!(text, "{mark}  {name}: {}", exit::on_one_line(finding)).ok();
+        match fix {
+            Some(fix) => writeln!(text, " -- {}", exit::on_one_line(fix)).ok(),
+            None => writeln!(text).ok(),
+        };
+    }
+    text
+}

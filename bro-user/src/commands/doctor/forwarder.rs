@@ -1,0 +1,134 @@
+//! Does the forwarder do its work? One that cannot start is started by systemd again and again, and one that hangs is active all the
+//! same.
+
+use std::path::PathBuf;
+
+use super::hints::Whose;
+use super::{Check, listens};
+use crate::commands::status::{Report, Waiting};
+use crate::control_socket;
+use crate::control_socket::Request;
+use crate::installed::Activated;
+use crate::systemd::manager::Manager;
+use crate::systemd::unit_files::Systemd;
+
+const NAME: &str = "forwarder";
+
+/// `service` is the forwarder's unit.
+pub(super) async fn check(known: &Activated, service: &str, systemd: &Systemd) -> Check {
+    let whose = Whose::front(known);
+    let (systemctl, journal) = (whose.systemctl(), whose.journal(service));
+    let unreadable = |error: anyhow::Error| {
+        Check::bad(NAME, format!("{service}: {error:#}"), format!("see `{systemctl} status {service}`"))
+    };
+    let found = match systemd.bus.known(service).await {
+        Ok(found) => found,
+        Err(error) => return unreadable(error),
+    };
+    if found.load != "loaded" {
+        return Check::bad(
+            NAME,
+            format!("{service} is {}", found.load),
+            format!("`{systemctl} daemon-reload`"),
+        );
+    }
+    let restarting = match systemd.restarting(service).await {
+        Ok(restarting) => restarting,
+        Err(error) => return unreadable(error),
+    };
+    if found.active == "failed" {
+        let log = whose.last_words(service).await;
+        return Check::bad(NAME, format!("{service} has failed{log}"), format!("see `{journal}`"));
+    }
+    if let Some(times) = restarting {
+        let log = whose.last_words(service).await;
+        return Check::bad(
+            NAME,
+            format!(
+                "{service} does not get up, and its clients wait: systemd has started it again {times} times{log}"
+            ),
+            format!(
+                "see `{journal}`; if its program has moved, `{} {}` writes the unit anew, with the program where it is now",
+                listens::activate(known),
+                known.name
+            ),
+        );
+    }
+    let answer = if found.active == "active" { ask(service, known.scope).await } else { Answer::NotAsked };
+    if let Answer::None(why) = &answer
+        // It may have left meanwhile, as it does when it is idle.
+        && systemd.bus.active_state(service).await.is_ok_and(|state| state == "active")
+    {
+        return Check::bad(
+            NAME,
+            format!("{service} runs, and does not answer: {why}"),
+            format!("`{systemctl} restart {service}`; before that, `{journal}` may say why"),
+        );
+    }
+    if let Answer::Report(report) = answer
+        && let Some(waiting) = &report.waiting
+    {
+        return Check::bad(NAME, format!("{service} is full: {waiting}"), room(known, service, waiting));
+    }
+    Check::ok(NAME, format!("{service} is {}", found.active))
+}
+
+/// What lets those in who wait.
+fn room(known: &Activated, service: &str, waiting: &Waiting) -> String {
+    if waiting.lets_in.starts_with("--connections-max") {
+        let more = waiting.connections.saturating_mul(4);
+        format!("`{} {} --connections-max {more}` lets more in", listens::activate(known), known.name)
+    } else {
+        format!(
+            "LimitNOFILE= in a drop-in of {service}, of two descriptors a connection and some to spare, lets more in"
+        )
+    }
+}
+
+/// What a forwarder answers, if it has the socket that each is asked at.
+enum Answer {
+    Report(Box<Report>),
+    /// It does not, and why.
+    None(String),
+    NotAsked,
+}
+
+async fn ask(service: &str, scope: Manager) -> Answer {
+    let path = socket(service, scope);
+    if !path.exists() {
+        return Answer::NotAsked;
+    }
+    match control_socket::ask_soon::<Report>(&path, Request::Status).await {
+        Ok(report) => Answer::Report(Box::new(report)),
+        // Who may not ask does not find out.
+        Err(error)
+            if error.downcast_ref::<std::io::Error>().map(std::io::Error::kind)
+                == Some(std::io::ErrorKind::PermissionDenied) =>
+        {
+            Answer::NotAsked
+        }
+        Err(error) => Answer::None(format!("{error:#} at {}", path.display())),
+    }
+}
+
+/// In the directory that its unit names (`RuntimeDirectory=bro/%N`).
+pub(super) fn socket(service: &str, scope: Manager) -> PathBuf {
+    let base = match scope {
+        Manager::System => PathBuf::from(control_socket::SYSTEM),
+        Manager::User => control_socket::base_directory(),
+    };
+    base.join(service.strip_suffix(".service").unwrap_or(service)).join(control_socket::SOCKET)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_socket_is_where_the_unit_has_it() {
+        assert_eq!(
+            socket("web-activator.service", Manager::System),
+            PathBuf::from("/run/bro/web-activator/status.sock")
+        );
+    }
+}

@@ -1,0 +1,120 @@
+//! Do all forwarders get up, also those whose units were written by hand? The clients of one that does not wait without a word.
+
+use zbus::Variant;
+
+use super::Check;
+use crate::systemd::manager::{Manager, Properties};
+use crate::systemd::unit_files::Systemd;
+
+const NAME: &str = "forwarders";
+
+/// What systemd's own child exits with when it cannot execute a program (EXIT_EXEC, systemd.exec(5)).
+const CANNOT_EXECUTE: i32 = 203;
+
+pub(super) async fn check(manager: Manager) -> Check {
+    match troubled(manager).await {
+        Ok(all) if all.is_empty() => Check::ok(NAME, "none fails to start"),
+        Ok(all) => {
+            let findings: Vec<String> = all.iter().map(Trouble::finding).collect();
+            let fixes: Vec<String> = all.iter().map(|trouble| trouble.fix(manager)).collect();
+            Check::bad(NAME, findings.join("; "), fixes.join("; "))
+        }
+        // Who has no service manager is told so by another check.
+        Err(error) => Check::ok(NAME, format!("no service manager that could start one: {error:#}")),
+    }
+}
+
+/// A forwarder's unit that does not get up.
+#[derive(Debug, PartialEq, Eq)]
+struct Trouble {
+    unit: String,
+    /// As ExecStart= has it.
+    program: String,
+    /// How often systemd has started it again.
+    restarts: u32,
+    cannot_execute: bool,
+}
+
+impl Trouble {
+    fn finding(&self) -> String {
+        let Self { unit, program, restarts, cannot_execute } = self;
+        let why = if *cannot_execute {
+            format!(": its program {program} cannot be executed (203/EXEC)")
+        } else {
+            String::new()
+        };
+        format!(
+            "{unit} does not get up, and its clients wait{why}; systemd has started it again {restarts} times"
+        )
+    }
+
+    fn fix(&self, manager: Manager) -> String {
+        let journal = format!("see `{} {}`", manager.journal(), self.unit);
+        if !self.cannot_execute {
+            return journal;
+        }
+        // systemd looks for a bare name in a few directories of its own, and in none of a user's.
+        let here = std::env::current_exe().map(|path| path.display().to_string()).unwrap_or_default();
+        let user = if manager == Manager::User { " --user" } else { "" };
+        format!(
+            "ExecStart= needs the full path of a program that is there (this bro is {here}), then `systemctl{user} daemon-reload`; {journal}"
+        )
+    }
+}
+
+async fn troubled(manager: Manager) -> anyhow::Result<Vec<Trouble>> {
+    let systemd = Systemd::connect(manager).await?;
+    let mut all = Vec::new();
+    for unit in systemd.troubled_services().await? {
+        // It may have been unloaded meanwhile.
+        let Ok(properties) = systemd.bus.properties(&unit).await else { continue };
+        let Some(program) = forwarder(&properties) else { continue };
+        let failed = systemd.bus.active_state(&unit).await.is_ok_and(|state| state == "failed");
+        let restarts = systemd.restarting(&unit).await.ok().flatten();
+        if failed || restarts.is_some() {
+            let restarts = restarts.unwrap_or_else(|| number(&properties, "NRestarts"));
+            let cannot_execute = number(&properties, "ExecMainStatus") == CANNOT_EXECUTE.unsigned_abs();
+            all.push(Trouble { unit, program, restarts, cannot_execute });
+        }
+    }
+    Ok(all)
+}
+
+/// The program of a service that is a forwarder.
+fn forwarder(properties: &Properties) -> Option<String> {
+    // a(sasbttttuii): the program, its words, …
+    let Variant::Array(commands) = &**properties.get("ExecStart")? else { return None };
+    let Some(Variant::Structure(command)) = commands.first() else { return None };
+    let [Variant::Str(program), Variant::Array(words), ..] = command.fields() else { return None };
+    let words: &[Variant<'_>] = words;
+    let is_forward = matches!(words.get(1), Some(Variant::Str(word)) if word.as_str() == "forward");
+    let name = program.as_str().rsplit('/').next()?;
+    (is_forward && name == "bro").then(|| program.as_str().to_owned())
+}
+
+fn number(properties: &Properties, name: &str) -> u32 {
+    match properties.get(name).map(|value| &**value) {
+        Some(Variant::U32(number)) => *number,
+        Some(Variant::I32(number)) => number.unsigned_abs(),
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_what_program_cannot_be_executed() {
+        let trouble = |cannot_execute| Trouble {
+            unit: "mine-proxy.service".into(),
+            program: "bro".into(),
+            restarts: 7,
+            cannot_execute,
+        };
+        let (finding, fix) = (trouble(true).finding(), trouble(true).fix(Manager::User));
+        assert!(finding.contains("mine-proxy.service") && finding.contains("203/EXEC"), "{finding}");
+        assert!(finding.ends_with("7 times") && fix.contains("full path"), "{finding} {fix}");
+        assert!(!trouble(false).finding().contains("203"));
+    }
+}

@@ -1,0 +1,320 @@
+//! Does the service listen where its clients are connected to?
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::libc;
+
+use super::podman;
+use super::podman::Answer;
+use super::{Check, direct};
+use crate::installed::{Activated, Listener};
+use crate::netns;
+use crate::netns::identity;
+use crate::netns::sock_diag::{Listening, Table};
+use crate::netns::wire::Address;
+use crate::netns::{Namespace, Where};
+use crate::podman::container;
+use crate::systemd::manager::{Bus, Manager};
+use crate::target::Target;
+
+pub(super) const NAME: &str = "listens";
+
+/// `bus` is that of the container's service manager, where it answers; `container` is the quadlet's own.
+pub(super) async fn check(
+    known: &Activated,
+    listener: &Listener,
+    container: Option<&str>,
+    bus: Option<&Bus>,
+) -> Check {
+    let Some(target) = &listener.target else {
+        return direct::check(known, listener, container).await;
+    };
+    let Some(container) = &known.container else {
+        return Check::ok(NAME, format!("{target} is in no container of its own, so nobody looked"));
+    };
+    let pid = match running(known, container) {
+        Some(pid) => pid,
+        None if is_active(known, bus).await => match podmans(known, container).await {
+            Ok(pid) => pid,
+            Err(check) => return check,
+        },
+        None => {
+            return Check::ok(
+                NAME,
+                format!("{container} is asleep, so nobody knows about {target} (--wake looks)"),
+            );
+        }
+    };
+    if is_paused(pid) {
+        return Check::bad(
+            NAME,
+            format!("{container} is paused, so nobody answers at {target}"),
+            format!("`podman unpause {container}`"),
+        );
+    }
+    let (host, port) = match target.parse::<Target>() {
+        Ok(Target::Tcp { host, port }) => (host, port),
+        Ok(Target::Unix(path)) => return unix(known, container, pid, Address::Inside(path)).await,
+        Ok(Target::Abstract(name)) => {
+            return unix(known, container, pid, Address::Abstract(name.into_bytes())).await;
+        }
+        Err(error) => return Check::bad(NAME, error.to_string(), lead_to(known, listener, "PATH")),
+    };
+    let ip = if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() };
+    let Ok(ip) = ip else {
+        return Check::ok(NAME, format!("{target} has a name, so nobody looked"));
+    };
+    let wanted = SocketAddr::new(ip, port);
+    match listeners(pid).await {
+        Ok(found) if found.iter().any(|listening| listening.serves(wanted)) => {
+            Check::ok(NAME, format!("{container} listens at {target}"))
+        }
+        Ok(found) => {
+            let (there, fix) = match nearest(&found, port) {
+                None => ("nothing listens there at all".to_owned(), "see the service's own log".to_owned()),
+                Some(best) => (
+                    format!("it listens at {}", written(&found)),
+                    format!("`{}`, or change the service", lead_to(known, listener, &internal(best))),
+                ),
+            };
+            Check::bad(NAME, format!("nobody listens at {target} in {container}; {there}"), fix)
+        }
+        Err(error) => {
+            Check::bad(NAME, format!("cannot look into {container}: {error:#}"), "see `bro doctor`")
+        }
+    }
+}
+
+/// Does the unix socket take a connection of the user as whom the forwarder connects?
+async fn unix(known: &Activated, container: &str, pid: i32, address: Address) -> Check {
+    let wish = known.option("unix-identity").and_then(|text| text.parse().ok()).unwrap_or_default();
+    let at = match &address {
+        Address::Inside(path) | Address::Unix(path) => path.display().to_string(),
+        Address::Abstract(name) => format!("@{}", String::from_utf8_lossy(name)),
+        Address::Tcp(address) => address.to_string(),
+    };
+    let connecting = async {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let path = libc::O_PATH | libc::O_DIRECTORY;
+        let mut opening = std::fs::OpenOptions::new();
+        let root = opening.read(true).custom_flags(path).open(format!("/proc/{pid}/root"))?;
+        let netns = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
+        let process = netns::folder_of(pid.unsigned_abs())?;
+        let namespace = Namespace::enter(netns.into(), process, Some(root.into()), wish).await?;
+        anyhow::Ok(namespace.dial(address).await?)
+    };
+    match connecting.await {
+        Ok(Ok(_)) => {
+            Check::ok(NAME, format!("{container} listens at {at}, and lets the forwarder's clients in"))
+        }
+        Ok(Err(Errno::EACCES)) => Check::bad(
+            NAME,
+            format!(
+                "{container} does not let the user in at {at} as whom the forwarder connects (--unix-identity={wish})"
+            ),
+            format!(
+                "open the socket and the folders above it to that user, or `{} {} --unix-identity=UID:GID`",
+                activate(known),
+                known.name
+            ),
+        ),
+        Ok(Err(errno)) => Check::bad(
+            NAME,
+            format!("nobody listens at {at} in {container}: {}", errno.desc()),
+            "see the service's own log",
+        ),
+        Err(error) => {
+            let sentence = error
+                .downcast_ref::<std::io::Error>()
+                .and_then(|error| identity::refusal(crate::sys::errno_of(error), wish));
+            let finding = sentence.unwrap_or_else(|| format!("cannot look into {container}: {error:#}"));
+            Check::bad(NAME, finding, "see `bro doctor`")
+        }
+    }
+}
+
+/// The container's process, found without Podman.
+pub(super) fn running(known: &Activated, container: &str) -> Option<i32> {
+    match &known.run_as {
+        Some(owner) => container::running_of(owner, container),
+        None => container::running(container),
+    }
+}
+
+async fn is_active(known: &Activated, bus: Option<&Bus>) -> bool {
+    match bus {
+        Some(bus) => bus.active_state(&known.unit).await.is_ok_and(|state| state == "active"),
+        None => false,
+    }
+}
+
+/// The unit is active, and nothing shows a container of that name: what Podman says.
+async fn podmans(known: &Activated, container: &str) -> Result<i32, Check> {
+    let (unit, owner) = (&known.unit, known.run_as.as_ref());
+    let inspect = ["container", "inspect", "--format", "{{.State.Pid}}", "--", container];
+    let answer = podman::ask(owner, &inspect).await;
+    if let Answer::Yes(pid) = &answer
+        && let Some(pid) = pid.parse().ok().filter(|pid| *pid > 0)
+    {
+        return Ok(pid);
+    }
+    let mend = format!(
+        "`podman ps` shows the names; `{} {} --container NAME` takes another",
+        activate(known),
+        known.name
+    );
+    if let Some(trouble) = answer.trouble() {
+        return Err(Check::bad(
+            NAME,
+            format!("{unit} is active, no container {container} is seen, and {trouble}"),
+            mend,
+        ));
+    }
+    let others = match podman::ask(owner, &["ps", "--format", "{{.Names}}"]).await {
+        Answer::Yes(names) if !names.is_empty() => {
+            format!("; there run {}", names.lines().collect::<Vec<_>>().join(", "))
+        }
+        _ => String::new(),
+    };
+    Err(Check::bad(
+        NAME,
+        format!("{unit} is active, and no container {container} runs, so no client is connected{others}"),
+        mend,
+    ))
+}
+
+/// `podman pause` freezes the container's cgroup (cgroup.events of version 2).
+pub(super) fn is_paused(pid: i32) -> bool {
+    let Ok(cgroup) = std::fs::read_to_string(format!("/proc/{pid}/cgroup")) else { return false };
+    let Some(path) = cgroup.lines().find_map(|line| line.strip_prefix("0::/")) else { return false };
+    let events = Path::new("/sys/fs/cgroup").join(path).join("cgroup.events");
+    std::fs::read_to_string(events).is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
+}
+
+/// All that listens in the container's network namespace.
+pub(super) async fn listeners(pid: i32) -> anyhow::Result<Vec<Listening>> {
+    let netns = OwnedFd::from(std::fs::File::open(format!("/proc/{pid}/ns/net"))?);
+    let place = Where::Entered(Arc::new(Namespace::look_into(netns).await?));
+    Ok(Table::open(&place).await?.listeners()?)
+}
+
+/// Their addresses.
+pub(super) fn written(found: &[Listening]) -> String {
+    let mut all: Vec<String> = found.iter().map(|listening| listening.address.to_string()).collect();
+    all.sort();
+    all.dedup();
+    all.join(", ")
+}
+
+/// The one that is most likely meant: at the same port, else the first.
+fn nearest(found: &[Listening], port: u16) -> Option<Listening> {
+    let by = |listening: &Listening| (listening.address.port() != port, listening.address.to_string());
+    found.iter().copied().min_by_key(by)
+}
+
+/// What `--internal-port` has to be, so that clients get to this one: a port alone means 127.0.0.1.
+fn internal(listening: Listening) -> String {
+    let port = listening.address.port();
+    if listening.serves((Ipv4Addr::LOCALHOST, port).into()) {
+        return port.to_string();
+    }
+    match listening.address.ip() {
+        IpAddr::V6(ip) if ip.is_unspecified() => {
+            SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port).to_string()
+        }
+        IpAddr::V6(ip) => SocketAddr::new(ip.to_canonical(), port).to_string(),
+        IpAddr::V4(_) => listening.address.to_string(),
+    }
+}
+
+/// `bro activate`, by whoever may.
+pub(super) fn activate(known: &Activated) -> &'static str {
+    if known.scope == Manager::System && !nix::unistd::geteuid().is_root() {
+        "sudo bro activate"
+    } else {
+        "bro activate"
+    }
+}
+
+/// The command line that leads this port's clients to another place of the service.
+fn lead_to(known: &Activated, listener: &Listener, internal: &str) -> String {
+    format!("{} --internal-port {internal}", anew(known, listener))
+}
+
+/// The command line that has this port as it was activated.
+pub(super) fn anew(known: &Activated, listener: &Listener) -> String {
+    let name = &known.name;
+    let service = match &listener.service {
+        // The first port is meant where none is named.
+        service if service == name => String::new(),
+        service => format!(" --service-name {service}"),
+    };
+    format!("{} {name}{service} --external-port {}", activate(known), listener.address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::doctor::service::tests::known;
+
+    fn listening(address: &str, v6_only: bool) -> Listening {
+        Listening { address: address.parse().unwrap(), v6_only }
+    }
+
+    #[test]
+    fn the_way_to_mend_a_port_is_that_ports() {
+        let mut listener = Listener {
+            service: "web".into(),
+            socket: "web-activator.socket".into(),
+            file: "/units/web-activator.socket".into(),
+            address: "8080".into(),
+            target: Some("127.0.0.1:80".into()),
+            backlog: None,
+            device: None,
+        };
+        let known = known(None, false);
+        assert_eq!(
+            lead_to(&known, &listener, "81"),
+            "bro activate web --external-port 8080 --internal-port 81"
+        );
+        listener.service = "metrics".into();
+        assert_eq!(
+            lead_to(&known, &listener, "[::1]:81"),
+            "bro activate web --service-name metrics --external-port 8080 --internal-port [::1]:81"
+        );
+    }
+
+    #[test]
+    fn what_is_advised_leads_to_who_listens() {
+        for (address, v6_only, advised) in [
+            ("127.0.0.1:81", false, "81"),
+            ("0.0.0.0:81", false, "81"),
+            ("[::]:81", false, "81"),
+            ("[::]:81", true, "[::1]:81"),
+            ("[::1]:81", false, "[::1]:81"),
+            ("10.88.0.5:80", false, "10.88.0.5:80"),
+            ("127.0.0.2:80", false, "127.0.0.2:80"),
+            ("[::ffff:10.1.2.3]:80", false, "10.1.2.3:80"),
+            ("[fd00::2]:80", false, "[fd00::2]:80"),
+        ] {
+            let there = listening(address, v6_only);
+            assert_eq!(internal(there), advised, "{address}");
+            let target: SocketAddr =
+                advised.parse().unwrap_or_else(|_| (Ipv4Addr::LOCALHOST, advised.parse().unwrap()).into());
+            assert!(there.serves(target), "{address}");
+            assert!(advised.parse::<crate::address::Internal>().is_ok(), "{advised}");
+        }
+    }
+
+    #[test]
+    fn the_same_port_elsewhere_is_nearer_than_another() {
+        let found = [listening("127.0.0.1:22", false), listening("[::1]:80", false)];
+        assert_eq!(nearest(&found, 80), Some(found[1]));
+        assert_eq!(nearest(&found, 81), Some(found[0]));
+        assert_eq!(nearest(&[], 81), None);
+    }
+}

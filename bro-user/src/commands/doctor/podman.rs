@@ -1,0 +1,57 @@
+//! Asking the Podman of whoever owns the container.
+
+use std::time::Duration;
+
+use crate::run_as::{Gaining, Owner};
+
+/// How long it may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How a program ends that setpriv(1) does not find.
+const NOT_FOUND: i32 = 127;
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// It did what it was asked; what it printed.
+    Yes(String),
+    /// It said no, or failed: its exit status, and its last words.
+    No(i32, String),
+    /// There is no podman.
+    NotThere,
+    /// It did not answer in time.
+    Silent,
+}
+
+pub(super) async fn ask(owner: Option<&Owner>, args: &[&str]) -> Answer {
+    let mut command: tokio::process::Command = match owner.filter(|owner| !owner.is_me()) {
+        None => tokio::process::Command::new("podman"),
+        Some(owner) => owner.command(Gaining::Allowed, "podman").into(),
+    };
+    let output = command.args(args).stdin(std::process::Stdio::null()).kill_on_drop(true).output();
+    let output = match tokio::time::timeout(PATIENCE, output).await {
+        Err(_) => return Answer::Silent,
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => return Answer::NotThere,
+        Ok(Err(error)) => return Answer::No(NOT_FOUND, error.to_string()),
+        Ok(Ok(output)) => output,
+    };
+    match output.status.code() {
+        Some(0) => Answer::Yes(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
+        Some(NOT_FOUND) => Answer::NotThere,
+        code => {
+            let words = String::from_utf8_lossy(&output.stderr);
+            Answer::No(code.unwrap_or(-1), words.trim().lines().last().unwrap_or_default().to_owned())
+        }
+    }
+}
+
+impl Answer {
+    /// Why it is no answer at all, in words that follow a subject.
+    pub fn trouble(&self) -> Option<String> {
+        match self {
+            Self::NotThere => Some("podman is not there (is it in PATH?)".to_owned()),
+            Self::Silent => Some(format!("podman did not answer within {PATIENCE:?}")),
+            Self::Yes(_) | Self::No(..) => None,
+        }
+    }
+}

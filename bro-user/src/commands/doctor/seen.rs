@@ -1,0 +1,54 @@
+//! How does the service see its clients? What it grants to its own host alone it must not grant to a stranger.
+
+use super::{Check, forwarder, listens};
+use crate::commands::status::Report;
+use crate::control_socket;
+use crate::control_socket::Request;
+use crate::installed::Activated;
+
+const NAME: &str = "clients";
+
+/// As the forwarder says, where it runs and has woken the service; else as it is going to.
+pub(super) async fn check(known: &Activated) -> Check {
+    if known.option("source") == Some("loopback") {
+        return Check::less(
+            NAME,
+            "the service sees every client as one of its own host (--source loopback), and grants it what it grants those",
+            format!("`{} {} --source auto`, unless that is wanted", listens::activate(known), known.name),
+        );
+    }
+    let seen = match known.service() {
+        Some(service) => said(&service, known).await,
+        None => Vec::new(),
+    };
+    if !seen.is_empty() {
+        return Check::ok(NAME, seen.join("; "));
+    }
+    Check::ok(
+        NAME,
+        match known.option("source") {
+            Some("client") => "the service is going to see clients by their own addresses",
+            Some("container") => "the service is going to see clients by the container's own address",
+            _ => {
+                "the service is going to see clients by their own addresses where the container has no network, and else by the \
+                 container's own"
+            }
+        },
+    )
+}
+
+/// What its forwarder says of each target.
+async fn said(service: &str, known: &Activated) -> Vec<String> {
+    let path = forwarder::socket(service, known.scope);
+    let Ok(report) = control_socket::ask_soon::<Report>(&path, Request::Status).await else {
+        return Vec::new();
+    };
+    let listeners = report.listeners.into_iter();
+    let mut said: Vec<String> = listeners
+        .filter_map(|listener| {
+            Some(format!("the service at {} sees clients {}", listener.target, listener.seen?))
+        })
+        .collect();
+    said.dedup();
+    said
+}

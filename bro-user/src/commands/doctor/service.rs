@@ -1,0 +1,393 @@
+//! One activated service, end to end: from its files to the port that it listens on.
+
+use std::path::Path;
+
+use super::hints::Whose;
+use super::{Check, confinement, forwarder, host, image, listens, seen, selinux, versions};
+use crate::cli::Doctor;
+use crate::cli::wake_sleep::Whom;
+use crate::commands::wake_sleep;
+use crate::installed;
+use crate::installed::drift;
+use crate::installed::{Activated, Listener, leftover};
+use crate::podman::quadlet;
+use crate::podman::quadlet::Quadlet;
+use crate::port_owner;
+use crate::port_owner::Trouble;
+use crate::service::failed_wake;
+use crate::service::failed_wake::FailedWake;
+use crate::systemd::manager::{Bus, Known, Manager};
+use crate::systemd::unit_files::Systemd;
+
+/// How long `--wake` waits.
+const WAKE: std::time::Duration = std::time::Duration::from_secs(90);
+
+/// The check of those who start units.
+const MANAGER: &str = "service manager";
+
+/// What makes units of quadlets; it reads those of whoever runs it.
+const GENERATOR: &str = "/usr/lib/systemd/system-generators/podman-system-generator";
+
+/// All checks of the service `name`.
+///
+/// # Errors
+/// When nothing of that name is activated.
+pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<Check>> {
+    let scope = Manager::choose(options.system, options.user);
+    let known = installed::find(name, scope)?;
+    let mut checks = vec![files(&known)];
+    if let Some(owner) = known.run_as.as_ref().filter(|owner| owner.is_gone()) {
+        // Whatever else was asked would be answered by that.
+        checks.push(Check::bad(
+            "user",
+            format!("there is no user {} any more, whose container it is", owner.name),
+            format!("`bro activate {} --remove`", known.name),
+        ));
+        return Ok(checks);
+    }
+    let quadlet = quadlet(&known, &mut checks);
+    let mut bus = None;
+    match Systemd::connect(known.scope).await {
+        Ok(systemd) => {
+            match container_manager(&known, &systemd).await {
+                Ok(container) => {
+                    checks.push(unit(&known, &container).await);
+                    bus = Some(container);
+                }
+                Err(check) => checks.push(check),
+            }
+            for listener in &known.listeners {
+                checks.push(socket(&known, listener, &systemd).await);
+            }
+            if let Some(service) = known.service() {
+                checks.push(forwarder::check(&known, &service, &systemd).await);
+                checks.extend(confinement::check(&known, &service, &systemd).await);
+            }
+        }
+        Err(error) => checks.push(Check::bad(
+            MANAGER,
+            format!("it does not answer: {error:#}"),
+            "nothing is activated without systemd; see `bro doctor`",
+        )),
+    }
+    if let Some(quadlet) = &quadlet {
+        checks.push(image::check(&known, quadlet, bus.as_ref()).await);
+        checks.extend(selinux::shared(quadlet, known.run_as.as_ref()));
+    }
+    checks.push(versions::check_of(&known, quadlet.as_ref()).await);
+    match &known.run_as {
+        // Its service manager is started by the first client; but the user's logging out stops it.
+        Some(owner) => checks.push(host::linger_of(owner)),
+        None if scope == Manager::User => checks.push(host::linger().or_bad()),
+        None => {}
+    }
+    checks.push(host::namespaces());
+    if options.wake {
+        let whom = Whom { name: known.name.clone(), user: options.user, system: options.system };
+        checks.push(match wake_sleep::wake_up(&whom, WAKE).await {
+            Ok(_) => Check::ok("wake", "it can be woken"),
+            Err(error) => {
+                let whose = Whose::container(&known);
+                let log = whose.last_words(&known.unit).await;
+                Check::bad("wake", format!("{error:#}{log}"), format!("see `{}`", whose.journal(&known.unit)))
+            }
+        });
+    }
+    checks.extend(failed_wake::noted(&known).map(|failed| failed_before(&known, &failed)));
+    for listener in &known.listeners {
+        let container = quadlet.as_ref().and_then(|quadlet| quadlet.container.as_deref().ok());
+        checks.push(listens::check(&known, listener, container, bus.as_ref()).await);
+    }
+    if !known.direct {
+        checks.push(seen::check(&known).await);
+    }
+    Ok(checks)
+}
+
+/// Who runs the container, or what there is to say where nobody answers.
+async fn container_manager(known: &Activated, front: &Systemd) -> Result<Bus, Check> {
+    let Some(owner) = &known.run_as else { return Ok(front.bus.clone()) };
+    let error = match Bus::connect_as(owner).await {
+        Ok(bus) => return Ok(bus),
+        Err(error) => error,
+    };
+    let manager = owner.manager();
+    let runs = front.bus.active_state(&manager).await.is_ok_and(|state| state == "active");
+    Err(if runs {
+        Check::bad(
+            MANAGER,
+            format!("that of {} does not answer: {error:#}", owner.name),
+            format!("`systemctl status {manager}`; see `bro doctor`"),
+        )
+    } else {
+        Check::ok(
+            MANAGER,
+            format!("that of {}, {manager}, does not run; the first client starts it", owner.name),
+        )
+    })
+}
+
+/// A wake that failed, and was followed by none that succeeded.
+fn failed_before(known: &Activated, failed: &FailedWake) -> Check {
+    let log = known.service().map(|service| Whose::front(known).journal(&service));
+    Check::bad(
+        "last wake",
+        format!("{} ago {} could not be woken: {}", failed.since(), failed.target, failed.why),
+        format!(
+            "if that has been mended, `bro wake {}` tries it and forgets this{}",
+            known.name,
+            log.map(|log| format!("; see `{log}`")).unwrap_or_default()
+        ),
+    )
+}
+
+fn again(known: &Activated) -> String {
+    format!("`bro activate {} …` writes it anew", known.name)
+}
+
+/// What `bro activate` wrote beside the units is still there.
+fn files(known: &Activated) -> Check {
+    const NAME: &str = "files";
+    let mut gone: Vec<String> =
+        known.others().filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
+    let directory = known.socket_file.parent().unwrap_or(Path::new("/"));
+    gone.extend(leftover::lost(known, directory).into_iter().map(|listener| listener.socket));
+    if gone.is_empty() {
+        Check::ok(NAME, format!("activated by {}", known.socket_file.display()))
+    } else {
+        Check::bad(NAME, format!("{} is gone", gone.join(", ")), again(known))
+    }
+}
+
+fn quadlet(known: &Activated, checks: &mut Vec<Check>) -> Option<Quadlet> {
+    const NAME: &str = "quadlet";
+    let found = quadlet::find(&known.name, known.scope, known.run_as.as_ref(), None);
+    checks.push(match &found {
+        Ok(quadlet) if quadlet.unit != known.unit => Check::bad(
+            NAME,
+            format!("{} makes {} now, and not {}", quadlet.path.display(), quadlet.unit, known.unit),
+            again(known),
+        ),
+        Ok(quadlet) => match other_container(known, quadlet) {
+            Some(finding) => Check::less(NAME, finding, again(known)),
+            None => Check::ok(NAME, quadlet.path.display().to_string()),
+        },
+        Err(_) if !known.quadlet.exists() => Check::bad(
+            NAME,
+            format!("{} is gone: removed or renamed", known.quadlet.display()),
+            format!(
+                "put it back, or `bro activate {} --remove` and activate it under its new name",
+                known.name
+            ),
+        ),
+        Err(error) => Check::bad(NAME, format!("{error:#}"), "mend the quadlet"),
+    });
+    found.ok()
+}
+
+/// Does the quadlet make another container than the forwarder looks for? It knows better where --container has named one, and
+/// on the host's network there is none to look for.
+fn other_container(known: &Activated, quadlet: &Quadlet) -> Option<String> {
+    if known.direct || known.container_given {
+        return None;
+    }
+    let now = match &quadlet.container {
+        _ if quadlet.is_on_host() => None,
+        Ok(name) => Some(name.as_str()),
+        Err(_) => Some("one whose name is not known"),
+    };
+    let before = known.container.as_deref();
+    (now != before).then(|| {
+        format!(
+            "its container is {}, and the forwarder looks for {}",
+            now.unwrap_or("on the host's network"),
+            before.unwrap_or("none")
+        )
+    })
+}
+
+/// The unit that Podman's generator makes of the quadlet.
+async fn unit(known: &Activated, bus: &Bus) -> Check {
+    const NAME: &str = "unit";
+    let (unit, whose) = (&known.unit, Whose::container(known));
+    let systemctl = whose.systemctl();
+    let as_whom = match &whose {
+        Whose::Of(owner) => format!(" as {}", owner.name),
+        Whose::System | Whose::Mine => String::new(),
+    };
+    match bus.known(unit).await {
+        Ok(found) if found.load == "not-found" => Check::bad(
+            NAME,
+            format!("systemd knows no {unit}: Podman's generator did not make it"),
+            match known.unit_scope() {
+                Manager::System => {
+                    format!("`{systemctl} daemon-reload`, then see what `{GENERATOR} --dryrun` says")
+                }
+                Manager::User => format!(
+                    "`{systemctl} daemon-reload`, then see what `{GENERATOR} --user --dryrun` says{as_whom}"
+                ),
+            },
+        ),
+        Ok(found) if found.load != "loaded" => {
+            Check::bad(NAME, format!("{unit} is {}", found.load), format!("`{systemctl} status {unit}`"))
+        }
+        Ok(found) if found.active == "failed" => {
+            let log = whose.last_words(unit).await;
+            Check::bad(NAME, format!("{unit} has failed{log}"), format!("see `{}`", whose.journal(unit)))
+        }
+        Ok(found) if found.stops_unneeded => Check::bad(
+            NAME,
+            format!(
+                "{unit} has StopWhenUnneeded=yes: systemd stops it under its clients whenever no other unit needs it"
+            ),
+            format!(
+                "take that out of the quadlet or its drop-in (`{systemctl} cat {unit}` shows it), `{systemctl} daemon-reload`"
+            ),
+        ),
+        Ok(found) if found.needs_reload => {
+            Check::less(NAME, format!("{unit} has changed on disk"), format!("`{systemctl} daemon-reload`"))
+        }
+        Ok(found) => Check::ok(NAME, format!("{unit} is {}", found.active)),
+        Err(error) => Check::bad(NAME, format!("{unit}: {error:#}"), format!("see `{systemctl} status`")),
+    }
+}
+
+async fn socket(known: &Activated, listener: &Listener, systemd: &Systemd) -> Check {
+    const NAME: &str = "socket";
+    let (unit, address, whose) = (&listener.socket, &listener.address, Whose::front(known));
+    let systemctl = whose.systemctl();
+    let found = match systemd.bus.known(unit).await {
+        Ok(found) => found,
+        Err(error) => {
+            return Check::bad(NAME, format!("{unit}: {error:#}"), format!("see `{systemctl} status`"));
+        }
+    };
+    match found {
+        Known { load, .. } if load == "not-found" => Check::bad(
+            NAME,
+            format!("systemd knows no {unit}"),
+            format!("`{systemctl} daemon-reload`, then `{systemctl} enable --now {unit}`"),
+        ),
+        Known { active, .. } if active != "active" => {
+            let owner = match address.parse().ok().and_then(|external| port_owner::look(&external)) {
+                Some(Trouble::Taken(owner)) => {
+                    let by = systemd.socket_at(&owner.address).await;
+                    return Check::bad(
+                        NAME,
+                        format!("{unit} is {active}: {address} is taken {}", owner.who(by.as_deref())),
+                        format!("stop that, then `{systemctl} restart {unit}`; or activate another port"),
+                    );
+                }
+                Some(Trouble::InTheWay(why)) => {
+                    return Check::bad(
+                        NAME,
+                        format!("{unit} is {active}: {why}"),
+                        format!("then `{systemctl} restart {unit}`"),
+                    );
+                }
+                Some(Trouble::Forbidden(why)) => format!(": {why}"),
+                None => String::new(),
+            };
+            let log = if active == "failed" { whose.last_words(unit).await } else { String::new() };
+            Check::bad(
+                NAME,
+                format!("{unit} is {active}, so nobody listens at {address}{owner}{log}"),
+                format!("`{systemctl} reset-failed {unit}`, `{systemctl} enable --now {unit}`"),
+            )
+        }
+        Known { file, .. } if file != "enabled" => Check::bad(
+            NAME,
+            format!("{unit} listens at {address}, but not after the next boot: it is {file}"),
+            format!("`{systemctl} enable {unit}`"),
+        ),
+        _ => as_the_file_says(known, listener, systemd).await,
+    }
+}
+
+/// Does the socket listen where its file says? Somebody may have changed the file, or have written a drop-in.
+async fn as_the_file_says(known: &Activated, listener: &Listener, systemd: &Systemd) -> Check {
+    const NAME: &str = "socket";
+    let (unit, address, systemctl) = (&listener.socket, &listener.address, Whose::front(known).systemctl());
+    let live = match systemd.live(unit).await {
+        Ok(live) => live,
+        Err(error) => {
+            return Check::bad(NAME, format!("{unit}: {error:#}"), format!("see `{systemctl} status`"));
+        }
+    };
+    let there = live.listen.join(", ");
+    if !drift::listens_there(listener, &live) {
+        let finding = format!("{unit} listens at {there}, and not at {address}, as bro activate wrote it");
+        let anew = format!("`{}`", listens::anew(known, listener));
+        return if live.has_drop_ins {
+            let drop_in =
+                format!("`{systemctl} cat {unit}` shows the drop-in that says so; without that, {anew}");
+            Check::less(NAME, finding, drop_in)
+        } else {
+            Check::bad(NAME, finding, format!("{anew} has it listen there again"))
+        };
+    }
+    if systemd.needs_reload(unit).await {
+        return Check::less(
+            NAME,
+            format!("{unit} listens at {address}, and has changed on disk since systemd read it"),
+            format!(
+                "`{systemctl} daemon-reload` and `{systemctl} restart {unit}` take the change up; `{}` takes it back",
+                listens::anew(known, listener)
+            ),
+        );
+    }
+    Check::ok(NAME, format!("{unit} listens at {address}"))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::podman::quadlet::Kind;
+    use crate::systemd::unit_file::UnitFile;
+
+    pub(crate) fn known(container: Option<&str>, container_given: bool) -> Activated {
+        Activated {
+            name: "web".into(),
+            scope: Manager::User,
+            run_as: None,
+            quadlet: "/quadlets/web.container".into(),
+            unit: "web.service".into(),
+            container: container.map(str::to_owned),
+            direct: false,
+            socket_file: "/units/web-activator.socket".into(),
+            service_file: Some("/units/web-activator.service".into()),
+            listeners: Vec::new(),
+            options: Vec::new(),
+            container_given,
+            drop_in: None,
+            pause_unit: None,
+            made: Vec::new(),
+        }
+    }
+
+    pub(crate) fn quadlet(kind: Kind, text: &str, container: Result<&str, &str>) -> Quadlet {
+        Quadlet {
+            name: "web".into(),
+            kind,
+            path: "/quadlets/web.container".into(),
+            file: UnitFile::parse(text),
+            unit: "web.service".into(),
+            container: container.map(str::to_owned).map_err(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn a_container_is_another_only_where_the_quadlet_has_the_word() {
+        let plain = quadlet(Kind::Container, "[Container]\n", Ok("systemd-web"));
+        assert_eq!(other_container(&known(Some("systemd-web"), false), &plain), None);
+        assert!(other_container(&known(Some("old"), false), &plain).unwrap().contains("looks for old"));
+        assert_eq!(other_container(&known(Some("sidecar"), true), &plain), None);
+        let host = quadlet(Kind::Container, "[Container]\nNetwork=host\n", Ok("systemd-web"));
+        assert_eq!(other_container(&known(None, false), &host), None);
+        // It was not on the host's network when it was activated, or is there no more.
+        assert!(other_container(&known(Some("systemd-web"), false), &host).is_some());
+        assert!(other_container(&known(None, false), &plain).is_some());
+        let kube = quadlet(Kind::Kube, "[Kube]\n", Err("the containers of a .kube"));
+        assert_eq!(other_container(&known(Some("pod-web"), true), &kube), None);
+    }
+}

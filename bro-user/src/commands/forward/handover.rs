@@ -1,0 +1,368 @@
+//! Handing over to a successor (`systemctl reload`, after a package upgrade): the running forwarder starts the program anew with
+//! the same command line and the same listening sockets. When the new one is ready, it is the service's main process, and the old
+//! one finishes the connections it has, in the same cgroup. Nobody is refused meanwhile: both accept until the old one stops.
+//!
+//! They talk over a socket pair, whose number the successor finds in `BRO_HANDOVER`: it says that it is ready, and hears that it
+//! has taken over, or that it is to stop because its predecessor was told to, or sees the end of its predecessor first. Once it has taken
+//! over the predecessor says how many connections it still has,
+//! eight bytes each time; a version that does not is one of which only that is known that it has not ended.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::Pid;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::sys;
+use crate::systemd::listen_fds::Listener;
+use bro_sockmap::Bequest;
+
+/// The variable that names the descriptor of the successor's end.
+const VARIABLE: &str = "BRO_HANDOVER";
+
+/// How long a successor may take to be ready.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// More than what is said of the kernel relay.
+const LONGEST_LETTER: usize = 64 * 1024;
+
+/// How long one that is not ready yet may take to hear that it is to stop.
+const DEAF: Duration = Duration::from_secs(3);
+
+/// What the successor says when it is ready.
+const READY: u8 = b'R';
+
+/// What it is told when it is not to take over, but to stop.
+const STOP: u8 = b'T';
+
+/// What the successor is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// It has taken over.
+    TakenOver(Takeover),
+    /// The predecessor was told to stop, and waits for it to stop too.
+    Stop,
+}
+
+/// What the successor is told when it has taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Takeover {
+    /// The service is awake.
+    Awake,
+    /// It is asleep.
+    Asleep,
+}
+
+impl Takeover {
+    const fn byte(self) -> u8 {
+        match self {
+            Self::Awake => b'A',
+            Self::Asleep => b'S',
+        }
+    }
+}
+
+/// The forwarder that this process takes over from.
+#[derive(Debug)]
+pub struct Predecessor(OwnedFd);
+
+impl Predecessor {
+    /// The one that has started this process, if one has. To be called first of all, like [`crate::systemd::listen_fds::take_passed`].
+    #[must_use]
+    pub fn take() -> Option<Self> {
+        let number = std::env::var(VARIABLE).ok()?;
+        sys::unset_environment(&[VARIABLE]);
+        let socket = sys::adopt(number.parse().ok()?).ok()?;
+        // A leftover of the variable alone leads to no such socket.
+        let pid = getsockopt(&socket, sockopt::PeerCredentials).ok()?.pid();
+        (pid == nix::unistd::getppid().as_raw()).then_some(Self(socket))
+    }
+
+    /// What it has left of the kernel relay, if anything. To be taken once, before [`Predecessor::reach`].
+    #[must_use]
+    pub fn bequest(&self) -> Option<Bequest> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        fcntl(&self.0, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).ok()?;
+        let mut letter = vec![0; LONGEST_LETTER];
+        // It was sent before this process was started; from one that has left nothing there is nothing to read.
+        let (length, descriptors) = sys::receive_with_descriptors(self.0.as_fd(), &mut letter).ok()?;
+        letter.truncate(length);
+        (length > 0).then_some(Bequest { letter, descriptors })
+    }
+
+    /// Its descriptor, which is not for the relay process.
+    #[must_use]
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    /// Its end, to wait for and to talk to.
+    ///
+    /// # Errors
+    /// When it is gone already.
+    pub fn reach(self) -> anyhow::Result<(i32, Ending, Saying)> {
+        let pid = getsockopt(&self.0, sockopt::PeerCredentials)?.pid();
+        let pidfd = sys::pidfd_open(pid).context("the predecessor")?;
+        let stream = std::os::unix::net::UnixStream::from(self.0);
+        stream.set_nonblocking(true)?;
+        Ok((pid, Ending(sys::watch(pidfd, Interest::READABLE)?), Saying(UnixStream::from_std(stream)?)))
+    }
+}
+
+/// The end of a predecessor.
+#[derive(Debug)]
+pub struct Ending(AsyncFd<OwnedFd>);
+
+impl Ending {
+    /// Waits for it.
+    pub async fn come(&self) {
+        // An error would mean that the pidfd is no pidfd.
+        self.0.readable().await.map(|mut guard| guard.retain_ready()).unwrap_or_default();
+    }
+}
+
+/// The way to a predecessor.
+#[derive(Debug)]
+pub struct Saying(UnixStream);
+
+impl Saying {
+    /// Says that this process is ready, and waits for what comes of that. `None` when the predecessor ends without a word.
+    pub async fn ready(&mut self) -> Option<Word> {
+        // It may have ended after a word.
+        drop(self.0.write_all(&[READY]).await);
+        match self.0.read_u8().await.ok()? {
+            STOP => Some(Word::Stop),
+            byte if byte == Takeover::Awake.byte() => Some(Word::TakenOver(Takeover::Awake)),
+            _ => Some(Word::TakenOver(Takeover::Asleep)),
+        }
+    }
+
+    /// How many connections the predecessor and those before it have, when that has changed. `None` when it says no more.
+    pub async fn connections(&mut self) -> Option<u64> {
+        self.0.read_u64_le().await.ok()
+    }
+}
+
+/// What this program is and how it was called, as it was at the start: an upgrade puts another file in its place.
+#[derive(Debug, Clone)]
+pub struct Program {
+    path: PathBuf,
+    words: Vec<OsString>,
+}
+
+impl Program {
+    /// This one.
+    ///
+    /// # Errors
+    /// When /proc does not tell.
+    pub fn own() -> io::Result<Self> {
+        Ok(Self { path: std::env::current_exe()?, words: std::env::args_os().collect() })
+    }
+
+    /// Starts a successor on `listeners`, and leaves it the kernel relay.
+    ///
+    /// # Errors
+    /// When the program cannot be executed.
+    pub fn start_successor(
+        &self,
+        listeners: &[&Listener],
+        bequest: Option<&Bequest>,
+    ) -> anyhow::Result<(Successor, Stopper)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        if let Some(Bequest { letter, descriptors }) = bequest {
+            let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(OwnedFd::as_fd).collect();
+            // Into an empty socket, so at once.
+            sys::send_with_descriptors(ours.as_fd(), letter, &descriptors)?;
+        }
+        let theirs = theirs.into_std()?;
+        theirs.set_nonblocking(false)?;
+        let names: Vec<&str> = listeners.iter().map(|listener| listener.name.as_str()).collect();
+        let mut descriptors: Vec<BorrowedFd<'_>> =
+            listeners.iter().map(|listener| listener.socket.as_fd()).collect();
+        descriptors.push(theirs.as_fd());
+        let mut command = std::process::Command::new(&self.path);
+        if let Some((name, arguments)) = self.words.split_first() {
+            let _same = command.arg0(name).args(arguments);
+        }
+        let _same = command
+            .env("LISTEN_FDS", listeners.len().to_string())
+            .env("LISTEN_FDNAMES", names.join(":"))
+            .env(VARIABLE, (crate::systemd::listen_fds::FIRST as usize + listeners.len()).to_string());
+        if std::env::var("WATCHDOG_PID").is_ok_and(|pid| pid.parse() == Ok(std::process::id())) {
+            // The successor has to say that it is alive as well.
+            let _same = command.env_remove("WATCHDOG_PID");
+        }
+        sys::pass_descriptors(&mut command, &descriptors)?;
+        let child = command.spawn().with_context(|| format!("cannot execute {}", self.path.display()))?;
+        let (stopper, stops) = unbounded_channel();
+        Ok((Successor { child: Started(Some(child)), channel: ours, stops }, Stopper(stopper)))
+    }
+}
+
+/// A successor's process, which ends with this unless it was let go: nobody else knows of it.
+#[derive(Debug)]
+struct Started(Option<Child>);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _killed = child.kill();
+            let _status = child.wait();
+        }
+    }
+}
+
+/// A successor that has been started.
+#[derive(Debug)]
+pub struct Successor {
+    child: Started,
+    channel: UnixStream,
+    stops: UnboundedReceiver<Duration>,
+}
+
+/// Stops a successor that has not taken over.
+#[derive(Debug)]
+pub struct Stopper(UnboundedSender<Duration>);
+
+impl Stopper {
+    /// Has it let its clients finish and end within `limit`; when called again, at once.
+    pub fn stop(&self, limit: Duration) {
+        // It may have ended meanwhile.
+        self.0.send(limit).ok();
+    }
+}
+
+/// What has become of a successor.
+#[derive(Debug)]
+pub enum Born {
+    /// It is ready.
+    Ready(Successor),
+    /// It was stopped, and has ended.
+    Stopped,
+}
+
+impl Successor {
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.0.as_ref().map_or(0, Child::id)
+    }
+
+    /// Waits until it is ready, or stopped; one that is not in time is ended.
+    ///
+    /// # Errors
+    /// When it ended, or was ended.
+    pub async fn ready(mut self) -> anyhow::Result<Born> {
+        let said = tokio::select! {
+            said = tokio::time::timeout(PATIENCE, self.channel.read_u8()) => said,
+            Some(limit) = self.stops.recv() => {
+                self.stop(limit, false).await;
+                return Ok(Born::Stopped);
+            }
+        };
+        match (said, self.child.0.take()) {
+            (Ok(Ok(READY)), child) => {
+                self.child.0 = child;
+                Ok(Born::Ready(self))
+            }
+            (Ok(_), Some(mut child)) => {
+                // Its end of the channel is closed when it ends, so this does not wait.
+                let _killed = child.kill();
+                bail!("the new program ended before it was ready: {}", child.wait()?)
+            }
+            (_, child) => {
+                drop(Started(child));
+                bail!("the new program was not ready within {PATIENCE:?}")
+            }
+        }
+    }
+
+    /// For one that was ready when it was told to stop: waits until it has.
+    pub async fn stopped(mut self) {
+        if let Some(limit) = self.stops.recv().await {
+            self.stop(limit, true).await;
+        }
+    }
+
+    /// Tells it to stop, and waits for that. It may have clients from the moment it is ready, for it accepts beside its predecessor;
+    /// before, it does not listen to what is said here.
+    async fn stop(mut self, limit: Duration, ready: bool) {
+        let pid = self.pid().cast_signed();
+        let Ok(Ok(ended)) = sys::pidfd_open(pid).map(|pidfd| sys::watch(pidfd, Interest::READABLE)) else {
+            return;
+        };
+        let (ended, mut speaks, mut told_again) = (Ending(ended), !ready, true);
+        let deadline = tokio::time::sleep(if ready { limit } else { limit.min(DEAF) });
+        tokio::pin!(deadline);
+        if ready {
+            // One that is gone has stopped.
+            drop(self.channel.write_all(&[STOP]).await);
+        }
+        loop {
+            tokio::select! {
+                () = ended.come() => return,
+                () = &mut deadline => {
+                    return tracing::warn!("process {pid}, the successor that was being started, does not stop; it is killed");
+                }
+                said = self.channel.read_u8(), if speaks => {
+                    speaks = false;
+                    if said.is_ok_and(|said| said == READY) {
+                        deadline.as_mut().reset(tokio::time::Instant::now() + limit);
+                        drop(self.channel.write_all(&[STOP]).await);
+                    }
+                }
+                again = self.stops.recv(), if told_again => {
+                    told_again = again.is_some();
+                    if told_again {
+                        // Not reaped yet, so it is this process and no other.
+                        kill(Pid::from_raw(pid), Signal::SIGTERM).ok();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tells it that it has taken over.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub async fn take_over(self, takeover: Takeover) -> anyhow::Result<Telling> {
+        let Self { mut child, mut channel, .. } = self;
+        if let Some(child) = &mut child.0 {
+            ensure!(child.try_wait()?.is_none(), "the new program has ended");
+        }
+        channel.write_all(&[takeover.byte()]).await?;
+        // From now on it is a process of its own.
+        drop(child.0.take());
+        Ok(Telling { channel, told: None })
+    }
+}
+
+/// The way to the successor that has taken over.
+#[derive(Debug)]
+pub struct Telling {
+    channel: UnixStream,
+    told: Option<u64>,
+}
+
+impl Telling {
+    /// Says how many connections this process and those before it still have, if that has changed. One that does not listen misses
+    /// nothing but this.
+    pub fn connections(&mut self, count: u64) {
+        // So few bytes are taken all or not at all; if not, there will be another try.
+        if self.told != Some(count) && self.channel.try_write(&count.to_le_bytes()).is_ok() {
+            self.told = Some(count);
+        }
+    }
+}

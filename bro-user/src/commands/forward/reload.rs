@@ -1,0 +1,268 @@
+//! `systemctl reload`: a successor takes the listening sockets over, this process finishes its connections.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::Instant;
+
+use super::handover::{Born, Ending, Predecessor, Program, Stopper, Successor, Takeover, Telling, Word};
+use super::{Control, Phase};
+use crate::commands::status;
+use crate::engine::handle::Plain;
+use crate::stats::Stats;
+use crate::systemd::listen_fds::Listener;
+use crate::systemd::notify;
+
+/// As good as for ever: until its last connection has ended, or the unit is stopped.
+const NO_LIMIT: Duration = Duration::from_secs(u32::MAX as u64);
+
+/// How much later than this process its successor may hear that both are to stop.
+const LATER: Duration = Duration::from_secs(5);
+
+/// What happens on the way.
+#[derive(Debug)]
+pub(super) enum News {
+    /// The successor is ready or stopped, or there is none.
+    Successor(anyhow::Result<Born>),
+    /// What the predecessor says to this process; nothing if it has ended.
+    Told(Option<Word>),
+    /// The predecessor still has so many connections.
+    PredecessorHas(u64),
+    /// The predecessor has ended.
+    PredecessorEnded,
+}
+
+/// Where replacing stands, with this process in either place.
+#[derive(Debug)]
+pub(super) struct Replacing<'a> {
+    /// What to start again.
+    pub(super) program: Option<Program>,
+    listeners: &'a [(Listener, usize)],
+    /// A successor is being started, or has to be waited for until it has stopped.
+    starting: Option<Stopper>,
+    /// A successor has taken over.
+    replaced: bool,
+    /// It, to be told how many connections this process still has.
+    telling: Option<Telling>,
+    /// The predecessor still has connections: if this process ended, systemd would end it as well.
+    predecessor: Option<status::Predecessor>,
+    /// This process has no connection any more, and waits for its predecessor or for the successor that it stops, and for nothing else.
+    pub(super) drained: bool,
+    news: (UnboundedSender<News>, UnboundedReceiver<News>),
+}
+
+impl<'a> Replacing<'a> {
+    pub(super) fn new(listeners: &'a [(Listener, usize)]) -> Self {
+        Self {
+            program: None,
+            listeners,
+            starting: None,
+            replaced: false,
+            telling: None,
+            predecessor: None,
+            drained: false,
+            news: unbounded_channel(),
+        }
+    }
+
+    pub(super) async fn news(&mut self) -> Option<News> {
+        self.news.1.recv().await
+    }
+
+    /// A successor speaks for the service.
+    pub(super) const fn is_replaced(&self) -> bool {
+        self.replaced
+    }
+
+    /// The predecessor has not ended.
+    pub(super) const fn has_predecessor(&self) -> bool {
+        self.predecessor.is_some()
+    }
+
+    /// The predecessor that has not ended.
+    pub(super) const fn predecessor(&self) -> Option<&status::Predecessor> {
+        self.predecessor.as_ref()
+    }
+
+    /// Tells the successor, where there is one, how many connections are left: those of this process, and those of its predecessors.
+    pub(super) fn tell(&mut self, stats: &Stats) {
+        let before = self.predecessor.as_ref().and_then(|predecessor| predecessor.connections);
+        if let Some(telling) = &mut self.telling {
+            telling.connections(Stats::get(&stats.open) + before.unwrap_or(0));
+        }
+    }
+
+    /// This process must not leave now: for want of clients, or because it has none any more.
+    pub(super) const fn stands_in_the_way(&self) -> bool {
+        self.starting.is_some() || self.has_predecessor()
+    }
+
+    /// The sockets that this process and its successors listen on, each with its target's number.
+    pub(super) const fn listeners(&self) -> &'a [(Listener, usize)] {
+        self.listeners
+    }
+
+    /// A successor is being started.
+    pub(super) const fn is_starting(&self) -> bool {
+        self.starting.is_some()
+    }
+
+    /// This process was told to stop, and the service manager does not know of its successor: that stops too.
+    pub(super) fn stop_successor(&self, limit: Duration) {
+        if let Some(starting) = &self.starting {
+            starting.stop(limit.saturating_add(LATER));
+        }
+    }
+}
+
+impl Control<'_> {
+    /// Starts a successor, in the background.
+    pub(super) async fn begin_replacement(&mut self) {
+        let Some(program) = self.replacing.program.clone() else { return };
+        if self.phase != Phase::Serving || self.replacing.is_starting() {
+            return tracing::info!("not reloading: this forwarder is leaving or being replaced already");
+        }
+        tracing::info!("reloading: starting a successor");
+        notify::reloading();
+        let listeners: Vec<&Listener> = self
+            .replacing
+            .listeners
+            .iter()
+            .filter(|(listener, _)| !listener.is_own())
+            .map(|(listener, _)| listener)
+            .collect();
+        let bequest = self.watching.bequest(self.replacing.has_predecessor()).await;
+        let started = if listeners.len() == self.replacing.listeners.len() {
+            program.start_successor(&listeners, bequest.as_ref())
+        } else {
+            Err(anyhow::anyhow!("the sockets of --listen cannot be handed over; use a socket unit"))
+        };
+        let news = self.replacing.news.0.clone();
+        match started {
+            Ok((successor, stopper)) => {
+                self.replacing.starting = Some(stopper);
+                let waiting = async move { news.send(News::Successor(successor.ready().await)).ok() };
+                drop(tokio::spawn(waiting));
+            }
+            Err(error) => drop(news.send(News::Successor(Err(error)))),
+        }
+    }
+
+    /// Hears of a successor or predecessor.
+    pub(super) async fn replacement(&mut self, news: News) {
+        match news {
+            News::Successor(Ok(Born::Ready(successor))) if self.phase == Phase::Serving => {
+                self.hand_over(successor).await;
+            }
+            // It was told to stop, and has heard of it only now.
+            News::Successor(Ok(Born::Ready(successor))) => {
+                let news = self.replacing.news.0.clone();
+                let stopping = async move {
+                    successor.stopped().await;
+                    news.send(News::Successor(Ok(Born::Stopped))).ok()
+                };
+                drop(tokio::spawn(stopping));
+            }
+            News::Successor(Ok(Born::Stopped)) => self.replacing.starting = None,
+            News::Successor(Err(error)) if self.phase != Phase::Serving => {
+                tracing::debug!("the successor has not come up: {error:#}");
+                self.replacing.starting = None;
+            }
+            News::Successor(Err(error)) => {
+                tracing::error!("cannot reload, and goes on as before: {error:#}");
+                self.replacing.starting = None;
+                // The successor may have put a socket of its own in this one's place. The old one takes its file along, so it goes first.
+                self.control = None;
+                self.control = crate::control_socket::Server::start_or_warn();
+                notify::ready(&self.status());
+            }
+            News::Told(Some(Word::Stop)) => {
+                // It waits for this one, and not the other way round.
+                self.replacing.predecessor = None;
+                if !matches!(self.phase, Phase::Draining(_)) {
+                    self.begin_drain("The predecessor was told to stop before this process had taken over");
+                }
+            }
+            News::Told(word) => {
+                notify::mute(false);
+                tracing::info!("has taken over from its predecessor");
+                notify::ready(&self.status());
+                if word == Some(Word::TakenOver(Takeover::Awake)) {
+                    self.engine.send(Plain::Wake("reload".into()));
+                }
+            }
+            News::PredecessorHas(count) => {
+                if let Some(predecessor) = &mut self.replacing.predecessor {
+                    predecessor.connections = Some(count);
+                }
+            }
+            News::PredecessorEnded => {
+                self.replacing.predecessor = None;
+                self.woken_at = Instant::now();
+            }
+        }
+    }
+
+    async fn hand_over(&mut self, successor: Successor) {
+        self.replacing.starting = None;
+        // What the successor may stop when it is idle.
+        drop(tokio::time::timeout(super::REMEMBER, self.activator.note_run()).await);
+        let pid = successor.pid();
+        // A start that is under way is waited for by the successor.
+        let awake = self.awake_since.is_some() || self.being_woken().is_some();
+        let takeover = if awake { Takeover::Awake } else { Takeover::Asleep };
+        // Before the successor speaks: systemd listens to the main process alone.
+        notify::succeeded_by(pid);
+        match successor.take_over(takeover).await {
+            Ok(telling) => self.replacing.telling = Some(telling),
+            Err(error) => {
+                tracing::error!("the successor is gone; going on as before: {error:#}");
+                return notify::succeeded_by(std::process::id());
+            }
+        }
+        self.replacing.tell(&self.stats);
+        notify::mute(true);
+        self.watching.leave();
+        if let Some(control) = &mut self.control {
+            control.is_succeeded();
+        }
+        self.replacing.replaced = true;
+        self.phase = Phase::Draining(Instant::now() + NO_LIMIT);
+        self.engine.send(Plain::Drain(format!("Replaced by process {pid}")));
+    }
+
+    /// Takes over from a predecessor, in the background.
+    pub(super) fn take_over_from(&mut self, predecessor: Predecessor) {
+        let news = self.replacing.news.0.clone();
+        match predecessor.reach() {
+            Ok((pid, ending, mut saying)) => {
+                self.replacing.predecessor = Some(status::Predecessor { pid, connections: None });
+                drop(tokio::spawn({
+                    let news = news.clone();
+                    async move {
+                        // Whoever is told may have left meanwhile.
+                        news.send(News::Told(saying.ready().await)).ok();
+                        while let Some(count) = saying.connections().await {
+                            news.send(News::PredecessorHas(count)).ok();
+                        }
+                    }
+                }));
+                drop(tokio::spawn(async move {
+                    Ending::come(&ending).await;
+                    news.send(News::PredecessorEnded).ok()
+                }));
+            }
+            // It has ended meanwhile, so this process is what there is.
+            Err(error) => {
+                tracing::debug!("no predecessor any more: {error:#}");
+                drop(news.send(News::Told(None)));
+            }
+        }
+    }
+
+    /// The unit is stopped: what connections this process still has get the time that those of its successor have.
+    pub(super) fn told_to_stop_although_replaced(&mut self) {
+        self.replacing.replaced = false;
+        self.phase = Phase::Draining(Instant::now() + self.options.drain_timeout.or_forever());
+    }
+}

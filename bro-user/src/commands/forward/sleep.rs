@@ -1,0 +1,219 @@
+//! When a forwarder leaves, and that its container sleeps then: idle time, minimum up time, whoever is busy, and `bro sleep`.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout};
+
+use super::inhibit::Inhibitors;
+use super::{Control, Phase};
+use crate::control_socket::{Asked, Asker, Outcome, Request};
+use crate::engine::handle::Plain;
+use crate::engine::idle::Leave;
+use crate::service::Stopped;
+use crate::systemd::notify;
+
+/// The unit's own limit for our stop is longer by default; a unit that takes more than this stops without us.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How soon the engine is asked again whether it is time to leave.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// Where the questions of [`Inhibitors`] stand.
+#[derive(Debug, Default)]
+pub(super) struct Busy {
+    /// They are being asked.
+    asking: bool,
+    /// Who was busy last.
+    who: Option<String>,
+    /// When to ask again, them or the engine.
+    again: Option<Instant>,
+}
+
+impl Control<'_> {
+    /// When to leave for want of clients, or to look again whether there are any.
+    pub(super) fn idle_deadline(&self) -> Option<Instant> {
+        if self.phase != Phase::Serving || self.options.idle.exit_idle_time.finite().is_none() {
+            return None;
+        }
+        let limit = self.history.idle_time();
+        if self.busy.asking || !self.wakers.is_empty() || self.replacing.stands_in_the_way() {
+            return None;
+        }
+        // The unit is never stopped in the middle of its start, whether or not those who waited have given up.
+        if self.options.unit.is_some() && self.being_woken().is_some() {
+            return None;
+        }
+        let awake = self.awake_since.map(|(since, _)| since + self.options.idle.min_uptime.or_forever());
+        [Some(self.idle_since() + limit), Some(self.kept_until), awake, self.busy.again]
+            .into_iter()
+            .flatten()
+            .max()
+    }
+
+    /// Since when nothing happens; now, while something does.
+    fn idle_since(&self) -> Instant {
+        let since =
+            if self.options.idle.counts_bytes() { self.stats.quiet_from() } else { self.stats.idle_from() };
+        // The engine, which counts, hears of a wake a moment later than this side.
+        since.map_or_else(Instant::now, Instant::from_std).max(self.woken_at)
+    }
+
+    /// The idle time is over: asks whoever may be busy, then the engine, which has the last word.
+    pub(super) fn idle_time_is_over(&mut self) {
+        let inhibitors = Inhibitors {
+            file: self.options.idle.busy_file.clone(),
+            exec: self.options.idle.busy_exec.clone(),
+        };
+        if inhibitors.is_empty() && self.options.unit.is_none() {
+            return self.ask_to_leave();
+        }
+        self.busy.asking = true;
+        let answer = self.said_busy.0.clone();
+        // Whoever asked may have left meanwhile.
+        let activator = self.activator.clone();
+        let asking = async move {
+            drop(answer.send(inhibitors.busy(&activator).await));
+        };
+        drop(tokio::spawn(asking));
+    }
+
+    /// The answer to the question who is busy.
+    pub(super) fn busy(&mut self, who: Option<String>) {
+        let limit = self.history.idle_time();
+        self.busy.asking = false;
+        self.busy.again = who.as_ref().map(|_| Instant::now() + Inhibitors::step(limit));
+        if let Some(who) = who.as_ref().filter(|_| self.busy.who.is_none()) {
+            tracing::info!("the idle time is over, and the service is busy: {who}");
+        }
+        self.busy.who = who;
+        // A client may have come meanwhile.
+        if self.busy.who.is_none() && self.idle_deadline().is_some_and(|deadline| deadline <= Instant::now())
+        {
+            self.ask_to_leave();
+        }
+    }
+
+    /// Who keeps the idle exit waiting, if somebody does.
+    pub(super) fn who_is_busy(&self) -> Option<&str> {
+        let limit = self.history.idle_time();
+        self.busy.who.as_deref().filter(|_| self.idle_since() + limit <= Instant::now())
+    }
+
+    fn ask_to_leave(&mut self) {
+        self.phase = Phase::Leaving;
+        self.engine.send(Plain::Leave(if self.options.idle.counts_bytes() {
+            Leave::WithoutBytes(self.history.idle_time())
+        } else {
+            Leave::WithoutConnections
+        }));
+    }
+
+    /// `bro sleep`.
+    pub(super) fn told_to_sleep(&mut self, force: bool, asker: Asker) {
+        if self.phase != Phase::Serving {
+            return asker.answer(Outcome::leaving());
+        }
+        // The one that is being started would stay.
+        if self.replacing.is_starting() {
+            return asker.answer(Outcome::leaving());
+        }
+        // With this process the service manager would end that one as well.
+        if let Some(predecessor) = self.replacing.predecessor().filter(|_| !force) {
+            return asker.answer(Outcome::refused(format!("clients are connected: {predecessor}")));
+        }
+        self.phase = Phase::Leaving;
+        self.sleeper = Some((force, asker));
+        self.engine.send(Plain::Leave(if force { Leave::Now } else { Leave::WithoutGuests }));
+    }
+
+    /// The engine does not let us leave: somebody has connected.
+    pub(super) fn stays(&mut self) {
+        if self.phase == Phase::Leaving {
+            self.phase = Phase::Serving;
+        }
+        let Some((_, asker)) = self.sleeper.take() else {
+            // Where the clock does not move, since only bytes count, it would be asked again at once.
+            self.busy.again = Some(Instant::now() + AGAIN);
+            return;
+        };
+        let figures = self.engine.report();
+        let answering = async move {
+            let clients = figures.await.map(|figures| figures.peers).unwrap_or_default();
+            let message = "clients are connected".to_owned();
+            asker.answer(Outcome { clients, ..Outcome::refused(message) });
+        };
+        drop(tokio::spawn(answering));
+    }
+
+    /// No client is there, and none is let in any more: stops the unit, and tells so whoever asked for it.
+    pub(super) async fn leaves(&mut self) {
+        let sleeper = self.sleeper.take();
+        let why = if sleeper.is_some() { "Told to sleep: stopping" } else { "Idle: stopping" };
+        notify::stopping(why, super::EXTEND_BY);
+        tracing::info!(
+            "{}",
+            if sleeper.is_some() {
+                "told to sleep; exiting"
+            } else {
+                "nobody is connected any more; exiting"
+            }
+        );
+        let force = sleeper.as_ref().is_some_and(|(force, _)| *force);
+        // One that goes on would start the unit anew.
+        self.wakes.shutdown().await;
+        let activator = self.activator.clone();
+        let stopping = timeout(PATIENCE, activator.stop_what_it_started(force));
+        tokio::pin!(stopping);
+        let stopped = loop {
+            tokio::select! {
+                stopped = &mut stopping => break stopped,
+                asked = super::asked(&mut self.control) => match asked {
+                    Ok(Asked { request: Request::Status, to }) => self.report(to),
+                    Ok(Asked { to, .. }) => to.answer(Outcome::leaving()),
+                    Err(_) => self.control = None,
+                },
+            }
+        };
+        let outcome = match stopped {
+            Ok(Ok(Stopped::Done)) => {
+                // Who wakes by hand what was put to sleep by hand is not to be waited for.
+                if sleeper.is_none() && self.awake_since.is_some() {
+                    self.history.slept();
+                }
+                Outcome::done("stopped")
+            }
+            Ok(Ok(Stopped::NoUnit)) => {
+                Outcome::refused("the forwarder has ended, but it has no --unit that it could stop")
+            }
+            Ok(Ok(Stopped::NotOurs)) => {
+                tracing::info!("the unit runs on: no forwarder had started it");
+                Outcome::refused(
+                    "the forwarder has ended, but the unit runs on: it was not bro that started it (--force stops it all the same)",
+                )
+            }
+            Ok(Ok(Stopped::Needed(other))) => {
+                tracing::info!("the unit runs on: {other} needs it");
+                Outcome::refused(format!(
+                    "the forwarder has ended, but the unit runs on: {other} needs it (--force stops both)"
+                ))
+            }
+            Ok(Ok(Stopped::Used)) => {
+                tracing::info!("the unit runs on: another forwarder uses it");
+                Outcome::refused(
+                    "the forwarder has ended, but the unit runs on: another forwarder uses it (--force stops it all the same)",
+                )
+            }
+            Ok(Err(error)) => {
+                tracing::error!("cannot stop the unit: {error:#}");
+                Outcome::refused(format!("cannot stop the unit: {error:#}"))
+            }
+            Err(_) => {
+                tracing::warn!("the unit takes long to stop; not waiting for it");
+                Outcome::refused("the unit takes long to stop")
+            }
+        };
+        if let Some((_, asker)) = sleeper {
+            asker.answered(&outcome).await;
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! `bro status`: what running forwarders say of themselves ([`crate::control_socket`]).
+
+mod list;
+
+pub(crate) use list::roughly;
+
+use std::fmt::Write as _;
+use std::io::{IsTerminal as _, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::control_socket;
+use crate::control_socket::Request;
+use crate::exit;
+use crate::exit::Failure;
+use crate::service::failed_wake::FailedWake;
+use crate::service::wakes::Rhythm;
+use crate::stats::Tally;
+use crate::systemd::manager::Manager;
+
+/// What a forwarder says of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Its process.
+    pub pid: u32,
+    /// bro's version.
+    pub version: String,
+    /// The unit it starts.
+    pub unit: Option<String>,
+    /// Whose service manager starts that; unknown of a forwarder of a version that does not tell.
+    #[serde(default)]
+    pub manager: Option<Manager>,
+    /// Seconds since it started.
+    pub uptime_s: u64,
+    /// The same words as in `systemctl status`.
+    pub state: String,
+    /// Whether the service is awake.
+    #[serde(default)]
+    pub activity: Activity,
+    /// The last wake that failed and was followed by none that succeeded.
+    #[serde(default)]
+    pub failed_wake: Option<FailedWake>,
+    /// How often it is started, where that is limited or lets the idle time grow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rhythm: Option<Box<Rhythm>>,
+    /// The forwarder's own unit, where it has one.
+    #[serde(default)]
+    pub service: Option<String>,
+    /// Who is connected, the first twenty.
+    #[serde(default)]
+    pub peers: Vec<String>,
+    /// Who is not let in, since there are as many connections as may be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
+    /// The process that it has replaced (`systemctl reload`), while that one has connections to finish.
+    #[serde(default)]
+    pub predecessor: Option<Predecessor>,
+    /// How bytes are moved, and why not better.
+    pub relay: Relay,
+    /// Its sockets.
+    pub listeners: Vec<Listener>,
+    /// All of them together.
+    pub total: Tally,
+}
+
+impl Report {
+    /// Is this the unit that it starts?
+    #[must_use]
+    pub fn starts(&self, unit: &str, by: Manager) -> bool {
+        self.unit.as_deref() == Some(unit) && self.manager.is_none_or(|manager| manager == by)
+    }
+}
+
+/// Clients that wait in the kernel's backlog.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// How many; at least so many over unix.
+    pub clients: u64,
+    /// How many connections there may be.
+    pub connections: u64,
+    /// What lets more in, as it is set now.
+    pub lets_in: String,
+}
+
+impl std::fmt::Display for Waiting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { clients, connections, lets_in } = self;
+        let (plural, verb) = if *clients == 1 { ("", "waits") } else { ("s", "wait") };
+        write!(f, "{clients} client{plural} {verb} until one of {connections} connections ends ({lets_in})")
+    }
+}
+
+/// A process that was replaced and has not ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Predecessor {
+    /// Its number.
+    pub pid: i32,
+    /// How many connections it has, with those that it waits for in turn; unknown where it is of a version that does not tell.
+    pub connections: Option<u64>,
+}
+
+impl std::fmt::Display for Predecessor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "process {}, which it has replaced, ", self.pid)?;
+        match self.connections {
+            None => f.write_str("still finishes its connections"),
+            Some(1) => f.write_str("still has 1 connection"),
+            Some(count) => write!(f, "still has {count} connections"),
+        }
+    }
+}
+
+/// Whether a service is awake, since when, and why.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Activity {
+    /// Whether.
+    pub state: State,
+    /// Since when, in seconds since 1970.
+    pub since: Option<u64>,
+    /// The client that woke it, or `bro wake`.
+    pub woken_by: Option<String>,
+    /// What a start that takes long is at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doing: Option<String>,
+}
+
+/// How far a service is from being asleep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It sleeps, as far as its forwarder knows.
+    #[default]
+    Asleep,
+    /// It is being woken.
+    Starting,
+    /// It is awake.
+    Awake,
+    /// It is awake, nobody is connected, and it says that it is busy.
+    Busy,
+    /// Its forwarder lets its last clients finish.
+    Stopping,
+    /// Nobody listens for it.
+    Deaf,
+    /// Its unit, or its forwarder's, has failed.
+    Failed,
+}
+
+impl State {
+    /// In a word.
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Asleep => "asleep",
+            Self::Starting => "starting",
+            Self::Awake => "awake",
+            Self::Busy => "awake and busy",
+            Self::Stopping => "stopping",
+            Self::Deaf => "not listening",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// How bytes are moved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Relay {
+    /// The relay in use: copy, splice or sockmap.
+    pub name: String,
+    /// Why it is not a better one, where it is not.
+    pub reason: Option<String>,
+}
+
+/// One of a forwarder's sockets.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Listener {
+    /// Its FileDescriptorName=.
+    pub name: String,
+    /// Its address.
+    pub address: String,
+    /// Where its clients are connected to.
+    pub target: String,
+    /// How the service sees them there, since it was last woken: “by their own addresses”, say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen: Option<String>,
+    /// Its figures.
+    pub tally: Tally,
+}
+
+/// The unit that this process is the service of, as its cgroup says.
+#[must_use]
+pub fn own_unit() -> Option<String> {
+    let cgroups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    path.rsplit('/').next().filter(|unit| unit.ends_with(".service")).map(str::to_owned)
+}
+
+/// Runs `bro status`.
+///
+/// # Errors
+/// [`Failure::NotFound`] when nobody answers at a socket, or there is no service of a name.
+pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let terminal = std::io::stdout().is_terminal() && !options.json;
+    // The first of several begins on an empty screen.
+    let mut first = !(terminal && options.watch);
+    exit::unless_nobody_reads(runtime.block_on(async {
+        loop {
+            let (text, json) = if options.whom.is_empty() {
+                let services = list::all(Manager::choose(options.system, options.user)).await?;
+                (list::describe(&services), exit::json(&services)?)
+            } else {
+                named(options).await?
+            };
+            let mut out = std::io::stdout().lock();
+            if !first {
+                // Home, then clear to the end: no flicker. Whoever is no terminal gets one after the other.
+                out.write_all(if terminal { b"\x1b[H\x1b[J" } else { b"\n" })?;
+            }
+            if options.json {
+                writeln!(out, "{json}")?;
+            } else {
+                write!(out, "{}", printable(&text))?;
+            }
+            out.flush()?;
+            if !options.watch {
+                return Ok(());
+            }
+            first = false;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }))
+}
+
+/// Names, addresses and what forwarders say are other people's: nothing of that is for the terminal.
+fn printable(text: &str) -> String {
+    let lines = text.split_inclusive('\n');
+    lines
+        .map(|line| {
+            exit::on_one_line(line.trim_end_matches('\n')) + if line.ends_with('\n') { "\n" } else { "" }
+        })
+        .collect()
+}
+
+/// What there is of a name, as JSON.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Named {
+    /// A forwarder of it.
+    Forwarder(Report),
+    /// It has none now.
+    Asleep(list::Service),
+}
+
+/// What the forwarders say that are named on the command line, after a line for each service that has none now: as text, and as
+/// JSON, where such a service stands as it does in the list of all.
+async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)> {
+    let (mut asleep, mut reports) = (String::new(), Vec::new());
+    let mut json: Vec<Named> = Vec::new();
+    for whom in &options.whom {
+        if whom.contains('/') {
+            let report: anyhow::Result<Report> =
+                control_socket::ask_soon(Path::new(whom), Request::Status).await;
+            let report = report
+                .map_err(|error| Failure::NotFound(format!("no forwarder answers at {whom}: {error}")))?;
+            json.push(Named::Forwarder(report.clone()));
+            reports.push(report);
+            continue;
+        }
+        let services = list::all(Manager::choose(options.system, options.user)).await?;
+        let Some(service) = services.into_iter().find(|service| service.is_called(whom)) else {
+            anyhow::bail!(Failure::NotFound(format!(
+                "no service “{whom}” is activated, and no forwarder for it runs (see `bro status`)"
+            )));
+        };
+        if service.forwarders.is_empty() {
+            asleep += &format!("{}\n", list::sentence(&service));
+            json.push(Named::Asleep(service));
+            continue;
+        }
+        json.extend(service.forwarders.iter().cloned().map(Named::Forwarder));
+        reports.extend(service.forwarders);
+    }
+    Ok((asleep + &describe(&reports), exit::json(&json)?))
+}
+
+pub(crate) fn describe(reports: &[Report]) -> String {
+    let mut text = String::new();
+    for report in reports {
+        let unit = report.unit.as_deref().map(|unit| format!(" for {unit}")).unwrap_or_default();
+        // Writing to a String cannot fail.
+        writeln!(text, "bro {} (process {}){unit}: {}", report.version, report.pid, report.state).ok();
+        let woken = report.activity.woken_by.as_deref().map(|by| format!(", woken by {by}"));
+        let name = report.unit.as_deref().map_or("NAME", |unit| unit.trim_end_matches(".service"));
+        let doing = report.activity.doing.as_deref().map(|doing| format!(": {doing}")).unwrap_or_default();
+        writeln!(
+            text,
+            "  {}{doing}{}",
+            list::since(report.activity.state, report.activity.since, name),
+            woken.unwrap_or_default()
+        )
+        .ok();
+        if let Some(failed) = &report.failed_wake {
+            writeln!(text, "  last wake failed {} ago, of {}: {}", failed.since(), failed.target, failed.why)
+                .ok();
+        }
+        let reason = report.relay.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+        writeln!(text, "  relay {}{reason}, up {} s", report.relay.name, report.uptime_s).ok();
+        for listener in &report.listeners {
+            writeln!(text, "  {} {} -> {}", listener.name, listener.address, listener.target).ok();
+            if let Some(seen) = &listener.seen {
+                writeln!(text, "    the service sees clients {seen}").ok();
+            }
+            figures(&mut text, &listener.tally);
+        }
+        if report.listeners.len() > 1 {
+            writeln!(text, "  in total").ok();
+            figures(&mut text, &report.total);
+        }
+    }
+    text
+}
+
+fn figures(text: &mut String, tally: &Tally) {
+    writeln!(
+        text,
+        "    connections {} open, {} held, {} accepted; {} cold starts",
+        tally.open, tally.held, tally.accepted, tally.cold_starts
+    )
+    .ok();
+    writeln!(
+        text,
+        "    bytes {} kernel, {} spliced, {} copied; {} messages passed, {} credit grants",
+        tally.kernel, tally.spliced, tally.copied, tally.passes, tally.grants
+    )
+    .ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn describes_what_it_reads() {
+        let tally = Tally { accepted: 3, open: 1, kernel: 7, ..Tally::default() };
+        let report = Report {
+            pid: 7,
+            version: "0".into(),
+            unit: Some("web.service".into()),
+            manager: Some(Manager::User),
+            uptime_s: 1,
+            state: "1 connection now".into(),
+            activity: Activity::default(),
+            failed_wake: Some(FailedWake { at: 1, target: "127.0.0.1:80".into(), why: "no image".into() }),
+            rhythm: None,
+            service: None,
+            peers: Vec::new(),
+            waiting: Some(Waiting { clients: 2, connections: 256, lets_in: "--connections-max=256".into() }),
+            predecessor: None,
+            relay: Relay { name: "splice".into(), reason: Some("no CAP_BPF".into()) },
+            listeners: vec![Listener {
+                name: "http".into(),
+                address: "[::]:80".into(),
+                target: "127.0.0.1:80".into(),
+                seen: None,
+                tally: tally.clone(),
+            }],
+            total: tally,
+        };
+        let json = serde_json::to_string(&report).unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
+        assert!(
+            report.starts("web.service", Manager::User) && !report.starts("web.service", Manager::System)
+        );
+        let text = describe(&[report]);
+        assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");
+        assert!(text.contains("bytes 7 kernel"), "{text}");
+        assert!(
+            text.contains("d ago, of 127.0.0.1:80: no image")
+                || text.contains("h ago, of 127.0.0.1:80: no image"),
+            "{text}"
+        );
+    }
+}

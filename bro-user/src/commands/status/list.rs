@@ -1,0 +1,369 @@
+//! Every service there is a forwarder for, running or not: what `bro activate` has set up, and what forwarders say that
+//! somebody has set up by hand.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use super::{Activity, Report, State, Waiting};
+use crate::control_socket;
+use crate::control_socket::Request;
+use crate::installed;
+use crate::installed::Activated;
+use crate::installed::drift;
+use crate::service::failed_wake;
+use crate::service::failed_wake::FailedWake;
+use crate::systemd::manager::{Bus, Manager};
+use crate::systemd::unit_files::Systemd;
+
+/// One service.
+#[derive(Debug, Serialize)]
+pub(super) struct Service {
+    /// The quadlet's name, or that of the unit.
+    pub name: String,
+    /// The unit that the first client starts; none where a forwarder starts none.
+    pub unit: Option<String>,
+    /// Where clients connect.
+    pub addresses: Vec<String>,
+    /// How it is.
+    pub state: State,
+    /// Since when, in seconds since 1970.
+    pub since: Option<u64>,
+    /// Why: the client that woke it, or `bro wake`.
+    pub woken_by: Option<String>,
+    /// What a start that takes long is at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub doing: Option<String>,
+    /// Connections now, with those that predecessors of its forwarders finish.
+    pub connections: u64,
+    /// Who is not let in, since there are as many connections as may be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
+    /// The last wake that failed and was followed by none that succeeded.
+    pub failed_wake: Option<FailedWake>,
+    /// What its forwarders say.
+    pub forwarders: Vec<Report>,
+    /// Further names that it goes by, as `bro activate` and `bro sleep` take them.
+    #[serde(skip)]
+    pub also: Vec<String>,
+}
+
+impl Service {
+    pub(super) fn is_called(&self, name: &str) -> bool {
+        let services = self.forwarders.iter().filter_map(|report| report.service.as_deref());
+        self.name == name
+            || self.also.iter().any(|also| also == name)
+            || self
+                .unit
+                .as_deref()
+                .into_iter()
+                .chain(services)
+                .any(|unit| unit == name || unit.strip_suffix(".service") == Some(name))
+    }
+
+    fn new(name: String, unit: Option<String>, addresses: Vec<String>) -> Self {
+        let state = State::Asleep;
+        Self {
+            name,
+            unit,
+            addresses,
+            state,
+            since: None,
+            woken_by: None,
+            doing: None,
+            connections: 0,
+            waiting: None,
+            failed_wake: None,
+            forwarders: Vec::new(),
+            also: Vec::new(),
+        }
+    }
+
+    fn of(known: &Activated) -> Self {
+        let addresses = known.listeners.iter().map(|listener| listener.address.clone()).collect();
+        let quadlet = known.quadlet.file_name().map(|file| file.to_string_lossy().into_owned());
+        let sockets = known.listeners.iter().map(|listener| listener.socket.clone());
+        Self {
+            failed_wake: failed_wake::noted(known),
+            also: quadlet.into_iter().chain(known.service()).chain(sockets).collect(),
+            ..Self::new(known.name.clone(), Some(known.unit.clone()), addresses)
+        }
+    }
+
+    /// What its forwarders know goes before what systemd knows.
+    fn hear(&mut self, mut report: Report) {
+        // That nobody has woken it through this forwarder is not to hide that it has failed, or that somebody else has started it.
+        if report.activity.state != State::Asleep {
+            self.state = report.activity.state;
+            self.since = report.activity.since.or(self.since);
+            self.woken_by.clone_from(&report.activity.woken_by);
+            self.doing.clone_from(&report.activity.doing);
+        } else {
+            // Nor where it is shown by itself.
+            report.activity = Activity { state: self.state, since: self.since, ..Activity::default() };
+        }
+        if let Some(failed) = &report.failed_wake
+            && self.failed_wake.as_ref().is_none_or(|noted| noted.at <= failed.at)
+        {
+            self.failed_wake = Some(failed.clone());
+        }
+        self.waiting = report.waiting.clone().or(self.waiting.take());
+        self.forwarders.push(report);
+        let answers = |pid: i32| self.forwarders.iter().any(|report| report.pid.cast_signed() == pid);
+        let connections = |report: &Report| {
+            // One with a socket of its own has been heard itself.
+            let before = report.predecessor.as_ref().filter(|predecessor| !answers(predecessor.pid));
+            report.total.open + before.and_then(|predecessor| predecessor.connections).unwrap_or(0)
+        };
+        self.connections = self.forwarders.iter().map(connections).sum();
+    }
+}
+
+/// All of them, by name.
+///
+/// # Errors
+/// When the unit directory cannot be read.
+pub(super) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
+    let activated = installed::all(scope)?;
+    let sockets = control_socket::sockets();
+    let (mut buses, mut reports) = tokio::join!(
+        async { if activated.is_empty() { Buses::default() } else { Buses::connect(scope).await } },
+        ask_all(sockets)
+    );
+    let mut services = Vec::new();
+    for known in activated {
+        let mut service = Service::of(&known);
+        match buses.of(&known).await {
+            // Without systemd's word it is asleep, as far as anybody knows.
+            Some((front, container)) => drop(look(&mut service, &known, front, container).await),
+            // Who does not run does not listen.
+            None => service.state = State::Deaf,
+        }
+        let (its, others) =
+            reports.into_iter().partition(|report| report.starts(&known.unit, known.unit_scope()));
+        let its: Vec<Report> = its;
+        reports = others;
+        its.into_iter().for_each(|report| service.hear(report));
+        services.push(service);
+    }
+    for report in reports {
+        let unit = report.unit.clone();
+        let by = unit.clone().or_else(|| report.service.clone());
+        let name = by.map_or_else(|| format!("process {}", report.pid), |unit| unit.replace(".service", ""));
+        let at =
+            services.iter().position(|service| unit.is_some() && service.unit == unit).unwrap_or_else(|| {
+                services.push(Service::new(name, unit, Vec::new()));
+                services.len() - 1
+            });
+        let addresses = report.listeners.iter().map(|listener| listener.address.clone());
+        services[at].addresses.extend(addresses);
+        services[at].hear(report);
+    }
+    services.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(services)
+}
+
+/// A socket without a forwarder is a left-over of one that was killed.
+async fn ask_all(sockets: Vec<PathBuf>) -> Vec<Report> {
+    let mut reports = Vec::new();
+    for path in sockets {
+        reports.extend(control_socket::ask_soon(&path, Request::Status).await.ok());
+    }
+    reports
+}
+
+/// The service managers that are asked, as far as they run.
+#[derive(Default)]
+struct Buses {
+    own: Option<Bus>,
+    system: Option<Bus>,
+    /// Of users whose containers the system's forwarders serve.
+    users: Vec<(u32, Option<Bus>)>,
+}
+
+impl Buses {
+    async fn connect(scope: Manager) -> Self {
+        let own = Bus::connect(scope).await.ok();
+        let system = own.clone().filter(|_| scope == Manager::System);
+        Self { own, system, users: Vec::new() }
+    }
+
+    /// Who listens and forwards, and who runs the container; that one may be started by the first client only.
+    async fn of(&mut self, known: &Activated) -> Option<(Bus, Option<Bus>)> {
+        let Some(owner) = &known.run_as else { return self.own.clone().map(|own| (own.clone(), Some(own))) };
+        let front = match &self.system {
+            Some(system) => system.clone(),
+            None => self.system.insert(Bus::connect(Manager::System).await.ok()?).clone(),
+        };
+        if let Some((_, user)) = self.users.iter().find(|(uid, _)| *uid == owner.uid) {
+            return Some((front, user.clone()));
+        }
+        let user = Bus::connect_as(owner).await.ok();
+        self.users.push((owner.uid, user.clone()));
+        Some((front, user))
+    }
+}
+
+/// What systemd knows of a service.
+async fn look(
+    service: &mut Service,
+    known: &Activated,
+    bus: Bus,
+    container: Option<Bus>,
+) -> anyhow::Result<()> {
+    let unit = match container {
+        Some(container) => Some(container.known(&known.unit).await?),
+        None => None,
+    };
+    let systemd = Systemd::over(bus.clone()).await?;
+    let mut deaf = false;
+    let mut addresses = Vec::new();
+    for listener in &known.listeners {
+        deaf |= bus.active_state(&listener.socket).await? != "active";
+        match systemd.live(&listener.socket).await {
+            // Somebody has changed the file, or written a drop-in: systemd's word counts.
+            Ok(live) if !live.listen.is_empty() && !drift::listens_there(listener, &live) => {
+                addresses.extend(live.listen);
+            }
+            _ => addresses.push(listener.address.clone()),
+        }
+    }
+    service.addresses = addresses;
+    let (mut failed, mut restarting) = (false, false);
+    if let Some(forwarder) = known.service() {
+        failed = bus.active_state(&forwarder).await? == "failed";
+        restarting = systemd.restarting(&forwarder).await?.is_some();
+    }
+    service.state = match unit.as_ref().map_or("inactive", |unit| unit.active.as_str()) {
+        _ if deaf => State::Deaf,
+        // However the container is: who comes now waits for a forwarder that does not get up.
+        _ if restarting => State::Failed,
+        "active" | "reloading" => State::Awake,
+        "activating" => State::Starting,
+        "deactivating" => State::Stopping,
+        "failed" => State::Failed,
+        _ if failed => State::Failed,
+        _ => State::Asleep,
+    };
+    service.since = unit.and_then(|unit| unit.active_since).filter(|_| service.state == State::Awake);
+    Ok(())
+}
+
+pub(super) fn describe(services: &[Service]) -> String {
+    if services.is_empty() {
+        return "Nothing is activated, and no forwarder of this user is running.\n".into();
+    }
+    let mut text = String::new();
+    let width = services.iter().map(|service| service.name.chars().count()).max().unwrap_or(0);
+    for service in services {
+        let padding = width - service.name.chars().count();
+        // Writing to a String cannot fail.
+        writeln!(text, "{}{:padding$}  {}", service.name, "", about(service)).ok();
+    }
+    text
+}
+
+/// One service in a sentence.
+pub(super) fn sentence(service: &Service) -> String {
+    format!("{}: {}", service.name, about(service))
+}
+
+fn about(service: &Service) -> String {
+    let mut text = since(service.state, service.since, &service.name);
+    if let Some(doing) = &service.doing {
+        write!(text, ": {doing}").ok();
+    }
+    if let Some(by) = &service.woken_by {
+        write!(text, ", woken by {by}").ok();
+    }
+    if service.connections > 0 {
+        write!(
+            text,
+            ", {} connection{}",
+            service.connections,
+            if service.connections == 1 { "" } else { "s" }
+        )
+        .ok();
+    }
+    if let Some(waiting) = &service.waiting {
+        write!(text, "; {waiting}").ok();
+    }
+    let rhythms = service.forwarders.iter().filter_map(|report| report.rhythm.as_ref()?.remark());
+    for remark in rhythms {
+        write!(text, "; {remark}").ok();
+    }
+    if !service.addresses.is_empty() {
+        write!(text, "; at {}", service.addresses.join(", ")).ok();
+    }
+    if let Some(failed) = &service.failed_wake {
+        write!(text, "; last wake failed {} ago: {}", failed.since(), failed.why).ok();
+    }
+    text
+}
+
+/// “awake for 3 min”, of the service of that name.
+pub(super) fn since(state: State, since: Option<u64>, name: &str) -> String {
+    let word = match state {
+        State::Deaf | State::Failed => format!("{} (see `bro doctor {name}`)", state.word()),
+        state => state.word().to_owned(),
+    };
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs());
+    let span = since.map(|since| Duration::from_secs(now.saturating_sub(since)));
+    span.map_or_else(|| word.clone(), |span| format!("{word} for {}", roughly(span)))
+}
+
+/// The two largest units of a span.
+pub(crate) fn roughly(span: Duration) -> String {
+    let seconds = span.as_secs();
+    let units = [
+        ("d", seconds / 86_400),
+        ("h", seconds / 3600 % 24),
+        ("min", seconds / 60 % 60),
+        ("s", seconds % 60),
+    ];
+    let first = units.iter().position(|(_, count)| *count > 0).unwrap_or(3);
+    let parts = units[first..].iter().take(2).filter(|(_, count)| *count > 0 || first == 3);
+    parts.map(|(unit, count)| format!("{count}{unit}")).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_said_roughly() {
+        for (seconds, said) in [
+            (0, "0s"),
+            (59, "59s"),
+            (60, "1min"),
+            (3_700, "1h 1min"),
+            (86_400 * 3 + 5, "3d"),
+            (90_000, "1d 1h"),
+        ] {
+            assert_eq!(roughly(Duration::from_secs(seconds)), said);
+        }
+    }
+
+    #[test]
+    fn what_is_advised_names_the_service() {
+        assert_eq!(since(State::Failed, None, "web"), "failed (see `bro doctor web`)");
+        assert_eq!(since(State::Deaf, None, "web@blue"), "not listening (see `bro doctor web@blue`)");
+    }
+
+    #[test]
+    fn a_service_is_a_line() {
+        let mut web = Service::new("web".into(), Some("web.service".into()), vec!["8080".into()]);
+        let other = Service::new("other-one".into(), None, Vec::new());
+        (web.state, web.woken_by, web.connections) = (State::Awake, Some("10.0.0.1:5".into()), 2);
+        web.also = vec!["web.container".into()];
+        assert!(web.is_called("web.container"));
+        assert!(web.is_called("web") && web.is_called("web.service") && !web.is_called("we"));
+        let text = describe(&[web, other]);
+        assert_eq!(
+            text,
+            "web        awake, woken by 10.0.0.1:5, 2 connections; at 8080\nother-one  asleep\n"
+        );
+    }
+}

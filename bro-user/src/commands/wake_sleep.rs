@@ -1,0 +1,282 @@
+//! `bro wake` and `bro sleep`: a service is woken and put to sleep by hand, through its forwarder where one is running.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tokio::time::{Instant, sleep as pause, timeout_at};
+
+use super::status::Report;
+use crate::cli::wake_sleep::{Sleep, Wake, Whom};
+use crate::control_socket;
+use crate::control_socket::{Outcome, Request};
+use crate::exit::{Failure, on_one_line};
+use crate::installed;
+use crate::run_as::Owner;
+use crate::service::use_lock;
+use crate::service::use_lock::{Lock, Use};
+use crate::systemd::manager::{Bus, Manager};
+
+/// Between two looks for a forwarder that is about to come or to go.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How long a stop may take: systemd kills what takes longer than TimeoutStopSec=, 90 s by default.
+const STOP: Duration = Duration::from_secs(100);
+
+/// Who is meant.
+#[derive(Debug)]
+struct Service {
+    /// What the first client starts.
+    unit: String,
+    /// The forwarder's unit, where it may have one.
+    activator: Option<String>,
+    scope: Manager,
+    /// Whose container it is, where the forwarder is the system's.
+    run_as: Option<Owner>,
+    /// bro has been told of it: by `bro activate`.
+    is_activated: bool,
+}
+
+impl Service {
+    fn of(whom: &Whom) -> anyhow::Result<Self> {
+        let scope = Manager::choose(whom.system, whom.user);
+        if let Ok(activated) = installed::find(&whom.name, scope) {
+            let activator = activated.service();
+            let (scope, run_as) = (activated.scope, activated.run_as);
+            return Ok(Self { unit: activated.unit, activator, scope, run_as, is_activated: true });
+        }
+        // A forwarder whose units somebody wrote by hand.
+        let stem = whom.name.strip_suffix(".service").unwrap_or(&whom.name);
+        if stem.is_empty() || stem.contains(['/', '\n']) {
+            bail!(Failure::Usage(format!("{:?} is no name of a service", whom.name)));
+        }
+        Ok(Self {
+            unit: format!("{stem}.service"),
+            activator: Some(format!("{stem}-activator.service")),
+            scope,
+            run_as: None,
+            is_activated: false,
+        })
+    }
+
+    /// The service manager that the container's unit is under.
+    async fn units_bus(&self) -> anyhow::Result<Bus> {
+        match &self.run_as {
+            Some(owner) => Bus::connect_as(owner).await,
+            None => Bus::connect(self.scope).await,
+        }
+    }
+
+    /// The system's forwarder, of which an ordinary user may not start one: the user's own unit is started then.
+    fn is_beyond_us(&self) -> bool {
+        self.run_as.is_some() && !nix::unistd::geteuid().is_root()
+    }
+
+    /// The running forwarders that start this unit, and what they say of themselves.
+    async fn forwarders(&self) -> Vec<(PathBuf, Report)> {
+        let user = self.run_as.as_ref().map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
+        let manager = if self.run_as.is_some() { Manager::User } else { self.scope };
+        let mut found = Vec::new();
+        // What another user's says is nothing to go by.
+        for path in control_socket::sockets().into_iter().filter(|path| control_socket::is_of(path, user)) {
+            let Ok(report) = control_socket::ask_soon::<Report>(&path, Request::Status).await else {
+                continue;
+            };
+            if report.starts(&self.unit, manager) {
+                found.push((path, report));
+            }
+        }
+        found
+    }
+
+    /// Is it one that a forwarder wakes, so that there is something to put to sleep? Other units are systemctl's matter.
+    async fn check_is_ours(&self) -> anyhow::Result<()> {
+        if self.is_activated {
+            return Ok(());
+        }
+        if let Some(activator) = &self.activator
+            && Bus::connect(self.scope).await?.known(activator).await?.load == "loaded"
+        {
+            return Ok(());
+        }
+        bail!(Failure::NotFound(format!(
+            "{} is not activated, and no forwarder for it runs (see `bro status`); systemctl stops any unit",
+            self.unit
+        )))
+    }
+
+    /// Makes this the only use of the unit.
+    fn alone(&self) -> std::io::Result<Lock> {
+        // The lock is where the forwarder has it.
+        let _acting = self.run_as.as_ref().map(Owner::act).transpose().map_err(std::io::Error::other)?;
+        Use::alone(&self.unit, None)
+    }
+
+    /// Is there such a unit?
+    async fn check(&self, bus: &Bus, unit: &str) -> anyhow::Result<()> {
+        let known = bus.known(unit).await?;
+        if known.load == "not-found" {
+            bail!(Failure::NotFound(format!(
+                "systemd knows no {unit} (see `bro status` for what is activated)"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Wakes an activated service, for somebody who wants to look at it.
+///
+/// # Errors
+/// When it does not come up in time.
+pub async fn wake_up(whom: &Whom, limit: Duration) -> anyhow::Result<String> {
+    let (service, deadline) = (Service::of(whom)?, Instant::now() + limit);
+    match timeout_at(deadline, wake_within(&service, deadline)).await {
+        Ok(woken) => woken,
+        Err(_) => bail!("{} is not ready after {limit:?}", service.unit),
+    }
+}
+
+/// Runs `bro wake`.
+///
+/// # Errors
+/// When the service does not come up in time.
+pub fn wake(options: &Wake) -> anyhow::Result<()> {
+    let service = Service::of(&options.whom)?;
+    let limit = options.timeout.or_forever();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let message = runtime.block_on(async {
+        let deadline = Instant::now() + limit;
+        match timeout_at(deadline, wake_within(&service, deadline)).await {
+            Ok(woken) => woken,
+            Err(_) => bail!("{} is not ready after {}", service.unit, options.timeout),
+        }
+    })?;
+    writeln!(std::io::stdout(), "{}", on_one_line(&format!("{}: {message}", service.unit)))?;
+    Ok(())
+}
+
+async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<String> {
+    let mut started = false;
+    loop {
+        let forwarders = service.forwarders().await;
+        if let Some((path, _)) = forwarders.first() {
+            let patience = deadline.saturating_duration_since(Instant::now());
+            match control_socket::ask::<Outcome>(path, Request::Wake, patience).await {
+                Ok(outcome) if outcome.done => return Ok(outcome.message),
+                Ok(outcome) if !outcome.leaving => bail!("{}: {}", service.unit, outcome.message),
+                // It is gone, or will be in a moment.
+                Ok(_) | Err(_) => started = false,
+            }
+        } else if !started {
+            let bus = if service.is_beyond_us() {
+                service.units_bus().await?
+            } else {
+                Bus::connect(service.scope).await?
+            };
+            let activator = service.activator.as_ref().filter(|_| !service.is_beyond_us());
+            let Some(activator) = activator else {
+                // The container takes its sockets over itself, or the forwarder comes with the first client.
+                service.check(&bus, &service.unit).await?;
+                let result = bus
+                    .start(&service.unit)
+                    .await
+                    .with_context(|| format!("cannot start {}", service.unit))?;
+                anyhow::ensure!(result == "done", "starting {} ended with “{result}”", service.unit);
+                if service.is_beyond_us()
+                    && let Ok(invocation) = bus.invocation(&service.unit).await
+                {
+                    // As if its forwarder had: that will put it to sleep again.
+                    use_lock::remember(&service.unit, &invocation);
+                }
+                return Ok("awake".to_owned());
+            };
+            service.check(&bus, activator).await?;
+            let result = bus.start(activator).await.with_context(|| format!("cannot start {activator}"))?;
+            anyhow::ensure!(
+                matches!(result.as_str(), "done" | "canceled"),
+                "starting {activator} ended with “{result}”; see `{} {activator}`",
+                service.scope.journal()
+            );
+            started = true;
+        }
+        pause(LOOK).await;
+    }
+}
+
+/// Runs `bro sleep`.
+///
+/// # Errors
+/// When clients are connected, or the unit cannot be stopped.
+pub fn sleep(options: &Sleep) -> anyhow::Result<()> {
+    let service = Service::of(&options.whom)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let message = runtime.block_on(async {
+        match tokio::time::timeout(STOP, put_to_sleep(&service, options.force)).await {
+            Ok(message) => message,
+            Err(_) => bail!("{} has not stopped after {STOP:?}", service.unit),
+        }
+    })?;
+    writeln!(std::io::stdout(), "{}", on_one_line(&format!("{}: {message}", service.unit)))?;
+    Ok(())
+}
+
+async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> {
+    loop {
+        let forwarders = service.forwarders().await;
+        if forwarders.is_empty() {
+            break;
+        }
+        // Before the first of several forwarders is asked: all of them, or none.
+        let clients: Vec<&str> =
+            forwarders.iter().flat_map(|(_, report)| &report.peers).map(String::as_str).collect();
+        if !force {
+            refuse_for(service, &clients)?;
+        }
+        let mut last = None;
+        for (path, _) in &forwarders {
+            match control_socket::ask::<Outcome>(path, Request::Sleep { force }, STOP).await {
+                Ok(outcome) => {
+                    let clients: Vec<&str> = outcome.clients.iter().map(String::as_str).collect();
+                    refuse_for(service, &clients)?;
+                    last = Some(outcome);
+                }
+                Err(error) => tracing::debug!(%error, "a forwarder has gone meanwhile"),
+            }
+        }
+        match last {
+            Some(outcome) if outcome.done => return Ok(outcome.message),
+            Some(outcome) if !outcome.leaving => bail!("{}: {}", service.unit, outcome.message),
+            // It is gone in a moment, or somebody has connected and it stays.
+            _ => pause(LOOK).await,
+        }
+    }
+    // No forwarder, or none any more: the unit is ours to stop.
+    let bus = service.units_bus().await?;
+    service.check(&bus, &service.unit).await?;
+    service.check_is_ours().await?;
+    let _alone = loop {
+        match service.alone() {
+            Ok(Lock::Taken) if !force => pause(LOOK).await,
+            Ok(Lock::Had(alone)) => break Some(alone),
+            Ok(Lock::Taken) | Err(_) => break None,
+        }
+    };
+    if matches!(bus.active_state(&service.unit).await?.as_str(), "inactive" | "failed") {
+        return Ok("asleep already".to_owned());
+    }
+    if let Some(other) = bus.needed_by(&service.unit).await?.filter(|_| !force) {
+        bail!("{other} needs {}, and would be stopped along with it (--force stops both)", service.unit);
+    }
+    let result = bus.put_to_sleep(&service.unit).await;
+    let result = result.with_context(|| format!("cannot stop {}", service.unit))?;
+    anyhow::ensure!(result == "done", "stopping {} ended with “{result}”", service.unit);
+    Ok("stopped".to_owned())
+}
+
+fn refuse_for(service: &Service, clients: &[&str]) -> anyhow::Result<()> {
+    if clients.is_empty() {
+        return Ok(());
+    }
+    bail!("{} has clients: {} (--force resets them)", service.unit, clients.join(", "))
+}

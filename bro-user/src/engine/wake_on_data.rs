@@ -1,0 +1,149 @@
+//! `--wake-on=data`: clients of a sleeping service that have not said anything yet. They wake nothing; their first byte does.
+//! They count as connections, but where there is no room for another client, one of the source that has most of them makes room, the
+//! one that has been silent longest: a scanner shuts nobody out, neither by holding its connections open nor by making many.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::os::fd::AsFd as _;
+use std::time::Instant;
+
+use super::Engine;
+use crate::connection::{End, Source, Stage};
+use crate::sys::{Waiting, look};
+
+/// The connections whose client has to say something first.
+#[derive(Debug, Default)]
+pub(super) struct Silent {
+    /// Each source's by their numbers, with their places in the table of connections.
+    of: HashMap<Source, BTreeMap<u64, usize>>,
+    /// How many each source has, and its first one.
+    ranks: BTreeSet<(usize, Reverse<u64>, Source)>,
+}
+
+impl Silent {
+    pub(super) fn is_empty(&self) -> bool {
+        self.of.is_empty()
+    }
+
+    fn insert(&mut self, source: Source, number: u64, index: usize) {
+        self.change(source, |of| {
+            let _none = of.insert(number, index);
+        });
+    }
+
+    pub(super) fn remove(&mut self, source: Source, number: u64) {
+        self.change(source, |of| {
+            let _index = of.remove(&number);
+        });
+    }
+
+    fn change(&mut self, source: Source, how: impl FnOnce(&mut BTreeMap<u64, usize>)) {
+        let rank = |of: &BTreeMap<u64, usize>| {
+            of.first_key_value().map(|(&first, _)| (of.len(), Reverse(first), source))
+        };
+        let of = self.of.entry(source).or_default();
+        let before = rank(of);
+        how(of);
+        let after = rank(of);
+        if after.is_none() {
+            let _none = self.of.remove(&source);
+        }
+        if before != after {
+            let _was_there = before.is_some_and(|before| self.ranks.remove(&before));
+            self.ranks.extend(after);
+        }
+    }
+
+    /// The one that makes room.
+    fn first_to_go(&self) -> Option<usize> {
+        let (_, _, source) = self.ranks.last()?;
+        self.of.get(source)?.first_key_value().map(|(_, &index)| index)
+    }
+
+    /// All, in the order in which they came; none is left.
+    fn take(&mut self) -> Vec<usize> {
+        self.ranks.clear();
+        let mut all: Vec<(u64, usize)> = std::mem::take(&mut self.of).into_values().flatten().collect();
+        all.sort_unstable();
+        all.into_iter().map(|(_, index)| index).collect()
+    }
+}
+
+impl Engine {
+    /// Is a client to wait for its first byte? Not when the container is awake, or about to be: then nothing is saved, and a
+    /// service that speaks first may speak.
+    pub(super) fn are_bytes_to_wake(&self) -> bool {
+        self.settings.wake_on_data && self.backends.iter().all(super::targets::Backend::is_asleep)
+    }
+
+    /// Has the client wait for its first byte, which may be there already, as its end may.
+    pub(super) fn wait_for_a_byte(&mut self, index: usize) {
+        let connection = &mut self.connections[index];
+        connection.stage = Stage::Silent;
+        self.silent.insert(connection.peer.source(), connection.number, index);
+        self.register(index);
+        self.silent_client_stirred(index);
+    }
+
+    /// A silent client has sent, finished or reset.
+    pub(super) fn silent_client_stirred(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        match look(connection.client.as_fd()) {
+            Waiting::Byte => {
+                self.silent.remove(connection.peer.source(), connection.number);
+                // From now on it waits for the service.
+                connection.active = Instant::now();
+                self.hold(index, false);
+            }
+            Waiting::Nothing => {}
+            Waiting::End | Waiting::Abort(_) => self.finish(index, End::ClientLeft),
+        }
+    }
+
+    /// The container is awake: whoever is silent is let through to it, each to its own target.
+    pub(super) fn let_silent_clients_in(&mut self) {
+        for index in self.silent.take() {
+            self.connections[index].active = Instant::now();
+            self.place(index);
+        }
+    }
+
+    /// Lets silent clients go, which nobody waits for.
+    pub(super) fn let_silent_clients_go(&mut self, end: End) {
+        for index in self.silent.take() {
+            self.finish(index, end);
+        }
+    }
+
+    /// Ends one that says nothing; false when there is none.
+    pub(super) fn make_room(&mut self) -> bool {
+        let Some(index) = self.silent.first_to_go() else { return false };
+        self.finish(index, End::IdleTimeout);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_most_makes_room_with_the_first() {
+        let [many, few] = [1, 2].map(Source::User);
+        let mut silent = Silent::default();
+        silent.insert(few, 1, 10);
+        assert_eq!(silent.first_to_go(), Some(10));
+        silent.insert(many, 2, 20);
+        // As many as the other: the first that came.
+        assert_eq!(silent.first_to_go(), Some(10));
+        silent.insert(many, 3, 30);
+        assert_eq!(silent.first_to_go(), Some(20));
+        silent.remove(many, 2);
+        silent.remove(many, 2);
+        assert_eq!(silent.first_to_go(), Some(10));
+        silent.remove(few, 1);
+        assert_eq!(silent.first_to_go(), Some(30));
+        silent.insert(few, 4, 40);
+        assert_eq!((silent.take(), silent.is_empty(), silent.first_to_go()), (vec![30, 40], true, None));
+    }
+}

@@ -1,0 +1,105 @@
+//! Has systemd taken up what a socket's file says? A run that was killed may have written it and no more.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+
+use super::Listener;
+use crate::address::External;
+use crate::systemd::unit_files::{Live, Systemd};
+
+/// How a socket's unit stands against its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// It listens as the file says.
+    TakenUp,
+    /// The file has changed since systemd read it; not in what the kernel's socket is made of.
+    Unread,
+    /// It does not listen, will not after the next boot, or listens otherwise.
+    Deaf,
+}
+
+/// `unfinished` are the files that a run was at when it was killed: what came of them nobody knows.
+pub(crate) async fn of(systemd: &Systemd, listener: &Listener, unfinished: &[PathBuf]) -> Standing {
+    let unit = &listener.socket;
+    if unfinished.contains(&listener.file)
+        || !systemd.is_active(unit).await
+        || !systemd.is_enabled(unit).await
+        || !systemd.live(unit).await.is_ok_and(|live| serves(listener, &live))
+    {
+        return Standing::Deaf;
+    }
+    if systemd.needs_reload(unit).await { Standing::Unread } else { Standing::TakenUp }
+}
+
+/// Is it what the file says? Where an administrator's drop-in has the last word, nobody can tell from the file.
+fn serves(listener: &Listener, live: &Live) -> bool {
+    live.has_drop_ins
+        || (listens_there(listener, live)
+            && listener.backlog.is_none_or(|backlog| backlog == live.backlog)
+            && listener.device.as_deref().unwrap_or_default() == live.device)
+}
+
+/// Does it listen where the file has its clients connect? It may besides listen elsewhere.
+pub(crate) fn listens_there(listener: &Listener, live: &Live) -> bool {
+    live.listen.iter().any(|address| is_at(&listener.address, address))
+}
+
+/// Does systemd write the address so?
+fn is_at(written: &str, live: &str) -> bool {
+    let Ok(external) = written.parse::<External>() else { return false };
+    let any = |ip: IpAddr, port: u16| live.parse() == Ok(SocketAddr::new(ip, port));
+    match external {
+        // Without IPv6 systemd takes IPv4.
+        External::Port(port) => {
+            any(Ipv6Addr::UNSPECIFIED.into(), port) || any(Ipv4Addr::UNSPECIFIED.into(), port)
+        }
+        External::Address(address) => live.parse() == Ok(address),
+        External::Path(_) | External::Abstract(_) => written == live,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listener(address: &str) -> Listener {
+        Listener {
+            service: "web".into(),
+            socket: "web-activator.socket".into(),
+            file: "/units/web-activator.socket".into(),
+            address: address.into(),
+            target: None,
+            backlog: None,
+            device: None,
+        }
+    }
+
+    fn live(address: &str) -> Live {
+        Live { listen: vec![address.into()], backlog: 4096, device: String::new(), has_drop_ins: false }
+    }
+
+    #[test]
+    fn a_socket_of_another_address_or_make_is_not_what_the_file_says() {
+        for (file, systemds) in [
+            ("8080", "[::]:8080"),
+            ("8080", "0.0.0.0:8080"),
+            ("127.0.0.1:80", "127.0.0.1:80"),
+            ("[::1]:80", "[::1]:80"),
+            ("/run/web.sock", "/run/web.sock"),
+            ("@web", "@web"),
+        ] {
+            assert!(serves(&listener(file), &live(systemds)), "{file}");
+            assert!(!serves(&listener(file), &live("[::]:9090")), "{file}");
+        }
+        let mut device = listener("80");
+        device.device = Some("lo".into());
+        assert!(!serves(&device, &live("[::]:80")));
+        assert!(!serves(&listener("80"), &Live { device: "lo".into(), ..live("[::]:80") }));
+        let mut backlog = listener("80");
+        backlog.backlog = Some(5);
+        assert!(!serves(&backlog, &live("[::]:80")));
+        assert!(serves(&backlog, &Live { backlog: 5, ..live("[::]:80") }));
+        // A drop-in may say anything of that otherwise.
+        assert!(serves(&backlog, &Live { has_drop_ins: true, ..live("[::]:9090") }));
+    }
+}

@@ -1,0 +1,5 @@
+//! Podman as it can be found from outside: quadlets, the containers that run, the network namespace of a rootless user.
+
+pub mod container;
+pub mod quadlet;
+pub mod rootless_netns;

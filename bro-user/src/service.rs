@@ -1,0 +1,927 @@
+//! Waking a target: start its unit, find its namespace, wait until it listens, and say how to connect to it.
+
+pub mod failed_wake;
+
+pub mod kernel_watch;
+pub mod progress;
+pub mod readiness;
+pub mod restart;
+pub mod runs;
+pub mod sources;
+pub mod use_lock;
+pub mod wakes;
+pub mod whereabouts;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use nix::libc;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use crate::engine::Destination;
+use crate::engine::lanes::Watch;
+use crate::exit::Failure;
+use crate::netns;
+use crate::netns::identity;
+use crate::netns::identity::Identity;
+use crate::netns::wire::{Address, Destinations};
+use crate::netns::{AgentEnded, Namespace, Where};
+use crate::podman::container::Inspected;
+use crate::podman::{container, rootless_netns};
+use crate::systemd::manager::{Bus, Manager};
+use crate::systemd::run_command::Outcome;
+use crate::systemd::{manager, run_command};
+use crate::target::Target;
+use kernel_watch::{Service, Watching};
+use progress::Progress;
+use readiness::Ready;
+use runs::Runs;
+use wakes::Wakes;
+use whereabouts::Whereabouts;
+
+/// Where targets are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// In the forwarder's own namespace.
+    Own,
+    /// In a Podman container of this user.
+    Container(String),
+    /// Where this process is.
+    Pid(i32),
+    /// In the namespace that this file names.
+    Netns(PathBuf),
+}
+
+/// A namespace that was entered, for as long as it is the right one.
+#[derive(Debug)]
+pub struct Incarnation {
+    namespace: Arc<Namespace>,
+    /// The process it was found through.
+    pid: Option<i32>,
+    /// Readable when that has exited.
+    process: Option<AsyncFd<OwnedFd>>,
+    /// Device and inode of the namespace.
+    file: (u64, u64),
+    /// Where its file is, if that is not where it was looked for.
+    path: Option<PathBuf>,
+}
+
+/// What starts and finds the targets; one for all of a forwarder's targets, since they share the container.
+#[derive(Debug)]
+pub struct Activator {
+    place: Place,
+    unit: Option<String>,
+    /// Whose the unit's runs are.
+    runs: Arc<Runs>,
+    /// Follows them.
+    following: Mutex<JoinSet<()>>,
+    /// How far its start is, while it is waited for.
+    progress: std::sync::Mutex<Progress>,
+    manager: Manager,
+    ready: Ready,
+    source: sources::Wanted,
+    /// As whom unix sockets are connected to.
+    identity: Identity,
+    bus: Mutex<Option<Bus>>,
+    current: std::sync::Mutex<Option<Arc<Incarnation>>>,
+    /// Held by the one who looks for it: that may take as long as a start.
+    searching: Mutex<()>,
+    /// The agent in the forwarder's own namespace, for targets that are there.
+    own: Mutex<Option<Arc<Namespace>>>,
+    /// This process uses the unit.
+    in_use: std::sync::Mutex<Option<use_lock::Use>>,
+    /// The kernel relay's programs, where there may be any to watch the service.
+    programs: OnceLock<Arc<Watching>>,
+    /// Where starts are counted.
+    wakes: OnceLock<Arc<Wakes>>,
+    /// Counts up whenever the kernel relay's programs say that somebody listens.
+    listening: tokio::sync::watch::Sender<u64>,
+}
+
+/// A target that listens.
+#[derive(Debug)]
+pub struct Awake {
+    /// How to connect to it.
+    pub destination: Destination,
+    /// Where it was found.
+    pub incarnation: Option<Arc<Incarnation>>,
+}
+
+/// What came of an attempt to stop the unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stopped {
+    /// It is stopped.
+    Done,
+    /// There is no unit that a forwarder could stop.
+    NoUnit,
+    /// It runs on: no forwarder had started it.
+    NotOurs,
+    /// It runs on: another forwarder uses it.
+    Used,
+    /// It runs on: this unit would be stopped along with it.
+    Needed(String),
+}
+
+/// Between two looks for what is about to change.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Between two looks through all processes for a container that is being started.
+const SEARCH: Duration = Duration::from_millis(20);
+
+/// Between two questions to systemd whether the unit has failed.
+const WATCH: Duration = Duration::from_millis(50);
+
+/// How long a service that listens already waits for systemd to call its unit started. Podman says so a moment after the container
+/// runs, and now and then that is lost and systemd ends a container that is well: a client that is connected by then goes down
+/// with it, one that waits is served by the next run. A unit that is not started before it is healthy, say, is not waited for.
+const SETTLE: Duration = Duration::from_millis(500);
+
+/// How often a unit that ended without having said that it is ready is started once more, for the same clients.
+const READY_LOST: u32 = 3;
+
+/// How long the service manager may not answer while it is told to start the unit, and the pause before it is asked again.
+const SILENT_MANAGER: Duration = Duration::from_secs(10);
+const READY_AGAIN: Duration = Duration::from_millis(200);
+
+/// How long to look for a running conmon before podman is asked.
+const ASK_PODMAN: Duration = Duration::from_secs(1);
+
+impl Activator {
+    /// An activator that has done nothing yet.
+    #[must_use]
+    pub fn new(
+        place: Place,
+        unit: Option<String>,
+        manager: Manager,
+        ready: Ready,
+        source: sources::Wanted,
+        identity: Identity,
+    ) -> Self {
+        Self {
+            place,
+            runs: Arc::new(Runs::of(unit.clone().unwrap_or_default())),
+            unit,
+            following: Mutex::default(),
+            progress: std::sync::Mutex::default(),
+            manager,
+            ready,
+            source,
+            identity,
+            bus: Mutex::default(),
+            current: std::sync::Mutex::default(),
+            searching: Mutex::default(),
+            own: Mutex::default(),
+            in_use: std::sync::Mutex::default(),
+            programs: OnceLock::new(),
+            wakes: OnceLock::new(),
+            listening: tokio::sync::watch::Sender::new(0),
+        }
+    }
+
+    /// Has the kernel relay's programs watch what is woken from now on.
+    pub fn watch_through(&self, programs: Arc<Watching>) {
+        // Set once, by whoever starts the engine.
+        self.programs.set(programs).ok();
+    }
+
+    /// Has starts counted from now on.
+    pub fn count_starts(&self, wakes: Arc<Wakes>) {
+        // Set once, by whoever starts the engine.
+        self.wakes.set(wakes).ok();
+    }
+
+    /// The kernel relay's programs say that somebody listens.
+    pub fn heard(&self) {
+        self.listening.send_modify(|count| *count += 1);
+    }
+
+    /// What to say of an agent that does not connect to unix sockets.
+    fn refused_identity(&self, error: std::io::Error) -> anyhow::Error {
+        match identity::refusal(crate::sys::errno_of(&error), self.identity) {
+            Some(sentence) if error.raw_os_error().is_some() => Failure::NotPermitted(sentence).into(),
+            _ => error.into(),
+        }
+    }
+
+    /// Checks what can be checked before the first client: that a place which nobody is going to start can be entered, and that
+    /// unix sockets of this process's own namespaces can be connected to as the right user.
+    ///
+    /// # Errors
+    /// [`Failure::NotFound`] or [`Failure::NotPermitted`].
+    pub async fn check(&self, targets: &[Target]) -> anyhow::Result<()> {
+        let unix = targets.iter().any(|target| !matches!(target, Target::Tcp { .. }));
+        if unix
+            && self.place == Place::Own
+            && self.identity != Identity::Forwarder
+            && !identity::may_become_another()
+        {
+            let sentence = identity::refusal(identity::NOT_PERMITTED, self.identity).unwrap_or_default();
+            return Err(Failure::NotPermitted(sentence).into());
+        }
+        if self.unit.is_some() || self.place == Place::Own {
+            return Ok(());
+        }
+        // A container that another unit is starting may take a moment to show.
+        const GRACE: Duration = Duration::from_secs(3);
+        match tokio::time::timeout(GRACE, self.incarnation()).await {
+            Ok(result) => result.map(drop),
+            Err(_) => match &self.place {
+                Place::Container(name) => Err(Failure::NotFound(format!(
+                    "no container “{name}” of this user is running (see `podman ps --all`); give --unit so that bro starts it"
+                ))
+                .into()),
+                place => anyhow::bail!("entering {place:?} takes too long"),
+            },
+        }
+    }
+
+    /// Wakes one target. Cancelled by dropping it.
+    ///
+    /// # Errors
+    /// When it cannot be started, or its namespace cannot be entered.
+    pub async fn wake(&self, backend: usize, target: &Target) -> anyhow::Result<Awake> {
+        let prepare = async || {
+            let (place, incarnation) = match self.place {
+                Place::Own => (Where::Own, None),
+                _ => {
+                    let incarnation = self.incarnation().await?;
+                    (Where::Entered(incarnation.namespace.clone()), Some(incarnation))
+                }
+            };
+            let mut addresses = self.resolve(target).await?;
+            let heard = self.watch(backend, &place, incarnation.as_deref(), &addresses).await;
+            tokio::select! {
+                ready = self.wait_ready(&place, &addresses, heard) => ready?,
+                () = gone(incarnation.as_deref()) => return Ok(None),
+            }
+            let file = match (&self.place, &incarnation) {
+                (Place::Netns(path), Some(incarnation)) => {
+                    Some(incarnation.path.as_ref().unwrap_or(path).clone())
+                }
+                _ => None,
+            };
+            let namespace = match &place {
+                Where::Own => self.own_agent().await?,
+                Where::Entered(namespace) => namespace.clone(),
+            };
+            let guarded = file.is_some();
+            let sources = self.source.decide(&place, &namespace, &mut addresses).await?;
+            let tcp = addresses.iter().map(Address::tcp).collect();
+            let binding = sources.binding();
+            let channel = namespace.channel(Destinations { addresses, file, binding }).await;
+            let channel = channel.map_err(|error| self.refused_identity(error))?;
+            let destination = Destination { addresses: tcp, guarded, sources, channel };
+            anyhow::Ok(Some(Awake { destination, incarnation }))
+        };
+        let (findable, started) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
+        // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
+        let prepared = async {
+            if self.unit.is_some() {
+                findable.notified().await;
+            }
+            let mut may_fail = true;
+            loop {
+                match prepare().await {
+                    Ok(Some(prepared)) if self.unit.is_none() => return Ok(prepared),
+                    Ok(Some(prepared)) => tokio::select! {
+                        () = started.notified() => return Ok(prepared),
+                        () = gone(prepared.incarnation.as_deref()) => {}
+                        () = sleep(SETTLE) => return Ok(prepared),
+                    },
+                    Ok(None) if self.unit.is_some() => {}
+                    Ok(None) => {
+                        bail!(Failure::NotFound("the container's process exited before it listened".into()))
+                    }
+                    // The service is as well as before. One new agent for each who wakes it: who kills every one is to be heard of.
+                    Err(error) if may_fail && AgentEnded::is_behind(&error) => {
+                        tracing::warn!("{error:#}; starting another one");
+                        may_fail = false;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        // The unit is watched meanwhile: one that fails will never listen.
+        let Some(unit) = &self.unit else { return prepared.await };
+        tokio::select! {
+            biased;
+            prepared = prepared => prepared,
+            failed = self.start(unit, &findable, &started) => match failed {
+                Ok(never) => match never {},
+                Err(error) => Err(error),
+            },
+            never = self.follow_progress(unit) => match never {},
+        }
+    }
+
+    /// How far the unit's start is, or was when it was last waited for.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note_progress(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Has [`Activator::progress`] say what the unit does.
+    async fn follow_progress(&self, unit: &str) -> std::convert::Infallible {
+        loop {
+            sleep(progress::STEP).await;
+            // A service manager that executes itself anew says nothing for a moment.
+            let Ok(bus) = self.bus().await else { continue };
+            if let Ok(start) = bus.how_far(unit).await {
+                let doing = crate::exit::on_one_line(&format!("{unit} {}", start.words()));
+                self.note_progress(|progress| progress.doing = doing);
+            }
+        }
+    }
+
+    /// Is the service manager starting the unit just now, for whomever?
+    pub async fn is_starting(&self) -> bool {
+        let Some(unit) = &self.unit else { return false };
+        let Ok(bus) = self.bus().await else { return false };
+        bus.how_far(unit).await.is_ok_and(|start| start.is_under_way())
+    }
+
+    /// Does the unit run? Without one nobody knows.
+    pub async fn is_up(&self) -> bool {
+        let Some(unit) = &self.unit else { return false };
+        let Ok(bus) = self.bus().await else { return false };
+        bus.active_state(unit).await.is_ok_and(|state| manager::is_active(&state))
+    }
+
+    /// Starts the unit, then watches it for as long as it is waited for. Returns only to say that it failed. A service manager that
+    /// does not answer for a moment, since it executes itself anew, is asked again.
+    async fn start(
+        &self,
+        unit: &str,
+        findable: &tokio::sync::Notify,
+        started: &tokio::sync::Notify,
+    ) -> anyhow::Result<std::convert::Infallible> {
+        let mut silent_since = None;
+        loop {
+            let Err(error) = self.try_start(unit, findable, started, &mut silent_since).await;
+            // A bus that there never was does not come.
+            let since = match silent_since {
+                Some(since) => since,
+                None if manager::is_passing(&error) && self.bus.lock().await.is_some() => {
+                    tokio::time::Instant::now()
+                }
+                None => return Err(error),
+            };
+            silent_since = Some(since);
+            if !manager::is_passing(&error) || since.elapsed() > SILENT_MANAGER {
+                return Err(error);
+            }
+            tracing::warn!("the service manager does not answer; asking again: {error:#}");
+            *self.bus.lock().await = None;
+            sleep(READY_AGAIN).await;
+        }
+    }
+
+    async fn try_start(
+        &self,
+        unit: &str,
+        findable: &tokio::sync::Notify,
+        started: &tokio::sync::Notify,
+        silent_since: &mut Option<tokio::time::Instant>,
+    ) -> anyhow::Result<std::convert::Infallible> {
+        self.note_progress(|progress| *progress = Progress::default());
+        // Before the look at the unit: from here on no other forwarder stops it.
+        self.begin_use(unit).await;
+        let bus = self.bus().await?;
+        let before = loop {
+            let look = bus.look(unit).await?;
+            // After that look, and about the same state: between two of them its process may end.
+            if look.is_between() && restart::awaited(&bus, unit).await? != look.state {
+                continue;
+            }
+            if look.is_running() {
+                self.runs.see(&look);
+            } else {
+                self.runs.order(&look);
+            }
+            self.follow_runs(&bus).await;
+            if !look.is_active() {
+                break look;
+            }
+            // There is nothing to order. To order it all the same would start it against its start limit where its process has just
+            // ended, and systemd is about to restart it.
+            self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
+            findable.notify_one();
+            started.notify_one();
+            while manager::is_active(&bus.active_state(unit).await?) {
+                *silent_since = None;
+                sleep(WATCH).await;
+            }
+            // Nobody may have taken notice of that yet.
+            futures_lite::future::poll_once(started.notified()).await;
+        };
+        // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients. Nor is
+        // anything looked for before systemd has the order: finding it ends this. Where no process tells that it is there (in
+        // the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is tried
+        // before there is a way to the target may take another way, and wait there.
+        let process = matches!(self.place, Place::Container(_) | Place::Pid(_));
+        // Another target's client, or somebody else, may have ordered it.
+        if let Some(wakes) = self.wakes.get().filter(|_| !before.is_running()) {
+            wakes.started();
+        }
+        let early = before.state != "deactivating" && process;
+        let ordered = || {
+            if early {
+                findable.notify_one()
+            }
+        };
+        let asked = Duration::from(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?);
+        let cannot = || format!("cannot start {unit}");
+        let mut result = bus.start_telling(unit, ordered).await.with_context(cannot)?;
+        // Its Result= still tells of the run before.
+        if result == "failed" && bus.last_try(unit).await.is_ok_and(|last| last < asked) {
+            self.runs.withdraw(&bus.look(unit).await?);
+            bail!(
+                "systemd did not even try to start {unit}, which was started too often (StartLimitBurst= in \
+                 StartLimitIntervalSec=); a client after that time wakes it again"
+            );
+        }
+        // Rootless Podman's READY=1 is lost now and then: the process that says it may be gone before systemd asks whose it is.
+        // Then systemd ends a container that is well.
+        let mut again = READY_LOST;
+        while result == "failed"
+            && again > 0
+            && bus.result(unit).await.is_ok_and(|result| result == "protocol")
+        {
+            again -= 1;
+            tracing::warn!(
+                unit,
+                "the unit ended without having said that it is ready (Result=protocol); it is started once more"
+            );
+            let _state = restart::awaited(&bus, unit).await?;
+            let now = bus.look(unit).await?;
+            if !now.is_running() {
+                self.runs.order(&now);
+            }
+            result = bus.start(unit).await.with_context(cannot)?;
+        }
+        if result != "done" {
+            // Nor is a run that somebody else starts later ours.
+            self.runs.withdraw(&bus.look(unit).await?);
+            bail!("starting {unit} ended with “{result}”; see `{} {unit}`", self.manager.journal());
+        }
+        self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
+        findable.notify_one();
+        started.notify_one();
+        loop {
+            let state = bus.active_state(unit).await?;
+            *silent_since = None;
+            anyhow::ensure!(
+                !matches!(state.as_str(), "failed" | "inactive"),
+                "{unit} is {state} again before it was ready; see `{} {unit}`",
+                self.manager.journal()
+            );
+            sleep(WATCH).await;
+        }
+    }
+
+    async fn bus(&self) -> anyhow::Result<Bus> {
+        let mut bus = self.bus.lock().await;
+        if let Some(bus) = &*bus {
+            return Ok(bus.clone());
+        }
+        Ok(bus.insert(Bus::connect(self.manager).await?).clone())
+    }
+
+    /// The agent in the forwarder's own namespace.
+    async fn own_agent(&self) -> anyhow::Result<Arc<Namespace>> {
+        let mut own = self.own.lock().await;
+        if let Some(own) = own.as_ref().filter(|own| !own.has_ended()) {
+            return Ok(own.clone());
+        }
+        let here = std::fs::File::open("/proc/self/ns/net")?;
+        let process = netns::folder_of(std::process::id())?;
+        let entered = Namespace::enter(here.into(), process, None, self.identity).await?;
+        Ok(own.insert(Arc::new(entered)).clone())
+    }
+
+    /// Forgets the bus, the namespace and the agents, after a failure that may have been theirs.
+    pub async fn forget(&self) {
+        *self.bus.lock().await = None;
+        *self.own.lock().await = None;
+        *self.current() = None;
+    }
+
+    fn current(&self) -> std::sync::MutexGuard<'_, Option<Arc<Incarnation>>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn in_use(&self) -> std::sync::MutexGuard<'_, Option<use_lock::Use>> {
+        self.in_use.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Uses the unit from now on. Where another forwarder is just stopping it, waits until it has.
+    async fn begin_use(&self, unit: &str) {
+        loop {
+            match use_lock::Use::begin(unit) {
+                Ok(use_lock::Lock::Had(begun)) => {
+                    let _mine = self.in_use().get_or_insert(begun);
+                    return;
+                }
+                Ok(use_lock::Lock::Taken) => sleep(LOOK).await,
+                Err(error) => {
+                    return tracing::debug!(%error, "other forwarders do not see that {unit} is used");
+                }
+            }
+        }
+    }
+
+    /// Uses the unit no more, since it has ended by itself.
+    pub fn end_use(&self) {
+        drop(self.in_use().take());
+    }
+
+    /// Has the unit's runs followed from now on.
+    async fn follow_runs(&self, bus: &Bus) {
+        let mut following = self.following.lock().await;
+        while following.try_join_next().is_some() {}
+        if following.is_empty() {
+            let (runs, bus) = (self.runs.clone(), bus.clone());
+            following.spawn(async move {
+                let Err(error) = runs.follow(&bus).await;
+                tracing::debug!(%error, "the unit's runs are not followed any more");
+            });
+        }
+    }
+
+    /// Notes which run of the unit is a forwarder's, for one that takes over from this one.
+    pub async fn note_run(&self) {
+        let Some(unit) = &self.unit else { return };
+        let Ok(bus) = self.bus().await else { return };
+        if let Ok(look) = bus.look(unit).await {
+            self.runs.see(&look);
+        }
+    }
+
+    /// Stops the unit if a forwarder started it (this one, or one before it) and no other forwarder uses it; `by_force`, in any
+    /// case.
+    ///
+    /// # Errors
+    /// When systemd refuses.
+    pub async fn stop_what_it_started(&self, by_force: bool) -> anyhow::Result<Stopped> {
+        let Some(unit) = &self.unit else { return Ok(Stopped::NoUnit) };
+        let mine = self.in_use().take();
+        // Held until the unit is stopped: whoever wants to use it waits so long.
+        let _alone = match use_lock::Use::alone(unit, mine) {
+            Ok(use_lock::Lock::Had(alone)) => Some(alone),
+            Ok(use_lock::Lock::Taken) if !by_force => return Ok(Stopped::Used),
+            Ok(use_lock::Lock::Taken) => None,
+            Err(error) => {
+                tracing::debug!(%error, "cannot see whether other forwarders use {unit}");
+                None
+            }
+        };
+        let bus = self.bus().await?;
+        let look = bus.look(unit).await?;
+        let ours = self.runs.see(&look);
+        if matches!(look.state.as_str(), "inactive" | "failed") {
+            return Ok(Stopped::Done);
+        }
+        if !by_force && !ours {
+            return Ok(Stopped::NotOurs);
+        }
+        if let Some(other) = bus.needed_by(unit).await?.filter(|_| !by_force) {
+            return Ok(Stopped::Needed(other));
+        }
+        let result = bus.put_to_sleep(unit).await?;
+        self.runs.forget();
+        tracing::info!(unit, result, "stopped the unit");
+        Ok(Stopped::Done)
+    }
+
+    /// Is this process, which is being stopped, in the way of the unit's start?
+    pub async fn is_in_the_way(&self) -> bool {
+        let (Some(unit), Some(own)) = (&self.unit, crate::commands::status::own_unit()) else { return false };
+        let Ok(bus) = self.bus().await else { return false };
+        bus.starts_after_the_end_of(unit, &own).await.unwrap_or(false)
+    }
+
+    /// Another unit that runs and needs this one, if there is one.
+    pub async fn needed_by(&self) -> Option<String> {
+        let unit = self.unit.as_ref()?;
+        self.bus().await.ok()?.needed_by(unit).await.ok()?
+    }
+
+    /// The entered namespace: the current one if it is still the right one, else it is found anew, however long that takes.
+    async fn incarnation(&self) -> anyhow::Result<Arc<Incarnation>> {
+        let _searching = self.searching.lock().await;
+        let known = self.current().take().filter(|incarnation| incarnation.is_current(&self.place));
+        if let Some(incarnation) = known {
+            *self.current() = Some(incarnation.clone());
+            return Ok(incarnation);
+        }
+        let fresh = Arc::new(match &self.place {
+            Place::Own => unreachable!("the own namespace is not entered"),
+            Place::Pid(pid) => Incarnation::of_process(*pid, self.identity).await?,
+            Place::Netns(path) => self.enter_file(path).await?,
+            Place::Container(name) => self.enter_container(name).await?,
+        });
+        *self.current() = Some(fresh.clone());
+        Ok(fresh)
+    }
+
+    async fn enter_file(&self, path: &Path) -> anyhow::Result<Incarnation> {
+        loop {
+            match std::fs::File::open(path) {
+                Ok(file) if !crate::sys::is_network_namespace(file.as_fd()) => {
+                    if let Some(found) = self.enter_rootless(path).await? {
+                        return Ok(found);
+                    }
+                    sleep(LOOK).await;
+                }
+                Ok(file) => return Incarnation::of_file(file.into(), self.identity).await,
+                // A unit may be about to make it.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.unit.is_some() => {
+                    sleep(LOOK).await
+                }
+                Err(error) => {
+                    return Err(opening(&format!("the namespace {}", path.display()), &error).into());
+                }
+            }
+        }
+    }
+
+    /// The namespace of a user's own networks. `None` where it is not there yet and a unit may be about to make it.
+    async fn enter_rootless(&self, path: &Path) -> anyhow::Result<Option<Incarnation>> {
+        let none = || Failure::NotFound(format!("{} is not a network namespace", path.display()));
+        let reachable = rootless_netns::reachable(path).ok_or_else(none)?;
+        match std::fs::File::open(&reachable) {
+            Ok(file) if crate::sys::is_network_namespace(file.as_fd()) => {
+                let mut found = Incarnation::of_file(file.into(), self.identity).await?;
+                found.path = Some(reachable);
+                Ok(Some(found))
+            }
+            Ok(_) if self.unit.is_some() => Ok(None),
+            Ok(_) => Err(none().into()),
+            Err(error) => Err(opening(&format!("the namespace {}", path.display()), &error).into()),
+        }
+    }
+
+    async fn enter_container(&self, name: &str) -> anyhow::Result<Incarnation> {
+        let start = tokio::time::Instant::now();
+        let mut asked = start;
+        let mut whereabouts = match &self.unit {
+            Some(unit) => Some(Whereabouts::of(self.bus().await?, unit).await),
+            None => None,
+        };
+        loop {
+            let mut pid = match &mut whereabouts {
+                Some(whereabouts) => whereabouts.look(name).await,
+                None => container::running(name),
+            };
+            // Without a unit nobody may be about to start it, so podman is asked at once; with one, only if conmon hides.
+            let nothing_else_tells = match &whereabouts {
+                Some(whereabouts) => whereabouts.is_elsewhere() && asked.elapsed() > ASK_PODMAN,
+                None => asked == start || asked.elapsed() > ASK_PODMAN,
+            };
+            if pid.is_none() && nothing_else_tells {
+                match container::inspect(name).await {
+                    Ok(Inspected::Running(found)) => pid = Some(found),
+                    Ok(_) => {}
+                    // In a service that may do little, podman can do nothing. With a unit that is started conmon will show.
+                    Err(error) if self.unit.is_some() => tracing::debug!(%error, "podman was asked in vain"),
+                    Err(error) => return Err(error),
+                }
+                asked = tokio::time::Instant::now();
+            }
+            if let Some(pid) = pid {
+                match Incarnation::of_process(pid, self.identity).await {
+                    // It was just leaving; the next one will come.
+                    Err(error) if matches!(error.downcast_ref(), Some(Failure::NotFound(_))) => {}
+                    result => return result,
+                }
+            }
+            match &mut whereabouts {
+                Some(whereabouts) => whereabouts.wait().await,
+                None => sleep(SEARCH).await,
+            }
+        }
+    }
+
+    async fn resolve(&self, target: &Target) -> anyhow::Result<Vec<Address>> {
+        Ok(match target {
+            Target::Tcp { host, port } => {
+                let found = tokio::net::lookup_host((host.as_str(), *port));
+                let found = found.await.with_context(|| format!("cannot look up the target {target}"))?;
+                found.take(Destinations::MOST).map(|found| Address::Tcp(reached(found))).collect()
+            }
+            Target::Abstract(name) => vec![Address::Abstract(name.as_bytes().to_vec())],
+            Target::Unix(path) => match self.place {
+                Place::Container(_) | Place::Pid(_) => vec![Address::Inside(path.clone())],
+                Place::Own | Place::Netns(_) => vec![Address::Unix(path.clone())],
+            },
+        })
+    }
+
+    /// Has the kernel relay's programs watch the service, where there are any and it is on this host: the first of its sockets
+    /// to listen is then heard of, and those it accepts can take lanes. What is returned changes when something listens.
+    async fn watch(
+        &self,
+        backend: usize,
+        place: &Where,
+        incarnation: Option<&Incarnation>,
+        addresses: &[Address],
+    ) -> Option<tokio::sync::watch::Receiver<u64>> {
+        let programs = self.programs.get()?;
+        let mut ports = Vec::new();
+        for address in addresses.iter().filter_map(Address::tcp) {
+            if place.is_local(address.ip()).await.unwrap_or(false) && !ports.contains(&address.port()) {
+                ports.push(address.port());
+            }
+        }
+        if ports.is_empty() {
+            return None;
+        }
+        let socket = place.socket(libc::AF_INET, libc::SOCK_STREAM, 0).await.ok()?;
+        let netns = bro_sockmap::netns_cookie(socket.as_fd()).ok()?;
+        let cgroup = match incarnation.and_then(|incarnation| incarnation.pid) {
+            Some(pid) => bro_sockmap::cgroup::shared_with(pid.unsigned_abs()),
+            None => bro_sockmap::cgroup::mount_point(),
+        };
+        let cgroup =
+            cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;
+        let namespace = match place {
+            Where::Own => self.own_agent().await.ok()?,
+            Where::Entered(namespace) => namespace.clone(),
+        };
+        // Before the programs watch, so that nothing they say is missed.
+        let heard = self.listening.subscribe();
+        let service = Service { watch: Watch { backend, netns, ports }, cgroup, namespace };
+        programs.watch(service).await.then_some(heard)
+    }
+
+    async fn wait_ready(
+        &self,
+        place: &Where,
+        addresses: &[Address],
+        heard: Option<tokio::sync::watch::Receiver<u64>>,
+    ) -> anyhow::Result<()> {
+        let tcp: Vec<SocketAddr> = addresses.iter().filter_map(Address::tcp).collect();
+        match &self.ready {
+            Ready::Unchecked => {}
+            Ready::Auto | Ready::Listen | Ready::Says(_) if !tcp.is_empty() => {
+                if !self.ready.asks_elsewhere() {
+                    readiness::listening(place, &tcp, heard).await?;
+                }
+                if let Some((protocol, strictness)) = self.ready.question(tcp[0].port()) {
+                    readiness::answering(place, &tcp, &protocol, strictness).await?;
+                }
+            }
+            Ready::Connect if !tcp.is_empty() => readiness::connectable(place, &tcp).await?,
+            // A unix socket that nobody listens on refuses without the service noticing: the client's own connection is the
+            // test, and is tried until it succeeds.
+            Ready::Auto | Ready::Listen | Ready::Connect | Ready::Says(_) => {}
+            Ready::Healthy => {
+                let Place::Container(name) = &self.place else {
+                    anyhow::bail!(Failure::Usage(
+                        "--ready=healthy needs --container, whose health check it is".into()
+                    ));
+                };
+                self.succeeding(&["podman", "healthcheck", "run", name].map(str::to_owned)).await;
+            }
+            Ready::Exec(line) => self.succeeding(&run_command::shell(line)).await,
+        }
+        Ok(())
+    }
+
+    /// Waits until a command exits with 0.
+    async fn succeeding(&self, words: &[String]) {
+        loop {
+            match self.run(words).await {
+                Ok(Outcome::Exited(0)) => return,
+                Ok(outcome) => tracing::debug!(?outcome, "not ready yet"),
+                Err(error) => tracing::warn!(%error, "cannot run the readiness command"),
+            }
+            sleep(readiness::EXEC_STEP).await;
+        }
+    }
+
+    /// Runs a command of the owner's to its end, which comes within ten seconds: with this process's rights, or, where those are
+    /// what a confined service has, by the service manager and with the owner's.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub async fn run(&self, words: &[String]) -> std::io::Result<Outcome> {
+        if run_command::is_confined() {
+            let outcome = async { run_command::by_manager(&self.bus().await?, words).await };
+            match outcome.await {
+                Ok(outcome) => return Ok(outcome),
+                Err(error) => run_command::refused(words, &error),
+            }
+        }
+        run_command::here(words).await
+    }
+}
+
+/// Waits until the process that an incarnation was found through has exited; for ever where there is none.
+async fn gone(incarnation: Option<&Incarnation>) {
+    match incarnation {
+        Some(incarnation) => incarnation.gone().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The address that a connection to `target` reaches: to the unspecified one, which is this host, it reaches loopback.
+fn reached(target: SocketAddr) -> SocketAddr {
+    let ip = match target.ip().to_canonical() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        // With its scope.
+        IpAddr::V6(_) => return target,
+        ip => ip,
+    };
+    SocketAddr::new(ip, target.port())
+}
+
+/// What to say when a namespace cannot be opened.
+fn opening(what: &str, error: &std::io::Error) -> Failure {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ESRCH) => Failure::NotFound(format!("{what} does not exist")),
+        Some(libc::EACCES | libc::EPERM) => {
+            Failure::NotPermitted(format!("{what} belongs to another user: run bro as that user, or as root"))
+        }
+        _ => Failure::NotFound(format!("{what} cannot be opened: {error}")),
+    }
+}
+
+impl Incarnation {
+    /// A namespace that a file names. Unix paths are this process's own there, and so are ids.
+    async fn of_file(netns: OwnedFd, identity: Identity) -> anyhow::Result<Self> {
+        let stat = nix::sys::stat::fstat(&netns)?;
+        let own = netns::folder_of(std::process::id())?;
+        let namespace = Arc::new(Namespace::enter(netns, own, None, identity).await?);
+        Ok(Self { namespace, pid: None, process: None, file: (stat.st_dev, stat.st_ino), path: None })
+    }
+
+    async fn of_process(pid: i32, identity: Identity) -> anyhow::Result<Self> {
+        let what = format!("process {pid}");
+        let open = |path: String, flags: i32| {
+            use std::os::unix::fs::OpenOptionsExt as _;
+            std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path).map(OwnedFd::from)
+        };
+        // First the process, then what belongs to it: if it is still there afterwards, both are its own.
+        let process = crate::sys::pidfd_open(pid).map_err(|error| opening(&what, &error))?;
+        let netns = open(format!("/proc/{pid}/ns/net"), 0).map_err(|error| {
+            // Of one that has just been reaped this is what the kernel says (`proc_ns_get_link`), as of somebody else's.
+            let dying = crate::sys::exited(&process);
+            opening(&what, &if dying { std::io::Error::from_raw_os_error(libc::ESRCH) } else { error })
+        })?;
+        let folder = netns::folder_of(pid.unsigned_abs()).map_err(|error| opening(&what, &error))?;
+        let root = open(format!("/proc/{pid}/root"), libc::O_PATH | libc::O_DIRECTORY).ok();
+        if crate::sys::exited(&process) {
+            return Err(Failure::NotFound(format!("{what} has exited")).into());
+        }
+        let stat = nix::sys::stat::fstat(&netns)?;
+        let namespace = Arc::new(Namespace::enter(netns, folder, root, identity).await?);
+        let process = Some(crate::sys::watch(process, tokio::io::Interest::READABLE)?);
+        Ok(Self { namespace, pid: Some(pid), process, file: (stat.st_dev, stat.st_ino), path: None })
+    }
+
+    /// Is this still the namespace that a client should be connected in?
+    fn is_current(&self, place: &Place) -> bool {
+        if self.namespace.has_ended() {
+            return false;
+        }
+        match place {
+            Place::Netns(path) => {
+                let path = self.path.as_ref().unwrap_or(path);
+                nix::sys::stat::stat(path).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.file)
+            }
+            _ => self.process.as_ref().is_none_or(|process| !crate::sys::exited(process.get_ref())),
+        }
+    }
+
+    /// Waits until its process has exited. (A namespace's file tells nobody when it is replaced; the engine looks at it.)
+    pub async fn gone(&self) {
+        match &self.process {
+            // An error would mean that the pidfd is no pidfd.
+            Some(process) => {
+                process.readable().await.map(|mut guard| guard.retain_ready()).unwrap_or_default()
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Activator {
+    /// Where its targets are.
+    #[must_use]
+    pub const fn place(&self) -> &Place {
+        &self.place
+    }
+}

@@ -1,0 +1,234 @@
+//! The kernel relay's programs, from the control process: loaded on a thread of their own, which keeps the rights for it until
+//! they are attached where the container is, and no longer.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::engine::handle::{Command, Handle};
+use crate::engine::lanes::Watch;
+use crate::netns::Namespace;
+use bro_sockmap::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
+
+/// How long the thread may take to answer: it may just be attaching.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The loaded and tested kernel relay.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Its maps.
+    pub descriptors: Descriptors,
+    /// What there is to know about them.
+    pub share: Share,
+    /// Who attaches its programs.
+    pub attacher: Attacher,
+}
+
+/// The thread that has loaded the programs and holds them.
+#[derive(Debug, Clone)]
+pub struct Attacher(mpsc::Sender<Order>);
+
+/// What it is asked for.
+#[derive(Debug)]
+enum Order {
+    /// To attach them.
+    Attach {
+        cgroup: PathBuf,
+        /// It is that of local clients, and not the last; a service's is: new incarnations of a container come to the same cgroup,
+        /// so the rights for it are not needed any more.
+        clients: bool,
+        done: oneshot::Sender<Result<(), Unavailable>>,
+    },
+    /// What a successor gets; `older`: predecessors have connections yet.
+    Bequeath { older: bool, to: oneshot::Sender<Result<Option<Bequest>, Unavailable>> },
+    /// The successor has it.
+    Leave,
+}
+
+/// Loads and tests the kernel relay on a thread of its own: it takes tens of milliseconds, which the first client, whose
+/// service is starting, is not to wait for.
+#[must_use]
+pub fn load(
+    config: Config,
+    bequest: Option<Bequest>,
+) -> Option<oneshot::Receiver<Result<Loaded, Unavailable>>> {
+    let (to, loaded) = oneshot::channel();
+    let work = move || match obtain(&config, bequest) {
+        Ok(kernel) => {
+            let (programs, descriptors, share) = kernel.into_parts();
+            let (orders, inbox) = mpsc::channel();
+            // The forwarder may have ended meanwhile.
+            drop(to.send(Ok(Loaded { descriptors, share, attacher: Attacher(orders) })));
+            serve(programs, &inbox);
+        }
+        Err(reason) => drop(to.send(Err(reason))),
+    };
+    std::thread::Builder::new().name("bro-load".into()).spawn(work).ok()?;
+    Some(loaded)
+}
+
+/// The kernel relay, and no more memory than before: reading the kernel's types takes megabytes for a moment.
+fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Kernel, Unavailable> {
+    let kernel = Kernel::obtain(config, bequest);
+    crate::sys::return_freed_memory();
+    kernel
+}
+
+/// Attaches the programs as ordered, and holds them until nobody can order any more.
+fn serve(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
+    let (mut dropped, mut left) = (false, false);
+    for order in inbox {
+        // Whoever ordered may have given up.
+        match order {
+            Order::Attach { cgroup, clients, done } => {
+                let hooked = if clients { programs.hook_clients() } else { Ok(()) };
+                let attached = hooked.and_then(|()| programs.attach(&cgroup));
+                if !clients && attached.is_ok() && !std::mem::replace(&mut dropped, true) {
+                    bro_sockmap::capabilities::drop_the_kernel_relays(false);
+                }
+                drop(done.send(attached));
+            }
+            Order::Bequeath { older, to } => drop(to.send(programs.bequest(older))),
+            Order::Leave => left = true,
+        }
+    }
+    if left {
+        programs.leave();
+    }
+}
+
+impl Attacher {
+    /// Has the programs look at the sockets made in a cgroup from now on: that of local clients, or a service's.
+    ///
+    /// # Errors
+    /// As [`Programs::attach`].
+    pub async fn attach(&self, cgroup: &Path, clients: bool) -> Result<(), Unavailable> {
+        let (done, attached) = oneshot::channel();
+        let ended = || Unavailable::SelfTest("the thread that holds the programs has ended".into());
+        self.0.send(Order::Attach { cgroup: cgroup.into(), clients, done }).map_err(|_| ended())?;
+        attached.await.unwrap_or_else(|_| Err(ended()))
+    }
+}
+
+/// Whether there are programs to watch with.
+#[derive(Debug)]
+enum State {
+    /// Not known yet; what they are to watch then, by target.
+    Loading(HashMap<usize, Service>),
+    /// There are; with the program that hooks a sender.
+    Loaded(Attacher, Arc<OwnedFd>),
+    /// There are none.
+    Unavailable,
+}
+
+/// A service to be watched.
+#[derive(Debug)]
+pub struct Service {
+    /// For what.
+    pub watch: Watch,
+    /// The cgroup that it and this forwarder share.
+    pub cgroup: PathBuf,
+    /// Where it is: its agent hooks its sockets.
+    pub namespace: Arc<Namespace>,
+}
+
+/// What the programs watch.
+#[derive(Debug)]
+pub struct Watching {
+    engine: Arc<Handle>,
+    state: Mutex<State>,
+}
+
+impl Watching {
+    /// Nothing yet: the programs are being loaded.
+    #[must_use]
+    pub fn new(engine: Arc<Handle>) -> Self {
+        Self { engine, state: Mutex::new(State::Loading(HashMap::new())) }
+    }
+
+    /// They are loaded: attaches them to the cgroup of local clients, where the user asked for that, hands their maps to the engine,
+    /// and has them watch what has been woken meanwhile.
+    pub async fn loaded(&self, loaded: Loaded, local_clients: Option<&Path>) {
+        let Loaded { descriptors, share, attacher } = loaded;
+        let mut clients = false;
+        if let Some(cgroup) = local_clients {
+            match attacher.attach(cgroup, true).await {
+                Ok(()) => clients = true,
+                Err(error) => tracing::warn!("no lane for local clients: {error} ({})", error.mend()),
+            }
+        }
+        let hook = match descriptors.hook.try_clone() {
+            Ok(hook) => Arc::new(hook),
+            Err(error) => {
+                tracing::warn!(%error, "the kernel relay cannot be used; splicing instead");
+                return self.unavailable();
+            }
+        };
+        self.engine.send(Command::Kernel { descriptors, share, clients });
+        let before = std::mem::replace(&mut *self.state(), State::Loaded(attacher, hook));
+        let State::Loading(waiting) = before else { return };
+        for service in waiting.into_values() {
+            let _told_too_late = self.watch(service).await;
+        }
+    }
+
+    /// There are none.
+    pub fn unavailable(&self) {
+        *self.state() = State::Unavailable;
+    }
+
+    /// Has the programs watch a target's service in a cgroup; says whether they will tell when it listens. While they are being
+    /// loaded whoever asks looks for listeners in another way.
+    pub async fn watch(&self, service: Service) -> bool {
+        let (attacher, hook) = match &mut *self.state() {
+            State::Loading(waiting) => {
+                let _older = waiting.insert(service.watch.backend, service);
+                return false;
+            }
+            State::Unavailable => return false,
+            State::Loaded(attacher, hook) => (attacher.clone(), hook.clone()),
+        };
+        let Service { watch, cgroup, namespace } = service;
+        if let Err(error) = namespace.program(hook.as_fd()).await {
+            tracing::debug!(%error, "no kernel lane for the service");
+            return false;
+        }
+        let ports = match attacher.attach(&cgroup, false).await {
+            Ok(()) => watch.ports,
+            Err(error) => {
+                tracing::warn!("no kernel lane for the service: {error} ({})", error.mend());
+                Vec::new()
+            }
+        };
+        self.engine.watch(Watch { ports, ..watch }).await.unwrap_or(false)
+    }
+
+    /// What a successor gets of the kernel relay; `older`: predecessors of this process have connections yet.
+    pub async fn bequest(&self, older: bool) -> Option<Bequest> {
+        let (to, bequest) = oneshot::channel();
+        match &*self.state() {
+            State::Loaded(Attacher(orders), _) => orders.send(Order::Bequeath { older, to }).ok()?,
+            State::Loading(_) | State::Unavailable => return None,
+        }
+        let bequest = tokio::time::timeout(PATIENCE, bequest).await.ok()?.ok()?;
+        bequest.unwrap_or_else(|error| {
+            tracing::warn!("the successor gets nothing of the kernel relay: {error}");
+            None
+        })
+    }
+
+    /// The successor has taken over: this process's end is not the end of what it has left.
+    pub fn leave(&self) {
+        if let State::Loaded(Attacher(orders), _) = &*self.state() {
+            orders.send(Order::Leave).ok();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

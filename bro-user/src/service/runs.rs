@@ -1,0 +1,172 @@
+//! Which runs of a unit are a forwarder's to stop: the one that it had systemd start, and those that came of that one without
+//! anybody's starting the unit anew (Restart=, or a restart by an administrator or by `podman auto-update`).
+
+use std::sync::{Mutex, PoisonError};
+
+use super::use_lock;
+use crate::systemd::manager::{Bus, Look};
+
+/// Whose the unit's present run is, as far as was seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Whose {
+    /// Somebody else's, or nobody's.
+    Others,
+    /// systemd has been told by this process to start it. The run before was this one.
+    Ordered { before: String },
+    /// A forwarder's.
+    Ours {
+        run: String,
+        /// It is being stopped only to be started again.
+        restarting: bool,
+    },
+}
+
+impl Whose {
+    /// What it is after a look at the unit. `noted` is the run that a forwarder has noted, perhaps one before this.
+    fn after(self, look: &Look, noted: Option<&str>) -> Self {
+        let ours = || Self::Ours { run: look.invocation.clone(), restarting: look.is_restarting };
+        match self {
+            Self::Ordered { before } if look.invocation == before => Self::Ordered { before },
+            // It may have failed already.
+            Self::Ordered { .. } => ours(),
+            Self::Ours { run, restarting } if run == look.invocation => {
+                Self::Ours { run, restarting: restarting || look.is_restarting }
+            }
+            // Somebody else's start resets systemd's count of its own restarts.
+            Self::Ours { restarting, .. } if restarting || look.restarts > 0 => ours(),
+            Self::Ours { .. } => Self::Others,
+            // What a forwarder before this one has started.
+            Self::Others => match noted {
+                Some(noted) if noted == look.invocation || look.restarts > 0 => ours(),
+                _ => Self::Others,
+            },
+        }
+    }
+
+    fn run(&self) -> Option<&str> {
+        match self {
+            Self::Ours { run, .. } => Some(run),
+            Self::Others | Self::Ordered { .. } => None,
+        }
+    }
+}
+
+/// The runs of one unit.
+#[derive(Debug)]
+pub struct Runs {
+    unit: String,
+    whose: Mutex<Whose>,
+}
+
+impl Runs {
+    /// Of a unit that nothing is known of.
+    #[must_use]
+    pub fn of(unit: String) -> Self {
+        Self { unit, whose: Mutex::new(Whose::Others) }
+    }
+
+    /// systemd is about to be told to start the unit, which does not run: the next run is ours.
+    pub fn order(&self, now: &Look) {
+        *self.whose.lock().unwrap_or_else(PoisonError::into_inner) =
+            Whose::Ordered { before: now.invocation.clone() };
+    }
+
+    /// What was ordered has ended, and perhaps never began: no run after this one is ours.
+    pub fn withdraw(&self, now: &Look) {
+        if !self.see(now) {
+            *self.whose.lock().unwrap_or_else(PoisonError::into_inner) = Whose::Others;
+        }
+    }
+
+    /// Takes account of what the unit is doing. Says whether its run is a forwarder's.
+    pub fn see(&self, look: &Look) -> bool {
+        let mut whose = self.whose.lock().unwrap_or_else(PoisonError::into_inner);
+        let noted = use_lock::noted(&self.unit);
+        let now = whose.clone().after(look, noted.as_deref());
+        match (now.run(), noted) {
+            (Some(run), noted) if noted.as_deref() != Some(run) => use_lock::remember(&self.unit, run),
+            // A run that somebody else has started is not to be taken for one that came of ours.
+            (None, Some(_)) if look.is_running() && now == Whose::Others => use_lock::forget(&self.unit),
+            _ => {}
+        }
+        *whose = now;
+        whose.run().is_some()
+    }
+
+    /// It has been stopped.
+    pub fn forget(&self) {
+        *self.whose.lock().unwrap_or_else(PoisonError::into_inner) = Whose::Others;
+        use_lock::forget(&self.unit);
+    }
+
+    /// Looks whenever the unit changes, for as long as the bus is there.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn follow(&self, bus: &Bus) -> anyhow::Result<std::convert::Infallible> {
+        let mut changes = bus.changes(&self.unit).await?;
+        loop {
+            self.see(&bus.look(&self.unit).await?);
+            changes.next().await?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look(state: &str, invocation: &str) -> Look {
+        Look { state: state.into(), invocation: invocation.into(), restarts: 0, is_restarting: false }
+    }
+
+    fn ordered(before: &str) -> Whose {
+        Whose::Ordered { before: before.into() }
+    }
+
+    /// Whose the run is after these looks.
+    fn after(begin: Whose, looks: &[Look]) -> Whose {
+        looks.iter().fold(begin, |whose, look| whose.after(look, None))
+    }
+
+    #[test]
+    fn the_run_that_was_ordered_is_ours_whenever_it_begins() {
+        let begin = || ordered("a");
+        assert_eq!(after(begin(), &[look("inactive", "a")]), ordered("a"));
+        let begun = after(begin(), &[look("inactive", "a"), look("activating", "b")]);
+        assert_eq!(begun.run(), Some("b"));
+        assert_eq!(after(begun, &[look("active", "b"), look("deactivating", "b")]).run(), Some("b"));
+        // A unit that never ran.
+        assert_eq!(after(ordered(""), &[look("inactive", "")]), ordered(""));
+    }
+
+    #[test]
+    fn whoever_starts_it_anew_has_it() {
+        let ours = || after(ordered(""), &[look("active", "a")]);
+        assert_eq!(after(ours(), &[look("inactive", "a"), look("active", "b")]), Whose::Others);
+        assert_eq!(after(ours(), &[look("active", "b")]), Whose::Others);
+        assert_eq!(after(Whose::Others, &[look("active", "b")]), Whose::Others);
+    }
+
+    #[test]
+    fn a_restart_changes_nothing() {
+        let ours = || after(ordered(""), &[look("active", "a")]);
+        let restarting = Look { is_restarting: true, ..look("deactivating", "a") };
+        // By then the job is one to start it.
+        let looks = [restarting, look("inactive", "a"), look("activating", "b"), look("active", "b")];
+        assert_eq!(after(ours(), &looks).run(), Some("b"));
+        // One restart is no leave for all that comes later.
+        assert_eq!(after(after(ours(), &looks), &[look("active", "c")]), Whose::Others);
+        let by_systemd = Look { restarts: 1, ..look("active", "b") };
+        assert_eq!(after(ours(), &[look("activating", "a"), by_systemd.clone()]).run(), Some("b"));
+        assert_eq!(after(Whose::Others, &[by_systemd]), Whose::Others);
+    }
+
+    #[test]
+    fn a_forwarder_takes_on_what_one_before_it_has_noted() {
+        let by_systemd = Look { restarts: 2, ..look("active", "c") };
+        assert_eq!(Whose::Others.after(&look("active", "a"), Some("a")).run(), Some("a"));
+        assert_eq!(Whose::Others.after(&by_systemd, Some("a")).run(), Some("c"));
+        assert_eq!(Whose::Others.after(&look("active", "b"), Some("a")), Whose::Others);
+    }
+}

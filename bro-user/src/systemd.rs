@@ -1,0 +1,9 @@
+//! systemd as others see it: its managers over D-Bus, its unit files, the sockets it passes, what it is told.
+
+pub mod listen_fds;
+pub mod manager;
+pub mod notify;
+pub mod run_command;
+pub mod time_span;
+pub mod unit_file;
+pub(crate) mod unit_files;

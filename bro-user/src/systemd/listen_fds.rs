@@ -1,0 +1,373 @@
+//! The listening sockets: those that systemd passed (sd_listen_fds(3)), or those that `--listen` asks for.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, bail};
+use nix::sys::socket::{self, AddressFamily, SockType, SockaddrStorage, sockopt};
+
+use crate::commands::forward::handover::Predecessor;
+use crate::exit::Failure;
+use crate::sys;
+use crate::target;
+use crate::target::Target;
+
+/// The first descriptor that systemd passes (`SD_LISTEN_FDS_START`).
+pub const FIRST: RawFd = 3;
+
+/// More sockets than any unit passes; a higher count is a broken environment.
+const MOST: RawFd = 1024;
+
+/// The backlog of a socket of our own, the same as systemd's default (`SOMAXCONN`, cut by net.core.somaxconn).
+const BACKLOG: i32 = 4096;
+
+/// One listening stream socket, non-blocking and close-on-exec.
+#[derive(Debug)]
+pub struct Listener {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// Its FileDescriptorName=, or the name given with `--listen`.
+    pub name: String,
+    /// Its address, for people.
+    pub address: String,
+    /// Made by `--listen`.
+    own: bool,
+    /// The path to remove at the end, for a unix socket of our own.
+    unlink: Option<PathBuf>,
+}
+
+impl Listener {
+    /// Made by `--listen`, and not passed by a service manager.
+    #[must_use]
+    pub const fn is_own(&self) -> bool {
+        self.own
+    }
+
+    /// The same socket for the relay process, which has no file to remove, with this number.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub fn for_relay(&self, number: RawFd) -> std::io::Result<Self> {
+        let socket = crate::sys::duplicate(self.socket.as_fd(), number)?;
+        Ok(Self {
+            socket,
+            name: self.name.clone(),
+            address: self.address.clone(),
+            own: self.own,
+            unlink: None,
+        })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(path) = self.unlink.take() {
+            std::fs::remove_file(path).ok();
+        }
+    }
+}
+
+/// `--listen [NAME=]ADDR`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenSpec {
+    name: Option<String>,
+    target: Target,
+}
+
+/// Reads `--listen`. A port alone listens on every address, as in a socket unit; a name in front is what --target names.
+///
+/// # Errors
+/// When the address is not one.
+pub fn parse_listen(text: &str) -> Result<ListenSpec, target::Invalid> {
+    let (name, address) = match text.split_once('=') {
+        Some((name, rest)) if !name.is_empty() && !name.contains(['/', ':', '[', '@']) => {
+            (Some(name.to_owned()), rest)
+        }
+        _ => (None, text),
+    };
+    // Port 0 is no target, but it is an address to listen on: the kernel chooses.
+    if let Some((host, "0")) = address.rsplit_once(':') {
+        let Target::Tcp { host, .. } = format!("{host}:1").parse()? else {
+            return Err(target::Invalid::Host(text.into()));
+        };
+        return Ok(ListenSpec { name, target: Target::Tcp { host, port: 0 } });
+    }
+    let target = match address.parse::<u16>() {
+        Ok(port) => Target::Tcp { host: "::".into(), port },
+        Err(_) => address.parse()?,
+    };
+    Ok(ListenSpec { name, target })
+}
+
+/// What sd_listen_fds(3) reads, as it stands in the environment.
+#[derive(Debug, Default)]
+pub struct Environment {
+    /// `LISTEN_PID`
+    pub pid: Option<String>,
+    /// `LISTEN_FDS`
+    pub fds: Option<String>,
+    /// `LISTEN_FDNAMES`
+    pub names: Option<String>,
+}
+
+impl Environment {
+    /// Reads the three variables, and leaves them for whoever this process becomes.
+    #[must_use]
+    pub fn read() -> Self {
+        let read = |name| std::env::var(name).ok();
+        Self { pid: read("LISTEN_PID"), fds: read("LISTEN_FDS"), names: read("LISTEN_FDNAMES") }
+    }
+
+    /// Takes the three variables out of the environment, so that no child takes our sockets for its own.
+    #[must_use]
+    pub fn take() -> Self {
+        let taken = Self::read();
+        sys::unset_environment(&["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"]);
+        taken
+    }
+
+    /// The name of each passed descriptor, in order: empty when nothing was passed to this process.
+    ///
+    /// # Errors
+    /// When the variables contradict each other, or name another process.
+    pub fn passed_to(&self, me: u32) -> Result<Vec<String>, Failure> {
+        self.passed(Some(me))
+    }
+
+    /// As above; without `me`, a predecessor has passed them to whomever it started.
+    fn passed(&self, me: Option<u32>) -> Result<Vec<String>, Failure> {
+        let Some(fds) = &self.fds else { return Ok(Vec::new()) };
+        let count: RawFd = match fds.parse() {
+            Ok(count) if (0..=MOST).contains(&count) => count,
+            _ => {
+                return Err(Failure::NoSocket(format!(
+                    "LISTEN_FDS is “{fds}”, not a number of sockets up to {MOST}"
+                )));
+            }
+        };
+        let Some(me) = me else { return self.names_of(count) };
+        let Some(pid) = &self.pid else {
+            return Err(Failure::NoSocket(
+                "LISTEN_FDS is set without LISTEN_PID, so the sockets are not known to be ours".into(),
+            ));
+        };
+        if pid.parse() != Ok(me) {
+            return Err(Failure::NoSocket(format!(
+                "LISTEN_PID is {pid}, and this is process {me}: the sockets were passed to another process (a wrapper \
+                 that forks, such as `podman unshare`, loses them; start bro directly)"
+            )));
+        }
+        self.names_of(count)
+    }
+
+    /// A name for each of `count` descriptors, as sd_listen_fds_with_names(3) has it: all of them are named, or none.
+    fn names_of(&self, count: RawFd) -> Result<Vec<String>, Failure> {
+        let count = usize::try_from(count).unwrap_or_default();
+        let Some(names) = self.names.as_ref().filter(|_| count > 0) else {
+            return Ok(vec!["unknown".to_owned(); count]);
+        };
+        let named: Vec<String> = names.split(':').map(str::to_owned).collect();
+        if named.len() == count {
+            return Ok(named);
+        }
+        Err(Failure::NoSocket(format!(
+            "LISTEN_FDNAMES is “{names}”, which is {} for the {count} of LISTEN_FDS, so it is not known which socket is which",
+            if named.len() == 1 { "one name".to_owned() } else { format!("{} names", named.len()) }
+        )))
+    }
+}
+
+/// A descriptor that systemd passed.
+#[derive(Debug)]
+pub struct Passed {
+    descriptor: OwnedFd,
+    number: RawFd,
+    name: String,
+}
+
+/// Takes what systemd passed to this process. To be called before anything else is opened: a number that is announced and not
+/// open would be given to something of our own.
+///
+/// # Errors
+/// When the environment is contradictory, or announces a descriptor that is not open.
+pub fn take_passed(predecessor: Option<&Predecessor>) -> Result<Vec<Passed>, Failure> {
+    let names = Environment::take().passed(predecessor.is_none().then(std::process::id))?;
+    let adopt = |(number, name): (RawFd, String)| match sys::adopt(number) {
+        Ok(descriptor) => Ok(Passed { descriptor, number, name }),
+        Err(error) => Err(Failure::NoSocket(format!(
+            "descriptor {number} ({name}) was announced in LISTEN_FDS but is not open: {error}"
+        ))),
+    };
+    // All are looked at before one is dropped for another's sake.
+    let adopted: Vec<Result<Passed, Failure>> = (FIRST..).zip(names).map(adopt).collect();
+    adopted.into_iter().collect()
+}
+
+/// The sockets to accept from: those passed, and those of `--listen`.
+///
+/// # Errors
+/// None at all, or one that is no listening stream socket.
+pub fn listeners(passed: Vec<Passed>, specs: &[ListenSpec]) -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = Vec::with_capacity(passed.len() + specs.len());
+    for passed in passed {
+        listeners.push(inherited(passed)?);
+    }
+    for spec in specs {
+        listeners.push(bind(spec)?);
+    }
+    if listeners.is_empty() {
+        bail!(Failure::NoSocket(
+            "no socket was passed: start bro from a .socket unit (see systemd.socket(5)), by `systemd-socket-activate -l \
+             PORT bro forward …`, or give --listen ADDR"
+                .into()
+        ));
+    }
+    Ok(listeners)
+}
+
+fn inherited(passed: Passed) -> anyhow::Result<Listener> {
+    let Passed { descriptor: socket, number, name } = passed;
+    let refuse = |why: String| Failure::NoSocket(format!("descriptor {number} ({name}) {why}"));
+    let kind =
+        socket::getsockopt(&socket, sockopt::SockType).map_err(|_| refuse("is not a socket".into()))?;
+    if kind != SockType::Stream {
+        bail!(refuse(
+            "is not a stream socket: use ListenStream= with a TCP or unix address; bro relays streams only"
+                .into()
+        ));
+    }
+    if !socket::getsockopt(&socket, sockopt::AcceptConn)? {
+        bail!(refuse(
+            "does not listen: set Accept=no in the .socket unit, so that bro gets the listening socket"
+                .into()
+        ));
+    }
+    let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd())?;
+    match socket::SockaddrLike::family(&address) {
+        Some(AddressFamily::Inet | AddressFamily::Inet6 | AddressFamily::Unix) => {}
+        family => bail!(refuse(format!(
+            "is of family {family:?}: bro relays TCP over IPv4 or IPv6, and unix streams"
+        ))),
+    }
+    set_flags(&socket)?;
+    Ok(Listener { address: describe(&address), socket, name, own: false, unlink: None })
+}
+
+fn set_flags(socket: &OwnedFd) -> nix::Result<()> {
+    use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    let _zero = fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    let _zero = fcntl(socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    Ok(())
+}
+
+fn bind(spec: &ListenSpec) -> anyhow::Result<Listener> {
+    let name = spec.name.clone().unwrap_or_else(|| "listen".into());
+    let (socket, unlink) = match &spec.target {
+        Target::Tcp { host, port } => {
+            (bind_tcp(host, *port).with_context(|| format!("cannot listen on {}", spec.target))?, None)
+        }
+        Target::Unix(path) => {
+            let listener = std::os::unix::net::UnixListener::bind(path)
+                .with_context(|| format!("cannot listen on {}", path.display()))?;
+            (listener.into(), Some(path.clone()))
+        }
+        Target::Abstract(name) => {
+            use std::os::linux::net::SocketAddrExt as _;
+            let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+            let listener = std::os::unix::net::UnixListener::bind_addr(&address);
+            (listener.with_context(|| format!("cannot listen on @{name}"))?.into(), None)
+        }
+    };
+    set_flags(&socket)?;
+    let address = describe(&socket::getsockname::<SockaddrStorage>(socket.as_raw_fd())?);
+    Ok(Listener { socket, name, address, own: true, unlink })
+}
+
+fn bind_tcp(host: &str, port: u16) -> anyhow::Result<OwnedFd> {
+    use std::net::ToSocketAddrs as _;
+    let mut addresses = (host, port).to_socket_addrs()?;
+    let mut address = addresses.next().context("the name has no address")?;
+    // A host without IPv6 still gets its listener for “a port on every address”.
+    if host == "::" && sys::socket(nix::libc::AF_INET6, nix::libc::SOCK_STREAM, 0).is_err() {
+        address = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
+    }
+    let family = if address.is_ipv6() { AddressFamily::Inet6 } else { AddressFamily::Inet };
+    let socket = socket::socket(family, SockType::Stream, socket::SockFlag::SOCK_CLOEXEC, None)?;
+    socket::setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    socket::listen(&socket.as_fd(), socket::Backlog::new(BACKLOG)?)?;
+    Ok(socket)
+}
+
+/// A socket address as people write it.
+#[must_use]
+pub fn describe(address: &SockaddrStorage) -> String {
+    if let Some(v4) = address.as_sockaddr_in() {
+        return std::net::SocketAddrV4::from(*v4).to_string();
+    }
+    if let Some(v6) = address.as_sockaddr_in6() {
+        return std::net::SocketAddrV6::from(*v6).to_string();
+    }
+    match address.as_unix_addr() {
+        Some(unix) if unix.path().is_some() => {
+            unix.path().map(|path| path.display().to_string()).unwrap_or_default()
+        }
+        Some(unix) => format!("@{}", String::from_utf8_lossy(unix.as_abstract().unwrap_or_default())),
+        None => "?".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn environment(pid: &str, fds: &str, names: Option<&str>) -> Environment {
+        Environment { pid: Some(pid.into()), fds: Some(fds.into()), names: names.map(Into::into) }
+    }
+
+    #[test]
+    fn names_follow_the_descriptors() {
+        assert_eq!(environment("7", "2", Some("http:admin")).passed_to(7).unwrap(), ["http", "admin"]);
+        assert_eq!(environment("7", "2", None).passed_to(7).unwrap(), ["unknown", "unknown"]);
+        assert_eq!(environment("7", "2", Some("http:")).passed_to(7).unwrap(), ["http", ""]);
+        assert!(Environment::default().passed_to(7).unwrap().is_empty());
+        assert!(environment("7", "0", Some("http")).passed_to(7).unwrap().is_empty());
+    }
+
+    #[test]
+    fn refuses_names_for_another_number_of_descriptors() {
+        for (count, names) in [("2", "http"), ("1", "http:admin"), ("1", "http:"), ("2", "")] {
+            let passed = environment("7", count, Some(names)).passed_to(7);
+            assert!(matches!(passed, Err(Failure::NoSocket(_))), "{count} {names:?}: {passed:?}");
+        }
+    }
+
+    #[test]
+    fn refuses_the_sockets_of_another_process() {
+        assert!(matches!(environment("8", "1", None).passed_to(7), Err(Failure::NoSocket(_))));
+        assert!(matches!(environment("", "1", None).passed_to(7), Err(Failure::NoSocket(_))));
+        assert!(matches!(environment("7", "-1", None).passed_to(7), Err(Failure::NoSocket(_))));
+        let without_pid = Environment { pid: None, fds: Some("1".into()), names: None };
+        assert!(matches!(without_pid.passed_to(7), Err(Failure::NoSocket(_))));
+    }
+
+    #[test]
+    fn reads_listen_addresses() {
+        let parsed = parse_listen("web=127.0.0.1:0").unwrap();
+        assert_eq!(parsed.name.as_deref(), Some("web"));
+        assert_eq!(parsed.target, Target::Tcp { host: "127.0.0.1".into(), port: 0 });
+        assert_eq!(parse_listen("8080").unwrap().target, Target::Tcp { host: "::".into(), port: 8080 });
+        assert_eq!(parse_listen("/run/a=b").unwrap().target, Target::Unix("/run/a=b".into()));
+        assert!(parse_listen("127.0.0.1:http").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn environments_never_panic(pid in "\\PC{0,8}", fds in "\\PC{0,8}", names in "\\PC{0,16}") {
+            environment(&pid, &fds, Some(&names)).passed_to(1).ok();
+        }
+    }
+}

@@ -1,0 +1,777 @@
+//! systemd over D-Bus (org.freedesktop.systemd1(5)): start a unit, see how it fares, stop it.
+
+mod transient;
+
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures_lite::StreamExt as _;
+use serde::{Deserialize, Serialize};
+use zbus::{OwnedObjectPath, Variant};
+
+pub use transient::{Ended, Properties};
+
+use super::run_command::Outcome;
+use crate::podman::container::Residence;
+use crate::run_as::Owner;
+use crate::service::progress::Start;
+use crate::service::restart::Restarting;
+use bro_sockmap::cgroup;
+
+/// How long a job's end is waited for before somebody looks whether it is there still.
+const LOOK_FOR_JOB: Duration = Duration::from_secs(2);
+
+/// How long another user's bus may take to let us in.
+const CONNECTING: Duration = Duration::from_secs(25);
+
+/// How long a call over it may take: a reload runs Podman's generator for all that the user has.
+const ANSWER: Duration = Duration::from_secs(90);
+
+/// What syslog(3) calls a warning: systemd's own lines about a unit that are less are not kept.
+const LOG_WARNING: i32 = 4;
+
+/// Whose service manager.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Manager {
+    /// The system's.
+    System,
+    /// This user's.
+    User,
+}
+
+impl Manager {
+    /// `--system`, `--user`, or that of whoever runs bro.
+    #[must_use]
+    pub fn choose(system: bool, user: bool) -> Self {
+        if system || (!user && nix::unistd::geteuid().is_root()) { Self::System } else { Self::User }
+    }
+
+    /// The command that shows a unit's log, but for the unit.
+    #[must_use]
+    pub const fn journal(self) -> &'static str {
+        match self {
+            Self::System => "journalctl --unit",
+            Self::User => "journalctl --user --unit",
+        }
+    }
+}
+
+#[zbus::proxy(
+    interface = "org.freedesktop.systemd1.Manager",
+    default_service = "org.freedesktop.systemd1",
+    default_path = "/org/freedesktop/systemd1"
+)]
+trait Systemd {
+    fn subscribe(&self) -> zbus::Result<()>;
+    fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn start_transient_unit(
+        &self,
+        name: &str,
+        mode: &str,
+        properties: &[(&str, Variant<'_>)],
+        others: &[(&str, Vec<(&str, Variant<'_>)>)],
+    ) -> zbus::Result<OwnedObjectPath>;
+    fn unref_unit(&self, name: &str) -> zbus::Result<()>;
+    fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
+    fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+
+    #[zbus(signal)]
+    fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String) -> zbus::Result<()>;
+}
+
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Unit", default_service = "org.freedesktop.systemd1")]
+trait Unit {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn active_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn sub_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn load_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn unit_file_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn source_path(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn need_daemon_reload(&self) -> zbus::Result<bool>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn stop_when_unneeded(&self) -> zbus::Result<bool>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn active_enter_timestamp(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn inactive_exit_timestamp_monotonic(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"), name = "InvocationID")]
+    fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn required_by(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn bound_by(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn requires(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn wants(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn before(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn job(&self) -> zbus::Result<(u32, OwnedObjectPath)>;
+}
+
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Job", default_service = "org.freedesktop.systemd1")]
+trait Job {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn job_type(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn state(&self) -> zbus::Result<String>;
+}
+
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
+trait Service {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn result(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn exec_main_code(&self) -> zbus::Result<i32>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn exec_main_status(&self) -> zbus::Result<i32>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn exec_main_start_timestamp_monotonic(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"), name = "NRestarts")]
+    fn n_restarts(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "false"), name = "MainPID")]
+    fn main_pid(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "false"), name = "ControlPID")]
+    fn control_pid(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn status_text(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn restart(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"), name = "RestartUSec")]
+    fn restart_usec(&self) -> zbus::Result<u64>;
+    /// With RestartSteps=, the next one; since systemd 254.
+    #[zbus(property(emits_changed_signal = "false"), name = "RestartUSecNext")]
+    fn restart_usec_next(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn control_group(&self) -> zbus::Result<String>;
+}
+
+/// What a service manager knows of a unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// loaded, not-found, masked, bad-setting, …
+    pub load: String,
+    /// active, activating, inactive, failed, …
+    pub active: String,
+    /// enabled, disabled, generated, …
+    pub file: String,
+    /// The file that a generator made it from.
+    pub source: PathBuf,
+    /// Its files have changed since they were read.
+    pub needs_reload: bool,
+    /// systemd stops it when no other unit needs it (StopWhenUnneeded=).
+    pub stops_unneeded: bool,
+    /// Since when it is active, in seconds since 1970.
+    pub active_since: Option<u64>,
+}
+
+/// What a unit is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Look {
+    /// ActiveState: active, activating, inactive, failed, …
+    pub state: String,
+    /// Which run this is, or was (InvocationID); empty when it never ran.
+    pub invocation: String,
+    /// How often systemd has restarted it by itself since somebody started it.
+    pub restarts: u32,
+    /// It is being stopped only to be started again.
+    pub is_restarting: bool,
+}
+
+impl Look {
+    /// It is on its way up or down, or waits to be restarted.
+    #[must_use]
+    pub fn is_between(&self) -> bool {
+        matches!(self.state.as_str(), "activating" | "deactivating")
+    }
+
+    /// It runs, and nothing has to be done for that.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        is_active(&self.state)
+    }
+
+    /// It runs, or is about to.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        is_running(&self.state)
+    }
+}
+
+/// Does a unit in this ActiveState run, or is it about to?
+#[must_use]
+pub fn is_running(state: &str) -> bool {
+    matches!(state, "active" | "activating" | "reloading")
+}
+
+/// Does a unit in this ActiveState run already?
+#[must_use]
+pub fn is_active(state: &str) -> bool {
+    matches!(state, "active" | "reloading")
+}
+
+/// The times at which a unit changes.
+pub struct Changes(zbus::fdo::PropertiesChangedStream);
+
+impl Changes {
+    /// Waits for the next one.
+    ///
+    /// # Errors
+    /// When the bus is closed.
+    pub async fn next(&mut self) -> anyhow::Result<()> {
+        self.0.next().await.map(drop).ok_or_else(|| Closed.into())
+    }
+}
+
+/// A connection to a service manager.
+#[derive(Debug, Clone)]
+pub struct Bus {
+    systemd: SystemdProxy<'static>,
+}
+
+impl Bus {
+    /// Connects.
+    ///
+    /// # Errors
+    /// When there is no bus, or no systemd on it.
+    pub async fn connect(manager: Manager) -> anyhow::Result<Self> {
+        let connection = match manager {
+            Manager::System => zbus::Connection::system().await.context("cannot reach the system bus")?,
+            Manager::User => {
+                let builder = match user_bus() {
+                    Some(path) => {
+                        zbus::connection::Builder::address(format!("unix:path={}", path.display()).as_str())
+                    }
+                    None => zbus::connection::Builder::session(),
+                };
+                builder.build().await.context(
+                    "cannot reach this user's bus (is a user manager running? `loginctl enable-linger` starts one at boot)",
+                )?
+            }
+        };
+        let systemd = SystemdProxy::new(&connection).await?;
+        systemd.subscribe().await.context("no systemd answers on the bus")?;
+        Ok(Self { systemd })
+    }
+
+    /// Connects to the service manager of `owner`, as that user; whoever is not root can only be that user.
+    ///
+    /// # Errors
+    /// When that manager does not run, or this user may not. Whoever that user is cannot keep us waiting for ever: each call has
+    /// a limit.
+    pub async fn connect_as(owner: &Owner) -> anyhow::Result<Self> {
+        if owner.is_me() {
+            return Self::connect(Manager::User).await;
+        }
+        let address = format!("unix:path={}", owner.runtime_directory().join("bus").display());
+        let connection = {
+            // A user's bus asks the kernel who connects, and wants that user.
+            let _acting = owner.act()?;
+            let connected = reach(&address, CONNECTING).await;
+            connected.with_context(|| {
+                format!(
+                    "cannot reach the bus of {name} (does {manager} run? `sudo loginctl enable-linger {name}` starts it at boot)",
+                    name = owner.name,
+                    manager = owner.manager()
+                )
+            })?
+        };
+        let systemd = SystemdProxy::new(&connection).await?;
+        systemd.subscribe().await.context("no systemd answers on the bus")?;
+        Ok(Self { systemd })
+    }
+
+    /// The connection itself, for what is asked beyond this.
+    pub fn connection(&self) -> &zbus::Connection {
+        self.systemd.inner().connection()
+    }
+
+    /// The unit's ActiveState: active, activating, inactive, failed, …
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn active_state(&self, unit: &str) -> anyhow::Result<String> {
+        Ok(self.unit(unit).await?.active_state().await?)
+    }
+
+    /// What is known of the unit.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn known(&self, unit: &str) -> anyhow::Result<Known> {
+        let unit = self.unit(unit).await?;
+        let since = unit.active_enter_timestamp().await?;
+        Ok(Known {
+            load: unit.load_state().await?,
+            active: unit.active_state().await?,
+            file: unit.unit_file_state().await?,
+            source: unit.source_path().await?.into(),
+            needs_reload: unit.need_daemon_reload().await?,
+            stops_unneeded: unit.stop_when_unneeded().await?,
+            active_since: (since > 0).then_some(since / 1_000_000),
+        })
+    }
+
+    /// Which run of the unit this is; empty when it never ran.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn invocation(&self, unit: &str) -> anyhow::Result<String> {
+        let id = self.unit(unit).await?.invocation_id().await?;
+        Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// What the unit is doing.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn look(&self, name: &str) -> anyhow::Result<Look> {
+        let path = self.systemd.load_unit(name).await?;
+        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
+        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        // All at once, since a first client waits for it. The job first: once a restart has stopped the unit, its job is one to
+        // start it. Other units than services have no restarts.
+        let (job, invocation, state, restarts) =
+            tokio::join!(unit.job(), unit.invocation_id(), unit.active_state(), service.n_restarts());
+        let kind = match job? {
+            (0, _) => None,
+            // It may have ended since.
+            (_, job) => JobProxy::builder(self.connection()).path(job).build().await?.job_type().await.ok(),
+        };
+        Ok(Look {
+            state: state?,
+            invocation: invocation?.iter().map(|byte| format!("{byte:02x}")).collect(),
+            restarts: restarts.unwrap_or(0),
+            is_restarting: kind.is_some_and(|kind| kind.ends_with("restart")),
+        })
+    }
+
+    /// Where the unit's processes are, and its ActiveState.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn residence(&self, unit: &str) -> anyhow::Result<(Residence, String)> {
+        let path = self.systemd.load_unit(unit).await?;
+        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
+        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (state, main, cgroup) =
+            tokio::join!(unit.active_state(), service.main_pid(), service.control_group());
+        // Other units than services have no processes.
+        let (main, cgroup) = (main.unwrap_or(0), cgroup.unwrap_or_default());
+        let cgroup = cgroup.strip_prefix('/').filter(|below| !below.is_empty());
+        let cgroup = cgroup.and_then(|below| Some(cgroup::mount_point().ok()?.join(below)));
+        Ok((Residence { main, cgroup }, state?))
+    }
+
+    /// How far the unit's start is.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn how_far(&self, unit: &str) -> anyhow::Result<Start> {
+        let path = self.systemd.load_unit(unit).await?;
+        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
+        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (state, sub, job) = tokio::join!(unit.active_state(), unit.sub_state(), unit.job());
+        // Other units than services have no processes and say nothing.
+        let (control, main, status) =
+            tokio::join!(service.control_pid(), service.main_pid(), service.status_text());
+        let waits = match job? {
+            (0, _) => false,
+            // It may have ended since.
+            (_, job) => JobProxy::builder(self.connection())
+                .path(job)
+                .build()
+                .await?
+                .state()
+                .await
+                .is_ok_and(|state| state == "waiting"),
+        };
+        let pid = control.ok().filter(|&pid| pid > 0).or_else(|| main.ok().filter(|&pid| pid > 0));
+        let comm = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
+        let process = comm.map(|comm| comm.trim_end().to_owned());
+        Ok(Start { state: state?, sub: sub?, waits, status: status.unwrap_or_default(), process })
+    }
+
+    /// What there is to know of the unit's restarts.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn restarting(&self, unit: &str) -> anyhow::Result<Restarting> {
+        let path = self.systemd.load_unit(unit).await?;
+        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
+        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (state, sub, job) = tokio::join!(unit.active_state(), unit.sub_state(), unit.job());
+        // Other units than services have no restarts.
+        let (policy, always, next) =
+            tokio::join!(service.restart(), service.restart_usec(), service.restart_usec_next());
+        let delay = next.or(always).unwrap_or(0);
+        Ok(Restarting {
+            state: state?,
+            sub: sub?,
+            has_job: job?.0 != 0,
+            policy: policy.unwrap_or_else(|_| "no".into()),
+            delay: Duration::from_micros(delay),
+        })
+    }
+
+    /// Tells whenever something of the unit changes.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn changes(&self, unit: &str) -> anyhow::Result<Changes> {
+        let path = self.systemd.load_unit(unit).await?;
+        let properties = zbus::fdo::PropertiesProxy::builder(self.connection());
+        let properties = properties.destination("org.freedesktop.systemd1").path(path).build().await?;
+        Ok(Changes(properties.receive_properties_changed().await?))
+    }
+
+    /// When the unit was last begun to be started, on the kernel's monotonic clock.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn last_try(&self, unit: &str) -> anyhow::Result<Duration> {
+        let microseconds = self.unit(unit).await?.inactive_exit_timestamp_monotonic().await?;
+        Ok(Duration::from_micros(microseconds))
+    }
+
+    /// How the last run of a .service ended: success, exit-code, protocol, …
+    ///
+    /// # Errors
+    /// When the bus fails, or the unit is no service.
+    pub async fn result(&self, unit: &str) -> anyhow::Result<String> {
+        Ok(self.service(unit).await?.result().await?)
+    }
+
+    /// “ (Result=exit-code, its main process exited with status 143)”, as far as systemd knows.
+    async fn how_it_ended(&self, unit: &str) -> anyhow::Result<String> {
+        let service = self.service(unit).await?;
+        let (result, code) = (service.result().await?, service.exec_main_code().await?);
+        // What is known of a main process may be of a run before this one.
+        let started = Duration::from_micros(service.exec_main_start_timestamp_monotonic().await?);
+        let code = if started >= self.last_try(unit).await? { code } else { 0 };
+        Ok(ended_how(&result, code, service.exec_main_status().await?))
+    }
+
+    async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {
+        let path = self.systemd.load_unit(unit).await?;
+        Ok(UnitProxy::builder(self.systemd.inner().connection()).path(path).build().await?)
+    }
+
+    /// Starts the unit and waits for the end of the job; what it returns is the job's result (`done` when it worked).
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn start(&self, unit: &str) -> anyhow::Result<String> {
+        self.start_telling(unit, || ()).await
+    }
+
+    /// As [`Bus::start`]; calls `ordered` once systemd has taken the order.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn start_telling(&self, unit: &str, ordered: impl FnOnce()) -> anyhow::Result<String> {
+        let mut removed = self.systemd.receive_job_removed().await?;
+        let job = self.systemd.start_unit(unit, "replace").await.map_err(plain)?;
+        ordered();
+        self.ended(&mut removed, &job, unit).await
+    }
+
+    /// Waits for the end of a job. A service manager that executes itself anew just then (`daemon-reexec`, an upgrade) says nothing
+    /// of its end, so the job is looked for now and then.
+    async fn ended(
+        &self,
+        removed: &mut JobRemovedStream,
+        job: &OwnedObjectPath,
+        unit: &str,
+    ) -> anyhow::Result<String> {
+        loop {
+            let waiting = tokio::time::timeout(LOOK_FOR_JOB, wait(removed, job));
+            if let Ok(result) = waiting.await {
+                return result;
+            }
+            let known = JobProxy::builder(self.connection()).path(job.clone()).build().await?;
+            match known.job_type().await {
+                Err(zbus::Error::FDO(error)) if matches!(*error, zbus::fdo::Error::UnknownObject(_)) => {}
+                _ => continue,
+            }
+            // Its signal may be on its way.
+            if let Ok(result) = tokio::time::timeout(LOOK_FOR_JOB, wait(removed, job)).await {
+                return result;
+            }
+            let runs = matches!(self.active_state(unit).await?.as_str(), "active" | "reloading");
+            return Ok(if runs { "done" } else { "failed" }.to_owned());
+        }
+    }
+
+    /// Runs a command as a unit of its own, that is gone when the command has ended, and waits for that. After `limit` it is killed,
+    /// with all that it has started.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn run(
+        &self,
+        words: &[String],
+        environment: &[String],
+        limit: Duration,
+    ) -> anyhow::Result<Outcome> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Relaxed);
+        let unit = format!("bro-command-{}-{number}.service", std::process::id());
+        let program = words.first().context("a command has a first word")?;
+        // Whatever it says by its exit status is an answer, not a failure to be looked into.
+        let statuses: Vec<i32> = (1..=255).collect();
+        let properties = [
+            ("Description", Variant::from(format!("{} for bro", words.join(" ")))),
+            ("Type", Variant::from("oneshot")),
+            ("ExecStart", Variant::from(vec![(program.clone(), words.to_vec(), false)])),
+            ("Environment", Variant::from(environment.to_vec())),
+            ("TimeoutStartUSec", Variant::from(limit.as_micros() as u64)),
+            ("KillSignal", Variant::from(nix::libc::SIGKILL)),
+            ("SuccessExitStatus", Variant::from((statuses, Vec::<i32>::new()))),
+            ("StandardOutput", Variant::from("null")),
+            ("StandardError", Variant::from("null")),
+            // It may be asked five times a second.
+            ("LogLevelMax", Variant::from(LOG_WARNING)),
+            ("CollectMode", Variant::from("inactive-or-failed")),
+            // It is there until its exit status has been read, or this connection ends.
+            ("AddRef", Variant::from(true)),
+        ];
+        let mut removed = self.systemd.receive_job_removed().await?;
+        let job = self.systemd.start_transient_unit(&unit, "fail", &properties, &[]).await.map_err(plain)?;
+        let mut transient = Transient { systemd: self.systemd.clone(), unit, runs: true };
+        let _result = wait(&mut removed, &job).await?;
+        transient.runs = false;
+        self.outcome(&transient.unit).await
+    }
+
+    async fn outcome(&self, unit: &str) -> anyhow::Result<Outcome> {
+        /// `CLD_EXITED`, as waitid(2) has it.
+        const EXITED: i32 = 1;
+        let service = self.service(unit).await?;
+        let (result, code) = (service.result().await?, service.exec_main_code().await?);
+        let status = service.exec_main_status().await?;
+        match (result.as_str(), code) {
+            ("timeout", _) => Ok(Outcome::TooLong),
+            ("success", EXITED) => Ok(Outcome::Exited(status)),
+            (_, 2..) => Ok(Outcome::Signalled),
+            _ => anyhow::bail!("it did not run ({result})"),
+        }
+    }
+
+    async fn service(&self, unit: &str) -> anyhow::Result<ServiceProxy<'static>> {
+        let path = self.systemd.load_unit(unit).await?;
+        Ok(ServiceProxy::builder(self.systemd.inner().connection()).path(path).build().await?)
+    }
+
+    /// Stops the unit and waits for the end of the job.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn stop(&self, unit: &str) -> anyhow::Result<String> {
+        let mut removed = self.systemd.receive_job_removed().await?;
+        let job = self.systemd.stop_unit(unit, "replace").await.map_err(plain)?;
+        wait(&mut removed, &job).await
+    }
+
+    /// A running unit that would be stopped along with this one (Requires=, BindsTo=), if there is one. Those do not count that the
+    /// unit has pulled in itself, as a pod does with its containers, nor does the unit of this process.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn needed_by(&self, unit: &str) -> anyhow::Result<Option<String>> {
+        let known = self.unit(unit).await?;
+        let mut needing = known.required_by().await?;
+        needing.extend(known.bound_by().await?);
+        let mut own = known.requires().await?;
+        own.extend(known.wants().await?);
+        own.extend(crate::commands::status::own_unit());
+        for other in needing.into_iter().filter(|other| !own.contains(other)) {
+            if is_running(&self.active_state(&other).await?) {
+                return Ok(Some(other));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Does the start of the unit wait for the end of `other`, which is being stopped? Of two units in an order, systemd stops the
+    /// one before it starts the other.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn starts_after_the_end_of(&self, unit: &str, other: &str) -> anyhow::Result<bool> {
+        let unit = self.unit(unit).await?;
+        let (id, job) = unit.job().await?;
+        if id == 0 || !unit.before().await?.iter().any(|before| before == other) {
+            return Ok(false);
+        }
+        let job = JobProxy::builder(self.connection()).path(job).build().await?;
+        Ok(job.job_type().await? == "start" && job.state().await? == "waiting")
+    }
+
+    /// Stops the unit, and has systemd forget how often it was started: its start limit is for units that fail, not for one that is
+    /// put to sleep and woken many times. A container whose first process did not end as a success (it had to be killed since it knows
+    /// no SIGTERM, or exits with 143 as Java does) leaves its unit failed; it has been stopped all the same, and nobody is to be alarmed
+    /// by that.
+    ///
+    /// # Errors
+    /// As [`Bus::stop`].
+    pub async fn put_to_sleep(&self, unit: &str) -> anyhow::Result<String> {
+        let result = self.stop(unit).await?;
+        if result == "done" {
+            if self.active_state(unit).await? == "failed" {
+                let how = self.how_it_ended(unit).await.unwrap_or_default();
+                tracing::info!(unit, "systemd calls the stopped unit failed{how}; that is forgotten");
+            }
+            // It may be unloaded by now, and all of that forgotten.
+            self.systemd.reset_failed_unit(unit).await.ok();
+        }
+        Ok(result)
+    }
+}
+
+/// How a unit's run ended, from its Result=, ExecMainCode= and ExecMainStatus=: no more than was seen. Where no main process ran (the
+/// stop came during ExecStartPre=) there is no code.
+fn ended_how(result: &str, code: i32, status: i32) -> String {
+    use nix::libc::{CLD_DUMPED, CLD_EXITED, CLD_KILLED};
+    let main = match code {
+        CLD_EXITED => format!(", its main process exited with status {status}"),
+        CLD_KILLED | CLD_DUMPED => format!(
+            ", its main process was ended by {}",
+            nix::sys::signal::Signal::try_from(status)
+                .map_or_else(|_| format!("signal {status}"), |signal| signal.as_str().to_owned())
+        ),
+        _ => String::new(),
+    };
+    format!(" (Result={result}{main})")
+}
+
+/// A unit that was made for one command. Dropping it has systemd end the command, if it runs, and forget the unit.
+struct Transient {
+    systemd: SystemdProxy<'static>,
+    unit: String,
+    runs: bool,
+}
+
+impl Drop for Transient {
+    fn drop(&mut self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (systemd, unit, runs) = (self.systemd.clone(), std::mem::take(&mut self.unit), self.runs);
+        // At this process's end systemd does the latter by itself.
+        drop(runtime.spawn(async move {
+            if runs {
+                systemd.stop_unit(&unit, "replace").await.ok();
+            }
+            systemd.unref_unit(&unit).await.ok();
+        }));
+    }
+}
+
+/// Another user's bus, who may be nobody to wait for.
+async fn reach(address: &str, limit: Duration) -> zbus::Result<zbus::Connection> {
+    let builder = zbus::connection::Builder::address(address).method_timeout(ANSWER);
+    let late = |_| Err(std::io::Error::other(format!("it did not answer within {limit:?}")).into());
+    tokio::time::timeout(limit, builder.build()).await.unwrap_or_else(late)
+}
+
+async fn wait(removed: &mut JobRemovedStream, job: &OwnedObjectPath) -> anyhow::Result<String> {
+    while let Some(signal) = removed.next().await {
+        let arguments = signal.args()?;
+        if arguments.job() == job {
+            return Ok(arguments.result().clone());
+        }
+    }
+    Err(Closed.into())
+}
+
+/// The connection to the bus has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the bus was closed")]
+struct Closed;
+
+/// What D-Bus says where the one who was asked has just gone away; it may be back in a moment.
+const fn is_gone(error: &zbus::fdo::Error) -> bool {
+    use zbus::fdo::Error;
+    matches!(
+        error,
+        Error::NoReply(_) | Error::Disconnected(_) | Error::ServiceUnknown(_) | Error::NameHasNoOwner(_)
+    )
+}
+
+/// Is it the way to the service manager that failed, and not the service manager that refused?
+#[must_use]
+pub fn is_passing(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.is::<Closed>()
+            || match cause.downcast_ref() {
+                Some(zbus::Error::FDO(error)) => is_gone(error),
+                Some(zbus::Error::InputOutput(_)) => true,
+                _ => false,
+            }
+    })
+}
+
+/// systemd's own sentence, without the D-Bus name around it.
+fn plain(error: zbus::Error) -> anyhow::Error {
+    match error {
+        zbus::Error::MethodError(_, Some(sentence), _) => anyhow::anyhow!(sentence),
+        zbus::Error::FDO(error) if !is_gone(&error) => {
+            use zbus::DBusError as _;
+            error
+                .description()
+                .map_or_else(|| anyhow::anyhow!("{error}"), |sentence| anyhow::anyhow!("{sentence}"))
+        }
+        error => error.into(),
+    }
+}
+
+/// Where the user's bus listens when no environment says so: a system service with User= has none.
+fn user_bus() -> Option<PathBuf> {
+    if std::env::var_os("DBUS_SESSION_BUS_ADDRESS").is_some() {
+        return None;
+    }
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let path = runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bus");
+    std::fs::metadata(&path).is_ok_and(|metadata| metadata.file_type().is_socket()).then_some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_said_of_an_end_than_was_seen() {
+        use nix::libc::{CLD_EXITED, CLD_KILLED, SIGKILL};
+        assert_eq!(
+            ended_how("exit-code", CLD_EXITED, 143),
+            " (Result=exit-code, its main process exited with status 143)"
+        );
+        assert_eq!(
+            ended_how("timeout", CLD_KILLED, SIGKILL),
+            " (Result=timeout, its main process was ended by SIGKILL)"
+        );
+        // ExecStartPre= got the signal.
+        assert_eq!(ended_how("signal", 0, 0), " (Result=signal)");
+    }
+
+    #[tokio::test]
+    async fn a_bus_that_says_nothing_is_not_waited_for() {
+        let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-bus-XXXXXX")).unwrap();
+        let path = folder.join("bus");
+        let _listening = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let address = format!("unix:path={}", path.display());
+        let error = reach(&address, Duration::from_millis(100)).await.unwrap_err();
+        assert!(error.to_string().contains("did not answer"), "{error}");
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}

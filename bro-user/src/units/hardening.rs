@@ -1,0 +1,244 @@
+//! What the forwarder's service may not do (systemd.exec(5)): everything that forwarding does not take.
+//!
+//! Tried on a real host, and left out for what came of it:
+//! - `PrivateUsers=` anywhere, and for a user's own manager everything that it implements by a user namespace (`Private…=`,
+//!   `Protect…=`, `CapabilityBoundingSet=` fails outright): whoever is in a user namespace of his own may enter no container's.
+//! - `ProtectProc=`, `ProcSubset=`, `IPAddressDeny=` and `DevicePolicy=` for a user's own manager, which takes them and does
+//!   nothing: they would only look well.
+//! - `RemoveIPC=`: it is about all that the *user* has in /dev/shm, Podman's locks among it, not about what the service has made.
+//!
+//! Commands of the owner's (`--ready exec:`, `--busy-exec`) and Podman's health check could not run here: rootless Podman makes its
+//! user namespace by newuidmap, which `NoNewPrivileges=` (and each system call filter, which implies it there) forbids; it joins
+//! the one there is by setns(2) without a type, which `RestrictNamespaces=` forbids; rootful Podman wants all of root's rights. The
+//! service manager runs them, outside of this (`activate/command.rs`).
+
+use std::path::{Path, PathBuf};
+
+use crate::installed::Activated;
+use crate::systemd::manager::Manager;
+use crate::target::Target;
+
+/// What @system-service has beyond need. `chown` and the like, other users' ids, priorities, devices, mounts.
+const NEVER: &str = "@chown @clock @cpu-emulation @debug @keyring @memlock @module @mount @obsolete @raw-io @reboot @resources \
+                     @setuid @swap";
+
+/// What older versions of systemd do not count among @system-service: namespaces, and what the forwarder confines itself by.
+const OWN: &str = "capset landlock_add_rule landlock_create_ruleset landlock_restrict_self pidfd_open pidfd_send_signal seccomp \
+                   setns";
+
+/// Whose forwarder it is.
+enum Kind<'a> {
+    Rootful,
+    RunAs(&'a crate::run_as::Owner),
+    User,
+}
+
+/// The lines of `[Service]`. `bro` is where the program is, if that is known: not in an image's tree, where it will be a system's.
+pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
+    let kind = match (&activated.run_as, activated.scope) {
+        (Some(owner), _) => Kind::RunAs(owner),
+        (None, Manager::System) => Kind::Rootful,
+        (None, Manager::User) => Kind::User,
+    };
+    let mut text = String::new();
+    let mut say = |lines: &str| {
+        text.push_str(lines);
+        text.push('\n');
+    };
+    say("# It does without whatever forwarding does not take.");
+    match kind {
+        Kind::Rootful => {
+            say(
+                "# To enter containers' namespaces, whoever is root in them; for the kernel relay, those of its programs; to show the \
+                 service\n# its clients' addresses, CAP_NET_ADMIN.",
+            );
+            let relay = match (uses_kernel(activated), shows_clients(activated)) {
+                (true, _) => " CAP_BPF CAP_NET_ADMIN CAP_PERFMON",
+                (false, true) => " CAP_NET_ADMIN",
+                (false, false) => "",
+            };
+            let user = if becomes_another(activated) { " CAP_SETGID CAP_SETUID" } else { "" };
+            say(&format!(
+                "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}{user}\nRestrictNamespaces=net"
+            ));
+        }
+        Kind::RunAs(_) => say("CapabilityBoundingSet=\nRestrictNamespaces=user net"),
+        Kind::User => {
+            say(
+                "# No Private…= and no Protect…=: in a user's manager they imply PrivateUsers=, from where no container can be\n\
+                 # entered.",
+            );
+            say("RestrictNamespaces=user net");
+        }
+    }
+    say(
+        "NoNewPrivileges=yes\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK\nRestrictRealtime=yes",
+    );
+    if looks_below_a_root(activated) {
+        say(
+            "# No RestrictSUIDSGID=: it forbids openat2(2), which finds the socket below the container's root.",
+        );
+    } else {
+        say("RestrictSUIDSGID=yes");
+    }
+    say(
+        "LockPersonality=yes\nMemoryDenyWriteExecute=yes\nKeyringMode=private\nUMask=0077\nSystemCallArchitectures=native",
+    );
+    // A user's forwarder opens what bro-loader@ has left for it by the same system call.
+    let bpf = if uses_kernel(activated) { " bpf" } else { "" };
+    say(&format!(
+        "SystemCallFilter=@system-service {OWN}{bpf}\nSystemCallFilter=~{NEVER}\nSystemCallErrorNumber=EPERM"
+    ));
+    if becomes_another(activated) {
+        say("# To connect to the service's unix socket as a user of the container that it does not trust.");
+        say("SystemCallFilter=setgroups setresgid setresuid");
+    }
+    say("# It may not raise its limits any more.\nLimitNOFILE=524288");
+    if !matches!(kind, Kind::User) {
+        files(activated, bro, &kind, &mut say);
+        network(activated, &mut say);
+    }
+    text
+}
+
+fn shows_clients(activated: &Activated) -> bool {
+    matches!(activated.option("source"), None | Some("auto" | "client"))
+}
+
+fn uses_kernel(activated: &Activated) -> bool {
+    matches!(activated.option("relay"), None | Some("auto" | "sockmap"))
+}
+
+/// Does it connect to a unix socket, and not as its own user?
+fn becomes_another(activated: &Activated) -> bool {
+    activated.option("unix-identity") != Some("forwarder")
+        && targets(activated).any(|target| !matches!(target, Target::Tcp { .. }))
+}
+
+/// Is a service's unix socket in the files of a container?
+fn looks_below_a_root(activated: &Activated) -> bool {
+    activated.container.is_some() && targets(activated).any(|target| matches!(target, Target::Unix(_)))
+}
+
+fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut impl FnMut(&str)) {
+    let mut looked_at: Vec<PathBuf> = bro.map(Path::to_owned).into_iter().collect();
+    looked_at.extend(activated.option("busy-file").map(PathBuf::from));
+    if activated.container.is_none() {
+        looked_at.extend(targets(activated).filter_map(|target| match target {
+            Target::Unix(path) => Some(path),
+            _ => None,
+        }));
+    }
+    let below =
+        |places: &[&str]| looked_at.iter().any(|path| places.iter().any(|place| path.starts_with(place)));
+    say(
+        "# The latter because systemd leaves /run writable where it mounts /proc anew.\nProtectSystem=strict\nReadOnlyPaths=/run",
+    );
+    match (below(&["/home", "/root", "/run/user"]), kind) {
+        (false, Kind::RunAs(owner)) => {
+            let runtime = owner.runtime_directory();
+            say(&format!(
+                "# The user's bus, and what Podman keeps of running containers.\nProtectHome=tmpfs\nBindPaths=-{}",
+                runtime.display()
+            ));
+        }
+        (true, Kind::RunAs(owner)) => {
+            say(&format!("ProtectHome=read-only\nReadWritePaths=-{}", owner.runtime_directory().display()));
+        }
+        (home, _) => {
+            let home = if home { "read-only" } else { "yes" };
+            say(&format!(
+                "# Where forwarders note who uses what.\nReadWritePaths=-/run/bro\nProtectHome={home}"
+            ));
+        }
+    }
+    if !below(&["/tmp", "/var/tmp"]) {
+        say("PrivateTmp=yes");
+    }
+    say(
+        "PrivateMounts=yes\nPrivateDevices=yes\nPrivateIPC=yes\nProtectClock=yes\nProtectHostname=yes\nProtectKernelLogs=yes\n\
+         ProtectKernelModules=yes\nProtectKernelTunables=yes\nProtectControlGroups=yes\nProtectProc=invisible\nProcSubset=pid",
+    );
+}
+
+/// systemd listens, and the container's namespace is entered: the forwarder needs no network of its own.
+fn network(activated: &Activated, say: &mut impl FnMut(&str)) {
+    let mut addresses: Vec<String> = Vec::new();
+    for target in targets(activated) {
+        if let Target::Tcp { host, .. } = target {
+            match host.parse::<std::net::IpAddr>() {
+                Ok(ip) if ip.is_loopback() => {}
+                Ok(ip) if !addresses.contains(&ip.to_string()) => addresses.push(ip.to_string()),
+                Ok(_) => {}
+                // Only who has a network can ask for a name's address, and only when asked it is known.
+                Err(_) => return,
+            }
+        }
+    }
+    if activated.container.is_some() {
+        say(
+            "# systemd listens, and the container's own network is entered: this service needs none itself.\nPrivateNetwork=yes",
+        );
+    }
+    let addresses: String = addresses.iter().map(|address| format!(" {address}")).collect();
+    say(&format!(
+        "# Where the service is. (Clients come over systemd's sockets, which have an IPAddressDeny= of their own.)\n\
+         IPAddressDeny=any\nIPAddressAllow=localhost{addresses}"
+    ));
+}
+
+fn targets(activated: &Activated) -> impl Iterator<Item = Target> {
+    activated.listeners.iter().filter_map(|listener| listener.target.as_ref()?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run_as::Owner;
+
+    fn lines_of(scope: Manager, run_as: bool, bro: &str) -> String {
+        let owner = Owner { name: "test".into(), uid: 7, gid: 7, home: "/home/test".into() };
+        let activated = Activated {
+            name: "web".into(),
+            scope,
+            run_as: run_as.then_some(owner),
+            quadlet: "web.container".into(),
+            unit: "web.service".into(),
+            container: Some("systemd-web".into()),
+            direct: false,
+            socket_file: PathBuf::new(),
+            service_file: None,
+            listeners: Vec::new(),
+            options: Vec::new(),
+            container_given: false,
+            drop_in: None,
+            pause_unit: None,
+            made: Vec::new(),
+        };
+        lines(&activated, Some(Path::new(bro)))
+    }
+
+    #[test]
+    fn the_program_itself_is_not_hidden() {
+        let system = |bro: &str| lines_of(Manager::System, false, bro);
+        assert!(system("/usr/bin/bro").contains("\nProtectHome=yes\n"));
+        assert!(system("/root/bro").contains("\nProtectHome=read-only\n"));
+        assert!(
+            system("/home/x/bro").contains("\nPrivateTmp=yes\n")
+                && !system("/tmp/bro").contains("PrivateTmp")
+        );
+        let run_as = |bro: &str| lines_of(Manager::System, true, bro);
+        assert!(run_as("/usr/bin/bro").contains("\nProtectHome=tmpfs\nBindPaths=-/run/user/7\n"));
+        assert!(run_as("/home/x/bro").contains("\nProtectHome=read-only\nReadWritePaths=-/run/user/7\n"));
+    }
+
+    #[test]
+    fn a_users_manager_is_asked_for_nothing_that_implies_a_user_namespace() {
+        let user = lines_of(Manager::User, false, "/usr/bin/bro");
+        let directives = user.lines().filter(|line| !line.starts_with('#'));
+        let bad = ["Private", "Protect", "Capability", "ReadWrite", "Bind"];
+        let found: Vec<&str> =
+            directives.filter(|line| bad.iter().any(|start| line.starts_with(start))).collect();
+        assert!(found.is_empty() && user.contains("NoNewPrivileges=yes"), "{found:?}");
+    }
+}

@@ -1,0 +1,49 @@
+//! NAME-pause.service: makes what a container's unit may not that is cut off from the network: the container's network namespace,
+//! and the user namespace of a user's Podman.
+//!
+//! crun brings the loopback interface up in each network namespace that it makes, which fails where there are no sockets of AF_INET
+//! to be had; into one that is there it goes as it finds it. newuidmap and newgidmap have rights of their own, which
+//! `NoNewPrivileges=` takes away, and in a user's manager `RestrictAddressFamilies=` implies that. Podman's pause process keeps
+//! the user namespace, and a mount namespace in which the network namespace has its name; others of its processes join them.
+
+use crate::installed::{Activated, SECTION};
+use crate::systemd::manager::Manager;
+
+/// Its name.
+pub(crate) fn unit(name: &str) -> String {
+    format!("{name}-pause.service")
+}
+
+/// The network namespace, as the container's unit names it.
+pub(super) fn netns(name: &str) -> String {
+    format!("%t/{name}-pause.netns")
+}
+
+pub(super) fn text(activated: &Activated) -> String {
+    let unit = unit(&activated.name);
+    let heading = super::heading(activated, Some(&unit));
+    let (within, note) = match activated.scope {
+        Manager::User => (
+            "podman unshare ",
+            "# Podman's pause process is there for all of this user's containers.\nKillMode=process\n",
+        ),
+        Manager::System => ("", ""),
+    };
+    let netns = netns(&activated.name);
+    format!(
+        "{heading}[Unit]\n\
+         Description=Namespaces for {}\n\
+         \n\
+         [Service]\n\
+         Type=oneshot\n\
+         RemainAfterExit=yes\n\
+         # One that is there already keeps whoever is in it.\n\
+         ExecStart={within}sh -c 'umount --lazy \"$$0\" 2>/dev/null; : >\"$$0\" && unshare --net=\"$$0\" ip link set lo up' {netns}\n\
+         ExecStop=-{within}sh -c 'umount --lazy \"$$0\"; rm --force \"$$0\"' {netns}\n\
+         {note}\
+         \n\
+         [{SECTION}]\n\
+         Name={}\n",
+        activated.unit, activated.name
+    )
+}
