@@ -10,6 +10,7 @@ mod accept;
 mod accept_batch;
 mod congestion;
 mod connections;
+mod frozen;
 pub mod handle;
 pub mod idle;
 mod introductions;
@@ -107,6 +108,7 @@ pub struct Engine {
     accepting: Accepting,
     draining: bool,
     backends: Vec<Backend>,
+    frost: frozen::Frost,
     connections: Slab<Connection>,
     /// Connections that do not relay yet.
     pending: usize,
@@ -173,6 +175,7 @@ impl Engine {
             accepting: Accepting::Closed,
             draining: false,
             backends: targets.into_iter().map(Backend::asleep).collect(),
+            frost: frozen::Frost::None,
             connections: Slab::new(),
             pending: 0,
             keeping: 0,
@@ -327,6 +330,11 @@ impl Engine {
                             let leaving = self.leave(how)?;
                             self.outbox.tell(&Event::Leaving(leaving));
                         }
+                        Plain::Freeze(how) => {
+                            let frozen = self.freeze(how);
+                            self.outbox.tell(&Event::Frozen(frozen));
+                        }
+                        Plain::Thawed => self.thawed(),
                         Plain::Wake(by) => self.wake_by_hand(&by),
                         Plain::Ping => self.outbox.tell(&Event::Pong),
                         Plain::Report => self.outbox.tell_figures(self.figures()),

@@ -413,6 +413,10 @@ impl Activator {
             if !look.is_active() {
                 break look;
             }
+            // Nobody else may have it go on: a forwarder that had frozen it was killed.
+            if bus.thaw_if_frozen(unit).await? {
+                tracing::info!(unit, "thawed the unit, which was frozen");
+            }
             // There is nothing to order. To order it all the same would start it against its start limit where its process has just
             // ended, and systemd is about to restart it.
             self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
@@ -602,6 +606,69 @@ impl Activator {
         self.runs.forget();
         tracing::info!(unit, result, "stopped the unit");
         Ok(Stopped::Done)
+    }
+
+    /// Is `--freeze` to be had?
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] if not.
+    pub async fn check_freezing(&self) -> anyhow::Result<()> {
+        let Some(unit) = &self.unit else {
+            bail!(Failure::Usage("--freeze needs --unit, which it freezes".into()));
+        };
+        if !self.bus().await?.can_freeze(unit).await? {
+            bail!(Failure::Usage(cannot_freeze(unit)));
+        }
+        Ok(())
+    }
+
+    /// Freezes the unit if a forwarder started it and no other forwarder uses it; says whether it is frozen.
+    ///
+    /// # Errors
+    /// When systemd refuses.
+    pub async fn freeze(&self) -> anyhow::Result<bool> {
+        let Some(unit) = &self.unit else { return Ok(false) };
+        let mine = self.in_use().take();
+        let frozen = async {
+            // Until it is frozen nobody else begins to use it; whoever does afterwards thaws it.
+            let _alone = match use_lock::Use::alone(unit, mine) {
+                Ok(use_lock::Lock::Had(alone)) => Some(alone),
+                Ok(use_lock::Lock::Taken) => return Ok(false),
+                Err(_) => None,
+            };
+            let bus = self.bus().await?;
+            let look = bus.look(unit).await?;
+            if !look.is_active() || !self.runs.see(&look) {
+                return Ok(false);
+            }
+            bus.freeze(unit).await?;
+            anyhow::Ok(true)
+        };
+        let frozen = frozen.await;
+        self.begin_use(unit).await;
+        frozen
+    }
+
+    /// Has the unit go on.
+    ///
+    /// # Errors
+    /// When systemd refuses.
+    pub async fn thaw(&self) -> anyhow::Result<()> {
+        let Some(unit) = &self.unit else { return Ok(()) };
+        self.bus().await?.thaw(unit).await
+    }
+
+    /// Has the unit go on that a forwarder before this one has frozen, and was killed.
+    pub async fn thaw_what_was_left(&self) {
+        let Some(unit) = &self.unit else { return };
+        let Ok(bus) = self.bus().await else { return };
+        match bus.thaw_if_frozen(unit).await {
+            Ok(true) => {
+                tracing::info!(unit, "thawed the unit, which a forwarder before this one had left frozen")
+            }
+            Ok(false) => {}
+            Err(error) => tracing::warn!("cannot thaw {unit}: {error:#}"),
+        }
     }
 
     /// Is this process, which is being stopped, in the way of the unit's start?
@@ -826,6 +893,14 @@ impl Activator {
         }
         run_command::here(words).await
     }
+}
+
+/// What to say of a unit that cannot be frozen.
+pub(crate) fn cannot_freeze(unit: &str) -> String {
+    format!(
+        "--freeze: systemd cannot freeze {unit} here (it takes systemd 246 or newer, and cgroups of version 2); leave it out, and \
+         the service is stopped when it is idle"
+    )
 }
 
 /// Waits until the process that an incarnation was found through has exited; for ever where there is none.

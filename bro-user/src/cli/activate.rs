@@ -130,6 +130,14 @@ pub struct Activate {
     #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::service::wakes::MOST_PER_HOUR)))]
     pub wakes_per_hour: Option<u32>,
 
+    /// Freeze the container when it is idle, instead of stopping it; its next client has it go on at once (as in bro forward)
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_missing_value = "true", conflicts_with = "direct")]
+    pub freeze: Option<bool>,
+
+    /// With --freeze: stop the container after it has been frozen for SPAN (default: 1h)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::limit)]
+    pub freeze_time: Option<TimeSpan>,
+
     /// Let the container run for SPAN at least once it was woken
     #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
     pub min_uptime: Option<TimeSpan>,
@@ -232,7 +240,7 @@ pub struct Activate {
 
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
-        "backlog", "exit_idle_time", "exit_idle_time_max", "wakes_per_hour", "idle_by", "idle_ignore", "idle_below", "wake_on", "wake_ignore", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
+        "backlog", "exit_idle_time", "exit_idle_time_max", "wakes_per_hour", "freeze", "freeze_time", "idle_by", "idle_ignore", "idle_below", "wake_on", "wake_ignore", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
         "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "keepalive_time", "keepalive_interval",
         "keepalive_probes", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
         "blocking_sockets", "run_as", "restrict_network"])]

@@ -58,6 +58,18 @@ pub struct Idle {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::service::wakes::MOST_PER_HOUR)))]
     pub wakes_per_hour: Option<u32>,
 
+    /// Freeze the service when it is idle, instead of stopping it: it keeps its memory, takes no processor time, and goes on with its next
+    /// client at once
+    ///
+    /// The unit's cgroup is frozen, as by `systemctl freeze`; only a unit that bro has started. It is stopped after --freeze-time. What
+    /// is connected and does not count is closed as at the idle exit. It takes systemd 246 and cgroups of version 2.
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub freeze: bool,
+
+    /// With --freeze: stop the service after it has been frozen for SPAN
+    #[arg(long, value_name = "SPAN", default_value = "1h", value_parser = crate::systemd::time_span::limit)]
+    pub freeze_time: TimeSpan,
+
     /// Never stop the service earlier than SPAN after it was woken
     #[arg(long, value_name = "SPAN", default_value = "0")]
     pub min_uptime: TimeSpan,

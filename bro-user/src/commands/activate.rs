@@ -211,6 +211,7 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
     if let Some(systemd) = &systemd {
         let container = systemd.container().context("the container's service manager is gone")?;
         warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
+        apply::check_freezing(container, &wanted.activated).await?;
     }
     let mut directories = directories_of(&wanted.activated, places);
     directories.extend(own_wants(places, !made.paths().contains(&places.units)));

@@ -1,6 +1,7 @@
 //! `bro forward`: one forwarder's life, from the sockets it is passed to its exit. The control process: it starts the engine in a
 //! process of its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
 
+pub mod freeze;
 pub mod handover;
 pub mod inhibit;
 
@@ -179,6 +180,10 @@ pub fn run(
         let (unit, ready, identity) = (options.unit.clone(), options.ready.clone(), options.unix_identity);
         let activator = Arc::new(Activator::new(place, unit, manager, ready, source, identity));
         activator.check(&targets).await?;
+        if options.idle.freeze {
+            activator.check_freezing().await?;
+            activator.thaw_what_was_left().await;
+        }
         let engine = (relay, channel, addresses, stats);
         let mut control =
             Control::start(options, &listeners, targets, activator, engine, local_clients, bequest)?;
@@ -391,6 +396,13 @@ struct Control<'a> {
     knocked: (UnboundedSender<wake::Knocked>, UnboundedReceiver<wake::Knocked>),
     phase: Phase,
     limit: waiting::Limit,
+    frost: freeze::Frost,
+    /// When it was frozen last.
+    frozen_at: Option<SystemTime>,
+    /// It cannot be frozen, or is not to be.
+    freezing_failed: bool,
+    /// What systemd has done.
+    frosted: (UnboundedSender<freeze::Done>, UnboundedReceiver<freeze::Done>),
     /// How often the service is started.
     history: Arc<Wakes>,
     /// That it was started too often has been said.
@@ -458,6 +470,10 @@ impl<'a> Control<'a> {
             gone: unbounded_channel(),
             phase: Phase::Serving,
             limit: waiting::Limit::new(None, usize::MAX),
+            frost: freeze::Frost::None,
+            frozen_at: None,
+            freezing_failed: false,
+            frosted: unbounded_channel(),
             history,
             too_many_said: false,
             replacing: reload::Replacing::new(listeners),
@@ -519,6 +535,7 @@ impl<'a> Control<'a> {
                 Some((backend, result)) = self.woken.1.recv() => self.woken(backend, result),
                 Some(backend) = self.gone.1.recv() => self.gone(backend),
                 Some(who) = self.said_busy.1.recv() => self.busy(who),
+                Some(done) = self.frosted.1.recv() => self.frost_done(done),
                 Some(knocked) = self.knocked.1.recv() => self.knocked(knocked),
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
@@ -569,6 +586,10 @@ impl<'a> Control<'a> {
             // One that was woken only now may not be noted yet, and nobody would put it to sleep.
             drop(tokio::time::timeout(REMEMBER, self.activator.note_run()).await);
         }
+        if self.is_frozen() && !self.replacing.is_replaced() {
+            // Nobody else would have it go on.
+            drop(tokio::time::timeout(REMEMBER, self.activator.thaw()).await);
+        }
         if let Some(news) = self.foreign.as_ref().and_then(Foreign::rest) {
             left_alone(news);
         }
@@ -591,6 +612,7 @@ impl<'a> Control<'a> {
         let plural = |count: u64| if count == 1 { "" } else { "s" };
         let said = match self.phase {
             Phase::Draining(_) => format!("Draining: {open} connection{} left", plural(open)),
+            _ if self.is_frozen() => "Frozen: the next client has the service go on".into(),
             _ if self.who_is_busy().is_some() => {
                 format!("Idle, but busy: {}", self.who_is_busy().unwrap_or_default())
             }
@@ -710,6 +732,7 @@ impl<'a> Control<'a> {
     fn activity(&self) -> status::Activity {
         let state = match self.phase {
             Phase::Draining(_) => status::State::Stopping,
+            _ if self.is_frozen() => status::State::Frozen,
             _ if self.awake_since.is_some() && self.who_is_busy().is_some() => status::State::Busy,
             _ if self.awake_since.is_some() => status::State::Awake,
             _ if self.being_woken().is_some() => status::State::Starting,
@@ -718,6 +741,7 @@ impl<'a> Control<'a> {
         let is_starting = state == status::State::Starting;
         let woken =
             self.being_woken().filter(|_| is_starting).map(|since| SystemTime::now() - since.elapsed());
+        let woken = woken.or(self.frozen_at.filter(|_| self.is_frozen()));
         let since = woken.or_else(|| self.awake_since.map(|(_, since)| since));
         let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
         let woken_by = self.woken_by.clone().filter(|_| state != status::State::Asleep);
@@ -756,6 +780,8 @@ impl<'a> Control<'a> {
                 None => tracing::error!(backend, "the relay process wants a target woken that there is not"),
             },
             Event::Knock { backend, peer } => self.knocked_for(backend, peer),
+            Event::Frozen(frozen) => self.engine_froze(frozen),
+            Event::Thaw { peer } => self.thaw_for(peer),
             Event::Leaving(_) => self.stays(),
             Event::Draining(why) => self.draining(&why),
             Event::Pong => notify::alive(),

@@ -139,6 +139,8 @@ pub enum State {
     Awake,
     /// It is awake, nobody is connected, and it says that it is busy.
     Busy,
+    /// It is there, and frozen: the next client has it go on.
+    Frozen,
     /// Its forwarder lets its last clients finish.
     Stopping,
     /// Nobody listens for it.
@@ -155,6 +157,7 @@ impl State {
             Self::Starting => "starting",
             Self::Awake => "awake",
             Self::Busy => "awake and busy",
+            Self::Frozen => "frozen",
             Self::Stopping => "stopping",
             Self::Deaf => "not listening",
             Self::Failed => "failed",

@@ -82,6 +82,10 @@ pub enum Plain {
     EndSilent,
     /// Accept no more if it is time to leave; say whether.
     Leave(Leave),
+    /// Hold whoever comes from now on, if it is time to leave, for the service is about to be frozen; say whether.
+    Freeze(Leave),
+    /// It goes on: connect those who are held, and those to come.
+    Thawed,
     /// Wake what sleeps; who wants it, for the log.
     Wake(String),
     /// Answer, to show that the engine turns.
@@ -131,6 +135,13 @@ pub enum Event {
     },
     /// The answer to [`Plain::Leave`].
     Leaving(bool),
+    /// The answer to [`Plain::Freeze`].
+    Frozen(bool),
+    /// Somebody waits for a service that is frozen.
+    Thaw {
+        /// Who.
+        peer: String,
+    },
     /// The first answer to [`Plain::Drain`]: nobody is accepted any more.
     Draining(String),
     /// The second: nobody is connected any more.

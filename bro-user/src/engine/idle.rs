@@ -42,7 +42,17 @@ impl Engine {
 
     /// Accepts no more if the control side may leave; says whether.
     pub(super) fn leave(&mut self, how: Leave) -> anyhow::Result<bool> {
-        let may = match how {
+        let may = self.may_leave(how);
+        if may {
+            self.set_accepting(Accepting::Closed)?;
+            self.end_all(if how == Leave::Now { End::Shutdown } else { End::IdleExit });
+        }
+        Ok(may)
+    }
+
+    /// Is it time to leave?
+    pub(super) fn may_leave(&mut self, how: Leave) -> bool {
+        match how {
             Leave::WithoutConnections => {
                 self.connections.iter().all(|(_, connection)| connection.ignored && !waits(connection))
             }
@@ -57,12 +67,7 @@ impl Engine {
                     && self.stats.since_active() >= limit
             }
             Leave::Now => true,
-        };
-        if may {
-            self.set_accepting(Accepting::Closed)?;
-            self.end_all(if how == Leave::Now { End::Shutdown } else { End::IdleExit });
         }
-        Ok(may)
     }
 }
 

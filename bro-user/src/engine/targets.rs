@@ -11,6 +11,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
 
 use super::Engine;
+use super::frozen::Frost;
 use super::handle::Event;
 use super::token::Token;
 use crate::connection::{Connection, End, Registration, Stage};
@@ -150,6 +151,14 @@ impl Backend {
         matches!(self.state, State::Asleep)
     }
 
+    pub(super) const fn is_ready(&self) -> bool {
+        matches!(self.state, State::Ready(_))
+    }
+
+    pub(super) const fn is_waking(&self) -> bool {
+        matches!(self.state, State::Waking)
+    }
+
     pub(super) const fn asleep(name: String) -> Self {
         Self {
             name,
@@ -177,7 +186,13 @@ impl Engine {
     pub(super) fn place(&mut self, index: usize) {
         let backend = self.connections[index].backend;
         if let State::Ready(_) = &self.backends[backend].state {
-            return self.start_connect(index, 0, false);
+            if self.frost == Frost::None {
+                return self.start_connect(index, 0, false);
+            }
+            if self.connections[index].wakes_nothing && self.frost == Frost::Frozen {
+                self.ignore(index);
+                return self.finish(index, End::WakeIgnored);
+            }
         }
         if !self.connections[index].wakes_nothing && self.are_bytes_to_wake() {
             return self.wait_for_a_byte(index);
@@ -187,6 +202,7 @@ impl Engine {
 
     /// Wakes whatever sleeps, although nobody has connected (`bro wake`).
     pub(super) fn wake_by_hand(&mut self, by: &str) {
+        self.ask_to_thaw(by);
         for (index, backend) in self.backends.iter_mut().enumerate() {
             if backend.is_asleep() {
                 backend.state = State::Waking;
@@ -224,9 +240,24 @@ impl Engine {
                 self.tallies[connection.listener].cold_starts += 1;
             }
             self.outbox.tell(&wake);
+        } else if matches!(backend.state, State::Ready(_)) && self.frost == Frost::Frozen {
+            connection.woke = true;
+            let peer = connection.peer.to_string();
+            self.ask_to_thaw(&peer);
         }
         self.register(index);
         self.publish_held();
+    }
+
+    /// Those who are held for targets that are ready, in the order in which they came; they are held no more.
+    pub(super) fn held_by_frost(&mut self) -> Vec<usize> {
+        let mut held = Vec::new();
+        for backend in self.backends.iter_mut().filter(|backend| backend.is_ready()) {
+            held.extend(backend.held.drain(..));
+        }
+        held.sort_by_key(|&index| self.connections[index].number);
+        self.publish_held();
+        held
     }
 
     fn publish_held(&self) {
@@ -316,10 +347,18 @@ impl Engine {
         };
         let dials = supply.dials();
         drop(supply);
+        // Who was held since it was frozen has it woken now.
+        let held = std::mem::take(&mut self.backends[backend].held);
+        if !self.backends.iter().any(Backend::is_ready) {
+            self.frost = Frost::None;
+        }
         for dial in dials {
             if self.is_dialling(dial) {
                 self.hold(dial.index, refused);
             }
+        }
+        for index in held {
+            self.hold(index, refused);
         }
     }
 

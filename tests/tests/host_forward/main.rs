@@ -3,6 +3,7 @@
 
 mod doctoring;
 mod failures;
+mod frozen;
 mod life;
 mod often;
 mod places;
@@ -61,6 +62,9 @@ const BOTH: &[Case] = &[
     ("a forwarder that is killed during the start", whose::killed_while_it_starts),
     ("two targets woken at once", whose::two_targets_at_once),
     ("a container that another unit needs", whose::needed_by_another),
+    ("frozen: goes on at once, and is stopped in the end", frozen::goes_on_at_once),
+    ("frozen: looked after by others", frozen::looked_after),
+    ("frozen: not what somebody else has started", frozen::others_are_not),
     ("often: the same client again and again", often::the_same_client_again_and_again),
     ("often: a container that was started too often", often::started_too_often),
     ("often: clients that wake nothing", often::who_wakes_nothing),
@@ -104,6 +108,7 @@ fn forwarders_on_a_real_host() {
     for (name, case) in OTHERS {
         cases.case(name, || case(&host));
     }
+    cases.case("frozen: the host goes down", || frozen::the_host_goes_down(&mut host));
     cases.case("enabled sockets work after a reboot", || life::survives_reboot(&mut host));
     cases.conclude();
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
+use super::freeze::Frost;
 use super::inhibit::Inhibitors;
 use super::{Control, Phase};
 use crate::control_socket::{Asked, Asker, Outcome, Request};
@@ -36,6 +37,13 @@ impl Control<'_> {
             return None;
         }
         let limit = self.history.idle_time();
+        match self.frost {
+            Frost::None => {}
+            Frost::Frozen { since } if self.wakers.is_empty() && !self.replacing.stands_in_the_way() => {
+                return self.options.idle.freeze_time.finite().map(|limit| since + limit);
+            }
+            _ => return None,
+        }
         if self.busy.asking || !self.wakers.is_empty() || self.replacing.stands_in_the_way() {
             return None;
         }
@@ -64,7 +72,8 @@ impl Control<'_> {
             file: self.options.idle.busy_file.clone(),
             exec: self.options.idle.busy_exec.clone(),
         };
-        if inhibitors.is_empty() && self.options.unit.is_none() {
+        // Of what is frozen nothing is to be asked: it was before, and could not answer.
+        if inhibitors.is_empty() && self.options.unit.is_none() || self.is_frozen() {
             return self.ask_to_leave();
         }
         self.busy.asking = true;
@@ -100,12 +109,21 @@ impl Control<'_> {
     }
 
     fn ask_to_leave(&mut self) {
-        self.phase = Phase::Leaving;
-        self.engine.send(Plain::Leave(if self.options.idle.counts_bytes() {
+        let how = if self.options.idle.counts_bytes() {
             Leave::WithoutBytes(self.history.idle_time())
         } else {
             Leave::WithoutConnections
-        }));
+        };
+        if self.may_freeze() {
+            return self.ask_to_freeze(how);
+        }
+        self.phase = Phase::Leaving;
+        self.engine.send(Plain::Leave(how));
+    }
+
+    /// Somebody is there: the engine is not asked again at once.
+    pub(super) fn busy_again(&mut self) {
+        self.busy.again = Some(Instant::now() + AGAIN);
     }
 
     /// `bro sleep`.

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 
+use super::freeze::Frost;
 use super::{Control, Phase};
 use crate::commands::status;
 use crate::connection::End;
@@ -62,7 +63,7 @@ enum Turned {
 }
 
 /// Who wakes it without being a client.
-const BY_HAND: &str = "bro wake";
+pub(super) const BY_HAND: &str = "bro wake";
 
 /// A target that refuses right after it was found to listen is not asked again sooner.
 const AFTER_REFUSAL: Duration = Duration::from_millis(20);
@@ -381,6 +382,7 @@ impl Control<'_> {
             self.wakefulness[backend] = Wakefulness::Asleep;
         }
         if self.wakefulness.iter().all(|target| matches!(target, Wakefulness::Asleep)) {
+            self.frost = Frost::None;
             self.awake_since = None;
             self.activator.end_use();
         }
@@ -397,7 +399,7 @@ impl Control<'_> {
     }
 
     /// Is every target awake?
-    fn is_awake(&self) -> bool {
+    pub(super) fn is_awake(&self) -> bool {
         self.wakefulness.iter().all(|target| matches!(target, Wakefulness::Awake))
     }
 
@@ -406,14 +408,14 @@ impl Control<'_> {
         if self.phase != Phase::Serving {
             return asker.answer(Outcome::leaving());
         }
-        if self.is_awake() {
+        if self.is_awake() && self.frost == Frost::None {
             return asker.answer(Outcome::done("awake already"));
         }
         self.wakers.push(asker);
         self.engine.send(Plain::Wake(BY_HAND.into()));
     }
 
-    fn answer_wakers(&mut self, outcome: &Outcome) {
+    pub(super) fn answer_wakers(&mut self, outcome: &Outcome) {
         for waker in self.wakers.drain(..) {
             waker.answer(outcome.clone());
         }

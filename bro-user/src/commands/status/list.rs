@@ -240,6 +240,7 @@ async fn look(
         _ if deaf => State::Deaf,
         // However the container is: who comes now waits for a forwarder that does not get up.
         _ if restarting => State::Failed,
+        "active" | "reloading" if unit.as_ref().is_some_and(|unit| unit.is_frozen) => State::Frozen,
         "active" | "reloading" => State::Awake,
         "activating" => State::Starting,
         "deactivating" => State::Stopping,
