@@ -40,7 +40,9 @@ impl Control<'_> {
         match self.frost {
             Frost::None => {}
             Frost::Frozen { since } if self.wakers.is_empty() && !self.replacing.stands_in_the_way() => {
-                return self.options.idle.freeze_time.finite().map(|limit| since + limit);
+                let limit = self.options.idle.freeze_time.finite()?;
+                // With somebody there who has not said anything the engine stays, and is not asked again at once.
+                return [Some(since + limit), self.busy.again].into_iter().flatten().max();
             }
             _ => return None,
         }
