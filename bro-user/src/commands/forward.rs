@@ -396,6 +396,8 @@ struct Control<'a> {
     knocked: (UnboundedSender<wake::Knocked>, UnboundedReceiver<wake::Knocked>),
     phase: Phase,
     limit: waiting::Limit,
+    /// Of each target: while it is asked whether the service runs, who is turned away if not.
+    turned: Vec<Option<wake::Turned>>,
     frost: freeze::Frost,
     /// When it was frozen last.
     frozen_at: Option<SystemTime>,
@@ -470,6 +472,7 @@ impl<'a> Control<'a> {
             gone: unbounded_channel(),
             phase: Phase::Serving,
             limit: waiting::Limit::new(None, usize::MAX),
+            turned: vec![None; listeners.iter().map(|(_, target)| target + 1).max().unwrap_or(0)],
             frost: freeze::Frost::None,
             frozen_at: None,
             freezing_failed: false,

@@ -74,8 +74,10 @@ impl Control<'_> {
 
     /// Somebody has come to what is frozen.
     pub(super) fn thaw_for(&mut self, peer: String) {
-        tracing::info!(%peer, unit = self.options.unit.as_deref(), "thawing the service for its first client");
-        self.woken_by = Some(peer);
+        if self.is_frozen() {
+            tracing::info!(%peer, unit = self.options.unit.as_deref(), "thawing the service for its first client");
+            self.woken_by = Some(peer);
+        }
         match self.frost {
             Frost::Freezing { .. } => self.frost = Frost::Freezing { wanted: true },
             Frost::Frozen { .. } => self.thaw(),

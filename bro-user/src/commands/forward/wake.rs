@@ -49,13 +49,11 @@ pub(super) struct Knocked {
     backend: usize,
     peer: String,
     runs: bool,
-    /// Why: it is a client that wakes nothing, or the service was started too often.
-    of: Turned,
 }
 
 /// Who is turned away where the service does not run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Turned {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Turned {
     /// Those who wake nothing.
     Ignored,
     /// Everybody, for it was started too often.
@@ -132,7 +130,7 @@ impl Control<'_> {
 
     /// A client that wakes nothing has come while the service slept, as far as is known here: it may run all the same, started by
     /// whomever.
-    pub(super) fn knocked_for(&self, backend: usize, peer: String) {
+    pub(super) fn knocked_for(&mut self, backend: usize, peer: String) {
         if backend >= self.targets.len() {
             return tracing::error!(backend, "the relay process asks for a target that there is not");
         }
@@ -140,16 +138,22 @@ impl Control<'_> {
     }
 
     /// A client would have the service started, which was started too often. It may run all the same.
-    pub(super) fn looks_before_refusing(&self, backend: usize, peer: String) {
+    pub(super) fn looks_before_refusing(&mut self, backend: usize, peer: String) {
         self.look_whether_it_runs(backend, peer, Turned::All);
     }
 
-    fn look_whether_it_runs(&self, backend: usize, peer: String, of: Turned) {
+    /// Asked once at a time for each target, however often the relay process wants to know.
+    fn look_whether_it_runs(&mut self, backend: usize, peer: String, of: Turned) {
+        let before = self.turned[backend].replace(of);
+        if let Some(before) = before {
+            self.turned[backend] = Some(before.max(of));
+            return;
+        }
         let (activator, answer) = (self.activator.clone(), self.knocked.0.clone());
         let asking = async move {
             let runs = tokio::time::timeout(KNOCK, activator.is_up()).await.unwrap_or(false);
             // Whoever asked may have left meanwhile.
-            drop(answer.send(Knocked { backend, peer, runs, of }));
+            drop(answer.send(Knocked { backend, peer, runs }));
         };
         drop(tokio::spawn(asking));
     }
@@ -172,7 +176,7 @@ impl Control<'_> {
     }
 
     /// Whether the service runs: then it is looked for, which starts nothing.
-    pub(super) fn knocked(&mut self, Knocked { backend, peer, runs, of }: Knocked) {
+    pub(super) fn knocked(&mut self, Knocked { backend, peer, runs }: Knocked) {
         match &self.wakefulness[backend] {
             _ if !runs => {}
             Wakefulness::Waking(waking) if waking.until.is_some() => {}
@@ -181,12 +185,10 @@ impl Control<'_> {
             // It has refused since.
             Wakefulness::Awake => self.wake(backend, &peer, true),
         }
-        match of {
-            Turned::Ignored => self.engine.send(Plain::Knocked { backend, runs }),
-            Turned::All if !runs && matches!(self.wakefulness[backend], Wakefulness::Asleep) => {
-                self.refuse(backend, &peer);
-            }
-            Turned::All => {}
+        self.engine.send(Plain::Knocked { backend, runs });
+        let of = self.turned[backend].take();
+        if of == Some(Turned::All) && !runs && matches!(self.wakefulness[backend], Wakefulness::Asleep) {
+            self.refuse(backend, &peer);
         }
     }
 
