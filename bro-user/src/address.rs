@@ -5,8 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::target;
-use crate::target::Target;
+use bro_relay::target::{self, Target};
 
 /// Where clients connect.
 #[derive(Debug, Clone, PartialEq, Eq)]

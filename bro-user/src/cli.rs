@@ -18,10 +18,10 @@ pub use activate::{Activate, Direct};
 pub use helper::Helper;
 pub use loader::Loader;
 
-use crate::netns::identity::Identity;
-use crate::proxy_protocol::{Trusted, Version};
 use crate::systemd::time_span::TimeSpan;
-use crate::target::Target;
+use bro_relay::netns::identity::Identity;
+use bro_relay::proxy_protocol::{self, Trusted};
+use bro_relay::target::Target;
 
 /// Start any container on its first connection, relay it without losing a byte, and get out of the way.
 #[derive(Debug, Parser)]
@@ -111,7 +111,7 @@ pub struct Forward {
     pub target: Option<Target>,
 
     /// The target of the sockets whose FileDescriptorName= is NAME (repeatable)
-    #[arg(long = "target", value_name = "NAME=ADDR", value_parser = crate::target::parse_named)]
+    #[arg(long = "target", value_name = "NAME=ADDR", value_parser = bro_relay::target::parse_named)]
     pub targets: Vec<(String, Target)>,
 
     /// Only warn of a --target whose socket was not passed, such as one whose port was taken at boot, and serve the others
@@ -230,7 +230,7 @@ pub struct Forward {
     /// For a service that expects it of every connection (nginx: listen … proxy_protocol). A client without an IP address, over unix,
     /// is told of as UNKNOWN (v1) or LOCAL (v2).
     #[arg(long, value_name = "v1|v2")]
-    pub proxy_protocol: Option<Version>,
+    pub proxy_protocol: Option<ProxyVersion>,
 
     /// Take the client's address from the PROXY protocol header (v1 or v2) of a --trusted balancer in front
     ///
@@ -365,6 +365,24 @@ pub struct Status {
     /// Print again each second, until interrupted
     #[arg(short, long)]
     pub watch: bool,
+}
+
+/// `--proxy-protocol`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProxyVersion {
+    /// A line of text
+    V1,
+    /// Binary
+    V2,
+}
+
+impl From<ProxyVersion> for proxy_protocol::Version {
+    fn from(version: ProxyVersion) -> Self {
+        match version {
+            ProxyVersion::V1 => Self::V1,
+            ProxyVersion::V2 => Self::V2,
+        }
+    }
 }
 
 /// `--relay=`.

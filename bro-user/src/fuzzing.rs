@@ -3,33 +3,27 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_relay::netns::{netlink, wire};
+use bro_relay::protocol;
+use bro_relay::proxy_protocol::{Bad, Incoming, LONGEST, Said, Version};
+use bro_relay::target::{self, Target};
+use bro_sockmap::btf::Offsets;
+use bro_sockmap::cgroup;
 use clap::Parser as _;
 
-use crate::address;
-use crate::address::{External, Internal};
+use crate::address::{self, External, Internal};
 use crate::cli::{Cli, LocalClients};
 use crate::commands::activate::plan;
 use crate::commands::status;
-use crate::control_socket;
-use crate::engine::handle;
-use crate::installed;
-use crate::installed::SECTION;
-use crate::netns::{netlink, wire};
+use crate::installed::{self, SECTION};
 use crate::podman::container;
-use crate::podman::quadlet;
-use crate::podman::quadlet::Kind;
-use crate::port_owner;
-use crate::proxy_protocol::{Bad, Incoming, LONGEST, Said, Version};
+use crate::podman::quadlet::{self, Kind};
 use crate::service::readiness::Ready;
-use crate::systemd::listen_fds;
-use crate::systemd::listen_fds::Environment;
+use crate::systemd::listen_fds::{self, Environment};
 use crate::systemd::manager::Manager;
 use crate::systemd::time_span::TimeSpan;
 use crate::systemd::unit_file::{UnitFile, quote_word, split_words};
-use crate::target;
-use crate::target::Target;
-use bro_sockmap::btf::Offsets;
-use bro_sockmap::cgroup;
+use crate::{control_socket, port_owner};
 
 /// `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES`, a line each.
 pub fn environment(text: &str) {
@@ -188,10 +182,10 @@ pub fn request(bytes: &[u8]) {
 
 /// What forwarder and relay process tell each other; the latter might be in other hands.
 pub fn relay_process(bytes: &[u8]) {
-    if let Ok(event) = serde_json::from_slice::<handle::Event>(bytes) {
+    if let Ok(event) = serde_json::from_slice::<protocol::Event>(bytes) {
         assert!(serde_json::to_vec(&event).is_ok());
     }
-    drop(handle::Command::decode(bytes, Vec::new()).is_some());
+    drop(protocol::Command::decode(bytes, Vec::new()).is_some());
 }
 
 /// What a forwarder answers, as `bro status` reads and prints it.

@@ -10,12 +10,10 @@ pub(crate) mod leftover;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use bro_relay::read_bounded::{self, Link};
 
-use crate::address;
-use crate::address::is_straight;
+use crate::address::{self, is_straight};
 use crate::exit::Failure;
-use crate::read_bounded;
-use crate::read_bounded::Link;
 use crate::run_as::Owner;
 use crate::systemd::manager::Manager;
 use crate::systemd::unit_file::UnitFile;

@@ -7,12 +7,11 @@ mod words;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use bro_user::cli;
-use bro_user::cli::{Cli, Command};
+use bro_user::cli::{self, Cli, Command};
 use bro_user::commands::forward::handover::Predecessor;
 use bro_user::commands::{activate, after_upgrade, doctor, forward, helper, loader, status, wake_sleep};
 use bro_user::systemd::listen_fds;
-use bro_user::{exit, logging, netns};
+use bro_user::{exit, logging};
 use clap::Parser as _;
 
 fn main() -> ExitCode {
@@ -31,7 +30,11 @@ fn main() -> ExitCode {
     };
     // First of all: nothing is open yet that could take a passed descriptor's number, and no thread reads the environment.
     let predecessor = Predecessor::take();
-    let passed = listen_fds::take_passed(predecessor.as_ref());
+    let passed = listen_fds::take_passed(if predecessor.is_some() {
+        listen_fds::From::Predecessor
+    } else {
+        listen_fds::From::Systemd
+    });
     let result = match command {
         Command::Forward(options) => {
             logging::init(options.verbose);
@@ -55,7 +58,7 @@ fn main() -> ExitCode {
         Command::Helper(_) => unreachable!("dealt with above"),
         Command::AfterUpgrade(options) => after_upgrade::run(&options),
         Command::TryWake(options) => doctor::try_wake(&options),
-        Command::NetnsAgent => netns::agent::run(),
+        Command::NetnsAgent => bro_relay::netns::agent::run(),
     };
     match exit::unless_nobody_reads(result) {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,12 +1,7 @@
-//! Sockets inside another network namespace: the forwarder's end of its [`agent`].
+//! Sockets inside another network namespace: the forwarder's end of its [agent](bro_relay::netns::agent).
 
 pub mod addresses;
-pub mod agent;
-pub mod identity;
-pub(crate) mod netlink;
-pub mod replies;
 pub mod sock_diag;
-pub mod wire;
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -14,6 +9,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use bro_relay::netns::identity::Identity;
+use bro_relay::netns::wire::{Address, Answer, Destinations, Request};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -21,8 +18,6 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 
 use crate::exit::Failure;
-use crate::netns::identity::Identity;
-use crate::netns::wire::{Address, Answer, Destinations, Request};
 
 /// How long an agent may take for one answer. It only makes sockets; a longer silence is a fault.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -147,10 +142,10 @@ impl Namespace {
         Ok(())
     }
 
-    /// Keeps what a service at `target` answers in the namespace ([`replies::keep`]).
+    /// Keeps what a service at `target` answers in the namespace ([`bro_relay::netns::replies::keep`]).
     ///
     /// # Errors
-    /// The agent's end; within, what [`replies::keep`] says.
+    /// The agent's end; within, what [`bro_relay::netns::replies::keep`] says.
     pub async fn keep_replies(&self, target: std::net::SocketAddr) -> io::Result<nix::Result<()>> {
         Ok(self.ask(&Request::KeepReplies(target), &[]).await?.map(drop))
     }
@@ -164,7 +159,8 @@ impl Namespace {
             self.channel(Destinations { addresses: vec![address], ..Destinations::default() }).await?;
         Request::Dial(0, None).send(channel.as_fd(), &[])?;
         let channel = crate::sys::watch(channel, tokio::io::Interest::READABLE)?;
-        let answered = channel.async_io(tokio::io::Interest::READABLE, |fd| wire::receive_answer(fd.as_fd()));
+        let answered = channel
+            .async_io(tokio::io::Interest::READABLE, |fd| bro_relay::netns::wire::receive_answer(fd.as_fd()));
         tokio::time::timeout(PATIENCE, answered).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
@@ -181,7 +177,11 @@ impl Namespace {
             channel
                 .async_io(tokio::io::Interest::WRITABLE, |fd| request.send(fd.as_fd(), descriptors))
                 .await?;
-            channel.async_io(tokio::io::Interest::READABLE, |fd| wire::receive_answer(fd.as_fd())).await
+            channel
+                .async_io(tokio::io::Interest::READABLE, |fd| {
+                    bro_relay::netns::wire::receive_answer(fd.as_fd())
+                })
+                .await
         };
         let answered = tokio::time::timeout(PATIENCE, exchange).await;
         let answered = answered.unwrap_or_else(|_| {
@@ -233,7 +233,7 @@ impl Where {
     /// socket(2)'s, or the agent's end.
     pub async fn socket(&self, domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
         match self {
-            Self::Own => crate::sys::socket(domain, kind, protocol),
+            Self::Own => bro_relay::sys::socket(domain, kind, protocol),
             Self::Entered(namespace) => namespace.socket(domain, kind, protocol).await,
         }
     }

@@ -19,32 +19,29 @@ use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use bro_relay::engine::Destination;
+use bro_relay::engine::lanes::Watch;
+use bro_relay::netns::identity::{self, Identity};
+use bro_relay::netns::wire::{Address, Destinations};
+use bro_relay::target::Target;
+use kernel_watch::{Service, Watching};
 use nix::libc;
+use progress::Progress;
+use readiness::Ready;
+use runs::Runs;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
-
-use crate::engine::Destination;
-use crate::engine::lanes::Watch;
-use crate::exit::Failure;
-use crate::netns;
-use crate::netns::identity;
-use crate::netns::identity::Identity;
-use crate::netns::wire::{Address, Destinations};
-use crate::netns::{AgentEnded, Namespace, Where};
-use crate::podman::container::Inspected;
-use crate::podman::{container, rootless_netns};
-use crate::systemd::manager::{Bus, Manager};
-use crate::systemd::run_command::Outcome;
-use crate::systemd::{manager, run_command};
-use crate::target::Target;
-use kernel_watch::{Service, Watching};
-use progress::Progress;
-use readiness::Ready;
-use runs::Runs;
 use wakes::Wakes;
 use whereabouts::Whereabouts;
+
+use crate::exit::Failure;
+use crate::netns::{self, AgentEnded, Namespace, Where};
+use crate::podman::container::{self, Inspected};
+use crate::podman::rootless_netns;
+use crate::systemd::manager::{self, Bus, Manager};
+use crate::systemd::run_command::{self, Outcome};
 
 /// Where targets are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -204,7 +201,7 @@ impl Activator {
 
     /// What to say of an agent that does not connect to unix sockets.
     fn refused_identity(&self, error: std::io::Error) -> anyhow::Error {
-        match identity::refusal(crate::sys::errno_of(&error), self.identity) {
+        match identity::refusal(bro_relay::sys::errno_of(&error), self.identity) {
             Some(sentence) if error.raw_os_error().is_some() => Failure::NotPermitted(sentence).into(),
             _ => error.into(),
         }
@@ -705,7 +702,7 @@ impl Activator {
     async fn enter_file(&self, path: &Path) -> anyhow::Result<Incarnation> {
         loop {
             match std::fs::File::open(path) {
-                Ok(file) if !crate::sys::is_network_namespace(file.as_fd()) => {
+                Ok(file) if !bro_relay::sys::is_network_namespace(file.as_fd()) => {
                     if let Some(found) = self.enter_rootless(path).await? {
                         return Ok(found);
                     }
@@ -728,7 +725,7 @@ impl Activator {
         let none = || Failure::NotFound(format!("{} is not a network namespace", path.display()));
         let reachable = rootless_netns::reachable(path).ok_or_else(none)?;
         match std::fs::File::open(&reachable) {
-            Ok(file) if crate::sys::is_network_namespace(file.as_fd()) => {
+            Ok(file) if bro_relay::sys::is_network_namespace(file.as_fd()) => {
                 let mut found = Incarnation::of_file(file.into(), self.identity).await?;
                 found.path = Some(reachable);
                 Ok(Some(found))
@@ -950,15 +947,15 @@ impl Incarnation {
             std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path).map(OwnedFd::from)
         };
         // First the process, then what belongs to it: if it is still there afterwards, both are its own.
-        let process = crate::sys::pidfd_open(pid).map_err(|error| opening(&what, &error))?;
+        let process = bro_relay::sys::pidfd_open(pid).map_err(|error| opening(&what, &error))?;
         let netns = open(format!("/proc/{pid}/ns/net"), 0).map_err(|error| {
             // Of one that has just been reaped this is what the kernel says (`proc_ns_get_link`), as of somebody else's.
-            let dying = crate::sys::exited(&process);
+            let dying = bro_relay::sys::exited(&process);
             opening(&what, &if dying { std::io::Error::from_raw_os_error(libc::ESRCH) } else { error })
         })?;
         let folder = netns::folder_of(pid.unsigned_abs()).map_err(|error| opening(&what, &error))?;
         let root = open(format!("/proc/{pid}/root"), libc::O_PATH | libc::O_DIRECTORY).ok();
-        if crate::sys::exited(&process) {
+        if bro_relay::sys::exited(&process) {
             return Err(Failure::NotFound(format!("{what} has exited")).into());
         }
         let stat = nix::sys::stat::fstat(&netns)?;
@@ -977,7 +974,7 @@ impl Incarnation {
                 let path = self.path.as_ref().unwrap_or(path);
                 nix::sys::stat::stat(path).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.file)
             }
-            _ => self.process.as_ref().is_none_or(|process| !crate::sys::exited(process.get_ref())),
+            _ => self.process.as_ref().is_none_or(|process| !bro_relay::sys::exited(process.get_ref())),
         }
     }
 

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_user::relay::pipes::KEPT;
+use bro_relay::relay::pipes::KEPT;
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};

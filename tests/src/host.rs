@@ -14,6 +14,7 @@ mod inside;
 mod manager;
 mod root;
 pub mod site;
+mod undo;
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};

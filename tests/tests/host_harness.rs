@@ -1,10 +1,10 @@
 //! The test host itself: boots, runs things as root and as a user, keeps its disk over a reboot and leaves nothing behind.
 
 use std::io::{Read as _, Write as _};
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use bro_tests::host::cases::{Cases, note};
+use bro_tests::host::site::PATIENCE;
 use bro_tests::host::{Host, Manager, NEEDS};
 
 #[test]
@@ -70,7 +70,7 @@ fn quadlet(host: &Host, manager: Manager) -> Result<()> {
     manager.systemctl(host, &["daemon-reload"])?;
     manager.systemctl(host, &["start", "web.service"])?;
     let inspected = manager.run(host, &["podman", "inspect", "--format", "{{.State.Pid}}", "systemd-web"])?;
-    host.wait_until("a listener in the container", Duration::from_secs(10), || {
+    host.wait_until("a listener in the container", PATIENCE, || {
         let listeners = host.run(&["nsenter", "--target", &inspected, "--net", "ss", "-Hltn"])?;
         Ok(listeners.contains("127.0.0.1:80"))
     })?;
@@ -102,9 +102,9 @@ fn activation(host: &Host, manager: Manager) -> Result<()> {
         client.read_exact(&mut answer)?;
         ensure!(&answer == b"hello");
         drop(client);
-        manager.wait_for(host, "proxy.service", "ActiveState", "inactive", Duration::from_secs(10))?;
+        manager.wait_for(host, "proxy.service", "ActiveState", "inactive", PATIENCE)?;
         // Stopped by SIGTERM, socat exits with 143: whichever way, it is gone.
-        host.wait_until("the end of echo.service", Duration::from_secs(10), || {
+        host.wait_until("the end of echo.service", PATIENCE, || {
             Ok(manager.show(host, "echo.service", "MainPID")? == "0")
         })?;
     }

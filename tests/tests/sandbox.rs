@@ -6,14 +6,14 @@
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result, ensure};
+use bro_relay::netns::identity::Identity;
+use bro_relay::netns::wire;
+use bro_relay::netns::wire::Request;
 use bro_tests::hijack::{Argument, Hijacked, rights};
 use bro_tests::netns::{Namespace, Owner};
 use bro_tests::peers::Family;
 use bro_tests::scene::Scene;
 use bro_tests::{process, require_namespaces, sys};
-use bro_user::netns::identity::Identity;
-use bro_user::netns::wire;
-use bro_user::netns::wire::Request;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{AddressFamily, SockType, SockaddrLike as _, SockaddrStorage, getsockopt, sockopt};

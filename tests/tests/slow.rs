@@ -196,7 +196,7 @@ fn a_reader_that_never_reads_is_waited_for_half_a_minute() -> Result<()> {
     forwarder.expect_no_spin(Duration::from_secs(1))?;
     let closings = forwarder.log().closings(COUNT, Duration::from_secs(40))?;
     let took = begin.elapsed();
-    let limit = bro_user::connection::STALLED;
+    let limit = bro_relay::connection::STALLED;
     ensure!(took >= limit && took < limit + Duration::from_secs(6), "the last one ended after {took:?}");
     ensure!(closings.iter().all(|closing| closing.reason.ends_with("-reset")), "{closings:?}");
     ensure!(closings.iter().all(|closing| closing.duration_ms >= 29_000), "{closings:?}");

@@ -60,7 +60,9 @@ fn package(host: &Host) -> Result<()> {
         let options = ["--exit-idle-time", "2s"];
         let site = Site::activated(host, manager, "packed", &Plan::service(manager, 0.0, ""), &options)?;
         site.check_echo().with_context(|| site.journals())?;
+        let held = site.held()?;
         ensure!(program(host, &site)? == "/usr/bin/bro", "it runs {}", program(host, &site)?);
+        drop(held);
         sites.push(site);
     }
     upgrade(host, &sites)?;
@@ -69,7 +71,9 @@ fn package(host: &Host) -> Result<()> {
         site.await_exit().with_context(|| site.journals())?;
         site.await_container_gone()?;
         site.check_echo().context("after the upgrade, from asleep")?;
+        let held = site.held()?;
         ensure!(program(host, site)? == "/usr/bin/bro", "it runs {}", program(host, site)?);
+        drop(held);
     }
     remove(host, sites, &before)
 }

@@ -8,17 +8,15 @@ use std::path::Path;
 use aya::maps::{Map, MapError, SockHash};
 use aya::programs::{ProgramError, SchedClassifier, SkMsg, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use nix::libc;
-
 use bro_ebpf::{Owners, SEATS};
+use nix::libc;
 
 use super::Config;
 use super::btf::Offsets;
 use super::maps::{Descriptors, Share};
 use super::programs::Programs;
 use super::sys::OwnersValue;
-use super::trace;
-use super::trace::Tracer;
+use super::trace::{self, Tracer};
 use super::unavailable::Unavailable;
 
 /// The programs as `cargo xtask build-ebpf` made them; aya wants them aligned.

@@ -9,8 +9,7 @@ use aya::maps::{HashMap, Map, MapData, MapError, RingBuf, SockHash};
 use bro_ebpf::{Counter, Event, Flow, HookRequest, Watch, WatchKey, kind, role};
 use serde::{Deserialize, Serialize};
 
-use super::lane;
-use super::lane::{Lane, Lanes, SenderAddress};
+use super::lane::{self, Lane, Lanes, SenderAddress};
 use super::sys::{Mapping, PortKey, WatchValue};
 use super::unavailable::{Refused, Unavailable};
 use super::{Kind, Role, Totals, load};

@@ -13,13 +13,11 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, RenameFlags, renameat2};
 use nix::mount::{MsFlags, mount};
 
-use super::load;
-use super::load::{Loaded, Shape, not_pinned};
+use super::load::{self, Loaded, Shape, not_pinned};
 use super::maps::data;
 use super::pinned::{ABOUT, HOOK, LINK, ROOT, SEATS_FOLDER, events, folder, version};
 use super::unavailable::Unavailable;
-use super::{Config, Kernel};
-use super::{seat, sys};
+use super::{Config, Kernel, seat, sys};
 
 /// A seat's ring buffer, in bytes: some 800 events.
 const RING: u32 = 32 * 1024;

@@ -13,8 +13,7 @@ use bro_ebpf::{About, Counter, SEATS};
 use nix::libc;
 
 use super::maps::{Descriptors, Share, data};
-use super::seat;
-use super::seat::{Place, Seat};
+use super::seat::{self, Place, Seat};
 use super::sys::{Mapping, open_pinned};
 use super::unavailable::Unavailable;
 

@@ -10,12 +10,11 @@ use aya::programs::{SchedClassifier, SockOps};
 use nix::libc;
 
 use super::handoff::{Bequest, Estate};
-use super::load;
 use super::maps::Share;
 use super::seat::Seat;
-use super::sys;
 use super::trace::Tracer;
 use super::unavailable::Unavailable;
+use super::{load, sys};
 
 /// The loaded programs. Dropping them detaches them, if it was this process that loaded them.
 pub struct Programs {

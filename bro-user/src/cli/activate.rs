@@ -2,17 +2,17 @@
 
 use std::path::PathBuf;
 
+use bro_relay::netns::identity::Identity;
+use bro_relay::proxy_protocol::Trusted;
 use clap::{Args, ValueEnum};
 
 use super::idle::{IdleBy, WakeOn};
-use super::{LocalClients, RelayChoice};
+use super::{LocalClients, ProxyVersion, RelayChoice};
 use crate::address::{External, Internal};
-use crate::netns::identity::Identity;
-use crate::proxy_protocol::{Trusted, Version};
-use crate::rate::Rate;
 use crate::service::readiness::Ready;
 use crate::service::sources::Choice;
 use crate::systemd::time_span::TimeSpan;
+use bro_relay::rate::Rate;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -115,7 +115,7 @@ pub struct Activate {
     pub idle_ignore: Vec<Trusted>,
 
     /// A connection on which less moves than BYTES within TIME keeps nothing awake: 1K/1min (as in bro forward)
-    #[arg(long, value_name = "BYTES/TIME", conflicts_with = "direct")]
+    #[arg(long, value_name = "BYTES/TIME", value_parser = crate::rate::rate, conflicts_with = "direct")]
     pub idle_below: Option<Rate>,
 
     /// What wakes the container: a connection, or the first byte of one (as in bro forward)
@@ -192,7 +192,7 @@ pub struct Activate {
 
     /// Tell the service who its client is, by a PROXY protocol header: v1 or v2 (as in bro forward)
     #[arg(long, value_name = "v1|v2", conflicts_with = "direct")]
-    pub proxy_protocol: Option<Version>,
+    pub proxy_protocol: Option<ProxyVersion>,
 
     /// Take the client's address from the PROXY protocol header of a --trusted balancer in front (as in bro forward)
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_missing_value = "true", conflicts_with = "direct")]

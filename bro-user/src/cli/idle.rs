@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use crate::proxy_protocol::Trusted as Peers;
-use crate::rate::Rate;
 use crate::systemd::time_span::TimeSpan;
+use bro_relay::proxy_protocol::Trusted as Peers;
+use bro_relay::rate::Rate;
 
 /// When the service is woken, and when it may sleep.
 #[derive(Debug, Args)]
@@ -38,7 +38,7 @@ pub struct Idle {
     /// For heartbeats: MQTT's pings, a websocket's keep-alives, an open browser tab. The idle time is counted from the last moment
     /// at which so much, both ways together, had moved on one connection within TIME (which is known to an eighth); at the idle exit
     /// what is still connected is closed, as with --idle-by=bytes. A request of fewer bytes keeps nothing awake either.
-    #[arg(long, value_name = "BYTES/TIME")]
+    #[arg(long, value_name = "BYTES/TIME", value_parser = crate::rate::rate)]
     pub idle_below: Option<Rate>,
 
     /// What wakes a sleeping service: a connection, or a connection's first byte

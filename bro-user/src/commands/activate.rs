@@ -17,22 +17,20 @@ mod waits;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use plan::{Places, Wanted};
+use signals::Interrupt;
+use transaction::{Change, Lock, Made, Owner as Whose};
 
 use crate::address::External;
 use crate::cli::Activate;
 use crate::exit::Failure;
-use crate::installed;
-use crate::installed::{Activated, leftover};
+use crate::installed::{self, Activated, leftover};
 use crate::podman::quadlet;
 use crate::port_owner;
 use crate::run_as::Owner;
 use crate::service::failed_wake;
 use crate::systemd::manager::Manager;
-use crate::units;
-use crate::units::File;
-use plan::{Places, Wanted};
-use signals::Interrupt;
-use transaction::{Change, Lock, Made, Owner as Whose};
+use crate::units::{self, File};
 
 /// Runs `bro activate`.
 ///

@@ -14,8 +14,7 @@ use nix::unistd::{Uid, User};
 
 use crate::cli::AfterUpgrade;
 use crate::exit::{Failure, on_one_line};
-use crate::installed;
-use crate::installed::Activated;
+use crate::installed::{self, Activated};
 use crate::run_as::{Gaining, Owner};
 use crate::systemd::manager::Manager;
 

@@ -17,42 +17,40 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
+use bro_relay::connection::End;
+use bro_relay::engine::socket_options::Keepalive;
+use bro_relay::engine::{Settings, slot};
+use bro_relay::listener::Listener;
+use bro_relay::process::{self, Process};
+use bro_relay::protocol::{Event, Plain};
+use bro_relay::relay::{Method, pipes};
+use bro_relay::stats::{Stats, Tally};
+use bro_relay::sys::AddressBook;
+use bro_relay::target::Target;
+use bro_sockmap::{Bequest, Foreign, News, Unavailable};
 use nix::sys::socket::{SockaddrStorage, getsockname};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
+use wake::Wakefulness;
 
 use super::forward::handover::{Predecessor, Program};
 use super::status;
 use crate::cli::idle::WakeOn;
 use crate::cli::{Forward, LocalClients, RelayChoice};
-use crate::connection::End;
-use crate::control_socket;
-use crate::control_socket::{Asked, Asker, Request};
-use crate::engine::handle::{Event, Handle, Plain};
-use crate::engine::process;
-use crate::engine::process::Process;
-use crate::engine::socket_options::Keepalive;
-use crate::engine::{Settings, slot};
+use crate::control_socket::{self, Asked, Asker, Request};
 use crate::exit::Failure;
-use crate::relay::Method;
-use crate::relay::pipes;
+use crate::logging;
+use crate::relay_handle::Handle;
 use crate::service::failed_wake::Failures;
-use crate::service::kernel_watch;
-use crate::service::kernel_watch::{Loaded, Watching};
+use crate::service::kernel_watch::{self, Loaded, Watching};
 use crate::service::sources::{Choice, Wanted};
 use crate::service::wakes::{Limits, Wakes};
 use crate::service::{Activator, Awake, Incarnation, Place};
-use crate::stats::{Stats, Tally};
-use crate::sys::AddressBook;
-use crate::systemd::listen_fds;
-use crate::systemd::listen_fds::{Listener, Passed};
+use crate::systemd::listen_fds::{self, Passed};
 use crate::systemd::manager::Manager;
 use crate::systemd::notify;
-use crate::target::Target;
-use bro_sockmap::{Bequest, Foreign, News, Unavailable};
-use wake::Wakefulness;
 
 /// The first of the failures after which nobody would be served before this has passed.
 const STATUS_STEP: Duration = Duration::from_secs(1);
@@ -164,7 +162,15 @@ pub fn run(
     let private = predecessor.as_ref().map(Predecessor::descriptor);
     let settings = settings(options);
     let limit = waiting::Limit::new(options.connections_max, settings.connections_max);
-    let (relay, channel) = process::start(&settings, &listeners, &targets, &mut addresses, &stats, private)?;
+    let (relay, channel) = process::start(
+        &settings,
+        &listeners,
+        &targets,
+        &mut addresses,
+        &stats,
+        private,
+        logging::without_addresses,
+    )?;
     // After it: none of this is the relay process's either.
     let bequest = predecessor.as_ref().and_then(Predecessor::bequest);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -267,7 +273,7 @@ fn load_kernel_relay(options: &Forward, bequest: Option<Bequest>) -> Option<Load
 fn clients_namespace(listeners: &[(Listener, usize)]) -> Option<u64> {
     let mut cookies = listeners.iter().map(|(listener, _)| {
         let address = getsockname::<SockaddrStorage>(listener.socket.as_raw_fd()).ok()?;
-        crate::sockaddr::tcp(&address)?;
+        bro_relay::sockaddr::tcp(&address)?;
         bro_sockmap::netns_cookie(listener.socket.as_fd()).ok()
     });
     let first = cookies.next()??;
@@ -298,7 +304,7 @@ fn settings(options: &Forward) -> Settings {
         ),
         binds: options.source != Choice::Loopback,
         idle_timeout: options.idle_timeout.finite(),
-        proxy_protocol: options.proxy_protocol,
+        proxy_protocol: options.proxy_protocol.map(Into::into),
         trusted: if options.accept_proxy { options.trusted.clone() } else { Vec::new() },
         wake_on_data: options.idle.wake_on == WakeOn::Data,
         idle_by_bytes: options.idle.exit_idle_time.finite().filter(|_| options.idle.counts_bytes()),

@@ -10,16 +10,15 @@ use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
+use bro_relay::netns::agent;
+use bro_relay::sys;
 use nix::errno::Errno;
 use nix::libc;
 
 use crate::cli::Helper;
 use crate::exit::Failure;
-use crate::netns::agent;
 use crate::podman::container;
-use crate::sys;
-use crate::systemd::listen_fds;
-use crate::systemd::listen_fds::Environment;
+use crate::systemd::listen_fds::{self, Environment};
 
 /// Runs `bro helper`; returns only when the command cannot be had. Called before any thread is started: setns(2) lets nobody
 /// with threads join a user namespace.

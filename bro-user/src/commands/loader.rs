@@ -7,14 +7,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use bro_sockmap::pin::{self, Named, Order};
+use bro_sockmap::{LOADER_UNIT, Unavailable, cgroup};
 use nix::unistd::{Uid, User};
 
 use crate::cli::Loader;
 use crate::exit::Failure;
 use crate::systemd::manager::{Bus, Manager};
-use bro_sockmap::pin;
-use bro_sockmap::pin::{Named, Order};
-use bro_sockmap::{LOADER_UNIT, Unavailable, cgroup};
 
 /// How long systemd may take to start a user's manager.
 const PATIENCE: Duration = Duration::from_secs(60);

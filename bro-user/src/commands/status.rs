@@ -9,15 +9,13 @@ use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
+use bro_relay::stats::Tally;
 use serde::{Deserialize, Serialize};
 
-use crate::control_socket;
-use crate::control_socket::Request;
-use crate::exit;
-use crate::exit::Failure;
+use crate::control_socket::{self, Request};
+use crate::exit::{self, Failure};
 use crate::service::failed_wake::FailedWake;
 use crate::service::wakes::Rhythm;
-use crate::stats::Tally;
 use crate::systemd::manager::Manager;
 
 /// What a forwarder says of itself.

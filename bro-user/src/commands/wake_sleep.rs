@@ -9,13 +9,11 @@ use tokio::time::{Instant, sleep as pause, timeout_at};
 
 use super::status::Report;
 use crate::cli::wake_sleep::{Sleep, Wake, Whom};
-use crate::control_socket;
-use crate::control_socket::{Outcome, Request};
+use crate::control_socket::{self, Outcome, Request};
 use crate::exit::{Failure, on_one_line};
 use crate::installed;
 use crate::run_as::Owner;
-use crate::service::use_lock;
-use crate::service::use_lock::{Lock, Use};
+use crate::service::use_lock::{self, Lock, Use};
 use crate::systemd::manager::{Bus, Manager};
 
 /// Between two looks for a forwarder that is about to come or to go.

@@ -3,12 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_relay::read_bounded::{self, Link};
+
 use super::{
     Activated, LONGEST, Listener, MARKER, SECTION, activation_name, assemble, config_home, is_unit_name,
     listener, ours_in, unit_name,
 };
-use crate::read_bounded;
-use crate::read_bounded::Link;
 use crate::systemd::manager::Manager;
 use crate::systemd::unit_file::UnitFile;
 

@@ -4,13 +4,14 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd as _;
 
+use bro_relay::netns::netlink;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use nix::libc;
 use nix::sys::socket::{SockaddrStorage, connect, getsockname};
 
-use super::{Where, netlink};
+use super::Where;
 
 /// The loopback interface's index, in every network namespace.
 const LOOPBACK: u32 = 1;
@@ -93,7 +94,7 @@ async fn usual(place: &Where, elsewhere: SocketAddr) -> io::Result<IpAddr> {
     let domain = if elsewhere.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let socket = place.socket(domain, libc::SOCK_DGRAM, 0).await?;
     connect(socket.as_raw_fd(), &SockaddrStorage::from(elsewhere))?;
-    let own = crate::sockaddr::tcp(&getsockname(socket.as_raw_fd())?);
+    let own = bro_relay::sockaddr::tcp(&getsockname(socket.as_raw_fd())?);
     own.map(|own| own.ip()).ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
 }
 

@@ -11,11 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use bro_relay::read_bounded::{self, Link};
 use tokio::process::Command;
 
 use crate::exit::Failure;
-use crate::read_bounded;
-use crate::read_bounded::Link;
 use crate::run_as::Owner;
 
 /// How long `podman inspect` may take.

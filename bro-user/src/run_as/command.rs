@@ -38,7 +38,7 @@ impl Owner {
 
     fn dressed(&self, mut command: Command, gaining: Gaining, program: &OsStr) -> Command {
         // What this process was started with may be open in it, and is root's.
-        crate::sys::keep_descriptors();
+        bro_relay::sys::keep_descriptors();
         let runtime = self.runtime_directory();
         command
             .args(["--wait", "setpriv", "--reuid", &self.uid.to_string(), "--regid", &self.gid.to_string()])

@@ -4,15 +4,14 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use bro_relay::read_bounded::{self, Link};
+use bro_relay::target::Target;
 use serde::{Deserialize, Serialize};
 
 use crate::control_socket;
 use crate::exit::on_one_line;
 use crate::installed::Activated;
-use crate::read_bounded;
-use crate::read_bounded::Link;
 use crate::systemd::manager::Manager;
-use crate::target::Target;
 
 /// How many characters of a cause are kept.
 const LONGEST_CAUSE: usize = 1000;

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
+use bro_relay::engine::lanes::Watch;
+use bro_relay::protocol::Command;
+use bro_sockmap::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
 use tokio::sync::oneshot;
 
-use crate::engine::handle::{Command, Handle};
-use crate::engine::lanes::Watch;
 use crate::netns::Namespace;
-use bro_sockmap::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
+use crate::relay_handle::Handle;
 
 /// How long the thread may take to answer: it may just be attaching.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -74,7 +75,7 @@ pub fn load(
 /// The kernel relay, and no more memory than before: reading the kernel's types takes megabytes for a moment.
 fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Kernel, Unavailable> {
     let kernel = Kernel::obtain(config, bequest);
-    crate::sys::return_freed_memory();
+    bro_relay::sys::return_freed_memory();
     kernel
 }
 

@@ -2,21 +2,20 @@
 
 pub mod protocol;
 
-use std::fmt;
-use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::str::FromStr;
 use std::time::Duration;
+use std::{fmt, io};
 
+use bro_relay::target::Target;
 use nix::libc;
+use protocol::{Answer, Page, Protocol};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::netns::Where;
 use crate::netns::sock_diag::Table;
-use crate::target::Target;
-use protocol::{Answer, Page, Protocol};
 
 /// When the first client may be connected.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,15 +5,15 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
 
 use anyhow::{Context as _, bail};
+use bro_relay::netns::wire::Address;
+use bro_relay::source::Sources;
 use clap::ValueEnum;
 use nix::errno::Errno;
 use nix::libc;
 
 use crate::exit::Failure;
 use crate::netns::addresses::Addresses;
-use crate::netns::wire::Address;
 use crate::netns::{Namespace, Where};
-use crate::source::Sources;
 
 /// `--source=`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]

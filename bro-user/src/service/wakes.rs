@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use crate::control_socket;
 use crate::exit::on_one_line;
 use crate::installed::Activated;
-use crate::read_bounded;
-use crate::read_bounded::Link;
+use bro_relay::read_bounded;
+use bro_relay::read_bounded::Link;
 
 /// What a limit per hour is counted in.
 const HOUR: Duration = Duration::from_secs(3600);

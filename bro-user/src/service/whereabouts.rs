@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use crate::podman::container;
-use crate::podman::container::Residence;
+use crate::podman::container::{self, Residence};
 use crate::systemd::manager::{Bus, Changes};
 
 /// Between two looks, where the service manager does not tell of a change.

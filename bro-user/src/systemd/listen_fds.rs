@@ -2,16 +2,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
-use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
-use nix::sys::socket::{self, AddressFamily, SockType, SockaddrStorage, sockopt};
+use bro_relay::listener::Listener;
+use bro_relay::sys;
+use bro_relay::target::{self, Target};
+use nix::sys::socket;
+use nix::sys::socket::{AddressFamily, SockType, SockaddrStorage, sockopt};
 
-use crate::commands::forward::handover::Predecessor;
 use crate::exit::Failure;
-use crate::sys;
-use crate::target;
-use crate::target::Target;
 
 /// The first descriptor that systemd passes (`SD_LISTEN_FDS_START`).
 pub const FIRST: RawFd = 3;
@@ -21,52 +20,6 @@ const MOST: RawFd = 1024;
 
 /// The backlog of a socket of our own, the same as systemd's default (`SOMAXCONN`, cut by net.core.somaxconn).
 const BACKLOG: i32 = 4096;
-
-/// One listening stream socket, non-blocking and close-on-exec.
-#[derive(Debug)]
-pub struct Listener {
-    /// The socket.
-    pub socket: OwnedFd,
-    /// Its FileDescriptorName=, or the name given with `--listen`.
-    pub name: String,
-    /// Its address, for people.
-    pub address: String,
-    /// Made by `--listen`.
-    own: bool,
-    /// The path to remove at the end, for a unix socket of our own.
-    unlink: Option<PathBuf>,
-}
-
-impl Listener {
-    /// Made by `--listen`, and not passed by a service manager.
-    #[must_use]
-    pub const fn is_own(&self) -> bool {
-        self.own
-    }
-
-    /// The same socket for the relay process, which has no file to remove, with this number.
-    ///
-    /// # Errors
-    /// EMFILE.
-    pub fn for_relay(&self, number: RawFd) -> std::io::Result<Self> {
-        let socket = crate::sys::duplicate(self.socket.as_fd(), number)?;
-        Ok(Self {
-            socket,
-            name: self.name.clone(),
-            address: self.address.clone(),
-            own: self.own,
-            unlink: None,
-        })
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(path) = self.unlink.take() {
-            std::fs::remove_file(path).ok();
-        }
-    }
-}
 
 /// `--listen [NAME=]ADDR`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -178,6 +131,15 @@ impl Environment {
     }
 }
 
+/// Who has passed the sockets, and so whether `LISTEN_PID` has to name this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    /// The service manager, which knows this process's number.
+    Systemd,
+    /// The predecessor of a reload, which does not know it.
+    Predecessor,
+}
+
 /// A descriptor that systemd passed.
 #[derive(Debug)]
 pub struct Passed {
@@ -191,8 +153,8 @@ pub struct Passed {
 ///
 /// # Errors
 /// When the environment is contradictory, or announces a descriptor that is not open.
-pub fn take_passed(predecessor: Option<&Predecessor>) -> Result<Vec<Passed>, Failure> {
-    let names = Environment::take().passed(predecessor.is_none().then(std::process::id))?;
+pub fn take_passed(from: From) -> Result<Vec<Passed>, Failure> {
+    let names = Environment::take().passed((from == From::Systemd).then(std::process::id))?;
     let adopt = |(number, name): (RawFd, String)| match sys::adopt(number) {
         Ok(descriptor) => Ok(Passed { descriptor, number, name }),
         Err(error) => Err(Failure::NoSocket(format!(
@@ -250,16 +212,7 @@ fn inherited(passed: Passed) -> anyhow::Result<Listener> {
             "is of family {family:?}: bro relays TCP over IPv4 or IPv6, and unix streams"
         ))),
     }
-    set_flags(&socket)?;
-    Ok(Listener { address: describe(&address), socket, name, own: false, unlink: None })
-}
-
-fn set_flags(socket: &OwnedFd) -> nix::Result<()> {
-    use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
-    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
-    let _zero = fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    let _zero = fcntl(socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-    Ok(())
+    Ok(Listener::passed(socket, name, &address)?)
 }
 
 fn bind(spec: &ListenSpec) -> anyhow::Result<Listener> {
@@ -280,9 +233,7 @@ fn bind(spec: &ListenSpec) -> anyhow::Result<Listener> {
             (listener.with_context(|| format!("cannot listen on @{name}"))?.into(), None)
         }
     };
-    set_flags(&socket)?;
-    let address = describe(&socket::getsockname::<SockaddrStorage>(socket.as_raw_fd())?);
-    Ok(Listener { socket, name, address, own: true, unlink })
+    Ok(Listener::own(socket, name, unlink)?)
 }
 
 fn bind_tcp(host: &str, port: u16) -> anyhow::Result<OwnedFd> {
@@ -299,24 +250,6 @@ fn bind_tcp(host: &str, port: u16) -> anyhow::Result<OwnedFd> {
     socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     socket::listen(&socket.as_fd(), socket::Backlog::new(BACKLOG)?)?;
     Ok(socket)
-}
-
-/// A socket address as people write it.
-#[must_use]
-pub fn describe(address: &SockaddrStorage) -> String {
-    if let Some(v4) = address.as_sockaddr_in() {
-        return std::net::SocketAddrV4::from(*v4).to_string();
-    }
-    if let Some(v6) = address.as_sockaddr_in6() {
-        return std::net::SocketAddrV6::from(*v6).to_string();
-    }
-    match address.as_unix_addr() {
-        Some(unix) if unix.path().is_some() => {
-            unix.path().map(|path| path.display().to_string()).unwrap_or_default()
-        }
-        Some(unix) => format!("@{}", String::from_utf8_lossy(unix.as_abstract().unwrap_or_default())),
-        None => "?".into(),
-    }
 }
 
 #[cfg(test)]

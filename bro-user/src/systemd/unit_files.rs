@@ -3,8 +3,7 @@
 use anyhow::Context as _;
 use zbus::OwnedObjectPath;
 
-use super::manager;
-use super::manager::{Bus, Manager};
+use super::manager::{self, Bus, Manager};
 use crate::run_as::Owner;
 
 /// `(ssssssouso)`: a unit as ListUnits describes it; the first is its name, the seventh its object.

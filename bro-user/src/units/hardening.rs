@@ -14,9 +14,10 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_relay::target::Target;
+
 use crate::installed::Activated;
 use crate::systemd::manager::Manager;
-use crate::target::Target;
 
 /// What @system-service has beyond need. `chown` and the like, other users' ids, priorities, devices, mounts.
 const NEVER: &str = "@chown @clock @cpu-emulation @debug @keyring @memlock @module @mount @obsolete @raw-io @reboot @resources \

@@ -19,11 +19,16 @@ pub enum Manager {
 impl Manager {
     /// Writes a unit (`web-in.socket`) where its administrator would.
     pub fn unit(self, host: &Host, name: &str, text: &str) -> Result<()> {
-        let folder = match self {
+        host.write(&format!("{}/{name}", self.unit_folder()), text)
+    }
+
+    /// Where an administrator's units are.
+    #[must_use]
+    pub fn unit_folder(self) -> String {
+        match self {
             Self::System => "/etc/systemd/system".into(),
             Self::User(user) => format!("/home/{user}/.config/systemd/user"),
-        };
-        host.write(&format!("{folder}/{name}"), text)
+        }
     }
 
     /// Writes a quadlet (`web.container`) where its administrator would.
@@ -106,9 +111,10 @@ impl Manager {
                 [&of_user("_SYSTEMD_USER_UNIT")[..], &["+".into()], &of_user("USER_UNIT")].concat()
             }
         };
-        let args =
-            ["journalctl", "--quiet", "--all", output].into_iter().chain(matches.iter().map(String::as_str));
-        host.run(&args.collect::<Vec<_>>())
+        // All that has been logged by now: the journal takes its messages up one after the other, and on a busy machine late.
+        let script = "journalctl --sync; exec journalctl \"$@\"";
+        let args = ["sh", "-euc", script, "journalctl", "--quiet", "--all", output];
+        host.run(&args.into_iter().chain(matches.iter().map(String::as_str)).collect::<Vec<_>>())
     }
 
     /// Makes the busybox image `localhost/busybox` known to this manager's Podman.

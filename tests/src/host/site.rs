@@ -64,6 +64,20 @@ impl Plan {
         manager.quadlet(host, &format!("{name}.container"), &quadlet.replace("{name}", name))
     }
 
+    /// An echo service that begins to listen once the test has made a file, whose path is returned: for as long as it wants to look at
+    /// clients that are held, however slow the machine is.
+    pub fn gated(host: &Host, manager: Manager, name: &str, options: &str) -> Result<(Self, String)> {
+        let folder = folder(host, manager, &format!("gate-{name}"))?;
+        let gate = format!("{folder}/open");
+        host.run(&["rm", "-f", &gate])?;
+        let mut plan = Self::busybox(
+            "until test -e /gate/open; do sleep 0.1; done; exec nc -ll -p 7 -e /bin/cat",
+            options,
+        );
+        plan.container.push_str(&format!("\nVolume={folder}:/gate"));
+        Ok((plan, gate))
+    }
+
     /// Busybox running `script`.
     pub fn busybox(script: &str, options: &str) -> Self {
         let container = format!("Image=localhost/busybox\nStopSignal=SIGKILL\nExec=/bin/sh -c \"{script}\"");
@@ -261,6 +275,13 @@ impl<'h> Site<'h> {
         Ok(())
     }
 
+    /// A client that has had something back and stays: as long as it does, nothing goes to sleep.
+    pub fn held(&self) -> Result<TcpStream> {
+        let client = self.client()?;
+        echo(&client, b"held").with_context(|| self.journals())?;
+        Ok(client)
+    }
+
     /// One property of the forwarder's unit.
     pub fn forwarder_show(&self, property: &str) -> Result<String> {
         self.front.show(self.host, &self.forwarder(), property)
@@ -299,6 +320,19 @@ impl<'h> Site<'h> {
             self.journal()
         );
         Ok(ended)
+    }
+
+    /// What the forwarder logged as errors: waits until there are `count`, and more there must not be.
+    pub fn await_errors(&self, count: usize) -> Result<Vec<String>> {
+        let mut errors = Vec::new();
+        self.host
+            .wait_until(&format!("{count} errors in the log"), PATIENCE, || {
+                errors = self.errors()?;
+                Ok(errors.len() >= count)
+            })
+            .with_context(|| self.journal())?;
+        ensure!(errors.len() == count, "{count} errors, one line each, not: {errors:#?}");
+        Ok(errors)
     }
 
     /// What the forwarder logged as errors, one sentence each.
@@ -341,6 +375,15 @@ pub fn text(record: &Value, field: &str) -> String {
 pub fn ask(client: TcpStream, request: &[u8]) -> Result<Vec<u8>> {
     send(client.try_clone()?, request)?;
     read_all(client)
+}
+
+/// Sends `text` and has it back; the connection stays open.
+pub fn echo(mut client: &TcpStream, text: &[u8]) -> Result<()> {
+    client.write_all(text).context("cannot send")?;
+    let mut back = vec![0; text.len()];
+    client.read_exact(&mut back).context("nothing comes back")?;
+    ensure!(back == text, "{back:?} came back for {text:?}");
+    Ok(())
 }
 
 fn send(mut client: TcpStream, request: &[u8]) -> Result<()> {

@@ -12,7 +12,7 @@ pub fn pasta(host: &Host) -> Result<()> {
     let port = site.port;
     let from = |network: &str, address: &str| {
         let ask = format!(
-            "printf who | timeout 20 podman run --rm --interactive --pull=never --network={network} \
+            "printf who | timeout 60 podman run --rm --interactive --pull=never --network={network} \
              docker.io/alpine/socat -t10 - TCP:{address}:{port}"
         );
         client.try_run(host, &["sh", "-c", &ask])

@@ -37,6 +37,8 @@ pub fn nginx(host: &Host, manager: Manager) -> Result<()> {
         let page = host.sh(&format!("curl --silent --fail --max-time 20 http://127.0.0.1:{port}/"));
         let page = page.with_context(|| manager.journal(host, "taken.service").unwrap_or_default())?;
         ensure!(page.contains("Welcome to nginx!"), "{page}");
+        // It may answer before Podman has told systemd that it is ready.
+        manager.wait_for(host, "taken.service", "ActiveState", "active", PATIENCE)?;
         let interfaces = manager.run(host, &["podman", "exec", "systemd-taken", "ip", "-o", "link"])?;
         ensure!(interfaces.lines().count() == 1 && interfaces.contains(": lo:"), "{interfaces}");
         let doctor = manager.try_run(host, &["bro", "doctor", "taken"])?;
@@ -175,13 +177,14 @@ pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
 /// stays stopped until the next one comes.
 pub fn client_while_restarting(host: &Host, manager: Manager) -> Result<()> {
     let data = folder(host, manager, "anew")?;
-    // It takes its time after the end of what listens.
-    let script =
-        "socat ACCEPT-FD:3,fork EXEC:cat & listening=$!; trap 'kill $listening; sleep 2; exit 0' TERM; wait";
+    // After the end of what listens it says so, and goes on until it is let go; for StopTimeout= at most.
+    let script = "socat ACCEPT-FD:3,fork EXEC:cat & listening=$!\n\
+                  last() { kill $listening; wait $listening; touch /data/deaf; until test -e /data/go; do sleep 0.1; done; exit 0; }\n\
+                  trap last TERM; wait";
     host.write(&format!("{data}/run"), script)?;
     let plan = Plan::new(
         &format!(
-            "Image=docker.io/alpine/socat\nEntrypoint=/bin/sh\nExec=/data/run\nStopTimeout=20\nVolume={data}:/data"
+            "Image=docker.io/alpine/socat\nEntrypoint=/bin/sh\nExec=/data/run\nStopTimeout=60\nVolume={data}:/data"
         ),
         "",
         "",
@@ -191,16 +194,22 @@ pub fn client_while_restarting(host: &Host, manager: Manager) -> Result<()> {
     let ran = activate(host, manager, &format!("anew --direct --external-port 127.0.0.1:{port}"))?;
     ensure!(ran.success(), "{ran:?}");
     let journal = || manager.journal(host, "anew.service").unwrap_or_default();
+    let (deaf, go) = (format!("{data}/deaf"), format!("{data}/go"));
     let late = |verb: &str| -> Result<std::net::TcpStream> {
+        host.run(&["rm", "-f", &deaf, &go])?;
         let answer = ask(host.connect(port)?, b"early").with_context(journal)?;
         ensure!(answer == b"early", "{answer:?}");
+        manager.wait_for(host, "anew.service", "ActiveState", "active", PATIENCE)?;
         manager.systemctl(host, &["--no-block", verb, "anew.service"])?;
         manager.wait_for(host, "anew.service", "ActiveState", "deactivating", PATIENCE)?;
         // Only when the old one has let go of it does a client come to nobody.
-        host.wait_until("nothing listens in the container", PATIENCE, || {
-            Ok(!manager.try_run(host, &["podman", "exec", "systemd-anew", "pidof", "socat"])?.success())
-        })?;
-        host.connect(port)
+        host.wait_until("nothing listens in the container", PATIENCE, || Ok(host.path(&deaf).exists()))
+            .with_context(journal)?;
+        let client = host.connect(port)?;
+        let state = manager.show(host, "anew.service", "ActiveState")?;
+        ensure!(state == "deactivating", "the client has come too late, it is {state}: {}", journal());
+        host.write(&go, "")?;
+        Ok(client)
     };
     let answer = ask(late("restart")?, b"late").with_context(journal)?;
     ensure!(answer == b"late", "{answer:?}: {}", journal());
@@ -211,8 +220,8 @@ pub fn client_while_restarting(host: &Host, manager: Manager) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
         other => anyhow::bail!("while it was stopped a client saw {other:?}: {}", journal()),
     }
-    let state = manager.show(host, "anew.service", "ActiveState")?;
-    ensure!(state == "inactive", "it was stopped, and is {state}: {}", journal());
+    // It is told at the end of the stop. A start for it would have served it.
+    manager.wait_for(host, "anew.service", "ActiveState", "inactive", PATIENCE)?;
     let answer = ask(host.connect(port)?, b"next").with_context(journal)?;
     ensure!(answer == b"next", "{answer:?}");
     ensure!(activate(host, manager, "anew --remove")?.success());
@@ -238,12 +247,18 @@ pub fn restricted(host: &Host, manager: Manager) -> Result<()> {
         let answer = ask(host.connect(port)?, b"hello");
         let answer = answer.with_context(|| manager.journal(host, "bound.service").unwrap_or_default())?;
         ensure!(answer == b"hello", "{answer:?}\n{}", manager.journal(host, "bound.service")?);
+        // It may answer before Podman has told systemd that it is ready, and which process is the main one.
+        manager.wait_for(host, "bound.service", "ActiveState", "active", PATIENCE)?;
         let conmon = manager.show(host, "bound.service", "MainPID")?;
-        let status = std::fs::read_to_string(host.path(&format!("/proc/{conmon}/status")))?;
+        let status = std::fs::read_to_string(host.path(&format!("/proc/{conmon}/status")));
+        let status = status.with_context(|| {
+            format!("process {conmon}\n{}", manager.journal(host, "bound.service").unwrap_or_default())
+        })?;
         // As with Network=none.
         let main =
             manager.run(host, &["podman", "inspect", "--format", "{{.State.Pid}}", "systemd-bound"])?;
-        let interfaces = std::fs::read_to_string(host.path(&format!("/proc/{main}/net/dev")))?;
+        let interfaces = std::fs::read_to_string(host.path(&format!("/proc/{main}/net/dev")));
+        let interfaces = interfaces.with_context(|| format!("process {main}"))?;
         let interfaces: Vec<&str> =
             interfaces.lines().skip(2).filter_map(|line| line.split(':').next()).collect();
         ensure!(interfaces.iter().all(|name| name.trim() == "lo") && interfaces.len() == 1, "{interfaces:?}");

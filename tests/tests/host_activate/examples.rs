@@ -28,7 +28,8 @@ pub fn all(host: &Host, cases: &Cases) {
             Err(error) => cases.case(&format!("{name}: can be read"), || Err(error)),
             Ok(chapters) => {
                 for chapter in chapters {
-                    cases.case(&format!("{name}: {}", chapter.title), || run(host, &chapter, &mut images));
+                    cases
+                        .on(host, &format!("{name}: {}", chapter.title), || run(host, &chapter, &mut images));
                 }
             }
         }
@@ -84,6 +85,12 @@ fn run_where_it_is(host: &Host, chapter: &Chapter, images: &mut HashSet<(u8, Str
             command(host, who, line, prints.as_deref()).with_context(|| line.clone())
         }
     });
+    if result.is_err() {
+        // What ended half-way has not come to the commands that stop it.
+        for path in written.iter().rev() {
+            stop(host, path);
+        }
+    }
     for path in &written {
         host.run(&["rm", "-f", path])?;
     }
@@ -100,6 +107,22 @@ fn run_where_it_is(host: &Host, chapter: &Chapter, images: &mut HashSet<(u8, Str
         ensure!(left.is_empty(), "it leaves {left:#?}");
     }
     Ok(())
+}
+
+/// Stops the unit that a file is of, if it is of one.
+fn stop(host: &Host, path: &str) {
+    let Some((folder, name)) = path.rsplit_once('/') else { return };
+    let manager = match folder {
+        folder if folder.starts_with("/home/test/") => USER,
+        folder if folder.starts_with("/home/other/") => DB,
+        _ => Manager::System,
+    };
+    let unit = match name.rsplit_once('.') {
+        Some((stem, "container")) => format!("{stem}.service"),
+        Some((_, "socket" | "service" | "timer")) => name.to_owned(),
+        _ => return,
+    };
+    manager.systemctl(host, &["stop", &unit]).ok();
 }
 
 fn place(path: &str) -> Result<(Manager, String)> {

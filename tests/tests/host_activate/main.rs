@@ -87,6 +87,7 @@ const OTHERS: &[OtherCase] = &[
     ("the system's forwarder for a user, looked after", run_as::looked_after),
     ("what the system's forwarder for a user may and others may not", run_as::lines_that_are_not_crossed),
     ("doctor and the system's forwarder for a user that is confined too much", run_as::confined),
+    ("unix_socket: whom a user's service sees through the system's forwarder", unix_socket::of_a_user),
     ("what root has a user's Podman do", run_as::podman_has_nothing_of_roots),
     ("the system's forwarder for a user who is not logged in", run_as::not_logged_in),
     ("another user's container by its process", helper::by_others),
@@ -109,10 +110,10 @@ fn activated_services_on_a_real_host() {
     }
     cases.both(&host, BOTH);
     for (name, case) in OTHERS {
-        cases.case(name, || case(&host));
+        cases.on(&host, name, || case(&host));
     }
     examples::all(&host, &cases);
-    cases.case("after a reboot without a login", || power::nobody_has_logged_in(&mut host));
-    cases.case("reboot and power cut in mid-stream", || power::reboot_and_power_cut(&mut host));
+    cases.rebooting(&mut host, "after a reboot without a login", power::nobody_has_logged_in);
+    cases.rebooting(&mut host, "reboot and power cut in mid-stream", power::reboot_and_power_cut);
     cases.conclude();
 }

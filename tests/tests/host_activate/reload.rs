@@ -27,6 +27,10 @@ pub fn under_pgbench(host: &Host, manager: Manager) -> Result<()> {
     ensure!(eventually(PATIENCE, || answer() == "42"), "{}\n{}", answer(), site.journals());
     client("pgbench --initialize --scale 1 --quiet postgres")?;
 
+    // One for each forwarder, so that none of them is idle however long the others take. They say nothing.
+    let mut kept = vec![site.client()?];
+    let active = || site.forwarder_show("ActiveState").is_ok_and(|state| state == "active");
+    ensure!(eventually(PATIENCE, active), "{}", site.journals());
     std::thread::scope(|scope| -> Result<()> {
         // Connections that stay, one for each transaction, and one that says nothing for a long time.
         let stay = scope.spawn(|| client("pgbench --client 4 --jobs 2 --time 10 postgres"));
@@ -40,6 +44,7 @@ pub fn under_pgbench(host: &Host, manager: Manager) -> Result<()> {
             let taken_over = || !mains.contains(&main()) && main() != "0";
             ensure!(eventually(PATIENCE, taken_over), "nobody has taken over: {}", site.journals());
             mains.push(main());
+            kept.push(site.client()?);
             ensure!(site.forwarder_show("ActiveState")? == "active", "{}", site.journals());
         }
         for (what, report) in [("stay", stay), ("come", come)] {
@@ -51,6 +56,7 @@ pub fn under_pgbench(host: &Host, manager: Manager) -> Result<()> {
         ensure!(held == "42", "the held client got {held}");
         Ok(())
     })?;
+    drop(kept);
     // Nobody of the older ones is left, and the last one knows when to stop the container.
     expect_asleep(&site).with_context(|| site.journals())?;
     ensure!(site.errors()?.is_empty(), "{:?}", site.errors()?);

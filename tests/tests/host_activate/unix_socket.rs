@@ -15,15 +15,24 @@ while True:
     c.close()
 ";
 
+/// Each manager's own: the cases of both run at once, and change it.
+fn script(manager: Manager) -> &'static str {
+    match manager {
+        Manager::System => "/srv/seen.py",
+        Manager::User(_) => "/srv/seen-by-a-user.py",
+    }
+}
+
 fn plan(manager: Manager) -> Plan {
     let container = format!(
-        "Rootfs={}:O\nVolume=/srv/seen.py:/srv/seen.py:ro\nTmpfs=/tmp\nStopSignal=SIGKILL\nExec=/usr/bin/python3 /srv/seen.py",
-        manager.image()
+        "Rootfs={}:O\nVolume={}:/srv/seen.py:ro\nTmpfs=/tmp\nStopSignal=SIGKILL\nExec=/usr/bin/python3 /srv/seen.py",
+        manager.image(),
+        script(manager)
     );
     Plan::new(&container, "", "")
 }
 
-const OPTIONS: [&str; 4] = ["--internal-port", "/tmp/who.sock", "--exit-idle-time", "1s"];
+const OPTIONS: [&str; 4] = ["--internal-port", "/tmp/who.sock", "--exit-idle-time", "1min"];
 
 fn is_nobody(said: &str) -> bool {
     let ids = said.trim().split_once(':');
@@ -33,12 +42,14 @@ fn is_nobody(said: &str) -> bool {
 }
 
 pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
-    let write = |mode: &str| host.write("/srv/seen.py", SERVICE.replace("MODE", mode));
+    let write = |mode: &str| host.write(script(manager), SERVICE.replace("MODE", mode));
     write("0o666")?;
     let site = Site::activated(host, manager, "seen", &plan(manager), &OPTIONS)?;
     let ask = || host.sh(&format!("timeout 20 socat -u TCP:127.0.0.1:{} - || :", site.port));
     let doctor = || manager.try_run(host, &["bro", "doctor", "seen"]);
+    // It stays awake while it is looked at.
     let asleep = || -> Result<()> {
+        manager.run(host, &["bro", "sleep", "--force", "seen"])?;
         manager.wait_for(host, &site.unit(), "ActiveState", "inactive", PATIENCE)?;
         manager.wait_for(host, &site.forwarder(), "ActiveState", "inactive", PATIENCE)
     };
@@ -63,24 +74,26 @@ pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
     let well = doctor()?;
     ensure!(well.success(), "{well:?}");
     asleep()?;
-    drop(site);
+    Ok(())
+}
 
-    // The system's forwarder for a user's container. The system's own one has its name beside this.
-    if let Manager::User(user) = manager {
-        write("0o666")?;
-        plan(manager).write_quadlet(host, manager, "theirs")?;
-        let port = host.free_port()?;
-        let external = format!("127.0.0.1:{port}");
-        let mut words =
-            vec!["bro", "activate", "theirs", "--system", "--run-as", user, "--external-port", &external];
-        words.extend(OPTIONS);
-        host.run(&words)?;
-        let said = host.sh(&format!("timeout 20 socat -u TCP:{external} - || :"));
-        let removed = host.run(&["bro", "activate", "theirs", "--system", "--remove"]);
-        ensure!(is_nobody(&said?), "the service sees another user");
-        removed?;
-        manager.systemctl(host, &["stop", "theirs.service"])?;
-    }
+/// The system's forwarder for a user's container. Not beside the system's own cases, which look at all of the system's units.
+pub fn of_a_user(host: &Host) -> Result<()> {
+    let (user, manager) = ("test", Manager::User("test"));
+    host.write(script(manager), SERVICE.replace("MODE", "0o666"))?;
+    plan(manager).write_quadlet(host, manager, "theirs")?;
+    let port = host.free_port()?;
+    let external = format!("127.0.0.1:{port}");
+    let mut words =
+        vec!["bro", "activate", "theirs", "--system", "--run-as", user, "--external-port", &external];
+    words.extend(OPTIONS);
+    host.run(&words)?;
+    let said = host.sh(&format!("timeout 20 socat -u TCP:{external} - || :"));
+    let removed = host.run(&["bro", "activate", "theirs", "--system", "--remove"]);
+    let said = said?;
+    ensure!(is_nobody(&said), "the service sees {said:?}");
+    removed?;
+    manager.systemctl(host, &["stop", "theirs.service"])?;
     Ok(())
 }
 

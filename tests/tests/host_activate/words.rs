@@ -11,7 +11,7 @@ use crate::activated::expect_asleep;
 pub fn nothing_undefined(host: &Host, manager: Manager) -> Result<()> {
     host.install(&bro::helper(), "/usr/local/bin/peer")?;
     let plan = Plan::service(manager, 0.2, "");
-    let site = Site::activated(host, manager, "strict", &plan, &["--exit-idle-time", "1s"])?;
+    let site = Site::activated(host, manager, "strict", &plan, &["--exit-idle-time", "3s"])?;
     let unit = manager.systemctl(host, &["cat", &site.forwarder()])?;
     ensure!(unit.contains("\nRestrictAddressFamilies="), "no filter of systemd's: {unit}");
     let (_, line) = unit.split_once("\nExecStart=").context("it starts something")?;
@@ -25,6 +25,7 @@ pub fn nothing_undefined(host: &Host, manager: Manager) -> Result<()> {
     manager.systemctl(host, &["daemon-reload"])?;
     for _ in 0..2 {
         site.check_echo().with_context(|| site.journals())?;
+        let held = site.held()?;
         let main = site.forwarder_show("MainPID")?;
         let filters =
             host.run(&["sed", "-n", "s/^Seccomp_filters:\\t//p", &format!("/proc/{main}/status")])?;
@@ -33,6 +34,7 @@ pub fn nothing_undefined(host: &Host, manager: Manager) -> Result<()> {
         let taken_over = || Ok(!["0", &main].contains(&site.forwarder_show("MainPID")?.as_str()));
         host.wait_until("a successor", PATIENCE, taken_over).with_context(|| site.journals())?;
         site.check_echo().context("after a reload").with_context(|| site.journals())?;
+        drop(held);
         expect_asleep(&site).with_context(|| site.journals())?;
     }
     ensure!(site.errors()?.is_empty(), "{:?}", site.errors()?);

@@ -20,8 +20,7 @@ pub fn dies_during_start(host: &Host, manager: Manager) -> Result<()> {
         ensure!(began.elapsed() < Duration::from_secs(20), "reset after {:?}", began.elapsed());
         let ended = site.ended(attempt)?;
         ensure!(text(&ended[attempt - 1], "BRO_REASON") == "start-failed", "{}", site.journal());
-        let errors = site.errors()?;
-        ensure!(errors.len() == attempt, "one line a failure, not: {errors:#?}");
+        let errors = site.await_errors(attempt)?;
         ensure!(
             errors[attempt - 1].contains("dies.service"),
             "it does not name the unit: {}",
@@ -48,7 +47,8 @@ pub fn never_listens(host: &Host, manager: Manager) -> Result<()> {
         site.expect_reset()?;
         let waited = began.elapsed();
         ensure!(
-            (Duration::from_millis(1500)..Duration::from_secs(6)).contains(&waited),
+            // Not only at the end of the usual start timeout (90 s).
+            (Duration::from_millis(1500)..Duration::from_secs(20)).contains(&waited),
             "reset after {waited:?}"
         );
         ensure!(
@@ -56,7 +56,7 @@ pub fn never_listens(host: &Host, manager: Manager) -> Result<()> {
             "{}",
             site.journal()
         );
-        ensure!(site.errors()?.len() == attempt, "one line a failure, not: {:#?}", site.errors()?);
+        site.await_errors(attempt)?;
     }
     Ok(())
 }
@@ -67,8 +67,8 @@ pub fn cannot_start(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "noimage", &plan)?;
     site.expect_reset()?;
     ensure!(text(&site.ended(1)?[0], "BRO_REASON") == "start-failed", "{}", site.journal());
-    let errors = site.errors()?;
-    ensure!(errors.len() == 1 && errors[0].contains("noimage.service"), "{errors:#?}");
+    let errors = site.await_errors(1)?;
+    ensure!(errors[0].contains("noimage.service"), "{errors:#?}");
     Ok(())
 }
 
@@ -77,8 +77,8 @@ pub fn unknown_unit(host: &Host, manager: Manager) -> Result<()> {
     plan.forward = plan.forward.replace("--unit {name}.service", "--unit nosuch.service");
     let site = Site::new(host, manager, "nounit", &plan)?;
     site.expect_reset()?;
-    let errors = site.errors()?;
-    ensure!(errors.len() == 1 && errors[0].contains("nosuch.service"), "{errors:#?}");
+    let errors = site.await_errors(1)?;
+    ensure!(errors[0].contains("nosuch.service"), "{errors:#?}");
     ensure!(errors[0].contains("not found"), "systemd's reason is missing: {}", errors[0]);
     Ok(())
 }

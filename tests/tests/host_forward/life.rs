@@ -62,7 +62,8 @@ pub fn slow_to_stop(host: &Host, manager: Manager) -> Result<()> {
 
 /// A client that leaves while it is held is forgotten, and keeps nothing awake.
 pub fn client_leaves(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::new(host, manager, "leaves", &Plan::service(manager, 1.0, "--exit-idle-time 300ms"))?;
+    let (plan, gate) = Plan::gated(host, manager, "leaves", "--exit-idle-time 300ms")?;
+    let site = Site::new(host, manager, "leaves", &plan)?;
     let client = site.client()?;
     host.wait_until("the client is held", PATIENCE, || {
         Ok(site.forwarder_show("StatusText")?.contains("1 client waiting"))
@@ -71,9 +72,10 @@ pub fn client_leaves(host: &Host, manager: Manager) -> Result<()> {
     let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
     nix::sys::socket::setsockopt(&client, nix::sys::socket::sockopt::Linger, &at_once)?;
     drop(client);
+    let ended = site.ended(1)?;
+    host.write(&gate, "")?;
     site.await_exit()?;
     site.await_container_gone()?;
-    let ended = site.ended(1)?;
     ensure!(text(&ended[0], "BRO_REASON") == "client-left", "{}", ended[0]);
     site.check_echo()
 }
@@ -81,13 +83,12 @@ pub fn client_leaves(host: &Host, manager: Manager) -> Result<()> {
 /// kill -9: the open connection dies with it, the socket is systemd's, so the next client is served by the next forwarder.
 pub fn killed(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "killed", &Plan::service(manager, 0.0, "--exit-idle-time 700ms"))?;
+    let mut open = site.held()?;
     let (run, _) = site.who()?;
-    let mut open = site.client()?;
-    open.write_all(b"hello")?;
-    open.read_exact(&mut [0; 5])?;
     let forwarder = site.forwarder_show("MainPID")?;
     host.run(&["kill", "-KILL", &forwarder])?;
     ensure!(!matches!(open.read(&mut [0; 1]), Ok(1)), "bytes from a dead forwarder");
+    let held = site.held()?;
     ensure!(site.who()?.0 == run, "the container did not survive its forwarder");
     let successor = site.forwarder_show("MainPID")?;
     ensure!(successor != forwarder && successor != "0", "nobody forwards");
@@ -96,6 +97,7 @@ pub fn killed(host: &Host, manager: Manager) -> Result<()> {
     host.wait_until("only the successor's own processes in the unit", PATIENCE, || {
         Ok(host.run(&["cat", &tasks])?.lines().count() <= 3)
     })?;
+    drop(held);
     site.await_exit()?;
     // The successor puts to sleep what its predecessor had woken.
     site.await_container_gone()
@@ -169,7 +171,8 @@ pub fn drains(host: &Host, manager: Manager) -> Result<()> {
 }
 
 pub fn status(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::new(host, manager, "status", &Plan::service(manager, 1.0, ""))?;
+    let (plan, gate) = Plan::gated(host, manager, "status", "")?;
+    let site = Site::new(host, manager, "status", &plan)?;
     let says = |part: &str| {
         let what = format!("“{part}” in the forwarder's status");
         host.wait_until(&what, PATIENCE, || Ok(site.forwarder_show("StatusText")?.contains(part)))
@@ -177,6 +180,7 @@ pub fn status(host: &Host, manager: Manager) -> Result<()> {
     let mut client = site.client()?;
     says("1 client waiting")?;
     ensure!(site.forwarder_show("ActiveState")? == "active", "no READY=1 although it holds a client");
+    host.write(&gate, "")?;
     client.write_all(b"hello")?;
     client.read_exact(&mut [0; 5])?;
     says("1 connection now")?;

@@ -106,9 +106,9 @@ fn forwarders_on_a_real_host() {
     site::prepare(&host).expect("the host can be prepared");
     cases.both(&host, BOTH);
     for (name, case) in OTHERS {
-        cases.case(name, || case(&host));
+        cases.on(&host, name, || case(&host));
     }
-    cases.case("frozen: the host goes down", || frozen::the_host_goes_down(&mut host));
-    cases.case("enabled sockets work after a reboot", || life::survives_reboot(&mut host));
+    cases.rebooting(&mut host, "frozen: the host goes down", frozen::the_host_goes_down);
+    cases.rebooting(&mut host, "enabled sockets work after a reboot", life::survives_reboot);
     cases.conclude();
 }

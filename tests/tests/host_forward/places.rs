@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv6Addr, Shutdown};
 use std::os::unix::net::UnixStream;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::{Host, Manager};
 
 use crate::site::{INNER, PATIENCE, Plan, Site, ask, text};
@@ -17,7 +17,9 @@ pub fn in_a_pod(host: &Host, manager: Manager) -> Result<()> {
     for _ in 0..2 {
         site.check_echo()?;
         site.await_exit()?;
-        manager.wait_for(host, "pea.service", "ActiveState", "inactive", PATIENCE)?;
+        manager.wait_for(host, "pea.service", "ActiveState", "inactive", PATIENCE).with_context(|| {
+            format!("{}\n{}", site.journals(), manager.journal(host, "peas-pod.service").unwrap_or_default())
+        })?;
     }
     manager.systemctl(host, &["stop", "peas-pod.service"])?;
     Ok(())

@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::{Host, Manager};
 
 use crate::site::{INNER, PATIENCE, Plan, Site, ask};
@@ -204,7 +204,10 @@ pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
             site.journal()
         );
     }
-    ensure!(site.errors()?.iter().any(|error| error.contains("too often")), "{:#?}", site.errors()?);
+    host.wait_until("systemd's limit in the log", PATIENCE, || {
+        Ok(site.errors()?.iter().any(|error| error.contains("too often")))
+    })
+    .with_context(|| site.journals())?;
     ensure!(manager.show(host, &site.socket(), "ActiveState")? == "active", "the socket has failed");
     // When the container is mended and the limit's time is over, the next client is served.
     let mended = format!(

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::{Host, Manager};
 
-use crate::site::{Plan, Site};
+use crate::site::{PATIENCE, Plan, Site};
 
 /// Says whom it sees, and with which groups, to each client.
 const SERVICE: &str = r"import os,socket,struct
@@ -61,7 +61,9 @@ pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
     write("0o600")?;
     let site = Site::new(host, manager, "who", &plan("", ""))?;
     ensure!(seen(&site).is_err(), "a stranger was let in");
-    let journal = site.journal();
-    ensure!(journal.contains("does not let the user in as whom this forwarder connects"), "{journal}");
+    host.wait_until("the log says why", PATIENCE, || {
+        Ok(site.journal().contains("does not let the user in as whom this forwarder connects"))
+    })
+    .with_context(|| site.journal())?;
     Ok(())
 }

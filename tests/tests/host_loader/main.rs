@@ -35,9 +35,9 @@ fn loaders_on_a_real_host() {
     site::prepare(&host).expect("the host can be prepared");
     install(&host).expect("the units can be installed");
     for (name, case) in CASES {
-        cases.case(name, || case(&host));
+        cases.on(&host, name, || case(&host));
     }
-    cases.case("a reboot", || users::survives_reboot(&mut host));
+    cases.rebooting(&mut host, "a reboot", users::survives_reboot);
     cases.conclude();
 }
 

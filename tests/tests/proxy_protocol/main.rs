@@ -113,7 +113,7 @@ fn a_service_is_told_each_clients_own_address_before_its_first_byte() -> Result<
                     None => b"PROXY UNKNOWN\r\n".to_vec(),
                 }
             } else {
-                bro_user::proxy_protocol::Version::V2.header(ends)
+                bro_relay::proxy_protocol::Version::V2.header(ends)
             };
             let told = heard(&accepted, expected.len())?;
             ensure!(told == expected, "{family:?} {version}: {:?}", String::from_utf8_lossy(&told));
@@ -161,7 +161,7 @@ fn a_trusted_header_is_read_to_its_end_and_no_further() -> Result<()> {
     require_namespaces!();
     let v1 = b"PROXY TCP6 2001:db8::7 2001:db8::1 4711 443\r\n".to_vec();
     let ends = ("[2001:db8::7]:4711".parse()?, "[2001:db8::1]:443".parse()?);
-    let mut v2 = bro_user::proxy_protocol::Version::V2.header(Some(ends));
+    let mut v2 = bro_relay::proxy_protocol::Version::V2.header(Some(ends));
     // With a field that nobody knows, of 300 bytes.
     v2[15] = 0;
     let rest = u16::try_from(36 + 303)?.to_be_bytes();
@@ -205,7 +205,7 @@ fn a_balancers_own_connections_are_its_own() -> Result<()> {
     let mut scene = Scene::new()?;
     let service = scene.serve()?;
     let forwarder = scene.start(&with(&["--proxy-protocol=v1"]))?;
-    let mut local = bro_user::proxy_protocol::Version::V2.header(None);
+    let mut local = bro_relay::proxy_protocol::Version::V2.header(None);
     local.extend(b"ping");
     for sent in [&b"PROXY UNKNOWN\r\nping"[..], &local] {
         let client = scene.client()?;

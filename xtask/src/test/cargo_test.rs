@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result};
 
 use super::second_look;
-use super::summary::{Count, Failure};
+use super::summary::{Case, Count, Failure};
 use crate::build::{cargo, target_folder};
 
 /// Runs tests with the built binary.
@@ -16,28 +16,47 @@ pub struct Runner {
     /// The binary under test.
     pub bro: PathBuf,
     skips: PathBuf,
+    cases: PathBuf,
 }
 
 impl Runner {
     /// `bro` is the binary under test.
     pub fn new(bro: PathBuf) -> Result<Self> {
-        let skips = target_folder()?.join("bro-test-skips");
-        Ok(Self { bro, skips })
+        let target = target_folder()?;
+        Ok(Self { bro, skips: target.join("bro-test-skips"), cases: target.join("bro-test-cases") })
     }
 
     /// `cargo test ARGS`, to the end even when tests fail. Always for the whole workspace: with fewer packages cargo may
     /// choose other features of what they depend on, and build all of that once more.
     pub fn run(&self, args: &[&str]) -> Result<Count> {
-        self.count(cargo().args(["test", "--workspace", "--no-fail-fast"]).args(args), &self.skips)
+        self.run_cases(args, &[])
+    }
+
+    /// The same, of a suite's cases only those with these names.
+    fn run_cases(&self, args: &[&str], names: &[&str]) -> Result<Count> {
+        let mut command = cargo();
+        command.args(["test", "--workspace", "--no-fail-fast"]).args(args);
+        if !names.is_empty() {
+            // A line each: one alone would be a part of a name.
+            command.env("BRO_CASE", names.join("\n") + "\n");
+        }
+        File::create(&self.cases).context("a file for the failed cases' names")?;
+        let mut count = self.count(command.env("BRO_FAILED_CASES", &self.cases), &self.skips)?;
+        let noted = std::fs::read_to_string(&self.cases)?;
+        std::fs::remove_file(&self.cases)?;
+        if let [failure] = &mut count.failures[..] {
+            failure.cases = cases(&noted)?;
+        }
+        Ok(count)
     }
 
     /// The suite called `name`, its tests side by side or one by one.
     pub fn suite(&self, name: &str, one_by_one: bool) -> Result<Count> {
         let alone = ["--test", name, "--", "--test-threads=1"];
         let first = self.run(if one_by_one { &alone } else { &alone[..2] })?;
-        second_look::look(name, first, |failed| {
-            let exact = alone.into_iter().chain(["--exact"]).chain(failed.iter().map(String::as_str));
-            self.run(&exact.collect::<Vec<_>>())
+        second_look::look(name, first, |failed, cases| {
+            let exact = alone.into_iter().chain(["--exact"]).chain(failed.iter().copied());
+            self.run_cases(&exact.collect::<Vec<_>>(), cases)
         })
     }
 
@@ -107,7 +126,7 @@ impl Failures {
 
     fn line(&mut self, line: &str) {
         if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
-            self.all.push(Failure { test: test.to_owned(), said: String::new() });
+            self.all.push(Failure { test: test.to_owned(), said: String::new(), cases: Vec::new() });
             self.complains = false;
         } else if ["failures:", "Stack backtrace:"].contains(&line) {
             // The list of their names; and that says where, not what.
@@ -125,6 +144,14 @@ impl Failures {
     }
 }
 
+/// What a suite with cases has noted: a JSON object a line.
+fn cases(noted: &str) -> Result<Vec<Case>> {
+    noted
+        .lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("no failed case: {line}")))
+        .collect()
+}
+
 /// `SKIPPED the_test: needs this; needs that`
 fn skip_note(line: &str) -> Option<(String, String)> {
     let (test, need) = line.strip_prefix("SKIPPED ")?.split_once(": ")?;
@@ -133,7 +160,7 @@ fn skip_note(line: &str) -> Option<(String, String)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Failures, result_line, skip_note};
+    use super::{Failures, cases, result_line, skip_note};
 
     #[test]
     fn a_result_line_gives_its_counts() {
@@ -152,6 +179,15 @@ mod tests {
         let [failure] = failures.all.as_slice() else { panic!("one failure") };
         assert_eq!(failure.test, "a::one");
         assert_eq!(failure.said, "Error: 0 wakes Caused by: why");
+    }
+
+    #[test]
+    fn failed_cases_are_read_with_what_they_said() {
+        let noted = "{\"name\":\"networks: own, the host's\",\"said\":\"no\\nmore\",\"needed\":false}\n";
+        let read = cases(noted).expect("a case");
+        assert_eq!((read[0].name.as_str(), read[0].said.as_str()), ("networks: own, the host's", "no\nmore"));
+        assert!(!read[0].needed && read.len() == 1 && cases("").expect("no case").is_empty());
+        assert!(cases("name").is_err());
     }
 
     #[test]

@@ -1,4 +1,7 @@
-//! The tier that runs nothing of the project: format, clippy, docs and the licences of what it depends on.
+//! The tier that runs nothing of the project: format, clippy, docs, the licences of what it depends on, and its inner walls.
+
+mod circles;
+mod walls;
 
 use std::process::{Command, Stdio};
 
@@ -21,7 +24,14 @@ pub fn run() -> Result<Count> {
     Ok(check("format", cargo().args(["fmt", "--all", "--check"]), "fmt", COMPONENTS)?
         + check("clippy", cargo().args(clippy), "clippy", COMPONENTS)?
         + check("docs", &mut docs, "doc", "")?
-        + check("licences", cargo().args(deny), "deny", DENY)?)
+        + check("licences", cargo().args(deny), "deny", DENY)?
+        + told("walls between crates", walls::hold()?)
+        + told("circles of imports", circles::none()?))
+}
+
+fn told(name: &str, passed: bool) -> Count {
+    println!("{name}: {}", if passed { "ok" } else { "FAILED" });
+    Count::check(passed)
 }
 
 fn check(name: &str, command: &mut Command, tool: &str, need: &str) -> Result<Count> {
@@ -31,6 +41,5 @@ fn check(name: &str, command: &mut Command, tool: &str, need: &str) -> Result<Co
         return Ok(Count::missing(name, need));
     }
     let passed = command.status().context("cannot run cargo")?.success();
-    println!("{name}: {}", if passed { "ok" } else { "FAILED" });
-    Ok(Count::check(passed))
+    Ok(told(name, passed))
 }

@@ -69,7 +69,7 @@ pub fn run(runner: &Runner, tiers: &[Tier]) -> Result<Count> {
             command
         };
         let first = runner.count(&mut command(), &skips)?;
-        let mut count = second_look::look(name, first, |failed| {
+        let mut count = second_look::look(name, first, |failed, _| {
             own_file(&skips)?;
             runner.count(command().args(["--test-threads=1", "--exact"]).args(failed), &skips)
         })?;

@@ -32,6 +32,19 @@ pub struct Failure {
     pub test: String,
     /// The last of what it said.
     pub said: String,
+    /// Those of its cases that failed, where it has cases.
+    pub cases: Vec<Case>,
+}
+
+/// A case that failed, as the suite has noted it in the file that `BRO_FAILED_CASES` names.
+#[derive(Debug, Clone, serde::Deserialize)]
+pub struct Case {
+    /// Its name.
+    pub name: String,
+    /// What it said.
+    pub said: String,
+    /// Others stand on it: those have not run.
+    pub needed: bool,
 }
 
 impl Count {
@@ -75,8 +88,11 @@ fn say(what: &str, tests: &[Failure]) {
     if !tests.is_empty() {
         println!("\n!!!!!!!!!! {what} !!!!!!!!!!");
     }
-    for Failure { test, said } in tests {
+    for Failure { test, said, cases } in tests {
         println!("{test}\n    {said}");
+        for Case { name, said, .. } in cases {
+            println!("  case {name}\n    {}", said.trim_end().replace('\n', "\n    "));
+        }
     }
 }
 

@@ -54,9 +54,9 @@ fn everything(cases: &Cases, machine: &mut Machine, packages: &[String; 2]) {
     }
     let shared = &*machine;
     cases.at_once(&[
-        ("rootful, through the kernel relay", &|| relays::kernel(&Site::lane(shared))),
-        ("rootful, through splice", &|| relays::splice(&Site::spliced(shared))),
-        ("rootless, without bro loader", &|| relays::splice(&Site::rootless(shared))),
+        ("rootful, through the kernel relay", &|| told(shared, relays::kernel(&Site::lane(shared)))),
+        ("rootful, through splice", &|| told(shared, relays::splice(&Site::spliced(shared)))),
+        ("rootless, without bro loader", &|| told(shared, relays::splice(&Site::rootless(shared)))),
     ]);
     cases.case("bro doctor NAME", || relays::doctor(machine));
     if !cases.needed("bro loader is started", || relays::load(machine)) {
@@ -69,8 +69,8 @@ fn everything(cases: &Cases, machine: &mut Machine, packages: &[String; 2]) {
     }
     let shared = &*machine;
     cases.at_once(&[
-        ("rootful, after the reboot", &|| relays::kernel(&Site::lane(shared))),
-        ("rootless, after the reboot", &|| relays::kernel(&Site::rootless(shared))),
+        ("rootful, after the reboot", &|| told(shared, relays::kernel(&Site::lane(shared)))),
+        ("rootless, after the reboot", &|| told(shared, relays::kernel(&Site::rootless(shared)))),
     ]);
     cases.case("an upgrade under connected clients", || package::upgrade(machine, &packages[1]));
     cases.case("bro doctor NAME, of a forwarder that AppArmor confines too much", || relays::denied(machine));
@@ -104,6 +104,15 @@ fn log_of(machine: &Machine) -> Result<()> {
     let tainted: u32 = machine.root.run(&["cat", "/proc/sys/kernel/tainted"])?.parse()?;
     ensure!(tainted & !16384 == 0, "the kernel is tainted: {tainted}");
     Ok(())
+}
+
+/// With what the kernel has said last: it alone knows why it has refused a mount.
+fn told(machine: &Machine, result: Result<()>) -> Result<()> {
+    result.with_context(|| {
+        let log = kernel_log(machine).unwrap_or_else(|error| format!("{error:#}"));
+        let lines: Vec<&str> = log.lines().filter(|line| !line.contains("apparmor=\"STATUS\"")).collect();
+        format!("-- kernel\n{}", lines[lines.len().saturating_sub(15)..].join("\n"))
+    })
 }
 
 fn kernel_log(machine: &Machine) -> Result<String> {

@@ -2,21 +2,19 @@
 
 use std::path::PathBuf;
 
+use bro_relay::target::Target;
 use clap::ValueEnum;
 
 use crate::address::{External, Internal};
 use crate::cli::{Activate, Direct};
 use crate::exit::Failure;
 use crate::installed::{Activated, Listener};
-use crate::podman::quadlet;
-use crate::podman::quadlet::{Kind, Quadlet};
+use crate::podman::quadlet::{self, Kind, Quadlet};
 use crate::run_as::Owner;
 use crate::service::readiness::Ready;
 use crate::systemd::manager::Manager;
 use crate::systemd::time_span::TimeSpan;
-use crate::target::Target;
-use crate::units;
-use crate::units::{DropIn, RESTRICTED};
+use crate::units::{self, DropIn, RESTRICTED};
 
 /// How long a container stays up without a connection where nobody said otherwise.
 const IDLE: &str = "5min";

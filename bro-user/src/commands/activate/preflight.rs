@@ -2,8 +2,7 @@
 
 use super::plan::Places;
 use crate::exit::Failure;
-use crate::podman::quadlet;
-use crate::podman::quadlet::{Kind, Quadlet};
+use crate::podman::quadlet::{self, Kind, Quadlet};
 use crate::run_as::Owner;
 
 /// Refuses a unit that systemd would never start for us, or that would never be there.

@@ -4,7 +4,8 @@
 //! What was there is kept beside it until the whole change stands, so that going back needs no room on the disk.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Write as _};
+use std::io;
+use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,8 +14,7 @@ use anyhow::{Context as _, bail};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::exit::Failure;
-use crate::installed;
-use crate::installed::{MARKER, SECTION};
+use crate::installed::{self, MARKER, SECTION};
 
 /// How long to wait for another `bro activate`: it may wait for a service that finishes its connections.
 const LOCK: Duration = Duration::from_secs(180);

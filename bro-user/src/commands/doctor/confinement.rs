@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use trial::{Circumstances, Step, Tried};
 use zbus::Variant;
 
 use super::hints::Whose;
@@ -18,7 +19,6 @@ use crate::installed::Activated;
 use crate::run_as::Gaining;
 use crate::systemd::manager::{Ended, Manager, Properties};
 use crate::systemd::unit_files::Systemd;
-use trial::{Circumstances, Step, Tried};
 
 const NAME: &str = "confinement";
 

@@ -1,5 +1,7 @@
 //! Do all forwarders get up, also those whose units were written by hand? The clients of one that does not wait without a word.
 
+use std::time::Duration;
+
 use zbus::Variant;
 
 use super::Check;
@@ -10,6 +12,10 @@ const NAME: &str = "forwarders";
 
 /// What systemd's own child exits with when it cannot execute a program (EXIT_EXEC, systemd.exec(5)).
 const CANNOT_EXECUTE: i32 = 203;
+
+/// How often a start under way is looked at again, and after how long each time: one that fails is over by then.
+const LOOKS: u32 = 40;
+const PAUSE: Duration = Duration::from_millis(25);
 
 pub(super) async fn check(manager: Manager) -> Check {
     match troubled(manager).await {
@@ -67,8 +73,17 @@ async fn troubled(manager: Manager) -> anyhow::Result<Vec<Trouble>> {
     let mut all = Vec::new();
     for unit in systemd.troubled_services().await? {
         // It may have been unloaded meanwhile.
-        let Ok(properties) = systemd.bus.properties(&unit).await else { continue };
+        let Ok(mut properties) = systemd.bus.properties(&unit).await else { continue };
         let Some(program) = forwarder(&properties) else { continue };
+        // systemd says how a start has ended until it begins the next one.
+        for _ in 0..LOOKS {
+            if number(&properties, "ExecMainCode") != 0 {
+                break;
+            }
+            tokio::time::sleep(PAUSE).await;
+            let Ok(later) = systemd.bus.properties(&unit).await else { break };
+            properties = later;
+        }
         let failed = systemd.bus.active_state(&unit).await.is_ok_and(|state| state == "failed");
         let restarts = systemd.restarting(&unit).await.ok().flatten();
         if failed || restarts.is_some() {

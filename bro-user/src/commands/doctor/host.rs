@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::time::Duration;
 
+use bro_relay::relay::pipes::Pool;
+use bro_sockmap::{Kernel, Unavailable, pinned};
+
 use super::{Check, versions};
 use crate::netns::Where;
 use crate::netns::sock_diag::Table;
-use crate::relay::pipes::Pool;
 use crate::run_as::Owner;
 use crate::systemd::manager::{Bus, Manager};
-use bro_sockmap::{Kernel, Unavailable, pinned};
 
 /// The kernel that the system calls bro needs came with: pidfd_open(2) in 5.3, openat2(2) in 5.6.
 pub(super) fn kernel_version() -> Check {
@@ -196,7 +197,7 @@ pub(super) fn cgroup() -> Check {
 /// What the relay process gives up, tried on a thread that ends with it.
 pub(super) fn sandbox() -> Check {
     const NAME: &str = "sandbox";
-    let tried = std::thread::spawn(|| crate::sandbox::enter(None, [], 0..0, false)).join();
+    let tried = std::thread::spawn(|| bro_relay::sandbox::enter(None, [], 0..0, false)).join();
     match tried {
         Ok(Ok(missing)) if missing.is_empty() => {
             Check::ok(NAME, "the relay process gets by without capabilities, files and new sockets")

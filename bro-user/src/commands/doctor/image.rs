@@ -2,14 +2,13 @@
 
 use std::path::Path;
 
+use bro_relay::read_bounded::{self, Link};
+
 use super::Check;
 use super::hints::Whose;
-use super::podman;
-use super::podman::Answer;
+use super::podman::{self, Answer};
 use crate::installed::Activated;
 use crate::podman::quadlet::Quadlet;
-use crate::read_bounded;
-use crate::read_bounded::Link;
 use crate::systemd::manager::Bus;
 use crate::systemd::unit_file::UnitFile;
 

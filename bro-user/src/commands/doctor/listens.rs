@@ -5,21 +5,19 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
+use bro_relay::netns::identity;
+use bro_relay::netns::wire::Address;
+use bro_relay::target::Target;
 use nix::errno::Errno;
 use nix::libc;
 
-use super::podman;
-use super::podman::Answer;
+use super::podman::{self, Answer};
 use super::{Check, direct};
 use crate::installed::{Activated, Listener};
-use crate::netns;
-use crate::netns::identity;
 use crate::netns::sock_diag::{Listening, Table};
-use crate::netns::wire::Address;
-use crate::netns::{Namespace, Where};
+use crate::netns::{self, Namespace, Where};
 use crate::podman::container;
 use crate::systemd::manager::{Bus, Manager};
-use crate::target::Target;
 
 pub(super) const NAME: &str = "listens";
 
@@ -140,7 +138,7 @@ async fn unix(known: &Activated, container: &str, pid: i32, address: Address) ->
         Err(error) => {
             let sentence = error
                 .downcast_ref::<std::io::Error>()
-                .and_then(|error| identity::refusal(crate::sys::errno_of(error), wish));
+                .and_then(|error| identity::refusal(bro_relay::sys::errno_of(error), wish));
             let finding = sentence.unwrap_or_else(|| format!("cannot look into {container}: {error:#}"));
             Check::bad(NAME, finding, "see `bro doctor`")
         }

@@ -2,8 +2,7 @@
 
 use super::{Check, forwarder, listens};
 use crate::commands::status::Report;
-use crate::control_socket;
-use crate::control_socket::Request;
+use crate::control_socket::{self, Request};
 use crate::installed::Activated;
 
 const NAME: &str = "clients";

@@ -7,15 +7,10 @@ use super::{Check, confinement, forwarder, host, image, listens, seen, selinux, 
 use crate::cli::Doctor;
 use crate::cli::wake_sleep::Whom;
 use crate::commands::wake_sleep;
-use crate::installed;
-use crate::installed::drift;
-use crate::installed::{Activated, Listener, leftover};
-use crate::podman::quadlet;
-use crate::podman::quadlet::Quadlet;
-use crate::port_owner;
-use crate::port_owner::Trouble;
-use crate::service::failed_wake;
-use crate::service::failed_wake::FailedWake;
+use crate::installed::{self, Activated, Listener, drift, leftover};
+use crate::podman::quadlet::{self, Quadlet};
+use crate::port_owner::{self, Trouble};
+use crate::service::failed_wake::{self, FailedWake};
 use crate::systemd::manager::{Bus, Known, Manager};
 use crate::systemd::unit_files::Systemd;
 

@@ -7,8 +7,8 @@ use tokio::time::Instant;
 use super::wake::Wakefulness;
 use super::{Control, Phase};
 use crate::control_socket::Outcome;
-use crate::engine::handle::Plain;
-use crate::engine::idle::Leave;
+use bro_relay::engine::idle::Leave;
+use bro_relay::protocol::Plain;
 
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,6 +16,9 @@ use std::process::Child;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use bro_relay::listener::Listener;
+use bro_relay::sys;
+use bro_sockmap::Bequest;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Pid;
@@ -23,10 +26,6 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-
-use crate::sys;
-use crate::systemd::listen_fds::Listener;
-use bro_sockmap::Bequest;
 
 /// The variable that names the descriptor of the successor's end.
 const VARIABLE: &str = "BRO_HANDOVER";
@@ -116,7 +115,11 @@ impl Predecessor {
         let pidfd = sys::pidfd_open(pid).context("the predecessor")?;
         let stream = std::os::unix::net::UnixStream::from(self.0);
         stream.set_nonblocking(true)?;
-        Ok((pid, Ending(sys::watch(pidfd, Interest::READABLE)?), Saying(UnixStream::from_std(stream)?)))
+        Ok((
+            pid,
+            Ending(crate::sys::watch(pidfd, Interest::READABLE)?),
+            Saying(UnixStream::from_std(stream)?),
+        ))
     }
 }
 
@@ -299,7 +302,8 @@ impl Successor {
     /// before, it does not listen to what is said here.
     async fn stop(mut self, limit: Duration, ready: bool) {
         let pid = self.pid().cast_signed();
-        let Ok(Ok(ended)) = sys::pidfd_open(pid).map(|pidfd| sys::watch(pidfd, Interest::READABLE)) else {
+        let Ok(Ok(ended)) = sys::pidfd_open(pid).map(|pidfd| crate::sys::watch(pidfd, Interest::READABLE))
+        else {
             return;
         };
         let (ended, mut speaks, mut told_again) = (Ending(ended), !ready, true);

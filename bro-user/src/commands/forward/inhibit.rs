@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::service::Activator;
-use crate::systemd::run_command;
-use crate::systemd::run_command::{LIMIT, Outcome};
+use crate::systemd::run_command::{self, LIMIT, Outcome};
 
 /// At most so long after a “busy” it is asked again.
 const STEP: Duration = Duration::from_secs(10);
@@ -77,11 +76,11 @@ impl Inhibitors {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netns::identity::Identity;
     use crate::service::Place;
     use crate::service::readiness::Ready;
     use crate::service::sources::Wanted;
     use crate::systemd::manager::Manager;
+    use bro_relay::netns::identity::Identity;
 
     fn activator() -> Activator {
         let (source, identity) = (Wanted::default(), Identity::default());

@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
+use bro_relay::listener::Listener;
+use bro_relay::protocol::Plain;
+use bro_relay::stats::Stats;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
 use super::handover::{Born, Ending, Predecessor, Program, Stopper, Successor, Takeover, Telling, Word};
 use super::{Control, Phase};
 use crate::commands::status;
-use crate::engine::handle::Plain;
-use crate::stats::Stats;
-use crate::systemd::listen_fds::Listener;
 use crate::systemd::notify;
 
 /// As good as for ever: until its last connection has ended, or the unit is stopped.

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
+use bro_relay::engine::idle::Leave;
+use bro_relay::protocol::Plain;
 use tokio::time::{Instant, timeout};
 
 use super::freeze::Frost;
 use super::inhibit::Inhibitors;
 use super::{Control, Phase};
 use crate::control_socket::{Asked, Asker, Outcome, Request};
-use crate::engine::handle::Plain;
-use crate::engine::idle::Leave;
 use crate::service::Stopped;
 use crate::systemd::notify;
 

@@ -3,8 +3,9 @@
 
 use std::os::fd::AsFd as _;
 
+use bro_relay::listener::Listener;
+
 use crate::commands::status::Waiting;
-use crate::systemd::listen_fds::Listener;
 
 /// How many connections there may be.
 #[derive(Debug)]
@@ -48,7 +49,7 @@ impl Limit {
 }
 
 fn backlog((listener, _): &(Listener, usize)) -> u64 {
-    crate::sys::backlog(listener.socket.as_fd()).unwrap_or(0)
+    bro_relay::sys::backlog(listener.socket.as_fd()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -62,14 +63,14 @@ mod tests {
     fn those_who_wait_are_counted_and_told_what_lets_them_in() {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = tcp.local_addr().unwrap();
-        assert_eq!(crate::sys::backlog(tcp.as_fd()).unwrap(), 0);
+        assert_eq!(bro_relay::sys::backlog(tcp.as_fd()).unwrap(), 0);
         let _clients = [TcpStream::connect(address).unwrap(), TcpStream::connect(address).unwrap()];
-        assert_eq!(crate::sys::backlog(tcp.as_fd()).unwrap(), 2);
+        assert_eq!(bro_relay::sys::backlog(tcp.as_fd()).unwrap(), 2);
         let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-backlog-XXXXXX")).unwrap();
         let unix = UnixListener::bind(folder.join("s")).unwrap();
-        assert_eq!(crate::sys::backlog(unix.as_fd()).unwrap(), 0);
+        assert_eq!(bro_relay::sys::backlog(unix.as_fd()).unwrap(), 0);
         let _client = UnixStream::connect(folder.join("s")).unwrap();
-        assert_eq!(crate::sys::backlog(unix.as_fd()).unwrap(), 1);
+        assert_eq!(bro_relay::sys::backlog(unix.as_fd()).unwrap(), 1);
         std::fs::remove_dir_all(folder).unwrap();
         let asked = Limit::new(Some(256), 256);
         assert_eq!(asked.lets_in, "--connections-max=256");

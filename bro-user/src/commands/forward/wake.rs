@@ -3,19 +3,19 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use bro_relay::connection::End;
+use bro_relay::engine::slot;
+use bro_relay::protocol::{Command, Plain};
+use bro_relay::stats::Stats;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 
 use super::freeze::Frost;
 use super::{Control, Phase};
 use crate::commands::status;
-use crate::connection::End;
 use crate::control_socket::{Asker, Outcome};
-use crate::engine::handle::{Command, Plain};
-use crate::engine::slot;
 use crate::exit::Failure;
 use crate::service::{Awake, Place};
-use crate::stats::Stats;
 
 /// Whether a target is awake, as far as the control side knows.
 #[derive(Debug)]

@@ -8,13 +8,9 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 
 use super::{Activity, Report, State, Waiting};
-use crate::control_socket;
-use crate::control_socket::Request;
-use crate::installed;
-use crate::installed::Activated;
-use crate::installed::drift;
-use crate::service::failed_wake;
-use crate::service::failed_wake::FailedWake;
+use crate::control_socket::{self, Request};
+use crate::installed::{self, Activated, drift};
+use crate::service::failed_wake::{self, FailedWake};
 use crate::systemd::manager::{Bus, Manager};
 use crate::systemd::unit_files::Systemd;
 

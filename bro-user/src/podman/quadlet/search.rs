@@ -5,13 +5,11 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
+use bro_relay::read_bounded::{self, Link};
 
 use super::Kind;
 use crate::exit::Failure;
-use crate::installed;
-use crate::installed::MARKER;
-use crate::read_bounded;
-use crate::read_bounded::Link;
+use crate::installed::{self, MARKER};
 use crate::run_as::Owner;
 use crate::systemd::manager::Manager;
 use crate::systemd::unit_file::UnitFile;

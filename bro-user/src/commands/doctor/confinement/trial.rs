@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use bro_relay::target::Target;
 use nix::libc;
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +13,6 @@ use crate::cli::TryWake;
 use crate::exit::Failure;
 use crate::netns::sock_diag::Table;
 use crate::netns::{Namespace, Where};
-use crate::target::Target;
 
 /// One thing that a wake does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,9 +136,9 @@ async fn all(options: &TryWake) -> anyhow::Result<()> {
 /// As a wake does: first the process, then its namespace.
 fn find(pid: Option<i32>) -> anyhow::Result<OwnedFd> {
     let Some(pid) = pid else { return Ok(std::fs::File::open("/proc/self/ns/net")?.into()) };
-    let process = crate::sys::pidfd_open(pid)?;
+    let process = bro_relay::sys::pidfd_open(pid)?;
     let netns = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
-    if crate::sys::exited(&process) {
+    if bro_relay::sys::exited(&process) {
         anyhow::bail!(Failure::NotFound(format!("process {pid} has exited")));
     }
     Ok(netns.into())

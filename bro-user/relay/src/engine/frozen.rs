@@ -4,7 +4,7 @@
 use super::Engine;
 use super::idle::Leave;
 use crate::connection::End;
-use crate::engine::handle::Event;
+use crate::protocol::Event;
 
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

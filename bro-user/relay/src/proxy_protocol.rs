@@ -6,14 +6,13 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-use clap::ValueEnum;
 use ipnet::IpNet;
 use proxy_header::{ParseConfig, Protocol, ProxiedAddress, ProxyHeader};
 
 use crate::connection::Peer;
 
-/// `--proxy-protocol`: the version of the header in front of each connection to the service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+/// The version of the header in front of each connection to the service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
     /// A line of text
     V1,

@@ -17,11 +17,9 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{SockaddrStorage, UnixAddr, connect, setsockopt, sockopt};
 use nix::sys::stat::fstat;
 
-use super::identity;
-use super::identity::{Actor, Identity};
+use super::identity::{self, Actor, Identity};
 use super::replies;
-use super::wire;
-use super::wire::{Address, Answer, Destinations, Request};
+use super::wire::{self, Address, Answer, Destinations, Request};
 use crate::source::{Binding, any_port, bind_to};
 use crate::sys;
 
@@ -162,7 +160,7 @@ fn serve(
 }
 
 /// Joins the namespace, through its owner where that is not ours. For a process without threads.
-pub(crate) fn join(netns: BorrowedFd<'_>) -> nix::Result<()> {
+pub fn join(netns: BorrowedFd<'_>) -> nix::Result<()> {
     if same_namespace(netns, "/proc/self/ns/net") {
         return Ok(());
     }

@@ -21,7 +21,7 @@ pub struct Keepalive {
 }
 
 impl Keepalive {
-    /// Rounded up to seconds; [`crate::systemd::time_span::keepalive`] lets nothing pass that tcp(7) does not accept.
+    /// Rounded up to seconds; the parser of that option lets nothing pass that tcp(7) does not accept.
     #[must_use]
     pub fn new(time: Duration, interval: Duration, probes: u32) -> Self {
         let seconds = |span: Duration| {

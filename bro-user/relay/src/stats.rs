@@ -2,7 +2,8 @@
 //! time.
 
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};

@@ -2,30 +2,25 @@
 //! along with commands (unix(7) SCM_RIGHTS); never with events, for the engine's process has no way to send one.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bro_sockmap::{Descriptors, Share};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 use serde::{Deserialize, Serialize};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::oneshot;
 
-use super::Destination;
-use super::idle::Leave;
-use super::lanes::Watch;
-use super::report::Figures;
 use crate::connection::End;
+use crate::engine::Destination;
+use crate::engine::idle::Leave;
+use crate::engine::lanes::Watch;
+use crate::engine::report::Figures;
 use crate::source::Sources;
 use crate::stats::Tally;
 use crate::sys;
-use bro_sockmap::{Descriptors, Share};
 
 /// What the control process tells the engine.
 #[derive(Debug)]
@@ -164,8 +159,8 @@ pub enum Event {
 /// As many tallies as go into one message.
 const TALLIES: usize = 64;
 
-/// More than the longest message.
-const LONGEST: usize = 64 * 1024;
+/// More than the longest message, in bytes.
+pub const LONGEST: usize = 64 * 1024;
 
 /// How a message says which command it is.
 #[derive(Debug, Serialize, Deserialize)]
@@ -176,7 +171,9 @@ enum Head {
 }
 
 impl Command {
-    fn encode(self) -> (Vec<u8>, Vec<OwnedFd>) {
+    /// Its message, and the descriptors that go along.
+    #[must_use]
+    pub fn encode(self) -> (Vec<u8>, Vec<OwnedFd>) {
         let (head, descriptors) = match self {
             Self::Ready { backend, destination: Destination { addresses, guarded, sources, channel } } => {
                 (Head::Ready { backend, addresses, guarded, sources }, vec![channel])
@@ -190,7 +187,9 @@ impl Command {
         (serde_json::to_vec(&head).unwrap_or_default(), descriptors)
     }
 
-    pub(crate) fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
+    /// Reads what [`Self::encode`] has written; `None` for anything else.
+    #[must_use]
+    pub fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
         Some(match serde_json::from_slice(bytes).ok()? {
             Head::Ready { backend, addresses, guarded, sources } => {
                 let channel = descriptors.into_iter().next()?;
@@ -202,121 +201,6 @@ impl Command {
             }
             Head::Plain(plain) => Self::Plain(plain),
         })
-    }
-}
-
-/// Whoever waits for an answer of the engine's.
-#[derive(Debug, Default)]
-struct Waiting {
-    /// For the figures, in the order of the questions.
-    figures: VecDeque<oneshot::Sender<Figures>>,
-    /// The part of the first one's that has come.
-    tallies: Vec<Tally>,
-    /// For a watch to begin, by target.
-    watching: HashMap<usize, oneshot::Sender<bool>>,
-}
-
-/// The control process's end.
-#[derive(Debug)]
-pub struct Handle {
-    commands: UnboundedSender<Command>,
-    waiting: Arc<Mutex<Waiting>>,
-}
-
-impl Handle {
-    /// Talks over `channel` from now on, in the background; the events come out at the other value.
-    ///
-    /// # Errors
-    /// When epoll does not take the channel.
-    pub fn new(channel: OwnedFd) -> io::Result<(Self, UnboundedReceiver<Event>)> {
-        let channel = Arc::new(sys::watch(channel, Interest::READABLE | Interest::WRITABLE)?);
-        let (commands, queue) = unbounded_channel();
-        let (outlet, events) = unbounded_channel();
-        let waiting = Arc::<Mutex<Waiting>>::default();
-        drop(tokio::spawn(write(channel.clone(), queue)));
-        drop(tokio::spawn(read(channel, outlet, waiting.clone())));
-        Ok((Self { commands, waiting }, events))
-    }
-
-    /// Sends a command.
-    pub fn send(&self, command: impl Into<Command>) {
-        // A closed queue means that the engine has ended, which the end of the events tells.
-        self.commands.send(command.into()).ok();
-    }
-
-    /// Asks for the figures of this moment.
-    pub fn report(&self) -> oneshot::Receiver<Figures> {
-        let (to, figures) = oneshot::channel();
-        self.waiting().figures.push_back(to);
-        self.send(Plain::Report);
-        figures
-    }
-
-    /// Has a target's service watched; the answer says whether the programs will tell when it listens.
-    pub fn watch(&self, watch: Watch) -> oneshot::Receiver<bool> {
-        let (to, watching) = oneshot::channel();
-        let _older = self.waiting().watching.insert(watch.backend, to);
-        self.send(Plain::Watch(watch));
-        watching
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        lock(&self.waiting)
-    }
-}
-
-fn lock(waiting: &Mutex<Waiting>) -> MutexGuard<'_, Waiting> {
-    waiting.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-async fn write(channel: Arc<AsyncFd<OwnedFd>>, mut queue: UnboundedReceiver<Command>) {
-    while let Some(command) = queue.recv().await {
-        let (bytes, descriptors) = command.encode();
-        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-        let sent = channel
-            .async_io(Interest::WRITABLE, |channel| {
-                sys::send_with_descriptors(channel.as_fd(), &bytes, &descriptors)
-            })
-            .await;
-        if sent.is_err() {
-            return;
-        }
-    }
-}
-
-async fn read(channel: Arc<AsyncFd<OwnedFd>>, outlet: UnboundedSender<Event>, waiting: Arc<Mutex<Waiting>>) {
-    let mut buffer = vec![0; LONGEST];
-    loop {
-        let received = channel
-            .async_io(Interest::READABLE, |channel| {
-                sys::receive_with_descriptors(channel.as_fd(), &mut buffer).map(|(length, _none)| length)
-            })
-            .await;
-        let Ok(length @ 1..) = received else { return };
-        let Ok(event) = serde_json::from_slice(&buffer[..length]) else {
-            tracing::error!("the relay process says something that makes no sense; ending it");
-            return;
-        };
-        let mut waiting = lock(&waiting);
-        match event {
-            Event::Tallies(tallies) => waiting.tallies.extend(tallies),
-            Event::Peers(peers) => {
-                let tallies = std::mem::take(&mut waiting.tallies);
-                // Whoever asked may have gone meanwhile.
-                drop(waiting.figures.pop_front().map(|to| to.send(Figures { tallies, peers })));
-            }
-            Event::Watching { backend, watching } => {
-                if let Some(to) = waiting.watching.remove(&backend) {
-                    to.send(watching).ok();
-                }
-            }
-            event => {
-                drop(waiting);
-                if outlet.send(event).is_err() {
-                    return;
-                }
-            }
-        }
     }
 }
 

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::handle::Event;
 use super::{Accepting, Engine, socket_options};
 use crate::connection::{Connection, End, Peer, Registration, Stage, Talk};
+use crate::protocol::Event;
 use crate::proxy_protocol::Trusted;
 use crate::rate::Meter;
 use crate::relay::Guard;

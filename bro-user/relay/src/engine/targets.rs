@@ -6,21 +6,19 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
+use bro_sockmap::{Flow, HookRequest};
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
 
 use super::Engine;
 use super::frozen::Frost;
-use super::handle::Event;
 use super::token::Token;
 use crate::connection::{Connection, End, Registration, Stage};
-use crate::netns::wire;
-use crate::netns::wire::{Answer, Destinations, Request};
-use crate::source;
-use crate::source::Sources;
+use crate::netns::wire::{self, Answer, Destinations, Request};
+use crate::protocol::Event;
+use crate::source::{self, Sources};
 use crate::stats::Stats;
-use bro_sockmap::{Flow, HookRequest};
 
 /// A target that listens.
 #[derive(Debug)]

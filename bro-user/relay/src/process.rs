@@ -14,15 +14,18 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
 
-use super::{Engine, Settings, handle};
+use crate::engine::{Engine, Settings};
+use crate::listener::Listener;
 use crate::stats::Stats;
-use crate::sys::AddressBook;
-use crate::systemd::listen_fds::Listener;
+use crate::sys::{self, AddressBook};
 use crate::target::Target;
-use crate::{logging, sandbox, sys};
+use crate::{protocol, sandbox};
 
 /// How long the relay process may take to end when it has been told to.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Has this thread log in a way that its sandbox allows (one that names no address), as long as the returned value lives.
+pub type Log = fn() -> Option<tracing::subscriber::DefaultGuard>;
 
 /// The relay process, as its parent sees it.
 #[derive(Debug)]
@@ -43,6 +46,7 @@ pub fn start(
     addresses: &mut AddressBook,
     stats: &Arc<Stats>,
     private: Option<BorrowedFd<'_>>,
+    log: Log,
 ) -> anyhow::Result<(Process, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
@@ -58,6 +62,7 @@ pub fn start(
             if let Some(private) = private {
                 sys::close_in_child(private);
             }
+            let _logging = log();
             let served = serve(parent, settings, listeners, targets, addresses, stats.clone(), theirs);
             let code = served.map_or_else(
                 |error| {
@@ -91,13 +96,12 @@ fn serve(
     for ignored in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         sys::ignore(ignored)?;
     }
-    let _logging = logging::without_addresses();
     prctl::set_name(c"bro-relay")?;
     let (listeners, numbers) = in_a_row(listeners)?;
     let addresses = addresses.for_relay();
     let addresses = addresses.inspect_err(|error| tracing::debug!(%error, "the agents connect")).ok();
     let place = addresses.as_ref().map(AddressBook::place);
-    let ends = handle::engines_ends(channel);
+    let ends = protocol::engines_ends(channel);
     let names = targets.iter().map(Target::to_string).collect();
     let engine = Engine::new(settings.clone(), listeners, names, addresses, stats, ends)?;
     let ports = targets.iter().filter_map(|target| match target {

@@ -17,7 +17,7 @@ const PATIENCE_MS: u16 = 1000;
 ///
 /// # Errors
 /// What the kernel says, or InvalidData where it answers nonsense.
-pub(super) fn ask<T>(socket: &OwnedFd, flags: u16, message: T, mut each: impl FnMut(T)) -> io::Result<()>
+pub fn ask<T>(socket: &OwnedFd, flags: u16, message: T, mut each: impl FnMut(T)) -> io::Result<()>
 where
     T: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<T>>,
 {
@@ -42,10 +42,7 @@ where
 }
 
 /// Hands over each answer of a datagram; is there to be a further datagram?
-pub(crate) fn messages<T: NetlinkDeserializable>(
-    mut rest: &[u8],
-    each: &mut impl FnMut(T),
-) -> io::Result<bool> {
+pub fn messages<T: NetlinkDeserializable>(mut rest: &[u8], each: &mut impl FnMut(T)) -> io::Result<bool> {
     let mut more = true;
     while !rest.is_empty() {
         let message = NetlinkMessage::<T>::deserialize(rest)

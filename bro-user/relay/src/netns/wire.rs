@@ -1,17 +1,16 @@
 //! What a forwarder and its agent say to each other: one request and one answer a message, over a seqpacket socket pair.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
-use std::net::SocketAddr;
-
+use bro_sockmap::HOOK_REQUEST;
 use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
 use crate::source::Binding;
 use crate::sys;
-use bro_sockmap::HOOK_REQUEST;
 
 /// A request to the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,7 +97,9 @@ pub type Answer = Result<Vec<OwnedFd>, nix::errno::Errno>;
 const LONGEST: usize = 32 * 1024;
 
 impl Request {
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    /// Its message.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
         match self {
             Self::Join(Identity::Unused) => vec![0, 0],
             Self::Join(Identity::Forwarder) => vec![0, 1],
@@ -139,7 +140,9 @@ impl Request {
         }
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+    /// Reads what [`Self::encode`] has written; `None` for anything else.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
         Some(match bytes.split_first()? {
             (0, [0]) => Self::Join(Identity::Unused),
             (0, [1]) => Self::Join(Identity::Forwarder),
@@ -244,7 +247,7 @@ mod tests {
 
         #[test]
         fn never_panics(bytes: Vec<u8>) {
-            Request::decode(&bytes);
+            drop(Request::decode(&bytes));
         }
     }
 }

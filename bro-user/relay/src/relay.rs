@@ -9,12 +9,11 @@ pub mod splice;
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
+use bro_sockmap::{Lane, LaneCounters};
 use bytes::Bytes;
+use half_close::Half;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
-
-use bro_sockmap::{Lane, LaneCounters};
-use half_close::Half;
 use pipes::{Pipe, Pool};
 use splice::Filled;
 

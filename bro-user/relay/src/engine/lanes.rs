@@ -6,18 +6,18 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
+use bro_sockmap::{Descriptors, Flow, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 use serde::{Deserialize, Serialize};
 
 use super::Engine;
-use super::handle::Event;
 use super::token::Token;
 use crate::connection::{Connection, Lanes as Wanted, Peer, Stage};
+use crate::protocol::Event;
 use crate::relay::Side;
 use crate::sockaddr;
 use crate::stats::Tally;
-use bro_sockmap::{Descriptors, Flow, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
 
 /// What the programs are to watch for one target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,8 +16,7 @@ use nix::sys::stat::{Mode, fstatat, stat};
 use nix::unistd::{Gid, Uid, getegid, geteuid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 
-use crate::read_bounded;
-use crate::read_bounded::Link;
+use crate::read_bounded::{self, Link};
 use crate::sys;
 
 /// `--unix-identity`: who connects to the service's unix socket.

@@ -1,5 +1,5 @@
 //! The engine: one process, one level-triggered epoll, every connection. It accepts, has agents connect, and relays; whatever may
-//! wait for somebody else (systemd, podman, a name server) is the control process's business ([`crate::commands::forward`]), which it tells
+//! wait for somebody else (systemd, podman, a name server) is the control process's business (`bro forward`), which it tells
 //! what it needs and which tells it when a target is ready.
 //!
 //! Level-triggered, because what to wait for is derived from the connection's state each time ([`Connection::interest`]): a
@@ -11,11 +11,9 @@ mod accept_batch;
 mod congestion;
 mod connections;
 mod frozen;
-pub mod handle;
 pub mod idle;
 mod introductions;
 pub mod lanes;
-pub mod process;
 pub mod report;
 pub mod socket_options;
 mod targets;
@@ -27,21 +25,21 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use accept_batch::Crowd;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use slab::Slab;
+use targets::Backend;
+use token::Token;
 
 use crate::connection::{Connection, End, Source};
+use crate::listener::Listener;
+use crate::protocol::{Command, Event, Mailbox, Outbox, Plain, Received};
 use crate::proxy_protocol::{Trusted, Version};
 use crate::rate::Rate;
 use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
-use crate::systemd::listen_fds::Listener;
-use accept_batch::Crowd;
-use handle::{Command, Event, Mailbox, Outbox, Plain, Received};
-use targets::Backend;
-use token::Token;
 
 pub use targets::{Destination, slot};
 

@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use bro_sockmap::{Lane, send_memory};
 use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, getsockname, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
@@ -16,7 +17,6 @@ use crate::rate::Meter;
 use crate::relay::half_close::Half;
 use crate::relay::{Broken, Direction, Guard, Method, Side, Tools, copy};
 use crate::source::Origin;
-use bro_sockmap::{Lane, send_memory};
 
 pub use abort::{Abort, Progress, STALLED, Verdict, WHOLE};
 

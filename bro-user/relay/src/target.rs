@@ -49,7 +49,11 @@ pub enum Invalid {
 /// What systemd-socket-proxyd takes for a host without a port.
 const DEFAULT_PORT: u16 = 80;
 
-pub(crate) fn port(text: &str) -> Result<u16, Invalid> {
+/// A port as people write it, 1 to 65535.
+///
+/// # Errors
+/// When it is none.
+pub fn port(text: &str) -> Result<u16, Invalid> {
     let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let port = if digits { text.parse().ok() } else { None };
     port.filter(|&port| port != 0).ok_or_else(|| Invalid::Port(text.to_owned()))

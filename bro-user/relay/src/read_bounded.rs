@@ -1,5 +1,5 @@
-//! Reading a small file that somebody else may have put there: it is a regular file, or it is not read; no more of it is read than
-//! can be meant; and nobody is waited for, as whoever opens a pipe would.
+//! Reading a small file that may be another user's: only a regular file is read, no more of it than can be meant, and without
+//! waiting (opening a named pipe would wait for its other end).
 
 use std::fs::OpenOptions;
 use std::io::{self, Read as _};
@@ -10,7 +10,7 @@ use nix::libc;
 
 /// What to do with a symbolic link in the last place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Link {
+pub enum Link {
     /// Read what it leads to.
     Follow,
     /// It is no regular file.
@@ -18,7 +18,10 @@ pub(crate) enum Link {
 }
 
 /// The text of the file, of `most` bytes at most.
-pub(crate) fn read(path: &Path, most: u64, link: Link) -> io::Result<String> {
+///
+/// # Errors
+/// When it is longer, no regular file, no UTF-8, or cannot be opened.
+pub fn read(path: &Path, most: u64, link: Link) -> io::Result<String> {
     let link = if link == Link::Refuse { libc::O_NOFOLLOW } else { 0 };
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | link;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;

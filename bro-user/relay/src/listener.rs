@@ -1,0 +1,97 @@
+//! A listening socket, wherever it came from.
+
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use nix::sys::socket::{self, SockaddrStorage};
+
+/// One listening stream socket, non-blocking and close-on-exec.
+#[derive(Debug)]
+pub struct Listener {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// Its FileDescriptorName=, or the name given with `--listen`.
+    pub name: String,
+    /// Its address, for people.
+    pub address: String,
+    /// Made by `--listen`.
+    own: bool,
+    /// The path to remove at the end, for a unix socket of our own.
+    unlink: Option<PathBuf>,
+}
+
+impl Listener {
+    /// Made by `--listen`, and not passed by a service manager.
+    #[must_use]
+    pub const fn is_own(&self) -> bool {
+        self.own
+    }
+
+    /// One that a service manager has passed, made non-blocking and close-on-exec.
+    ///
+    /// # Errors
+    /// fcntl(2)'s.
+    pub fn passed(socket: OwnedFd, name: String, address: &SockaddrStorage) -> nix::Result<Self> {
+        set_flags(&socket)?;
+        Ok(Self { address: describe(address), socket, name, own: false, unlink: None })
+    }
+
+    /// One that this process has made, non-blocking and close-on-exec from now on; `unlink`: the file that goes with it.
+    ///
+    /// # Errors
+    /// fcntl(2)'s and getsockname(2)'s.
+    pub fn own(socket: OwnedFd, name: String, unlink: Option<PathBuf>) -> nix::Result<Self> {
+        set_flags(&socket)?;
+        let address = describe(&socket::getsockname::<SockaddrStorage>(socket.as_raw_fd())?);
+        Ok(Self { socket, name, address, own: true, unlink })
+    }
+
+    /// The same socket for the relay process, which has no file to remove, with this number.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub fn for_relay(&self, number: RawFd) -> std::io::Result<Self> {
+        let socket = crate::sys::duplicate(self.socket.as_fd(), number)?;
+        Ok(Self {
+            socket,
+            name: self.name.clone(),
+            address: self.address.clone(),
+            own: self.own,
+            unlink: None,
+        })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(path) = self.unlink.take() {
+            std::fs::remove_file(path).ok();
+        }
+    }
+}
+
+fn set_flags(socket: &OwnedFd) -> nix::Result<()> {
+    use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    let _zero = fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    let _zero = fcntl(socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    Ok(())
+}
+
+/// A socket address as people write it.
+#[must_use]
+pub fn describe(address: &SockaddrStorage) -> String {
+    if let Some(v4) = address.as_sockaddr_in() {
+        return std::net::SocketAddrV4::from(*v4).to_string();
+    }
+    if let Some(v6) = address.as_sockaddr_in6() {
+        return std::net::SocketAddrV6::from(*v6).to_string();
+    }
+    match address.as_unix_addr() {
+        Some(unix) if unix.path().is_some() => {
+            unix.path().map(|path| path.display().to_string()).unwrap_or_default()
+        }
+        Some(unix) => format!("@{}", String::from_utf8_lossy(unix.as_abstract().unwrap_or_default())),
+        None => "?".into(),
+    }
+}
