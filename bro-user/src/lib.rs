@@ -18,6 +18,7 @@ pub mod netns;
 mod paths;
 pub mod podman;
 mod port_owner;
+mod rate;
 mod relay_handle;
 pub mod run_as;
 pub mod service;

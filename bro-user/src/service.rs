@@ -7,6 +7,7 @@ pub mod readiness;
 pub mod runs;
 pub mod sources;
 pub mod use_lock;
+pub mod wakes;
 pub mod whereabouts;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -30,6 +31,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
+use wakes::Wakes;
 use whereabouts::Whereabouts;
 
 use crate::exit::Failure;
@@ -95,6 +97,8 @@ pub struct Activator {
     in_use: std::sync::Mutex<Option<use_lock::Use>>,
     /// The kernel relay's programs, where there may be any to watch the service.
     programs: OnceLock<Arc<Watching>>,
+    /// Where starts are counted.
+    wakes: OnceLock<Arc<Wakes>>,
     /// Counts up whenever the kernel relay's programs say that somebody listens.
     listening: tokio::sync::watch::Sender<u64>,
 }
@@ -177,6 +181,7 @@ impl Activator {
             own: Mutex::default(),
             in_use: std::sync::Mutex::default(),
             programs: OnceLock::new(),
+            wakes: OnceLock::new(),
             listening: tokio::sync::watch::Sender::new(0),
         }
     }
@@ -185,6 +190,12 @@ impl Activator {
     pub fn watch_through(&self, programs: Arc<Watching>) {
         // Set once, by whoever starts the engine.
         self.programs.set(programs).ok();
+    }
+
+    /// Has starts counted from now on.
+    pub fn count_starts(&self, wakes: Arc<Wakes>) {
+        // Set once, by whoever starts the engine.
+        self.wakes.set(wakes).ok();
     }
 
     /// The kernel relay's programs say that somebody listens.
@@ -341,6 +352,13 @@ impl Activator {
         bus.how_far(unit).await.is_ok_and(|start| start.is_under_way())
     }
 
+    /// Does the unit run? Without one nobody knows.
+    pub async fn is_up(&self) -> bool {
+        let Some(unit) = &self.unit else { return false };
+        let Ok(bus) = self.bus().await else { return false };
+        bus.active_state(unit).await.is_ok_and(|state| manager::is_active(&state))
+    }
+
     /// Starts the unit, then watches it for as long as it is waited for. Returns only to say that it failed. A service manager that
     /// does not answer for a moment, since it executes itself anew, is asked again.
     async fn start(
@@ -396,6 +414,10 @@ impl Activator {
             if !look.is_active() {
                 break look;
             }
+            // Nobody else may have it go on: a forwarder that had frozen it was killed.
+            if bus.thaw_if_frozen(unit).await? {
+                tracing::info!(unit, "thawed the unit, which was frozen");
+            }
             // There is nothing to order. To order it all the same would start it against its start limit where its process has just
             // ended, and systemd is about to restart it.
             self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
@@ -413,6 +435,10 @@ impl Activator {
         // the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is tried
         // before there is a way to the target may take another way, and wait there.
         let process = matches!(self.place, Place::Container(_) | Place::Pid(_));
+        // Another target's client, or somebody else, may have ordered it.
+        if let Some(wakes) = self.wakes.get().filter(|_| !before.is_running()) {
+            wakes.started();
+        }
         let early = before.state != "deactivating" && process;
         let ordered = || {
             if early {
@@ -603,6 +629,69 @@ impl Activator {
         self.runs.forget();
         tracing::info!(unit, result, "stopped the unit");
         Ok(Stopped::Done)
+    }
+
+    /// Is `--freeze` to be had?
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] if not.
+    pub async fn check_freezing(&self) -> anyhow::Result<()> {
+        let Some(unit) = &self.unit else {
+            bail!(Failure::Usage("--freeze needs --unit, which it freezes".into()));
+        };
+        if !self.bus().await?.can_freeze(unit).await? {
+            bail!(Failure::Usage(cannot_freeze(unit)));
+        }
+        Ok(())
+    }
+
+    /// Freezes the unit if a forwarder started it and no other forwarder uses it; says whether it is frozen.
+    ///
+    /// # Errors
+    /// When systemd refuses.
+    pub async fn freeze(&self) -> anyhow::Result<bool> {
+        let Some(unit) = &self.unit else { return Ok(false) };
+        let mine = self.in_use().take();
+        let frozen = async {
+            // Until it is frozen nobody else begins to use it; whoever does afterwards thaws it.
+            let _alone = match use_lock::Use::alone(unit, mine) {
+                Ok(use_lock::Lock::Had(alone)) => Some(alone),
+                Ok(use_lock::Lock::Taken) => return Ok(false),
+                Err(_) => None,
+            };
+            let bus = self.bus().await?;
+            let look = bus.look(unit).await?;
+            if !look.is_active() || !self.runs.see(&look) {
+                return Ok(false);
+            }
+            bus.freeze(unit).await?;
+            anyhow::Ok(true)
+        };
+        let frozen = frozen.await;
+        self.begin_use(unit).await;
+        frozen
+    }
+
+    /// Has the unit go on.
+    ///
+    /// # Errors
+    /// When systemd refuses.
+    pub async fn thaw(&self) -> anyhow::Result<()> {
+        let Some(unit) = &self.unit else { return Ok(()) };
+        self.bus().await?.thaw(unit).await
+    }
+
+    /// Has the unit go on that a forwarder before this one has frozen, and was killed.
+    pub async fn thaw_what_was_left(&self) {
+        let Some(unit) = &self.unit else { return };
+        let Ok(bus) = self.bus().await else { return };
+        match bus.thaw_if_frozen(unit).await {
+            Ok(true) => {
+                tracing::info!(unit, "thawed the unit, which a forwarder before this one had left frozen")
+            }
+            Ok(false) => {}
+            Err(error) => tracing::warn!("cannot thaw {unit}: {error:#}"),
+        }
     }
 
     /// Is this process, which is being stopped, in the way of the unit's start?
@@ -829,6 +918,14 @@ impl Activator {
         }
         run_command::here(words).await
     }
+}
+
+/// What to say of a unit that cannot be frozen.
+pub(crate) fn cannot_freeze(unit: &str) -> String {
+    format!(
+        "--freeze: systemd cannot freeze {unit} here (it takes systemd 246 or newer, and cgroups of version 2); leave it out, and \
+         the service is stopped when it is idle"
+    )
 }
 
 /// Waits until the process that an incarnation was found through has exited; for ever where there is none.

@@ -101,10 +101,33 @@ fn a_target_for_a_socket_that_was_not_passed() -> Result<()> {
 }
 
 #[test]
+fn what_does_not_count_is_not_understood() -> Result<()> {
+    let front = listener()?;
+    for (argument, word) in [
+        ("--idle-below=1K", "1K/1min"),
+        ("--idle-below=/1min", "number of bytes"),
+        ("--idle-below=1K/", "time"),
+        ("--idle-ignore=monitor", "10.0.0.0/8"),
+        ("--idle-ignore=::ffff:10.0.0.1", "IPv4"),
+        ("--wake-ignore=10.0.0.0/33", "10.0.0.0/8"),
+        ("--wakes-per-hour=0", "1..=1000"),
+        ("--wakes-per-hour=often", "--wakes-per-hour"),
+        // It would have nothing to freeze.
+        ("--freeze", "--unit"),
+    ] {
+        let setup = Setup::new().socket(&front).arg(argument).arg("127.0.0.1:80");
+        refused(setup, USAGE, &[word]).with_context(|| argument.to_owned())?;
+    }
+    Ok(())
+}
+
+#[test]
 fn bad_time_spans() -> Result<()> {
     let front = listener()?;
     for option in [
         "--exit-idle-time",
+        "--exit-idle-time-max",
+        "--freeze-time",
         "--min-uptime",
         "--start-timeout",
         "--drain-timeout",

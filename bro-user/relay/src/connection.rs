@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::peer::Peer;
 use crate::proxy_protocol::{Bad, Incoming, Said};
+use crate::rate::Meter;
 use crate::relay::half_close::Half;
 use crate::relay::{Broken, Direction, Guard, Method, Side, Tools, copy};
 use crate::source::Origin;
@@ -49,6 +50,10 @@ pub enum End {
     ClientLeft,
     /// Over `--connections-per-source`.
     SourceLimit,
+    /// It came while the service slept, and wakes nothing (`--wake-ignore`).
+    WakeIgnored,
+    /// It came while the service slept, which was started too often (`--wakes-per-hour`).
+    WakeLimit,
     /// One side passed descriptors, which cannot be passed on.
     #[serde(skip)]
     Descriptors(Side),
@@ -65,10 +70,12 @@ pub enum End {
 
 impl End {
     /// Every reason that a log line may give.
-    pub const WORDS: [&str; 15] = [
+    pub const WORDS: [&str; 19] = [
         "eof",
         "client-reset",
         "service-reset",
+        "client-vanished",
+        "service-vanished",
         "idle-timeout",
         "drain-timeout",
         "start-timeout",
@@ -76,6 +83,8 @@ impl End {
         "refused",
         "client-left",
         "source-limit",
+        "wake-ignored",
+        "wake-limit",
         "descriptors",
         "bad-proxy-header",
         "proxy-header-timeout",
@@ -99,6 +108,8 @@ impl End {
             Self::Refused(_) => "refused",
             Self::ClientLeft => "client-left",
             Self::SourceLimit => "source-limit",
+            Self::WakeIgnored => "wake-ignored",
+            Self::WakeLimit => "wake-limit",
             Self::Descriptors(_) => "descriptors",
             Self::BadHeader(_) => "bad-proxy-header",
             Self::HeaderTimeout => "proxy-header-timeout",
@@ -218,6 +229,12 @@ pub struct Connection {
     pub awaits_answer: bool,
     /// It found the service asleep and was the first to.
     pub woke: bool,
+    /// It keeps nothing awake (`--idle-ignore`).
+    pub ignored: bool,
+    /// It wakes nothing (`--wake-ignore`).
+    pub wakes_nothing: bool,
+    /// How much has to move on it to keep anything awake (`--idle-below`).
+    pub meter: Option<Box<Meter>>,
     /// From accepted to connected, for the one that woke the service.
     pub cold_start: Option<Duration>,
     /// Where it stands.
@@ -444,6 +461,17 @@ impl Connection {
         moved
     }
 
+    /// Has so much moved since this was asked last as keeps the service awake, where that goes by bytes?
+    pub fn keeps_awake(&mut self, now: Instant) -> bool {
+        let moved = self.notice_bytes(now);
+        let total = self.moved;
+        match &mut self.meter {
+            _ if self.ignored => false,
+            None => moved,
+            Some(meter) => meter.reaches(total, now),
+        }
+    }
+
     /// Notes who spoke last.
     fn notice_direction(&mut self) {
         let (up, down) = self.totals();
@@ -618,11 +646,28 @@ mod tests {
     fn every_reason_is_one_that_is_counted() {
         use End::*;
         let (errno, bad) = (Errno::EPIPE, Bad::TooLong);
-        let first = [Eof, ClientReset(errno), ServiceReset(errno), IdleTimeout, DrainTimeout, StartTimeout];
-        let second = [StartFailed, Refused(errno), ClientLeft, SourceLimit, Descriptors(Side::Client)];
-        let third = [BadHeader(bad), HeaderTimeout, Shutdown, IdleExit];
-        let words: Vec<&str> = first.into_iter().chain(second).chain(third).map(End::word).collect();
-        assert_eq!(words, End::WORDS);
+        let all = [
+            Eof,
+            ClientReset(errno),
+            ServiceReset(errno),
+            Vanished(Side::Client),
+            Vanished(Side::Service),
+            IdleTimeout,
+            DrainTimeout,
+            StartTimeout,
+            StartFailed,
+            Refused(errno),
+            ClientLeft,
+            SourceLimit,
+            WakeIgnored,
+            WakeLimit,
+            Descriptors(Side::Client),
+            BadHeader(bad),
+            HeaderTimeout,
+            Shutdown,
+            IdleExit,
+        ];
+        assert_eq!(all.map(End::word), End::WORDS);
     }
 
     #[test]

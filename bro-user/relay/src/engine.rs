@@ -11,6 +11,7 @@ mod accept_batch;
 pub mod answers;
 mod congestion;
 mod connections;
+mod frozen;
 pub mod idle;
 mod introductions;
 pub mod lanes;
@@ -38,6 +39,7 @@ use crate::engine::protocol::{Command, Event, Mailbox, Outbox, Plain, Received};
 use crate::listener::Listener;
 use crate::peer::Source;
 use crate::proxy_protocol::{Trusted, Version};
+use crate::rate::Rate;
 use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
@@ -71,8 +73,14 @@ pub struct Settings {
     pub trusted: Vec<Trusted>,
     /// `--wake-on=data`
     pub wake_on_data: bool,
-    /// `--idle-by=bytes`: the idle time.
+    /// `--idle-by=bytes` or `--idle-below`: the idle time.
     pub idle_by_bytes: Option<Duration>,
+    /// `--idle-ignore`
+    pub idle_ignore: Vec<Trusted>,
+    /// `--idle-below`
+    pub idle_below: Option<Rate>,
+    /// `--wake-ignore`
+    pub wake_ignore: Vec<Trusted>,
     /// Whether a refused connection means “not ready yet” (every `--ready` but `none`).
     pub hold_refused: bool,
 }
@@ -103,9 +111,12 @@ pub struct Engine {
     accepting: Accepting,
     draining: bool,
     backends: Vec<Backend>,
+    frost: frozen::Frost,
     connections: Slab<Connection>,
     /// Connections that do not relay yet.
     pending: usize,
+    /// Connections that are not ignored (`--idle-ignore`).
+    keeping: usize,
     per_source: HashMap<Source, u32>,
     /// Connections whose client has to say something first.
     silent: wake_on_data::Silent,
@@ -170,8 +181,10 @@ impl Engine {
             accepting: Accepting::Closed,
             draining: false,
             backends: targets.into_iter().map(Backend::asleep).collect(),
+            frost: frozen::Frost::None,
             connections: Slab::new(),
             pending: 0,
+            keeping: 0,
             per_source: HashMap::new(),
             silent: wake_on_data::Silent::default(),
             retries: Vec::new(),
@@ -320,6 +333,7 @@ impl Engine {
                         Plain::Watch(watch) => self.watch(watch),
                         Plain::Failed { backend, end } => self.backend_failed(backend, end),
                         Plain::Gone { backend } => self.backend_gone(backend),
+                        Plain::Knocked { backend, runs } => self.knocked(backend, runs),
                         Plain::Drain(why) => self.drain(why)?,
                         Plain::EndSilent => self.let_silent_clients_go(End::Shutdown),
                         Plain::EndAll(end) => self.end_all(end),
@@ -327,6 +341,11 @@ impl Engine {
                             let leaving = self.leave(how)?;
                             self.outbox.tell(&Event::Leaving(leaving));
                         }
+                        Plain::Freeze(how) => {
+                            let frozen = self.freeze(how);
+                            self.outbox.tell(&Event::Frozen(frozen));
+                        }
+                        Plain::Thawed => self.thawed(),
                         Plain::Wake(by) => self.wake_by_hand(&by),
                         Plain::Ping => self.outbox.tell(&Event::Pong),
                         Plain::Report => self.outbox.tell_figures(self.figures()),

@@ -12,6 +12,7 @@ pub mod netns;
 pub mod peer;
 pub mod process;
 pub mod proxy_protocol;
+pub mod rate;
 pub mod read_bounded;
 pub mod relay;
 pub mod sandbox;

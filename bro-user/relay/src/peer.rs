@@ -29,6 +29,16 @@ pub enum Source {
     User(u32),
 }
 
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address @ IpAddr::V4(_)) => address.fmt(f),
+            Self::Address(address @ IpAddr::V6(_)) => write!(f, "{address}/64"),
+            Self::User(uid) => write!(f, "user {uid}"),
+        }
+    }
+}
+
 impl Peer {
     /// Reads who is at the other end.
     #[must_use]

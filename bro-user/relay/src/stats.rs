@@ -44,11 +44,12 @@ impl Stats {
         Self::set(&self.idle_since, u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX));
     }
 
-    /// Since when there has been no connection; `None` while there is one.
+    /// Since when there has been no connection that keeps the service awake; `None` while there is one, or while a client waits for the
+    /// service.
     #[must_use]
     pub fn idle_from(&self) -> Option<Instant> {
         // In this order: a count of zero comes with the instant that was stored before it.
-        let idle = Self::get(&self.open) == 0;
+        let idle = Self::get(&self.keeping) == 0 && Self::get(&self.held) == 0;
         idle.then(|| self.start + Duration::from_millis(Self::get(&self.idle_since)))
     }
 

@@ -311,7 +311,7 @@ pub struct SharedMemory<T> {
 /// # Safety
 /// It must consist of atomics alone, so that zeros are valid and others may change it at any time.
 unsafe trait Shareable: Sync {}
-// SAFETY: four `AtomicU64`s.
+// SAFETY: it is made of `AtomicU64`s alone.
 unsafe impl Shareable for crate::counters::Counters {}
 
 // SAFETY: the memory is not tied to a thread.

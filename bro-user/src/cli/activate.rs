@@ -12,6 +12,7 @@ use crate::address::{External, Internal};
 use crate::service::readiness::Ready;
 use crate::service::sources::Choice;
 use crate::systemd::time_span::TimeSpan;
+use bro_relay::rate::Rate;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -101,13 +102,41 @@ pub struct Activate {
     #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::limit)]
     pub exit_idle_time: Option<TimeSpan>,
 
+    /// How far that grows while the same clients wake the container again and again (default: 1h, as in bro forward)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
+    pub exit_idle_time_max: Option<TimeSpan>,
+
     /// What counts as idle: no open connection, or no byte on any (as in bro forward)
     #[arg(long, value_name = "connections|bytes", conflicts_with = "direct")]
     pub idle_by: Option<IdleBy>,
 
+    /// Whose connections keep nothing awake: addresses, networks, or unix (repeatable, as in bro forward)
+    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',', conflicts_with = "direct")]
+    pub idle_ignore: Vec<Trusted>,
+
+    /// A connection on which less moves than BYTES within TIME keeps nothing awake: 1K/1min (as in bro forward)
+    #[arg(long, value_name = "BYTES/TIME", value_parser = crate::rate::rate, conflicts_with = "direct")]
+    pub idle_below: Option<Rate>,
+
     /// What wakes the container: a connection, or the first byte of one (as in bro forward)
     #[arg(long, value_name = "connect|data", conflicts_with = "direct")]
     pub wake_on: Option<WakeOn>,
+
+    /// Whose connections do not wake the container: addresses, networks, or unix (repeatable, as in bro forward)
+    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',', conflicts_with = "direct")]
+    pub wake_ignore: Vec<Trusted>,
+
+    /// How often clients may have the container started within any 60 minutes (as in bro forward)
+    #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::service::wakes::MOST_PER_HOUR)))]
+    pub wakes_per_hour: Option<u32>,
+
+    /// Freeze the container when it is idle, instead of stopping it; its next client has it go on at once (as in bro forward)
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_missing_value = "true", conflicts_with = "direct")]
+    pub freeze: Option<bool>,
+
+    /// With --freeze: stop the container after it has been frozen for SPAN (default: 1h)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::limit)]
+    pub freeze_time: Option<TimeSpan>,
 
     /// Let the container run for SPAN at least once it was woken
     #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
@@ -219,7 +248,7 @@ pub struct Activate {
 
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
-        "backlog", "exit_idle_time", "idle_by", "wake_on", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
+        "backlog", "exit_idle_time", "exit_idle_time_max", "wakes_per_hour", "freeze", "freeze_time", "idle_by", "idle_ignore", "idle_below", "wake_on", "wake_ignore", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
         "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "keepalive_time", "keepalive_interval",
         "keepalive_probes", "user_timeout", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
         "blocking_sockets", "metrics", "run_as", "restrict_network"])]

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::systemd::time_span::TimeSpan;
+use bro_relay::proxy_protocol::Trusted as Peers;
+use bro_relay::rate::Rate;
 
 /// When the service is woken, and when it may sleep.
 #[derive(Debug, Args)]
@@ -13,13 +15,60 @@ pub struct Idle {
     #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::systemd::time_span::limit)]
     pub exit_idle_time: TimeSpan,
 
+    /// How far that grows while the same clients wake the service again and again (no longer than --exit-idle-time: not at all)
+    ///
+    /// It doubles with each time but the first that one of the clients who have woken it lately does so again before it has slept for
+    /// --exit-idle-time. Once it has slept for so long, everything begins anew.
+    #[arg(long, value_name = "SPAN", default_value = "1h")]
+    pub exit_idle_time_max: TimeSpan,
+
     /// What --exit-idle-time counts from: the last connection's end, or the last byte
     #[arg(long, value_name = "WHAT", default_value = "connections")]
     pub idle_by: IdleBy,
 
+    /// Whose connections keep nothing awake, such as a monitor's: addresses, networks (10.0.0.0/8), or unix (repeatable)
+    ///
+    /// They are served as all others are while the service is awake, and wake it too (see --wake-ignore). At the idle exit they are
+    /// closed.
+    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',')]
+    pub idle_ignore: Vec<Peers>,
+
+    /// A connection on which less moves than BYTES within TIME keeps nothing awake: 1K/1min (K, M and G of 1024 bytes)
+    ///
+    /// For heartbeats: MQTT's pings, a websocket's keep-alives, an open browser tab. The idle time is counted from the last moment
+    /// at which so much, both ways together, had moved on one connection within TIME (which is known to an eighth); at the idle exit
+    /// what is still connected is closed, as with --idle-by=bytes. A request of fewer bytes keeps nothing awake either.
+    #[arg(long, value_name = "BYTES/TIME", value_parser = crate::rate::rate)]
+    pub idle_below: Option<Rate>,
+
     /// What wakes a sleeping service: a connection, or a connection's first byte
     #[arg(long, value_name = "WHAT", default_value = "connect")]
     pub wake_on: WakeOn,
+
+    /// Whose connections do not wake the service, such as a scanner's: addresses, networks (10.0.0.0/8), or unix (repeatable)
+    ///
+    /// While it sleeps they are reset at once; while it is being started for another client they wait with that one, and while it is
+    /// awake they are served.
+    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',')]
+    pub wake_ignore: Vec<Peers>,
+
+    /// How often clients may have the service started within any 60 minutes; those who come beyond that while it sleeps are reset
+    ///
+    /// `bro wake` is not refused, but counts. (1 to 1000; no limit unless one is set.)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::service::wakes::MOST_PER_HOUR)))]
+    pub wakes_per_hour: Option<u32>,
+
+    /// Freeze the service when it is idle, instead of stopping it: it keeps its memory, takes no processor time, and goes on with its next
+    /// client at once
+    ///
+    /// The unit's cgroup is frozen, as by `systemctl freeze`; only a unit that bro has started. It is stopped after --freeze-time. What
+    /// is connected and does not count is closed as at the idle exit. It takes systemd 246 and cgroups of version 2.
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub freeze: bool,
+
+    /// With --freeze: stop the service after it has been frozen for SPAN
+    #[arg(long, value_name = "SPAN", default_value = "1h", value_parser = crate::systemd::time_span::limit)]
+    pub freeze_time: TimeSpan,
 
     /// Never stop the service earlier than SPAN after it was woken
     #[arg(long, value_name = "SPAN", default_value = "0")]
@@ -36,6 +85,14 @@ pub struct Idle {
     /// and is warned of: no job is cut off because of a broken question.
     #[arg(long, value_name = "COMMAND", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub busy_exec: Option<String>,
+}
+
+impl Idle {
+    /// Is the idle time counted from bytes, and may it end with connections on which too few move?
+    #[must_use]
+    pub fn counts_bytes(&self) -> bool {
+        self.idle_by == IdleBy::Bytes || self.idle_below.is_some()
+    }
 }
 
 /// `--idle-by=`.

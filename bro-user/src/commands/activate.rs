@@ -218,6 +218,7 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
         let container = systemd.container().context("the container's service manager is gone")?;
         warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
         warnings.extend(image::warning(&wanted.activated, &wanted.quadlet).await);
+        apply::check_freezing(container, &wanted.activated).await?;
     }
     warnings.extend(nowhere(&wanted.activated, places));
     let mut directories = directories_of(&wanted.activated, places);
@@ -429,6 +430,7 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
         if places.root.is_none() {
             failed_wake::forget(&known);
             ledger::forget(&known);
+            crate::service::wakes::forget(&known);
         }
     }
     output::removed(&known, &changes, left)

@@ -1,6 +1,7 @@
 //! `bro forward`: one forwarder's life, from the sockets it is passed to its exit. The control process: it starts the engine in a
 //! process of its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
 
+pub mod freeze;
 pub mod handover;
 pub mod inhibit;
 
@@ -36,7 +37,7 @@ use wake::Wakefulness;
 
 use super::forward::handover::{Predecessor, Program};
 use super::status;
-use crate::cli::idle::{IdleBy, WakeOn};
+use crate::cli::idle::WakeOn;
 use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::control_socket::{self, Asked, Asker, Request};
 use crate::exit::Failure;
@@ -47,6 +48,7 @@ use crate::relay_handle::Handle;
 use crate::service::failed_wake::Failures;
 use crate::service::kernel_watch::{self, Loaded, Watching};
 use crate::service::sources::{Choice, Wanted};
+use crate::service::wakes::{Limits, Wakes};
 use crate::service::{Activator, Awake, Incarnation, Place};
 use crate::systemd::listen_fds::{self, Passed};
 use crate::systemd::scope::Manager;
@@ -186,6 +188,10 @@ pub fn run(
         let (unit, ready, identity) = (options.unit.clone(), options.ready.clone(), options.unix_identity);
         let activator = Arc::new(Activator::new(place, unit, manager, ready, source, identity));
         activator.check(&targets).await?;
+        if options.idle.freeze {
+            activator.check_freezing().await?;
+            activator.thaw_what_was_left().await;
+        }
         let engine = (relay, channel, addresses, stats);
         let mut control =
             Control::start(options, &listeners, targets, activator, engine, local_clients, bequest)?;
@@ -318,11 +324,22 @@ fn settings(options: &Forward) -> Settings {
         proxy_protocol: options.proxy_protocol.map(Into::into),
         trusted: if options.accept_proxy { options.trusted.clone() } else { Vec::new() },
         wake_on_data: options.idle.wake_on == WakeOn::Data,
-        idle_by_bytes: (options.idle.idle_by == IdleBy::Bytes)
-            .then(|| options.idle.exit_idle_time.finite())
-            .flatten(),
+        idle_by_bytes: options.idle.exit_idle_time.finite().filter(|_| options.idle.counts_bytes()),
+        idle_ignore: options.idle.idle_ignore.clone(),
+        idle_below: options.idle.idle_below,
+        wake_ignore: options.idle.wake_ignore.clone(),
         hold_limit: options.start_timeout.or_forever(),
         hold_refused: options.ready != crate::service::readiness::Ready::Unchecked,
+    }
+}
+
+/// What the command line decides about how often the service is started.
+fn wake_limits(options: &Forward) -> Limits {
+    let idle = &options.idle;
+    Limits {
+        per_hour: idle.wakes_per_hour,
+        idle_time: idle.exit_idle_time.or_forever(),
+        most_idle_time: idle.exit_idle_time_max.or_forever(),
     }
 }
 
@@ -404,8 +421,23 @@ struct Control<'a> {
     busy: sleep::Busy,
     /// Answers to the question who is busy.
     said_busy: (UnboundedSender<Option<String>>, UnboundedReceiver<Option<String>>),
+    /// Whether the service runs, for clients that wake nothing.
+    knocked: (UnboundedSender<wake::Knocked>, UnboundedReceiver<wake::Knocked>),
     phase: Phase,
     limit: waiting::Limit,
+    /// Of each target: while it is asked whether the service runs, who is turned away if not.
+    turned: Vec<Option<wake::Turned>>,
+    frost: freeze::Frost,
+    /// When it was frozen last.
+    frozen_at: Option<SystemTime>,
+    /// It cannot be frozen, or is not to be.
+    freezing_failed: bool,
+    /// What systemd has done.
+    frosted: (UnboundedSender<freeze::Done>, UnboundedReceiver<freeze::Done>),
+    /// How often the service is started.
+    history: Arc<Wakes>,
+    /// That it was started too often has been said.
+    too_many_said: bool,
     replacing: reload::Replacing<'a>,
     failure: Option<anyhow::Error>,
 }
@@ -427,6 +459,8 @@ impl<'a> Control<'a> {
         let (handle, events) = Handle::new(channel)?;
         let handle = Arc::new(handle);
         let watching = Arc::new(Watching::new(handle.clone()));
+        let history = Arc::new(Wakes::of(options.unit.as_deref(), wake_limits(options)));
+        activator.count_starts(history.clone());
         let loading = load_kernel_relay(options, bequest);
         if loading.is_some() {
             activator.watch_through(watching.clone());
@@ -452,6 +486,7 @@ impl<'a> Control<'a> {
             sleeper: None,
             busy: sleep::Busy::default(),
             said_busy: unbounded_channel(),
+            knocked: unbounded_channel(),
             targets,
             seen: HashMap::new(),
             activator,
@@ -469,6 +504,13 @@ impl<'a> Control<'a> {
             gone: unbounded_channel(),
             phase: Phase::Serving,
             limit: waiting::Limit::new(None, usize::MAX),
+            turned: vec![None; listeners.iter().map(|(_, target)| target + 1).max().unwrap_or(0)],
+            frost: freeze::Frost::None,
+            frozen_at: None,
+            freezing_failed: false,
+            frosted: unbounded_channel(),
+            history,
+            too_many_said: false,
             replacing: reload::Replacing::new(listeners),
             failure: None,
         })
@@ -528,6 +570,8 @@ impl<'a> Control<'a> {
                 Some((backend, result)) = self.woken.1.recv() => self.woken(backend, result),
                 Some(backend) = self.gone.1.recv() => self.gone(backend),
                 Some(who) = self.said_busy.1.recv() => self.busy(who),
+                Some(done) = self.frosted.1.recv() => self.frost_done(done),
+                Some(knocked) = self.knocked.1.recv() => self.knocked(knocked),
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
                 _ = hang_up.recv() => self.begin_replacement().await,
@@ -582,6 +626,10 @@ impl<'a> Control<'a> {
             // One that was woken only now may not be noted yet, and nobody would put it to sleep.
             drop(tokio::time::timeout(REMEMBER, self.activator.note_run()).await);
         }
+        if self.is_frozen() && !self.replacing.is_replaced() {
+            // Nobody else would have it go on.
+            drop(tokio::time::timeout(REMEMBER, self.activator.thaw()).await);
+        }
         if let Some(news) = self.foreign.as_ref().and_then(Foreign::rest) {
             left_alone(news);
         }
@@ -605,6 +653,7 @@ impl<'a> Control<'a> {
         let plural = |count: u64| if count == 1 { "" } else { "s" };
         let said = match self.phase {
             Phase::Draining(_) => format!("Draining: {open} connection{} left", plural(open)),
+            _ if self.is_frozen() => "Frozen: the next client has the service go on".into(),
             _ if self.who_is_busy().is_some() => {
                 format!("Idle, but busy: {}", self.who_is_busy().unwrap_or_default())
             }
@@ -620,6 +669,10 @@ impl<'a> Control<'a> {
         };
         let said = match self.limit.waiting().filter(|_| self.phase == Phase::Serving) {
             Some(waiting) => format!("{said}; {waiting}"),
+            None => said,
+        };
+        let said = match self.history.remark() {
+            Some(remark) => format!("{said}; {remark}"),
             None => said,
         };
         match self.replacing.predecessor() {
@@ -703,6 +756,7 @@ impl<'a> Control<'a> {
             state: self.status(),
             activity: self.activity(),
             failed_wake: self.failures.last().cloned(),
+            rhythm: self.history.rhythm().map(Box::new),
             service: own_unit::own_unit(),
             peers: Vec::new(),
             waiting: self.limit.waiting().cloned(),
@@ -757,6 +811,7 @@ impl<'a> Control<'a> {
     fn activity(&self) -> status::Activity {
         let state = match self.phase {
             Phase::Draining(_) => status::State::Stopping,
+            _ if self.is_frozen() => status::State::Frozen,
             _ if self.awake_since.is_some() && self.who_is_busy().is_some() => status::State::Busy,
             _ if self.awake_since.is_some() => status::State::Awake,
             _ if self.being_woken().is_some() => status::State::Starting,
@@ -765,6 +820,7 @@ impl<'a> Control<'a> {
         let is_starting = state == status::State::Starting;
         let woken =
             self.being_woken().filter(|_| is_starting).map(|since| SystemTime::now() - since.elapsed());
+        let woken = woken.or(self.frozen_at.filter(|_| self.is_frozen()));
         let since = woken.or_else(|| self.awake_since.map(|(_, since)| since));
         let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
         let woken_by = self.woken_by.clone().filter(|_| state != status::State::Asleep);
@@ -786,14 +842,25 @@ impl<'a> Control<'a> {
     fn event(&mut self, event: Event) {
         match event {
             // The relay process is not trusted with anything: neither with a number of ours, nor with asking once.
-            Event::Wake { backend, peer, refused } => match self.wakefulness.get(backend) {
+            Event::Wake { backend, peer, source, refused } => match self.wakefulness.get(backend) {
                 Some(Wakefulness::Waking(waking)) if waking.until.is_some() => {
                     tracing::debug!(backend, "woken already");
                 }
                 Some(Wakefulness::Waking(_)) => self.wait_again(backend, &peer),
-                Some(_) => self.wake(backend, &peer, refused),
+                Some(Wakefulness::Asleep) if source.is_some() && self.history.too_many().is_some() => {
+                    self.looks_before_refusing(backend, peer);
+                }
+                Some(_) => {
+                    if !refused && self.is_asleep() {
+                        self.found_asleep(source.as_deref());
+                    }
+                    self.wake(backend, &peer, refused);
+                }
                 None => tracing::error!(backend, "the relay process wants a target woken that there is not"),
             },
+            Event::Knock { backend, peer } => self.knocked_for(backend, peer),
+            Event::Frozen(frozen) => self.engine_froze(frozen),
+            Event::Thaw { peer } => self.thaw_for(peer),
             Event::Leaving(_) => self.stays(),
             Event::Draining(why) => self.draining(&why),
             Event::Pong => notify::alive(),

@@ -14,6 +14,7 @@ use crate::control_socket::{self, Request};
 use crate::exit::{self, Failure};
 use crate::metrics::Own;
 use crate::service::failed_wake::FailedWake;
+use crate::service::wakes::Rhythm;
 use crate::systemd::scope::Manager;
 
 /// What a forwarder says of itself.
@@ -38,6 +39,9 @@ pub struct Report {
     /// The last wake that failed and was followed by none that succeeded.
     #[serde(default)]
     pub failed_wake: Option<FailedWake>,
+    /// How often it is started, where that is limited or lets the idle time grow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rhythm: Option<Box<Rhythm>>,
     /// The forwarder's own unit, where it has one.
     #[serde(default)]
     pub service: Option<String>,
@@ -135,6 +139,8 @@ pub enum State {
     Awake,
     /// It is awake, nobody is connected, and it says that it is busy.
     Busy,
+    /// It is there, and frozen: the next client has it go on.
+    Frozen,
     /// Its forwarder lets its last clients finish.
     Stopping,
     /// Nobody listens for it.
@@ -151,6 +157,7 @@ impl State {
             Self::Starting => "starting",
             Self::Awake => "awake",
             Self::Busy => "awake and busy",
+            Self::Frozen => "frozen",
             Self::Stopping => "stopping",
             Self::Deaf => "not listening",
             Self::Failed => "failed",
@@ -344,6 +351,7 @@ mod tests {
             state: "1 connection now".into(),
             activity: Activity::default(),
             failed_wake: Some(FailedWake { at: 1, target: "127.0.0.1:80".into(), why: "no image".into() }),
+            rhythm: None,
             service: None,
             peers: Vec::new(),
             waiting: Some(Waiting { clients: 2, connections: 256, lets_in: "--connections-max=256".into() }),

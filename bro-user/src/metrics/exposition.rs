@@ -119,8 +119,16 @@ struct Family {
     samples: fn(&Exposed, Take<'_>) -> fmt::Result,
 }
 
-const STATES: [State; 7] =
-    [State::Asleep, State::Starting, State::Awake, State::Busy, State::Stopping, State::Deaf, State::Failed];
+const STATES: [State; 8] = [
+    State::Asleep,
+    State::Starting,
+    State::Awake,
+    State::Busy,
+    State::Frozen,
+    State::Stopping,
+    State::Deaf,
+    State::Failed,
+];
 
 /// The label's word for a state.
 const fn word(state: State) -> &'static str {
@@ -129,6 +137,7 @@ const fn word(state: State) -> &'static str {
         State::Starting => "starting",
         State::Awake => "awake",
         State::Busy => "busy",
+        State::Frozen => "frozen",
         State::Stopping => "stopping",
         State::Deaf => "deaf",
         State::Failed => "failed",

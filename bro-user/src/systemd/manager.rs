@@ -51,6 +51,9 @@ trait Systemd {
     ) -> zbus::Result<OwnedObjectPath>;
     fn unref_unit(&self, name: &str) -> zbus::Result<()>;
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
+    /// Since systemd 246, like the next one and the units' properties about that.
+    fn freeze_unit(&self, name: &str) -> zbus::Result<()>;
+    fn thaw_unit(&self, name: &str) -> zbus::Result<()>;
     fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
 
     #[zbus(signal)]
@@ -63,6 +66,10 @@ trait Unit {
     fn active_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn sub_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn freezer_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn can_freeze(&self) -> zbus::Result<bool>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn load_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
@@ -141,6 +148,8 @@ pub struct Known {
     pub file: String,
     /// The file that a generator made it from.
     pub source: PathBuf,
+    /// Its processes do not go on until it is thawed.
+    pub is_frozen: bool,
     /// Its files have changed since they were read.
     pub needs_reload: bool,
     /// systemd stops it when no other unit needs it (StopWhenUnneeded=).
@@ -299,6 +308,7 @@ impl Bus {
             active: unit.active_state().await?,
             file: unit.unit_file_state().await?,
             source: unit.source_path().await?.into(),
+            is_frozen: is_frozen(&unit).await,
             needs_reload: unit.need_daemon_reload().await?,
             stops_unneeded: unit.stop_when_unneeded().await?,
             active_since: (since > 0).then_some(since / 1_000_000),
@@ -556,6 +566,51 @@ impl Bus {
         Ok(ServiceProxy::builder(self.systemd.inner().connection()).path(path).build().await?)
     }
 
+    /// Can the unit be frozen? Its state does not matter for that.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn can_freeze(&self, unit: &str) -> anyhow::Result<bool> {
+        // An old systemd has no such property.
+        Ok(self.unit(unit).await?.can_freeze().await.unwrap_or(false))
+    }
+
+    /// Is the unit frozen, or about to be?
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn is_frozen(&self, unit: &str) -> anyhow::Result<bool> {
+        Ok(is_frozen(&self.unit(unit).await?).await)
+    }
+
+    /// Freezes the unit's cgroup: none of its processes runs any more until it is thawed.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn freeze(&self, unit: &str) -> anyhow::Result<()> {
+        self.systemd.freeze_unit(unit).await.map_err(plain)
+    }
+
+    /// Has it go on.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub async fn thaw(&self, unit: &str) -> anyhow::Result<()> {
+        self.systemd.thaw_unit(unit).await.map_err(plain)
+    }
+
+    /// Has it go on if it is frozen; says whether it was.
+    ///
+    /// # Errors
+    /// As [`Bus::thaw`].
+    pub async fn thaw_if_frozen(&self, unit: &str) -> anyhow::Result<bool> {
+        let frozen = self.is_frozen(unit).await?;
+        if frozen {
+            self.thaw(unit).await?;
+        }
+        Ok(frozen)
+    }
+
     /// Stops the unit and waits for the end of the job.
     ///
     /// # Errors
@@ -656,6 +711,8 @@ impl Bus {
     /// # Errors
     /// As [`Bus::stop`].
     pub async fn put_to_sleep(&self, unit: &str) -> anyhow::Result<String> {
+        // systemd does that itself as well; a version that did not would wait for processes that cannot end.
+        self.thaw_if_frozen(unit).await.ok();
         let result = self.stop(unit).await?;
         if result == "done" {
             if self.active_state(unit).await? == "failed" {
@@ -667,6 +724,12 @@ impl Bus {
         }
         Ok(result)
     }
+}
+
+async fn is_frozen(unit: &UnitProxy<'_>) -> bool {
+    // An old systemd freezes nothing.
+    let frozen = ["freezing", "freezing-by-parent", "frozen", "frozen-by-parent"];
+    unit.freezer_state().await.is_ok_and(|state| frozen.contains(&state.as_str()))
 }
 
 /// How a unit's run ended, from its Result=, ExecMainCode= and ExecMainStatus=: no more than was seen. Where no main process ran (the

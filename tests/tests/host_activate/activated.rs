@@ -300,3 +300,42 @@ pub fn owners_commands(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::activated(host, manager, "asked", &with_commands(), &options)?;
     expect_commands_heeded(&site)
 }
+
+/// A forwarder that is confined has its container frozen, and doctor and status say what it is.
+pub fn frozen(host: &Host, manager: Manager) -> Result<()> {
+    let options = ["--exit-idle-time", "500ms", "--freeze", "--wakes-per-hour", "5", "--idle-below", "1K/1s"];
+    let site = Site::activated(host, manager, "frosty", &Plan::service(manager, 0.0, ""), &options)?;
+    let (run, _) = site.who().with_context(|| site.journals())?;
+    for round in 0..3 {
+        host.wait_until("it is frozen", PATIENCE, || {
+            Ok(manager.show(host, "frosty.service", "FreezerState")? == "frozen")
+        })
+        .with_context(|| format!("round {round}: {}", site.journals()))?;
+        let status = manager.run(host, &["bro", "status"])?;
+        ensure!(
+            status.lines().any(|line| line.starts_with("frosty") && line.contains("frozen for")),
+            "{status}"
+        );
+        let json = manager.run(host, &["bro", "status", "frosty", "--json"])?;
+        ensure!(json.contains("\"frozen\""), "{json}");
+        let doctor = manager.try_run(host, &["bro", "doctor", "frosty"])?;
+        ensure!(doctor.success() && doctor.stdout.contains("is frozen"), "{doctor:?}");
+        ensure!(site.who()?.0 == run, "another run of the service answers: {}", site.journals());
+    }
+    let said = manager.run(host, &["bro", "sleep", "frosty"])?;
+    ensure!(said.contains("stopped"), "{said}");
+    expect_asleep(&site)?;
+    // Removed while it is frozen: it goes on, and nothing is noted of it any more.
+    site.check_echo()?;
+    host.wait_until("it is frozen", PATIENCE, || {
+        Ok(manager.show(host, "frosty.service", "FreezerState")? == "frozen")
+    })?;
+    ensure!(activate(host, manager, "frosty --remove")?.success());
+    ensure!(manager.show(host, "frosty.service", "FreezerState")? == "running", "left frozen");
+    let below = match manager {
+        Manager::System => "/run/bro".to_owned(),
+        Manager::User(user) => format!("/run/user/{}/bro", host.uid(user)?),
+    };
+    ensure!(!host.path(&format!("{below}/wakes-frosty.service")).exists(), "a note is left below {below}");
+    Ok(())
+}

@@ -33,6 +33,7 @@ const BOTH: &[Case] = &[
     ("pods and templates", activated::pods_and_templates),
     ("a .kube", activated::kubernetes),
     ("systemd's own check of the units", activated::verified),
+    ("frozen instead of stopped", activated::frozen),
     ("ready when healthy", activated::healthy),
     ("ready and busy by commands of the owner's", activated::owners_commands),
     ("bad input", refusals::bad_input),

@@ -3,7 +3,9 @@
 
 mod doctoring;
 mod failures;
+mod frozen;
 mod life;
+mod often;
 mod places;
 mod services;
 mod sharing;
@@ -60,6 +62,12 @@ const BOTH: &[Case] = &[
     ("a forwarder that is killed during the start", whose::killed_while_it_starts),
     ("two targets woken at once", whose::two_targets_at_once),
     ("a container that another unit needs", whose::needed_by_another),
+    ("frozen: goes on at once, and is stopped in the end", frozen::goes_on_at_once),
+    ("frozen: looked after by others", frozen::looked_after),
+    ("frozen: not what somebody else has started", frozen::others_are_not),
+    ("often: the same client again and again", often::the_same_client_again_and_again),
+    ("often: a container that was started too often", often::started_too_often),
+    ("often: clients that wake nothing", often::who_wakes_nothing),
     ("services in bro status", doctoring::status_of_services),
     ("bro doctor and a service that is broken", doctoring::doctor_of_a_service),
     ("unix_socket: whom a service in a container sees", unix_socket::who_connects),
@@ -100,6 +108,7 @@ fn forwarders_on_a_real_host() {
     for (name, case) in OTHERS {
         cases.on(&host, name, || case(&host));
     }
+    cases.rebooting(&mut host, "frozen: the host goes down", frozen::the_host_goes_down);
     cases.rebooting(&mut host, "enabled sockets work after a reboot", life::survives_reboot);
     cases.conclude();
 }

@@ -15,7 +15,7 @@ use bro_user::control_socket::Outcome;
 use crate::{MOMENT, wakes};
 
 /// Sends one request, without waiting for the answer.
-fn request(forwarder: &Forwarder, line: &[u8]) -> Result<UnixStream> {
+pub fn request(forwarder: &Forwarder, line: &[u8]) -> Result<UnixStream> {
     await_socket(forwarder)?;
     let mut stream = UnixStream::connect(forwarder.status_socket())?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -29,7 +29,7 @@ fn await_socket(forwarder: &Forwarder) -> Result<()> {
     Ok(())
 }
 
-fn answer(mut stream: UnixStream) -> Result<Outcome> {
+pub fn answer(mut stream: UnixStream) -> Result<Outcome> {
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     Ok(serde_json::from_str(&text)?)

@@ -9,6 +9,8 @@ use super::{Accepting, Engine, socket_options};
 use crate::connection::{Connection, End, Registration, Stage, Talk};
 use crate::engine::protocol::Event;
 use crate::peer::Peer;
+use crate::proxy_protocol::Trusted;
+use crate::rate::Meter;
 use crate::relay::Guard;
 use crate::source::Origin;
 use crate::stats::Stats;
@@ -118,6 +120,9 @@ impl Engine {
             last: (0, 0),
             awaits_answer: false,
             woke: false,
+            ignored: false,
+            wakes_nothing: false,
+            meter: self.settings.idle_below.map(|rate| Box::new(Meter::new(rate, now))),
             cold_start: None,
             stage: Stage::Held,
             talk: Talk::default(),
@@ -129,7 +134,8 @@ impl Engine {
         let introduced = self.settings.trusted.iter().any(|trusted| trusted.is(&connection.peer));
         let index = self.connections.insert(connection);
         self.pending += 1;
-        Stats::set(&self.stats.open, self.connections.len() as u64);
+        self.keeping += 1;
+        self.publish_open();
         if introduced {
             self.connections[index].stage = Stage::Introducing(Box::default());
             return self.read_introduction(index);
@@ -139,6 +145,14 @@ impl Engine {
 
     /// It is known who the client is: it is let in, unless too many of its source are.
     pub(super) fn welcome(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        let is_one_of = |these: &[Trusted]| these.iter().any(|one| one.is(&connection.peer));
+        let (ignored, wakes_nothing) =
+            (is_one_of(&self.settings.idle_ignore), is_one_of(&self.settings.wake_ignore));
+        connection.wakes_nothing = wakes_nothing;
+        if ignored {
+            self.ignore(index);
+        }
         let Some(connection) = self.connections.get_mut(index) else { return };
         if let Some(limit) = self.settings.connections_per_source {
             let count = self.per_source.entry(connection.peer.source()).or_default();
@@ -157,8 +171,22 @@ impl Engine {
         self.place(index);
     }
 
-    /// After a connection has ended: room for the next, and news for those who wait for the last.
-    pub(super) fn after_end(&mut self, source: Option<crate::peer::Source>) {
+    /// A connection keeps nothing awake any more.
+    pub(super) fn ignore(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        if !std::mem::replace(&mut connection.ignored, true) {
+            self.keeping -= 1;
+            self.publish_open();
+        }
+    }
+
+    fn publish_open(&self) {
+        Stats::set(&self.stats.open, self.connections.len() as u64);
+        Stats::set(&self.stats.keeping, self.keeping as u64);
+    }
+
+    /// After a connection has ended: room for the next, and news for those who wait for the last. `kept`: it kept the service awake.
+    pub(super) fn after_end(&mut self, source: Option<crate::peer::Source>, kept: bool) {
         if let Some(source) = source
             && let Some(count) = self.per_source.get_mut(&source)
         {
@@ -172,15 +200,16 @@ impl Engine {
         {
             tracing::error!(%error, "cannot accept again");
         }
-        if self.connections.is_empty() {
+        if kept {
+            self.keeping -= 1;
             // Before the count says so. By bytes, who connects and says nothing does not count.
-            if self.settings.idle_by_bytes.is_none() {
+            if self.keeping == 0 && self.settings.idle_by_bytes.is_none() {
                 self.stats.now_idle();
             }
-            if self.draining {
-                self.outbox.tell(&Event::Drained);
-            }
         }
-        Stats::set(&self.stats.open, self.connections.len() as u64);
+        if self.connections.is_empty() && self.draining {
+            self.outbox.tell(&Event::Drained);
+        }
+        self.publish_open();
     }
 }

@@ -178,7 +178,7 @@ impl Engine {
             match connection.stage {
                 Stage::Relaying { .. } => {
                     // Bytes that took a lane woke nobody, so they are noticed here.
-                    moved |= connection.notice_bytes(now);
+                    moved |= connection.keeps_awake(now);
                     if self.settings.idle_timeout.is_some_and(|limit| now - connection.active >= limit) {
                         due.push((index, End::IdleTimeout));
                     }
@@ -213,7 +213,7 @@ impl Engine {
     pub(super) fn finish(&mut self, index: usize, end: End) {
         let Some(mut connection) = self.connections.try_remove(index) else { return };
         let end = connection.end(end);
-        if self.settings.idle_by_bytes.is_some() && connection.notice_bytes(Instant::now()) {
+        if self.settings.idle_by_bytes.is_some() && connection.keeps_awake(Instant::now()) {
             self.stats.now_idle();
         }
         self.silent.remove(connection.peer.source(), connection.number);
@@ -225,8 +225,9 @@ impl Engine {
         self.tallies[connection.listener].ended.add(end);
         let source = connection.counted.then(|| connection.peer.source());
         self.close_lanes(&connection);
+        let kept = !connection.ignored;
         connection.close(end, &mut self.tools);
-        self.after_end(source);
+        self.after_end(source, kept);
     }
 
     /// The one line of a connection's end.

@@ -11,7 +11,7 @@ use crate::connection::{Connection, End, Stage};
 /// What the control side asks when it wants to leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Leave {
-    /// Only if there is no connection.
+    /// Only if there is no connection that keeps the service awake.
     WithoutConnections,
     /// If no byte has moved for so long; connections that merely sleep are ended.
     WithoutBytes(Duration),
@@ -25,14 +25,15 @@ impl Engine {
     /// How often connections are looked at for bytes that moved, in `--idle-by=bytes`. Those that took a lane woke nobody.
     pub(super) fn byte_step(&self) -> Option<Duration> {
         let limit = self.settings.idle_by_bytes.filter(|_| !self.connections.is_empty())?;
-        Some((limit / 8).clamp(Duration::from_millis(10), Duration::from_secs(5)))
+        let step = (limit / 8).clamp(Duration::from_millis(10), Duration::from_secs(5));
+        Some(self.settings.idle_below.map_or(step, |rate| step.min(rate.step())))
     }
 
     /// Notes that bytes have moved since the last look. Late by one step at most, and never early.
     pub(super) fn notice_bytes(&mut self) {
         let (mut moved, now) = (false, std::time::Instant::now());
         for (_, connection) in &mut self.connections {
-            moved |= connection.notice_bytes(now);
+            moved |= connection.keeps_awake(now);
         }
         if moved {
             self.stats.now_idle();
@@ -41,10 +42,24 @@ impl Engine {
 
     /// Accepts no more if the control side may leave; says whether.
     pub(super) fn leave(&mut self, how: Leave) -> anyhow::Result<bool> {
-        let may = match how {
-            Leave::WithoutConnections => self.connections.is_empty(),
+        let may = self.may_leave(how);
+        if may {
+            self.set_accepting(Accepting::Closed)?;
+            self.end_all(if how == Leave::Now { End::Shutdown } else { End::IdleExit });
+        }
+        Ok(may)
+    }
+
+    /// Is it time to leave?
+    pub(super) fn may_leave(&mut self, how: Leave) -> bool {
+        match how {
+            Leave::WithoutConnections => {
+                self.connections.iter().all(|(_, connection)| connection.ignored && !waits(connection))
+            }
             Leave::WithoutGuests => {
-                self.connections.iter().all(|(_, connection)| matches!(connection.stage, Stage::Silent))
+                let is_no_guest =
+                    |connection: &Connection| connection.ignored || matches!(connection.stage, Stage::Silent);
+                self.connections.iter().all(|(_, connection)| is_no_guest(connection))
             }
             Leave::WithoutBytes(limit) => {
                 self.notice_bytes();
@@ -52,20 +67,23 @@ impl Engine {
                     && self.stats.since_active() >= limit
             }
             Leave::Now => true,
-        };
-        if may {
-            self.set_accepting(Accepting::Closed)?;
-            self.end_all(if how == Leave::Now { End::Shutdown } else { End::IdleExit });
         }
-        Ok(may)
     }
 }
 
 /// A client that has just connected is about to say something. One that does not keeps nothing awake for longer than that.
 const ABOUT_TO_SPEAK: Duration = Duration::from_secs(1);
 
+/// Does its client wait for the service?
+const fn waits(connection: &Connection) -> bool {
+    matches!(connection.stage, Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. })
+}
+
 /// Does nothing wait on it: neither for the service nor to be read, nor is anything about to?
 fn sleeps(connection: &Connection, limit: Duration) -> bool {
+    if connection.ignored {
+        return !waits(connection);
+    }
     let is_fresh = connection.opened.elapsed() < limit.min(ABOUT_TO_SPEAK);
     match &connection.stage {
         Stage::Silent => !is_fresh,

@@ -62,6 +62,13 @@ pub enum Plain {
         /// Which target.
         backend: usize,
     },
+    /// The answer to [`Event::Knock`].
+    Knocked {
+        /// Which target.
+        backend: usize,
+        /// The service runs, and is being looked for.
+        runs: bool,
+    },
     /// Accept no more, for this reason; say when that is so, and when the last connection has ended.
     Drain(String),
     /// End every connection now.
@@ -70,6 +77,10 @@ pub enum Plain {
     EndSilent,
     /// Accept no more if it is time to leave; say whether.
     Leave(Leave),
+    /// Hold whoever comes from now on, if it is time to leave, for the service is about to be frozen; say whether.
+    Freeze(Leave),
+    /// It goes on: connect those who are held, and those to come.
+    Thawed,
     /// Wake what sleeps; who wants it, for the log.
     Wake(String),
     /// Answer, to show that the engine turns.
@@ -98,8 +109,17 @@ pub enum Event {
         backend: usize,
         /// Who the client is.
         peer: String,
+        /// Its source, where it is a client.
+        source: Option<String>,
         /// The target was ready and refused a connection since.
         refused: bool,
+    },
+    /// A client that wakes nothing is here (`--wake-ignore`): does the service run?
+    Knock {
+        /// Which target.
+        backend: usize,
+        /// Who the client is.
+        peer: String,
     },
     /// Something began to listen at this port of the namespace with this cookie.
     Listening {
@@ -110,6 +130,13 @@ pub enum Event {
     },
     /// The answer to [`Plain::Leave`].
     Leaving(bool),
+    /// The answer to [`Plain::Freeze`].
+    Frozen(bool),
+    /// Somebody waits for a service that is frozen.
+    Thaw {
+        /// Who.
+        peer: String,
+    },
     /// The first answer to [`Plain::Drain`]: nobody is accepted any more.
     Draining(String),
     /// The second: nobody is connected any more.
@@ -130,7 +157,7 @@ pub enum Event {
 }
 
 /// As many tallies as go into one message, however large their numbers.
-const TALLIES: usize = 32;
+const TALLIES: usize = 24;
 
 /// More than the longest message, in bytes.
 pub const LONGEST: usize = 64 * 1024;

@@ -14,15 +14,18 @@ const MOST_PEERS: usize = 20;
 pub struct Figures {
     /// Each listener's.
     pub tallies: Vec<Tally>,
-    /// Who is connected, the first twenty.
+    /// Who is connected and keeps the service awake, the first twenty.
     pub peers: Vec<String>,
 }
 
 impl Engine {
     /// The figures of this moment.
     pub(super) fn figures(&self) -> Figures {
-        // A client that has not said anything is nobody's guest yet.
-        let guests = self.connections.iter().filter(|(_, guest)| !matches!(guest.stage, Stage::Silent));
+        // A client that has not said anything is nobody's guest yet, and one that keeps nothing awake is in nobody's way.
+        let guests = self
+            .connections
+            .iter()
+            .filter(|(_, guest)| !guest.ignored && !matches!(guest.stage, Stage::Silent));
         let peers = guests.take(MOST_PEERS).map(|(_, guest)| guest.peer.to_string()).collect();
         Figures { tallies: self.tallies(), peers }
     }

@@ -12,6 +12,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
 
 use super::Engine;
+use super::frozen::Frost;
 use super::token::Token;
 use crate::connection::{Connection, End, Registration, Stage};
 use crate::engine::protocol::Event;
@@ -136,6 +137,8 @@ pub(super) struct Backend {
     pub(super) watched: Option<u64>,
     /// It was said that there is no source port towards it.
     ports_announced: bool,
+    /// It was asked whether the service runs, for those who wake nothing.
+    knocking: bool,
     state: State,
     held: VecDeque<usize>,
 }
@@ -146,8 +149,23 @@ impl Backend {
         matches!(self.state, State::Asleep)
     }
 
+    pub(super) const fn is_ready(&self) -> bool {
+        matches!(self.state, State::Ready(_))
+    }
+
+    pub(super) const fn is_waking(&self) -> bool {
+        matches!(self.state, State::Waking)
+    }
+
     pub(super) const fn asleep(name: String) -> Self {
-        Self { name, watched: None, ports_announced: false, state: State::Asleep, held: VecDeque::new() }
+        Self {
+            name,
+            watched: None,
+            ports_announced: false,
+            knocking: false,
+            state: State::Asleep,
+            held: VecDeque::new(),
+        }
     }
 }
 
@@ -166,9 +184,15 @@ impl Engine {
     pub(super) fn place(&mut self, index: usize) {
         let backend = self.connections[index].backend;
         if let State::Ready(_) = &self.backends[backend].state {
-            return self.start_connect(index, 0, false);
+            if self.frost == Frost::None {
+                return self.start_connect(index, 0, false);
+            }
+            if self.connections[index].wakes_nothing && self.frost == Frost::Frozen {
+                self.ignore(index);
+                return self.finish(index, End::WakeIgnored);
+            }
         }
-        if self.are_bytes_to_wake() {
+        if !self.connections[index].wakes_nothing && self.are_bytes_to_wake() {
             return self.wait_for_a_byte(index);
         }
         self.hold(index, false);
@@ -176,10 +200,16 @@ impl Engine {
 
     /// Wakes whatever sleeps, although nobody has connected (`bro wake`).
     pub(super) fn wake_by_hand(&mut self, by: &str) {
+        self.ask_to_thaw(by);
         for (index, backend) in self.backends.iter_mut().enumerate() {
             if backend.is_asleep() {
                 backend.state = State::Waking;
-                self.outbox.tell(&Event::Wake { backend: index, peer: by.to_owned(), refused: false });
+                self.outbox.tell(&Event::Wake {
+                    backend: index,
+                    peer: by.to_owned(),
+                    source: None,
+                    refused: false,
+                });
             }
         }
     }
@@ -190,18 +220,42 @@ impl Engine {
         connection.registered[1] = Registration::Absent;
         let backend = &mut self.backends[connection.backend];
         backend.held.push_back(index);
-        if matches!(backend.state, State::Asleep) {
+        if matches!(backend.state, State::Asleep) && connection.wakes_nothing {
+            if !std::mem::replace(&mut backend.knocking, true) {
+                self.outbox
+                    .tell(&Event::Knock { backend: connection.backend, peer: connection.peer.to_string() });
+            }
+        } else if matches!(backend.state, State::Asleep) {
             backend.state = State::Waking;
             connection.woke |= !refused;
-            let wake =
-                Event::Wake { backend: connection.backend, peer: connection.peer.to_string(), refused };
+            let wake = Event::Wake {
+                backend: connection.backend,
+                peer: connection.peer.to_string(),
+                source: Some(connection.peer.source().to_string()),
+                refused,
+            };
             if !refused {
                 self.tallies[connection.listener].cold_starts += 1;
             }
             self.outbox.tell(&wake);
+        } else if matches!(backend.state, State::Ready(_)) && self.frost == Frost::Frozen {
+            connection.woke = true;
+            let peer = connection.peer.to_string();
+            self.ask_to_thaw(&peer);
         }
         self.register(index);
         self.publish_held();
+    }
+
+    /// Those who are held for targets that are ready, in the order in which they came; they are held no more.
+    pub(super) fn held_by_frost(&mut self) -> Vec<usize> {
+        let mut held = Vec::new();
+        for backend in self.backends.iter_mut().filter(|backend| backend.is_ready()) {
+            held.extend(backend.held.drain(..));
+        }
+        held.sort_by_key(|&index| self.connections[index].number);
+        self.publish_held();
+        held
     }
 
     fn publish_held(&self) {
@@ -248,13 +302,32 @@ impl Engine {
         );
         // As after a refusal: it is tried again, after a while.
         let (backend, peer) = (backend.unwrap_or_default(), String::new());
-        self.outbox.tell(&Event::Wake { backend, peer, refused: true });
+        self.outbox.tell(&Event::Wake { backend, peer, source: None, refused: true });
     }
 
     pub(super) fn backend_failed(&mut self, backend: usize, end: End) {
         self.backends[backend].state = State::Asleep;
         for index in std::mem::take(&mut self.backends[backend].held) {
             self.finish(index, end);
+        }
+        self.publish_held();
+    }
+
+    /// Whether the service runs, for those who wake nothing: they wait until it is found, or are reset. Where another client wakes it
+    /// by now, they wait with that one.
+    pub(super) fn knocked(&mut self, backend: usize, runs: bool) {
+        let Some(known) = self.backends.get_mut(backend) else { return };
+        known.knocking = false;
+        if !known.is_asleep() {
+            return;
+        }
+        if runs {
+            known.state = State::Waking;
+            return;
+        }
+        for index in std::mem::take(&mut known.held) {
+            self.ignore(index);
+            self.finish(index, End::WakeIgnored);
         }
         self.publish_held();
     }
@@ -272,10 +345,18 @@ impl Engine {
         };
         let dials = supply.dials();
         drop(supply);
+        // Who was held since it was frozen has it woken now.
+        let held = std::mem::take(&mut self.backends[backend].held);
+        if !self.backends.iter().any(Backend::is_ready) {
+            self.frost = Frost::None;
+        }
         for dial in dials {
             if self.is_dialling(dial) {
                 self.hold(dial.index, refused);
             }
+        }
+        for index in held {
+            self.hold(index, refused);
         }
     }
 

@@ -74,7 +74,9 @@ impl Engine {
     /// Is a client to wait for its first byte? Not when the container is awake, or about to be: then nothing is saved, and a
     /// service that speaks first may speak.
     pub(super) fn are_bytes_to_wake(&self) -> bool {
-        self.settings.wake_on_data && self.backends.iter().all(super::targets::Backend::is_asleep)
+        self.settings.wake_on_data
+            && (self.frost == super::frozen::Frost::Frozen
+                || self.backends.iter().all(super::targets::Backend::is_asleep))
     }
 
     /// Has the client wait for its first byte, which may be there already, as its end may.

@@ -13,6 +13,7 @@ use super::signals::{Interrupt, Interrupted};
 use super::transaction::{Change, Changed};
 use super::waits;
 use crate::address::External;
+use crate::exit::Failure;
 use crate::installed::drift::{self, Standing};
 use crate::installed::{Activated, Listener};
 use crate::port_owner;
@@ -134,6 +135,14 @@ pub(super) async fn network_warning(systemd: &Systemd, waits: bool) -> Option<St
              into the quadlet"
         )
     })
+}
+
+/// What is asked for explicitly is not to fail with the first client.
+pub(super) async fn check_freezing(systemd: &Systemd, activated: &Activated) -> anyhow::Result<()> {
+    if activated.option("freeze") == Some("true") && !systemd.bus.can_freeze(&activated.unit).await? {
+        bail!(Failure::Usage(crate::service::cannot_freeze(&activated.unit)));
+    }
+    Ok(())
 }
 
 fn units(listeners: &[Listener]) -> Vec<String> {

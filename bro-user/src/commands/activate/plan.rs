@@ -24,12 +24,19 @@ const IDLE: &str = "5min";
 pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
-pub(crate) const HANDED_ON: [HandedOn; 25] = [
+pub(crate) const HANDED_ON: [HandedOn; 32] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
+    ("wake-ignore", |options| (!options.wake_ignore.is_empty()).then(|| listed(&options.wake_ignore))),
     ("exit-idle-time", |options| options.exit_idle_time.map(written)),
+    ("exit-idle-time-max", |options| options.exit_idle_time_max.map(written)),
     ("idle-by", |options| options.idle_by.map(word)),
+    ("idle-ignore", |options| (!options.idle_ignore.is_empty()).then(|| listed(&options.idle_ignore))),
+    ("idle-below", |options| options.idle_below.map(|rate| rate.to_string())),
+    ("wakes-per-hour", |options| options.wakes_per_hour.map(|most| most.to_string())),
+    ("freeze", |options| options.freeze.map(|yes| yes.to_string())),
+    ("freeze-time", |options| options.freeze_time.map(written)),
     ("min-uptime", |options| options.min_uptime.map(written)),
     ("busy-file", |options| options.busy_file.as_ref().map(|path| path.display().to_string())),
     ("busy-exec", |options| options.busy_exec.clone()),
@@ -151,6 +158,7 @@ pub(super) fn wanted(
     }
     check_local_clients(&activated)?;
     check_ready(&activated, quadlet, &mut warnings)?;
+    check_freeze(&activated, quadlet, &mut warnings)?;
     check_host_network(&activated, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
     let drop_in = drop_in(quadlet, &activated, &network, nginx);
     if !drop_in.is_empty() {
@@ -503,6 +511,25 @@ fn check_local_clients(activated: &Activated) -> anyhow::Result<()> {
     if asked && matches!(activated.option("relay"), Some("splice" | "copy")) {
         return Err(usage(
             "--local-clients is part of the kernel relay: use --relay=auto or sockmap with it",
+        ));
+    }
+    Ok(())
+}
+
+fn check_freeze(activated: &Activated, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
+    if activated.option("freeze") != Some("true") {
+        return Ok(());
+    }
+    let file = quadlet.file_name();
+    if quadlet.kind != Kind::Container {
+        return Err(usage(format!(
+            "--freeze does not go with {file}: the unit's own processes would be frozen, and not those of its containers, which are \
+             elsewhere"
+        )));
+    }
+    if quadlet.value("HealthCmd").is_some_and(|command| !["", "none"].contains(&command)) {
+        warnings.push(format!(
+            "HealthCmd= in {file}: while the container is frozen its health checks hang and fail; see what HealthOnFailure= does then"
         ));
     }
     Ok(())

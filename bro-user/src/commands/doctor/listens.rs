@@ -48,6 +48,16 @@ pub(super) async fn check(
             );
         }
     };
+    if let Some(bus) = bus
+        && bus.is_frozen(&known.unit).await.unwrap_or(false)
+    {
+        return Check::ok(
+            NAME,
+            format!(
+                "{container} is frozen, so nobody looked at {target}; the next client has it go on (--wake looks)"
+            ),
+        );
+    }
     if is_paused(pid) {
         return Check::bad(
             NAME,

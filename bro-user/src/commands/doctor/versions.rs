@@ -11,6 +11,7 @@ pub(super) enum Id {
     Forwarding,
     SeveralSockets,
     Waking,
+    Freezing,
     Units,
     DropIns,
     Pod,
@@ -78,6 +79,8 @@ pub(super) const FEATURES: &[Feature] = &[
     feature(Id::SeveralSockets, "several sockets with targets of their own", Some(227), None, None),
     // InvocationID
     feature(Id::Waking, "waking a unit and stopping it when idle (`--unit`)", Some(232), None, None),
+    // FreezeUnit; cgroup.freeze
+    feature(Id::Freezing, "freezing an idle service (`--freeze`)", Some(246), None, Some((5, 2))),
     // ExecReload= without an absolute path (EXTEND_TIMEOUT_USEC=: 236; RuntimeDirectory= with a slash: 235); quadlets, .kube among
     // them
     feature(Id::Units, "units made by `bro activate`", Some(239), Some((4, 4)), None),
@@ -186,6 +189,7 @@ pub(super) fn used(known: &Activated, quadlet: Option<&Quadlet>) -> Vec<&'static
     let uses = |id: Id| match id {
         Id::Units => true,
         Id::Forwarding | Id::Waking => !known.direct,
+        Id::Freezing => known.option("freeze") == Some("true"),
         Id::SeveralSockets => !known.direct && known.listeners.len() > 1,
         Id::DropIns => known.drop_in.is_some(),
         Id::Pod => {

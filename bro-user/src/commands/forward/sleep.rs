@@ -6,9 +6,9 @@ use bro_relay::engine::idle::Leave;
 use bro_relay::engine::protocol::Plain;
 use tokio::time::{Instant, timeout};
 
+use super::freeze::Frost;
 use super::inhibit::Inhibitors;
 use super::{Control, Phase};
-use crate::cli::idle::IdleBy;
 use crate::control_socket::{Asked, Asker, Outcome, Request};
 use crate::service::Stopped;
 use crate::systemd::notify;
@@ -33,7 +33,19 @@ pub(super) struct Busy {
 impl Control<'_> {
     /// When to leave for want of clients, or to look again whether there are any.
     pub(super) fn idle_deadline(&self) -> Option<Instant> {
-        let limit = self.options.idle.exit_idle_time.finite().filter(|_| self.phase == Phase::Serving)?;
+        if self.phase != Phase::Serving || self.options.idle.exit_idle_time.finite().is_none() {
+            return None;
+        }
+        let limit = self.history.idle_time();
+        match self.frost {
+            Frost::None => {}
+            Frost::Frozen { since } if self.wakers.is_empty() && !self.replacing.stands_in_the_way() => {
+                let limit = self.options.idle.freeze_time.finite()?;
+                // With somebody there who has not said anything the engine stays, and is not asked again at once.
+                return [Some(since + limit), self.busy.again].into_iter().flatten().max();
+            }
+            _ => return None,
+        }
         if self.busy.asking || !self.wakers.is_empty() || self.replacing.stands_in_the_way() {
             return None;
         }
@@ -50,10 +62,8 @@ impl Control<'_> {
 
     /// Since when nothing happens; now, while something does.
     fn idle_since(&self) -> Instant {
-        let since = match self.options.idle.idle_by {
-            IdleBy::Connections => self.stats.idle_from(),
-            IdleBy::Bytes => self.stats.quiet_from(),
-        };
+        let since =
+            if self.options.idle.counts_bytes() { self.stats.quiet_from() } else { self.stats.idle_from() };
         // The engine, which counts, hears of a wake a moment later than this side.
         since.map_or_else(Instant::now, Instant::from_std).max(self.woken_at)
     }
@@ -64,7 +74,8 @@ impl Control<'_> {
             file: self.options.idle.busy_file.clone(),
             exec: self.options.idle.busy_exec.clone(),
         };
-        if inhibitors.is_empty() && self.options.unit.is_none() {
+        // Of what is frozen nothing is to be asked: it was before, and could not answer.
+        if inhibitors.is_empty() && self.options.unit.is_none() || self.is_frozen() {
             return self.ask_to_leave();
         }
         self.busy.asking = true;
@@ -79,7 +90,7 @@ impl Control<'_> {
 
     /// The answer to the question who is busy.
     pub(super) fn busy(&mut self, who: Option<String>) {
-        let limit = self.options.idle.exit_idle_time.or_forever();
+        let limit = self.history.idle_time();
         self.busy.asking = false;
         self.busy.again = who.as_ref().map(|_| Instant::now() + Inhibitors::step(limit));
         if let Some(who) = who.as_ref().filter(|_| self.busy.who.is_none()) {
@@ -95,16 +106,26 @@ impl Control<'_> {
 
     /// Who keeps the idle exit waiting, if somebody does.
     pub(super) fn who_is_busy(&self) -> Option<&str> {
-        let limit = self.options.idle.exit_idle_time.or_forever();
+        let limit = self.history.idle_time();
         self.busy.who.as_deref().filter(|_| self.idle_since() + limit <= Instant::now())
     }
 
     fn ask_to_leave(&mut self) {
+        let how = if self.options.idle.counts_bytes() {
+            Leave::WithoutBytes(self.history.idle_time())
+        } else {
+            Leave::WithoutConnections
+        };
+        if self.may_freeze() {
+            return self.ask_to_freeze(how);
+        }
         self.phase = Phase::Leaving;
-        self.engine.send(Plain::Leave(match self.options.idle.idle_by {
-            IdleBy::Connections => Leave::WithoutConnections,
-            IdleBy::Bytes => Leave::WithoutBytes(self.options.idle.exit_idle_time.or_forever()),
-        }));
+        self.engine.send(Plain::Leave(how));
+    }
+
+    /// Somebody is there: the engine is not asked again at once.
+    pub(super) fn busy_again(&mut self) {
+        self.busy.again = Some(Instant::now() + AGAIN);
     }
 
     /// `bro sleep`.
@@ -178,7 +199,13 @@ impl Control<'_> {
             *(if sleeper.is_some() { &mut self.counts.told_stops } else { &mut self.counts.idle_stops }) += 1;
         }
         let outcome = match stopped {
-            Ok(Ok(Stopped::Done)) => Outcome::done("stopped"),
+            Ok(Ok(Stopped::Done)) => {
+                // Who wakes by hand what was put to sleep by hand is not to be waited for.
+                if sleeper.is_none() && self.awake_since.is_some() {
+                    self.history.slept();
+                }
+                Outcome::done("stopped")
+            }
             Ok(Ok(Stopped::NoUnit)) => {
                 Outcome::refused("the forwarder has ended, but it has no --unit that it could stop")
             }

@@ -10,6 +10,7 @@ use bro_relay::stats::Stats;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 
+use super::freeze::Frost;
 use super::{Control, Phase};
 use crate::control_socket::{Asker, Outcome};
 use crate::exit::Failure;
@@ -39,8 +40,28 @@ pub(super) struct Waking {
 /// may take to be started is for its TimeoutStartSec= to say.)
 const SLOWEST: Duration = Duration::from_secs(600);
 
+/// How long the service manager may take to say whether the unit runs.
+const KNOCK: Duration = Duration::from_secs(5);
+
+/// What came of the question whether the service runs, for a client that wakes nothing.
+#[derive(Debug)]
+pub(super) struct Knocked {
+    backend: usize,
+    peer: String,
+    runs: bool,
+}
+
+/// Who is turned away where the service does not run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Turned {
+    /// Those who wake nothing.
+    Ignored,
+    /// Everybody, for it was started too often.
+    All,
+}
+
 /// Who wakes it without being a client.
-const BY_HAND: &str = "bro wake";
+pub(super) const BY_HAND: &str = "bro wake";
 
 /// A target that refuses right after it was found to listen is not asked again sooner.
 const AFTER_REFUSAL: Duration = Duration::from_millis(20);
@@ -73,6 +94,10 @@ impl Control<'_> {
         if refused {
             tracing::debug!(%target, ?pause, "the service refused a connection; waiting for it");
         } else {
+            self.too_many_said = false;
+            if self.options.unit.is_none() {
+                self.history.started();
+            }
             self.woken_by = Some(peer.to_owned());
             self.count_wake(peer);
             tracing::info!(%target, %peer, unit = self.options.unit.as_deref(), "waking the service for its first client");
@@ -101,6 +126,81 @@ impl Control<'_> {
         let count =
             if by == BY_HAND { &mut self.counts.woken_by_hand } else { &mut self.counts.woken_by_clients };
         *count += 1;
+    }
+
+    /// Somebody has found the service asleep.
+    pub(super) fn found_asleep(&self, by: Option<&str>) {
+        let before = self.history.idle_time();
+        self.history.woken(by);
+        if self.history.idle_time() > before
+            && let Some(remark) = self.history.remark()
+        {
+            tracing::info!("{remark}");
+        }
+    }
+
+    /// A client that wakes nothing has come while the service slept, as far as is known here: it may run all the same, started by
+    /// whomever.
+    pub(super) fn knocked_for(&mut self, backend: usize, peer: String) {
+        if backend >= self.targets.len() {
+            return tracing::error!(backend, "the relay process asks for a target that there is not");
+        }
+        self.look_whether_it_runs(backend, peer, Turned::Ignored);
+    }
+
+    /// A client would have the service started, which was started too often. It may run all the same.
+    pub(super) fn looks_before_refusing(&mut self, backend: usize, peer: String) {
+        self.look_whether_it_runs(backend, peer, Turned::All);
+    }
+
+    /// Asked once at a time for each target, however often the relay process wants to know.
+    fn look_whether_it_runs(&mut self, backend: usize, peer: String, of: Turned) {
+        let before = self.turned[backend].replace(of);
+        if let Some(before) = before {
+            self.turned[backend] = Some(before.max(of));
+            return;
+        }
+        let (activator, answer) = (self.activator.clone(), self.knocked.0.clone());
+        let asking = async move {
+            let runs = tokio::time::timeout(KNOCK, activator.is_up()).await.unwrap_or(false);
+            // Whoever asked may have left meanwhile.
+            drop(answer.send(Knocked { backend, peer, runs }));
+        };
+        drop(tokio::spawn(asking));
+    }
+
+    /// The service was started too often: those who are held for it are reset. Said once, until it may be started again.
+    fn refuse(&mut self, backend: usize, peer: &str) {
+        // Just now the first of those starts may have become an hour old.
+        let Some(wait) = self.history.too_many() else { return self.wake(backend, peer, false) };
+        let limit = self.options.idle.wakes_per_hour.unwrap_or_default();
+        if !std::mem::replace(&mut self.too_many_said, true) {
+            let why = format!(
+                "it was started {limit} times within an hour (--wakes-per-hour={limit}); clients that would wake it are refused for {}",
+                time_span::roughly(wait.max(Duration::from_secs(1)))
+            );
+            let target = &self.targets[backend];
+            tracing::warn!(%target, "{why}");
+            self.failures.failed(backend, target, &why);
+        }
+        self.engine.send(Plain::Failed { backend, end: End::WakeLimit });
+    }
+
+    /// Whether the service runs: then it is looked for, which starts nothing.
+    pub(super) fn knocked(&mut self, Knocked { backend, peer, runs }: Knocked) {
+        match &self.wakefulness[backend] {
+            _ if !runs => {}
+            Wakefulness::Waking(waking) if waking.until.is_some() => {}
+            Wakefulness::Waking(_) => self.wait_again(backend, &peer),
+            Wakefulness::Asleep => self.wake(backend, &peer, false),
+            // It has refused since.
+            Wakefulness::Awake => self.wake(backend, &peer, true),
+        }
+        self.engine.send(Plain::Knocked { backend, runs });
+        let of = self.turned[backend].take();
+        if of == Some(Turned::All) && !runs && matches!(self.wakefulness[backend], Wakefulness::Asleep) {
+            self.refuse(backend, &peer);
+        }
     }
 
     /// How long a client that comes now is held.
@@ -303,6 +403,7 @@ impl Control<'_> {
             self.awake_since = None;
         }
         if self.wakefulness.iter().all(|target| matches!(target, Wakefulness::Asleep)) {
+            self.frost = Frost::None;
             self.activator.end_use();
         }
         self.engine.send(Plain::Gone { backend });
@@ -312,8 +413,13 @@ impl Control<'_> {
         }
     }
 
+    /// Is no target awake, nor being woken?
+    pub(super) fn is_asleep(&self) -> bool {
+        self.wakefulness.iter().all(|target| matches!(target, Wakefulness::Asleep))
+    }
+
     /// Is every target awake?
-    fn is_awake(&self) -> bool {
+    pub(super) fn is_awake(&self) -> bool {
         self.wakefulness.iter().all(|target| matches!(target, Wakefulness::Awake))
     }
 
@@ -322,14 +428,14 @@ impl Control<'_> {
         if self.phase != Phase::Serving {
             return asker.answer(Outcome::leaving());
         }
-        if self.is_awake() {
+        if self.is_awake() && self.frost == Frost::None {
             return asker.answer(Outcome::done("awake already"));
         }
         self.wakers.push(asker);
         self.engine.send(Plain::Wake(BY_HAND.into()));
     }
 
-    fn answer_wakers(&mut self, outcome: &Outcome) {
+    pub(super) fn answer_wakers(&mut self, outcome: &Outcome) {
         for waker in self.wakers.drain(..) {
             waker.answer(outcome.clone());
         }

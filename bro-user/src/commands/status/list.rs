@@ -135,8 +135,10 @@ const fn believes(forwarder: State, systemd: Option<State>) -> bool {
         // Without a run of its unit it is not awake, whatever was so a moment ago.
         (
             State::Awake | State::Busy,
-            Some(State::Asleep | State::Starting | State::Stopping | State::Failed),
+            Some(State::Asleep | State::Starting | State::Stopping | State::Failed | State::Frozen),
         ) => false,
+        // Nor is it frozen unless its unit is.
+        (State::Frozen, Some(systemd)) => matches!(systemd, State::Frozen),
         _ => true,
     }
 }
@@ -275,22 +277,24 @@ async fn look(
         failed = bus.active_state(&forwarder).await? == "failed";
         restarting = systemd.restarting(&forwarder).await?.is_some();
     }
+    let is_frozen = unit.as_ref().is_some_and(|unit| unit.is_frozen);
     service.state = match unit.as_ref().map_or("inactive", |unit| unit.active.as_str()) {
         _ if deaf => State::Deaf,
         // However the container is: who comes now waits for a forwarder that does not get up.
         _ if restarting => State::Failed,
         "inactive" if failed => State::Failed,
-        active => of_unit(active),
+        active => of_unit(active, is_frozen),
     };
     // One that does not listen, or whose forwarder does not get up, may be awake all the same for those who are there.
-    service.systemds = unit.as_ref().map(|unit| of_unit(&unit.active));
+    service.systemds = unit.as_ref().map(|unit| of_unit(&unit.active, unit.is_frozen));
     service.since = unit.and_then(|unit| unit.active_since).filter(|_| service.state == State::Awake);
     Ok(())
 }
 
-/// From a unit's ActiveState.
-fn of_unit(active: &str) -> State {
+/// From a unit's ActiveState and FreezerState.
+fn of_unit(active: &str, is_frozen: bool) -> State {
     match active {
+        "active" | "reloading" if is_frozen => State::Frozen,
         "active" | "reloading" => State::Awake,
         "activating" => State::Starting,
         "deactivating" => State::Stopping,
@@ -337,6 +341,10 @@ fn about(service: &Service) -> String {
     }
     if let Some(waiting) = &service.waiting {
         write!(text, "; {waiting}").ok();
+    }
+    let rhythms = service.forwarders.iter().filter_map(|report| report.rhythm.as_ref()?.remark());
+    for remark in rhythms {
+        write!(text, "; {remark}").ok();
     }
     if !service.addresses.is_empty() {
         write!(text, "; at {}", service.addresses.join(", ")).ok();
@@ -393,7 +401,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_forwarder_is_believed_as_far_as_its_unit_can_be_so() {
-        use State::{Asleep, Awake, Busy, Deaf, Failed, Starting, Stopping};
+        use State::{Asleep, Awake, Busy, Deaf, Failed, Frozen, Starting, Stopping};
         for (forwarder, systemd, believed) in [
             (Asleep, Some(Awake), false),
             (Asleep, Some(Failed), false),
@@ -408,11 +416,14 @@ pub(crate) mod tests {
             (Starting, Some(Asleep), true),
             (Starting, Some(Awake), true),
             (Stopping, Some(Awake), true),
+            (Frozen, Some(Frozen), true),
+            (Frozen, Some(Awake), false),
+            (Awake, Some(Frozen), false),
         ] {
             assert_eq!(believes(forwarder, systemd), believed, "{forwarder:?} {systemd:?}");
         }
-        assert_eq!((of_unit("maintenance"), of_unit("reloading")), (Asleep, Awake));
-        assert_ne!(of_unit("failed"), Deaf);
+        assert_eq!((of_unit("maintenance", true), of_unit("reloading", false)), (Asleep, Awake));
+        assert_ne!(of_unit("failed", true), Deaf);
     }
 
     #[test]

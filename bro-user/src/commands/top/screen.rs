@@ -66,6 +66,7 @@ fn cells<'a>(view: &View, row: &'a Row) -> Cells<'a> {
     let color = match row.state {
         State::Asleep => Color::Reset,
         State::Awake | State::Busy => Color::Green,
+        State::Frozen => Color::Cyan,
         State::Starting | State::Stopping => Color::Yellow,
         State::Deaf | State::Failed => Color::Red,
     };
