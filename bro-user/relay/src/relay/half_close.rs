@@ -250,7 +250,8 @@ mod tests {
             let mut steps = 0;
             while !half.is_over() {
                 steps += 1;
-                prop_assert!(steps < 1000, "it never ends: {half:?}");
+                // Each byte may be a step of its own.
+                prop_assert!(steps < 200_000, "it never ends: {half:?}");
                 if half.fin_due() {
                     prop_assert!(ended, "an abort has passed for a FIN");
                     prop_assert_eq!(read, written, "a FIN before the last byte");
