@@ -12,6 +12,7 @@ pub mod exit;
 pub mod fuzzing;
 pub mod installed;
 mod last_words;
+pub mod ledger;
 pub mod logging;
 pub mod metrics;
 pub mod netns;

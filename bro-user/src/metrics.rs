@@ -3,13 +3,11 @@
 
 pub mod endpoint;
 mod exposition;
-pub(crate) mod ledger;
 mod serve;
 
 use crate::commands::status::{Report, list};
 
 use exposition::Exposed;
-pub use ledger::{Counts, Own};
 pub(crate) use serve::{Question, Server};
 
 /// What there is to tell of these services.

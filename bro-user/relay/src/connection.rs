@@ -1,6 +1,7 @@
 //! One client's story, in order: admitted, held until the service listens, given a socket, connected, relayed, closed.
 
 mod abort;
+mod acknowledged;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -20,6 +21,7 @@ use crate::relay::{Broken, Direction, Guard, Method, Side, Tools, copy};
 use crate::source::Origin;
 
 pub use abort::{Abort, Progress, STALLED, Verdict, WHOLE};
+pub use acknowledged::{Acknowledged, Amount};
 
 /// Why a connection ended; the `reason` of its log line. Those that the control process decides can be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -220,7 +222,7 @@ pub struct Connection {
     /// When bytes last moved, as far as was noticed; before that, since when it waits for the service.
     pub active: Instant,
     /// What is known of its sides' acknowledgements.
-    pub answers: crate::engine::answers::Known,
+    pub answers: Acknowledged,
     /// How many bytes had moved then.
     pub moved: u64,
     /// Bytes delivered to the service and to the client when they were last looked at.

@@ -29,7 +29,7 @@ use crate::cli::Activate;
 use crate::commands::doctor::image;
 use crate::exit::Failure;
 use crate::installed::{self, Activated, leftover};
-use crate::metrics::ledger;
+use crate::ledger;
 use crate::podman::quadlet;
 use crate::run_as::Owner;
 use crate::service::failed_wake;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control_socket::{self, Request};
 use crate::exit::{self, Failure};
-use crate::metrics::Own;
+use crate::ledger::Own;
 use crate::service::failed_wake::FailedWake;
 use crate::service::wakes::Rhythm;
 use crate::systemd::scope::Manager;

@@ -11,9 +11,9 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::ledger::Counts;
 use crate::commands::status::State;
 use crate::commands::status::list::Service;
+use crate::ledger::Counts;
 use bro_relay::stats::{Tally, Times};
 
 /// What there is to tell of one service.

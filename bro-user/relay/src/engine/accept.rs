@@ -115,7 +115,7 @@ impl Engine {
             backend,
             opened: now,
             active: now,
-            answers: super::answers::Known::default(),
+            answers: crate::connection::Acknowledged::default(),
             moved: 0,
             last: (0, 0),
             awaits_answer: false,

@@ -8,7 +8,7 @@ use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use super::Engine;
-use crate::connection::{Connection, End, Stage};
+use crate::connection::{Acknowledged, Amount, Connection, End, Stage};
 use crate::relay::Side;
 use bro_sockmap::{Sent, sent};
 
@@ -24,24 +24,6 @@ pub(super) struct Answers {
     limit: Option<Duration>,
     next: Instant,
     place: usize,
-}
-
-/// What is known of a connection's acknowledgements.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Known {
-    /// What had been sent when it was looked at last.
-    sent: Amount,
-    /// All of that was acknowledged.
-    settled: bool,
-    /// Since when each side has answered nothing of it.
-    since: [Option<Instant>; 2],
-}
-
-/// How much has been sent to each side.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Amount {
-    bytes: (u64, u64),
-    ends: [bool; 2],
 }
 
 impl Answers {
@@ -90,7 +72,7 @@ fn vanished(connection: &mut Connection, limit: Duration, now: Instant) -> Optio
         let Ok(sent) = sent(socket) else { continue };
         since[side as usize] = silent_since(before.since[side as usize], sent, ends[side as usize], now);
     }
-    connection.answers = Known { sent: amount, settled: !is_new && since == [None; 2], since };
+    connection.answers = Acknowledged { sent: amount, settled: !is_new && since == [None; 2], since };
     [Side::Client, Side::Service]
         .into_iter()
         .find(|side| since[*side as usize].is_some_and(|since| now.duration_since(since) >= limit))

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::{Activity, Report, State, Waiting};
 use crate::control_socket::{self, Request};
 use crate::installed::{self, Activated, drift};
-use crate::metrics::{Counts, Own, ledger};
+use crate::ledger::{self, Counts, Own};
 use crate::service::failed_wake::{self, FailedWake};
 use crate::systemd::manager::Bus;
 use crate::systemd::scope::Manager;
