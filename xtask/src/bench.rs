@@ -195,7 +195,7 @@ fn bench(args: &Args) -> Result<()> {
     };
     let choice = Choice::of(&args.only)?;
     let earlier = if args.add { Some(report::Report::read(&args.out)?) } else { None };
-    let bro = crate::build::bro()?;
+    let bro = crate::program::bro()?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
 
     let mut environment = Environment::before(&bro);

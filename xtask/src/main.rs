@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod build_ebpf;
 mod dist;
+mod program;
 mod run;
 mod test;
 

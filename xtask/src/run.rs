@@ -62,7 +62,7 @@ pub fn part(part: Part) -> Result<()> {
 /// The task.
 pub fn run(args: &Args) -> Result<()> {
     let interrupts = if args.keep { Some(keep::Interrupts::catch()?) } else { None };
-    let bro = crate::build::bro()?;
+    let bro = crate::program::bro()?;
 
     let mut container = Container::create()?;
     let socket = Socket::listen()?;

@@ -134,7 +134,7 @@ pub fn run(args: &Args) -> Result<()> {
     });
 
     std::env::set_current_dir(workspace()).context("the workspace's folder")?;
-    let runner = Runner::new(crate::build::installed_bro()?)?;
+    let runner = Runner::new(crate::program::installed_bro()?)?;
     let mut summary = Summary::default();
     for tier in chosen {
         println!("\n== {} ==", tier.name());
