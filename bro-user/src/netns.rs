@@ -25,6 +25,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long an agent that has closed its channel may take to be gone: it closes it by ending.
 const DYING: Duration = Duration::from_secs(1);
 
+/// How long a container's process may take to execute its program, once its namespace is there.
+const EXECUTING: Duration = Duration::from_secs(2);
+
+/// The pause before that process's files are looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// A network namespace that was entered: its agent is ended with this, at the latest.
 #[derive(Debug)]
 pub struct Namespace {
@@ -128,9 +134,20 @@ impl Namespace {
     /// # Errors
     /// The agent's end.
     pub async fn channel(&self, destinations: Destinations) -> io::Result<OwnedFd> {
-        let (ours, theirs) = pair()?;
-        let _none = self.ask(&Request::Channel(destinations), &[theirs.as_fd()]).await??;
-        Ok(ours)
+        let until = tokio::time::Instant::now() + EXECUTING;
+        let request = Request::Channel(destinations);
+        loop {
+            let (ours, theirs) = pair()?;
+            match self.ask(&request, &[theirs.as_fd()]).await? {
+                Ok(_) => return Ok(ours),
+                // The container's process has not executed its program yet: until then its files in /proc, which say who its
+                // users are, may be the runtime's alone (ptrace(2), "Ptrace access mode checking").
+                Err(Errno::EACCES) if tokio::time::Instant::now() < until => {
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// Gives the agent the program that hooks a sender of its namespace.

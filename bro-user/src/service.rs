@@ -370,10 +370,12 @@ impl Activator {
         let mut silent_since = None;
         loop {
             let Err(error) = self.try_start(unit, findable, started, &mut silent_since).await;
-            // A bus that there never was does not come.
+            // A bus that there never was does not come; but one on which a question was left open is there.
             let since = match silent_since {
                 Some(since) => since,
-                None if manager::is_passing(&error) && self.bus.lock().await.is_some() => {
+                None if manager::was_left_open(&error)
+                    || (manager::is_passing(&error) && self.bus.lock().await.is_some()) =>
+                {
                     tokio::time::Instant::now()
                 }
                 None => return Err(error),

@@ -813,6 +813,16 @@ pub fn is_passing(error: &anyhow::Error) -> bool {
     })
 }
 
+/// Was somebody there on the bus who did not get to answer? One that executes itself anew leaves the bus with questions open.
+#[must_use]
+pub fn was_left_open(error: &anyhow::Error) -> bool {
+    use zbus::fdo::Error::{Disconnected, NoReply};
+    let left = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(zbus::Error::FDO(error)) if matches!(**error, NoReply(_) | Disconnected(_)))
+    };
+    error.chain().any(left)
+}
+
 /// systemd's own sentence, without the D-Bus name around it.
 fn plain(error: zbus::Error) -> anyhow::Error {
     match error {
