@@ -93,8 +93,10 @@ fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
     let Site { forwarder, front, service } = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
     let site = Site { forwarder, front, service };
     site.expect_lane(ALICE)?;
+    // Its own lane: the connection before has been logged, and closes its route after that.
+    let closed = || programs.in_use().is_ok_and(|in_use| in_use[2] == 0);
+    ensure!(process::eventually(PATIENCE, closed), "a route is left: {:?}", programs.in_use()?);
     let (client, far) = site.connect(ALICE)?;
-    // Its own lane: the socket of the connection before may still be hooked.
     talk_until(&client, &far, || programs.in_use().is_ok_and(|in_use| in_use[2] > 0))?;
     let records = programs.records()?;
     let before = records.last(0).context("the first record")?;
