@@ -19,9 +19,9 @@
 use std::arch::asm;
 
 use nix::libc::{
-    self, c_char, c_int, c_long, c_uint, c_ulong, c_void, epoll_event, gid_t, id_t, idtype_t, iovec, mode_t,
-    msghdr, nfds_t, off_t, off64_t, pid_t, pollfd, rlimit, sighandler_t, siginfo_t, sigset_t, size_t,
-    sockaddr, socklen_t, ssize_t, stat, stat64, statfs64, statx as statx_t, timespec, uid_t,
+    self, c_char, c_int, c_long, c_uint, c_ulong, c_void, clockid_t, epoll_event, gid_t, id_t, idtype_t,
+    iovec, mode_t, msghdr, nfds_t, off_t, off64_t, pid_t, pollfd, rlimit, sighandler_t, siginfo_t, sigset_t,
+    size_t, sockaddr, socklen_t, ssize_t, stat, stat64, statfs64, statx as statx_t, timespec, uid_t,
 };
 
 /// An argument as the kernel gets it: the whole of a register.
@@ -346,6 +346,19 @@ unsafe extern "C" fn dup2(from: c_int, to: c_int) -> c_int {
     // SAFETY: no memory is involved.
     let result = finish(unsafe { enter(number, words) });
     if result < 0 { -1 } else { to }
+}
+
+/// clock_nanosleep(2), which returns what is wrong and leaves errno alone.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn clock_nanosleep(
+    clock: clockid_t,
+    flags: c_int,
+    span: *const timespec,
+    rest: *mut timespec,
+) -> c_int {
+    let words = [clock.word(), flags.word(), span.word(), rest.word()];
+    // SAFETY: the caller answers for the times.
+    -unsafe { enter(libc::SYS_clock_nanosleep, words) } as c_int
 }
 
 /// killpg(3).

@@ -817,9 +817,7 @@ pub fn is_passing(error: &anyhow::Error) -> bool {
 #[must_use]
 pub fn was_left_open(error: &anyhow::Error) -> bool {
     use zbus::fdo::Error::{Disconnected, NoReply};
-    let left = |cause: &(dyn std::error::Error + 'static)| {
-        matches!(cause.downcast_ref(), Some(zbus::Error::FDO(error)) if matches!(**error, NoReply(_) | Disconnected(_)))
-    };
+    let left = |cause: &(dyn std::error::Error + 'static)| matches!(cause.downcast_ref(), Some(zbus::Error::FDO(error)) if matches!(**error, NoReply(_) | Disconnected(_)));
     error.chain().any(left)
 }
 
