@@ -3,8 +3,8 @@
 //! | asked | answered |
 //! |---|---|
 //! | `status` (or nothing before the end of the stream) | [`crate::commands::status::Report`] |
-//! | `wake` | [`Outcome`], once the service is ready or has failed |
-//! | `sleep`, `sleep force` | [`Outcome`], once the unit is stopped or it is clear that it will not be |
+//! | `wake` | [`Reply`], once the service is ready or has failed |
+//! | `sleep`, `sleep force` | [`Reply`], once the unit is stopped or it is clear that it will not be |
 //!
 //! Only the forwarder's own user and root are answered. A request is bounded in length and time, and so is their number.
 
@@ -21,7 +21,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::exit;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 
 /// The socket's name in the runtime directory.
 pub(crate) const SOCKET: &str = "status.sock";
@@ -78,7 +78,7 @@ impl Request {
 
 /// The answer to `wake` and `sleep`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Outcome {
+pub struct Reply {
     /// It is as was asked.
     pub done: bool,
     /// In words.
@@ -91,7 +91,7 @@ pub struct Outcome {
     pub leaving: bool,
 }
 
-impl Outcome {
+impl Reply {
     /// It is as was asked.
     #[must_use]
     pub fn done(message: impl Into<String>) -> Self {
@@ -262,7 +262,7 @@ async fn hear(stream: UnixStream, place: tokio::sync::OwnedSemaphorePermit, to: 
     match Request::parse(&line) {
         // The forwarder may have ended meanwhile.
         Some(request) => drop(to.send(Asked { request, to: asker })),
-        None => asker.answer(Outcome::refused("this forwarder does not understand the request")),
+        None => asker.answer(Reply::refused("this forwarder does not understand the request")),
     }
 }
 
@@ -290,10 +290,10 @@ pub(crate) fn base_directory() -> PathBuf {
 }
 
 /// The socket of the forwarder that is the service `service`, in the directory that its unit names (`RuntimeDirectory=bro/%N`).
-pub(crate) fn socket_of(service: &str, scope: Manager) -> PathBuf {
+pub(crate) fn socket_of(service: &str, scope: RuntimeScope) -> PathBuf {
     let base = match scope {
-        Manager::System => PathBuf::from(SYSTEM),
-        Manager::User => base_directory(),
+        RuntimeScope::System => PathBuf::from(SYSTEM),
+        RuntimeScope::User => base_directory(),
     };
     base.join(service.strip_suffix(".service").unwrap_or(service)).join(SOCKET)
 }
@@ -397,7 +397,7 @@ mod tests {
     #[test]
     fn the_socket_is_where_the_unit_has_it() {
         assert_eq!(
-            socket_of("web-activator.service", Manager::System),
+            socket_of("web-activator.service", RuntimeScope::System),
             PathBuf::from("/run/bro/web-activator/status.sock")
         );
     }

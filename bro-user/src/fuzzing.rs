@@ -20,7 +20,7 @@ use crate::podman::container;
 use crate::podman::quadlet::{self, Kind};
 use crate::service::readiness::Ready;
 use crate::systemd::listen_fds::{self, Environment};
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::time_span::TimeSpan;
 use crate::systemd::unit_file::{UnitFile, quote_word, split_words};
 use crate::{control_socket, port_owner};
@@ -193,7 +193,7 @@ pub fn answer(text: &str) {
     if let Ok(report) = serde_json::from_str::<status::Report>(text) {
         status::describe(&[report.clone(), report]);
     }
-    drop(serde_json::from_str::<control_socket::Outcome>(text).is_ok());
+    drop(serde_json::from_str::<control_socket::Reply>(text).is_ok());
 }
 
 /// Units that `bro activate` wrote, or somebody else: files with a line of dashes between two.
@@ -208,7 +208,7 @@ pub fn activated(text: &str) {
         .collect();
     for (path, file) in &files {
         if let Some(activated) =
-            installed::assemble(path, file, &files, Manager::User, Some(Path::new("/root")))
+            installed::assemble(path, file, &files, RuntimeScope::User, Some(Path::new("/root")))
         {
             let _files = crate::units::files(
                 &activated,

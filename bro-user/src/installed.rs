@@ -15,8 +15,8 @@ use bro_relay::read_bounded::{self, Link};
 use crate::address::{self, is_straight};
 use crate::exit::Failure;
 use crate::paths::unit_directory;
-use crate::run_as::Owner;
-use crate::systemd::scope::Manager;
+use crate::run_as::RunAsUser;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::{MARKER, UnitFile};
 
 /// The section of its own.
@@ -27,7 +27,7 @@ const LONGEST: u64 = 1 << 20;
 
 /// One port of an activated service.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listener {
+pub struct InstalledPort {
     /// `--service-name`, the socket's FileDescriptorName=; the first port's is the quadlet's name.
     pub service: String,
     /// The socket unit: `web-activator.socket`.
@@ -46,13 +46,13 @@ pub struct Listener {
 
 /// One activated service.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Activated {
+pub struct Installed {
     /// The quadlet's name: `web`, or `web@blue` for an instance of a template.
     pub name: String,
     /// Whose service manager listens and runs the forwarder.
-    pub scope: Manager,
+    pub scope: RuntimeScope,
     /// The user whose container it is, where it is not that of whoever owns the service manager.
-    pub run_as: Option<Owner>,
+    pub run_as: Option<RunAsUser>,
     /// The quadlet it was made for (the file may be gone since).
     pub quadlet: PathBuf,
     /// The unit that the first client starts: `web.service`.
@@ -66,7 +66,7 @@ pub struct Activated {
     /// The forwarder's unit; none with `--direct`.
     pub service_file: Option<PathBuf>,
     /// Its ports, the first one first.
-    pub listeners: Vec<Listener>,
+    pub listeners: Vec<InstalledPort>,
     /// What `bro forward` is given beyond that, by its long names without the dashes: `("exit-idle-time", "5min")`. With
     /// `--direct`, how the container finds its sockets.
     pub options: Vec<(String, String)>,
@@ -80,7 +80,7 @@ pub struct Activated {
     pub made: Vec<PathBuf>,
 }
 
-impl Activated {
+impl Installed {
     /// The forwarder's unit: `web-activator.service`; none with `--direct`.
     #[must_use]
     pub fn service(&self) -> Option<String> {
@@ -98,10 +98,10 @@ impl Activated {
             || self.listeners.iter().any(|listener| listener.socket == name)
     }
 
-    /// Whose service manager the container's own unit is under, as whoever owns [`Activated::scope`] or is `run_as` sees it.
+    /// Whose service manager the container's own unit is under, as whoever owns [`Installed::scope`] or is `run_as` sees it.
     #[must_use]
-    pub fn unit_scope(&self) -> Manager {
-        if self.run_as.is_some() { Manager::User } else { self.scope }
+    pub fn unit_scope(&self) -> RuntimeScope {
+        if self.run_as.is_some() { RuntimeScope::User } else { self.scope }
     }
 
     /// Its files besides sockets and service.
@@ -120,11 +120,11 @@ impl Activated {
 ///
 /// # Errors
 /// When the unit directory cannot be read. Files that are somebody else's are passed over.
-pub fn all(scope: Manager) -> anyhow::Result<Vec<Activated>> {
+pub fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Installed>> {
     let mut all = all_in(&unit_directory(scope)?, scope, None)?;
-    if scope == Manager::User {
-        let system = all_in(&unit_directory(Manager::System)?, Manager::System, None).unwrap_or_default();
-        let mine = system.into_iter().filter(|known| known.run_as.as_ref().is_some_and(Owner::is_me));
+    if scope == RuntimeScope::User {
+        let system = all_in(&unit_directory(RuntimeScope::System)?, RuntimeScope::System, None).unwrap_or_default();
+        let mine = system.into_iter().filter(|known| known.run_as.as_ref().is_some_and(RunAsUser::is_me));
         all.extend(mine);
     }
     Ok(all)
@@ -134,7 +134,7 @@ pub fn all(scope: Manager) -> anyhow::Result<Vec<Activated>> {
 ///
 /// # Errors
 /// [`Failure::NotFound`] when there is none.
-pub fn find(name: &str, scope: Manager) -> anyhow::Result<Activated> {
+pub fn find(name: &str, scope: RuntimeScope) -> anyhow::Result<Installed> {
     let mut all = all(scope)?;
     if !all.iter().any(|known| known.goes_by(name))
         && let Some(rest) = leftover::find(name, &unit_directory(scope)?, scope, None)
@@ -146,8 +146,8 @@ pub fn find(name: &str, scope: Manager) -> anyhow::Result<Activated> {
         None => Err(Failure::NotFound(format!(
             "no service “{name}” is activated {}; `bro activate {name} --external-port PORT` does that",
             match scope {
-                Manager::System => "for the system",
-                Manager::User => "for this user",
+                RuntimeScope::System => "for the system",
+                RuntimeScope::User => "for this user",
             }
         ))
         .into()),
@@ -167,10 +167,10 @@ pub(crate) fn in_part(rest: &leftover::Remnant) -> Failure {
 ///
 /// # Errors
 /// As [`all`].
-pub fn all_in(directory: &Path, scope: Manager, root: Option<&Path>) -> anyhow::Result<Vec<Activated>> {
+pub fn all_in(directory: &Path, scope: RuntimeScope, root: Option<&Path>) -> anyhow::Result<Vec<Installed>> {
     let ours = ours_in(directory)?;
     let main = ours.iter().filter(|(_, file)| file.value(SECTION, "Unit").is_some());
-    let mut all: Vec<Activated> =
+    let mut all: Vec<Installed> =
         main.filter_map(|(path, file)| assemble(path, file, &ours, scope, root)).collect();
     all.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(all)
@@ -211,12 +211,12 @@ pub(crate) fn assemble(
     path: &Path,
     file: &UnitFile,
     ours: &[(PathBuf, UnitFile)],
-    scope: Manager,
+    scope: RuntimeScope,
     root: Option<&Path>,
-) -> Option<Activated> {
+) -> Option<Installed> {
     let name = activation_name(file)?;
     let direct = path.extension().is_some_and(|kind| kind == "socket");
-    let mut listeners: Vec<Listener> = ours
+    let mut listeners: Vec<InstalledPort> = ours
         .iter()
         .filter(|(path, file)| {
             path.extension().is_some_and(|kind| kind == "socket") && activation_name(file) == Some(name)
@@ -227,7 +227,7 @@ pub(crate) fn assemble(
     listeners.sort_by_key(|listener| (listener.service != name, listener.service.clone()));
     let options = file.values(SECTION, "Option").into_iter();
     let (drop_in, pause_unit) = others(paths(file, "Also", root));
-    Some(Activated {
+    Some(Installed {
         name: name.to_owned(),
         scope,
         run_as: run_as(file, root),
@@ -287,15 +287,15 @@ fn others(paths: Vec<PathBuf>) -> (Option<PathBuf>, Option<PathBuf>) {
     (drop_ins.into_iter().next(), units.into_iter().next())
 }
 
-fn run_as(file: &UnitFile, root: Option<&Path>) -> Option<Owner> {
+fn run_as(file: &UnitFile, root: Option<&Path>) -> Option<RunAsUser> {
     let name = file.value(SECTION, "RunAs")?;
     // The user may be gone; what was made for him can still be removed.
     let uid = file.value(SECTION, "RunAsId").and_then(|uid| uid.parse().ok());
-    Some(Owner::find(name, root).unwrap_or_else(|_| Owner::gone(name, uid)))
+    Some(RunAsUser::find(name, root).unwrap_or_else(|_| RunAsUser::gone(name, uid)))
 }
 
-fn listener(path: &Path, file: &UnitFile) -> Option<Listener> {
-    Some(Listener {
+fn listener(path: &Path, file: &UnitFile) -> Option<InstalledPort> {
+    Some(InstalledPort {
         // It is part of units' names.
         service: file
             .value("Socket", "FileDescriptorName")
@@ -346,7 +346,7 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
         write("other.socket", "[Socket]\nListenStream=1\n");
         // Nobody ever writes into it.
         nix::unistd::mkfifo(&directory.join("web-pipe.socket"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let all = all_in(&directory, Manager::System, None).unwrap();
+        let all = all_in(&directory, RuntimeScope::System, None).unwrap();
         std::fs::remove_dir_all(&directory).unwrap();
         let [web] = &all[..] else { panic!("{all:?}") };
         assert_eq!(web.unit, "web.service");
@@ -370,7 +370,7 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
     fn what_is_missing_of_one_is_said() {
         let directory = tempdir();
         let write = |name: &str, text: &str| std::fs::write(directory.join(name), text).unwrap();
-        let find = |name: &str| leftover::find(name, &directory, Manager::System, None);
+        let find = |name: &str| leftover::find(name, &directory, RuntimeScope::System, None);
         write("web-activator.socket", &socket("web", "8080", "127.0.0.1:80"));
         for name in ["web", "web.service", "web-activator.socket"] {
             let rest = find(name).unwrap();
@@ -399,7 +399,7 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
 
     #[test]
     fn no_directory_means_nothing_is_activated() {
-        assert_eq!(all_in(Path::new("/nonexistent"), Manager::User, None).unwrap(), []);
+        assert_eq!(all_in(Path::new("/nonexistent"), RuntimeScope::User, None).unwrap(), []);
     }
 
     fn tempdir() -> PathBuf {

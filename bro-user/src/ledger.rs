@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control_socket;
 use crate::exit::on_one_line;
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::service::failed_wake;
 use bro_relay::stats::Tally;
 
@@ -220,14 +220,14 @@ pub(crate) fn total(unit: Option<&str>, running: &[&Own]) -> Counts {
 }
 
 /// The same of an activated service, whose forwarders may be a user's.
-pub(crate) fn total_of(known: &Activated, running: &[&Own]) -> Counts {
+pub(crate) fn total_of(known: &Installed, running: &[&Own]) -> Counts {
     let kept =
         failed_wake::place(known).and_then(|(directory, _acting)| read(&file(&directory, &known.unit)).ok());
     kept.unwrap_or_default().total(running.iter().copied())
 }
 
 /// It is activated no more.
-pub(crate) fn forget(known: &Activated) {
+pub(crate) fn forget(known: &Installed) {
     if let Some((directory, _acting)) = failed_wake::place(known) {
         std::fs::remove_file(file(&directory, &known.unit)).ok();
     }

@@ -236,14 +236,14 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// Where to make a socket: here or in another namespace.
 #[derive(Debug, Clone)]
-pub enum Where {
+pub enum NetnsRef {
     /// The forwarder's own namespace.
     Own,
     /// An entered one.
     Entered(std::sync::Arc<Namespace>),
 }
 
-impl Where {
+impl NetnsRef {
     /// One socket there.
     ///
     /// # Errors
@@ -258,7 +258,7 @@ impl Where {
     /// Is `address` one of the namespace's own, so that its table of listeners can show it?
     ///
     /// # Errors
-    /// As [`Where::socket`].
+    /// As [`NetnsRef::socket`].
     pub async fn is_local(&self, address: std::net::IpAddr) -> io::Result<bool> {
         if address.is_loopback() || address.is_unspecified() {
             return Ok(true);

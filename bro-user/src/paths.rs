@@ -4,16 +4,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 
 /// Where `bro activate` puts units.
 ///
 /// # Errors
 /// When there is no home directory.
-pub fn unit_directory(scope: Manager) -> anyhow::Result<PathBuf> {
+pub fn unit_directory(scope: RuntimeScope) -> anyhow::Result<PathBuf> {
     match scope {
-        Manager::System => Ok("/etc/systemd/system".into()),
-        Manager::User => Ok(config_home()?.join("systemd/user")),
+        RuntimeScope::System => Ok("/etc/systemd/system".into()),
+        RuntimeScope::User => Ok(config_home()?.join("systemd/user")),
     }
 }
 

@@ -11,14 +11,14 @@ use nix::sys::socket::{
 };
 
 use crate::address::External;
-use crate::installed::{Activated, Listener};
-use crate::systemd::scope::Manager;
+use crate::installed::{Installed, InstalledPort};
+use crate::systemd::scope::RuntimeScope;
 
 /// Why nobody can listen there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Trouble {
     /// Somebody does already.
-    Taken(Owner),
+    Taken(AddressHolder),
     /// This user may not.
     Forbidden(String),
     /// There is a file, or something else that is no socket: systemd would remove it.
@@ -27,7 +27,7 @@ pub(crate) enum Trouble {
 
 /// Who listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Owner {
+pub(crate) struct AddressHolder {
     /// The address, as systemd would write it.
     pub address: String,
     /// `nginx (pid 77, unit nginx.service)`; none when it is hidden from this user.
@@ -40,7 +40,7 @@ pub(crate) struct Owner {
     pub is_seen: bool,
 }
 
-impl Owner {
+impl AddressHolder {
     /// Who has the address, and where to see more; `unit` is the socket unit, if it is known.
     pub fn who(&self, unit: Option<&str>) -> String {
         let address = &self.address;
@@ -121,14 +121,14 @@ fn forbidden(external: &External) -> String {
 }
 
 /// What to do about a port on which an ordinary user may not listen.
-pub(crate) fn instead(known: &Activated, listener: &Listener) -> String {
+pub(crate) fn instead(known: &Installed, listener: &InstalledPort) -> String {
     let port = listener.address.parse::<External>().ok().and_then(|external| external.port());
     let (port, name) = (port.unwrap_or_default(), &known.name);
     let sysctl = format!("`sudo sysctl net.ipv4.ip_unprivileged_port_start={port}`");
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
     match (&listener.target, user) {
         // The container stays this user's; only the first port can be activated so, and others after it.
-        (Some(target), Some(user)) if known.scope == Manager::User && listener.service == *name => format!(
+        (Some(target), Some(user)) if known.scope == RuntimeScope::User && listener.service == *name => format!(
             "choose another, or have the system listen for this user's container: `sudo bro activate {name} --system --run-as {} \
              --external-port {} --internal-port {target}`; or let every user listen there: {sysctl}",
             user.name, listener.address
@@ -137,13 +137,13 @@ pub(crate) fn instead(known: &Activated, listener: &Listener) -> String {
     }
 }
 
-fn owner(external: &External) -> Owner {
+fn owner(external: &External) -> AddressHolder {
     let Some(Socket { address, inode, user }) = found(external) else {
         let address = external.to_string();
-        return Owner { address, process: None, is_systemd: false, user: None, is_seen: false };
+        return AddressHolder { address, process: None, is_systemd: false, user: None, is_seen: false };
     };
     let process = process_of(inode);
-    Owner {
+    AddressHolder {
         address,
         is_systemd: process.as_ref().is_some_and(|(comm, _)| comm == "systemd"),
         process: process.map(|(comm, pid)| {
@@ -408,7 +408,7 @@ mod tests {
 
     #[test]
     fn says_whose_it_is_as_far_as_it_is_known() {
-        let owner = Owner {
+        let owner = AddressHolder {
             address: "127.0.0.1:80".into(),
             process: None,
             is_systemd: false,
@@ -417,9 +417,9 @@ mod tests {
         };
         assert!(owner.who(None).contains("a process of root's"), "{}", owner.who(None));
         assert_eq!(owner.who(Some("web.socket")), "by web.socket at 127.0.0.1:80");
-        let unknown = Owner { user: None, ..owner.clone() };
+        let unknown = AddressHolder { user: None, ..owner.clone() };
         assert!(unknown.who(None).starts_with("by a process of another user's at "), "{}", unknown.who(None));
-        let unseen = Owner { user: None, is_seen: false, ..owner };
+        let unseen = AddressHolder { user: None, is_seen: false, ..owner };
         assert!(unseen.who(None).contains("does not listen"), "{}", unseen.who(None));
     }
 

@@ -18,7 +18,7 @@ const NOBODY: u32 = u32::MAX;
 
 /// Such a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Owner {
+pub struct RunAsUser {
     /// As in the user database.
     pub name: String,
     /// The user's number.
@@ -46,7 +46,7 @@ pub fn name(text: &str) -> Result<String, String> {
     Err(format!("“{}” cannot be the name of a user; see `getent passwd`", text.escape_debug()))
 }
 
-impl Owner {
+impl RunAsUser {
     /// Looks the user up; below `root`, in the user database of that tree.
     ///
     /// # Errors
@@ -175,7 +175,7 @@ mod tests {
         std::fs::create_dir(root.join("etc")).unwrap();
         let passwd = "root:x:0:0::/root:/bin/sh\ntoor:x:0:0::/:/bin/sh\ntest:x:1000:1001::/home/test:/bin/sh\nbad:x:y\n";
         std::fs::write(root.join("etc/passwd"), passwd).unwrap();
-        let find = |name: &str| Owner::find(name, Some(&root)).map_err(|error| error.to_string());
+        let find = |name: &str| RunAsUser::find(name, Some(&root)).map_err(|error| error.to_string());
         let test = find("test").unwrap();
         assert_eq!((test.uid, test.gid, &*test.home), (1000, 1001, Path::new("/home/test")));
         assert!(find("root").unwrap_err().contains("root's"));
@@ -190,7 +190,7 @@ mod tests {
     #[test]
     fn acting_ends() {
         let before = geteuid();
-        let somebody = Owner { name: "x".into(), uid: 65534, gid: 65534, home: "/".into() };
+        let somebody = RunAsUser { name: "x".into(), uid: 65534, gid: 65534, home: "/".into() };
         // Only root changes at all. (Other tests run in the same process: for a moment, as nobody.)
         if !before.is_root() {
             drop(somebody.act().unwrap());
@@ -215,7 +215,7 @@ mod tests {
         }
         let roots = [0, 4, 6].map(Gid::from_raw);
         setgroups(&roots).unwrap();
-        let somebody = Owner { name: "bro-is-nobody".into(), uid: 65534, gid: 65534, home: "/".into() };
+        let somebody = RunAsUser { name: "bro-is-nobody".into(), uid: 65534, gid: 65534, home: "/".into() };
         let acting = somebody.act().unwrap();
         assert_eq!(getgroups().unwrap(), [Gid::from_raw(65534)]);
         assert_eq!((geteuid().as_raw(), getegid().as_raw()), (65534, 65534));

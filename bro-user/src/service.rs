@@ -35,18 +35,18 @@ use wakes::Wakes;
 use whereabouts::Whereabouts;
 
 use crate::exit::Failure;
-use crate::netns::{self, AgentEnded, Namespace, Where};
+use crate::netns::{self, AgentEnded, Namespace, NetnsRef};
 use crate::podman::container::{self, Inspected};
 use crate::podman::rootless_netns;
 use crate::systemd::manager::{self, Bus};
 use crate::systemd::progress::{self, Progress};
 use crate::systemd::restart;
-use crate::systemd::run_command::{self, Outcome};
-use crate::systemd::scope::Manager;
+use crate::systemd::run_command::{self, CommandOutcome};
+use crate::systemd::scope::RuntimeScope;
 
 /// Where targets are.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum NetnsSource {
     /// In the forwarder's own namespace.
     Own,
     /// In a Podman container of this user.
@@ -59,7 +59,7 @@ pub enum Place {
 
 /// A namespace that was entered, for as long as it is the right one.
 #[derive(Debug)]
-pub struct Incarnation {
+pub struct ContainerNetns {
     namespace: Arc<Namespace>,
     /// The process it was found through.
     pid: Option<i32>,
@@ -73,8 +73,8 @@ pub struct Incarnation {
 
 /// What starts and finds the targets; one for all of a forwarder's targets, since they share the container.
 #[derive(Debug)]
-pub struct Activator {
-    place: Place,
+pub struct ServiceStarter {
+    place: NetnsSource,
     unit: Option<String>,
     /// Whose the unit's runs are.
     runs: Arc<Runs>,
@@ -82,13 +82,13 @@ pub struct Activator {
     following: Mutex<JoinSet<()>>,
     /// How far its start is, while it is waited for.
     progress: std::sync::Mutex<Progress>,
-    manager: Manager,
+    manager: RuntimeScope,
     ready: Ready,
     source: sources::Wanted,
     /// As whom unix sockets are connected to.
     identity: Identity,
     bus: Mutex<Option<Bus>>,
-    current: std::sync::Mutex<Option<Arc<Incarnation>>>,
+    current: std::sync::Mutex<Option<Arc<ContainerNetns>>>,
     /// Held by the one who looks for it: that may take as long as a start.
     searching: Mutex<()>,
     /// The agent in the forwarder's own namespace, for targets that are there.
@@ -109,7 +109,7 @@ pub struct Awake {
     /// How to connect to it.
     pub destination: Destination,
     /// Where it was found.
-    pub incarnation: Option<Arc<Incarnation>>,
+    pub incarnation: Option<Arc<ContainerNetns>>,
 }
 
 /// What came of an attempt to stop the unit.
@@ -154,13 +154,13 @@ const CAUSE: Duration = Duration::from_secs(3);
 /// How long to look for a running conmon before podman is asked.
 const ASK_PODMAN: Duration = Duration::from_secs(1);
 
-impl Activator {
+impl ServiceStarter {
     /// An activator that has done nothing yet.
     #[must_use]
     pub fn new(
-        place: Place,
+        place: NetnsSource,
         unit: Option<String>,
-        manager: Manager,
+        manager: RuntimeScope,
         ready: Ready,
         source: sources::Wanted,
         identity: Identity,
@@ -219,14 +219,14 @@ impl Activator {
     pub async fn check(&self, targets: &[Target]) -> anyhow::Result<()> {
         let unix = targets.iter().any(|target| !matches!(target, Target::Tcp { .. }));
         if unix
-            && self.place == Place::Own
+            && self.place == NetnsSource::Own
             && self.identity != Identity::Forwarder
             && !identity::may_become_another()
         {
             let sentence = identity::refusal(identity::NOT_PERMITTED, self.identity).unwrap_or_default();
             return Err(Failure::NotPermitted(sentence).into());
         }
-        if self.unit.is_some() || self.place == Place::Own {
+        if self.unit.is_some() || self.place == NetnsSource::Own {
             return Ok(());
         }
         // A container that another unit is starting may take a moment to show.
@@ -234,7 +234,7 @@ impl Activator {
         match tokio::time::timeout(GRACE, self.incarnation()).await {
             Ok(result) => result.map(drop),
             Err(_) => match &self.place {
-                Place::Container(name) => Err(Failure::NotFound(format!(
+                NetnsSource::Container(name) => Err(Failure::NotFound(format!(
                     "no container “{name}” of this user is running (see `podman ps --all`); give --unit so that bro starts it"
                 ))
                 .into()),
@@ -250,10 +250,10 @@ impl Activator {
     pub async fn wake(&self, backend: usize, target: &Target) -> anyhow::Result<Awake> {
         let prepare = async || {
             let (place, incarnation) = match self.place {
-                Place::Own => (Where::Own, None),
+                NetnsSource::Own => (NetnsRef::Own, None),
                 _ => {
                     let incarnation = self.incarnation().await?;
-                    (Where::Entered(incarnation.namespace.clone()), Some(incarnation))
+                    (NetnsRef::Entered(incarnation.namespace.clone()), Some(incarnation))
                 }
             };
             let mut addresses = self.resolve(target).await?;
@@ -263,14 +263,14 @@ impl Activator {
                 () = gone(incarnation.as_deref()) => return Ok(None),
             }
             let file = match (&self.place, &incarnation) {
-                (Place::Netns(path), Some(incarnation)) => {
+                (NetnsSource::Netns(path), Some(incarnation)) => {
                     Some(incarnation.path.as_ref().unwrap_or(path).clone())
                 }
                 _ => None,
             };
             let namespace = match &place {
-                Where::Own => self.own_agent().await?,
-                Where::Entered(namespace) => namespace.clone(),
+                NetnsRef::Own => self.own_agent().await?,
+                NetnsRef::Entered(namespace) => namespace.clone(),
             };
             let guarded = file.is_some();
             let sources = self.source.decide(&place, &namespace, &mut addresses).await?;
@@ -332,7 +332,7 @@ impl Activator {
         change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Has [`Activator::progress`] say what the unit does.
+    /// Has [`ServiceStarter::progress`] say what the unit does.
     async fn follow_progress(&self, unit: &str) -> std::convert::Infallible {
         loop {
             sleep(progress::STEP).await;
@@ -436,7 +436,7 @@ impl Activator {
         // anything looked for before systemd has the order: finding it ends this. Where no process tells that it is there (in
         // the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is tried
         // before there is a way to the target may take another way, and wait there.
-        let process = matches!(self.place, Place::Container(_) | Place::Pid(_));
+        let process = matches!(self.place, NetnsSource::Container(_) | NetnsSource::Pid(_));
         // Another target's client, or somebody else, may have ordered it.
         if let Some(wakes) = self.wakes.get().filter(|_| !before.is_running()) {
             wakes.started();
@@ -505,8 +505,8 @@ impl Activator {
             let other = if by_another { bus.failed_requirement(unit).await.ok().flatten() } else { None };
             let failed = other.as_deref().unwrap_or(unit);
             let of = match self.manager {
-                Manager::System => last_words::Of::System,
-                Manager::User => last_words::Of::User(nix::unistd::geteuid().as_raw()),
+                RuntimeScope::System => last_words::Of::System,
+                RuntimeScope::User => last_words::Of::User(nix::unistd::geteuid().as_raw()),
             };
             let words = last_words::cause(failed, of).await;
             match (other, words) {
@@ -546,7 +546,7 @@ impl Activator {
         *self.current() = None;
     }
 
-    fn current(&self) -> std::sync::MutexGuard<'_, Option<Arc<Incarnation>>> {
+    fn current(&self) -> std::sync::MutexGuard<'_, Option<Arc<ContainerNetns>>> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -712,7 +712,7 @@ impl Activator {
     }
 
     /// The entered namespace: the current one if it is still the right one, else it is found anew, however long that takes.
-    async fn incarnation(&self) -> anyhow::Result<Arc<Incarnation>> {
+    async fn incarnation(&self) -> anyhow::Result<Arc<ContainerNetns>> {
         let _searching = self.searching.lock().await;
         let known = self.current().take().filter(|incarnation| incarnation.is_current(&self.place));
         if let Some(incarnation) = known {
@@ -720,16 +720,16 @@ impl Activator {
             return Ok(incarnation);
         }
         let fresh = Arc::new(match &self.place {
-            Place::Own => unreachable!("the own namespace is not entered"),
-            Place::Pid(pid) => Incarnation::of_process(*pid, self.identity).await?,
-            Place::Netns(path) => self.enter_file(path).await?,
-            Place::Container(name) => self.enter_container(name).await?,
+            NetnsSource::Own => unreachable!("the own namespace is not entered"),
+            NetnsSource::Pid(pid) => ContainerNetns::of_process(*pid, self.identity).await?,
+            NetnsSource::Netns(path) => self.enter_file(path).await?,
+            NetnsSource::Container(name) => self.enter_container(name).await?,
         });
         *self.current() = Some(fresh.clone());
         Ok(fresh)
     }
 
-    async fn enter_file(&self, path: &Path) -> anyhow::Result<Incarnation> {
+    async fn enter_file(&self, path: &Path) -> anyhow::Result<ContainerNetns> {
         loop {
             match std::fs::File::open(path) {
                 Ok(file) if !bro_relay::sys::is_network_namespace(file.as_fd()) => {
@@ -738,7 +738,7 @@ impl Activator {
                     }
                     sleep(LOOK).await;
                 }
-                Ok(file) => return Incarnation::of_file(file.into(), self.identity).await,
+                Ok(file) => return ContainerNetns::of_file(file.into(), self.identity).await,
                 // A unit may be about to make it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.unit.is_some() => {
                     sleep(LOOK).await
@@ -751,12 +751,12 @@ impl Activator {
     }
 
     /// The namespace of a user's own networks. `None` where it is not there yet and a unit may be about to make it.
-    async fn enter_rootless(&self, path: &Path) -> anyhow::Result<Option<Incarnation>> {
+    async fn enter_rootless(&self, path: &Path) -> anyhow::Result<Option<ContainerNetns>> {
         let none = || Failure::NotFound(format!("{} is not a network namespace", path.display()));
         let reachable = rootless_netns::reachable(path).ok_or_else(none)?;
         match std::fs::File::open(&reachable) {
             Ok(file) if bro_relay::sys::is_network_namespace(file.as_fd()) => {
-                let mut found = Incarnation::of_file(file.into(), self.identity).await?;
+                let mut found = ContainerNetns::of_file(file.into(), self.identity).await?;
                 found.path = Some(reachable);
                 Ok(Some(found))
             }
@@ -766,7 +766,7 @@ impl Activator {
         }
     }
 
-    async fn enter_container(&self, name: &str) -> anyhow::Result<Incarnation> {
+    async fn enter_container(&self, name: &str) -> anyhow::Result<ContainerNetns> {
         let start = tokio::time::Instant::now();
         let mut asked = start;
         let mut whereabouts = match &self.unit {
@@ -794,7 +794,7 @@ impl Activator {
                 asked = tokio::time::Instant::now();
             }
             if let Some(pid) = pid {
-                match Incarnation::of_process(pid, self.identity).await {
+                match ContainerNetns::of_process(pid, self.identity).await {
                     // It was just leaving; the next one will come.
                     Err(error) if matches!(error.downcast_ref(), Some(Failure::NotFound(_))) => {}
                     result => return result,
@@ -816,8 +816,8 @@ impl Activator {
             }
             Target::Abstract(name) => vec![Address::Abstract(name.as_bytes().to_vec())],
             Target::Unix(path) => match self.place {
-                Place::Container(_) | Place::Pid(_) => vec![Address::Inside(path.clone())],
-                Place::Own | Place::Netns(_) => vec![Address::Unix(path.clone())],
+                NetnsSource::Container(_) | NetnsSource::Pid(_) => vec![Address::Inside(path.clone())],
+                NetnsSource::Own | NetnsSource::Netns(_) => vec![Address::Unix(path.clone())],
             },
         })
     }
@@ -827,8 +827,8 @@ impl Activator {
     async fn watch(
         &self,
         backend: usize,
-        place: &Where,
-        incarnation: Option<&Incarnation>,
+        place: &NetnsRef,
+        incarnation: Option<&ContainerNetns>,
         addresses: &[Address],
     ) -> Option<tokio::sync::watch::Receiver<u64>> {
         let programs = self.programs.get()?;
@@ -850,8 +850,8 @@ impl Activator {
         let cgroup =
             cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;
         let namespace = match place {
-            Where::Own => self.own_agent().await.ok()?,
-            Where::Entered(namespace) => namespace.clone(),
+            NetnsRef::Own => self.own_agent().await.ok()?,
+            NetnsRef::Entered(namespace) => namespace.clone(),
         };
         // Before the programs watch, so that nothing they say is missed.
         let heard = self.listening.subscribe();
@@ -861,7 +861,7 @@ impl Activator {
 
     async fn wait_ready(
         &self,
-        place: &Where,
+        place: &NetnsRef,
         addresses: &[Address],
         heard: Option<tokio::sync::watch::Receiver<u64>>,
     ) -> anyhow::Result<()> {
@@ -881,7 +881,7 @@ impl Activator {
             // test, and is tried until it succeeds.
             Ready::Auto | Ready::Listen | Ready::Connect | Ready::Says(_) => {}
             Ready::Healthy => {
-                let Place::Container(name) = &self.place else {
+                let NetnsSource::Container(name) = &self.place else {
                     anyhow::bail!(Failure::Usage(
                         "--ready=healthy needs --container, whose health check it is".into()
                     ));
@@ -897,7 +897,7 @@ impl Activator {
     async fn succeeding(&self, words: &[String]) {
         loop {
             match self.run(words).await {
-                Ok(Outcome::Exited(0)) => return,
+                Ok(CommandOutcome::Exited(0)) => return,
                 Ok(outcome) => tracing::debug!(?outcome, "not ready yet"),
                 Err(error) => tracing::warn!(%error, "cannot run the readiness command"),
             }
@@ -910,7 +910,7 @@ impl Activator {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub async fn run(&self, words: &[String]) -> std::io::Result<Outcome> {
+    pub async fn run(&self, words: &[String]) -> std::io::Result<CommandOutcome> {
         if run_command::is_confined() {
             let outcome = async { run_command::by_manager(&self.bus().await?, words).await };
             match outcome.await {
@@ -931,7 +931,7 @@ pub(crate) fn cannot_freeze(unit: &str) -> String {
 }
 
 /// Waits until the process that an incarnation was found through has exited; for ever where there is none.
-async fn gone(incarnation: Option<&Incarnation>) {
+async fn gone(incarnation: Option<&ContainerNetns>) {
     match incarnation {
         Some(incarnation) => incarnation.gone().await,
         None => std::future::pending().await,
@@ -961,7 +961,7 @@ fn opening(what: &str, error: &std::io::Error) -> Failure {
     }
 }
 
-impl Incarnation {
+impl ContainerNetns {
     /// A namespace that a file names. Unix paths are this process's own there, and so are ids.
     async fn of_file(netns: OwnedFd, identity: Identity) -> anyhow::Result<Self> {
         let stat = nix::sys::stat::fstat(&netns)?;
@@ -995,12 +995,12 @@ impl Incarnation {
     }
 
     /// Is this still the namespace that a client should be connected in?
-    fn is_current(&self, place: &Place) -> bool {
+    fn is_current(&self, place: &NetnsSource) -> bool {
         if self.namespace.has_ended() {
             return false;
         }
         match place {
-            Place::Netns(path) => {
+            NetnsSource::Netns(path) => {
                 let path = self.path.as_ref().unwrap_or(path);
                 nix::sys::stat::stat(path).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.file)
             }
@@ -1020,10 +1020,10 @@ impl Incarnation {
     }
 }
 
-impl Activator {
+impl ServiceStarter {
     /// Where its targets are.
     #[must_use]
-    pub const fn place(&self) -> &Place {
+    pub const fn place(&self) -> &NetnsSource {
         &self.place
     }
 }

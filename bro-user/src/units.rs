@@ -14,7 +14,7 @@ pub use drop_in::{DropIn, RESTRICTED};
 pub(crate) use namespaces::unit as pause_unit;
 
 use crate::exit::Failure;
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::paths::unrooted;
 use crate::systemd::unit_file::MARKER;
 
@@ -33,7 +33,7 @@ pub struct File {
 /// # Errors
 /// [`Failure::Usage`] when something of it is nothing that a unit file can hold.
 pub fn files(
-    activated: &Activated,
+    activated: &Installed,
     bro: &Path,
     drop_in: Option<&DropIn>,
     (root, has_steps): (Option<&Path>, bool),
@@ -57,7 +57,7 @@ pub fn files(
 }
 
 /// What stands at the top of each file; `own` is where changes of the administrator's own belong.
-fn heading(activated: &Activated, own: Option<&str>) -> String {
+fn heading(activated: &Installed, own: Option<&str>) -> String {
     let name = &activated.name;
     let quadlet = activated.quadlet.file_name().unwrap_or_default().to_string_lossy();
     let own = own.map(|unit| format!("; changes of your own belong into {unit}.d/")).unwrap_or_default();
@@ -68,7 +68,7 @@ fn heading(activated: &Activated, own: Option<&str>) -> String {
 }
 
 /// `[X-Bro]`, from which [`crate::installed`] reads everything back.
-fn notes(activated: &Activated, root: Option<&Path>) -> Vec<(&'static str, String)> {
+fn notes(activated: &Installed, root: Option<&Path>) -> Vec<(&'static str, String)> {
     let said = |path: &Path| unrooted(path, root).display().to_string();
     let mut notes =
         vec![("Quadlet", activated.quadlet.display().to_string()), ("Unit", activated.unit.clone())];

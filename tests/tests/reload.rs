@@ -14,7 +14,7 @@ use bro_tests::scene::{Scene, expect_relayed};
 use bro_tests::tier::{Need, met};
 use bro_tests::{process, require_namespaces};
 use bro_user::commands::status::Predecessor;
-use bro_user::control_socket::Outcome;
+use bro_user::control_socket::Reply;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -341,7 +341,7 @@ fn a_successor_that_hears_nothing_is_ended_with_the_one_that_starts_it() -> Resu
 }
 
 /// What the forwarder that answers for the service says to `request`.
-fn ask(forwarder: &Forwarder, request: &str) -> Result<Outcome> {
+fn ask(forwarder: &Forwarder, request: &str) -> Result<Reply> {
     let mut stream = std::os::unix::net::UnixStream::connect(forwarder.status_socket())?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(request.as_bytes())?;

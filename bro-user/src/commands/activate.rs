@@ -20,20 +20,20 @@ mod waits;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use plan::{Places, Wanted};
+use plan::{Paths, Wanted};
 use signals::Interrupt;
-use transaction::{Change, Lock, Made, Owner as Whose};
+use transaction::{Change, Lock, Made, Provenance};
 
 use crate::address::External;
 use crate::cli::Activate;
 use crate::commands::doctor::image;
 use crate::exit::Failure;
-use crate::installed::{self, Activated, leftover};
+use crate::installed::{self, Installed, leftover};
 use crate::ledger;
 use crate::podman::quadlet;
-use crate::run_as::Owner;
+use crate::run_as::RunAsUser;
 use crate::service::failed_wake;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::unassigned_address;
 use crate::units::{self, File};
 use crate::{paths, port_owner};
@@ -43,18 +43,18 @@ use crate::{paths, port_owner};
 /// # Errors
 /// Each with the exit code of [`crate::exit`]; nothing has changed then.
 pub fn run(options: &Activate) -> anyhow::Result<()> {
-    let scope = Manager::choose(options.system, options.user);
+    let scope = RuntimeScope::choose(options.system, options.user);
     let units = paths::below(options.root.as_deref(), &paths::unit_directory(scope)?);
-    if let (Manager::User, Some(name)) = (scope, &options.run_as) {
+    if let (RuntimeScope::User, Some(name)) = (scope, &options.run_as) {
         let text = format!(
             "--run-as is for the system's units, which are root's: run it with sudo (as {name} alone, leave --run-as out)"
         );
         return Err(Failure::Usage(text).into());
     }
     let has_steps = backoff::has_steps(options.root.as_deref());
-    let places = Places { scope, units, root: options.root.clone(), has_steps };
+    let places = Paths { scope, units, root: options.root.clone(), has_steps };
     let ordinary = !nix::unistd::geteuid().is_root();
-    if scope == Manager::System && ordinary && places.root.is_none() && !options.dry_run {
+    if scope == RuntimeScope::System && ordinary && places.root.is_none() && !options.dry_run {
         let text = "the system's units are root's: run it with sudo, or with --user; nothing was changed";
         return Err(Failure::NotPermitted(text.to_owned()).into());
     }
@@ -73,13 +73,13 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
 }
 
 /// The activated service that goes by this name, if it is there.
-fn known(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
+fn known(name: &str, places: &Paths) -> anyhow::Result<Option<Installed>> {
     let all = installed::all_in(&places.units, places.scope, places.root.as_deref())?;
     Ok(all.into_iter().find(|known| known.goes_by(name)))
 }
 
 /// The same for who clears it away: also if only a part of it is left, and with the units whose files are gone.
-fn known_or_left(name: &str, places: &Places) -> anyhow::Result<Option<Activated>> {
+fn known_or_left(name: &str, places: &Paths) -> anyhow::Result<Option<Installed>> {
     let root = places.root.as_deref();
     let Some(mut known) = known(name, places)? else {
         let rest = leftover::find(name, &places.units, places.scope, root);
@@ -91,9 +91,9 @@ fn known_or_left(name: &str, places: &Places) -> anyhow::Result<Option<Activated
 }
 
 /// The user whose container is meant: as the command line says, or an earlier one said.
-fn owner(options: &Activate, all: &[Activated], places: &Places) -> anyhow::Result<Option<Owner>> {
+fn owner(options: &Activate, all: &[Installed], places: &Paths) -> anyhow::Result<Option<RunAsUser>> {
     match &options.run_as {
-        Some(name) => Ok(Some(Owner::find(name, places.root.as_deref())?)),
+        Some(name) => Ok(Some(RunAsUser::find(name, places.root.as_deref())?)),
         None => {
             Ok(all.iter().find(|known| known.goes_by(&options.name)).and_then(|known| known.run_as.clone()))
         }
@@ -101,7 +101,7 @@ fn owner(options: &Activate, all: &[Activated], places: &Places) -> anyhow::Resu
 }
 
 /// All of it that would be written, for a quadlet that was found.
-fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<Activated>, Vec<File>)> {
+fn plan(options: &Activate, places: &Paths) -> anyhow::Result<(Wanted, Option<Installed>, Vec<File>)> {
     let all = installed::all_in(&places.units, places.scope, places.root.as_deref())?;
     let owner = owner(options, &all, places)?;
     let quadlet = quadlet::find(&options.name, places.scope, owner.as_ref(), places.root.as_deref())?;
@@ -147,7 +147,7 @@ fn plan(options: &Activate, places: &Places) -> anyhow::Result<(Wanted, Option<A
     Ok((wanted, known, files))
 }
 
-async fn activate(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
+async fn activate(options: &Activate, places: &Paths, interrupt: &mut Interrupt) -> anyhow::Result<()> {
     if options.dry_run {
         return interrupt.or(dry_run(options, places)).await;
     }
@@ -162,7 +162,7 @@ async fn activate(options: &Activate, places: &Places, interrupt: &mut Interrupt
     output::activated(&activated, &changes, outcome, places)
 }
 
-async fn dry_run(options: &Activate, places: &Places) -> anyhow::Result<()> {
+async fn dry_run(options: &Activate, places: &Paths) -> anyhow::Result<()> {
     let (wanted, known, _) = plan(options, places)?;
     let mut warnings = wanted.warnings;
     warnings.extend(executable::warning(places));
@@ -191,14 +191,14 @@ struct Prepared {
     systemd: Option<apply::Managers>,
     made: Made,
     _lock: Lock,
-    activated: Activated,
-    known: Option<Activated>,
+    activated: Installed,
+    known: Option<Installed>,
     changes: Vec<Change>,
     unfinished: Vec<PathBuf>,
     warnings: Vec<String>,
 }
 
-async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared> {
+async fn prepare(options: &Activate, places: &Paths) -> anyhow::Result<Prepared> {
     // The quadlet has to be there before directories are made; everything is read again under the lock.
     let owner = plan(options, places)?.0.activated.run_as;
     // Asked before anything is written: without it nothing could be started.
@@ -206,7 +206,7 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
         None => Some(apply::connect(places.scope, owner.as_ref()).await?),
         Some(_) => None,
     };
-    let mut made = Made::for_all(places.scope == Manager::System);
+    let mut made = Made::for_all(places.scope == RuntimeScope::System);
     made.make(&places.units)?;
     let lock = Lock::take(&places.units, || made.make(&places.units)).await?;
     let (mut wanted, known, _) = plan(options, places)?;
@@ -238,7 +238,7 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
     let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
     for path in left {
         root_dir::stays_inside(places.root.as_deref(), &path)?;
-        if transaction::owner(&path)? != Whose::Theirs {
+        if transaction::owner(&path)? != Provenance::Theirs {
             changes.push(Change { path, text: None });
         }
     }
@@ -248,7 +248,7 @@ async fn prepare(options: &Activate, places: &Places) -> anyhow::Result<Prepared
 }
 
 /// The warnings of external addresses that are nobody's.
-fn nowhere(activated: &Activated, places: &Places) -> Vec<String> {
+fn nowhere(activated: &Installed, places: &Paths) -> Vec<String> {
     if places.root.is_some() {
         return Vec::new();
     }
@@ -258,22 +258,22 @@ fn nowhere(activated: &Activated, places: &Places) -> Vec<String> {
 }
 
 /// Where its files go.
-fn directories_of(activated: &Activated, places: &Places) -> Vec<PathBuf> {
+fn directories_of(activated: &Installed, places: &Paths) -> Vec<PathBuf> {
     let others = activated.others().filter_map(|path| path.parent());
     std::iter::once(&*places.units).chain(others).map(Path::to_owned).collect()
 }
 
 /// Where links go that enable sockets, where systemd does not make it: noted as made, unless all that it lies in is new.
-fn own_wants(places: &Places, units_were_there: bool) -> Option<PathBuf> {
+fn own_wants(places: &Paths, units_were_there: bool) -> Option<PathBuf> {
     (places.root.is_some() && units_were_there).then(|| apply::wants(places))
 }
 
 /// Notes the directories that were made for it.
 fn with_made(
-    mut activated: Activated,
+    mut activated: Installed,
     made: impl Iterator<Item = PathBuf>,
-    places: &Places,
-) -> anyhow::Result<Activated> {
+    places: &Paths,
+) -> anyhow::Result<Installed> {
     // Whoever uses a directory that was made for another activated service shares it: the last one to go removes it.
     let mut mine = files_of(&activated);
     if places.root.is_some() {
@@ -289,22 +289,22 @@ fn with_made(
 }
 
 /// Every file of an activated service.
-fn files_of(activated: &Activated) -> Vec<PathBuf> {
+fn files_of(activated: &Installed) -> Vec<PathBuf> {
     let sockets = activated.listeners.iter().map(|listener| listener.file.clone());
     sockets.chain(activated.service_file.clone()).chain(activated.others().cloned()).collect()
 }
 
 /// What differs from what is on the disk. Somebody else's file is never touched.
-fn changes(activated: &Activated, files: &[File]) -> anyhow::Result<Vec<Change>> {
+fn changes(activated: &Installed, files: &[File]) -> anyhow::Result<Vec<Change>> {
     let mut changes = Vec::new();
     for File { path, text } in files {
         match transaction::owner(path)? {
-            Whose::Ours(old) if old == *text => continue,
-            Whose::Ours(_) if belongs_to_another(path, &activated.name) => {
+            Provenance::Ours(old) if old == *text => continue,
+            Provenance::Ours(_) if belongs_to_another(path, &activated.name) => {
                 anyhow::bail!("{} belongs to another activated service; nothing was changed", path.display())
             }
-            Whose::Ours(_) | Whose::Nobody => {}
-            Whose::Theirs => anyhow::bail!(
+            Provenance::Ours(_) | Provenance::Nobody => {}
+            Provenance::Theirs => anyhow::bail!(
                 "{} is there and was not written by bro activate; move it away (nothing was changed)",
                 path.display()
             ),
@@ -321,10 +321,10 @@ fn belongs_to_another(path: &Path, name: &str) -> bool {
 
 /// Can systemd listen where it is to?
 async fn check_listeners(
-    activated: &Activated,
-    known: Option<&Activated>,
+    activated: &Installed,
+    known: Option<&Installed>,
     systemd: Option<&apply::Managers>,
-    places: &Places,
+    places: &Paths,
 ) -> anyhow::Result<()> {
     asked_at::check(activated, known, places)?;
     if places.root.is_some() {
@@ -365,8 +365,8 @@ async fn check_listeners(
 
 /// A socket of this very service that will make room.
 async fn ours(
-    owner: &port_owner::Owner,
-    known: Option<&Activated>,
+    owner: &port_owner::AddressHolder,
+    known: Option<&Installed>,
     systemd: Option<&apply::Managers>,
 ) -> bool {
     let Some(known) = known else { return false };
@@ -384,12 +384,12 @@ async fn ours(
     }
 }
 
-async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) -> anyhow::Result<()> {
+async fn remove(options: &Activate, places: &Paths, interrupt: &mut Interrupt) -> anyhow::Result<()> {
     let name = &options.name;
     let missing = || {
         Failure::NotFound(format!(
             "“{name}” is not activated {}: there is nothing to remove",
-            if places.scope == Manager::System { "for the system" } else { "for this user" }
+            if places.scope == RuntimeScope::System { "for the system" } else { "for this user" }
         ))
     };
     if options.dry_run {
@@ -412,7 +412,7 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
     let (changes, rest) = doomed(&known, options, places)?;
     for change in &changes {
         root_dir::stays_inside(places.root.as_deref(), &change.path)?;
-        if transaction::owner(&change.path)? == Whose::Theirs {
+        if transaction::owner(&change.path)? == Provenance::Theirs {
             anyhow::bail!(
                 "{} was not written by bro activate any more; nothing was changed",
                 change.path.display()
@@ -438,10 +438,10 @@ async fn remove(options: &Activate, places: &Places, interrupt: &mut Interrupt) 
 
 /// What has to change for the removal, and what stays activated.
 fn doomed(
-    known: &Activated,
+    known: &Installed,
     options: &Activate,
-    places: &Places,
-) -> anyhow::Result<(Vec<Change>, Option<Activated>)> {
+    places: &Paths,
+) -> anyhow::Result<(Vec<Change>, Option<Installed>)> {
     let gone = |path: PathBuf| Change { path, text: None };
     let Some(service) = &options.service_name else {
         // Some may have been deleted by hand.

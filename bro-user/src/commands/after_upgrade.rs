@@ -14,9 +14,9 @@ use nix::unistd::{Uid, User};
 
 use crate::cli::AfterUpgrade;
 use crate::exit::{Failure, on_one_line};
-use crate::installed::{self, Activated};
-use crate::run_as::{Gaining, Owner};
-use crate::systemd::scope::Manager;
+use crate::installed::{self, Installed};
+use crate::run_as::{Gaining, RunAsUser};
+use crate::systemd::scope::RuntimeScope;
 
 /// How long one manager's forwarders may take, as timeout(1) reads it: a reload waits for the new program's readiness.
 const PATIENCE: &str = "60";
@@ -27,7 +27,7 @@ const PATIENCE: &str = "60";
 /// When a manager does not answer, or a forwarder does not take the new program up; the others have been asked all the same.
 pub fn run(options: &AfterUpgrade) -> anyhow::Result<()> {
     if options.user {
-        return reload(Manager::User);
+        return reload(RuntimeScope::User);
     }
     if !Uid::effective().is_root() {
         return Err(Failure::NotPermitted(
@@ -39,7 +39,7 @@ pub fn run(options: &AfterUpgrade) -> anyhow::Result<()> {
     let users: Vec<(User, anyhow::Result<Child>)> =
         users().into_iter().map(|user| (user.clone(), ask(&user))).collect();
     let mut failed = Vec::new();
-    if let Err(error) = reload(Manager::System) {
+    if let Err(error) = reload(RuntimeScope::System) {
         failed.push(format!("the system's: {error:#}"));
     }
     for (user, asked) in users {
@@ -73,7 +73,7 @@ fn users() -> Vec<User> {
 
 /// The same for one user, as that user, who is not waited for endlessly.
 fn ask(user: &User) -> anyhow::Result<Child> {
-    let owner = Owner {
+    let owner = RunAsUser {
         name: user.name.clone(),
         uid: user.uid.as_raw(),
         gid: user.gid.as_raw(),
@@ -84,9 +84,9 @@ fn ask(user: &User) -> anyhow::Result<Child> {
     command.args(["after-upgrade", "--user"]).spawn().context("cannot run timeout(1)")
 }
 
-fn reload(manager: Manager) -> anyhow::Result<()> {
+fn reload(manager: RuntimeScope) -> anyhow::Result<()> {
     let activated = installed::all(manager)?;
-    let units: Vec<String> = activated.iter().filter_map(Activated::service).collect();
+    let units: Vec<String> = activated.iter().filter_map(Installed::service).collect();
     if units.is_empty() || !Path::new("/run/systemd/system").is_dir() {
         return Ok(());
     }
@@ -106,8 +106,8 @@ fn reload(manager: Manager) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn systemctl(manager: Manager, verb: &[&str], units: &[String]) -> anyhow::Result<String> {
-    let scope = if manager == Manager::System { "--system" } else { "--user" };
+fn systemctl(manager: RuntimeScope, verb: &[&str], units: &[String]) -> anyhow::Result<String> {
+    let scope = if manager == RuntimeScope::System { "--system" } else { "--user" };
     let output = Command::new("timeout")
         .args(["--kill-after=5", PATIENCE, "systemctl", scope])
         .args(verb)

@@ -24,12 +24,12 @@ use std::io::Write as _;
 use serde::Serialize;
 
 use crate::exit;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Outcome {
+enum Finding {
     /// All there.
     Ok,
     /// bro works without it, in a lesser way.
@@ -41,7 +41,7 @@ enum Outcome {
 #[derive(Debug, Serialize)]
 struct Check {
     name: &'static str,
-    outcome: Outcome,
+    outcome: Finding,
     finding: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     fix: Option<String>,
@@ -49,21 +49,21 @@ struct Check {
 
 impl Check {
     fn ok(name: &'static str, finding: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Ok, finding: finding.into(), fix: None }
+        Self { name, outcome: Finding::Ok, finding: finding.into(), fix: None }
     }
 
     fn less(name: &'static str, finding: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Less, finding: finding.into(), fix: Some(fix.into()) }
+        Self { name, outcome: Finding::Less, finding: finding.into(), fix: Some(fix.into()) }
     }
 
     /// Where it is this very thing that matters, less is bad.
     fn or_bad(self) -> Self {
-        let outcome = if self.outcome == Outcome::Less { Outcome::Bad } else { self.outcome };
+        let outcome = if self.outcome == Finding::Less { Finding::Bad } else { self.outcome };
         Self { outcome, ..self }
     }
 
     fn bad(name: &'static str, finding: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Bad, finding: finding.into(), fix: Some(fix.into()) }
+        Self { name, outcome: Finding::Bad, finding: finding.into(), fix: Some(fix.into()) }
     }
 }
 
@@ -85,7 +85,7 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
                 host::namespaces(),
                 selinux::program(),
                 host::listeners().await,
-                forwarders::check(Manager::choose(options.system, options.user)).await,
+                forwarders::check(RuntimeScope::choose(options.system, options.user)).await,
                 host::pipes(),
                 host::descriptors(),
                 host::cgroup(),
@@ -99,7 +99,7 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
     let text = if options.json { exit::json(&checks)? + "\n" } else { describe(&checks) };
     let printed = std::io::stdout().lock().write_all(text.as_bytes());
     exit::unless_nobody_reads(printed.map_err(Into::into))?;
-    Ok(checks.iter().all(|check| check.outcome != Outcome::Bad))
+    Ok(checks.iter().all(|check| check.outcome != Finding::Bad))
 }
 
 /// Runs `bro try-wake`.
@@ -114,9 +114,9 @@ fn describe(checks: &[Check]) -> String {
     let mut text = String::new();
     for Check { name, outcome, finding, fix } in checks {
         let mark = match outcome {
-            Outcome::Ok => "ok  ",
-            Outcome::Less => "less",
-            Outcome::Bad => "BAD ",
+            Finding::Ok => "ok  ",
+            Finding::Less => "less",
+            Finding::Bad => "BAD ",
         };
         // Writing to a String cannot fail.
         write!(text, "{mark}  {name}: {}", exit::on_one_line(finding)).ok();

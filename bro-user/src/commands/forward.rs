@@ -50,9 +50,9 @@ use crate::service::failed_wake::Failures;
 use crate::service::kernel_watch::{self, Loaded, Watching};
 use crate::service::sources::{Choice, Wanted};
 use crate::service::wakes::{Limits, Wakes};
-use crate::service::{Activator, Awake, Incarnation, Place};
+use crate::service::{ServiceStarter, Awake, ContainerNetns, NetnsSource};
 use crate::systemd::listen_fds::{self, Passed};
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::{notify, own_unit};
 
 /// The first of the failures after which nobody would be served before this has passed.
@@ -179,15 +179,15 @@ pub fn run(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let place = match (&options.container, options.pid, &options.netns) {
-            (Some(name), _, _) => Place::Container(name.clone()),
-            (_, Some(pid), _) => Place::Pid(pid),
-            (_, _, Some(path)) => Place::Netns(path.clone()),
-            _ => Place::Own,
+            (Some(name), _, _) => NetnsSource::Container(name.clone()),
+            (_, Some(pid), _) => NetnsSource::Pid(pid),
+            (_, _, Some(path)) => NetnsSource::Netns(path.clone()),
+            _ => NetnsSource::Own,
         };
-        let manager = Manager::choose(options.system, options.user);
+        let manager = RuntimeScope::choose(options.system, options.user);
         let source = Wanted { choice: options.source, clients: clients_namespace(&listeners) };
         let (unit, ready, identity) = (options.unit.clone(), options.ready.clone(), options.unix_identity);
-        let activator = Arc::new(Activator::new(place, unit, manager, ready, source, identity));
+        let activator = Arc::new(ServiceStarter::new(place, unit, manager, ready, source, identity));
         activator.check(&targets).await?;
         if options.idle.freeze {
             activator.check_freezing().await?;
@@ -373,7 +373,7 @@ struct Control<'a> {
     targets: Vec<Target>,
     /// How each target sees its clients, since it was last woken.
     seen: HashMap<String, String>,
-    activator: Arc<Activator>,
+    activator: Arc<ServiceStarter>,
     stats: Arc<Stats>,
     engine: Arc<Handle>,
     kernel: KernelRelay,
@@ -394,7 +394,7 @@ struct Control<'a> {
     /// Of each target.
     refusals: Vec<wake::Refusals>,
     /// Of each target: where it was found, which is watched.
-    watched: Vec<Weak<Incarnation>>,
+    watched: Vec<Weak<ContainerNetns>>,
     /// Targets whose namespace is gone.
     gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
     /// Of each target.
@@ -448,7 +448,7 @@ impl<'a> Control<'a> {
         options: &'a Forward,
         listeners: &'a [(Listener, usize)],
         targets: Vec<Target>,
-        activator: Arc<Activator>,
+        activator: Arc<ServiceStarter>,
         (relay, channel, addresses, stats): (Process, OwnedFd, AddressBook, Arc<Stats>),
         local_clients: Option<std::path::PathBuf>,
         bequest: Option<Bequest>,
@@ -752,7 +752,7 @@ impl<'a> Control<'a> {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             unit: self.options.unit.clone(),
-            manager: Some(Manager::choose(self.options.system, self.options.user)),
+            manager: Some(RuntimeScope::choose(self.options.system, self.options.user)),
             uptime_s: self.started.elapsed().as_secs(),
             state: self.status(),
             activity: self.activity(),
@@ -777,7 +777,7 @@ impl<'a> Control<'a> {
             for ((name, address, target), tally) in listeners.into_iter().zip(figures.tallies) {
                 report.total += &tally;
                 let seen = seen.get(&target).cloned();
-                report.listeners.push(status::Listener { name, address, target, seen, tally });
+                report.listeners.push(status::ListenerReport { name, address, target, seen, tally });
             }
             Some(report)
         }
@@ -811,20 +811,20 @@ impl<'a> Control<'a> {
     /// Whether the service is awake, since when, and why.
     fn activity(&self) -> status::Activity {
         let state = match self.phase {
-            Phase::Draining(_) => status::State::Stopping,
-            _ if self.is_frozen() => status::State::Frozen,
-            _ if self.awake_since.is_some() && self.who_is_busy().is_some() => status::State::Busy,
-            _ if self.awake_since.is_some() => status::State::Awake,
-            _ if self.being_woken().is_some() => status::State::Starting,
-            Phase::Serving | Phase::Leaving => status::State::Asleep,
+            Phase::Draining(_) => status::ServiceState::Stopping,
+            _ if self.is_frozen() => status::ServiceState::Frozen,
+            _ if self.awake_since.is_some() && self.who_is_busy().is_some() => status::ServiceState::Busy,
+            _ if self.awake_since.is_some() => status::ServiceState::Awake,
+            _ if self.being_woken().is_some() => status::ServiceState::Starting,
+            Phase::Serving | Phase::Leaving => status::ServiceState::Asleep,
         };
-        let is_starting = state == status::State::Starting;
+        let is_starting = state == status::ServiceState::Starting;
         let woken =
             self.being_woken().filter(|_| is_starting).map(|since| SystemTime::now() - since.elapsed());
         let woken = woken.or(self.frozen_at.filter(|_| self.is_frozen()));
         let since = woken.or_else(|| self.awake_since.map(|(_, since)| since));
         let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
-        let woken_by = self.woken_by.clone().filter(|_| state != status::State::Asleep);
+        let woken_by = self.woken_by.clone().filter(|_| state != status::ServiceState::Asleep);
         let doing = Some(self.activator.progress().doing).filter(|doing| is_starting && !doing.is_empty());
         status::Activity { state, since: since.map(|since| since.as_secs()), woken_by, doing }
     }

@@ -3,7 +3,7 @@
 use std::io::Write as _;
 
 use super::status::list;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::{exit, metrics};
 
 /// Runs `bro metrics`.
@@ -12,7 +12,7 @@ use crate::{exit, metrics};
 /// When the unit directory cannot be read.
 pub fn run(options: &crate::cli::Metrics) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let services = runtime.block_on(list::all(Manager::choose(options.system, options.user)))?;
+    let services = runtime.block_on(list::all(RuntimeScope::choose(options.system, options.user)))?;
     let text = metrics::of(&services)?;
     exit::unless_nobody_reads(std::io::stdout().lock().write_all(text.as_bytes()).map_err(Into::into))
 }

@@ -15,7 +15,7 @@ use crate::exit::{self, Failure};
 use crate::ledger::Own;
 use crate::service::failed_wake::FailedWake;
 use crate::service::wakes::Rhythm;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 
 /// What a forwarder says of itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -28,7 +28,7 @@ pub struct Report {
     pub unit: Option<String>,
     /// Whose service manager starts that; unknown of a forwarder of a version that does not tell.
     #[serde(default)]
-    pub manager: Option<Manager>,
+    pub manager: Option<RuntimeScope>,
     /// Seconds since it started.
     pub uptime_s: u64,
     /// The same words as in `systemctl status`.
@@ -57,7 +57,7 @@ pub struct Report {
     /// How bytes are moved, and why not better.
     pub relay: Relay,
     /// Its sockets.
-    pub listeners: Vec<Listener>,
+    pub listeners: Vec<ListenerReport>,
     /// All of them together.
     pub total: Tally,
     /// What it has counted itself, without other forwarders of the unit.
@@ -68,7 +68,7 @@ pub struct Report {
 impl Report {
     /// Is this the unit that it starts?
     #[must_use]
-    pub fn starts(&self, unit: &str, by: Manager) -> bool {
+    pub fn starts(&self, unit: &str, by: RuntimeScope) -> bool {
         self.unit.as_deref() == Some(unit) && self.manager.is_none_or(|manager| manager == by)
     }
 }
@@ -116,7 +116,7 @@ impl std::fmt::Display for Predecessor {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Activity {
     /// Whether.
-    pub state: State,
+    pub state: ServiceState,
     /// Since when, in seconds since 1970.
     pub since: Option<u64>,
     /// The client that woke it, or `bro wake`.
@@ -129,7 +129,7 @@ pub struct Activity {
 /// How far a service is from being asleep.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum ServiceState {
     /// It sleeps, as far as its forwarder knows.
     #[default]
     Asleep,
@@ -149,7 +149,7 @@ pub enum State {
     Failed,
 }
 
-impl State {
+impl ServiceState {
     /// In a word.
     pub(crate) const fn word(self) -> &'static str {
         match self {
@@ -176,7 +176,7 @@ pub struct Relay {
 
 /// One of a forwarder's sockets.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Listener {
+pub struct ListenerReport {
     /// Its FileDescriptorName=.
     pub name: String,
     /// Its address.
@@ -202,7 +202,7 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     exit::unless_nobody_reads(runtime.block_on(async {
         loop {
             let (text, json) = if options.whom.is_empty() {
-                let services = list::all(Manager::choose(options.system, options.user)).await?;
+                let services = list::all(RuntimeScope::choose(options.system, options.user)).await?;
                 (list::describe(&services), exit::json(&services)?)
             } else {
                 named(options).await?
@@ -262,7 +262,7 @@ async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)>
             reports.push(report);
             continue;
         }
-        let services = list::all(Manager::choose(options.system, options.user)).await?;
+        let services = list::all(RuntimeScope::choose(options.system, options.user)).await?;
         let Some(service) = services.into_iter().find(|service| service.is_called(whom)) else {
             anyhow::bail!(Failure::NotFound(format!(
                 "no service “{whom}” is activated, and no forwarder for it runs (see `bro status`)"
@@ -346,7 +346,7 @@ mod tests {
             pid: 7,
             version: "0".into(),
             unit: Some("web.service".into()),
-            manager: Some(Manager::User),
+            manager: Some(RuntimeScope::User),
             uptime_s: 1,
             state: "1 connection now".into(),
             activity: Activity::default(),
@@ -357,7 +357,7 @@ mod tests {
             waiting: Some(Waiting { clients: 2, connections: 256, lets_in: "--connections-max=256".into() }),
             predecessor: None,
             relay: Relay { name: "splice".into(), reason: Some("no CAP_BPF".into()) },
-            listeners: vec![Listener {
+            listeners: vec![ListenerReport {
                 name: "http".into(),
                 address: "[::]:80".into(),
                 target: "127.0.0.1:80".into(),
@@ -370,7 +370,7 @@ mod tests {
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
         assert!(
-            report.starts("web.service", Manager::User) && !report.starts("web.service", Manager::System)
+            report.starts("web.service", RuntimeScope::User) && !report.starts("web.service", RuntimeScope::System)
         );
         let text = describe(&[report]);
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");

@@ -18,7 +18,7 @@ use crate::cli::wake_sleep::Whom;
 use crate::commands::status::list;
 use crate::commands::wake_sleep;
 use crate::exit::{self, Failure};
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use view::{Doing, Row, View};
 
 /// How often services are asked.
@@ -49,7 +49,7 @@ pub fn run(options: &crate::cli::Top) -> anyhow::Result<()> {
             "bro top needs a terminal for its input and output; `bro status --watch` and `bro metrics` need none".into()
         ));
     }
-    let scope = Manager::choose(options.system, options.user);
+    let scope = RuntimeScope::choose(options.system, options.user);
     let (to, news) = channel();
     // Before the terminal is changed: from then on each of them has to put it back.
     hear_signals(to.clone())?;
@@ -111,7 +111,7 @@ fn hear_signals(to: Sender<News>) -> anyhow::Result<()> {
 }
 
 /// Sends what services there are, each second, and at once when it is told to.
-fn gather(scope: Manager, to: Sender<News>) -> Sender<()> {
+fn gather(scope: RuntimeScope, to: Sender<News>) -> Sender<()> {
     let (again, told): (Sender<()>, Receiver<()>) = channel();
     drop(std::thread::spawn(move || {
         loop {
@@ -127,7 +127,7 @@ fn gather(scope: Manager, to: Sender<News>) -> Sender<()> {
     again
 }
 
-fn look(scope: Manager) -> anyhow::Result<Vec<Row>> {
+fn look(scope: RuntimeScope) -> anyhow::Result<Vec<Row>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let services = runtime.block_on(list::all(scope))?;
     Ok(services.iter().map(Row::of).collect())

@@ -9,13 +9,13 @@ use tokio::time::{Instant, sleep as pause, timeout_at};
 
 use super::status::Report;
 use crate::cli::wake_sleep::{Sleep, Wake, Whom};
-use crate::control_socket::{self, Outcome, Request};
+use crate::control_socket::{self, Reply, Request};
 use crate::exit::{Failure, on_one_line};
 use crate::installed;
-use crate::run_as::Owner;
+use crate::run_as::RunAsUser;
 use crate::service::use_lock::{self, Lock, Use};
 use crate::systemd::manager::Bus;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 
 /// Between two looks for a forwarder that is about to come or to go.
 const LOOK: Duration = Duration::from_millis(50);
@@ -30,16 +30,16 @@ struct Service {
     unit: String,
     /// The forwarder's unit, where it may have one.
     activator: Option<String>,
-    scope: Manager,
+    scope: RuntimeScope,
     /// Whose container it is, where the forwarder is the system's.
-    run_as: Option<Owner>,
+    run_as: Option<RunAsUser>,
     /// bro has been told of it: by `bro activate`.
     is_activated: bool,
 }
 
 impl Service {
     fn of(whom: &Whom) -> anyhow::Result<Self> {
-        let scope = Manager::choose(whom.system, whom.user);
+        let scope = RuntimeScope::choose(whom.system, whom.user);
         if let Ok(activated) = installed::find(&whom.name, scope) {
             let activator = activated.service();
             let (scope, run_as) = (activated.scope, activated.run_as);
@@ -75,7 +75,7 @@ impl Service {
     /// The running forwarders that start this unit, and what they say of themselves.
     async fn forwarders(&self) -> Vec<(PathBuf, Report)> {
         let user = self.run_as.as_ref().map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
-        let manager = if self.run_as.is_some() { Manager::User } else { self.scope };
+        let manager = if self.run_as.is_some() { RuntimeScope::User } else { self.scope };
         let mut found = Vec::new();
         // What another user's says is nothing to go by.
         for path in control_socket::sockets().into_iter().filter(|path| control_socket::is_of(path, user)) {
@@ -108,7 +108,7 @@ impl Service {
     /// Makes this the only use of the unit.
     fn alone(&self) -> std::io::Result<Lock> {
         // The lock is where the forwarder has it.
-        let _acting = self.run_as.as_ref().map(Owner::act).transpose().map_err(std::io::Error::other)?;
+        let _acting = self.run_as.as_ref().map(RunAsUser::act).transpose().map_err(std::io::Error::other)?;
         Use::alone(&self.unit, None)
     }
 
@@ -161,7 +161,7 @@ async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<Str
         let forwarders = service.forwarders().await;
         if let Some((path, _)) = forwarders.first() {
             let patience = deadline.saturating_duration_since(Instant::now());
-            match control_socket::ask::<Outcome>(path, Request::Wake, patience).await {
+            match control_socket::ask::<Reply>(path, Request::Wake, patience).await {
                 Ok(outcome) if outcome.done => return Ok(outcome.message),
                 Ok(outcome) if !outcome.leaving => bail!("{}: {}", service.unit, outcome.message),
                 // It is gone, or will be in a moment.
@@ -264,7 +264,7 @@ async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> 
         }
         let mut last = None;
         for (path, _) in &forwarders {
-            match control_socket::ask::<Outcome>(path, Request::Sleep { force }, STOP).await {
+            match control_socket::ask::<Reply>(path, Request::Sleep { force }, STOP).await {
                 Ok(outcome) => {
                     let clients: Vec<&str> = outcome.clients.iter().map(String::as_str).collect();
                     refuse_for(service, &clients)?;

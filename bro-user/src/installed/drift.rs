@@ -3,9 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use super::Listener;
+use super::InstalledPort;
 use crate::address::External;
-use crate::systemd::unit_files::{Live, Systemd};
+use crate::systemd::unit_files::{SocketState, Systemd};
 
 /// How a socket's unit stands against its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub(crate) enum Standing {
 }
 
 /// `unfinished` are the files that a run was at when it was killed: what came of them nobody knows.
-pub(crate) async fn of(systemd: &Systemd, listener: &Listener, unfinished: &[PathBuf]) -> Standing {
+pub(crate) async fn of(systemd: &Systemd, listener: &InstalledPort, unfinished: &[PathBuf]) -> Standing {
     let unit = &listener.socket;
     if unfinished.contains(&listener.file)
         || !systemd.is_active(unit).await
@@ -32,7 +32,7 @@ pub(crate) async fn of(systemd: &Systemd, listener: &Listener, unfinished: &[Pat
 }
 
 /// Is it what the file says? Where an administrator's drop-in has the last word, nobody can tell from the file.
-fn serves(listener: &Listener, live: &Live) -> bool {
+fn serves(listener: &InstalledPort, live: &SocketState) -> bool {
     live.has_drop_ins
         || (listens_there(listener, live)
             && listener.backlog.is_none_or(|backlog| backlog == live.backlog)
@@ -40,7 +40,7 @@ fn serves(listener: &Listener, live: &Live) -> bool {
 }
 
 /// Does it listen where the file has its clients connect? It may besides listen elsewhere.
-pub(crate) fn listens_there(listener: &Listener, live: &Live) -> bool {
+pub(crate) fn listens_there(listener: &InstalledPort, live: &SocketState) -> bool {
     live.listen.iter().any(|address| is_at(&listener.address, address))
 }
 
@@ -62,8 +62,8 @@ fn is_at(written: &str, live: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn listener(address: &str) -> Listener {
-        Listener {
+    fn listener(address: &str) -> InstalledPort {
+        InstalledPort {
             service: "web".into(),
             socket: "web-activator.socket".into(),
             file: "/units/web-activator.socket".into(),
@@ -74,8 +74,8 @@ mod tests {
         }
     }
 
-    fn live(address: &str) -> Live {
-        Live { listen: vec![address.into()], backlog: 4096, device: String::new(), has_drop_ins: false }
+    fn live(address: &str) -> SocketState {
+        SocketState { listen: vec![address.into()], backlog: 4096, device: String::new(), has_drop_ins: false }
     }
 
     #[test]
@@ -94,12 +94,12 @@ mod tests {
         let mut device = listener("80");
         device.device = Some("lo".into());
         assert!(!serves(&device, &live("[::]:80")));
-        assert!(!serves(&listener("80"), &Live { device: "lo".into(), ..live("[::]:80") }));
+        assert!(!serves(&listener("80"), &SocketState { device: "lo".into(), ..live("[::]:80") }));
         let mut backlog = listener("80");
         backlog.backlog = Some(5);
         assert!(!serves(&backlog, &live("[::]:80")));
-        assert!(serves(&backlog, &Live { backlog: 5, ..live("[::]:80") }));
+        assert!(serves(&backlog, &SocketState { backlog: 5, ..live("[::]:80") }));
         // A drop-in may say anything of that otherwise.
-        assert!(serves(&backlog, &Live { has_drop_ins: true, ..live("[::]:9090") }));
+        assert!(serves(&backlog, &SocketState { has_drop_ins: true, ..live("[::]:9090") }));
     }
 }

@@ -6,24 +6,24 @@ use std::path::{Path, PathBuf};
 use bro_relay::read_bounded::{self, Link};
 
 use super::{
-    Activated, LONGEST, Listener, SECTION, activation_name, assemble, is_unit_name, listener, ours_in,
+    Installed, LONGEST, InstalledPort, SECTION, activation_name, assemble, is_unit_name, listener, ours_in,
     unit_name,
 };
 use crate::paths::config_home;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::{MARKER, UnitFile};
 
 /// Such a service.
 #[derive(Debug)]
 pub(crate) struct Remnant {
     /// As far as it can be told, with the units that are gone among the others: systemd may have them still.
-    pub activated: Activated,
+    pub activated: Installed,
     /// The units whose files are gone.
     pub missing: Vec<String>,
 }
 
 /// The one that goes by `name`, if it is there, and is no whole.
-pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&Path>) -> Option<Remnant> {
+pub(crate) fn find(name: &str, directory: &Path, scope: RuntimeScope, root: Option<&Path>) -> Option<Remnant> {
     let ours = ours_in(directory).ok()?;
     let named = |file: &UnitFile| activation_name(file).map(str::to_owned);
     let (_, own) =
@@ -40,7 +40,7 @@ pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&P
     if main.is_some_and(|(path, file)| assemble(path, file, &ours, scope, root).is_some()) {
         return None;
     }
-    let mut listeners: Vec<Listener> =
+    let mut listeners: Vec<InstalledPort> =
         files().filter(|(path, _)| is_socket(path)).filter_map(|(path, file)| listener(path, file)).collect();
     let direct = main.is_none() && listeners.iter().any(|listener| listener.target.is_none());
     let unit = main.and_then(|(_, file)| super::unit(file)).map(str::to_owned);
@@ -68,7 +68,7 @@ pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&P
     }));
     let quadlet = main.and_then(|(_, file)| super::quadlet(file));
     Some(Remnant {
-        activated: Activated {
+        activated: Installed {
             scope,
             run_as: main.and_then(|(_, file)| super::run_as(file, root)),
             quadlet: quadlet.unwrap_or_else(|| format!("{own}.container").into()),
@@ -90,7 +90,7 @@ pub(crate) fn find(name: &str, directory: &Path, scope: Manager, root: Option<&P
 }
 
 /// The sockets that the other files of a service still name, and whose own are gone.
-pub(crate) fn lost(known: &Activated, directory: &Path) -> Vec<Listener> {
+pub(crate) fn lost(known: &Installed, directory: &Path) -> Vec<InstalledPort> {
     let mut named = vec![first_socket(&known.name, &known.unit, known.direct)];
     let service = known.service_file.as_deref().and_then(super::read_ours);
     named.extend(service.map(|file| super::sockets(&file, "Service", "Sockets")).unwrap_or_default());
@@ -109,8 +109,8 @@ fn first_socket(name: &str, unit: &str, direct: bool) -> String {
 }
 
 /// A port of which only the unit's name is known.
-fn gone(socket: &str, directory: &Path) -> Listener {
-    Listener {
+fn gone(socket: &str, directory: &Path) -> InstalledPort {
+    InstalledPort {
         service: String::new(),
         file: directory.join(socket),
         socket: socket.to_owned(),
@@ -129,14 +129,14 @@ fn made_for(path: &Path) -> Option<String> {
 }
 
 /// Our drop-ins for `name`, where they would be: each says how to undo it.
-fn drop_ins(name: &str, scope: Manager, root: Option<&Path>) -> Vec<PathBuf> {
+fn drop_ins(name: &str, scope: RuntimeScope, root: Option<&Path>) -> Vec<PathBuf> {
     let inside = |directory: &Path| -> Vec<PathBuf> {
         let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect()
     };
     let quadlets = match scope {
-        Manager::System => PathBuf::from("/etc/containers/systemd"),
-        Manager::User => config_home().unwrap_or_default().join("containers/systemd"),
+        RuntimeScope::System => PathBuf::from("/etc/containers/systemd"),
+        RuntimeScope::User => config_home().unwrap_or_default().join("containers/systemd"),
     };
     let quadlets = crate::paths::below(root, &quadlets);
     let mut places = vec![quadlets.clone()];

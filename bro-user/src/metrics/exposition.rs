@@ -11,7 +11,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::commands::status::State;
+use crate::commands::status::ServiceState;
 use crate::commands::status::list::Service;
 use crate::ledger::Counts;
 use bro_relay::stats::{Tally, Times};
@@ -22,7 +22,7 @@ pub(crate) struct Exposed {
     service: String,
     /// It has no unit, and what it is called need not be its name alone.
     is_nameless: bool,
-    state: State,
+    state: ServiceState,
     since: Option<u64>,
     failed_wake: Option<u64>,
     waiting: u64,
@@ -119,28 +119,28 @@ struct Family {
     samples: fn(&Exposed, Take<'_>) -> fmt::Result,
 }
 
-const STATES: [State; 8] = [
-    State::Asleep,
-    State::Starting,
-    State::Awake,
-    State::Busy,
-    State::Frozen,
-    State::Stopping,
-    State::Deaf,
-    State::Failed,
+const STATES: [ServiceState; 8] = [
+    ServiceState::Asleep,
+    ServiceState::Starting,
+    ServiceState::Awake,
+    ServiceState::Busy,
+    ServiceState::Frozen,
+    ServiceState::Stopping,
+    ServiceState::Deaf,
+    ServiceState::Failed,
 ];
 
 /// The label's word for a state.
-const fn word(state: State) -> &'static str {
+const fn word(state: ServiceState) -> &'static str {
     match state {
-        State::Asleep => "asleep",
-        State::Starting => "starting",
-        State::Awake => "awake",
-        State::Busy => "busy",
-        State::Frozen => "frozen",
-        State::Stopping => "stopping",
-        State::Deaf => "deaf",
-        State::Failed => "failed",
+        ServiceState::Asleep => "asleep",
+        ServiceState::Starting => "starting",
+        ServiceState::Awake => "awake",
+        ServiceState::Busy => "busy",
+        ServiceState::Frozen => "frozen",
+        ServiceState::Stopping => "stopping",
+        ServiceState::Deaf => "deaf",
+        ServiceState::Failed => "failed",
     }
 }
 
@@ -459,7 +459,7 @@ mod tests {
         tally.ended.add(End::Eof);
         tally.cold_start_times.add(Duration::from_millis(300));
         let mut service = crate::commands::status::list::tests::service(name);
-        service.state = State::Awake;
+        service.state = ServiceState::Awake;
         service.since = Some(7);
         service.waiting = Some(Waiting { clients: 2, connections: 1, lets_in: String::new() });
         Exposed {

@@ -11,7 +11,7 @@ use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use nix::libc;
 use nix::sys::socket::{SockaddrStorage, connect, getsockname};
 
-use super::Where;
+use super::NetnsRef;
 
 /// The loopback interface's index, in every network namespace.
 const LOOPBACK: u32 = 1;
@@ -33,7 +33,7 @@ impl Addresses {
     ///
     /// # Errors
     /// When the kernel refuses or answers nonsense.
-    pub async fn of(place: &Where) -> io::Result<Self> {
+    pub async fn of(place: &NetnsRef) -> io::Result<Self> {
         let socket = place.socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE).await?;
         let (mut found, mut candidates) = (Self::default(), Vec::new());
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
@@ -90,7 +90,7 @@ const fn is_link_local(ip: IpAddr) -> bool {
 }
 
 /// From which address the namespace would send to `elsewhere`.
-async fn usual(place: &Where, elsewhere: SocketAddr) -> io::Result<IpAddr> {
+async fn usual(place: &NetnsRef, elsewhere: SocketAddr) -> io::Result<IpAddr> {
     let domain = if elsewhere.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let socket = place.socket(domain, libc::SOCK_DGRAM, 0).await?;
     connect(socket.as_raw_fd(), &SockaddrStorage::from(elsewhere))?;
@@ -104,7 +104,7 @@ mod tests {
 
     #[tokio::test]
     async fn loopback_is_no_network() {
-        let found = Addresses::of(&Where::Own).await.unwrap();
+        let found = Addresses::of(&NetnsRef::Own).await.unwrap();
         assert!(!found.networks.iter().chain(&found.loopback).any(IpAddr::is_loopback), "{found:?}");
     }
 }

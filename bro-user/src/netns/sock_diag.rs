@@ -12,7 +12,7 @@ use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
 use nix::libc;
 
-use super::Where;
+use super::NetnsRef;
 
 /// A sock_diag socket in a namespace.
 #[derive(Debug)]
@@ -52,7 +52,7 @@ impl Table {
     ///
     /// # Errors
     /// socket(2)'s; the kernel may lack INET_DIAG.
-    pub async fn open(place: &Where) -> io::Result<Self> {
+    pub async fn open(place: &NetnsRef) -> io::Result<Self> {
         Ok(Self { socket: place.socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_SOCK_DIAG).await? })
     }
 
@@ -116,7 +116,7 @@ mod tests {
 
     #[tokio::test]
     async fn shows_a_listener_of_this_namespace() {
-        let table = Table::open(&Where::Own).await.unwrap();
+        let table = Table::open(&NetnsRef::Own).await.unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         assert!(table.listeners().unwrap().iter().any(|found| found.serves(address)));

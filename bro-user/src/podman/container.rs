@@ -15,7 +15,7 @@ use bro_relay::read_bounded::{self, Link};
 use tokio::process::Command;
 
 use crate::exit::Failure;
-use crate::run_as::Owner;
+use crate::run_as::RunAsUser;
 use crate::systemd::manager::Residence;
 
 /// How long `podman inspect` may take.
@@ -69,7 +69,7 @@ pub fn running(name: &str) -> Option<i32> {
 /// The same of the user `owner`, for root who looks after that user's service: as that user, who may have written whatever stands
 /// there.
 #[must_use]
-pub fn running_of(owner: &Owner, name: &str) -> Option<i32> {
+pub fn running_of(owner: &RunAsUser, name: &str) -> Option<i32> {
     let _acting = owner.act().ok()?;
     find(owner.uid, name)
 }

@@ -7,8 +7,8 @@ mod specifiers;
 use std::path::{Path, PathBuf};
 
 use crate::exit::Failure;
-use crate::run_as::Owner;
-use crate::systemd::scope::Manager;
+use crate::run_as::RunAsUser;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::UnitFile;
 
 pub use search::drop_in_directory;
@@ -98,7 +98,7 @@ impl Quadlet {
 
     /// The place on the host that a `Volume=` shares, if it is one and can be told.
     #[must_use]
-    pub fn shares(&self, volume: &str, owner: Option<&Owner>) -> Option<PathBuf> {
+    pub fn shares(&self, volume: &str, owner: Option<&RunAsUser>) -> Option<PathBuf> {
         // SOURCE:DESTINATION[:OPTIONS]; DESTINATION alone is an anonymous volume, and any other SOURCE a volume's name.
         let (source, _) = volume.split_once(':')?;
         let source = specifiers::expand(source, &self.unit, owner).ok()?;
@@ -138,14 +138,14 @@ fn value<'a>(file: &'a UnitFile, kind: Kind, key: &str) -> Option<&'a str> {
 /// [`Failure::NotFound`], or [`Failure::Usage`] for a name that no quadlet can have or that two have.
 pub fn find(
     name: &str,
-    scope: Manager,
-    owner: Option<&Owner>,
+    scope: RuntimeScope,
+    owner: Option<&RunAsUser>,
     root: Option<&Path>,
 ) -> anyhow::Result<Quadlet> {
     let (stem, kinds) = parse_name(name)?;
     let directories = search::directories(scope, owner, root)?;
     // What a user's files say and what they link to is for the eyes of that user.
-    let _acting = owner.filter(|_| root.is_none()).map(Owner::act).transpose()?;
+    let _acting = owner.filter(|_| root.is_none()).map(RunAsUser::act).transpose()?;
     let mut found: Vec<(Kind, PathBuf)> = Vec::new();
     for &kind in &kinds {
         if let Some(path) = search::file(&directories, &stem, kind)? {
@@ -276,7 +276,7 @@ pub(crate) fn container(
     kind: Kind,
     file: &UnitFile,
     unit: &str,
-    owner: Option<&Owner>,
+    owner: Option<&RunAsUser>,
 ) -> Result<String, String> {
     match kind {
         Kind::Container => {

@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 use std::process::{Command, Stdio};
 
-use super::Owner;
+use super::RunAsUser;
 
 /// Where a user's commands are.
 const PATH: &str = "/usr/local/bin:/usr/bin:/bin";
@@ -18,7 +18,7 @@ pub(crate) enum Gaining {
     Allowed,
 }
 
-impl Owner {
+impl RunAsUser {
     /// `program` as this user, in a session of its own. The caller adds its arguments, and sees to it that it ends.
     pub(crate) fn command(&self, gaining: Gaining, program: impl AsRef<OsStr>) -> Command {
         self.dressed(Command::new("setsid"), gaining, program.as_ref())
@@ -64,7 +64,7 @@ mod tests {
 
     /// Says what a command as another user has of the process that starts it.
     fn has(gaining: Gaining) -> String {
-        let somebody = Owner { name: "x".into(), uid: 65534, gid: 65534, home: "/nowhere".into() };
+        let somebody = RunAsUser { name: "x".into(), uid: 65534, gid: 65534, home: "/nowhere".into() };
         let script = "tr '\\0' '\\n' </proc/$$/environ | sort; id -u; cut -d' ' -f6,7 /proc/$$/stat; echo $$; ls /proc/self/fd; \
                       grep -e NoNewPrivs -e CapEff /proc/self/status; pwd";
         let mut command = somebody.command(gaining, "sh");

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::control_socket;
 use crate::exit::on_one_line;
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::service::use_lock;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 
 /// How many characters of a cause are kept.
 const LONGEST_CAUSE: usize = 1000;
@@ -95,13 +95,13 @@ impl Failures {
 }
 
 /// What is noted of an activated service, by a forwarder that may be a user's.
-pub(crate) fn noted(known: &Activated) -> Option<FailedWake> {
+pub(crate) fn noted(known: &Installed) -> Option<FailedWake> {
     let (directory, _acting) = place(known)?;
     read(&directory, &known.unit)
 }
 
 /// It is activated no more: neither this is kept, nor whose its runs were.
-pub(crate) fn forget(known: &Activated) {
+pub(crate) fn forget(known: &Installed) {
     if let Some((directory, _acting)) = place(known) {
         std::fs::remove_file(file(&directory, &known.unit)).ok();
         use_lock::clear(&directory, &known.unit);
@@ -109,15 +109,15 @@ pub(crate) fn forget(known: &Activated) {
 }
 
 /// Where its forwarder notes things, to be looked into as the forwarder's user.
-pub(crate) fn place(known: &Activated) -> Option<(PathBuf, Option<crate::run_as::Acting>)> {
+pub(crate) fn place(known: &Installed) -> Option<(PathBuf, Option<crate::run_as::Acting>)> {
     match (&known.run_as, known.scope) {
         (Some(owner), _) if owner.is_gone() => None,
         (Some(owner), _) => {
             let acting = owner.act().ok()?;
             Some((control_socket::base_directory(), Some(acting)))
         }
-        (None, Manager::System) => Some((control_socket::SYSTEM.into(), None)),
-        (None, Manager::User) => Some((control_socket::base_directory(), None)),
+        (None, RuntimeScope::System) => Some((control_socket::SYSTEM.into(), None)),
+        (None, RuntimeScope::User) => Some((control_socket::base_directory(), None)),
     }
 }
 

@@ -14,7 +14,7 @@ use protocol::{Answer, Page, Protocol};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::netns::Where;
+use crate::netns::NetnsRef;
 use crate::netns::sock_diag::Table;
 
 /// When the first client may be connected.
@@ -178,7 +178,7 @@ fn listen_step(waited: Duration) -> Duration {
 /// # Errors
 /// When the table cannot be read.
 pub async fn listening(
-    place: &Where,
+    place: &NetnsRef,
     addresses: &[SocketAddr],
     mut heard: Option<tokio::sync::watch::Receiver<u64>>,
 ) -> io::Result<()> {
@@ -206,7 +206,7 @@ pub async fn listening(
 ///
 /// # Errors
 /// When no socket can be made.
-pub async fn connectable(place: &Where, addresses: &[SocketAddr]) -> io::Result<()> {
+pub async fn connectable(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<()> {
     let start = Instant::now();
     loop {
         for address in addresses {
@@ -226,7 +226,7 @@ pub async fn connectable(place: &Where, addresses: &[SocketAddr]) -> io::Result<
 /// # Errors
 /// When no socket can be made.
 pub async fn answering(
-    place: &Where,
+    place: &NetnsRef,
     addresses: &[SocketAddr],
     protocol: &Protocol,
     strictness: Strictness,

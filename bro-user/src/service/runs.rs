@@ -4,7 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::use_lock;
-use crate::systemd::manager::{Bus, Look};
+use crate::systemd::manager::{Bus, UnitState};
 
 /// Whose the unit's present run is, as far as was seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,7 +23,7 @@ enum Whose {
 
 impl Whose {
     /// What it is after a look at the unit. `noted` is the run that a forwarder has noted, perhaps one before this.
-    fn after(self, look: &Look, noted: Option<&str>) -> Self {
+    fn after(self, look: &UnitState, noted: Option<&str>) -> Self {
         let ours = || Self::Ours { run: look.invocation.clone(), restarting: look.is_restarting };
         match self {
             Self::Ordered { before } if look.invocation == before => Self::Ordered { before },
@@ -66,20 +66,20 @@ impl Runs {
     }
 
     /// systemd is about to be told to start the unit, which does not run: the next run is ours.
-    pub fn order(&self, now: &Look) {
+    pub fn order(&self, now: &UnitState) {
         *self.whose.lock().unwrap_or_else(PoisonError::into_inner) =
             Whose::Ordered { before: now.invocation.clone() };
     }
 
     /// What was ordered has ended, and perhaps never began: no run after this one is ours.
-    pub fn withdraw(&self, now: &Look) {
+    pub fn withdraw(&self, now: &UnitState) {
         if !self.see(now) {
             *self.whose.lock().unwrap_or_else(PoisonError::into_inner) = Whose::Others;
         }
     }
 
     /// Takes account of what the unit is doing. Says whether its run is a forwarder's.
-    pub fn see(&self, look: &Look) -> bool {
+    pub fn see(&self, look: &UnitState) -> bool {
         let mut whose = self.whose.lock().unwrap_or_else(PoisonError::into_inner);
         let noted = use_lock::noted(&self.unit);
         let now = whose.clone().after(look, noted.as_deref());
@@ -116,8 +116,8 @@ impl Runs {
 mod tests {
     use super::*;
 
-    fn look(state: &str, invocation: &str) -> Look {
-        Look { state: state.into(), invocation: invocation.into(), restarts: 0, is_restarting: false }
+    fn look(state: &str, invocation: &str) -> UnitState {
+        UnitState { state: state.into(), invocation: invocation.into(), restarts: 0, is_restarting: false }
     }
 
     fn ordered(before: &str) -> Whose {
@@ -125,7 +125,7 @@ mod tests {
     }
 
     /// Whose the run is after these looks.
-    fn after(begin: Whose, looks: &[Look]) -> Whose {
+    fn after(begin: Whose, looks: &[UnitState]) -> Whose {
         looks.iter().fold(begin, |whose, look| whose.after(look, None))
     }
 
@@ -151,20 +151,20 @@ mod tests {
     #[test]
     fn a_restart_changes_nothing() {
         let ours = || after(ordered(""), &[look("active", "a")]);
-        let restarting = Look { is_restarting: true, ..look("deactivating", "a") };
+        let restarting = UnitState { is_restarting: true, ..look("deactivating", "a") };
         // By then the job is one to start it.
         let looks = [restarting, look("inactive", "a"), look("activating", "b"), look("active", "b")];
         assert_eq!(after(ours(), &looks).run(), Some("b"));
         // One restart is no leave for all that comes later.
         assert_eq!(after(after(ours(), &looks), &[look("active", "c")]), Whose::Others);
-        let by_systemd = Look { restarts: 1, ..look("active", "b") };
+        let by_systemd = UnitState { restarts: 1, ..look("active", "b") };
         assert_eq!(after(ours(), &[look("activating", "a"), by_systemd.clone()]).run(), Some("b"));
         assert_eq!(after(Whose::Others, &[by_systemd]), Whose::Others);
     }
 
     #[test]
     fn a_forwarder_takes_on_what_one_before_it_has_noted() {
-        let by_systemd = Look { restarts: 2, ..look("active", "c") };
+        let by_systemd = UnitState { restarts: 2, ..look("active", "c") };
         assert_eq!(Whose::Others.after(&look("active", "a"), Some("a")).run(), Some("a"));
         assert_eq!(Whose::Others.after(&by_systemd, Some("a")).run(), Some("c"));
         assert_eq!(Whose::Others.after(&look("active", "b"), Some("a")), Whose::Others);

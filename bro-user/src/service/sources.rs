@@ -13,7 +13,7 @@ use nix::libc;
 
 use crate::exit::Failure;
 use crate::netns::addresses::Addresses;
-use crate::netns::{Namespace, Where};
+use crate::netns::{Namespace, NetnsRef};
 
 /// `--source=`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -46,7 +46,7 @@ impl Wanted {
     /// What was wanted cannot be had.
     pub(super) async fn decide(
         self,
-        place: &Where,
+        place: &NetnsRef,
         namespace: &Namespace,
         addresses: &mut Vec<Address>,
     ) -> anyhow::Result<Sources> {
@@ -71,7 +71,7 @@ impl Wanted {
     }
 }
 
-async fn cookie(place: &Where) -> Option<u64> {
+async fn cookie(place: &NetnsRef) -> Option<u64> {
     let socket = place.socket(libc::AF_INET, libc::SOCK_STREAM, 0).await.ok()?;
     bro_sockmap::netns_cookie(socket.as_fd()).ok()
 }
@@ -107,7 +107,7 @@ fn as_the_container(found: &Addresses, addresses: &mut Vec<Address>) -> anyhow::
 /// From each client's own address.
 async fn as_the_clients(
     found: Addresses,
-    place: &Where,
+    place: &NetnsRef,
     namespace: &Namespace,
     addresses: &mut Vec<Address>,
 ) -> anyhow::Result<Sources> {
@@ -122,7 +122,7 @@ async fn as_the_clients(
                 .into()
         ));
     }
-    if !found.networks.is_empty() && matches!(place, Where::Own) {
+    if !found.networks.is_empty() && matches!(place, NetnsRef::Own) {
         bail!(Failure::Usage(
             "--source=client takes a network namespace of the service's own, since it adds a routing rule there: name it with \
              --container, --pid or --netns, or choose --source=container"

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control_socket;
 use crate::exit::on_one_line;
-use crate::installed::Activated;
+use crate::installed::Installed;
 use bro_relay::read_bounded;
 use bro_relay::read_bounded::Link;
 
@@ -245,7 +245,7 @@ impl Wakes {
 }
 
 /// It is activated no more.
-pub(crate) fn forget(known: &Activated) {
+pub(crate) fn forget(known: &Installed) {
     if let Some((directory, _acting)) = super::failed_wake::place(known) {
         std::fs::remove_file(file(&directory, &known.unit)).ok();
     }

@@ -15,9 +15,9 @@ pub use transient::{Ended, Properties};
 
 use super::progress::Start;
 use super::restart::Restarting;
-use super::run_command::Outcome;
-use super::scope::Manager;
-use crate::run_as::Owner;
+use super::run_command::CommandOutcome;
+use super::scope::RuntimeScope;
+use crate::run_as::RunAsUser;
 use bro_sockmap::cgroup;
 
 /// How long a job's end is waited for before somebody looks whether it is there still.
@@ -139,7 +139,7 @@ trait Service {
 
 /// What a service manager knows of a unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Known {
+pub struct UnitInfo {
     /// loaded, not-found, masked, bad-setting, …
     pub load: String,
     /// active, activating, inactive, failed, …
@@ -160,7 +160,7 @@ pub struct Known {
 
 /// What a unit is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Look {
+pub struct UnitState {
     /// ActiveState: active, activating, inactive, failed, …
     pub state: String,
     /// Which run this is, or was (InvocationID); empty when it never ran.
@@ -171,7 +171,7 @@ pub struct Look {
     pub is_restarting: bool,
 }
 
-impl Look {
+impl UnitState {
     /// It is on its way up or down, or waits to be restarted.
     #[must_use]
     pub fn is_between(&self) -> bool {
@@ -236,10 +236,10 @@ impl Bus {
     ///
     /// # Errors
     /// When there is no bus, or no systemd on it.
-    pub async fn connect(manager: Manager) -> anyhow::Result<Self> {
+    pub async fn connect(manager: RuntimeScope) -> anyhow::Result<Self> {
         let connection = match manager {
-            Manager::System => zbus::Connection::system().await.context("cannot reach the system bus")?,
-            Manager::User => {
+            RuntimeScope::System => zbus::Connection::system().await.context("cannot reach the system bus")?,
+            RuntimeScope::User => {
                 let builder = match user_bus() {
                     Some(path) => {
                         zbus::connection::Builder::address(format!("unix:path={}", path.display()).as_str())
@@ -261,9 +261,9 @@ impl Bus {
     /// # Errors
     /// When that manager does not run, or this user may not. Whoever that user is cannot keep us waiting for ever: each call has
     /// a limit.
-    pub async fn connect_as(owner: &Owner) -> anyhow::Result<Self> {
+    pub async fn connect_as(owner: &RunAsUser) -> anyhow::Result<Self> {
         if owner.is_me() {
-            return Self::connect(Manager::User).await;
+            return Self::connect(RuntimeScope::User).await;
         }
         let address = format!("unix:path={}", owner.runtime_directory().join("bus").display());
         let connection = {
@@ -300,10 +300,10 @@ impl Bus {
     ///
     /// # Errors
     /// When the bus fails.
-    pub async fn known(&self, unit: &str) -> anyhow::Result<Known> {
+    pub async fn known(&self, unit: &str) -> anyhow::Result<UnitInfo> {
         let unit = self.unit(unit).await?;
         let since = unit.active_enter_timestamp().await?;
-        Ok(Known {
+        Ok(UnitInfo {
             load: unit.load_state().await?,
             active: unit.active_state().await?,
             file: unit.unit_file_state().await?,
@@ -328,7 +328,7 @@ impl Bus {
     ///
     /// # Errors
     /// When the bus fails.
-    pub async fn look(&self, name: &str) -> anyhow::Result<Look> {
+    pub async fn look(&self, name: &str) -> anyhow::Result<UnitState> {
         let path = self.systemd.load_unit(name).await?;
         let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
         let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
@@ -341,7 +341,7 @@ impl Bus {
             // It may have ended since.
             (_, job) => JobProxy::builder(self.connection()).path(job).build().await?.job_type().await.ok(),
         };
-        Ok(Look {
+        Ok(UnitState {
             state: state?,
             invocation: invocation?.iter().map(|byte| format!("{byte:02x}")).collect(),
             restarts: restarts.unwrap_or(0),
@@ -516,7 +516,7 @@ impl Bus {
         words: &[String],
         environment: &[String],
         limit: Duration,
-    ) -> anyhow::Result<Outcome> {
+    ) -> anyhow::Result<CommandOutcome> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Relaxed);
         let unit = format!("bro-command-{}-{number}.service", std::process::id());
@@ -547,16 +547,16 @@ impl Bus {
         self.outcome(&transient.unit).await
     }
 
-    async fn outcome(&self, unit: &str) -> anyhow::Result<Outcome> {
+    async fn outcome(&self, unit: &str) -> anyhow::Result<CommandOutcome> {
         /// `CLD_EXITED`, as waitid(2) has it.
         const EXITED: i32 = 1;
         let service = self.service(unit).await?;
         let (result, code) = (service.result().await?, service.exec_main_code().await?);
         let status = service.exec_main_status().await?;
         match (result.as_str(), code) {
-            ("timeout", _) => Ok(Outcome::TooLong),
-            ("success", EXITED) => Ok(Outcome::Exited(status)),
-            (_, 2..) => Ok(Outcome::Signalled),
+            ("timeout", _) => Ok(CommandOutcome::TooLong),
+            ("success", EXITED) => Ok(CommandOutcome::Exited(status)),
+            (_, 2..) => Ok(CommandOutcome::Signalled),
             _ => anyhow::bail!("it did not run ({result})"),
         }
     }

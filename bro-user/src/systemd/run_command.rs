@@ -18,7 +18,7 @@ pub const LIMIT: Duration = Duration::from_secs(10);
 
 /// What came of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub enum CommandOutcome {
     /// It exited, with this status.
     Exited(i32),
     /// A signal ended it.
@@ -43,7 +43,7 @@ pub fn shell(line: &str) -> Vec<String> {
 ///
 /// # Errors
 /// When the manager refuses.
-pub async fn by_manager(bus: &Bus, words: &[String]) -> anyhow::Result<Outcome> {
+pub async fn by_manager(bus: &Bus, words: &[String]) -> anyhow::Result<CommandOutcome> {
     // The manager counts as well; this is for one that does not answer.
     let grace = LIMIT + Duration::from_secs(5);
     timeout(grace, bus.run(words, &environment(), LIMIT)).await?
@@ -86,7 +86,7 @@ fn environment() -> Vec<String> {
 ///
 /// # Errors
 /// When it cannot be started.
-pub async fn here(words: &[String]) -> io::Result<Outcome> {
+pub async fn here(words: &[String]) -> io::Result<CommandOutcome> {
     use std::os::unix::process::ExitStatusExt as _;
     let Some((program, arguments)) = words.split_first() else {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -94,10 +94,10 @@ pub async fn here(words: &[String]) -> io::Result<Outcome> {
     let mut command = Command::new(program);
     let _same = command.args(arguments);
     match timeout(LIMIT, run(&mut command)).await {
-        Ok(Ok(status)) if status.signal().is_some() => Ok(Outcome::Signalled),
-        Ok(Ok(status)) => Ok(Outcome::Exited(status.code().unwrap_or(-1))),
+        Ok(Ok(status)) if status.signal().is_some() => Ok(CommandOutcome::Signalled),
+        Ok(Ok(status)) => Ok(CommandOutcome::Exited(status.code().unwrap_or(-1))),
         Ok(Err(error)) => Err(error),
-        Err(_) => Ok(Outcome::TooLong),
+        Err(_) => Ok(CommandOutcome::TooLong),
     }
 }
 
@@ -135,8 +135,8 @@ mod tests {
     fn a_command_says_how_it_ended() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let outcome = |line: &str| runtime.block_on(here(&shell(line))).unwrap();
-        assert_eq!(outcome("exit 3"), Outcome::Exited(3));
-        assert_eq!(outcome("kill -9 $$"), Outcome::Signalled);
+        assert_eq!(outcome("exit 3"), CommandOutcome::Exited(3));
+        assert_eq!(outcome("kill -9 $$"), CommandOutcome::Signalled);
         assert!(runtime.block_on(here(&["/nowhere/at/all".to_owned()])).is_err());
     }
 }

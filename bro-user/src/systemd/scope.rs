@@ -5,14 +5,14 @@ use serde::{Deserialize, Serialize};
 /// Whose service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Manager {
+pub enum RuntimeScope {
     /// The system's.
     System,
     /// This user's.
     User,
 }
 
-impl Manager {
+impl RuntimeScope {
     /// `--system`, `--user`, or that of whoever runs bro.
     #[must_use]
     pub fn choose(system: bool, user: bool) -> Self {

@@ -4,8 +4,8 @@ use anyhow::Context as _;
 use zbus::OwnedObjectPath;
 
 use super::manager::{self, Bus};
-use super::scope::Manager;
-use crate::run_as::Owner;
+use super::scope::RuntimeScope;
+use crate::run_as::RunAsUser;
 
 /// `(ssssssouso)`: a unit as ListUnits describes it; the first is its name, the seventh its object.
 type Listed = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
@@ -54,7 +54,7 @@ trait Listening {
 
 /// A socket unit as systemd has it now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Live {
+pub(crate) struct SocketState {
     /// Its addresses.
     pub listen: Vec<String>,
     pub backlog: u32,
@@ -72,7 +72,7 @@ pub(crate) struct Systemd {
 }
 
 impl Systemd {
-    pub async fn connect(manager: Manager) -> anyhow::Result<Self> {
+    pub async fn connect(manager: RuntimeScope) -> anyhow::Result<Self> {
         Self::over(Bus::connect(manager).await?).await
     }
 
@@ -83,7 +83,7 @@ impl Systemd {
     }
 
     /// The service manager of a user whom root does something for.
-    pub async fn of(owner: &Owner) -> anyhow::Result<Self> {
+    pub async fn of(owner: &RunAsUser) -> anyhow::Result<Self> {
         Self::over(Bus::connect_as(owner).await?).await
     }
 
@@ -155,11 +155,11 @@ impl Systemd {
     }
 
     /// What a socket unit is now.
-    pub async fn live(&self, unit: &str) -> anyhow::Result<Live> {
+    pub async fn live(&self, unit: &str) -> anyhow::Result<SocketState> {
         let path = self.files.load_unit(unit).await?;
         let builder = ListeningProxy::builder(self.files.inner().connection()).path(path);
         let socket = builder.build().await?;
-        Ok(Live {
+        Ok(SocketState {
             listen: socket.listen().await?.into_iter().map(|(_, address)| address).collect(),
             backlog: socket.backlog().await?,
             device: socket.bind_to_device().await?,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::systemd::unit_file::UnitFile;
 
 /// How `--restrict-network` is noted.
@@ -25,7 +25,7 @@ pub struct DropIn {
 impl DropIn {
     /// What was written, with the sockets of `rest`.
     #[must_use]
-    pub fn read(file: &UnitFile, rest: &Activated) -> Self {
+    pub fn read(file: &UnitFile, rest: &Installed) -> Self {
         let own = file.words("Unit", "Requires");
         Self {
             no_network: file.value("Quadlet", "DefaultDependencies").is_some(),
@@ -46,7 +46,7 @@ impl DropIn {
         *self == Self::default()
     }
 
-    pub(super) fn text(&self, activated: &Activated) -> String {
+    pub(super) fn text(&self, activated: &Installed) -> String {
         let mut text = super::heading(activated, None);
         let mut sections: Vec<String> = Vec::new();
         let restricted = activated.option(RESTRICTED).is_some();

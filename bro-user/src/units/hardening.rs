@@ -16,9 +16,9 @@ use std::path::{Path, PathBuf};
 
 use bro_relay::target::Target;
 
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::metrics::endpoint::Endpoint;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::quote_word;
 
 /// What @system-service has beyond need. `chown` and the like, other users' ids, priorities, devices, mounts.
@@ -32,16 +32,16 @@ const OWN: &str = "capset landlock_add_rule landlock_create_ruleset landlock_res
 /// Whose forwarder it is.
 enum Kind<'a> {
     Rootful,
-    RunAs(&'a crate::run_as::Owner),
+    RunAs(&'a crate::run_as::RunAsUser),
     User,
 }
 
 /// The lines of `[Service]`. `bro` is where the program is, if that is known: not in an image's tree, where it will be a system's.
-pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
+pub(super) fn lines(activated: &Installed, bro: Option<&Path>) -> String {
     let kind = match (&activated.run_as, activated.scope) {
         (Some(owner), _) => Kind::RunAs(owner),
-        (None, Manager::System) => Kind::Rootful,
-        (None, Manager::User) => Kind::User,
+        (None, RuntimeScope::System) => Kind::Rootful,
+        (None, RuntimeScope::User) => Kind::User,
     };
     let mut text = String::new();
     let mut say = |lines: &str| {
@@ -104,26 +104,26 @@ pub(super) fn lines(activated: &Activated, bro: Option<&Path>) -> String {
     text
 }
 
-fn shows_clients(activated: &Activated) -> bool {
+fn shows_clients(activated: &Installed) -> bool {
     matches!(activated.option("source"), None | Some("auto" | "client"))
 }
 
-fn uses_kernel(activated: &Activated) -> bool {
+fn uses_kernel(activated: &Installed) -> bool {
     matches!(activated.option("relay"), None | Some("auto" | "sockmap"))
 }
 
 /// Does it connect to a unix socket, and not as its own user?
-fn becomes_another(activated: &Activated) -> bool {
+fn becomes_another(activated: &Installed) -> bool {
     activated.option("unix-identity") != Some("forwarder")
         && targets(activated).any(|target| !matches!(target, Target::Tcp { .. }))
 }
 
 /// Is a service's unix socket in the files of a container?
-fn looks_below_a_root(activated: &Activated) -> bool {
+fn looks_below_a_root(activated: &Installed) -> bool {
     activated.container.is_some() && targets(activated).any(|target| matches!(target, Target::Unix(_)))
 }
 
-fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut impl FnMut(&str)) {
+fn files(activated: &Installed, bro: Option<&Path>, kind: &Kind<'_>, say: &mut impl FnMut(&str)) {
     let mut looked_at: Vec<PathBuf> = bro.map(Path::to_owned).into_iter().collect();
     looked_at.extend(activated.option("busy-file").map(PathBuf::from));
     let metrics = metrics(activated);
@@ -178,7 +178,7 @@ fn files(activated: &Activated, bro: Option<&Path>, kind: &Kind<'_>, say: &mut i
 }
 
 /// systemd listens, and the container's namespace is entered: the forwarder needs no network of its own.
-fn network(activated: &Activated, say: &mut impl FnMut(&str)) {
+fn network(activated: &Installed, say: &mut impl FnMut(&str)) {
     let mut addresses: Vec<String> = Vec::new();
     for target in targets(activated) {
         if let Target::Tcp { host, .. } = target {
@@ -212,26 +212,26 @@ fn network(activated: &Activated, say: &mut impl FnMut(&str)) {
 }
 
 /// Where the forwarder is asked for metrics.
-fn metrics(activated: &Activated) -> Option<Endpoint> {
+fn metrics(activated: &Installed) -> Option<Endpoint> {
     activated.option("metrics")?.parse().ok()
 }
 
-fn targets(activated: &Activated) -> impl Iterator<Item = Target> {
+fn targets(activated: &Installed) -> impl Iterator<Item = Target> {
     activated.listeners.iter().filter_map(|listener| listener.target.as_ref()?.parse().ok())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run_as::Owner;
+    use crate::run_as::RunAsUser;
 
-    fn lines_of(scope: Manager, run_as: bool, bro: &str) -> String {
+    fn lines_of(scope: RuntimeScope, run_as: bool, bro: &str) -> String {
         lines_with(scope, run_as, bro, None)
     }
 
-    fn lines_with(scope: Manager, run_as: bool, bro: &str, metrics: Option<&str>) -> String {
-        let owner = Owner { name: "test".into(), uid: 7, gid: 7, home: "/home/test".into() };
-        let activated = Activated {
+    fn lines_with(scope: RuntimeScope, run_as: bool, bro: &str, metrics: Option<&str>) -> String {
+        let owner = RunAsUser { name: "test".into(), uid: 7, gid: 7, home: "/home/test".into() };
+        let activated = Installed {
             name: "web".into(),
             scope,
             run_as: run_as.then_some(owner),
@@ -253,23 +253,23 @@ mod tests {
 
     #[test]
     fn the_program_itself_is_not_hidden() {
-        let system = |bro: &str| lines_of(Manager::System, false, bro);
+        let system = |bro: &str| lines_of(RuntimeScope::System, false, bro);
         assert!(system("/usr/bin/bro").contains("\nProtectHome=yes\n"));
         assert!(system("/root/bro").contains("\nProtectHome=read-only\n"));
         assert!(
             system("/home/x/bro").contains("\nPrivateTmp=yes\n")
                 && !system("/tmp/bro").contains("PrivateTmp")
         );
-        let run_as = |bro: &str| lines_of(Manager::System, true, bro);
+        let run_as = |bro: &str| lines_of(RuntimeScope::System, true, bro);
         assert!(run_as("/usr/bin/bro").contains("\nProtectHome=tmpfs\nBindPaths=-/run/user/7\n"));
         assert!(run_as("/home/x/bro").contains("\nProtectHome=read-only\nReadWritePaths=-/run/user/7\n"));
     }
 
     #[test]
     fn who_asks_for_metrics_can_reach_them_and_nothing_more_is_opened() {
-        let with = |run_as, metrics| lines_with(Manager::System, run_as, "/usr/bin/bro", Some(metrics));
+        let with = |run_as, metrics| lines_with(RuntimeScope::System, run_as, "/usr/bin/bro", Some(metrics));
         for run_as in [false, true] {
-            let without = lines_of(Manager::System, run_as, "/usr/bin/bro");
+            let without = lines_of(RuntimeScope::System, run_as, "/usr/bin/bro");
             let local = with(run_as, "127.0.0.1:9464");
             let less: Vec<&str> =
                 without.lines().filter(|line| !local.lines().any(|other| other == *line)).collect();
@@ -286,13 +286,13 @@ mod tests {
             );
             assert!(!with(run_as, "/tmp/web.sock").contains("PrivateTmp"));
         }
-        let user = lines_with(Manager::User, false, "/usr/bin/bro", Some("127.0.0.1:9464"));
-        assert_eq!(user, lines_of(Manager::User, false, "/usr/bin/bro"), "nothing is closed there");
+        let user = lines_with(RuntimeScope::User, false, "/usr/bin/bro", Some("127.0.0.1:9464"));
+        assert_eq!(user, lines_of(RuntimeScope::User, false, "/usr/bin/bro"), "nothing is closed there");
     }
 
     #[test]
     fn a_users_manager_is_asked_for_nothing_that_implies_a_user_namespace() {
-        let user = lines_of(Manager::User, false, "/usr/bin/bro");
+        let user = lines_of(RuntimeScope::User, false, "/usr/bin/bro");
         let directives = user.lines().filter(|line| !line.starts_with('#'));
         let bad = ["Private", "Protect", "Capability", "ReadWrite", "Bind"];
         let found: Vec<&str> =

@@ -6,8 +6,8 @@
 //! `NoNewPrivileges=` takes away, and in a user's manager `RestrictAddressFamilies=` implies that. Podman's pause process keeps
 //! the user namespace, and a mount namespace in which the network namespace has its name; others of its processes join them.
 
-use crate::installed::{Activated, SECTION};
-use crate::systemd::scope::Manager;
+use crate::installed::{Installed, SECTION};
+use crate::systemd::scope::RuntimeScope;
 
 /// Its name.
 pub(crate) fn unit(name: &str) -> String {
@@ -19,15 +19,15 @@ pub(super) fn netns(name: &str) -> String {
     format!("%t/{name}-pause.netns")
 }
 
-pub(super) fn text(activated: &Activated) -> String {
+pub(super) fn text(activated: &Installed) -> String {
     let unit = unit(&activated.name);
     let heading = super::heading(activated, Some(&unit));
     let (within, note) = match activated.scope {
-        Manager::User => (
+        RuntimeScope::User => (
             "podman unshare ",
             "# Podman's pause process is there for all of this user's containers.\nKillMode=process\n",
         ),
-        Manager::System => ("", ""),
+        RuntimeScope::System => ("", ""),
     };
     let netns = netns(&activated.name);
     format!(

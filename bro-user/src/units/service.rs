@@ -3,11 +3,11 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use crate::installed::{Activated, SECTION};
-use crate::systemd::scope::Manager;
+use crate::installed::{Installed, SECTION};
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::quote_word;
 
-pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>, has_steps: bool) -> String {
+pub(super) fn text(activated: &Installed, bro: &Path, root: Option<&Path>, has_steps: bool) -> String {
     let service = activated.service().unwrap_or_default();
     let mut text = super::heading(activated, Some(&service));
     let unit = &activated.unit;
@@ -81,7 +81,7 @@ pub(super) fn text(activated: &Activated, bro: &Path, root: Option<&Path>, has_s
     text
 }
 
-fn command(activated: &Activated, bro: &Path) -> Vec<String> {
+fn command(activated: &Installed, bro: &Path) -> Vec<String> {
     let mut words = vec![format!("{} forward", quote_word(&bro.display().to_string()))];
     let mut option = |name: &str, value: &str| words.push(quote_word(&format!("--{name}={value}")));
     option("unit", &activated.unit);
@@ -98,7 +98,7 @@ fn command(activated: &Activated, bro: &Path) -> Vec<String> {
         words.push("--allow-missing-sockets".to_owned());
     }
     // bro chooses by who runs it, and root has a manager of its own too.
-    if activated.unit_scope() == Manager::User {
+    if activated.unit_scope() == RuntimeScope::User {
         words.push("--user".to_owned());
     }
     words

@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use crate::address::External;
-use crate::installed::{Activated, Listener, SECTION};
+use crate::installed::{Installed, InstalledPort, SECTION};
 
-pub(super) fn text(activated: &Activated, listener: &Listener, root: Option<&Path>) -> String {
+pub(super) fn text(activated: &Installed, listener: &InstalledPort, root: Option<&Path>) -> String {
     let mut text = super::heading(activated, Some(&listener.socket));
     let unit = &activated.unit;
     let wakes = activated.service().unwrap_or_else(|| unit.clone());
@@ -43,7 +43,7 @@ pub(super) fn text(activated: &Activated, listener: &Listener, root: Option<&Pat
 }
 
 /// Where, and what goes with it.
-fn listening(listener: &Listener) -> Vec<String> {
+fn listening(listener: &InstalledPort) -> Vec<String> {
     let stream = |address: &str| format!("ListenStream={address}");
     let address = &listener.address;
     match address.parse() {

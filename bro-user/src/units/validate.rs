@@ -5,13 +5,13 @@ use std::path::Path;
 
 use super::DropIn;
 use crate::exit::Failure;
-use crate::installed::{Activated, Listener};
-use crate::run_as::Owner;
+use crate::installed::{Installed, InstalledPort};
+use crate::run_as::RunAsUser;
 use crate::systemd::unit_file::{holds, holds_path};
 
 /// Checks all that files are made of. Taken apart without `..`, so that no field that is added later goes by unseen.
-pub(super) fn check(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>) -> Result<(), Failure> {
-    let Activated {
+pub(super) fn check(activated: &Installed, bro: &Path, drop_in: Option<&DropIn>) -> Result<(), Failure> {
+    let Installed {
         name,
         scope: _,
         run_as,
@@ -33,11 +33,11 @@ pub(super) fn check(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>)
     texts.extend(container.as_deref());
     paths.extend(service_file.as_deref());
     paths.extend(drop_in_file.iter().chain(pause_unit).chain(made).map(std::path::PathBuf::as_path));
-    if let Some(Owner { name, uid: _, gid: _, home }) = run_as {
+    if let Some(RunAsUser { name, uid: _, gid: _, home }) = run_as {
         texts.push(name);
         paths.push(home);
     }
-    for Listener { service, socket, file, address, target, backlog: _, device } in listeners {
+    for InstalledPort { service, socket, file, address, target, backlog: _, device } in listeners {
         texts.extend([service, socket, address].map(String::as_str));
         texts.extend(target.as_deref().into_iter().chain(device.as_deref()));
         paths.push(file);
@@ -64,20 +64,20 @@ pub(super) fn check(activated: &Activated, bro: &Path, drop_in: Option<&DropIn>)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::systemd::scope::Manager;
+    use crate::systemd::scope::RuntimeScope;
 
-    fn activated() -> Activated {
-        Activated {
+    fn activated() -> Installed {
+        Installed {
             name: "web".into(),
-            scope: Manager::System,
-            run_as: Some(Owner { name: "test".into(), uid: 7, gid: 7, home: "/home/test".into() }),
+            scope: RuntimeScope::System,
+            run_as: Some(RunAsUser { name: "test".into(), uid: 7, gid: 7, home: "/home/test".into() }),
             quadlet: "/home/test/web.container".into(),
             unit: "web.service".into(),
             container: Some("systemd-web".into()),
             direct: false,
             socket_file: "/units/web-activator.socket".into(),
             service_file: Some("/units/web-activator.service".into()),
-            listeners: vec![Listener {
+            listeners: vec![InstalledPort {
                 service: "web".into(),
                 socket: "web-activator.socket".into(),
                 file: "/units/web-activator.socket".into(),
@@ -99,11 +99,11 @@ mod tests {
     fn a_line_feed_gets_nowhere() {
         const BAD: &str = "/x\nExecStartPre=+/bin/evil";
         let drop_in = DropIn { sockets: vec!["web.socket".into()], ..DropIn::default() };
-        let files = |activated: &Activated, drop_in: &DropIn| {
+        let files = |activated: &Installed, drop_in: &DropIn| {
             super::super::files(activated, Path::new("/usr/bin/bro"), Some(drop_in), (None, true))
         };
         assert!(!files(&activated(), &drop_in).unwrap().is_empty());
-        let spoil: [fn(&mut Activated); 15] = [
+        let spoil: [fn(&mut Installed); 15] = [
             |all| all.name = BAD.into(),
             |all| all.run_as.as_mut().unwrap().name = BAD.into(),
             |all| all.run_as.as_mut().unwrap().home = BAD.into(),

@@ -10,7 +10,7 @@ use bro_tests::peers::PATIENCE;
 use bro_tests::scene::{Scene, expect_relayed};
 use bro_tests::{process, require_namespaces};
 use bro_user::commands::status::State;
-use bro_user::control_socket::Outcome;
+use bro_user::control_socket::Reply;
 
 use crate::{MOMENT, wakes};
 
@@ -29,13 +29,13 @@ fn await_socket(forwarder: &Forwarder) -> Result<()> {
     Ok(())
 }
 
-pub fn answer(mut stream: UnixStream) -> Result<Outcome> {
+pub fn answer(mut stream: UnixStream) -> Result<Reply> {
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     Ok(serde_json::from_str(&text)?)
 }
 
-fn ask(forwarder: &Forwarder, line: &str) -> Result<Outcome> {
+fn ask(forwarder: &Forwarder, line: &str) -> Result<Reply> {
     answer(request(forwarder, line.as_bytes())?)
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
-use super::plan::Places;
+use super::plan::Paths;
 use super::restart;
 use super::signals::{Interrupt, Interrupted};
 use super::transaction::{Change, Changed};
@@ -15,15 +15,15 @@ use super::waits;
 use crate::address::External;
 use crate::exit::Failure;
 use crate::installed::drift::{self, Standing};
-use crate::installed::{Activated, Listener};
+use crate::installed::{Installed, InstalledPort};
 use crate::port_owner;
-use crate::run_as::Owner;
-use crate::systemd::scope::Manager;
+use crate::run_as::RunAsUser;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_files::Systemd;
 
 /// What came of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(super) enum Applied {
     /// All was as it should be.
     Nothing,
     /// It listens now; the forwarder was not running, or has been stopped.
@@ -85,7 +85,7 @@ impl Managers {
 }
 
 /// Reaches the service managers, or says clearly that one cannot be reached.
-pub(super) async fn connect(scope: Manager, owner: Option<&Owner>) -> anyhow::Result<Managers> {
+pub(super) async fn connect(scope: RuntimeScope, owner: Option<&RunAsUser>) -> anyhow::Result<Managers> {
     let front = connect_front(scope).await?;
     let Some(owner) = owner else { return Ok(Managers { front, user: None, apart: false }) };
     let manager = owner.manager();
@@ -101,7 +101,7 @@ pub(super) async fn connect(scope: Manager, owner: Option<&Owner>) -> anyhow::Re
 }
 
 /// The same for who only clears away: a user who is gone, or is not there now, is not waited for.
-pub(super) async fn connect_for_removal(scope: Manager, owner: Option<&Owner>) -> anyhow::Result<Managers> {
+pub(super) async fn connect_for_removal(scope: RuntimeScope, owner: Option<&RunAsUser>) -> anyhow::Result<Managers> {
     let front = connect_front(scope).await?;
     let user = match owner {
         Some(owner) => Systemd::of(owner).await.ok(),
@@ -110,10 +110,10 @@ pub(super) async fn connect_for_removal(scope: Manager, owner: Option<&Owner>) -
     Ok(Managers { front, user, apart: owner.is_some() })
 }
 
-async fn connect_front(scope: Manager) -> anyhow::Result<Systemd> {
+async fn connect_front(scope: RuntimeScope) -> anyhow::Result<Systemd> {
     let ours = match scope {
-        Manager::System => "the system's service manager",
-        Manager::User => "this user's service manager",
+        RuntimeScope::System => "the system's service manager",
+        RuntimeScope::User => "this user's service manager",
     };
     Systemd::connect(scope).await.with_context(|| {
         format!("{ours} cannot be reached, so nothing was changed (see --dry-run, and --root for images)")
@@ -126,7 +126,7 @@ pub(super) async fn network_warning(systemd: &Systemd, waits: bool) -> Option<St
     if !waits || !systemd.load_problem(WAITS).await.is_ok_and(|problem| problem.is_none()) {
         return None;
     }
-    let system = Systemd::connect(Manager::System).await.ok()?;
+    let system = Systemd::connect(RuntimeScope::System).await.ok()?;
     let state = system.bus.active_state("network-online.target").await.ok()?;
     (state != "active").then(|| {
         format!(
@@ -138,37 +138,37 @@ pub(super) async fn network_warning(systemd: &Systemd, waits: bool) -> Option<St
 }
 
 /// What is asked for explicitly is not to fail with the first client.
-pub(super) async fn check_freezing(systemd: &Systemd, activated: &Activated) -> anyhow::Result<()> {
+pub(super) async fn check_freezing(systemd: &Systemd, activated: &Installed) -> anyhow::Result<()> {
     if activated.option("freeze") == Some("true") && !systemd.bus.can_freeze(&activated.unit).await? {
         bail!(Failure::Usage(crate::service::cannot_freeze(&activated.unit)));
     }
     Ok(())
 }
 
-fn units(listeners: &[Listener]) -> Vec<String> {
+fn units(listeners: &[InstalledPort]) -> Vec<String> {
     listeners.iter().map(|listener| listener.socket.clone()).collect()
 }
 
 /// Writes, enables, reloads and starts. `unfinished` are files that a run was at when it was killed.
 pub(super) async fn activate(
     systemd: Option<&Managers>,
-    wanted: &Activated,
-    known: Option<&Activated>,
+    wanted: &Installed,
+    known: Option<&Installed>,
     changes: &[Change],
     unfinished: &[PathBuf],
-    places: &Places,
+    places: &Paths,
     interrupt: &mut Interrupt,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<Applied> {
     let Some(systemd) = systemd else {
         // Links are part of the change where nobody else makes them.
         let changed = Changed::make(changes)?;
         link(wanted, places)?;
         changed.keep();
-        return Ok(if changes.is_empty() { Outcome::Nothing } else { Outcome::Written });
+        return Ok(if changes.is_empty() { Applied::Nothing } else { Applied::Written });
     };
     let plan = Plan::of(systemd, wanted, known, changes, unfinished).await;
     if changes.is_empty() && unfinished.is_empty() && plan.restart.is_empty() && !plan.unread {
-        return Ok(Outcome::Nothing);
+        return Ok(Applied::Nothing);
     }
     let before = Before::of(systemd, known).await;
     let changed = Changed::make(changes)?;
@@ -219,12 +219,12 @@ struct Plan {
 impl Plan {
     async fn of(
         systemd: &Managers,
-        wanted: &Activated,
-        known: Option<&Activated>,
+        wanted: &Installed,
+        known: Option<&Installed>,
         changes: &[Change],
         unfinished: &[PathBuf],
     ) -> Self {
-        let is_changed = |listener: &Listener| {
+        let is_changed = |listener: &InstalledPort| {
             let before = known
                 .and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
             // Only what the kernel's socket is made of: whatever else changes in the file needs no new socket.
@@ -261,7 +261,7 @@ struct Before {
 }
 
 impl Before {
-    async fn of(systemd: &Managers, known: Option<&Activated>) -> Self {
+    async fn of(systemd: &Managers, known: Option<&Installed>) -> Self {
         let mut before = Self::default();
         for unit in known.map(|known| units(&known.listeners)).unwrap_or_default() {
             if systemd.is_enabled(&unit).await {
@@ -291,10 +291,10 @@ impl Before {
 
 async fn take_up(
     systemd: &Managers,
-    wanted: &Activated,
-    known: Option<&Activated>,
+    wanted: &Installed,
+    known: Option<&Installed>,
     plan: &Plan,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<Applied> {
     let Plan { restart, runner, .. } = plan;
     let running = systemd.is_active(runner).await;
     let (mut listening, mut stopped) = (false, false);
@@ -317,8 +317,8 @@ async fn take_up(
     let container = systemd.container().context("the container's service manager is gone")?;
     if let Some(problem) = container.load_problem(&wanted.unit).await? {
         let generator = match wanted.unit_scope() {
-            Manager::System => "/usr/lib/systemd/system-generators/podman-system-generator --dryrun",
-            Manager::User => "/usr/lib/systemd/user-generators/podman-user-generator --user --dryrun",
+            RuntimeScope::System => "/usr/lib/systemd/system-generators/podman-system-generator --dryrun",
+            RuntimeScope::User => "/usr/lib/systemd/user-generators/podman-user-generator --user --dryrun",
         };
         bail!(
             "Podman's quadlet generator makes no {} of {} ({problem}); ask it why: {generator}",
@@ -336,25 +336,25 @@ async fn take_up(
     Ok(if running && restart.is_empty() && plan.runner_changed {
         let is_forwarder = wanted.service().is_some();
         if is_forwarder && restart::unless_in_use(systemd, runner, wanted.scope).await? {
-            Outcome::Restarted
+            Applied::Restarted
         } else {
-            Outcome::OldForwarder
+            Applied::OldForwarder
         }
     } else if stopped && wanted.direct {
-        Outcome::Stopped
+        Applied::Stopped
     } else {
-        Outcome::Listening
+        Applied::Listening
     })
 }
 
 /// The listener as it was, if there was one: that is what systemd may have taken up.
-fn before<'a>(listener: &'a Listener, known: Option<&'a Activated>) -> &'a Listener {
+fn before<'a>(listener: &'a InstalledPort, known: Option<&'a Installed>) -> &'a InstalledPort {
     let before =
         known.and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
     before.unwrap_or(listener)
 }
 
-fn same_socket(before: &Listener, now: &Listener) -> bool {
+fn same_socket(before: &InstalledPort, now: &InstalledPort) -> bool {
     (&before.address, before.backlog, &before.device, &before.service)
         == (&now.address, now.backlog, &now.device, &now.service)
 }
@@ -365,9 +365,9 @@ async fn stop(systemd: &Systemd, unit: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn cannot_listen(systemd: &Managers, listener: &Listener, scope: Manager) -> String {
+async fn cannot_listen(systemd: &Managers, listener: &InstalledPort, scope: RuntimeScope) -> String {
     let unit = &listener.socket;
-    let user = if scope == Manager::User { " --user" } else { "" };
+    let user = if scope == RuntimeScope::User { " --user" } else { "" };
     if let Ok(external) = listener.address.parse()
         && let Some(port_owner::Trouble::Taken(owner)) = port_owner::look(&external)
     {
@@ -379,7 +379,7 @@ async fn cannot_listen(systemd: &Managers, listener: &Listener, scope: Manager) 
 /// The sentence about an address that somebody has.
 pub(super) async fn taken(
     external: &External,
-    owner: &port_owner::Owner,
+    owner: &port_owner::AddressHolder,
     systemd: Option<&Managers>,
 ) -> String {
     let unit = match systemd {
@@ -392,13 +392,13 @@ pub(super) async fn taken(
 /// Stops, disables, removes and reloads. Says what has become of the container.
 pub(super) async fn remove(
     systemd: Option<&Managers>,
-    known: &Activated,
-    rest: Option<&Activated>,
+    known: &Installed,
+    rest: Option<&Installed>,
     changes: &[Change],
-    places: &Places,
+    places: &Paths,
     interrupt: &mut Interrupt,
 ) -> anyhow::Result<Left> {
-    let doomed: Vec<&Listener> = known
+    let doomed: Vec<&InstalledPort> = known
         .listeners
         .iter()
         .filter(|listener| rest.is_none_or(|rest| !rest.listeners.contains(listener)))
@@ -443,18 +443,18 @@ pub(super) async fn remove(
 
 async fn take_down(
     systemd: &Managers,
-    known: &Activated,
-    doomed: &[&Listener],
+    known: &Installed,
+    doomed: &[&InstalledPort],
     changes: &[Change],
-    places: &Places,
+    places: &Paths,
 ) -> anyhow::Result<Changed> {
-    let (there, gone): (Vec<&Listener>, Vec<&Listener>) =
+    let (there, gone): (Vec<&InstalledPort>, Vec<&InstalledPort>) =
         doomed.iter().copied().partition(|listener| listener.file.exists());
     // Without its first client's socket it would be started again at once; so the sockets go first.
-    for Listener { socket, .. } in &there {
+    for InstalledPort { socket, .. } in &there {
         stop(systemd, socket).await?;
     }
-    for Listener { socket, .. } in &gone {
+    for InstalledPort { socket, .. } in &gone {
         // systemd listens on, though nobody would find out from files.
         if systemd.is_active(socket).await {
             stop(systemd, socket).await?;
@@ -469,7 +469,7 @@ async fn take_down(
     if !enabled.is_empty() {
         systemd.disable(&enabled).await?;
     }
-    for Listener { socket, .. } in &gone {
+    for InstalledPort { socket, .. } in &gone {
         // systemd disables nothing of which there is no file.
         let link = wants(places).join(socket);
         if link.is_symlink() {
@@ -486,17 +486,17 @@ async fn take_down(
 }
 
 /// Where the links are that enable sockets.
-pub(super) fn wants(places: &Places) -> PathBuf {
+pub(super) fn wants(places: &Paths) -> PathBuf {
     places.units.join("sockets.target.wants")
 }
 
 /// What enabling does, where no systemd does it.
-fn link(wanted: &Activated, places: &Places) -> anyhow::Result<()> {
+fn link(wanted: &Installed, places: &Paths) -> anyhow::Result<()> {
     let directory = wants(places);
     if !directory.is_dir() {
         let cannot = || format!("cannot make {}", directory.display());
         std::fs::create_dir(&directory).with_context(cannot)?;
-        if places.scope == Manager::System {
+        if places.scope == RuntimeScope::System {
             // Whatever the umask.
             std::fs::set_permissions(&directory, Permissions::from_mode(0o755)).with_context(cannot)?;
         }

@@ -2,17 +2,17 @@
 
 use std::path::Path;
 
-use super::plan::Places;
+use super::plan::Paths;
 use crate::address::External;
 use crate::exit::Failure;
 use crate::installed;
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::metrics::endpoint::Endpoint;
 use crate::port_owner;
 use crate::port_owner::Trouble;
 
 /// Is the address free, also while other forwarders sleep?
-pub(super) fn check(activated: &Activated, known: Option<&Activated>, places: &Places) -> anyhow::Result<()> {
+pub(super) fn check(activated: &Installed, known: Option<&Installed>, places: &Paths) -> anyhow::Result<()> {
     let Some(text) = activated.option("metrics") else { return Ok(()) };
     let endpoint: Endpoint = text.parse()?;
     for listener in &activated.listeners {

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
-use super::plan::Places;
+use super::plan::Paths;
 use crate::exit::Failure;
-use crate::installed::Activated;
-use crate::systemd::scope::Manager;
+use crate::installed::Installed;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::UnitFile;
 
 /// The program that runs now, by its own path: `bro-activate` may be a link to it.
-pub(super) fn path(places: &Places) -> anyhow::Result<PathBuf> {
+pub(super) fn path(places: &Paths) -> anyhow::Result<PathBuf> {
     let path = std::env::current_exe().context("cannot tell where bro itself is")?;
     // In an image's tree it is where an administrator would have put it.
     let inside = places.root.as_deref().and_then(|root| path.strip_prefix(root).ok());
@@ -27,7 +27,7 @@ pub(super) fn path(places: &Places) -> anyhow::Result<PathBuf> {
 }
 
 /// The path that units were written with.
-pub(crate) fn written(activated: &Activated) -> PathBuf {
+pub(crate) fn written(activated: &Installed) -> PathBuf {
     let text = activated
         .service_file
         .as_ref()
@@ -38,7 +38,7 @@ pub(crate) fn written(activated: &Activated) -> PathBuf {
 }
 
 /// The user whom the forwarder is to run as has to be able to execute it.
-pub(super) fn check(activated: &Activated, places: &Places) -> anyhow::Result<()> {
+pub(super) fn check(activated: &Installed, places: &Paths) -> anyhow::Result<()> {
     let Some(owner) = activated.run_as.as_ref().filter(|_| places.root.is_none()) else { return Ok(()) };
     let path = std::env::current_exe().context("cannot tell where bro itself is")?;
     let may = {
@@ -56,13 +56,13 @@ pub(super) fn check(activated: &Activated, places: &Places) -> anyhow::Result<()
 }
 
 /// What is doubtful about that path.
-pub(super) fn warning(places: &Places) -> Option<String> {
+pub(super) fn warning(places: &Paths) -> Option<String> {
     if places.root.is_some() {
         return None;
     }
     let path = std::env::current_exe().ok()?;
     let shown = path.display();
-    if places.scope == Manager::System {
+    if places.scope == RuntimeScope::System {
         let loose = path.ancestors().find(|part| {
             std::fs::metadata(part).is_ok_and(|metadata| {
                 metadata.uid() != 0 || (metadata.mode() & 0o022 != 0 && metadata.mode() & 0o1000 == 0)

@@ -2,14 +2,14 @@
 
 use std::io::Write as _;
 
-use super::apply::{Left, Outcome};
-use super::plan::Places;
+use super::apply::{Left, Applied};
+use super::plan::Paths;
 use super::transaction::Change;
 use crate::address::External;
 use crate::exit::on_one_line;
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::run_as;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::units::File;
 
 pub(super) fn warnings(warnings: &[String]) -> anyhow::Result<()> {
@@ -48,23 +48,23 @@ fn list(out: &mut impl std::io::Write, changes: &[Change]) -> std::io::Result<()
 }
 
 pub(super) fn activated(
-    activated: &Activated,
+    activated: &Installed,
     changes: &[Change],
-    outcome: Outcome,
-    places: &Places,
+    outcome: Applied,
+    places: &Paths,
 ) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let name = &activated.name;
-    if outcome == Outcome::Nothing {
+    if outcome == Applied::Nothing {
         writeln!(out, "nothing to do: {name} is activated just so")?;
         return Ok(());
     }
     list(&mut out, changes)?;
     let (systemctl, journalctl) = match activated.scope {
-        Manager::System => ("systemctl", "journalctl"),
-        Manager::User => ("systemctl --user", "journalctl --user"),
+        RuntimeScope::System => ("systemctl", "journalctl"),
+        RuntimeScope::User => ("systemctl --user", "journalctl --user"),
     };
-    if outcome == Outcome::Written {
+    if outcome == Applied::Written {
         writeln!(
             out,
             "enabled; it listens from the next boot of {} on",
@@ -72,7 +72,7 @@ pub(super) fn activated(
         )?;
         return Ok(());
     }
-    if outcome == Outcome::Stopped {
+    if outcome == Applied::Stopped {
         stopped(&mut out, &activated.unit)?;
     }
     for listener in &activated.listeners {
@@ -85,12 +85,12 @@ pub(super) fn activated(
         };
         writeln!(out, "{} listens at {}{target}", listener.socket, listener.address)?;
     }
-    if outcome == Outcome::Restarted
+    if outcome == Applied::Restarted
         && let Some(unit) = activated.service()
     {
         writeln!(out, "{unit} had no client, and was restarted with the new settings")?;
     }
-    if outcome == Outcome::OldForwarder {
+    if outcome == Applied::OldForwarder {
         let unit = activated.service().unwrap_or_else(|| activated.unit.clone());
         writeln!(
             out,
@@ -119,7 +119,7 @@ pub(super) fn activated(
             owner.name
         )?;
     }
-    if activated.scope == Manager::User && !lingers() {
+    if activated.scope == RuntimeScope::User && !lingers() {
         writeln!(
             out,
             "\nIt listens while you are logged in. To have it listen always: loginctl enable-linger"
@@ -132,7 +132,7 @@ fn stopped(out: &mut impl std::io::Write, unit: &str) -> std::io::Result<()> {
     writeln!(out, "{unit} was stopped: it held the socket")
 }
 
-fn tries(activated: &Activated) -> Vec<String> {
+fn tries(activated: &Installed) -> Vec<String> {
     let try_one = |address: &str| {
         Some(match address.parse::<External>().ok()? {
             External::Path(path) => format!("curl --unix-socket {} http://localhost/", path.display()),
@@ -148,7 +148,7 @@ fn lingers() -> bool {
     user.is_some_and(|user| run_as::lingers(&user.name))
 }
 
-pub(super) fn removed(known: &Activated, changes: &[Change], left: Left) -> anyhow::Result<()> {
+pub(super) fn removed(known: &Installed, changes: &[Change], left: Left) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     list(&mut out, changes)?;
     if left == Left::Stopped {
@@ -157,8 +157,8 @@ pub(super) fn removed(known: &Activated, changes: &[Change], left: Left) -> anyh
     if left == Left::Awake {
         let systemctl = match (&known.run_as, known.scope) {
             (Some(owner), _) => format!("systemctl --user --machine {}@", owner.name),
-            (None, Manager::User) => "systemctl --user".to_owned(),
-            (None, Manager::System) => "systemctl".to_owned(),
+            (None, RuntimeScope::User) => "systemctl --user".to_owned(),
+            (None, RuntimeScope::System) => "systemctl".to_owned(),
         };
         writeln!(out, "{} still runs; to stop it: {systemctl} stop {}", known.unit, known.unit)?;
     }

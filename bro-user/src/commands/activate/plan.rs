@@ -8,12 +8,12 @@ use clap::ValueEnum;
 use crate::address::{External, Internal};
 use crate::cli::{Activate, Direct};
 use crate::exit::Failure;
-use crate::installed::{Activated, Listener};
+use crate::installed::{Installed, InstalledPort};
 use crate::paths;
 use crate::podman::quadlet::{self, Kind, Quadlet};
-use crate::run_as::Owner;
+use crate::run_as::RunAsUser;
 use crate::service::readiness::Ready;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::time_span::TimeSpan;
 use crate::units::{self, DropIn, RESTRICTED};
 
@@ -62,7 +62,7 @@ pub(crate) const HANDED_ON: [HandedOn; 32] = [
 /// What shall be.
 #[derive(Debug)]
 pub(super) struct Wanted {
-    pub activated: Activated,
+    pub activated: Installed,
     pub quadlet: Quadlet,
     pub drop_in: DropIn,
     /// Podman's own dependency on the network stands.
@@ -72,8 +72,8 @@ pub(super) struct Wanted {
 
 /// Where files go.
 #[derive(Debug, Clone)]
-pub(super) struct Places {
-    pub scope: Manager,
+pub(super) struct Paths {
+    pub scope: RuntimeScope,
     pub units: PathBuf,
     pub root: Option<PathBuf>,
     /// The service manager knows RestartSteps=.
@@ -88,9 +88,9 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
 pub(super) fn wanted(
     options: &Activate,
     quadlet: &Quadlet,
-    known: Option<&Activated>,
-    run_as: Option<Owner>,
-    places: &Places,
+    known: Option<&Installed>,
+    run_as: Option<RunAsUser>,
+    places: &Paths,
 ) -> anyhow::Result<Wanted> {
     if let Some(Ready::Exec(command)) = &options.ready {
         crate::address::one_line(command).map_err(|reason| usage(format!("--ready=exec: {reason}")))?;
@@ -129,7 +129,7 @@ pub(super) fn wanted(
     let checks_health = container.is_some()
         && quadlet.kind == Kind::Container
         && quadlet.value("HealthCmd").is_some_and(|command| !["", "none"].contains(&command));
-    let mut activated = Activated {
+    let mut activated = Installed {
         name: quadlet.name.clone(),
         scope: places.scope,
         run_as,
@@ -189,11 +189,11 @@ pub(super) fn wanted(
     }
     let own_word = quadlet.file.boolean("Quadlet", "DefaultDependencies");
     let waits_for_network =
-        activated.unit_scope() == Manager::User && !drop_in.no_network && own_word != Some(false);
+        activated.unit_scope() == RuntimeScope::User && !drop_in.no_network && own_word != Some(false);
     Ok(Wanted { activated, quadlet: quadlet.clone(), drop_in, waits_for_network, warnings })
 }
 
-fn direct(options: &Activate, known: Option<&Activated>) -> anyhow::Result<bool> {
+fn direct(options: &Activate, known: Option<&Installed>) -> anyhow::Result<bool> {
     let Some(known) = known else { return Ok(options.direct.is_some()) };
     let name = &known.name;
     let forwarders_own = options.internal_port.is_some()
@@ -246,7 +246,7 @@ fn listed<T: ToString>(all: &[T]) -> String {
     all.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-fn handed_on(options: &Activate, checks_health: bool, known: Option<&Activated>) -> Vec<(String, String)> {
+fn handed_on(options: &Activate, checks_health: bool, known: Option<&Installed>) -> Vec<(String, String)> {
     let before = |name: &str| known.and_then(|known| known.option(name)).map(str::to_owned);
     let value = |(name, said): &HandedOn| {
         let value = said(options).or_else(|| before(name));
@@ -267,11 +267,11 @@ fn handed_on(options: &Activate, checks_health: bool, known: Option<&Activated>)
 fn listeners(
     options: &Activate,
     quadlet: &Quadlet,
-    known: Option<&Activated>,
-    places: &Places,
+    known: Option<&Installed>,
+    places: &Paths,
     network: &Network,
     (direct, nginx): (bool, bool),
-) -> anyhow::Result<Vec<Listener>> {
+) -> anyhow::Result<Vec<InstalledPort>> {
     let name = &quadlet.name;
     let service = options.service_name.clone().unwrap_or_else(|| name.clone());
     let mut listeners = known.map(|known| known.listeners.clone()).unwrap_or_default();
@@ -302,7 +302,7 @@ fn listeners(
         (true, true) => format!("{stem}.socket"),
         (true, false) => format!("{stem}-{service}.socket"),
     };
-    let listener = Listener {
+    let listener = InstalledPort {
         file: places.units.join(&socket),
         socket,
         address: external.to_string(),
@@ -346,7 +346,7 @@ fn listeners(
 
 fn target(
     options: &Activate,
-    before: Option<&Listener>,
+    before: Option<&InstalledPort>,
     external: &External,
     quadlet: &Quadlet,
     network: &Network,
@@ -359,7 +359,7 @@ fn target(
     Ok(match (&options.internal_port, before) {
         (Some(Internal::Target(target)), _) => target.to_string(),
         (Some(Internal::Port(port)), _) => at(*port).to_string(),
-        (None, Some(Listener { target: Some(before), .. })) => match (&host, before.parse()) {
+        (None, Some(InstalledPort { target: Some(before), .. })) => match (&host, before.parse()) {
             (Some(_), Ok(Target::Tcp { port, .. })) => at(port).to_string(),
             _ => before.clone(),
         },
@@ -441,7 +441,7 @@ impl Network {
     }
 }
 
-fn takes_nginx_way(options: &Activate, quadlet: &Quadlet, known: Option<&Activated>) -> bool {
+fn takes_nginx_way(options: &Activate, quadlet: &Quadlet, known: Option<&Installed>) -> bool {
     match (options.direct, known.and_then(|known| known.option("direct"))) {
         (Some(Direct::Nginx), _) | (None, Some("nginx")) => true,
         (Some(Direct::ListenFds), _) | (None, Some(_)) => false,
@@ -506,7 +506,7 @@ fn check_direct(quadlet: &Quadlet, nginx: bool, warnings: &mut Vec<String>) -> a
 }
 
 /// The forwarder would refuse to start.
-fn check_local_clients(activated: &Activated) -> anyhow::Result<()> {
+fn check_local_clients(activated: &Installed) -> anyhow::Result<()> {
     let asked = activated.option("local-clients").is_some_and(|clients| clients != "off");
     if asked && matches!(activated.option("relay"), Some("splice" | "copy")) {
         return Err(usage(
@@ -516,7 +516,7 @@ fn check_local_clients(activated: &Activated) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn check_freeze(activated: &Activated, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
+fn check_freeze(activated: &Installed, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
     if activated.option("freeze") != Some("true") {
         return Ok(());
     }
@@ -535,7 +535,7 @@ fn check_freeze(activated: &Activated, quadlet: &Quadlet, warnings: &mut Vec<Str
     Ok(())
 }
 
-fn check_ready(activated: &Activated, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
+fn check_ready(activated: &Installed, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
     if let Some(way) = activated.option("ready").and_then(|way| way.parse::<Ready>().ok()) {
         let targets = activated.listeners.iter().filter_map(|listener| listener.target.as_deref());
         for target in targets.filter_map(|target| target.parse::<Target>().ok()) {
@@ -571,7 +571,7 @@ fn check_ready(activated: &Activated, quadlet: &Quadlet, warnings: &mut Vec<Stri
 }
 
 /// With `Network=host` the service itself takes its port on the host.
-fn check_host_network(activated: &Activated, network: &Network) -> anyhow::Result<()> {
+fn check_host_network(activated: &Installed, network: &Network) -> anyhow::Result<()> {
     if *network != Network::Host || activated.direct {
         return Ok(());
     }
@@ -591,7 +591,7 @@ fn check_host_network(activated: &Activated, network: &Network) -> anyhow::Resul
     Ok(())
 }
 
-fn drop_in(quadlet: &Quadlet, activated: &Activated, network: &Network, nginx: bool) -> DropIn {
+fn drop_in(quadlet: &Quadlet, activated: &Installed, network: &Network, nginx: bool) -> DropIn {
     let own_word = quadlet.file.value("Quadlet", "DefaultDependencies").is_some();
     DropIn {
         no_network: quadlet.kind == Kind::Container && *network == Network::None && !own_word,
@@ -605,7 +605,7 @@ fn drop_in(quadlet: &Quadlet, activated: &Activated, network: &Network, nginx: b
     }
 }
 
-fn warn_of_ports(quadlet: &Quadlet, activated: &Activated, warnings: &mut Vec<String>) {
+fn warn_of_ports(quadlet: &Quadlet, activated: &Installed, warnings: &mut Vec<String>) {
     let file = quadlet.file_name();
     let listeners = activated.listeners.iter();
     let taken: Vec<External> = listeners.filter_map(|listener| listener.address.parse().ok()).collect();

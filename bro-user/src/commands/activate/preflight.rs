@@ -1,9 +1,9 @@
 //! What a quadlet says that cannot go with being activated.
 
-use super::plan::Places;
+use super::plan::Paths;
 use crate::exit::Failure;
 use crate::podman::quadlet::{self, Kind, Quadlet};
-use crate::run_as::Owner;
+use crate::run_as::RunAsUser;
 
 /// Refuses a unit that systemd would never start for us, or that would never be there.
 pub(super) fn check(quadlet: &Quadlet, direct: bool) -> anyhow::Result<()> {
@@ -32,7 +32,7 @@ pub(super) fn check(quadlet: &Quadlet, direct: bool) -> anyhow::Result<()> {
 }
 
 /// The pod of a container that is part of one, if it is there: its network is the container's.
-pub(super) fn pod_of(quadlet: &Quadlet, owner: Option<&Owner>, places: &Places) -> Option<Quadlet> {
+pub(super) fn pod_of(quadlet: &Quadlet, owner: Option<&RunAsUser>, places: &Paths) -> Option<Quadlet> {
     let pod = quadlet.value("Pod").filter(|_| quadlet.kind == Kind::Container)?;
     quadlet::find(pod, places.scope, owner, places.root.as_deref()).ok()
 }

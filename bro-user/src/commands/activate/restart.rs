@@ -2,13 +2,13 @@
 
 use anyhow::Context as _;
 
-use crate::commands::status::{Report, State};
+use crate::commands::status::{Report, ServiceState};
 use crate::control_socket::{self, Request};
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_files::Systemd;
 
 /// Starts the running forwarder anew, if it has no client. False where it has one, or nobody knows.
-pub(super) async fn unless_in_use(systemd: &Systemd, service: &str, scope: Manager) -> anyhow::Result<bool> {
+pub(super) async fn unless_in_use(systemd: &Systemd, service: &str, scope: RuntimeScope) -> anyhow::Result<bool> {
     // One that systemd is just starting, perhaps for the hundredth time, has nobody: clients wait in the kernel for one that gets up.
     if systemd.bus.active_state(service).await? == "active" {
         let report: anyhow::Result<Report> =
@@ -28,5 +28,5 @@ fn has_nobody(report: &Report) -> bool {
         && report.total.held == 0
         && report.waiting.is_none()
         && report.predecessor.is_none()
-        && matches!(report.activity.state, State::Asleep | State::Awake | State::Busy)
+        && matches!(report.activity.state, ServiceState::Asleep | ServiceState::Awake | ServiceState::Busy)
 }

@@ -30,7 +30,7 @@ pub(super) struct Change {
 
 /// Whose file a path is.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Owner {
+pub(super) enum Provenance {
     /// There is none.
     Nobody,
     /// `bro activate` wrote it; its text.
@@ -40,17 +40,17 @@ pub(super) enum Owner {
 }
 
 /// Looks whose file it is.
-pub(super) fn owner(path: &Path) -> anyhow::Result<Owner> {
+pub(super) fn owner(path: &Path) -> anyhow::Result<Provenance> {
     match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Owner::Nobody),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Provenance::Nobody),
         Err(error) => return Err(failed("look at", path, &error)),
-        Ok(metadata) if !metadata.is_file() => return Ok(Owner::Theirs),
+        Ok(metadata) if !metadata.is_file() => return Ok(Provenance::Theirs),
         Ok(_) => {}
     }
     let text = std::fs::read(path).map_err(|error| failed("read", path, &error))?;
     Ok(match String::from_utf8(text) {
-        Ok(text) if text.starts_with(MARKER) => Owner::Ours(text),
-        _ => Owner::Theirs,
+        Ok(text) if text.starts_with(MARKER) => Provenance::Ours(text),
+        _ => Provenance::Theirs,
     })
 }
 
@@ -435,10 +435,10 @@ mod tests {
         std::fs::write(folder.0.join("ours"), &ours).unwrap();
         std::fs::write(folder.0.join("theirs"), "[Socket]\n").unwrap();
         std::os::unix::fs::symlink("ours", folder.0.join("link")).unwrap();
-        assert_eq!(owner(&folder.0.join("ours")).unwrap(), Owner::Ours(ours));
-        assert_eq!(owner(&folder.0.join("theirs")).unwrap(), Owner::Theirs);
-        assert_eq!(owner(&folder.0.join("link")).unwrap(), Owner::Theirs);
-        assert_eq!(owner(&folder.0.join("none")).unwrap(), Owner::Nobody);
+        assert_eq!(owner(&folder.0.join("ours")).unwrap(), Provenance::Ours(ours));
+        assert_eq!(owner(&folder.0.join("theirs")).unwrap(), Provenance::Theirs);
+        assert_eq!(owner(&folder.0.join("link")).unwrap(), Provenance::Theirs);
+        assert_eq!(owner(&folder.0.join("none")).unwrap(), Provenance::Nobody);
     }
 
     #[test]

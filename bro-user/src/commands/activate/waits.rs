@@ -10,8 +10,8 @@ use tokio::time::{Instant, sleep};
 
 use crate::cli::DRAIN_TIMEOUT;
 use crate::exit::on_one_line;
-use crate::installed::Activated;
-use crate::systemd::scope::Manager;
+use crate::installed::Installed;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_files::Systemd;
 
 /// Between two looks. What ends sooner needs no words.
@@ -23,7 +23,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// Does the work, and says on standard error what it waits for.
 pub(super) async fn telling<T>(
     systemd: &Systemd,
-    known: Option<&Activated>,
+    known: Option<&Installed>,
     work: impl Future<Output = T>,
 ) -> T {
     let mut work = pin!(work);
@@ -43,7 +43,7 @@ pub(super) async fn telling<T>(
 #[derive(Debug)]
 struct Wait {
     service: String,
-    manager: Manager,
+    manager: RuntimeScope,
     limit: String,
     began: Instant,
     /// What was said last, and when.
@@ -52,7 +52,7 @@ struct Wait {
 
 impl Wait {
     /// Of a service with a forwarder.
-    fn for_clients_of(known: &Activated) -> Option<Self> {
+    fn for_clients_of(known: &Installed) -> Option<Self> {
         let limit = known.option("drain-timeout").unwrap_or(DRAIN_TIMEOUT).to_owned();
         Some(Self {
             service: known.service()?,
@@ -86,7 +86,7 @@ impl Wait {
         if !first {
             return Some(format!("bro: still waiting, {} s now: {status}\n", (now - self.began).as_secs()));
         }
-        let user = if self.manager == Manager::User { " --user" } else { "" };
+        let user = if self.manager == RuntimeScope::User { " --user" } else { "" };
         Some(format!(
             "bro: {service} lets its clients finish before it stops, for {} at most (--drain-timeout): {status}\n\
              bro: to cut them off: systemctl{user} kill --kill-whom=main {service}\n",
@@ -104,7 +104,7 @@ mod tests {
         let began = Instant::now();
         let mut wait = Wait {
             service: "web-activator.service".into(),
-            manager: Manager::User,
+            manager: RuntimeScope::User,
             limit: "30s".into(),
             began,
             said: None,

@@ -15,10 +15,10 @@ use zbus::Variant;
 use super::hints::Whose;
 use super::{Check, listens};
 use crate::commands::activate::executable;
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::run_as::Gaining;
 use crate::systemd::manager::{Ended, Properties};
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_files::Systemd;
 
 const NAME: &str = "confinement";
@@ -42,11 +42,11 @@ const CAP_SYS_ADMIN: u32 = 21;
 const CAP_BPF: u32 = 39;
 
 /// `service` is the forwarder's unit. None where there is nothing to try: another check says what is wrong.
-pub(super) async fn check(known: &Activated, service: &str, systemd: &Systemd) -> Option<Check> {
+pub(super) async fn check(known: &Installed, service: &str, systemd: &Systemd) -> Option<Check> {
     if systemd.bus.known(service).await.ok()?.load != "loaded" {
         return None;
     }
-    if known.scope == Manager::System && !nix::unistd::geteuid().is_root() {
+    if known.scope == RuntimeScope::System && !nix::unistd::geteuid().is_root() {
         return Some(Check::ok(NAME, format!("not tried: only root may (`sudo bro doctor {}`)", known.name)));
     }
     let program = executable::written(known);
@@ -86,13 +86,13 @@ pub(super) async fn check(known: &Activated, service: &str, systemd: &Systemd) -
 }
 
 /// The command that tries it.
-fn words(known: &Activated, program: &str, pid: Option<i32>) -> Vec<String> {
+fn words(known: &Installed, program: &str, pid: Option<i32>) -> Vec<String> {
     let mut words = vec![program.to_owned(), "try-wake".to_owned()];
     words.extend(pid.map(|pid| format!("--pid={pid}")));
     let targets = known.listeners.iter().filter_map(|listener| listener.target.as_deref());
     words.extend(targets.map(|target| format!("--target={target}")));
     let relay = matches!(known.option("relay"), None | Some("auto" | "sockmap"));
-    let loads = known.scope == Manager::System && known.run_as.is_none();
+    let loads = known.scope == RuntimeScope::System && known.run_as.is_none();
     let user = known.run_as.as_ref().map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
     // An ordinary user's opens what bro loader has left, if that is there.
     let opens = || std::path::Path::new(&format!("/run/bro/bpf/{user}")).exists();
@@ -128,7 +128,7 @@ fn heard(from: std::io::PipeReader) -> anyhow::Result<String> {
 }
 
 /// The same outside of it, as the same user.
-async fn outside(known: &Activated, words: &[String]) -> Vec<Tried> {
+async fn outside(known: &Installed, words: &[String]) -> Vec<Tried> {
     let (program, arguments) = (&words[0], &words[1..]);
     let mut command: tokio::process::Command = match known.run_as.as_ref().filter(|owner| !owner.is_me()) {
         Some(owner) => owner.command(Gaining::Forbidden, program).into(),
@@ -151,10 +151,10 @@ struct StandIn(Child);
 
 impl StandIn {
     /// None where no namespace can be made; the own one does then.
-    fn make(known: &Activated) -> Option<Self> {
+    fn make(known: &Installed) -> Option<Self> {
         let mut command = match (&known.run_as, known.scope) {
             (Some(owner), _) if !owner.is_me() => rootless(owner.command(Gaining::Forbidden, "unshare")),
-            (None, Manager::System) => Command::new("unshare"),
+            (None, RuntimeScope::System) => Command::new("unshare"),
             _ => rootless(Command::new("unshare")),
         };
         command.args(["--net", "--", "sh", "-c", "echo; exec sleep \"$0\"", STANDS]);
@@ -188,7 +188,7 @@ impl Drop for StandIn {
 
 /// What came of it, as a finding.
 async fn judge(
-    known: &Activated,
+    known: &Installed,
     service: &str,
     confines: &Properties,
     ended: &Ended,
@@ -244,7 +244,7 @@ async fn judge(
 }
 
 /// Nothing was tried: the program did not get so far.
-fn not_begun(known: &Activated, service: &str, ended: &Ended, systemctl: &str) -> Check {
+fn not_begun(known: &Installed, service: &str, ended: &Ended, systemctl: &str) -> Check {
     /// clap's, of a program that does not know the command.
     const USAGE: i32 = 2;
     if (ended.code, ended.status) == (1, USAGE) {
@@ -368,13 +368,13 @@ struct Culprit {
 }
 
 /// Who forbids the step, as far as that can be told from the directives.
-fn culprit(step: Step, known: &Activated, confines: &Confines) -> Option<Culprit> {
+fn culprit(step: Step, known: &Installed, confines: &Confines) -> Option<Culprit> {
     let is = |directive, what: &str| Culprit {
         directive,
         forbids: what.to_owned(),
         line: format!("{directive}={what}"),
     };
-    let rootful = known.scope == Manager::System && known.run_as.is_none();
+    let rootful = known.scope == RuntimeScope::System && known.run_as.is_none();
     let (family, calls): (Option<&str>, &[&str]) = match step {
         Step::Find => (None, &["pidfd_open"]),
         Step::Enter => (Some("AF_UNIX"), &["socketpair", "execve", "setns", "sendmsg", "recvmsg"]),
@@ -425,7 +425,7 @@ mod tests {
     }
 
     /// Who is named for a step that fails, of a system's service or a user's.
-    fn named(scope: Manager, step: Step, properties: &[(&str, Variant<'static>)]) -> Option<String> {
+    fn named(scope: RuntimeScope, step: Step, properties: &[(&str, Variant<'static>)]) -> Option<String> {
         let mut web = known(Some("systemd-web"), false);
         web.scope = scope;
         culprit(step, &web, &confines(properties)).map(|culprit| culprit.line)
@@ -433,10 +433,10 @@ mod tests {
 
     #[test]
     fn a_directive_that_forbids_a_step_is_named() {
-        use Manager::{System, User};
+        use RuntimeScope::{System, User};
         const UNIX: &[&str] = &["AF_UNIX", "AF_INET"];
         let bits = Variant::from;
-        let cases: [(Manager, Step, &str, Variant<'static>, Option<&str>); 14] = [
+        let cases: [(RuntimeScope, Step, &str, Variant<'static>, Option<&str>); 14] = [
             (
                 User,
                 Step::Table,

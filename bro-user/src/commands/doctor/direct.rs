@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use super::Check;
 use super::listens::{NAME, activate, is_paused, listeners, running, written};
-use crate::installed::{Activated, Listener};
+use crate::installed::{Installed, InstalledPort};
 use crate::port_owner;
 
 /// How long a program that is at work may leave a client waiting.
 const MOMENT: Duration = Duration::from_secs(1);
 
 /// `container` is the quadlet's own.
-pub(super) async fn check(known: &Activated, listener: &Listener, container: Option<&str>) -> Check {
+pub(super) async fn check(known: &Installed, listener: &InstalledPort, container: Option<&str>) -> Check {
     let (name, address) = (&known.name, &listener.address);
     let Some(container) = container else {
         return Check::ok(NAME, format!("the container takes {address} over itself, and nobody could look"));

@@ -5,14 +5,14 @@ use super::hints::Whose;
 use super::{Check, listens, settings};
 use crate::commands::status::{Report, Waiting};
 use crate::control_socket::{self, Request};
-use crate::installed::Activated;
-use crate::systemd::scope::Manager;
+use crate::installed::Installed;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_files::Systemd;
 
 const NAME: &str = "forwarder";
 
 /// `service` is the forwarder's unit.
-pub(super) async fn check(known: &Activated, service: &str, systemd: &Systemd) -> Check {
+pub(super) async fn check(known: &Installed, service: &str, systemd: &Systemd) -> Check {
     let whose = Whose::front(known);
     let (systemctl, journal) = (whose.systemctl(), whose.journal(service));
     let unreadable = |error: anyhow::Error| {
@@ -89,7 +89,7 @@ pub(super) async fn check(known: &Activated, service: &str, systemd: &Systemd) -
 }
 
 /// What lets those in who wait.
-fn room(known: &Activated, service: &str, waiting: &Waiting) -> String {
+fn room(known: &Installed, service: &str, waiting: &Waiting) -> String {
     if waiting.lets_in.starts_with("--connections-max") {
         let more = waiting.connections.saturating_mul(4);
         format!("`{} {} --connections-max {more}` lets more in", listens::activate(known), known.name)
@@ -108,7 +108,7 @@ enum Answer {
     NotAsked,
 }
 
-async fn ask(service: &str, scope: Manager) -> Answer {
+async fn ask(service: &str, scope: RuntimeScope) -> Answer {
     let path = control_socket::socket_of(service, scope);
     if !path.exists() {
         return Answer::NotAsked;

@@ -6,7 +6,7 @@ use zbus::Variant;
 
 use super::Check;
 use crate::systemd::manager::Properties;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_files::Systemd;
 
 const NAME: &str = "forwarders";
@@ -18,7 +18,7 @@ const CANNOT_EXECUTE: i32 = 203;
 const LOOKS: u32 = 40;
 const PAUSE: Duration = Duration::from_millis(25);
 
-pub(super) async fn check(manager: Manager) -> Check {
+pub(super) async fn check(manager: RuntimeScope) -> Check {
     match troubled(manager).await {
         Ok(all) if all.is_empty() => Check::ok(NAME, "none fails to start"),
         Ok(all) => {
@@ -55,21 +55,21 @@ impl Trouble {
         )
     }
 
-    fn fix(&self, manager: Manager) -> String {
+    fn fix(&self, manager: RuntimeScope) -> String {
         let journal = format!("see `{} {}`", manager.journal(), self.unit);
         if !self.cannot_execute {
             return journal;
         }
         // systemd looks for a bare name in a few directories of its own, and in none of a user's.
         let here = std::env::current_exe().map(|path| path.display().to_string()).unwrap_or_default();
-        let user = if manager == Manager::User { " --user" } else { "" };
+        let user = if manager == RuntimeScope::User { " --user" } else { "" };
         format!(
             "ExecStart= needs the full path of a program that is there (this bro is {here}), then `systemctl{user} daemon-reload`; {journal}"
         )
     }
 }
 
-async fn troubled(manager: Manager) -> anyhow::Result<Vec<Trouble>> {
+async fn troubled(manager: RuntimeScope) -> anyhow::Result<Vec<Trouble>> {
     let systemd = Systemd::connect(manager).await?;
     let mut all = Vec::new();
     for unit in systemd.troubled_services().await? {
@@ -128,7 +128,7 @@ mod tests {
             restarts: 7,
             cannot_execute,
         };
-        let (finding, fix) = (trouble(true).finding(), trouble(true).fix(Manager::User));
+        let (finding, fix) = (trouble(true).finding(), trouble(true).fix(RuntimeScope::User));
         assert!(finding.contains("mine-proxy.service") && finding.contains("203/EXEC"), "{finding}");
         assert!(finding.ends_with("7 times") && fix.contains("full path"), "{finding} {fix}");
         assert!(!trouble(false).finding().contains("203"));

@@ -4,13 +4,13 @@ use serde_json::Value;
 
 use super::podman::{self, Answer};
 use super::{Check, listens};
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::podman::quadlet::{Kind, Quadlet};
 
 const NAME: &str = "ready";
 
 /// None where readiness is no matter of health checks, or where nobody can say.
-pub(super) async fn check(known: &Activated, quadlet: &Quadlet) -> Option<Check> {
+pub(super) async fn check(known: &Installed, quadlet: &Quadlet) -> Option<Check> {
     if known.option("ready") != Some("healthy") || known.container_given || quadlet.kind != Kind::Container {
         return None;
     }
@@ -34,7 +34,7 @@ pub(super) async fn check(known: &Activated, quadlet: &Quadlet) -> Option<Check>
     })
 }
 
-fn none(known: &Activated, there_is: &str) -> Check {
+fn none(known: &Installed, there_is: &str) -> Check {
     Check::bad(
         NAME,
         format!("--ready=healthy, and there is {there_is}: no client is ever connected"),

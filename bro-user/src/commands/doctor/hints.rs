@@ -1,10 +1,10 @@
 //! The commands that a finding advises, for the service manager that it is about: as root one asks after an ordinary user's in
 //! other words than after one's own.
 
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::last_words::{self, Of};
-use crate::run_as::Owner;
-use crate::systemd::scope::Manager;
+use crate::run_as::RunAsUser;
+use crate::systemd::scope::RuntimeScope;
 
 /// Whose service manager, seen by whoever runs bro.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,20 +14,20 @@ pub(super) enum Whose {
     /// One's own.
     Mine,
     /// That of a user for whom the system listens.
-    Of(Owner),
+    Of(RunAsUser),
 }
 
 impl Whose {
     /// Who listens and forwards.
-    pub fn front(known: &Activated) -> Self {
+    pub fn front(known: &Installed) -> Self {
         match known.scope {
-            Manager::System => Self::System,
-            Manager::User => Self::Mine,
+            RuntimeScope::System => Self::System,
+            RuntimeScope::User => Self::Mine,
         }
     }
 
     /// Who runs the container.
-    pub fn container(known: &Activated) -> Self {
+    pub fn container(known: &Installed) -> Self {
         match &known.run_as {
             Some(owner) if owner.is_me() => Self::Mine,
             Some(owner) => Self::Of(owner.clone()),
@@ -58,7 +58,7 @@ impl Whose {
         let of = match self {
             Self::System => Of::System,
             Self::Mine => Of::User(nix::unistd::geteuid().as_raw()),
-            Self::Of(Owner { uid, .. }) => Of::User(*uid),
+            Self::Of(RunAsUser { uid, .. }) => Of::User(*uid),
         };
         let said = last_words::read(unit, of).await.last();
         said.map(|said| format!(", saying “{said}”")).unwrap_or_default()
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn commands_lead_to_the_manager_that_is_meant() {
-        let owner = Owner { name: "test".into(), uid: 1000, gid: 1000, home: "/home/test".into() };
+        let owner = RunAsUser { name: "test".into(), uid: 1000, gid: 1000, home: "/home/test".into() };
         let commands = |whose: Whose| (whose.systemctl(), whose.journal("web.service"));
         let is = |systemctl: &str, journal: &str| (systemctl.to_owned(), journal.to_owned());
         assert_eq!(commands(Whose::System), is("systemctl", "journalctl --unit web.service"));

@@ -7,11 +7,11 @@ use bro_relay::relay::pipes::Pool;
 use bro_sockmap::{Kernel, Unavailable, pinned};
 
 use super::{Check, versions};
-use crate::netns::Where;
+use crate::netns::NetnsRef;
 use crate::netns::sock_diag::Table;
-use crate::run_as::Owner;
+use crate::run_as::RunAsUser;
 use crate::systemd::manager::Bus;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 
 /// The kernel that the system calls bro needs came with: pidfd_open(2) in 5.3, openat2(2) in 5.6.
 pub(super) fn kernel_version() -> Check {
@@ -39,8 +39,8 @@ pub(super) async fn service_manager() -> Check {
         let fix = "start bro by `systemd-socket-activate` or with --listen, and leave --unit out";
         return Check::less(NAME, "this host does not run systemd", fix);
     }
-    let manager = Manager::choose(false, false);
-    let whose = if manager == Manager::System { "the system's" } else { "this user's" };
+    let manager = RuntimeScope::choose(false, false);
+    let whose = if manager == RuntimeScope::System { "the system's" } else { "this user's" };
     match tokio::time::timeout(Duration::from_secs(5), Bus::connect(manager)).await {
         Ok(Ok(_)) => Check::ok(NAME, format!("{whose} systemd answers on the bus")),
         Ok(Err(error)) => Check::bad(
@@ -92,7 +92,7 @@ pub(super) fn linger() -> Check {
 }
 
 /// The same of a user for whom the system listens.
-pub(super) fn linger_of(owner: &Owner) -> Check {
+pub(super) fn linger_of(owner: &RunAsUser) -> Check {
     const NAME: &str = "linger";
     if owner.lingers() {
         return Check::ok(NAME, format!("{}'s services start at boot", owner.name));
@@ -147,7 +147,7 @@ pub(super) fn namespaces() -> Check {
 
 pub(super) async fn listeners() -> Check {
     const NAME: &str = "listeners";
-    match Table::open(&Where::Own).await.and_then(|table| table.listeners()) {
+    match Table::open(&NetnsRef::Own).await.and_then(|table| table.listeners()) {
         Ok(found) => Check::ok(NAME, format!("the kernel's table can be read ({} here)", found.len())),
         Err(error) => Check::bad(
             NAME,

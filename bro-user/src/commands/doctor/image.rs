@@ -7,7 +7,7 @@ use bro_relay::read_bounded::{self, Link};
 use super::Check;
 use super::hints::Whose;
 use super::podman::{self, Answer};
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::podman::quadlet::Quadlet;
 use crate::systemd::manager::Bus;
 use crate::systemd::unit_file::UnitFile;
@@ -18,7 +18,7 @@ const NAME: &str = "image";
 const LONGEST: u64 = 1 << 20;
 
 /// `bus` is that of the container's service manager, where it answers.
-pub(super) async fn check(known: &Activated, quadlet: &Quadlet, bus: Option<&Bus>) -> Check {
+pub(super) async fn check(known: &Installed, quadlet: &Quadlet, bus: Option<&Bus>) -> Check {
     if let Some(rootfs) = quadlet.value("Rootfs") {
         // Options follow after a colon.
         let path = rootfs.split(':').next().unwrap_or(rootfs);
@@ -60,7 +60,7 @@ fn missing(image: &str) -> String {
     format!("{image} is not here: the first client waits for its download, or in vain")
 }
 
-fn as_whom(known: &Activated) -> String {
+fn as_whom(known: &Installed) -> String {
     match Whose::container(known) {
         Whose::Of(owner) => format!(" as {}", owner.name),
         Whose::System | Whose::Mine => String::new(),
@@ -68,7 +68,7 @@ fn as_whom(known: &Activated) -> String {
 }
 
 /// The warning about an image that is not there, for who activates it: nothing is pulled, and Podman may take ten seconds to answer.
-pub(crate) async fn warning(known: &Activated, quadlet: &Quadlet) -> Option<String> {
+pub(crate) async fn warning(known: &Installed, quadlet: &Quadlet) -> Option<String> {
     let image = quadlet.value("Image")?;
     if image.contains('%') || quadlet.value("Rootfs").is_some() || brought_by(image, quadlet).is_some() {
         return None;

@@ -13,19 +13,19 @@ use nix::libc;
 
 use super::podman::{self, Answer};
 use super::{Check, direct};
-use crate::installed::{Activated, Listener};
+use crate::installed::{Installed, InstalledPort};
 use crate::netns::sock_diag::{Listening, Table};
-use crate::netns::{self, Namespace, Where};
+use crate::netns::{self, Namespace, NetnsRef};
 use crate::podman::container;
 use crate::systemd::manager::Bus;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 
 pub(super) const NAME: &str = "listens";
 
 /// `bus` is that of the container's service manager, where it answers; `container` is the quadlet's own.
 pub(super) async fn check(
-    known: &Activated,
-    listener: &Listener,
+    known: &Installed,
+    listener: &InstalledPort,
     container: Option<&str>,
     bus: Option<&Bus>,
 ) -> Check {
@@ -99,7 +99,7 @@ pub(super) async fn check(
 }
 
 /// Does the unix socket take a connection of the user as whom the forwarder connects?
-async fn unix(known: &Activated, container: &str, pid: i32, address: Address) -> Check {
+async fn unix(known: &Installed, container: &str, pid: i32, address: Address) -> Check {
     let wish = known.option("unix-identity").and_then(|text| text.parse().ok()).unwrap_or_default();
     let at = match &address {
         Address::Inside(path) | Address::Unix(path) => path.display().to_string(),
@@ -147,14 +147,14 @@ async fn unix(known: &Activated, container: &str, pid: i32, address: Address) ->
 }
 
 /// The container's process, found without Podman.
-pub(super) fn running(known: &Activated, container: &str) -> Option<i32> {
+pub(super) fn running(known: &Installed, container: &str) -> Option<i32> {
     match &known.run_as {
         Some(owner) => container::running_of(owner, container),
         None => container::running(container),
     }
 }
 
-async fn is_active(known: &Activated, bus: Option<&Bus>) -> bool {
+async fn is_active(known: &Installed, bus: Option<&Bus>) -> bool {
     match bus {
         Some(bus) => bus.active_state(&known.unit).await.is_ok_and(|state| state == "active"),
         None => false,
@@ -162,7 +162,7 @@ async fn is_active(known: &Activated, bus: Option<&Bus>) -> bool {
 }
 
 /// The unit is active, and nothing shows a container of that name: what Podman says.
-async fn podmans(known: &Activated, container: &str) -> Result<i32, Check> {
+async fn podmans(known: &Installed, container: &str) -> Result<i32, Check> {
     let (unit, owner) = (&known.unit, known.run_as.as_ref());
     let inspect = ["container", "inspect", "--format", "{{.State.Pid}}", "--", container];
     let answer = podman::ask(owner, &inspect).await;
@@ -208,7 +208,7 @@ pub(super) fn is_paused(pid: i32) -> bool {
 /// All that listens in the container's network namespace.
 pub(super) async fn listeners(pid: i32) -> anyhow::Result<Vec<Listening>> {
     let netns = OwnedFd::from(std::fs::File::open(format!("/proc/{pid}/ns/net"))?);
-    let place = Where::Entered(Arc::new(Namespace::look_into(netns).await?));
+    let place = NetnsRef::Entered(Arc::new(Namespace::look_into(netns).await?));
     Ok(Table::open(&place).await?.listeners()?)
 }
 
@@ -242,8 +242,8 @@ fn internal(listening: Listening) -> String {
 }
 
 /// `bro activate`, by whoever may.
-pub(super) fn activate(known: &Activated) -> &'static str {
-    if known.scope == Manager::System && !nix::unistd::geteuid().is_root() {
+pub(super) fn activate(known: &Installed) -> &'static str {
+    if known.scope == RuntimeScope::System && !nix::unistd::geteuid().is_root() {
         "sudo bro activate"
     } else {
         "bro activate"
@@ -251,18 +251,18 @@ pub(super) fn activate(known: &Activated) -> &'static str {
 }
 
 /// The command line that leads this port's clients to another place of the service.
-fn lead_to(known: &Activated, listener: &Listener, internal: &str) -> String {
+fn lead_to(known: &Installed, listener: &InstalledPort, internal: &str) -> String {
     format!("{} --internal-port {internal}", anew(known, listener))
 }
 
 /// The command line that has this port as it was activated.
-pub(super) fn anew(known: &Activated, listener: &Listener) -> String {
+pub(super) fn anew(known: &Installed, listener: &InstalledPort) -> String {
     let service = service_name(known, listener);
     format!("{} {}{service} --external-port {}", activate(known), known.name, listener.address)
 }
 
 /// The option that names a port; the first one is meant where none is named.
-pub(super) fn service_name(known: &Activated, listener: &Listener) -> String {
+pub(super) fn service_name(known: &Installed, listener: &InstalledPort) -> String {
     match &listener.service {
         service if *service == known.name => String::new(),
         service => format!(" --service-name {service}"),
@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn the_way_to_mend_a_port_is_that_ports() {
-        let mut listener = Listener {
+        let mut listener = InstalledPort {
             service: "web".into(),
             socket: "web-activator.socket".into(),
             file: "/units/web-activator.socket".into(),

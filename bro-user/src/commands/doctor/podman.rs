@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::run_as::{Gaining, Owner};
+use crate::run_as::{Gaining, RunAsUser};
 
 /// How long it may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -23,7 +23,7 @@ pub(super) enum Answer {
     Silent,
 }
 
-pub(super) async fn ask(owner: Option<&Owner>, args: &[&str]) -> Answer {
+pub(super) async fn ask(owner: Option<&RunAsUser>, args: &[&str]) -> Answer {
     let mut command: tokio::process::Command = match owner.filter(|owner| !owner.is_me()) {
         None => tokio::process::Command::new("podman"),
         Some(owner) => owner.command(Gaining::Allowed, "podman").into(),

@@ -3,13 +3,13 @@
 use super::{Check, listens};
 use crate::address::External;
 use crate::commands::activate::publish_port;
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::podman::quadlet::Quadlet;
 use crate::unassigned_address;
 
 const NAME: &str = "ports";
 
-pub(super) fn check(known: &Activated, quadlet: Option<&Quadlet>) -> Vec<Check> {
+pub(super) fn check(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<Check> {
     let mut checks = Vec::new();
     for listener in &known.listeners {
         let Ok(external) = listener.address.parse::<External>() else { continue };
@@ -45,14 +45,14 @@ pub(super) fn check(known: &Activated, quadlet: Option<&Quadlet>) -> Vec<Check> 
 mod tests {
     use super::super::service::tests::{known, quadlet};
     use super::*;
-    use crate::installed::Listener;
+    use crate::installed::InstalledPort;
     use crate::podman::quadlet::Kind;
 
     #[test]
     fn what_is_in_the_way_is_named_with_its_mend() {
         let mut known = known(Some("systemd-web"), false);
         let mut listen = |address: &str| {
-            known.listeners = vec![Listener {
+            known.listeners = vec![InstalledPort {
                 service: "web".into(),
                 socket: "web-activator.socket".into(),
                 file: "/units/web-activator.socket".into(),

@@ -3,12 +3,12 @@
 use super::{Check, listens};
 use crate::commands::status::Report;
 use crate::control_socket::{self, Request};
-use crate::installed::Activated;
+use crate::installed::Installed;
 
 const NAME: &str = "clients";
 
 /// As the forwarder says, where it runs and has woken the service; else as it is going to.
-pub(super) async fn check(known: &Activated) -> Check {
+pub(super) async fn check(known: &Installed) -> Check {
     if known.option("source") == Some("loopback") {
         return Check::less(
             NAME,
@@ -37,7 +37,7 @@ pub(super) async fn check(known: &Activated) -> Check {
 }
 
 /// What its forwarder says of each target.
-async fn said(service: &str, known: &Activated) -> Vec<String> {
+async fn said(service: &str, known: &Installed) -> Vec<String> {
     let path = control_socket::socket_of(service, known.scope);
     let Ok(report) = control_socket::ask_soon::<Report>(&path, Request::Status).await else {
         return Vec::new();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::Check;
 use super::versions::{numbers, says};
 use crate::podman::quadlet::{Kind, Quadlet};
-use crate::run_as::Owner;
+use crate::run_as::RunAsUser;
 
 const NAME: &str = "selinux";
 
@@ -55,7 +55,7 @@ pub(super) fn program() -> Check {
 }
 
 /// May the container read what it shares with the host? None where nobody would ask.
-pub(super) fn shared(quadlet: &Quadlet, owner: Option<&Owner>) -> Option<Check> {
+pub(super) fn shared(quadlet: &Quadlet, owner: Option<&RunAsUser>) -> Option<Check> {
     if !is_enforcing() || quadlet.kind != Kind::Container || is_unconfined(quadlet) {
         return None;
     }
@@ -91,7 +91,7 @@ fn is_unconfined(quadlet: &Quadlet) -> bool {
 /// The volumes whose place on the host containers may not read: what the quadlet says, the place, and its type.
 fn unlabelled(
     quadlet: &Quadlet,
-    owner: Option<&Owner>,
+    owner: Option<&RunAsUser>,
     type_of: impl Fn(&Path) -> Option<String>,
 ) -> Vec<(String, PathBuf, String)> {
     let volumes = quadlet.values("Volume").into_iter();

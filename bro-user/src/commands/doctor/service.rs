@@ -7,12 +7,12 @@ use super::{Check, confinement, forwarder, health, host, image, listens, ports, 
 use crate::cli::Doctor;
 use crate::cli::wake_sleep::Whom;
 use crate::commands::wake_sleep;
-use crate::installed::{self, Activated, Listener, drift, leftover};
+use crate::installed::{self, Installed, InstalledPort, drift, leftover};
 use crate::podman::quadlet::{self, Quadlet};
 use crate::port_owner::{self, Trouble};
 use crate::service::failed_wake::{self, FailedWake};
-use crate::systemd::manager::{Bus, Known};
-use crate::systemd::scope::Manager;
+use crate::systemd::manager::{Bus, UnitInfo};
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_files::Systemd;
 
 /// How long `--wake` waits.
@@ -29,7 +29,7 @@ const GENERATOR: &str = "/usr/lib/systemd/system-generators/podman-system-genera
 /// # Errors
 /// When nothing of that name is activated.
 pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<Check>> {
-    let scope = Manager::choose(options.system, options.user);
+    let scope = RuntimeScope::choose(options.system, options.user);
     let known = installed::find(name, scope)?;
     let mut checks = vec![files(&known)];
     if let Some(owner) = known.run_as.as_ref().filter(|owner| owner.is_gone()) {
@@ -76,7 +76,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     match &known.run_as {
         // Its service manager is started by the first client; but the user's logging out stops it.
         Some(owner) => checks.push(host::linger_of(owner)),
-        None if scope == Manager::User => checks.push(host::linger().or_bad()),
+        None if scope == RuntimeScope::User => checks.push(host::linger().or_bad()),
         None => {}
     }
     checks.push(host::namespaces());
@@ -103,7 +103,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
 }
 
 /// Who runs the container, or what there is to say where nobody answers.
-async fn container_manager(known: &Activated, front: &Systemd) -> Result<Bus, Check> {
+async fn container_manager(known: &Installed, front: &Systemd) -> Result<Bus, Check> {
     let Some(owner) = &known.run_as else { return Ok(front.bus.clone()) };
     let error = match Bus::connect_as(owner).await {
         Ok(bus) => return Ok(bus),
@@ -126,7 +126,7 @@ async fn container_manager(known: &Activated, front: &Systemd) -> Result<Bus, Ch
 }
 
 /// A wake that failed, and was followed by none that succeeded.
-fn failed_before(known: &Activated, failed: &FailedWake) -> Check {
+fn failed_before(known: &Installed, failed: &FailedWake) -> Check {
     let log = known.service().map(|service| Whose::front(known).journal(&service));
     Check::bad(
         "last wake",
@@ -139,12 +139,12 @@ fn failed_before(known: &Activated, failed: &FailedWake) -> Check {
     )
 }
 
-fn again(known: &Activated) -> String {
+fn again(known: &Installed) -> String {
     format!("`bro activate {} …` writes it anew", known.name)
 }
 
 /// What `bro activate` wrote beside the units is still there.
-fn files(known: &Activated) -> Check {
+fn files(known: &Installed) -> Check {
     const NAME: &str = "files";
     let mut gone: Vec<String> =
         known.others().filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
@@ -157,7 +157,7 @@ fn files(known: &Activated) -> Check {
     }
 }
 
-fn quadlet(known: &Activated, checks: &mut Vec<Check>) -> Option<Quadlet> {
+fn quadlet(known: &Installed, checks: &mut Vec<Check>) -> Option<Quadlet> {
     const NAME: &str = "quadlet";
     let found = quadlet::find(&known.name, known.scope, known.run_as.as_ref(), None);
     checks.push(match &found {
@@ -185,7 +185,7 @@ fn quadlet(known: &Activated, checks: &mut Vec<Check>) -> Option<Quadlet> {
 
 /// Does the quadlet make another container than the forwarder looks for? It knows better where --container has named one, and
 /// on the host's network there is none to look for.
-fn other_container(known: &Activated, quadlet: &Quadlet) -> Option<String> {
+fn other_container(known: &Installed, quadlet: &Quadlet) -> Option<String> {
     if known.direct || known.container_given {
         return None;
     }
@@ -205,7 +205,7 @@ fn other_container(known: &Activated, quadlet: &Quadlet) -> Option<String> {
 }
 
 /// The unit that Podman's generator makes of the quadlet.
-async fn unit(known: &Activated, bus: &Bus) -> Check {
+async fn unit(known: &Installed, bus: &Bus) -> Check {
     const NAME: &str = "unit";
     let (unit, whose) = (&known.unit, Whose::container(known));
     let systemctl = whose.systemctl();
@@ -218,10 +218,10 @@ async fn unit(known: &Activated, bus: &Bus) -> Check {
             NAME,
             format!("systemd knows no {unit}: Podman's generator did not make it"),
             match known.unit_scope() {
-                Manager::System => {
+                RuntimeScope::System => {
                     format!("`{systemctl} daemon-reload`, then see what `{GENERATOR} --dryrun` says")
                 }
-                Manager::User => format!(
+                RuntimeScope::User => format!(
                     "`{systemctl} daemon-reload`, then see what `{GENERATOR} --user --dryrun` says{as_whom}"
                 ),
             },
@@ -250,7 +250,7 @@ async fn unit(known: &Activated, bus: &Bus) -> Check {
     }
 }
 
-async fn socket(known: &Activated, listener: &Listener, systemd: &Systemd) -> Check {
+async fn socket(known: &Installed, listener: &InstalledPort, systemd: &Systemd) -> Check {
     const NAME: &str = "socket";
     let (unit, address, whose) = (&listener.socket, &listener.address, Whose::front(known));
     let systemctl = whose.systemctl();
@@ -261,12 +261,12 @@ async fn socket(known: &Activated, listener: &Listener, systemd: &Systemd) -> Ch
         }
     };
     match found {
-        Known { load, .. } if load == "not-found" => Check::bad(
+        UnitInfo { load, .. } if load == "not-found" => Check::bad(
             NAME,
             format!("systemd knows no {unit}"),
             format!("`{systemctl} daemon-reload`, then `{systemctl} enable --now {unit}`"),
         ),
-        Known { active, .. } if active != "active" => {
+        UnitInfo { active, .. } if active != "active" => {
             let owner = match address.parse().ok().and_then(|external| port_owner::look(&external)) {
                 Some(Trouble::Taken(owner)) => {
                     let by = systemd.socket_at(&owner.address).await;
@@ -299,7 +299,7 @@ async fn socket(known: &Activated, listener: &Listener, systemd: &Systemd) -> Ch
                 format!("`{systemctl} reset-failed {unit}`, `{systemctl} enable --now {unit}`"),
             )
         }
-        Known { file, .. } if file != "enabled" => Check::bad(
+        UnitInfo { file, .. } if file != "enabled" => Check::bad(
             NAME,
             format!("{unit} listens at {address}, but not after the next boot: it is {file}"),
             format!("`{systemctl} enable {unit}`"),
@@ -309,7 +309,7 @@ async fn socket(known: &Activated, listener: &Listener, systemd: &Systemd) -> Ch
 }
 
 /// Does the socket listen where its file says? Somebody may have changed the file, or have written a drop-in.
-async fn as_the_file_says(known: &Activated, listener: &Listener, systemd: &Systemd) -> Check {
+async fn as_the_file_says(known: &Installed, listener: &InstalledPort, systemd: &Systemd) -> Check {
     const NAME: &str = "socket";
     let (unit, address, systemctl) = (&listener.socket, &listener.address, Whose::front(known).systemctl());
     let live = match systemd.live(unit).await {
@@ -349,10 +349,10 @@ pub(super) mod tests {
     use crate::podman::quadlet::Kind;
     use crate::systemd::unit_file::UnitFile;
 
-    pub(crate) fn known(container: Option<&str>, container_given: bool) -> Activated {
-        Activated {
+    pub(crate) fn known(container: Option<&str>, container_given: bool) -> Installed {
+        Installed {
             name: "web".into(),
-            scope: Manager::User,
+            scope: RuntimeScope::User,
             run_as: None,
             quadlet: "/quadlets/web.container".into(),
             unit: "web.service".into(),

@@ -1,9 +1,9 @@
 //! The oldest versions that things work with: the one table of them, which docs/reference.md shows as well (a test compares).
 
 use super::{Check, selinux};
-use crate::installed::Activated;
+use crate::installed::Installed;
 use crate::podman::quadlet::Quadlet;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 
 /// Which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -182,8 +182,8 @@ impl Versions {
 }
 
 /// What an activated service makes use of; `quadlet` where it is there.
-pub(super) fn used(known: &Activated, quadlet: Option<&Quadlet>) -> Vec<&'static Feature> {
-    let of_user = known.unit_scope() == Manager::User;
+pub(super) fn used(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'static Feature> {
+    let of_user = known.unit_scope() == RuntimeScope::User;
     // With auto it is spliced where the kernel relay is not to be had.
     let wants_kernel = !known.direct && known.option("relay") == Some("sockmap");
     let uses = |id: Id| match id {
@@ -212,7 +212,7 @@ pub(super) fn used(known: &Activated, quadlet: Option<&Quadlet>) -> Vec<&'static
 }
 
 /// What of that is too new for this host.
-pub(super) async fn check_of(known: &Activated, quadlet: Option<&Quadlet>) -> Check {
+pub(super) async fn check_of(known: &Installed, quadlet: Option<&Quadlet>) -> Check {
     const NAME: &str = "versions";
     let versions = Versions::of_this_host().await;
     let lacking: Vec<String> = used(known, quadlet)
@@ -292,7 +292,7 @@ mod tests {
     fn a_service_needs_what_it_makes_use_of() {
         use crate::commands::doctor::service::tests::{known, quadlet};
         use crate::podman::quadlet::Kind;
-        let ids = |known: &Activated, quadlet: Option<&Quadlet>| -> Vec<Id> {
+        let ids = |known: &Installed, quadlet: Option<&Quadlet>| -> Vec<Id> {
             used(known, quadlet).iter().map(|feature| feature.id).collect()
         };
         let mut web = known(Some("systemd-web"), false);
@@ -312,7 +312,7 @@ mod tests {
         assert!(ids(&web, None).ends_with(&[Id::KernelRelay, Id::Loader]));
         web.quadlet = "/quadlets/web.pod".into();
         assert!(ids(&web, None).contains(&Id::Pod));
-        (web.direct, web.scope) = (true, Manager::System);
+        (web.direct, web.scope) = (true, RuntimeScope::System);
         assert_eq!(ids(&web, None), [Id::Units, Id::Pod, Id::Direct, Id::DirectUnderSelinux]);
         let every: Vec<Id> = FEATURES.iter().map(|feature| feature.id).collect();
         assert!(every.iter().enumerate().all(|(at, id)| !every[..at].contains(id)), "each id once");

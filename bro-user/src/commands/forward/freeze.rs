@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::wake::Wakefulness;
 use super::{Control, Phase};
-use crate::control_socket::Outcome;
+use crate::control_socket::Reply;
 use bro_relay::engine::idle::Leave;
 use bro_relay::engine::protocol::Plain;
 
@@ -68,7 +68,7 @@ impl Control<'_> {
     fn stays_warm(&mut self) {
         self.busy_again();
         if self.is_awake() {
-            self.answer_wakers(&Outcome::done("awake already"));
+            self.answer_wakers(&Reply::done("awake already"));
         }
     }
 
@@ -139,7 +139,7 @@ impl Control<'_> {
         self.woken_at = Instant::now();
         self.awake_since = Some((Instant::now(), SystemTime::now()));
         self.engine.send(Plain::Thawed);
-        self.answer_wakers(&Outcome::done("awake"));
+        self.answer_wakers(&Reply::done("awake"));
     }
 
     /// Is it frozen, or about to be?

@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::service::Activator;
-use crate::systemd::run_command::{self, LIMIT, Outcome};
+use crate::service::ServiceStarter;
+use crate::systemd::run_command::{self, LIMIT, CommandOutcome};
 
 /// At most so long after a “busy” it is asked again.
 const STEP: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ impl Inhibitors {
 
     /// Who is busy, if somebody is: a unit that would be stopped along with the container's counts as well, and so does a start that
     /// is under way, whoever ordered it. Ends within seconds: `activator` runs the command.
-    pub async fn busy(&self, activator: &Activator) -> Option<String> {
+    pub async fn busy(&self, activator: &ServiceStarter) -> Option<String> {
         if let Some(file) = &self.file {
             match file.symlink_metadata() {
                 Ok(_) => return Some(format!("{} exists", file.display())),
@@ -61,11 +61,11 @@ impl Inhibitors {
         }
         let exec = self.exec.as_ref()?;
         let trouble = match activator.run(&run_command::shell(exec)).await {
-            Ok(Outcome::Exited(0)) => return Some(format!("“{exec}” says so")),
-            Ok(Outcome::Exited(..TROUBLE)) => return None,
-            Ok(Outcome::Exited(code)) => format!("exit status {code}"),
-            Ok(Outcome::Signalled) => "it was killed".to_owned(),
-            Ok(Outcome::TooLong) => format!("no answer within {} s", LIMIT.as_secs()),
+            Ok(CommandOutcome::Exited(0)) => return Some(format!("“{exec}” says so")),
+            Ok(CommandOutcome::Exited(..TROUBLE)) => return None,
+            Ok(CommandOutcome::Exited(code)) => format!("exit status {code}"),
+            Ok(CommandOutcome::Signalled) => "it was killed".to_owned(),
+            Ok(CommandOutcome::TooLong) => format!("no answer within {} s", LIMIT.as_secs()),
             Err(error) => error.to_string(),
         };
         tracing::warn!("--busy-exec: {trouble}, which counts as busy");
@@ -76,15 +76,15 @@ impl Inhibitors {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::service::Place;
+    use crate::service::NetnsSource;
     use crate::service::readiness::Ready;
     use crate::service::sources::Wanted;
-    use crate::systemd::scope::Manager;
+    use crate::systemd::scope::RuntimeScope;
     use bro_relay::netns::identity::Identity;
 
-    fn activator() -> Activator {
+    fn activator() -> ServiceStarter {
         let (source, identity) = (Wanted::default(), Identity::default());
-        Activator::new(Place::Own, None, Manager::User, Ready::Unchecked, source, identity)
+        ServiceStarter::new(NetnsSource::Own, None, RuntimeScope::User, Ready::Unchecked, source, identity)
     }
 
     fn busy(exec: &str) -> Option<String> {

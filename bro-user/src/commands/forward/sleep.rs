@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 use super::freeze::Frost;
 use super::inhibit::Inhibitors;
 use super::{Control, Phase};
-use crate::control_socket::{Asked, Asker, Outcome, Request};
+use crate::control_socket::{Asked, Asker, Reply, Request};
 use crate::service::Stopped;
 use crate::systemd::notify;
 
@@ -131,15 +131,15 @@ impl Control<'_> {
     /// `bro sleep`.
     pub(super) fn told_to_sleep(&mut self, force: bool, asker: Asker) {
         if self.phase != Phase::Serving {
-            return asker.answer(Outcome::leaving());
+            return asker.answer(Reply::leaving());
         }
         // The one that is being started would stay.
         if self.replacing.is_starting() {
-            return asker.answer(Outcome::leaving());
+            return asker.answer(Reply::leaving());
         }
         // With this process the service manager would end that one as well.
         if let Some(predecessor) = self.replacing.predecessor().filter(|_| !force) {
-            return asker.answer(Outcome::refused(format!("clients are connected: {predecessor}")));
+            return asker.answer(Reply::refused(format!("clients are connected: {predecessor}")));
         }
         self.phase = Phase::Leaving;
         self.sleeper = Some((force, asker));
@@ -160,7 +160,7 @@ impl Control<'_> {
         let answering = async move {
             let clients = figures.await.map(|figures| figures.peers).unwrap_or_default();
             let message = "clients are connected".to_owned();
-            asker.answer(Outcome { clients, ..Outcome::refused(message) });
+            asker.answer(Reply { clients, ..Reply::refused(message) });
         };
         drop(tokio::spawn(answering));
     }
@@ -189,7 +189,7 @@ impl Control<'_> {
                 stopped = &mut stopping => break stopped,
                 asked = super::asked(&mut self.control) => match asked {
                     Ok(Asked { request: Request::Status, to }) => self.report(to),
-                    Ok(Asked { to, .. }) => to.answer(Outcome::leaving()),
+                    Ok(Asked { to, .. }) => to.answer(Reply::leaving()),
                     Err(_) => self.control = None,
                 },
                 question = super::metrics_asked(&mut self.metrics) => self.tell_metrics(question),
@@ -204,36 +204,36 @@ impl Control<'_> {
                 if sleeper.is_none() && self.awake_since.is_some() {
                     self.history.slept();
                 }
-                Outcome::done("stopped")
+                Reply::done("stopped")
             }
             Ok(Ok(Stopped::NoUnit)) => {
-                Outcome::refused("the forwarder has ended, but it has no --unit that it could stop")
+                Reply::refused("the forwarder has ended, but it has no --unit that it could stop")
             }
             Ok(Ok(Stopped::NotOurs)) => {
                 tracing::info!("the unit runs on: no forwarder had started it");
-                Outcome::refused(
+                Reply::refused(
                     "the forwarder has ended, but the unit runs on: it was not bro that started it (--force stops it all the same)",
                 )
             }
             Ok(Ok(Stopped::Needed(other))) => {
                 tracing::info!("the unit runs on: {other} needs it");
-                Outcome::refused(format!(
+                Reply::refused(format!(
                     "the forwarder has ended, but the unit runs on: {other} needs it (--force stops both)"
                 ))
             }
             Ok(Ok(Stopped::Used)) => {
                 tracing::info!("the unit runs on: another forwarder uses it");
-                Outcome::refused(
+                Reply::refused(
                     "the forwarder has ended, but the unit runs on: another forwarder uses it (--force stops it all the same)",
                 )
             }
             Ok(Err(error)) => {
                 tracing::error!("cannot stop the unit: {error:#}");
-                Outcome::refused(format!("cannot stop the unit: {error:#}"))
+                Reply::refused(format!("cannot stop the unit: {error:#}"))
             }
             Err(_) => {
                 tracing::warn!("the unit takes long to stop; not waiting for it");
-                Outcome::refused("the unit takes long to stop")
+                Reply::refused("the unit takes long to stop")
             }
         };
         if let Some((_, asker)) = sleeper {

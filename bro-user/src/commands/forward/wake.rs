@@ -12,9 +12,9 @@ use tokio::time::{Instant, sleep};
 
 use super::freeze::Frost;
 use super::{Control, Phase};
-use crate::control_socket::{Asker, Outcome};
+use crate::control_socket::{Asker, Reply};
 use crate::exit::Failure;
-use crate::service::{Awake, Place};
+use crate::service::{Awake, NetnsSource};
 use crate::systemd::time_span;
 
 /// Whether a target is awake, as far as the control side knows.
@@ -303,7 +303,7 @@ impl Control<'_> {
             End::StartTimeout => self.counts.start_timeouts += 1,
             _ => self.counts.start_failures += 1,
         }
-        self.answer_wakers(&Outcome::refused(format!("{}: {why}", self.targets[backend])));
+        self.answer_wakers(&Reply::refused(format!("{}: {why}", self.targets[backend])));
         self.engine.send(Plain::Failed { backend, end });
     }
 
@@ -343,7 +343,7 @@ impl Control<'_> {
                 }
                 self.engine.send(Command::Ready { backend, destination });
                 if self.is_awake() {
-                    self.answer_wakers(&Outcome::done("awake"));
+                    self.answer_wakers(&Reply::done("awake"));
                 }
                 let Some(incarnation) = incarnation else { return };
                 let known = std::mem::replace(&mut self.watched[backend], Arc::downgrade(&incarnation));
@@ -384,7 +384,7 @@ impl Control<'_> {
 
     /// `--pid` names one process. When it has exited there will never be a namespace again, so the forwarder ends as well.
     fn give_up_on_a_dead_process(&mut self, error: anyhow::Error) {
-        if matches!(self.activator.place(), Place::Pid(_))
+        if matches!(self.activator.place(), NetnsSource::Pid(_))
             && matches!(error.downcast_ref(), Some(Failure::NotFound(_)))
         {
             self.failure = Some(error);
@@ -426,16 +426,16 @@ impl Control<'_> {
     /// `bro wake`: answered when every target is awake.
     pub(super) fn told_to_wake(&mut self, asker: Asker) {
         if self.phase != Phase::Serving {
-            return asker.answer(Outcome::leaving());
+            return asker.answer(Reply::leaving());
         }
         if self.is_awake() && self.frost == Frost::None {
-            return asker.answer(Outcome::done("awake already"));
+            return asker.answer(Reply::done("awake already"));
         }
         self.wakers.push(asker);
         self.engine.send(Plain::Wake(BY_HAND.into()));
     }
 
-    pub(super) fn answer_wakers(&mut self, outcome: &Outcome) {
+    pub(super) fn answer_wakers(&mut self, outcome: &Reply) {
         for waker in self.wakers.drain(..) {
             waker.answer(outcome.clone());
         }

@@ -7,13 +7,13 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use super::{Activity, Report, State, Waiting};
+use super::{Activity, Report, ServiceState, Waiting};
 use crate::control_socket::{self, Request};
-use crate::installed::{self, Activated, drift};
+use crate::installed::{self, Installed, drift};
 use crate::ledger::{self, Counts, Own};
 use crate::service::failed_wake::{self, FailedWake};
 use crate::systemd::manager::Bus;
-use crate::systemd::scope::Manager;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::time_span::roughly;
 use crate::systemd::unit_files::Systemd;
 
@@ -27,7 +27,7 @@ pub(crate) struct Service {
     /// Where clients connect.
     pub addresses: Vec<String>,
     /// How it is.
-    pub state: State,
+    pub state: ServiceState,
     /// Since when, in seconds since 1970.
     pub since: Option<u64>,
     /// Why: the client that woke it, or `bro wake`.
@@ -49,7 +49,7 @@ pub(crate) struct Service {
     pub counts: Counts,
     /// How the service manager says that it is; none where it was not asked.
     #[serde(skip)]
-    systemds: Option<State>,
+    systemds: Option<ServiceState>,
     /// Further names that it goes by, as `bro activate` and `bro sleep` take them.
     #[serde(skip)]
     pub also: Vec<String>,
@@ -69,7 +69,7 @@ impl Service {
     }
 
     fn new(name: String, unit: Option<String>, addresses: Vec<String>) -> Self {
-        let state = State::Asleep;
+        let state = ServiceState::Asleep;
         Self {
             name,
             unit,
@@ -88,7 +88,7 @@ impl Service {
         }
     }
 
-    fn of(known: &Activated) -> Self {
+    fn of(known: &Installed) -> Self {
         let addresses = known.listeners.iter().map(|listener| listener.address.clone()).collect();
         let quadlet = known.quadlet.file_name().map(|file| file.to_string_lossy().into_owned());
         let sockets = known.listeners.iter().map(|listener| listener.socket.clone());
@@ -128,17 +128,17 @@ impl Service {
 }
 
 /// Is a service as its forwarder says, and not as the service manager says, if that was asked?
-const fn believes(forwarder: State, systemd: Option<State>) -> bool {
+const fn believes(forwarder: ServiceState, systemd: Option<ServiceState>) -> bool {
     match (forwarder, systemd) {
         // That nobody has woken it through this forwarder is not to hide that it has failed, or that somebody else has started it.
-        (State::Asleep, _) => false,
+        (ServiceState::Asleep, _) => false,
         // Without a run of its unit it is not awake, whatever was so a moment ago.
         (
-            State::Awake | State::Busy,
-            Some(State::Asleep | State::Starting | State::Stopping | State::Failed | State::Frozen),
+            ServiceState::Awake | ServiceState::Busy,
+            Some(ServiceState::Asleep | ServiceState::Starting | ServiceState::Stopping | ServiceState::Failed | ServiceState::Frozen),
         ) => false,
         // Nor is it frozen unless its unit is.
-        (State::Frozen, Some(systemd)) => matches!(systemd, State::Frozen),
+        (ServiceState::Frozen, Some(systemd)) => matches!(systemd, ServiceState::Frozen),
         _ => true,
     }
 }
@@ -147,7 +147,7 @@ const fn believes(forwarder: State, systemd: Option<State>) -> bool {
 ///
 /// # Errors
 /// When the unit directory cannot be read.
-pub(crate) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
+pub(crate) async fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Service>> {
     let activated = installed::all(scope)?;
     let sockets = control_socket::sockets();
     let (mut buses, mut reports) = tokio::join!(
@@ -161,7 +161,7 @@ pub(crate) async fn all(scope: Manager) -> anyhow::Result<Vec<Service>> {
             // Without systemd's word it is asleep, as far as anybody knows.
             Some((front, container)) => drop(look(&mut service, &known, front, container).await),
             // Who does not run does not listen.
-            None => service.state = State::Deaf,
+            None => service.state = ServiceState::Deaf,
         }
         let (its, others) =
             reports.into_iter().partition(|report| report.starts(&known.unit, known.unit_scope()));
@@ -225,18 +225,18 @@ struct Buses {
 }
 
 impl Buses {
-    async fn connect(scope: Manager) -> Self {
+    async fn connect(scope: RuntimeScope) -> Self {
         let own = Bus::connect(scope).await.ok();
-        let system = own.clone().filter(|_| scope == Manager::System);
+        let system = own.clone().filter(|_| scope == RuntimeScope::System);
         Self { own, system, users: Vec::new() }
     }
 
     /// Who listens and forwards, and who runs the container; that one may be started by the first client only.
-    async fn of(&mut self, known: &Activated) -> Option<(Bus, Option<Bus>)> {
+    async fn of(&mut self, known: &Installed) -> Option<(Bus, Option<Bus>)> {
         let Some(owner) = &known.run_as else { return self.own.clone().map(|own| (own.clone(), Some(own))) };
         let front = match &self.system {
             Some(system) => system.clone(),
-            None => self.system.insert(Bus::connect(Manager::System).await.ok()?).clone(),
+            None => self.system.insert(Bus::connect(RuntimeScope::System).await.ok()?).clone(),
         };
         if let Some((_, user)) = self.users.iter().find(|(uid, _)| *uid == owner.uid) {
             return Some((front, user.clone()));
@@ -250,7 +250,7 @@ impl Buses {
 /// What systemd knows of a service.
 async fn look(
     service: &mut Service,
-    known: &Activated,
+    known: &Installed,
     bus: Bus,
     container: Option<Bus>,
 ) -> anyhow::Result<()> {
@@ -279,27 +279,27 @@ async fn look(
     }
     let is_frozen = unit.as_ref().is_some_and(|unit| unit.is_frozen);
     service.state = match unit.as_ref().map_or("inactive", |unit| unit.active.as_str()) {
-        _ if deaf => State::Deaf,
+        _ if deaf => ServiceState::Deaf,
         // However the container is: who comes now waits for a forwarder that does not get up.
-        _ if restarting => State::Failed,
-        "inactive" if failed => State::Failed,
+        _ if restarting => ServiceState::Failed,
+        "inactive" if failed => ServiceState::Failed,
         active => of_unit(active, is_frozen),
     };
     // One that does not listen, or whose forwarder does not get up, may be awake all the same for those who are there.
     service.systemds = unit.as_ref().map(|unit| of_unit(&unit.active, unit.is_frozen));
-    service.since = unit.and_then(|unit| unit.active_since).filter(|_| service.state == State::Awake);
+    service.since = unit.and_then(|unit| unit.active_since).filter(|_| service.state == ServiceState::Awake);
     Ok(())
 }
 
 /// From a unit's ActiveState and FreezerState.
-fn of_unit(active: &str, is_frozen: bool) -> State {
+fn of_unit(active: &str, is_frozen: bool) -> ServiceState {
     match active {
-        "active" | "reloading" if is_frozen => State::Frozen,
-        "active" | "reloading" => State::Awake,
-        "activating" => State::Starting,
-        "deactivating" => State::Stopping,
-        "failed" => State::Failed,
-        _ => State::Asleep,
+        "active" | "reloading" if is_frozen => ServiceState::Frozen,
+        "active" | "reloading" => ServiceState::Awake,
+        "activating" => ServiceState::Starting,
+        "deactivating" => ServiceState::Stopping,
+        "failed" => ServiceState::Failed,
+        _ => ServiceState::Asleep,
     }
 }
 
@@ -356,9 +356,9 @@ fn about(service: &Service) -> String {
 }
 
 /// “awake for 3 min”, of the service of that name.
-pub(super) fn since(state: State, since: Option<u64>, name: &str) -> String {
+pub(super) fn since(state: ServiceState, since: Option<u64>, name: &str) -> String {
     let word = match state {
-        State::Deaf | State::Failed => format!("{} (see `bro doctor {name}`)", state.word()),
+        ServiceState::Deaf | ServiceState::Failed => format!("{} (see `bro doctor {name}`)", state.word()),
         state => state.word().to_owned(),
     };
     age(since).map_or_else(|| word.clone(), |span| format!("{word} for {}", roughly(span)))
@@ -395,13 +395,13 @@ pub(crate) mod tests {
 
     #[test]
     fn what_is_advised_names_the_service() {
-        assert_eq!(since(State::Failed, None, "web"), "failed (see `bro doctor web`)");
-        assert_eq!(since(State::Deaf, None, "web@blue"), "not listening (see `bro doctor web@blue`)");
+        assert_eq!(since(ServiceState::Failed, None, "web"), "failed (see `bro doctor web`)");
+        assert_eq!(since(ServiceState::Deaf, None, "web@blue"), "not listening (see `bro doctor web@blue`)");
     }
 
     #[test]
     fn a_forwarder_is_believed_as_far_as_its_unit_can_be_so() {
-        use State::{Asleep, Awake, Busy, Deaf, Failed, Frozen, Starting, Stopping};
+        use ServiceState::{Asleep, Awake, Busy, Deaf, Failed, Frozen, Starting, Stopping};
         for (forwarder, systemd, believed) in [
             (Asleep, Some(Awake), false),
             (Asleep, Some(Failed), false),
@@ -430,7 +430,7 @@ pub(crate) mod tests {
     fn a_service_is_a_line() {
         let mut web = Service::new("web".into(), Some("web.service".into()), vec!["8080".into()]);
         let other = Service::new("other-one".into(), None, Vec::new());
-        (web.state, web.woken_by, web.connections) = (State::Awake, Some("10.0.0.1:5".into()), 2);
+        (web.state, web.woken_by, web.connections) = (ServiceState::Awake, Some("10.0.0.1:5".into()), 2);
         web.also = vec!["web.container".into()];
         assert!(web.is_called("web.container"));
         assert!(web.is_called("web") && web.is_called("web.service") && !web.is_called("we"));

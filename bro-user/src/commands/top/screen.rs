@@ -7,7 +7,7 @@ use ratatui::text::Line;
 use ratatui::widgets::{Cell, Paragraph, Row as Cells, Table, TableState, Wrap};
 
 use super::view::{Row, Said, View};
-use crate::commands::status::State;
+use crate::commands::status::ServiceState;
 use crate::commands::status::list::age;
 use crate::systemd::time_span::roughly;
 
@@ -39,7 +39,7 @@ fn heading(view: &View) -> String {
         return "bro: looking …".into();
     }
     let count = |number: usize, word: &str| format!("{number} {word}{}", if number == 1 { "" } else { "s" });
-    let awake = view.rows.iter().filter(|row| matches!(row.state, State::Awake | State::Busy)).count();
+    let awake = view.rows.iter().filter(|row| matches!(row.state, ServiceState::Awake | ServiceState::Busy)).count();
     let connections: u64 = view.rows.iter().map(|row| row.connections).sum();
     let connections = usize::try_from(connections).unwrap_or(usize::MAX);
     format!("bro: {}, {awake} awake, {}", count(view.rows.len(), "service"), count(connections, "connection"))
@@ -64,11 +64,11 @@ fn services(frame: &mut Frame<'_>, area: Rect, view: &View) {
 
 fn cells<'a>(view: &View, row: &'a Row) -> Cells<'a> {
     let color = match row.state {
-        State::Asleep => Color::Reset,
-        State::Awake | State::Busy => Color::Green,
-        State::Frozen => Color::Cyan,
-        State::Starting | State::Stopping => Color::Yellow,
-        State::Deaf | State::Failed => Color::Red,
+        ServiceState::Asleep => Color::Reset,
+        ServiceState::Awake | ServiceState::Busy => Color::Green,
+        ServiceState::Frozen => Color::Cyan,
+        ServiceState::Starting | ServiceState::Stopping => Color::Yellow,
+        ServiceState::Deaf | ServiceState::Failed => Color::Red,
     };
     let rates = view.rates(&row.name);
     let rate = |rate: Option<u64>| Cell::from(rate.map_or_else(String::new, bytes));
@@ -130,7 +130,7 @@ mod tests {
 
     fn two() -> View {
         let (mut view, start) = (View::default(), Instant::now());
-        let rows = |bytes| Ok(vec![row("db", State::Asleep, 0, (0, 0)), row("web", State::Awake, 2, bytes)]);
+        let rows = |bytes| Ok(vec![row("db", ServiceState::Asleep, 0, (0, 0)), row("web", ServiceState::Awake, 2, bytes)]);
         view.services(rows((1000, 5000)), start);
         view.services(rows((1500, 1_505_000)), start + Duration::from_secs(1));
         view
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn the_chosen_one_is_seen_however_many_there_are() {
         let mut view = View::default();
-        let rows = (0..100).map(|number| row(&format!("s{number:02}"), State::Asleep, 0, (0, 0))).collect();
+        let rows = (0..100).map(|number| row(&format!("s{number:02}"), ServiceState::Asleep, 0, (0, 0))).collect();
         view.services(Ok(rows), Instant::now());
         let _next = view.key(KeyEvent::new(KeyCode::End, KeyModifiers::NONE));
         assert!(shown(&mut view, 80, 24).iter().any(|line| line.starts_with("s99 ")));

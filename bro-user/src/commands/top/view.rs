@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
-use crate::commands::status::State;
+use crate::commands::status::ServiceState;
 use crate::commands::status::list::{self, Service};
 use crate::exit::on_one_line;
 
@@ -13,7 +13,7 @@ use crate::exit::on_one_line;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Row {
     pub name: String,
-    pub state: State,
+    pub state: ServiceState,
     /// In seconds since 1970.
     pub since: Option<u64>,
     pub connections: u64,
@@ -244,7 +244,7 @@ fn rates(before: (u64, u64), now: (u64, u64), span: Duration) -> Option<Rates> {
 pub(super) mod tests {
     use super::*;
 
-    pub fn row(name: &str, state: State, connections: u64, bytes: (u64, u64)) -> Row {
+    pub fn row(name: &str, state: ServiceState, connections: u64, bytes: (u64, u64)) -> Row {
         let (relay, sentence) = ("splice".into(), format!("{name}: {}; at 127.0.0.1:8080", state.word()));
         Row { name: name.into(), state, since: None, connections, held: 0, relay, bytes, sentence }
     }
@@ -255,7 +255,7 @@ pub(super) mod tests {
 
     fn two() -> View {
         let mut view = View::default();
-        let rows = vec![row("db", State::Asleep, 0, (0, 0)), row("web", State::Awake, 2, (1000, 5000))];
+        let rows = vec![row("db", ServiceState::Asleep, 0, (0, 0)), row("web", ServiceState::Awake, 2, (1000, 5000))];
         view.services(Ok(rows), Instant::now());
         view
     }
@@ -263,7 +263,7 @@ pub(super) mod tests {
     #[test]
     fn rates_are_of_the_time_between_two_looks() {
         let (mut view, start) = (View::default(), Instant::now());
-        let rows = |bytes| Ok(vec![row("web", State::Awake, 1, bytes)]);
+        let rows = |bytes| Ok(vec![row("web", ServiceState::Awake, 1, bytes)]);
         view.services(rows((1000, 5000)), start);
         assert_eq!(view.rates("web"), None, "of one look there is no rate");
         view.services(rows((2000, 9000)), start + Duration::from_secs(2));
@@ -285,10 +285,10 @@ pub(super) mod tests {
             assert_eq!(press(&mut view, KeyCode::Down), Next::Nothing);
         }
         assert_eq!(view.chosen().unwrap().name, "web");
-        let rows = ["a", "db", "web", "z"].map(|name| row(name, State::Asleep, 0, (0, 0)));
+        let rows = ["a", "db", "web", "z"].map(|name| row(name, ServiceState::Asleep, 0, (0, 0)));
         view.services(Ok(rows.into()), Instant::now());
         assert_eq!((view.chosen().unwrap().name.as_str(), view.place()), ("web", Some(2)));
-        view.services(Ok(vec![row("a", State::Asleep, 0, (0, 0))]), Instant::now());
+        view.services(Ok(vec![row("a", ServiceState::Asleep, 0, (0, 0))]), Instant::now());
         assert_eq!(view.chosen().unwrap().name, "a");
         view.services(Ok(Vec::new()), Instant::now());
         assert_eq!(view.chosen(), None);

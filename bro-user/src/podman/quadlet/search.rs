@@ -10,8 +10,8 @@ use bro_relay::read_bounded::{self, Link};
 use super::Kind;
 use crate::exit::Failure;
 use crate::paths;
-use crate::run_as::Owner;
-use crate::systemd::scope::Manager;
+use crate::run_as::RunAsUser;
+use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::{MARKER, UnitFile};
 
 /// How many directories are looked into below one of those where quadlets lie: whose it is may link to what there is.
@@ -25,8 +25,8 @@ const LONGEST: u64 = 1 << 20;
 
 /// The directories, the one that wins first.
 pub(super) fn directories(
-    scope: Manager,
-    owner: Option<&Owner>,
+    scope: RuntimeScope,
+    owner: Option<&RunAsUser>,
     root: Option<&Path>,
 ) -> anyhow::Result<Vec<PathBuf>> {
     let of_user = |uid: u32, runtime: PathBuf, config: PathBuf| {
@@ -43,10 +43,10 @@ pub(super) fn directories(
     };
     let plain: Vec<PathBuf> = match (scope, owner) {
         (_, Some(owner)) => of_user(owner.uid, owner.runtime_directory(), owner.home.join(".config")),
-        (Manager::System, None) => {
+        (RuntimeScope::System, None) => {
             ["/run", "/etc", "/usr/share"].map(|top| Path::new(top).join("containers/systemd")).into()
         }
-        (Manager::User, None) => {
+        (RuntimeScope::User, None) => {
             let uid = nix::unistd::geteuid();
             let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
             let runtime = runtime.unwrap_or_else(|| format!("/run/user/{uid}").into());
@@ -62,15 +62,15 @@ pub(super) fn directories(
 /// When there is no home directory.
 pub fn drop_in_directory(
     quadlet: &super::Quadlet,
-    scope: Manager,
-    owner: Option<&Owner>,
+    scope: RuntimeScope,
+    owner: Option<&RunAsUser>,
     root: Option<&Path>,
 ) -> anyhow::Result<PathBuf> {
     let directory = match (scope, owner) {
         // Not into the home directory: what root writes is to lie where only root writes.
         (_, Some(owner)) => Path::new("/etc/containers/systemd/users").join(owner.uid.to_string()),
-        (Manager::System, None) => PathBuf::from("/etc/containers/systemd"),
-        (Manager::User, None) => paths::config_home()?.join("containers/systemd"),
+        (RuntimeScope::System, None) => PathBuf::from("/etc/containers/systemd"),
+        (RuntimeScope::User, None) => paths::config_home()?.join("containers/systemd"),
     };
     Ok(paths::below(root, &directory).join(format!("{}.d", quadlet.file_name())))
 }
@@ -232,7 +232,7 @@ mod tests {
         }
 
         fn find(&self, name: &str) -> anyhow::Result<super::super::Quadlet> {
-            super::super::find(name, Manager::System, None, Some(&self.0))
+            super::super::find(name, RuntimeScope::System, None, Some(&self.0))
         }
 
         fn found(&self, name: &str) -> String {

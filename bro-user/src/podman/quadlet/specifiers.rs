@@ -1,9 +1,9 @@
 //! The specifiers of systemd.unit(5) that occur in containers' names and in paths.
 
-use crate::run_as::Owner;
+use crate::run_as::RunAsUser;
 
 /// `text` with the specifiers replaced as systemd does for `unit`; else the first one that is not known here.
-pub(super) fn expand(text: &str, unit: &str, owner: Option<&Owner>) -> Result<String, String> {
+pub(super) fn expand(text: &str, unit: &str, owner: Option<&RunAsUser>) -> Result<String, String> {
     let stem = unit.strip_suffix(".service").unwrap_or(unit);
     let (prefix, instance) = stem.split_once('@').unwrap_or((stem, ""));
     let last = prefix.rsplit('-').next().unwrap_or(prefix);
@@ -39,14 +39,14 @@ pub(super) fn expand(text: &str, unit: &str, owner: Option<&Owner>) -> Result<St
 #[cfg(test)]
 mod tests {
     use super::expand;
-    use crate::run_as::Owner;
+    use crate::run_as::RunAsUser;
 
     #[test]
     fn expands_what_it_knows() {
         assert_eq!(expand("systemd-%p_%i", "web@blue.service", None), Ok("systemd-web_blue".into()));
         assert_eq!(expand("%N-100%%", "web.service", None), Ok("web-100%".into()));
         assert_eq!(expand("%j", "my-web.service", None), Ok("web".into()));
-        let test = Owner { name: "test".into(), uid: 1000, gid: 1000, home: "/home/test".into() };
+        let test = RunAsUser { name: "test".into(), uid: 1000, gid: 1000, home: "/home/test".into() };
         assert_eq!(expand("%h/%u-%U", "web.service", Some(&test)), Ok("/home/test/test-1000".into()));
         assert_eq!(expand("x%m", "web.service", None), Err("%m".into()));
         assert_eq!(expand("x%", "web.service", None), Err("%".into()));

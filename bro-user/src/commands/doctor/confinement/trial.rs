@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::TryWake;
 use crate::exit::Failure;
 use crate::netns::sock_diag::Table;
-use crate::netns::{Namespace, Where};
+use crate::netns::{Namespace, NetnsRef};
 
 /// One thing that a wake does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,7 +122,7 @@ async fn all(options: &TryWake) -> anyhow::Result<()> {
     }
     let Some(netns) = said(Step::Find, find(options.pid))? else { return Ok(()) };
     let Some(namespace) = said(Step::Enter, Namespace::look_into(netns).await)? else { return Ok(()) };
-    let place = Where::Entered(Arc::new(namespace));
+    let place = NetnsRef::Entered(Arc::new(namespace));
     for (step, domain) in families(&options.target) {
         said(step, place.socket(domain, libc::SOCK_STREAM, 0).await.map_err(Into::into))?;
     }
