@@ -123,7 +123,8 @@ impl Installed {
 pub fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Installed>> {
     let mut all = all_in(&unit_directory(scope)?, scope, None)?;
     if scope == RuntimeScope::User {
-        let system = all_in(&unit_directory(RuntimeScope::System)?, RuntimeScope::System, None).unwrap_or_default();
+        let system =
+            all_in(&unit_directory(RuntimeScope::System)?, RuntimeScope::System, None).unwrap_or_default();
         let mine = system.into_iter().filter(|known| known.run_as.as_ref().is_some_and(RunAsUser::is_me));
         all.extend(mine);
     }

@@ -128,11 +128,13 @@ pub(crate) fn instead(known: &Installed, listener: &InstalledPort) -> String {
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
     match (&listener.target, user) {
         // The container stays this user's; only the first port can be activated so, and others after it.
-        (Some(target), Some(user)) if known.scope == RuntimeScope::User && listener.service == *name => format!(
-            "choose another, or have the system listen for this user's container: `sudo bro activate {name} --system --run-as {} \
+        (Some(target), Some(user)) if known.scope == RuntimeScope::User && listener.service == *name => {
+            format!(
+                "choose another, or have the system listen for this user's container: `sudo bro activate {name} --system --run-as {} \
              --external-port {} --internal-port {target}`; or let every user listen there: {sysctl}",
-            user.name, listener.address
-        ),
+                user.name, listener.address
+            )
+        }
         _ => format!("choose another, or let every user listen there: {sysctl}"),
     }
 }

@@ -38,7 +38,7 @@ use crate::exit::Failure;
 use crate::netns::{self, AgentEnded, Namespace, NetnsRef};
 use crate::podman::container::{self, Inspected};
 use crate::podman::rootless_netns;
-use crate::systemd::manager::{self, Bus};
+use crate::systemd::manager::{self, SystemdManager};
 use crate::systemd::progress::{self, Progress};
 use crate::systemd::restart;
 use crate::systemd::run_command::{self, CommandOutcome};
@@ -87,7 +87,7 @@ pub struct ServiceStarter {
     source: sources::Wanted,
     /// As whom unix sockets are connected to.
     identity: Identity,
-    bus: Mutex<Option<Bus>>,
+    bus: Mutex<Option<SystemdManager>>,
     current: std::sync::Mutex<Option<Arc<ContainerNetns>>>,
     /// Held by the one who looks for it: that may take as long as a start.
     searching: Mutex<()>,
@@ -500,7 +500,7 @@ impl ServiceStarter {
 
     /// Why a start has failed, in Podman's words where it has said some: of the unit itself, or of one that it requires and that did not
     /// start. Those who are held wait for this, a moment.
-    async fn cause(&self, bus: &Bus, unit: &str, by_another: bool) -> String {
+    async fn cause(&self, bus: &SystemdManager, unit: &str, by_another: bool) -> String {
         let looking = async {
             let other = if by_another { bus.failed_requirement(unit).await.ok().flatten() } else { None };
             let failed = other.as_deref().unwrap_or(unit);
@@ -519,12 +519,12 @@ impl ServiceStarter {
         tokio::time::timeout(CAUSE, looking).await.unwrap_or_default()
     }
 
-    async fn bus(&self) -> anyhow::Result<Bus> {
+    async fn bus(&self) -> anyhow::Result<SystemdManager> {
         let mut bus = self.bus.lock().await;
         if let Some(bus) = &*bus {
             return Ok(bus.clone());
         }
-        Ok(bus.insert(Bus::connect(self.manager).await?).clone())
+        Ok(bus.insert(SystemdManager::connect(self.manager).await?).clone())
     }
 
     /// The agent in the forwarder's own namespace.
@@ -576,7 +576,7 @@ impl ServiceStarter {
     }
 
     /// Has the unit's runs followed from now on.
-    async fn follow_runs(&self, bus: &Bus) {
+    async fn follow_runs(&self, bus: &SystemdManager) {
         let mut following = self.following.lock().await;
         while following.try_join_next().is_some() {}
         if following.is_empty() {

@@ -10,4 +10,3 @@ pub mod run_command;
 pub mod scope;
 pub mod time_span;
 pub mod unit_file;
-pub(crate) mod unit_files;

@@ -50,7 +50,7 @@ use crate::service::failed_wake::Failures;
 use crate::service::kernel_watch::{self, Loaded, Watching};
 use crate::service::sources::{Choice, Wanted};
 use crate::service::wakes::{Limits, Wakes};
-use crate::service::{ServiceStarter, Awake, ContainerNetns, NetnsSource};
+use crate::service::{Awake, ContainerNetns, NetnsSource, ServiceStarter};
 use crate::systemd::listen_fds::{self, Passed};
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::{notify, own_unit};

@@ -13,7 +13,7 @@ use nix::unistd::{Uid, User};
 
 use crate::cli::Loader;
 use crate::exit::Failure;
-use crate::systemd::manager::Bus;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 
 /// How long systemd may take to start a user's manager.
@@ -84,7 +84,7 @@ fn slice(uid: u32, name: &str) -> anyhow::Result<PathBuf> {
     if std::path::Path::new("/var/lib/systemd/linger").join(name).exists() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let unit = format!("user@{uid}.service");
-        let start = async { Bus::connect(RuntimeScope::System).await?.start(&unit).await };
+        let start = async { SystemdManager::connect(RuntimeScope::System).await?.start(&unit).await };
         let result = runtime.block_on(async { tokio::time::timeout(PATIENCE, start).await });
         let result = result.with_context(|| format!("{unit} did not start within {PATIENCE:?}"))??;
         if slice.is_dir() {

@@ -370,7 +370,8 @@ mod tests {
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
         assert!(
-            report.starts("web.service", RuntimeScope::User) && !report.starts("web.service", RuntimeScope::System)
+            report.starts("web.service", RuntimeScope::User)
+                && !report.starts("web.service", RuntimeScope::System)
         );
         let text = describe(&[report]);
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");

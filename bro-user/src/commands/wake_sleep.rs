@@ -14,7 +14,7 @@ use crate::exit::{Failure, on_one_line};
 use crate::installed;
 use crate::run_as::RunAsUser;
 use crate::service::use_lock::{self, Lock, Use};
-use crate::systemd::manager::Bus;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 
 /// Between two looks for a forwarder that is about to come or to go.
@@ -60,10 +60,10 @@ impl Service {
     }
 
     /// The service manager that the container's unit is under.
-    async fn units_bus(&self) -> anyhow::Result<Bus> {
+    async fn units_bus(&self) -> anyhow::Result<SystemdManager> {
         match &self.run_as {
-            Some(owner) => Bus::connect_as(owner).await,
-            None => Bus::connect(self.scope).await,
+            Some(owner) => SystemdManager::connect_as(owner).await,
+            None => SystemdManager::connect(self.scope).await,
         }
     }
 
@@ -95,7 +95,7 @@ impl Service {
             return Ok(());
         }
         if let Some(activator) = &self.activator
-            && Bus::connect(self.scope).await?.known(activator).await?.load == "loaded"
+            && SystemdManager::connect(self.scope).await?.known(activator).await?.load == "loaded"
         {
             return Ok(());
         }
@@ -113,7 +113,7 @@ impl Service {
     }
 
     /// Is there such a unit?
-    async fn check(&self, bus: &Bus, unit: &str) -> anyhow::Result<()> {
+    async fn check(&self, bus: &SystemdManager, unit: &str) -> anyhow::Result<()> {
         let known = bus.known(unit).await?;
         if known.load == "not-found" {
             bail!(Failure::NotFound(format!(
@@ -171,7 +171,7 @@ async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<Str
             let bus = if service.is_beyond_us() {
                 service.units_bus().await?
             } else {
-                Bus::connect(service.scope).await?
+                SystemdManager::connect(service.scope).await?
             };
             let activator = service.activator.as_ref().filter(|_| !service.is_beyond_us());
             let Some(activator) = activator else {

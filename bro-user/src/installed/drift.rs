@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::InstalledPort;
 use crate::address::External;
-use crate::systemd::unit_files::{SocketState, Systemd};
+use crate::systemd::manager::{SocketState, SystemdManager};
 
 /// How a socket's unit stands against its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +19,11 @@ pub(crate) enum Standing {
 }
 
 /// `unfinished` are the files that a run was at when it was killed: what came of them nobody knows.
-pub(crate) async fn of(systemd: &Systemd, listener: &InstalledPort, unfinished: &[PathBuf]) -> Standing {
+pub(crate) async fn of(
+    systemd: &SystemdManager,
+    listener: &InstalledPort,
+    unfinished: &[PathBuf],
+) -> Standing {
     let unit = &listener.socket;
     if unfinished.contains(&listener.file)
         || !systemd.is_active(unit).await
@@ -75,7 +79,12 @@ mod tests {
     }
 
     fn live(address: &str) -> SocketState {
-        SocketState { listen: vec![address.into()], backlog: 4096, device: String::new(), has_drop_ins: false }
+        SocketState {
+            listen: vec![address.into()],
+            backlog: 4096,
+            device: String::new(),
+            has_drop_ins: false,
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bro_relay::read_bounded::{self, Link};
 
 use super::{
-    Installed, LONGEST, InstalledPort, SECTION, activation_name, assemble, is_unit_name, listener, ours_in,
+    Installed, InstalledPort, LONGEST, SECTION, activation_name, assemble, is_unit_name, listener, ours_in,
     unit_name,
 };
 use crate::paths::config_home;
@@ -23,7 +23,12 @@ pub(crate) struct Remnant {
 }
 
 /// The one that goes by `name`, if it is there, and is no whole.
-pub(crate) fn find(name: &str, directory: &Path, scope: RuntimeScope, root: Option<&Path>) -> Option<Remnant> {
+pub(crate) fn find(
+    name: &str,
+    directory: &Path,
+    scope: RuntimeScope,
+    root: Option<&Path>,
+) -> Option<Remnant> {
     let ours = ours_in(directory).ok()?;
     let named = |file: &UnitFile| activation_name(file).map(str::to_owned);
     let (_, own) =

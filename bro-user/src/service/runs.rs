@@ -4,7 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::use_lock;
-use crate::systemd::manager::{Bus, UnitState};
+use crate::systemd::manager::{SystemdManager, UnitState};
 
 /// Whose the unit's present run is, as far as was seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,7 +103,7 @@ impl Runs {
     ///
     /// # Errors
     /// When it is not.
-    pub async fn follow(&self, bus: &Bus) -> anyhow::Result<std::convert::Infallible> {
+    pub async fn follow(&self, bus: &SystemdManager) -> anyhow::Result<std::convert::Infallible> {
         let mut changes = bus.changes(&self.unit).await?;
         loop {
             self.see(&bus.look(&self.unit).await?);

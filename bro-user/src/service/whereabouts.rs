@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use crate::podman::container;
-use crate::systemd::manager::{Bus, Changes, Residence};
+use crate::systemd::manager::{Changes, Residence, SystemdManager};
 
 /// Between two looks, where the service manager does not tell of a change.
 const LOOK: Duration = Duration::from_millis(20);
@@ -20,7 +20,7 @@ const ELSEWHERE: Duration = Duration::from_millis(200);
 
 /// A unit whose container is being looked for.
 pub struct Whereabouts {
-    bus: Bus,
+    bus: SystemdManager,
     unit: String,
     /// None where the bus does not tell.
     changes: Option<Changes>,
@@ -32,7 +32,7 @@ pub struct Whereabouts {
 
 impl Whereabouts {
     /// Of the unit `unit`.
-    pub async fn of(bus: Bus, unit: &str) -> Self {
+    pub async fn of(bus: SystemdManager, unit: &str) -> Self {
         let changes = bus.changes(unit).await.ok();
         let residence = Residence::default();
         Self { bus, unit: unit.to_owned(), changes, residence, asked: None, active_since: None }

@@ -1,6 +1,8 @@
-//! systemd over D-Bus (org.freedesktop.systemd1(5)): start a unit, see how it fares, stop it.
+//! systemd over D-SystemdManager (org.freedesktop.systemd1(5)): start a unit, see how it fares, stop it; what is asked of unit files is in
+//! `unit_files`.
 
 mod transient;
+mod unit_files;
 
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
@@ -12,6 +14,7 @@ use futures_lite::StreamExt as _;
 use zbus::{OwnedObjectPath, Variant};
 
 pub use transient::{Ended, Properties};
+pub(crate) use unit_files::SocketState;
 
 use super::progress::Start;
 use super::restart::Restarting;
@@ -31,6 +34,12 @@ const ANSWER: Duration = Duration::from_secs(90);
 
 /// What syslog(3) calls a warning: systemd's own lines about a unit that are less are not kept.
 const LOG_WARNING: i32 = 4;
+
+/// `(ssssssouso)`: a unit as ListUnits describes it; the first is its name, the seventh its object.
+type Listed = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
+
+/// Kind, link and destination of each change that enabling or disabling made.
+type Links = Vec<(String, String, String)>;
 
 #[zbus::proxy(
     interface = "org.freedesktop.systemd1.Manager",
@@ -55,6 +64,11 @@ trait Systemd {
     fn freeze_unit(&self, name: &str) -> zbus::Result<()>;
     fn thaw_unit(&self, name: &str) -> zbus::Result<()>;
     fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+    fn reload(&self) -> zbus::Result<()>;
+    fn enable_unit_files(&self, files: &[&str], runtime: bool, force: bool) -> zbus::Result<(bool, Links)>;
+    fn disable_unit_files(&self, files: &[&str], runtime: bool) -> zbus::Result<Links>;
+    fn get_unit_file_state(&self, file: &str) -> zbus::Result<String>;
+    fn list_units_by_patterns(&self, states: &[&str], patterns: &[&str]) -> zbus::Result<Vec<Listed>>;
 
     #[zbus(signal)]
     fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String) -> zbus::Result<()>;
@@ -72,6 +86,10 @@ trait Unit {
     fn can_freeze(&self) -> zbus::Result<bool>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn load_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn load_error(&self) -> zbus::Result<(String, String)>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn drop_in_paths(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn unit_file_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
@@ -227,18 +245,20 @@ impl Changes {
 
 /// A connection to a service manager.
 #[derive(Debug, Clone)]
-pub struct Bus {
+pub struct SystemdManager {
     systemd: SystemdProxy<'static>,
 }
 
-impl Bus {
+impl SystemdManager {
     /// Connects.
     ///
     /// # Errors
     /// When there is no bus, or no systemd on it.
     pub async fn connect(manager: RuntimeScope) -> anyhow::Result<Self> {
         let connection = match manager {
-            RuntimeScope::System => zbus::Connection::system().await.context("cannot reach the system bus")?,
+            RuntimeScope::System => {
+                zbus::Connection::system().await.context("cannot reach the system bus")?
+            }
             RuntimeScope::User => {
                 let builder = match user_bus() {
                     Some(path) => {
@@ -468,7 +488,7 @@ impl Bus {
         self.start_telling(unit, || ()).await
     }
 
-    /// As [`Bus::start`]; calls `ordered` once systemd has taken the order.
+    /// As [`SystemdManager::start`]; calls `ordered` once systemd has taken the order.
     ///
     /// # Errors
     /// When systemd refuses, with its own words.
@@ -602,7 +622,7 @@ impl Bus {
     /// Has it go on if it is frozen; says whether it was.
     ///
     /// # Errors
-    /// As [`Bus::thaw`].
+    /// As [`SystemdManager::thaw`].
     pub async fn thaw_if_frozen(&self, unit: &str) -> anyhow::Result<bool> {
         let frozen = self.is_frozen(unit).await?;
         if frozen {
@@ -709,7 +729,7 @@ impl Bus {
     /// by that.
     ///
     /// # Errors
-    /// As [`Bus::stop`].
+    /// As [`SystemdManager::stop`].
     pub async fn put_to_sleep(&self, unit: &str) -> anyhow::Result<String> {
         // systemd does that itself as well; a version that did not would wait for processes that cannot end.
         self.thaw_if_frozen(unit).await.ok();
@@ -791,7 +811,7 @@ async fn wait(removed: &mut JobRemovedStream, job: &OwnedObjectPath) -> anyhow::
 #[error("the bus was closed")]
 struct Closed;
 
-/// What D-Bus says where the one who was asked has just gone away; it may be back in a moment.
+/// What D-SystemdManager says where the one who was asked has just gone away; it may be back in a moment.
 const fn is_gone(error: &zbus::fdo::Error) -> bool {
     use zbus::fdo::Error;
     matches!(
@@ -821,7 +841,7 @@ pub fn was_left_open(error: &anyhow::Error) -> bool {
     error.chain().any(left)
 }
 
-/// systemd's own sentence, without the D-Bus name around it.
+/// systemd's own sentence, without the D-SystemdManager name around it.
 fn plain(error: zbus::Error) -> anyhow::Error {
     match error {
         zbus::Error::MethodError(_, Some(sentence), _) => anyhow::anyhow!(sentence),

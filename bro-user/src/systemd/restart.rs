@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use crate::systemd::manager::Bus;
+use crate::systemd::manager::SystemdManager;
 
 /// A restart that is later than this is hastened, as by hand: a unit that waits longer between its starts is far from their limit.
 const SOON: Duration = Duration::from_secs(5);
@@ -42,7 +42,7 @@ impl Restarting {
 ///
 /// # Errors
 /// When the bus fails.
-pub(crate) async fn awaited(bus: &Bus, unit: &str) -> anyhow::Result<String> {
+pub(crate) async fn awaited(bus: &SystemdManager, unit: &str) -> anyhow::Result<String> {
     let now = bus.restarting(unit).await?;
     if !now.is_near() {
         return Ok(now.state);

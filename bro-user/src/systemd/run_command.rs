@@ -11,7 +11,7 @@ use nix::sys::prctl;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use super::manager::Bus;
+use super::manager::SystemdManager;
 
 /// How long one run may take.
 pub const LIMIT: Duration = Duration::from_secs(10);
@@ -43,7 +43,7 @@ pub fn shell(line: &str) -> Vec<String> {
 ///
 /// # Errors
 /// When the manager refuses.
-pub async fn by_manager(bus: &Bus, words: &[String]) -> anyhow::Result<CommandOutcome> {
+pub async fn by_manager(bus: &SystemdManager, words: &[String]) -> anyhow::Result<CommandOutcome> {
     // The manager counts as well; this is for one that does not answer.
     let grace = LIMIT + Duration::from_secs(5);
     timeout(grace, bus.run(words, &environment(), LIMIT)).await?

@@ -9,7 +9,7 @@ use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::peers::PATIENCE;
 use bro_tests::scene::{Scene, expect_relayed};
 use bro_tests::{process, require_namespaces};
-use bro_user::commands::status::State;
+use bro_user::commands::status::ServiceState;
 use bro_user::control_socket::Reply;
 
 use crate::{MOMENT, wakes};
@@ -45,12 +45,12 @@ fn wake_is_answered_when_the_service_is_ready() -> Result<()> {
     let mut scene = Scene::new()?;
     let mut forwarder = scene.start(&["--exit-idle-time=500ms"])?;
     await_socket(&forwarder)?;
-    ensure!(forwarder.report()?.activity.state == State::Asleep, "{:?}", forwarder.report()?.activity);
+    ensure!(forwarder.report()?.activity.state == ServiceState::Asleep, "{:?}", forwarder.report()?.activity);
     let mut asked = request(&forwarder, b"wake\n")?;
     forwarder.log().line(PATIENCE, |line| line.contains("waking the service"))?;
     asked.set_read_timeout(Some(MOMENT))?;
     ensure!(asked.read(&mut [0]).is_err(), "answered although the service does not listen");
-    ensure!(forwarder.report()?.activity.state == State::Starting, "{:?}", forwarder.report()?.activity);
+    ensure!(forwarder.report()?.activity.state == ServiceState::Starting, "{:?}", forwarder.report()?.activity);
     ensure!(forwarder.wait(Duration::from_millis(700))?.is_none(), "it left while it was told to wake");
     let _service = scene.serve()?;
     asked.set_read_timeout(Some(PATIENCE))?;
@@ -58,7 +58,7 @@ fn wake_is_answered_when_the_service_is_ready() -> Result<()> {
     ensure!(outcome.done, "{outcome:?}");
     // The idle time counts from then on.
     let activity = forwarder.report()?.activity;
-    ensure!(activity.state == State::Awake && activity.since.is_some(), "{activity:?}");
+    ensure!(activity.state == ServiceState::Awake && activity.since.is_some(), "{activity:?}");
     ensure!(activity.woken_by.as_deref() == Some("bro wake"), "{activity:?}");
     let again = ask(&forwarder, "wake\n")?;
     ensure!(again.done && wakes(&forwarder) == 1, "{again:?}, {} wakes", wakes(&forwarder));
@@ -186,6 +186,6 @@ fn nobody_else_may_ask() -> Result<()> {
     asks.expect_exit(4)?;
     forwarder.log().line(PATIENCE, |line| line.contains("another user"))?;
     let answered = forwarder.report()?;
-    ensure!(answered.activity.state == State::Asleep, "{answered:?}");
+    ensure!(answered.activity.state == ServiceState::Asleep, "{answered:?}");
     forwarder.stop().map(drop)
 }

@@ -18,8 +18,8 @@ use crate::installed::drift::{self, Standing};
 use crate::installed::{Installed, InstalledPort};
 use crate::port_owner;
 use crate::run_as::RunAsUser;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
-use crate::systemd::unit_files::Systemd;
 
 /// What came of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,23 +55,23 @@ const MANAGER: Duration = Duration::from_secs(90);
 /// Who listens and forwards, and who runs the container: the same but with `--run-as`.
 #[derive(Debug)]
 pub(super) struct Managers {
-    front: Systemd,
+    front: SystemdManager,
     /// The container's, where it is another; none where it cannot be reached and need not be.
-    user: Option<Systemd>,
+    user: Option<SystemdManager>,
     apart: bool,
 }
 
 impl std::ops::Deref for Managers {
-    type Target = Systemd;
+    type Target = SystemdManager;
 
-    fn deref(&self) -> &Systemd {
+    fn deref(&self) -> &SystemdManager {
         &self.front
     }
 }
 
 impl Managers {
     /// The one that runs the container.
-    pub fn container(&self) -> Option<&Systemd> {
+    pub fn container(&self) -> Option<&SystemdManager> {
         if self.apart { self.user.as_ref() } else { Some(&self.front) }
     }
 
@@ -89,45 +89,48 @@ pub(super) async fn connect(scope: RuntimeScope, owner: Option<&RunAsUser>) -> a
     let front = connect_front(scope).await?;
     let Some(owner) = owner else { return Ok(Managers { front, user: None, apart: false }) };
     let manager = owner.manager();
-    let started = tokio::time::timeout(MANAGER, front.bus.start(&manager)).await;
+    let started = tokio::time::timeout(MANAGER, front.start(&manager)).await;
     let result = started.map_err(|_| anyhow::anyhow!("{manager} did not start within {MANAGER:?}"))??;
     anyhow::ensure!(
         result == "done",
         "the service manager of {}, {manager}, cannot be started ({result}); nothing was changed",
         owner.name
     );
-    let user = Systemd::of(owner).await.context("nothing was changed")?;
+    let user = SystemdManager::connect_as(owner).await.context("nothing was changed")?;
     Ok(Managers { front, user: Some(user), apart: true })
 }
 
 /// The same for who only clears away: a user who is gone, or is not there now, is not waited for.
-pub(super) async fn connect_for_removal(scope: RuntimeScope, owner: Option<&RunAsUser>) -> anyhow::Result<Managers> {
+pub(super) async fn connect_for_removal(
+    scope: RuntimeScope,
+    owner: Option<&RunAsUser>,
+) -> anyhow::Result<Managers> {
     let front = connect_front(scope).await?;
     let user = match owner {
-        Some(owner) => Systemd::of(owner).await.ok(),
+        Some(owner) => SystemdManager::connect_as(owner).await.ok(),
         None => None,
     };
     Ok(Managers { front, user, apart: owner.is_some() })
 }
 
-async fn connect_front(scope: RuntimeScope) -> anyhow::Result<Systemd> {
+async fn connect_front(scope: RuntimeScope) -> anyhow::Result<SystemdManager> {
     let ours = match scope {
         RuntimeScope::System => "the system's service manager",
         RuntimeScope::User => "this user's service manager",
     };
-    Systemd::connect(scope).await.with_context(|| {
+    SystemdManager::connect(scope).await.with_context(|| {
         format!("{ours} cannot be reached, so nothing was changed (see --dry-run, and --root for images)")
     })
 }
 
 /// Podman's user units wait for the system's network-online.target, also where nothing will ever ask for that.
-pub(super) async fn network_warning(systemd: &Systemd, waits: bool) -> Option<String> {
+pub(super) async fn network_warning(systemd: &SystemdManager, waits: bool) -> Option<String> {
     const WAITS: &str = "podman-user-wait-network-online.service";
     if !waits || !systemd.load_problem(WAITS).await.is_ok_and(|problem| problem.is_none()) {
         return None;
     }
-    let system = Systemd::connect(RuntimeScope::System).await.ok()?;
-    let state = system.bus.active_state("network-online.target").await.ok()?;
+    let system = SystemdManager::connect(RuntimeScope::System).await.ok()?;
+    let state = system.active_state("network-online.target").await.ok()?;
     (state != "active").then(|| {
         format!(
             "the container waits up to 90 s for network-online.target ({WAITS}), and nothing on this host asks for that target; \
@@ -138,8 +141,8 @@ pub(super) async fn network_warning(systemd: &Systemd, waits: bool) -> Option<St
 }
 
 /// What is asked for explicitly is not to fail with the first client.
-pub(super) async fn check_freezing(systemd: &Systemd, activated: &Installed) -> anyhow::Result<()> {
-    if activated.option("freeze") == Some("true") && !systemd.bus.can_freeze(&activated.unit).await? {
+pub(super) async fn check_freezing(systemd: &SystemdManager, activated: &Installed) -> anyhow::Result<()> {
+    if activated.option("freeze") == Some("true") && !systemd.can_freeze(&activated.unit).await? {
         bail!(Failure::Usage(crate::service::cannot_freeze(&activated.unit)));
     }
     Ok(())
@@ -183,7 +186,7 @@ pub(super) async fn activate(
                 units(&wanted.listeners).into_iter().filter(|unit| !before.enabled.contains(unit)).collect();
             // One that listens already as it was to listen would go on so.
             for unit in new.iter().chain(plan.restart.iter().filter(|unit| !new.contains(unit))) {
-                systemd.bus.stop(unit).await.ok();
+                systemd.stop(unit).await.ok();
             }
             if !new.is_empty() {
                 systemd.disable(&new).await.ok();
@@ -281,10 +284,10 @@ impl Before {
         systemd.reload().await.ok();
         // systemd refuses to start a socket whose service is still ending.
         if systemd.is_stopping(runner).await {
-            systemd.bus.stop(runner).await.ok();
+            systemd.stop(runner).await.ok();
         }
         for unit in &self.active {
-            systemd.bus.start(unit).await.ok();
+            systemd.start(unit).await.ok();
         }
     }
 }
@@ -328,7 +331,7 @@ async fn take_up(
     }
     for listener in wanted.listeners.iter().filter(|listener| restart.contains(&listener.socket)) {
         systemd.reset_failed(&listener.socket).await;
-        let result = systemd.bus.start(&listener.socket).await?;
+        let result = systemd.start(&listener.socket).await?;
         if result != "done" {
             bail!("{}", cannot_listen(systemd, listener, wanted.scope).await);
         }
@@ -359,8 +362,8 @@ fn same_socket(before: &InstalledPort, now: &InstalledPort) -> bool {
         == (&now.address, now.backlog, &now.device, &now.service)
 }
 
-async fn stop(systemd: &Systemd, unit: &str) -> anyhow::Result<()> {
-    let result = systemd.bus.stop(unit).await.with_context(|| format!("cannot stop {unit}"))?;
+async fn stop(systemd: &SystemdManager, unit: &str) -> anyhow::Result<()> {
+    let result = systemd.stop(unit).await.with_context(|| format!("cannot stop {unit}"))?;
     anyhow::ensure!(result == "done", "stopping {unit} ended with “{result}”");
     Ok(())
 }
@@ -432,7 +435,7 @@ pub(super) async fn remove(
     systemd.reload().await?;
     // Stopping the forwarder has stopped nothing else: what stays goes on listening.
     for listener in rest.map(|rest| rest.listeners.as_slice()).unwrap_or_default() {
-        systemd.bus.start(&listener.socket).await?;
+        systemd.start(&listener.socket).await?;
     }
     Ok(match systemd.container() {
         Some(container) if ran && !container.is_active(&known.unit).await => Left::Stopped,

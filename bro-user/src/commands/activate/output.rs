@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use super::apply::{Left, Applied};
+use super::apply::{Applied, Left};
 use super::plan::Paths;
 use super::transaction::Change;
 use crate::address::External;

@@ -4,13 +4,17 @@ use anyhow::Context as _;
 
 use crate::commands::status::{Report, ServiceState};
 use crate::control_socket::{self, Request};
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
-use crate::systemd::unit_files::Systemd;
 
 /// Starts the running forwarder anew, if it has no client. False where it has one, or nobody knows.
-pub(super) async fn unless_in_use(systemd: &Systemd, service: &str, scope: RuntimeScope) -> anyhow::Result<bool> {
+pub(super) async fn unless_in_use(
+    systemd: &SystemdManager,
+    service: &str,
+    scope: RuntimeScope,
+) -> anyhow::Result<bool> {
     // One that systemd is just starting, perhaps for the hundredth time, has nobody: clients wait in the kernel for one that gets up.
-    if systemd.bus.active_state(service).await? == "active" {
+    if systemd.active_state(service).await? == "active" {
         let report: anyhow::Result<Report> =
             control_socket::ask_soon(&control_socket::socket_of(service, scope), Request::Status).await;
         if !report.is_ok_and(|report| has_nobody(&report)) {
@@ -18,7 +22,7 @@ pub(super) async fn unless_in_use(systemd: &Systemd, service: &str, scope: Runti
         }
     }
     // A client that connects from here on waits in the socket's backlog, or is let finish.
-    let result = systemd.bus.restart(service).await.with_context(|| format!("cannot restart {service}"))?;
+    let result = systemd.restart(service).await.with_context(|| format!("cannot restart {service}"))?;
     anyhow::ensure!(result == "done", "restarting {service} ended with “{result}”");
     Ok(true)
 }

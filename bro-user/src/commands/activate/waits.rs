@@ -11,8 +11,8 @@ use tokio::time::{Instant, sleep};
 use crate::cli::DRAIN_TIMEOUT;
 use crate::exit::on_one_line;
 use crate::installed::Installed;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
-use crate::systemd::unit_files::Systemd;
 
 /// Between two looks. What ends sooner needs no words.
 const STEP: Duration = Duration::from_secs(1);
@@ -22,7 +22,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// Does the work, and says on standard error what it waits for.
 pub(super) async fn telling<T>(
-    systemd: &Systemd,
+    systemd: &SystemdManager,
     known: Option<&Installed>,
     work: impl Future<Output = T>,
 ) -> T {
@@ -63,9 +63,9 @@ impl Wait {
         })
     }
 
-    async fn look(&mut self, systemd: &Systemd) {
+    async fn look(&mut self, systemd: &SystemdManager) {
         // A service manager that does not answer now is waited for all the same.
-        let Ok(found) = systemd.bus.how_far(&self.service).await else { return };
+        let Ok(found) = systemd.how_far(&self.service).await else { return };
         if found.state == "deactivating"
             && let Some(text) = self.news(&found.status, Instant::now())
         {

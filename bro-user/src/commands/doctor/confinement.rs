@@ -17,9 +17,9 @@ use super::{Check, listens};
 use crate::commands::activate::executable;
 use crate::installed::Installed;
 use crate::run_as::Gaining;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::manager::{Ended, Properties};
 use crate::systemd::scope::RuntimeScope;
-use crate::systemd::unit_files::Systemd;
 
 const NAME: &str = "confinement";
 
@@ -42,8 +42,8 @@ const CAP_SYS_ADMIN: u32 = 21;
 const CAP_BPF: u32 = 39;
 
 /// `service` is the forwarder's unit. None where there is nothing to try: another check says what is wrong.
-pub(super) async fn check(known: &Installed, service: &str, systemd: &Systemd) -> Option<Check> {
-    if systemd.bus.known(service).await.ok()?.load != "loaded" {
+pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdManager) -> Option<Check> {
+    if systemd.known(service).await.ok()?.load != "loaded" {
         return None;
     }
     if known.scope == RuntimeScope::System && !nix::unistd::geteuid().is_root() {
@@ -54,7 +54,7 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &Systemd) -
     if !program.is_file() {
         return None;
     }
-    let confines = match systemd.bus.properties(service).await {
+    let confines = match systemd.properties(service).await {
         Ok(confines) => confines,
         Err(error) => {
             return Some(Check::bad(
@@ -104,12 +104,12 @@ fn words(known: &Installed, program: &str, pid: Option<i32>) -> Vec<String> {
 
 /// Runs it within the confinement; how it ended, and what it said.
 async fn within(
-    systemd: &Systemd,
+    systemd: &SystemdManager,
     words: &[String],
     confines: &Properties,
 ) -> anyhow::Result<(Ended, String)> {
     let (from, to) = std::io::pipe()?;
-    let run = systemd.bus.run_confined(words, confines, OwnedFd::from(to), LIMIT);
+    let run = systemd.run_confined(words, confines, OwnedFd::from(to), LIMIT);
     // The manager counts as well; this is for one that does not answer.
     let ended = tokio::time::timeout(LIMIT + Duration::from_secs(5), run).await??;
     Ok((ended, heard(from)?))

@@ -6,19 +6,19 @@ use super::{Check, listens, settings};
 use crate::commands::status::{Report, Waiting};
 use crate::control_socket::{self, Request};
 use crate::installed::Installed;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
-use crate::systemd::unit_files::Systemd;
 
 const NAME: &str = "forwarder";
 
 /// `service` is the forwarder's unit.
-pub(super) async fn check(known: &Installed, service: &str, systemd: &Systemd) -> Check {
+pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdManager) -> Check {
     let whose = Whose::front(known);
     let (systemctl, journal) = (whose.systemctl(), whose.journal(service));
     let unreadable = |error: anyhow::Error| {
         Check::bad(NAME, format!("{service}: {error:#}"), format!("see `{systemctl} status {service}`"))
     };
-    let found = match systemd.bus.known(service).await {
+    let found = match systemd.known(service).await {
         Ok(found) => found,
         Err(error) => return unreadable(error),
     };
@@ -29,7 +29,7 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &Systemd) -
             format!("`{systemctl} daemon-reload`"),
         );
     }
-    let restarting = match systemd.restarting(service).await {
+    let restarting = match systemd.restart_loop(service).await {
         Ok(restarting) => restarting,
         Err(error) => return unreadable(error),
     };
@@ -54,7 +54,7 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &Systemd) -
     let answer = if found.active == "active" { ask(service, known.scope).await } else { Answer::NotAsked };
     if let Answer::None(why) = &answer
         // It may have left meanwhile, as it does when it is idle.
-        && systemd.bus.active_state(service).await.is_ok_and(|state| state == "active")
+        && systemd.active_state(service).await.is_ok_and(|state| state == "active")
     {
         return Check::bad(
             NAME,
@@ -75,7 +75,7 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &Systemd) -
         );
     }
     if found.active == "active"
-        && systemd.bus.properties(service).await.is_ok_and(|properties| settings::are_older(&properties))
+        && systemd.properties(service).await.is_ok_and(|properties| settings::are_older(&properties))
     {
         return Check::less(
             NAME,

@@ -6,8 +6,8 @@ use zbus::Variant;
 
 use super::Check;
 use crate::systemd::manager::Properties;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
-use crate::systemd::unit_files::Systemd;
 
 const NAME: &str = "forwarders";
 
@@ -70,11 +70,11 @@ impl Trouble {
 }
 
 async fn troubled(manager: RuntimeScope) -> anyhow::Result<Vec<Trouble>> {
-    let systemd = Systemd::connect(manager).await?;
+    let systemd = SystemdManager::connect(manager).await?;
     let mut all = Vec::new();
     for unit in systemd.troubled_services().await? {
         // It may have been unloaded meanwhile.
-        let Ok(mut properties) = systemd.bus.properties(&unit).await else { continue };
+        let Ok(mut properties) = systemd.properties(&unit).await else { continue };
         let Some(program) = forwarder(&properties) else { continue };
         // systemd says how a start has ended until it begins the next one.
         for _ in 0..LOOKS {
@@ -82,11 +82,11 @@ async fn troubled(manager: RuntimeScope) -> anyhow::Result<Vec<Trouble>> {
                 break;
             }
             tokio::time::sleep(PAUSE).await;
-            let Ok(later) = systemd.bus.properties(&unit).await else { break };
+            let Ok(later) = systemd.properties(&unit).await else { break };
             properties = later;
         }
-        let failed = systemd.bus.active_state(&unit).await.is_ok_and(|state| state == "failed");
-        let restarts = systemd.restarting(&unit).await.ok().flatten();
+        let failed = systemd.active_state(&unit).await.is_ok_and(|state| state == "failed");
+        let restarts = systemd.restart_loop(&unit).await.ok().flatten();
         if failed || restarts.is_some() {
             let restarts = restarts.unwrap_or_else(|| number(&properties, "NRestarts"));
             let cannot_execute = number(&properties, "ExecMainStatus") == CANNOT_EXECUTE.unsigned_abs();

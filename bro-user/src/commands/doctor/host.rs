@@ -10,7 +10,7 @@ use super::{Check, versions};
 use crate::netns::NetnsRef;
 use crate::netns::sock_diag::Table;
 use crate::run_as::RunAsUser;
-use crate::systemd::manager::Bus;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 
 /// The kernel that the system calls bro needs came with: pidfd_open(2) in 5.3, openat2(2) in 5.6.
@@ -41,7 +41,7 @@ pub(super) async fn service_manager() -> Check {
     }
     let manager = RuntimeScope::choose(false, false);
     let whose = if manager == RuntimeScope::System { "the system's" } else { "this user's" };
-    match tokio::time::timeout(Duration::from_secs(5), Bus::connect(manager)).await {
+    match tokio::time::timeout(Duration::from_secs(5), SystemdManager::connect(manager)).await {
         Ok(Ok(_)) => Check::ok(NAME, format!("{whose} systemd answers on the bus")),
         Ok(Err(error)) => Check::bad(
             NAME,

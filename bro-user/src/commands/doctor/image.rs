@@ -9,7 +9,7 @@ use super::hints::Whose;
 use super::podman::{self, Answer};
 use crate::installed::Installed;
 use crate::podman::quadlet::Quadlet;
-use crate::systemd::manager::Bus;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::unit_file::UnitFile;
 
 const NAME: &str = "image";
@@ -18,7 +18,7 @@ const NAME: &str = "image";
 const LONGEST: u64 = 1 << 20;
 
 /// `bus` is that of the container's service manager, where it answers.
-pub(super) async fn check(known: &Installed, quadlet: &Quadlet, bus: Option<&Bus>) -> Check {
+pub(super) async fn check(known: &Installed, quadlet: &Quadlet, bus: Option<&SystemdManager>) -> Check {
     if let Some(rootfs) = quadlet.value("Rootfs") {
         // Options follow after a colon.
         let path = rootfs.split(':').next().unwrap_or(rootfs);
@@ -83,7 +83,7 @@ pub(crate) async fn warning(known: &Installed, quadlet: &Quadlet) -> Option<Stri
 }
 
 /// A quadlet that brings the image has a unit, and without it Podman's generator makes none of the container.
-async fn by_unit(image: &str, unit: &str, whose: &Whose, bus: Option<&Bus>) -> Check {
+async fn by_unit(image: &str, unit: &str, whose: &Whose, bus: Option<&SystemdManager>) -> Check {
     let systemctl = whose.systemctl();
     let found = match bus {
         Some(bus) => bus.known(unit).await.ok(),

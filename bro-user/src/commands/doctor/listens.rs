@@ -17,7 +17,7 @@ use crate::installed::{Installed, InstalledPort};
 use crate::netns::sock_diag::{Listening, Table};
 use crate::netns::{self, Namespace, NetnsRef};
 use crate::podman::container;
-use crate::systemd::manager::Bus;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 
 pub(super) const NAME: &str = "listens";
@@ -27,7 +27,7 @@ pub(super) async fn check(
     known: &Installed,
     listener: &InstalledPort,
     container: Option<&str>,
-    bus: Option<&Bus>,
+    bus: Option<&SystemdManager>,
 ) -> Check {
     let Some(target) = &listener.target else {
         return direct::check(known, listener, container).await;
@@ -154,7 +154,7 @@ pub(super) fn running(known: &Installed, container: &str) -> Option<i32> {
     }
 }
 
-async fn is_active(known: &Installed, bus: Option<&Bus>) -> bool {
+async fn is_active(known: &Installed, bus: Option<&SystemdManager>) -> bool {
     match bus {
         Some(bus) => bus.active_state(&known.unit).await.is_ok_and(|state| state == "active"),
         None => false,

@@ -11,9 +11,8 @@ use crate::installed::{self, Installed, InstalledPort, drift, leftover};
 use crate::podman::quadlet::{self, Quadlet};
 use crate::port_owner::{self, Trouble};
 use crate::service::failed_wake::{self, FailedWake};
-use crate::systemd::manager::{Bus, UnitInfo};
+use crate::systemd::manager::{SystemdManager, UnitInfo};
 use crate::systemd::scope::RuntimeScope;
-use crate::systemd::unit_files::Systemd;
 
 /// How long `--wake` waits.
 const WAKE: std::time::Duration = std::time::Duration::from_secs(90);
@@ -43,7 +42,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     }
     let quadlet = quadlet(&known, &mut checks);
     let mut bus = None;
-    match Systemd::connect(known.scope).await {
+    match SystemdManager::connect(known.scope).await {
         Ok(systemd) => {
             match container_manager(&known, &systemd).await {
                 Ok(container) => {
@@ -103,14 +102,14 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
 }
 
 /// Who runs the container, or what there is to say where nobody answers.
-async fn container_manager(known: &Installed, front: &Systemd) -> Result<Bus, Check> {
-    let Some(owner) = &known.run_as else { return Ok(front.bus.clone()) };
-    let error = match Bus::connect_as(owner).await {
+async fn container_manager(known: &Installed, front: &SystemdManager) -> Result<SystemdManager, Check> {
+    let Some(owner) = &known.run_as else { return Ok(front.clone()) };
+    let error = match SystemdManager::connect_as(owner).await {
         Ok(bus) => return Ok(bus),
         Err(error) => error,
     };
     let manager = owner.manager();
-    let runs = front.bus.active_state(&manager).await.is_ok_and(|state| state == "active");
+    let runs = front.active_state(&manager).await.is_ok_and(|state| state == "active");
     Err(if runs {
         Check::bad(
             MANAGER,
@@ -205,7 +204,7 @@ fn other_container(known: &Installed, quadlet: &Quadlet) -> Option<String> {
 }
 
 /// The unit that Podman's generator makes of the quadlet.
-async fn unit(known: &Installed, bus: &Bus) -> Check {
+async fn unit(known: &Installed, bus: &SystemdManager) -> Check {
     const NAME: &str = "unit";
     let (unit, whose) = (&known.unit, Whose::container(known));
     let systemctl = whose.systemctl();
@@ -250,11 +249,11 @@ async fn unit(known: &Installed, bus: &Bus) -> Check {
     }
 }
 
-async fn socket(known: &Installed, listener: &InstalledPort, systemd: &Systemd) -> Check {
+async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdManager) -> Check {
     const NAME: &str = "socket";
     let (unit, address, whose) = (&listener.socket, &listener.address, Whose::front(known));
     let systemctl = whose.systemctl();
-    let found = match systemd.bus.known(unit).await {
+    let found = match systemd.known(unit).await {
         Ok(found) => found,
         Err(error) => {
             return Check::bad(NAME, format!("{unit}: {error:#}"), format!("see `{systemctl} status`"));
@@ -309,7 +308,7 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &Systemd) 
 }
 
 /// Does the socket listen where its file says? Somebody may have changed the file, or have written a drop-in.
-async fn as_the_file_says(known: &Installed, listener: &InstalledPort, systemd: &Systemd) -> Check {
+async fn as_the_file_says(known: &Installed, listener: &InstalledPort, systemd: &SystemdManager) -> Check {
     const NAME: &str = "socket";
     let (unit, address, systemctl) = (&listener.socket, &listener.address, Whose::front(known).systemctl());
     let live = match systemd.live(unit).await {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::service::ServiceStarter;
-use crate::systemd::run_command::{self, LIMIT, CommandOutcome};
+use crate::systemd::run_command::{self, CommandOutcome, LIMIT};
 
 /// At most so long after a “busy” it is asked again.
 const STEP: Duration = Duration::from_secs(10);

@@ -12,10 +12,9 @@ use crate::control_socket::{self, Request};
 use crate::installed::{self, Installed, drift};
 use crate::ledger::{self, Counts, Own};
 use crate::service::failed_wake::{self, FailedWake};
-use crate::systemd::manager::Bus;
+use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::time_span::roughly;
-use crate::systemd::unit_files::Systemd;
 
 /// One service.
 #[derive(Debug, Serialize)]
@@ -135,7 +134,13 @@ const fn believes(forwarder: ServiceState, systemd: Option<ServiceState>) -> boo
         // Without a run of its unit it is not awake, whatever was so a moment ago.
         (
             ServiceState::Awake | ServiceState::Busy,
-            Some(ServiceState::Asleep | ServiceState::Starting | ServiceState::Stopping | ServiceState::Failed | ServiceState::Frozen),
+            Some(
+                ServiceState::Asleep
+                | ServiceState::Starting
+                | ServiceState::Stopping
+                | ServiceState::Failed
+                | ServiceState::Frozen,
+            ),
         ) => false,
         // Nor is it frozen unless its unit is.
         (ServiceState::Frozen, Some(systemd)) => matches!(systemd, ServiceState::Frozen),
@@ -218,30 +223,30 @@ async fn ask_all(sockets: Vec<PathBuf>) -> Vec<Report> {
 /// The service managers that are asked, as far as they run.
 #[derive(Default)]
 struct Buses {
-    own: Option<Bus>,
-    system: Option<Bus>,
+    own: Option<SystemdManager>,
+    system: Option<SystemdManager>,
     /// Of users whose containers the system's forwarders serve.
-    users: Vec<(u32, Option<Bus>)>,
+    users: Vec<(u32, Option<SystemdManager>)>,
 }
 
 impl Buses {
     async fn connect(scope: RuntimeScope) -> Self {
-        let own = Bus::connect(scope).await.ok();
+        let own = SystemdManager::connect(scope).await.ok();
         let system = own.clone().filter(|_| scope == RuntimeScope::System);
         Self { own, system, users: Vec::new() }
     }
 
     /// Who listens and forwards, and who runs the container; that one may be started by the first client only.
-    async fn of(&mut self, known: &Installed) -> Option<(Bus, Option<Bus>)> {
+    async fn of(&mut self, known: &Installed) -> Option<(SystemdManager, Option<SystemdManager>)> {
         let Some(owner) = &known.run_as else { return self.own.clone().map(|own| (own.clone(), Some(own))) };
         let front = match &self.system {
             Some(system) => system.clone(),
-            None => self.system.insert(Bus::connect(RuntimeScope::System).await.ok()?).clone(),
+            None => self.system.insert(SystemdManager::connect(RuntimeScope::System).await.ok()?).clone(),
         };
         if let Some((_, user)) = self.users.iter().find(|(uid, _)| *uid == owner.uid) {
             return Some((front, user.clone()));
         }
-        let user = Bus::connect_as(owner).await.ok();
+        let user = SystemdManager::connect_as(owner).await.ok();
         self.users.push((owner.uid, user.clone()));
         Some((front, user))
     }
@@ -251,18 +256,17 @@ impl Buses {
 async fn look(
     service: &mut Service,
     known: &Installed,
-    bus: Bus,
-    container: Option<Bus>,
+    systemd: SystemdManager,
+    container: Option<SystemdManager>,
 ) -> anyhow::Result<()> {
     let unit = match container {
         Some(container) => Some(container.known(&known.unit).await?),
         None => None,
     };
-    let systemd = Systemd::over(bus.clone()).await?;
     let mut deaf = false;
     let mut addresses = Vec::new();
     for listener in &known.listeners {
-        deaf |= bus.active_state(&listener.socket).await? != "active";
+        deaf |= systemd.active_state(&listener.socket).await? != "active";
         match systemd.live(&listener.socket).await {
             // Somebody has changed the file, or written a drop-in: systemd's word counts.
             Ok(live) if !live.listen.is_empty() && !drift::listens_there(listener, &live) => {
@@ -274,8 +278,8 @@ async fn look(
     service.addresses = addresses;
     let (mut failed, mut restarting) = (false, false);
     if let Some(forwarder) = known.service() {
-        failed = bus.active_state(&forwarder).await? == "failed";
-        restarting = systemd.restarting(&forwarder).await?.is_some();
+        failed = systemd.active_state(&forwarder).await? == "failed";
+        restarting = systemd.restart_loop(&forwarder).await?.is_some();
     }
     let is_frozen = unit.as_ref().is_some_and(|unit| unit.is_frozen);
     service.state = match unit.as_ref().map_or("inactive", |unit| unit.active.as_str()) {

@@ -39,7 +39,8 @@ fn heading(view: &View) -> String {
         return "bro: looking …".into();
     }
     let count = |number: usize, word: &str| format!("{number} {word}{}", if number == 1 { "" } else { "s" });
-    let awake = view.rows.iter().filter(|row| matches!(row.state, ServiceState::Awake | ServiceState::Busy)).count();
+    let awake =
+        view.rows.iter().filter(|row| matches!(row.state, ServiceState::Awake | ServiceState::Busy)).count();
     let connections: u64 = view.rows.iter().map(|row| row.connections).sum();
     let connections = usize::try_from(connections).unwrap_or(usize::MAX);
     format!("bro: {}, {awake} awake, {}", count(view.rows.len(), "service"), count(connections, "connection"))
@@ -130,7 +131,9 @@ mod tests {
 
     fn two() -> View {
         let (mut view, start) = (View::default(), Instant::now());
-        let rows = |bytes| Ok(vec![row("db", ServiceState::Asleep, 0, (0, 0)), row("web", ServiceState::Awake, 2, bytes)]);
+        let rows = |bytes| {
+            Ok(vec![row("db", ServiceState::Asleep, 0, (0, 0)), row("web", ServiceState::Awake, 2, bytes)])
+        };
         view.services(rows((1000, 5000)), start);
         view.services(rows((1500, 1_505_000)), start + Duration::from_secs(1));
         view
@@ -169,7 +172,8 @@ mod tests {
     #[test]
     fn the_chosen_one_is_seen_however_many_there_are() {
         let mut view = View::default();
-        let rows = (0..100).map(|number| row(&format!("s{number:02}"), ServiceState::Asleep, 0, (0, 0))).collect();
+        let rows =
+            (0..100).map(|number| row(&format!("s{number:02}"), ServiceState::Asleep, 0, (0, 0))).collect();
         view.services(Ok(rows), Instant::now());
         let _next = view.key(KeyEvent::new(KeyCode::End, KeyModifiers::NONE));
         assert!(shown(&mut view, 80, 24).iter().any(|line| line.starts_with("s99 ")));

@@ -255,7 +255,10 @@ pub(super) mod tests {
 
     fn two() -> View {
         let mut view = View::default();
-        let rows = vec![row("db", ServiceState::Asleep, 0, (0, 0)), row("web", ServiceState::Awake, 2, (1000, 5000))];
+        let rows = vec![
+            row("db", ServiceState::Asleep, 0, (0, 0)),
+            row("web", ServiceState::Awake, 2, (1000, 5000)),
+        ];
         view.services(Ok(rows), Instant::now());
         view
     }

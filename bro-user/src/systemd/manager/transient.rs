@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use zbus::{OwnedVariant, Variant};
 
-use super::{Bus, Transient, plain, wait};
+use super::{SystemdManager, Transient, plain, wait};
 
 /// A unit's properties, by their names on the bus (org.freedesktop.systemd1(5)).
 pub type Properties = HashMap<String, OwnedVariant>;
@@ -111,7 +111,7 @@ fn says_nothing(name: &str, value: &Variant<'_>) -> bool {
     }
 }
 
-impl Bus {
+impl SystemdManager {
     /// All that systemd knows of a service.
     ///
     /// # Errors

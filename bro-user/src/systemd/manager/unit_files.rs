@@ -1,0 +1,134 @@
+//! What `bro activate` asks of systemd beyond starting and stopping: enable, reload, whose socket it is.
+
+use anyhow::Context as _;
+
+use super::{SystemdManager, is_running};
+
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Socket", default_service = "org.freedesktop.systemd1")]
+trait Listening {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn listen(&self) -> zbus::Result<Vec<(String, String)>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn backlog(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn bind_to_device(&self) -> zbus::Result<String>;
+}
+
+/// A socket unit as systemd has it now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SocketState {
+    /// Its addresses.
+    pub listen: Vec<String>,
+    pub backlog: u32,
+    /// Empty where it is bound to none.
+    pub device: String,
+    /// Somebody has a say in it besides its file.
+    pub has_drop_ins: bool,
+}
+
+impl SystemdManager {
+    /// Reads all unit files anew; the generators run, and with them Podman's.
+    pub(crate) async fn reload(&self) -> anyhow::Result<()> {
+        self.systemd.reload().await.context("systemd could not reload its units")
+    }
+
+    pub(crate) async fn enable(&self, units: &[String]) -> anyhow::Result<()> {
+        let units: Vec<&str> = units.iter().map(String::as_str).collect();
+        self.systemd
+            .enable_unit_files(&units, false, false)
+            .await
+            .with_context(|| format!("cannot enable {}", units.join(" ")))?;
+        Ok(())
+    }
+
+    pub(crate) async fn disable(&self, units: &[String]) -> anyhow::Result<()> {
+        let units: Vec<&str> = units.iter().map(String::as_str).collect();
+        self.systemd
+            .disable_unit_files(&units, false)
+            .await
+            .with_context(|| format!("cannot disable {}", units.join(" ")))?;
+        Ok(())
+    }
+
+    pub(crate) async fn is_enabled(&self, unit: &str) -> bool {
+        self.systemd.get_unit_file_state(unit).await.is_ok_and(|state| state == "enabled")
+    }
+
+    pub(crate) async fn is_active(&self, unit: &str) -> bool {
+        let state = self.active_state(unit).await;
+        state.is_ok_and(|state| is_running(&state))
+    }
+
+    /// A unit that systemd cannot load: why.
+    pub(crate) async fn load_problem(&self, unit: &str) -> anyhow::Result<Option<String>> {
+        let loaded = self.unit(unit).await?;
+        Ok(match loaded.load_state().await?.as_str() {
+            "loaded" => None,
+            state => {
+                let (_, words) = loaded.load_error().await.unwrap_or_default();
+                Some(if words.is_empty() { state.to_owned() } else { words })
+            }
+        })
+    }
+
+    /// The unit's files have changed since they were read.
+    pub(crate) async fn needs_reload(&self, unit: &str) -> bool {
+        match self.unit(unit).await {
+            Ok(loaded) => loaded.need_daemon_reload().await.unwrap_or(false),
+            Err(_) => false,
+        }
+    }
+
+    /// It is on its way down.
+    pub(crate) async fn is_stopping(&self, unit: &str) -> bool {
+        self.active_state(unit).await.is_ok_and(|state| state == "deactivating")
+    }
+
+    /// A service that ends whenever it is started, and that systemd starts again: how often it has done so.
+    pub(crate) async fn restart_loop(&self, unit: &str) -> anyhow::Result<Option<u32>> {
+        let sub_state = self.unit(unit).await?.sub_state().await?;
+        let look = self.look(unit).await?;
+        // Between two tries, or in one of them.
+        let is_so =
+            sub_state.starts_with("auto-restart") || (look.state == "activating" && look.restarts > 0);
+        Ok(is_so.then_some(look.restarts))
+    }
+
+    /// What a socket unit is now.
+    pub(crate) async fn live(&self, unit: &str) -> anyhow::Result<SocketState> {
+        let path = self.systemd.load_unit(unit).await?;
+        let builder = ListeningProxy::builder(self.systemd.inner().connection()).path(path);
+        let socket = builder.build().await?;
+        Ok(SocketState {
+            listen: socket.listen().await?.into_iter().map(|(_, address)| address).collect(),
+            backlog: socket.backlog().await?,
+            device: socket.bind_to_device().await?,
+            has_drop_ins: !self.unit(unit).await?.drop_in_paths().await?.is_empty(),
+        })
+    }
+
+    /// The services that have failed or are just being started, again perhaps.
+    pub(crate) async fn troubled_services(&self) -> anyhow::Result<Vec<String>> {
+        let listed = self.systemd.list_units_by_patterns(&["activating", "failed"], &["*.service"]).await?;
+        Ok(listed.into_iter().map(|(name, ..)| name).collect())
+    }
+
+    /// Forgets a failure, so that it does not stand in the way of the next start.
+    pub(crate) async fn reset_failed(&self, unit: &str) {
+        // There may be none to forget.
+        self.systemd.reset_failed_unit(unit).await.ok();
+    }
+
+    /// The socket unit of this manager that listens at `address`, as systemd writes it.
+    pub(crate) async fn socket_at(&self, address: &str) -> Option<String> {
+        let sockets = self.systemd.list_units_by_patterns(&["active"], &["*.socket"]).await.ok()?;
+        for (name, .., path, _, _, _) in sockets {
+            let builder = ListeningProxy::builder(self.systemd.inner().connection()).path(path);
+            let Ok(socket) = builder.build().await else { continue };
+            if socket.listen().await.is_ok_and(|all| all.iter().any(|(_, listening)| listening == address)) {
+                return Some(name);
+            }
+        }
+        None
+    }
+}
