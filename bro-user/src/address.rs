@@ -70,12 +70,12 @@ pub enum Invalid {
         "“{0}” is not an IP address; systemd listens on addresses, not on names: write for example 127.0.0.1:8080"
     )]
     NotAnIp(String),
-    /// What no unit file could hold.
+    /// Text that no unit file can hold.
     #[error(
         "“{0}” contains characters that a unit file cannot hold there (white space, quotes, % or control characters)"
     )]
     Characters(String),
-    /// A path that systemd does not take, or takes for another.
+    /// A path that systemd refuses, or takes for another.
     #[error(
         "“{0}” is no path at which systemd listens: write one that names a file, with neither . nor .. nor an empty part in it"
     )]
@@ -100,7 +100,7 @@ pub enum Invalid {
     NoPort(String),
 }
 
-/// `[IP:]HOST:CONTAINER`, as Podman and Docker write a published port: where clients connect, and the port of the container.
+/// `[IP:]HOST:CONTAINER`, as Podman and Docker write a published port: the port that clients connect to, and the container's.
 fn published(text: &str) -> Option<(String, String)> {
     let (external, internal) = text.rsplit_once(':')?;
     let both = [external.rsplit_once(':').map_or(external, |(_, port)| port), internal];
@@ -158,7 +158,7 @@ impl FromStr for External {
 /// Where the service listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Internal {
-    /// A port; of which address, the network decides.
+    /// A port; the network decides of which address.
     Port(u16),
     /// All of it.
     Target(Target),
@@ -225,12 +225,12 @@ pub(crate) fn device(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// Is it an absolute path without `..`, one that leads where it seems to, also below another directory?
+/// Is it an absolute path without `..`, which leads where it seems to, also below another directory?
 pub(crate) fn is_straight(path: &std::path::Path) -> bool {
     path.is_absolute() && !path.components().any(|part| part == std::path::Component::ParentDir)
 }
 
-/// A path that means the same for whoever reads it.
+/// A path that means the same for every reader.
 pub(crate) fn absolute(text: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(one_line(text)?);
     if path.is_absolute() {

@@ -38,7 +38,7 @@ const LONGEST_ANSWER: u64 = 4 * 1024 * 1024;
 /// The longest string of an answer that is taken as it is: a message, an address or a reason stays far below.
 const LONGEST_STRING: usize = 4096;
 
-/// As many may ask at a time; the next wait in the socket's backlog.
+/// So many requests at a time; the next ones wait in the socket's backlog.
 const AT_ONCE: usize = 16;
 
 /// What may be asked of a forwarder.
@@ -50,7 +50,7 @@ pub enum Request {
     Wake,
     /// To stop it now and exit.
     Sleep {
-        /// Although clients are connected, or it is used by another forwarder, or was not started by one.
+        /// Although clients are connected, or another forwarder uses it, or no forwarder started it.
         force: bool,
     },
 }
@@ -83,7 +83,7 @@ pub struct Reply {
     pub done: bool,
     /// In words.
     pub message: String,
-    /// Who is connected and stands in the way.
+    /// The connected clients that stand in the way.
     #[serde(default)]
     pub clients: Vec<String>,
     /// The forwarder is just leaving: its successor can be asked in a moment.
@@ -111,10 +111,10 @@ impl Reply {
     }
 }
 
-/// Somebody who has asked.
+/// A request that came in.
 #[derive(Debug)]
 pub struct Asked {
-    /// For what.
+    /// What was asked for.
     pub request: Request,
     /// Where to answer.
     pub to: Asker,
@@ -156,7 +156,7 @@ pub struct Server {
     asked: (UnboundedSender<Asked>, UnboundedReceiver<Asked>),
 }
 
-/// Takes away what forwarders left that were killed: a socket that nobody listens at any more.
+/// Removes what killed forwarders left: sockets without a listener.
 fn sweep(base: &Path) {
     for directory in std::fs::read_dir(base).into_iter().flatten().flatten() {
         let is_a_process = directory.file_name().to_str().is_some_and(|name| name.parse::<u32>().is_ok());
@@ -171,7 +171,7 @@ fn sweep(base: &Path) {
     }
 }
 
-/// A socket at `path` in the place of what was there, for this user alone.
+/// A socket at `path`, in place of what was there, for this user alone.
 fn bind(path: &Path) -> std::io::Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt as _;
     match std::fs::remove_file(path) {
@@ -187,7 +187,7 @@ impl Server {
     /// Listens in RuntimeDirectory=, or below this user's runtime directory.
     ///
     /// # Errors
-    /// When there is no such directory to be had; then nobody can ask, and everything else works.
+    /// When no such directory can be had; then no request can come in, and everything else works.
     pub fn start() -> anyhow::Result<Self> {
         let (directory, own_directory) = match std::env::var("RUNTIME_DIRECTORY") {
             // Several are separated by colons (systemd.exec(5)).
@@ -205,7 +205,7 @@ impl Server {
         Ok(Self { listener, path, own_directory, places, asked: unbounded_channel() })
     }
 
-    /// The same. Without one the forwarder does its work as ever, and whoever looks after it is told what is missing.
+    /// The same. Without a socket the forwarder does its work as ever, and a warning tells the administrator what is missing.
     #[must_use]
     pub fn start_or_warn() -> Option<Self> {
         let lost = |error: &anyhow::Error| {
@@ -223,7 +223,7 @@ impl Server {
         }
     }
 
-    /// Waits for somebody who asks. Nothing is lost when it is cancelled.
+    /// Waits for a request. Nothing is lost when this is cancelled.
     ///
     /// # Errors
     /// accept(2)'s.
@@ -283,7 +283,7 @@ pub(crate) fn base_directory() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return SYSTEM.into();
     }
-    // Acting as a user, root has another environment than that user.
+    // While root acts as a user, its environment is not that user's.
     let own = nix::unistd::getuid() == nix::unistd::geteuid();
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| own).map(PathBuf::from);
     runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bro")
@@ -329,7 +329,7 @@ pub fn sockets() -> Vec<PathBuf> {
 /// Asks the forwarder at `path`, which may take `patience` for its answer.
 ///
 /// # Errors
-/// When nobody answers there.
+/// When no forwarder answers there.
 pub async fn ask<Answer: DeserializeOwned>(
     path: &Path,
     request: Request,
@@ -351,8 +351,8 @@ pub async fn ask<Answer: DeserializeOwned>(
     }
 }
 
-/// Who listens at a socket may be anybody, and root reads what is answered: each string becomes one line that is shown by a terminal
-/// and makes it do nothing, nor is it longer than could be meant.
+/// Any process may listen at a socket, and root reads its answer: each string becomes one line that a terminal shows without acting
+/// on it, with a limit on its length.
 fn tame(said: &mut serde_json::Value) {
     use serde_json::Value;
     match said {
@@ -369,10 +369,10 @@ fn tame(said: &mut serde_json::Value) {
     }
 }
 
-/// The same, with the time that an answer takes that is only a matter of writing it.
+/// The same, with the time for an answer that only has to be written.
 ///
 /// # Errors
-/// When nobody answers there.
+/// When no forwarder answers there.
 pub async fn ask_soon<Answer: DeserializeOwned>(path: &Path, request: Request) -> anyhow::Result<Answer> {
     ask(path, request, PATIENCE).await
 }

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// An error whose exit code a caller may want to tell from the others.
+/// An error with an exit code that a caller may want to tell from the others.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// Two arguments that do not go together, found after clap accepted each.
@@ -45,13 +45,13 @@ pub fn code_of(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(error.downcast_ref::<Failure>().map_or(1, Failure::code))
 }
 
-/// The error as the one sentence that is said of it.
+/// The error as one sentence.
 #[must_use]
 pub fn sentence(error: &anyhow::Error) -> String {
     on_one_line(&format!("{error:#}"))
 }
 
-/// `text` on one line: what came from outside may hold line feeds, and what else makes a terminal do things.
+/// `text` on one line: text from outside may hold line feeds, and other characters that make a terminal act.
 #[must_use]
 pub fn on_one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
@@ -66,14 +66,14 @@ pub fn on_one_line(text: &str) -> String {
     line
 }
 
-/// Does the character something to a terminal or to the order of what stands beside it, instead of being shown?
+/// Does the character act on a terminal, or on the order of the characters beside it, instead of being shown?
 fn acts(c: char) -> bool {
     let separates = matches!(c, '\u{2028}' | '\u{2029}');
     let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     c.is_control() || separates || turns
 }
 
-/// As JSON, for a person to read too: what stands in its strings is shown by a terminal, and makes it do nothing.
+/// As JSON, also for a person to read: a terminal shows its strings without acting on them.
 ///
 /// # Errors
 /// When it cannot be JSON.
@@ -93,7 +93,7 @@ pub fn json(value: &impl serde::Serialize) -> serde_json::Result<String> {
     Ok(shown)
 }
 
-/// Whoever closes the pipe that is printed to has read enough (`bro status --watch | head`): nothing has failed.
+/// A reader that closes the pipe that is printed to has read enough (`bro status --watch | head`): nothing has failed.
 ///
 /// # Errors
 /// Any other.

@@ -111,7 +111,7 @@ pub fn proxy_header(bytes: &[u8]) {
         assert!(taken <= LONGEST);
         match incoming.take(&waiting[..count]) {
             Ok(None) => {}
-            // What was said can be said on.
+            // A header that was read can be passed on.
             Ok(Some(Said::Client { source, destination })) if source.is_ipv4() == destination.is_ipv4() => {
                 for version in [Version::V1, Version::V2] {
                     let header = version.header(Some((source, destination)));
@@ -196,7 +196,7 @@ pub fn answer(text: &str) {
     drop(serde_json::from_str::<control_socket::Reply>(text).is_ok());
 }
 
-/// Units that `bro activate` wrote, or somebody else: files with a line of dashes between two.
+/// Units that `bro activate` wrote, or another author: files with a line of dashes between two.
 pub fn activated(text: &str) {
     let files: Vec<_> = text
         .split("\n----\n")

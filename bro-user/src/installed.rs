@@ -1,7 +1,7 @@
 //! What `bro activate` has set up, read back from the unit files it wrote.
 //!
-//! Each of its files begins with [`MARKER`] and has a section `[X-Bro]`, which systemd leaves alone. A socket's says which
-//! activation it belongs to and where its clients end up; the service's (with `--direct`, the socket's) says the rest.
+//! Each of its files begins with [`MARKER`] and has a section `[X-Bro]`, which systemd leaves alone. In a socket's file it says
+//! which activation the socket belongs to and where its clients end up; in the service's (with `--direct`, the socket's), the rest.
 
 pub(crate) mod drift;
 
@@ -22,7 +22,7 @@ use crate::systemd::unit_file::{MARKER, UnitFile};
 /// The section of its own.
 pub const SECTION: &str = "X-Bro";
 
-/// How long a unit may be that is read; those that `bro activate` writes stay far below.
+/// The longest unit file that is read; those that `bro activate` writes stay far below.
 const LONGEST: u64 = 1 << 20;
 
 /// One port of an activated service.
@@ -49,15 +49,15 @@ pub struct InstalledPort {
 pub struct Installed {
     /// The quadlet's name: `web`, or `web@blue` for an instance of a template.
     pub name: String,
-    /// Whose service manager listens and runs the forwarder.
+    /// The service manager that listens and runs the forwarder.
     pub scope: RuntimeScope,
-    /// The user whose container it is, where it is not that of whoever owns the service manager.
+    /// The container's user, where that is not the owner of the service manager.
     pub run_as: Option<RunAsUser>,
     /// The quadlet it was made for (the file may be gone since).
     pub quadlet: PathBuf,
     /// The unit that the first client starts: `web.service`.
     pub unit: String,
-    /// The container whose network namespace the service is in; none where clients are not forwarded into one.
+    /// The container with the network namespace of the service; none where clients are not forwarded into one.
     pub container: Option<String>,
     /// No forwarder: the container itself takes the sockets over.
     pub direct: bool,
@@ -98,7 +98,7 @@ impl Installed {
             || self.listeners.iter().any(|listener| listener.socket == name)
     }
 
-    /// Whose service manager the container's own unit is under, as whoever owns [`Installed::scope`] or is `run_as` sees it.
+    /// The service manager of the container's own unit, as the owner of [`Installed::scope`] or the user `run_as` sees it.
     #[must_use]
     pub fn unit_scope(&self) -> RuntimeScope {
         if self.run_as.is_some() { RuntimeScope::User } else { self.scope }
@@ -109,7 +109,7 @@ impl Installed {
         self.drop_in.iter().chain(&self.pause_unit)
     }
 
-    /// The value of one of `bro forward`'s options, if it is set.
+    /// The value of one of `bro forward`'s options, if that is set.
     #[must_use]
     pub fn option(&self, name: &str) -> Option<&str> {
         self.options.iter().find(|(option, _)| option == name).map(|(_, value)| value.as_str())
@@ -119,7 +119,7 @@ impl Installed {
 /// Everything that is activated in this scope, by name; for a user, also what the system listens for on that user's behalf.
 ///
 /// # Errors
-/// When the unit directory cannot be read. Files that are somebody else's are passed over.
+/// When the unit directory cannot be read. Files that bro did not write are passed over.
 pub fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Installed>> {
     let mut all = all_in(&unit_directory(scope)?, scope, None)?;
     if scope == RuntimeScope::User {
@@ -155,7 +155,7 @@ pub fn find(name: &str, scope: RuntimeScope) -> anyhow::Result<Installed> {
     }
 }
 
-/// The sentence about one of which files are gone.
+/// The error about a service that has lost some of its files.
 pub(crate) fn in_part(rest: &leftover::Remnant) -> Failure {
     let (name, missing) = (&rest.activated.name, rest.missing.join(" and "));
     Failure::NotFound(format!(
@@ -250,8 +250,8 @@ pub(crate) fn assemble(
     })
 }
 
-/// The notes are a file's, and below `--root` that file is whoever made the tree's: no name leads out of a directory, and no path out of
-/// the tree. What `bro activate` cannot have written is passed over. The name of the service:
+/// The notes are text from a file, and below `--root` that file is the tree's author's: no name leads out of a directory, and no
+/// path out of the tree. What `bro activate` cannot have written is passed over. The name of the service:
 fn activation_name(file: &UnitFile) -> Option<&str> {
     file.value(SECTION, "Name").filter(|name| is_unit_name(&format!("{name}.service")))
 }
@@ -265,7 +265,7 @@ fn quadlet(file: &UnitFile) -> Option<PathBuf> {
     file.value(SECTION, "Quadlet").map(PathBuf::from).filter(|path| is_straight(path))
 }
 
-/// A list of paths, where they are.
+/// A list of paths, each where it really is.
 fn paths(file: &UnitFile, key: &str, root: Option<&Path>) -> Vec<PathBuf> {
     let paths = file.values(SECTION, key).into_iter().map(Path::new).filter(|path| is_straight(path));
     paths.map(|path| crate::paths::below(root, path)).collect()
@@ -290,14 +290,14 @@ fn others(paths: Vec<PathBuf>) -> (Option<PathBuf>, Option<PathBuf>) {
 
 fn run_as(file: &UnitFile, root: Option<&Path>) -> Option<RunAsUser> {
     let name = file.value(SECTION, "RunAs")?;
-    // The user may be gone; what was made for him can still be removed.
+    // The user may be gone; what was made for that user can still be removed.
     let uid = file.value(SECTION, "RunAsId").and_then(|uid| uid.parse().ok());
     Some(RunAsUser::find(name, root).unwrap_or_else(|_| RunAsUser::gone(name, uid)))
 }
 
 fn listener(path: &Path, file: &UnitFile) -> Option<InstalledPort> {
     Some(InstalledPort {
-        // It is part of units' names.
+        // The name is part of units' names.
         service: file
             .value("Socket", "FileDescriptorName")
             .filter(|name| is_unit_name(&format!("{name}.socket")))?
@@ -345,7 +345,7 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
         write("web-admin-activator.socket", &socket("admin", "127.0.0.1:9000", "127.0.0.1:9000"));
         write("other.service", &SERVICE.replace("# Written", "# Copied"));
         write("other.socket", "[Socket]\nListenStream=1\n");
-        // Nobody ever writes into it.
+        // No process ever writes into it.
         nix::unistd::mkfifo(&directory.join("web-pipe.socket"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let all = all_in(&directory, RuntimeScope::System, None).unwrap();
         std::fs::remove_dir_all(&directory).unwrap();

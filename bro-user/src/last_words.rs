@@ -1,5 +1,5 @@
-//! What a unit's journal says of its last run: Podman's own sentence about why it failed (a port that is taken, an image that cannot be
-//! pulled), which systemd's lines around it do not repeat.
+//! What a unit's journal says about its last run: Podman's own sentence about why it failed (a port that is taken, an image that
+//! cannot be pulled), which systemd's lines around it do not repeat.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The journal is written by another process, which may be a moment behind.
 const MOMENT: Duration = Duration::from_millis(150);
 
-/// Whose unit it is.
+/// The service manager of the unit.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Of {
     /// The system's.
@@ -28,8 +28,8 @@ pub(crate) enum Of {
 }
 
 impl Of {
-    /// What chooses the records of it (journalctl(1)): those of its own, and those of the service manager about it. (`--user` would look
-    /// only into files that there are not where the journal is volatile.)
+    /// The matches for its records (journalctl(1)): the unit's own, and the service manager's about it. (`--user` would read only
+    /// files that do not exist where the journal is volatile.)
     fn matches(self, unit: &str) -> Vec<String> {
         let Self::User(uid) = self else { return vec!["--unit".to_owned(), unit.to_owned()] };
         let user = format!("_UID={uid}");
@@ -38,7 +38,7 @@ impl Of {
     }
 }
 
-/// The last lines of a unit's journal.
+/// The last lines in a unit's journal.
 #[derive(Debug, Default)]
 pub(crate) struct Words {
     /// Podman's error, from there on.
@@ -50,12 +50,12 @@ pub(crate) struct Words {
 }
 
 impl Words {
-    /// Why it failed, in Podman's words.
+    /// Why the unit failed, in Podman's words.
     pub fn cause(&self) -> Option<String> {
         (!self.podmans.is_empty()).then(|| short(&self.podmans[..self.podmans.len().min(LINES)]))
     }
 
-    /// That, or else the last that the unit's processes said, or that was said of it.
+    /// That, or else the last line of the unit's processes, or of the service manager about the unit.
     pub fn last(&self) -> Option<String> {
         let end = |lines: &[String]| {
             (!lines.is_empty()).then(|| short(&lines[lines.len().saturating_sub(LINES)..]))
@@ -63,7 +63,7 @@ impl Words {
         self.cause().or_else(|| end(&self.its)).or_else(|| end(&self.systemds))
     }
 
-    /// Of records as `--output=json` prints them, one a line; those of runs before the last one do not count.
+    /// From records as `--output=json` prints them, one a line; those of runs before the last one do not count.
     fn of(text: &str) -> Self {
         let records: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let field = |record: &Value, name: &str| record.get(name).and_then(Value::as_str).map(str::to_owned);
@@ -77,7 +77,7 @@ impl Words {
         let last = records.iter().rev().find_map(run);
         let mut words = Self::default();
         for record in records.iter().filter(|record| last.is_none() || run(record) == last) {
-            // Podman notes there what it does as well.
+            // Podman's notes about its own actions are there as well.
             if record.get("PODMAN_EVENT").is_some() {
                 continue;
             }
@@ -109,8 +109,8 @@ fn is_systemds(record: &Value) -> bool {
     record.get("SYSLOG_IDENTIFIER").and_then(Value::as_str) == Some("systemd")
 }
 
-/// It goes by the name of the unit (SyslogIdentifier=), as its container does. Of a process that has just ended the journal may not know what it
-/// was; a container's have another way there (conmon's), unless it is told otherwise.
+/// Podman goes by the name of the unit (SyslogIdentifier=), as its container does. For a process that has just ended the journal
+/// may not know its program; a container's records take another way there (conmon's), unless configured otherwise.
 fn is_podmans(record: &Value) -> bool {
     match record.get("_COMM").and_then(Value::as_str) {
         Some(name) => name == "podman",
@@ -137,7 +137,7 @@ pub(crate) async fn read(unit: &str, of: Of) -> Words {
     }
 }
 
-/// What Podman said of a unit that has just failed.
+/// What Podman said about a unit that has just failed.
 pub(crate) async fn cause(unit: &str, of: Of) -> Option<String> {
     if let Some(cause) = read(unit, of).await.cause() {
         return Some(cause);

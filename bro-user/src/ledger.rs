@@ -1,6 +1,6 @@
-//! What forwarders of a unit have counted since the host was booted, one after the other. A forwarder ends when it is idle, so its own
-//! numbers alone would always begin anew: each keeps its own in a small file beside its notes of ownership, under a number of its own,
-//! and what is shown is the sum. Of a process that is killed, what it has counted since it kept it last is lost: a minute's at most.
+//! What a unit's forwarders have counted since the host was booted, one after the other. A forwarder ends when it is idle, so its
+//! own numbers alone would always begin anew: each keeps them in a small file beside its notes of ownership, as a part with a
+//! number of its own, and bro shows the sum. A killed process loses what it has counted since it last kept it: a minute's at most.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -23,16 +23,16 @@ use bro_relay::stats::Tally;
 /// The longest file that is read: a forwarder's own part is below 1 KiB for each of its sockets.
 const LONGEST: u64 = 4 * 1024 * 1024;
 
-/// As many processes that have ended have a part of their own; older ones are added up.
+/// So many processes that have ended have a part of their own; older ones are added up.
 const MOST_ENDED: usize = 4;
 
-/// As many sockets by name are told apart.
+/// So many sockets are told apart by name.
 const MOST_LISTENERS: usize = 1024;
 
 /// How often a forwarder that goes on keeps what it has counted.
 const EVERY: Duration = Duration::from_secs(60);
 
-/// How often, and after what pause, a lock is asked for that another forwarder has for a moment.
+/// How often, and after what pause, a forwarder asks for a lock that another one has for a moment.
 const TRIES: (usize, Duration) = (20, Duration::from_millis(1));
 
 /// What is counted. All of it only grows.
@@ -51,16 +51,16 @@ pub struct Counts {
     pub idle_stops: u64,
     /// Times it was stopped by `bro sleep`.
     pub told_stops: u64,
-    /// Times a successor has taken over.
+    /// Times a successor took over.
     pub reloads: u64,
-    /// Times none has, although one was to.
+    /// Times no successor took over, although one was to.
     pub failed_reloads: u64,
     /// What its sockets have seen, by their names.
     pub listeners: BTreeMap<String, Tally>,
 }
 
 impl Counts {
-    /// With what the sockets have seen, without what is so only now.
+    /// Adds what the sockets have counted, without their present state.
     #[must_use]
     pub fn with<'a>(&self, listeners: impl IntoIterator<Item = (&'a str, &'a Tally)>) -> Self {
         let mut counts = self.clone();
@@ -107,7 +107,7 @@ struct Kept {
 }
 
 impl Kept {
-    /// The sum, with what processes that run say in the place of what they have kept.
+    /// The sum, with the words of running processes in place of what they have kept.
     fn total<'a>(&self, running: impl Iterator<Item = &'a Own> + Clone) -> Counts {
         let mut total = self.before.clone();
         let runs = |part: &Own| running.clone().any(|own| own.part == part.part);
@@ -134,7 +134,7 @@ impl Kept {
         }
     }
 
-    /// It may be anybody's words by now.
+    /// The file may hold anything by now.
     fn tame(mut self) -> Self {
         let parts = self.parts.iter_mut().map(|part| &mut part.counts);
         for counts in parts.chain([&mut self.before]) {
@@ -145,21 +145,21 @@ impl Kept {
     }
 }
 
-/// Has the process of that part ended? One whose number another process has by now only stays for longer.
+/// Has the process of that part ended? If another process has its number by now, the part only stays for longer.
 fn has_ended(part: &str) -> bool {
     let pid = part.split('-').next().and_then(|pid| pid.parse::<u32>().ok());
     pid.is_none_or(|pid| !Path::new("/proc").join(pid.to_string()).exists())
 }
 
-/// One forwarder's way to the file.
+/// One forwarder's access to the file.
 #[derive(Debug)]
 pub(crate) struct Ledger {
-    /// Where it is; without a `--unit` there is none, since nothing outlives the forwarder.
+    /// Its path; without a `--unit` there is none, since nothing outlives the forwarder.
     path: Option<PathBuf>,
     part: String,
     /// What was kept last.
     kept: Option<Counts>,
-    /// When it was looked at last whether there is something new, and how many clients there had been.
+    /// When the forwarder last looked for something new, and how many clients there had been.
     looked: (Instant, u64),
 }
 
@@ -181,8 +181,8 @@ impl Ledger {
         self.path.is_some()
     }
 
-    /// Whether it is time again to keep what was counted, for the case that this process is killed. `accepted` clients have come so
-    /// far, `open` of them are there: where nobody has come or is there, nothing has changed.
+    /// Whether it is time again to keep the counts, in case this process is killed. So far `accepted` clients have come, `open` of
+    /// them are connected: where no client has come or is connected, nothing has changed.
     pub fn is_due(&mut self, accepted: u64, open: u64) -> bool {
         if !self.keeps() || self.looked.0.elapsed() < EVERY {
             return false;
@@ -196,7 +196,7 @@ impl Ledger {
         Own { part: self.part.clone(), counts }
     }
 
-    /// Keeps what was counted, if that has changed.
+    /// Keeps the counts, if they have changed.
     pub fn keep(&mut self, counts: Counts) {
         let Some(path) = &self.path else { return };
         if self.kept.as_ref() == Some(&counts) {
@@ -212,21 +212,21 @@ impl Ledger {
     }
 }
 
-/// What all forwarders of `unit` have counted, of which those that run say the rest themselves. In the same directory as
-/// this process's own notes.
+/// What all forwarders of `unit` have counted; those that run report the rest themselves. In the same directory as this process's
+/// own notes.
 pub(crate) fn total(unit: Option<&str>, running: &[&Own]) -> Counts {
     let kept = unit.and_then(|unit| read(&file(&control_socket::base_directory(), unit)).ok());
     kept.unwrap_or_default().total(running.iter().copied())
 }
 
-/// The same of an activated service, whose forwarders may be a user's.
+/// The same of an activated service; its forwarders may be a user's.
 pub(crate) fn total_of(known: &Installed, running: &[&Own]) -> Counts {
     let kept =
         failed_wake::place(known).and_then(|(directory, _acting)| read(&file(&directory, &known.unit)).ok());
     kept.unwrap_or_default().total(running.iter().copied())
 }
 
-/// It is activated no more.
+/// The service is activated no more.
 pub(crate) fn forget(known: &Installed) {
     if let Some((directory, _acting)) = failed_wake::place(known) {
         std::fs::remove_file(file(&directory, &known.unit)).ok();
@@ -237,7 +237,7 @@ fn file(directory: &Path, unit: &str) -> PathBuf {
     directory.join(format!("counts-{unit}"))
 }
 
-/// Waits for other forwarders, which hold the lock while they write, and for no one for longer.
+/// Waits for other forwarders, which hold the lock while they write, and for no other process any longer.
 fn lock(mut file: File, how: FlockArg) -> io::Result<Flock<File>> {
     for _ in 0..TRIES.0 {
         match Flock::lock(file, how) {
@@ -277,7 +277,7 @@ fn keep(path: &Path, own: &Own) -> io::Result<()> {
     let mut options = OpenOptions::new();
     let _same = options.write(true).create(true).mode(0o600);
     let mut file = lock(open(path, &mut options)?, FlockArg::LockExclusiveNonblock)?;
-    // One that makes no sense, or that was just made, begins anew.
+    // A file that makes no sense, or that was just made, begins anew.
     let mut kept = parse(&mut file).unwrap_or_default();
     kept.keep(own);
     let text = serde_json::to_vec(&kept)?;
@@ -286,7 +286,7 @@ fn keep(path: &Path, own: &Own) -> io::Result<()> {
     }
     file.rewind()?;
     file.write_all(&text)?;
-    // Whoever is killed in between leaves the rest of the longer text behind this one, and that makes no sense to any reader.
+    // A process that is killed in between leaves the rest of the longer text behind this one; no reader finds sense in that.
     file.set_len(text.len() as u64)
 }
 
@@ -316,10 +316,10 @@ mod tests {
         let total = kept.total([].iter());
         assert_eq!((total.woken_by_clients, total.listeners["web"].accepted), (6, 72));
         assert_eq!(total.listeners["web"].open, 0, "what is so now is not kept");
-        // One of them runs still, and has counted more.
+        // One of them still runs, and has counted more.
         let running = [own("99999999-5", 100)];
         assert_eq!(kept.total(running.iter()).listeners["web"].accepted, 72 - 19 + 100);
-        // It keeps that, a shorter text than there is.
+        // It keeps its counts, a shorter text than the present one.
         keep(&path, &Own { counts: Counts::default(), ..running[0].clone() }).unwrap();
         assert_eq!(read(&path).unwrap().total([].iter()).listeners["web"].accepted, 72 - 19);
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "something is left beside it");

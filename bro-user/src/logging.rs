@@ -35,8 +35,8 @@ fn filter(verbose: u8) -> EnvFilter {
         1 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    // The libraries' own chatter is of use only to those who ask for it by name. The kernel's programs are asked to talk by this
-    // filter as well (`bro_sockmap::trace_wanted`).
+    // The libraries' own messages are of use only to a user that asks for them by name. This filter also decides whether the
+    // kernel's programs talk (`bro_sockmap::trace_wanted`).
     let default =
         format!("warn,bro={level},bro_user={level},bro_relay={level},bro_sockmap={level},bro_ebpf={level}");
     EnvFilter::builder().parse(std::env::var("BRO_LOG").unwrap_or(default)).unwrap_or_default()

@@ -1,6 +1,6 @@
 //! The `bro` command: reads the command line, sets logging up, runs, and turns errors into one sentence and an exit code.
 
-// Where they are in use without being named: see there.
+// Only where the functions are in use without being named: see there.
 #[cfg(all(target_os = "linux", target_env = "gnu", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod words;
 
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Err(error) => return wrong_usage(&error),
     };
     let command = match cli.command {
-        // What was passed is for the command that it becomes.
+        // Passed sockets are for the command that this process becomes.
         Command::Helper(options) => {
             let Err(error) = helper::run(&options);
             complain(&error);
@@ -109,6 +109,6 @@ fn wrong_usage(error: &clap::Error) -> ExitCode {
 }
 
 fn complain(error: &anyhow::Error) {
-    // Where nobody reads that either, the exit code says it.
+    // If no process reads that either, the exit code says it.
     writeln!(std::io::stderr(), "bro: {}", exit::sentence(error)).ok();
 }

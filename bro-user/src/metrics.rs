@@ -1,5 +1,5 @@
-//! What a service's forwarders have counted, for a monitoring system: `bro metrics` prints it, and a forwarder with `--metrics` answers
-//! requests for it.
+//! What a service's forwarders have counted, for a monitoring system: `bro metrics` prints it, and a forwarder with `--metrics`
+//! answers requests for it.
 
 pub mod endpoint;
 mod exposition;
@@ -10,7 +10,7 @@ use crate::commands::status::{Report, list};
 use exposition::Exposed;
 pub(crate) use serve::{Question, Server};
 
-/// What there is to tell of these services.
+/// The metrics of these services.
 pub(crate) fn of(services: &[list::Service]) -> anyhow::Result<String> {
     exposition::text(services.iter().map(Exposed::of).collect())
 }

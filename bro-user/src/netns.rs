@@ -22,7 +22,7 @@ use crate::exit::Failure;
 /// How long an agent may take for one answer. It only makes sockets; a longer silence is a fault.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long an agent that has closed its channel may take to be gone: it closes it by ending.
+/// How long an agent that has closed its channel may take to be gone: it closes the channel by ending.
 const DYING: Duration = Duration::from_secs(1);
 
 /// How long a container's process may take to execute its program, once its namespace is there.
@@ -39,7 +39,7 @@ pub struct Namespace {
     agent: Mutex<tokio::process::Child>,
 }
 
-/// Somebody has ended the agent: the administrator, or the kernel for want of memory. Another one can be started.
+/// The agent has ended: the administrator killed it, or the kernel for want of memory. Another one can be started.
 #[derive(Debug, thiserror::Error)]
 #[error("the process that makes sockets in the target's network namespace has ended{}", .0.map(|status| format!(" ({status})")).unwrap_or_default())]
 pub struct AgentEnded(Option<std::process::ExitStatus>);
@@ -56,8 +56,8 @@ impl AgentEnded {
 }
 
 impl Namespace {
-    /// Starts an agent in `netns`, which connects to unix sockets as `identity`; `process` is the folder in /proc of the process whose
-    /// ids that are, `root` is where its unix paths start.
+    /// Starts an agent in `netns`, which connects to unix sockets as `identity`; `process` is the folder in /proc of the process
+    /// with those ids, `root` is where its unix paths start.
     ///
     /// # Errors
     /// [`Failure::NotPermitted`] when this user may not enter it.
@@ -95,7 +95,7 @@ impl Namespace {
         }
     }
 
-    /// The same for one who only makes sockets there, and connects to none over unix.
+    /// The same for an agent that only makes sockets there, and connects to none over unix.
     ///
     /// # Errors
     /// As [`Namespace::enter`].
@@ -140,8 +140,8 @@ impl Namespace {
             let (ours, theirs) = pair()?;
             match self.ask(&request, &[theirs.as_fd()]).await? {
                 Ok(_) => return Ok(ours),
-                // The container's process has not executed its program yet: until then its files in /proc, which say who its
-                // users are, may be the runtime's alone (ptrace(2), "Ptrace access mode checking").
+                // The container's process has not executed its program yet: until then its files in /proc, which name its users,
+                // may be the runtime's alone (ptrace(2), "Ptrace access mode checking").
                 Err(Errno::EACCES) if tokio::time::Instant::now() < until => {
                     tokio::time::sleep(LOOK_AGAIN).await;
                 }
@@ -159,7 +159,7 @@ impl Namespace {
         Ok(())
     }
 
-    /// Keeps what a service at `target` answers in the namespace ([`bro_relay::netns::replies::keep`]).
+    /// Keeps the answers of a service at `target` in the namespace ([`bro_relay::netns::replies::keep`]).
     ///
     /// # Errors
     /// The agent's end; within, what [`bro_relay::netns::replies::keep`] says.
@@ -181,10 +181,10 @@ impl Namespace {
         tokio::time::timeout(PATIENCE, answered).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
-    /// Has the agent ended? It may have and not be known to have: then a request fails with [`AgentEnded`].
+    /// Has the agent ended? That may be so and not be known yet: then a request fails with [`AgentEnded`].
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        // Who holds it is waiting for its end.
+        // A task that holds it is waiting for the agent's end.
         self.agent.try_lock().is_ok_and(|mut agent| matches!(agent.try_wait(), Ok(Some(_))))
     }
 
@@ -215,7 +215,7 @@ impl Namespace {
     }
 }
 
-/// The folder of a process in /proc: it stays that process's, whoever gets its number.
+/// The folder of a process in /proc: it stays that process's, even if another process gets its number.
 ///
 /// # Errors
 /// open's, when there is no such process.

@@ -1,4 +1,4 @@
-//! Podman as it can be found from outside: quadlets, the containers that run, the network namespace of a rootless user.
+//! Podman seen from outside: quadlets, the containers that run, the network namespace of a rootless user.
 
 pub mod container;
 pub mod quadlet;

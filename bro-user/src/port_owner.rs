@@ -1,4 +1,4 @@
-//! Is an address free to listen on, and if not: who has it?
+//! Is an address free to listen on, and if not: which process has it?
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd as _;
@@ -14,10 +14,10 @@ use crate::address::External;
 use crate::installed::{Installed, InstalledPort};
 use crate::systemd::scope::RuntimeScope;
 
-/// Why nobody can listen there.
+/// Why systemd cannot listen there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Trouble {
-    /// Somebody does already.
+    /// Another process listens already.
     Taken(AddressHolder),
     /// This user may not.
     Forbidden(String),
@@ -25,7 +25,7 @@ pub(crate) enum Trouble {
     InTheWay(String),
 }
 
-/// Who listens.
+/// The process that listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct AddressHolder {
     /// The address, as systemd would write it.
@@ -34,14 +34,14 @@ pub(crate) struct AddressHolder {
     pub process: Option<String>,
     /// It is a service manager, which holds it for some socket unit.
     pub is_systemd: bool,
-    /// Whose socket it is, where the kernel's table says so.
+    /// The socket's user, where the kernel's table says so.
     pub user: Option<u32>,
-    /// The kernel's table shows it; what is bound and not connected it does not.
+    /// The kernel's table shows it; the table leaves out what is bound and not connected.
     pub is_seen: bool,
 }
 
 impl AddressHolder {
-    /// Who has the address, and where to see more; `unit` is the socket unit, if it is known.
+    /// Which process has the address, and where to see more; `unit` is the socket unit, if it is known.
     pub fn who(&self, unit: Option<&str>) -> String {
         let address = &self.address;
         match (unit, &self.process, self.user) {
@@ -86,7 +86,7 @@ pub(crate) fn look(external: &External) -> Option<Trouble> {
             }),
         External::Address(address) => try_tcp(*address, true),
         External::Abstract(name) => try_abstract(name),
-        // systemd removes whatever is at the path, also a socket that somebody listens on.
+        // systemd removes everything at the path, also a socket with a listener.
         External::Path(path) if path_owner(path).is_some() => Err(Errno::EADDRINUSE),
         External::Path(_) => Ok(()),
     }
@@ -94,7 +94,7 @@ pub(crate) fn look(external: &External) -> Option<Trouble> {
     match error {
         Errno::EADDRINUSE => Some(Trouble::Taken(owner(external))),
         Errno::EACCES => Some(Trouble::Forbidden(forbidden(external))),
-        // Whatever else it is (an address that is not there yet), systemd gets to say it.
+        // Any other error (of an address that is not there yet) is for systemd to report.
         _ => None,
     }
 }
@@ -157,7 +157,7 @@ fn owner(external: &External) -> AddressHolder {
     }
 }
 
-/// The number by which the listener at this address goes among descriptors.
+/// The inode number of the listener at this address.
 pub(crate) fn inode_at(external: &External) -> Option<u64> {
     found(external).map(|socket| socket.inode)
 }
@@ -186,14 +186,14 @@ fn found(external: &External) -> Option<Socket> {
     }
 }
 
-/// The one that stands in the way: a listener before one that has come of it, or has only bound the port.
+/// The socket that stands in the way: a listener before a socket that has come of it, or has only bound the port.
 fn tcp_owner(external: &External) -> Option<Socket> {
     let port = external.port()?;
     let mut best: Option<Row> = None;
     for table in ["/proc/net/tcp6", "/proc/net/tcp"] {
         let text = std::fs::read_to_string(table).unwrap_or_default();
         for row in text.lines().skip(1).filter_map(row) {
-            // What only waits for its time to pass is nobody's.
+            // A socket that only waits for its time to pass has no owner.
             let is_it =
                 row.inode != 0 && row.address.port() == port && in_the_way(external, row.address.ip());
             if is_it && best.is_none_or(|best| row.listens && !best.listens) {
@@ -228,7 +228,7 @@ pub(crate) struct Row {
     pub inode: u64,
 }
 
-/// Reads one.
+/// Reads one row.
 pub(crate) fn row(line: &str) -> Option<Row> {
     const LISTEN: &str = "0A";
     let fields: Vec<&str> = line.split_whitespace().collect();
@@ -273,7 +273,7 @@ fn in_the_way_at(path: &Path) -> Option<String> {
     ))
 }
 
-/// The socket that is bound to this path, by whatever way to its directory it was bound.
+/// The socket that is bound to this path, by whichever way to its directory it was bound.
 fn path_owner(path: &Path) -> Option<Socket> {
     let place = |path: &Path| Some((path.parent()?.canonicalize().ok()?, path.file_name()?.to_owned()));
     let wanted = place(path);
@@ -287,7 +287,7 @@ fn path_owner(path: &Path) -> Option<Socket> {
     })
 }
 
-/// The unix socket whose name fits: the listener before its connections, which have its name.
+/// The unix socket with a fitting name: the listener before its connections, which have its name.
 fn unix_owner(fits: impl Fn(&str) -> bool) -> Option<Socket> {
     /// `__SO_ACCEPTCON`
     const LISTENS: &str = "00010000";
@@ -323,7 +323,7 @@ fn process_of(inode: u64) -> Option<(String, i32)> {
             holders.push((comm.trim().to_owned(), pid));
         }
     }
-    // A service manager holds a socket for whom it started with it; that one is not the one to complain to.
+    // A service manager holds a socket for the service that it started with it; the manager is not the one to complain to.
     holders.sort_by_key(|(comm, pid)| (comm != "systemd", *pid));
     holders.into_iter().next()
 }
@@ -382,7 +382,7 @@ mod tests {
         let listening = std::os::unix::net::UnixListener::bind(folder.join("run/x.sock")).unwrap();
         for way in ["run/x.sock", "var-run/x.sock"] {
             let Some(Trouble::Taken(owner)) = look(&at(way)) else { panic!("{way} is taken") };
-            // As whoever bound it has it: systemd is asked for that.
+            // The address as it was bound: systemd is asked for that one.
             assert_eq!(owner.address, folder.join("run/x.sock").display().to_string());
         }
         drop(listening);
@@ -425,7 +425,7 @@ mod tests {
         assert!(unseen.who(None).contains("does not listen"), "{}", unseen.who(None));
     }
 
-    /// A process's own that is only bound is nobody else's; nor is one that is connected.
+    /// A socket that a process has only bound itself is not another user's; nor is one that is connected.
     #[test]
     fn a_socket_that_does_not_listen_is_not_another_users() {
         let bound = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();

@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-/// Those who wait for an answer of the engine's.
+/// The callers that wait for an answer of the engine's.
 #[derive(Debug, Default)]
 struct Waiting {
     /// For the figures, in the order of the questions.
@@ -34,7 +34,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Talks over `channel` from now on, in the background; the events come out at the other value.
+    /// Talks over `channel` from now on, in the background; the events come out of the other value.
     ///
     /// # Errors
     /// When epoll does not take the channel.
@@ -112,7 +112,7 @@ async fn read(channel: Arc<AsyncFd<OwnedFd>>, outlet: UnboundedSender<Event>, wa
             Event::Tallies(tallies) => waiting.tallies.extend(tallies),
             Event::Peers(peers) => {
                 let tallies = std::mem::take(&mut waiting.tallies);
-                // Whoever asked may have gone meanwhile.
+                // The caller may have gone meanwhile.
                 drop(waiting.figures.pop_front().map(|to| to.send(Figures { tallies, peers })));
             }
             Event::Watching { backend, watching } => {

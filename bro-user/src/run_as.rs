@@ -1,5 +1,5 @@
-//! The ordinary user whose container a system service serves (`bro activate --run-as`), and doing things as that user: what
-//! root does in places that belong to somebody else it does with that user's rights, so that no link there leads it astray.
+//! The ordinary user that owns the container of a system service (`bro activate --run-as`), and acting as that user: root does with
+//! that user's rights what it does in places of that user's, so that no link there leads it astray.
 
 mod command;
 
@@ -13,7 +13,7 @@ pub(crate) use command::Gaining;
 
 use crate::exit::Failure;
 
-/// The number that no user and no group has.
+/// The number that no user and no group can have.
 const NOBODY: u32 = u32::MAX;
 
 /// Such a user.
@@ -34,7 +34,7 @@ pub(crate) fn lingers(name: &str) -> bool {
     Path::new("/var/lib/systemd/linger").join(name).exists()
 }
 
-/// A user's name, as far as one can stand in a unit file.
+/// A user's name, if it can stand in a unit file.
 ///
 /// # Errors
 /// When it is none.
@@ -102,7 +102,7 @@ impl RunAsUser {
         lingers(&self.name)
     }
 
-    /// One of whom only the name is left, and files that were made for him.
+    /// A user that is gone: only the name is left, and files that were made for the user.
     #[must_use]
     pub fn gone(name: &str, uid: Option<u32>) -> Self {
         Self { name: name.to_owned(), uid: uid.unwrap_or(NOBODY), gid: NOBODY, home: "/nonexistent".into() }
@@ -120,8 +120,8 @@ impl RunAsUser {
         geteuid().as_raw() == self.uid
     }
 
-    /// Files are opened and sockets connected as this user and with the groups that the user is in, until what is returned is
-    /// dropped. It stays root's process: the user can neither kill nor trace it. Who is not root is who he is.
+    /// Opens files and connects sockets as this user and with the user's groups, until the returned value is dropped. The process
+    /// stays root's: the user can neither kill nor trace it. A process that is not root's stays as it is.
     ///
     /// # Errors
     /// Those of initgroups, setegid and seteuid.
@@ -142,7 +142,7 @@ impl RunAsUser {
     }
 }
 
-/// Who this process is when it does not act.
+/// The ids of this process when it does not act.
 #[derive(Debug)]
 struct Before {
     uid: Uid,
@@ -150,7 +150,7 @@ struct Before {
     groups: Vec<Gid>,
 }
 
-/// While it lives, this process acts as somebody else.
+/// While it lives, this process acts as another user.
 #[derive(Debug)]
 #[must_use = "dropping it ends the acting"]
 pub struct Acting(Option<Before>);
@@ -191,14 +191,14 @@ mod tests {
     fn acting_ends() {
         let before = geteuid();
         let somebody = RunAsUser { name: "x".into(), uid: 65534, gid: 65534, home: "/".into() };
-        // Only root changes at all. (Other tests run in the same process: for a moment, as nobody.)
+        // Only root changes at all. (Other tests run in the same process: for a moment, as the user nobody.)
         if !before.is_root() {
             drop(somebody.act().unwrap());
         }
         assert_eq!(geteuid(), before);
     }
 
-    /// What root may do by its further groups (those of disks, of the journal) is nothing that a user may.
+    /// What root's further groups (those of disks, of the journal) allow, the user may not do.
     #[test]
     fn acts_with_the_users_groups_and_no_others() {
         const ALONE: &str = "BRO_TEST_ALONE";
@@ -206,7 +206,7 @@ mod tests {
             return;
         }
         if std::env::var_os(ALONE).is_none() {
-            // Whoever runs beside it in one process would act as well.
+            // Other tests in the same process would act as that user as well.
             let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
             alone.args(["--exact", "owner::tests::acts_with_the_users_groups_and_no_others"]);
             let output = alone.env(ALONE, "1").output().unwrap();

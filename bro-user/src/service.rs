@@ -61,45 +61,45 @@ pub enum NetnsSource {
 #[derive(Debug)]
 pub struct ContainerNetns {
     namespace: Arc<Namespace>,
-    /// The process it was found through.
+    /// The process through which it was found.
     pid: Option<i32>,
-    /// Readable when that has exited.
+    /// Readable when that process has exited.
     process: Option<AsyncFd<OwnedFd>>,
     /// Device and inode of the namespace.
     file: (u64, u64),
-    /// Where its file is, if that is not where it was looked for.
+    /// The path of its file, if that is not where bro looked for it.
     path: Option<PathBuf>,
 }
 
-/// What starts and finds the targets; one for all of a forwarder's targets, since they share the container.
+/// Starts and finds the targets; one for all of a forwarder's targets, since they share the container.
 #[derive(Debug)]
 pub struct ServiceStarter {
     place: NetnsSource,
     unit: Option<String>,
-    /// Whose the unit's runs are.
+    /// The unit's runs, and which of them are a forwarder's.
     runs: Arc<Runs>,
-    /// Follows them.
+    /// The tasks that follow the runs.
     following: Mutex<JoinSet<()>>,
-    /// How far its start is, while it is waited for.
+    /// How far the unit's start is, while a client waits for it.
     progress: std::sync::Mutex<Progress>,
     manager: RuntimeScope,
     ready: Ready,
     source: sources::Wanted,
-    /// As whom unix sockets are connected to.
+    /// The user as which unix sockets are connected to.
     identity: Identity,
     bus: Mutex<Option<SystemdManager>>,
     current: std::sync::Mutex<Option<Arc<ContainerNetns>>>,
-    /// Held by the one who looks for it: that may take as long as a start.
+    /// Held during a search for the namespace: that may take as long as a start.
     searching: Mutex<()>,
     /// The agent in the forwarder's own namespace, for targets that are there.
     own: Mutex<Option<Arc<Namespace>>>,
-    /// This process uses the unit.
+    /// Held for as long as this process uses the unit.
     in_use: std::sync::Mutex<Option<use_lock::Use>>,
-    /// The kernel relay's programs, where there may be any to watch the service.
+    /// The kernel relay's programs, where there may be any that watch the service.
     programs: OnceLock<Arc<Watching>>,
     /// Where starts are counted.
     wakes: OnceLock<Arc<Wakes>>,
-    /// Counts up whenever the kernel relay's programs say that somebody listens.
+    /// Counts up whenever the kernel relay's programs report a listener.
     listening: tokio::sync::watch::Sender<u64>,
 }
 
@@ -108,11 +108,11 @@ pub struct ServiceStarter {
 pub struct Awake {
     /// How to connect to it.
     pub destination: Destination,
-    /// Where it was found.
+    /// The namespace in which it was found.
     pub incarnation: Option<Arc<ContainerNetns>>,
 }
 
-/// What came of an attempt to stop the unit.
+/// The result of an attempt to stop the unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stopped {
     /// It is stopped.
@@ -136,26 +136,26 @@ const SEARCH: Duration = Duration::from_millis(20);
 /// Between two questions to systemd whether the unit has failed.
 const WATCH: Duration = Duration::from_millis(50);
 
-/// How long a service that listens already waits for systemd to call its unit started. Podman says so a moment after the container
-/// runs, and now and then that is lost and systemd ends a container that is well: a client that is connected by then goes down
-/// with it, one that waits is served by the next run. A unit that is not started before it is healthy, say, is not waited for.
+/// How long a service that listens already waits for systemd to call its unit started. Podman reports that a moment after the
+/// container runs. Now and then the report is lost and systemd ends a healthy container: a client that is connected by then goes
+/// down with it, one that waits is served by the next run. A unit that starts only once it is healthy, say, is not waited for.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// How often a unit that ended without having said that it is ready is started once more, for the same clients.
+/// How often a unit that ended without a report that it is ready is started once more, for the same clients.
 const READY_LOST: u32 = 3;
 
-/// How long the service manager may not answer while it is told to start the unit, and the pause before it is asked again.
+/// How long the service manager may leave the order to start the unit unanswered, and the pause before it is asked again.
 const SILENT_MANAGER: Duration = Duration::from_secs(10);
 const READY_AGAIN: Duration = Duration::from_millis(200);
 
-/// How long Podman's words about a start that has failed are looked for.
+/// How long bro looks for Podman's words about a failed start.
 const CAUSE: Duration = Duration::from_secs(3);
 
-/// How long to look for a running conmon before podman is asked.
+/// How long bro looks for a running conmon before it asks podman.
 const ASK_PODMAN: Duration = Duration::from_secs(1);
 
 impl ServiceStarter {
-    /// An activator that has done nothing yet.
+    /// A starter that has done nothing yet.
     #[must_use]
     pub fn new(
         place: NetnsSource,
@@ -186,24 +186,24 @@ impl ServiceStarter {
         }
     }
 
-    /// Has the kernel relay's programs watch what is woken from now on.
+    /// Has the kernel relay's programs watch every service that is woken from now on.
     pub fn watch_through(&self, programs: Arc<Watching>) {
-        // Set once, by whoever starts the engine.
+        // Set once, by the caller that starts the engine.
         self.programs.set(programs).ok();
     }
 
-    /// Has starts counted from now on.
+    /// Counts starts in `wakes` from now on.
     pub fn count_starts(&self, wakes: Arc<Wakes>) {
-        // Set once, by whoever starts the engine.
+        // Set once, by the caller that starts the engine.
         self.wakes.set(wakes).ok();
     }
 
-    /// The kernel relay's programs say that somebody listens.
+    /// To be called when the kernel relay's programs report a listener.
     pub fn heard(&self) {
         self.listening.send_modify(|count| *count += 1);
     }
 
-    /// What to say of an agent that does not connect to unix sockets.
+    /// The error about an agent that does not connect to unix sockets.
     fn refused_identity(&self, error: std::io::Error) -> anyhow::Error {
         match identity::refusal(bro_relay::sys::errno_of(&error), self.identity) {
             Some(sentence) if error.raw_os_error().is_some() => Failure::NotPermitted(sentence).into(),
@@ -211,7 +211,7 @@ impl ServiceStarter {
         }
     }
 
-    /// Checks what can be checked before the first client: that a place which nobody is going to start can be entered, and that
+    /// Checks what can be checked before the first client: that a place which no unit is going to start can be entered, and that
     /// unix sockets of this process's own namespaces can be connected to as the right user.
     ///
     /// # Errors
@@ -300,7 +300,7 @@ impl ServiceStarter {
                     Ok(None) => {
                         bail!(Failure::NotFound("the container's process exited before it listened".into()))
                     }
-                    // The service is as well as before. One new agent for each who wakes it: who kills every one is to be heard of.
+                    // The service is unharmed. Each wake gets one new agent: a process that kills every agent has to be noticed.
                     Err(error) if may_fail && AgentEnded::is_behind(&error) => {
                         tracing::warn!("{error:#}; starting another one");
                         may_fail = false;
@@ -322,7 +322,7 @@ impl ServiceStarter {
         }
     }
 
-    /// How far the unit's start is, or was when it was last waited for.
+    /// How far the unit's start is, or was at the end of the last wait for it.
     #[must_use]
     pub fn progress(&self) -> Progress {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -332,7 +332,7 @@ impl ServiceStarter {
         change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Has [`ServiceStarter::progress`] say what the unit does.
+    /// Keeps [`ServiceStarter::progress`] up to date with what the unit does.
     async fn follow_progress(&self, unit: &str) -> std::convert::Infallible {
         loop {
             sleep(progress::STEP).await;
@@ -345,22 +345,22 @@ impl ServiceStarter {
         }
     }
 
-    /// Is the service manager starting the unit just now, for whomever?
+    /// Is the service manager starting the unit just now, for this forwarder or another caller?
     pub async fn is_starting(&self) -> bool {
         let Some(unit) = &self.unit else { return false };
         let Ok(bus) = self.bus().await else { return false };
         bus.how_far(unit).await.is_ok_and(|start| start.is_under_way())
     }
 
-    /// Does the unit run? Without one nobody knows.
+    /// Does the unit run? Without a unit bro cannot know.
     pub async fn is_up(&self) -> bool {
         let Some(unit) = &self.unit else { return false };
         let Ok(bus) = self.bus().await else { return false };
         bus.active_state(unit).await.is_ok_and(|state| manager::is_active(&state))
     }
 
-    /// Starts the unit, then watches it for as long as it is waited for. Returns only to say that it failed. A service manager that
-    /// does not answer for a moment, since it executes itself anew, is asked again.
+    /// Starts the unit, then watches it for as long as the caller waits for it. Returns only to say that the start failed. A
+    /// service manager that does not answer for a moment, since it executes itself anew, is asked again.
     async fn start(
         &self,
         unit: &str,
@@ -370,7 +370,7 @@ impl ServiceStarter {
         let mut silent_since = None;
         loop {
             let Err(error) = self.try_start(unit, findable, started, &mut silent_since).await;
-            // A bus that there never was does not come; but one on which a question was left open is there.
+            // A bus that never existed will not appear; but one on which a question was left open is there.
             let since = match silent_since {
                 Some(since) => since,
                 None if manager::was_left_open(&error)
@@ -403,7 +403,7 @@ impl ServiceStarter {
         let bus = self.bus().await?;
         let before = loop {
             let look = bus.look(unit).await?;
-            // After that look, and about the same state: between two of them its process may end.
+            // After that look, and about the same state: the unit's process may end between two looks.
             if look.is_between() && restart::awaited(&bus, unit).await? != look.state {
                 continue;
             }
@@ -416,12 +416,12 @@ impl ServiceStarter {
             if !look.is_active() {
                 break look;
             }
-            // Nobody else may have it go on: a forwarder that had frozen it was killed.
+            // Perhaps no other process will thaw it: the forwarder that froze it may have been killed.
             if bus.thaw_if_frozen(unit).await? {
                 tracing::info!(unit, "thawed the unit, which was frozen");
             }
-            // There is nothing to order. To order it all the same would start it against its start limit where its process has just
-            // ended, and systemd is about to restart it.
+            // There is nothing to order. An order would start the unit against its start limit where its process has just ended and
+            // systemd is about to restart it.
             self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
             findable.notify_one();
             started.notify_one();
@@ -429,15 +429,15 @@ impl ServiceStarter {
                 *silent_since = None;
                 sleep(WATCH).await;
             }
-            // Nobody may have taken notice of that yet.
+            // Perhaps no task has taken notice of that yet.
             futures_lite::future::poll_once(started.notified()).await;
         };
-        // What is still there of a unit that is being stopped is not to be found: it would soon be gone with its clients. Nor is
-        // anything looked for before systemd has the order: finding it ends this. Where no process tells that it is there (in
-        // the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is tried
-        // before there is a way to the target may take another way, and wait there.
+        // A container that is left of a unit that is being stopped is not to be found: it would soon be gone, with its clients. Nor
+        // does the search begin before systemd has the order: finding the container ends this. Where no process tells that it is
+        // there (in the own namespace, or in one that may be older than the unit), systemd has to say so: a connection that is
+        // tried before there is a way to the target may take another way, and wait there.
         let process = matches!(self.place, NetnsSource::Container(_) | NetnsSource::Pid(_));
-        // Another target's client, or somebody else, may have ordered it.
+        // Another target's client, or another process, may have ordered it.
         if let Some(wakes) = self.wakes.get().filter(|_| !before.is_running()) {
             wakes.started();
         }
@@ -450,7 +450,7 @@ impl ServiceStarter {
         let asked = Duration::from(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?);
         let cannot = || format!("cannot start {unit}");
         let mut result = bus.start_telling(unit, ordered).await.with_context(cannot)?;
-        // Its Result= still tells of the run before.
+        // Its Result= still describes the run before.
         if result == "failed" && bus.last_try(unit).await.is_ok_and(|last| last < asked) {
             self.runs.withdraw(&bus.look(unit).await?);
             bail!(
@@ -458,8 +458,8 @@ impl ServiceStarter {
                  StartLimitIntervalSec=); a client after that time wakes it again"
             );
         }
-        // Rootless Podman's READY=1 is lost now and then: the process that says it may be gone before systemd asks whose it is.
-        // Then systemd ends a container that is well.
+        // Rootless Podman's READY=1 is lost now and then: its sender may be gone before systemd looks up the sender's unit. Then
+        // systemd ends a healthy container.
         let mut again = READY_LOST;
         while result == "failed"
             && again > 0
@@ -478,7 +478,7 @@ impl ServiceStarter {
             result = bus.start(unit).await.with_context(cannot)?;
         }
         if result != "done" {
-            // Nor is a run that somebody else starts later ours.
+            // A run that another process starts later is not ours either.
             self.runs.withdraw(&bus.look(unit).await?);
             let cause = self.cause(&bus, unit, result == "dependency").await;
             let journal = self.manager.journal();
@@ -498,8 +498,8 @@ impl ServiceStarter {
         }
     }
 
-    /// Why a start has failed, in Podman's words where it has said some: of the unit itself, or of one that it requires and that did not
-    /// start. Those who are held wait for this, a moment.
+    /// Why a start has failed, in Podman's words where there are any: of the unit itself, or of a unit that it requires and that
+    /// did not start. The held clients wait for this, for a moment.
     async fn cause(&self, bus: &SystemdManager, unit: &str, by_another: bool) -> String {
         let looking = async {
             let other = if by_another { bus.failed_requirement(unit).await.ok().flatten() } else { None };
@@ -539,7 +539,7 @@ impl ServiceStarter {
         Ok(own.insert(Arc::new(entered)).clone())
     }
 
-    /// Forgets the bus, the namespace and the agents, after a failure that may have been theirs.
+    /// Drops the bus, the namespace and the agents, after a failure that one of them may have caused.
     pub async fn forget(&self) {
         *self.bus.lock().await = None;
         *self.own.lock().await = None;
@@ -554,7 +554,7 @@ impl ServiceStarter {
         self.in_use.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Uses the unit from now on. Where another forwarder is just stopping it, waits until it has.
+    /// Uses the unit from now on. Waits while another forwarder is stopping it.
     async fn begin_use(&self, unit: &str) {
         loop {
             match use_lock::Use::begin(unit) {
@@ -570,12 +570,12 @@ impl ServiceStarter {
         }
     }
 
-    /// Uses the unit no more, since it has ended by itself.
+    /// Ends the use of the unit, since the unit has ended by itself.
     pub fn end_use(&self) {
         drop(self.in_use().take());
     }
 
-    /// Has the unit's runs followed from now on.
+    /// Follows the unit's runs from now on.
     async fn follow_runs(&self, bus: &SystemdManager) {
         let mut following = self.following.lock().await;
         while following.try_join_next().is_some() {}
@@ -588,7 +588,7 @@ impl ServiceStarter {
         }
     }
 
-    /// Notes which run of the unit is a forwarder's, for one that takes over from this one.
+    /// Notes which run of the unit is a forwarder's, for a forwarder that takes over from this one.
     pub async fn note_run(&self) {
         let Some(unit) = &self.unit else { return };
         let Ok(bus) = self.bus().await else { return };
@@ -597,15 +597,15 @@ impl ServiceStarter {
         }
     }
 
-    /// Stops the unit if a forwarder started it (this one, or one before it) and no other forwarder uses it; `by_force`, in any
-    /// case.
+    /// Stops the unit if a forwarder started it (this one, or one before it) and no other forwarder uses it; with `by_force`, in
+    /// any case.
     ///
     /// # Errors
     /// When systemd refuses.
     pub async fn stop_what_it_started(&self, by_force: bool) -> anyhow::Result<Stopped> {
         let Some(unit) = &self.unit else { return Ok(Stopped::NoUnit) };
         let mine = self.in_use().take();
-        // Held until the unit is stopped: whoever wants to use it waits so long.
+        // Held until the unit is stopped: another forwarder that wants to use it waits that long.
         let _alone = match use_lock::Use::alone(unit, mine) {
             Ok(use_lock::Lock::Had(alone)) => Some(alone),
             Ok(use_lock::Lock::Taken) if !by_force => return Ok(Stopped::Used),
@@ -633,7 +633,7 @@ impl ServiceStarter {
         Ok(Stopped::Done)
     }
 
-    /// Is `--freeze` to be had?
+    /// Is `--freeze` available?
     ///
     /// # Errors
     /// [`Failure::Usage`] if not.
@@ -655,7 +655,7 @@ impl ServiceStarter {
         let Some(unit) = &self.unit else { return Ok(false) };
         let mine = self.in_use().take();
         let frozen = async {
-            // Until it is frozen nobody else begins to use it; whoever does afterwards thaws it.
+            // No other forwarder begins to use it until it is frozen; one that does so afterwards thaws it.
             let _alone = match use_lock::Use::alone(unit, mine) {
                 Ok(use_lock::Lock::Had(alone)) => Some(alone),
                 Ok(use_lock::Lock::Taken) => return Ok(false),
@@ -674,7 +674,7 @@ impl ServiceStarter {
         frozen
     }
 
-    /// Has the unit go on.
+    /// Thaws the unit.
     ///
     /// # Errors
     /// When systemd refuses.
@@ -683,7 +683,7 @@ impl ServiceStarter {
         self.bus().await?.thaw(unit).await
     }
 
-    /// Has the unit go on that a forwarder before this one has frozen, and was killed.
+    /// Thaws a unit that was frozen by a forwarder before this one, which was killed.
     pub async fn thaw_what_was_left(&self) {
         let Some(unit) = &self.unit else { return };
         let Ok(bus) = self.bus().await else { return };
@@ -711,7 +711,7 @@ impl ServiceStarter {
         self.bus().await.ok()?.needed_by(unit).await.ok()?
     }
 
-    /// The entered namespace: the current one if it is still the right one, else it is found anew, however long that takes.
+    /// The entered namespace: the current one if it is still the right one, else a newly found one, however long the search takes.
     async fn incarnation(&self) -> anyhow::Result<Arc<ContainerNetns>> {
         let _searching = self.searching.lock().await;
         let known = self.current().take().filter(|incarnation| incarnation.is_current(&self.place));
@@ -778,7 +778,7 @@ impl ServiceStarter {
                 Some(whereabouts) => whereabouts.look(name).await,
                 None => container::running(name),
             };
-            // Without a unit nobody may be about to start it, so podman is asked at once; with one, only if conmon hides.
+            // Without a unit perhaps nothing is about to start it, so podman is asked at once; with one, only if conmon is hidden.
             let nothing_else_tells = match &whereabouts {
                 Some(whereabouts) => whereabouts.is_elsewhere() && asked.elapsed() > ASK_PODMAN,
                 None => asked == start || asked.elapsed() > ASK_PODMAN,
@@ -787,7 +787,7 @@ impl ServiceStarter {
                 match container::inspect(name).await {
                     Ok(Inspected::Running(found)) => pid = Some(found),
                     Ok(_) => {}
-                    // In a service that may do little, podman can do nothing. With a unit that is started conmon will show.
+                    // In a service with few rights podman can do nothing. If a unit is started, conmon will show up.
                     Err(error) if self.unit.is_some() => tracing::debug!(%error, "podman was asked in vain"),
                     Err(error) => return Err(error),
                 }
@@ -795,7 +795,7 @@ impl ServiceStarter {
             }
             if let Some(pid) = pid {
                 match ContainerNetns::of_process(pid, self.identity).await {
-                    // It was just leaving; the next one will come.
+                    // The container was just leaving; the next one will come.
                     Err(error) if matches!(error.downcast_ref(), Some(Failure::NotFound(_))) => {}
                     result => return result,
                 }
@@ -822,8 +822,8 @@ impl ServiceStarter {
         })
     }
 
-    /// Has the kernel relay's programs watch the service, where there are any and it is on this host: the first of its sockets
-    /// to listen is then heard of, and those it accepts can take lanes. What is returned changes when something listens.
+    /// Has the kernel relay's programs watch the service, where there are any and it is on this host: they then report its first
+    /// listening socket, and the sockets that it accepts can take lanes. The returned value changes when something listens.
     async fn watch(
         &self,
         backend: usize,
@@ -877,8 +877,8 @@ impl ServiceStarter {
                 }
             }
             Ready::Connect if !tcp.is_empty() => readiness::connectable(place, &tcp).await?,
-            // A unix socket that nobody listens on refuses without the service noticing: the client's own connection is the
-            // test, and is tried until it succeeds.
+            // A unix socket without a listener refuses without the service noticing: the client's own connection is the test, and
+            // is tried until it succeeds.
             Ready::Auto | Ready::Listen | Ready::Connect | Ready::Says(_) => {}
             Ready::Healthy => {
                 let NetnsSource::Container(name) = &self.place else {
@@ -905,8 +905,8 @@ impl ServiceStarter {
         }
     }
 
-    /// Runs a command of the owner's to its end, which comes within ten seconds: with this process's rights, or, where those are
-    /// what a confined service has, by the service manager and with the owner's.
+    /// Runs one of the owner's commands to its end, which comes within ten seconds: with this process's rights or, where those are
+    /// a confined service's, by the service manager with the owner's rights.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -922,7 +922,7 @@ impl ServiceStarter {
     }
 }
 
-/// What to say of a unit that cannot be frozen.
+/// The message about a unit that cannot be frozen.
 pub(crate) fn cannot_freeze(unit: &str) -> String {
     format!(
         "--freeze: systemd cannot freeze {unit} here (it takes systemd 246 or newer, and cgroups of version 2); leave it out, and \
@@ -938,7 +938,7 @@ async fn gone(incarnation: Option<&ContainerNetns>) {
     }
 }
 
-/// The address that a connection to `target` reaches: to the unspecified one, which is this host, it reaches loopback.
+/// The address that a connection to `target` reaches: loopback for the unspecified address, which means this host.
 fn reached(target: SocketAddr) -> SocketAddr {
     let ip = match target.ip().to_canonical() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -950,7 +950,7 @@ fn reached(target: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, target.port())
 }
 
-/// What to say when a namespace cannot be opened.
+/// The error about a namespace that cannot be opened.
 fn opening(what: &str, error: &std::io::Error) -> Failure {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ESRCH) => Failure::NotFound(format!("{what} does not exist")),
@@ -962,7 +962,7 @@ fn opening(what: &str, error: &std::io::Error) -> Failure {
 }
 
 impl ContainerNetns {
-    /// A namespace that a file names. Unix paths are this process's own there, and so are ids.
+    /// A namespace that a file names. There, unix paths and ids are this process's own.
     async fn of_file(netns: OwnedFd, identity: Identity) -> anyhow::Result<Self> {
         let stat = nix::sys::stat::fstat(&netns)?;
         let own = netns::folder_of(std::process::id())?;
@@ -979,7 +979,7 @@ impl ContainerNetns {
         // First the process, then what belongs to it: if it is still there afterwards, both are its own.
         let process = bro_relay::sys::pidfd_open(pid).map_err(|error| opening(&what, &error))?;
         let netns = open(format!("/proc/{pid}/ns/net"), 0).map_err(|error| {
-            // Of one that has just been reaped this is what the kernel says (`proc_ns_get_link`), as of somebody else's.
+            // The kernel says this of a process that has just been reaped (`proc_ns_get_link`), as of another user's.
             let dying = bro_relay::sys::exited(&process);
             opening(&what, &if dying { std::io::Error::from_raw_os_error(libc::ESRCH) } else { error })
         })?;
@@ -1008,7 +1008,7 @@ impl ContainerNetns {
         }
     }
 
-    /// Waits until its process has exited. (A namespace's file tells nobody when it is replaced; the engine looks at it.)
+    /// Waits until its process has exited. (A namespace's file does not tell when it is replaced; the engine looks at it.)
     pub async fn gone(&self) {
         match &self.process {
             // An error would mean that the pidfd is no pidfd.

@@ -1,4 +1,4 @@
-//! systemd as others see it: its managers over D-Bus, its unit files, the sockets it passes, what it is told.
+//! systemd as other processes see it: its managers over D-Bus, its unit files, the sockets it passes, what it is told.
 
 pub mod listen_fds;
 pub mod manager;

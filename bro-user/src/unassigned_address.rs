@@ -1,5 +1,5 @@
-//! Is an address one of this host's? systemd listens at any (FreeBind=), since it may come later than the sockets do at boot; with one that
-//! was mistyped nobody would ever notice.
+//! Is an address one of this host's? systemd listens at any (FreeBind=), since it may come later than the sockets do at boot; a
+//! mistyped one would never be noticed.
 
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;
@@ -23,7 +23,7 @@ pub(crate) const MEND: &str = "`ip address` shows those there are";
 fn is_nowhere(address: SocketAddr) -> bool {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let Ok(socket) = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None) else { return false };
-    // Any port will do. Where foreign addresses may be bound (net.ipv4.ip_nonlocal_bind), nobody finds out.
+    // Any port will do. Where foreign addresses may be bound (net.ipv4.ip_nonlocal_bind), this cannot find out.
     let anywhere = SockaddrStorage::from(SocketAddr::new(address.ip(), 0));
     bind(socket.as_raw_fd(), &anywhere) == Err(Errno::EADDRNOTAVAIL)
 }

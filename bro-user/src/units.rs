@@ -27,11 +27,11 @@ pub struct File {
     pub text: String,
 }
 
-/// Every file of an activated service. `bro` is the program that the service runs; `root` is what lies
-/// above all paths and is not part of what units say; `has_steps` is whether systemd knows RestartSteps=.
+/// Every file of an activated service. `bro` is the program that the service runs; `root` is what lies above all paths and is not
+/// part of what units say; `has_steps` is whether systemd knows RestartSteps=.
 ///
 /// # Errors
-/// [`Failure::Usage`] when something of it is nothing that a unit file can hold.
+/// [`Failure::Usage`] when some of it cannot stand in a unit file.
 pub fn files(
     activated: &Installed,
     bro: &Path,
@@ -56,7 +56,7 @@ pub fn files(
     Ok(files)
 }
 
-/// What stands at the top of each file; `own` is where changes of the administrator's own belong.
+/// The text at the top of each file; `own` is where the administrator's own changes belong.
 fn heading(activated: &Installed, own: Option<&str>) -> String {
     let name = &activated.name;
     let quadlet = activated.quadlet.file_name().unwrap_or_default().to_string_lossy();

@@ -1,16 +1,16 @@
-//! System calls whose arguments are whole words, in place of libc's own functions for them.
+//! System calls with whole words as arguments, in place of libc's own functions for them.
 //!
-//! The C ABI leaves the upper half of a register undefined that holds an int, and optimised callers leave there what they had. Most
-//! of glibc's functions pass the registers on as they are. The kernel looks at the lower half; but a seccomp filter compares all 64
-//! bits, and systemd's `RestrictAddressFamilies=`, for one, then forbids what it is to allow.
+//! The C ABI leaves the upper half of a register that holds an int undefined, and optimised callers leave old values there. Most of
+//! glibc's functions pass the registers on as they are. The kernel looks at the lower half; but a seccomp filter compares all 64
+//! bits, and systemd's `RestrictAddressFamilies=`, for one, then forbids what it should allow.
 //!
 //! So the program has these functions itself. A program's own symbols come before a shared library's, so that the standard library,
 //! nix, tokio, zbus, aya and every other crate call these, unchanged. The types are those of libc's declarations, and what an
-//! argument becomes follows from its type alone ([`Word`]). What is left to glibc, and why, says `tests/tests/words.rs`, which looks
-//! at what the built program still takes from there.
+//! argument becomes follows from its type alone ([`Word`]). `tests/tests/words.rs` says what is left to glibc, and why; it looks at
+//! what the built program still takes from there.
 //!
 //! Functions that C declares with `...` have fixed arguments here, which stable Rust can define: on these processors Linux passes
-//! the one like the other, in the same registers.
+//! both kinds in the same registers.
 #![allow(
     unsafe_code,
     reason = "these are libc's functions, which are unsafe to call and have no mangled name"
@@ -72,10 +72,10 @@ impl<T> Word for *mut T {
     }
 }
 
-/// The system call itself. What is not given is zero.
+/// The system call itself. Arguments that are not given are zero.
 ///
 /// # Safety
-/// As of what is asked for.
+/// Those of the system call.
 unsafe fn enter<const COUNT: usize>(number: c_long, given: [usize; COUNT]) -> isize {
     let word = |index: usize| given.get(index).copied().unwrap_or(0);
     let result: isize;
@@ -114,19 +114,19 @@ unsafe fn enter<const COUNT: usize>(number: c_long, given: [usize; COUNT]) -> is
     result
 }
 
-/// What libc's functions return for what the kernel has.
+/// Turns the kernel's result into what libc's functions return.
 fn finish(result: isize) -> isize {
     if !(-4095..0).contains(&result) {
         return result;
     }
     // SAFETY: this thread's own errno is always there.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: as above; nobody else refers to it now.
+    // SAFETY: as above; no other code refers to it now.
     unsafe { *errno = -result as c_int };
     -1
 }
 
-/// libc's functions: each with the number of its system call and the words for it, which are its own arguments where none are named.
+/// libc's functions: each with the number of its system call and the words for it, by default the function's own arguments.
 macro_rules! calls {
     ($(fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty = $number:ident $(($($word:expr),*))?;)*) => {
         $(
@@ -225,7 +225,7 @@ calls! {
     fn setpgid(process: pid_t, group: pid_t) -> c_int = SYS_setpgid;
     fn getgroups(count: c_int, groups: *mut gid_t) -> c_int = SYS_getgroups;
     fn setns(namespace: c_int, kind: c_int) -> c_int = SYS_setns;
-    // Of the calling thread alone, where glibc has all follow: the process that calls these has no other (`netns/identity.rs`).
+    // For the calling thread alone, where glibc includes all threads: the calling process has no other (`netns/identity.rs`).
     fn setresuid(real: uid_t, effective: uid_t, saved: uid_t) -> c_int = SYS_setresuid;
     fn setresgid(real: gid_t, effective: gid_t, saved: gid_t) -> c_int = SYS_setresgid;
     fn getrlimit(resource: c_uint, limit: *mut rlimit) -> c_int = SYS_prlimit64(NULL, resource, NULL, limit);
@@ -272,7 +272,7 @@ fn argument_of(command: c_int, argument: usize) -> usize {
     }
 }
 
-/// syscall(2), of which the number says what its arguments are.
+/// syscall(2): the number says what its arguments are.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn syscall(
     number: c_long,
@@ -288,8 +288,8 @@ unsafe extern "C" fn syscall(
     finish(unsafe { enter(number, words) }) as c_long
 }
 
-/// What bro and its libraries ask for by number, the most frequent first: which arguments are an `i`nt, an `u`nsigned int, or a
-/// `w`hole word.
+/// The calls that bro and its libraries make by number, the most frequent first: which arguments are an `i`nt, an `u`nsigned int,
+/// or a `w`hole word.
 const BY_NUMBER: &[(c_long, &[u8])] = &[
     (libc::SYS_futex, b"wiuwwu"),
     (libc::SYS_bpf, b"iwu"),
@@ -335,7 +335,7 @@ unsafe extern "C" fn poll(files: *mut pollfd, count: nfds_t, milliseconds: c_int
     finish(unsafe { enter(libc::SYS_ppoll, words) }) as c_int
 }
 
-/// dup2(2), by the call that every processor has and that refuses to do nothing.
+/// dup2(2), by the call that every processor has, and that refuses to do nothing.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn dup2(from: c_int, to: c_int) -> c_int {
     let (number, words) = if from == to {
@@ -374,7 +374,7 @@ unsafe extern "C" fn killpg(group: pid_t, signal: c_int) -> c_int {
 /// isatty(3).
 #[unsafe(no_mangle)]
 unsafe extern "C" fn isatty(file: c_int) -> c_int {
-    // More than any processor's kernel has to say of a terminal.
+    // More than any processor's kernel writes about a terminal.
     let mut about = [0_u64; 16];
     let words = [file.word(), libc::TCGETS as usize, about.as_mut_ptr().word()];
     // SAFETY: there is room for what the kernel writes.
@@ -403,7 +403,7 @@ mod glibc {
     }
 }
 
-/// sigaction(2): glibc's, which adds what a handler returns by.
+/// sigaction(2): glibc's, which adds the code by which a handler returns.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn sigaction(
     signal: c_int,

@@ -23,7 +23,7 @@ use crate::source::Origin;
 pub use abort::{Abort, Progress, STALLED, Verdict, WHOLE};
 pub use acknowledged::{Acknowledged, Amount};
 
-/// Why a connection ended; the `reason` of its log line. Those that the control process decides can be sent.
+/// Why a connection ended; the `reason` of its log line. Reasons that the control process decides can be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
     /// Both sides finished sending.
@@ -157,7 +157,7 @@ impl fmt::Display for End {
 /// Where in its story a connection is.
 #[derive(Debug)]
 pub enum Stage {
-    /// A trusted balancer in front has connected, whose header says who the client is (`--accept-proxy`).
+    /// A trusted balancer in front has connected; its header says who the client is (`--accept-proxy`).
     Introducing(Box<Incoming>),
     /// The service sleeps, and only a byte of the client's wakes it (`--wake-on=data`).
     Silent,
@@ -188,7 +188,7 @@ pub enum Stage {
 /// A balancer in front that has introduced a client.
 #[derive(Debug)]
 pub struct Through {
-    /// Who connected.
+    /// The balancer.
     pub peer: Peer,
     /// The address at which the client reached it, where it has said so.
     pub destination: Option<SocketAddr>,
@@ -203,9 +203,9 @@ pub struct Connection {
     pub number: u64,
     /// The forwarder's socket towards the client.
     pub client: OwnedFd,
-    /// Who it is.
+    /// The client.
     pub peer: Peer,
-    /// Through whom it came, where that one has said who it is.
+    /// The balancer it came through, where that one has introduced the client.
     pub through: Option<Box<Through>>,
     /// Whether it may pass descriptors.
     pub guard: Guard,
@@ -219,7 +219,7 @@ pub struct Connection {
     pub backend: usize,
     /// When it was accepted.
     pub opened: Instant,
-    /// When bytes last moved, as far as was noticed; before that, since when it waits for the service.
+    /// When bytes last moved, as far as noticed; before that, when it began to wait for the service.
     pub active: Instant,
     /// What is known of its sides' acknowledgements.
     pub answers: Acknowledged,
@@ -247,13 +247,13 @@ pub struct Connection {
     pub registered: [Registration; 2],
 }
 
-/// How the two sides of a connection talk, as it shows when bytes go through this process: lanes are opened for those that ask and
-/// answer in turn. A short connection has none, and pays for none; a stream has none either.
+/// How the two sides of a connection talk, as far as bytes that go through this process show it: lanes are opened for connections
+/// that ask and answer in turn. A short connection has none, and pays for none; a stream has none either.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Talk {
     /// Bytes that had reached the service, and the client, when this was looked at last.
     last: (u64, u64),
-    /// Whose turn it was.
+    /// The side that spoke last.
     speaker: Option<Side>,
     /// How often the turn has passed on, since the last stream.
     turns: u8,
@@ -276,7 +276,7 @@ impl Talk {
     /// The client has asked, been answered, and asks again.
     const ENOUGH: u8 = 3;
 
-    /// So many bytes have reached the service and the client.
+    /// Notes how many bytes have reached the service and the client.
     fn hear(&mut self, up: u64, down: u64) -> Lanes {
         let (asked, answered) = (up - self.last.0, down - self.last.1);
         self.last = (up, down);
@@ -284,7 +284,7 @@ impl Talk {
             return Lanes::Leave;
         }
         let speaker = if answered > asked { Side::Service } else { Side::Client };
-        // Both have said something since: of a connection with one lane only the other direction shows here each time.
+        // Both have said something since: with one lane, only the direction without it shows here each time.
         if self.speaker != Some(speaker) || asked.min(answered) > 0 {
             self.speaker = Some(speaker);
             self.turns = self.turns.saturating_add(1);
@@ -302,7 +302,7 @@ impl Talk {
 /// What came of moving bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pumped {
-    /// What could be moved was; both ways may end still.
+    /// What could be moved was moved; not both directions are finished.
     Open,
     /// Both ways are finished.
     Finished,
@@ -324,8 +324,8 @@ pub enum Registration {
     Absent,
     /// This is wanted of it.
     Watched(Interest),
-    /// It hung up when nothing was wanted of it, and would say so for ever: it is not watched until there is something. Not the
-    /// same as [`Self::Absent`]: one that has never been watched may have an abort to tell.
+    /// It hung up when nothing was wanted of it, and epoll would report that for ever: it is not watched until something is wanted.
+    /// Not the same as [`Self::Absent`]: a socket that was never watched may have an abort to report.
     Silenced,
 }
 
@@ -341,7 +341,7 @@ impl Connection {
         self.through = Some(Box::new(Through { peer: balancer, destination, header: header as u64 }));
     }
 
-    /// Who is at the other end of the client's socket.
+    /// The peer at the other end of the client's socket.
     #[must_use]
     pub fn neighbour(&self) -> &Peer {
         self.through.as_ref().map_or(&self.peer, |through| &through.peer)
@@ -391,7 +391,7 @@ impl Connection {
                     Side::Service => (down.half(), up.half()),
                 };
                 if abort.as_ref().is_some_and(|abort| abort.side == side) {
-                    // It would tell of its abort for ever: it is listened to while there is a place for what is left.
+                    // Epoll would report its abort for ever: it is watched while there is room for what is left.
                     return from_here.wants_read().then_some(Interest { read: true, write: false });
                 }
                 let interest = Interest { read: from_here.wants_read(), write: to_here.wants_write() };
@@ -402,7 +402,7 @@ impl Connection {
         }
     }
 
-    /// The relay, as the log names it: what was done, or was meant to be done where nothing was.
+    /// The relay, as the log names it: the one that moved bytes, or, where none moved, the one that was meant to.
     #[must_use]
     pub fn relay_name(&self, method: Method) -> &'static str {
         let (ours, copied) = match &self.stage {
@@ -463,7 +463,7 @@ impl Connection {
         moved
     }
 
-    /// Has so much moved since this was asked last as keeps the service awake, where that goes by bytes?
+    /// Where that goes by bytes: have enough moved since this was asked last to keep the service awake?
     pub fn keeps_awake(&mut self, now: Instant) -> bool {
         let moved = self.notice_bytes(now);
         let total = self.moved;
@@ -474,7 +474,7 @@ impl Connection {
         }
     }
 
-    /// Notes who spoke last.
+    /// Notes which side spoke last.
     fn notice_direction(&mut self) {
         let (up, down) = self.totals();
         match std::mem::replace(&mut self.last, (up, down)) {
@@ -508,12 +508,12 @@ impl Connection {
             self.talk.turns = 0;
             return Lanes::Close;
         }
-        // A stream may end in them; what is left to say is not worth any.
+        // A direction may end while it has a lane; what is left to say is not worth a new one.
         let open = up.half().is_open() && down.half().is_open();
         match wanted {
             Lanes::Open if self.lanes().next().is_some() || !open => Lanes::Leave,
             Lanes::Open => {
-                // Where there is none to be had, not again with each message.
+                // Where no lane can be had, this is not tried again with each message.
                 self.talk.turns = 0;
                 Lanes::Open
             }
@@ -522,8 +522,8 @@ impl Connection {
         }
     }
 
-    /// One side has aborted. `errno` is what a call on its socket failed with; the kernel does not say that again. False when
-    /// nobody is left who could be owed anything.
+    /// One side has aborted. `errno` is what a call on its socket failed with; the kernel does not say that again. False when no
+    /// side is left that could be owed anything.
     pub fn abort(&mut self, side: Side, errno: Option<Errno>, tools: &mut Tools) -> bool {
         let Stage::Relaying { up, down, abort, .. } = &mut self.stage else { return false };
         if let Some(abort) = abort {
@@ -571,7 +571,7 @@ impl Connection {
         }
     }
 
-    /// How it ends when it ends now by `end`: by the abort, if one side has aborted already.
+    /// How the connection ends if it ends now with `end`: by the abort, if one side has aborted already.
     #[must_use]
     pub fn end(&self, end: End) -> End {
         match &self.stage {
@@ -580,7 +580,7 @@ impl Connection {
         }
     }
 
-    /// May it end without an abort? When both sides have finished; and where nobody loses a byte: a client that never said
+    /// May it end without an abort? When both sides have finished; and where neither side loses a byte: a client that never said
     /// anything, a connection that merely sleeps.
     fn ends_cleanly(&self, end: End) -> bool {
         match (end, &self.stage) {
@@ -588,7 +588,7 @@ impl Connection {
             (End::ClientLeft, Stage::Silent) => true,
             (End::ClientLeft, Stage::Introducing(incoming)) => incoming.length() == 0,
             (End::IdleExit, Stage::Relaying { up, down, .. }) => {
-                // One side waits for an answer, or for the rest of one: a FIN would pass for its end.
+                // One side waits for an answer, or for the rest of one: a FIN would look like the answer's end.
                 let rests =
                     |direction: &Direction| direction.half().is_open() && !direction.half().wants_write();
                 rests(up) && rests(down) && !self.awaits_answer
@@ -618,8 +618,8 @@ impl Connection {
 }
 
 /// Whether closing the socket is an abort: a RST, and what still waits to be sent is thrown away (socket(7), SO_LINGER). It is,
-/// from the start until the connection has ended well, so that a forwarder that is killed is nobody's clean end of stream.
-/// A unix socket has no RST; closing it with unread bytes is the nearest there is.
+/// from the start until the connection has ended well, so that a killed forwarder never looks like a clean end of stream. A unix
+/// socket has no RST; closing it with unread bytes is the nearest there is.
 pub fn closing_aborts(socket: &impl AsFd, yes: bool) {
     let linger = nix::libc::linger { l_onoff: yes.into(), l_linger: 0 };
     setsockopt(socket, sockopt::Linger, &linger).ok();

@@ -10,7 +10,7 @@ pub struct Counters {
     pub accepted: AtomicU64,
     /// Connections that exist now, held ones included.
     pub open: AtomicU64,
-    /// Those of them that keep the service awake: all but the ones of `--idle-ignore`.
+    /// The open connections that keep the service awake: all but the ones of `--idle-ignore`.
     pub keeping: AtomicU64,
     /// Clients that wait for the service now.
     pub held: AtomicU64,

@@ -1,6 +1,6 @@
-//! The engine: one process, one level-triggered epoll, every connection. It accepts, has agents connect, and relays; whatever may
-//! wait for somebody else (systemd, podman, a name server) is the control process's business (`bro forward`), which it tells
-//! what it needs and which tells it when a target is ready.
+//! The engine: one process, one level-triggered epoll, every connection. It accepts, has agents connect, and relays. Whatever may
+//! have to wait for another process (systemd, podman, a name server) is left to the control process (`bro forward`): the engine
+//! tells it what is needed, and the control process tells the engine when a target is ready.
 //!
 //! Level-triggered, because what to wait for is derived from the connection's state each time ([`Connection::interest`]): a
 //! short read then costs no second one, and no order of events can lose an edge.
@@ -51,7 +51,7 @@ pub use targets::{Destination, slot};
 pub struct Settings {
     /// `--connections-max`
     pub connections_max: usize,
-    /// As many pipes as there are descriptors for, beside so many connections.
+    /// The most pipes for which there are descriptors beside so many connections.
     pub pipes: usize,
     /// `--connections-per-source`
     pub connections_per_source: Option<u32>,
@@ -69,7 +69,7 @@ pub struct Settings {
     pub hold_limit: Duration,
     /// `--proxy-protocol`
     pub proxy_protocol: Option<Version>,
-    /// `--trusted`, with `--accept-proxy`: whose headers are read.
+    /// `--trusted`, with `--accept-proxy`: the peers that may send a header.
     pub trusted: Vec<Trusted>,
     /// `--wake-on=data`
     pub wake_on_data: bool,
@@ -104,9 +104,9 @@ pub struct Engine {
     settings: Settings,
     epoll: Epoll,
     listeners: Vec<(Listener, usize)>,
-    /// What each listener had to give of late.
+    /// How many clients each listener had of late.
     crowds: Vec<Crowd>,
-    /// Counts what epoll had to tell.
+    /// Counts the times that epoll had something to tell.
     turn: u64,
     accepting: Accepting,
     draining: bool,
@@ -118,7 +118,7 @@ pub struct Engine {
     /// Connections that are not ignored (`--idle-ignore`).
     keeping: usize,
     per_source: HashMap<Source, u32>,
-    /// Connections whose client has to say something first.
+    /// Connections on which the client has to say something first.
     silent: wake_on_data::Silent,
     /// Connections, by place and number, for which the kernel had no source port.
     starved: VecDeque<(usize, u64)>,
@@ -131,7 +131,7 @@ pub struct Engine {
     answers: answers::Answers,
     next_number: u64,
     tools: Tools,
-    /// The addresses that this process may connect to itself; without, the agents connect.
+    /// The addresses that this process may connect to itself; without them, the agents connect.
     addresses: Option<AddressBook>,
     stats: Arc<Stats>,
     tallies: Vec<Tally>,
@@ -147,11 +147,11 @@ const BATCH: usize = 128;
 /// How often connections that wait for something are looked at.
 const TICK: Duration = Duration::from_millis(100);
 
-/// How soon a unix connection whose service's backlog was full is tried again.
+/// How soon a connection to a unix service with a full backlog is tried again.
 const RETRY: Duration = Duration::from_millis(5);
 
 impl Engine {
-    /// An engine that is going to accept from `listeners`, each with the index of its target in `targets` (their names, for the log).
+    /// An engine that will accept from `listeners`, each with the index of its target in `targets` (their names, for the log).
     ///
     /// # Errors
     /// When epoll refuses one of the descriptors.
@@ -166,7 +166,7 @@ impl Engine {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(mailbox.channel(), EpollEvent::new(EpollFlags::EPOLLIN, Token::Mailbox.into()))?;
         let pipes = settings.pipes;
-        // Whoever connects from now on: what a relay cannot pass on, the kernel refuses to the sender, if it can.
+        // For clients that connect from now on: what a relay cannot pass on, the kernel refuses to the sender, if it can.
         for (listener, _) in &listeners {
             crate::sys::refuse_descriptors(listener.socket.as_fd()).ok();
         }

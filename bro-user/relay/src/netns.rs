@@ -1,4 +1,4 @@
-//! What happens in another network namespace: the [`agent`] that makes or connects sockets there, how it is talked to, and as whom.
+//! What happens in another network namespace: the [`agent`] that makes or connects sockets there, its protocol, and its identity.
 
 pub mod agent;
 pub mod identity;

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 
 use nix::sys::socket::{SockaddrStorage, sockopt};
 
-/// Who connected.
+/// The other end of an accepted connection.
 #[derive(Debug, Clone)]
 pub enum Peer {
     /// Over TCP, from this address (an IPv4 address even if it came through an IPv6 socket).
@@ -40,7 +40,7 @@ impl fmt::Display for Source {
 }
 
 impl Peer {
-    /// Reads who is at the other end.
+    /// Reads which peer is at the other end.
     #[must_use]
     pub fn of(socket: BorrowedFd<'_>, address: Option<SockaddrStorage>) -> Self {
         if let Some(address) = address.as_ref().and_then(crate::sockaddr::tcp) {

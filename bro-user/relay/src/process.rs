@@ -34,11 +34,11 @@ pub struct Process {
     pidfd: OwnedFd,
 }
 
-/// Starts the relay process for `listeners`, each with the index of its target in `targets`. Returns
-/// the channel to it as well. To be called while this process has a single thread. `private` is open here, and not there.
+/// Starts the relay process for `listeners`, each with the index of its target in `targets`. Returns the channel to it as well. To
+/// be called while this process has a single thread. `private` is open here, and not there.
 ///
 /// # Errors
-/// When there is no other process to be had.
+/// When no other process can be made.
 pub fn start(
     settings: &Settings,
     listeners: &[(Listener, usize)],
@@ -71,7 +71,7 @@ pub fn start(
                 },
                 |()| 0,
             );
-            // Not through the destructors of what is the parent's (the files of unix sockets, say).
+            // Without the destructors of the parent's values (the files of unix sockets, say).
             sys::exit_now(code)
         }
     }
@@ -86,7 +86,7 @@ fn serve(
     stats: Arc<Stats>,
     channel: OwnedFd,
 ) -> anyhow::Result<()> {
-    // However the parent ends: connections that nobody could end in order are reset (SO_LINGER).
+    // However the parent ends: connections that could not be ended in order are reset (SO_LINGER).
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     if getppid() != parent {
         // It has ended already.
@@ -146,7 +146,7 @@ impl Process {
         self.pid.as_raw()
     }
 
-    /// Waits for its end, which it has been told of or which has come already.
+    /// Waits for its end; it has been told to end, or has ended already.
     ///
     /// # Errors
     /// When it did not end well.

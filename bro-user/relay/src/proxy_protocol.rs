@@ -23,21 +23,21 @@ pub enum Version {
 /// The longest header of version 1.
 pub const LINE: usize = 107;
 
-/// The longest header of version 2 that is taken, additional fields and all; of 65551 bytes that it could have.
+/// The longest header of version 2 that is taken, with additional fields; it could have 65551 bytes.
 pub const LONGEST: usize = 4096;
 
 /// How every header of version 2 begins.
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
 
-/// What of it comes before the length is known, and with it.
+/// How many of its bytes come up to the length, the length included.
 const FIXED: usize = 16;
 
 /// How every header of version 1 begins.
 const WORD: &[u8; 6] = b"PROXY ";
 
 impl Version {
-    /// The header for a client that connected from `source` to `destination`; for one that has no such addresses, as over unix, the
-    /// one that tells so.
+    /// The header for a client that connected from `source` to `destination`; for a client without such addresses, as over unix,
+    /// the header that says so.
     #[must_use]
     pub fn header(self, ends: Option<(SocketAddr, SocketAddr)>) -> Vec<u8> {
         let same_family =
@@ -58,12 +58,12 @@ impl Version {
     }
 }
 
-/// `--trusted`: one who may say in a header who the client is.
+/// `--trusted`: a peer that may say in a header who the client is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trusted {
-    /// Whoever connects from these addresses.
+    /// Peers that connect from these addresses.
     Net(IpNet),
-    /// Whoever connects over a unix socket.
+    /// Peers that connect over a unix socket.
     Unix,
 }
 
@@ -119,7 +119,7 @@ pub enum Said {
         /// The balancer's.
         destination: SocketAddr,
     },
-    /// Nothing: the balancer connects for itself, or for one who has no such address. Who connected is the client.
+    /// Nothing: the balancer connects for itself, or for a client without such an address. The peer that connected is the client.
     Nothing,
 }
 
@@ -183,7 +183,7 @@ impl Incoming {
         Ok((whole - had).min(waiting.len()))
     }
 
-    /// Takes what belongs to it; says what it says when it is whole.
+    /// Takes what belongs to the header; returns what it says once it is whole.
     ///
     /// # Errors
     /// When it is whole and makes no sense.
@@ -214,7 +214,7 @@ impl Incoming {
         }
     }
 
-    /// How many bytes it has had so far.
+    /// How many of its bytes have come so far.
     #[must_use]
     pub fn length(&self) -> usize {
         self.bytes.len()
@@ -226,7 +226,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Reads `stream` as it comes, in pieces of these sizes, and says what was said and how much was taken.
+    /// Reads `stream` as it comes, in pieces of these sizes, and returns what the header says and how much was taken.
     fn read(stream: &[u8], mut sizes: impl FnMut() -> usize) -> (Result<Option<Said>, Bad>, usize) {
         let (mut incoming, mut taken, mut there) = (Incoming::default(), 0, 0);
         while there < stream.len() {

@@ -12,10 +12,10 @@ pub struct Rate {
     pub within: Duration,
 }
 
-/// Shorter than this one look at all connections would hardly be over before the next.
+/// In a shorter time, one look at all connections would hardly be over before the next.
 pub const SHORTEST: Duration = Duration::from_millis(100);
 
-/// Longer than this no idle time is meant to be.
+/// No idle time is meant to be longer than this.
 pub const LONGEST: Duration = Duration::from_secs(86_400);
 
 /// The suffixes of systemd.syntax(7)'s sizes.
@@ -44,11 +44,11 @@ impl Rate {
     }
 }
 
-/// The time of a [`Rate`] is looked at in so many parts.
+/// How many parts the time of a [`Rate`] is looked at in.
 const PARTS: usize = 8;
 
-/// One connection's traffic of the last while. It never reaches its rate while fewer bytes have moved within the time, and always does
-/// when as many have moved within seven eighths of it.
+/// One connection's traffic of the last while. It never reaches its rate while fewer bytes have moved within the time, and always
+/// does when as many have moved within seven eighths of it.
 #[derive(Debug)]
 pub struct Meter {
     rate: Rate,

@@ -36,8 +36,8 @@ pub fn read(path: &Path, most: u64, link: Link) -> io::Result<String> {
     Ok(text)
 }
 
-/// What stands in /proc and /sys is the kernel's to say at that moment, and not what somebody has written down: the number that was
-/// last given to a process, say.
+/// The content of /proc and /sys is what the kernel says at that moment, and not what a program has written down: the number that
+/// was last given to a process, say.
 fn is_made_up(file: &std::fs::File) -> io::Result<bool> {
     use nix::sys::statfs::{PROC_SUPER_MAGIC, SYSFS_MAGIC, fstatfs};
     let kind = fstatfs(file)?.filesystem_type();
@@ -60,7 +60,7 @@ mod tests {
         assert_eq!(what(&file, 4, Link::Refuse), Err("it has more than 4 bytes".into()));
         assert_eq!(what(&link, 5, Link::Follow), Ok("12345".into()));
         what(&link, 5, Link::Refuse).unwrap_err();
-        // Nobody ever writes into it, and this has no end.
+        // No process ever writes into the pipe, so a read of it would not end.
         assert_eq!(what(&pipe, 5, Link::Follow), Err("it is no regular file".into()));
         let last = Path::new("/proc/sys/kernel/ns_last_pid");
         assert_eq!(what(last, 32, Link::Follow), Err("it is no regular file".into()));

@@ -35,13 +35,13 @@ pub enum Side {
     Service,
 }
 
-/// Whether descriptors may come along with what a source sends (unix(7) SCM_RIGHTS). They cannot be relayed, and splice(2) and recv(2)
-/// would lose them without a word.
+/// Whether descriptors may come along with what a source sends (unix(7) SCM_RIGHTS). They cannot be relayed, and splice(2) and
+/// recv(2) would lose them without a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guard {
     /// None can: it is no unix socket, or the kernel refuses them to the sender.
     Needless,
-    /// The kernel refuses them from now on; what was sent before may have some.
+    /// The kernel refuses them from now on; what was sent before may carry some.
     Backlog,
     /// The kernel does not refuse any: all that comes is looked at, and so is copied.
     Always,
@@ -66,7 +66,7 @@ impl Guard {
 /// A call on one side's socket that failed: the connection's abort.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Broken {
-    /// Whose socket.
+    /// The socket's side.
     pub side: Side,
     /// What the kernel said.
     pub errno: Errno,
@@ -117,13 +117,13 @@ pub struct Direction {
     source: Side,
     /// Whether descriptors may come from the source.
     guard: Guard,
-    /// How many bytes of our own, which come first, are not written yet. They count for nothing.
+    /// How many of our own bytes, which come first, are not written yet. They are not counted.
     preceding: usize,
-    /// Bytes of the source's that were for us, and are not passed on.
+    /// Bytes from the source that were for the forwarder, and are not passed on.
     kept: u64,
     /// The kernel's shortcut past us, where this direction has one. Boxed: most connections of a host without have none.
     lane: Option<Box<Lane>>,
-    /// What lanes moved that the direction has had before.
+    /// What this direction's earlier lanes moved.
     moved_before: u64,
     /// Bytes that we wrote to the sink.
     pub total: u64,
@@ -156,40 +156,40 @@ impl Direction {
         }
     }
 
-    /// Gives the direction a lane, that was told of [`Direction::dealt_with`].
+    /// Gives the direction a lane that was told of [`Direction::dealt_with`].
     pub fn set_lane(&mut self, lane: Lane) {
         self.lane = Some(Box::new(lane));
     }
 
-    /// So many bytes of the source's were for us, before the first that is passed on.
+    /// Notes how many of the source's bytes, before the first that is passed on, were for the forwarder.
     pub fn keep(&mut self, bytes: u64) {
         self.kept = bytes;
     }
 
-    /// How many of the bytes that the source has given to us are in the sink, or were for us: what its lane has to know. `None` before
-    /// the bytes of ours that come first are written, which nothing may overtake.
+    /// How many of the bytes that the source has given to us are in the sink, or were for us: its lane has to know that. `None`
+    /// while our own bytes, which come first, are not written yet: nothing may overtake them.
     #[must_use]
     pub const fn dealt_with(&self) -> Option<u64> {
         if self.preceding == 0 { Some(self.kept + self.total) } else { None }
     }
 
-    /// From its source, a unix socket, descriptors may come.
+    /// Descriptors may come from its source, a unix socket.
     pub fn set_guard(&mut self, guard: Guard) {
         self.guard = guard;
     }
 
-    /// Puts bytes of ours in front of the first of the source's. Nothing is read before they are written.
+    /// Puts our own bytes in front of the source's first one. Nothing is read before they are written.
     pub fn precede(&mut self, bytes: Vec<u8>) {
         self.preceding = bytes.len();
         self.half.read(bytes.len());
         self.held = Held::Bytes(Box::new(bytes.into()));
     }
 
-    /// Takes its lane away, and what that did: what is sent from now on comes to us.
+    /// Takes its lane away, with what that did: what is sent from now on comes to us.
     pub fn take_lane(&mut self) -> Option<(Lane, LaneCounters)> {
         let lane = *self.lane.take()?;
         lane.enable(false);
-        // One look for all that count: a message that was let through before may be counted any moment.
+        // All counters in one look: a message that was let through before may be counted any moment.
         let did = lane.snapshot();
         self.moved_before += did.bytes;
         Some((lane, did))
@@ -206,13 +206,13 @@ impl Direction {
         self.lane.as_deref_mut()
     }
 
-    /// Bytes that lanes moved, this one and those it had before.
+    /// Bytes that its lanes moved, this one and the earlier ones.
     #[must_use]
     pub fn shortcut(&self) -> u64 {
         self.moved_before + self.lane.as_ref().map_or(0, |lane| lane.bytes())
     }
 
-    /// Bytes that reached the sink, ours and those of lanes.
+    /// Bytes that reached the sink, through us or through lanes.
     #[must_use]
     pub fn delivered(&self) -> u64 {
         self.total + self.shortcut()
@@ -231,8 +231,8 @@ impl Direction {
         }
     }
 
-    /// The source has aborted. What it had sent is delivered still. `taken` when the kernel will not say so again, as it does at
-    /// the end of what is left to be read while it has not been asked.
+    /// The source has aborted. What it had sent is still delivered. `taken`: the kernel has reported that already and will not do
+    /// so again; otherwise it does at the end of what is left to be read.
     pub fn source_aborted(&mut self, taken: bool) {
         if taken {
             self.half.source_aborted();
@@ -244,7 +244,7 @@ impl Direction {
         self.half.sink_aborted();
         self.discard(tools);
         if let Some(lane) = &self.lane {
-            // What its sender sends comes to us, as long as it does not know.
+            // What the lane's sender sends comes to us, as long as it does not know of the abort.
             lane.enable(false);
         }
     }
@@ -252,7 +252,7 @@ impl Direction {
     /// Moves what can be moved now, and passes the FIN on when it is due.
     ///
     /// # Errors
-    /// The side whose socket failed.
+    /// The side on which a call on the socket failed.
     pub fn pump(
         &mut self,
         source: BorrowedFd<'_>,
@@ -339,7 +339,7 @@ impl Direction {
         Broken { side: self.source, errno }
     }
 
-    /// One read of what there is no sink for any more.
+    /// One read of bytes that have no sink any more.
     fn throw_away(&mut self, source: BorrowedFd<'_>, tools: &mut Tools) -> Result<Option<usize>, Broken> {
         match copy::read(source, &mut tools.scratch) {
             Ok(0) => self.half.ended(),

@@ -1,6 +1,7 @@
-//! What the relay process can no longer do, whoever gets hold of it: no capabilities, no new privileges, no file (landlock(7)), and
-//! of the system calls only those that moving bytes between sockets takes (seccomp(2)). It can make no socket, let none listen, open and execute nothing, signal and trace nobody, and send no descriptor. What it needs of that kind other
-//! processes do for it: the agents connect, to destinations that the control process has named, and the control process does the
+//! What the relay process can no longer do, whatever takes control of it: no capabilities, no new privileges, no file
+//! (landlock(7)), and only those system calls that it takes to move bytes between sockets (seccomp(2)). It can make no socket, let
+//! none listen, open and execute nothing, signal and trace no process, and send no descriptor. Other processes do for it what it
+//! needs of that kind: the agents connect, to destinations that the control process has named, and the control process does the
 //! rest.
 
 mod options;
@@ -25,12 +26,12 @@ use crate::sys::AddressBook;
 /// The newest Landlock that is asked for; older kernels give what they have.
 const LANDLOCK: ABI = ABI::V6;
 
-/// Enters the sandbox, for the calling thread and all it will start; `addresses` is where the [`AddressBook`] is, `ports`
-/// are those of the targets, `listeners` the descriptors of the listeners, which are other processes' too, and `binds` says whether
-/// connections to the targets have addresses of clients. Returns what this kernel does not offer.
+/// Enters the sandbox, for the calling thread and all it will start; `addresses` is where the [`AddressBook`] is, `ports` are the
+/// targets' ports, `listeners` the descriptors of the listeners, which other processes have too, and `binds` says whether
+/// connections to the targets have clients' addresses. Returns what this kernel does not offer.
 ///
 /// # Errors
-/// When something is refused that every kernel of ours has.
+/// When something is refused that every supported kernel has.
 pub fn enter(
     addresses: Option<Range<u64>>,
     ports: impl IntoIterator<Item = u16>,
@@ -46,7 +47,7 @@ pub fn enter(
 }
 
 fn drop_capabilities() -> anyhow::Result<()> {
-    // The bounding set takes CAP_SETPCAP to lessen; without it there is nothing in it that could be had.
+    // To lessen the bounding set takes CAP_SETPCAP; without that, nothing in it could be had anyway.
     caps::clear(None, CapSet::Bounding).ok();
     for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
         caps::clear(None, set).with_context(|| format!("cannot give up the {set:?} capabilities"))?;
@@ -54,9 +55,9 @@ fn drop_capabilities() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Landlock with no rule but for the targets' ports: no file, no other port, no signal to anybody. Says what is missing.
+/// Landlock with no rule but for the targets' ports: no file, no other port, no signal to another process. Says what is missing.
 fn restrict_files(ports: impl IntoIterator<Item = u16>, binds: bool) -> Option<String> {
-    // A client has any port.
+    // A client may have any port.
     let net = if binds { AccessNet::ConnectTcp.into() } else { AccessNet::BindTcp | AccessNet::ConnectTcp };
     let restricted = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
@@ -94,8 +95,8 @@ fn filter_system_calls(
 
 /// Refuses whatever changes the listeners, for they are the service manager's as well: what is done to them outlasts this process,
 /// and one that is shut down listens no more and could be connected, in the host's namespace. They have numbers in a row, so that
-/// this costs little; a descriptor that is made later has another number for as long as they are open. A filter of its own, so
-/// that those of what else is asked do not have to be multiplied by it.
+/// this costs little; a descriptor that is made later has another number for as long as they are open. A filter of its own, so that
+/// the other filter's conditions do not have to be multiplied by it.
 fn leave_alone(listeners: Range<RawFd>) -> anyhow::Result<BpfProgram> {
     let bound = |is, number: RawFd| SeccompCondition::new(0, SeccompCmpArgLen::Dword, is, number as u64);
     let one_of_them = || {
@@ -154,7 +155,7 @@ fn filter(addresses: Option<Range<u64>>, binds: bool) -> anyhow::Result<BpfProgr
         (argument, SeccompCmpOp::Eq, u64::from(value.cast_unsigned()), SeccompCmpArgLen::Dword)
     };
     let without = |argument: u8, bits: i32| (argument, SeccompCmpOp::MaskedEq(bits as u64), 0, whole.clone());
-    // send(2) on what is connected: no address, so no way to anybody else.
+    // send(2) on what is connected: no address, so no way to any other peer.
     allow(libc::SYS_sendto, vec![vec![equals(4, 0)]])?;
     allow(libc::SYS_bpf, BPF_COMMANDS.map(|command| vec![equals(0, command)]).into())?;
     allow(libc::SYS_fcntl, FCNTL_COMMANDS.map(|command| vec![int(1, command)]).into())?;
@@ -171,7 +172,7 @@ fn filter(addresses: Option<Range<u64>>, binds: bool) -> anyhow::Result<BpfProgr
         allow(call, vec![vec![above.clone()]])?;
     }
     if let Some(addresses) = addresses {
-        // One of them as a whole, and not what lies between.
+        // An address as a whole, and not what lies between two.
         let aligned = (
             1,
             SeccompCmpOp::MaskedEq(AddressBook::ROOM as u64 - 1),
@@ -183,7 +184,7 @@ fn filter(addresses: Option<Range<u64>>, binds: bool) -> anyhow::Result<BpfProgr
         allow(libc::SYS_connect, vec![vec![aligned, from, until]])?;
     }
     if binds {
-        // The filter does not see to what. listen(2) is not allowed, so that nothing comes in there.
+        // The filter does not see the address. listen(2) is not allowed, so that nothing comes in there.
         let lengths = [size_of::<libc::sockaddr_in>(), size_of::<libc::sockaddr_in6>()];
         allow(libc::SYS_bind, lengths.map(|length| vec![int(2, length as i32)]).into())?;
     }

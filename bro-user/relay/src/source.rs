@@ -1,5 +1,5 @@
-//! From which address the service sees a client come: its own wherever that can be had, and never one that a service grants more to
-//! than to a stranger.
+//! The address from which the service sees a client come: the client's own wherever that can be had, and never one to which a
+//! service grants more than to a stranger.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::peer::Peer;
 
-/// Where clients come from that are on this host's loopback interface, or come over a unix socket: what Podman (5.3 and newer)
-/// calls host.containers.internal under pasta.
+/// Where clients on this host's loopback interface, or on a unix socket, come from: what Podman (5.3 and newer) calls
+/// host.containers.internal under pasta.
 pub const THIS_HOST_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 2);
 
 /// The same for a service on IPv6; of fd00::/8, which no network but this one knows by that name (“bro” in ASCII).
@@ -20,8 +20,8 @@ pub const THIS_HOST_V6: Ipv6Addr = Ipv6Addr::new(0xfd62, 0x726f, 0, 0, 0, 0, 0, 
 /// The index of the loopback interface, in every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// The address under which the service is to see a client, before it is known which family the service speaks. The client's own,
-/// or what somebody who may vouch for it has said.
+/// The address under which the service is to see a client, before it is known which family the service speaks. The client's own, or
+/// what a balancer that may vouch for it has said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     /// A host.
@@ -95,8 +95,8 @@ fn translated(ip: Ipv4Addr) -> Ipv6Addr {
     Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, low)
 }
 
-/// In 240.0.0.0/4, which is no host's: one for each IPv6 network (its first 64 bits), as far as 28 bits can tell them apart, and the
-/// same each time.
+/// In 240.0.0.0/4, which is no host's: one for each IPv6 network (its first 64 bits), as far as 28 bits can tell networks apart,
+/// and the same each time.
 fn stand_in_v4(ip: IpAddr) -> Ipv4Addr {
     let sum = digest(ip);
     let last = u32::try_from((sum ^ (sum >> 32)) & 0x0fff_ffff).unwrap_or(0);

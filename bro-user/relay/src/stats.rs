@@ -38,14 +38,14 @@ impl Stats {
         Ok(Self { counters: SharedMemory::new()?, start: Instant::now() })
     }
 
-    /// Idleness counts from now on: the last connection has just ended, or a byte has moved. A store, not a message: waking the control side for each of a series of short
-    /// connections would cost more than relaying them.
+    /// Idleness counts from now on: the last connection has just ended, or a byte has moved. A store, not a message: to wake the
+    /// control process for each of a series of short connections would cost more than relaying them.
     pub fn now_idle(&self) {
         Self::set(&self.idle_since, u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX));
     }
 
-    /// Since when there has been no connection that keeps the service awake; `None` while there is one, or while a client waits for the
-    /// service.
+    /// Since when there has been no connection that keeps the service awake; `None` while there is one, or while a client waits for
+    /// the service.
     #[must_use]
     pub fn idle_from(&self) -> Option<Instant> {
         // In this order: a count of zero comes with the instant that was stored before it.
@@ -53,7 +53,7 @@ impl Stats {
         idle.then(|| self.start + Duration::from_millis(Self::get(&self.idle_since)))
     }
 
-    /// Since when nothing has moved, whoever is connected; `None` while a client waits for the service.
+    /// Since when nothing has moved, no matter which clients are connected; `None` while a client waits for the service.
     #[must_use]
     pub fn quiet_from(&self) -> Option<Instant> {
         let waited_for = Self::get(&self.held) > 0;
@@ -154,7 +154,7 @@ const BOUNDS: usize = 12;
 pub struct Times {
     /// All of it together, in milliseconds.
     pub sum_ms: u64,
-    /// How many took at most as long as [`Times::BOUNDS_MS`] has it, and more than the bound before; the last ones took longer.
+    /// For each of [`Times::BOUNDS_MS`], how many took at most that and more than the bound before; the last ones took longer.
     counts: [u64; BOUNDS + 1],
 }
 
@@ -245,7 +245,7 @@ impl Tally {
         }
     }
 
-    /// What only grows, without what is so now.
+    /// The figures that only grow, without those of this moment.
     #[must_use]
     pub fn lasting(&self) -> Self {
         Self { open: 0, held: 0, silent: 0, ..self.clone() }

@@ -85,7 +85,7 @@ pub fn owning_user_namespace(ns: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 #[must_use]
 pub fn is_network_namespace(file: BorrowedFd<'_>) -> bool {
     const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
-    // SAFETY: this request takes no argument; what is no namespace refuses it.
+    // SAFETY: this request takes no argument; a file that is no namespace refuses it.
     unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE, NOTHING) == libc::CLONE_NEWNET }
 }
 
@@ -138,7 +138,8 @@ pub fn stirs(socket: BorrowedFd<'_>) -> bool {
     poll(&mut [PollFd::new(socket, PollFlags::POLLIN)], PollTimeout::ZERO) != Ok(0)
 }
 
-/// How many clients wait to be accepted: over TCP their number (tcp(7): `tcpi_unacked` of a listening socket), else at least one or none.
+/// How many clients wait to be accepted: over TCP their number (tcp(7): `tcpi_unacked` of a listening socket), else at least one or
+/// none.
 ///
 /// # Errors
 /// When it is no socket.
@@ -180,8 +181,8 @@ pub fn refuse_descriptors(socket: BorrowedFd<'_>) -> io::Result<()> {
     check(done).map(drop)
 }
 
-/// Has nothing but bytes and descriptors come with a message to this unix socket: no credentials (SO_PASSCRED, SO_PASSPIDFD) and no label
-/// (SO_PASSSEC), which a listening socket may have asked for. Else each message would seem to have been cut off.
+/// Has nothing but bytes and descriptors come with a message to this unix socket: no credentials (SO_PASSCRED, SO_PASSPIDFD) and no
+/// label (SO_PASSSEC), which a listening socket may have asked for. Else each message would seem to have been cut off.
 pub fn ask_for_nothing_else(socket: BorrowedFd<'_>) {
     const SO_PASSPIDFD: libc::c_int = 76;
     let no: libc::c_int = 0;
@@ -210,7 +211,7 @@ pub fn refuses_descriptors(socket: BorrowedFd<'_>) -> Option<bool> {
 /// Sends one message of a seqpacket channel, with descriptors where there are any.
 ///
 /// # Errors
-/// EAGAIN when a non-blocking channel is full, EPIPE when nobody is at the other end.
+/// EAGAIN when a non-blocking channel is full, EPIPE when the other end is closed.
 pub fn send_with_descriptors(
     channel: BorrowedFd<'_>,
     bytes: &[u8],
@@ -246,7 +247,7 @@ pub fn errno_of(error: &io::Error) -> nix::errno::Errno {
 /// Receives one message of a seqpacket channel with the descriptors that came along (unix(7) SCM_RIGHTS), close-on-exec.
 ///
 /// # Errors
-/// recvmsg's; EMFILE when the descriptors did not all fit this process's limit (MSG_CTRUNC). Those that did are closed again.
+/// recvmsg's; EMFILE when the descriptors did not all fit this process's limit (MSG_CTRUNC). The ones that fit are closed again.
 pub fn receive_with_descriptors(
     channel: BorrowedFd<'_>,
     buffer: &mut [u8],
@@ -268,8 +269,8 @@ pub fn receive_with_descriptors(
     Ok((length, descriptors))
 }
 
-/// The numbers of the descriptors in a control buffer (cmsg(3)) that was all zero before recvmsg(2) wrote to it. Nix reads none that was
-/// cut off, and those descriptors are in our table all the same.
+/// The numbers of the descriptors in a control buffer (cmsg(3)) that was all zero before recvmsg(2) wrote to it. Nix reads none
+/// that was cut off, and those descriptors are in our table all the same.
 fn numbers_in(mut control: &[u8]) -> Vec<RawFd> {
     // SAFETY: it only calculates.
     let data = unsafe { libc::CMSG_LEN(0) } as usize;
@@ -295,12 +296,12 @@ pub const MOST_DESCRIPTORS: usize = 64;
 /// Removes environment variables, before any thread exists.
 pub fn unset_environment(names: &[&str]) {
     for name in names {
-        // SAFETY: called from `main` before the first thread is started, so nobody reads the environment meanwhile.
+        // SAFETY: called from `main` before the first thread is started, so no thread reads the environment meanwhile.
         unsafe { std::env::remove_var(name) };
     }
 }
 
-/// Memory that this process shares with those it forks, holding one `T` of zeros.
+/// Memory that this process shares with its forks, holding one `T` of zeros.
 #[derive(Debug)]
 pub struct SharedMemory<T> {
     start: std::ptr::NonNull<T>,
@@ -369,7 +370,7 @@ pub fn fork() -> io::Result<Option<i32>> {
     Ok((pid != 0).then_some(pid))
 }
 
-/// Gives the kernel back what has been freed (malloc_trim(3)), after much was needed once. glibc's allocator would keep it.
+/// Gives freed memory back to the kernel (malloc_trim(3)), after much was needed once. glibc's allocator would keep it.
 pub fn return_freed_memory() {
     // SAFETY: as safe as free(3); nothing that is in use is touched.
     #[cfg(target_env = "gnu")]
@@ -388,7 +389,7 @@ pub fn duplicate(descriptor: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedF
     Ok(unsafe { OwnedFd::from_raw_fd(made) })
 }
 
-/// Closes, after [`fork`] and in the child, what is its parent's alone. Nobody may use it there afterwards.
+/// Closes, after [`fork`] and in the child, what belongs to its parent alone. The child may not use it afterwards.
 pub fn close_in_child(descriptor: BorrowedFd<'_>) {
     // SAFETY: a plain number; the child ends by [`exit_now`], without the destructor that would close it again.
     unsafe { libc::close(descriptor.as_raw_fd()) };
@@ -399,14 +400,14 @@ pub fn close_in_child(descriptor: BorrowedFd<'_>) {
 pub fn keep_descriptors() {
     let (first, last): (libc::c_ulong, libc::c_ulong) = (3, u32::MAX.into());
     let flags = libc::c_ulong::from(libc::CLOSE_RANGE_CLOEXEC);
-    // SAFETY: nothing is closed, and whoever is to pass a descriptor on does so by dup(2) or by taking the flag away.
+    // SAFETY: nothing is closed, and code that is to pass a descriptor on does so by dup(2) or by taking the flag away.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
 }
 
 /// Ignores a signal.
 ///
 /// # Errors
-/// EINVAL for those that cannot be ignored.
+/// EINVAL for signals that cannot be ignored.
 pub fn ignore(signal: nix::sys::signal::Signal) -> nix::Result<()> {
     // SAFETY: no handler of ours is involved.
     unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigIgn) }.map(drop)
@@ -420,8 +421,8 @@ pub fn exit_now(code: i32) -> ! {
 
 /// The addresses that the relay process may connect to, in memory that only the control process can write. The relay process sees
 /// it at a place below all its other memory, which its sandbox never lets it change ([`crate::sandbox`]): so connect(2) can be
-/// allowed for exactly what stands here. Where no address stands there is none of a family that exists: zeros would be an address
-/// of AF_UNSPEC, to which a connected socket may be connected in order to be led elsewhere afterwards (connect(2)).
+/// allowed for exactly what stands here. An empty place holds no address of any existing family: zeros would be an address of
+/// AF_UNSPEC, to which a connected socket may be connected in order to be led elsewhere afterwards (connect(2)).
 #[derive(Debug)]
 pub struct AddressBook {
     start: std::ptr::NonNull<u8>,
@@ -436,7 +437,7 @@ unsafe impl Send for AddressBook {}
 
 impl Drop for AddressBook {
     fn drop(&mut self) {
-        // SAFETY: exactly what was mapped, and nobody refers to it.
+        // SAFETY: exactly what was mapped, and nothing refers to it.
         let _unmapped = unsafe { nix::sys::mman::munmap(self.start.cast(), self.length.get()) };
     }
 }
@@ -445,7 +446,7 @@ impl AddressBook {
     /// The room of one address, and what each is aligned to.
     pub const ROOM: usize = size_of::<libc::sockaddr_storage>();
 
-    /// What stands where no address does.
+    /// What an empty place is filled with.
     const NOTHING: u8 = 0xff;
 
     /// Where the relay process may see it: above what no process may map (vm.mmap_min_addr), and below where programs are loaded.
@@ -465,7 +466,7 @@ impl AddressBook {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) }?.cast();
-        // SAFETY: all of a mapping that is writable and that nobody else has.
+        // SAFETY: all of a mapping that is writable and that nothing else uses.
         unsafe { std::ptr::write_bytes(start.as_ptr(), Self::NOTHING, length.get()) };
         Ok(Self { start, length, count, file: Some(file) })
     }
@@ -496,7 +497,7 @@ impl AddressBook {
         Err(io::ErrorKind::AddrInUse.into())
     }
 
-    /// Both processes have it: nobody else is to get at it.
+    /// Both processes have it: no other process is to get at it.
     pub fn shared(&mut self) {
         self.file = None;
     }
@@ -513,7 +514,7 @@ impl AddressBook {
         number < self.count
     }
 
-    /// Has no address stand under these numbers any more. By the control process alone.
+    /// Empties the places of these numbers. By the control process alone.
     pub fn clear(&mut self, numbers: std::ops::Range<usize>) {
         for number in numbers.filter(|&number| self.has(number)) {
             // SAFETY: within the mapping, which is writable in the process that has made it.
@@ -572,7 +573,7 @@ pub fn pass_descriptors(
     }
     let place = move || {
         for (source, number) in sources.iter().zip(3..) {
-            // SAFETY: plain numbers; whatever else has them in the child is close-on-exec and nobody's any more.
+            // SAFETY: plain numbers; whatever else has them in the child is close-on-exec and not used any more.
             let _number = check(unsafe { libc::dup2(source.as_raw_fd(), number) })?;
         }
         Ok(())
@@ -595,7 +596,7 @@ mod tests {
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
     }
 
-    /// The reading end of a pipe whose writing end has been sent so often, and is open nowhere else.
+    /// The reading end of a pipe. Its writing end has been sent so often, and is open nowhere else.
     fn send_writing_ends(through: &OwnedFd, count: usize) -> std::io::PipeReader {
         let (reading, writing) = std::io::pipe().unwrap();
         send_with_descriptors(through.as_fd(), b"words", &vec![writing.as_fd(); count]).unwrap();

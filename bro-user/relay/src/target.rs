@@ -29,7 +29,7 @@ pub enum Invalid {
     /// Not a port.
     #[error("“{0}” is not a TCP port; write a number from 1 to 65535")]
     Port(String),
-    /// An IPv6 address whose last group could be a port.
+    /// An IPv6 address with a last group that could be a port.
     #[error("“{0}” is ambiguous; write an IPv6 address in brackets: [{0}]:PORT")]
     Brackets(String),
     /// `[` without `]`, or something else after the bracket than `:PORT`.

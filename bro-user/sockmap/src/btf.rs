@@ -33,7 +33,7 @@ pub struct Offsets {
     pub sk_flags: u32,
     /// The bit of SOCK_ZEROCOPY in it; 64 if there is none.
     pub zerocopy_bit: u32,
-    /// `skc_prot`; 0 together with the next if this kernel has them not.
+    /// `skc_prot`; 0 together with the next if this kernel does not have them.
     pub sk_prot: u32,
     /// `memory_pressure` in `struct proto`.
     pub memory_pressure: u32,
@@ -45,7 +45,7 @@ impl Offsets {
     /// Finds them in the kernel's BTF.
     ///
     /// # Errors
-    /// When it is malformed, or has not the fields without which there is no kernel relay.
+    /// When it is malformed, or lacks the fields without which there is no kernel relay.
     pub fn find(btf: &[u8]) -> Result<Self, BtfError> {
         let btf = Btf::parse(btf)?;
         // Each step is asked for by name, so that a kernel that moves one of them says so instead of misleading us.

@@ -6,8 +6,8 @@ use caps::{CapSet, Capability};
 pub const KERNEL_RELAY: [Capability; 3] =
     [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
 
-/// What it takes to show a service clients' own addresses, in a namespace whose owner is this user namespace's root: its agents have it
-/// from their parent.
+/// What it takes to show a service its clients' own addresses, in a namespace that is owned by this user namespace's root: its
+/// agents have it from their parent.
 const CLIENTS_ADDRESSES: Capability = Capability::CAP_NET_ADMIN;
 
 /// Whether the calling thread may load such programs at all: without either of these bpf(2) refuses it every one.
@@ -17,8 +17,8 @@ pub fn may_load_programs() -> bool {
     [Capability::CAP_BPF, Capability::CAP_SYS_ADMIN].into_iter().any(holds)
 }
 
-/// Gives up, for the calling thread and the children it will have, what only the kernel relay's set-up needed; `shows_clients`: but for
-/// what its agents need then. A thread that never had them loses nothing.
+/// Gives up, for the calling thread and the children it will have, what only the kernel relay's set-up needed; `shows_clients`:
+/// except what its agents need then. A thread that never had them loses nothing.
 pub fn drop_the_kernel_relays(shows_clients: bool) {
     let kept = shows_clients && nix::unistd::geteuid().is_root();
     for capability in

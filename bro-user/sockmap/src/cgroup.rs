@@ -33,7 +33,7 @@ pub fn of_self() -> io::Result<PathBuf> {
     parse(&std::fs::read_to_string("/proc/self/cgroup")?, &mount_point()?)
 }
 
-/// The folder of a user's slice, which holds all that he runs but for what system services run in his name.
+/// The folder of a user's slice, which holds all that the user runs but for what system services run in that user's name.
 ///
 /// # Errors
 /// When cgroup v2 is not mounted.

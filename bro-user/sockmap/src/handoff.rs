@@ -11,21 +11,21 @@ use super::maps::{Descriptors, Share};
 use super::pinned::version;
 use super::unavailable::Unavailable;
 
-/// How many processes may use a set at once: one, and those it has replaced that still have connections.
+/// How many processes may use a set at once: one, and the ones it has replaced that still have connections.
 const MOST_SEATS: u32 = 4;
 
 /// The most records of a set, 12 MiB: one for many connections has fewer seats.
 const MOST_RECORDS: u32 = 1 << 16;
 
-/// How many seats a set has in which each forwarder has so many records.
+/// How many seats a set has if each forwarder has so many records.
 pub(super) fn seats(records: u32) -> u32 {
     (MOST_RECORDS / records.max(1)).clamp(1, MOST_SEATS)
 }
 
-/// All there is of a set, as each process keeps it that uses it.
+/// All there is of a set, as each process that uses it keeps it.
 #[derive(Debug)]
 pub(super) struct Estate {
-    /// The maps, and the program that hooks a client; its events are those of the seat.
+    /// The maps, and the program that hooks a client; the events are the seat's.
     pub(super) descriptors: Descriptors,
     /// Every seat's ring buffer.
     pub(super) rings: Vec<OwnedFd>,
@@ -44,7 +44,7 @@ struct Letter {
     version: u64,
     /// Of the successor.
     share: Share,
-    /// The seats that others have.
+    /// The seats that other processes have.
     older: Vec<u32>,
     no_clients: Option<String>,
     rings: usize,

@@ -98,7 +98,7 @@ struct Tables {
     targets: SockHash<MapData, RouteValue>,
     /// Free records with the serial number of their next use. First in, first out, so that a slot rests as long as it can.
     free: VecDeque<Route>,
-    /// Closed ones whose targets are still in the map, since when.
+    /// Closed ones with targets that are still in the map, since when.
     resting: VecDeque<(Instant, Route)>,
     closed: LaneCounters,
     capacity: usize,
@@ -210,8 +210,8 @@ impl Tables {
         record.on.store(0, Relaxed);
         record.serial.store(0, Release);
         // A message that passed that check already still finds the target or not; either is in order. Not so one that has found it:
-        // the kernel fails its send with EPIPE when the target leaves the map before it is queued there (`tcp_bpf_sendmsg_redir`). So
-        // the target rests for a while.
+        // the kernel fails its send with EPIPE when the target leaves the map before it is queued there (`tcp_bpf_sendmsg_redir`).
+        // So the target rests for a while.
         let ours = self.routes.get(&FlowKey(flow), 0).is_ok_and(|found| found.0 == route);
         if ours {
             let _gone = self.routes.remove(&FlowKey(flow));
@@ -222,8 +222,8 @@ impl Tables {
         self.reclaim(now);
     }
 
-    /// Takes targets out of the map that have rested, or whose slots are needed, and frees those. One whose socket is closed has left it
-    /// by itself.
+    /// Takes targets out of the map once they have rested or their slots are needed, and frees the slots. A target with a closed
+    /// socket has left the map by itself.
     fn reclaim(&mut self, now: Instant) {
         while let Some(&(since, route)) = self.resting.front()
             && (now - since >= REST || self.free.is_empty())
@@ -346,7 +346,7 @@ impl Lane {
         self.hooked
     }
 
-    /// Has its sender been found to be in bulk, which is no business of a lane's?
+    /// Has its sender been found to be in bulk, for which lanes are not meant?
     #[must_use]
     pub fn is_in_bulk(&self) -> bool {
         self.record().passed[Reason::Bulk as usize].load(Relaxed) > 0

@@ -79,7 +79,7 @@ pub fn hook(program: BorrowedFd<'_>, request: &[u8; HOOK_REQUEST]) -> std::io::R
 pub struct Config {
     /// How many connections at once may have lanes (two each).
     pub connections: u32,
-    /// Hook sockets in blocking mode too, whose owners may then see an error they would not see on plain TCP.
+    /// Hook sockets in blocking mode too, although their owners may then see an error they would not see on plain TCP.
     pub hook_blocking: bool,
     /// Take it even where hooked sockets answer FIONREAD wrongly ([`Unavailable::FionreadLies`]).
     pub bear_fionread: bool,
@@ -146,15 +146,15 @@ pub struct Totals {
     pub zerocopy: u64,
     /// Sockets left alone because they sent data in their SYN.
     pub fast_open: u64,
-    /// Sockets noted as such that may come to be hooked.
+    /// Sockets noted because they may come to be hooked.
     pub watched: u64,
     /// Events that did not fit the ring buffer.
     pub events_lost: u64,
-    /// Sockets left alone because they are somebody else's than the user's for whom the programs were loaded.
+    /// Sockets left alone because they belong to another user than the one for which the programs were loaded.
     pub foreign: u64,
     /// Lanes open now.
     pub open_lanes: usize,
-    /// What the lanes did that are closed by now.
+    /// What the closed lanes did.
     pub closed_lanes: LaneCounters,
 }
 
@@ -199,10 +199,10 @@ impl Kernel {
         Ok(Self { programs, maps: Maps::new(&descriptors, share)?, descriptors })
     }
 
-    /// The kernel relay, from whoever has it: `bro loader` for this user, else a predecessor, else loaded and tested here.
+    /// The kernel relay, from where there is one: `bro loader` for this user, else a predecessor, else loaded and tested here.
     ///
     /// # Errors
-    /// When none is to be had, or none that no service could notice ([`Config::bear_fionread`]).
+    /// When there is none, or only one that a service could notice ([`Config::bear_fionread`]).
     pub fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
         let kernel = Self::from_whoever_has_it(config, bequest)?;
         if kernel.fionread_lies() && !config.bear_fionread {
@@ -252,13 +252,13 @@ impl Kernel {
     fn pinned(pinned: pinned::Pinned) -> Result<Self, Unavailable> {
         let pinned::Pinned { descriptors, share, seat, clients } = pinned;
         let mut maps = Maps::new(&descriptors, share)?;
-        // What nobody has read who had the seat before.
+        // Events that an earlier holder of the seat has not read.
         maps.drain_events(|_| {});
         tracing::info!("the kernel relay is bro loader's (seat {} of {})", share.seat + 1, bro_ebpf::SEATS);
         Ok(Self { programs: Programs::seated(seat, clients), maps, descriptors })
     }
 
-    /// That of this process's predecessor, which has tested it; `None` if it is another version's.
+    /// The relay of this process's predecessor, which has tested it; `None` if it is another version's.
     fn inherited(bequest: Bequest, config: &Config) -> Result<Option<Self>, Unavailable> {
         let Some((estate, links)) = bequest.open() else { return Ok(None) };
         if estate.share.hook_blocking != config.hook_blocking {

@@ -26,11 +26,11 @@ const MOST_WATCHED: u32 = 1024;
 /// What the programs are loaded for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
-    /// Whose sockets they hook.
+    /// The users that own the sockets to be hooked.
     pub owners: Owners,
     /// How many forwarders may use them at once.
     pub seats: usize,
-    /// How many records each of those has.
+    /// How many records each forwarder has.
     pub records: u32,
     /// The size of each one's ring buffer, in bytes.
     pub ring: u32,
@@ -50,7 +50,7 @@ impl Shape {
     }
 }
 
-/// Loaded programs, attached nowhere but to the senders' map, and every map that somebody uses.
+/// Loaded programs, attached nowhere but to the senders' map, and every map that is used.
 pub(super) struct Loaded {
     pub(super) programs: Programs,
     /// As the first seat uses them.
@@ -124,7 +124,7 @@ const RINGS: [&str; SEATS] = [
 
 /// The ring buffer of a forwarder that loads for itself.
 const OWN_RING: u32 = 64 * 1024;
-/// One that nobody reads: the kernel's least is a page, and aya rounds up to it.
+/// A ring that is never read: the kernel's least is a page, and aya rounds up to it.
 const NO_RING: u32 = 4096;
 
 /// The self-test needs lanes even while all connections have theirs.

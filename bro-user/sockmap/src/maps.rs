@@ -1,4 +1,4 @@
-//! The programs' maps, as those use them whose connections have lanes: by descriptor, and without any rights.
+//! The programs' maps, as a forwarder with lanes uses them: by descriptor, and without any rights.
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -36,7 +36,7 @@ pub struct Descriptors {
 }
 
 impl Descriptors {
-    /// How many they are.
+    /// How many there are.
     pub const COUNT: usize = 8;
 
     /// As they are sent.
@@ -84,8 +84,8 @@ pub struct Share {
     pub records: u32,
     /// Whether sockets in blocking mode are hooked too.
     pub hook_blocking: bool,
-    /// Whether this kernel says 0 when a hooked socket's owner asks how much waits to be read. True until the self-test has seen
-    /// better.
+    /// Whether this kernel says 0 when a hooked socket's owner asks how much waits to be read. True until the self-test has shown
+    /// otherwise.
     pub fionread_lies: bool,
 }
 
@@ -114,7 +114,7 @@ impl std::fmt::Debug for Maps {
 }
 
 impl Maps {
-    /// Uses the maps from now on. One process at a time: the seat's lanes and events are nobody else's.
+    /// Uses the maps from now on. One process at a time: the seat's lanes and events belong to no other process.
     ///
     /// # Errors
     /// When they are not the maps of this version of the programs.
@@ -148,8 +148,8 @@ impl Maps {
             Role::Client => role::CLIENT,
         };
         let key = key(netns, port);
-        // Other forwarders of this user may watch it too, such as the one that this one is about to replace. Each opens lanes for its
-        // own connections; whoever came last hears of the port.
+        // Other forwarders of this user may watch it too, such as the one that this one is about to replace. Each opens lanes for
+        // its own connections; the one that came last hears of the port.
         let known = self.watched.get(&key, 0).ok().filter(|found| found.0.role == role);
         let kind = known.map_or(kind::UNKNOWN, |found| found.0.kind);
         let value = WatchValue(Watch { role, kind, seat: self.share.seat, zero: 0 });

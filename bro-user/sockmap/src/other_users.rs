@@ -1,5 +1,5 @@
-//! Sockets that the programs met at watched ports and left alone, since they are somebody else's: counted by the programs, told of
-//! by the forwarders that watch, now and then.
+//! Sockets that the programs met at watched ports and left alone, since they belong to another user: counted by the programs, and
+//! told now and then by the forwarders that watch.
 
 use std::os::fd::AsFd as _;
 use std::sync::atomic::AtomicU64;
@@ -11,7 +11,7 @@ use bro_ebpf::Counter;
 use super::maps::Descriptors;
 use super::sys::Mapping;
 
-/// At most one line in this time: whoever makes such sockets decides how many they are.
+/// At most one line in this time: the owner of such sockets decides how many there are.
 const STEP: Duration = Duration::from_secs(60);
 
 /// The count, and how much of it has been told.
@@ -66,7 +66,7 @@ struct Told {
 
 impl Told {
     fn rest(&self, total: u64) -> Option<News> {
-        // The maps are the user's: he may have made it less.
+        // The maps are the user's, and the user may have made it less.
         let new = total.saturating_sub(self.total);
         (new > 0).then_some(News { new, total })
     }

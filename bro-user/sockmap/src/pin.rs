@@ -1,5 +1,6 @@
-//! The other side of [`super::pinned`]: loads the programs for a user, attaches them to his cgroup and leaves them pinned for him
-//! alone. A set that was there before is replaced in one step, and goes on for the forwarders that use it until the last has ended.
+//! The other side of [`super::pinned`]: loads a user's programs, attaches them to the user's cgroup and leaves them pinned for that
+//! user alone. A set that was there before is replaced in one step, and goes on for the forwarders that use it until the last has
+//! ended.
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -48,7 +49,7 @@ impl Named {
         }
     }
 
-    /// Refuses for a user whose set was made under the other designation.
+    /// Refuses for a user with a set that was made under the other designation.
     fn check(self, set: &Path) -> Result<(), Unavailable> {
         let other = match self.other() {
             Self::Name => "by name",
@@ -58,14 +59,14 @@ impl Named {
     }
 }
 
-/// For whom, and how.
+/// The user for which a set is made, and how.
 #[derive(Debug, Clone)]
 pub struct Order {
-    /// As what he was named.
+    /// How the user was designated.
     pub named: Named,
-    /// Whose set.
+    /// The user that gets the set.
     pub user: u32,
-    /// His ranges of subordinate user ids, first and count: his containers' users.
+    /// The user's ranges of subordinate user ids, first and count: the users of that user's containers.
     pub subordinate: Vec<(u32, u32)>,
     /// The cgroup that the programs are to look at.
     pub cgroup: PathBuf,
@@ -86,7 +87,7 @@ pub fn install(order: &Order) -> Result<(), Unavailable> {
         records: order.connections.saturating_mul(2),
         ring: RING,
         hook_blocking: false,
-        // Whoever could read the lines would read them for every forwarder.
+        // A reader of these lines would read them for every forwarder.
         trace: false,
     };
     let loaded = load::load(&shape)?;
@@ -202,7 +203,7 @@ fn pin(to: &Path, loaded: Loaded, cgroup: &Path, user: u32) -> Result<(), Unavai
     Ok(())
 }
 
-/// The mode first: afterwards it is another's file.
+/// The mode first: afterwards the file is another user's.
 fn hand_over(path: &Path, user: u32, mode: u32) -> Result<(), Unavailable> {
     std::fs::set_permissions(path, Permissions::from_mode(mode))
         .and_then(|()| chown(path, Some(user), None))
@@ -273,8 +274,9 @@ impl Drop for Draft {
     }
 }
 
-/// Removes a set. The seats are the user's, who may have put something there; a loader without CAP_DAC_OVERRIDE is no more than
-/// others are in a folder that is not its own, so each is taken back first. From then on nobody changes what is in it.
+/// Removes a set. The seats are the user's, and the user may have put something there. In a folder that is not its own, a loader
+/// without CAP_DAC_OVERRIDE has no more rights than any process, so it takes each back first. From then on no process changes what
+/// is in it.
 fn clear(set: &Path) -> io::Result<()> {
     empty(set)?;
     std::fs::remove_dir(set)
@@ -290,13 +292,13 @@ fn empty(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Sees to the BPF file system. As a system service has it: by a unit (run-bro-bpf.mount); by hand: made here.
+/// Sees to the BPF file system: a system service has it from a unit (run-bro-bpf.mount); by hand it is mounted here.
 fn mounted() -> Result<(), Unavailable> {
     let root = Path::new(ROOT);
     let parent = root.parent().unwrap_or(root);
     let failed = |path: &Path, error: io::Error| Unavailable::Pin(path.into(), error);
     std::fs::create_dir_all(root).map_err(|error| failed(root, error))?;
-    // Whoever else could write there could put a file system of his own in this one's place.
+    // Another user that could write there could put a file system of its own in this one's place.
     let about = std::fs::symlink_metadata(parent).map_err(|error| failed(parent, error))?;
     if !about.is_dir() || about.uid() != 0 || about.mode() & 0o022 != 0 {
         return Err(failed(parent, io::Error::other("it must be a directory that only root can write to")));

@@ -1,8 +1,8 @@
 //! The set of programs and maps that `bro loader` has left for a user, as that user's forwarders open it: without any right but
 //! that to its files.
 //!
-//! Below the folder of a user there are the maps and the link that keeps the programs attached (files of his, mode 0600), and a
-//! folder for each seat (his, mode 0700). All but that is root's, so nobody can put anything else in their place.
+//! Below the folder of a user there are the maps and the link that keeps the programs attached (the user's files, mode 0600), and a
+//! folder for each seat (the user's, mode 0700). All but that is root's, so no user can put anything else in their place.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -77,7 +77,7 @@ pub struct Summary {
     pub clients: bool,
     /// Sockets that were taken hold of so far.
     pub hooked: u64,
-    /// Sockets at watched ports that were left alone, because they are somebody else's.
+    /// Sockets at watched ports that were left alone, because they belong to another user.
     pub foreign: u64,
 }
 

@@ -24,11 +24,11 @@ pub struct Programs {
     no_clients: Option<String>,
     /// What a successor will need, where this process has it to give.
     estate: Option<Estate>,
-    /// Last, when nobody has anything to say any more.
+    /// Last, when no program has anything to say any more.
     _tracer: Option<Tracer>,
 }
 
-/// Who loaded them.
+/// The process that loaded them.
 enum Whose {
     /// This process.
     Own(Box<Ebpf>),
@@ -89,7 +89,7 @@ impl Programs {
         std::mem::forget(self);
     }
 
-    /// Those of `bro loader`; whether its self-test could hook a client.
+    /// The ones of `bro loader`; whether its self-test could hook a client.
     pub(super) fn seated(seat: Seat, clients: bool) -> Self {
         let no_clients = (!clients).then(|| "bro loader could not hook a client".to_owned());
         Self { links: HashMap::new(), whose: Whose::Loader(seat), no_clients, estate: None, _tracer: None }

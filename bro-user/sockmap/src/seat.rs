@@ -18,7 +18,7 @@ use super::maps::{Descriptors, Share, data};
 use super::sys::{FlowKey, Mapping, PortKey, RouteValue, WatchValue};
 use super::unavailable::{self, Unavailable};
 
-/// How often all seats are tried: whoever tidies holds one for a moment that is not his.
+/// How often all seats are tried: a process that tidies holds, for a moment, a seat that it does not use.
 const ROUNDS: usize = 3;
 
 /// A seat. Dropping it gives it back.
@@ -53,7 +53,7 @@ impl Place {
 }
 
 impl Seat {
-    /// Claims a seat of the set whose folder of seats this is; its number and the lock on it.
+    /// Claims a seat of the set, from its folder of seats; returns the seat's number and the lock on it.
     pub(super) fn claim(seats: &Path) -> Result<(u32, Flock<File>), Unavailable> {
         for _ in 0..ROUNDS {
             for seat in 0..SEATS {
@@ -76,7 +76,7 @@ impl Seat {
     pub fn covers(&self, cgroup: &Path) -> Result<(), Unavailable> {
         let is = |path: &Path| std::fs::metadata(path).is_ok_and(|found| found.ino() == self.place.id);
         let below = cgroup.ancestors().any(is);
-        // Of a larger one they see this user's part, which is the only one that a forwarder of his has to do with.
+        // Of a larger one they see this user's part, which is the only one that matters to this user's forwarders.
         let above = self.place.path.as_ref().is_some_and(|own| own.starts_with(cgroup));
         if below || above { Ok(()) } else { Err(Unavailable::Outside(cgroup.into())) }
     }
@@ -87,7 +87,7 @@ pub(super) fn folder(seats: &Path, seat: usize) -> PathBuf {
     seats.join(format!("{seat:02}"))
 }
 
-/// Takes the lock of a seat, unless somebody has it.
+/// Takes the lock of a seat, unless another process has it.
 fn lock(seats: &Path, seat: usize) -> Result<Option<Flock<File>>, Unavailable> {
     let path = folder(seats, seat);
     let failed = |error: io::Error| Unavailable::Pin(path.clone(), error);
@@ -105,13 +105,13 @@ pub(super) fn taken(seats: &Path) -> Result<usize, Unavailable> {
     all.sum()
 }
 
-/// Whether nobody has this seat.
+/// Whether no process has this seat.
 pub(super) fn is_free(seats: &Path, seat: u32) -> bool {
     lock(seats, seat as usize).is_ok_and(|claim| claim.is_some())
 }
 
-/// Takes away what a forwarder has left that is gone: in this seat everything, in others that nobody has (`free`) the ports they
-/// watched.
+/// Takes away what a forwarder that is gone has left: in this seat everything, in other seats that are free (`free`) the ports that
+/// it watched.
 pub(super) fn tidy(
     descriptors: &Descriptors,
     share: &Share,
@@ -138,7 +138,7 @@ pub(super) fn tidy(
     for key in left {
         let _gone = routes.remove(&key);
     }
-    // Its sockets left this map when they were closed, but for those that it had shared with somebody.
+    // Its sockets left this map when they were closed, but for the ones that it had shared with another process.
     let mut targets: SockHash<MapData, RouteValue> =
         SockHash::try_from(Map::SockHash(data(&descriptors.targets)?)).map_err(unavailable::damaged)?;
     let left: Vec<RouteValue> = targets.keys().flatten().filter(ours).collect();

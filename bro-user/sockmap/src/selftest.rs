@@ -114,7 +114,7 @@ impl Test<'_> {
         self.expect(&mut ends.service, &request, "the request")
     }
 
-    /// Has a sender prove to be a non-blocking one, by bytes that go the long way, and hooks it. How many those were.
+    /// Has a sender prove to be a non-blocking one, by bytes that go the long way, and hooks it. Returns how many bytes those were.
     fn prove(&mut self, ends: &mut Ends, lane: &Lane, role: Role) -> Outcome<u64> {
         let before = self.kernel.totals();
         for sent in 1..=MOST_MESSAGES {
@@ -183,7 +183,7 @@ impl Test<'_> {
         self.kernel.open_lane(&sender, ends.accepted.as_fd(), 0).map_err(|error| chain(&error))
     }
 
-    /// Whether the service can still ask how much waits. If not, only who insists gets this relay.
+    /// Whether the service can still ask how much waits. If not, this relay is only for users that insist on it.
     fn fionread(&mut self, ends: &mut Ends) -> Outcome {
         step("a request", ends.backend.write_all(b"x"))?;
         self.wait(&ends.service, PollFlags::POLLIN, "a request")?;
@@ -213,7 +213,7 @@ impl Test<'_> {
         }
     }
 
-    /// Nobody reads: the service sends until its own TCP is full, and then its socket must not claim to be writable.
+    /// Nothing reads: the service sends until its own TCP is full, and then its socket must not claim to be writable.
     fn fill(&self, ends: &mut Ends, lane: &Lane) -> Outcome<usize> {
         // More than the largest buffers on the way, by far.
         const MOST: usize = 1 << 28;

@@ -21,8 +21,8 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 /// A type that user space and the programs may share in mapped memory.
 ///
 /// # Safety
-/// It must consist of atomics alone (every bit pattern is valid, and nobody minds that others change it), need no drop, and
-/// its size must be a multiple of 8, so that it has the array map's own stride.
+/// It must consist of atomics alone (every bit pattern is valid, and others may change it at any time), need no drop, and its size
+/// must be a multiple of 8, so that it has the array map's own stride.
 unsafe trait Shared: Sync {}
 // SAFETY: 24 `AtomicU64`s and unused words of them, 192 bytes.
 unsafe impl Shared for Record {}
@@ -81,8 +81,8 @@ impl<T> Mapping<T> {
         }
         // SAFETY: within the mapping.
         let element = unsafe { self.start.add(index) };
-        // SAFETY: page alignment is enough for T, the memory is mapped as long as `self` lives, any bits are a valid T, and
-        // whoever else writes there does so through atomics or whole words.
+        // SAFETY: page alignment is enough for T, the memory is mapped as long as `self` lives, any bits are a valid T, and every
+        // other writer of that memory uses atomics or whole words.
         Some(unsafe { element.as_ref() })
     }
 }
@@ -172,8 +172,8 @@ pub struct Sent {
 /// # Errors
 /// getsockopt's, for every other socket.
 pub fn sent(socket: BorrowedFd<'_>) -> io::Result<Sent> {
-    // struct tcp_info begins with eight bytes, the fourth of which is tcpi_probes; then come tcpi_rto, tcpi_ato, tcpi_snd_mss, tcpi_rcv_mss,
-    // tcpi_unacked, tcpi_sacked, tcpi_lost, tcpi_retrans, tcpi_fackets, tcpi_last_data_sent, tcpi_last_ack_sent,
+    // struct tcp_info begins with eight bytes, the fourth of which is tcpi_probes; then come tcpi_rto, tcpi_ato, tcpi_snd_mss,
+    // tcpi_rcv_mss, tcpi_unacked, tcpi_sacked, tcpi_lost, tcpi_retrans, tcpi_fackets, tcpi_last_data_sent, tcpi_last_ack_sent,
     // tcpi_last_data_recv and tcpi_last_ack_recv, the times in milliseconds.
     let info = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, [0u32; 15])?;
     let span = |milliseconds: u32| std::time::Duration::from_millis(milliseconds.into());
@@ -237,7 +237,7 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
 /// Attaches a sockops program to a cgroup's folder (bpf(2), `BPF_LINK_CREATE`). Takes no right but the program's descriptor.
 ///
 /// # Errors
-/// E2BIG when there are as many as may be, EPERM when somebody is there exclusively.
+/// E2BIG when there are as many as may be, EPERM when another program is attached there exclusively.
 pub fn attach_to_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     const BPF_LINK_CREATE: libc::c_int = 28;
     const BPF_CGROUP_SOCK_OPS: u32 = 3;
@@ -269,7 +269,7 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The part of `union bpf_attr` that pinning, and opening what is pinned, reads.
+/// The part of `union bpf_attr` that is read for pinning, and for opening what is pinned.
 #[repr(C)]
 struct AtPath {
     path: u64,
@@ -324,14 +324,14 @@ pub fn run(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
     if result == 0 { Ok(test.returned) } else { Err(io::Error::last_os_error()) }
 }
 
-/// bpf(2), as a forwarder uses it that loads programs, or one that opens what is there already. Nothing is left of it.
+/// Calls bpf(2) as a forwarder does that loads programs, or one that opens existing ones. Nothing is left of it.
 ///
 /// # Errors
 /// bpf's, or that of a filter.
 pub fn try_bpf(loads: bool) -> io::Result<()> {
     const MAP_CREATE: libc::c_long = 0;
     const OBJ_GET: libc::c_long = 7;
-    // An array of one number; a path that there is not.
+    // An array of one number; a path that does not exist.
     let (command, start): (_, [u32; 4]) = if loads { (MAP_CREATE, [2, 4, 8, 1]) } else { (OBJ_GET, [0; 4]) };
     let mut attributes = [0_u32; 32];
     attributes[..4].copy_from_slice(&start);
@@ -339,7 +339,7 @@ pub fn try_bpf(loads: bool) -> io::Result<()> {
     // SAFETY: the kernel reads so many bytes of them and no more, and writes nothing for these commands.
     let made = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_ptr(), size) };
     if made >= 0 {
-        // SAFETY: the kernel has just made it for this process, and nobody else knows of it.
+        // SAFETY: the kernel has just made it for this process, and nothing else knows of it.
         drop(unsafe { OwnedFd::from_raw_fd(made as i32) });
         return Ok(());
     }

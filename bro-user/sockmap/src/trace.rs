@@ -1,8 +1,8 @@
 //! What the programs say of single sockets (aya-log), as lines of this process's log: `bro_ebpf` at the level trace.
 //!
-//! Programs are loaded with it or without, by a constant that the verifier sees: without, the calls are no part of them. With it, they
-//! write into a ring buffer of [`RING`] bytes, which a thread here reads. What comes while it is full is dropped, and nobody counts it.
-//! Loading takes longer with it, by some 0.4 s: the verifier follows the writing of each line.
+//! Programs are loaded with it or without, by a constant that the verifier sees: without, the calls are no part of them. With it,
+//! they write into a ring buffer of [`RING`] bytes, which a thread here reads. What comes while it is full is dropped, and not
+//! counted. Loading takes longer with it, by some 0.4 s: the verifier follows the writing of each line.
 
 use std::io;
 use std::os::fd::AsFd as _;
@@ -83,7 +83,7 @@ fn read(mut lines: EbpfLogger<Lines>, end: &EventFd) {
     }
 }
 
-/// Makes lines of ours of what aya-log has read.
+/// Makes lines of our log from what aya-log has read.
 struct Lines;
 
 impl log::Log for Lines {

@@ -73,7 +73,7 @@ pub enum Unavailable {
     /// The cgroup that they were attached to is gone.
     #[error("the cgroup that bro loader's programs looked at is gone")]
     Detached,
-    /// Every seat is somebody's.
+    /// Every seat is taken.
     #[error(
         "{} other forwarders of this user have the kernel relay through bro loader, which is all there can be",
         bro_ebpf::SEATS
@@ -144,7 +144,7 @@ impl Unavailable {
 }
 
 impl Unavailable {
-    /// Is it for want of a descriptor, whatever that was wanted for?
+    /// Is the reason a missing descriptor, whatever it was needed for?
     fn wants_descriptors(&self) -> bool {
         let numbers = [nix::libc::EMFILE, nix::libc::ENFILE];
         match self {

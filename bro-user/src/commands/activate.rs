@@ -1,7 +1,7 @@
 //! `bro activate`: from a quadlet to a socket that wakes it, and back.
 //!
-//! In order: read the quadlet and what is activated already, decide what shall be (`request`), put it into files (`units`),
-//! change them all at once (`write`), and have systemd take it up. Whatever fails takes everything back.
+//! In order: read the quadlet and what is activated already, decide what is wanted (`request`), put it into files (`units`), change
+//! them all at once (`write`), and have systemd take it up. Any failure undoes everything.
 
 mod apply;
 mod asked_at;
@@ -41,7 +41,7 @@ use crate::{paths, port_owner};
 /// Runs `bro activate`.
 ///
 /// # Errors
-/// Each with the exit code of [`crate::exit`]; nothing has changed then.
+/// Each with the exit code of [`crate::exit`]; then nothing has changed.
 pub fn run(options: &Activate) -> anyhow::Result<()> {
     let scope = RuntimeScope::choose(options.system, options.user);
     let units = paths::below(options.root.as_deref(), &paths::unit_directory(scope)?);
@@ -78,7 +78,7 @@ fn known(name: &str, places: &Paths) -> anyhow::Result<Option<Installed>> {
     Ok(all.into_iter().find(|known| known.goes_by(name)))
 }
 
-/// The same for who clears it away: also if only a part of it is left, and with the units whose files are gone.
+/// The same for its removal: also if only a part of it is left, and with the units that have lost their files.
 fn known_or_left(name: &str, places: &Paths) -> anyhow::Result<Option<Installed>> {
     let root = places.root.as_deref();
     let Some(mut known) = known(name, places)? else {
@@ -90,7 +90,7 @@ fn known_or_left(name: &str, places: &Paths) -> anyhow::Result<Option<Installed>
     Ok(Some(known))
 }
 
-/// The user whose container is meant: as the command line says, or an earlier one said.
+/// The container's owner: as the command line says, or an earlier one said.
 fn owner(options: &Activate, all: &[Installed], places: &Paths) -> anyhow::Result<Option<RunAsUser>> {
     match &options.run_as {
         Some(name) => Ok(Some(RunAsUser::find(name, places.root.as_deref())?)),
@@ -100,14 +100,14 @@ fn owner(options: &Activate, all: &[Installed], places: &Paths) -> anyhow::Resul
     }
 }
 
-/// All of it that would be written, for a quadlet that was found.
+/// All files that would be written, for a quadlet that was found.
 fn plan(options: &Activate, places: &Paths) -> anyhow::Result<(Wanted, Option<Installed>, Vec<File>)> {
     let all = installed::all_in(&places.units, places.scope, places.root.as_deref())?;
     let owner = owner(options, &all, places)?;
     let quadlet = quadlet::find(&options.name, places.scope, owner.as_ref(), places.root.as_deref())?;
     root_dir::stays_inside(places.root.as_deref(), &quadlet.path)?;
     let known = all.into_iter().find(|known| known.name == quadlet.name);
-    // A first run that was killed may have left the first port's socket, which is written anew.
+    // A first run that was killed may have left the first port's socket, which is written again.
     if known.is_none()
         && let Some(rest) = leftover::find(&quadlet.name, &places.units, places.scope, places.root.as_deref())
         && rest.activated.listeners.iter().any(|listener| listener.service != quadlet.name)
@@ -186,7 +186,7 @@ async fn dry_run(options: &Activate, places: &Paths) -> anyhow::Result<()> {
     )?)
 }
 
-/// All that is decided and checked, under the lock; nothing has changed but for directories, which go again with this.
+/// All that is decided and checked, under the lock; nothing has changed but directories; dropping this removes them.
 struct Prepared {
     systemd: Option<apply::Managers>,
     made: Made,
@@ -201,7 +201,7 @@ struct Prepared {
 async fn prepare(options: &Activate, places: &Paths) -> anyhow::Result<Prepared> {
     // The quadlet has to be there before directories are made; everything is read again under the lock.
     let owner = plan(options, places)?.0.activated.run_as;
-    // Asked before anything is written: without it nothing could be started.
+    // Connected before anything is written: without systemd nothing could be started.
     let systemd = match &places.root {
         None => Some(apply::connect(places.scope, owner.as_ref()).await?),
         Some(_) => None,
@@ -234,7 +234,7 @@ async fn prepare(options: &Activate, places: &Paths) -> anyhow::Result<Prepared>
         (places.root.as_deref(), places.has_steps),
     )?;
     let mut changes = changes(&activated, &files)?;
-    // What an earlier run wrote and this one has no use for.
+    // What an earlier run wrote and this run does not need.
     let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
     for path in left {
         root_dir::stays_inside(places.root.as_deref(), &path)?;
@@ -247,7 +247,7 @@ async fn prepare(options: &Activate, places: &Paths) -> anyhow::Result<Prepared>
     Ok(Prepared { systemd, made, _lock: lock, activated, known, changes, unfinished, warnings })
 }
 
-/// The warnings of external addresses that are nobody's.
+/// The warnings of external addresses that the host lacks.
 fn nowhere(activated: &Installed, places: &Paths) -> Vec<String> {
     if places.root.is_some() {
         return Vec::new();
@@ -263,18 +263,18 @@ fn directories_of(activated: &Installed, places: &Paths) -> Vec<PathBuf> {
     std::iter::once(&*places.units).chain(others).map(Path::to_owned).collect()
 }
 
-/// Where links go that enable sockets, where systemd does not make it: noted as made, unless all that it lies in is new.
+/// Where the links that enable sockets go, if not made by systemd: noted as made, unless the units' directory is new.
 fn own_wants(places: &Paths, units_were_there: bool) -> Option<PathBuf> {
     (places.root.is_some() && units_were_there).then(|| apply::wants(places))
 }
 
-/// Notes the directories that were made for it.
+/// Notes the directories that were made for this service.
 fn with_made(
     mut activated: Installed,
     made: impl Iterator<Item = PathBuf>,
     places: &Paths,
 ) -> anyhow::Result<Installed> {
-    // Whoever uses a directory that was made for another activated service shares it: the last one to go removes it.
+    // An activated service that uses another one's directory shares it: the last one to go removes it.
     let mut mine = files_of(&activated);
     if places.root.is_some() {
         mine.extend(activated.listeners.iter().map(|listener| apply::wants(places).join(&listener.socket)));
@@ -294,7 +294,7 @@ fn files_of(activated: &Installed) -> Vec<PathBuf> {
     sockets.chain(activated.service_file.clone()).chain(activated.others().cloned()).collect()
 }
 
-/// What differs from what is on the disk. Somebody else's file is never touched.
+/// What differs from what is on the disk. A file that is not bro's is never touched.
 fn changes(activated: &Installed, files: &[File]) -> anyhow::Result<Vec<Change>> {
     let mut changes = Vec::new();
     for File { path, text } in files {
@@ -319,7 +319,7 @@ fn belongs_to_another(path: &Path, name: &str) -> bool {
     file.and_then(|file| file.value(installed::SECTION, "Name").map(|other| other != name)).unwrap_or(false)
 }
 
-/// Can systemd listen where it is to?
+/// Can systemd listen where it has to?
 async fn check_listeners(
     activated: &Installed,
     known: Option<&Installed>,
@@ -339,7 +339,7 @@ async fn check_listeners(
             );
         }
         let external: External = listener.address.parse()?;
-        // Whoever holds it now: that is nobody's socket.
+        // What is no socket is in the way, held or not.
         if let Some(port_owner::Trouble::InTheWay(why)) = port_owner::look(&external) {
             anyhow::bail!("{why} (nothing was changed)");
         }
@@ -363,7 +363,7 @@ async fn check_listeners(
     Ok(())
 }
 
-/// A socket of this very service that will make room.
+/// Is it a socket of this same service that will make room?
 async fn ours(
     owner: &port_owner::AddressHolder,
     known: Option<&Installed>,
@@ -375,7 +375,7 @@ async fn ours(
             let unit = systemd.socket_at(&owner.address).await;
             unit.is_some_and(|unit| known.listeners.iter().any(|before| before.socket == unit))
         }
-        // In a dry run nobody is asked; the port says enough.
+        // A dry run asks no service manager; the port says enough.
         None => {
             let port = |address: &str| address.parse::<External>().ok().and_then(|address| address.port());
             let taken = port(&owner.address);
@@ -468,7 +468,7 @@ fn doomed(
         .into());
     };
     let mut rest = known.clone();
-    // Of a port whose file is gone nobody knows where it leads.
+    // A port that has lost its file leads to an unknown place.
     rest.listeners.retain(|listener| !listener.service.is_empty());
     rest.listeners.retain(|listener| listener.service != *service);
     let mut changes = vec![gone(listener.file.clone())];

@@ -1,9 +1,9 @@
-//! `bro after-upgrade`: a new bro has been installed, and forwarders of the old one run. Those whose unit can be reloaded are
-//! reloaded, which hands their listeners to the new program and drops nobody; the others run on as they are until they are idle.
-//! Nothing is ever stopped or restarted.
+//! `bro after-upgrade`: a new bro has been installed, and forwarders of the old one run. A forwarder with a reloadable unit is
+//! reloaded, which hands its listeners to the new program and drops no client; the others run on until they are idle. Nothing is
+//! ever stopped or restarted.
 //!
-//! Only units that `bro activate` wrote are touched. A user's files are read by that user alone: root following what a user may
-//! put there (a link, a pipe that never ends) would be that user's way to hold up an upgrade.
+//! Only units that `bro activate` wrote are touched. A user's files are read by that user alone: if root followed what a user may
+//! put there (a link, a pipe that never ends), that user could hold up an upgrade.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -58,7 +58,7 @@ pub fn run(options: &AfterUpgrade) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whose service managers run.
+/// The users with a running service manager.
 fn users() -> Vec<User> {
     let runtime = std::fs::read_dir("/run/user").into_iter().flatten().flatten();
     let mut users: Vec<User> = runtime
@@ -71,7 +71,7 @@ fn users() -> Vec<User> {
     users
 }
 
-/// The same for one user, as that user, who is not waited for endlessly.
+/// The same for one user, as that user, within a time limit.
 fn ask(user: &User) -> anyhow::Result<Child> {
     let owner = RunAsUser {
         name: user.name.clone(),

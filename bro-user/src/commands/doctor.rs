@@ -1,5 +1,5 @@
-//! `bro doctor`: what this host can do for this user, or what is wrong with one activated service; one line a check, with the
-//! fix.
+//! `bro doctor`: what this host can do for this user, or what is wrong with one activated service; one line for each check, with
+//! the fix.
 
 mod confinement;
 mod direct;
@@ -32,7 +32,7 @@ use crate::systemd::scope::RuntimeScope;
 enum Finding {
     /// All there.
     Ok,
-    /// bro works without it, in a lesser way.
+    /// bro works without it, with less.
     Less,
     /// Something that bro is for does not work.
     Bad,
@@ -56,7 +56,7 @@ impl Check {
         Self { name, outcome: Finding::Less, finding: finding.into(), fix: Some(fix.into()) }
     }
 
-    /// Where it is this very thing that matters, less is bad.
+    /// Where a check is about just this, less is bad.
     fn or_bad(self) -> Self {
         let outcome = if self.outcome == Finding::Less { Finding::Bad } else { self.outcome };
         Self { outcome, ..self }
@@ -67,7 +67,7 @@ impl Check {
     }
 }
 
-/// Runs `bro doctor`; true when nothing that bro is for is broken.
+/// Runs `bro doctor`; true if nothing that bro is for is broken.
 ///
 /// # Errors
 /// When there is no service of that name, or standard output is closed.
@@ -105,7 +105,7 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
 /// Runs `bro try-wake`.
 ///
 /// # Errors
-/// When nobody reads what it says.
+/// When its output has no reader.
 pub fn try_wake(options: &crate::cli::TryWake) -> anyhow::Result<()> {
     confinement::trial::run(options)
 }

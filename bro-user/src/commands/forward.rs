@@ -1,4 +1,4 @@
-//! `bro forward`: one forwarder's life, from the sockets it is passed to its exit. The control process: it starts the engine in a
+//! `bro forward`: one forwarder's life, from the sockets that it gets to its exit. The control process: it starts the engine in a
 //! process of its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
 
 pub mod freeze;
@@ -55,10 +55,10 @@ use crate::systemd::listen_fds::{self, Passed};
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::{notify, own_unit};
 
-/// The first of the failures after which nobody would be served before this has passed.
+/// How often the status is brought up to date; the engine's figures may take no longer.
 const STATUS_STEP: Duration = Duration::from_secs(1);
 
-/// How long the service manager may take to say which run of the unit it is, where somebody waits for that.
+/// How long the service manager may take to say which run of the unit it is, where the forwarder waits for that.
 const REMEMBER: Duration = Duration::from_secs(2);
 
 /// How often a drain asks the service manager for more time, and by how much.
@@ -105,12 +105,12 @@ fn route(options: &Forward, listeners: Vec<Listener>) -> Result<Routes, Failure>
     Ok((routes, targets))
 }
 
-/// Descriptors that connections may not use up: waking a service takes some (the bus, the agent, pidfds), and so do pipes and
-/// the kernel relay's maps.
+/// Descriptors that connections may not use up: waking a service takes some (the bus, the agent, pidfds), as do pipes and the
+/// kernel relay's maps.
 const RESERVED_DESCRIPTORS: u64 = 128;
 
-/// For how many connections the kernel relay has lanes where nobody has said how many there may be: more are spliced. Lanes take memory
-/// from the start, connections only when they come.
+/// For how many connections the kernel relay has lanes without `--connections-max`: more are spliced. Lanes take memory from the
+/// start, connections only when they come.
 const LANES: u32 = 256;
 
 /// Raises the limit on descriptors as far as may be, and says how many are left for connections and pipes.
@@ -122,8 +122,8 @@ fn descriptors_for_connections() -> usize {
     usize::try_from(limit - RESERVED_DESCRIPTORS.min(limit / 4 * 3)).unwrap_or(usize::MAX)
 }
 
-/// How many connections, of those asked for, fit into so many descriptors, and how many pipes beside them. Each is two descriptors;
-/// where not all pipes fit that might be used, there are fewer, and bytes are copied.
+/// How many of the wanted connections fit into so many descriptors, and how many pipes beside them. Each takes two descriptors;
+/// where too few are left for all pipes, there are fewer pipes, and bytes are copied.
 fn fitting(descriptors: usize, asked: usize) -> (usize, usize) {
     let pairs = descriptors / 2;
     let connections = asked.min((pairs / 3 * 2).max(pairs.saturating_sub(pipes::MOST)).max(1));
@@ -174,7 +174,7 @@ pub fn run(
         private,
         logging::without_addresses,
     )?;
-    // After it: none of this is the relay process's either.
+    // After the fork: the relay process may not have this either.
     let bequest = predecessor.as_ref().and_then(Predecessor::bequest);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -198,7 +198,7 @@ pub fn run(
             Control::start(options, &listeners, targets, activator, engine, local_clients, bequest)?;
         control.replacing.program = Some(program);
         control.limit = limit;
-        // A predecessor listens there still, where there is one.
+        // A predecessor, if there is one, still listens there.
         if predecessor.is_none()
             && let Some(endpoint) = &options.metrics
         {
@@ -211,18 +211,18 @@ pub fn run(
 /// What a finished wake reports.
 type Woken = (usize, anyhow::Result<Awake>);
 
-/// How far along the end is.
+/// How far the exit has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// Clients are welcome.
     Serving,
     /// The engine was asked whether it is idle.
     Leaving,
-    /// No more clients; those there are may finish until then.
+    /// No more clients; the present ones may finish until then.
     Draining(Instant),
 }
 
-/// The kernel relay that is on its way.
+/// The kernel relay, being loaded.
 type Loading = tokio::sync::oneshot::Receiver<Result<Loaded, Unavailable>>;
 
 /// Waits for the kernel relay to be loaded.
@@ -235,7 +235,7 @@ async fn loaded(loading: &mut Option<Loading>) -> Result<Loaded, Unavailable> {
     }
 }
 
-/// Waits for somebody who asks; for ever where there is no socket to ask at.
+/// Waits for a caller that asks; for ever where there is no socket to ask at.
 async fn asked(server: &mut Option<control_socket::Server>) -> std::io::Result<Asked> {
     match server {
         Some(server) => server.asked().await,
@@ -243,7 +243,7 @@ async fn asked(server: &mut Option<control_socket::Server>) -> std::io::Result<A
     }
 }
 
-/// Waits for somebody who wants metrics; for ever where they are not served.
+/// Waits for a caller that wants metrics; for ever where they are not served.
 async fn metrics_asked(server: &mut Option<metrics::Server>) -> Question {
     match server {
         Some(server) => server.asked().await,
@@ -251,7 +251,7 @@ async fn metrics_asked(server: &mut Option<metrics::Server>) -> Question {
     }
 }
 
-/// Says whose sockets were not taken hold of. The programs know no more than that they are not this user's.
+/// Says how many sockets were left alone. The programs know no more than that they are not this user's.
 fn left_alone(News { new, total }: News) {
     let sockets = if new == 1 { "socket" } else { "sockets" };
     tracing::warn!(
@@ -261,7 +261,7 @@ fn left_alone(News { new, total }: News) {
     );
 }
 
-/// Whether the kernel relay is to be had.
+/// Whether the kernel relay is available.
 #[derive(Debug)]
 enum KernelRelay {
     /// Not known yet.
@@ -286,7 +286,7 @@ fn load_kernel_relay(options: &Forward, bequest: Option<Bequest>) -> Option<Load
     kernel_watch::load(config, bequest)
 }
 
-/// The cookie of the network namespace that all clients come to, if all come over TCP and there is one.
+/// The cookie of the network namespace that all clients come to, if all use TCP and it is one namespace.
 fn clients_namespace(listeners: &[(Listener, usize)]) -> Option<u64> {
     let mut cookies = listeners.iter().map(|(listener, _)| {
         let address = getsockname::<SockaddrStorage>(listener.socket.as_raw_fd()).ok()?;
@@ -344,7 +344,7 @@ fn wake_limits(options: &Forward) -> Limits {
     }
 }
 
-/// The cgroup whose clients `--local-clients` names.
+/// The cgroup of the clients that `--local-clients` names.
 fn local_clients(options: &Forward) -> anyhow::Result<Option<std::path::PathBuf>> {
     let below = match &options.local_clients {
         LocalClients::Off => return Ok(None),
@@ -371,7 +371,7 @@ struct Control<'a> {
     started: Instant,
     control: Option<control_socket::Server>,
     targets: Vec<Target>,
-    /// How each target sees its clients, since it was last woken.
+    /// How each target has seen its clients since it was last woken.
     seen: HashMap<String, String>,
     activator: Arc<ServiceStarter>,
     stats: Arc<Stats>,
@@ -379,65 +379,65 @@ struct Control<'a> {
     kernel: KernelRelay,
     /// The kernel relay, while it is being loaded.
     loading: Option<Loading>,
-    /// What its programs watch.
+    /// What the programs watch.
     watching: Arc<Watching>,
-    /// What they left alone.
+    /// The sockets that they left alone.
     foreign: Option<Foreign>,
     local_clients: Option<std::path::PathBuf>,
     events: UnboundedReceiver<Event>,
     relay: Process,
-    /// What it may connect to.
+    /// The addresses it may connect to.
     addresses: AddressBook,
     woken: (UnboundedSender<Woken>, UnboundedReceiver<Woken>),
-    /// The tasks behind that.
+    /// The tasks of these wakes.
     wakes: JoinSet<()>,
-    /// Of each target.
+    /// For each target.
     refusals: Vec<wake::Refusals>,
-    /// Of each target: where it was found, which is watched.
+    /// For each target: where it was found, which is watched.
     watched: Vec<Weak<ContainerNetns>>,
-    /// Targets whose namespace is gone.
+    /// Targets that have lost their namespace.
     gone: (UnboundedSender<usize>, UnboundedReceiver<usize>),
-    /// Of each target.
+    /// For each target.
     wakefulness: Vec<Wakefulness>,
-    /// Since when one of them is awake, on the clock that only goes on, and on the wall.
+    /// Since when a target has been awake, on the monotonic clock and on the wall clock.
     awake_since: Option<(Instant, SystemTime)>,
     /// When a target was woken last; before that, when the forwarder started.
     woken_at: Instant,
-    /// Nobody was there any more when a long start had succeeded: the service is kept for those who come again, until then.
+    /// No client was there any more when a long start had succeeded: the service is kept for their return, until then.
     kept_until: Instant,
-    /// Who woke it last.
+    /// What woke it last.
     woken_by: Option<String>,
     /// Wakes that failed.
     failures: Failures,
     /// What this side of the forwarder has counted.
     counts: Counts,
-    /// Where it is kept for forwarders to come.
+    /// Where the counts are kept for later forwarders.
     ledger: Ledger,
     /// `--metrics`
     metrics: Option<metrics::Server>,
-    /// Whoever waits until it is awake.
+    /// The callers that wait until it is awake.
     wakers: Vec<Asker>,
-    /// Whoever told it to sleep, and whether by force.
+    /// The caller that told it to sleep, and whether by force.
     sleeper: Option<(bool, Asker)>,
     busy: sleep::Busy,
-    /// Answers to the question who is busy.
+    /// Answers to the question what is busy.
     said_busy: (UnboundedSender<Option<String>>, UnboundedReceiver<Option<String>>),
     /// Whether the service runs, for clients that wake nothing.
     knocked: (UnboundedSender<wake::Knocked>, UnboundedReceiver<wake::Knocked>),
     phase: Phase,
     limit: waiting::Limit,
-    /// Of each target: while it is asked whether the service runs, who is turned away if not.
+    /// For each target, while systemd is asked: the clients to turn away if the service does not run.
     turned: Vec<Option<wake::Turned>>,
     frost: freeze::Frost,
-    /// When it was frozen last.
+    /// When the service was last frozen.
     frozen_at: Option<SystemTime>,
-    /// It cannot be frozen, or is not to be.
+    /// It cannot be frozen, or must not be.
     freezing_failed: bool,
-    /// What systemd has done.
+    /// systemd's results.
     frosted: (UnboundedSender<freeze::Done>, UnboundedReceiver<freeze::Done>),
     /// How often the service is started.
     history: Arc<Wakes>,
-    /// That it was started too often has been said.
+    /// The log has said that it was started too often.
     too_many_said: bool,
     replacing: reload::Replacing<'a>,
     failure: Option<anyhow::Error>,
@@ -525,7 +525,7 @@ impl<'a> Control<'a> {
         let mut watch = tokio::time::interval(watchdog.unwrap_or(Duration::from_secs(3600)));
         let mut status = tokio::time::interval(STATUS_STEP);
         let mut extend = tokio::time::interval(EXTEND_EVERY);
-        // Only who insists on the kernel relay waits for it.
+        // Only a forwarder that insists on the kernel relay waits for it.
         if self.options.relay == RelayChoice::Sockmap {
             let loaded = tokio::select! {
                 loaded = loaded(&mut self.loading) => loaded,
@@ -536,7 +536,7 @@ impl<'a> Control<'a> {
         }
         // The thread that has loaded the programs attaches them; this one never needs the rights for that.
         bro_sockmap::capabilities::drop_the_kernel_relays(self.shows_clients());
-        // Not before: who insists on what cannot be had gets one sentence.
+        // Not before: if the demanded relay cannot be had, one sentence is all.
         for (name, address, target) in &self.listeners {
             tracing::info!(socket = %name, %address, %target, "listening");
         }
@@ -553,13 +553,13 @@ impl<'a> Control<'a> {
             tokio::select! {
                 event = self.events.recv() => match event {
                     None => {
-                        // However it ends, nobody has told it to.
+                        // However it ends, it was not told to.
                         let ended = "the relay process has ended by itself, and with it every connection";
                         let _first = self.failure.get_or_insert_with(|| anyhow!(ended));
                         break;
                     }
-                    // Who is replaced in turn waits for its own predecessor, so that the last one knows of them all; and nobody
-                    // leaves a successor behind that the service manager does not know of.
+                    // A successor that is replaced in turn waits for its own predecessor, so that the last one knows of them all;
+                    // and no process leaves a successor behind that the service manager does not know of.
                     Some(Event::Drained) if self.replacing.stands_in_the_way() => self.replacing.drained = true,
                     Some(Event::Drained) => break,
                     Some(Event::Leaving(true)) => {
@@ -591,7 +591,7 @@ impl<'a> Control<'a> {
                 () = sleep_until(impatient_at.unwrap_or_else(Instant::now)), if impatient_at.is_some() => self.loses_patience(),
                 () = sleep_until(draining_until.unwrap_or_else(Instant::now)), if draining_until.is_some() => {
                     self.engine.send(Plain::EndAll(End::DrainTimeout));
-                    // Somebody else may have to be waited for still.
+                    // Another process may have to be waited for still.
                     self.phase = Phase::Draining(Instant::now() + STATUS_STEP);
                 }
                 _ = extend.tick(), if draining_until.is_some() => notify::extend(EXTEND_BY),
@@ -624,11 +624,11 @@ impl<'a> Control<'a> {
             }
         }
         if matches!(self.phase, Phase::Draining(_)) {
-            // One that was woken only now may not be noted yet, and nobody would put it to sleep.
+            // A service that was woken only now may not be noted yet, and would never be put to sleep.
             drop(tokio::time::timeout(REMEMBER, self.activator.note_run()).await);
         }
         if self.is_frozen() && !self.replacing.is_replaced() {
-            // Nobody else would have it go on.
+            // No other process would have it go on.
             drop(tokio::time::timeout(REMEMBER, self.activator.thaw()).await);
         }
         if let Some(news) = self.foreign.as_ref().and_then(Foreign::rest) {
@@ -636,7 +636,7 @@ impl<'a> Control<'a> {
         }
         self.keep_counts().await;
         self.engine.send(Plain::Stop);
-        // The command goes out while this waits.
+        // The command goes out during this wait.
         let relay = self.relay;
         let ended = tokio::task::spawn_blocking(move || relay.wait()).await;
         ended.unwrap_or_else(|error| Err(error.into()))?;
@@ -735,7 +735,7 @@ impl<'a> Control<'a> {
         }
     }
 
-    /// Answers one who asked for the status, in the background.
+    /// Answers a caller that asked for the status, in the background.
     fn report(&self, asker: Asker) {
         let report = self.reporting();
         let answering = async move {
@@ -746,7 +746,7 @@ impl<'a> Control<'a> {
         drop(tokio::spawn(answering));
     }
 
-    /// What there is to report, once the engine has said its part.
+    /// The report, once the engine has given its figures.
     fn reporting(&self) -> impl Future<Output = Option<status::Report>> + use<> {
         let mut report = status::Report {
             pid: std::process::id(),
@@ -783,11 +783,11 @@ impl<'a> Control<'a> {
         }
     }
 
-    /// Answers one who wants metrics, in the background.
+    /// Answers a caller that wants metrics, in the background.
     fn tell_metrics(&self, to: Question) {
         let report = self.reporting();
         let answering = async move {
-            // Whoever does not wait for it any more has closed the connection.
+            // A caller that does not wait for it any more has closed the connection.
             match report.await.map(metrics::of_forwarder) {
                 Some(Ok(text)) => drop(to.send(text)),
                 Some(Err(error)) => tracing::error!("metrics cannot be written: {error:#}"),
@@ -797,12 +797,12 @@ impl<'a> Control<'a> {
         drop(tokio::spawn(answering));
     }
 
-    /// Keeps what was counted so far for forwarders to come.
+    /// Keeps what was counted so far for later forwarders.
     async fn keep_counts(&mut self) {
         if !self.ledger.keeps() {
             return;
         }
-        // A relay process that has ended by itself tells no more.
+        // A relay process that has ended by itself reports no more.
         let Ok(Ok(figures)) = tokio::time::timeout(STATUS_STEP, self.engine.report()).await else { return };
         let names = self.listeners.iter().map(|(name, ..)| name.as_str());
         self.ledger.keep(self.counts.with(names.zip(&figures.tallies)));
@@ -842,7 +842,7 @@ impl<'a> Control<'a> {
 
     fn event(&mut self, event: Event) {
         match event {
-            // The relay process is not trusted with anything: neither with a number of ours, nor with asking once.
+            // The relay process is not trusted: neither with a target's number, nor to ask only once.
             Event::Wake { backend, peer, source, refused } => match self.wakefulness.get(backend) {
                 Some(Wakefulness::Waking(waking)) if waking.until.is_some() => {
                     tracing::debug!(backend, "woken already");
@@ -869,14 +869,14 @@ impl<'a> Control<'a> {
                 tracing::debug!(netns, port, "the kernel says that somebody listens");
                 self.activator.heard();
             }
-            // Answers, which the handle has taken.
+            // Answers, which the handle has already taken.
             Event::Drained | Event::Watching { .. } | Event::Tallies(_) | Event::Peers(_) => {}
         }
     }
 
     fn terminate(&mut self) {
         if self.replacing.is_replaced() {
-            // The successor does not keep this one's connections.
+            // The successor does not have this process's connections.
             return self.told_to_stop_although_replaced();
         }
         if matches!(self.phase, Phase::Draining(_)) {
@@ -890,18 +890,18 @@ impl<'a> Control<'a> {
     fn begin_drain(&mut self, why: &'static str) {
         let limit = self.options.drain_timeout.or_forever();
         self.phase = Phase::Draining(Instant::now() + limit);
-        // Nobody has asked for anything with them, and they would hold the drain for its whole time.
+        // These clients have not asked for anything, and they would hold the drain for its whole time.
         self.engine.send(Plain::EndSilent);
         self.engine.send(Plain::Drain(why.into()));
         self.replacing.stop_successor(limit);
     }
 
-    /// The engine accepts no more. Said only now: who reads STOPPING=1 may rely on it.
+    /// The engine accepts no more. Said only now: a reader of STOPPING=1 may rely on it.
     fn draining(&self, why: &str) {
         let limit = self.options.drain_timeout.or_forever();
         let open = Stats::get(&self.stats.open);
         tracing::info!(open, "{why}: no more clients are accepted, those there are may finish");
-        // A successor's word is the service's now: this is muted then.
+        // A successor now speaks for the service: then this is muted.
         notify::stopping(&self.status(), EXTEND_BY.min(limit + Duration::from_secs(5)));
     }
 }

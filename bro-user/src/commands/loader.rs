@@ -1,4 +1,4 @@
-//! `bro loader`: has the kernel relay's programs loaded and attached for one user, so that his forwarders need no rights.
+//! `bro loader`: has the kernel relay's programs loaded and attached for one user: that user's forwarders need no rights.
 
 mod subordinate;
 
@@ -63,7 +63,7 @@ pub fn run(options: &Loader) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A user by name or number; one without a name has only that.
+/// A user by name or number; a user without a name has only the number.
 fn user(text: &str) -> anyhow::Result<(u32, String)> {
     let unknown = || Failure::NotFound(format!("there is no user “{text}”"));
     if let Ok(uid) = text.parse::<u32>() {
@@ -74,13 +74,13 @@ fn user(text: &str) -> anyhow::Result<(u32, String)> {
     Ok((user.uid.as_raw(), user.name))
 }
 
-/// The user's own cgroup, which is there while he is logged in or lingers, or as long as a unit needs it.
+/// The user's own cgroup, which is there while the user is logged in or lingers, or as long as a unit needs it.
 fn slice(uid: u32, name: &str) -> anyhow::Result<PathBuf> {
     let slice = cgroup::of_user(uid).context("cgroup v2")?;
     if slice.is_dir() {
         return Ok(slice);
     }
-    // One who lingers is just about to get it: the machine boots.
+    // A user that lingers is just about to get it: the machine boots.
     if std::path::Path::new("/var/lib/systemd/linger").join(name).exists() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let unit = format!("user@{uid}.service");
@@ -99,7 +99,7 @@ fn slice(uid: u32, name: &str) -> anyhow::Result<PathBuf> {
     );
 }
 
-/// What has the kernel relay loaded for a user, here.
+/// The command that loads the kernel relay for a user, here.
 pub(crate) fn advice(user: &str) -> String {
     if bro_sockmap::loader_unit_is_installed() {
         return format!("`sudo systemctl enable --now bro-loader@{user}`");
@@ -112,7 +112,7 @@ pub(crate) fn advice(user: &str) -> String {
 /// The reason with its mend, and the exit code that goes with it.
 fn plain(reason: Unavailable) -> anyhow::Error {
     let mend = match reason {
-        // Those for forwarders lead here.
+        // The fixes of these name this command.
         Unavailable::Pin(..) | Unavailable::NotPermitted(..) => String::new(),
         _ => format!(" ({})", reason.mend()),
     };

@@ -1,4 +1,4 @@
-//! `bro metrics`: what there is to tell of every activated service, once.
+//! `bro metrics`: the figures of every activated service, once.
 
 use std::io::Write as _;
 

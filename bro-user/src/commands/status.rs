@@ -26,7 +26,7 @@ pub struct Report {
     pub version: String,
     /// The unit it starts.
     pub unit: Option<String>,
-    /// Whose service manager starts that; unknown of a forwarder of a version that does not tell.
+    /// The manager that starts it; unknown of a forwarder of a version that does not tell.
     #[serde(default)]
     pub manager: Option<RuntimeScope>,
     /// Seconds since it started.
@@ -45,13 +45,13 @@ pub struct Report {
     /// The forwarder's own unit, where it has one.
     #[serde(default)]
     pub service: Option<String>,
-    /// Who is connected, the first twenty.
+    /// The connected clients, the first twenty.
     #[serde(default)]
     pub peers: Vec<String>,
-    /// Who is not let in, since there are as many connections as may be.
+    /// The clients not let in, since there are as many connections as may be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting: Option<Waiting>,
-    /// The process that it has replaced (`systemctl reload`), while that one has connections to finish.
+    /// The replaced process (`systemctl reload`), while it has connections to finish.
     #[serde(default)]
     pub predecessor: Option<Predecessor>,
     /// How bytes are moved, and why not better.
@@ -60,7 +60,7 @@ pub struct Report {
     pub listeners: Vec<ListenerReport>,
     /// All of them together.
     pub total: Tally,
-    /// What it has counted itself, without other forwarders of the unit.
+    /// What it has counted itself, without the unit's other forwarders.
     #[serde(default)]
     pub own: Own,
 }
@@ -76,11 +76,11 @@ impl Report {
 /// Clients that wait in the kernel's backlog.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Waiting {
-    /// How many; at least so many over unix.
+    /// How many; over unix sockets at least so many.
     pub clients: u64,
     /// How many connections there may be.
     pub connections: u64,
-    /// What lets more in, as it is set now.
+    /// What lets more clients in, as it is set now.
     pub lets_in: String,
 }
 
@@ -95,9 +95,9 @@ impl std::fmt::Display for Waiting {
 /// A process that was replaced and has not ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Predecessor {
-    /// Its number.
+    /// Its process id.
     pub pid: i32,
-    /// How many connections it has, with those that it waits for in turn; unknown where it is of a version that does not tell.
+    /// Its connections, with those that it waits for in turn; unknown of a version that does not tell.
     pub connections: Option<u64>,
 }
 
@@ -115,13 +115,13 @@ impl std::fmt::Display for Predecessor {
 /// Whether a service is awake, since when, and why.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Activity {
-    /// Whether.
+    /// Whether it is awake.
     pub state: ServiceState,
     /// Since when, in seconds since 1970.
     pub since: Option<u64>,
     /// The client that woke it, or `bro wake`.
     pub woken_by: Option<String>,
-    /// What a start that takes long is at.
+    /// What a long start is doing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub doing: Option<String>,
 }
@@ -137,13 +137,13 @@ pub enum ServiceState {
     Starting,
     /// It is awake.
     Awake,
-    /// It is awake, nobody is connected, and it says that it is busy.
+    /// It is awake, no client is connected, and it says that it is busy.
     Busy,
-    /// It is there, and frozen: the next client has it go on.
+    /// It is frozen: the next client has it go on.
     Frozen,
     /// Its forwarder lets its last clients finish.
     Stopping,
-    /// Nobody listens for it.
+    /// No socket listens for it.
     Deaf,
     /// Its unit, or its forwarder's, has failed.
     Failed,
@@ -170,7 +170,7 @@ impl ServiceState {
 pub struct Relay {
     /// The relay in use: copy, splice or sockmap.
     pub name: String,
-    /// Why it is not a better one, where it is not.
+    /// Why it is not a better one, if so.
     pub reason: Option<String>,
 }
 
@@ -193,7 +193,7 @@ pub struct ListenerReport {
 /// Runs `bro status`.
 ///
 /// # Errors
-/// [`Failure::NotFound`] when nobody answers at a socket, or there is no service of a name.
+/// [`Failure::NotFound`] when no forwarder answers at a socket, or there is no service of a name.
 pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let terminal = std::io::stdout().is_terminal() && !options.json;
@@ -209,7 +209,7 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
             };
             let mut out = std::io::stdout().lock();
             if !first {
-                // Home, then clear to the end: no flicker. Whoever is no terminal gets one after the other.
+                // Home, then clear to the end: no flicker. Anything but a terminal gets one after the other.
                 out.write_all(if terminal { b"\x1b[H\x1b[J" } else { b"\n" })?;
             }
             if options.json {
@@ -227,7 +227,7 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     }))
 }
 
-/// Names, addresses and what forwarders say are other people's: nothing of that is for the terminal.
+/// Names, addresses and forwarders' answers come from others: no part of them may control the terminal.
 fn printable(text: &str) -> String {
     let lines = text.split_inclusive('\n');
     lines
@@ -237,18 +237,18 @@ fn printable(text: &str) -> String {
         .collect()
 }
 
-/// What there is of a name, as JSON.
+/// What there is under a name, as JSON.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Named {
     /// A forwarder of it.
     Forwarder(Box<Report>),
-    /// It has none now.
+    /// It has no forwarder now.
     Asleep(Box<list::Service>),
 }
 
-/// What the forwarders say that are named on the command line, after a line for each service that has none now: as text, and as
-/// JSON, where such a service stands as it does in the list of all.
+/// The reports of the forwarders named on the command line, after a line for each service without one: as text, and as JSON, in
+/// which such a service looks as it does in the list of all.
 async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)> {
     let (mut asleep, mut reports) = (String::new(), Vec::new());
     let mut json: Vec<Named> = Vec::new();

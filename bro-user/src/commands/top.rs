@@ -1,6 +1,6 @@
 //! `bro top`: what is activated, in a terminal, again each second; wakes and puts to sleep by key.
 //!
-//! One thread draws and decides; others wait, each for one thing: keys, signals, what services say, and what comes of a wake.
+//! One thread draws and decides; each of the others waits for one thing: keys, signals, services' answers, a wake's outcome.
 
 mod screen;
 mod terminal;
@@ -27,15 +27,15 @@ const STEP: Duration = Duration::from_secs(1);
 /// How long a wake may take, as with `bro wake`.
 const WAKE: Duration = Duration::from_secs(90);
 
-/// What the drawing thread hears.
+/// What the drawing thread receives.
 enum News {
     /// A key, or another size.
     Input(Event),
-    /// What services there are.
+    /// The services that there are.
     Services(anyhow::Result<Vec<Row>>, Instant),
-    /// What came of it.
+    /// A wake's or sleep's outcome.
     Done(Doing, anyhow::Result<String>),
-    /// It is to end: by a signal, or since there is no terminal any more.
+    /// It is to end: by a signal, or since the terminal is gone.
     End,
 }
 
@@ -51,7 +51,7 @@ pub fn run(options: &crate::cli::Top) -> anyhow::Result<()> {
     }
     let scope = RuntimeScope::choose(options.system, options.user);
     let (to, news) = channel();
-    // Before the terminal is changed: from then on each of them has to put it back.
+    // Before the terminal is changed: from then on every signal has to restore it.
     hear_signals(to.clone())?;
     let mut screen = terminal::Screen::enter().context("the terminal cannot be used")?;
     let again = gather(scope, to.clone());
@@ -89,7 +89,7 @@ fn hear_keys(to: Sender<News>) {
     }));
 }
 
-/// Sends an end when the process is told to.
+/// Sends an end when a signal comes.
 fn hear_signals(to: Sender<News>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // From now on, not only once the thread runs.
@@ -110,7 +110,7 @@ fn hear_signals(to: Sender<News>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sends what services there are, each second, and at once when it is told to.
+/// Sends the list of services, each second, and at once when told to.
 fn gather(scope: RuntimeScope, to: Sender<News>) -> Sender<()> {
     let (again, told): (Sender<()>, Receiver<()>) = channel();
     drop(std::thread::spawn(move || {

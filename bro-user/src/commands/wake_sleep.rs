@@ -23,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// How long a stop may take: systemd kills what takes longer than TimeoutStopSec=, 90 s by default.
 const STOP: Duration = Duration::from_secs(100);
 
-/// Who is meant.
+/// The named service.
 #[derive(Debug)]
 struct Service {
     /// What the first client starts.
@@ -31,9 +31,9 @@ struct Service {
     /// The forwarder's unit, where it may have one.
     activator: Option<String>,
     scope: RuntimeScope,
-    /// Whose container it is, where the forwarder is the system's.
+    /// The container's owner, where the forwarder is the system's.
     run_as: Option<RunAsUser>,
-    /// bro has been told of it: by `bro activate`.
+    /// `bro activate` set it up.
     is_activated: bool,
 }
 
@@ -45,7 +45,7 @@ impl Service {
             let (scope, run_as) = (activated.scope, activated.run_as);
             return Ok(Self { unit: activated.unit, activator, scope, run_as, is_activated: true });
         }
-        // A forwarder whose units somebody wrote by hand.
+        // A forwarder with units written by hand.
         let stem = whom.name.strip_suffix(".service").unwrap_or(&whom.name);
         if stem.is_empty() || stem.contains(['/', '\n']) {
             bail!(Failure::Usage(format!("{:?} is no name of a service", whom.name)));
@@ -67,7 +67,7 @@ impl Service {
         }
     }
 
-    /// The system's forwarder, of which an ordinary user may not start one: the user's own unit is started then.
+    /// The forwarder is the system's, and an ordinary user may not start it: then the user's own unit is started.
     fn is_beyond_us(&self) -> bool {
         self.run_as.is_some() && !nix::unistd::geteuid().is_root()
     }
@@ -77,7 +77,7 @@ impl Service {
         let user = self.run_as.as_ref().map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
         let manager = if self.run_as.is_some() { RuntimeScope::User } else { self.scope };
         let mut found = Vec::new();
-        // What another user's says is nothing to go by.
+        // Another user's answer is not to be trusted.
         for path in control_socket::sockets().into_iter().filter(|path| control_socket::is_of(path, user)) {
             let Ok(report) = control_socket::ask_soon::<Report>(&path, Request::Status).await else {
                 continue;
@@ -89,7 +89,7 @@ impl Service {
         found
     }
 
-    /// Is it one that a forwarder wakes, so that there is something to put to sleep? Other units are systemctl's matter.
+    /// Is it a unit that a forwarder wakes, and so may be put to sleep? Other units are for systemctl.
     async fn check_is_ours(&self) -> anyhow::Result<()> {
         if self.is_activated {
             return Ok(());
@@ -105,9 +105,9 @@ impl Service {
         )))
     }
 
-    /// Makes this the only use of the unit.
+    /// Makes this process the only user of the unit.
     fn alone(&self) -> std::io::Result<Lock> {
-        // The lock is where the forwarder has it.
+        // The lock is where the forwarder takes it.
         let _acting = self.run_as.as_ref().map(RunAsUser::act).transpose().map_err(std::io::Error::other)?;
         Use::alone(&self.unit, None)
     }
@@ -124,7 +124,7 @@ impl Service {
     }
 }
 
-/// Wakes an activated service, for somebody who wants to look at it.
+/// Wakes an activated service, for a user that looks at it.
 ///
 /// # Errors
 /// When it does not come up in time.
@@ -164,7 +164,7 @@ async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<Str
             match control_socket::ask::<Reply>(path, Request::Wake, patience).await {
                 Ok(outcome) if outcome.done => return Ok(outcome.message),
                 Ok(outcome) if !outcome.leaving => bail!("{}: {}", service.unit, outcome.message),
-                // It is gone, or will be in a moment.
+                // The forwarder is gone, or will be in a moment.
                 Ok(_) | Err(_) => started = false,
             }
         } else if !started {
@@ -215,7 +215,7 @@ pub fn sleep(options: &Sleep) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Puts an activated service to sleep, for somebody who looks at it.
+/// Puts an activated service to sleep, for a user that looks at it.
 ///
 /// # Errors
 /// As [`sleep`].
@@ -227,9 +227,9 @@ pub async fn put_away(whom: &Whom, force: bool) -> anyhow::Result<String> {
     }
 }
 
-/// Says which other units go down with it, before they do.
+/// Says which other units stop along with it, before they do.
 async fn announce(service: &Service) {
-    // Who cannot be asked about that is stopped all the same: it was asked for by force.
+    // Without an answer to that it is stopped all the same: it was asked for by force.
     let Ok(bus) = service.units_bus().await else { return };
     let Ok(needing) = bus.all_that_need(&service.unit).await else { return };
     let needing: Vec<String> =
@@ -256,7 +256,7 @@ async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> 
         if forwarders.is_empty() {
             break;
         }
-        // Before the first of several forwarders is asked: all of them, or none.
+        // Before the first of several forwarders is asked: all of them sleep, or none.
         let clients: Vec<&str> =
             forwarders.iter().flat_map(|(_, report)| &report.peers).map(String::as_str).collect();
         if !force {
@@ -276,11 +276,11 @@ async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> 
         match last {
             Some(outcome) if outcome.done => return Ok(outcome.message),
             Some(outcome) if !outcome.leaving => bail!("{}: {}", service.unit, outcome.message),
-            // It is gone in a moment, or somebody has connected and it stays.
+            // It is gone in a moment, or a client has connected and it stays.
             _ => pause(LOOK).await,
         }
     }
-    // No forwarder, or none any more: the unit is ours to stop.
+    // No forwarder, or none any more: this process has to stop the unit.
     let bus = service.units_bus().await?;
     service.check(&bus, &service.unit).await?;
     service.check_is_ours().await?;

@@ -1,4 +1,4 @@
-//! Has systemd taken up what a socket's file says? A run that was killed may have written it and no more.
+//! Has systemd taken up what a socket's file says? A run of bro that was killed may have written the file and done no more.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -7,18 +7,18 @@ use super::InstalledPort;
 use crate::address::External;
 use crate::systemd::manager::{SocketState, SystemdManager};
 
-/// How a socket's unit stands against its file.
+/// How a socket unit's state compares with its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
     /// It listens as the file says.
     TakenUp,
-    /// The file has changed since systemd read it; not in what the kernel's socket is made of.
+    /// The file has changed since systemd read it, but not in what the kernel's socket is made of.
     Unread,
-    /// It does not listen, will not after the next boot, or listens otherwise.
+    /// It does not listen, will not listen after the next boot, or listens otherwise.
     Deaf,
 }
 
-/// `unfinished` are the files that a run was at when it was killed: what came of them nobody knows.
+/// `unfinished` are the files that a run was working on when it was killed: their state is unknown.
 pub(crate) async fn of(
     systemd: &SystemdManager,
     listener: &InstalledPort,
@@ -35,7 +35,7 @@ pub(crate) async fn of(
     if systemd.needs_reload(unit).await { Standing::Unread } else { Standing::TakenUp }
 }
 
-/// Is it what the file says? Where an administrator's drop-in has the last word, nobody can tell from the file.
+/// Is it what the file says? Where an administrator's drop-in has the last word, the file cannot tell.
 fn serves(listener: &InstalledPort, live: &SocketState) -> bool {
     live.has_drop_ins
         || (listens_there(listener, live)
@@ -43,12 +43,12 @@ fn serves(listener: &InstalledPort, live: &SocketState) -> bool {
             && listener.device.as_deref().unwrap_or_default() == live.device)
 }
 
-/// Does it listen where the file has its clients connect? It may besides listen elsewhere.
+/// Does it listen where the file has its clients connect? It may also listen elsewhere.
 pub(crate) fn listens_there(listener: &InstalledPort, live: &SocketState) -> bool {
     live.listen.iter().any(|address| is_at(&listener.address, address))
 }
 
-/// Does systemd write the address so?
+/// Does systemd write the address this way?
 fn is_at(written: &str, live: &str) -> bool {
     let Ok(external) = written.parse::<External>() else { return false };
     let any = |ip: IpAddr, port: u16| live.parse() == Ok(SocketAddr::new(ip, port));
@@ -108,7 +108,7 @@ mod tests {
         backlog.backlog = Some(5);
         assert!(!serves(&backlog, &live("[::]:80")));
         assert!(serves(&backlog, &SocketState { backlog: 5, ..live("[::]:80") }));
-        // A drop-in may say anything of that otherwise.
+        // A drop-in may change any of that.
         assert!(serves(&backlog, &SocketState { has_drop_ins: true, ..live("[::]:9090") }));
     }
 }

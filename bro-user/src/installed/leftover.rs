@@ -1,5 +1,5 @@
-//! What is left of an activated service of which somebody has deleted a file that it cannot be read back without: its service, or
-//! its only socket. The rest still listens, is enabled, and is there to be cleared away.
+//! What is left of an activated service after the deletion of a file without which it cannot be read back: its service unit, or its
+//! only socket unit. The rest still listens, is enabled, and can be cleared away.
 
 use std::path::{Path, PathBuf};
 
@@ -16,13 +16,13 @@ use crate::systemd::unit_file::{MARKER, UnitFile};
 /// Such a service.
 #[derive(Debug)]
 pub(crate) struct Remnant {
-    /// As far as it can be told, with the units that are gone among the others: systemd may have them still.
+    /// As far as it can be told, with the units that are gone among the others: systemd may still have them.
     pub activated: Installed,
-    /// The units whose files are gone.
+    /// The units without their files.
     pub missing: Vec<String>,
 }
 
-/// The one that goes by `name`, if it is there, and is no whole.
+/// The service that goes by `name`, if it is there and not whole.
 pub(crate) fn find(
     name: &str,
     directory: &Path,
@@ -94,7 +94,7 @@ pub(crate) fn find(
     })
 }
 
-/// The sockets that the other files of a service still name, and whose own are gone.
+/// The sockets that the other files of a service still name, without files of their own.
 pub(crate) fn lost(known: &Installed, directory: &Path) -> Vec<InstalledPort> {
     let mut named = vec![first_socket(&known.name, &known.unit, known.direct)];
     let service = known.service_file.as_deref().and_then(super::read_ours);
@@ -126,14 +126,14 @@ fn gone(socket: &str, directory: &Path) -> InstalledPort {
     }
 }
 
-/// The quadlet that a file of ours says it is for.
+/// The quadlet that one of bro's files says it is for.
 fn made_for(path: &Path) -> Option<String> {
     let text = read_bounded::read(path, LONGEST, Link::Follow).ok()?;
     let (quadlet, _) = text.strip_prefix(MARKER)?.strip_prefix(" for ")?.split_once(',')?;
     Some(quadlet.to_owned())
 }
 
-/// Our drop-ins for `name`, where they would be: each says how to undo it.
+/// The places of bro's drop-ins for `name`: each drop-in says how to undo it.
 fn drop_ins(name: &str, scope: RuntimeScope, root: Option<&Path>) -> Vec<PathBuf> {
     let inside = |directory: &Path| -> Vec<PathBuf> {
         let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();

@@ -1,5 +1,6 @@
-//! journald's native protocol over a connected socket. A process that names journald's address with every message, as tracing-journald
-//! does, may talk to anybody, and the relay process may not. Besides, what a person reads is more than the bare sentence here.
+//! journald's native protocol over a connected socket. A process that names journald's address with every message, as
+//! tracing-journald does, may talk to any process, and the relay process may not. Besides, a person reads more than the bare
+//! sentence here.
 
 use std::fmt::{Debug, Write as _};
 use std::io;

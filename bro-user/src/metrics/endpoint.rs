@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
-/// Who may connect to the unix socket: the forwarder's user, and the group of its folder or user.
+/// The unix socket's users: the forwarder's own, and the group of its folder or user.
 const MODE: u32 = 0o660;
 
 /// `--metrics`.
@@ -47,7 +47,7 @@ impl std::str::FromStr for Endpoint {
                 _ => Ok(Self::Unix(text.into())),
             };
         }
-        // Not of every address: what a service does is nobody's business on the network unless that is asked for.
+        // Not on every address: what a service does is not shown on the network unless the administrator asks for that.
         let port = text.parse::<u16>().map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
         let address = port.or_else(|_| text.parse());
         address.map(Self::Tcp).map_err(|_| Invalid::Neither(text.to_owned()))
@@ -128,7 +128,7 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// Takes a socket away that nobody listens at any more, and nothing else.
+/// Removes a socket without a listener, and nothing else.
 fn clear(path: &Path) -> io::Result<()> {
     let there = match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -175,7 +175,7 @@ mod tests {
         assert_eq!(why.kind(), io::ErrorKind::AddrInUse);
         drop(listening);
         assert!(!path.exists(), "the socket is left behind");
-        // One that is another's by now stays.
+        // A socket that is another process's by now stays.
         let listening = Listening::at(&endpoint).unwrap();
         std::fs::remove_file(&path).unwrap();
         let _other = std::os::unix::net::UnixListener::bind(&path).unwrap();

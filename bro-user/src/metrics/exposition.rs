@@ -1,4 +1,4 @@
-//! The text form of OpenMetrics, version 1.0: every metric's name, meaning and labels stand in [`FAMILIES`]. Labels are names that an
+//! The text form of OpenMetrics, version 1.0: [`FAMILIES`] has every metric's name, meaning and labels. Labels are names that an
 //! administrator has given, and words of a fixed list.
 
 use std::fmt::{self, Write as _};
@@ -16,21 +16,21 @@ use crate::commands::status::list::Service;
 use crate::ledger::Counts;
 use bro_relay::stats::{Tally, Times};
 
-/// What there is to tell of one service.
+/// What the metrics tell of one service.
 #[derive(Debug)]
 pub(crate) struct Exposed {
     service: String,
-    /// It has no unit, and what it is called need not be its name alone.
+    /// It has no unit, and its name need not be unique.
     is_nameless: bool,
     state: ServiceState,
     since: Option<u64>,
     failed_wake: Option<u64>,
     waiting: u64,
-    /// Of each forwarder that runs: its version, its relay, and how long it has run.
+    /// For each running forwarder: its version, its relay, and how long it has run.
     forwarders: Vec<(String, String, u64)>,
     /// Connections that predecessors of forwarders finish.
     replaced: u64,
-    /// What is so now, by socket.
+    /// The present state, by socket.
     now: Vec<(String, Tally)>,
     counts: Counts,
 }
@@ -67,11 +67,11 @@ impl Exposed {
     }
 }
 
-/// What a forwarder is called that starts no unit and is no service.
+/// The name of a forwarder that starts no unit and is no service.
 const NAMELESS: &str = "bro";
 
-/// No two with one name, since readers refuse all of it then. What is activated twice is one unit with one ledger, and the first
-/// has its forwarders; those that are no unit's are numbered.
+/// Gives no two the same name, since readers refuse the whole text then. What is activated twice is one unit with one ledger, and
+/// the first has its forwarders; forwarders without a unit are numbered.
 fn distinct(all: Vec<Exposed>) -> Vec<Exposed> {
     let mut kept: Vec<Exposed> = Vec::with_capacity(all.len());
     for mut exposed in all {
@@ -109,9 +109,9 @@ impl EncodeLabelValue for Value<'_> {
 /// Takes a sample: labels beside the service's, and a number.
 type Take<'a> = &'a mut dyn FnMut(&[(&'static str, &str)], u64) -> fmt::Result;
 
-/// Some samples with one name.
+/// Samples that share a name.
 struct Family {
-    /// Without its unit and what comes of its kind (`_total`).
+    /// Without its unit and the suffix of its kind (`_total`).
     name: &'static str,
     unit: Option<Unit>,
     kind: MetricType,
@@ -434,7 +434,7 @@ impl Collector for Snapshot {
     }
 }
 
-/// All of it, with the end that tells a reader that nothing was cut off.
+/// The whole text, with the end that tells a reader that nothing was cut off.
 pub(super) fn text(exposed: Vec<Exposed>) -> anyhow::Result<String> {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Snapshot(distinct(exposed))));
@@ -452,7 +452,7 @@ mod tests {
     use crate::commands::status::Waiting;
     use bro_relay::connection::End;
 
-    /// One of which everything is known.
+    /// A service of which everything is known.
     fn exposed(name: &str) -> Exposed {
         let mut tally = Tally { accepted: 3, open: 1, spliced: 10, ..Tally::default() };
         tally.to_service.spliced = 4;
@@ -499,7 +499,7 @@ mod tests {
             assert!(text.lines().any(|other| other == line), "{line} is not in\n{text}");
         }
         assert!(text.ends_with("\n# EOF\n"), "{text}");
-        // A family's samples stand together, below what is said of it.
+        // A family's samples stand together, below its description.
         let kinds: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
         let distinct: BTreeSet<&str> = kinds.iter().map(|kind| kind.split(' ').next().unwrap()).collect();
         assert_eq!(kinds.len(), distinct.len());

@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use super::endpoint::{Endpoint, Listening, Stream};
 
-/// As many are answered at a time; the next wait in the socket's backlog.
+/// So many are answered at a time; the next wait in the socket's backlog.
 const AT_ONCE: usize = 8;
 
 /// The longest request, with all of its headers.
@@ -21,10 +21,10 @@ const LONGEST: usize = 8 * 1024;
 /// The most headers of one.
 const HEADERS: usize = 64;
 
-/// How long a request may take to come, an answer to be had, and an answer to be taken; each.
+/// How long a request may take to come, an answer to be made, and an answer to be taken; each.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long, and how much, is read of what still comes after the answer: closing before would take that away from the client.
+/// How long, and how much, is read of what still comes after the answer: closing earlier would take the answer away.
 const LINGER: (Duration, usize) = (Duration::from_secs(1), 64 * 1024);
 
 /// How soon it is tried again when the kernel has no descriptor for a connection.
@@ -33,7 +33,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The form of the answer.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Somebody wants the text.
+/// A client wants the text.
 pub(crate) type Question = oneshot::Sender<String>;
 
 /// A listening endpoint.
@@ -48,7 +48,7 @@ impl Server {
     /// Listens there from now on.
     ///
     /// # Errors
-    /// When that cannot be.
+    /// When it cannot listen there.
     pub fn start(endpoint: &Endpoint) -> anyhow::Result<Self> {
         let listening = Listening::at(endpoint).with_context(|| {
             format!("--metrics: cannot listen at {endpoint}; give another address, or leave it out")
@@ -57,7 +57,7 @@ impl Server {
         Ok(Self { listening, places: Arc::new(Semaphore::new(AT_ONCE)), questions: unbounded_channel() })
     }
 
-    /// Waits for one who wants the text. Nothing is lost when it is cancelled.
+    /// Waits for a client that wants the text. Nothing is lost when this is cancelled.
     pub async fn asked(&mut self) -> Question {
         loop {
             let (listening, places) = (&self.listening, self.places.clone());
@@ -132,7 +132,7 @@ fn judge(head: &[u8]) -> Option<Result<(), Refusal>> {
     }
 }
 
-/// Reads a request, to its end or until it is clear that it is none. `None` when whoever connected says no more.
+/// Reads a request, to its end or until it is clear that it is none. `None` when the client says no more.
 async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Option<Result<(), Refusal>> {
     let mut head = Vec::with_capacity(1024);
     loop {

@@ -22,9 +22,9 @@ const ELSEWHERE: [(&str, u16); 2] = [("192.0.2.1", 9), ("2001:db8::1", 9)];
 /// The addresses of a namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Addresses {
-    /// On its networks, the one by which it reaches others first; no link-local one.
+    /// Those on its networks, first the one by which it reaches others; no link-local ones.
     pub networks: Vec<IpAddr>,
-    /// On the loopback interface, beside 127.0.0.0/8 and ::1.
+    /// Those on the loopback interface, beside 127.0.0.0/8 and ::1.
     pub loopback: Vec<IpAddr>,
 }
 
@@ -49,7 +49,7 @@ impl Addresses {
             }
         })?;
         for ip in candidates {
-            // Those of an interface that is down, or that are still looked for elsewhere, are nobody's yet.
+            // An address of an interface that is down, or that is still looked for elsewhere, is not the host's yet.
             if !is_link_local(ip) && place.is_local(ip).await? {
                 found.networks.push(ip);
             }

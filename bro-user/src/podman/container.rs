@@ -1,7 +1,7 @@
-//! Finding a Podman container's process: through conmon, which runs for as long as the container does and says on its command
-//! line whose it is; podman itself, which takes tens of milliseconds, is asked only when that shows nothing.
+//! Finding a Podman container's process: through conmon, which runs for as long as the container does and names it on its command
+//! line; podman itself, which takes tens of milliseconds, is asked only when that shows nothing.
 //!
-//! A process of a container may call itself conmon and say the same, and root of a container is the same user outside as the
+//! A container's process may call itself conmon and say the same, and root in a container is the same user outside as the
 //! container's owner. What it cannot forge is where it is: a container has a process namespace of its own (unless it was given the
 //! host's), and no way into another unit's cgroup.
 
@@ -24,7 +24,7 @@ const PODMAN: Duration = Duration::from_secs(20);
 /// The most that is read of a file with a process's number in it.
 const NUMBER: u64 = 32;
 
-/// The most that is read of a command line. Podman puts the name and the pidfile near its start; a process may have megabytes of it.
+/// The most that is read of a command line. Podman puts name and pidfile near its start; a process may have megabytes of it.
 const COMMAND_LINE: u64 = 4096;
 
 /// The most that is read of a cgroup's list of processes, and the most cgroups that are looked into below a unit's.
@@ -66,8 +66,8 @@ pub fn running(name: &str) -> Option<i32> {
     find(nix::unistd::geteuid().as_raw(), name)
 }
 
-/// The same of the user `owner`, for root who looks after that user's service: as that user, who may have written whatever stands
-/// there.
+/// The same for the user `owner`, when root looks after that user's service: with that user's rights, since the user may have
+/// written anything there.
 #[must_use]
 pub fn running_of(owner: &RunAsUser, name: &str) -> Option<i32> {
     let _acting = owner.act().ok()?;
@@ -81,7 +81,7 @@ fn find(owner: u32, name: &str) -> Option<i32> {
 }
 
 /// The main process of this user's running container `name` that the unit has started: its conmon is the unit's main process, or in
-/// the unit's cgroup. As many files are looked at as the unit has processes, however many the host has.
+/// the unit's cgroup. bro looks at as many files as the unit has processes, however many the host has.
 #[must_use]
 pub fn running_in(residence: &Residence, name: &str) -> Option<i32> {
     let owner = nix::unistd::geteuid().as_raw();
@@ -92,8 +92,8 @@ pub fn running_in(residence: &Residence, name: &str) -> Option<i32> {
     })
 }
 
-/// The processes in a unit's cgroup and in those right below it: with --cgroups=split conmon has one beside the container's, in which
-/// the container may make as many as it likes.
+/// The processes in a unit's cgroup and in those right below it: with --cgroups=split conmon has one beside the container's; the
+/// container may make as many as it likes below its own.
 fn processes_in(cgroup: &Path) -> BTreeSet<i32> {
     let below = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
     let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).take(CGROUPS);
@@ -112,7 +112,7 @@ fn processes_in(cgroup: &Path) -> BTreeSet<i32> {
 /// The container's main process, if `pid` is the conmon of this user's container `name`.
 fn of_conmon(pid: i32, owner: u32, name: &str) -> Option<i32> {
     let path = PathBuf::from(format!("/proc/{pid}"));
-    // The names of a process and its owner are cheap to read; the rest only follows for a conmon of ours.
+    // A process's name and owner are cheap to read; the rest follows only for a conmon of this user's.
     if !std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n")
         || !owned_by(&path, owner)
         || !is_in_own_namespace(&path)
@@ -124,7 +124,7 @@ fn of_conmon(pid: i32, owner: u32, name: &str) -> Option<i32> {
     number_in(Path::new(&conmon.pidfile)).filter(|&child| parent(child) == Some(pid))
 }
 
-/// Is the process in the process namespace whose /proc this is? One in a namespace below has a number in each (NSpid).
+/// Is the process in the process namespace of this /proc? A process in a namespace below has a number in each (NSpid).
 fn is_in_own_namespace(process: &Path) -> bool {
     std::fs::read_to_string(process.join("status")).is_ok_and(|status| has_one_number(&status))
 }
@@ -135,7 +135,7 @@ pub(crate) fn has_one_number(status: &str) -> bool {
     numbers.is_none_or(|numbers| numbers.split_whitespace().count() == 1)
 }
 
-/// The start of its command line: whole words.
+/// The start of its command line, in whole words.
 fn command_line(process: &Path) -> Option<Vec<u8>> {
     let mut line = Vec::new();
     let _length =
@@ -144,7 +144,7 @@ fn command_line(process: &Path) -> Option<Vec<u8>> {
     Some(line)
 }
 
-/// A process is called conmon, and names any file, as its owner likes: one that never ends, or a pipe that nobody writes into.
+/// The owner of a process may call it conmon, and have it name any file: an endless one, or a pipe without a writer.
 fn number_in(pidfile: &Path) -> Option<i32> {
     read_bounded::read(pidfile, NUMBER, Link::Refuse).ok()?.trim().parse().ok()
 }
@@ -163,7 +163,7 @@ pub(crate) fn parent_in(stat: &str) -> Option<i32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// What podman says of the container.
+/// What podman says about the container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Inspected {
     /// It runs; its main process.
@@ -177,7 +177,7 @@ pub enum Inspected {
 /// Asks podman.
 ///
 /// # Errors
-/// When podman cannot be run or fails for another reason than that.
+/// When podman cannot be run or fails for another reason than an unknown name.
 pub async fn inspect(name: &str) -> anyhow::Result<Inspected> {
     let mut podman = Command::new("podman");
     let _same = podman

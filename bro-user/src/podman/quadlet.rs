@@ -1,5 +1,5 @@
-//! Quadlets: the file, the unit that Podman's generator makes of it, and the container that runs then
-//! (podman-systemd.unit(5)). Only what `bro activate` has to know is read; the generator stays the judge of the rest.
+//! Quadlets: the file, the unit that Podman's generator makes of it, and the container that then runs (podman-systemd.unit(5)).
+//! Only what `bro activate` has to know is read; the generator stays the judge of the rest.
 
 mod search;
 mod specifiers;
@@ -18,7 +18,7 @@ pub use search::drop_in_directory;
 pub enum Kind {
     /// One container.
     Container,
-    /// A pod, whose containers are quadlets of their own.
+    /// A pod; its containers are quadlets of their own.
     Pod,
     /// Pods from a Kubernetes file.
     Kube,
@@ -57,11 +57,11 @@ pub struct Quadlet {
     pub kind: Kind,
     /// Its file; a template's for an instance without a link of its own.
     pub path: PathBuf,
-    /// What file and drop-ins say together, those of `bro activate` left out.
+    /// What the file and its drop-ins say together, without those of `bro activate`.
     pub file: UnitFile,
     /// The unit that the generator makes: `web.service`, `app-pod.service`.
     pub unit: String,
-    /// The container whose namespace the service is in, where that can be known.
+    /// The container with the network namespace of the service, where it can be known.
     pub container: Result<String, String>,
 }
 
@@ -72,7 +72,7 @@ impl Quadlet {
         value(&self.file, self.kind, key)
     }
 
-    /// A list of its own section, one entry an assignment.
+    /// A list of its own section, one entry per assignment.
     #[must_use]
     pub fn values(&self, key: &str) -> Vec<&str> {
         self.file.values(self.kind.section(), key)
@@ -90,13 +90,13 @@ impl Quadlet {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// It is a template's file that was found, for an instance that has none of its own.
+    /// The file that was found is a template's, for an instance that has none of its own.
     #[must_use]
     pub fn is_shared(&self) -> bool {
         self.path.file_stem().is_some_and(|stem| stem.as_encoded_bytes().ends_with(b"@"))
     }
 
-    /// The place on the host that a `Volume=` shares, if it is one and can be told.
+    /// The place on the host that a `Volume=` shares, if it is one and bro can tell which.
     #[must_use]
     pub fn shares(&self, volume: &str, owner: Option<&RunAsUser>) -> Option<PathBuf> {
         // SOURCE:DESTINATION[:OPTIONS]; DESTINATION alone is an anonymous volume, and any other SOURCE a volume's name.
@@ -124,7 +124,7 @@ impl Quadlet {
     }
 }
 
-/// One value, as Podman's generator reads it: without the double quotes around it. (It leaves those of lists.)
+/// One value, as Podman's generator reads it: without the double quotes around it. (In lists the generator keeps them.)
 fn value<'a>(file: &'a UnitFile, kind: Kind, key: &str) -> Option<&'a str> {
     let value = file.value(kind.section(), key)?;
     let bare = value.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
@@ -132,7 +132,7 @@ fn value<'a>(file: &'a UnitFile, kind: Kind, key: &str) -> Option<&'a str> {
 }
 
 /// Finds and reads the quadlet `name` (with or without an extension) where Podman looks for it, below `root`; with `owner`, where
-/// that user's Podman does.
+/// that user's Podman looks.
 ///
 /// # Errors
 /// [`Failure::NotFound`], or [`Failure::Usage`] for a name that no quadlet can have or that two have.
@@ -144,7 +144,7 @@ pub fn find(
 ) -> anyhow::Result<Quadlet> {
     let (stem, kinds) = parse_name(name)?;
     let directories = search::directories(scope, owner, root)?;
-    // What a user's files say and what they link to is for the eyes of that user.
+    // bro reads a user's files, and what they link to, with that user's rights.
     let _acting = owner.filter(|_| root.is_none()).map(RunAsUser::act).transpose()?;
     let mut found: Vec<(Kind, PathBuf)> = Vec::new();
     for &kind in &kinds {
@@ -175,7 +175,7 @@ pub fn find(
     Ok(Quadlet { name: stem, kind, path, file, unit, container })
 }
 
-/// The path becomes part of units, and whoever owns a directory has chosen its name.
+/// The path becomes part of units, and the owner of a directory has chosen its name.
 fn check_path(path: &Path) -> Result<(), Failure> {
     if crate::systemd::unit_file::holds_path(path) {
         return Ok(());
@@ -203,7 +203,7 @@ pub(crate) fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
     });
     let (stem, kinds) =
         known.unwrap_or_else(|| (name.strip_suffix(".service").unwrap_or(name), Kind::ALL.to_vec()));
-    // What systemd allows in unit names (VALID_CHARS_WITH_AT), but no backslash: such names are nobody's choice.
+    // What systemd allows in unit names (VALID_CHARS_WITH_AT), but no backslash: no user chooses such names.
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_' | '.' | '@');
     // “-activator.service” and a type still have to fit into a name of 255 bytes.
     if stem.is_empty() || stem.len() > 200 || !stem.chars().all(fits) || stem.starts_with('.') {
@@ -270,7 +270,7 @@ pub(crate) fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Resu
     }
 }
 
-/// The container in whose namespace the service listens; else why bro cannot know it.
+/// The container with the namespace in which the service listens; else why bro cannot know it.
 pub(crate) fn container(
     stem: &str,
     kind: Kind,
@@ -336,7 +336,7 @@ mod tests {
             name("p2", Kind::Pod, "[Pod]\nServiceName=ppp\nPodName=mypod\n"),
             is("ppp.service", "mypod-infra")
         );
-        // Quotes around one value are none of it.
+        // Quotes around one value are no part of it.
         assert_eq!(
             name("q", Kind::Container, "[Container]\nServiceName=\"quoted\"\nContainerName=\"web\"\n"),
             is("quoted.service", "web")

@@ -1,5 +1,5 @@
 //! The network namespace that a user's own bridge networks are in. Podman mounts its file in a mount namespace of its own, which
-//! its pause process holds: to everybody else it is an empty file.
+//! its pause process holds: for all other processes it is an empty file.
 
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,5 @@
-//! A command that root runs as an ordinary user: that user's from its first instruction on, who may trace it and read its
-//! environment. So it has nothing of root's: no terminal, no environment, no descriptor, no capability.
+//! A command that root runs as an ordinary user: it is that user's from its first instruction on, and the user may trace it and
+//! read its environment. So it has nothing of root's: no terminal, no environment, no descriptor, no capability.
 
 use std::ffi::OsStr;
 use std::process::{Command, Stdio};
@@ -37,7 +37,7 @@ impl RunAsUser {
     }
 
     fn dressed(&self, mut command: Command, gaining: Gaining, program: &OsStr) -> Command {
-        // What this process was started with may be open in it, and is root's.
+        // Descriptors that this process was started with may be open in it, and are root's.
         bro_relay::sys::keep_descriptors();
         let runtime = self.runtime_directory();
         command
@@ -78,7 +78,7 @@ mod tests {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
-        // Not closed on execution, as what a shell has redirected.
+        // Not closed on execution, like a file to which a shell has redirected.
         let open = std::fs::File::open("/etc/hostname").unwrap();
         let kept = nix::unistd::dup(&open).unwrap();
         let said = has(Gaining::Forbidden);

@@ -1,5 +1,5 @@
-//! The last wake that failed, and why: noted by the forwarder in a small file beside its notes of ownership, so that it is known after
-//! the forwarder's exit; forgotten by a wake that succeeds, by `bro activate --remove` and by a reboot.
+//! The last wake that failed, and why: noted by the forwarder in a small file beside its notes of ownership, so that it is known
+//! after the forwarder's exit; forgotten by a wake that succeeds, by `bro activate --remove` and by a reboot.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -17,7 +17,7 @@ use crate::systemd::scope::RuntimeScope;
 /// How many characters of a cause are kept.
 const LONGEST_CAUSE: usize = 1000;
 
-/// The longest note that is read: of so many characters, none of which takes more than this.
+/// The longest note that is read: so many characters, none of which takes more bytes than this.
 const LONGEST_NOTE: u64 = 16 * 1024;
 
 /// Such a wake.
@@ -25,7 +25,7 @@ const LONGEST_NOTE: u64 = 16 * 1024;
 pub struct FailedWake {
     /// When, in seconds since 1970.
     pub at: u64,
-    /// Whose clients were reset.
+    /// The target of the clients that were reset.
     pub target: String,
     /// The cause, in words.
     pub why: String,
@@ -59,7 +59,7 @@ impl Failures {
     pub fn of(unit: Option<&str>, targets: &[Target]) -> Self {
         let mut each = vec![None; targets.len()];
         if let Some(noted) = unit.and_then(|unit| read(&control_socket::base_directory(), unit)) {
-            // One that is a target no more is forgotten with the first.
+            // A failure of a target that is gone is forgotten with the first target's.
             let at = targets.iter().position(|target| target.to_string() == noted.target).unwrap_or(0);
             if let Some(place) = each.get_mut(at) {
                 *place = Some(noted);
@@ -68,7 +68,7 @@ impl Failures {
         Self { unit: unit.map(str::to_owned), each }
     }
 
-    /// The last one that has not been followed by one that succeeded.
+    /// The last failure that no successful wake has followed.
     pub fn last(&self) -> Option<&FailedWake> {
         self.each.iter().flatten().max_by_key(|failed| failed.at)
     }
@@ -94,13 +94,13 @@ impl Failures {
     }
 }
 
-/// What is noted of an activated service, by a forwarder that may be a user's.
+/// What a forwarder, perhaps a user's, has noted of an activated service.
 pub(crate) fn noted(known: &Installed) -> Option<FailedWake> {
     let (directory, _acting) = place(known)?;
     read(&directory, &known.unit)
 }
 
-/// It is activated no more: neither this is kept, nor whose its runs were.
+/// The service is activated no more: neither this note is kept, nor the one about its runs.
 pub(crate) fn forget(known: &Installed) {
     if let Some((directory, _acting)) = place(known) {
         std::fs::remove_file(file(&directory, &known.unit)).ok();
@@ -108,7 +108,7 @@ pub(crate) fn forget(known: &Installed) {
     }
 }
 
-/// Where its forwarder notes things, to be looked into as the forwarder's user.
+/// Where its forwarder notes things, to be read with the rights of the forwarder's user.
 pub(crate) fn place(known: &Installed) -> Option<(PathBuf, Option<crate::run_as::Acting>)> {
     match (&known.run_as, known.scope) {
         (Some(owner), _) if owner.is_gone() => None,
@@ -128,13 +128,13 @@ fn file(directory: &Path, unit: &str) -> PathBuf {
 fn read(directory: &Path, unit: &str) -> Option<FailedWake> {
     let text = read_bounded::read(&file(directory, unit), LONGEST_NOTE, Link::Refuse).ok()?;
     let mut noted: FailedWake = serde_json::from_str(&text).ok()?;
-    // It may be anybody's words by now.
+    // The file may hold anything by now.
     noted.target = on_one_line(&noted.target);
     noted.why = on_one_line(&noted.why.chars().take(LONGEST_CAUSE).collect::<String>());
     Some(noted)
 }
 
-/// All of it or nothing, as whoever reads it meanwhile finds it.
+/// Writes all of it or nothing, since other processes may read it meanwhile.
 fn write(directory: &Path, unit: &str, last: Option<&FailedWake>) -> std::io::Result<()> {
     let path = file(directory, unit);
     let Some(last) = last else { return std::fs::remove_file(path) };
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!((noted.at, &*noted.target), (failed.at, "127.0.0.1:80"));
         assert!(noted.why.starts_with("\\u{1b}[2J\\n") && !noted.why.contains(char::is_control));
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "something is left beside it");
-        // Somebody else's idea of a note.
+        // What another process might write as a note.
         std::fs::write(file(&folder, "web.service"), "x".repeat(100_000)).unwrap();
         assert_eq!(read(&folder, "web.service"), None);
         write(&folder, "web.service", None).unwrap();

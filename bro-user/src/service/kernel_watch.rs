@@ -23,9 +23,9 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub struct Loaded {
     /// Its maps.
     pub descriptors: Descriptors,
-    /// What there is to know about them.
+    /// What the engine has to know about them.
     pub share: Share,
-    /// Who attaches its programs.
+    /// The thread that attaches its programs.
     pub attacher: Attacher,
 }
 
@@ -33,25 +33,25 @@ pub struct Loaded {
 #[derive(Debug, Clone)]
 pub struct Attacher(mpsc::Sender<Order>);
 
-/// What it is asked for.
+/// What the thread is asked to do.
 #[derive(Debug)]
 enum Order {
     /// To attach them.
     Attach {
         cgroup: PathBuf,
-        /// It is that of local clients, and not the last; a service's is: new incarnations of a container come to the same cgroup,
-        /// so the rights for it are not needed any more.
+        /// The cgroup is that of local clients, and not the last; a service's is: new incarnations of a container come to the same
+        /// cgroup, so the rights for it are not needed any more.
         clients: bool,
         done: oneshot::Sender<Result<(), Unavailable>>,
     },
-    /// What a successor gets; `older`: predecessors have connections yet.
+    /// What a successor gets; `older`: predecessors still have connections.
     Bequeath { older: bool, to: oneshot::Sender<Result<Option<Bequest>, Unavailable>> },
     /// The successor has it.
     Leave,
 }
 
-/// Loads and tests the kernel relay on a thread of its own: it takes tens of milliseconds, which the first client, whose
-/// service is starting, is not to wait for.
+/// Loads and tests the kernel relay on a thread of its own: it takes tens of milliseconds, which the first client must not wait
+/// for while its service is starting.
 #[must_use]
 pub fn load(
     config: Config,
@@ -72,18 +72,18 @@ pub fn load(
     Some(loaded)
 }
 
-/// The kernel relay, and no more memory than before: reading the kernel's types takes megabytes for a moment.
+/// The kernel relay, without lasting use of memory: reading the kernel's types takes megabytes for a moment.
 fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Kernel, Unavailable> {
     let kernel = Kernel::obtain(config, bequest);
     bro_relay::sys::return_freed_memory();
     kernel
 }
 
-/// Attaches the programs as ordered, and holds them until nobody can order any more.
+/// Attaches the programs as ordered, and holds them until no caller can order any more.
 fn serve(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
     let (mut dropped, mut left) = (false, false);
     for order in inbox {
-        // Whoever ordered may have given up.
+        // The caller may have given up.
         match order {
             Order::Attach { cgroup, clients, done } => {
                 let hooked = if clients { programs.hook_clients() } else { Ok(()) };
@@ -118,9 +118,9 @@ impl Attacher {
 /// Whether there are programs to watch with.
 #[derive(Debug)]
 enum State {
-    /// Not known yet; what they are to watch then, by target.
+    /// Not known yet; with what the programs are to watch then, by target.
     Loading(HashMap<usize, Service>),
-    /// There are; with the program that hooks a sender.
+    /// There are programs; with the one that hooks a sender.
     Loaded(Attacher, Arc<OwnedFd>),
     /// There are none.
     Unavailable,
@@ -151,8 +151,8 @@ impl Watching {
         Self { engine, state: Mutex::new(State::Loading(HashMap::new())) }
     }
 
-    /// They are loaded: attaches them to the cgroup of local clients, where the user asked for that, hands their maps to the engine,
-    /// and has them watch what has been woken meanwhile.
+    /// They are loaded: attaches them to the cgroup of local clients, where the administrator asked for that, hands their maps to
+    /// the engine, and has them watch what has been woken meanwhile.
     pub async fn loaded(&self, loaded: Loaded, local_clients: Option<&Path>) {
         let Loaded { descriptors, share, attacher } = loaded;
         let mut clients = false;
@@ -183,7 +183,7 @@ impl Watching {
     }
 
     /// Has the programs watch a target's service in a cgroup; says whether they will tell when it listens. While they are being
-    /// loaded whoever asks looks for listeners in another way.
+    /// loaded, the caller looks for listeners in another way.
     pub async fn watch(&self, service: Service) -> bool {
         let (attacher, hook) = match &mut *self.state() {
             State::Loading(waiting) => {
@@ -208,7 +208,7 @@ impl Watching {
         self.engine.watch(Watch { ports, ..watch }).await.unwrap_or(false)
     }
 
-    /// What a successor gets of the kernel relay; `older`: predecessors of this process have connections yet.
+    /// What a successor gets of the kernel relay; `older`: predecessors of this process still have connections.
     pub async fn bequest(&self, older: bool) -> Option<Bequest> {
         let (to, bequest) = oneshot::channel();
         match &*self.state() {

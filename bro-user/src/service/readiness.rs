@@ -20,8 +20,8 @@ use crate::netns::sock_diag::Table;
 /// When the first client may be connected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ready {
-    /// It listens, and where the port is one of a protocol that tells (5432, 3306, 6379), it says in that protocol that it takes
-    /// clients; a service that speaks another one there is ready.
+    /// It listens and, where the port is one of a protocol that tells (5432, 3306, 6379), it says in that protocol that it takes
+    /// clients; a service that speaks another protocol there is ready.
     Auto,
     /// The kernel's table of listeners shows it.
     Listen,
@@ -33,7 +33,7 @@ pub enum Ready {
     Says(Protocol),
     /// A command on the host exits with 0.
     Exec(String),
-    /// At once.
+    /// At once, unchecked.
     Unchecked,
 }
 
@@ -61,7 +61,7 @@ impl Ready {
         matches!(self, Self::Says(Protocol::Http(Page { port: Some(_), .. })))
     }
 
-    /// Why it cannot be had with this target.
+    /// Why this way cannot be used with this target.
     #[must_use]
     pub fn refusal(&self, target: &Target) -> Option<String> {
         let asks = matches!(self, Self::Says(_)) && !matches!(target, Target::Tcp { .. });
@@ -72,7 +72,7 @@ impl Ready {
         })
     }
 
-    /// What it asks of the service at `port`, and whether another answer than that protocol's will do.
+    /// What bro asks the service at `port`, and whether an answer in another protocol will do.
     #[must_use]
     pub fn question(&self, port: u16) -> Option<(Protocol, Strictness)> {
         match self {
@@ -92,7 +92,7 @@ pub enum Strictness {
     Lenient,
 }
 
-/// Not one of the ways.
+/// The text names none of the ways.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "“{0}” is no way to know that a service is ready; use auto, listen, connect, \
@@ -118,7 +118,7 @@ impl FromStr for Ready {
     }
 }
 
-/// A way that says more than its name.
+/// A way that needs more than its name.
 fn words(text: &str) -> Option<Ready> {
     match text.split_once(':')? {
         ("exec", command) if !command.trim().is_empty() => Some(Ready::Exec(command.trim().to_owned())),
@@ -153,7 +153,7 @@ const TRY: Duration = Duration::from_secs(10);
 /// How long one question and its answer may take.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// How long a service that may speak anything is asked without an answer.
+/// How long a service that may speak any protocol is asked without an answer.
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// Between two questions: at most so long, and a quarter of what it has taken so far. Each leaves a line in a database's log.
@@ -171,9 +171,9 @@ fn listen_step(waited: Duration) -> Duration {
     }
 }
 
-/// Waits until one of `addresses` has a listener in the table of the namespace at `place`. An address that is not the
-/// namespace's own is in no table of it: then the first client's own connection is the test. Where the kernel relay's programs
-/// tell when somebody listens (`heard`), nothing is polled; a rare look guards against an event that was lost.
+/// Waits until one of `addresses` has a listener in the table of the namespace at `place`. An address that is not the namespace's
+/// own is in no table of it: then the first client's own connection is the test. Where the kernel relay's programs report listeners
+/// (`heard`), nothing is polled; a rare look guards against an event that was lost.
 ///
 /// # Errors
 /// When the table cannot be read.
@@ -195,7 +195,7 @@ pub async fn listening(
             return Ok(());
         }
         match &mut heard {
-            // The sender lives as long as the activator that waits here.
+            // The sender lives as long as the starter that waits here.
             Some(heard) => drop(timeout(GUARD, heard.changed()).await),
             None => sleep(listen_step(start.elapsed())).await,
         }
@@ -220,8 +220,8 @@ pub async fn connectable(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Resu
     }
 }
 
-/// Waits until the service at one of `addresses` says in the protocol that it takes clients. Each time over a connection of our own,
-/// which is closed then.
+/// Waits until the service at one of `addresses` says in the protocol that it takes clients. Each question goes over a connection
+/// of bro's own, which is then closed.
 ///
 /// # Errors
 /// When no socket can be made.

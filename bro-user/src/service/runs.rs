@@ -1,17 +1,17 @@
-//! Which runs of a unit are a forwarder's to stop: the one that it had systemd start, and those that came of that one without
-//! anybody's starting the unit anew (Restart=, or a restart by an administrator or by `podman auto-update`).
+//! Which runs of a unit a forwarder may stop: the one that it had systemd start, and those that came of that one without a new
+//! start of the unit by another process (Restart=, or a restart by an administrator or by `podman auto-update`).
 
 use std::sync::{Mutex, PoisonError};
 
 use super::use_lock;
 use crate::systemd::manager::{SystemdManager, UnitState};
 
-/// Whose the unit's present run is, as far as was seen.
+/// The owner of the unit's present run, as far as was seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Whose {
-    /// Somebody else's, or nobody's.
+    /// Another process's, or none's.
     Others,
-    /// systemd has been told by this process to start it. The run before was this one.
+    /// This process has told systemd to start it. The run before was this one.
     Ordered { before: String },
     /// A forwarder's.
     Ours {
@@ -22,7 +22,7 @@ enum Whose {
 }
 
 impl Whose {
-    /// What it is after a look at the unit. `noted` is the run that a forwarder has noted, perhaps one before this.
+    /// The owner after a look at the unit. `noted` is the run that a forwarder has noted, perhaps one before this.
     fn after(self, look: &UnitState, noted: Option<&str>) -> Self {
         let ours = || Self::Ours { run: look.invocation.clone(), restarting: look.is_restarting };
         match self {
@@ -32,10 +32,10 @@ impl Whose {
             Self::Ours { run, restarting } if run == look.invocation => {
                 Self::Ours { run, restarting: restarting || look.is_restarting }
             }
-            // Somebody else's start resets systemd's count of its own restarts.
+            // A start by another process resets systemd's count of its own restarts.
             Self::Ours { restarting, .. } if restarting || look.restarts > 0 => ours(),
             Self::Ours { .. } => Self::Others,
-            // What a forwarder before this one has started.
+            // The run that a forwarder before this one has started.
             Self::Others => match noted {
                 Some(noted) if noted == look.invocation || look.restarts > 0 => ours(),
                 _ => Self::Others,
@@ -85,7 +85,7 @@ impl Runs {
         let now = whose.clone().after(look, noted.as_deref());
         match (now.run(), noted) {
             (Some(run), noted) if noted.as_deref() != Some(run) => use_lock::remember(&self.unit, run),
-            // A run that somebody else has started is not to be taken for one that came of ours.
+            // A run that another process has started is not to be taken for one that came of ours.
             (None, Some(_)) if look.is_running() && now == Whose::Others => use_lock::forget(&self.unit),
             _ => {}
         }
@@ -99,10 +99,10 @@ impl Runs {
         use_lock::forget(&self.unit);
     }
 
-    /// Looks whenever the unit changes, for as long as the bus is there.
+    /// Looks whenever the unit changes, for as long as the bus exists.
     ///
     /// # Errors
-    /// When it is not.
+    /// When the bus is gone.
     pub async fn follow(&self, bus: &SystemdManager) -> anyhow::Result<std::convert::Infallible> {
         let mut changes = bus.changes(&self.unit).await?;
         loop {
@@ -124,7 +124,7 @@ mod tests {
         Whose::Ordered { before: before.into() }
     }
 
-    /// Whose the run is after these looks.
+    /// The owner of the run after these looks.
     fn after(begin: Whose, looks: &[UnitState]) -> Whose {
         looks.iter().fold(begin, |whose, look| whose.after(look, None))
     }

@@ -29,7 +29,7 @@ pub enum Choice {
     Loopback,
 }
 
-/// Whom the service is to see.
+/// The addresses that the service is to see.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Wanted {
     /// The option.
@@ -39,11 +39,10 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Decides for a target at `place`, whose agent is `namespace`. Takes those of `addresses` away that can be reached from no fitting
-    /// address.
+    /// Decides for a target at `place` with the agent `namespace`. Removes those of `addresses` that no fitting address can reach.
     ///
     /// # Errors
-    /// What was wanted cannot be had.
+    /// When the wanted addresses cannot be used.
     pub(super) async fn decide(
         self,
         place: &NetnsRef,
@@ -159,7 +158,7 @@ fn taken(found: Addresses) -> Vec<IpAddr> {
     networks.into_iter().chain(loopback).collect()
 }
 
-/// Why no client's own address can be had.
+/// Why no client's own address can be used.
 fn why(target: SocketAddr, errno: Errno) -> anyhow::Error {
     let what = "the service cannot be shown its clients' own addresses";
     match errno {

@@ -1,6 +1,7 @@
-//! Whose a running unit is: which run of it is a forwarder's (noted here so that it is put to sleep again also by a forwarder that
-//! was itself restarted meanwhile; `runs.rs` decides), and who uses it now (so that the last of several forwarders puts it to sleep, and no other).
-//! Two small files beside the status sockets: gone with a reboot, as the container is, or with the service's activation.
+//! The owner of a running unit: which run of it is a forwarder's (noted here so that a forwarder that was itself restarted
+//! meanwhile still puts it to sleep; `runs.rs` decides), and which forwarders use it now (so that the last of them puts it to
+//! sleep, and no other). Two small files beside the status sockets: gone with a reboot, as the container is, or with the service's
+//! activation.
 
 use std::fs::File;
 use std::io;
@@ -32,15 +33,15 @@ pub fn noted(unit: &str) -> Option<String> {
     std::fs::read_to_string(file(unit)).ok().filter(|noted| !noted.is_empty())
 }
 
-/// It has been stopped, or somebody else has started it since.
+/// The unit has been stopped, or another process has started it since.
 pub fn forget(unit: &str) {
     std::fs::remove_file(file(unit)).ok();
 }
 
-/// Takes away both files of a unit in the directory where they are, unless another forwarder uses it. What runs of it is nobody's then.
+/// Removes both files of a unit from their directory, unless another forwarder uses the unit. Its present run then has no owner.
 pub(crate) fn clear(directory: &Path, unit: &str) {
     let lock = directory.join(format!("use-{unit}"));
-    // Asking for the lock would make the file.
+    // A request for the lock would make the file.
     let alone = lock.exists().then(|| Use::alone_in(&lock, None));
     if let Some(Ok(Lock::Taken)) = alone {
         return;
@@ -49,21 +50,21 @@ pub(crate) fn clear(directory: &Path, unit: &str) {
     std::fs::remove_file(&lock).ok();
 }
 
-/// A forwarder's use of a unit: a lock (flock(2)) shared by all that use it. The kernel takes it back from one that dies.
+/// A forwarder's use of a unit: a lock (flock(2)) that all its users share. The kernel takes it back from a process that dies.
 #[derive(Debug)]
 pub struct Use(#[expect(dead_code, reason = "held, never looked at")] Flock<File>);
 
-/// What came of asking for a lock.
+/// The result of a request for a lock.
 #[derive(Debug)]
 pub enum Lock {
-    /// Here it is.
+    /// The lock.
     Had(Use),
-    /// Somebody else's is in the way.
+    /// Another forwarder's lock is in the way.
     Taken,
 }
 
 impl Use {
-    /// Uses the unit, unless somebody is just stopping it.
+    /// Uses the unit, unless another forwarder is just stopping it.
     ///
     /// # Errors
     /// When there can be no such file.
@@ -71,7 +72,7 @@ impl Use {
         Self::lock(&Self::file(unit), FlockArg::LockSharedNonblock)
     }
 
-    /// Makes this use the only one, if it is; then nobody begins to use the unit until this is dropped. `mine` ends in any case.
+    /// Makes this use the only one, if it is; no other forwarder then begins to use the unit until this is dropped. Ends `mine`.
     ///
     /// # Errors
     /// When there can be no such file.
@@ -80,7 +81,7 @@ impl Use {
     }
 
     fn alone_in(path: &Path, mine: Option<Self>) -> io::Result<Lock> {
-        // Of two who ask at the same time one gets it: nobody asks for the exclusive lock with the shared one in hand.
+        // Of two that ask at the same time one gets it: neither asks for the exclusive lock with the shared one in hand.
         drop(mine);
         Self::lock(path, FlockArg::LockExclusiveNonblock)
     }
@@ -151,7 +152,7 @@ mod tests {
         std::fs::remove_dir_all(folder).unwrap();
     }
 
-    /// Whoever opened the file before it was removed has no lock that another would not get.
+    /// A process that opened the file before it was removed has no lock that another would not get.
     #[test]
     fn a_lock_is_one_of_the_file_that_is_there() {
         let path = std::env::temp_dir().join(format!("bro-use-again-{}", std::process::id()));

@@ -1,6 +1,6 @@
 //! How often a service is started: `--wakes-per-hour`, and an idle time that grows while the same clients wake it again and again.
-//! What was is noted in a small file beside the forwarder's notes of ownership: a forwarder leaves when its service sleeps, and the
-//! next one goes on counting. Forgotten by `bro activate --remove` and by a reboot.
+//! The history is noted in a small file beside the forwarder's notes of ownership: a forwarder leaves when its service sleeps, and
+//! the next one goes on counting. `bro activate --remove` and a reboot forget it.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -16,39 +16,39 @@ use crate::installed::Installed;
 use bro_relay::read_bounded;
 use bro_relay::read_bounded::Link;
 
-/// What a limit per hour is counted in.
+/// The period of a limit per hour.
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// The highest `--wakes-per-hour`; no more starts than this are remembered.
 pub const MOST_PER_HOUR: u32 = 1000;
 
-/// Of so many clients it is remembered that they woke the service.
+/// So many clients that woke the service are remembered.
 const REMEMBERED: usize = 8;
 
-/// More than anybody's name is.
+/// Longer than any client's name.
 const LONGEST_NAME: usize = 100;
 
-/// More than a note of all that is.
+/// Longer than a note of all that.
 const LONGEST_NOTE: u64 = 64 * 1024;
 
-/// What was, on the clock that goes on in suspend and begins with the boot.
+/// What happened, on the clock that begins with the boot and goes on in suspend.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct History {
-    /// When the service was started, the first first.
+    /// When the service was started, the oldest first.
     starts: VecDeque<Duration>,
-    /// Who has woken it lately, the last first.
+    /// The clients that woke it lately, the latest first.
     by: VecDeque<String>,
-    /// When it was put to sleep since it was idle; unless it was woken since.
+    /// When it was put to sleep since it was idle; none once it was woken after that.
     slept: Option<Duration>,
-    /// How often in a row one of those has woken it before it had slept for an idle time.
+    /// How often in a row one of those clients has woken it before it had slept for an idle time.
     returns: u32,
 }
 
 impl History {
-    /// How long until one more start is within a limit of so many per hour; `None` when it is now.
+    /// How long until one more start is within a limit of so many per hour; `None` when one is now.
     fn too_many(&self, limit: u32, now: Duration) -> Option<Duration> {
         let recent = self.starts.iter().filter(|&&start| start + HOUR > now).count();
-        // Of those that count, the first one that has to be an hour ago.
+        // Of the starts that count, the first one that has to be an hour ago.
         let over = recent.checked_sub(limit as usize)?;
         let first = self.starts.iter().filter(|&&start| start + HOUR > now).nth(over)?;
         Some((*first + HOUR).saturating_sub(now))
@@ -79,7 +79,7 @@ impl History {
         }
     }
 
-    /// Twice as long with each return but the first, as far as `most`; never shorter than what was asked for.
+    /// Twice as long with each return but the first, up to `most`; never shorter than `asked`.
     fn idle_time(&self, asked: Duration, most: Duration) -> Duration {
         let factor = 1_u32.checked_shl(self.returns.saturating_sub(1)).unwrap_or(u32::MAX);
         asked.saturating_mul(factor).min(most.max(asked))
@@ -114,19 +114,19 @@ pub struct Rhythm {
     /// How often in a row the same clients have woken it right after it had gone to sleep.
     #[serde(default)]
     pub returns: u32,
-    /// Who has woken it lately.
+    /// The clients that woke it lately.
     #[serde(default)]
     pub by: Vec<String>,
 }
 
 impl Rhythm {
-    /// The same in words, where there is something that a person wants to know.
+    /// The same in words, where there is something that the administrator wants to know.
     #[must_use]
     pub fn remark(&self) -> Option<String> {
         self.is_remarkable().then(|| self.to_string())
     }
 
-    /// Is there anything that a person wants to know?
+    /// Is there anything that the administrator wants to know?
     fn is_remarkable(&self) -> bool {
         self.refused_for_s.is_some() || self.idle_time_ms.is_some()
     }
@@ -157,7 +157,7 @@ impl std::fmt::Display for Rhythm {
     }
 }
 
-/// What a forwarder knows of it.
+/// What a forwarder knows of its service's starts.
 #[derive(Debug)]
 pub struct Wakes {
     /// The unit that it starts; without one nothing outlives it.
@@ -167,7 +167,7 @@ pub struct Wakes {
 }
 
 impl Wakes {
-    /// Takes up what a predecessor has noted.
+    /// Goes on from what a predecessor has noted.
     #[must_use]
     pub fn of(unit: Option<&str>, limits: Limits) -> Self {
         let noted = unit.and_then(|unit| read(&control_socket::base_directory(), unit)).unwrap_or_default();
@@ -189,7 +189,7 @@ impl Wakes {
         self.change(|history, now| history.started(now));
     }
 
-    /// Somebody has found it asleep: a client of that source, or whoever is none.
+    /// The service was found asleep: by a client of that source, or by a caller that is no client.
     pub fn woken(&self, by: Option<&str>) {
         let idle_time = self.limits.idle_time;
         self.change(|history, now| history.woken(by, idle_time, now));
@@ -225,7 +225,7 @@ impl Wakes {
         (rhythm.limit.is_some() || rhythm.is_remarkable()).then_some(rhythm)
     }
 
-    /// The same in words, where there is something that a person wants to know.
+    /// The same in words, where there is something that the administrator wants to know.
     #[must_use]
     pub fn remark(&self) -> Option<String> {
         self.rhythm()?.remark()
@@ -252,7 +252,7 @@ pub(crate) fn forget(known: &Installed) {
 }
 
 fn since_boot() -> Duration {
-    // It cannot fail for a clock that there is.
+    // It cannot fail for a clock that exists.
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
@@ -263,7 +263,7 @@ fn file(directory: &Path, unit: &str) -> PathBuf {
 fn read(directory: &Path, unit: &str) -> Option<History> {
     let text = read_bounded::read(&file(directory, unit), LONGEST_NOTE, Link::Refuse).ok()?;
     let mut noted: History = serde_json::from_str(&text).ok()?;
-    // It may be anybody's words by now.
+    // The file may hold anything by now.
     noted.starts.truncate(MOST_PER_HOUR as usize);
     noted.by.truncate(REMEMBERED);
     for by in &mut noted.by {
@@ -272,7 +272,7 @@ fn read(directory: &Path, unit: &str) -> Option<History> {
     Some(noted)
 }
 
-/// All of it or nothing, as whoever reads it meanwhile finds it.
+/// Writes all of it or nothing, since other processes may read it meanwhile.
 fn write(directory: &Path, unit: &str, history: &History) -> std::io::Result<()> {
     std::fs::create_dir_all(directory)?;
     let new = directory.join(format!(".wakes-{unit}.{}", std::process::id()));
@@ -304,7 +304,7 @@ mod tests {
         let spans: Vec<u64> =
             (0..12).map(|_| sleeps(&mut history, &mut now, S, Some("10.0.0.1")).as_secs()).collect();
         assert_eq!(spans, [6, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 3600, 3600]);
-        // Others neither let it grow nor shrink, and whoever is no client does not either.
+        // Other clients neither let it grow nor shrink, and neither does a caller that is no client.
         assert_eq!(sleeps(&mut history, &mut now, S, Some("10.0.0.2")), HOUR);
         assert_eq!(sleeps(&mut history, &mut now, S, None), HOUR);
         // It has been quiet.
@@ -366,8 +366,8 @@ mod tests {
             }
         }
 
-        /// However starts are asked for, where each that is within the limit is made: no hour has more than that, and whoever is refused
-        /// is let in at the time that was said, and not before.
+        /// However starts are asked for, if each one within the limit is made: no hour has more than the limit, and a refused
+        /// client is let in at the announced time, and not before.
         #[test]
         fn no_hour_has_more_starts_than_the_limit(waits in proptest::collection::vec(0_u64..2_000, 1..300), limit in 1_u32..12) {
             let (mut history, mut now, mut made) = (History::default(), S, Vec::new());

@@ -1,5 +1,5 @@
-//! Where the container that a unit starts is to be found: by what the unit's service manager knows, whose word no container can
-//! forge. Each look costs what the unit has processes; how many the host has is all the same.
+//! Where to find the container that a unit starts: by what the unit's service manager knows, which no container can forge. The cost
+//! of a look grows with the unit's processes, not with the host's.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ const ASK: Duration = Duration::from_millis(200);
 /// its own, by a unit that does not stay for it, say.
 const ELSEWHERE: Duration = Duration::from_millis(200);
 
-/// A unit whose container is being looked for.
+/// A unit, during the search for its container.
 pub struct Whereabouts {
     bus: SystemdManager,
     unit: String,
@@ -49,7 +49,7 @@ impl Whereabouts {
 
     async fn ask(&mut self) {
         if let Ok((residence, state)) = self.bus.residence(&self.unit).await {
-            // Until it has a cgroup there is nothing to look at, and it gets one at any moment.
+            // Until the unit has a cgroup there is nothing to look at, and it may get one at any moment.
             self.asked = residence.cgroup.is_some().then(Instant::now);
             self.residence = residence;
             self.active_since =
@@ -57,7 +57,7 @@ impl Whereabouts {
         }
     }
 
-    /// Has the unit been started, and its container is none of its processes' child?
+    /// Has the unit been started, although its container is no child of its processes?
     #[must_use]
     pub fn is_elsewhere(&self) -> bool {
         self.active_since.is_some_and(|since| since.elapsed() >= ELSEWHERE)

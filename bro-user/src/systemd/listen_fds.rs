@@ -65,14 +65,14 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// Reads the three variables, and leaves them for whoever this process becomes.
+    /// Reads the three variables, and leaves them for the command that this process becomes.
     #[must_use]
     pub fn read() -> Self {
         let read = |name| std::env::var(name).ok();
         Self { pid: read("LISTEN_PID"), fds: read("LISTEN_FDS"), names: read("LISTEN_FDNAMES") }
     }
 
-    /// Takes the three variables out of the environment, so that no child takes our sockets for its own.
+    /// Takes the three variables out of the environment, so that no child takes bro's sockets for its own.
     #[must_use]
     pub fn take() -> Self {
         let taken = Self::read();
@@ -88,7 +88,7 @@ impl Environment {
         self.passed(Some(me))
     }
 
-    /// As above; without `me`, a predecessor has passed them to whomever it started.
+    /// As above; without `me`, a predecessor has passed them to the process that it started.
     fn passed(&self, me: Option<u32>) -> Result<Vec<String>, Failure> {
         let Some(fds) = &self.fds else { return Ok(Vec::new()) };
         let count: RawFd = match fds.parse() {
@@ -131,7 +131,7 @@ impl Environment {
     }
 }
 
-/// Who has passed the sockets, and so whether `LISTEN_PID` has to name this process.
+/// The process that passed the sockets; it decides whether `LISTEN_PID` has to name this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum From {
     /// The service manager, which knows this process's number.
@@ -148,8 +148,8 @@ pub struct Passed {
     name: String,
 }
 
-/// Takes what systemd passed to this process. To be called before anything else is opened: a number that is announced and not
-/// open would be given to something of our own.
+/// Takes what systemd passed to this process. To be called before anything else is opened: a number that is announced but not open
+/// would go to a file of bro's own.
 ///
 /// # Errors
 /// When the environment is contradictory, or announces a descriptor that is not open.
@@ -161,7 +161,7 @@ pub fn take_passed(from: From) -> Result<Vec<Passed>, Failure> {
             "descriptor {number} ({name}) was announced in LISTEN_FDS but is not open: {error}"
         ))),
     };
-    // All are looked at before one is dropped for another's sake.
+    // All are checked before one is dropped because of another's error.
     let adopted: Vec<Result<Passed, Failure>> = (FIRST..).zip(names).map(adopt).collect();
     adopted.into_iter().collect()
 }

@@ -1,4 +1,4 @@
-//! systemd over D-SystemdManager (org.freedesktop.systemd1(5)): start a unit, see how it fares, stop it; what is asked of unit files is in
+//! systemd over D-Bus (org.freedesktop.systemd1(5)): start a unit, see how it fares, stop it; calls about unit files are in
 //! `unit_files`.
 
 mod transient;
@@ -23,16 +23,16 @@ use super::scope::RuntimeScope;
 use crate::run_as::RunAsUser;
 use bro_sockmap::cgroup;
 
-/// How long a job's end is waited for before somebody looks whether it is there still.
+/// How long to wait for a job's end before looking whether the job still exists.
 const LOOK_FOR_JOB: Duration = Duration::from_secs(2);
 
-/// How long another user's bus may take to let us in.
+/// How long another user's bus may take to accept bro's connection.
 const CONNECTING: Duration = Duration::from_secs(25);
 
-/// How long a call over it may take: a reload runs Podman's generator for all that the user has.
+/// How long a call over that bus may take: a reload runs Podman's generator for all of the user's quadlets.
 const ANSWER: Duration = Duration::from_secs(90);
 
-/// What syslog(3) calls a warning: systemd's own lines about a unit that are less are not kept.
+/// What syslog(3) calls a warning: systemd's own lines about a unit below that level are not kept.
 const LOG_WARNING: i32 = 4;
 
 /// `(ssssssouso)`: a unit as ListUnits describes it; the first is its name, the seventh its object.
@@ -166,7 +166,7 @@ pub struct UnitInfo {
     pub file: String,
     /// The file that a generator made it from.
     pub source: PathBuf,
-    /// Its processes do not go on until it is thawed.
+    /// Its processes do not run until it is thawed.
     pub is_frozen: bool,
     /// Its files have changed since they were read.
     pub needs_reload: bool,
@@ -183,7 +183,7 @@ pub struct UnitState {
     pub state: String,
     /// Which run this is, or was (InvocationID); empty when it never ran.
     pub invocation: String,
-    /// How often systemd has restarted it by itself since somebody started it.
+    /// How often systemd has restarted it by itself since it was last ordered to start.
     pub restarts: u32,
     /// It is being stopped only to be started again.
     pub is_restarting: bool,
@@ -196,7 +196,7 @@ impl UnitState {
         matches!(self.state.as_str(), "activating" | "deactivating")
     }
 
-    /// It runs, and nothing has to be done for that.
+    /// It runs, and needs nothing more for that.
     #[must_use]
     pub fn is_active(&self) -> bool {
         is_active(&self.state)
@@ -221,7 +221,7 @@ pub fn is_active(state: &str) -> bool {
     matches!(state, "active" | "reloading")
 }
 
-/// What a unit's service manager knows of where its processes are.
+/// What the service manager knows about where a unit's processes are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Residence {
     /// Its main process (MainPID); 0 while there is none. For a container that is conmon.
@@ -276,10 +276,10 @@ impl SystemdManager {
         Ok(Self { systemd })
     }
 
-    /// Connects to the service manager of `owner`, as that user; whoever is not root can only be that user.
+    /// Connects to the service manager of `owner`, as that user; a caller other than root can only be that user.
     ///
     /// # Errors
-    /// When that manager does not run, or this user may not. Whoever that user is cannot keep us waiting for ever: each call has
+    /// When that manager does not run, or this user may not connect. The other user cannot keep bro waiting for ever: each call has
     /// a limit.
     pub async fn connect_as(owner: &RunAsUser) -> anyhow::Result<Self> {
         if owner.is_me() {
@@ -287,7 +287,7 @@ impl SystemdManager {
         }
         let address = format!("unix:path={}", owner.runtime_directory().join("bus").display());
         let connection = {
-            // A user's bus asks the kernel who connects, and wants that user.
+            // A user's bus asks the kernel which user connects, and wants its own.
             let _acting = owner.act()?;
             let connected = reach(&address, CONNECTING).await;
             connected.with_context(|| {
@@ -303,7 +303,7 @@ impl SystemdManager {
         Ok(Self { systemd })
     }
 
-    /// The connection itself, for what is asked beyond this.
+    /// The connection itself, for calls that this type does not make.
     pub fn connection(&self) -> &zbus::Connection {
         self.systemd.inner().connection()
     }
@@ -352,8 +352,8 @@ impl SystemdManager {
         let path = self.systemd.load_unit(name).await?;
         let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
         let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
-        // All at once, since a first client waits for it. The job first: once a restart has stopped the unit, its job is one to
-        // start it. Other units than services have no restarts.
+        // All at once, since a first client waits for the answers. The job first: once a restart has stopped the unit, its job is
+        // one to start it. Other units than services have no restarts.
         let (job, invocation, state, restarts) =
             tokio::join!(unit.job(), unit.invocation_id(), unit.active_state(), service.n_restarts());
         let kind = match job? {
@@ -415,7 +415,7 @@ impl SystemdManager {
         Ok(Start { state: state?, sub: sub?, waits, status: status.unwrap_or_default(), process })
     }
 
-    /// What there is to know of the unit's restarts.
+    /// What the service manager knows of the unit's restarts.
     ///
     /// # Errors
     /// When the bus fails.
@@ -437,7 +437,7 @@ impl SystemdManager {
         })
     }
 
-    /// Tells whenever something of the unit changes.
+    /// Follows the changes of the unit.
     ///
     /// # Errors
     /// When the bus fails.
@@ -448,7 +448,7 @@ impl SystemdManager {
         Ok(Changes(properties.receive_properties_changed().await?))
     }
 
-    /// When the unit was last begun to be started, on the kernel's monotonic clock.
+    /// When systemd last began to start the unit, on the kernel's monotonic clock.
     ///
     /// # Errors
     /// When the bus fails.
@@ -499,8 +499,8 @@ impl SystemdManager {
         self.ended(&mut removed, &job, unit).await
     }
 
-    /// Waits for the end of a job. A service manager that executes itself anew just then (`daemon-reexec`, an upgrade) says nothing
-    /// of its end, so the job is looked for now and then.
+    /// Waits for the end of a job. A service manager that executes itself anew just then (`daemon-reexec`, an upgrade) does not
+    /// report the end, so the job is looked for now and then.
     async fn ended(
         &self,
         removed: &mut JobRemovedStream,
@@ -526,8 +526,8 @@ impl SystemdManager {
         }
     }
 
-    /// Runs a command as a unit of its own, that is gone when the command has ended, and waits for that. After `limit` it is killed,
-    /// with all that it has started.
+    /// Runs a command as a unit of its own, which is gone when the command has ended, and waits for that end. After `limit` the
+    /// command is killed, with everything that it has started.
     ///
     /// # Errors
     /// When systemd refuses, with its own words.
@@ -541,7 +541,7 @@ impl SystemdManager {
         let number = NEXT.fetch_add(1, Relaxed);
         let unit = format!("bro-command-{}-{number}.service", std::process::id());
         let program = words.first().context("a command has a first word")?;
-        // Whatever it says by its exit status is an answer, not a failure to be looked into.
+        // Every exit status is an answer, not a failure to be looked into.
         let statuses: Vec<i32> = (1..=255).collect();
         let properties = [
             ("Description", Variant::from(format!("{} for bro", words.join(" ")))),
@@ -611,7 +611,7 @@ impl SystemdManager {
         self.systemd.freeze_unit(unit).await.map_err(plain)
     }
 
-    /// Has it go on.
+    /// Thaws the unit.
     ///
     /// # Errors
     /// When systemd refuses, with its own words.
@@ -619,7 +619,7 @@ impl SystemdManager {
         self.systemd.thaw_unit(unit).await.map_err(plain)
     }
 
-    /// Has it go on if it is frozen; says whether it was.
+    /// Thaws the unit if it is frozen; says whether it was.
     ///
     /// # Errors
     /// As [`SystemdManager::thaw`].
@@ -651,12 +651,12 @@ impl SystemdManager {
         self.ended(&mut removed, &job, unit).await
     }
 
-    /// The running units that would be stopped along with this one, and with those: each is named once, however it needs it.
+    /// The running units that would be stopped along with this one, and with those units: each is named once, however it needs it.
     ///
     /// # Errors
     /// When the bus fails.
     pub async fn all_that_need(&self, unit: &str) -> anyhow::Result<Vec<String>> {
-        /// As many are asked about; nobody reads a longer list.
+        /// At most so many units are asked about; no reader needs a longer list.
         const MOST: usize = 200;
         let (mut found, mut at) = (vec![unit.to_owned()], 0);
         while at < found.len() && found.len() < MOST {
@@ -678,7 +678,7 @@ impl SystemdManager {
         Ok(self.running_that_need(unit).await?.into_iter().next())
     }
 
-    /// Those do not count that the unit has pulled in itself, as a pod does with its containers, nor does the unit of this process.
+    /// Leaves out units that this unit has pulled in itself, as a pod does with its containers, and the unit of this process.
     async fn running_that_need(&self, unit: &str) -> anyhow::Result<Vec<String>> {
         let known = self.unit(unit).await?;
         let mut needing = known.required_by().await?;
@@ -723,15 +723,15 @@ impl SystemdManager {
         Ok(job.job_type().await? == "start" && job.state().await? == "waiting")
     }
 
-    /// Stops the unit, and has systemd forget how often it was started: its start limit is for units that fail, not for one that is
-    /// put to sleep and woken many times. A container whose first process did not end as a success (it had to be killed since it knows
-    /// no SIGTERM, or exits with 143 as Java does) leaves its unit failed; it has been stopped all the same, and nobody is to be alarmed
-    /// by that.
+    /// Stops the unit, and has systemd forget how often it was started: the start limit is for units that fail, not for one that is
+    /// put to sleep and woken many times. The unit has failed when the container's first process did not end as a success (it had
+    /// to be killed since it knows no SIGTERM, or exits with 143 as Java does); it has been stopped all the same, and there is no
+    /// cause for alarm.
     ///
     /// # Errors
     /// As [`SystemdManager::stop`].
     pub async fn put_to_sleep(&self, unit: &str) -> anyhow::Result<String> {
-        // systemd does that itself as well; a version that did not would wait for processes that cannot end.
+        // systemd thaws it by itself as well; a version that did not would wait for processes that cannot end.
         self.thaw_if_frozen(unit).await.ok();
         let result = self.stop(unit).await?;
         if result == "done" {
@@ -739,7 +739,7 @@ impl SystemdManager {
                 let how = self.how_it_ended(unit).await.unwrap_or_default();
                 tracing::info!(unit, "systemd calls the stopped unit failed{how}; that is forgotten");
             }
-            // It may be unloaded by now, and all of that forgotten.
+            // It may be unloaded by now, and the counts forgotten.
             self.systemd.reset_failed_unit(unit).await.ok();
         }
         Ok(result)
@@ -752,8 +752,8 @@ async fn is_frozen(unit: &UnitProxy<'_>) -> bool {
     unit.freezer_state().await.is_ok_and(|state| frozen.contains(&state.as_str()))
 }
 
-/// How a unit's run ended, from its Result=, ExecMainCode= and ExecMainStatus=: no more than was seen. Where no main process ran (the
-/// stop came during ExecStartPre=) there is no code.
+/// How a unit's run ended, from its Result=, ExecMainCode= and ExecMainStatus=, as far as seen. Where no main process ran (the stop
+/// came during ExecStartPre=) there is no code.
 fn ended_how(result: &str, code: i32, status: i32) -> String {
     use nix::libc::{CLD_DUMPED, CLD_EXITED, CLD_KILLED};
     let main = match code {
@@ -768,7 +768,7 @@ fn ended_how(result: &str, code: i32, status: i32) -> String {
     format!(" (Result={result}{main})")
 }
 
-/// A unit that was made for one command. Dropping it has systemd end the command, if it runs, and forget the unit.
+/// A unit for one command. Dropping it has systemd end the command, if it runs, and forget the unit.
 struct Transient {
     systemd: SystemdProxy<'static>,
     unit: String,
@@ -789,7 +789,7 @@ impl Drop for Transient {
     }
 }
 
-/// Another user's bus, who may be nobody to wait for.
+/// Connects to another user's bus, which may not be worth waiting for.
 async fn reach(address: &str, limit: Duration) -> zbus::Result<zbus::Connection> {
     let builder = zbus::connection::Builder::address(address).method_timeout(ANSWER);
     let late = |_| Err(std::io::Error::other(format!("it did not answer within {limit:?}")).into());
@@ -811,7 +811,7 @@ async fn wait(removed: &mut JobRemovedStream, job: &OwnedObjectPath) -> anyhow::
 #[error("the bus was closed")]
 struct Closed;
 
-/// What D-SystemdManager says where the one who was asked has just gone away; it may be back in a moment.
+/// The D-Bus errors about a peer that has just gone away; it may be back in a moment.
 const fn is_gone(error: &zbus::fdo::Error) -> bool {
     use zbus::fdo::Error;
     matches!(
@@ -820,7 +820,7 @@ const fn is_gone(error: &zbus::fdo::Error) -> bool {
     )
 }
 
-/// Is it the way to the service manager that failed, and not the service manager that refused?
+/// Did the way to the service manager fail, rather than the manager refuse?
 #[must_use]
 pub fn is_passing(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
@@ -833,7 +833,7 @@ pub fn is_passing(error: &anyhow::Error) -> bool {
     })
 }
 
-/// Was somebody there on the bus who did not get to answer? One that executes itself anew leaves the bus with questions open.
+/// Was there a peer on the bus that did not get to answer? A manager that executes itself anew leaves the bus with open questions.
 #[must_use]
 pub fn was_left_open(error: &anyhow::Error) -> bool {
     use zbus::fdo::Error::{Disconnected, NoReply};
@@ -841,7 +841,7 @@ pub fn was_left_open(error: &anyhow::Error) -> bool {
     error.chain().any(left)
 }
 
-/// systemd's own sentence, without the D-SystemdManager name around it.
+/// systemd's own sentence, without the D-Bus name around it.
 fn plain(error: zbus::Error) -> anyhow::Error {
     match error {
         zbus::Error::MethodError(_, Some(sentence), _) => anyhow::anyhow!(sentence),

@@ -14,7 +14,7 @@ pub fn mute(mute: bool) {
     MUTE.store(mute, Relaxed);
 }
 
-/// Tells the service manager; without one there is nobody to tell, and a full socket is not worth failing for.
+/// Tells the service manager, if there is one; a full socket is not worth failing for.
 fn tell(states: &[NotifyState<'_>]) {
     if MUTE.load(Relaxed) {
         return;
@@ -71,7 +71,7 @@ pub fn extend(longer: Duration) {
     tell(&[NotifyState::ExtendTimeoutUsec(u32::try_from(longer.as_micros()).unwrap_or(u32::MAX))]);
 }
 
-/// The engine turns.
+/// The engine is alive.
 pub fn alive() {
     tell(&[NotifyState::Watchdog]);
 }

@@ -1,4 +1,4 @@
-//! How far the start of a unit is, in words: what the service manager knows of it, for people who wait.
+//! How far the start of a unit is, in words for a person that waits: what the service manager knows of it.
 
 use std::time::Duration;
 
@@ -13,9 +13,9 @@ const LONGEST: usize = 200;
 /// How far a unit's start is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Since when the service manager says that it is started; none while it is at that.
+    /// Since when the service manager calls it started; none while it is being started.
     pub started: Option<Instant>,
-    /// What it does meanwhile; empty while nobody has asked.
+    /// What it does meanwhile; empty until bro first asks.
     pub doing: String,
 }
 
@@ -30,7 +30,7 @@ pub struct Start {
     pub waits: bool,
     /// What the unit says of itself.
     pub status: String,
-    /// What the process is called that systemd waits for: of ExecStartPre=, say, or the main one.
+    /// The name of the process that systemd waits for: of ExecStartPre=, say, or the main one.
     pub process: Option<String>,
 }
 

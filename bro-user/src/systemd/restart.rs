@@ -1,5 +1,5 @@
-//! A unit that systemd is about to start again by itself (Restart=). To tell systemd to start it meanwhile would count against the
-//! unit's start limit (StartLimitBurst=) besides what the restart itself counts, and use it up where systemd alone never would.
+//! A unit that systemd is about to start again by itself (Restart=). An order to start it meanwhile would count against the unit's
+//! start limit (StartLimitBurst=) besides the restart's own count, and use the limit up where systemd alone never would.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use crate::systemd::manager::SystemdManager;
 
-/// A restart that is later than this is hastened, as by hand: a unit that waits longer between its starts is far from their limit.
+/// A later restart than this is brought forward, as by hand: a unit that waits longer between its starts is far from their limit.
 const SOON: Duration = Duration::from_secs(5);
 
 /// Between two looks where the service manager does not tell of a change.
@@ -29,7 +29,7 @@ pub struct Restarting {
 }
 
 impl Restarting {
-    /// Is it to start the unit by itself, and soon? Of one whose process has just ended that is not decided before the end of
+    /// Is systemd about to start the unit by itself, and soon? After its process has ended that is not decided before the end of
     /// ExecStopPost=, until when nothing could be started anyway.
     fn is_near(&self) -> bool {
         let ends = self.state == "deactivating" && !self.has_job && self.policy != "no";
@@ -73,7 +73,7 @@ mod tests {
         assert!(restarting("activating", "auto-restart", false, "always", 0));
         assert!(restarting("activating", "auto-restart-queued", true, "on-failure", 3));
         assert!(restarting("deactivating", "stop-post", false, "always", 0));
-        // Somebody stops it; it is to stay down; a client would wait too long.
+        // Another process stops it; it is to stay down; a client would wait too long.
         assert!(!restarting("deactivating", "stop-sigterm", true, "always", 0));
         assert!(!restarting("deactivating", "stop-post", false, "no", 0));
         assert!(!restarting("activating", "auto-restart", false, "always", 60));

@@ -1,5 +1,5 @@
-//! Commands of the owner's (`--ready exec:`, `--busy-exec`) and Podman's health check: run by this process, or, where that may not do
-//! what they may need, by the service manager, as units that are gone when they have ended.
+//! The owner's commands (`--ready exec:`, `--busy-exec`) and Podman's health check: run by this process, or, where that lacks
+//! rights that they may need, by the service manager, as units that are gone when they have ended.
 
 use std::io;
 use std::process::{ExitStatus, Stdio};
@@ -16,7 +16,7 @@ use super::manager::SystemdManager;
 /// How long one run may take.
 pub const LIMIT: Duration = Duration::from_secs(10);
 
-/// What came of it.
+/// How the command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CommandOutcome {
     /// It exited, with this status.
@@ -27,7 +27,7 @@ pub enum CommandOutcome {
     TooLong,
 }
 
-/// Is this process one that other rights than its own are out of reach for? Whoever runs it confines it, so it runs nothing.
+/// Are rights other than its own out of reach for this process? Such a process is confined, so it runs nothing.
 #[must_use]
 pub fn is_confined() -> bool {
     prctl::get_no_new_privs().unwrap_or(false)
@@ -44,12 +44,12 @@ pub fn shell(line: &str) -> Vec<String> {
 /// # Errors
 /// When the manager refuses.
 pub async fn by_manager(bus: &SystemdManager, words: &[String]) -> anyhow::Result<CommandOutcome> {
-    // The manager counts as well; this is for one that does not answer.
+    // The manager keeps the limit as well; this is for a manager that does not answer.
     let grace = LIMIT + Duration::from_secs(5);
     timeout(grace, bus.run(words, &environment(), LIMIT)).await?
 }
 
-/// Says once that the service manager does not run commands for this process, which does it itself then, as far as it can.
+/// Says once that the service manager does not run commands for this process, which then runs them itself as far as it can.
 pub fn refused(words: &[String], error: &anyhow::Error) {
     static SAID: AtomicBool = AtomicBool::new(false);
     if !SAID.swap(true, Relaxed) {
@@ -60,7 +60,7 @@ pub fn refused(words: &[String], error: &anyhow::Error) {
     }
 }
 
-/// This process's environment, but for what systemd says to it alone (systemd.exec(5)).
+/// This process's environment, but for what systemd says to this process alone (systemd.exec(5)).
 fn environment() -> Vec<String> {
     const OURS: [&str; 12] = [
         "LISTEN_",
@@ -101,7 +101,7 @@ pub async fn here(words: &[String]) -> io::Result<CommandOutcome> {
     }
 }
 
-/// A running command with whatever it started: all of it ends with this value.
+/// A running command with everything that it started: all of it ends with this value.
 struct Group(nix::unistd::Pid);
 
 impl Drop for Group {

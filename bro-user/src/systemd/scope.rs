@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Whose service manager.
+/// A service manager, by its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RuntimeScope {
@@ -13,7 +13,7 @@ pub enum RuntimeScope {
 }
 
 impl RuntimeScope {
-    /// `--system`, `--user`, or that of whoever runs bro.
+    /// `--system`, `--user`, or that of the user that runs bro.
     #[must_use]
     pub fn choose(system: bool, user: bool) -> Self {
         if system || (!user && nix::unistd::geteuid().is_root()) { Self::System } else { Self::User }

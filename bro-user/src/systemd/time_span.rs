@@ -42,7 +42,7 @@ pub enum Invalid {
     /// Nothing there.
     #[error("a time span is missing; write for example 90, 500ms, 1min 30s or infinity")]
     Empty,
-    /// Not a number where one is due.
+    /// No number where there has to be one.
     #[error("“{0}” is not a number; write for example 90, 500ms, 1min 30s or infinity")]
     Number(String),
     /// A unit that systemd.time(7) does not have.
@@ -164,7 +164,7 @@ pub(crate) fn roughly(span: Duration) -> String {
     parts.map(|(unit, count)| format!("{count}{unit}")).collect::<Vec<_>>().join(" ")
 }
 
-/// Reads how long a side may acknowledge nothing.
+/// Reads how long a side may leave data unacknowledged.
 ///
 /// # Errors
 /// As for every time span, and when it is less than a second.

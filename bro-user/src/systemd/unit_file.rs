@@ -1,8 +1,8 @@
-//! Unit files and quadlets as text: systemd.syntax(7), as far as reading one takes.
+//! Unit files and quadlets as text: systemd.syntax(7), as far as reading them needs it.
 
 use std::path::Path;
 
-/// How the first line of every file begins that `bro activate` writes. A file without it is somebody else's.
+/// The beginning of each file that `bro activate` writes. A file without it is not bro's.
 pub const MARKER: &str = "# Written by bro activate";
 
 /// One `KEY=VALUE`, in a section.
@@ -48,7 +48,7 @@ impl UnitFile {
         }
     }
 
-    /// Is there such a section, be it empty?
+    /// Is there such a section, even if it is empty?
     #[must_use]
     pub fn has_section(&self, name: &str) -> bool {
         self.sections.iter().any(|section| section == name)
@@ -60,7 +60,7 @@ impl UnitFile {
         self.assigned(section, key).last().filter(|value| !value.is_empty())
     }
 
-    /// The values of a setting that is a list: one an assignment; an empty one begins anew.
+    /// The values of a setting that is a list: one per assignment; an empty one begins anew.
     #[must_use]
     pub fn values(&self, section: &str, key: &str) -> Vec<&str> {
         let mut values = Vec::new();
@@ -180,12 +180,12 @@ pub fn quote_word(word: &str) -> String {
     quoted
 }
 
-/// Can `text` stand behind a `KEY=`, and be all that is read back there?
+/// Can `text` stand behind a `KEY=`, and is exactly that read back there?
 pub(crate) fn holds(text: &str) -> bool {
     !text.contains(char::is_control) && !text.ends_with('\\')
 }
 
-/// The same of a path. One that is no UTF-8 would be read back as another.
+/// The same for a path. One that is not UTF-8 would be read back as another.
 pub(crate) fn holds_path(path: &Path) -> bool {
     path.to_str().is_some_and(holds)
 }

@@ -8,7 +8,7 @@ use crate::systemd::unit_file::UnitFile;
 /// How `--restrict-network` is noted.
 pub const RESTRICTED: &str = "restrict-network";
 
-/// What goes into the drop-in.
+/// The contents of the drop-in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DropIn {
     /// Without a network there is none to wait for: Podman's units wait for network-online.target, a rootless one for up to 90
@@ -23,7 +23,7 @@ pub struct DropIn {
 }
 
 impl DropIn {
-    /// What was written, with the sockets of `rest`.
+    /// Reads what was written, with the sockets of `rest`.
     #[must_use]
     pub fn read(file: &UnitFile, rest: &Installed) -> Self {
         let own = file.words("Unit", "Requires");
@@ -90,7 +90,7 @@ impl DropIn {
             sections.push(format!("[Container]\n{container}"));
         }
         let mut service = String::new();
-        // The one of the same name is its own without a word.
+        // The socket with the container unit's name belongs to it without a word.
         if self.sockets.len() > 1 {
             writeln!(service, "Sockets={}", self.sockets.join(" ")).ok();
         }

@@ -1,15 +1,15 @@
-//! What the forwarder's service may not do (systemd.exec(5)): everything that forwarding does not take.
+//! What the forwarder's service may not do (systemd.exec(5)): everything that forwarding does not need.
 //!
 //! Tried on a real host, and left out for what came of it:
 //! - `PrivateUsers=` anywhere, and for a user's own manager everything that it implements by a user namespace (`Private…=`,
-//!   `Protect…=`, `CapabilityBoundingSet=` fails outright): whoever is in a user namespace of his own may enter no container's.
+//!   `Protect…=`, `CapabilityBoundingSet=` fails outright): a process in a user namespace of its own may enter no container's.
 //! - `ProtectProc=`, `ProcSubset=`, `IPAddressDeny=` and `DevicePolicy=` for a user's own manager, which takes them and does
-//!   nothing: they would only look well.
-//! - `RemoveIPC=`: it is about all that the *user* has in /dev/shm, Podman's locks among it, not about what the service has made.
+//!   nothing: they would only look good.
+//! - `RemoveIPC=`: it concerns all that the *user* has in /dev/shm, Podman's locks included, not what the service has made.
 //!
-//! Commands of the owner's (`--ready exec:`, `--busy-exec`) and Podman's health check could not run here: rootless Podman makes its
-//! user namespace by newuidmap, which `NoNewPrivileges=` (and each system call filter, which implies it there) forbids; it joins
-//! the one there is by setns(2) without a type, which `RestrictNamespaces=` forbids; rootful Podman wants all of root's rights. The
+//! The owner's commands (`--ready exec:`, `--busy-exec`) and Podman's health check could not run here: rootless Podman makes its
+//! user namespace by newuidmap, which `NoNewPrivileges=` (and each system call filter, which implies it there) forbids; it joins an
+//! existing one by setns(2) without a type, which `RestrictNamespaces=` forbids; rootful Podman wants all of root's rights. The
 //! service manager runs them, outside of this (`activate/command.rs`).
 
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use crate::metrics::endpoint::Endpoint;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::quote_word;
 
-/// What @system-service has beyond need. `chown` and the like, other users' ids, priorities, devices, mounts.
+/// What @system-service has beyond need: `chown` and the like, other users' ids, priorities, devices, mounts.
 const NEVER: &str = "@chown @clock @cpu-emulation @debug @keyring @memlock @module @mount @obsolete @raw-io @reboot @resources \
                      @setuid @swap";
 
@@ -29,7 +29,7 @@ const NEVER: &str = "@chown @clock @cpu-emulation @debug @keyring @memlock @modu
 const OWN: &str = "capset landlock_add_rule landlock_create_ruleset landlock_restrict_self pidfd_open pidfd_send_signal seccomp \
                    setns";
 
-/// Whose forwarder it is.
+/// The user of the forwarder.
 enum Kind<'a> {
     Rootful,
     RunAs(&'a crate::run_as::RunAsUser),
@@ -87,7 +87,7 @@ pub(super) fn lines(activated: &Installed, bro: Option<&Path>) -> String {
     say(
         "LockPersonality=yes\nMemoryDenyWriteExecute=yes\nKeyringMode=private\nUMask=0077\nSystemCallArchitectures=native",
     );
-    // A user's forwarder opens what bro-loader@ has left for it by the same system call.
+    // By the same system call a user's forwarder opens what bro-loader@ has left for it.
     let bpf = if uses_kernel(activated) { " bpf" } else { "" };
     say(&format!(
         "SystemCallFilter=@system-service {OWN}{bpf}\nSystemCallFilter=~{NEVER}\nSystemCallErrorNumber=EPERM"
@@ -177,7 +177,7 @@ fn files(activated: &Installed, bro: Option<&Path>, kind: &Kind<'_>, say: &mut i
     );
 }
 
-/// systemd listens, and the container's namespace is entered: the forwarder needs no network of its own.
+/// systemd listens, and the forwarder enters the container's namespace: it needs no network of its own.
 fn network(activated: &Installed, say: &mut impl FnMut(&str)) {
     let mut addresses: Vec<String> = Vec::new();
     for target in targets(activated) {
@@ -186,7 +186,7 @@ fn network(activated: &Installed, say: &mut impl FnMut(&str)) {
                 Ok(ip) if ip.is_loopback() => {}
                 Ok(ip) if !addresses.contains(&ip.to_string()) => addresses.push(ip.to_string()),
                 Ok(_) => {}
-                // Only who has a network can ask for a name's address, and only when asked it is known.
+                // Only a process with a network can ask for a name's address, and without asking it is unknown.
                 Err(_) => return,
             }
         }
@@ -201,7 +201,7 @@ fn network(activated: &Installed, say: &mut impl FnMut(&str)) {
         );
     }
     if metrics.is_some_and(|address| !address.ip().is_loopback()) {
-        // Whoever may ask for metrics from elsewhere is not known here.
+        // Which hosts may ask for metrics is not known here.
         return say("# No IPAddressDeny=: metrics are asked for from other hosts.");
     }
     let addresses: String = addresses.iter().map(|address| format!(" {address}")).collect();

@@ -1,15 +1,15 @@
-//! NAME-pause.service: makes what a container's unit may not that is cut off from the network: the container's network namespace,
-//! and the user namespace of a user's Podman.
+//! NAME-pause.service: makes what the unit of a container that is cut off from the network may not: the container's network
+//! namespace, and the user namespace of a user's Podman.
 //!
-//! crun brings the loopback interface up in each network namespace that it makes, which fails where there are no sockets of AF_INET
-//! to be had; into one that is there it goes as it finds it. newuidmap and newgidmap have rights of their own, which
-//! `NoNewPrivileges=` takes away, and in a user's manager `RestrictAddressFamilies=` implies that. Podman's pause process keeps
-//! the user namespace, and a mount namespace in which the network namespace has its name; others of its processes join them.
+//! crun brings the loopback interface up in each network namespace that it makes, which fails where no sockets of AF_INET are to be
+//! had; it enters an existing one as it finds it. newuidmap and newgidmap have rights of their own, which `NoNewPrivileges=` takes
+//! away, and in a user's manager `RestrictAddressFamilies=` implies that. Podman's pause process keeps the user namespace, and a
+//! mount namespace in which the network namespace has its name; other Podman processes join them.
 
 use crate::installed::{Installed, SECTION};
 use crate::systemd::scope::RuntimeScope;
 
-/// Its name.
+/// The unit's name.
 pub(crate) fn unit(name: &str) -> String {
     format!("{name}-pause.service")
 }

@@ -97,7 +97,7 @@ fn command(activated: &Installed, bro: &Path) -> Vec<String> {
     if activated.listeners.len() > 1 {
         words.push("--allow-missing-sockets".to_owned());
     }
-    // bro chooses by who runs it, and root has a manager of its own too.
+    // bro chooses by the user that runs it, and root has a manager of its own too.
     if activated.unit_scope() == RuntimeScope::User {
         words.push("--user".to_owned());
     }

@@ -1,4 +1,4 @@
-//! What a unit file can hold. Every value passes here before any text is made of it, whoever it comes from: one with a line feed
+//! What a unit file can hold. Every value passes here before any text is made of it, wherever it comes from: one with a line feed
 //! in it would be a line of its own, and in a unit of root's that is a command of root's.
 
 use std::path::Path;

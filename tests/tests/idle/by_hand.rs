@@ -50,7 +50,11 @@ fn wake_is_answered_when_the_service_is_ready() -> Result<()> {
     forwarder.log().line(PATIENCE, |line| line.contains("waking the service"))?;
     asked.set_read_timeout(Some(MOMENT))?;
     ensure!(asked.read(&mut [0]).is_err(), "answered although the service does not listen");
-    ensure!(forwarder.report()?.activity.state == ServiceState::Starting, "{:?}", forwarder.report()?.activity);
+    ensure!(
+        forwarder.report()?.activity.state == ServiceState::Starting,
+        "{:?}",
+        forwarder.report()?.activity
+    );
     ensure!(forwarder.wait(Duration::from_millis(700))?.is_none(), "it left while it was told to wake");
     let _service = scene.serve()?;
     asked.set_read_timeout(Some(PATIENCE))?;

@@ -24,14 +24,14 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(2
 pub struct Progress {
     /// Bytes put into its socket so far.
     pub delivered: u64,
-    /// The memory of those that it has not acknowledged yet.
+    /// The memory of the bytes that it has not acknowledged yet.
     pub queued: u64,
 }
 
 /// One side's abort.
 #[derive(Debug)]
 pub struct Abort {
-    /// Whose.
+    /// The side that aborted.
     pub side: Side,
     /// What the kernel said, once that is known.
     errno: Option<Errno>,

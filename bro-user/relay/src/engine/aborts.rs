@@ -47,7 +47,7 @@ impl Engine {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let (number, is_new) = (connection.number, !connection.is_aborted());
         if !connection.abort(side, errno, &mut self.tools) {
-            // Both have: the first is why.
+            // Both have aborted: the first abort is the reason.
             return self.finish(index, End::Eof);
         }
         self.pump(index, true, true);
@@ -56,7 +56,7 @@ impl Engine {
         }
     }
 
-    /// After bytes have moved: passes an abort on that nothing is in front of any more, or tells epoll what to wait for now.
+    /// After bytes have moved: passes on an abort that has nothing in front of it any more, or tells epoll what to wait for now.
     pub(super) fn settle(&mut self, index: usize) {
         let Some(connection) = self.connections.get(index) else { return };
         if connection.is_aborted() && connection.owed().is_none() {
@@ -65,7 +65,7 @@ impl Engine {
         self.register(index);
     }
 
-    /// Looks at those that are due.
+    /// Looks at the connections that are due.
     pub(super) fn look_at_aborts(&mut self) {
         if self.looks.is_empty() {
             return;

@@ -75,7 +75,7 @@ impl Engine {
                     | Errno::EHOSTUNREACH
                     | Errno::ENETUNREACH,
                 ) => Ok(true),
-                // EMFILE, ENFILE, ENOBUFS, ENOMEM, or a listener that somebody shut down: nothing that trying at once mends.
+                // EMFILE, ENFILE, ENOBUFS, ENOMEM, or a listener that another process shut down: to retry at once mends nothing.
                 _ => {
                     if pause == FIRST_PAUSE {
                         self.tallies[listener].exhausted += 1;
@@ -143,7 +143,7 @@ impl Engine {
         self.welcome(index);
     }
 
-    /// It is known who the client is: it is let in, unless too many of its source are.
+    /// It is known who the client is: it is let in, unless its source has too many connections.
     pub(super) fn welcome(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let is_one_of = |these: &[Trusted]| these.iter().any(|one| one.is(&connection.peer));
@@ -185,7 +185,7 @@ impl Engine {
         Stats::set(&self.stats.keeping, self.keeping as u64);
     }
 
-    /// After a connection has ended: room for the next, and news for those who wait for the last. `kept`: it kept the service awake.
+    /// A connection has ended: room for the next, and news for what waits for the last. `kept`: it kept the service awake.
     pub(super) fn after_end(&mut self, source: Option<crate::peer::Source>, kept: bool) {
         if let Some(source) = source
             && let Some(count) = self.per_source.get_mut(&source)
@@ -202,7 +202,7 @@ impl Engine {
         }
         if kept {
             self.keeping -= 1;
-            // Before the count says so. By bytes, who connects and says nothing does not count.
+            // Before the count says so. By bytes, a client that connects and says nothing does not count.
             if self.keeping == 0 && self.settings.idle_by_bytes.is_none() {
                 self.stats.now_idle();
             }

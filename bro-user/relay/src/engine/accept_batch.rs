@@ -1,7 +1,7 @@
-//! How many clients a listener may give in one turn. An accept(2) that finds nobody is not free: the kernel makes a socket and
-//! a file before it looks. So one client at first, and the next turn tells whether there were more.
+//! How many clients a listener may give in one turn. An accept(2) that finds no client is not free: the kernel makes a socket and a
+//! file before it looks. So one client at first, and the next turn tells whether there were more.
 
-/// What a listener had to give of late.
+/// How many clients a listener had of late.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Crowd {
     turn: u64,
@@ -12,13 +12,13 @@ impl Crowd {
     /// The most in any turn, so that others get theirs.
     const MOST: usize = 32;
 
-    /// How many may be taken in this turn, in which the listener has somebody: twice as many as in the last one if there was
-    /// somebody then too, and all that were allowed could be had.
+    /// How many may be taken in this turn, in which the listener has a client: twice as many as in the last one if there was a
+    /// client then too, and all that were allowed could be had.
     pub(super) fn allowed(&self, turn: u64) -> usize {
         if self.turn + 1 == turn { (self.taken * 2).clamp(1, Self::MOST) } else { 1 }
     }
 
-    /// So many were taken; `all` that were allowed.
+    /// Notes that so many were taken; `all`: as many as were allowed.
     pub(super) fn took(&mut self, turn: u64, taken: usize, all: bool) {
         *self = Self { turn, taken: if all { taken } else { 0 } };
     }
@@ -28,7 +28,7 @@ impl Crowd {
 mod tests {
     use super::*;
 
-    /// Turns until all are taken, and accepts that found nobody. `arrivals` is how many come before each turn.
+    /// Turns until all are taken, and accepts that found no client. `arrivals` is how many come before each turn.
     fn turns(arrivals: impl IntoIterator<Item = usize>) -> (usize, usize) {
         let (mut crowd, mut waiting, mut turns, mut vain) = (Crowd::default(), 0, 0, 0);
         let mut arrivals = arrivals.into_iter();

@@ -1,8 +1,8 @@
-//! Sides that have vanished while something that was sent to them is not acknowledged (`--user-timeout`). Keepalive is silent then, and the
-//! kernel alone gives up after a quarter of an hour (net.ipv4.tcp_retries2).
+//! Sides that have vanished while something that was sent to them is not acknowledged (`--user-timeout`). Keepalive is silent then,
+//! and the kernel alone gives up after a quarter of an hour (net.ipv4.tcp_retries2).
 //!
-//! The kernel's own TCP_USER_TIMEOUT also ends the connection of a reader that takes its time: one whose window is closed for so
-//! long, although it answers each probe of it. So its acknowledgements are looked at here, and it is ended only if there are none.
+//! The kernel's own TCP_USER_TIMEOUT also ends the connection of a slow reader: one that keeps its window closed for so long,
+//! although it answers each probe of it. So its acknowledgements are looked at here, and it is ended only if there are none.
 
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
@@ -15,10 +15,10 @@ use bro_sockmap::{Sent, sent};
 /// Between two looks at a connection: a part of the limit, within these.
 const STEPS: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(15)];
 
-/// As many connections are looked at in a row; others' bytes wait meanwhile.
+/// The most connections that are looked at in a row; other connections' bytes wait meanwhile.
 const AT_ONCE: usize = 4096;
 
-/// Whose turn it is, and when.
+/// The connection that is looked at next, and when.
 #[derive(Debug)]
 pub(super) struct Answers {
     limit: Option<Duration>,
@@ -44,8 +44,8 @@ impl Answers {
 
 /// Since when a side has answered nothing, if it is to answer something: `before` is what was known of that.
 fn silent_since(before: Option<Instant>, sent: Sent, ended: bool, now: Instant) -> Option<Instant> {
-    // What it has acknowledged since the last byte was sent: it does not take what it is sent, but it is there. (The end of a stream
-    // is no byte.)
+    // What it has acknowledged since the last byte was sent: it does not take what it is sent, but it is there. (The end of a
+    // stream is no byte.)
     let unanswered = sent.last_sent < sent.last_heard || ended;
     if sent.probes == 0 && (sent.in_flight == 0 || !unanswered) {
         return None;

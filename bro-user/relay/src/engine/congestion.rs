@@ -1,8 +1,8 @@
 //! What a sink on this host is spared: congestion control.
 //!
-//! Between two sockets of one host there is no path to share and nothing is lost, but an algorithm that paces (bbr) still
-//! spreads what it sends over time, with a timer for each step, and carries a stream at half the speed. Reno, which every
-//! kernel has and everybody may choose (tcp(7), tcp_allowed_congestion_control), does nothing there once it has started.
+//! Between two sockets of one host there is no path to share and nothing is lost, but an algorithm that paces (bbr) still spreads
+//! what it sends over time, with a timer for each step, and carries a stream at half the speed. Reno, which every kernel has and
+//! every user may choose (tcp(7), tcp_allowed_congestion_control), does nothing there once it has started.
 
 use std::ffi::OsString;
 use std::net::IpAddr;
@@ -28,7 +28,7 @@ pub fn unpace(sink: BorrowedFd<'_>, peer: Option<IpAddr>) {
 fn is_local(socket: BorrowedFd<'_>, peer: Option<IpAddr>) -> bool {
     let ip =
         |end: nix::Result<SockaddrStorage>| end.ok().and_then(|end| sockaddr::tcp(&end)).map(|end| end.ip());
-    // What nobody has for an address is connected to as this host (ip(7), INADDR_ANY), under another.
+    // A connection to the unspecified address goes to this host (ip(7), INADDR_ANY), under another address.
     let peer = peer.filter(|peer| !peer.is_unspecified()).or_else(|| ip(getpeername(socket.as_raw_fd())));
     peer.is_some_and(|peer| peer.is_loopback() || ip(getsockname(socket.as_raw_fd())) == Some(peer))
 }

@@ -37,8 +37,8 @@ impl Engine {
         }
     }
 
-    /// A held client that reset has left, and so has one that closed without a word. What one has sent before it closed (over
-    /// unix that is a hang-up too) is delivered all the same.
+    /// A held client has left if it has reset, or closed without a word. What it sent before it closed (over unix that is a hang-up
+    /// too) is delivered all the same.
     fn held_client_hung_up(&mut self, index: usize, reset: bool) {
         let Some(connection) = self.connections.get(index) else { return };
         if reset || look(connection.client.as_fd()) != Waiting::Byte {
@@ -82,7 +82,7 @@ impl Engine {
         match pumped {
             Ok(Pumped::Finished) => return self.finish(index, End::Eof),
             Ok(Pumped::Open) => {}
-            // Not for the other side to wait for.
+            // Nothing that the other side should wait for.
             Err(broken) if broken.errno == copy::DESCRIPTORS => return self.finish(index, broken.into()),
             Err(broken) => return self.side_aborted(index, broken.side, Some(broken.errno)),
         }
@@ -160,7 +160,7 @@ impl Engine {
         }
     }
 
-    /// Has epoll say no more of a socket that hung up, until there is something to do with it.
+    /// Stops epoll's reports of a socket that hung up, until there is something to do with it.
     fn silence(&mut self, index: usize, side: Side) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let before = std::mem::replace(&mut connection.registered[side as usize], Registration::Silenced);
@@ -171,13 +171,13 @@ impl Engine {
         }
     }
 
-    /// Ends connections whose time is up.
+    /// Ends connections that have timed out.
     pub(super) fn expire(&mut self, now: Instant) {
         let (mut due, mut moved) = (Vec::new(), false);
         for (index, connection) in &mut self.connections {
             match connection.stage {
                 Stage::Relaying { .. } => {
-                    // Bytes that took a lane woke nobody, so they are noticed here.
+                    // Bytes that took a lane did not wake the engine, so they are noticed here.
                     moved |= connection.keeps_awake(now);
                     if self.settings.idle_timeout.is_some_and(|limit| now - connection.active >= limit) {
                         due.push((index, End::IdleTimeout));
@@ -194,7 +194,7 @@ impl Engine {
                     }
                 }
                 Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {
-                    // The control side's own limit runs from the wake; this one is each client's, and comes after it.
+                    // The control process's own limit runs from the wake; this one is each client's, and comes after it.
                     if now - connection.active >= self.settings.hold_limit.saturating_add(super::TICK * 5) {
                         due.push((index, End::StartTimeout));
                     }

@@ -1,5 +1,5 @@
-//! `--freeze`: the service is there, and none of its processes runs. Its targets stay as they were found; who comes is held until
-//! the control side has had it go on.
+//! `--freeze`: the service is there, and none of its processes runs. Its targets stay as they were found; clients that come are
+//! held until the control process has had the service go on.
 
 use super::Engine;
 use super::idle::Leave;
@@ -13,12 +13,12 @@ pub(super) enum Frost {
     None,
     /// It is frozen, or about to be.
     Frozen,
-    /// Somebody waits for it, which the control side has been told.
+    /// A client waits for it, and the control process has been told.
     Thawing,
 }
 
 impl Engine {
-    /// Holds whoever comes from now on if it is time to leave; says whether.
+    /// Holds the clients that come from now on, if it is time to leave; says whether.
     pub(super) fn freeze(&mut self, how: Leave) -> bool {
         let may = self.frost == Frost::None
             && self.backends.iter().any(super::targets::Backend::is_ready)
@@ -31,7 +31,7 @@ impl Engine {
         may
     }
 
-    /// Somebody waits for it.
+    /// A client waits for it.
     pub(super) fn ask_to_thaw(&mut self, peer: &str) {
         if self.frost == Frost::Frozen {
             self.frost = Frost::Thawing;

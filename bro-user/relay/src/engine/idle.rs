@@ -8,21 +8,21 @@ use serde::{Deserialize, Serialize};
 use super::{Accepting, Engine};
 use crate::connection::{Connection, End, Stage};
 
-/// What the control side asks when it wants to leave.
+/// What the control process asks when it wants to leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Leave {
     /// Only if there is no connection that keeps the service awake.
     WithoutConnections,
     /// If no byte has moved for so long; connections that merely sleep are ended.
     WithoutBytes(Duration),
-    /// Only if nobody is connected but clients that have not said anything.
+    /// Only if every connected client has said nothing yet.
     WithoutGuests,
-    /// In any case; those who are connected are cut off.
+    /// In any case; connected clients are cut off.
     Now,
 }
 
 impl Engine {
-    /// How often connections are looked at for bytes that moved, in `--idle-by=bytes`. Those that took a lane woke nobody.
+    /// How often `--idle-by=bytes` looks at connections for bytes that moved. Bytes that took a lane did not wake the engine.
     pub(super) fn byte_step(&self) -> Option<Duration> {
         let limit = self.settings.idle_by_bytes.filter(|_| !self.connections.is_empty())?;
         let step = (limit / 8).clamp(Duration::from_millis(10), Duration::from_secs(5));
@@ -40,7 +40,7 @@ impl Engine {
         }
     }
 
-    /// Accepts no more if the control side may leave; says whether.
+    /// Accepts no more if the control process may leave; says whether.
     pub(super) fn leave(&mut self, how: Leave) -> anyhow::Result<bool> {
         let may = self.may_leave(how);
         if may {
@@ -79,7 +79,7 @@ const fn waits(connection: &Connection) -> bool {
     matches!(connection.stage, Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. })
 }
 
-/// Does nothing wait on it: neither for the service nor to be read, nor is anything about to?
+/// Does it merely sleep: does nothing on it wait for the service or to be read, and is nothing about to?
 fn sleeps(connection: &Connection, limit: Duration) -> bool {
     if connection.ignored {
         return !waits(connection);

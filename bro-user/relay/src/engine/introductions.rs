@@ -1,5 +1,5 @@
-//! Clients that come through a trusted balancer in front (`--accept-proxy`): its header, which says who they are, is read before
-//! anything else is done for them. Until then they wake nothing and count for no source.
+//! Clients that come through a trusted balancer in front (`--accept-proxy`): its header, which says who the client is, is read
+//! before anything else is done for the client. Until then it wakes nothing and counts for no source.
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};

@@ -1,6 +1,6 @@
 //! The kernel relay's place in the engine: lanes are opened for connections that ask and answer in turn, and only their sockets are
-//! hooked; they are granted credit when the programs ask, and closed with the connection or when it streams. Whatever is refused is
-//! relayed by splice, for that connection.
+//! hooked; they are granted credit when the programs ask, and closed with the connection or when it streams. A connection that is
+//! refused a lane is relayed by splice.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -31,7 +31,7 @@ pub struct Watch {
     pub ports: Vec<u16>,
 }
 
-/// The kernel relay's maps and whose lane is whose.
+/// The kernel relay's maps, and which connection each lane belongs to.
 #[derive(Debug)]
 pub(super) struct Lanes {
     kernel: Maps,
@@ -133,7 +133,7 @@ impl Engine {
         true
     }
 
-    /// No new connection is going to have a lane: another forwarder may hook what is to come.
+    /// No new connection is going to have a lane: another forwarder may hook the connections to come.
     pub(super) fn unwatch_all(&mut self) {
         let Some(lanes) = &mut self.lanes else { return };
         for (_, (netns, ports)) in lanes.watched.drain() {
@@ -213,7 +213,7 @@ impl Engine {
         }
     }
 
-    /// A sender has proved to be a non-blocking one: it is hooked, if its lane is open still.
+    /// A sender has proved to be a non-blocking one: it is hooked, if its lane is still open.
     fn hook(&mut self, id: LaneId, flow: Flow, socket: u64) {
         let Some(lanes) = &self.lanes else { return };
         let Some(&(index, number, sink)) = lanes.owners.get(&id) else { return };
@@ -291,7 +291,7 @@ impl Lanes {
         }
     }
 
-    /// Counts what a lane did that is to be closed, and lets its sender go.
+    /// Counts what a lane did before it is closed, and lets its sender go.
     fn close(&mut self, lane: &bro_sockmap::Lane, did: &LaneCounters, sink: Side, tally: &mut Tally) {
         let _owner = self.owners.remove(&lane.id());
         if let Some(socket) = lane.hooked() {

@@ -25,7 +25,7 @@ use crate::sys;
 /// What the control process tells the engine.
 #[derive(Debug)]
 pub enum Command {
-    /// The target listens: connect its held clients and those to come.
+    /// The target listens: connect its held clients and the ones to come.
     Ready {
         /// Which target.
         backend: usize,
@@ -73,17 +73,17 @@ pub enum Plain {
     Drain(String),
     /// End every connection now.
     EndAll(End),
-    /// End those whose clients have not said anything (`--wake-on=data`).
+    /// End the connections on which the client has said nothing (`--wake-on=data`).
     EndSilent,
     /// Accept no more if it is time to leave; say whether.
     Leave(Leave),
-    /// Hold whoever comes from now on, if it is time to leave, for the service is about to be frozen; say whether.
+    /// Hold the clients that come from now on, if it is time to leave, for the service is about to be frozen; say whether.
     Freeze(Leave),
-    /// It goes on: connect those who are held, and those to come.
+    /// It goes on: connect the held clients, and the ones to come.
     Thawed,
-    /// Wake what sleeps; who wants it, for the log.
+    /// Wake what sleeps; names the requester, for the log.
     Wake(String),
-    /// Answer, to show that the engine turns.
+    /// Answer, to show that the engine runs.
     Ping,
     /// Have the kernel relay watch a target's service.
     Watch(Watch),
@@ -107,7 +107,7 @@ pub enum Event {
     Wake {
         /// Which target.
         backend: usize,
-        /// Who the client is.
+        /// The client, for the log.
         peer: String,
         /// Its source, where it is a client.
         source: Option<String>,
@@ -118,7 +118,7 @@ pub enum Event {
     Knock {
         /// Which target.
         backend: usize,
-        /// Who the client is.
+        /// The client, for the log.
         peer: String,
     },
     /// Something began to listen at this port of the namespace with this cookie.
@@ -132,14 +132,14 @@ pub enum Event {
     Leaving(bool),
     /// The answer to [`Plain::Freeze`].
     Frozen(bool),
-    /// Somebody waits for a service that is frozen.
+    /// A client waits for a service that is frozen.
     Thaw {
-        /// Who.
+        /// The client, for the log.
         peer: String,
     },
-    /// The first answer to [`Plain::Drain`]: nobody is accepted any more.
+    /// The first answer to [`Plain::Drain`]: no client is accepted any more.
     Draining(String),
-    /// The second: nobody is connected any more.
+    /// The second: no client is connected any more.
     Drained,
     /// The answer to [`Plain::Ping`].
     Pong,
@@ -156,7 +156,7 @@ pub enum Event {
     Peers(Vec<String>),
 }
 
-/// As many tallies as go into one message, however large their numbers.
+/// The most tallies that fit into one message, however large their numbers.
 const TALLIES: usize = 24;
 
 /// More than the longest message, in bytes.
@@ -209,7 +209,7 @@ impl Command {
 pub enum Received {
     /// One of them.
     Command(Command),
-    /// One whose descriptors did not fit the table of this process: [`Command::Ready`] of this target, or [`Command::Kernel`].
+    /// A command with descriptors that did not fit this process's table: [`Command::Ready`] of this target, or [`Command::Kernel`].
     WithoutDescriptors(Option<usize>),
 }
 
@@ -264,7 +264,7 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// Tells the control process; what it is too slow for waits here.
+    /// Tells the control process; messages that it is too slow to take wait here.
     pub fn tell(&self, event: &Event) {
         self.queue.borrow_mut().push_back(serde_json::to_vec(event).unwrap_or_default());
         self.flush();
@@ -285,7 +285,7 @@ impl Outbox {
             let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
             match send(self.channel.as_raw_fd(), message, flags) {
                 Err(Errno::EAGAIN | Errno::ENOBUFS) => return,
-                // A control process that is gone is nobody to tell; the mailbox will see it.
+                // The control process is gone and cannot be told; the mailbox will notice that.
                 Ok(_) | Err(_) => drop(queue.pop_front()),
             }
         }
@@ -317,7 +317,7 @@ mod tests {
         let (control, engine) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
         let (mailbox, _outbox) = engines_ends(engine);
         let send = |head: &Head| {
-            // More than one message of ours has room for: that shows as a full table does.
+            // More than one message of ours has room for: that looks the same as a full table.
             let too_many = [control.as_fd(); sys::MOST_DESCRIPTORS + 1];
             let words = serde_json::to_vec(head).unwrap();
             sys::send_with_descriptors(control.as_fd(), &words, &too_many).unwrap();

@@ -1,4 +1,4 @@
-//! The engine's figures, put together when somebody asks.
+//! The engine's figures, put together on request.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +6,7 @@ use super::Engine;
 use crate::connection::Stage;
 use crate::stats::Tally;
 
-/// As many clients as an answer names.
+/// The most clients that an answer names.
 const MOST_PEERS: usize = 20;
 
 /// What a report takes from the engine.
@@ -14,14 +14,14 @@ const MOST_PEERS: usize = 20;
 pub struct Figures {
     /// Each listener's.
     pub tallies: Vec<Tally>,
-    /// Who is connected and keeps the service awake, the first twenty.
+    /// The clients that are connected and keep the service awake, the first twenty.
     pub peers: Vec<String>,
 }
 
 impl Engine {
     /// The figures of this moment.
     pub(super) fn figures(&self) -> Figures {
-        // A client that has not said anything is nobody's guest yet, and one that keeps nothing awake is in nobody's way.
+        // A client that has said nothing is no guest yet, and neither is one that keeps nothing awake.
         let guests = self
             .connections
             .iter()

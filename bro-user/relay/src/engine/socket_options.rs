@@ -8,7 +8,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::connection::closing_aborts;
 
-/// `--keepalive-*`, in the units of tcp(7). The host's own (net.ipv4.tcp_keepalive_*) would find a client whose link has gone
+/// `--keepalive-*`, in the units of tcp(7). The host's own (net.ipv4.tcp_keepalive_*) would find a client with a broken link only
 /// after more than two hours, in which it keeps the service awake.
 #[derive(Debug, Clone, Copy)]
 pub struct Keepalive {
@@ -32,7 +32,8 @@ impl Keepalive {
     }
 }
 
-/// Sets the options of a socket whose other end is `peer`, where that is known. A failure is no reason to refuse a client, and a unix socket has none of them but the first.
+/// Sets the options of a socket. `peer` is its other end, where that is known. A failure is no reason to refuse a client, and a
+/// unix socket has none of the options but the first.
 pub fn set_options(socket: &impl AsFd, peer: Option<IpAddr>, keepalive: Keepalive) {
     closing_aborts(socket, true);
     if setsockopt(socket, sockopt::TcpNoDelay, &true).is_err() {

@@ -23,7 +23,7 @@ use crate::stats::Stats;
 /// A target that listens.
 #[derive(Debug)]
 pub struct Destination {
-    /// Its addresses, tried in order, with what is known of them here: those on TCP. Not empty.
+    /// Its addresses, tried in order, with what is known here of the ones on TCP. Not empty.
     pub addresses: Vec<Option<SocketAddr>>,
     /// Each connection has to ask the agent, for its namespace may be another one by then.
     pub guarded: bool,
@@ -39,18 +39,18 @@ pub const fn slot(backend: usize, address: usize) -> usize {
     backend * Destinations::MOST + address
 }
 
-/// As many connections are asked of the agent at a time: a channel takes some hundred requests before it is full.
+/// The most connections asked of the agent at a time: a channel takes some hundred requests before it is full.
 const AT_ONCE: usize = 64;
 
 /// A connection that the agent is to make, or is making.
 #[derive(Debug, Clone, Copy)]
 struct Dial {
-    /// The connection's place in the table, and its number, for the place may be another's by now.
+    /// The connection's place in the table, and its number, for another connection may have the place by now.
     index: usize,
     number: u64,
     /// The address's number.
     address: usize,
-    /// The client's own port did not do.
+    /// The client's own port could not be used.
     any_port: bool,
 }
 
@@ -84,14 +84,14 @@ struct Supply {
     asked: VecDeque<Asked>,
     /// What is to be asked when it has answered.
     waiting: VecDeque<Dial>,
-    /// Who waits for a socket.
+    /// Connections that wait for a socket.
     thirsty: VecDeque<Dial>,
-    /// It has been said that the service's unix socket is closed to the user who connects.
+    /// It has been said that the service's unix socket does not admit the connecting user.
     not_admitted: bool,
 }
 
 impl Supply {
-    /// Everybody who waits for the agent.
+    /// Every connection that waits for the agent.
     fn dials(&self) -> Vec<Dial> {
         let asked = self.asked.iter().filter_map(|asked| match asked {
             Asked::Dial(dial) => Some(dial),
@@ -137,7 +137,7 @@ pub(super) struct Backend {
     pub(super) watched: Option<u64>,
     /// It was said that there is no source port towards it.
     ports_announced: bool,
-    /// It was asked whether the service runs, for those who wake nothing.
+    /// It was asked whether the service runs, for the clients that wake nothing.
     knocking: bool,
     state: State,
     held: VecDeque<usize>,
@@ -169,12 +169,12 @@ impl Backend {
     }
 }
 
-/// The errors that pass when somebody else lets go of something.
+/// The errors that pass once something is let go of elsewhere.
 const fn out_of_descriptors(errno: Errno) -> bool {
     matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
 }
 
-/// The errors that mean “nobody listens (yet)”.
+/// The errors that mean “nothing listens there (yet)”.
 const fn nobody_listens(errno: Errno) -> bool {
     matches!(errno, Errno::ECONNREFUSED | Errno::ENOENT | Errno::ENETUNREACH)
 }
@@ -198,7 +198,7 @@ impl Engine {
         self.hold(index, false);
     }
 
-    /// Wakes whatever sleeps, although nobody has connected (`bro wake`).
+    /// Wakes whatever sleeps, although no client has connected (`bro wake`).
     pub(super) fn wake_by_hand(&mut self, by: &str) {
         self.ask_to_thaw(by);
         for (index, backend) in self.backends.iter_mut().enumerate() {
@@ -247,7 +247,7 @@ impl Engine {
         self.publish_held();
     }
 
-    /// Those who are held for targets that are ready, in the order in which they came; they are held no more.
+    /// The clients that are held for targets that are ready, in the order in which they came; they are held no more.
     pub(super) fn held_by_frost(&mut self) -> Vec<usize> {
         let mut held = Vec::new();
         for backend in self.backends.iter_mut().filter(|backend| backend.is_ready()) {
@@ -277,11 +277,11 @@ impl Engine {
             not_admitted: false,
         };
         self.backends[backend].state = State::Ready(Box::new(supply));
-        // In the order in which they came, also those who were held again after a refusal.
+        // In the order in which they came; that includes the clients that were held again after a refusal.
         let mut held: Vec<usize> = self.backends[backend].held.drain(..).collect();
         held.sort_by_key(|&index| self.connections[index].number);
         self.publish_held();
-        // For whoever is to come: a service that was just woken is not idle yet.
+        // For the clients to come: a service that was just woken is not idle yet.
         self.stats.now_idle();
         for index in held {
             self.place(index);
@@ -289,7 +289,7 @@ impl Engine {
         self.let_silent_clients_in();
     }
 
-    /// The table of descriptors was full when those for a target came, or those of the kernel relay.
+    /// The table of descriptors was full when the descriptors of a target, or of the kernel relay, came.
     pub(super) fn lacks_descriptors(&mut self, backend: Option<usize>) {
         let Some(target) = backend.and_then(|backend| self.backends.get(backend)) else {
             return tracing::warn!(
@@ -313,8 +313,8 @@ impl Engine {
         self.publish_held();
     }
 
-    /// Whether the service runs, for those who wake nothing: they wait until it is found, or are reset. Where another client wakes it
-    /// by now, they wait with that one.
+    /// Whether the service runs, for the clients that wake nothing: they wait until it is found, or are reset. Where another client
+    /// wakes it by now, they wait with that one.
     pub(super) fn knocked(&mut self, backend: usize, runs: bool) {
         let Some(known) = self.backends.get_mut(backend) else { return };
         known.knocking = false;
@@ -332,20 +332,20 @@ impl Engine {
         self.publish_held();
     }
 
-    /// The service went to sleep, or its namespace is gone: whoever still waits for a socket there is held again.
+    /// The service went to sleep, or its namespace is gone: the clients that still wait for a socket there are held again.
     pub(super) fn backend_gone(&mut self, backend: usize) {
         self.backend_lost(backend, false);
     }
 
-    /// As above; after a refusal, those who waited beside the refused one are in no more hurry than it is.
+    /// As above; after a refusal, the clients that waited beside the refused one are in no more hurry than it is.
     fn backend_lost(&mut self, backend: usize, refused: bool) {
         let State::Ready(supply) = std::mem::replace(&mut self.backends[backend].state, State::Asleep) else {
-            // Asleep already, or waking: then the control side is at it.
+            // Asleep already, or waking: then the control process is at it.
             return;
         };
         let dials = supply.dials();
         drop(supply);
-        // Who was held since it was frozen has it woken now.
+        // The clients that were held since it was frozen have it woken now.
         let held = std::mem::take(&mut self.backends[backend].held);
         if !self.backends.iter().any(Backend::is_ready) {
             self.frost = Frost::None;
@@ -367,7 +367,7 @@ impl Engine {
         })
     }
 
-    /// Tries once more at a tick to come: what was wanting may be there then.
+    /// Tries once more at a later tick: what was missing may be there then.
     fn try_again(&mut self, dial: Dial) {
         self.retries.push(dial.index);
         self.register(dial.index);
@@ -396,7 +396,7 @@ impl Engine {
                             |()| book.connect(socket.as_fd(), slot(backend, address), tcp.is_ipv4());
                         match bound.and_then(connect) {
                             Ok(()) | Err(Errno::EINPROGRESS) => self.dialled(dial, socket),
-                            // The kernel holds the last connection from this port to there still.
+                            // The kernel still holds the last connection from this port to there.
                             Err(Errno::EADDRNOTAVAIL) if source.is_some_and(|source| source.port() != 0) => {
                                 self.start_connect(index, address, true);
                             }
@@ -470,11 +470,11 @@ impl Engine {
             match answer.map(|mut sockets| sockets.pop()) {
                 Ok(Some(service)) => self.dialled(dial, service),
                 Ok(None) => self.refused(dial.index, dial.address, Errno::EPROTO),
-                // A unix service's backlog is full, which does not tell when there is room; or a descriptor is wanting.
+                // A unix service's backlog is full, and nothing tells when there is room; or a descriptor is missing.
                 Err(errno) if errno == Errno::EAGAIN || out_of_descriptors(errno) => {
                     self.try_again(dial);
                 }
-                // It, and whoever comes after it, is served in the namespace that the file names now.
+                // This client, and each one after it, is served in the namespace that the file names now.
                 Err(wire::STALE) => {
                     self.backend_gone(backend);
                     self.hold(dial.index, false);
@@ -498,7 +498,7 @@ impl Engine {
         }
     }
 
-    /// The agent has made sockets: whoever waits for one begins anew.
+    /// The agent has made sockets: the connections that wait for one begin anew.
     fn sockets_came(&mut self, backend: usize, address: usize, answer: Answer) {
         let State::Ready(supply) = &mut self.backends[backend].state else { return };
         let ipv6 = supply.destination.addresses[address].is_some_and(|address| address.is_ipv6());
@@ -570,7 +570,7 @@ impl Engine {
         self.refused(index, address, error.map_or_else(|errno| errno, Errno::from_raw));
     }
 
-    /// An address refused: the next one, or back to waiting if nobody listens any more, or the end.
+    /// An address refused: the next one, or back to waiting if nothing listens any more, or the end.
     fn refused(&mut self, index: usize, number: usize, errno: Errno) {
         let Some(connection) = self.connections.get(index) else { return };
         let backend = connection.backend;
@@ -599,7 +599,7 @@ impl Engine {
         self.hold(index, true);
     }
 
-    /// A unix socket that is not open to the user as whom the agent connects: said once for each time that the service is woken.
+    /// The service's unix socket does not admit the agent's user: said once for each time that the service is woken.
     fn say_not_admitted(&mut self, backend: usize) {
         let Backend { name, state, .. } = &mut self.backends[backend];
         let State::Ready(supply) = state else { return };
@@ -612,8 +612,8 @@ impl Engine {
         }
     }
 
-    /// The kernel has no source port for a connection to the target: that is no refusal of the service's, which goes on serving those who
-    /// are connected. The client, and no other, waits until one is free.
+    /// The kernel has no source port for a connection to the target. That is no refusal of the service's, which goes on serving the
+    /// connected clients. This client, and no other, waits until a port is free.
     fn wait_for_a_port(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         connection.stage = Stage::AwaitingSocket;
@@ -630,8 +630,8 @@ impl Engine {
         self.register(index);
     }
 
-    /// Tries again for those who wait for a source port. To find that there is none the kernel looks at all of them, so one tries for
-    /// all, and the next ones only where it had one.
+    /// Tries again for the clients that wait for a source port. To find that there is none the kernel looks at all of them, so one
+    /// client tries for all, and the next ones only where it had one.
     pub(super) fn look_for_ports(&mut self, now: Instant) {
         if self.starved.is_empty() || now.duration_since(self.last_port) < PORT {
             return;
@@ -654,7 +654,7 @@ impl Engine {
         }
     }
 
-    /// A connection that did not relay yet has ended: nobody is to wait for it.
+    /// A connection that did not relay yet has ended: it is taken off every list of waiting connections.
     pub(super) fn forget_waiting(&mut self, index: usize, connection: &Connection) {
         let backend = &mut self.backends[connection.backend];
         backend.held.retain(|&held| held != index);

@@ -5,14 +5,14 @@ use crate::relay::Side;
 /// The subject of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Token {
-    /// One side of a connection. The generation tells it from an earlier one with the same index, whose last event may still
-    /// be in the batch.
+    /// One side of a connection. The generation tells it from an earlier one with the same index, which may still have an event in
+    /// the batch.
     Connection { index: usize, generation: u32, side: Side },
     /// A listener.
     Listener(usize),
     /// The agent in a target's namespace.
     Agent(usize),
-    /// The control side.
+    /// The control process.
     Mailbox,
     /// The kernel relay's programs.
     Kernel,

@@ -1,6 +1,6 @@
-//! `--wake-on=data`: clients of a sleeping service that have not said anything yet. They wake nothing; their first byte does.
-//! They count as connections, but where there is no room for another client, one of the source that has most of them makes room, the
-//! one that has been silent longest: a scanner shuts nobody out, neither by holding its connections open nor by making many.
+//! `--wake-on=data`: clients of a sleeping service that have not said anything yet. They wake nothing; their first byte does. They
+//! count as connections, but where there is no room for another client, the source that has most of them gives up the one that has
+//! been silent longest: a scanner shuts no other client out, neither by holding its connections open nor by making many.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -12,10 +12,10 @@ use crate::connection::{End, Stage};
 use crate::peer::Source;
 use crate::sys::{Waiting, look};
 
-/// The connections whose client has to say something first.
+/// The connections on which the client has to say something first.
 #[derive(Debug, Default)]
 pub(super) struct Silent {
-    /// Each source's by their numbers, with their places in the table of connections.
+    /// Each source's connections by number, with their places in the table of connections.
     of: HashMap<Source, BTreeMap<u64, usize>>,
     /// How many each source has, and its first one.
     ranks: BTreeSet<(usize, Reverse<u64>, Source)>,
@@ -103,7 +103,7 @@ impl Engine {
         }
     }
 
-    /// The container is awake: whoever is silent is let through to it, each to its own target.
+    /// The container is awake: silent clients are let through to it, each to its own target.
     pub(super) fn let_silent_clients_in(&mut self) {
         for index in self.silent.take() {
             self.connections[index].active = Instant::now();
@@ -111,7 +111,7 @@ impl Engine {
         }
     }
 
-    /// Lets silent clients go, which nobody waits for.
+    /// Lets silent clients go; nothing waits for them.
     pub(super) fn let_silent_clients_go(&mut self, end: End) {
         for index in self.silent.take() {
             self.finish(index, end);

@@ -1,10 +1,10 @@
-//! The agent: a single-threaded child that joins another network namespace, makes sockets there for the control side, and
-//! connects for the relay process, to the destinations that the control side has named and to no other. It also runs the kernel
+//! The agent: a single-threaded child that joins another network namespace, makes sockets there for the control process, and
+//! connects for the relay process, to the destinations that the control process has named and to no other. It also runs the kernel
 //! relay's program that hooks a sender, which finds only sockets of the namespace that it is run in.
 //!
-//! It is a process of its own because setns(2) lets nobody with threads join a user namespace, and an ordinary user must join
-//! the user namespace that owns a rootless container's network namespace before it may join the latter. It holds nothing else:
-//! it sees no client and no byte, and ends when its forwarder does.
+//! It is a process of its own because setns(2) lets no process with threads join a user namespace, and an ordinary user must join
+//! the user namespace that owns a rootless container's network namespace before it may join the latter. It holds nothing else: it
+//! sees no client and no byte, and ends when its forwarder does.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -26,10 +26,10 @@ use crate::sys;
 /// More channels than a forwarder has targets would be a mistake of ours.
 const MOST_CHANNELS: usize = 1024;
 
-/// Who asks at a channel, and hence what may be asked.
+/// The process that asks at a channel, which decides what may be asked.
 #[derive(Debug)]
 enum Asker {
-    /// The control side: to join, for sockets of any kind, and for channels.
+    /// The control process: to join, for sockets of any kind, and for channels.
     Control,
     /// The relay process: to be connected to these destinations.
     Relay(Destinations),
@@ -40,15 +40,15 @@ enum Asker {
 struct Place {
     /// The root directory of unix paths inside the container.
     root: Option<OwnedFd>,
-    /// The folder in /proc of the process whose ids count.
+    /// The folder in /proc of the process that has the ids that count.
     process: Option<OwnedFd>,
-    /// As whom it is to connect to unix sockets.
+    /// The identity with which it is to connect to unix sockets.
     wish: Identity,
-    /// As whom it does, once that has been asked for.
+    /// The user as which it connects, once that has been asked for.
     actor: Option<Actor>,
     /// Device and inode of the network namespace.
     netns: Option<(u64, u64)>,
-    /// The kernel relay's program that hooks a sender, which it finds in the namespace of whoever runs it.
+    /// The kernel relay's program that hooks a sender; it finds the sender in the namespace of the process that runs it.
     hook: Option<OwnedFd>,
 }
 
@@ -119,7 +119,7 @@ fn serve(
         }
         (Asker::Control, Request::KeepReplies(target)) => {
             replies::keep(target)?;
-            // Whether such a socket is to be had is known only of one.
+            // Only a socket that was made shows whether such sockets can be had.
             stream(domain_of(target), Binding::Any).map(|_| Vec::new())
         }
         (Asker::Control, Request::Channel(destinations)) => {
@@ -153,7 +153,7 @@ fn serve(
             bro_sockmap::hook(program.as_fd(), &request).map_err(|error| sys::errno_of(&error))?;
             Ok(Vec::new())
         }
-        // Whoever asks this is not who it was.
+        // A process that asks this is no longer the program that it was.
         (Asker::Control, Request::Dial(..) | Request::Supply(..) | Request::Hook(_))
         | (Asker::Relay(_), _) => Err(Errno::EPERM),
     }
@@ -188,7 +188,7 @@ impl Place {
         nix::sys::stat::stat(file).is_ok_and(|stat| Some((stat.st_dev, stat.st_ino)) == self.netns)
     }
 
-    /// As whom it connects to unix sockets: decided when the first are named, since the process may be gone later.
+    /// The user as which it connects to unix sockets: decided when the first are named, since the process may be gone later.
     fn choose_actor(&mut self) -> nix::Result<()> {
         if self.actor.is_none() {
             let process = self.process.as_ref().ok_or(Errno::EINVAL)?;
@@ -204,7 +204,7 @@ impl Place {
             Address::Tcp(address) => {
                 let socket = stream(domain_of(*address), binding)?;
                 match dial_tcp(&socket, *address, source) {
-                    // The kernel holds the last connection from this port to there still.
+                    // The kernel still holds the last connection from this port to there.
                     Err(Errno::EADDRNOTAVAIL) if source.is_some_and(|source| source.port() != 0) => {
                         let (socket, source) = (stream(domain_of(*address), binding)?, source.map(any_port));
                         dial_tcp(&socket, *address, source).map(|()| socket)
@@ -223,11 +223,11 @@ impl Place {
         }
     }
 
-    /// As the user who is to connect there, and who has to be let in.
+    /// As the user that is to connect there, and that has to be let in.
     fn dial_unix(&self, dial: impl FnOnce() -> nix::Result<OwnedFd>) -> nix::Result<OwnedFd> {
         let actor = self.actor.ok_or(identity::NOT_PERMITTED)?;
         let socket = actor.act(dial)?;
-        // An id that was thought to be unused, and is the service's own.
+        // The id was thought to be unused, and is the service's own.
         if self.wish == Identity::Unused && actor.is_the_listener(&socket) {
             return Err(Errno::EACCES);
         }

@@ -1,7 +1,7 @@
-//! As whom the agent connects to a unix socket. The service sees that user (unix(7) SO_PEERCRED), and may trust it: MariaDB's
-//! `unix_socket` and PostgreSQL's `peer` ask for nothing else. The forwarder's own user is mostly the container's owner, root
-//! inside, so whoever reaches the forwarder would come as the owner. Instead the connection is made as a user of the container
-//! that nothing belongs to, unless the administrator names another one.
+//! The user as which the agent connects to a unix socket. The service sees that user (unix(7) SO_PEERCRED), and may trust it:
+//! MariaDB's `unix_socket` and PostgreSQL's `peer` ask for nothing else. The forwarder's own user is mostly the container's owner,
+//! root inside, so every client of the forwarder would come as the owner. Instead the connection is made as a user of the container
+//! that owns nothing, unless the administrator names another one.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::read_bounded::{self, Link};
 use crate::sys;
 
-/// `--unix-identity`: who connects to the service's unix socket.
+/// `--unix-identity`: the user that connects to the service's unix socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Identity {
     /// An id of the container's that no entry of its user database has.
@@ -98,8 +98,8 @@ pub fn may_become_another() -> bool {
     has(caps::Capability::CAP_SETUID) && has(caps::Capability::CAP_SETGID)
 }
 
-/// Ids that systemd, Debian and the distributions' user databases leave alone, between those of dynamic users and `nobody`; those
-/// that images are known to use (65532 is “nonroot”) left out.
+/// Ids that systemd, Debian and the distributions' user databases leave alone, between the ones of dynamic users and `nobody`,
+/// without those that images are known to use (65532 is “nonroot”).
 const FREE: std::ops::RangeInclusive<u32> = 65520..=65531;
 
 /// The most that is read of a container's user database, and of a table of its ids.
@@ -108,7 +108,7 @@ const DATABASE: u64 = 1024 * 1024;
 /// The most ids that are looked at in one range of a container's.
 const TRIES: u32 = 65536;
 
-/// Who connects.
+/// The user that connects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Actor {
     /// This process as it is.
@@ -123,7 +123,7 @@ pub enum Actor {
 }
 
 impl Actor {
-    /// Decides, for the container that the process with the folder `process` in /proc is in, whose files start at `root` (this
+    /// Decides, for the container of the process with the folder `process` in /proc. The container's files start at `root` (this
     /// process's own, where there is none).
     ///
     /// # Errors
@@ -139,7 +139,7 @@ impl Actor {
         let (mut users, mut groups) =
             (Ids::parse(&text(process, "uid_map")?), Ids::parse(&text(process, "gid_map")?));
         if is_in_ours(process)? {
-            // Then the tables say as whom the user namespace around both sees them.
+            // Then the tables show the ids as the user namespace around both has them.
             users.are_ours();
             groups.are_ours();
         }
@@ -151,14 +151,14 @@ impl Actor {
             }
         };
         let (uid, gid) = (users.seen_here(uid).ok_or(UNMAPPED)?, groups.seen_here(gid).ok_or(UNMAPPED)?);
-        // For good: nothing that an agent does takes them, and in another user namespace they could not be named again.
+        // For good: nothing that an agent does needs the groups, and in another user namespace they could not be named again.
         setgroups(&[]).map_err(|_| NOT_PERMITTED)?;
         let actor = Self::Other { uid, gid };
         actor.act(|| Ok(()))?;
         Ok(actor)
     }
 
-    /// Does `connect` as this user, and without a capability. For a process without threads, which ends if it cannot be what it was.
+    /// Does `connect` as this user, and without a capability. For a process without threads; it ends if it cannot change back.
     ///
     /// # Errors
     /// [`NOT_PERMITTED`], or what `connect` fails with.
@@ -170,28 +170,28 @@ impl Actor {
         let same = (Uid::from_raw(u32::MAX), Gid::from_raw(u32::MAX));
         let became =
             setresgid(same.1, gid.into(), same.1).and_then(|()| setresuid(same.0, uid.into(), same.0));
-        // Who was root has none left by that; another user has them still.
+        // A former root has no capability left by that; any other user still has them.
         let bare = caps::clear(None, CapSet::Effective);
         let done = match (became, bare) {
             (Ok(()), Ok(())) => connect(),
-            // EINVAL: an id that this user namespace has not.
+            // EINVAL: an id that this user namespace does not have.
             (Err(Errno::EINVAL), _) => Err(UNMAPPED),
             _ => Err(NOT_PERMITTED),
         };
-        // Without capabilities: then nothing but this process's own ids can be meant. A user namespace that has not these
-        // (`UserNS=nomap`) knows no way back: there it stays the other user, whom nothing trusts, and has its capabilities again.
+        // Without capabilities: then nothing but this process's own ids can be meant. A user namespace that does not have these
+        // (`UserNS=nomap`) knows no way back: there it stays the other user, which nothing trusts, and has its capabilities again.
         let back = |done: nix::Result<()>| matches!(done, Ok(()) | Err(Errno::EPERM | Errno::EINVAL));
         let restored = back(setresuid(same.0, user, same.0))
             && back(setresgid(same.1, group, same.1))
             && caps::set(None, CapSet::Effective, &rights).is_ok();
         if !restored {
-            // Whatever it did next it would do as the wrong user.
+            // Whatever it did next, it would do as the wrong user.
             sys::exit_now(1);
         }
         done
     }
 
-    /// Is it the user who listens at the other end of `socket`?
+    /// Is it the user that listens at the other end of `socket`?
     #[must_use]
     pub fn is_the_listener(self, socket: &impl AsFd) -> bool {
         let Self::Other { uid, .. } = self else { return false };
@@ -236,7 +236,7 @@ fn ids_in(line: &str) -> impl Iterator<Item = u32> {
     line.split(':').skip(2).take(2).filter_map(|field| field.parse().ok())
 }
 
-/// A table of ids (user_namespaces(7), uid_map): those of another user namespace, and as which this one sees them.
+/// A table of ids (user_namespaces(7), uid_map): the ids of another user namespace, and what this one calls them.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Ids(Vec<Range>);
 
@@ -270,7 +270,7 @@ impl Ids {
         self.0
             .iter()
             .find_map(|range| range.here.checked_add(offset(range)?))
-            // How an id is shown that this one has not.
+            // An id that this user namespace does not have is shown so.
             .filter(|&id| id != u32::MAX)
     }
 
@@ -331,7 +331,7 @@ mod tests {
         // The group has to be there as well; and root is never unused.
         assert_eq!(unused(auto, "0 2147483647 10", ""), Some(9));
         assert_eq!(unused("0 1000 1", "0 1000 1", ""), None);
-        // What the container has and this user namespace has not.
+        // Ids that the container has and this user namespace does not.
         assert_eq!(unused("0 4294967295 1", whole, ""), None);
     }
 

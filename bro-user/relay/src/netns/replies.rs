@@ -1,8 +1,8 @@
-//! What lets a service answer clients by their own addresses, in a namespace that has no way to them: what it sends to a client from
-//! the port where it listens stays in the namespace, where the forwarder's end of the connection is.
+//! What lets a service answer clients by their own addresses, in a namespace that has no way to them: what it sends to a client
+//! from the port where it listens stays in the namespace, where the forwarder's end of the connection is.
 //!
-//! A rule for each target (ip-rule(8)), and one route in a table of bro's own. Nothing else in the namespace is led another way: the
-//! rule is for TCP, from that address and port alone, and what looks for its own address yet has no port.
+//! A rule for each target (ip-rule(8)), and one route in a table of bro's own. Nothing else in the namespace is led another way:
+//! the rule is for TCP, from that address and port alone, and a socket that still looks for its own address has no port yet.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -23,7 +23,7 @@ pub const TABLE: u32 = 0x0062_726f;
 /// The rules' priority, before the main table's: “br” in ASCII.
 pub const PRIORITY: u32 = 0x6272;
 
-/// Who has made them, as `ip rule` and `ip route` show it (`proto 98`): “b” in ASCII.
+/// The maker of them, as `ip rule` and `ip route` show it (`proto 98`): “b” in ASCII.
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(0x62);
 
 /// The loopback interface, by its name and its index.

@@ -15,8 +15,9 @@ use crate::sys;
 /// A request to the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
-    /// Join the network namespace that comes along as the first descriptor. The second is the folder in /proc of the process whose
-    /// ids count, the third, if any, the root directory for [`Address::Inside`]. Unix sockets are connected to as this user.
+    /// Join the network namespace that comes along as the first descriptor. The second is the folder in /proc of the process with
+    /// the ids that count, the third, if any, the root directory for [`Address::Inside`]. Unix sockets are connected to as this
+    /// user.
     Join(Identity),
     /// Make unconnected sockets.
     Sockets {
@@ -34,7 +35,7 @@ pub enum Request {
     /// Take requests from the socket that comes along as well: [`Request::Dial`] to these destinations, and nothing else.
     Channel(Destinations),
     /// Make a stream socket and connect it to the destination with this number, from this address if there is one. The answer may
-    /// be a socket whose connection is still in progress.
+    /// be a socket that is still connecting.
     Dial(u8, Option<SocketAddr>),
     /// Make this many unconnected stream sockets, at most [`sys::MOST_DESCRIPTORS`], of the family of the destination with this
     /// number.
@@ -50,7 +51,7 @@ pub enum Request {
 pub struct Destinations {
     /// Numbered from 0.
     pub addresses: Vec<Address>,
-    /// A file that has to name the agent's namespace still when something is connected there; if it does not, the answer is
+    /// A file that still has to name the agent's namespace when something is connected there; if it does not, the answer is
     /// [`STALE`].
     pub file: Option<PathBuf>,
     /// What sockets for these destinations have to allow.
@@ -59,7 +60,7 @@ pub struct Destinations {
 }
 
 impl Destinations {
-    /// As many addresses as one target may have.
+    /// The most addresses that one target may have.
     pub const MOST: usize = 16;
 }
 
@@ -180,7 +181,7 @@ impl Request {
     /// Receives a request; `None` when the other end is closed.
     ///
     /// # Errors
-    /// recvmsg's, and InvalidData for what is no request.
+    /// recvmsg's, and InvalidData for a message that is no request.
     pub fn receive(channel: BorrowedFd<'_>) -> io::Result<Option<(Self, Vec<OwnedFd>)>> {
         let mut buffer = [0; LONGEST];
         let (length, descriptors) = sys::receive_with_descriptors(channel, &mut buffer)?;

@@ -105,7 +105,7 @@ impl Half {
         *self = Self::Over;
     }
 
-    /// The source has aborted, and the kernel has said so for the last time: it will show what is left as ending like any stream.
+    /// The source has aborted, and the kernel has said so for the last time: what is left will seem to end like any stream.
     pub const fn source_aborted(&mut self) {
         if let Self::Open { held } = *self {
             *self = Self::Last { held };
@@ -241,7 +241,7 @@ mod tests {
                     _ => {}
                 }
             }
-            // A FIN is the last thing in the queue, and the kernel tells by something else than a read of no abort that came after one.
+            // A FIN is the last thing in the queue, and an abort that comes after one shows by a read alone.
             let told = if fin { Told::Reading } else { told };
             let mut left = if ended { 0 } else { queued };
             if matches!(told, Told::Otherwise) {

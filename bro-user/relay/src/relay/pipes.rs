@@ -1,5 +1,5 @@
-//! The pipes that splice(2) moves bytes through: a bounded pool. A connection borrows one for as long as bytes wait in it, so
-//! idle connections hold none, and one pipe usually serves everybody.
+//! The pipes that splice(2) moves bytes through: a bounded pool. A connection borrows one for as long as bytes wait in it, so idle
+//! connections hold none, and one pipe usually serves all connections.
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ const USABLE: i32 = 64 * 1024;
 /// Empty pipes kept for the next bytes.
 pub const KEPT: usize = 4;
 
-/// After a refusal, how long nobody asks the kernel again.
+/// After a refusal, how long the kernel is not asked again.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// A pipe, empty whenever it is in the pool. Boxed, since a direction that may hold one should not be larger for it: idle

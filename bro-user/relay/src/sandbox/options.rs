@@ -1,7 +1,7 @@
 //! The options of sockets that the relay process may set and ask for (setsockopt(2), getsockopt(2)), by level and name. No other:
-//! whoever has made a user namespace has every capability in it without holding one (`cap_capable`), and the forwarder's user has
-//! made a rootless container's. So the kernel would let this process mark and repair the container's connections and rewrite its
-//! netfilter tables. And a filter that is put on a listener is systemd's listener's too, for it is the same socket.
+//! the user that has made a user namespace has every capability in it without holding one (`cap_capable`), and the forwarder's user
+//! has made a rootless container's. So the kernel would let this process mark and repair the container's connections and rewrite
+//! its netfilter tables. And a filter that is put on a listener is systemd's listener's too, for it is the same socket.
 //!
 //! What the engine or the kernel relay comes to need is added here; the tests of the sandbox show that the rest is refused.
 

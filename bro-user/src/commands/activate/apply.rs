@@ -1,4 +1,4 @@
-//! Has systemd take up what was written. Every step that fails takes files and units back to where they were.
+//! Has systemd take up what was written. A step that fails restores files and units.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
@@ -24,13 +24,13 @@ use crate::systemd::scope::RuntimeScope;
 /// What came of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Applied {
-    /// All was as it should be.
+    /// Nothing had to change.
     Nothing,
     /// It listens now; the forwarder was not running, or has been stopped.
     Listening,
-    /// The forwarder that runs has the settings from before, and clients.
+    /// The running forwarder has its old settings, and clients.
     OldForwarder,
-    /// The forwarder ran with the settings from before, had no client, and was started anew.
+    /// The running forwarder had its old settings, had no client, and was started anew.
     Restarted,
     /// The same; with `--direct` the container ran, and was stopped: it held the sockets.
     Stopped,
@@ -38,10 +38,10 @@ pub(super) enum Applied {
     Written,
 }
 
-/// What is left of a container whose sockets are gone.
+/// What is left of a container after its sockets are gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Left {
-    /// It does not run, and did not.
+    /// It does not run, and did not run.
     Asleep,
     /// It runs.
     Awake,
@@ -52,11 +52,11 @@ pub(super) enum Left {
 /// How long a user's service manager may take to start.
 const MANAGER: Duration = Duration::from_secs(90);
 
-/// Who listens and forwards, and who runs the container: the same but with `--run-as`.
+/// The managers of the forwarder and of the container: the same but with `--run-as`.
 #[derive(Debug)]
 pub(super) struct Managers {
     front: SystemdManager,
-    /// The container's, where it is another; none where it cannot be reached and need not be.
+    /// The container's, where it is another; none where it cannot and need not be reached.
     user: Option<SystemdManager>,
     apart: bool,
 }
@@ -70,12 +70,12 @@ impl std::ops::Deref for Managers {
 }
 
 impl Managers {
-    /// The one that runs the container.
+    /// The manager of the container.
     pub fn container(&self) -> Option<&SystemdManager> {
         if self.apart { self.user.as_ref() } else { Some(&self.front) }
     }
 
-    /// Both read their units anew, the container's first: the forwarder is to find what it starts.
+    /// Both reload their units, the container's manager first: the forwarder has to find what it starts.
     async fn reload(&self) -> anyhow::Result<()> {
         if let Some(user) = &self.user {
             user.reload().await?;
@@ -100,7 +100,7 @@ pub(super) async fn connect(scope: RuntimeScope, owner: Option<&RunAsUser>) -> a
     Ok(Managers { front, user: Some(user), apart: true })
 }
 
-/// The same for who only clears away: a user who is gone, or is not there now, is not waited for.
+/// The same for a removal, which does not wait for a user that is gone, or is not there now.
 pub(super) async fn connect_for_removal(
     scope: RuntimeScope,
     owner: Option<&RunAsUser>,
@@ -123,7 +123,7 @@ async fn connect_front(scope: RuntimeScope) -> anyhow::Result<SystemdManager> {
     })
 }
 
-/// Podman's user units wait for the system's network-online.target, also where nothing will ever ask for that.
+/// Podman's user units wait for the system's network-online.target, even if no unit will ever ask for that.
 pub(super) async fn network_warning(systemd: &SystemdManager, waits: bool) -> Option<String> {
     const WAITS: &str = "podman-user-wait-network-online.service";
     if !waits || !systemd.load_problem(WAITS).await.is_ok_and(|problem| problem.is_none()) {
@@ -140,7 +140,7 @@ pub(super) async fn network_warning(systemd: &SystemdManager, waits: bool) -> Op
     })
 }
 
-/// What is asked for explicitly is not to fail with the first client.
+/// A setting that was asked for must not fail only at the first client.
 pub(super) async fn check_freezing(systemd: &SystemdManager, activated: &Installed) -> anyhow::Result<()> {
     if activated.option("freeze") == Some("true") && !systemd.can_freeze(&activated.unit).await? {
         bail!(Failure::Usage(crate::service::cannot_freeze(&activated.unit)));
@@ -152,7 +152,7 @@ fn units(listeners: &[InstalledPort]) -> Vec<String> {
     listeners.iter().map(|listener| listener.socket.clone()).collect()
 }
 
-/// Writes, enables, reloads and starts. `unfinished` are files that a run was at when it was killed.
+/// Writes, enables, reloads and starts. `unfinished` are the files of a run that was killed.
 pub(super) async fn activate(
     systemd: Option<&Managers>,
     wanted: &Installed,
@@ -163,7 +163,7 @@ pub(super) async fn activate(
     interrupt: &mut Interrupt,
 ) -> anyhow::Result<Applied> {
     let Some(systemd) = systemd else {
-        // Links are part of the change where nobody else makes them.
+        // Links are part of the change where systemd does not make them.
         let changed = Changed::make(changes)?;
         link(wanted, places)?;
         changed.keep();
@@ -184,7 +184,7 @@ pub(super) async fn activate(
         Err(error) => {
             let new: Vec<String> =
                 units(&wanted.listeners).into_iter().filter(|unit| !before.enabled.contains(unit)).collect();
-            // One that listens already as it was to listen would go on so.
+            // A socket that already listens as it was to would go on listening.
             for unit in new.iter().chain(plan.restart.iter().filter(|unit| !new.contains(unit))) {
                 systemd.stop(unit).await.ok();
             }
@@ -201,7 +201,7 @@ pub(super) async fn activate(
     }
 }
 
-/// The same error, with what it means.
+/// The same error, and what it means.
 fn unchanged(error: anyhow::Error) -> anyhow::Error {
     if error.is::<Interrupted>() { error } else { anyhow::anyhow!("{error:#}; nothing was changed") }
 }
@@ -211,11 +211,11 @@ fn unchanged(error: anyhow::Error) -> anyhow::Error {
 struct Plan {
     /// Socket units that need a new socket.
     restart: Vec<String>,
-    /// systemd has not read all of what the files say, or said until now.
+    /// systemd has not read all that the files say, or said until now.
     unread: bool,
-    /// Whom the sockets wake.
+    /// The unit that the sockets wake.
     runner: String,
-    /// The runner's own unit says something new.
+    /// The runner's own unit has changed.
     runner_changed: bool,
 }
 
@@ -230,7 +230,7 @@ impl Plan {
         let is_changed = |listener: &InstalledPort| {
             let before = known
                 .and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
-            // Only what the kernel's socket is made of: whatever else changes in the file needs no new socket.
+            // Only what the kernel's socket is made of: no other change in the file needs a new socket.
             before != Some(listener) && before.is_none_or(|before| !same_socket(before, listener))
         };
         let (mut restart, mut unread) = (Vec::new(), false);
@@ -282,7 +282,7 @@ impl Before {
             systemd.enable(&self.enabled).await.ok();
         }
         systemd.reload().await.ok();
-        // systemd refuses to start a socket whose service is still ending.
+        // systemd refuses to start a socket while its service is ending.
         if systemd.is_stopping(runner).await {
             systemd.stop(runner).await.ok();
         }
@@ -304,9 +304,9 @@ async fn take_up(
     for unit in restart {
         listening |= systemd.is_active(unit).await;
     }
-    // They may listen without being known, after a first run that was killed.
+    // The sockets may listen without being known, after a first run that was killed.
     if !restart.is_empty() && (known.is_some() || listening) {
-        // systemd refuses to start a socket whose service runs, and the service keeps the sockets it was started with.
+        // systemd refuses to start a socket while its service runs, and the service keeps the sockets it was started with.
         if running {
             stop(systemd, runner).await?;
             stopped = true;
@@ -350,7 +350,7 @@ async fn take_up(
     })
 }
 
-/// The listener as it was, if there was one: that is what systemd may have taken up.
+/// The listener as it was, if there was one: systemd may have taken that up.
 fn before<'a>(listener: &'a InstalledPort, known: Option<&'a Installed>) -> &'a InstalledPort {
     let before =
         known.and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
@@ -379,7 +379,7 @@ async fn cannot_listen(systemd: &Managers, listener: &InstalledPort, scope: Runt
     format!("systemd cannot listen at {}; see `journalctl{user} --unit {unit}`", listener.address)
 }
 
-/// The sentence about an address that somebody has.
+/// The sentence about an address that is taken.
 pub(super) async fn taken(
     external: &External,
     owner: &port_owner::AddressHolder,
@@ -392,7 +392,7 @@ pub(super) async fn taken(
     format!("{external} is taken {}", owner.who(unit.as_deref()))
 }
 
-/// Stops, disables, removes and reloads. Says what has become of the container.
+/// Stops, disables, removes and reloads. Says what became of the container.
 pub(super) async fn remove(
     systemd: Option<&Managers>,
     known: &Installed,
@@ -407,14 +407,14 @@ pub(super) async fn remove(
         .filter(|listener| rest.is_none_or(|rest| !rest.listeners.contains(listener)))
         .collect();
     let Some(systemd) = systemd else {
-        // Where the notes of what was made have gone too, an empty directory is taken for one that was.
+        // Where the notes of what was made are gone too, an empty directory counts as made.
         let made = known.made.contains(&places.units)
             || !known.service_file.as_ref().unwrap_or(&known.socket_file).exists();
         let changed = Changed::make(changes)?;
         for listener in &doomed {
             std::fs::remove_file(wants(places).join(&listener.socket)).ok();
         }
-        // Otherwise it is noted as made itself, or somebody else's.
+        // Otherwise it is noted as made itself, or it is not bro's.
         if rest.is_none() && made {
             std::fs::remove_dir(wants(places)).ok();
         }
@@ -433,7 +433,7 @@ pub(super) async fn remove(
     };
     changed.keep();
     systemd.reload().await?;
-    // Stopping the forwarder has stopped nothing else: what stays goes on listening.
+    // Stopping the forwarder has stopped nothing else: the remaining sockets go on listening.
     for listener in rest.map(|rest| rest.listeners.as_slice()).unwrap_or_default() {
         systemd.start(&listener.socket).await?;
     }
@@ -453,12 +453,12 @@ async fn take_down(
 ) -> anyhow::Result<Changed> {
     let (there, gone): (Vec<&InstalledPort>, Vec<&InstalledPort>) =
         doomed.iter().copied().partition(|listener| listener.file.exists());
-    // Without its first client's socket it would be started again at once; so the sockets go first.
+    // A socket would start the forwarder again at once; so the sockets go first.
     for InstalledPort { socket, .. } in &there {
         stop(systemd, socket).await?;
     }
     for InstalledPort { socket, .. } in &gone {
-        // systemd listens on, though nobody would find out from files.
+        // systemd listens on, though no file shows it.
         if systemd.is_active(socket).await {
             stop(systemd, socket).await?;
         }
@@ -473,7 +473,7 @@ async fn take_down(
         systemd.disable(&enabled).await?;
     }
     for InstalledPort { socket, .. } in &gone {
-        // systemd disables nothing of which there is no file.
+        // systemd disables no unit that has lost its file.
         let link = wants(places).join(socket);
         if link.is_symlink() {
             std::fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;
@@ -488,7 +488,7 @@ async fn take_down(
     Changed::make(changes)
 }
 
-/// Where the links are that enable sockets.
+/// Where the links that enable sockets are.
 pub(super) fn wants(places: &Paths) -> PathBuf {
     places.units.join("sockets.target.wants")
 }

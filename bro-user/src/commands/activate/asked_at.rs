@@ -1,4 +1,4 @@
-//! `--metrics`: can the forwarder be asked for them there? One that cannot listen serves no client either.
+//! `--metrics`: can the forwarder be asked for them there? If it cannot listen, it serves no client either.
 
 use std::path::Path;
 
@@ -59,7 +59,7 @@ pub(super) fn check(activated: &Installed, known: Option<&Installed>, places: &P
     }
 }
 
-/// systemd makes the forwarder's own folder when it starts it; any other has to be there.
+/// systemd makes the forwarder's own folder when it starts it; any other folder has to be there.
 fn folder(path: &Path) -> anyhow::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     let made = folder.parent().is_some_and(|above| above.ends_with("bro"));
@@ -74,7 +74,7 @@ fn folder(path: &Path) -> anyhow::Result<()> {
     .into())
 }
 
-/// Do both want the same?
+/// Do both want the same address?
 fn same(endpoint: &Endpoint, other: &str) -> bool {
     match (endpoint, other.parse()) {
         (Endpoint::Tcp(one), Ok(Endpoint::Tcp(other))) => {

@@ -1,17 +1,17 @@
-//! How soon systemd starts a forwarder again that has failed.
+//! How soon systemd restarts a forwarder that has failed.
 
 use std::path::Path;
 
-/// RestartSteps= and RestartMaxDelaySec= came with it (systemd.service(5)).
+/// The version that brought RestartSteps= and RestartMaxDelaySec= (systemd.service(5)).
 const STEPS: u32 = 254;
 
-/// Does the service manager that will read the units know of steps? Of the one in an image's tree nothing is known; one that does not know
-/// them would complain of each unit at each start.
+/// Does the service manager that will read the units know of steps? The version in an image's tree is unknown; a manager that does
+/// not know of steps would complain of each unit at each start.
 pub(super) fn has_steps(root: Option<&Path>) -> bool {
     root.is_none() && version().is_some_and(|version| version >= STEPS)
 }
 
-/// Of the systemd that is installed here.
+/// The version of the installed systemd.
 fn version() -> Option<u32> {
     let output = std::process::Command::new("systemctl").arg("--version").output().ok()?;
     number(&String::from_utf8_lossy(&output.stdout))

@@ -14,7 +14,7 @@ use crate::systemd::unit_file::UnitFile;
 /// The program that runs now, by its own path: `bro-activate` may be a link to it.
 pub(super) fn path(places: &Paths) -> anyhow::Result<PathBuf> {
     let path = std::env::current_exe().context("cannot tell where bro itself is")?;
-    // In an image's tree it is where an administrator would have put it.
+    // In an image's tree it is where an administrator would put it.
     let inside = places.root.as_deref().and_then(|root| path.strip_prefix(root).ok());
     let path = inside.map_or(path.clone(), |inside| Path::new("/").join(inside));
     let text = path.to_string_lossy();
@@ -37,7 +37,7 @@ pub(crate) fn written(activated: &Installed) -> PathBuf {
     command.first().map(|program| program.replace("%%", "%").into()).unwrap_or_default()
 }
 
-/// The user whom the forwarder is to run as has to be able to execute it.
+/// The user that the forwarder runs as has to be able to execute it.
 pub(super) fn check(activated: &Installed, places: &Paths) -> anyhow::Result<()> {
     let Some(owner) = activated.run_as.as_ref().filter(|_| places.root.is_none()) else { return Ok(()) };
     let path = std::env::current_exe().context("cannot tell where bro itself is")?;

@@ -20,7 +20,7 @@ pub(super) fn warnings(warnings: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The files, each below its path.
+/// The files, each under its path.
 pub(super) fn files(files: &[File]) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     for (at, File { path, text }) in files.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! From the command line, the quadlet and what is activated already, to what shall be: checked, with what there is to warn of.
+//! From the command line, the quadlet and what is activated already to what is wanted: checked, with its warnings.
 
 use std::path::PathBuf;
 
@@ -17,13 +17,13 @@ use crate::systemd::scope::RuntimeScope;
 use crate::systemd::time_span::TimeSpan;
 use crate::units::{self, DropIn, RESTRICTED};
 
-/// How long a container stays up without a connection where nobody said otherwise.
+/// How long a container stays up without a connection, by default.
 const IDLE: &str = "5min";
 
-/// An option's name, and what the command line says of it.
+/// An option's name, and its value on the command line.
 pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
-/// Options of the command line that are handed on to `bro forward`, in the order in which they are written.
+/// Options that are handed on to `bro forward`, in the order in which they are written.
 pub(crate) const HANDED_ON: [HandedOn; 32] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
@@ -59,13 +59,13 @@ pub(crate) const HANDED_ON: [HandedOn; 32] = [
     ("metrics", |options| options.metrics.as_ref().map(ToString::to_string)),
 ];
 
-/// What shall be.
+/// What is wanted.
 #[derive(Debug)]
 pub(super) struct Wanted {
     pub activated: Installed,
     pub quadlet: Quadlet,
     pub drop_in: DropIn,
-    /// Podman's own dependency on the network stands.
+    /// Podman's own dependency on the network is there.
     pub waits_for_network: bool,
     pub warnings: Vec<String>,
 }
@@ -84,7 +84,7 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
     Failure::Usage(text.into()).into()
 }
 
-/// Puts it together.
+/// Puts `Wanted` together.
 pub(super) fn wanted(
     options: &Activate,
     quadlet: &Quadlet,
@@ -169,7 +169,7 @@ pub(super) fn wanted(
             places.root.as_deref(),
         )?;
         let file = match quadlet.name.split_once('@').filter(|_| quadlet.is_shared()) {
-            // The directory is the template's, so each instance has a file of its own.
+            // The directory belongs to the template, so each instance has a file of its own.
             Some((_, instance)) => format!("50-bro-activator-{instance}.conf"),
             None => "50-bro-activator.conf".to_owned(),
         };
@@ -212,7 +212,7 @@ fn direct(options: &Activate, known: Option<&Installed>) -> anyhow::Result<bool>
     }
 }
 
-/// The quadlet may say anything; in units it stands among others.
+/// The quadlet may say anything; its names have to fit into units.
 fn check_names(quadlet: &Quadlet) -> anyhow::Result<()> {
     let name = &quadlet.name;
     if name.contains(':') {
@@ -233,7 +233,7 @@ fn word<T: ValueEnum>(value: T) -> String {
     value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
-/// As one would write it: whole minutes as minutes.
+/// As a person would write it: whole minutes as minutes.
 fn written(span: TimeSpan) -> String {
     match span.finite().map(|span| (span.as_secs(), span.subsec_nanos())) {
         Some((seconds @ 1.., 0)) if seconds % 3600 == 0 => format!("{}h", seconds / 3600),
@@ -252,7 +252,7 @@ fn handed_on(options: &Activate, checks_health: bool, known: Option<&Installed>)
         let value = said(options).or_else(|| before(name));
         let value = match *name {
             "exit-idle-time" => value.or_else(|| Some(IDLE.to_owned())),
-            // The quadlet says itself how to tell.
+            // The quadlet says itself how to find out.
             "ready" if checks_health => {
                 value.filter(|way| way != "auto").or_else(|| Some("healthy".to_owned()))
             }
@@ -263,7 +263,7 @@ fn handed_on(options: &Activate, checks_health: bool, known: Option<&Installed>)
     HANDED_ON.iter().filter_map(value).collect()
 }
 
-/// The ports there were, with what the command line says of one of them.
+/// The ports that were there, with what the command line says of one of them.
 fn listeners(
     options: &Activate,
     quadlet: &Quadlet,
@@ -289,7 +289,7 @@ fn listeners(
         }
     };
     let external = match external {
-        // What nginx calls `listen 80;` is IPv4 only, and it takes over only a socket of exactly its address.
+        // nginx's `listen 80;` is IPv4 only, and nginx takes over only a socket of exactly its address.
         External::Port(port) if nginx => External::Address((std::net::Ipv4Addr::UNSPECIFIED, port).into()),
         external => external,
     };
@@ -374,7 +374,7 @@ fn target(
     })
 }
 
-/// What kind of network the container has.
+/// The kind of network that the container has.
 #[derive(Debug, PartialEq, Eq)]
 enum Network {
     /// `Network=none`.
@@ -458,7 +458,7 @@ fn way(nginx: bool, restricted: bool) -> Vec<(String, String)> {
     way
 }
 
-/// May this one be cut off from the network?
+/// May this container be cut off from the network?
 fn check_restricted(direct: bool, network: &Network, quadlet: &Quadlet) -> anyhow::Result<()> {
     if !direct {
         return Err(usage(
@@ -654,7 +654,7 @@ fn warn_of_install(quadlet: &Quadlet, warnings: &mut Vec<String>) {
 mod tests {
     use super::*;
 
-    /// What `bro forward` has for those alone who write its unit, or run it, by hand: `bro activate` decides these.
+    /// What `bro forward` has only for units written, or commands run, by hand: `bro activate` decides these.
     const BY_HAND: [&str; 11] = [
         "target",
         "targets",

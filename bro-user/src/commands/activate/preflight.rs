@@ -1,15 +1,15 @@
-//! What a quadlet says that cannot go with being activated.
+//! What a quadlet says that excludes activation.
 
 use super::plan::Paths;
 use crate::exit::Failure;
 use crate::podman::quadlet::{self, Kind, Quadlet};
 use crate::run_as::RunAsUser;
 
-/// Refuses a unit that systemd would never start for us, or that would never be there.
+/// Refuses a unit that systemd would never start for bro, or that would never be there.
 pub(super) fn check(quadlet: &Quadlet, direct: bool) -> anyhow::Result<()> {
     let (file, unit) = (quadlet.file_name(), &quadlet.unit);
     let refuse = |text: String| Err(Failure::Usage(text).into());
-    // A socket's start is not one by hand.
+    // A start by a socket is not a manual start.
     if !direct && quadlet.file.boolean("Unit", "RefuseManualStart") == Some(true) {
         return refuse(format!(
             "RefuseManualStart=yes in {file}: systemd starts {unit} for nobody who asks, and so not for bro; remove that line"
@@ -31,7 +31,7 @@ pub(super) fn check(quadlet: &Quadlet, direct: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The pod of a container that is part of one, if it is there: its network is the container's.
+/// The pod of a container, if it is part of one that is there: its network is the container's.
 pub(super) fn pod_of(quadlet: &Quadlet, owner: Option<&RunAsUser>, places: &Paths) -> Option<Quadlet> {
     let pod = quadlet.value("Pod").filter(|_| quadlet.kind == Kind::Container)?;
     quadlet::find(pod, places.scope, owner, places.root.as_deref()).ok()

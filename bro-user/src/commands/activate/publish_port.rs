@@ -6,14 +6,14 @@ use super::plan::published;
 use crate::address::External;
 use crate::podman::quadlet::Quadlet;
 
-/// The sentences about those that are in the way.
+/// The sentences about the lines that are in the way.
 pub(crate) fn in_the_way(quadlet: &Quadlet, external: &External) -> Vec<String> {
     let port = external.port().unwrap_or_default();
     let all = quadlet.values("PublishPort").into_iter().filter(|publish| clashes(publish, external));
     all.map(|publish| sentence(publish, port, quadlet)).collect()
 }
 
-/// What comes of one that clashes.
+/// What a clash leads to.
 pub(super) fn sentence(publish: &str, port: u16, quadlet: &Quadlet) -> String {
     format!(
         "PublishPort={publish} in {} takes port {port} as well: while systemd listens there the container cannot start",
@@ -21,7 +21,7 @@ pub(super) fn sentence(publish: &str, port: u16, quadlet: &Quadlet) -> String {
     )
 }
 
-/// `None` is every address, and one of those clashes with any.
+/// `None` is every address, which clashes with any.
 pub(super) fn clashes(publish: &str, external: &External) -> bool {
     let (Some(ports), Some(port)) = (published(publish), external.port()) else { return false };
     let ours = match external {
@@ -39,7 +39,7 @@ fn overlap(one: Option<IpAddr>, other: Option<IpAddr>) -> bool {
     }
 }
 
-/// The address of `[[IP:][HOST]:]CONTAINER[/PROTOCOL]`; one of IPv6 stands in brackets.
+/// The address of `[[IP:][HOST]:]CONTAINER[/PROTOCOL]`; an IPv6 address stands in brackets.
 fn ip(publish: &str) -> Option<IpAddr> {
     let (rest, _container) = publish.rsplit_once(':')?;
     let (ip, _host) = rest.rsplit_once(':')?;

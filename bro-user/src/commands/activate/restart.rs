@@ -1,4 +1,4 @@
-//! A forwarder that runs with the settings from before: it is started anew where that disturbs no client.
+//! A forwarder that runs with its old settings: it is started anew where that disturbs no client.
 
 use anyhow::Context as _;
 
@@ -7,13 +7,13 @@ use crate::control_socket::{self, Request};
 use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 
-/// Starts the running forwarder anew, if it has no client. False where it has one, or nobody knows.
+/// Starts the running forwarder anew, if it has no client. False where it has one, or where that is unknown.
 pub(super) async fn unless_in_use(
     systemd: &SystemdManager,
     service: &str,
     scope: RuntimeScope,
 ) -> anyhow::Result<bool> {
-    // One that systemd is just starting, perhaps for the hundredth time, has nobody: clients wait in the kernel for one that gets up.
+    // A forwarder that systemd is starting, perhaps for the hundredth time, has no client: clients wait in the kernel's backlog.
     if systemd.active_state(service).await? == "active" {
         let report: anyhow::Result<Report> =
             control_socket::ask_soon(&control_socket::socket_of(service, scope), Request::Status).await;
@@ -21,7 +21,7 @@ pub(super) async fn unless_in_use(
             return Ok(false);
         }
     }
-    // A client that connects from here on waits in the socket's backlog, or is let finish.
+    // A client that connects from here on waits in the socket's backlog, or may finish.
     let result = systemd.restart(service).await.with_context(|| format!("cannot restart {service}"))?;
     anyhow::ensure!(result == "done", "restarting {service} ended with “{result}”");
     Ok(true)

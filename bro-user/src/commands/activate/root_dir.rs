@@ -1,15 +1,15 @@
-//! `--root DIR`: links below DIR are those of the tree's own host, and an absolute one would lead this program out of it.
+//! `--root DIR`: links below DIR are those of the tree's own host; an absolute link would lead this program out of the tree.
 
 use std::path::Path;
 
 use crate::exit::Failure;
 
-/// Refuses a path below `root`, as far as it is there, that links lead out of it.
+/// Refuses a path below `root` if links lead it out, as far as it exists.
 pub(super) fn stays_inside(root: Option<&Path>, path: &Path) -> anyhow::Result<()> {
     let Some((root, real_root)) = root.and_then(|root| Some((root, root.canonicalize().ok()?))) else {
         return Ok(());
     };
-    // Also a link to nowhere is there.
+    // A link to nowhere exists as well.
     let there = path.ancestors().find(|above| std::fs::symlink_metadata(above).is_ok()).unwrap_or(root);
     match there.canonicalize() {
         Ok(real) if real.starts_with(&real_root) => Ok(()),

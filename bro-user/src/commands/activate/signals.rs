@@ -1,5 +1,5 @@
-//! Being told to stop in the middle: by Ctrl-C, by SIGTERM, by SIGHUP when the connection to a host drops. What has been begun is
-//! taken back then, as after any other failure; the default, to end at once, would leave half of it.
+//! Being told to stop in the middle: by Ctrl-C, by SIGTERM, by SIGHUP when the connection to a host drops. What has begun is then
+//! undone, as after any other failure; the default, to end at once, would leave half of it.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -17,7 +17,7 @@ const SIGNALS: [(i32, &str); 3] =
 #[error("interrupted by {0}; nothing was changed")]
 pub(super) struct Interrupted(&'static str);
 
-/// Listens for the signals; from then on they end nothing by themselves.
+/// Listens for the signals; from then on no signal ends the process by itself.
 #[derive(Debug)]
 pub(super) struct Interrupt(Vec<(Signal, &'static str)>);
 
@@ -26,7 +26,7 @@ impl Interrupt {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let mut signals = Vec::new();
         for (number, name) in SIGNALS {
-            // nohup(1), and a shell's background: whoever started us wants us to go on.
+            // nohup(1), and a shell's background: the caller wants bro to go on.
             if !is_ignored(&status, number) {
                 signals.push((signal(SignalKind::from_raw(number))?, name));
             }
@@ -34,9 +34,9 @@ impl Interrupt {
         Ok(Self(signals))
     }
 
-    /// Does the work, unless a signal comes before it is done; then it is dropped where it stands.
+    /// Does the work, unless a signal comes first; then the work is dropped where it stands.
     pub async fn or<T>(&mut self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-        // What came while nobody waited is noted only when the reactor has its turn.
+        // A signal that came before this wait is noted only when the reactor has its turn.
         tokio::task::yield_now().await;
         let mut work = pin!(work);
         poll_fn(|context| {

@@ -1,7 +1,7 @@
 //! All or nothing: writes and removes files so that either every one of them has changed, or none.
 //!
-//! New text goes into files beside the old ones first; only when all of it is on the disk does each take its place, by rename(2).
-//! What was there is kept beside it until the whole change stands, so that going back needs no room on the disk.
+//! New text first goes into files beside the old ones; when all of it is on the disk, each takes its place by rename(2). The old
+//! file is kept beside it until the whole change stands, so that going back needs no room on the disk.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
@@ -20,7 +20,7 @@ use crate::systemd::unit_file::MARKER;
 /// How long to wait for another `bro activate`: it may wait for a service that finishes its connections.
 const LOCK: Duration = Duration::from_secs(180);
 
-/// What is to become of a file.
+/// How a file is to change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Change {
     pub path: PathBuf,
@@ -28,18 +28,18 @@ pub(super) struct Change {
     pub text: Option<String>,
 }
 
-/// Whose file a path is.
+/// The owner of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Provenance {
     /// There is none.
     Nobody,
     /// `bro activate` wrote it; its text.
     Ours(String),
-    /// Somebody else's, or no regular file.
+    /// It is not bro's, or no regular file.
     Theirs,
 }
 
-/// Looks whose file it is.
+/// Looks up the file's owner.
 pub(super) fn owner(path: &Path) -> anyhow::Result<Provenance> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Provenance::Nobody),
@@ -54,14 +54,14 @@ pub(super) fn owner(path: &Path) -> anyhow::Result<Provenance> {
     })
 }
 
-/// Keeps every other `bro activate` of this scope waiting: flock(2) on the directory itself, so that no file is left behind.
+/// Makes every other `bro activate` of this scope wait: flock(2) on the directory itself, so that no file is left behind.
 #[derive(Debug)]
 pub(super) struct Lock {
     _directory: Flock<File>,
 }
 
 impl Lock {
-    /// Takes the lock of a directory; `missing` is asked to make one where there is none.
+    /// Takes the lock of a directory; `missing` is called to make one where there is none.
     pub async fn take(
         directory: &Path,
         mut missing: impl FnMut() -> anyhow::Result<()>,
@@ -70,7 +70,7 @@ impl Lock {
         let mut tries = 0;
         loop {
             let file = match File::open(directory) {
-                // It may go again at once; but a link to nowhere is never made a directory.
+                // The directory may vanish again at once; but a link to nowhere is never made a directory.
                 Err(error) if error.kind() == io::ErrorKind::NotFound && tries < 100 => {
                     tries += 1;
                     missing()?;
@@ -81,7 +81,7 @@ impl Lock {
             let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
             let own = file.metadata().map(identity).map_err(|error| failed("look at", directory, &error))?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                // Whoever had it may have removed the directory with the last file: that one's lock holds nobody back.
+                // Its last holder may have removed the directory with the last file: then this lock excludes no other process.
                 Ok(locked) if std::fs::metadata(directory).is_ok_and(|now| identity(now) == own) => {
                     return Ok(Self { _directory: locked });
                 }
@@ -98,7 +98,7 @@ impl Lock {
     }
 }
 
-/// What is not there of a directory and those above it, in the order in which it would be made.
+/// What is missing of a directory and its parents, in the order in which it would be made.
 pub(super) fn missing(directory: &Path) -> Vec<PathBuf> {
     let mut missing: Vec<PathBuf> =
         directory.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
@@ -106,17 +106,17 @@ pub(super) fn missing(directory: &Path) -> Vec<PathBuf> {
     missing
 }
 
-/// Directories that were made; removed again, as far as they are empty, unless kept.
+/// Directories that were made; removed again where they are empty, unless kept.
 #[derive(Debug, Default)]
 pub(super) struct Made {
     paths: Vec<PathBuf>,
     kept: bool,
-    /// Everybody is to see what lies there, whatever the umask.
+    /// Every user is to see what lies there, whatever the umask.
     for_all: bool,
 }
 
 impl Made {
-    /// The system's are read by users too, and by their service managers. A user's own are that user's, who may hide them.
+    /// Users and their service managers also read the system's directories. A user's own are that user's, and may be hidden.
     pub fn for_all(for_all: bool) -> Self {
         Self { for_all, paths: Vec::new(), kept: false }
     }
@@ -135,7 +135,7 @@ impl Made {
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                // One above it has been removed since: whoever asked for it will ask again.
+                // The directory above it has been removed since: the caller will ask again.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
                 Err(error) => return Err(failed("make the directory", &path, &error)),
             }
@@ -156,7 +156,7 @@ impl Drop for Made {
     fn drop(&mut self) {
         if !self.kept {
             for path in self.paths.iter().rev() {
-                // Somebody may have put something into it meanwhile.
+                // Another process may have put something into it meanwhile.
                 std::fs::remove_dir(path).ok();
             }
         }
@@ -165,12 +165,12 @@ impl Drop for Made {
 
 fn beside(path: &Path, what: &str) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // Neither systemd nor Podman reads files that begin with a dot or end so.
+    // Neither systemd nor Podman reads files with this dot or this ending.
     path.with_file_name(format!(".{name}.bro-{what}"))
 }
 
-/// The files of `name` that a run was at when it was killed: what was there before is still kept beside them. Looked for beside
-/// `paths`, and in `directory` also beside those that are gone. What had not taken its place yet goes.
+/// The files of `name` that a killed run was changing: the old ones are still kept beside them. Looks beside `paths`, and in
+/// `directory` also beside files that are gone. Files that had not taken their place yet are removed.
 pub(super) fn unfinished(
     name: &str,
     directory: &Path,
@@ -198,14 +198,14 @@ pub(super) fn unfinished(
     found
 }
 
-/// They have been finished since.
+/// A later run has finished them.
 pub(super) fn finished(paths: &[PathBuf]) {
     for path in paths {
         std::fs::remove_file(beside(path, "old")).ok();
     }
 }
 
-/// Changes that have taken place, and can still be taken back.
+/// Changes that have taken place, and can still be undone.
 #[derive(Debug)]
 #[must_use = "dropping it takes the changes back"]
 pub(super) struct Changed {
@@ -219,7 +219,7 @@ impl Changed {
     pub fn make(changes: &[Change]) -> anyhow::Result<Self> {
         let mut prepared = Prepared::default();
         for Change { path, text } in changes {
-            // Left by one that was killed; nobody else is at work, that is what the lock is for.
+            // Left by a bro that was killed; no other is at work, since this one holds the lock.
             std::fs::remove_file(beside(path, "old")).ok();
             if let Some(text) = text {
                 let new = beside(path, "new");
@@ -232,7 +232,7 @@ impl Changed {
             changed.one(change).map_err(|error| failed("replace", &change.path, &error))?;
         }
         for directory in changes.iter().filter_map(|change| change.path.parent()) {
-            // Where the names are to be after a power failure. Not every file system can say.
+            // The names have to survive a power failure. Not every file system can say.
             File::open(directory).and_then(|directory| directory.sync_all()).ok();
         }
         Ok(changed)
@@ -253,7 +253,7 @@ impl Changed {
         }
     }
 
-    /// They stand.
+    /// The changes stand.
     pub fn keep(mut self) {
         self.kept = true;
     }
@@ -283,7 +283,7 @@ struct Prepared(Vec<PathBuf>);
 impl Drop for Prepared {
     fn drop(&mut self) {
         for path in &self.0 {
-            // Gone already where it took its place.
+            // Gone already if it took its place.
             std::fs::remove_file(path).ok();
         }
     }
@@ -295,7 +295,7 @@ fn write_new(path: &Path, text: &str) -> io::Result<()> {
         _ => Err(error),
     })?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
-    // Whatever the umask: `bro status` of a user reads the system's, and the generator of a user's service manager drop-ins.
+    // Whatever the umask: a user's `bro status` reads the system's files, and the generator of a user's manager reads drop-ins.
     file.set_permissions(Permissions::from_mode(0o644))?;
     file.write_all(text.as_bytes())?;
     file.sync_all()
@@ -382,7 +382,7 @@ mod tests {
     fn a_change_that_fails_in_the_middle_leaves_everything_as_it_was() {
         let folder = Folder::new();
         std::fs::write(folder.0.join("a"), "old a").unwrap();
-        // A directory where a file has to go: link(2) refuses it, after “a” has been replaced.
+        // A directory where a file has to go: link(2) refuses it, after “a” was replaced.
         std::fs::create_dir(folder.0.join("z")).unwrap();
         let changes = [folder.change("a", Some("new a")), folder.change("z", Some("new z"))];
         Changed::make(&changes).unwrap_err();
@@ -402,7 +402,7 @@ mod tests {
             drop(first);
         };
         let (second, ()) = tokio::join!(waiting, removing);
-        // It is the lock of the directory that is there now.
+        // It is the lock of the present directory.
         let own = second._directory.metadata().unwrap().ino();
         assert_eq!(std::fs::metadata(&units).unwrap().ino(), own);
         let removed = folder.0.join("never");

@@ -1,4 +1,4 @@
-//! What is said while `bro activate` waits for a forwarder that lets its clients finish: who is waited for, for how long, and how to
+//! What is said while `bro activate` waits for a forwarder that lets its clients finish: which clients, for how long, and how to
 //! cut it short.
 
 use std::future::Future;
@@ -14,10 +14,10 @@ use crate::installed::Installed;
 use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 
-/// Between two looks. What ends sooner needs no words.
+/// Between two looks. A wait that ends sooner needs no words.
 const STEP: Duration = Duration::from_secs(1);
 
-/// How long nothing is said where nothing changes.
+/// How long nothing is said while nothing changes.
 const SILENCE: Duration = Duration::from_secs(10);
 
 /// Does the work, and says on standard error what it waits for.
@@ -46,12 +46,12 @@ struct Wait {
     manager: RuntimeScope,
     limit: String,
     began: Instant,
-    /// What was said last, and when.
+    /// The last words, and their time.
     said: Option<(String, Instant)>,
 }
 
 impl Wait {
-    /// Of a service with a forwarder.
+    /// For a service with a forwarder.
     fn for_clients_of(known: &Installed) -> Option<Self> {
         let limit = known.option("drain-timeout").unwrap_or(DRAIN_TIMEOUT).to_owned();
         Some(Self {
@@ -73,7 +73,7 @@ impl Wait {
         }
     }
 
-    /// What there is to say, if there is: `status` is what the forwarder says of itself.
+    /// What there is to say, if anything: `status` is what the forwarder says of itself.
     fn news(&mut self, status: &str, now: Instant) -> Option<String> {
         let status = on_one_line(status);
         let known = self.said.as_ref().is_some_and(|(said, at)| *said == status && now < *at + SILENCE);

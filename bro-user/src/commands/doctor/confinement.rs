@@ -1,5 +1,5 @@
-//! Can the forwarder do what a wake takes, within the confinement of its unit? That is tried there, by a unit that systemd makes for it,
-//! with the same directives. So whatever forbids a step shows: a directive of the unit's or of a drop-in's, AppArmor, SELinux.
+//! Can the forwarder do all steps of a wake within its unit's confinement? systemd makes a unit with the same directives to
+//! try them. That shows whatever forbids a step: a directive of the unit or of a drop-in, AppArmor, SELinux.
 
 pub(super) mod trial;
 
@@ -26,13 +26,13 @@ const NAME: &str = "confinement";
 /// How long all steps may take.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// The longest that is read of what was tried.
+/// The most that is read of what was tried.
 const LONGEST: u64 = 64 * 1024;
 
-/// How many seconds a namespace stays that stands for a container's: longer than it is looked at.
+/// For how many seconds a namespace stands in for a container's: longer than it is looked at.
 const STANDS: &str = "30";
 
-/// How long it may take to be there.
+/// How long it may take to appear.
 const APPEARS: Duration = Duration::from_secs(5);
 
 const CLONE_NEWUSER: u64 = 0x1000_0000;
@@ -50,7 +50,7 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdMan
         return Some(Check::ok(NAME, format!("not tried: only root may (`sudo bro doctor {}`)", known.name)));
     }
     let program = executable::written(known);
-    // Another check's matter.
+    // Another check tells of that.
     if !program.is_file() {
         return None;
     }
@@ -85,7 +85,7 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdMan
     })
 }
 
-/// The command that tries it.
+/// The command that tries the steps.
 fn words(known: &Installed, program: &str, pid: Option<i32>) -> Vec<String> {
     let mut words = vec![program.to_owned(), "try-wake".to_owned()];
     words.extend(pid.map(|pid| format!("--pid={pid}")));
@@ -94,7 +94,7 @@ fn words(known: &Installed, program: &str, pid: Option<i32>) -> Vec<String> {
     let relay = matches!(known.option("relay"), None | Some("auto" | "sockmap"));
     let loads = known.scope == RuntimeScope::System && known.run_as.is_none();
     let user = known.run_as.as_ref().map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
-    // An ordinary user's opens what bro loader has left, if that is there.
+    // An ordinary user's forwarder opens what bro loader has left, if that is there.
     let opens = || std::path::Path::new(&format!("/run/bro/bpf/{user}")).exists();
     if relay && (loads || opens()) {
         words.push("--bpf".to_owned());
@@ -102,7 +102,7 @@ fn words(known: &Installed, program: &str, pid: Option<i32>) -> Vec<String> {
     words
 }
 
-/// Runs it within the confinement; how it ended, and what it said.
+/// Runs it within the confinement; how it ended, and its output.
 async fn within(
     systemd: &SystemdManager,
     words: &[String],
@@ -110,12 +110,12 @@ async fn within(
 ) -> anyhow::Result<(Ended, String)> {
     let (from, to) = std::io::pipe()?;
     let run = systemd.run_confined(words, confines, OwnedFd::from(to), LIMIT);
-    // The manager counts as well; this is for one that does not answer.
+    // The manager has a limit too; this one is for a silent manager.
     let ended = tokio::time::timeout(LIMIT + Duration::from_secs(5), run).await??;
     Ok((ended, heard(from)?))
 }
 
-/// All that was written: whoever wrote has ended, and with all that it had started.
+/// All that was written: the writer has ended, and with it all that it had started.
 fn heard(from: std::io::PipeReader) -> anyhow::Result<String> {
     let flags = nix::fcntl::OFlag::O_NONBLOCK;
     let _zero = nix::fcntl::fcntl(&from, nix::fcntl::FcntlArg::F_SETFL(flags))?;
@@ -127,7 +127,7 @@ fn heard(from: std::io::PipeReader) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The same outside of it, as the same user.
+/// The same outside, as the same user.
 async fn outside(known: &Installed, words: &[String]) -> Vec<Tried> {
     let (program, arguments) = (&words[0], &words[1..]);
     let mut command: tokio::process::Command = match known.run_as.as_ref().filter(|owner| !owner.is_me()) {
@@ -146,11 +146,11 @@ async fn outside(known: &Installed, words: &[String]) -> Vec<Tried> {
     }
 }
 
-/// A namespace that stands for that of a container that does not run. Ends with its value, and by itself.
+/// A namespace that stands in for that of a container that does not run. Ends when dropped, and by itself.
 struct StandIn(Child);
 
 impl StandIn {
-    /// None where no namespace can be made; the own one does then.
+    /// None where no namespace can be made; then the own one is used.
     fn make(known: &Installed) -> Option<Self> {
         let mut command = match (&known.run_as, known.scope) {
             (Some(owner), _) if !owner.is_me() => rootless(owner.command(Gaining::Forbidden, "unshare")),
@@ -160,7 +160,7 @@ impl StandIn {
         command.args(["--net", "--", "sh", "-c", "echo; exec sleep \"$0\"", STANDS]);
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
         let mut stand_in = Self(child);
-        // It says so when it is there, or ends. A user's may do neither.
+        // It says when it is there, or ends. A user's stand-in may do neither.
         let mut said = stand_in.0.stdout.take()?;
         let mut polled = [PollFd::new(said.as_fd(), PollFlags::POLLIN)];
         let soon = PollTimeout::try_from(APPEARS).ok()?;
@@ -173,7 +173,7 @@ impl StandIn {
     }
 }
 
-/// In a user namespace of that user's, as a rootless container is.
+/// In a user namespace of that user, as a rootless container is.
 fn rootless(mut command: Command) -> Command {
     command.arg("--user");
     command
@@ -186,7 +186,7 @@ impl Drop for StandIn {
     }
 }
 
-/// What came of it, as a finding.
+/// The result, as a finding.
 async fn judge(
     known: &Installed,
     service: &str,
@@ -206,7 +206,7 @@ async fn judge(
         None if done => {
             return Check::ok(NAME, format!("within that of {service} a wake can do all that it takes"));
         }
-        // It was ended in the midst of the next one.
+        // It was ended during the next step.
         None => (next(last.step, words), how(ended)),
     };
     let finding = format!("within the confinement of {service} a wake cannot {step}: {why}");
@@ -243,9 +243,9 @@ async fn judge(
     )
 }
 
-/// Nothing was tried: the program did not get so far.
+/// Nothing was tried: the program did not get that far.
 fn not_begun(known: &Installed, service: &str, ended: &Ended, systemctl: &str) -> Check {
-    /// clap's, of a program that does not know the command.
+    /// clap's status if it does not know the command.
     const USAGE: i32 = 2;
     if (ended.code, ended.status) == (1, USAGE) {
         let program = executable::written(known).display().to_string();
@@ -266,7 +266,7 @@ fn not_begun(known: &Installed, service: &str, ended: &Ended, systemctl: &str) -
     )
 }
 
-/// What follows a step.
+/// The step after this one.
 fn next(step: Step, words: &[String]) -> Step {
     let unix = || words.iter().any(|word| word.starts_with("--target=/") || word.starts_with("--target=@"));
     match step {
@@ -310,7 +310,7 @@ const fn setting_up(status: i32) -> &'static str {
     }
 }
 
-/// A list that allows what stands in it, or forbids it.
+/// A list that allows its entries, or forbids them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Filter {
     allows: bool,
@@ -322,7 +322,7 @@ impl Filter {
         let Some(Variant::Structure(parts)) = value else { return Self::default() };
         let [Variant::Bool(allows), Variant::Array(listed)] = parts.fields() else { return Self::default() };
         let listed = listed.iter().filter_map(|word| match word {
-            // With the error that it is refused with, where it has one of its own.
+            // With the error that it is refused with, if it has its own.
             Variant::Str(word) => Some(word.split(':').next().unwrap_or_default().to_owned()),
             _ => None,
         });
@@ -334,7 +334,7 @@ impl Filter {
     }
 }
 
-/// What of the confinement may forbid a step by name.
+/// The parts of the confinement that may forbid a step by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Confines {
     families: Filter,
@@ -363,11 +363,11 @@ impl Confines {
 struct Culprit {
     directive: &'static str,
     forbids: String,
-    /// What mends it.
+    /// The line that mends it.
     line: String,
 }
 
-/// Who forbids the step, as far as that can be told from the directives.
+/// The directive that forbids the step, as far as that can be told.
 fn culprit(step: Step, known: &Installed, confines: &Confines) -> Option<Culprit> {
     let is = |directive, what: &str| Culprit {
         directive,
@@ -424,7 +424,7 @@ mod tests {
         Confines::of(&owned.collect())
     }
 
-    /// Who is named for a step that fails, of a system's service or a user's.
+    /// The culprit named for a step that fails, of a system's service or a user's.
     fn named(scope: RuntimeScope, step: Step, properties: &[(&str, Variant<'static>)]) -> Option<String> {
         let mut web = known(Some("systemd-web"), false);
         web.scope = scope;
@@ -491,7 +491,7 @@ mod tests {
                 bits(0_u64),
                 Some("CapabilityBoundingSet=CAP_SYS_PTRACE"),
             ),
-            // Of its own container a user's needs none.
+            // A user's forwarder needs none for its own container.
             (User, Step::Enter, "CapabilityBoundingSet", bits(0_u64), None),
             (User, Step::Enter, "PrivateUsers", Variant::from(true), Some("PrivateUsers=no")),
         ];

@@ -1,5 +1,5 @@
-//! With `--direct`: has the container's own program taken the socket over? Systemd holds it in any case, so that clients of a program
-//! that listens elsewhere wait for ever.
+//! With `--direct`: has the container's own program taken the socket over? systemd holds it in any case, so that clients of a
+//! program that listens elsewhere wait for ever.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,10 +9,10 @@ use super::listens::{NAME, activate, is_paused, listeners, running, written};
 use crate::installed::{Installed, InstalledPort};
 use crate::port_owner;
 
-/// How long a program that is at work may leave a client waiting.
+/// How long a working program may leave a client waiting.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// `container` is the quadlet's own.
+/// `container` is the quadlet's own name.
 pub(super) async fn check(known: &Installed, listener: &InstalledPort, container: Option<&str>) -> Check {
     let (name, address) = (&known.name, &listener.address);
     let Some(container) = container else {
@@ -46,7 +46,7 @@ pub(super) async fn check(known: &Installed, listener: &InstalledPort, container
         _ => String::new(),
     };
     match hold(&members(pid), inode) {
-        // Who has it open may only have inherited it.
+        // A process that has it open may only have inherited it.
         Some(true) => match left_waiting(inode).await {
             0 => Check::ok(NAME, format!("{container} has taken {address} over")),
             1 => Check::bad(
@@ -76,7 +76,7 @@ pub(super) async fn check(known: &Installed, listener: &InstalledPort, container
     }
 }
 
-/// How many clients nobody accepts, although there was time to.
+/// How many clients wait unaccepted, although there was time.
 async fn left_waiting(inode: u64) -> u32 {
     if port_owner::waiting(inode) == 0 {
         return 0;
@@ -90,7 +90,7 @@ fn as_nginx(address: &str) -> String {
     if address.starts_with('/') { format!("unix:{address}") } else { address.to_owned() }
 }
 
-/// The processes of the container that `pid` is one of: those below its cgroup, or in a process namespace of its own.
+/// The processes of the container that `pid` belongs to: those below its cgroup, or in its own process namespace.
 fn members(pid: i32) -> Vec<PathBuf> {
     let cgroup = |process: &Path| {
         let text = std::fs::read_to_string(process.join("cgroup")).ok()?;
@@ -99,7 +99,7 @@ fn members(pid: i32) -> Vec<PathBuf> {
     let namespace = |process: &Path| std::fs::read_link(process.join("ns/pid")).ok();
     let main = PathBuf::from(format!("/proc/{pid}"));
     let own_cgroup = cgroup(&main).filter(|path| path != Path::new("/"));
-    // With the host's, all of the host would be in it.
+    // With the host's, every process would be in it.
     let own_namespace =
         namespace(&main).filter(|own| namespace(Path::new("/proc/self")).as_ref() != Some(own));
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -116,7 +116,7 @@ fn members(pid: i32) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Does one of them have the socket open? None where nobody may look.
+/// Does one of them have the socket open? None where bro may not look.
 fn hold(processes: &[PathBuf], inode: u64) -> Option<bool> {
     let held: Vec<bool> =
         processes.iter().filter_map(|process| port_owner::holds(process, inode).ok()).collect();

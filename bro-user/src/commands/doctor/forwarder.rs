@@ -1,5 +1,4 @@
-//! Does the forwarder do its work? One that cannot start is started by systemd again and again, and one that hangs is active all the
-//! same.
+//! Does the forwarder do its work? One that cannot start is started by systemd again and again, and one that hangs is still active.
 
 use super::hints::Whose;
 use super::{Check, listens, settings};
@@ -88,7 +87,7 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdMan
     Check::ok(NAME, format!("{service} is {}", found.active))
 }
 
-/// What lets those in who wait.
+/// What lets the waiting clients in.
 fn room(known: &Installed, service: &str, waiting: &Waiting) -> String {
     if waiting.lets_in.starts_with("--connections-max") {
         let more = waiting.connections.saturating_mul(4);
@@ -100,10 +99,10 @@ fn room(known: &Installed, service: &str, waiting: &Waiting) -> String {
     }
 }
 
-/// What a forwarder answers, if it has the socket that each is asked at.
+/// What a forwarder answers, if it has a control socket.
 enum Answer {
     Report(Box<Report>),
-    /// It does not, and why.
+    /// It does not answer, and why.
     None(String),
     NotAsked,
 }
@@ -115,7 +114,7 @@ async fn ask(service: &str, scope: RuntimeScope) -> Answer {
     }
     match control_socket::ask_soon::<Report>(&path, Request::Status).await {
         Ok(report) => Answer::Report(Box::new(report)),
-        // Who may not ask does not find out.
+        // A caller without the right to ask does not find out.
         Err(error)
             if error.downcast_ref::<std::io::Error>().map(std::io::Error::kind)
                 == Some(std::io::ErrorKind::PermissionDenied) =>

@@ -1,4 +1,4 @@
-//! Do all forwarders get up, also those whose units were written by hand? The clients of one that does not wait without a word.
+//! Do all forwarders start, also those with units written by hand? The clients of one that does not start wait without a word.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ const NAME: &str = "forwarders";
 /// What systemd's own child exits with when it cannot execute a program (EXIT_EXEC, systemd.exec(5)).
 const CANNOT_EXECUTE: i32 = 203;
 
-/// How often a start under way is looked at again, and after how long each time: one that fails is over by then.
+/// How often a start under way is looked at again, and after how long each time: a start that fails is over by then.
 const LOOKS: u32 = 40;
 const PAUSE: Duration = Duration::from_millis(25);
 
@@ -26,16 +26,16 @@ pub(super) async fn check(manager: RuntimeScope) -> Check {
             let fixes: Vec<String> = all.iter().map(|trouble| trouble.fix(manager)).collect();
             Check::bad(NAME, findings.join("; "), fixes.join("; "))
         }
-        // Who has no service manager is told so by another check.
+        // Another check says that there is no service manager.
         Err(error) => Check::ok(NAME, format!("no service manager that could start one: {error:#}")),
     }
 }
 
-/// A forwarder's unit that does not get up.
+/// A forwarder's unit that does not start.
 #[derive(Debug, PartialEq, Eq)]
 struct Trouble {
     unit: String,
-    /// As ExecStart= has it.
+    /// The program, as in ExecStart=.
     program: String,
     /// How often systemd has started it again.
     restarts: u32,
@@ -60,7 +60,7 @@ impl Trouble {
         if !self.cannot_execute {
             return journal;
         }
-        // systemd looks for a bare name in a few directories of its own, and in none of a user's.
+        // systemd looks for a bare name in a few directories of its own, and in no user's.
         let here = std::env::current_exe().map(|path| path.display().to_string()).unwrap_or_default();
         let user = if manager == RuntimeScope::User { " --user" } else { "" };
         format!(

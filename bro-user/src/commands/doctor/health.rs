@@ -1,4 +1,4 @@
-//! With `--ready=healthy`: is there a health check that could ever say so?
+//! With `--ready=healthy`: is there a health check that could ever succeed?
 
 use serde_json::Value;
 
@@ -9,7 +9,7 @@ use crate::podman::quadlet::{Kind, Quadlet};
 
 const NAME: &str = "ready";
 
-/// None where readiness is no matter of health checks, or where nobody can say.
+/// None where readiness does not depend on health checks, or is unknown.
 pub(super) async fn check(known: &Installed, quadlet: &Quadlet) -> Option<Check> {
     if known.option("ready") != Some("healthy") || known.container_given || quadlet.kind != Kind::Container {
         return None;
@@ -42,7 +42,7 @@ fn none(known: &Installed, there_is: &str) -> Check {
     )
 }
 
-/// What `podman image inspect` prints is a list; versions spell the key differently.
+/// `podman image inspect` prints a list; versions spell the key differently.
 fn has_health_check(described: &Value) -> bool {
     let image = described.get(0).unwrap_or(described);
     let checks = ["Healthcheck", "HealthCheck"];

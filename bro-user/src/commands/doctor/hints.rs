@@ -1,24 +1,24 @@
-//! The commands that a finding advises, for the service manager that it is about: as root one asks after an ordinary user's in
-//! other words than after one's own.
+//! The commands that a finding advises, for the service manager that it is about: root's commands for an ordinary user's manager
+//! differ from those for root's own.
 
 use crate::installed::Installed;
 use crate::last_words::{self, Of};
 use crate::run_as::RunAsUser;
 use crate::systemd::scope::RuntimeScope;
 
-/// Whose service manager, seen by whoever runs bro.
+/// A service manager's owner, as the user of bro sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Whose {
     /// The system's.
     System,
-    /// One's own.
+    /// The caller's own.
     Mine,
-    /// That of a user for whom the system listens.
+    /// That of a `--run-as` user.
     Of(RunAsUser),
 }
 
 impl Whose {
-    /// Who listens and forwards.
+    /// The forwarder's manager.
     pub fn front(known: &Installed) -> Self {
         match known.scope {
             RuntimeScope::System => Self::System,
@@ -26,7 +26,7 @@ impl Whose {
         }
     }
 
-    /// Who runs the container.
+    /// The container's manager.
     pub fn container(known: &Installed) -> Self {
         match &known.run_as {
             Some(owner) if owner.is_me() => Self::Mine,
@@ -35,7 +35,7 @@ impl Whose {
         }
     }
 
-    /// `systemctl`, with the words that lead to it.
+    /// `systemctl`, with the words for this manager.
     pub fn systemctl(&self) -> String {
         match self {
             Self::System => "systemctl".to_owned(),
@@ -44,7 +44,7 @@ impl Whose {
         }
     }
 
-    /// The command that shows a unit's log. (With `--user-unit` journalctl looks for those of whoever runs it.)
+    /// The command that shows a unit's log. (With `--user-unit` journalctl looks for the units of the user that runs it.)
     pub fn journal(&self, unit: &str) -> String {
         match self {
             Self::System => format!("journalctl --unit {unit}"),
@@ -53,7 +53,7 @@ impl Whose {
         }
     }
 
-    /// Why a unit has failed, in Podman's words, or else the last lines of its log, to stand behind a finding.
+    /// Why a unit has failed, in Podman's words, or else the last lines of its log, to follow a finding.
     pub async fn last_words(&self, unit: &str) -> String {
         let of = match self {
             Self::System => Of::System,

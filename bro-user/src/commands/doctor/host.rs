@@ -1,4 +1,4 @@
-//! What this host can do for this user, whatever is activated.
+//! What this host can do for this user, without regard to services.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::run_as::RunAsUser;
 use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 
-/// The kernel that the system calls bro needs came with: pidfd_open(2) in 5.3, openat2(2) in 5.6.
+/// The kernel that brought the system calls bro needs: pidfd_open(2) in 5.3, openat2(2) in 5.6.
 pub(super) fn kernel_version() -> Check {
     const NAME: &str = "kernel";
     let Ok(release) = std::fs::read_to_string("/proc/sys/kernel/osrelease") else {
@@ -71,7 +71,7 @@ pub(super) async fn podman() -> Check {
     }
 }
 
-/// A user's services live only as long as somebody of that name is logged in, unless the user lingers.
+/// A user's services live only as long as the user is logged in, unless the user lingers.
 pub(super) fn linger() -> Check {
     const NAME: &str = "linger";
     let uid = nix::unistd::geteuid();
@@ -91,7 +91,7 @@ pub(super) fn linger() -> Check {
     }
 }
 
-/// The same of a user for whom the system listens.
+/// The same of a `--run-as` user.
 pub(super) fn linger_of(owner: &RunAsUser) -> Check {
     const NAME: &str = "linger";
     if owner.lingers() {
@@ -104,7 +104,7 @@ pub(super) fn linger_of(owner: &RunAsUser) -> Check {
     )
 }
 
-/// What lets rootless Podman make user namespaces under AppArmor's limit: a profile of its own, or its runtime's.
+/// What lets rootless Podman make user namespaces under AppArmor's limit: a profile for Podman or for its runtime.
 const PROFILES: [&str; 3] = ["/etc/apparmor.d/podman", "/etc/apparmor.d/crun", "/etc/apparmor.d/runc"];
 
 pub(super) fn namespaces() -> Check {
@@ -121,7 +121,7 @@ pub(super) fn namespaces() -> Check {
     }
     let read = |path: &str| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     if versions::apparmor_limits() {
-        // bro makes no user namespace, it joins the container's; but Podman has to make that.
+        // bro makes no user namespace, but joins the container's; Podman has to make that.
         return match PROFILES.into_iter().find(|profile| Path::new(profile).exists()) {
             Some(profile) => Check::ok(
                 NAME,
@@ -195,7 +195,7 @@ pub(super) fn cgroup() -> Check {
     }
 }
 
-/// What the relay process gives up, tried on a thread that ends with it.
+/// What the relay process gives up, tried on a thread that ends then.
 pub(super) fn sandbox() -> Check {
     const NAME: &str = "sandbox";
     let tried = std::thread::spawn(|| bro_relay::sandbox::enter(None, [], 0..0, false)).join();
@@ -237,7 +237,7 @@ pub(super) fn capabilities() -> Check {
     }
 }
 
-/// What `bro loader` has left for this user; it is nothing for root.
+/// What `bro loader` has left for this user; nothing for root.
 fn loaded_set() -> Result<Option<pinned::Summary>, Unavailable> {
     match nix::unistd::geteuid().as_raw() {
         0 => Ok(None),

@@ -1,4 +1,4 @@
-//! Is what the container is made of here? A first client should not have to wait for a download.
+//! Is the container's image (or rootfs) here? A first client should not have to wait for a download.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ const NAME: &str = "image";
 /// How long a quadlet may be.
 const LONGEST: u64 = 1 << 20;
 
-/// `bus` is that of the container's service manager, where it answers.
+/// `bus` is the container's service manager, if it answers.
 pub(super) async fn check(known: &Installed, quadlet: &Quadlet, bus: Option<&SystemdManager>) -> Check {
     if let Some(rootfs) = quadlet.value("Rootfs") {
         // Options follow after a colon.
@@ -67,7 +67,7 @@ fn as_whom(known: &Installed) -> String {
     }
 }
 
-/// The warning about an image that is not there, for who activates it: nothing is pulled, and Podman may take ten seconds to answer.
+/// `bro activate`'s warning about an image that is not there: nothing is pulled, and Podman may take ten seconds to answer.
 pub(crate) async fn warning(known: &Installed, quadlet: &Quadlet) -> Option<String> {
     let image = quadlet.value("Image")?;
     if image.contains('%') || quadlet.value("Rootfs").is_some() || brought_by(image, quadlet).is_some() {
@@ -77,12 +77,12 @@ pub(crate) async fn warning(known: &Installed, quadlet: &Quadlet) -> Option<Stri
         Answer::No(1, _) => {
             Some(format!("{}; `podman pull {image}`{} gets it now", missing(image), as_whom(known)))
         }
-        // Without an answer there is nothing to warn of; `bro doctor` says what is the matter.
+        // Without an answer there is nothing to warn of; `bro doctor` names the trouble.
         _ => None,
     }
 }
 
-/// A quadlet that brings the image has a unit, and without it Podman's generator makes none of the container.
+/// A quadlet that brings the image has a unit; without that, Podman's generator makes no unit of the container.
 async fn by_unit(image: &str, unit: &str, whose: &Whose, bus: Option<&SystemdManager>) -> Check {
     let systemctl = whose.systemctl();
     let found = match bus {

@@ -22,7 +22,7 @@ use crate::systemd::scope::RuntimeScope;
 
 pub(super) const NAME: &str = "listens";
 
-/// `bus` is that of the container's service manager, where it answers; `container` is the quadlet's own.
+/// `bus` is the container's service manager, if it answers; `container` is the quadlet's own name.
 pub(super) async fn check(
     known: &Installed,
     listener: &InstalledPort,
@@ -98,7 +98,7 @@ pub(super) async fn check(
     }
 }
 
-/// Does the unix socket take a connection of the user as whom the forwarder connects?
+/// Does the unix socket take a connection of the user that the forwarder connects as?
 async fn unix(known: &Installed, container: &str, pid: i32, address: Address) -> Check {
     let wish = known.option("unix-identity").and_then(|text| text.parse().ok()).unwrap_or_default();
     let at = match &address {
@@ -161,7 +161,7 @@ async fn is_active(known: &Installed, bus: Option<&SystemdManager>) -> bool {
     }
 }
 
-/// The unit is active, and nothing shows a container of that name: what Podman says.
+/// The unit is active, and no container of that name shows: what Podman says.
 async fn podmans(known: &Installed, container: &str) -> Result<i32, Check> {
     let (unit, owner) = (&known.unit, known.run_as.as_ref());
     let inspect = ["container", "inspect", "--format", "{{.State.Pid}}", "--", container];
@@ -205,7 +205,7 @@ pub(super) fn is_paused(pid: i32) -> bool {
     std::fs::read_to_string(events).is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
 }
 
-/// All that listens in the container's network namespace.
+/// All listeners in the container's network namespace.
 pub(super) async fn listeners(pid: i32) -> anyhow::Result<Vec<Listening>> {
     let netns = OwnedFd::from(std::fs::File::open(format!("/proc/{pid}/ns/net"))?);
     let place = NetnsRef::Entered(Arc::new(Namespace::look_into(netns).await?));
@@ -220,13 +220,13 @@ pub(super) fn written(found: &[Listening]) -> String {
     all.join(", ")
 }
 
-/// The one that is most likely meant: at the same port, else the first.
+/// The listener that is most likely meant: at the same port, else the first.
 fn nearest(found: &[Listening], port: u16) -> Option<Listening> {
     let by = |listening: &Listening| (listening.address.port() != port, listening.address.to_string());
     found.iter().copied().min_by_key(by)
 }
 
-/// What `--internal-port` has to be, so that clients get to this one: a port alone means 127.0.0.1.
+/// The `--internal-port` that leads clients to this listener: a port alone means 127.0.0.1.
 fn internal(listening: Listening) -> String {
     let port = listening.address.port();
     if listening.serves((Ipv4Addr::LOCALHOST, port).into()) {
@@ -241,7 +241,7 @@ fn internal(listening: Listening) -> String {
     }
 }
 
-/// `bro activate`, by whoever may.
+/// `bro activate`, with sudo where it is needed.
 pub(super) fn activate(known: &Installed) -> &'static str {
     if known.scope == RuntimeScope::System && !nix::unistd::geteuid().is_root() {
         "sudo bro activate"
@@ -250,18 +250,18 @@ pub(super) fn activate(known: &Installed) -> &'static str {
     }
 }
 
-/// The command line that leads this port's clients to another place of the service.
+/// The command line that leads this port's clients to another address of the service.
 fn lead_to(known: &Installed, listener: &InstalledPort, internal: &str) -> String {
     format!("{} --internal-port {internal}", anew(known, listener))
 }
 
-/// The command line that has this port as it was activated.
+/// The command line that activates this port as before.
 pub(super) fn anew(known: &Installed, listener: &InstalledPort) -> String {
     let service = service_name(known, listener);
     format!("{} {}{service} --external-port {}", activate(known), known.name, listener.address)
 }
 
-/// The option that names a port; the first one is meant where none is named.
+/// The option that names a port; without it, the first one is meant.
 pub(super) fn service_name(known: &Installed, listener: &InstalledPort) -> String {
     match &listener.service {
         service if *service == known.name => String::new(),

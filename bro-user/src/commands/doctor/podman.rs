@@ -1,21 +1,21 @@
-//! Asking the Podman of whoever owns the container.
+//! Asking the Podman of the container's owner.
 
 use std::time::Duration;
 
 use crate::run_as::{Gaining, RunAsUser};
 
-/// How long it may take.
+/// How long Podman may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How a program ends that setpriv(1) does not find.
+/// The status if setpriv(1) finds no such program.
 const NOT_FOUND: i32 = 127;
 
 /// What came of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// It did what it was asked; what it printed.
+    /// It did what it was told; its output.
     Yes(String),
-    /// It said no, or failed: its exit status, and its last words.
+    /// It said no, or failed: its exit status and last words.
     No(i32, String),
     /// There is no podman.
     NotThere,
@@ -46,7 +46,7 @@ pub(super) async fn ask(owner: Option<&RunAsUser>, args: &[&str]) -> Answer {
 }
 
 impl Answer {
-    /// Why it is no answer at all, in words that follow a subject.
+    /// Why it is no answer, in words that follow a subject.
     pub fn trouble(&self) -> Option<String> {
         match self {
             Self::NotThere => Some("podman is not there (is it in PATH?)".to_owned()),

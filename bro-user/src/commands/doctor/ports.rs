@@ -1,4 +1,4 @@
-//! What is in the way of the external ports: the quadlet's own PublishPort=, and addresses that are nobody's.
+//! What is in the way of the external ports: the quadlet's own PublishPort=, and addresses that the host lacks.
 
 use super::{Check, listens};
 use crate::address::External;

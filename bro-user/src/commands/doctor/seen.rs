@@ -1,4 +1,4 @@
-//! How does the service see its clients? What it grants to its own host alone it must not grant to a stranger.
+//! How does the service see its clients? Rights that it grants only to its own host must not go to a stranger.
 
 use super::{Check, listens};
 use crate::commands::status::Report;
@@ -7,7 +7,7 @@ use crate::installed::Installed;
 
 const NAME: &str = "clients";
 
-/// As the forwarder says, where it runs and has woken the service; else as it is going to.
+/// As the forwarder says, if it runs and has woken the service; else as planned.
 pub(super) async fn check(known: &Installed) -> Check {
     if known.option("source") == Some("loopback") {
         return Check::less(

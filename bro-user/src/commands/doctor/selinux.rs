@@ -1,4 +1,4 @@
-//! Labels, where SELinux enforces its policy: of bro itself, and of what a container shares with the host.
+//! Labels, where SELinux enforces its policy: bro's own, and those of what a container shares with the host.
 
 use std::path::{Path, PathBuf};
 
@@ -32,7 +32,7 @@ pub(super) fn program() -> Check {
     }
     let program = std::env::current_exe().unwrap_or_default();
     let kind = crate::sys::selinux_type(&program);
-    // Of the usual policies: files of users, root's home and temporary ones are not for system units. A user's units may run them.
+    // From the usual policies: system units may not run files of users, of root's home or temporary ones. A user's units may.
     let theirs = |kind: &str| kind.ends_with("_home_t") || kind.ends_with("_tmp_t") || kind == "default_t";
     match kind.as_deref() {
         Some(kind) if theirs(kind) && nix::unistd::geteuid().is_root() => Check::less(
@@ -54,7 +54,7 @@ pub(super) fn program() -> Check {
     }
 }
 
-/// May the container read what it shares with the host? None where nobody would ask.
+/// May the container read what it shares with the host? None where SELinux does not check.
 pub(super) fn shared(quadlet: &Quadlet, owner: Option<&RunAsUser>) -> Option<Check> {
     if !is_enforcing() || quadlet.kind != Kind::Container || is_unconfined(quadlet) {
         return None;
@@ -80,7 +80,7 @@ pub(super) fn shared(quadlet: &Quadlet, owner: Option<&RunAsUser>) -> Option<Che
     ))
 }
 
-/// `SecurityLabelDisable=`, or the same by hand.
+/// `SecurityLabelDisable=`, or the same set by hand.
 fn is_unconfined(quadlet: &Quadlet) -> bool {
     quadlet.file.boolean(quadlet.kind.section(), "SecurityLabelDisable") == Some(true)
         || quadlet.values("PodmanArgs").iter().any(|args| {
@@ -88,7 +88,7 @@ fn is_unconfined(quadlet: &Quadlet) -> bool {
         })
 }
 
-/// The volumes whose place on the host containers may not read: what the quadlet says, the place, and its type.
+/// The volumes that containers may not read: what the quadlet says, the place on the host, and its type.
 fn unlabelled(
     quadlet: &Quadlet,
     owner: Option<&RunAsUser>,

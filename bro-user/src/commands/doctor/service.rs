@@ -17,10 +17,10 @@ use crate::systemd::scope::RuntimeScope;
 /// How long `--wake` waits.
 const WAKE: std::time::Duration = std::time::Duration::from_secs(90);
 
-/// The check of those who start units.
+/// The check of the service managers.
 const MANAGER: &str = "service manager";
 
-/// What makes units of quadlets; it reads those of whoever runs it.
+/// What makes units of quadlets; it reads those of the user that runs it.
 const GENERATOR: &str = "/usr/lib/systemd/system-generators/podman-system-generator";
 
 /// All checks of the service `name`.
@@ -32,7 +32,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     let known = installed::find(name, scope)?;
     let mut checks = vec![files(&known)];
     if let Some(owner) = known.run_as.as_ref().filter(|owner| owner.is_gone()) {
-        // Whatever else was asked would be answered by that.
+        // Any other check would only repeat that.
         checks.push(Check::bad(
             "user",
             format!("there is no user {} any more, whose container it is", owner.name),
@@ -73,7 +73,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     checks.extend(ports::check(&known, quadlet.as_ref()));
     checks.push(versions::check_of(&known, quadlet.as_ref()).await);
     match &known.run_as {
-        // Its service manager is started by the first client; but the user's logging out stops it.
+        // The first client starts the user's service manager; but it stops when the user logs out.
         Some(owner) => checks.push(host::linger_of(owner)),
         None if scope == RuntimeScope::User => checks.push(host::linger().or_bad()),
         None => {}
@@ -101,7 +101,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     Ok(checks)
 }
 
-/// Who runs the container, or what there is to say where nobody answers.
+/// The container's service manager, or what to say where none answers.
 async fn container_manager(known: &Installed, front: &SystemdManager) -> Result<SystemdManager, Check> {
     let Some(owner) = &known.run_as else { return Ok(front.clone()) };
     let error = match SystemdManager::connect_as(owner).await {
@@ -124,7 +124,7 @@ async fn container_manager(known: &Installed, front: &SystemdManager) -> Result<
     })
 }
 
-/// A wake that failed, and was followed by none that succeeded.
+/// The last wake that failed and was followed by none that succeeded.
 fn failed_before(known: &Installed, failed: &FailedWake) -> Check {
     let log = known.service().map(|service| Whose::front(known).journal(&service));
     Check::bad(
@@ -142,7 +142,7 @@ fn again(known: &Installed) -> String {
     format!("`bro activate {} …` writes it anew", known.name)
 }
 
-/// What `bro activate` wrote beside the units is still there.
+/// Are the files that `bro activate` wrote beside the units there?
 fn files(known: &Installed) -> Check {
     const NAME: &str = "files";
     let mut gone: Vec<String> =
@@ -182,8 +182,8 @@ fn quadlet(known: &Installed, checks: &mut Vec<Check>) -> Option<Quadlet> {
     found.ok()
 }
 
-/// Does the quadlet make another container than the forwarder looks for? It knows better where --container has named one, and
-/// on the host's network there is none to look for.
+/// Does the quadlet make another container than the forwarder looks for? `--container` may have named one on purpose, and on the
+/// host's network the forwarder looks for none.
 fn other_container(known: &Installed, quadlet: &Quadlet) -> Option<String> {
     if known.direct || known.container_given {
         return None;
@@ -307,7 +307,7 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdMa
     }
 }
 
-/// Does the socket listen where its file says? Somebody may have changed the file, or have written a drop-in.
+/// Does the socket listen where its file says? The file may have changed, or there may be a drop-in.
 async fn as_the_file_says(known: &Installed, listener: &InstalledPort, systemd: &SystemdManager) -> Check {
     const NAME: &str = "socket";
     let (unit, address, systemctl) = (&listener.socket, &listener.address, Whose::front(known).systemctl());
@@ -387,7 +387,7 @@ pub(super) mod tests {
         assert_eq!(other_container(&known(Some("sidecar"), true), &plain), None);
         let host = quadlet(Kind::Container, "[Container]\nNetwork=host\n", Ok("systemd-web"));
         assert_eq!(other_container(&known(None, false), &host), None);
-        // It was not on the host's network when it was activated, or is there no more.
+        // It was not on the host's network when it was activated, or is not any more.
         assert!(other_container(&known(Some("systemd-web"), false), &host).is_some());
         assert!(other_container(&known(None, false), &plain).is_some());
         let kube = quadlet(Kind::Kube, "[Kube]\n", Err("the containers of a .kube"));

@@ -1,11 +1,11 @@
-//! Does a running forwarder have the settings that its unit has? One that `bro activate` did not start anew, since it had clients, or that
-//! has been reloaded since, goes on with those that it was started with.
+//! Does a running forwarder have its unit's settings? A forwarder that `bro activate` did not start anew, since it had clients, or
+//! that was reloaded since, keeps the settings that it was started with.
 
 use zbus::Variant;
 
 use crate::systemd::manager::Properties;
 
-/// Its command line differs from its unit's; false where nobody can say.
+/// Its command line differs from its unit's; false where that is unknown.
 pub(super) fn are_older(properties: &Properties) -> bool {
     let Some(Variant::U32(pid)) = properties.get("MainPID").map(|value| &**value) else { return false };
     let Some(wanted) = command(properties) else { return false };
@@ -32,12 +32,12 @@ fn words(cmdline: &[u8]) -> Vec<String> {
 }
 
 fn differ(running: &[String], wanted: &[String]) -> bool {
-    // A variable is anybody's guess.
+    // A variable's value is unknown.
     let has_variable = |word: &String| word.replace("$$", "").contains('$');
     if running.len() < 2 || wanted.iter().any(has_variable) {
         return false;
     }
-    // The program may be called by another path.
+    // The program may have been called by another path.
     let wanted: Vec<String> = wanted.iter().skip(1).map(|word| word.replace("$$", "$")).collect();
     running[1..] != wanted
 }

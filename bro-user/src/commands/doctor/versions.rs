@@ -1,11 +1,11 @@
-//! The oldest versions that things work with: the one table of them, which docs/reference.md shows as well (a test compares).
+//! The oldest versions that things work with: the only table of them, also shown in docs/reference.md (a test compares).
 
 use super::{Check, selinux};
 use crate::installed::Installed;
 use crate::podman::quadlet::Quadlet;
 use crate::systemd::scope::RuntimeScope;
 
-/// Which.
+/// Which feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Id {
     Forwarding,
@@ -27,7 +27,7 @@ pub(super) enum Id {
     Loader,
 }
 
-/// Something that bro does, and the oldest of each that it needs; none where any will do.
+/// Something that bro does, and the oldest versions that it needs; none where any will do.
 #[derive(Debug)]
 pub(super) struct Feature {
     pub id: Id,
@@ -35,16 +35,16 @@ pub(super) struct Feature {
     pub systemd: Option<u32>,
     pub podman: Option<(u32, u32)>,
     pub kernel: Option<(u32, u32)>,
-    /// Of a security module, where it is at work.
+    /// The security module's version, where one is at work.
     pub guard: Option<Guard>,
 }
 
-/// What a security module has to know of.
+/// What a security module has to support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Guard {
     /// SELinux's policy for containers.
     ContainerSelinux(u32, u32),
-    /// AppArmor with profiles for those who make user namespaces.
+    /// AppArmor with profiles for programs that make user namespaces.
     AppArmor(u32, u32),
 }
 
@@ -97,7 +97,7 @@ pub(super) const FEATURES: &[Feature] = &[
     ),
     // FlushPending=; its drop-in. (Podman hands sockets in since 3.4.)
     feature(Id::Direct, "sockets that the container takes over (`--direct`)", Some(247), Some((5, 0)), None),
-    // Before, a container might not accept at a socket of systemd's.
+    // Before, a container might not accept at systemd's socket.
     guarded(Id::DirectUnderSelinux, "the same under SELinux", Guard::ContainerSelinux(2, 183)),
     // Profiles for podman, crun and runc.
     guarded(
@@ -109,7 +109,7 @@ pub(super) const FEATURES: &[Feature] = &[
     feature(Id::HostContainersInternal, "the same at `host.containers.internal`", None, Some((5, 3)), None),
     // bpf_get_netns_cookie() for sock_ops programs
     feature(Id::KernelRelay, "the kernel relay", None, None, Some((5, 19))),
-    // Maps that are pinned, used by those who may not load programs.
+    // Maps that are pinned, used by users that may not load programs.
     feature(Id::Loader, "the kernel relay through `bro loader`", None, None, Some((5, 19))),
 ];
 
@@ -131,7 +131,7 @@ pub(super) fn numbers(version: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next().and_then(|minor| minor.parse().ok()).unwrap_or(0)))
 }
 
-/// What a program prints, if it does within ten seconds.
+/// A program's output, if it ends within ten seconds.
 pub(super) async fn says(program: &str, args: &[&str]) -> Option<String> {
     let output = tokio::process::Command::new(program).args(args).kill_on_drop(true).output();
     let output = tokio::time::timeout(std::time::Duration::from_secs(10), output).await.ok()?.ok()?;
@@ -159,7 +159,7 @@ impl Versions {
         }
     }
 
-    /// What a feature needs that this host has not; a program that is not there at all is another check's matter.
+    /// What a feature needs that this host lacks; a program that is missing entirely is another check's matter.
     pub(super) fn lacks(self, feature: &Feature) -> Option<String> {
         let older = |has: Option<(u32, u32)>, needs: Option<(u32, u32)>| match (has, needs) {
             (Some(has), Some(needs)) if has < needs => Some(needs),
@@ -181,10 +181,10 @@ impl Versions {
     }
 }
 
-/// What an activated service makes use of; `quadlet` where it is there.
+/// The features that an activated service uses; `quadlet` if it is there.
 pub(super) fn used(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'static Feature> {
     let of_user = known.unit_scope() == RuntimeScope::User;
-    // With auto it is spliced where the kernel relay is not to be had.
+    // With auto it is spliced where there is no kernel relay.
     let wants_kernel = !known.direct && known.option("relay") == Some("sockmap");
     let uses = |id: Id| match id {
         Id::Units => true,
@@ -203,7 +203,7 @@ pub(super) fn used(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'static
         }
         Id::Direct | Id::DirectUnderSelinux => known.direct,
         Id::UnderAppArmor => of_user,
-        // Whoever comes from another account's container is not this service's matter.
+        // Clients from another account's container are not this service's matter.
         Id::Pasta | Id::HostContainersInternal => false,
         Id::KernelRelay => wants_kernel,
         Id::Loader => wants_kernel && of_user,
@@ -211,7 +211,7 @@ pub(super) fn used(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'static
     FEATURES.iter().filter(|feature| uses(feature.id)).collect()
 }
 
-/// What of that is too new for this host.
+/// Which of them are too new for this host.
 pub(super) async fn check_of(known: &Installed, quadlet: Option<&Quadlet>) -> Check {
     const NAME: &str = "versions";
     let versions = Versions::of_this_host().await;
@@ -226,13 +226,13 @@ pub(super) async fn check_of(known: &Installed, quadlet: Option<&Quadlet>) -> Ch
     }
 }
 
-/// Does AppArmor keep programs that it does not know from making user namespaces?
+/// Does AppArmor forbid unknown programs to make user namespaces?
 pub(super) fn apparmor_limits() -> bool {
     let limit = std::fs::read_to_string("/proc/sys/kernel/apparmor_restrict_unprivileged_userns");
     limit.is_ok_and(|limit| limit.trim() == "1")
 }
 
-/// The version of AppArmor, where it does.
+/// AppArmor's version, where it does.
 async fn apparmor() -> Option<(u32, u32)> {
     if !apparmor_limits() {
         return None;

@@ -1,4 +1,4 @@
-//! `--freeze`: an idle service is frozen, goes on for its next client, and is stopped when there has been none for long.
+//! `--freeze`: an idle service is frozen, thawed for its next client, and stopped when there has been none for long.
 
 use std::time::SystemTime;
 
@@ -10,27 +10,27 @@ use crate::control_socket::Reply;
 use bro_relay::engine::idle::Leave;
 use bro_relay::engine::protocol::Plain;
 
-/// How far it is.
+/// How far the freezing is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Frost {
     /// It is not frozen.
     None,
     /// The engine was asked whether it is time.
     Asked,
-    /// systemd was told to freeze it; meanwhile somebody has come, or nobody.
+    /// systemd was told to freeze it; meanwhile a client has come, or none.
     Freezing { wanted: bool },
     /// It is frozen.
     Frozen { since: Instant },
-    /// systemd was told to have it go on.
+    /// systemd was told to thaw it.
     Thawing,
 }
 
 /// What systemd has done.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// It is frozen; or it is not, as a forwarder has not started it, or another one uses it.
+    /// It is frozen; or it is not, since a forwarder has not started it, or another one uses it.
     Froze(anyhow::Result<bool>),
-    /// It goes on.
+    /// It is thawed.
     Thawed(anyhow::Result<()>),
 }
 
@@ -46,7 +46,7 @@ impl Control<'_> {
         self.engine.send(Plain::Freeze(how));
     }
 
-    /// The engine's answer: it holds whoever comes from now on, or somebody is there.
+    /// The engine's answer: it holds every client from now on, or a client is there.
     pub(super) fn engine_froze(&mut self, frozen: bool) {
         if self.frost != Frost::Asked {
             return;
@@ -72,7 +72,7 @@ impl Control<'_> {
         }
     }
 
-    /// Somebody has come to what is frozen.
+    /// A client has come to a frozen service.
     pub(super) fn thaw_for(&mut self, peer: String) {
         if self.is_frozen() {
             tracing::info!(%peer, unit = self.options.unit.as_deref(), "thawing the service for its first client");
@@ -108,7 +108,7 @@ impl Control<'_> {
                 }
             }
             (Done::Froze(result), Frost::Freezing { .. }) => {
-                // It is stopped then, or left to whoever has started it.
+                // It is stopped when idle, or left running if another process started it.
                 self.freezing_failed = true;
                 if let Err(error) = result {
                     tracing::warn!("cannot freeze the unit, so it is stopped when it is idle: {error:#}");
@@ -117,7 +117,7 @@ impl Control<'_> {
             }
             (Done::Thawed(Ok(())), Frost::Thawing) => self.goes_on(),
             (Done::Thawed(Err(error)), Frost::Thawing) => {
-                // It may have been stopped meanwhile: whoever waits has it started, or thawed once more.
+                // It may have been stopped meanwhile: a client that waits has it started, or thawed once more.
                 tracing::warn!("cannot thaw the unit; looking for it anew: {error:#}");
                 self.frost = Frost::None;
                 for backend in 0..self.wakefulness.len() {
@@ -129,7 +129,7 @@ impl Control<'_> {
                     self.engine.send(Plain::Wake(super::wake::BY_HAND.into()));
                 }
             }
-            // Its namespace has gone meanwhile, or this process leaves.
+            // Its namespace is gone by now, or this process leaves.
             _ => {}
         }
     }

@@ -1,11 +1,11 @@
 //! Handing over to a successor (`systemctl reload`, after a package upgrade): the running forwarder starts the program anew with
 //! the same command line and the same listening sockets. When the new one is ready, it is the service's main process, and the old
-//! one finishes the connections it has, in the same cgroup. Nobody is refused meanwhile: both accept until the old one stops.
+//! one finishes the connections it has, in the same cgroup. No client is refused meanwhile: both accept until the old one stops.
 //!
-//! They talk over a socket pair, whose number the successor finds in `BRO_HANDOVER`: it says that it is ready, and hears that it
-//! has taken over, or that it is to stop because its predecessor was told to, or sees the end of its predecessor first. Once it has taken
-//! over the predecessor says how many connections it still has,
-//! eight bytes each time; a version that does not is one of which only that is known that it has not ended.
+//! The two talk over a socket pair; the successor finds its number in `BRO_HANDOVER`. The successor says that it is ready, and
+//! hears that it has taken over, or that it is to stop because its predecessor was told to, or it sees its predecessor's end first.
+//! After the takeover the predecessor says how many connections it still has, eight bytes each time; of a version that does not,
+//! only that is known that it has not ended.
 
 use std::ffi::OsString;
 use std::io;
@@ -33,16 +33,16 @@ const VARIABLE: &str = "BRO_HANDOVER";
 /// How long a successor may take to be ready.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// More than what is said of the kernel relay.
+/// More than a letter about the kernel relay takes.
 const LONGEST_LETTER: usize = 64 * 1024;
 
-/// How long one that is not ready yet may take to hear that it is to stop.
+/// How long a successor that is not ready yet may take to hear that it is to stop.
 const DEAF: Duration = Duration::from_secs(3);
 
 /// What the successor says when it is ready.
 const READY: u8 = b'R';
 
-/// What it is told when it is not to take over, but to stop.
+/// What the successor is told when it is to stop, not to take over.
 const STOP: u8 = b'T';
 
 /// What the successor is told.
@@ -50,7 +50,7 @@ const STOP: u8 = b'T';
 pub enum Word {
     /// It has taken over.
     TakenOver(Takeover),
-    /// The predecessor was told to stop, and waits for it to stop too.
+    /// The predecessor was told to stop, and waits until the successor stops too.
     Stop,
 }
 
@@ -77,30 +77,30 @@ impl Takeover {
 pub struct Predecessor(OwnedFd);
 
 impl Predecessor {
-    /// The one that has started this process, if one has. To be called first of all, like [`crate::systemd::listen_fds::take_passed`].
+    /// The predecessor that has started this process, if any. To be called first, like [`crate::systemd::listen_fds::take_passed`].
     #[must_use]
     pub fn take() -> Option<Self> {
         let number = std::env::var(VARIABLE).ok()?;
         sys::unset_environment(&[VARIABLE]);
         let socket = sys::adopt(number.parse().ok()?).ok()?;
-        // A leftover of the variable alone leads to no such socket.
+        // A variable that is only left over leads to no such socket.
         let pid = getsockopt(&socket, sockopt::PeerCredentials).ok()?.pid();
         (pid == nix::unistd::getppid().as_raw()).then_some(Self(socket))
     }
 
-    /// What it has left of the kernel relay, if anything. To be taken once, before [`Predecessor::reach`].
+    /// What it has left of the kernel relay, if anything. To be called once, before [`Predecessor::reach`].
     #[must_use]
     pub fn bequest(&self) -> Option<Bequest> {
         use nix::fcntl::{FcntlArg, OFlag, fcntl};
         fcntl(&self.0, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).ok()?;
         let mut letter = vec![0; LONGEST_LETTER];
-        // It was sent before this process was started; from one that has left nothing there is nothing to read.
+        // It was sent before this process was started; a predecessor that has left nothing has sent nothing.
         let (length, descriptors) = sys::receive_with_descriptors(self.0.as_fd(), &mut letter).ok()?;
         letter.truncate(length);
         (length > 0).then_some(Bequest { letter, descriptors })
     }
 
-    /// Its descriptor, which is not for the relay process.
+    /// Its descriptor, which the relay process must not have.
     #[must_use]
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -128,7 +128,7 @@ impl Predecessor {
 pub struct Ending(AsyncFd<OwnedFd>);
 
 impl Ending {
-    /// Waits for it.
+    /// Waits for the end.
     pub async fn come(&self) {
         // An error would mean that the pidfd is no pidfd.
         self.0.readable().await.map(|mut guard| guard.retain_ready()).unwrap_or_default();
@@ -142,7 +142,7 @@ pub struct Saying(UnixStream);
 impl Saying {
     /// Says that this process is ready, and waits for what comes of that. `None` when the predecessor ends without a word.
     pub async fn ready(&mut self) -> Option<Word> {
-        // It may have ended after a word.
+        // The predecessor may have ended after a word.
         drop(self.0.write_all(&[READY]).await);
         match self.0.read_u8().await.ok()? {
             STOP => Some(Word::Stop),
@@ -157,7 +157,7 @@ impl Saying {
     }
 }
 
-/// What this program is and how it was called, as it was at the start: an upgrade puts another file in its place.
+/// This program and how it was called, as it was at the start: an upgrade puts another file in its place.
 #[derive(Debug, Clone)]
 pub struct Program {
     path: PathBuf,
@@ -185,7 +185,7 @@ impl Program {
         let (ours, theirs) = UnixStream::pair()?;
         if let Some(Bequest { letter, descriptors }) = bequest {
             let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(OwnedFd::as_fd).collect();
-            // Into an empty socket, so at once.
+            // The socket is empty, so this does not wait.
             sys::send_with_descriptors(ours.as_fd(), letter, &descriptors)?;
         }
         let theirs = theirs.into_std()?;
@@ -203,7 +203,7 @@ impl Program {
             .env("LISTEN_FDNAMES", names.join(":"))
             .env(VARIABLE, (crate::systemd::listen_fds::FIRST as usize + listeners.len()).to_string());
         if std::env::var("WATCHDOG_PID").is_ok_and(|pid| pid.parse() == Ok(std::process::id())) {
-            // The successor has to say that it is alive as well.
+            // The successor also has to report that it is alive.
             let _same = command.env_remove("WATCHDOG_PID");
         }
         sys::pass_descriptors(&mut command, &descriptors)?;
@@ -213,7 +213,7 @@ impl Program {
     }
 }
 
-/// A successor's process, which ends with this unless it was let go: nobody else knows of it.
+/// A successor's process, which ends with this unless it was let go: no other process knows of it.
 #[derive(Debug)]
 struct Started(Option<Child>);
 
@@ -239,7 +239,7 @@ pub struct Successor {
 pub struct Stopper(UnboundedSender<Duration>);
 
 impl Stopper {
-    /// Has it let its clients finish and end within `limit`; when called again, at once.
+    /// Makes it let its clients finish, and end within `limit`; when called again, at once.
     pub fn stop(&self, limit: Duration) {
         // It may have ended meanwhile.
         self.0.send(limit).ok();
@@ -262,7 +262,7 @@ impl Successor {
         self.child.0.as_ref().map_or(0, Child::id)
     }
 
-    /// Waits until it is ready, or stopped; one that is not in time is ended.
+    /// Waits until it is ready, or stopped; a successor that is too slow is ended.
     ///
     /// # Errors
     /// When it ended, or was ended.
@@ -291,15 +291,15 @@ impl Successor {
         }
     }
 
-    /// For one that was ready when it was told to stop: waits until it has.
+    /// For a successor that was ready when it was told to stop: waits until it has.
     pub async fn stopped(mut self) {
         if let Some(limit) = self.stops.recv().await {
             self.stop(limit, true).await;
         }
     }
 
-    /// Tells it to stop, and waits for that. It may have clients from the moment it is ready, for it accepts beside its predecessor;
-    /// before, it does not listen to what is said here.
+    /// Tells it to stop, and waits for that. It may have clients once it is ready, since it accepts beside its predecessor; before
+    /// that, it does not listen on this channel.
     async fn stop(mut self, limit: Duration, ready: bool) {
         let pid = self.pid().cast_signed();
         let Ok(Ok(ended)) = sys::pidfd_open(pid).map(|pidfd| crate::sys::watch(pidfd, Interest::READABLE))
@@ -310,7 +310,7 @@ impl Successor {
         let deadline = tokio::time::sleep(if ready { limit } else { limit.min(DEAF) });
         tokio::pin!(deadline);
         if ready {
-            // One that is gone has stopped.
+            // A successor that is gone has stopped.
             drop(self.channel.write_all(&[STOP]).await);
         }
         loop {
@@ -329,7 +329,7 @@ impl Successor {
                 again = self.stops.recv(), if told_again => {
                     told_again = again.is_some();
                     if told_again {
-                        // Not reaped yet, so it is this process and no other.
+                        // It is not reaped yet, so the id is still its own.
                         kill(Pid::from_raw(pid), Signal::SIGTERM).ok();
                     }
                 }
@@ -347,7 +347,7 @@ impl Successor {
             ensure!(child.try_wait()?.is_none(), "the new program has ended");
         }
         channel.write_all(&[takeover.byte()]).await?;
-        // From now on it is a process of its own.
+        // From now on it does not end with this one.
         drop(child.0.take());
         Ok(Telling { channel, told: None })
     }
@@ -361,10 +361,10 @@ pub struct Telling {
 }
 
 impl Telling {
-    /// Says how many connections this process and those before it still have, if that has changed. One that does not listen misses
-    /// nothing but this.
+    /// Says how many connections this process and those before it still have, if that has changed. A successor that does not listen
+    /// misses nothing else.
     pub fn connections(&mut self, count: u64) {
-        // So few bytes are taken all or not at all; if not, there will be another try.
+        // So few bytes are written all or not at all; if not, there will be another try.
         if self.told != Some(count) && self.channel.try_write(&count.to_le_bytes()).is_ok() {
             self.told = Some(count);
         }

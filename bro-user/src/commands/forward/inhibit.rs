@@ -1,4 +1,4 @@
-//! Jobs that keep a service from being put to sleep although nobody is connected: `--busy-file`, `--busy-exec`, and units that
+//! Jobs that keep a service from being put to sleep although no client is connected: `--busy-file`, `--busy-exec`, and units that
 //! need the container's.
 
 use std::path::PathBuf;
@@ -7,23 +7,23 @@ use std::time::Duration;
 use crate::service::ServiceStarter;
 use crate::systemd::run_command::{self, CommandOutcome, LIMIT};
 
-/// At most so long after a “busy” it is asked again.
+/// The longest time from a “busy” to the next question.
 const STEP: Duration = Duration::from_secs(10);
 
-/// At least so long.
+/// The shortest.
 const SHORTEST_STEP: Duration = Duration::from_millis(100);
 
 /// What says “busy”.
 #[derive(Debug, Clone, Default)]
 pub struct Inhibitors {
-    /// A file that exists meanwhile.
+    /// A file that exists while busy.
     pub file: Option<PathBuf>,
-    /// A shell command that exits with 0 meanwhile.
+    /// A shell command that exits with 0 while busy.
     pub exec: Option<String>,
 }
 
-/// The first exit status that is no answer: 125 is podman's own trouble, 126 and 127 are the shell's about a command that it cannot
-/// run or find, from 128 on it was killed, and 255 is podman's about a container that takes no command (it is paused, say).
+/// The first exit status that is no answer: 125 is podman's own trouble; 126 and 127 are the shell's about a command that it
+/// cannot run or find; from 128 on it was killed; 255 is podman's about a container that takes no command (if paused, say).
 const TROUBLE: i32 = 125;
 
 impl Inhibitors {
@@ -39,14 +39,14 @@ impl Inhibitors {
         limit.clamp(SHORTEST_STEP, STEP)
     }
 
-    /// Who is busy, if somebody is: a unit that would be stopped along with the container's counts as well, and so does a start that
-    /// is under way, whoever ordered it. Ends within seconds: `activator` runs the command.
+    /// What is busy, if anything is: a unit that would be stopped along with the container's counts as well, and so does a start
+    /// that is under way, whatever ordered it. Ends within seconds: `activator` runs the command.
     pub async fn busy(&self, activator: &ServiceStarter) -> Option<String> {
         if let Some(file) = &self.file {
             match file.symlink_metadata() {
                 Ok(_) => return Some(format!("{} exists", file.display())),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                // Nobody knows whether it is there; better awake than cut off.
+                // It is unknown whether it is there; better awake than cut off.
                 Err(error) => {
                     tracing::warn!(%error, "cannot look for {}, which counts as busy", file.display());
                     return Some(format!("{}: {error}", file.display()));

@@ -17,20 +17,20 @@ use crate::systemd::notify;
 /// As good as for ever: until its last connection has ended, or the unit is stopped.
 const NO_LIMIT: Duration = Duration::from_secs(u32::MAX as u64);
 
-/// Who has the successor find a service that is awake.
+/// In a client's place: has the successor find a service that is awake.
 pub(super) const AFTER_RELOAD: &str = "reload";
 
 /// How much later than this process its successor may hear that both are to stop.
 const LATER: Duration = Duration::from_secs(5);
 
-/// What happens on the way.
+/// What happens during a reload.
 #[derive(Debug)]
 pub(super) enum News {
     /// The successor is ready or stopped, or there is none.
     Successor(anyhow::Result<Born>),
     /// What the predecessor says to this process; nothing if it has ended.
     Told(Option<Word>),
-    /// The predecessor still has so many connections.
+    /// How many connections the predecessor still has.
     PredecessorHas(u64),
     /// The predecessor has ended.
     PredecessorEnded,
@@ -46,11 +46,11 @@ pub(super) struct Replacing<'a> {
     starting: Option<Stopper>,
     /// A successor has taken over.
     replaced: bool,
-    /// It, to be told how many connections this process still has.
+    /// The successor, to be told how many connections this process still has.
     telling: Option<Telling>,
     /// The predecessor still has connections: if this process ended, systemd would end it as well.
     predecessor: Option<status::Predecessor>,
-    /// This process has no connection any more, and waits for its predecessor or for the successor that it stops, and for nothing else.
+    /// This process has no connection any more, and only waits for its predecessor, or for the successor that it stops.
     pub(super) drained: bool,
     news: (UnboundedSender<News>, UnboundedReceiver<News>),
 }
@@ -96,7 +96,7 @@ impl<'a> Replacing<'a> {
         }
     }
 
-    /// This process must not leave now: for want of clients, or because it has none any more.
+    /// This process must not leave now, neither for want of clients nor of connections.
     pub(super) const fn stands_in_the_way(&self) -> bool {
         self.starting.is_some() || self.has_predecessor()
     }
@@ -158,7 +158,7 @@ impl Control<'_> {
             News::Successor(Ok(Born::Ready(successor))) if self.phase == Phase::Serving => {
                 self.hand_over(successor).await;
             }
-            // It was told to stop, and has heard of it only now.
+            // The successor was told to stop, and has heard of it only now.
             News::Successor(Ok(Born::Ready(successor))) => {
                 let news = self.replacing.news.0.clone();
                 let stopping = async move {
@@ -176,13 +176,13 @@ impl Control<'_> {
                 self.counts.failed_reloads += 1;
                 tracing::error!("cannot reload, and goes on as before: {error:#}");
                 self.replacing.starting = None;
-                // The successor may have put a socket of its own in this one's place. The old one takes its file along, so it goes first.
+                // The successor may have put its own socket in this one's place. The old one removes its file, so it goes first.
                 self.control = None;
                 self.control = crate::control_socket::Server::start_or_warn();
                 notify::ready(&self.status());
             }
             News::Told(Some(Word::Stop)) => {
-                // It waits for this one, and not the other way round.
+                // The successor waits for this process, not vice versa.
                 self.replacing.predecessor = None;
                 if !matches!(self.phase, Phase::Draining(_)) {
                     self.begin_drain("The predecessor was told to stop before this process had taken over");
@@ -211,16 +211,16 @@ impl Control<'_> {
 
     async fn hand_over(&mut self, successor: Successor) {
         self.replacing.starting = None;
-        // What the successor may stop when it is idle.
+        // The run that the successor may stop when idle.
         drop(tokio::time::timeout(super::REMEMBER, self.activator.note_run()).await);
         let pid = successor.pid();
-        // A start that is under way is waited for by the successor.
+        // The successor waits for a start that is under way.
         let awake = self.awake_since.is_some() || self.being_woken().is_some();
         let takeover = if awake { Takeover::Awake } else { Takeover::Asleep };
-        // The successor listens there, and goes on counting from here.
+        // The successor listens there, and counts on from here.
         self.metrics = None;
         self.keep_counts().await;
-        // Before the successor speaks: systemd listens to the main process alone.
+        // Before the successor says anything: systemd listens to the main process alone.
         notify::succeeded_by(pid);
         match successor.take_over(takeover).await {
             Ok(telling) => self.replacing.telling = Some(telling),
@@ -244,12 +244,12 @@ impl Control<'_> {
         self.engine.send(Plain::Drain(format!("Replaced by process {pid}")));
     }
 
-    /// Listens for those who want metrics, now that the other process does not any more.
+    /// Listens for requests for metrics, now that the other process does not any more.
     fn serve_metrics(&mut self) {
         let Some(endpoint) = &self.options.metrics else { return };
         match metrics::Server::start(endpoint) {
             Ok(server) => self.metrics = Some(server),
-            // Clients have done nothing to deserve an end.
+            // That is no reason to end the clients' connections.
             Err(error) => tracing::error!("{error:#}; going on without"),
         }
     }
@@ -263,7 +263,7 @@ impl Control<'_> {
                 drop(tokio::spawn({
                     let news = news.clone();
                     async move {
-                        // Whoever is told may have left meanwhile.
+                        // The receiver may have left meanwhile.
                         news.send(News::Told(saying.ready().await)).ok();
                         while let Some(count) = saying.connections().await {
                             news.send(News::PredecessorHas(count)).ok();
@@ -275,7 +275,7 @@ impl Control<'_> {
                     news.send(News::PredecessorEnded).ok()
                 }));
             }
-            // It has ended meanwhile, so this process is what there is.
+            // The predecessor has ended meanwhile, so this process is alone.
             Err(error) => {
                 tracing::debug!("no predecessor any more: {error:#}");
                 drop(news.send(News::Told(None)));
@@ -283,7 +283,7 @@ impl Control<'_> {
         }
     }
 
-    /// The unit is stopped: what connections this process still has get the time that those of its successor have.
+    /// The unit is stopped: the connections that this process still has get the same time as the successor's.
     pub(super) fn told_to_stop_although_replaced(&mut self) {
         self.replacing.replaced = false;
         self.phase = Phase::Draining(Instant::now() + self.options.drain_timeout.or_forever());

@@ -1,4 +1,4 @@
-//! When a forwarder leaves, and that its container sleeps then: idle time, minimum up time, whoever is busy, and `bro sleep`.
+//! When a forwarder leaves, and that its container sleeps then: idle time, minimum up time, busy jobs, and `bro sleep`.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::control_socket::{Asked, Asker, Reply, Request};
 use crate::service::Stopped;
 use crate::systemd::notify;
 
-/// The unit's own limit for our stop is longer by default; a unit that takes more than this stops without us.
+/// The unit's own limit for this stop is longer by default; a slower unit stops without the forwarder.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How soon the engine is asked again whether it is time to leave.
@@ -24,9 +24,9 @@ const AGAIN: Duration = Duration::from_millis(100);
 pub(super) struct Busy {
     /// They are being asked.
     asking: bool,
-    /// Who was busy last.
+    /// What was busy last.
     who: Option<String>,
-    /// When to ask again, them or the engine.
+    /// When to ask the jobs or the engine again.
     again: Option<Instant>,
 }
 
@@ -41,7 +41,7 @@ impl Control<'_> {
             Frost::None => {}
             Frost::Frozen { since } if self.wakers.is_empty() && !self.replacing.stands_in_the_way() => {
                 let limit = self.options.idle.freeze_time.finite()?;
-                // With somebody there who has not said anything the engine stays, and is not asked again at once.
+                // With a silent client there the engine stays, and is not asked again at once.
                 return [Some(since + limit), self.busy.again].into_iter().flatten().max();
             }
             _ => return None,
@@ -49,7 +49,7 @@ impl Control<'_> {
         if self.busy.asking || !self.wakers.is_empty() || self.replacing.stands_in_the_way() {
             return None;
         }
-        // The unit is never stopped in the middle of its start, whether or not those who waited have given up.
+        // The unit is never stopped in the middle of its start, whether or not the waiting clients have given up.
         if self.options.unit.is_some() && self.being_woken().is_some() {
             return None;
         }
@@ -60,27 +60,27 @@ impl Control<'_> {
             .max()
     }
 
-    /// Since when nothing happens; now, while something does.
+    /// Since when nothing has happened; now, while something does.
     fn idle_since(&self) -> Instant {
         let since =
             if self.options.idle.counts_bytes() { self.stats.quiet_from() } else { self.stats.idle_from() };
-        // The engine, which counts, hears of a wake a moment later than this side.
+        // The engine counts, and hears of a wake a moment later than the control process.
         since.map_or_else(Instant::now, Instant::from_std).max(self.woken_at)
     }
 
-    /// The idle time is over: asks whoever may be busy, then the engine, which has the last word.
+    /// The idle time is over: asks what may be busy, then the engine, which has the last word.
     pub(super) fn idle_time_is_over(&mut self) {
         let inhibitors = Inhibitors {
             file: self.options.idle.busy_file.clone(),
             exec: self.options.idle.busy_exec.clone(),
         };
-        // Of what is frozen nothing is to be asked: it was before, and could not answer.
+        // A frozen service is not asked: it was asked before, and could not answer.
         if inhibitors.is_empty() && self.options.unit.is_none() || self.is_frozen() {
             return self.ask_to_leave();
         }
         self.busy.asking = true;
         let answer = self.said_busy.0.clone();
-        // Whoever asked may have left meanwhile.
+        // The receiver may have left meanwhile.
         let activator = self.activator.clone();
         let asking = async move {
             drop(answer.send(inhibitors.busy(&activator).await));
@@ -88,7 +88,7 @@ impl Control<'_> {
         drop(tokio::spawn(asking));
     }
 
-    /// The answer to the question who is busy.
+    /// The answer to the question what is busy.
     pub(super) fn busy(&mut self, who: Option<String>) {
         let limit = self.history.idle_time();
         self.busy.asking = false;
@@ -104,7 +104,7 @@ impl Control<'_> {
         }
     }
 
-    /// Who keeps the idle exit waiting, if somebody does.
+    /// What keeps the idle exit waiting, if anything does.
     pub(super) fn who_is_busy(&self) -> Option<&str> {
         let limit = self.history.idle_time();
         self.busy.who.as_deref().filter(|_| self.idle_since() + limit <= Instant::now())
@@ -123,7 +123,7 @@ impl Control<'_> {
         self.engine.send(Plain::Leave(how));
     }
 
-    /// Somebody is there: the engine is not asked again at once.
+    /// A client is there: the engine is not asked again at once.
     pub(super) fn busy_again(&mut self) {
         self.busy.again = Some(Instant::now() + AGAIN);
     }
@@ -133,11 +133,11 @@ impl Control<'_> {
         if self.phase != Phase::Serving {
             return asker.answer(Reply::leaving());
         }
-        // The one that is being started would stay.
+        // The successor that is being started would stay.
         if self.replacing.is_starting() {
             return asker.answer(Reply::leaving());
         }
-        // With this process the service manager would end that one as well.
+        // The service manager would end the predecessor along with this process.
         if let Some(predecessor) = self.replacing.predecessor().filter(|_| !force) {
             return asker.answer(Reply::refused(format!("clients are connected: {predecessor}")));
         }
@@ -146,13 +146,13 @@ impl Control<'_> {
         self.engine.send(Plain::Leave(if force { Leave::Now } else { Leave::WithoutGuests }));
     }
 
-    /// The engine does not let us leave: somebody has connected.
+    /// The engine does not let the forwarder leave: a client has connected.
     pub(super) fn stays(&mut self) {
         if self.phase == Phase::Leaving {
             self.phase = Phase::Serving;
         }
         let Some((_, asker)) = self.sleeper.take() else {
-            // Where the clock does not move, since only bytes count, it would be asked again at once.
+            // The clock may not move, since only bytes count: then it would be asked again at once.
             self.busy.again = Some(Instant::now() + AGAIN);
             return;
         };
@@ -165,7 +165,7 @@ impl Control<'_> {
         drop(tokio::spawn(answering));
     }
 
-    /// No client is there, and none is let in any more: stops the unit, and tells so whoever asked for it.
+    /// No client is there, and none is let in any more: stops the unit, and tells the caller that asked for it.
     pub(super) async fn leaves(&mut self) {
         let sleeper = self.sleeper.take();
         let why = if sleeper.is_some() { "Told to sleep: stopping" } else { "Idle: stopping" };
@@ -179,7 +179,7 @@ impl Control<'_> {
             }
         );
         let force = sleeper.as_ref().is_some_and(|(force, _)| *force);
-        // One that goes on would start the unit anew.
+        // A wake that goes on would start the unit anew.
         self.wakes.shutdown().await;
         let activator = self.activator.clone();
         let stopping = timeout(PATIENCE, activator.stop_what_it_started(force));
@@ -200,7 +200,7 @@ impl Control<'_> {
         }
         let outcome = match stopped {
             Ok(Ok(Stopped::Done)) => {
-                // Who wakes by hand what was put to sleep by hand is not to be waited for.
+                // To be put to sleep and woken by hand does not make the idle time grow.
                 if sleeper.is_none() && self.awake_since.is_some() {
                     self.history.slept();
                 }

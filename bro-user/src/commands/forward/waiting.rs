@@ -1,5 +1,5 @@
-//! Clients that are not let in, since there are as many connections as may be: they wait in the kernel's backlog, where nobody sees
-//! them, so that it has to be said.
+//! Clients that are not let in, since there are as many connections as may be: they wait in the kernel's backlog, unseen, so that
+//! it has to be said.
 
 use std::os::fd::AsFd as _;
 
@@ -11,14 +11,14 @@ use crate::commands::status::Waiting;
 #[derive(Debug)]
 pub(super) struct Limit {
     connections: u64,
-    /// What lets more in.
+    /// What lets more clients in.
     lets_in: String,
-    /// Who waited at the last look.
+    /// The clients that waited at the last look.
     waiting: Option<Waiting>,
 }
 
 impl Limit {
-    /// `asked` of the command line, and what came of it.
+    /// `asked` is the command line's, `connections` the result.
     pub fn new(asked: Option<u32>, connections: usize) -> Self {
         let connections = u64::try_from(connections).unwrap_or(u64::MAX);
         let lets_in = match asked {
@@ -28,12 +28,12 @@ impl Limit {
         Self { connections, lets_in, waiting: None }
     }
 
-    /// Who waited at the last look.
+    /// The clients that waited at the last look.
     pub const fn waiting(&self) -> Option<&Waiting> {
         self.waiting.as_ref()
     }
 
-    /// Looks who waits, where there are `open` connections; says so once, until nobody waits any more.
+    /// Looks which clients wait, with `open` connections; says so once, until no client waits any more.
     pub fn look(&mut self, open: u64, listeners: &[(Listener, usize)]) {
         let clients = if open < self.connections { 0 } else { listeners.iter().map(backlog).sum() };
         let before = self.waiting.take();

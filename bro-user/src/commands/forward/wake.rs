@@ -17,7 +17,7 @@ use crate::exit::Failure;
 use crate::service::{Awake, NetnsSource};
 use crate::systemd::time_span;
 
-/// Whether a target is awake, as far as the control side knows.
+/// Whether a target is awake, as far as the control process knows.
 #[derive(Debug)]
 pub(super) enum Wakefulness {
     Asleep,
@@ -29,21 +29,21 @@ pub(super) enum Wakefulness {
 #[derive(Debug)]
 pub(super) struct Waking {
     since: Instant,
-    /// How long its clients are held. None once that is over: those there were have been reset, and the start goes on.
+    /// How long its clients are held. None once that is over: those clients have been reset, and the start goes on.
     pub(super) until: Option<Instant>,
     /// It has been awake, and has refused since.
     refused: bool,
     task: AbortHandle,
 }
 
-/// How long a unit that systemd calls started may be without being ready, although nobody waits for it any more. (How long it
-/// may take to be started is for its TimeoutStartSec= to say.)
+/// How long a unit that systemd calls started may be without being ready, when no client waits for it any more. (How long it may
+/// take to be started is for its TimeoutStartSec= to say.)
 const SLOWEST: Duration = Duration::from_secs(600);
 
 /// How long the service manager may take to say whether the unit runs.
 const KNOCK: Duration = Duration::from_secs(5);
 
-/// What came of the question whether the service runs, for a client that wakes nothing.
+/// Whether the service runs, as asked for a client that wakes nothing.
 #[derive(Debug)]
 pub(super) struct Knocked {
     backend: usize,
@@ -51,22 +51,22 @@ pub(super) struct Knocked {
     runs: bool,
 }
 
-/// Who is turned away where the service does not run.
+/// The clients turned away where the service does not run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Turned {
-    /// Those who wake nothing.
+    /// Clients that wake nothing.
     Ignored,
-    /// Everybody, for it was started too often.
+    /// Every client, for it was started too often.
     All,
 }
 
-/// Who wakes it without being a client.
+/// What wakes it without being a client.
 pub(super) const BY_HAND: &str = "bro wake";
 
-/// A target that refuses right after it was found to listen is not asked again sooner.
+/// A target that refuses right after it was found to listen is asked again after this at the earliest.
 const AFTER_REFUSAL: Duration = Duration::from_millis(20);
 
-/// Nor is one that goes on refusing (over a unix socket, whose listener no table shows) asked less often.
+/// A target that goes on refusing (over a unix socket: no table shows its listener) after this at the latest.
 const AFTER_MANY_REFUSALS: Duration = Duration::from_millis(640);
 
 /// How often a target has refused since it was woken.
@@ -74,7 +74,7 @@ const AFTER_MANY_REFUSALS: Duration = Duration::from_millis(640);
 pub(super) struct Refusals(u32);
 
 impl Refusals {
-    /// How long to wait with the next try: twice as long each time.
+    /// How long to wait before the next try: twice as long each time.
     fn pause(&mut self, refused: bool) -> Duration {
         if !refused {
             *self = Self::default();
@@ -118,7 +118,7 @@ impl Control<'_> {
         self.wakefulness[backend] = Wakefulness::Waking(Waking { since, until, refused, task });
     }
 
-    /// Counts a wake of the service: the first of its targets', and not one that only finds again what a predecessor has woken.
+    /// Counts a wake of the service: its first target's, and not a wake that only finds what a predecessor has woken.
     fn count_wake(&mut self, by: &str) {
         if self.awake_since.is_some() || self.being_woken().is_some() || by == super::reload::AFTER_RELOAD {
             return;
@@ -128,7 +128,7 @@ impl Control<'_> {
         *count += 1;
     }
 
-    /// Somebody has found the service asleep.
+    /// The service was found asleep.
     pub(super) fn found_asleep(&self, by: Option<&str>) {
         let before = self.history.idle_time();
         self.history.woken(by);
@@ -139,8 +139,7 @@ impl Control<'_> {
         }
     }
 
-    /// A client that wakes nothing has come while the service slept, as far as is known here: it may run all the same, started by
-    /// whomever.
+    /// A client that wakes nothing has come while the service slept, as far as is known here: another process may have started it.
     pub(super) fn knocked_for(&mut self, backend: usize, peer: String) {
         if backend >= self.targets.len() {
             return tracing::error!(backend, "the relay process asks for a target that there is not");
@@ -148,12 +147,12 @@ impl Control<'_> {
         self.look_whether_it_runs(backend, peer, Turned::Ignored);
     }
 
-    /// A client would have the service started, which was started too often. It may run all the same.
+    /// A client would start the service, which was started too often. It may run all the same.
     pub(super) fn looks_before_refusing(&mut self, backend: usize, peer: String) {
         self.look_whether_it_runs(backend, peer, Turned::All);
     }
 
-    /// Asked once at a time for each target, however often the relay process wants to know.
+    /// Asks once at a time for each target, however often the relay process wants to know.
     fn look_whether_it_runs(&mut self, backend: usize, peer: String, of: Turned) {
         let before = self.turned[backend].replace(of);
         if let Some(before) = before {
@@ -163,15 +162,15 @@ impl Control<'_> {
         let (activator, answer) = (self.activator.clone(), self.knocked.0.clone());
         let asking = async move {
             let runs = tokio::time::timeout(KNOCK, activator.is_up()).await.unwrap_or(false);
-            // Whoever asked may have left meanwhile.
+            // The receiver may have left meanwhile.
             drop(answer.send(Knocked { backend, peer, runs }));
         };
         drop(tokio::spawn(asking));
     }
 
-    /// The service was started too often: those who are held for it are reset. Said once, until it may be started again.
+    /// The service was started too often: the clients held for it are reset. Said once, until it may be started again.
     fn refuse(&mut self, backend: usize, peer: &str) {
-        // Just now the first of those starts may have become an hour old.
+        // The first of those starts may have become an hour old just now.
         let Some(wait) = self.history.too_many() else { return self.wake(backend, peer, false) };
         let limit = self.options.idle.wakes_per_hour.unwrap_or_default();
         if !std::mem::replace(&mut self.too_many_said, true) {
@@ -186,7 +185,7 @@ impl Control<'_> {
         self.engine.send(Plain::Failed { backend, end: End::WakeLimit });
     }
 
-    /// Whether the service runs: then it is looked for, which starts nothing.
+    /// The service may run: then it is looked for, which starts nothing.
     pub(super) fn knocked(&mut self, Knocked { backend, peer, runs }: Knocked) {
         match &self.wakefulness[backend] {
             _ if !runs => {}
@@ -208,7 +207,7 @@ impl Control<'_> {
         Instant::now() + self.options.start_timeout.or_forever()
     }
 
-    /// The first client after those who were held have been reset: it waits for the same start.
+    /// The first client after the held ones have been reset: it waits for the same start.
     pub(super) fn wait_again(&mut self, backend: usize, peer: &str) {
         let patience = self.patience();
         let Some(Wakefulness::Waking(waking)) = self.wakefulness.get_mut(backend) else { return };
@@ -217,7 +216,7 @@ impl Control<'_> {
         self.woken_by = Some(peer.to_owned());
     }
 
-    /// Those that are being woken.
+    /// The targets that are being woken.
     fn waking(&self) -> impl Iterator<Item = (usize, &Waking)> {
         self.wakefulness.iter().enumerate().filter_map(|(backend, wakefulness)| match wakefulness {
             Wakefulness::Waking(waking) => Some((backend, waking)),
@@ -230,7 +229,7 @@ impl Control<'_> {
         self.waking().map(|(_, waking)| waking.since).min()
     }
 
-    /// “ for 40s: web.service runs ExecStartPre= (sleep); ”, of a start that takes so long.
+    /// “ for 40s: web.service runs ExecStartPre= (sleep); ”, of a start that takes a while.
     pub(super) fn how_far(&self) -> String {
         let doing = self.activator.progress().doing;
         match self.being_woken() {
@@ -241,13 +240,13 @@ impl Control<'_> {
         }
     }
 
-    /// When the next who are held are told that it takes too long.
+    /// When the next held clients are told that it takes too long.
     pub(super) fn impatience(&self) -> Option<Instant> {
         self.waking().filter_map(|(_, waking)| waking.until).min()
     }
 
-    /// Whose start takes longer than clients are held: they are reset. Where it is a unit's, and the first one since it slept, it goes
-    /// on: begun anew for the next client it would not take less.
+    /// The start takes longer than clients are held: they are reset. Where it is a unit's, and the first one since it slept, it
+    /// goes on: begun anew for the next client it would not take less.
     pub(super) fn loses_patience(&mut self) {
         let now = Instant::now();
         for backend in 0..self.wakefulness.len() {
@@ -269,7 +268,7 @@ impl Control<'_> {
         }
     }
 
-    /// Ends the wait for a service that has been started long ago, is not ready, and that nobody waits for.
+    /// Ends the wait for a service that was started long ago, is not ready, and has no client waiting for it.
     pub(super) fn give_up_on_slow_starts(&mut self) {
         let too_long = self.activator.progress().started.is_some_and(|started| started.elapsed() > SLOWEST);
         if !too_long || Stats::get(&self.stats.held) > 0 || !self.wakers.is_empty() {
@@ -284,7 +283,7 @@ impl Control<'_> {
         }
     }
 
-    /// Wakes it no more.
+    /// Gives the wake up.
     fn give_up(&mut self, backend: usize) {
         let before = std::mem::replace(&mut self.wakefulness[backend], Wakefulness::Asleep);
         if let Wakefulness::Waking(waking) = before {
@@ -294,7 +293,7 @@ impl Control<'_> {
         drop(tokio::spawn(async move { activator.forget().await }));
     }
 
-    /// Tells of a wake that failed, and those who are held.
+    /// Tells of a wake that failed, also the held clients.
     fn failed(&mut self, backend: usize, end: End, why: &str, rest: &str) {
         let target = &self.targets[backend];
         tracing::error!(%target, "{why}; the clients held for it are reset{rest}");
@@ -307,7 +306,7 @@ impl Control<'_> {
         self.engine.send(Plain::Failed { backend, end });
     }
 
-    /// Keeps a service awake whose clients have given up while it was being started, for as long as that took: they may come again.
+    /// Keeps a service awake after its clients gave up while it was being started, for as long as that took: they may come again.
     fn keep_for_those_who_gave_up(&mut self, since: Instant) {
         if Stats::get(&self.stats.held) == 0 && self.wakers.is_empty() {
             self.kept_until = Instant::now() + since.elapsed().min(SLOWEST);
@@ -326,11 +325,11 @@ impl Control<'_> {
                 self.failures.woken(backend);
                 self.woken_at = Instant::now();
                 let _since = self.awake_since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
-                // What stood there before may be another's by now.
+                // An old address may be another service's by now.
                 self.addresses.clear(slot(backend, destination.addresses.len())..slot(backend + 1, 0));
                 for (number, address) in destination.addresses.iter().enumerate() {
                     if let Some(address) = address {
-                        // There is room for the most addresses a target may have.
+                        // There is room for as many addresses as a target may have.
                         let _there_is_room = self.addresses.write(slot(backend, number), *address);
                     }
                 }
@@ -366,7 +365,7 @@ impl Control<'_> {
         }
     }
 
-    /// Told to stop while it wakes a target: where systemd starts the unit only after this process has ended, those who are held
+    /// Told to stop while it wakes a target: where systemd starts the unit only after this process has ended, the held clients
     /// would be held in vain.
     pub(super) fn give_up_where_in_the_way(&self) {
         for (backend, _) in self.waking() {
@@ -382,7 +381,7 @@ impl Control<'_> {
         }
     }
 
-    /// `--pid` names one process. When it has exited there will never be a namespace again, so the forwarder ends as well.
+    /// `--pid` names one process. Once it has exited there will never be a namespace again, so the forwarder ends as well.
     fn give_up_on_a_dead_process(&mut self, error: anyhow::Error) {
         if matches!(self.activator.place(), NetnsSource::Pid(_))
             && matches!(error.downcast_ref(), Some(Failure::NotFound(_)))
@@ -392,14 +391,14 @@ impl Control<'_> {
         }
     }
 
-    /// A target's namespace is gone.
+    /// A target has lost its namespace.
     pub(super) fn gone(&mut self, backend: usize) {
         tracing::info!(target = %self.targets[backend], "the service's namespace is gone; the next client wakes it again");
         if matches!(self.wakefulness[backend], Wakefulness::Awake) {
             self.wakefulness[backend] = Wakefulness::Asleep;
         }
         if !self.wakefulness.iter().any(|target| matches!(target, Wakefulness::Awake)) {
-            // Also where one is being woken again, since it has refused a connection before this was known.
+            // Also where a target is being woken again, since it had refused a connection before this was known.
             self.awake_since = None;
         }
         if self.wakefulness.iter().all(|target| matches!(target, Wakefulness::Asleep)) {
@@ -407,7 +406,7 @@ impl Control<'_> {
             self.activator.end_use();
         }
         self.engine.send(Plain::Gone { backend });
-        // Whoever waits for all of them waits for this one again.
+        // A caller that waits for all of them waits for this one again.
         if !self.wakers.is_empty() {
             self.engine.send(Plain::Wake(BY_HAND.into()));
         }

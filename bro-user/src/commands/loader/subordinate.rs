@@ -1,6 +1,6 @@
-//! /etc/subuid (subuid(5)): which user ids are a user's to give to his containers.
+//! /etc/subuid (subuid(5)): which user ids a user may give to containers.
 
-/// The ranges of the user, first id and count, from the file's text. A line names its user or gives his number.
+/// The ranges of the user, first id and count, from the file's text. A line gives its user's name or number.
 pub(super) fn ranges(text: &str, uid: u32, name: &str) -> Vec<(u32, u32)> {
     text.lines().filter_map(|line| range(line, uid, name)).collect()
 }
@@ -9,7 +9,7 @@ fn range(line: &str, uid: u32, name: &str) -> Option<(u32, u32)> {
     let mut fields = line.trim().split(':');
     let (owner, first, count) = (fields.next()?, fields.next()?, fields.next()?);
     let his = owner == name || owner.parse() == Ok(uid);
-    // 0 would be root, or nobody's.
+    // 0 would be root, or no id at all.
     let (first, count) = (first.parse::<u32>().ok()?, count.parse::<u32>().ok()?);
     (his && first > 0 && count > 0 && fields.next().is_none()).then_some((first, count))
 }

@@ -1,5 +1,5 @@
-//! Every service there is a forwarder for, running or not: what `bro activate` has set up, and what forwarders say that
-//! somebody has set up by hand.
+//! Every service there is a forwarder for, running or not: what `bro activate` has set up, and what forwarders set up by hand
+//! report.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -31,22 +31,22 @@ pub(crate) struct Service {
     pub since: Option<u64>,
     /// Why: the client that woke it, or `bro wake`.
     pub woken_by: Option<String>,
-    /// What a start that takes long is at.
+    /// What a long start is doing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub doing: Option<String>,
     /// Connections now, with those that predecessors of its forwarders finish.
     pub connections: u64,
-    /// Who is not let in, since there are as many connections as may be.
+    /// The clients not let in, since there are as many connections as may be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waiting: Option<Waiting>,
     /// The last wake that failed and was followed by none that succeeded.
     pub failed_wake: Option<FailedWake>,
-    /// What its forwarders say.
+    /// The reports of its forwarders.
     pub forwarders: Vec<Report>,
     /// What all forwarders of its unit have counted since the host was booted.
     #[serde(skip)]
     pub counts: Counts,
-    /// How the service manager says that it is; none where it was not asked.
+    /// The service manager's answer; none where it was not asked.
     #[serde(skip)]
     systemds: Option<ServiceState>,
     /// Further names that it goes by, as `bro activate` and `bro sleep` take them.
@@ -98,8 +98,8 @@ impl Service {
         }
     }
 
-    /// What its forwarders know goes before what systemd knows, as far as both can be so. Wherever a forwarder is shown, it is as its
-    /// service is.
+    /// What its forwarders know goes before what systemd knows, as far as both can be true. Wherever a forwarder is shown, its
+    /// state is the service's.
     fn hear(&mut self, mut report: Report) {
         if believes(report.activity.state, self.systemds) {
             self.state = report.activity.state;
@@ -118,7 +118,7 @@ impl Service {
         self.forwarders.push(report);
         let answers = |pid: i32| self.forwarders.iter().any(|report| report.pid.cast_signed() == pid);
         let connections = |report: &Report| {
-            // One with a socket of its own has been heard itself.
+            // A predecessor with its own socket has answered itself.
             let before = report.predecessor.as_ref().filter(|predecessor| !answers(predecessor.pid));
             report.total.open + before.and_then(|predecessor| predecessor.connections).unwrap_or(0)
         };
@@ -129,9 +129,9 @@ impl Service {
 /// Is a service as its forwarder says, and not as the service manager says, if that was asked?
 const fn believes(forwarder: ServiceState, systemd: Option<ServiceState>) -> bool {
     match (forwarder, systemd) {
-        // That nobody has woken it through this forwarder is not to hide that it has failed, or that somebody else has started it.
+        // That this forwarder has not woken it is not to hide that it has failed, or that another process has started it.
         (ServiceState::Asleep, _) => false,
-        // Without a run of its unit it is not awake, whatever was so a moment ago.
+        // Without a run of its unit it is not awake, whatever was true a moment ago.
         (
             ServiceState::Awake | ServiceState::Busy,
             Some(
@@ -163,9 +163,9 @@ pub(crate) async fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Service>> {
     for known in activated {
         let mut service = Service::of(&known);
         match buses.of(&known).await {
-            // Without systemd's word it is asleep, as far as anybody knows.
+            // Without systemd's word it is asleep, as far as bro knows.
             Some((front, container)) => drop(look(&mut service, &known, front, container).await),
-            // Who does not run does not listen.
+            // A manager that does not run does not listen.
             None => service.state = ServiceState::Deaf,
         }
         let (its, others) =
@@ -195,7 +195,7 @@ pub(crate) async fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Service>> {
     Ok(services)
 }
 
-/// The service of one forwarder, as that one sees it.
+/// The service of one forwarder, as the forwarder sees it.
 pub(crate) fn alone(report: Report) -> Service {
     let unit = report.unit.clone();
     let by = unit.clone().or_else(|| report.service.clone());
@@ -211,7 +211,7 @@ fn own(service: &Service) -> Vec<&Own> {
     service.forwarders.iter().map(|report| &report.own).collect()
 }
 
-/// A socket without a forwarder is a left-over of one that was killed.
+/// A socket without a forwarder was left by one that was killed.
 async fn ask_all(sockets: Vec<PathBuf>) -> Vec<Report> {
     let mut reports = Vec::new();
     for path in sockets {
@@ -225,7 +225,7 @@ async fn ask_all(sockets: Vec<PathBuf>) -> Vec<Report> {
 struct Buses {
     own: Option<SystemdManager>,
     system: Option<SystemdManager>,
-    /// Of users whose containers the system's forwarders serve.
+    /// Of users with containers that the system's forwarders serve.
     users: Vec<(u32, Option<SystemdManager>)>,
 }
 
@@ -236,7 +236,7 @@ impl Buses {
         Self { own, system, users: Vec::new() }
     }
 
-    /// Who listens and forwards, and who runs the container; that one may be started by the first client only.
+    /// The forwarder's manager, and the container's; that one may be started by the first client only.
     async fn of(&mut self, known: &Installed) -> Option<(SystemdManager, Option<SystemdManager>)> {
         let Some(owner) = &known.run_as else { return self.own.clone().map(|own| (own.clone(), Some(own))) };
         let front = match &self.system {
@@ -268,7 +268,7 @@ async fn look(
     for listener in &known.listeners {
         deaf |= systemd.active_state(&listener.socket).await? != "active";
         match systemd.live(&listener.socket).await {
-            // Somebody has changed the file, or written a drop-in: systemd's word counts.
+            // The file was changed, or there is a drop-in: systemd's word counts.
             Ok(live) if !live.listen.is_empty() && !drift::listens_there(listener, &live) => {
                 addresses.extend(live.listen);
             }
@@ -284,12 +284,12 @@ async fn look(
     let is_frozen = unit.as_ref().is_some_and(|unit| unit.is_frozen);
     service.state = match unit.as_ref().map_or("inactive", |unit| unit.active.as_str()) {
         _ if deaf => ServiceState::Deaf,
-        // However the container is: who comes now waits for a forwarder that does not get up.
+        // However the container is: a new client waits for a forwarder that does not get up.
         _ if restarting => ServiceState::Failed,
         "inactive" if failed => ServiceState::Failed,
         active => of_unit(active, is_frozen),
     };
-    // One that does not listen, or whose forwarder does not get up, may be awake all the same for those who are there.
+    // A service that does not listen, or has a forwarder that does not get up, may be awake all the same for its present clients.
     service.systemds = unit.as_ref().map(|unit| of_unit(&unit.active, unit.is_frozen));
     service.since = unit.and_then(|unit| unit.active_since).filter(|_| service.state == ServiceState::Awake);
     Ok(())
@@ -368,7 +368,7 @@ pub(super) fn since(state: ServiceState, since: Option<u64>, name: &str) -> Stri
     age(since).map_or_else(|| word.clone(), |span| format!("{word} for {}", roughly(span)))
 }
 
-/// How long ago that was, in seconds since 1970.
+/// How long ago a time was, in seconds since 1970.
 pub(crate) fn age(since: Option<u64>) -> Option<Duration> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs());
     since.map(|since| Duration::from_secs(now.saturating_sub(since)))
@@ -378,7 +378,7 @@ pub(crate) fn age(since: Option<u64>) -> Option<Duration> {
 pub(crate) mod tests {
     use super::*;
 
-    /// One that sleeps.
+    /// A service that sleeps.
     pub(crate) fn service(name: &str) -> Service {
         Service::new(name.into(), Some(format!("{name}.service")), Vec::new())
     }

@@ -1,4 +1,4 @@
-//! How it is drawn.
+//! How the list is drawn.
 
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
@@ -11,7 +11,7 @@ use crate::commands::status::ServiceState;
 use crate::commands::status::list::age;
 use crate::systemd::time_span::roughly;
 
-/// The columns beside the name, which has the rest, and how wide they are: 80 columns leave 18 for the name.
+/// The columns beside the name, which gets the rest, and their widths: 80 columns leave 18 for the name.
 const COLUMNS: [(&str, u16); 7] =
     [("STATE", 14), ("SINCE", 9), ("CONN", 5), ("HELD", 4), ("IN/s", 8), ("OUT/s", 8), ("RELAY", 7)];
 

@@ -1,5 +1,5 @@
-//! The terminal while `bro top` has it: another screen, every key at once, no cursor. However the program ends, the terminal is as it
-//! was: at the end of the value, and before a panic is told of.
+//! The terminal while `bro top` has it: another screen, every key at once, no cursor. However the program ends, the terminal is
+//! restored: at the end of the value, and before a panic is reported.
 
 use std::io::{self, Stdout};
 use std::sync::Once;
@@ -12,7 +12,7 @@ use crossterm::terminal::{
 use ratatui::backend::CrosstermBackend;
 use ratatui::{Frame, Terminal};
 
-/// It.
+/// The terminal.
 pub(super) struct Screen(Terminal<CrosstermBackend<Stdout>>);
 
 impl Screen {
@@ -27,9 +27,9 @@ impl Screen {
         });
         let terminal = Terminal::new(CrosstermBackend::new(io::stdout()))?;
         enable_raw_mode()?;
-        // From here on its end puts everything back.
+        // From here on its drop restores everything.
         let screen = Self(terminal);
-        // Not by the library's way to clear it, which asks the terminal where its cursor is: not every one answers.
+        // Not with the library's own clearing, which asks the terminal where its cursor is: not every terminal answers.
         execute!(io::stdout(), EnterAlternateScreen, Clear(ClearType::All))?;
         Ok(screen)
     }

@@ -21,7 +21,7 @@ pub(super) struct Row {
     pub relay: String,
     /// Bytes since the host was booted, to the service and to clients.
     pub bytes: (u64, u64),
-    /// All that `bro status` says of it.
+    /// The sentence of `bro status` about it.
     pub sentence: String,
 }
 
@@ -75,7 +75,7 @@ pub(super) enum What {
 pub(super) enum Said {
     #[default]
     Nothing,
-    /// It waits for a yes or no, of a service that is in use.
+    /// It waits for a yes or no about a service that is in use.
     Asks { name: String, connections: u64 },
     /// In the bottom line until the next key.
     Told(String),
@@ -91,22 +91,22 @@ pub(super) type Rates = (u64, u64);
 #[derive(Debug, Default)]
 pub(super) struct View {
     pub rows: Vec<Row>,
-    /// There has been an answer.
+    /// An answer has come.
     pub known: bool,
-    /// Why there is none any more.
+    /// Why no more answers come.
     pub lost: Option<String>,
     rates: BTreeMap<String, Rates>,
-    /// What had gone where at the last look, and when that was.
+    /// The bytes at the last look, and when that was.
     before: Option<(Instant, Totals)>,
-    /// The name of the one that is chosen.
+    /// The name of the chosen service.
     chosen: Option<String>,
     pub said: Said,
-    /// What is being done.
+    /// What is under way.
     pub underway: Vec<Doing>,
 }
 
 impl View {
-    /// The place of the chosen one.
+    /// The row of the chosen service.
     pub fn place(&self) -> Option<usize> {
         self.rows.iter().position(|row| Some(&row.name) == self.chosen.as_ref())
     }
@@ -119,7 +119,7 @@ impl View {
         self.rates.get(name).copied()
     }
 
-    /// Takes what there is at that moment.
+    /// Takes over the services of that moment.
     pub fn services(&mut self, rows: anyhow::Result<Vec<Row>>, at: Instant) {
         let rows = match rows {
             Ok(rows) => rows,
@@ -143,7 +143,7 @@ impl View {
         let place = self.place().unwrap_or(0);
         self.rows = rows;
         if self.place().is_none() {
-            // It is gone, or none was: the one in its place.
+            // The chosen one is gone, or none was: the one in its place.
             self.choose(place);
         }
     }
@@ -153,7 +153,7 @@ impl View {
         self.chosen = self.rows.get(place.min(last)).map(|row| row.name.clone());
     }
 
-    /// What came of what was begun.
+    /// The outcome of what was begun.
     pub fn done(&mut self, doing: &Doing, outcome: anyhow::Result<String>) {
         self.underway.retain(|other| other != doing);
         let name = &doing.name;
@@ -165,7 +165,7 @@ impl View {
     }
 
     fn tell(&mut self, text: String) {
-        // A question is not taken away by what comes meanwhile.
+        // A question stays, whatever comes meanwhile.
         if !matches!(self.said, Said::Asks { .. }) {
             self.said = Said::Told(on_one_line(&text));
         }
@@ -233,7 +233,7 @@ impl View {
     }
 }
 
-/// `None` where a number has become smaller: it has begun anew.
+/// `None` where a number has become smaller: its count has begun anew.
 fn rates(before: (u64, u64), now: (u64, u64), span: Duration) -> Option<Rates> {
     let ms = u64::try_from(span.as_millis()).ok().filter(|ms| *ms > 0)?;
     let rate = |before: u64, now: u64| now.checked_sub(before).map(|more| more.saturating_mul(1000) / ms);
@@ -306,14 +306,14 @@ pub(super) mod tests {
         press(&mut view, KeyCode::End);
         assert_eq!(press(&mut view, KeyCode::Char('s')), Next::Nothing);
         assert_eq!(view.said, Said::Asks { name: "web".into(), connections: 2 });
-        // What comes of something else does not take the question away.
+        // Another outcome does not remove the question.
         view.done(&Doing { name: "db".into(), what: What::Wake }, Ok("awake".into()));
         assert_eq!(press(&mut view, KeyCode::Enter), Next::Nothing, "no is what is not yes");
         assert_eq!(press(&mut view, KeyCode::Char('y')), Next::Nothing, "nothing is asked any more");
         press(&mut view, KeyCode::Char('s'));
         let doing = Doing { name: "web".into(), what: What::Sleep { force: true } };
         assert_eq!(press(&mut view, KeyCode::Char('y')), Next::Do(doing.clone()));
-        // Once at a time.
+        // Only one at a time.
         assert_eq!(press(&mut view, KeyCode::Char('w')), Next::Nothing);
         view.done(&doing, Err(anyhow::anyhow!("no\u{1b}[2J")));
         assert_eq!(view.said, Said::Told("no\\u{1b}[2J".into()));

@@ -14,13 +14,13 @@ use crate::run_as::RunAsUser;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::{MARKER, UnitFile};
 
-/// How many directories are looked into below one of those where quadlets lie: whose it is may link to what there is.
+/// How many directories bro looks into below one of the quadlets' directories: its owner may link to anything.
 const MOST_DIRECTORIES: usize = 10_000;
 
-/// How many names are looked at in them, and among drop-ins.
+/// How many names bro looks at in them, and among drop-ins.
 const MOST_NAMES: usize = 100_000;
 
-/// How long a quadlet or a drop-in may be.
+/// The longest quadlet or drop-in that is read.
 const LONGEST: u64 = 1 << 20;
 
 /// The directories, the one that wins first.
@@ -67,7 +67,7 @@ pub fn drop_in_directory(
     root: Option<&Path>,
 ) -> anyhow::Result<PathBuf> {
     let directory = match (scope, owner) {
-        // Not into the home directory: what root writes is to lie where only root writes.
+        // Not into the home directory: root's files are to lie where only root writes.
         (_, Some(owner)) => Path::new("/etc/containers/systemd/users").join(owner.uid.to_string()),
         (RuntimeScope::System, None) => PathBuf::from("/etc/containers/systemd"),
         (RuntimeScope::User, None) => paths::config_home()?.join("containers/systemd"),
@@ -78,7 +78,7 @@ pub fn drop_in_directory(
 /// The quadlet's file: that of the instance itself before its template's.
 ///
 /// # Errors
-/// When there is more to look at than anybody would have meant.
+/// When there is more to look at than a user could have meant.
 pub(super) fn file(directories: &[PathBuf], stem: &str, kind: Kind) -> anyhow::Result<Option<PathBuf>> {
     let mut names = vec![format!("{stem}.{}", kind.extension())];
     if let Some((prefix, _)) = stem.split_once('@') {
@@ -94,7 +94,7 @@ pub(super) fn file(directories: &[PathBuf], stem: &str, kind: Kind) -> anyhow::R
     Ok(None)
 }
 
-/// On the way through one of the directories and all below it, by links too, as Podman goes.
+/// The way through one of the directories and all below it, by links too, as Podman goes.
 struct Walk<'a> {
     top: &'a Path,
     name: &'a str,
@@ -129,7 +129,7 @@ impl<'a> Walk<'a> {
                 self.name
             );
             let path = entry.path();
-            // What lies in users/ is not the system's, and in users/UID that user's alone; both have entries of their own.
+            // Files in users/ are not the system's, and those in users/UID are that user's alone; both have entries of their own.
             let is_users = directory == self.top && is_users(self.top, &path);
             if path.extension().is_none_or(|end| end != "d") && !is_users && path.is_dir() {
                 inside.push(path);
@@ -154,11 +154,11 @@ fn is_users(top: &Path, path: &Path) -> bool {
     }
 }
 
-/// Reads the quadlet and its drop-ins, those of `bro activate` left out: what it wrote is not the user's wish.
+/// Reads the quadlet and its drop-ins, without those of `bro activate`: what it wrote is not the user's wish.
 pub(super) fn read(directories: &[PathBuf], stem: &str, kind: Kind, path: &Path) -> anyhow::Result<UnitFile> {
     let text = read_bounded::read(path, LONGEST, Link::Follow).map_err(|error| unreadable(path, &error))?;
     let mut file = UnitFile::parse(&text);
-    // By file name; of two with the same name, the first directory's counts.
+    // By file name; of two with the same name, the one in the first directory counts.
     let mut drop_ins: BTreeMap<std::ffi::OsString, PathBuf> = BTreeMap::new();
     let parent = path.parent().map(Path::to_owned);
     let mut names = 0;
@@ -292,7 +292,7 @@ mod tests {
         assert!(tree.find("web").unwrap_err().to_string().contains("is a template"));
     }
 
-    /// Each is looked into once, so that links to links do not multiply.
+    /// Each directory is looked into once, so that links to links do not multiply.
     #[test]
     fn links_in_a_ring_take_no_time() {
         let tree = Tree::new(&[("etc/containers/systemd/deep/er/web.container", "[Container]\n")]);

@@ -2,7 +2,7 @@
 
 use crate::run_as::RunAsUser;
 
-/// `text` with the specifiers replaced as systemd does for `unit`; else the first one that is not known here.
+/// `text` with the specifiers replaced as systemd does for `unit`; else the first specifier that is not known here.
 pub(super) fn expand(text: &str, unit: &str, owner: Option<&RunAsUser>) -> Result<String, String> {
     let stem = unit.strip_suffix(".service").unwrap_or(unit);
     let (prefix, instance) = stem.split_once('@').unwrap_or((stem, ""));

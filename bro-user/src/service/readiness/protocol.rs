@@ -18,7 +18,7 @@ pub enum Protocol {
 /// What to GET.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page {
-    /// Named in the request (`Host:`), nothing that is connected to.
+    /// Named in the request (`Host:`); bro does not connect to it.
     host: Option<String>,
     /// Instead of the target's.
     pub port: Option<u16>,
@@ -36,7 +36,7 @@ pub enum Answer {
     Foreign,
 }
 
-/// No more of an answer is looked at, in bytes.
+/// Only so many bytes of an answer are looked at.
 pub const MOST: usize = 4096;
 
 impl Protocol {
@@ -73,7 +73,7 @@ impl Protocol {
         }
     }
 
-    /// What the answer means of which this has come; nothing while that cannot be told.
+    /// What the answer means, of which this has come; nothing while that cannot be told.
     #[must_use]
     pub fn understand(&self, answer: &[u8]) -> Option<Answer> {
         match self {
@@ -84,7 +84,7 @@ impl Protocol {
         }
     }
 
-    /// The name that people know it by.
+    /// The protocol's usual name.
     #[must_use]
     pub const fn name(&self) -> &'static str {
         match self {
@@ -174,7 +174,7 @@ fn postgres(answer: &[u8]) -> Option<Answer> {
     }
 }
 
-/// A packet: three bytes of length, the number 0, and version 10 of the protocol or an error (that there are too many clients, say).
+/// A packet: three bytes of length, the number 0, and version 10 of the protocol or an error (too many clients, say).
 fn mysql(answer: &[u8]) -> Option<Answer> {
     let [_, _, high, number, first] = *answer.first_chunk()?;
     // No greeting has 64 KiB.

@@ -1,4 +1,4 @@
-//! A command within the confinement of another unit: a transient unit with that one's directives.
+//! A command within the confinement of another unit: a transient unit with that unit's directives.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -25,7 +25,7 @@ pub struct Ended {
     pub status: i32,
 }
 
-/// Those of a service that confine it, as systemd.exec(5) names them, and that a transient unit takes in the form in which they are read.
+/// A service's confining properties (systemd.exec(5)) that a transient unit takes in the form in which they are read.
 pub const CONFINING: &[&str] = &[
     "User",
     "Group",
@@ -82,7 +82,7 @@ pub const CONFINING: &[&str] = &[
     "TasksMax",
 ];
 
-/// Is it what a unit has that says nothing of it? Set all the same, some of these mean more than to say nothing.
+/// Does a unit that does not set the property have this value? Some of these values mean more when they are set.
 fn says_nothing(name: &str, value: &Variant<'_>) -> bool {
     /// The bits of all kinds of namespaces.
     const NAMESPACES: u64 = 0x7e02_0080;
@@ -101,7 +101,7 @@ fn says_nothing(name: &str, value: &Variant<'_>) -> bool {
             "CapabilityBoundingSet" => bits.trailing_ones() > 38,
             _ => *bits == u64::MAX,
         },
-        // Of the lists, whether what stands in it is allowed, and of the labels, whether to go on without: neither without the rest.
+        // A list says whether its entries are allowed, a label whether to go on without it: neither counts without the rest.
         Variant::Structure(parts) => match parts.fields() {
             [Variant::Bool(allowed), Variant::Array(all)] => !allowed && all.is_empty(),
             [Variant::Bool(_), Variant::Str(label)] => label.as_str().is_empty(),
@@ -124,8 +124,8 @@ impl SystemdManager {
         Ok(properties.get_all(interface).await?)
     }
 
-    /// Runs a command that prints to `output`, confined as these properties say, and waits for its end. After `limit` it is killed, with
-    /// all that it has started. What this systemd does not take of them is left out.
+    /// Runs a command that prints to `output`, confined as these properties say, and waits for its end. After `limit` it is killed,
+    /// with everything that it has started. Properties that this systemd does not take are left out.
     ///
     /// # Errors
     /// When systemd refuses, with its own words.

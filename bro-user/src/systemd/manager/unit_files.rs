@@ -1,4 +1,4 @@
-//! What `bro activate` asks of systemd beyond starting and stopping: enable, reload, whose socket it is.
+//! What `bro activate` asks of systemd beyond starting and stopping: enable, reload, which unit a socket belongs to.
 
 use anyhow::Context as _;
 
@@ -22,7 +22,7 @@ pub(crate) struct SocketState {
     pub backlog: u32,
     /// Empty where it is bound to none.
     pub device: String,
-    /// Somebody has a say in it besides its file.
+    /// Drop-ins have a say in it besides its file.
     pub has_drop_ins: bool,
 }
 
@@ -84,7 +84,7 @@ impl SystemdManager {
         self.active_state(unit).await.is_ok_and(|state| state == "deactivating")
     }
 
-    /// A service that ends whenever it is started, and that systemd starts again: how often it has done so.
+    /// How often systemd has started a service again that ends whenever it is started.
     pub(crate) async fn restart_loop(&self, unit: &str) -> anyhow::Result<Option<u32>> {
         let sub_state = self.unit(unit).await?.sub_state().await?;
         let look = self.look(unit).await?;

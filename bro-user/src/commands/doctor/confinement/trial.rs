@@ -1,5 +1,5 @@
-//! What a wake does, tried step by step and without waking anything: `bro try-wake`, which `bro doctor NAME` has systemd run within the
-//! confinement of a forwarder's unit. A line of JSON a step.
+//! The steps of a wake, tried one by one without waking anything: `bro try-wake`, which `bro doctor NAME` has systemd run within
+//! the confinement of a forwarder's unit. One line of JSON for each step.
 
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
@@ -14,7 +14,7 @@ use crate::exit::Failure;
 use crate::netns::sock_diag::Table;
 use crate::netns::{Namespace, NetnsRef};
 
-/// One thing that a wake does.
+/// One step of a wake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Step {
@@ -22,7 +22,7 @@ pub(super) enum Step {
     Find,
     /// Starts the agent and has it enter the namespace.
     Enter,
-    /// Makes sockets there: of IPv4, of IPv6, of unix.
+    /// Makes sockets there: IPv4, IPv6, unix.
     Inet,
     Inet6,
     Unix,
@@ -46,7 +46,7 @@ impl std::fmt::Display for Step {
     }
 }
 
-/// What came of it.
+/// What came of a step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Tried {
     pub step: Step,
@@ -54,7 +54,7 @@ pub(super) struct Tried {
     pub error: Option<String>,
 }
 
-/// Where and as what it was tried.
+/// Where and as what the steps were tried.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Circumstances {
     /// What a security module takes the process for (/proc/self/attr/current).
@@ -63,7 +63,7 @@ pub(super) struct Circumstances {
     pub user_namespace: String,
 }
 
-/// All of it.
+/// The command's output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub(super) enum Said {
@@ -71,7 +71,7 @@ pub(super) enum Said {
     Circumstances(Circumstances),
 }
 
-/// The program's answer, as far as it got: nonsense is passed over, since it may come from a user's process.
+/// The program's answer, as far as it got: nonsense is ignored, since it may come from a user's process.
 pub(super) fn read(text: &str) -> (Circumstances, Vec<Tried>) {
     let (mut circumstances, mut tried) = (Circumstances::default(), Vec::new());
     for said in text.lines().filter_map(|line| serde_json::from_str(line).ok()) {
@@ -86,13 +86,13 @@ pub(super) fn read(text: &str) -> (Circumstances, Vec<Tried>) {
 /// Runs `bro try-wake`.
 ///
 /// # Errors
-/// When nobody reads what it says.
+/// When its output has no reader.
 pub fn run(options: &TryWake) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(all(options))
 }
 
-/// Each is said at once: a filter may end this process with the next one.
+/// Each line is written at once: a filter may end this process at the next step.
 fn say(said: &Said) -> anyhow::Result<()> {
     let mut line = serde_json::to_vec(said)?;
     line.push(b'\n');
@@ -100,7 +100,7 @@ fn say(said: &Said) -> anyhow::Result<()> {
     Ok(std::io::stdout().flush()?)
 }
 
-/// Says what came of a step; what it made, if it worked.
+/// Says what came of a step; returns what it made, if it worked.
 fn said<T>(step: Step, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
     let (made, error) = match result {
         Ok(made) => (Some(made), None),
@@ -144,7 +144,7 @@ fn find(pid: Option<i32>) -> anyhow::Result<OwnedFd> {
     Ok(netns.into())
 }
 
-/// Of which families the targets want sockets.
+/// The families of the sockets that the targets need.
 fn families(targets: &[Target]) -> Vec<(Step, i32)> {
     let mut families = Vec::new();
     for target in targets {
