@@ -402,16 +402,24 @@ impl ServiceStarter {
         self.begin_use(unit).await;
         let bus = self.bus().await?;
         let before = loop {
+            let mut turn = self.runs.turn().await;
             let look = bus.look(unit).await?;
             // After that look, and about the same state: the unit's process may end between two looks.
-            if look.is_between() && restart::awaited(&bus, unit).await? != look.state {
-                continue;
+            if look.is_between() {
+                drop(turn);
+                let awaited = restart::awaited(&bus, unit).await?;
+                turn = self.runs.turn().await;
+                // The state of a restart that waits and of one that is under way is the same word.
+                if awaited != look.state || bus.look(unit).await? != look {
+                    continue;
+                }
             }
             if look.is_running() {
                 self.runs.see(&look);
             } else {
                 self.runs.order(&look);
             }
+            drop(turn);
             self.follow_runs(&bus).await;
             if !look.is_active() {
                 break look;
@@ -452,6 +460,7 @@ impl ServiceStarter {
         let mut result = bus.start_telling(unit, ordered).await.with_context(cannot)?;
         // Its Result= still describes the run before.
         if result == "failed" && bus.last_try(unit).await.is_ok_and(|last| last < asked) {
+            let _turn = self.runs.turn().await;
             self.runs.withdraw(&bus.look(unit).await?);
             bail!(
                 "systemd did not even try to start {unit}, which was started too often (StartLimitBurst= in \
@@ -471,15 +480,19 @@ impl ServiceStarter {
                 "the unit ended without having said that it is ready (Result=protocol); it is started once more"
             );
             let _state = restart::awaited(&bus, unit).await?;
+            let turn = self.runs.turn().await;
             let now = bus.look(unit).await?;
             if !now.is_running() {
                 self.runs.order(&now);
             }
+            drop(turn);
             result = bus.start(unit).await.with_context(cannot)?;
         }
         if result != "done" {
             // A run that another process starts later is not ours either.
+            let turn = self.runs.turn().await;
             self.runs.withdraw(&bus.look(unit).await?);
+            drop(turn);
             let cause = self.cause(&bus, unit, result == "dependency").await;
             let journal = self.manager.journal();
             bail!("starting {unit} ended with “{result}”{cause}; see `{journal} {unit}`");
@@ -590,11 +603,12 @@ impl ServiceStarter {
 
     /// Notes which run of the unit is a forwarder's, for a forwarder that takes over from this one.
     pub async fn note_run(&self) {
-        let Some(unit) = &self.unit else { return };
-        let Ok(bus) = self.bus().await else { return };
-        if let Ok(look) = bus.look(unit).await {
-            self.runs.see(&look);
+        if self.unit.is_none() {
+            return;
         }
+        let Ok(bus) = self.bus().await else { return };
+        // A bus that fails tells nothing.
+        self.runs.look(&bus).await.ok();
     }
 
     /// Stops the unit if a forwarder started it (this one, or one before it) and no other forwarder uses it; with `by_force`, in
@@ -616,8 +630,7 @@ impl ServiceStarter {
             }
         };
         let bus = self.bus().await?;
-        let look = bus.look(unit).await?;
-        let ours = self.runs.see(&look);
+        let (look, ours) = self.runs.look(&bus).await?;
         if matches!(look.state.as_str(), "inactive" | "failed") {
             return Ok(Stopped::Done);
         }
@@ -662,8 +675,8 @@ impl ServiceStarter {
                 Err(_) => None,
             };
             let bus = self.bus().await?;
-            let look = bus.look(unit).await?;
-            if !look.is_active() || !self.runs.see(&look) {
+            let (look, ours) = self.runs.look(&bus).await?;
+            if !look.is_active() || !ours {
                 return Ok(false);
             }
             bus.freeze(unit).await?;

@@ -56,13 +56,16 @@ impl Whose {
 pub struct Runs {
     unit: String,
     whose: Mutex<Whose>,
+    /// Held from a look at the unit until account is taken of it: an older look that comes after a newer one would show a run that
+    /// seems to be another process's start.
+    turn: tokio::sync::Mutex<()>,
 }
 
 impl Runs {
     /// Of a unit that nothing is known of.
     #[must_use]
     pub fn of(unit: String) -> Self {
-        Self { unit, whose: Mutex::new(Whose::Others) }
+        Self { unit, whose: Mutex::new(Whose::Others), turn: tokio::sync::Mutex::default() }
     }
 
     /// systemd is about to be told to start the unit, which does not run: the next run is ours.
@@ -76,6 +79,22 @@ impl Runs {
         if !self.see(now) {
             *self.whose.lock().unwrap_or_else(PoisonError::into_inner) = Whose::Others;
         }
+    }
+
+    /// To be held from a look at the unit until that look is passed on to the methods here.
+    pub async fn turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// Looks at the unit in its turn, and takes account of it. Says also whether the unit's run is a forwarder's.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn look(&self, bus: &SystemdManager) -> anyhow::Result<(UnitState, bool)> {
+        let _turn = self.turn().await;
+        let look = bus.look(&self.unit).await?;
+        let ours = self.see(&look);
+        Ok((look, ours))
     }
 
     /// Takes account of what the unit is doing. Says whether its run is a forwarder's.
@@ -106,7 +125,7 @@ impl Runs {
     pub async fn follow(&self, bus: &SystemdManager) -> anyhow::Result<std::convert::Infallible> {
         let mut changes = bus.changes(&self.unit).await?;
         loop {
-            self.see(&bus.look(&self.unit).await?);
+            self.look(bus).await?;
             changes.next().await?;
         }
     }
@@ -160,6 +179,15 @@ mod tests {
         let by_systemd = UnitState { restarts: 1, ..look("active", "b") };
         assert_eq!(after(ours(), &[look("activating", "a"), by_systemd.clone()]).run(), Some("b"));
         assert_eq!(after(Whose::Others, &[by_systemd]), Whose::Others);
+    }
+
+    #[test]
+    fn an_older_look_after_a_newer_one_would_lose_the_run() {
+        // Which is why there is `turn`: nothing in a look says how old it is.
+        let newer =
+            after(ordered(""), &[look("active", "a"), UnitState { restarts: 1, ..look("activating", "b") }]);
+        assert_eq!(newer.run(), Some("b"));
+        assert_eq!(newer.after(&look("activating", "a"), None), Whose::Others);
     }
 
     #[test]
