@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::cases::note;
 use bro_tests::host::{Host, Manager};
 
@@ -51,7 +51,8 @@ pub fn the_same_client_again_and_again(host: &Host, manager: Manager) -> Result<
         })();
         over.store(true, Relaxed);
         watched.and(subscriber.join().expect("it does not panic"))
-    })?;
+    })
+    .with_context(|| site.journals())?;
     let starts = starts(&site)?;
     note(&format!("{manager:?}: {starts} starts in {SPAN:?} with an idle time of 1 s; “{said}”"));
     // Without that it would be one in about 1.3 s; with it, at 0, 1, 2, 4 and 8 s.
