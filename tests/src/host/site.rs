@@ -135,9 +135,10 @@ impl<'h> Site<'h> {
     ) -> Result<Self> {
         let site = Self { host, manager, name: name.into(), port: host.free_port()?, front, suffix: "in" };
         plan.write_quadlet(host, manager, name)?;
-        // WatchdogSec= everywhere: a forwarder that stops answering for a second anywhere fails its case.
+        // WatchdogSec= everywhere: a forwarder that stops answering for a second anywhere fails its case. No start limit, as in the units
+        // that `bro activate` writes: systemd counts a start that has to wait for the end of the run before once more.
         let service = format!(
-            "[Unit]\n{}\n[Service]\nType=notify\nExecStart=/usr/local/bin/bro forward {}\nWatchdogSec=3s\n{}\n",
+            "[Unit]\nStartLimitIntervalSec=0\n{}\n[Service]\nType=notify\nExecStart=/usr/local/bin/bro forward {}\nWatchdogSec=3s\n{}\n",
             plan.unit, plan.forward, plan.service
         );
         front.unit(host, &site.forwarder(), &service.replace("{name}", name))?;
