@@ -34,7 +34,7 @@ use slab::Slab;
 use targets::Backend;
 use token::Token;
 
-use crate::connection::{Connection, End};
+use crate::connection::{Census, Connection, End};
 use crate::engine::protocol::{Command, Event, Mailbox, Outbox, Plain, Received};
 use crate::listener::Listener;
 use crate::peer::Source;
@@ -113,8 +113,8 @@ pub struct Engine {
     backends: Vec<Backend>,
     frost: frozen::Frost,
     connections: Slab<Connection>,
-    /// Connections that do not relay yet.
-    pending: usize,
+    /// How many of them are in each stage.
+    census: Census,
     /// Connections that are not ignored (`--idle-ignore`).
     keeping: usize,
     per_source: HashMap<Source, u32>,
@@ -183,7 +183,7 @@ impl Engine {
             backends: targets.into_iter().map(Backend::asleep).collect(),
             frost: frozen::Frost::None,
             connections: Slab::new(),
-            pending: 0,
+            census: Census::default(),
             keeping: 0,
             per_source: HashMap::new(),
             silent: wake_on_data::Silent::default(),
@@ -245,7 +245,7 @@ impl Engine {
         if !self.retries.is_empty() || self.outbox.is_behind() {
             at_most(RETRY);
         }
-        if self.pending > 0 {
+        if self.census.pending() > 0 {
             at_most(TICK);
         }
         if !self.starved.is_empty() {
@@ -276,7 +276,7 @@ impl Engine {
     fn tick(&mut self) -> anyhow::Result<()> {
         self.look_at_aborts();
         self.look_for_answers();
-        if self.pending == 0
+        if self.census.pending() == 0
             && self.settings.idle_timeout.is_none()
             && self.byte_step().is_none()
             && !self.is_backing_off()
@@ -299,7 +299,7 @@ impl Engine {
         }
         self.look_for_ports(now);
         let steps = [
-            (self.pending > 0).then_some(TICK),
+            (self.census.pending() > 0).then_some(TICK),
             self.settings.idle_timeout.map(|limit| (limit / 8).min(TICK)),
             self.byte_step(),
         ];

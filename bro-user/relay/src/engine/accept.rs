@@ -6,13 +6,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::{Accepting, Engine, socket_options};
-use crate::connection::{Connection, End, Registration, Stage, Talk};
+use crate::connection::{Connection, End, Stage};
 use crate::engine::protocol::Event;
 use crate::peer::Peer;
 use crate::proxy_protocol::Trusted;
 use crate::rate::Meter;
-use crate::relay::Guard;
-use crate::source::Origin;
 use crate::stats::Stats;
 
 /// The first pause after EMFILE and its like; it doubles up to the last.
@@ -99,45 +97,18 @@ impl Engine {
         let peer = Peer::of(client.as_fd(), address);
         let number = self.next_number;
         self.next_number += 1;
-        let guard = match peer {
-            Peer::Tcp(_) => Guard::Needless,
-            Peer::Unix { .. } => Guard::of(client.as_fd()),
-        };
-        let connection = Connection {
-            number,
-            client,
-            origin: Origin::of(&peer),
-            peer,
-            through: None,
-            guard,
-            counted: false,
-            listener,
-            backend,
-            opened: now,
-            active: now,
-            answers: crate::connection::Acknowledged::default(),
-            moved: 0,
-            last: (0, 0),
-            awaits_answer: false,
-            woke: false,
-            ignored: false,
-            wakes_nothing: false,
-            meter: self.settings.idle_below.map(|rate| Box::new(Meter::new(rate, now))),
-            cold_start: None,
-            stage: Stage::Held,
-            talk: Talk::default(),
-            registered: [Registration::Absent; 2],
-        };
+        let meter = self.settings.idle_below.map(|rate| Box::new(Meter::new(rate, now)));
+        let connection = Connection::accepted(number, client, peer, (listener, backend), meter, now);
         Stats::set(&self.stats.accepted, number);
         self.tallies[listener].accepted += 1;
         socket_options::set_options(&connection.client, connection.peer.ip(), self.settings.keepalive);
         let introduced = self.settings.trusted.iter().any(|trusted| trusted.is(&connection.peer));
         let index = self.connections.insert(connection);
-        self.pending += 1;
+        self.census.enter();
         self.keeping += 1;
         self.publish_open();
         if introduced {
-            self.connections[index].stage = Stage::Introducing(Box::default());
+            self.connections[index].set_stage(&mut self.census, |_| Stage::Introducing(Box::default()));
             return self.read_introduction(index);
         }
         self.welcome(index);

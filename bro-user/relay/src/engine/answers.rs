@@ -56,7 +56,7 @@ fn silent_since(before: Option<Instant>, sent: Sent, ended: bool, now: Instant) 
 
 /// The side of a connection that has answered nothing for so long.
 fn vanished(connection: &mut Connection, limit: Duration, now: Instant) -> Option<Side> {
-    let Stage::Relaying { service, up, down, .. } = &connection.stage else { return None };
+    let Stage::Relaying { service, up, down, .. } = connection.stage() else { return None };
     // Before the kernel is asked: what is sent between the two is looked at the next time.
     let ends = [down.half().is_over(), up.half().is_over()];
     let amount = Amount { bytes: connection.totals(), ends };

@@ -1,7 +1,6 @@
 //! What happens to a connection once it is admitted: its events, its timeouts, its end.
 
-use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::time::Instant;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
@@ -25,7 +24,7 @@ impl Engine {
             return;
         }
         let trouble = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
-        match (&connection.stage, side) {
+        match (connection.stage(), side) {
             (Stage::Relaying { .. }, _) => self.relay_event(index, side, events, trouble),
             (Stage::Introducing(_), _) => self.read_introduction(index),
             (Stage::Silent, _) => self.silent_client_stirred(index),
@@ -90,33 +89,37 @@ impl Engine {
         self.settle(index);
     }
 
-    /// The service has accepted, at `target` if it is on TCP: bytes may flow.
-    pub(super) fn start_relay(&mut self, index: usize, service: OwnedFd, target: Option<SocketAddr>) {
+    /// The service has accepted: bytes may flow.
+    pub(super) fn start_relay(&mut self, index: usize) {
+        let Some(Stage::Connecting { address, .. }) = self.connections.get(index).map(Connection::stage)
+        else {
+            return;
+        };
+        let target = self.address(index, *address);
         let method = self.settings.method;
         let keepalive = self.settings.keepalive;
-        let Some(connection) = self.connections.get_mut(index) else { return };
+        let connection = &mut self.connections[index];
+        let Some(service) = connection.socket(Side::Service) else { return };
         let address = target.map(|target| target.ip().to_canonical());
         super::socket_options::set_options(&service, address, keepalive);
-        let now = Instant::now();
-        let waiting_since = std::mem::replace(&mut connection.active, now);
-        if connection.woke {
-            let span = now - waiting_since;
-            connection.cold_start = Some(span);
-            self.tallies[connection.listener].cold_start_times.add(span);
-        }
         let (mut up, mut down) =
             (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
         up.set_guard(connection.guard);
         if target.is_none() {
-            down.set_guard(Guard::of(service.as_fd()));
+            down.set_guard(Guard::of(service));
         }
         if let Some(version) = self.settings.proxy_protocol {
             up.precede(version.header(connection.ends()));
         }
         // What a balancer in front sent for us is part of what its socket has sent.
         up.keep(connection.through.as_ref().map_or(0, |through| through.header));
-        connection.stage = Stage::Relaying { service, up, down, abort: None };
-        self.pending -= 1;
+        connection.set_stage(&mut self.census, |stage| match stage {
+            Stage::Connecting { service, .. } => Stage::Relaying { service, up, down, abort: None },
+            other => other,
+        });
+        if let Some(span) = connection.cold_start {
+            self.tallies[connection.listener].cold_start_times.add(span);
+        }
         self.pump(index, true, false);
     }
 
@@ -175,7 +178,7 @@ impl Engine {
     pub(super) fn expire(&mut self, now: Instant) {
         let (mut due, mut moved) = (Vec::new(), false);
         for (index, connection) in &mut self.connections {
-            match connection.stage {
+            match connection.stage() {
                 Stage::Relaying { .. } => {
                     // Bytes that took a lane did not wake the engine, so they are noticed here.
                     moved |= connection.keeps_awake(now);
@@ -193,7 +196,7 @@ impl Engine {
                         due.push((index, End::IdleTimeout));
                     }
                 }
-                Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {
+                Stage::Admitted | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {
                     // The control process's own limit runs from the wake; this one is each client's, and comes after it.
                     if now - connection.active >= self.settings.hold_limit.saturating_add(super::TICK * 5) {
                         due.push((index, End::StartTimeout));
@@ -217,8 +220,8 @@ impl Engine {
             self.stats.now_idle();
         }
         self.silent.remove(connection.peer.source(), connection.number);
-        if !matches!(connection.stage, Stage::Relaying { .. }) {
-            self.pending -= 1;
+        self.census.leave(&connection);
+        if !matches!(connection.stage(), Stage::Relaying { .. }) {
             self.forget_waiting(index, &connection);
         }
         self.log_end(&connection, end);

@@ -57,8 +57,9 @@ impl Engine {
                 self.connections.iter().all(|(_, connection)| connection.ignored && !waits(connection))
             }
             Leave::WithoutGuests => {
-                let is_no_guest =
-                    |connection: &Connection| connection.ignored || matches!(connection.stage, Stage::Silent);
+                let is_no_guest = |connection: &Connection| {
+                    connection.ignored || matches!(connection.stage(), Stage::Silent)
+                };
                 self.connections.iter().all(|(_, connection)| is_no_guest(connection))
             }
             Leave::WithoutBytes(limit) => {
@@ -76,7 +77,10 @@ const ABOUT_TO_SPEAK: Duration = Duration::from_secs(1);
 
 /// Does its client wait for the service?
 const fn waits(connection: &Connection) -> bool {
-    matches!(connection.stage, Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. })
+    matches!(
+        connection.stage(),
+        Stage::Admitted | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }
+    )
 }
 
 /// Does it merely sleep: does nothing on it wait for the service or to be read, and is nothing about to?
@@ -85,11 +89,15 @@ fn sleeps(connection: &Connection, limit: Duration) -> bool {
         return !waits(connection);
     }
     let is_fresh = connection.opened.elapsed() < limit.min(ABOUT_TO_SPEAK);
-    match &connection.stage {
+    match connection.stage() {
         Stage::Silent => !is_fresh,
         // It has not finished yet.
         Stage::Relaying { up, .. } if is_fresh && up.half().wants_read() => false,
-        Stage::Introducing(_) | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => false,
+        Stage::Admitted
+        | Stage::Introducing(_)
+        | Stage::Held
+        | Stage::AwaitingSocket
+        | Stage::Connecting { .. } => false,
         // An abort is on its way.
         Stage::Relaying { abort: Some(_), .. } => false,
         Stage::Relaying { service, up, down, abort: None } => {

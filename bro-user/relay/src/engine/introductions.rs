@@ -1,8 +1,8 @@
 //! Clients that come through a trusted balancer in front (`--accept-proxy`): its header, which says who the client is, is read
 //! before anything else is done for the client. Until then it wakes nothing and counts for no source.
 
-use std::os::fd::{AsFd as _, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
@@ -19,15 +19,13 @@ impl Engine {
     /// A trusted peer may have sent more of its header.
     pub(super) fn read_introduction(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
-        let Stage::Introducing(incoming) = &mut connection.stage else { return };
-        match read(connection.client.as_fd(), incoming) {
+        let Some((client, incoming)) = connection.introduction() else { return };
+        match read(client, incoming) {
             Ok(None) => self.register(index),
             Ok(Some(said)) => {
                 let length = incoming.length();
                 connection.introduce(said, length);
-                // From now on it waits for the service.
-                connection.active = Instant::now();
-                connection.stage = Stage::Held;
+                connection.set_stage(&mut self.census, |_| Stage::Admitted);
                 self.welcome(index);
             }
             Err(end) => self.finish(index, end),

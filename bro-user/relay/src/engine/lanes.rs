@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Engine;
 use super::token::Token;
-use crate::connection::{Connection, Lanes as Wanted, Stage};
+use crate::connection::{Connection, Lanes as Wanted, Relayed, Stage};
 use crate::engine::protocol::Event;
 use crate::peer::Peer;
 use crate::relay::Side;
@@ -158,7 +158,7 @@ impl Engine {
             Wanted::Open => lanes.open_both(index, connection, self.backends[connection.backend].watched),
             Wanted::Close => {
                 let listener = connection.listener;
-                let Stage::Relaying { up, down, .. } = &mut connection.stage else { return };
+                let Some(Relayed { up, down, .. }) = connection.relayed() else { return };
                 for (sink, taken) in [(Side::Service, up.take_lane()), (Side::Client, down.take_lane())] {
                     let Some((lane, did)) = taken else { continue };
                     lanes.close(&lane, &did, sink, &mut self.tallies[listener]);
@@ -187,7 +187,7 @@ impl Engine {
                 let Some(connection) = connections.get(index).filter(|connection| connection.number == number) else {
                     return;
                 };
-                let Stage::Relaying { up, down, .. } = &connection.stage else { return };
+                let Stage::Relaying { up, down, .. } = connection.stage() else { return };
                 let lane = match sink {
                     Side::Client => down.lane(),
                     Side::Service => up.lane(),
@@ -218,19 +218,17 @@ impl Engine {
         let Some(lanes) = &self.lanes else { return };
         let Some(&(index, number, sink)) = lanes.owners.get(&id) else { return };
         let Some(connection) = self.connections.get_mut(index) else { return };
-        let Stage::Relaying { up, down, .. } = &mut connection.stage else { return };
+        let (connected, backend) = (connection.number, connection.backend);
+        let Some(Relayed { up, down, .. }) = connection.relayed() else { return };
         let lane = match sink {
             Side::Client => down.lane_mut(),
             Side::Service => up.lane_mut(),
         };
-        let Some(lane) = lane.filter(|lane| connection.number == number && lane.id() == id) else { return };
+        let Some(lane) = lane.filter(|lane| connected == number && lane.id() == id) else { return };
         lane.set_hooked(socket);
         match sink {
             // The service's own socket is in its namespace.
-            Side::Client => {
-                let backend = connection.backend;
-                self.hook_inside(backend, flow, socket);
-            }
+            Side::Client => self.hook_inside(backend, flow, socket),
             Side::Service => lanes.kernel.hook(flow, socket),
         }
     }
@@ -240,9 +238,8 @@ impl Lanes {
     /// Opens what lanes a connection can have: the service's if the programs watch it, in the namespace with the cookie `watched`,
     /// and the client's if it is on this host.
     fn open_both(&mut self, index: usize, connection: &mut Connection, watched: Option<u64>) {
-        let (number, client) = (connection.number, connection.client.as_fd());
-        let neighbour = connection.neighbour().clone();
-        let Stage::Relaying { service, up, down, .. } = &mut connection.stage else { return };
+        let (number, neighbour) = (connection.number, connection.neighbour().clone());
+        let Some(Relayed { client, service, up, down }) = connection.relayed() else { return };
         if watched.is_none() && self.clients.is_none() {
             return;
         }
@@ -263,9 +260,7 @@ impl Lanes {
         {
             let sender = SenderAddress { netns, local: peer, remote };
             let owner = (index, number, Side::Service);
-            self.open(&sender, service.as_fd(), owner, dealt_with)
-                .into_iter()
-                .for_each(|lane| up.set_lane(lane));
+            self.open(&sender, service, owner, dealt_with).into_iter().for_each(|lane| up.set_lane(lane));
         }
     }
 

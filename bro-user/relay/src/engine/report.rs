@@ -25,7 +25,7 @@ impl Engine {
         let guests = self
             .connections
             .iter()
-            .filter(|(_, guest)| !guest.ignored && !matches!(guest.stage, Stage::Silent));
+            .filter(|(_, guest)| !guest.ignored && !matches!(guest.stage(), Stage::Silent));
         let peers = guests.take(MOST_PEERS).map(|(_, guest)| guest.peer.to_string()).collect();
         Figures { tallies: self.tallies(), peers }
     }
@@ -36,7 +36,7 @@ impl Engine {
         for (_, connection) in &self.connections {
             let tally = &mut tallies[connection.listener];
             tally.open += 1;
-            match connection.stage {
+            match connection.stage() {
                 Stage::Held => tally.held += 1,
                 Stage::Silent => tally.silent += 1,
                 _ => {}

@@ -14,7 +14,7 @@ use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
 use super::Engine;
 use super::frozen::Frost;
 use super::token::Token;
-use crate::connection::{Connection, End, Registration, Stage};
+use crate::connection::{Connection, End, Stage};
 use crate::engine::protocol::Event;
 use crate::netns::wire::{self, Answer, Destinations, Request};
 use crate::source::{self, Sources};
@@ -179,6 +179,10 @@ const fn nobody_listens(errno: Errno) -> bool {
     matches!(errno, Errno::ECONNREFUSED | Errno::ENOENT | Errno::ENETUNREACH)
 }
 
+const fn awaits_socket(connection: &Connection) -> bool {
+    matches!(connection.stage(), Stage::AwaitingSocket)
+}
+
 impl Engine {
     /// A newly admitted (or refused) connection: to the service if it is ready, else held.
     pub(super) fn place(&mut self, index: usize) {
@@ -216,8 +220,7 @@ impl Engine {
 
     pub(super) fn hold(&mut self, index: usize, refused: bool) {
         let Some(connection) = self.connections.get_mut(index) else { return };
-        connection.stage = Stage::Held;
-        connection.registered[1] = Registration::Absent;
+        connection.set_stage(&mut self.census, |_| Stage::Held);
         let backend = &mut self.backends[connection.backend];
         backend.held.push_back(index);
         if matches!(backend.state, State::Asleep) && connection.wakes_nothing {
@@ -362,9 +365,9 @@ impl Engine {
 
     /// Does the connection still wait for this?
     fn is_dialling(&self, dial: Dial) -> bool {
-        self.connections.get(dial.index).is_some_and(|connection| {
-            connection.number == dial.number && matches!(connection.stage, Stage::AwaitingSocket)
-        })
+        self.connections
+            .get(dial.index)
+            .is_some_and(|connection| connection.number == dial.number && awaits_socket(connection))
     }
 
     /// Tries once more at a later tick: what was missing may be there then.
@@ -378,7 +381,7 @@ impl Engine {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let backend = connection.backend;
         let State::Ready(supply) = &mut self.backends[backend].state else { return self.hold(index, false) };
-        connection.stage = Stage::AwaitingSocket;
+        connection.set_stage(&mut self.census, |_| Stage::AwaitingSocket);
         let dial = Dial { index, number: connection.number, address, any_port };
         let origin = connection.origin;
         let most = self.settings.connections_max;
@@ -528,22 +531,21 @@ impl Engine {
     fn dialled(&mut self, dial: Dial, service: OwnedFd) {
         let Dial { index, address, .. } = dial;
         let target = self.address(index, address);
+        let connection = &mut self.connections[index];
         // On this host the handshake is over by the time connect returns (`release_sock` has processed the answer).
-        if target.is_none() || getpeername::<SockaddrStorage>(service.as_raw_fd()).is_ok() {
-            return self.start_relay(index, service, target);
-        }
-        self.connections[index].stage = Stage::Connecting { service, address };
-        self.register(index);
+        let done = target.is_none() || getpeername::<SockaddrStorage>(service.as_raw_fd()).is_ok();
+        connection.set_stage(&mut self.census, |_| Stage::Connecting { service, address });
+        if done { self.start_relay(index) } else { self.register(index) }
     }
 
     pub(super) fn retry_connect(&mut self, index: usize) {
-        if matches!(self.connections.get(index), Some(Connection { stage: Stage::AwaitingSocket, .. })) {
+        if self.connections.get(index).is_some_and(awaits_socket) {
             self.start_connect(index, 0, false);
         }
     }
 
     /// One of the addresses of a connection's target, if it is on TCP.
-    fn address(&self, index: usize, number: usize) -> Option<SocketAddr> {
+    pub(super) fn address(&self, index: usize, number: usize) -> Option<SocketAddr> {
         match &self.backends[self.connections.get(index)?.backend].state {
             State::Ready(supply) => *supply.destination.addresses.get(number)?,
             State::Asleep | State::Waking => None,
@@ -553,20 +555,13 @@ impl Engine {
     /// A connection that was in progress has succeeded or failed.
     pub(super) fn connect_event(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
-        let Stage::Connecting { service, address } = &connection.stage else { return };
+        let Stage::Connecting { service, address } = connection.stage() else { return };
         let (error, address) = (getsockopt(service, sockopt::SocketError), *address);
         if error == Ok(0) {
-            let Stage::Connecting { service, .. } =
-                std::mem::replace(&mut connection.stage, Stage::AwaitingSocket)
-            else {
-                return;
-            };
-            let target = self.address(index, address);
-            return self.start_relay(index, service, target);
+            return self.start_relay(index);
         }
         self.epoll.delete(service.as_fd()).ok();
-        connection.registered[1] = Registration::Absent;
-        connection.stage = Stage::AwaitingSocket;
+        connection.set_stage(&mut self.census, |_| Stage::AwaitingSocket);
         self.refused(index, address, error.map_or_else(|errno| errno, Errno::from_raw));
     }
 
@@ -616,8 +611,7 @@ impl Engine {
     /// connected clients. This client, and no other, waits until a port is free.
     fn wait_for_a_port(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
-        connection.stage = Stage::AwaitingSocket;
-        connection.registered[1] = Registration::Absent;
+        connection.set_stage(&mut self.census, |_| Stage::AwaitingSocket);
         let (number, backend) = (connection.number, &mut self.backends[connection.backend]);
         if !std::mem::replace(&mut backend.ports_announced, true) {
             tracing::warn!(
@@ -643,8 +637,7 @@ impl Engine {
                 continue;
             }
             self.retry_connect(index);
-            let waits = |connection: &Connection| matches!(connection.stage, Stage::AwaitingSocket);
-            if self.connections.get(index).is_some_and(waits) {
+            if self.connections.get(index).is_some_and(awaits_socket) {
                 // It keeps its place.
                 if self.starved.back() == Some(&(index, number)) {
                     self.starved.rotate_right(1);

@@ -5,7 +5,6 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::AsFd as _;
-use std::time::Instant;
 
 use super::Engine;
 use crate::connection::{End, Stage};
@@ -82,7 +81,7 @@ impl Engine {
     /// Has the client wait for its first byte, which may be there already, as its end may.
     pub(super) fn wait_for_a_byte(&mut self, index: usize) {
         let connection = &mut self.connections[index];
-        connection.stage = Stage::Silent;
+        connection.set_stage(&mut self.census, |_| Stage::Silent);
         self.silent.insert(connection.peer.source(), connection.number, index);
         self.register(index);
         self.silent_client_stirred(index);
@@ -94,8 +93,6 @@ impl Engine {
         match look(connection.client.as_fd()) {
             Waiting::Byte => {
                 self.silent.remove(connection.peer.source(), connection.number);
-                // From now on it waits for the service.
-                connection.active = Instant::now();
                 self.hold(index, false);
             }
             Waiting::Nothing => {}
@@ -106,7 +103,6 @@ impl Engine {
     /// The container is awake: silent clients are let through to it, each to its own target.
     pub(super) fn let_silent_clients_in(&mut self) {
         for index in self.silent.take() {
-            self.connections[index].active = Instant::now();
             self.place(index);
         }
     }
