@@ -247,7 +247,7 @@ impl ServiceStarter {
     ///
     /// # Errors
     /// When it cannot be started, or its namespace cannot be entered.
-    pub async fn wake(&self, backend: usize, target: &Target) -> anyhow::Result<Awake> {
+    pub async fn wake(&self, index: usize, target: &Target) -> anyhow::Result<Awake> {
         let prepare = async || {
             let (place, incarnation) = match self.place {
                 NetnsSource::Own => (NetnsRef::Own, None),
@@ -257,7 +257,7 @@ impl ServiceStarter {
                 }
             };
             let mut addresses = self.resolve(target).await?;
-            let heard = self.watch(backend, &place, incarnation.as_deref(), &addresses).await;
+            let heard = self.watch(index, &place, incarnation.as_deref(), &addresses).await;
             tokio::select! {
                 ready = self.wait_ready(&place, &addresses, heard) => ready?,
                 () = gone(incarnation.as_deref()) => return Ok(None),
@@ -839,7 +839,7 @@ impl ServiceStarter {
     /// listening socket, and the sockets that it accepts can take lanes. The returned value changes when something listens.
     async fn watch(
         &self,
-        backend: usize,
+        target: usize,
         place: &NetnsRef,
         incarnation: Option<&ContainerNetns>,
         addresses: &[Address],
@@ -868,7 +868,7 @@ impl ServiceStarter {
         };
         // Before the programs watch, so that nothing they say is missed.
         let heard = self.listening.subscribe();
-        let service = Service { watch: Watch { backend, netns, ports }, cgroup, namespace };
+        let service = Service { watch: Watch { target, netns, ports }, cgroup, namespace };
         programs.watch(service).await.then_some(heard)
     }
 

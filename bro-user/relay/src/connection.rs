@@ -188,7 +188,7 @@ pub struct Connection {
     /// The index of the listener it came through.
     pub listener: usize,
     /// The index of its target.
-    pub backend: usize,
+    pub target: usize,
     /// When it was accepted.
     pub opened: Instant,
     /// When bytes last moved, as far as noticed; before that, when it began to wait for the service.
@@ -307,7 +307,7 @@ impl Connection {
         number: u64,
         client: OwnedFd,
         peer: Peer,
-        (listener, backend): (usize, usize),
+        (listener, target): (usize, usize),
         meter: Option<Box<Meter>>,
         now: Instant,
     ) -> Self {
@@ -324,7 +324,7 @@ impl Connection {
             guard,
             counted: false,
             listener,
-            backend,
+            target,
             opened: now,
             active: now,
             answers: Acknowledged::default(),

@@ -233,10 +233,10 @@ impl<'a> Control<'a> {
     /// What the engine says.
     async fn event(&mut self, event: Event) -> ControlFlow<()> {
         match event {
-            Event::Wake { backend, peer, source, refused } => {
-                self.life.wanted(backend, peer, source.as_deref(), refused);
+            Event::Wake { target, peer, source, refused } => {
+                self.life.wanted(target, peer, source.as_deref(), refused);
             }
-            Event::Knock { backend, peer } => self.life.knocked_for(backend, peer),
+            Event::Knock { target, peer } => self.life.knocked_for(target, peer),
             Event::Frozen(frozen) => self.life.engine_froze(frozen),
             Event::Thaw { peer } => self.life.thaw_for(peer),
             Event::Leaving(true) => {

@@ -154,7 +154,7 @@ impl<'a> DataPlane<'a> {
                 let _there_is_room = self.addresses.write(slot(target, number), *address);
             }
         }
-        self.engine.send(Command::Ready { backend: target, destination });
+        self.engine.send(Command::Ready { target, destination });
     }
 
     /// Waits for the kernel relay alone.

@@ -155,9 +155,9 @@ impl Lifecycle<'_> {
                 // It may have been stopped meanwhile: a client that waits has it started, or thawed once more.
                 tracing::warn!("cannot thaw the unit; looking for it anew: {error:#}");
                 self.freezing.frost = Frost::None;
-                for (index, target) in self.targets.iter_mut().enumerate() {
-                    target.wakefulness = Wakefulness::Asleep;
-                    self.engine.send(Plain::Gone { backend: index });
+                for (target, state) in self.targets.iter_mut().enumerate() {
+                    state.wakefulness = Wakefulness::Asleep;
+                    self.engine.send(Plain::Gone { target });
                 }
                 self.engine.send(Plain::Thawed);
                 if !self.wakers.is_empty() {

@@ -148,7 +148,7 @@ impl Lifecycle<'_> {
             tracing::warn!(target = %address, "{why}");
             self.failures.failed(target, address, &why);
         }
-        self.engine.send(Plain::Failed { backend: target, end: End::WakeLimit });
+        self.engine.send(Plain::Failed { target, end: End::WakeLimit });
     }
 
     /// The service may run: then it is looked for, which starts nothing.
@@ -161,7 +161,7 @@ impl Lifecycle<'_> {
             // It has refused since.
             Wakefulness::Awake => self.wake(target, &peer, true),
         }
-        self.engine.send(Plain::Knocked { backend: target, runs });
+        self.engine.send(Plain::Knocked { target, runs });
         let of = self.targets[target].turned.take();
         if of == Some(Turned::All) && !runs && self.targets[target].is_asleep() {
             self.refuse(target, &peer);
@@ -248,7 +248,7 @@ impl Lifecycle<'_> {
             let address = &self.targets[target].target;
             tracing::error!(target = %address, "the service {} within {SLOWEST_START:?} of its unit's start; not waiting any more", self.options.ready.lacking());
             self.give_up(target);
-            self.engine.send(Plain::Failed { backend: target, end: End::StartTimeout });
+            self.engine.send(Plain::Failed { target, end: End::StartTimeout });
         }
     }
 
@@ -272,7 +272,7 @@ impl Lifecycle<'_> {
             _ => self.counts.start_failures += 1,
         }
         self.answer_wakers(&Reply::refused(format!("{}: {why}", self.targets[target].target)));
-        self.engine.send(Plain::Failed { backend: target, end });
+        self.engine.send(Plain::Failed { target, end });
     }
 
     /// Keeps a service awake after its clients gave up while it was being started, for as long as that took: they may come again.
@@ -372,7 +372,7 @@ impl Lifecycle<'_> {
             self.freezing.is_over();
             self.activator.end_use();
         }
-        self.engine.send(Plain::Gone { backend: target });
+        self.engine.send(Plain::Gone { target });
         // A caller that waits for all of them waits for this one again.
         if !self.wakers.is_empty() {
             self.engine.send(Plain::Wake(BY_HAND.into()));
