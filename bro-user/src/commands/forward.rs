@@ -5,6 +5,7 @@ pub mod freeze;
 pub mod handover;
 pub mod inhibit;
 
+mod keep_awake;
 mod reload;
 mod sleep;
 mod waiting;
@@ -193,9 +194,18 @@ pub fn run(
             activator.check_freezing().await?;
             activator.thaw_what_was_left().await;
         }
+        let keep_awake = keep_awake::KeepAwake::of(&options.idle.keep_awake).await?;
         let engine = (relay, channel, addresses, stats);
-        let mut control =
-            Control::start(options, &listeners, targets, activator, engine, local_clients, bequest)?;
+        let mut control = Control::start(
+            options,
+            &listeners,
+            targets,
+            activator,
+            engine,
+            local_clients,
+            bequest,
+            keep_awake,
+        )?;
         control.replacing.program = Some(program);
         control.limit = limit;
         // A predecessor, if there is one, still listens there.
@@ -435,6 +445,8 @@ struct Control<'a> {
     freezing_failed: bool,
     /// systemd's results.
     frosted: (UnboundedSender<freeze::Done>, UnboundedReceiver<freeze::Done>),
+    /// `--keep-awake`
+    keep_awake: keep_awake::KeepAwake,
     /// How often the service is started.
     history: Arc<Wakes>,
     /// The log has said that it was started too often.
@@ -452,6 +464,7 @@ impl<'a> Control<'a> {
         (relay, channel, addresses, stats): (Process, OwnedFd, AddressBook, Arc<Stats>),
         local_clients: Option<std::path::PathBuf>,
         bequest: Option<Bequest>,
+        keep_awake: keep_awake::KeepAwake,
     ) -> anyhow::Result<Self> {
         let described = listeners.iter().map(|(listener, target)| {
             (listener.name.clone(), listener.address.clone(), targets[*target].to_string())
@@ -510,6 +523,7 @@ impl<'a> Control<'a> {
             frozen_at: None,
             freezing_failed: false,
             frosted: unbounded_channel(),
+            keep_awake,
             history,
             too_many_said: false,
             replacing: reload::Replacing::new(listeners),
@@ -544,7 +558,10 @@ impl<'a> Control<'a> {
         let mut said = self.status();
         match predecessor {
             Some(predecessor) => self.take_over_from(predecessor),
-            None => notify::ready(&said),
+            None => {
+                notify::ready(&said);
+                self.leave_where_only_a_timer_came();
+            }
         }
         loop {
             let idle_at = self.idle_deadline();
@@ -573,6 +590,7 @@ impl<'a> Control<'a> {
                 Some(who) = self.said_busy.1.recv() => self.busy(who),
                 Some(done) = self.frosted.1.recv() => self.frost_done(done),
                 Some(knocked) = self.knocked.1.recv() => self.knocked(knocked),
+                Some(answer) = self.keep_awake.answers.1.recv() => self.calendar_said(answer),
                 _ = terminate.recv() => self.terminate(),
                 _ = interrupt.recv() => self.terminate(),
                 _ = hang_up.recv() => self.begin_replacement().await,
@@ -606,6 +624,7 @@ impl<'a> Control<'a> {
                         self.keep_counts().await;
                     }
                     self.give_up_on_slow_starts();
+                    self.look_at_the_clock();
                     if self.ledger.is_due(Stats::get(&self.stats.accepted), Stats::get(&self.stats.open)) {
                         self.keep_counts().await;
                     }
@@ -670,6 +689,10 @@ impl<'a> Control<'a> {
         };
         let said = match self.limit.waiting().filter(|_| self.phase == Phase::Serving) {
             Some(waiting) => format!("{said}; {waiting}"),
+            None => said,
+        };
+        let said = match self.keep_awake.until().filter(|_| self.phase == Phase::Serving) {
+            Some(until) => format!("{said}; kept awake until {}", until.said),
             None => said,
         };
         let said = match self.history.remark() {
@@ -823,10 +846,18 @@ impl<'a> Control<'a> {
             self.being_woken().filter(|_| is_starting).map(|since| SystemTime::now() - since.elapsed());
         let woken = woken.or(self.frozen_at.filter(|_| self.is_frozen()));
         let since = woken.or_else(|| self.awake_since.map(|(_, since)| since));
-        let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
         let woken_by = self.woken_by.clone().filter(|_| state != status::ServiceState::Asleep);
         let doing = Some(self.activator.progress().doing).filter(|doing| is_starting && !doing.is_empty());
-        status::Activity { state, since: since.map(|since| since.as_secs()), woken_by, doing }
+        let seconds =
+            |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).map(|span| span.as_secs()).ok();
+        let until = self.keep_awake.until().filter(|_| self.phase == Phase::Serving);
+        status::Activity {
+            state,
+            since: since.and_then(seconds),
+            woken_by,
+            doing,
+            kept_awake_until: until.and_then(|until| seconds(until.at)),
+        }
     }
 
     fn relay(&self) -> status::Relay {

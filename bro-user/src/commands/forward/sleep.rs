@@ -36,6 +36,9 @@ impl Control<'_> {
         if self.phase != Phase::Serving || self.options.idle.exit_idle_time.finite().is_none() {
             return None;
         }
+        if self.keep_awake.until().is_some() {
+            return None;
+        }
         let limit = self.history.idle_time();
         match self.frost {
             Frost::None => {}
@@ -110,7 +113,7 @@ impl Control<'_> {
         self.busy.who.as_deref().filter(|_| self.idle_since() + limit <= Instant::now())
     }
 
-    fn ask_to_leave(&mut self) {
+    pub(super) fn ask_to_leave(&mut self) {
         let how = if self.options.idle.counts_bytes() {
             Leave::WithoutBytes(self.history.idle_time())
         } else {

@@ -11,6 +11,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 
 use super::freeze::Frost;
+use super::keep_awake::BY_CLOCK;
 use super::{Control, Phase};
 use crate::control_socket::{Asker, Reply};
 use crate::exit::Failure;
@@ -100,7 +101,8 @@ impl Control<'_> {
             }
             self.woken_by = Some(peer.to_owned());
             self.count_wake(peer);
-            tracing::info!(%target, %peer, unit = self.options.unit.as_deref(), "waking the service for its first client");
+            let why = if peer == BY_CLOCK { "at the time of --keep-awake" } else { "for its first client" };
+            tracing::info!(%target, %peer, unit = self.options.unit.as_deref(), "waking the service {why}");
         }
         let (activator, done) = (self.activator.clone(), self.woken.0.clone());
         let waking = async move {
@@ -123,9 +125,11 @@ impl Control<'_> {
         if self.awake_since.is_some() || self.being_woken().is_some() || by == super::reload::AFTER_RELOAD {
             return;
         }
-        let count =
-            if by == BY_HAND { &mut self.counts.woken_by_hand } else { &mut self.counts.woken_by_clients };
-        *count += 1;
+        *match by {
+            BY_HAND => &mut self.counts.woken_by_hand,
+            BY_CLOCK => &mut self.counts.woken_by_clock,
+            _ => &mut self.counts.woken_by_clients,
+        } += 1;
     }
 
     /// The service was found asleep.
