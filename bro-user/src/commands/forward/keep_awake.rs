@@ -4,11 +4,10 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::bail;
 use bro_relay::engine::protocol::Plain;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
 use super::freeze::Frost;
-use super::{Control, Phase};
+use super::lifecycle::{Change, Lifecycle, Phase};
 use crate::exit::Failure;
 use crate::systemd::calendar::{self, DailySpans, Moment, NoAnswer, Outlook};
 
@@ -23,7 +22,7 @@ const LEAP: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_secs(60);
 
 /// The calendar's answer.
-type Answer = Result<Outlook, NoAnswer>;
+pub(super) type Answer = Result<Outlook, NoAnswer>;
 
 /// The times, and where the present lies.
 #[derive(Debug)]
@@ -37,8 +36,6 @@ pub(super) struct KeepAwake {
     has_failed: bool,
     /// The service was woken for the span that the present lies in.
     has_begun: bool,
-    /// The calendar's answers.
-    pub(super) answers: (UnboundedSender<Answer>, UnboundedReceiver<Answer>),
 }
 
 impl KeepAwake {
@@ -54,7 +51,6 @@ impl KeepAwake {
             is_asking: false,
             has_failed: false,
             has_begun: false,
-            answers: unbounded_channel(),
         };
         if !this.spans.0.is_empty() {
             match calendar::outlook(&this.spans, SystemTime::now()).await {
@@ -112,18 +108,14 @@ pub(super) fn is_started_by_a_timer() -> bool {
     std::env::var("TRIGGER_UNIT").is_ok_and(|unit| unit.ends_with(".timer"))
 }
 
-impl Control<'_> {
+impl Lifecycle<'_> {
     /// Each second: has such a time begun, or ended?
     pub(super) fn look_at_the_clock(&mut self) {
         if self.keep_awake.is_due() {
             self.keep_awake.is_asking = true;
             self.keep_awake.asked_at = (Instant::now(), SystemTime::now());
-            let (spans, answer) = (self.keep_awake.spans.clone(), self.keep_awake.answers.0.clone());
-            let asking = async move {
-                // The receiver may have left meanwhile.
-                drop(answer.send(calendar::outlook(&spans, SystemTime::now()).await));
-            };
-            drop(tokio::spawn(asking));
+            let spans = self.keep_awake.spans.clone();
+            self.hear_of(async move { Change::Calendar(calendar::outlook(&spans, SystemTime::now()).await) });
         }
         self.begin_to_keep_awake();
     }
@@ -147,7 +139,7 @@ impl Control<'_> {
             return;
         }
         tracing::info!("the service is kept awake until {} (--keep-awake)", until.said);
-        if !self.is_awake() || self.frost != Frost::None {
+        if !self.is_awake() || self.freezing.frost() != Frost::None {
             self.engine.send(Plain::Wake(BY_CLOCK.into()));
         }
     }
