@@ -209,7 +209,10 @@ impl<'a> Control<'a> {
         self.said = self.status();
         match predecessor {
             Some(predecessor) => self.take_over_from(predecessor),
-            None => notify::ready(&self.said),
+            None => {
+                notify::ready(&self.said);
+                self.life.leave_where_only_a_timer_came();
+            }
         }
     }
 
@@ -287,6 +290,7 @@ impl<'a> Control<'a> {
             self.keep_counts().await;
         }
         self.life.give_up_on_slow_starts();
+        self.life.look_at_the_clock();
         if self.ledger.is_due(Stats::get(&stats.accepted), Stats::get(&stats.open)) {
             self.keep_counts().await;
         }
