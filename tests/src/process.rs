@@ -141,7 +141,7 @@ pub struct Session(pub Child);
 impl Drop for Session {
     fn drop(&mut self) {
         let session = self.0.id().cast_signed();
-        // At once and in good order, which for PostgreSQL is SIGQUIT and for the others SIGTERM; then whoever is left.
+        // At once and in good order, which for PostgreSQL is SIGQUIT and for the others SIGTERM; then SIGKILL for what is left.
         for signal in [Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGKILL] {
             for pid in members(session) {
                 kill(Pid::from_raw(pid), signal).ok();

@@ -1,5 +1,7 @@
 //! Clients that come before the service listens: held in order, connected the moment it listens, forgotten when they leave,
 //! reset when it takes too long; and the namespace that is another one the next time.
+//!
+//! Needs: a network namespace; root for one test. Takes: seconds.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
@@ -75,7 +77,7 @@ fn what_held_clients_have_sent_arrives_even_if_they_have_half_closed() -> Result
     forwarder.stop().map(drop)
 }
 
-/// Fire and forget: whoever sends and closes for good before the service is there has still sent.
+/// Fire and forget: a client that sends and closes for good before the service is there has still sent.
 #[test]
 fn what_a_client_has_sent_before_it_closed_arrives() -> Result<()> {
     require_namespaces!();
@@ -423,7 +425,7 @@ fn a_killed_agent_is_started_anew_for_the_next_client() -> Result<()> {
     require_namespaces!();
     let mut scene = Scene::new()?;
     let forwarder = scene.start(&[])?;
-    // While a client is held: nobody asks the agent for anything before the service listens.
+    // While a client is held: the agent is asked for nothing before the service listens.
     let held = scene.client()?;
     scene.expect_held(&forwarder, 1)?;
     std::thread::sleep(MOMENT);

@@ -1,6 +1,8 @@
 //! Services that ask how much waits (FIONREAD) before they read, as Java's `ready()` and nginx do: many kernels answer 0 for sockets in a
 //! sockmap, whatever waits. So no relay that is chosen without being named, and no connection that is not the kernel relay's own, may
 //! ever show them one.
+//!
+//! Needs: root, kernel BTF. Takes: seconds.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +24,7 @@ use nix::sys::signal::Signal;
 const GAP: Duration = Duration::from_millis(500);
 /// A request with a large cookie: more than nginx's first buffer.
 const REQUEST: usize = 3000;
-/// As many as a connection needs to be hooked, if anybody does that, and some more.
+/// As many as a connection needs to be hooked, if it ever is, and some more.
 const ROUNDS: usize = 12;
 
 macro_rules! require_bpf {
@@ -149,7 +151,7 @@ fn strangers_at_a_hooked_port_stay_plain_tcp() -> Result<()> {
     let forwarder = setup.arg(service.address().to_string()).start()?;
     let programs = forwarder.kernel_relay()?;
     let hooked = || programs.hooked().is_ok_and(|now| now == 1);
-    // The first wakes the service, before anybody watches.
+    // The first wakes the service, before its port is watched.
     let (client, served) = (Conn::new(&Here, front.address())?, service.accept()?);
     talk(&client, &served)?;
     drop((client, served));
@@ -225,7 +227,7 @@ fn connections_beyond_the_lanes_are_not_hooked() -> Result<()> {
     Ok(())
 }
 
-/// A forwarder that was killed under `bro loader` leaves its ports watched until somebody tidies up: nothing is hooked for that.
+/// A forwarder that was killed under `bro loader` leaves its ports watched until the loader tidies up: nothing is hooked for that.
 #[test]
 fn nothing_is_hooked_after_a_forwarder_was_killed() -> Result<()> {
     require_bpf!();

@@ -1,5 +1,7 @@
 //! What the kernel relay takes for granted of the running kernel, fact by fact. A kernel on which one of these fails is a kernel
 //! on which the relay would lose bytes, hang a service or leak: better here than there.
+//!
+//! Needs: root, kernel BTF, bpftool, ip. Takes: seconds.
 
 mod kernel_relay;
 
@@ -265,7 +267,7 @@ fn a_client_that_turns_to_blocking_after_it_connected_is_never_hooked() {
     assert_eq!(lane.snapshot().passed.iter().sum::<u64>(), 0, "it was asked about");
 }
 
-/// A client that turns to blocking later is let go in the kernel, by the acknowledgement of what it then sends: nobody has to
+/// A client that turns to blocking later is let go in the kernel, by the acknowledgement of what it then sends: no process has to
 /// hear of it first.
 #[test]
 fn a_hooked_client_that_turns_to_blocking_is_let_go_when_its_next_message_is_acknowledged() {
@@ -608,7 +610,7 @@ fn the_sixty_fifth_program_of_a_cgroup_is_refused_as_full() {
 }
 
 #[test]
-fn a_program_that_somebody_attached_exclusively_is_reported_as_that() {
+fn a_program_that_was_attached_exclusively_is_reported_as_that() {
     require!(Need::Bpf, BPFTOOL);
     let bench = Bench::new().unwrap();
     let other = bench.cgroup.sibling().unwrap();

@@ -1,5 +1,7 @@
 //! What the kernel relay's programs say of single sockets (aya-log): the expected lines where they are asked for, no line and no
 //! instruction where they are not, and every byte exact either way.
+//!
+//! Needs: root, kernel BTF. Takes: seconds.
 
 use std::os::fd::AsFd as _;
 
@@ -97,7 +99,7 @@ fn what_becomes_of_a_socket_is_in_the_log() -> Result<()> {
 }
 
 #[test]
-fn who_asks_for_every_step_gets_these_too_and_nobody_else_does() -> Result<()> {
+fn who_asks_for_every_step_gets_these_too_and_no_other_does() -> Result<()> {
     require_bpf!();
     for (option, wanted) in [(None, false), (Some("-v"), false), (Some("-vv"), true)] {
         let rig = Rig::with(Lane::BothLanes, Legs::TCP4, |setup| setup.args(option))?;
@@ -121,7 +123,7 @@ fn who_asks_for_every_step_gets_these_too_and_nobody_else_does() -> Result<()> {
 
 /// The lines go through memory that is soon full: what does not fit is lost, and no connection waits for it.
 #[test]
-fn thousands_of_lines_stop_nobody() -> Result<()> {
+fn thousands_of_lines_stop_no_connection() -> Result<()> {
     require_bpf!();
     let rig = Rig::with(Lane::BothLanes, Legs::TCP4, |setup| setup.env("BRO_LOG", "info,bro_ebpf=trace"))?;
     for _ in 0..1000 {

@@ -1,4 +1,6 @@
 //! A user whose pipe quota is used up. A file of its own: the quota is the user's, so no other test may run meanwhile.
+//!
+//! Needs: a network namespace. Takes: seconds.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};

@@ -1,5 +1,7 @@
 //! What goes wrong around the kernel relay: killed forwarders, services and clients, namespaces that go and come, users who
 //! may not have it, services that must not be hooked, and readers who do not read.
+//!
+//! Needs: root, kernel BTF, python3. Takes: seconds.
 
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -147,7 +149,7 @@ fn bytes_that_all_take_the_lane_keep_a_connection_alive() -> Result<()> {
     rig.finish()
 }
 
-/// The same for the forwarder's own idle exit, which counts bytes that woke nobody.
+/// The same for the forwarder's own idle exit, which counts bytes that woke no service.
 #[test]
 fn bytes_that_all_take_the_lane_keep_the_service_awake() -> Result<()> {
     require_bpf!();

@@ -1,5 +1,7 @@
 //! No system call of the program's leaves the upper half of an argument undefined (`bro-user/src/words.rs`): a seccomp filter that
 //! looks at whole words, like systemd's, would see what was left in the register.
+//!
+//! Needs: a network namespace; root, nm for some tests. Takes: seconds.
 #![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
 
 use std::os::unix::process::ExitStatusExt as _;

@@ -729,7 +729,7 @@ impl<'a> Control<'a> {
             Ok(Asked { request: Request::Wake, to }) => self.told_to_wake(to),
             Ok(Asked { request: Request::Sleep { force }, to }) => self.told_to_sleep(force, to),
             Err(error) => {
-                tracing::warn!(%error, "nobody can ask this forwarder any more");
+                tracing::warn!(%error, "this forwarder can be asked nothing any more");
                 self.control = None;
             }
         }
@@ -866,7 +866,7 @@ impl<'a> Control<'a> {
             Event::Draining(why) => self.draining(&why),
             Event::Pong => notify::alive(),
             Event::Listening { netns, port } => {
-                tracing::debug!(netns, port, "the kernel says that somebody listens");
+                tracing::debug!(netns, port, "the kernel says that there is a listener");
                 self.activator.heard();
             }
             // Answers, which the handle has already taken.

@@ -117,7 +117,7 @@ fn a_loader_that_was_killed_in_the_middle_is_no_obstacle() -> Result<()> {
     programs.expect_gone()
 }
 
-/// What the user himself puts into his folders is no obstacle either, and leads root nowhere.
+/// What users themselves put into their folders is no obstacle either, and leads root nowhere.
 #[test]
 fn a_users_rubbish_is_no_obstacle() -> Result<()> {
     require_bpf!();
@@ -141,7 +141,7 @@ fn wrong_orders_are_refused_in_a_sentence() -> Result<()> {
     require_bpf!();
     let stage = Stage::new()?;
     for (arguments, code, says) in [
-        (["nobody-of-this-name", "--connections=1"], 4, "there is no user"),
+        (["no-user-of-this-name", "--connections=1"], 4, "there is no user"),
         (["0", "--connections=1"], 2, "root's forwarders"),
         (["4001", "--cgroup=/sys/nothing"], 1, "cannot be opened"),
         (["4009", "--connections=1"], 1, "neither logged in nor lingers"),

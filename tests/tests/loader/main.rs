@@ -1,4 +1,6 @@
-//! `bro loader`: what it leaves for one user is used by his forwarders without any right, and by nobody else in any way.
+//! `bro loader`: what it leaves for one user is used by that user's forwarders without any right, and by no other user in any way.
+//!
+//! Needs: root, kernel BTF. Takes: seconds.
 
 mod life;
 mod lines;

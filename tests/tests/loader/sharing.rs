@@ -1,4 +1,4 @@
-//! One user: his forwarders have the kernel relay, each in its seat.
+//! One user, whose forwarders have the kernel relay, each in its seat.
 
 use std::time::Duration;
 
@@ -119,7 +119,7 @@ fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
     let site = Site { forwarder, front, service };
     site.expect_lane(ALICE)?;
     ensure!(programs.watched()?.len() == 1, "{:?}", programs.watched()?);
-    // The old sender may still be there, and knows the number of its lane: nobody is given that one again.
+    // The old sender may still be there, and knows the number of its lane: no other lane is given that one again.
     let after = records.last(0).context("the first record")?;
     ensure!(before > 0 && after > before, "the numbers began anew: {after} after {before}");
     drop(far);
@@ -198,9 +198,9 @@ fn the_client_lane_is_for_the_users_own_processes() -> Result<()> {
     ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
     let foreign = programs.total(Counter::Foreign)?;
     ensure!(hooked(0, soon)? == 1, "root's client in her cgroup was hooked");
-    ensure!(programs.total(Counter::Foreign)? > foreign, "nobody asked whose it is");
+    ensure!(programs.total(Counter::Foreign)? > foreign, "whose it is was not asked");
     ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
-    // Outside her cgroup nobody is looked at at all.
+    // Outside Alice's cgroup no socket is looked at at all.
     let outside = stage.another()?;
     stage.enter(&outside)?;
     let count = hooked(ALICE, soon);

@@ -175,7 +175,7 @@ const fn out_of_descriptors(errno: Errno) -> bool {
 }
 
 /// The errors that mean “nothing listens there (yet)”.
-const fn nobody_listens(errno: Errno) -> bool {
+const fn has_no_listener(errno: Errno) -> bool {
     matches!(errno, Errno::ECONNREFUSED | Errno::ENOENT | Errno::ENETUNREACH)
 }
 
@@ -587,7 +587,7 @@ impl Engine {
         if errno == Errno::EADDRNOTAVAIL && patient {
             return self.wait_for_a_port(index);
         }
-        if !(self.settings.hold_refused && nobody_listens(errno) && patient) {
+        if !(self.settings.hold_refused && has_no_listener(errno) && patient) {
             return self.finish(index, End::Refused(errno));
         }
         tracing::debug!(

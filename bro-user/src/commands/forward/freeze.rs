@@ -99,7 +99,7 @@ impl Control<'_> {
             (Done::Froze(Ok(true)), Frost::Freezing { wanted }) => {
                 tracing::info!(
                     unit = self.options.unit.as_deref(),
-                    "nobody is connected any more; froze the unit"
+                    "no client is connected any more; froze the unit"
                 );
                 self.frost = Frost::Frozen { since: Instant::now() };
                 self.frozen_at = Some(SystemTime::now());

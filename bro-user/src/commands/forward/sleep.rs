@@ -175,7 +175,7 @@ impl Control<'_> {
             if sleeper.is_some() {
                 "told to sleep; exiting"
             } else {
-                "nobody is connected any more; exiting"
+                "no client is connected any more; exiting"
             }
         );
         let force = sleeper.as_ref().is_some_and(|(force, _)| *force);
