@@ -12,6 +12,9 @@ use nix::unistd::Pid;
 use crate::peers::wait_for;
 use crate::sys;
 
+/// The id of the user `nobody`, who has no rights.
+pub const NOBODY: u32 = 65534;
+
 /// One open descriptor: its number and what it leads to (`socket:[123]`, `pipe:[456]`, a path).
 pub type Descriptor = (i32, String);
 

@@ -420,7 +420,7 @@ fn no_podman_to_ask() -> Result<()> {
 /// An ordinary user names a process of root's: root takes a user's part, a user simply tries.
 #[test]
 fn another_users_namespace() -> Result<()> {
-    const NOBODY: u32 = 65534;
+    use bro_tests::process::NOBODY;
     let as_user = |setup: Setup| if nix::unistd::geteuid().is_root() { setup.user(NOBODY) } else { setup };
     for (option, value) in [("--pid", "1"), ("--netns", "/proc/1/ns/net")] {
         let setup = as_user(Setup::new()).socket(&listener()?).arg(option).arg(value).arg("127.0.0.1:80");

@@ -12,14 +12,11 @@ use bro_tests::bro;
 use bro_tests::forwarder::Setup;
 use bro_tests::netns::{Namespace, Owner};
 use bro_tests::peers::{Bound, Family, Here, Listener};
-use bro_tests::process;
+use bro_tests::process::{self, NOBODY};
 use bro_tests::scratch::Scratch;
 use bro_tests::tier::{Need, find_program, met};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid, chown};
-
-/// The user that root becomes: PostgreSQL refuses root.
-const NOBODY: u32 = 65534;
 
 /// A database cluster in a folder, whose server a test starts when it wants.
 struct Cluster {

@@ -13,7 +13,6 @@ use bro_tests::loader::Site;
 use bro_tests::notify::Notify;
 use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::scene::{Scene, expect_relayed};
-use bro_tests::tier::{Need, met};
 use bro_tests::{process, require_namespaces};
 use bro_user::commands::status::Predecessor;
 use bro_user::control_socket::Reply;
@@ -435,17 +434,9 @@ fn expect_no_capability(pid: i32) -> Result<()> {
     Ok(())
 }
 
-macro_rules! require_bpf {
-    () => {
-        if !met(std::thread::current().name().unwrap_or("?"), &[Need::Root, Need::Bpf]) {
-            return Ok(());
-        }
-    };
-}
-
 #[test]
 fn the_kernel_relay_goes_on_in_a_successor_without_rights() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let (mut notify, site) = with_rights("--connections-max=64")?;
     let programs = site.forwarder.kernel_relay()?;
     site.expect_lane(USER)?;
@@ -478,7 +469,7 @@ fn the_kernel_relay_goes_on_in_a_successor_without_rights() -> Result<()> {
 
 #[test]
 fn lanes_outlive_the_process_that_has_loaded_the_programs() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let (mut notify, site) = with_rights("--connections-max=64")?;
     let programs = site.forwarder.kernel_relay()?;
     let mut mains = vec![site.forwarder.pid()];
@@ -503,7 +494,7 @@ fn lanes_outlive_the_process_that_has_loaded_the_programs() -> Result<()> {
 
 #[test]
 fn a_set_for_very_many_connections_has_one_place() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let (_notify, site) = with_rights("--connections-max=40000")?;
     site.forwarder.kernel_relay()?;
     let main = site.forwarder.pid();

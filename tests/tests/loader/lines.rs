@@ -13,8 +13,6 @@ use bro_tests::programs::Programs;
 use bro_tests::scratch::Scratch;
 use bro_tests::sys;
 
-use crate::require_bpf;
-
 /// What was forged as another user came to nothing, and this is what it was told.
 fn as_bob(what: &str) -> Result<std::process::Output> {
     let mut command = Command::new("setpriv");
@@ -33,7 +31,7 @@ fn as_bob(what: &str) -> Result<std::process::Output> {
 
 #[test]
 fn another_user_cannot_open_the_pins() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let folder = pinned::folder(ALICE);
@@ -62,7 +60,7 @@ fn another_user_cannot_open_the_pins() -> Result<()> {
 
 #[test]
 fn only_root_loads() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let scratch = Scratch::new()?;
@@ -79,7 +77,7 @@ fn only_root_loads() -> Result<()> {
 /// Bob has a set, and even one that looks at Alice's cgroup: Bob names Alice's port and Alice's namespace, and gets nothing.
 #[test]
 fn watching_another_users_port_hooks_nothing() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _alices = stage.load(ALICE)?;
     let bobs = stage.load(BOB)?;
@@ -106,7 +104,7 @@ fn watching_another_users_port_hooks_nothing() -> Result<()> {
 /// `sudo`, or a setuid program: another user's process in Alice's cgroup.
 #[test]
 fn another_users_service_in_the_same_cgroup_is_not_hooked() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     for owner in [BOB, 0, 8_000_033] {
@@ -126,7 +124,7 @@ fn another_users_service_in_the_same_cgroup_is_not_hooked() -> Result<()> {
 /// Root within a container is no more than the container's owner outside, and what the owner has is not to be seen inside.
 #[test]
 fn root_of_a_container_can_neither_load_nor_open() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let scratch = Scratch::new()?;
@@ -148,7 +146,7 @@ fn root_of_a_container_can_neither_load_nor_open() -> Result<()> {
 /// What users write into their own maps is their own trouble: numbers beyond every end come to nothing.
 #[test]
 fn nonsense_in_the_maps_is_an_error_and_no_more() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let about = sys::bpf_pinned(&pinned::folder(ALICE).join("about"))?;

@@ -16,14 +16,11 @@ use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::pattern::Pattern;
 use bro_tests::peers::{Bound, Family, Here, Listener, PATIENCE};
-use bro_tests::process::{self, Session};
+use bro_tests::process::{self, NOBODY, Session};
 use bro_tests::programs::Programs;
 use bro_tests::scratch::Scratch;
 use bro_tests::tier::{Need, find_program, met};
 use nix::unistd::chown;
-
-/// The user that root becomes: PostgreSQL refuses root.
-const NOBODY: u32 = 65534;
 
 const CURL: Need = Need::Program("curl", "curl");
 

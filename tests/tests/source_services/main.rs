@@ -17,14 +17,11 @@ use bro_tests::bro;
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::peers::{Address, Conn, Listener, PATIENCE};
-use bro_tests::process::{self, Session};
+use bro_tests::process::{self, NOBODY, Session};
 use bro_tests::scratch::Scratch;
 use bro_tests::street::{Street, command};
 use bro_tests::tier::{Need, find_program, met};
 use nix::unistd::chown;
-
-/// The user that root becomes: PostgreSQL refuses root.
-const NOBODY: u32 = 65534;
 
 /// Where the services listen inside.
 const INSIDE: u16 = 7000;
