@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_else_has_put_there_is_nothing() {
+    fn what_others_have_put_there_is_nothing() {
         let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-ledger-XXXXXX")).unwrap();
         let path = file(&folder, "web.service");
         std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();

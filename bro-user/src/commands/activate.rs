@@ -318,7 +318,7 @@ fn changes(activated: &Installed, files: &[File]) -> anyhow::Result<Vec<Change>>
             Provenance::Ours(_) if belongs_to_another(path, &activated.name) => {
                 anyhow::bail!("{} belongs to another activated service; nothing was changed", path.display())
             }
-            Provenance::Ours(_) | Provenance::Nobody => {}
+            Provenance::Ours(_) | Provenance::Absent => {}
             Provenance::Theirs => anyhow::bail!(
                 "{} is there and was not written by bro activate; move it away (nothing was changed)",
                 path.display()

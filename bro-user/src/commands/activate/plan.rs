@@ -566,7 +566,7 @@ fn check_ready(activated: &Installed, quadlet: &Quadlet, warnings: &mut Vec<Stri
         ))),
         Kind::Container if quadlet.value("HealthCmd").is_none() => {
             warnings.push(format!(
-                "{file} has no HealthCmd=: unless the image brings a health check, nobody will ever be connected"
+                "{file} has no HealthCmd=: unless the image brings a health check, no client will ever be connected"
             ));
             Ok(())
         }

@@ -288,7 +288,7 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdMa
                 Some(Trouble::Forbidden(why)) => {
                     return Check::bad(
                         NAME,
-                        format!("{unit} is {active}, so nobody listens at {address}: {why}"),
+                        format!("{unit} is {active}, so nothing listens at {address}: {why}"),
                         port_owner::instead(known, listener),
                     );
                 }
@@ -297,7 +297,7 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdMa
             let log = if active == "failed" { whose.last_words(unit).await } else { String::new() };
             Check::bad(
                 NAME,
-                format!("{unit} is {active}, so nobody listens at {address}{owner}{log}"),
+                format!("{unit} is {active}, so nothing listens at {address}{owner}{log}"),
                 format!("`{systemctl} reset-failed {unit}`, `{systemctl} enable --now {unit}`"),
             )
         }

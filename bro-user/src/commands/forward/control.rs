@@ -251,7 +251,7 @@ impl<'a> Control<'a> {
             Event::Drained => return self.reload.is_drained(),
             Event::Pong => notify::alive(),
             Event::Listening { netns, port } => {
-                tracing::debug!(netns, port, "the kernel says that somebody listens");
+                tracing::debug!(netns, port, "the kernel says that there is a listener");
                 self.life.activator.heard();
             }
             // Answers, which the handle has already taken.

@@ -188,7 +188,7 @@ impl Control<'_> {
             if sleeper.is_some() {
                 "told to sleep; exiting"
             } else {
-                "nobody is connected any more; exiting"
+                "no client is connected any more; exiting"
             }
         );
         let force = sleeper.as_ref().is_some_and(|sleeper| sleeper.force);
