@@ -3,12 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_proc::cgroup;
 use bro_relay::engine::protocol;
 use bro_relay::netns::{netlink, wire};
 use bro_relay::proxy_protocol::{Bad, Incoming, LONGEST, Said, Version};
 use bro_relay::target::{self, Target};
 use bro_sockmap::btf::Offsets;
-use bro_sockmap::cgroup;
 use clap::Parser as _;
 
 use crate::address::{self, External, Internal};

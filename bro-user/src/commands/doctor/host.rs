@@ -189,7 +189,7 @@ pub(super) fn descriptors() -> Check {
 
 pub(super) fn cgroup() -> Check {
     const NAME: &str = "cgroup";
-    match bro_sockmap::cgroup::mount_point() {
+    match bro_proc::cgroup::mount_point() {
         Ok(path) => Check::ok(NAME, format!("version 2 is mounted at {}", path.display())),
         Err(error) => Check::less(NAME, error.to_string(), "boot with systemd.unified_cgroup_hierarchy=1"),
     }
