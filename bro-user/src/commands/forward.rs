@@ -11,6 +11,7 @@ pub mod inhibit;
 mod control;
 mod data_plane;
 mod drain;
+mod keep_awake;
 mod lifecycle;
 mod reload;
 mod report;
@@ -27,6 +28,7 @@ use std::sync::Arc;
 use control::Control;
 use data_plane::{DataPlane, RelayProcess};
 use handover::{Predecessor, Program};
+use keep_awake::KeepAwake;
 use lifecycle::Lifecycle;
 use reload::Reload;
 use requests::Requests;
@@ -70,8 +72,9 @@ pub fn run(
             starter.check_freezing().await?;
             starter.thaw_what_was_left().await;
         }
+        let keep_awake = KeepAwake::of(&options.idle.keep_awake).await?;
         let plane = DataPlane::start(options, relay, local_clients, bequest)?;
-        let life = Lifecycle::new(options, targets, Arc::new(starter), &plane);
+        let life = Lifecycle::new(options, targets, Arc::new(starter), keep_awake, &plane);
         let reload = Reload::new(program, &listeners);
         // A predecessor, if there is one, still listens for requests for metrics.
         let endpoint = options.metrics.as_ref().filter(|_| predecessor.is_none());

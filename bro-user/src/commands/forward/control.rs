@@ -209,7 +209,10 @@ impl<'a> Control<'a> {
         self.said = self.status();
         match predecessor {
             Some(predecessor) => self.take_over_from(predecessor),
-            None => notify::ready(&self.said),
+            None => {
+                notify::ready(&self.said);
+                self.life.leave_where_only_a_timer_came();
+            }
         }
     }
 
@@ -248,7 +251,7 @@ impl<'a> Control<'a> {
             EngineEvent::Drained => return self.reload.is_drained(),
             EngineEvent::Pong => notify::alive(),
             EngineEvent::Listening { netns, port } => {
-                tracing::debug!(netns, port, "the kernel says that somebody listens");
+                tracing::debug!(netns, port, "the kernel says that there is a listener");
                 self.life.activator.heard();
             }
             // Answers, which the handle has already taken.
@@ -287,6 +290,7 @@ impl<'a> Control<'a> {
             self.keep_counts().await;
         }
         self.life.give_up_on_slow_starts();
+        self.life.look_at_the_clock();
         if self.ledger.is_due(Stats::get(&stats.accepted), Stats::get(&stats.open)) {
             self.keep_counts().await;
         }

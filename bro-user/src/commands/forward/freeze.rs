@@ -134,7 +134,7 @@ impl Lifecycle<'_> {
             (FreezeDone::Froze(Ok(true)), Frost::Freezing { wanted }) => {
                 tracing::info!(
                     unit = self.options.unit.as_deref(),
-                    "nobody is connected any more; froze the unit"
+                    "no client is connected any more; froze the unit"
                 );
                 self.freezing.frost = Frost::Frozen { since: Instant::now() };
                 self.freezing.since = Some(SystemTime::now());

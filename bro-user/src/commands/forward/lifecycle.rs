@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::data_plane::DataPlane;
 use super::freeze::{FreezeDone, Freezing};
+use super::keep_awake::{Answer, KeepAwake};
 use super::reload::Reload;
 use super::settings;
 use super::sleep::{Busy, Sleeper};
@@ -51,6 +52,8 @@ pub(super) enum LifeChange {
     Freeze(FreezeDone),
     /// Whether the service runs, for clients that start nothing.
     RunState(RunState),
+    /// Whether this is a time of `--keep-awake`.
+    Calendar(Answer),
 }
 
 /// What is due at an instant.
@@ -84,6 +87,8 @@ pub(super) struct Lifecycle<'a> {
     pub(super) wakes: JoinSet<()>,
     /// How often the service is started.
     pub(super) history: Arc<Wakes>,
+    /// `--keep-awake`
+    pub(super) keep_awake: KeepAwake,
     /// The log has said that it was started too often.
     pub(super) too_many_said: bool,
     /// Wakes that failed.
@@ -105,6 +110,7 @@ impl<'a> Lifecycle<'a> {
         options: &'a Forward,
         targets: Vec<Target>,
         activator: Arc<ServiceStarter>,
+        keep_awake: KeepAwake,
         plane: &DataPlane<'_>,
     ) -> Self {
         let history = Arc::new(Wakes::of(options.unit.as_deref(), settings::wake_limits(options)));
@@ -126,6 +132,7 @@ impl<'a> Lifecycle<'a> {
             kept_until: Instant::now(),
             wakes: JoinSet::new(),
             history,
+            keep_awake,
             too_many_said: false,
             freezing: Freezing::default(),
             busy: Busy::default(),
@@ -161,6 +168,7 @@ impl<'a> Lifecycle<'a> {
             LifeChange::Busy(who) => self.is_busy(who, reload),
             LifeChange::Freeze(done) => self.freeze_done(done),
             LifeChange::RunState(state) => self.run_state(state),
+            LifeChange::Calendar(answer) => self.calendar_said(answer),
         }
         Ok(())
     }

@@ -39,6 +39,10 @@ impl Control<'_> {
             Some(waiting) => format!("{said}; {waiting}"),
             None => said,
         };
+        let said = match life.keep_awake.until().filter(|_| life.phase == Phase::Serving) {
+            Some(until) => format!("{said}; kept awake until {}", until.said),
+            None => said,
+        };
         let said = match life.history.remark() {
             Some(remark) => format!("{said}; {remark}"),
             None => said,
@@ -136,10 +140,18 @@ impl Control<'_> {
             life.being_woken().filter(|_| is_starting).map(|since| SystemTime::now() - since.elapsed());
         let woken = woken.or(life.freezing.since());
         let since = woken.or_else(|| life.awake_since.map(|(_, since)| since));
-        let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
         let woken_by = life.woken_by.clone().filter(|_| state != status::ServiceState::Asleep);
         let doing = Some(life.activator.progress().doing).filter(|doing| is_starting && !doing.is_empty());
-        status::Activity { state, since: since.map(|since| since.as_secs()), woken_by, doing }
+        let seconds =
+            |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).map(|span| span.as_secs()).ok();
+        let until = life.keep_awake.until().filter(|_| life.phase == Phase::Serving);
+        status::Activity {
+            state,
+            since: since.and_then(seconds),
+            woken_by,
+            doing,
+            kept_awake_until: until.and_then(|until| seconds(until.at)),
+        }
     }
 
     /// Keeps what was counted so far for later forwarders.

@@ -34,7 +34,7 @@ impl Requests {
                     Ok(Asked { request: Request::Wake, to }) => return CallerRequest::Wake(to),
                     Ok(Asked { request: Request::Sleep { force }, to }) => return CallerRequest::Sleep { force, asker: to },
                     Err(error) => {
-                        tracing::warn!(%error, "nobody can ask this forwarder any more");
+                        tracing::warn!(%error, "this forwarder can be asked nothing any more");
                         self.control = None;
                     }
                 },

@@ -46,6 +46,9 @@ impl Lifecycle<'_> {
         if self.phase != Phase::Serving || self.options.idle.exit_idle_time.finite().is_none() {
             return None;
         }
+        if self.keep_awake.until().is_some() {
+            return None;
+        }
         let limit = self.history.idle_time();
         match self.freezing.frost() {
             Frost::None => {}
@@ -119,7 +122,7 @@ impl Lifecycle<'_> {
         self.busy.who.as_deref().filter(|_| self.idle_since() + limit <= Instant::now())
     }
 
-    fn ask_to_leave(&mut self) {
+    pub(super) fn ask_to_leave(&mut self) {
         let how = if self.options.idle.counts_bytes() {
             Leave::WithoutBytes(self.history.idle_time())
         } else {
@@ -185,7 +188,7 @@ impl Control<'_> {
             if sleeper.is_some() {
                 "told to sleep; exiting"
             } else {
-                "nobody is connected any more; exiting"
+                "no client is connected any more; exiting"
             }
         );
         let force = sleeper.as_ref().is_some_and(|sleeper| sleeper.force);

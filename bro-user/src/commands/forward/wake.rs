@@ -9,6 +9,7 @@ use bro_relay::stats::Stats;
 use tokio::time::{Instant, sleep};
 
 use super::data_plane::DataPlane;
+use super::keep_awake::BY_CLOCK;
 use super::lifecycle::{LifeChange, Lifecycle, Phase};
 use super::target_state::{TargetState, Turned, Wakefulness, Waking};
 use crate::control_socket::{Asker, Reply};
@@ -73,7 +74,8 @@ impl Lifecycle<'_> {
             }
             self.woken_by = Some(peer.to_owned());
             self.count_wake(peer);
-            tracing::info!(target = %address, %peer, unit = self.options.unit.as_deref(), "waking the service for its first client");
+            let why = if peer == BY_CLOCK { "at the time of --keep-awake" } else { "for its first client" };
+            tracing::info!(target = %address, %peer, unit = self.options.unit.as_deref(), "waking the service {why}");
         }
         let (activator, done) = (self.activator.clone(), self.changes.0.clone());
         let waking = async move {
@@ -96,9 +98,11 @@ impl Lifecycle<'_> {
         if self.awake_since.is_some() || self.being_woken().is_some() || by == super::reload::AFTER_RELOAD {
             return;
         }
-        let count =
-            if by == BY_HAND { &mut self.counts.woken_by_hand } else { &mut self.counts.woken_by_clients };
-        *count += 1;
+        *match by {
+            BY_HAND => &mut self.counts.woken_by_hand,
+            BY_CLOCK => &mut self.counts.woken_by_clock,
+            _ => &mut self.counts.woken_by_clients,
+        } += 1;
     }
 
     /// The service was found asleep.
