@@ -28,7 +28,7 @@ use crate::systemd::scope::RuntimeScope;
 pub(crate) const SOCKET: &str = "status.sock";
 
 /// How long a request or an answer may take to cross the socket.
-const PATIENCE: Duration = Duration::from_secs(5);
+const CALLER_LIMIT: Duration = Duration::from_secs(5);
 
 /// The longest request.
 const LONGEST_REQUEST: u64 = 64;
@@ -139,7 +139,7 @@ impl Asker {
         let mut stream = self.stream;
         let Ok(mut json) = serde_json::to_vec(answer) else { return };
         json.push(b'\n');
-        let written = tokio::time::timeout(PATIENCE, stream.write_all(&json)).await;
+        let written = tokio::time::timeout(CALLER_LIMIT, stream.write_all(&json)).await;
         if !matches!(written, Ok(Ok(()))) {
             tracing::debug!("the process that asked did not wait for the answer");
         }
@@ -255,7 +255,7 @@ async fn hear(stream: UnixStream, place: tokio::sync::OwnedSemaphorePermit, to: 
     let mut stream = stream;
     let mut line = String::new();
     let mut reader = BufReader::new((&mut stream).take(LONGEST_REQUEST));
-    let reading = tokio::time::timeout(PATIENCE, reader.read_line(&mut line));
+    let reading = tokio::time::timeout(CALLER_LIMIT, reader.read_line(&mut line));
     if !matches!(reading.await, Ok(Ok(_))) {
         return tracing::debug!("the process that asked did not say what");
     }
@@ -372,7 +372,7 @@ fn tame(said: &mut serde_json::Value) {
 /// # Errors
 /// When no forwarder answers there.
 pub async fn ask_soon<Answer: DeserializeOwned>(path: &Path, request: Request) -> anyhow::Result<Answer> {
-    ask(path, request, PATIENCE).await
+    ask(path, request, CALLER_LIMIT).await
 }
 
 #[cfg(test)]

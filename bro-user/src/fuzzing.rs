@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bro_proc::cgroup;
 use bro_relay::engine::protocol;
 use bro_relay::netns::{netlink, wire};
-use bro_relay::proxy_protocol::{Bad, Incoming, LONGEST, Said, Version};
+use bro_relay::proxy_protocol::{Bad, Incoming, Introduction, LONGEST, Version};
 use bro_relay::target::{self, Target};
 use bro_sockmap::btf::Offsets;
 use clap::Parser as _;
@@ -112,10 +112,15 @@ pub fn proxy_header(bytes: &[u8]) {
         match incoming.take(&waiting[..count]) {
             Ok(None) => {}
             // A header that was read can be passed on.
-            Ok(Some(Said::Client { source, destination })) if source.is_ipv4() == destination.is_ipv4() => {
+            Ok(Some(Introduction::Client { source, destination }))
+                if source.is_ipv4() == destination.is_ipv4() =>
+            {
                 for version in [Version::V1, Version::V2] {
                     let header = version.header(Some((source, destination)));
-                    assert_eq!(incoming_whole(&header), Ok(Some(Said::Client { source, destination })));
+                    assert_eq!(
+                        incoming_whole(&header),
+                        Ok(Some(Introduction::Client { source, destination }))
+                    );
                 }
                 return;
             }
@@ -124,7 +129,7 @@ pub fn proxy_header(bytes: &[u8]) {
     }
 }
 
-fn incoming_whole(header: &[u8]) -> Result<Option<Said>, Bad> {
+fn incoming_whole(header: &[u8]) -> Result<Option<Introduction>, Bad> {
     let mut incoming = Incoming::default();
     assert_eq!(incoming.belonging(header), Ok(header.len()));
     incoming.take(header)
@@ -175,17 +180,17 @@ pub fn request(bytes: &[u8]) {
     if let Some(request) = std::str::from_utf8(bytes).ok().and_then(control_socket::Request::parse) {
         assert_eq!(control_socket::Request::parse(request.line()), Some(request));
     }
-    if let Some(request) = wire::Request::decode(bytes) {
-        assert_eq!(wire::Request::decode(&request.encode()), Some(request));
+    if let Some(request) = wire::AgentRequest::decode(bytes) {
+        assert_eq!(wire::AgentRequest::decode(&request.encode()), Some(request));
     }
 }
 
 /// What forwarder and relay process tell each other; the latter might be in other hands.
 pub fn relay_process(bytes: &[u8]) {
-    if let Ok(event) = serde_json::from_slice::<protocol::Event>(bytes) {
+    if let Ok(event) = serde_json::from_slice::<protocol::EngineEvent>(bytes) {
         assert!(serde_json::to_vec(&event).is_ok());
     }
-    drop(protocol::Command::decode(bytes, Vec::new()).is_some());
+    drop(protocol::EngineCommand::decode(bytes, Vec::new()).is_some());
 }
 
 /// What a forwarder answers, as `bro status` reads and prints it.

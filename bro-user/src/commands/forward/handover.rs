@@ -31,7 +31,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 const VARIABLE: &str = "BRO_HANDOVER";
 
 /// How long a successor may take to be ready.
-const PATIENCE: Duration = Duration::from_secs(30);
+const SUCCESSOR_LIMIT: Duration = Duration::from_secs(30);
 
 /// More than a letter about the kernel relay takes.
 const LONGEST_LETTER: usize = 64 * 1024;
@@ -268,7 +268,7 @@ impl Successor {
     /// When it ended, or was ended.
     pub async fn ready(mut self) -> anyhow::Result<Born> {
         let said = tokio::select! {
-            said = tokio::time::timeout(PATIENCE, self.channel.read_u8()) => said,
+            said = tokio::time::timeout(SUCCESSOR_LIMIT, self.channel.read_u8()) => said,
             Some(limit) = self.stops.recv() => {
                 self.stop(limit, false).await;
                 return Ok(Born::Stopped);
@@ -286,7 +286,7 @@ impl Successor {
             }
             (_, child) => {
                 drop(Started(child));
-                bail!("the new program was not ready within {PATIENCE:?}")
+                bail!("the new program was not ready within {SUCCESSOR_LIMIT:?}")
             }
         }
     }
