@@ -79,12 +79,12 @@ pub fn run(args: &Args) -> Result<()> {
         before.extend(behind);
         Vec::new()
     };
+    let background = Background::new()?;
     let mut summary = Summary::default();
     let bro = build(&before, args.tiers.is_empty() || !behind.is_empty(), &mut summary)?;
-    let background = Background::new(&bro)?;
     let runner = Runner::new(bro)?;
     std::thread::scope(|scope| {
-        let computing = scope.spawn(|| background.run(&behind));
+        let computing = scope.spawn(|| background.run(&behind, &runner.bro));
         for tier in before.iter().filter(|tier| ***tier != Tier::Lint) {
             run_one(tier.name(), &mut summary, || tier.run(&runner, &all))?;
         }

@@ -17,35 +17,32 @@ use crate::build::target_folder;
 
 /// How a tier is run by a process of this task's own.
 pub struct Background {
-    /// This task's program, as it was found at the start: cargo may put another one at its place since.
+    /// Where this task's program is, as long as cargo has not put another build of it there.
     task: PathBuf,
-    /// The binary under test.
-    bro: PathBuf,
 }
 
 /// A tier that has run: its name, how long it took, what came of it.
 pub type Ran = (String, Duration, Count);
 
 impl Background {
-    /// `bro` is the binary under test.
-    pub fn new(bro: &Path) -> Result<Self> {
-        let task = std::env::current_exe().context("this task's own path")?;
-        Ok(Self { task, bro: bro.to_owned() })
+    /// To be called before anything is built.
+    pub fn new() -> Result<Self> {
+        Ok(Self { task: std::env::current_exe().context("this task's own path")? })
     }
 
-    /// Runs them one after another.
-    pub fn run(&self, tiers: &[&Tier]) -> Result<Vec<Ran>> {
-        tiers.iter().map(|tier| self.one(tier.name())).collect()
+    /// Runs them one after another; `bro` is the binary under test.
+    pub fn run(&self, tiers: &[&Tier], bro: &Path) -> Result<Vec<Ran>> {
+        tiers.iter().map(|tier| self.one(tier.name(), bro)).collect()
     }
 
-    fn one(&self, tier: &str) -> Result<Ran> {
+    fn one(&self, tier: &str, bro: &Path) -> Result<Ran> {
         let answer = target_folder()?.join(format!("bro-test-count-{tier}"));
         show(tier, "begins");
         let begin = Instant::now();
         let mut command = Command::new("nice");
         command.args(["-n", "19"]).arg(&self.task).args(["test", tier, "--count-to"]).arg(&answer);
         let (said, heard) = std::io::pipe().context("a pipe for what is printed")?;
-        command.env("BRO_BIN", &self.bro).stdin(Stdio::null()).stdout(heard.try_clone()?).stderr(heard);
+        command.env("BRO_BIN", bro).stdin(Stdio::null()).stdout(heard.try_clone()?).stderr(heard);
         let mut child = command.spawn().with_context(|| format!("cannot run {command:?}"))?;
         // Its ends of the pipe: the lines end with the last process that has one.
         drop(command);
