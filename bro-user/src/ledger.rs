@@ -43,6 +43,8 @@ pub struct Counts {
     pub woken_by_clients: u64,
     /// Times it was woken by `bro wake`.
     pub woken_by_hand: u64,
+    /// Times it was woken since the time of `--keep-awake` had begun.
+    pub woken_by_clock: u64,
     /// Wakes that failed.
     pub start_failures: u64,
     /// Wakes that took longer than clients are held.
@@ -75,6 +77,7 @@ impl std::ops::AddAssign<&Self> for Counts {
     fn add_assign(&mut self, other: &Self) {
         self.woken_by_clients += other.woken_by_clients;
         self.woken_by_hand += other.woken_by_hand;
+        self.woken_by_clock += other.woken_by_clock;
         self.start_failures += other.start_failures;
         self.start_timeouts += other.start_timeouts;
         self.idle_stops += other.idle_stops;

@@ -124,6 +124,31 @@ fn what_does_not_count_is_not_understood() -> Result<()> {
 }
 
 #[test]
+fn times_that_are_none() -> Result<()> {
+    let front = listener()?;
+    for (times, word) in [
+        ("Mon..Fri", "DAYS START..END"),
+        ("9..18", "DAYS START..END"),
+        ("09:00..25:00", "time of day"),
+        ("", "DAYS START..END"),
+        ("09:00..10:00;", "DAYS START..END"),
+    ] {
+        let setup = Setup::new().socket(&front).arg(format!("--keep-awake={times}")).arg("127.0.0.1:80");
+        refused(setup, USAGE, &["--keep-awake", word]).with_context(|| times.to_owned())?;
+    }
+    if !met("times_that_are_none", &[Need::Program("systemd-analyze", "systemd")]) {
+        return Ok(());
+    }
+    for (times, word) in
+        [("Mon..Fry 09:00..18:00", "“Mon..Fry 09:00”"), ("09:00..18:00 Middle/Earth", "“09:00 Middle/Earth”")]
+    {
+        let setup = Setup::new().socket(&front).arg(format!("--keep-awake={times}")).arg("127.0.0.1:80");
+        refused(setup, USAGE, &["--keep-awake", word]).with_context(|| times.to_owned())?;
+    }
+    Ok(())
+}
+
+#[test]
 fn bad_time_spans() -> Result<()> {
     let front = listener()?;
     for option in [

@@ -124,6 +124,9 @@ pub struct Activity {
     /// What a long start is doing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub doing: Option<String>,
+    /// It is not put to sleep for idleness before that, in seconds since 1970 (`--keep-awake`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_awake_until: Option<u64>,
 }
 
 /// How far a service is from being asleep.

@@ -36,6 +36,7 @@ const BOTH: &[Case] = &[
     ("a .kube", activated::kubernetes),
     ("systemd's own check of the units", activated::verified),
     ("frozen instead of stopped", activated::frozen),
+    ("kept awake at times", activated::kept_awake),
     ("ready when healthy", activated::healthy),
     ("ready and busy by commands of the owner's", activated::owners_commands),
     ("bad input", refusals::bad_input),
