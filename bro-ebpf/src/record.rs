@@ -83,7 +83,7 @@ pub struct Record {
     pub messages: AtomicU64,
     /// Messages passed, by [`Reason`].
     pub passed: [AtomicU64; Reason::COUNT],
-    /// The last serial number that this slot had, so that whoever uses it after a forwarder that died goes on from there. The
+    /// The last serial number that this slot had, so that the next user of it after a forwarder that died goes on from there. The
     /// forwarder's; the programs take no notice of it.
     pub last: AtomicU64,
     unused: [u64; 5],
@@ -111,7 +111,7 @@ pub enum Counter {
     Watched = 6,
     /// Events that did not fit the ring buffer.
     EventsLost = 7,
-    /// Sockets left alone because they are somebody else's than the set's user.
+    /// Sockets left alone because they are another user's than the set's.
     Foreign = 8,
 }
 

@@ -10,9 +10,10 @@ mod links;
 mod loader;
 pub mod wake_sleep;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
 pub use activate::{Activate, Direct};
 pub use helper::Helper;
@@ -34,6 +35,29 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// Reads the command line. What each wake of a service runs is read without the other subcommands' options: to make a parser of
+    /// all of them takes more processor time than anything else that a forwarder does at its start, and memory that is never needed
+    /// again. Where that does not do (`--help`, an error), the whole parser says so.
+    ///
+    /// # Errors
+    /// clap's.
+    pub fn read(words: Vec<OsString>) -> Result<Self, clap::Error> {
+        let options = words.get(1..).unwrap_or_default();
+        if options.first().is_some_and(|name| name == "forward")
+            && let Ok(said) =
+                Forward::augment_args(clap::Command::new("forward")).try_get_matches_from(options)
+            && let Ok(forward) = Forward::from_arg_matches(&said)
+        {
+            return Ok(Self { command: Command::Forward(Box::new(forward)) });
+        }
+        if options == ["netns-agent"] {
+            return Ok(Self { command: Command::NetnsAgent });
+        }
+        Self::try_parse_from(words)
+    }
 }
 
 /// Names of subcommands: the program does the same when it is called so.
@@ -263,8 +287,8 @@ pub struct Forward {
     /// Answer GET /metrics there, with what `bro metrics` prints: ADDR:PORT, a PORT of 127.0.0.1, or the path of a unix socket
     ///
     /// In the form of OpenMetrics, for Prometheus and its like; only while this forwarder runs. 8 requests at once, of 8 KiB and 5 s
-    /// each. Nobody is asked for a password: who can connect can read. A unix socket has mode 0660; one that nobody listens at
-    /// any more is replaced.
+    /// each. There is no password: who can connect can read. A unix socket has mode 0660; one without a listener
+    /// is replaced.
     #[arg(long, value_name = "ADDR:PORT|PATH")]
     pub metrics: Option<crate::metrics::endpoint::Endpoint>,
 

@@ -140,7 +140,7 @@ impl Asker {
         json.push(b'\n');
         let written = tokio::time::timeout(PATIENCE, stream.write_all(&json)).await;
         if !matches!(written, Ok(Ok(()))) {
-            tracing::debug!("whoever asked did not wait for the answer");
+            tracing::debug!("the process that asked did not wait for the answer");
         }
     }
 }
@@ -256,7 +256,7 @@ async fn hear(stream: UnixStream, place: tokio::sync::OwnedSemaphorePermit, to: 
     let mut reader = BufReader::new((&mut stream).take(LONGEST_REQUEST));
     let reading = tokio::time::timeout(PATIENCE, reader.read_line(&mut line));
     if !matches!(reading.await, Ok(Ok(_))) {
-        return tracing::debug!("whoever asked did not say what");
+        return tracing::debug!("the process that asked did not say what");
     }
     let asker = Asker { stream, _place: place };
     match Request::parse(&line) {
@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn sweeps_only_what_nobody_listens_at() {
+    fn sweeps_only_what_has_no_listener() {
         let base = std::env::temp_dir().join(format!("bro-sweep-{}", std::process::id()));
         let bind = |name: &str| {
             std::fs::create_dir_all(base.join(name)).unwrap();

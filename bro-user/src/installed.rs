@@ -16,6 +16,7 @@ use crate::address::{self, is_straight};
 use crate::exit::Failure;
 use crate::paths::unit_directory;
 use crate::run_as::RunAsUser;
+use crate::systemd::calendar::DailySpans;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::{MARKER, UnitFile};
 
@@ -85,6 +86,26 @@ impl Installed {
     #[must_use]
     pub fn service(&self) -> Option<String> {
         self.service_file.as_deref().map(unit_name)
+    }
+
+    /// The timer that starts the forwarder at the times of `--keep-awake`, where there are some: `web-activator.timer`; none with
+    /// `--direct`.
+    #[must_use]
+    pub fn timer(&self) -> Option<String> {
+        self.timer_file().as_deref().map(unit_name)
+    }
+
+    /// Its file, beside the forwarder's unit.
+    #[must_use]
+    pub fn timer_file(&self) -> Option<PathBuf> {
+        self.service_file.as_deref().map(|service| service.with_extension("timer"))
+    }
+
+    /// The times of `--keep-awake`; none where there are none.
+    #[must_use]
+    pub fn kept_awake(&self) -> Option<DailySpans> {
+        let spans: DailySpans = self.option("keep-awake")?.parse().ok()?;
+        (!spans.0.is_empty()).then_some(spans)
     }
 
     /// Is it meant by `name`: the quadlet's name, its file's, or that of one of its units?

@@ -43,6 +43,8 @@ pub struct Counts {
     pub woken_by_clients: u64,
     /// Times it was woken by `bro wake`.
     pub woken_by_hand: u64,
+    /// Times it was woken since the time of `--keep-awake` had begun.
+    pub woken_by_clock: u64,
     /// Wakes that failed.
     pub start_failures: u64,
     /// Wakes that took longer than clients are held.
@@ -75,6 +77,7 @@ impl std::ops::AddAssign<&Self> for Counts {
     fn add_assign(&mut self, other: &Self) {
         self.woken_by_clients += other.woken_by_clients;
         self.woken_by_hand += other.woken_by_hand;
+        self.woken_by_clock += other.woken_by_clock;
         self.start_failures += other.start_failures;
         self.start_timeouts += other.start_timeouts;
         self.idle_stops += other.idle_stops;
@@ -339,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_else_has_put_there_is_nothing() {
+    fn what_others_have_put_there_is_nothing() {
         let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-ledger-XXXXXX")).unwrap();
         let path = file(&folder, "web.service");
         std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();

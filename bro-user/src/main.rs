@@ -14,10 +14,9 @@ use bro_user::commands::{
 };
 use bro_user::systemd::listen_fds;
 use bro_user::{exit, logging};
-use clap::Parser as _;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse_from(command_line()) {
+    let cli = match Cli::read(command_line()) {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),
     };
@@ -64,7 +63,7 @@ fn main() -> ExitCode {
         Command::TryWake(options) => doctor::try_wake(&options),
         Command::NetnsAgent => bro_relay::netns::agent::run(),
     };
-    match exit::unless_nobody_reads(result) {
+    match exit::unless_reader_has_gone(result) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);

@@ -51,7 +51,7 @@ impl AddressHolder {
             }
             (None, Some(process), _) => format!("by {process} at {address}"),
             (None, None, _) if !self.is_seen => format!(
-                "by a process that has bound {address} and does not listen, so that nobody sees whose it is"
+                "by a process that has bound {address} and does not listen, so that its owner cannot be seen"
             ),
             (None, None, user) => {
                 let name = |uid: u32| {

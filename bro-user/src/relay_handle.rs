@@ -65,7 +65,7 @@ impl Handle {
     /// Has a target's service watched; the answer says whether the programs will tell when it listens.
     pub fn watch(&self, watch: Watch) -> oneshot::Receiver<bool> {
         let (to, watching) = oneshot::channel();
-        let _older = self.waiting().watching.insert(watch.backend, to);
+        let _older = self.waiting().watching.insert(watch.target, to);
         self.send(Plain::Watch(watch));
         watching
     }
@@ -115,8 +115,8 @@ async fn read(channel: Arc<AsyncFd<OwnedFd>>, outlet: UnboundedSender<Event>, wa
                 // The caller may have gone meanwhile.
                 drop(waiting.figures.pop_front().map(|to| to.send(Figures { tallies, peers })));
             }
-            Event::Watching { backend, watching } => {
-                if let Some(to) = waiting.watching.remove(&backend) {
+            Event::Watching { target, watching } => {
+                if let Some(to) = waiting.watching.remove(&target) {
                     to.send(watching).ok();
                 }
             }

@@ -38,7 +38,7 @@ use crate::exit::Failure;
 use crate::netns::{self, AgentEnded, Namespace, NetnsRef};
 use crate::podman::container::{self, Inspected};
 use crate::podman::rootless_netns;
-use crate::systemd::manager::{self, SystemdManager};
+use crate::systemd::manager::{self, Changes, SystemdManager};
 use crate::systemd::progress::{self, Progress};
 use crate::systemd::restart;
 use crate::systemd::run_command::{self, CommandOutcome};
@@ -133,8 +133,9 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Between two looks through all processes for a container that is being started.
 const SEARCH: Duration = Duration::from_millis(20);
 
-/// Between two questions to systemd whether the unit has failed.
-const WATCH: Duration = Duration::from_millis(50);
+/// Between two questions to systemd whether the unit has failed: where it tells of changes, and where it does not.
+const WATCH: Duration = Duration::from_secs(1);
+const WATCH_UNTOLD: Duration = Duration::from_millis(50);
 
 /// How long a service that listens already waits for systemd to call its unit started. Podman reports that a moment after the
 /// container runs. Now and then the report is lost and systemd ends a healthy container: a client that is connected by then goes
@@ -153,6 +154,18 @@ const CAUSE: Duration = Duration::from_secs(3);
 
 /// How long bro looks for a running conmon before it asks podman.
 const ASK_PODMAN: Duration = Duration::from_secs(1);
+
+/// Waits until the unit may have changed.
+async fn next_look(changes: &mut Option<Changes>) {
+    match changes {
+        Some(told) => {
+            if let Ok(Err(_)) = tokio::time::timeout(WATCH, told.next()).await {
+                *changes = None;
+            }
+        }
+        None => sleep(WATCH_UNTOLD).await,
+    }
+}
 
 impl ServiceStarter {
     /// A starter that has done nothing yet.
@@ -247,7 +260,7 @@ impl ServiceStarter {
     ///
     /// # Errors
     /// When it cannot be started, or its namespace cannot be entered.
-    pub async fn wake(&self, backend: usize, target: &Target) -> anyhow::Result<Awake> {
+    pub async fn wake(&self, index: usize, target: &Target) -> anyhow::Result<Awake> {
         let prepare = async || {
             let (place, incarnation) = match self.place {
                 NetnsSource::Own => (NetnsRef::Own, None),
@@ -257,7 +270,7 @@ impl ServiceStarter {
                 }
             };
             let mut addresses = self.resolve(target).await?;
-            let heard = self.watch(backend, &place, incarnation.as_deref(), &addresses).await;
+            let heard = self.watch(index, &place, incarnation.as_deref(), &addresses).await;
             tokio::select! {
                 ready = self.wait_ready(&place, &addresses, heard) => ready?,
                 () = gone(incarnation.as_deref()) => return Ok(None),
@@ -433,9 +446,10 @@ impl ServiceStarter {
             self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
             findable.notify_one();
             started.notify_one();
+            let mut changes = bus.changes(unit).await.ok();
             while manager::is_active(&bus.active_state(unit).await?) {
                 *silent_since = None;
-                sleep(WATCH).await;
+                next_look(&mut changes).await;
             }
             // Perhaps no task has taken notice of that yet.
             futures_lite::future::poll_once(started.notified()).await;
@@ -500,6 +514,7 @@ impl ServiceStarter {
         self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
         findable.notify_one();
         started.notify_one();
+        let mut changes = bus.changes(unit).await.ok();
         loop {
             let state = bus.active_state(unit).await?;
             *silent_since = None;
@@ -507,7 +522,7 @@ impl ServiceStarter {
                 let (cause, journal) = (self.cause(&bus, unit, false).await, self.manager.journal());
                 bail!("{unit} is {state} again before it was ready{cause}; see `{journal} {unit}`");
             }
-            sleep(WATCH).await;
+            next_look(&mut changes).await;
         }
     }
 
@@ -839,7 +854,7 @@ impl ServiceStarter {
     /// listening socket, and the sockets that it accepts can take lanes. The returned value changes when something listens.
     async fn watch(
         &self,
-        backend: usize,
+        target: usize,
         place: &NetnsRef,
         incarnation: Option<&ContainerNetns>,
         addresses: &[Address],
@@ -868,7 +883,7 @@ impl ServiceStarter {
         };
         // Before the programs watch, so that nothing they say is missed.
         let heard = self.listening.subscribe();
-        let service = Service { watch: Watch { backend, netns, ports }, cgroup, namespace };
+        let service = Service { watch: Watch { target, netns, ports }, cgroup, namespace };
         programs.watch(service).await.then_some(heard)
     }
 

@@ -1,5 +1,6 @@
 //! systemd as other processes see it: its managers over D-Bus, its unit files, the sockets it passes, what it is told.
 
+pub mod calendar;
 pub mod listen_fds;
 pub mod manager;
 pub mod notify;

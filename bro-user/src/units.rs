@@ -6,6 +6,7 @@ mod hardening;
 mod namespaces;
 mod service;
 mod socket;
+mod timer;
 mod validate;
 
 use std::path::{Path, PathBuf};
@@ -46,6 +47,9 @@ pub fn files(
         .collect();
     if let Some(path) = &activated.service_file {
         files.push(File { path: path.clone(), text: service::text(activated, bro, root, has_steps) });
+    }
+    if let (Some(spans), Some(path)) = (activated.kept_awake(), activated.timer_file()) {
+        files.push(File { path, text: timer::text(activated, &spans) });
     }
     if let (Some(drop_in), Some(path)) = (drop_in, &activated.drop_in) {
         files.push(File { path: path.clone(), text: drop_in.text(activated) });

@@ -118,7 +118,7 @@ fn sibling(parent: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Does something as a user: what sockets it makes are his.
+/// Does something as a user: the sockets that it makes are that user's.
 pub fn as_user<T>(user: u32, what: impl FnOnce() -> T) -> T {
     struct Back(Uid);
     impl Drop for Back {
@@ -130,7 +130,7 @@ pub fn as_user<T>(user: u32, what: impl FnOnce() -> T) -> T {
     what()
 }
 
-/// A user's service, his forwarder without any right, and who connects.
+/// A user's service, the same user's forwarder without any right, and a client.
 #[derive(Debug)]
 pub struct Site {
     /// The forwarder.

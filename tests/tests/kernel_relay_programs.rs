@@ -1,5 +1,7 @@
 //! The kernel relay's programs at work, with a forwarder in miniature between real sockets: every byte exact, both lanes, IPv4
 //! and IPv6, random half-closes, lanes shut and opened at random, and nothing left behind.
+//!
+//! Needs: root, kernel BTF. Takes: seconds.
 
 mod kernel_relay;
 
@@ -225,7 +227,7 @@ fn write_all(mut to: &TcpStream, block: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Nobody reads: what the lane takes is bounded by the target's send buffer, and the sender meets ordinary back-pressure.
+/// No side reads: what the lane takes is bounded by the target's send buffer, and the sender meets ordinary back-pressure.
 #[test]
 fn a_reader_that_never_reads_bounds_what_the_lane_takes() {
     require!(Need::Bpf);
@@ -397,7 +399,7 @@ fn where_no_sender_can_be_hooked_there_is_no_kernel_relay() {
     let without = spawn(move || {
         refuse_test_run()?;
         let mut kernel = Kernel::load(&config)?;
-        anyhow::Ok(kernel.selftest().expect_err("nobody can run it").to_string())
+        anyhow::Ok(kernel.selftest().expect_err("the self-test cannot run").to_string())
     });
     let why = without.join().expect("the thread ends by itself").unwrap();
     assert!(why.contains("self-test") && why.contains("cannot be run"), "{why}");

@@ -1,7 +1,9 @@
-//! One client's story, in order: admitted, held until the service listens, given a socket, connected, relayed, closed.
+//! One client's story, in order: admitted, held until the service listens, given a socket, connected, relayed, closed. Its stages,
+//! and which may follow which, are in `connection/stage.rs`.
 
 mod abort;
 mod acknowledged;
+mod stage;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -14,7 +16,7 @@ use nix::sys::socket::{SockaddrStorage, getsockname, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use crate::peer::Peer;
-use crate::proxy_protocol::{Bad, Incoming, Said};
+use crate::proxy_protocol::{Bad, Said};
 use crate::rate::Meter;
 use crate::relay::half_close::Half;
 use crate::relay::{Broken, Direction, Guard, Method, Side, Tools, copy};
@@ -22,6 +24,7 @@ use crate::source::Origin;
 
 pub use abort::{Abort, Progress, STALLED, Verdict, WHOLE};
 pub use acknowledged::{Acknowledged, Amount};
+pub use stage::{Census, Relayed, Stage, StageName};
 
 /// Why a connection ended; the `reason` of its log line. Reasons that the control process decides can be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,37 +157,6 @@ impl fmt::Display for End {
     }
 }
 
-/// Where in its story a connection is.
-#[derive(Debug)]
-pub enum Stage {
-    /// A trusted balancer in front has connected; its header says who the client is (`--accept-proxy`).
-    Introducing(Box<Incoming>),
-    /// The service sleeps, and only a byte of the client's wakes it (`--wake-on=data`).
-    Silent,
-    /// The service does not listen yet.
-    Held,
-    /// It listens; a socket in its namespace is on the way.
-    AwaitingSocket,
-    /// The connection to the service is being made, to this one of its addresses.
-    Connecting {
-        /// The forwarder's socket towards the service.
-        service: OwnedFd,
-        /// The index of the address that is tried.
-        address: usize,
-    },
-    /// Bytes flow.
-    Relaying {
-        /// The forwarder's socket towards the service.
-        service: OwnedFd,
-        /// Client to service.
-        up: Direction,
-        /// Service to client.
-        down: Direction,
-        /// One side has aborted, and the other is still owed what was sent before that. Boxed, for it is rare.
-        abort: Option<Box<Abort>>,
-    },
-}
-
 /// A balancer in front that has introduced a client.
 #[derive(Debug)]
 pub struct Through {
@@ -216,7 +188,7 @@ pub struct Connection {
     /// The index of the listener it came through.
     pub listener: usize,
     /// The index of its target.
-    pub backend: usize,
+    pub target: usize,
     /// When it was accepted.
     pub opened: Instant,
     /// When bytes last moved, as far as noticed; before that, when it began to wait for the service.
@@ -239,8 +211,7 @@ pub struct Connection {
     pub meter: Option<Box<Meter>>,
     /// From accepted to connected, for the one that woke the service.
     pub cold_start: Option<Duration>,
-    /// Where it stands.
-    pub stage: Stage,
+    stage: Stage,
     /// How the two sides talk, which decides about lanes.
     pub talk: Talk,
     /// What epoll was last told, per side.
@@ -330,6 +301,47 @@ pub enum Registration {
 }
 
 impl Connection {
+    /// One that was just accepted. `meter`: how much has to move on it to keep anything awake.
+    #[must_use]
+    pub fn accepted(
+        number: u64,
+        client: OwnedFd,
+        peer: Peer,
+        (listener, target): (usize, usize),
+        meter: Option<Box<Meter>>,
+        now: Instant,
+    ) -> Self {
+        let guard = match peer {
+            Peer::Tcp(_) => Guard::Needless,
+            Peer::Unix { .. } => Guard::of(client.as_fd()),
+        };
+        Self {
+            number,
+            client,
+            origin: Origin::of(&peer),
+            peer,
+            through: None,
+            guard,
+            counted: false,
+            listener,
+            target,
+            opened: now,
+            active: now,
+            answers: Acknowledged::default(),
+            moved: 0,
+            last: (0, 0),
+            awaits_answer: false,
+            woke: false,
+            ignored: false,
+            wakes_nothing: false,
+            meter,
+            cold_start: None,
+            stage: Stage::Admitted,
+            talk: Talk::default(),
+            registered: [Registration::Absent; 2],
+        }
+    }
+
     /// A trusted balancer has said who the client is, in a header of so many bytes.
     pub fn introduce(&mut self, said: Said, header: usize) {
         let (peer, destination) = match said {
@@ -364,9 +376,7 @@ impl Connection {
             (Side::Service, Stage::Connecting { service, .. } | Stage::Relaying { service, .. }) => {
                 Some(service.as_fd())
             }
-            (Side::Service, Stage::Introducing(_) | Stage::Silent | Stage::Held | Stage::AwaitingSocket) => {
-                None
-            }
+            (Side::Service, _) => None,
         }
     }
 
@@ -378,13 +388,15 @@ impl Connection {
                 Some(Interest { read: true, write: false })
             }
             // Only a reset is of interest while the client is held; what it sends waits in its socket.
-            (Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }, Side::Client) => {
-                Some(Interest { read: false, write: false })
-            }
+            (
+                Stage::Admitted | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. },
+                Side::Client,
+            ) => Some(Interest { read: false, write: false }),
             (Stage::Connecting { .. }, Side::Service) => Some(Interest { read: false, write: true }),
-            (Stage::Introducing(_) | Stage::Silent | Stage::Held | Stage::AwaitingSocket, Side::Service) => {
-                None
-            }
+            (
+                Stage::Admitted | Stage::Introducing(_) | Stage::Silent | Stage::Held | Stage::AwaitingSocket,
+                Side::Service,
+            ) => None,
             (Stage::Relaying { up, down, abort, .. }, side) => {
                 let (from_here, to_here) = match side {
                     Side::Client => (up.half(), down.half()),
@@ -608,7 +620,8 @@ impl Connection {
                 up.discard(tools);
                 down.discard(tools);
             }
-            Stage::Introducing(_)
+            Stage::Admitted
+            | Stage::Introducing(_)
             | Stage::Silent
             | Stage::Held
             | Stage::AwaitingSocket

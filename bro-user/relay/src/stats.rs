@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_of_somebody_elses_is_none() {
+    fn a_reason_of_another_program_is_none() {
         let ended: Ended = serde_json::from_str(r#"{"eof":1,"x\"} 1\n":7}"#).unwrap();
         assert_eq!(ended.each().filter(|(_, count)| *count > 0).collect::<Vec<_>>(), [("eof", 1)]);
     }

@@ -204,14 +204,14 @@ impl Kernel {
     /// # Errors
     /// When there is none, or only one that a service could notice ([`Config::bear_fionread`]).
     pub fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
-        let kernel = Self::from_whoever_has_it(config, bequest)?;
+        let kernel = Self::from_where_it_is(config, bequest)?;
         if kernel.fionread_lies() && !config.bear_fionread {
             return Err(Unavailable::FionreadLies);
         }
         Ok(kernel)
     }
 
-    fn from_whoever_has_it(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
+    fn from_where_it_is(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
         let pinned = if config.hook_blocking {
             // The loader's programs are for non-blocking sockets.
             Ok(None)

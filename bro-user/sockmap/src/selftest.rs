@@ -69,7 +69,7 @@ impl Test<'_> {
         }
         let mut ends = Ends { client, accepted, backend, service };
         if self.kernel.hooked_now() > 0 {
-            return Err("a socket was hooked that nobody had asked for".into());
+            return Err("a socket was hooked that was not to be".into());
         }
         let lane = self.lane(&ends)?;
         let greeted = self.prove(&mut ends, &lane, Role::Service)?;
@@ -223,7 +223,7 @@ impl Test<'_> {
             match ends.service.write(&block) {
                 Ok(count) => sent += count,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => return Err(format!("sending to nobody: {error}")),
+                Err(error) => return Err(format!("sending without a reader: {error}")),
             }
             self.in_time("filling the buffers")?;
         }

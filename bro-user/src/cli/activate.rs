@@ -11,6 +11,7 @@ use super::{LocalClients, ProxyVersion, RelayChoice};
 use crate::address::{External, Internal};
 use crate::service::readiness::Ready;
 use crate::service::sources::Choice;
+use crate::systemd::calendar::DailySpans;
 use crate::systemd::time_span::TimeSpan;
 use bro_relay::rate::Rate;
 
@@ -142,6 +143,10 @@ pub struct Activate {
     #[arg(long, value_name = "SPAN", conflicts_with = "direct")]
     pub min_uptime: Option<TimeSpan>,
 
+    /// Awake without clients at these times: Mon..Fri 09:00..18:00, or never (repeatable, as in bro forward; a timer starts the forwarder)
+    #[arg(long, value_name = "TIMES", conflicts_with = "direct")]
+    pub keep_awake: Vec<DailySpans>,
+
     /// Do not stop the container while this file exists
     #[arg(long, value_name = "PATH", conflicts_with = "direct", value_parser = crate::address::absolute)]
     pub busy_file: Option<PathBuf>,
@@ -248,7 +253,7 @@ pub struct Activate {
 
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
-        "backlog", "exit_idle_time", "exit_idle_time_max", "wakes_per_hour", "freeze", "freeze_time", "idle_by", "idle_ignore", "idle_below", "wake_on", "wake_ignore", "min_uptime", "busy_file", "busy_exec", "ready", "start_timeout",
+        "backlog", "exit_idle_time", "exit_idle_time_max", "wakes_per_hour", "freeze", "freeze_time", "idle_by", "idle_ignore", "idle_below", "wake_on", "wake_ignore", "min_uptime", "keep_awake", "busy_file", "busy_exec", "ready", "start_timeout",
         "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "keepalive_time", "keepalive_interval",
         "keepalive_probes", "user_timeout", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
         "blocking_sockets", "metrics", "run_as", "restrict_network"])]

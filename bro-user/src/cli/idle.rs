@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use crate::systemd::calendar::DailySpans;
 use crate::systemd::time_span::TimeSpan;
 use bro_relay::proxy_protocol::Trusted as Peers;
 use bro_relay::rate::Rate;
@@ -73,6 +74,14 @@ pub struct Idle {
     /// Never stop the service earlier than SPAN after it was woken
     #[arg(long, value_name = "SPAN", default_value = "0")]
     pub min_uptime: TimeSpan,
+
+    /// Awake without clients at these times: [DAYS] START..END, such as Mon..Fri 09:00..18:00, or never (repeatable)
+    ///
+    /// A running forwarder wakes the service when such a time begins, and does not exit for idleness before it ends. DAYS, and a time
+    /// zone after END, are systemd's (systemd.time(7)), which reads them (`systemd-analyze`); several times may also stand in one value,
+    /// with semicolons between them. An END that is not after START is on the next day.
+    #[arg(long, value_name = "TIMES")]
+    pub keep_awake: Vec<DailySpans>,
 
     /// While this file exists, the service is busy: the idle exit waits
     #[arg(long, value_name = "PATH")]

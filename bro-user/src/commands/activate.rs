@@ -33,6 +33,7 @@ use crate::ledger;
 use crate::podman::quadlet;
 use crate::run_as::RunAsUser;
 use crate::service::failed_wake;
+use crate::systemd::calendar::{self, DailySpans, NoAnswer};
 use crate::systemd::scope::RuntimeScope;
 use crate::unassigned_address;
 use crate::units::{self, File};
@@ -64,11 +65,20 @@ pub fn run(options: &Activate) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut interrupt = Interrupt::watch()?;
+        interrupt.or(check_times(options)).await?;
         if options.remove {
             remove(options, &places, &mut interrupt).await
         } else {
             activate(options, &places, &mut interrupt).await
         }
+    })
+}
+
+/// Does systemd know the times of `--keep-awake`?
+async fn check_times(options: &Activate) -> anyhow::Result<()> {
+    calendar::check(&DailySpans::all(&options.keep_awake)).await.map_err(|error| match error {
+        NoAnswer::Unavailable(_) => anyhow::anyhow!("--keep-awake: {error}; nothing was changed"),
+        NoAnswer::Refused(_) | NoAnswer::Past(_) => Failure::Usage(format!("--keep-awake: {error}")).into(),
     })
 }
 
@@ -291,7 +301,12 @@ fn with_made(
 /// Every file of an activated service.
 fn files_of(activated: &Installed) -> Vec<PathBuf> {
     let sockets = activated.listeners.iter().map(|listener| listener.file.clone());
-    sockets.chain(activated.service_file.clone()).chain(activated.others().cloned()).collect()
+    // Without its service's file, nothing says whether there is to be a timer.
+    let timer = activated
+        .timer_file()
+        .filter(|timer| activated.kept_awake().is_some() || installed::read_ours(timer).is_some());
+    let others = activated.others().cloned();
+    sockets.chain(activated.service_file.clone()).chain(timer).chain(others).collect()
 }
 
 /// What differs from what is on the disk. A file that is not bro's is never touched.
@@ -303,7 +318,7 @@ fn changes(activated: &Installed, files: &[File]) -> anyhow::Result<Vec<Change>>
             Provenance::Ours(_) if belongs_to_another(path, &activated.name) => {
                 anyhow::bail!("{} belongs to another activated service; nothing was changed", path.display())
             }
-            Provenance::Ours(_) | Provenance::Nobody => {}
+            Provenance::Ours(_) | Provenance::Absent => {}
             Provenance::Theirs => anyhow::bail!(
                 "{} is there and was not written by bro activate; move it away (nothing was changed)",
                 path.display()

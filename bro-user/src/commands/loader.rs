@@ -33,7 +33,7 @@ pub fn run(options: &Loader) -> anyhow::Result<()> {
     }
     if !nix::unistd::geteuid().is_root() {
         bail!(Failure::NotPermitted(format!(
-            "only root may load programs for somebody: {}",
+            "only root may load programs for a user: {}",
             advice(&uid.to_string())
         )));
     }

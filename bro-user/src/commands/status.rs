@@ -124,6 +124,9 @@ pub struct Activity {
     /// What a long start is doing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub doing: Option<String>,
+    /// It is not put to sleep for idleness before that, in seconds since 1970 (`--keep-awake`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_awake_until: Option<u64>,
 }
 
 /// How far a service is from being asleep.
@@ -199,7 +202,7 @@ pub fn run(options: &crate::cli::Status) -> anyhow::Result<()> {
     let terminal = std::io::stdout().is_terminal() && !options.json;
     // The first of several begins on an empty screen.
     let mut first = !(terminal && options.watch);
-    exit::unless_nobody_reads(runtime.block_on(async {
+    exit::unless_reader_has_gone(runtime.block_on(async {
         loop {
             let (text, json) = if options.whom.is_empty() {
                 let services = list::all(RuntimeScope::choose(options.system, options.user)).await?;

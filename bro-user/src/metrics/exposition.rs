@@ -290,10 +290,11 @@ const FAMILIES: [Family; 21] = [
         name: "bro_wakes",
         unit: None,
         kind: MetricType::Counter,
-        help: "Times the service was woken, by a client or by hand (bro wake)",
+        help: "Times the service was woken, by a client, by hand (bro wake) or by the clock (--keep-awake)",
         samples: |exposed, take| {
             take(&[("cause", "client")], exposed.counts.woken_by_clients)?;
-            take(&[("cause", "hand")], exposed.counts.woken_by_hand)
+            take(&[("cause", "hand")], exposed.counts.woken_by_hand)?;
+            take(&[("cause", "clock")], exposed.counts.woken_by_clock)
         },
     },
     Family {

@@ -74,14 +74,14 @@ impl Failures {
     }
 
     /// Notes a failure.
-    pub fn failed(&mut self, backend: usize, target: &Target, why: &str) {
-        self.each[backend] = Some(FailedWake::now(target, why));
+    pub fn failed(&mut self, index: usize, target: &Target, why: &str) {
+        self.each[index] = Some(FailedWake::now(target, why));
         self.keep();
     }
 
     /// Forgets the failure of a target that has been woken since.
-    pub fn woken(&mut self, backend: usize) {
-        if self.each[backend].take().is_some() {
+    pub fn woken(&mut self, index: usize) {
+        if self.each[index].take().is_some() {
             self.keep();
         }
     }

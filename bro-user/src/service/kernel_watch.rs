@@ -187,7 +187,7 @@ impl Watching {
     pub async fn watch(&self, service: Service) -> bool {
         let (attacher, hook) = match &mut *self.state() {
             State::Loading(waiting) => {
-                let _older = waiting.insert(service.watch.backend, service);
+                let _older = waiting.insert(service.watch.target, service);
                 return false;
             }
             State::Unavailable => return false,

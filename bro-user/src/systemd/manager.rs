@@ -4,13 +4,17 @@
 mod transient;
 mod unit_files;
 
+use std::fmt::Write as _;
 use std::os::unix::fs::FileTypeExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_lite::StreamExt as _;
+use futures_lite::future::poll_once;
+use zbus::proxy::CacheProperties;
 use zbus::{OwnedObjectPath, Variant};
 
 pub use transient::{Ended, Properties};
@@ -234,12 +238,17 @@ pub struct Residence {
 pub struct Changes(zbus::fdo::PropertiesChangedStream);
 
 impl Changes {
-    /// Waits for the next one.
+    /// Waits for the next one. Those that have been reported with it are taken for one: systemd tells of each interface, and of
+    /// several steps of a start at once.
     ///
     /// # Errors
     /// When the bus is closed.
     pub async fn next(&mut self) -> anyhow::Result<()> {
-        self.0.next().await.map(drop).ok_or_else(|| Closed.into())
+        self.0.next().await.map(drop).ok_or(Closed)?;
+        while let Some(next) = poll_once(self.0.next()).await {
+            next.map(drop).ok_or(Closed)?;
+        }
+        Ok(())
     }
 }
 
@@ -349,9 +358,7 @@ impl SystemdManager {
     /// # Errors
     /// When the bus fails.
     pub async fn look(&self, name: &str) -> anyhow::Result<UnitState> {
-        let path = self.systemd.load_unit(name).await?;
-        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
-        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (unit, service) = (self.unit(name).await?, self.service(name).await?);
         // All at once, since a first client waits for the answers. The job first: once a restart has stopped the unit, its job is
         // one to start it. Other units than services have no restarts.
         let (job, invocation, state, restarts) =
@@ -359,7 +366,7 @@ impl SystemdManager {
         let kind = match job? {
             (0, _) => None,
             // It may have ended since.
-            (_, job) => JobProxy::builder(self.connection()).path(job).build().await?.job_type().await.ok(),
+            (_, job) => self.job(job).await?.job_type().await.ok(),
         };
         Ok(UnitState {
             state: state?,
@@ -374,15 +381,13 @@ impl SystemdManager {
     /// # Errors
     /// When the bus fails.
     pub async fn residence(&self, unit: &str) -> anyhow::Result<(Residence, String)> {
-        let path = self.systemd.load_unit(unit).await?;
-        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
-        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (unit, service) = (self.unit(unit).await?, self.service(unit).await?);
         let (state, main, cgroup) =
             tokio::join!(unit.active_state(), service.main_pid(), service.control_group());
         // Other units than services have no processes.
         let (main, cgroup) = (main.unwrap_or(0), cgroup.unwrap_or_default());
         let cgroup = cgroup.strip_prefix('/').filter(|below| !below.is_empty());
-        let cgroup = cgroup.and_then(|below| Some(cgroup::mount_point().ok()?.join(below)));
+        let cgroup = cgroup.and_then(|below| Some(cgroups()?.join(below)));
         Ok((Residence { main, cgroup }, state?))
     }
 
@@ -391,9 +396,7 @@ impl SystemdManager {
     /// # Errors
     /// When the bus fails.
     pub async fn how_far(&self, unit: &str) -> anyhow::Result<Start> {
-        let path = self.systemd.load_unit(unit).await?;
-        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
-        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (unit, service) = (self.unit(unit).await?, self.service(unit).await?);
         let (state, sub, job) = tokio::join!(unit.active_state(), unit.sub_state(), unit.job());
         // Other units than services have no processes and say nothing.
         let (control, main, status) =
@@ -401,13 +404,7 @@ impl SystemdManager {
         let waits = match job? {
             (0, _) => false,
             // It may have ended since.
-            (_, job) => JobProxy::builder(self.connection())
-                .path(job)
-                .build()
-                .await?
-                .state()
-                .await
-                .is_ok_and(|state| state == "waiting"),
+            (_, job) => self.job(job).await?.state().await.is_ok_and(|state| state == "waiting"),
         };
         let pid = control.ok().filter(|&pid| pid > 0).or_else(|| main.ok().filter(|&pid| pid > 0));
         let comm = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
@@ -420,9 +417,7 @@ impl SystemdManager {
     /// # Errors
     /// When the bus fails.
     pub async fn restarting(&self, unit: &str) -> anyhow::Result<Restarting> {
-        let path = self.systemd.load_unit(unit).await?;
-        let unit = UnitProxy::builder(self.connection()).path(path.clone()).build().await?;
-        let service = ServiceProxy::builder(self.connection()).path(path).build().await?;
+        let (unit, service) = (self.unit(unit).await?, self.service(unit).await?);
         let (state, sub, job) = tokio::join!(unit.active_state(), unit.sub_state(), unit.job());
         // Other units than services have no restarts.
         let (policy, always, next) =
@@ -476,8 +471,13 @@ impl SystemdManager {
     }
 
     async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {
-        let path = self.systemd.load_unit(unit).await?;
-        Ok(UnitProxy::builder(self.systemd.inner().connection()).path(path).build().await?)
+        let builder = UnitProxy::builder(self.connection()).path(object_of(unit)?);
+        Ok(builder.cache_properties(CacheProperties::No).build().await?)
+    }
+
+    async fn job(&self, job: OwnedObjectPath) -> anyhow::Result<JobProxy<'static>> {
+        let builder = JobProxy::builder(self.connection()).path(job);
+        Ok(builder.cache_properties(CacheProperties::No).build().await?)
     }
 
     /// Starts the unit and waits for the end of the job; what it returns is the job's result (`done` when it worked).
@@ -512,7 +512,7 @@ impl SystemdManager {
             if let Ok(result) = waiting.await {
                 return result;
             }
-            let known = JobProxy::builder(self.connection()).path(job.clone()).build().await?;
+            let known = self.job(job.clone()).await?;
             match known.job_type().await {
                 Err(zbus::Error::FDO(error)) if matches!(*error, zbus::fdo::Error::UnknownObject(_)) => {}
                 _ => continue,
@@ -582,8 +582,8 @@ impl SystemdManager {
     }
 
     async fn service(&self, unit: &str) -> anyhow::Result<ServiceProxy<'static>> {
-        let path = self.systemd.load_unit(unit).await?;
-        Ok(ServiceProxy::builder(self.systemd.inner().connection()).path(path).build().await?)
+        let builder = ServiceProxy::builder(self.connection()).path(object_of(unit)?);
+        Ok(builder.cache_properties(CacheProperties::No).build().await?)
     }
 
     /// Can the unit be frozen? Its state does not matter for that.
@@ -719,7 +719,7 @@ impl SystemdManager {
         if id == 0 || !unit.before().await?.iter().any(|before| before == other) {
             return Ok(false);
         }
-        let job = JobProxy::builder(self.connection()).path(job).build().await?;
+        let job = self.job(job).await?;
         Ok(job.job_type().await? == "start" && job.state().await? == "waiting")
     }
 
@@ -746,6 +746,12 @@ impl SystemdManager {
     }
 }
 
+/// Where all cgroups are: looked for once, since the table of mounts may be long.
+fn cgroups() -> Option<&'static Path> {
+    static MOUNT_POINT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    MOUNT_POINT.get_or_init(|| cgroup::mount_point().ok()).as_deref()
+}
+
 async fn is_frozen(unit: &UnitProxy<'_>) -> bool {
     // An old systemd freezes nothing.
     let frozen = ["freezing", "freezing-by-parent", "frozen", "frozen-by-parent"];
@@ -766,6 +772,21 @@ fn ended_how(result: &str, code: i32, status: i32) -> String {
         _ => String::new(),
     };
     format!(" (Result={result}{main})")
+}
+
+/// The object of a unit, which systemd loads the unit for where it is not loaded. Of a unit with several names it is that of the name
+/// given: its properties can be read there, but its signals come from that of the first one.
+fn object_of(unit: &str) -> anyhow::Result<OwnedObjectPath> {
+    let mut path = "/org/freedesktop/systemd1/unit/".to_owned();
+    for (at, byte) in unit.bytes().enumerate() {
+        if byte.is_ascii_alphabetic() || (at > 0 && byte.is_ascii_digit()) {
+            path.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            write!(path, "_{byte:02x}").ok();
+        }
+    }
+    Ok(OwnedObjectPath::try_from(path)?)
 }
 
 /// A unit for one command. Dropping it has systemd end the command, if it runs, and forget the unit.
@@ -882,6 +903,16 @@ mod tests {
         );
         // ExecStartPre= got the signal.
         assert_eq!(ended_how("signal", 0, 0), " (Result=signal)");
+    }
+
+    #[test]
+    fn a_unit_has_an_object() {
+        for (unit, object) in
+            [("web.service", "web_2eservice"), ("0-a@b.socket", "_30_2da_40b_2esocket"), ("ü", "_c3_bc")]
+        {
+            let path = object_of(unit).unwrap();
+            assert_eq!(path.as_str(), format!("/org/freedesktop/systemd1/unit/{object}"));
+        }
     }
 
     #[tokio::test]

@@ -53,7 +53,7 @@ impl DropIn {
         if !self.sockets.is_empty() {
             let sockets = self.sockets.join(" ");
             let mut section = format!(
-                "# Also when somebody starts it by hand it gets its sockets.\n[Unit]\nRequires={sockets}\nAfter={sockets}\n\
+                "# Also when it is started by hand it gets its sockets.\n[Unit]\nRequires={sockets}\nAfter={sockets}\n\
                  # Its clients start it, however often: at this limit systemd would stop listening for good.\n\
                  StartLimitIntervalSec=0\n"
             );

@@ -52,7 +52,7 @@ pub(super) fn lines(activated: &Installed, bro: Option<&Path>) -> String {
     match kind {
         Kind::Rootful => {
             say(
-                "# To enter containers' namespaces, whoever is root in them; for the kernel relay, those of its programs; to show the \
+                "# To enter containers' namespaces, whichever user is root in them; for the kernel relay, those of its programs; to show the \
                  service\n# its clients' addresses, CAP_NET_ADMIN.",
             );
             let relay = match (uses_kernel(activated), shows_clients(activated)) {

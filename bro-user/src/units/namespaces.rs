@@ -37,7 +37,7 @@ pub(super) fn text(activated: &Installed) -> String {
          [Service]\n\
          Type=oneshot\n\
          RemainAfterExit=yes\n\
-         # One that is there already keeps whoever is in it.\n\
+         # One that is there already keeps the processes in it.\n\
          ExecStart={within}sh -c 'umount --lazy \"$$0\" 2>/dev/null; : >\"$$0\" && unshare --net=\"$$0\" ip link set lo up' {netns}\n\
          ExecStop=-{within}sh -c 'umount --lazy \"$$0\"; rm --force \"$$0\"' {netns}\n\
          {note}\

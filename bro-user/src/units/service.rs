@@ -59,7 +59,7 @@ pub(super) fn text(activated: &Installed, bro: &Path, root: Option<&Path>, has_s
          Type=notify\n\
          {user}\
          ExecStart={command}\n\
-         # The program as it is on the disk by then takes over, and drops nobody.\n\
+         # The program as it is on the disk by then takes over, and drops no client.\n\
          ExecReload=kill -HUP $MAINPID\n\
          Sockets={sockets}\n\
          RuntimeDirectory=bro/%N\n\

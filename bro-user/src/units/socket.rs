@@ -11,7 +11,13 @@ pub(super) fn text(activated: &Installed, listener: &InstalledPort, root: Option
     let unit = &activated.unit;
     let wakes = activated.service().unwrap_or_else(|| unit.clone());
     // Writing to a String cannot fail.
-    write!(text, "[Unit]\nDescription=Clients of {unit} at {}\n\n[Socket]\n", listener.address).ok();
+    write!(text, "[Unit]\nDescription=Clients of {unit} at {}\n", listener.address).ok();
+    if let Some(timer) = activated.timer().filter(|_| activated.kept_awake().is_some())
+        && listener.service == activated.name
+    {
+        writeln!(text, "# The forwarder is started at the times of --keep-awake too.\nWants={timer}").ok();
+    }
+    text.push_str("\n[Socket]\n");
     for line in listening(listener) {
         writeln!(text, "{line}").ok();
     }

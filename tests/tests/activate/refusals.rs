@@ -75,6 +75,11 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "80", "--freeze=perhaps"], 2, "--freeze"),
     (&["web", "--external-port", "80", "--freeze-time", "0"], 2, "--freeze-time"),
     (&["app.pod", "--external-port", "80", "--freeze"], 2, "--freeze does not go with app.pod"),
+    (&["web", "--external-port", "80", "--keep-awake", "Mon..Fri"], 2, "not DAYS START..END"),
+    (&["web", "--external-port", "80", "--keep-awake", "09:00..24:30"], 2, "not a time of day"),
+    (&["web", "--external-port", "80", "--keep-awake", "Mon..Fry 09:00..18:00"], 2, "--keep-awake"),
+    (&["web", "--external-port", "80", "--keep-awake", "2020-01-01 09:00..18:00"], 2, "--keep-awake"),
+    (&["web", "--external-port", "80", "--direct", "--keep-awake", "09:00..18:00"], 2, "cannot be used with"),
     (&["web", "--external-port", "80", "--min-uptime", "5parsecs"], 2, "not a unit of time"),
     (&["web", "--external-port", "80", "--busy-file", "relative"], 2, "not an absolute path"),
     (&["web", "--external-port", "80", "--busy-exec", "a\nb"], 2, "one line"),
@@ -262,7 +267,7 @@ fn a_dry_run_prints_what_is_written() -> Result<()> {
 }
 
 #[test]
-fn somebody_elses_files_are_not_touched() -> Result<()> {
+fn files_of_others_are_not_touched() -> Result<()> {
     for theirs in [
         "etc/systemd/system/web-activator.socket",
         "etc/systemd/system/web-activator.service",
@@ -290,7 +295,7 @@ fn somebody_elses_files_are_not_touched() -> Result<()> {
     Ok(())
 }
 
-/// A user may name directories as he likes, and root's units say where the quadlet is: a line feed there would be a line of theirs.
+/// Users may name directories as they like, and root's units say where the quadlet is: a line feed there would be a line of theirs.
 #[test]
 fn a_directorys_name_is_no_line_of_roots_unit() -> Result<()> {
     use std::os::unix::ffi::OsStrExt as _;
@@ -321,7 +326,7 @@ fn a_directorys_name_is_no_line_of_roots_unit() -> Result<()> {
     Ok(())
 }
 
-/// The names of the units are the same, whoever's container it is.
+/// The names of the units are the same, whichever user's container it is.
 #[test]
 fn one_name_is_one_users() -> Result<()> {
     let tree = disk()?;

@@ -41,6 +41,8 @@ fn systemd_has_nothing_to_complain_of() -> Result<()> {
             "1h 30min",
             "--relay",
             "splice",
+            "--keep-awake",
+            "Mon..Fri 09:00..18:00 Europe/Berlin",
         ],
         &["web", "--service-name", "metrics", "--external-port", "192.0.2.1:9100"],
         &["web", "--service-name", "six", "--external-port", "[::]:9101", "--internal-port", "[::1]:80"],

@@ -1,6 +1,6 @@
 //! What `bro activate` makes of a quadlet, and that nothing of it is left when it is told to go.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::site::{INNER, PATIENCE, Plan, Site, ask, echo, text};
@@ -64,7 +64,7 @@ pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
     let site = Site { host, manager, front: manager, name: "whole".into(), port, suffix: "activator" };
     ensure!(manager.show(host, &site.socket(), "UnitFileState")? == "enabled");
     for round in 1..=2 {
-        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder that nobody woke runs");
+        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder runs without a client");
         site.check_echo().with_context(|| site.journals())?;
         expect_asleep(&site)?;
         let ended = site.ended(round)?;
@@ -86,7 +86,7 @@ pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
     );
     let known = manager.systemctl(host, &["list-units", "--all", "--plain", "--no-legend", "whole-*"])?;
     ensure!(known.is_empty(), "systemd still knows {known}");
-    ensure!(host.connect(port).is_err(), "somebody still listens");
+    ensure!(host.connect(port).is_err(), "there is still a listener");
     let again = activate(host, manager, "whole --remove")?;
     ensure!(matches!(again.code, 0 | 4), "{again:?}");
     Ok(())
@@ -302,6 +302,81 @@ pub fn owners_commands(host: &Host, manager: Manager) -> Result<()> {
 }
 
 /// A forwarder that is confined has its container frozen, and doctor and status say what it is.
+/// A time of day in UTC, so long after now. (systemd takes the zone.)
+fn time_of_day(from_now: u64) -> Result<(String, SystemTime)> {
+    let at = SystemTime::now() + Duration::from_secs(from_now);
+    let second = at.duration_since(SystemTime::UNIX_EPOCH)?.as_secs() % 86_400;
+    Ok((format!("{:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60), at))
+}
+
+pub fn kept_awake(host: &Host, manager: Manager) -> Result<()> {
+    let state = |unit: &str| manager.show(host, unit, "ActiveState");
+    let woken = |site: &Site<'_>| {
+        let waiting = manager.wait_for(host, &site.unit(), "ActiveState", "active", PATIENCE);
+        waiting.with_context(|| site.journals())
+    };
+    let plan = Plan::service(manager, 0.0, "");
+    plan.write_quadlet(host, manager, "office")?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    let before = tree(host, manager)?;
+    // A day without an end: in the midst of it from the first moment on.
+    let options = ["--exit-idle-time", "500ms", "--keep-awake", "0:00..24:00"];
+    let site = Site::activated(host, manager, "office", &plan, &options)?;
+    woken(&site)?;
+    host.wait_until("bro status says so", PATIENCE, || {
+        let status = manager.run(host, &["bro", "status"])?;
+        let line = status.lines().find(|line| line.starts_with("office")).unwrap_or_default();
+        Ok(line.contains("awake") && line.contains("kept awake for another") && line.contains("--keep-awake"))
+    })
+    .with_context(|| site.journals())?;
+    let json = manager.run(host, &["bro", "status", "office", "--json"])?;
+    ensure!(json.contains("\"kept_awake_until\": "), "{json}");
+    let doctor = manager.try_run(host, &["bro", "doctor", "office"])?;
+    ensure!(doctor.success() && doctor.stdout.contains("office-activator.timer starts"), "{doctor:?}");
+    site.check_echo().with_context(|| site.journals())?;
+    // Put to sleep by hand it sleeps, until a client comes.
+    let said = manager.run(host, &["bro", "sleep", "office"])?;
+    ensure!(said.contains("stopped"), "{said}");
+    expect_asleep(&site)?;
+    ensure!(state("office-activator.timer")? == "active", "its timer does not wait");
+    site.check_echo().with_context(|| site.journals())?;
+    // Four times the idle time.
+    std::thread::sleep(Duration::from_secs(2));
+    ensure!(state("office.service")? == "active", "it has gone to sleep: {}", site.journals());
+    // A time that begins soon, and ends.
+    let (start, _) = time_of_day(5)?;
+    let (end, ends) = time_of_day(20)?;
+    let times = format!("{start}..{end} UTC");
+    let told = manager.try_run(host, &["bro", "activate", "office", "--keep-awake", &times])?;
+    ensure!(told.success(), "{told:?}");
+    host.wait_until("it is kept awake", PATIENCE, || Ok(site.journal().contains(&end)))?;
+    woken(&site)?;
+    site.await_exit().with_context(|| site.journals())?;
+    let early = ends.duration_since(SystemTime::now()).unwrap_or_default();
+    ensure!(
+        early <= Duration::from_secs(1),
+        "it left {early:?} before the time was over: {}",
+        site.journals()
+    );
+    site.await_container_gone()?;
+    // Not any more: then there is no timer either.
+    let told = activate(host, manager, "office --keep-awake never")?;
+    ensure!(told.success() && told.stdout.contains("removed"), "{told:?}");
+    ensure!(state("office-activator.timer")? == "inactive", "its timer is still there");
+    site.check_echo()?;
+    expect_asleep(&site)?;
+    let bad =
+        manager.try_run(host, &["bro", "activate", "office", "--keep-awake", "Mon..Fry 09:00..18:00"])?;
+    ensure!(bad.code == 2 && bad.stderr.lines().count() == 1, "{bad:?}");
+    ensure!(activate(host, manager, "office --keep-awake 0:00..24:00")?.success());
+    woken(&site)?;
+    ensure!(activate(host, manager, "office --remove")?.success());
+    ensure!(tree(host, manager)? == before, "--remove left, or took, something");
+    let known = manager.systemctl(host, &["list-units", "--all", "--plain", "--no-legend", "office-*"])?;
+    ensure!(known.is_empty(), "systemd still knows {known}");
+    manager.systemctl(host, &["stop", "office.service"]).map(drop)
+}
+
 pub fn frozen(host: &Host, manager: Manager) -> Result<()> {
     let options = ["--exit-idle-time", "500ms", "--freeze", "--wakes-per-hour", "5", "--idle-below", "1K/1s"];
     let site = Site::activated(host, manager, "frosty", &Plan::service(manager, 0.0, ""), &options)?;

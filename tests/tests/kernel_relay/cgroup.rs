@@ -1,4 +1,4 @@
-//! A cgroup for the thread of one test: sockets that the thread makes belong to it, and nobody else's do.
+//! A cgroup for the thread of one test: sockets that the thread makes belong to it, and no other's do.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -28,7 +28,7 @@ pub enum Command {
     /// The target listens: connect its held clients and the ones to come.
     Ready {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// How to reach it.
         destination: Destination,
     },
@@ -53,19 +53,19 @@ pub enum Plain {
     /// It could not be started: reset its held clients.
     Failed {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// Why, for their log lines.
         end: End,
     },
     /// It has gone to sleep: hold the next client.
     Gone {
         /// Which target.
-        backend: usize,
+        target: usize,
     },
     /// The answer to [`Event::Knock`].
     Knocked {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// The service runs, and is being looked for.
         runs: bool,
     },
@@ -106,7 +106,7 @@ pub enum Event {
     /// A client waits for this target.
     Wake {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// The client, for the log.
         peer: String,
         /// Its source, where it is a client.
@@ -117,7 +117,7 @@ pub enum Event {
     /// A client that wakes nothing is here (`--wake-ignore`): does the service run?
     Knock {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// The client, for the log.
         peer: String,
     },
@@ -146,7 +146,7 @@ pub enum Event {
     /// The answer to [`Plain::Watch`]: whether the programs will say when this target's service listens.
     Watching {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// Whether they will.
         watching: bool,
     },
@@ -165,7 +165,7 @@ pub const LONGEST: usize = 64 * 1024;
 /// How a message says which command it is.
 #[derive(Debug, Serialize, Deserialize)]
 enum Head {
-    Ready { backend: usize, addresses: Vec<Option<SocketAddr>>, guarded: bool, sources: Sources },
+    Ready { target: usize, addresses: Vec<Option<SocketAddr>>, guarded: bool, sources: Sources },
     Kernel { share: Share, clients: bool },
     Plain(Plain),
 }
@@ -175,8 +175,8 @@ impl Command {
     #[must_use]
     pub fn encode(self) -> (Vec<u8>, Vec<OwnedFd>) {
         let (head, descriptors) = match self {
-            Self::Ready { backend, destination: Destination { addresses, guarded, sources, channel } } => {
-                (Head::Ready { backend, addresses, guarded, sources }, vec![channel])
+            Self::Ready { target, destination: Destination { addresses, guarded, sources, channel } } => {
+                (Head::Ready { target, addresses, guarded, sources }, vec![channel])
             }
             Self::Kernel { descriptors, share, clients } => {
                 (Head::Kernel { share, clients }, descriptors.into_array().into())
@@ -191,9 +191,9 @@ impl Command {
     #[must_use]
     pub fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
         Some(match serde_json::from_slice(bytes).ok()? {
-            Head::Ready { backend, addresses, guarded, sources } => {
+            Head::Ready { target, addresses, guarded, sources } => {
                 let channel = descriptors.into_iter().next()?;
-                Self::Ready { backend, destination: Destination { addresses, guarded, sources, channel } }
+                Self::Ready { target, destination: Destination { addresses, guarded, sources, channel } }
             }
             Head::Kernel { share, clients } => {
                 let descriptors = Descriptors::from_array(descriptors.try_into().ok()?);
@@ -245,7 +245,7 @@ impl Mailbox {
             Err(error) if sys::errno_of(&error) == Errno::EMFILE => {
                 let words = serde_json::Deserializer::from_slice(&buffer).into_iter().next();
                 Some(match words {
-                    Some(Ok(Head::Ready { backend, .. })) => Received::WithoutDescriptors(Some(backend)),
+                    Some(Ok(Head::Ready { target, .. })) => Received::WithoutDescriptors(Some(target)),
                     Some(Ok(Head::Kernel { .. })) => Received::WithoutDescriptors(None),
                     _ => nonsense(),
                 })
@@ -325,9 +325,9 @@ mod tests {
         let sources = crate::source::Sources::default;
         send(&Head::Plain(Plain::Report));
         assert!(matches!(mailbox.next(), Some(Received::Command(Command::Plain(Plain::Stop)))));
-        send(&Head::Ready { backend: 7, addresses: vec![None; 16], guarded: false, sources: sources() });
+        send(&Head::Ready { target: 7, addresses: vec![None; 16], guarded: false, sources: sources() });
         // What a longer message before it has left is no part of it.
-        send(&Head::Ready { backend: 3, addresses: vec![None], guarded: false, sources: sources() });
+        send(&Head::Ready { target: 3, addresses: vec![None], guarded: false, sources: sources() });
         assert!(matches!(mailbox.next(), Some(Received::WithoutDescriptors(Some(7)))));
         assert!(matches!(mailbox.next(), Some(Received::WithoutDescriptors(Some(3)))));
         assert!(mailbox.next().is_none());

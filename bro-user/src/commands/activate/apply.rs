@@ -170,7 +170,8 @@ pub(super) async fn activate(
         return Ok(if changes.is_empty() { Applied::Nothing } else { Applied::Written });
     };
     let plan = Plan::of(systemd, wanted, known, changes, unfinished).await;
-    if changes.is_empty() && unfinished.is_empty() && plan.restart.is_empty() && !plan.unread {
+    let is_right = plan.restart.is_empty() && !plan.unread && matches!(plan.timer, Timer::Right);
+    if changes.is_empty() && unfinished.is_empty() && is_right {
         return Ok(Applied::Nothing);
     }
     let before = Before::of(systemd, known).await;
@@ -184,6 +185,9 @@ pub(super) async fn activate(
         Err(error) => {
             let new: Vec<String> =
                 units(&wanted.listeners).into_iter().filter(|unit| !before.enabled.contains(unit)).collect();
+            if let Timer::Stop(timer) | Timer::Restart(timer) = &plan.timer {
+                systemd.stop(timer).await.ok();
+            }
             // A socket that already listens as it was to would go on listening.
             for unit in new.iter().chain(plan.restart.iter().filter(|unit| !new.contains(unit))) {
                 systemd.stop(unit).await.ok();
@@ -217,6 +221,44 @@ struct Plan {
     runner: String,
     /// The runner's own unit has changed.
     runner_changed: bool,
+    timer: Timer,
+}
+
+/// What has to be done about the timer of `--keep-awake`.
+#[derive(Debug)]
+enum Timer {
+    /// Nothing.
+    Right,
+    /// There is none any more.
+    Stop(String),
+    /// It is new, has changed, or does not run.
+    Restart(String),
+}
+
+impl Timer {
+    async fn of(
+        systemd: &Managers,
+        wanted: &Installed,
+        known: Option<&Installed>,
+        changes: &[Change],
+        unfinished: &[PathBuf],
+    ) -> Self {
+        let (Some(timer), Some(file)) = (wanted.timer(), wanted.timer_file()) else { return Self::Right };
+        if wanted.kept_awake().is_none() {
+            let was_there = known.is_some_and(|known| known.kept_awake().is_some());
+            return if was_there || systemd.is_active(&timer).await {
+                Self::Stop(timer)
+            } else {
+                Self::Right
+            };
+        }
+        let changed = changes.iter().any(|change| change.path == file) || unfinished.contains(&file);
+        if changed || !systemd.is_active(&timer).await || systemd.needs_reload(&timer).await {
+            Self::Restart(timer)
+        } else {
+            Self::Right
+        }
+    }
 }
 
 impl Plan {
@@ -252,7 +294,8 @@ impl Plan {
             (unread, runner_changed) = (true, true);
         }
         let runner = wanted.service().unwrap_or_else(|| wanted.unit.clone());
-        Self { restart, unread, runner, runner_changed }
+        let timer = Timer::of(systemd, wanted, known, changes, unfinished).await;
+        Self { restart, unread, runner, runner_changed, timer }
     }
 }
 
@@ -273,6 +316,11 @@ impl Before {
             if systemd.is_active(&unit).await {
                 before.active.push(unit);
             }
+        }
+        if let Some(timer) = known.filter(|known| known.kept_awake().is_some()).and_then(Installed::timer)
+            && systemd.is_active(&timer).await
+        {
+            before.active.push(timer);
         }
         before
     }
@@ -298,7 +346,7 @@ async fn take_up(
     known: Option<&Installed>,
     plan: &Plan,
 ) -> anyhow::Result<Applied> {
-    let Plan { restart, runner, .. } = plan;
+    let Plan { restart, runner, timer, .. } = plan;
     let running = systemd.is_active(runner).await;
     let (mut listening, mut stopped) = (false, false);
     for unit in restart {
@@ -314,6 +362,9 @@ async fn take_up(
         for unit in restart {
             stop(systemd, unit).await?;
         }
+    }
+    if let Timer::Stop(timer) = timer {
+        stop(systemd, timer).await?;
     }
     systemd.enable(&units(&wanted.listeners)).await?;
     systemd.reload().await?;
@@ -336,7 +387,7 @@ async fn take_up(
             bail!("{}", cannot_listen(systemd, listener, wanted.scope).await);
         }
     }
-    Ok(if running && restart.is_empty() && plan.runner_changed {
+    let applied = if running && restart.is_empty() && plan.runner_changed {
         let is_forwarder = wanted.service().is_some();
         if is_forwarder && restart::unless_in_use(systemd, runner, wanted.scope).await? {
             Applied::Restarted
@@ -347,7 +398,13 @@ async fn take_up(
         Applied::Stopped
     } else {
         Applied::Listening
-    })
+    };
+    // After the forwarder's restart: it starts the forwarder.
+    if let Timer::Restart(timer) = timer {
+        let result = systemd.restart(timer).await?;
+        anyhow::ensure!(result == "done", "starting {timer} ended with “{result}”");
+    }
+    Ok(applied)
 }
 
 /// The listener as it was, if there was one: systemd may have taken that up.
@@ -481,7 +538,7 @@ async fn take_down(
     }
     for change in changes.iter().filter(|change| change.text.is_none()) {
         let name = change.path.file_name().unwrap_or_default().to_string_lossy();
-        if *name == crate::units::pause_unit(&known.name) {
+        if *name == crate::units::pause_unit(&known.name) || Some(&*name) == known.timer().as_deref() {
             stop(systemd, &name).await?;
         }
     }

@@ -101,7 +101,7 @@ pub(super) fn activated(
     if activated.direct {
         writeln!(
             out,
-            "nobody stops {} when it is idle: with --direct there is no forwarder that could",
+            "{} is not stopped when it is idle: with --direct there is no forwarder that could",
             activated.unit
         )?;
     }

@@ -13,6 +13,7 @@ use crate::paths;
 use crate::podman::quadlet::{self, Kind, Quadlet};
 use crate::run_as::RunAsUser;
 use crate::service::readiness::Ready;
+use crate::systemd::calendar::DailySpans;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::time_span::TimeSpan;
 use crate::units::{self, DropIn, RESTRICTED};
@@ -24,7 +25,7 @@ const IDLE: &str = "5min";
 pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options that are handed on to `bro forward`, in the order in which they are written.
-pub(crate) const HANDED_ON: [HandedOn; 32] = [
+pub(crate) const HANDED_ON: [HandedOn; 33] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
@@ -38,6 +39,9 @@ pub(crate) const HANDED_ON: [HandedOn; 32] = [
     ("freeze", |options| options.freeze.map(|yes| yes.to_string())),
     ("freeze-time", |options| options.freeze_time.map(written)),
     ("min-uptime", |options| options.min_uptime.map(written)),
+    ("keep-awake", |options| {
+        (!options.keep_awake.is_empty()).then(|| DailySpans::all(&options.keep_awake).to_string())
+    }),
     ("busy-file", |options| options.busy_file.as_ref().map(|path| path.display().to_string())),
     ("busy-exec", |options| options.busy_exec.clone()),
     ("drain-timeout", |options| options.drain_timeout.map(written)),
@@ -562,7 +566,7 @@ fn check_ready(activated: &Installed, quadlet: &Quadlet, warnings: &mut Vec<Stri
         ))),
         Kind::Container if quadlet.value("HealthCmd").is_none() => {
             warnings.push(format!(
-                "{file} has no HealthCmd=: unless the image brings a health check, nobody will ever be connected"
+                "{file} has no HealthCmd=: unless the image brings a health check, no client will ever be connected"
             ));
             Ok(())
         }

@@ -12,14 +12,18 @@ pub(super) fn check(quadlet: &Quadlet, direct: bool) -> anyhow::Result<()> {
     // A start by a socket is not a manual start.
     if !direct && quadlet.file.boolean("Unit", "RefuseManualStart") == Some(true) {
         return refuse(format!(
-            "RefuseManualStart=yes in {file}: systemd starts {unit} for nobody who asks, and so not for bro; remove that line"
+            "RefuseManualStart=yes in {file}: systemd refuses to start {unit} on request, and so for bro; remove that line"
         ));
     }
     if quadlet.file.boolean("Unit", "StopWhenUnneeded") == Some(true) {
         return refuse(format!(
             "StopWhenUnneeded=yes in {file}: systemd stops {unit} under its clients whenever no other unit needs it, and a client is no \
              unit; remove that line{}",
-            if direct { "" } else { ", bro stops it when nobody is connected and no running unit needs it" }
+            if direct {
+                ""
+            } else {
+                ", bro stops it when no client is connected and no running unit needs it"
+            }
         ));
     }
     if direct && quadlet.file.value("Service", "Type") == Some("oneshot") {

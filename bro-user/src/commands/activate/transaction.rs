@@ -32,7 +32,7 @@ pub(super) struct Change {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Provenance {
     /// There is none.
-    Nobody,
+    Absent,
     /// `bro activate` wrote it; its text.
     Ours(String),
     /// It is not bro's, or no regular file.
@@ -42,7 +42,7 @@ pub(super) enum Provenance {
 /// Looks up the file's owner.
 pub(super) fn owner(path: &Path) -> anyhow::Result<Provenance> {
     match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Provenance::Nobody),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Provenance::Absent),
         Err(error) => return Err(failed("look at", path, &error)),
         Ok(metadata) if !metadata.is_file() => return Ok(Provenance::Theirs),
         Ok(_) => {}
@@ -438,7 +438,7 @@ mod tests {
         assert_eq!(owner(&folder.0.join("ours")).unwrap(), Provenance::Ours(ours));
         assert_eq!(owner(&folder.0.join("theirs")).unwrap(), Provenance::Theirs);
         assert_eq!(owner(&folder.0.join("link")).unwrap(), Provenance::Theirs);
-        assert_eq!(owner(&folder.0.join("none")).unwrap(), Provenance::Nobody);
+        assert_eq!(owner(&folder.0.join("none")).unwrap(), Provenance::Absent);
     }
 
     #[test]

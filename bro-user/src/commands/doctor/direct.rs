@@ -16,7 +16,10 @@ const MOMENT: Duration = Duration::from_secs(1);
 pub(super) async fn check(known: &Installed, listener: &InstalledPort, container: Option<&str>) -> Check {
     let (name, address) = (&known.name, &listener.address);
     let Some(container) = container else {
-        return Check::ok(NAME, format!("the container takes {address} over itself, and nobody could look"));
+        return Check::ok(
+            NAME,
+            format!("the container takes {address} over itself, which could not be checked"),
+        );
     };
     let Some(pid) = running(known, container) else {
         return Check::ok(NAME, format!("{container} is asleep; it takes {address} over itself"));
@@ -24,13 +27,13 @@ pub(super) async fn check(known: &Installed, listener: &InstalledPort, container
     if is_paused(pid) {
         return Check::bad(
             NAME,
-            format!("{container} is paused, so nobody answers at {address}"),
+            format!("{container} is paused, so nothing answers at {address}"),
             format!("`podman unpause {container}`"),
         );
     }
     let inode = address.parse().ok().and_then(|external| port_owner::inode_at(&external));
     let Some(inode) = inode else {
-        return Check::ok(NAME, format!("nobody listens at {address}, so there is nothing to take over"));
+        return Check::ok(NAME, format!("nothing listens at {address}, so there is nothing to take over"));
     };
     let mend = if known.option("direct") == Some("nginx") {
         format!("`listen {}` in nginx's configuration has to be exactly that", as_nginx(address))
@@ -66,7 +69,9 @@ pub(super) async fn check(known: &Installed, listener: &InstalledPort, container
         },
         None => Check::ok(
             NAME,
-            format!("the container takes {address} over itself; nobody could look, without the right to"),
+            format!(
+                "the container takes {address} over itself; that was not checked, for want of the right to"
+            ),
         ),
         Some(false) => Check::bad(
             NAME,

@@ -84,7 +84,7 @@ pub(super) fn linger() -> Check {
         }
         Ok(Some(user)) => Check::less(
             NAME,
-            "this user's services stop when nobody is logged in",
+            "this user's services stop when the user logs out",
             format!("sudo loginctl enable-linger {}", user.name),
         ),
         _ => Check::bad(NAME, format!("user {uid} has no name"), "add the user to the user database"),

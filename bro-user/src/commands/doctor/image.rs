@@ -33,14 +33,14 @@ pub(super) async fn check(known: &Installed, quadlet: &Quadlet, bus: Option<&Sys
         return by_unit(image, &unit, &Whose::container(known), bus).await;
     }
     if image.contains('%') {
-        return Check::ok(NAME, format!("{image} is what systemd makes of it, so nobody looked"));
+        return Check::ok(NAME, format!("{image} is what systemd makes of it, so it was not checked"));
     }
     let as_whom = as_whom(known);
     let answer = podman::ask(known.run_as.as_ref(), &["image", "exists", image]).await;
     if let Some(trouble) = answer.trouble() {
         return Check::bad(
             NAME,
-            format!("nobody knows whether {image} is here: {trouble}"),
+            format!("whether {image} is here cannot be told: {trouble}"),
             "install podman, or see why it hangs: `podman info`",
         );
     }

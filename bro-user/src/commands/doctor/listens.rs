@@ -33,7 +33,7 @@ pub(super) async fn check(
         return direct::check(known, listener, container).await;
     };
     let Some(container) = &known.container else {
-        return Check::ok(NAME, format!("{target} is in no container of its own, so nobody looked"));
+        return Check::ok(NAME, format!("{target} is in no container of its own, so it was not checked"));
     };
     let pid = match running(known, container) {
         Some(pid) => pid,
@@ -44,7 +44,7 @@ pub(super) async fn check(
         None => {
             return Check::ok(
                 NAME,
-                format!("{container} is asleep, so nobody knows about {target} (--wake looks)"),
+                format!("{container} is asleep, so {target} was not checked (--wake looks)"),
             );
         }
     };
@@ -54,14 +54,14 @@ pub(super) async fn check(
         return Check::ok(
             NAME,
             format!(
-                "{container} is frozen, so nobody looked at {target}; the next client has it go on (--wake looks)"
+                "{container} is frozen, so {target} was not checked; the next client has it go on (--wake looks)"
             ),
         );
     }
     if is_paused(pid) {
         return Check::bad(
             NAME,
-            format!("{container} is paused, so nobody answers at {target}"),
+            format!("{container} is paused, so nothing answers at {target}"),
             format!("`podman unpause {container}`"),
         );
     }
@@ -75,7 +75,7 @@ pub(super) async fn check(
     };
     let ip = if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() };
     let Ok(ip) = ip else {
-        return Check::ok(NAME, format!("{target} has a name, so nobody looked"));
+        return Check::ok(NAME, format!("{target} has a name, so it was not checked"));
     };
     let wanted = SocketAddr::new(ip, port);
     match listeners(pid).await {
@@ -90,7 +90,7 @@ pub(super) async fn check(
                     format!("`{}`, or change the service", lead_to(known, listener, &internal(best))),
                 ),
             };
-            Check::bad(NAME, format!("nobody listens at {target} in {container}; {there}"), fix)
+            Check::bad(NAME, format!("nothing listens at {target} in {container}; {there}"), fix)
         }
         Err(error) => {
             Check::bad(NAME, format!("cannot look into {container}: {error:#}"), "see `bro doctor`")
@@ -133,7 +133,7 @@ async fn unix(known: &Installed, container: &str, pid: i32, address: Address) ->
         ),
         Ok(Err(errno)) => Check::bad(
             NAME,
-            format!("nobody listens at {at} in {container}: {}", errno.desc()),
+            format!("nothing listens at {at} in {container}: {}", errno.desc()),
             "see the service's own log",
         ),
         Err(error) => {

@@ -54,6 +54,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
             for listener in &known.listeners {
                 checks.push(socket(&known, listener, &systemd).await);
             }
+            checks.extend(timer(&known, &systemd).await);
             if let Some(service) = known.service() {
                 checks.push(forwarder::check(&known, &service, &systemd).await);
                 checks.extend(confinement::check(&known, &service, &systemd).await);
@@ -147,6 +148,8 @@ fn files(known: &Installed) -> Check {
     const NAME: &str = "files";
     let mut gone: Vec<String> =
         known.others().filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
+    let timer = known.timer_file().filter(|timer| known.kept_awake().is_some() && !timer.exists());
+    gone.extend(timer.map(|timer| timer.display().to_string()));
     let directory = known.socket_file.parent().unwrap_or(Path::new("/"));
     gone.extend(leftover::lost(known, directory).into_iter().map(|listener| listener.socket));
     if gone.is_empty() {
@@ -285,7 +288,7 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdMa
                 Some(Trouble::Forbidden(why)) => {
                     return Check::bad(
                         NAME,
-                        format!("{unit} is {active}, so nobody listens at {address}: {why}"),
+                        format!("{unit} is {active}, so nothing listens at {address}: {why}"),
                         port_owner::instead(known, listener),
                     );
                 }
@@ -294,7 +297,7 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdMa
             let log = if active == "failed" { whose.last_words(unit).await } else { String::new() };
             Check::bad(
                 NAME,
-                format!("{unit} is {active}, so nobody listens at {address}{owner}{log}"),
+                format!("{unit} is {active}, so nothing listens at {address}{owner}{log}"),
                 format!("`{systemctl} reset-failed {unit}`, `{systemctl} enable --now {unit}`"),
             )
         }
@@ -305,6 +308,25 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdMa
         ),
         _ => as_the_file_says(known, listener, systemd).await,
     }
+}
+
+/// Is the forwarder started at the times of `--keep-awake`?
+async fn timer(known: &Installed, systemd: &SystemdManager) -> Option<Check> {
+    const NAME: &str = "timer";
+    let (spans, timer) = (known.kept_awake()?, known.timer()?);
+    let systemctl = Whose::front(known).systemctl();
+    Some(match systemd.known(&timer).await {
+        Err(error) => Check::bad(NAME, format!("{timer}: {error:#}"), format!("see `{systemctl} status`")),
+        Ok(found) if found.active != "active" => Check::bad(
+            NAME,
+            format!("{timer} is {}, so nothing wakes {} at {spans}", found.active, known.unit),
+            format!("`{systemctl} start {timer}`"),
+        ),
+        Ok(found) if found.needs_reload => {
+            Check::less(NAME, format!("{timer} has changed on disk"), format!("`{systemctl} daemon-reload`"))
+        }
+        Ok(_) => Check::ok(NAME, format!("{timer} starts the forwarder at {spans}")),
+    })
 }
 
 /// Does the socket listen where its file says? The file may have changed, or there may be a drop-in.

@@ -12,6 +12,7 @@ pub(super) enum Id {
     SeveralSockets,
     Waking,
     Freezing,
+    KeepAwake,
     Units,
     DropIns,
     Pod,
@@ -81,6 +82,8 @@ pub(super) const FEATURES: &[Feature] = &[
     feature(Id::Waking, "waking a unit and stopping it when idle (`--unit`)", Some(232), None, None),
     // FreezeUnit; cgroup.freeze
     feature(Id::Freezing, "freezing an idle service (`--freeze`)", Some(246), None, Some((5, 2))),
+    // systemd-analyze calendar --base-time=
+    feature(Id::KeepAwake, "keeping a service awake at times (`--keep-awake`)", Some(244), None, None),
     // ExecReload= without an absolute path (EXTEND_TIMEOUT_USEC=: 236; RuntimeDirectory= with a slash: 235); quadlets, .kube among
     // them
     feature(Id::Units, "units made by `bro activate`", Some(239), Some((4, 4)), None),
@@ -190,6 +193,7 @@ pub(super) fn used(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'static
         Id::Units => true,
         Id::Forwarding | Id::Waking => !known.direct,
         Id::Freezing => known.option("freeze") == Some("true"),
+        Id::KeepAwake => known.kept_awake().is_some(),
         Id::SeveralSockets => !known.direct && known.listeners.len() > 1,
         Id::DropIns => known.drop_in.is_some(),
         Id::Pod => {

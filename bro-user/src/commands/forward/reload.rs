@@ -1,5 +1,6 @@
 //! `systemctl reload`: a successor takes the listening sockets over, this process finishes its connections.
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use bro_relay::engine::protocol::Plain;
@@ -8,10 +9,10 @@ use bro_relay::stats::Stats;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
+use super::control::{self, Control};
 use super::handover::{Born, Ending, Predecessor, Program, Stopper, Successor, Takeover, Telling, Word};
-use super::{Control, Phase};
+use super::lifecycle::Phase;
 use crate::commands::status;
-use crate::metrics;
 use crate::systemd::notify;
 
 /// As good as for ever: until its last connection has ended, or the unit is stopped.
@@ -38,9 +39,9 @@ pub(super) enum News {
 
 /// Where replacing stands, with this process in either place.
 #[derive(Debug)]
-pub(super) struct Replacing<'a> {
+pub(super) struct Reload<'a> {
     /// What to start again.
-    pub(super) program: Option<Program>,
+    program: Program,
     listeners: &'a [(Listener, usize)],
     /// A successor is being started, or has to be waited for until it has stopped.
     starting: Option<Stopper>,
@@ -51,14 +52,14 @@ pub(super) struct Replacing<'a> {
     /// The predecessor still has connections: if this process ended, systemd would end it as well.
     predecessor: Option<status::Predecessor>,
     /// This process has no connection any more, and only waits for its predecessor, or for the successor that it stops.
-    pub(super) drained: bool,
+    drained: bool,
     news: (UnboundedSender<News>, UnboundedReceiver<News>),
 }
 
-impl<'a> Replacing<'a> {
-    pub(super) fn new(listeners: &'a [(Listener, usize)]) -> Self {
+impl<'a> Reload<'a> {
+    pub(super) fn new(program: Program, listeners: &'a [(Listener, usize)]) -> Self {
         Self {
-            program: None,
+            program,
             listeners,
             starting: None,
             replaced: false,
@@ -101,6 +102,18 @@ impl<'a> Replacing<'a> {
         self.starting.is_some() || self.has_predecessor()
     }
 
+    /// The unit is stopped, and with it both processes.
+    pub(super) const fn is_replaced_no_more(&mut self) {
+        self.replaced = false;
+    }
+
+    /// No client is connected any more. A successor that is replaced in turn waits for its own predecessor, so that the last one
+    /// knows of them all; and no process leaves a successor behind that the service manager does not know of.
+    pub(super) const fn is_drained(&mut self) -> ControlFlow<()> {
+        self.drained = self.stands_in_the_way();
+        if self.drained { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    }
+
     /// The sockets that this process and its successors listen on, each with its target's number.
     pub(super) const fn listeners(&self) -> &'a [(Listener, usize)] {
         self.listeners
@@ -122,29 +135,24 @@ impl<'a> Replacing<'a> {
 impl Control<'_> {
     /// Starts a successor, in the background.
     pub(super) async fn begin_replacement(&mut self) {
-        let Some(program) = self.replacing.program.clone() else { return };
-        if self.phase != Phase::Serving || self.replacing.is_starting() {
+        if self.life.phase != Phase::Serving || self.reload.is_starting() {
             return tracing::info!("not reloading: this forwarder is leaving or being replaced already");
         }
         tracing::info!("reloading: starting a successor");
         notify::reloading();
-        let listeners: Vec<&Listener> = self
-            .replacing
-            .listeners
-            .iter()
-            .filter(|(listener, _)| !listener.is_own())
-            .map(|(listener, _)| listener)
-            .collect();
-        let bequest = self.watching.bequest(self.replacing.has_predecessor()).await;
-        let started = if listeners.len() == self.replacing.listeners.len() {
-            program.start_successor(&listeners, bequest.as_ref())
+        let all = self.reload.listeners;
+        let passed = all.iter().map(|(listener, _)| listener).filter(|listener| !listener.is_own());
+        let listeners: Vec<&Listener> = passed.collect();
+        let bequest = self.plane.bequest(self.reload.has_predecessor()).await;
+        let started = if listeners.len() == all.len() {
+            self.reload.program.start_successor(&listeners, bequest.as_ref())
         } else {
             Err(anyhow::anyhow!("the sockets of --listen cannot be handed over; use a socket unit"))
         };
-        let news = self.replacing.news.0.clone();
+        let news = self.reload.news.0.clone();
         match started {
             Ok((successor, stopper)) => {
-                self.replacing.starting = Some(stopper);
+                self.reload.starting = Some(stopper);
                 let waiting = async move { news.send(News::Successor(successor.ready().await)).ok() };
                 drop(tokio::spawn(waiting));
             }
@@ -153,113 +161,100 @@ impl Control<'_> {
     }
 
     /// Hears of a successor or predecessor.
-    pub(super) async fn replacement(&mut self, news: News) {
+    pub(super) async fn replacement(&mut self, news: News) -> ControlFlow<()> {
         match news {
-            News::Successor(Ok(Born::Ready(successor))) if self.phase == Phase::Serving => {
+            News::Successor(Ok(Born::Ready(successor))) if self.life.phase == Phase::Serving => {
                 self.hand_over(successor).await;
             }
             // The successor was told to stop, and has heard of it only now.
             News::Successor(Ok(Born::Ready(successor))) => {
-                let news = self.replacing.news.0.clone();
+                let news = self.reload.news.0.clone();
                 let stopping = async move {
                     successor.stopped().await;
                     news.send(News::Successor(Ok(Born::Stopped))).ok()
                 };
                 drop(tokio::spawn(stopping));
             }
-            News::Successor(Ok(Born::Stopped)) => self.replacing.starting = None,
-            News::Successor(Err(error)) if self.phase != Phase::Serving => {
+            News::Successor(Ok(Born::Stopped)) => self.reload.starting = None,
+            News::Successor(Err(error)) if self.life.phase != Phase::Serving => {
                 tracing::debug!("the successor has not come up: {error:#}");
-                self.replacing.starting = None;
+                self.reload.starting = None;
             }
             News::Successor(Err(error)) => {
-                self.counts.failed_reloads += 1;
+                self.life.counts.failed_reloads += 1;
                 tracing::error!("cannot reload, and goes on as before: {error:#}");
-                self.replacing.starting = None;
-                // The successor may have put its own socket in this one's place. The old one removes its file, so it goes first.
-                self.control = None;
-                self.control = crate::control_socket::Server::start_or_warn();
+                self.reload.starting = None;
+                self.requests.listen_anew();
                 notify::ready(&self.status());
             }
             News::Told(Some(Word::Stop)) => {
                 // The successor waits for this process, not vice versa.
-                self.replacing.predecessor = None;
-                if !matches!(self.phase, Phase::Draining(_)) {
+                self.reload.predecessor = None;
+                if !self.life.is_draining() {
                     self.begin_drain("The predecessor was told to stop before this process had taken over");
                 }
             }
             News::Told(word) => {
                 notify::mute(false);
                 tracing::info!("has taken over from its predecessor");
-                self.serve_metrics();
+                self.requests.serve_metrics(self.options.metrics.as_ref());
                 notify::ready(&self.status());
                 if word == Some(Word::TakenOver(Takeover::Awake)) {
-                    self.engine.send(Plain::Wake(AFTER_RELOAD.into()));
+                    self.plane.engine().send(Plain::Wake(AFTER_RELOAD.into()));
                 }
             }
             News::PredecessorHas(count) => {
-                if let Some(predecessor) = &mut self.replacing.predecessor {
+                if let Some(predecessor) = &mut self.reload.predecessor {
                     predecessor.connections = Some(count);
                 }
             }
             News::PredecessorEnded => {
-                self.replacing.predecessor = None;
-                self.woken_at = Instant::now();
+                self.reload.predecessor = None;
+                self.life.woken_at = Instant::now();
             }
         }
+        if self.reload.drained { self.reload.is_drained() } else { ControlFlow::Continue(()) }
     }
 
     async fn hand_over(&mut self, successor: Successor) {
-        self.replacing.starting = None;
+        self.reload.starting = None;
         // The run that the successor may stop when idle.
-        drop(tokio::time::timeout(super::REMEMBER, self.activator.note_run()).await);
+        drop(tokio::time::timeout(control::REMEMBER, self.life.activator.note_run()).await);
         let pid = successor.pid();
         // The successor waits for a start that is under way.
-        let awake = self.awake_since.is_some() || self.being_woken().is_some();
+        let awake = self.life.awake_since.is_some() || self.life.being_woken().is_some();
         let takeover = if awake { Takeover::Awake } else { Takeover::Asleep };
         // The successor listens there, and counts on from here.
-        self.metrics = None;
+        self.requests.leave_metrics();
         self.keep_counts().await;
         // Before the successor says anything: systemd listens to the main process alone.
         notify::succeeded_by(pid);
         match successor.take_over(takeover).await {
-            Ok(telling) => self.replacing.telling = Some(telling),
+            Ok(telling) => self.reload.telling = Some(telling),
             Err(error) => {
                 tracing::error!("the successor is gone; going on as before: {error:#}");
-                self.counts.failed_reloads += 1;
-                self.serve_metrics();
+                self.life.counts.failed_reloads += 1;
+                self.requests.serve_metrics(self.options.metrics.as_ref());
                 return notify::succeeded_by(std::process::id());
             }
         }
-        self.counts.reloads += 1;
+        self.life.counts.reloads += 1;
         self.keep_counts().await;
-        self.replacing.tell(&self.stats);
+        self.reload.tell(self.plane.stats());
         notify::mute(true);
-        self.watching.leave();
-        if let Some(control) = &mut self.control {
-            control.is_succeeded();
-        }
-        self.replacing.replaced = true;
-        self.phase = Phase::Draining(Instant::now() + NO_LIMIT);
-        self.engine.send(Plain::Drain(format!("Replaced by process {pid}")));
-    }
-
-    /// Listens for requests for metrics, now that the other process does not any more.
-    fn serve_metrics(&mut self) {
-        let Some(endpoint) = &self.options.metrics else { return };
-        match metrics::Server::start(endpoint) {
-            Ok(server) => self.metrics = Some(server),
-            // That is no reason to end the clients' connections.
-            Err(error) => tracing::error!("{error:#}; going on without"),
-        }
+        self.plane.is_succeeded();
+        self.requests.is_succeeded();
+        self.reload.replaced = true;
+        self.life.phase = Phase::Draining(Instant::now() + NO_LIMIT);
+        self.plane.engine().send(Plain::Drain(format!("Replaced by process {pid}")));
     }
 
     /// Takes over from a predecessor, in the background.
     pub(super) fn take_over_from(&mut self, predecessor: Predecessor) {
-        let news = self.replacing.news.0.clone();
+        let news = self.reload.news.0.clone();
         match predecessor.reach() {
             Ok((pid, ending, mut saying)) => {
-                self.replacing.predecessor = Some(status::Predecessor { pid, connections: None });
+                self.reload.predecessor = Some(status::Predecessor { pid, connections: None });
                 drop(tokio::spawn({
                     let news = news.clone();
                     async move {
@@ -281,11 +276,5 @@ impl Control<'_> {
                 drop(news.send(News::Told(None)));
             }
         }
-    }
-
-    /// The unit is stopped: the connections that this process still has get the same time as the successor's.
-    pub(super) fn told_to_stop_although_replaced(&mut self) {
-        self.replacing.replaced = false;
-        self.phase = Phase::Draining(Instant::now() + self.options.drain_timeout.or_forever());
     }
 }

@@ -6,15 +6,18 @@ use bro_relay::engine::idle::Leave;
 use bro_relay::engine::protocol::Plain;
 use tokio::time::{Instant, timeout};
 
+use super::control::Control;
 use super::freeze::Frost;
 use super::inhibit::Inhibitors;
-use super::{Control, Phase};
-use crate::control_socket::{Asked, Asker, Reply, Request};
+use super::lifecycle::{Change, Lifecycle, Phase};
+use super::reload::Reload;
+use super::requests::Question;
+use crate::control_socket::{Asker, Reply};
 use crate::service::Stopped;
 use crate::systemd::notify;
 
 /// The unit's own limit for this stop is longer by default; a slower unit stops without the forwarder.
-const PATIENCE: Duration = Duration::from_secs(60);
+const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// How soon the engine is asked again whether it is time to leave.
 const AGAIN: Duration = Duration::from_millis(100);
@@ -30,23 +33,33 @@ pub(super) struct Busy {
     again: Option<Instant>,
 }
 
-impl Control<'_> {
+/// A caller that told the service to sleep (`bro sleep`).
+#[derive(Debug)]
+pub(super) struct Sleeper {
+    force: bool,
+    asker: Asker,
+}
+
+impl Lifecycle<'_> {
     /// When to leave for want of clients, or to look again whether there are any.
-    pub(super) fn idle_deadline(&self) -> Option<Instant> {
+    pub(super) fn idle_deadline(&self, reload: &Reload<'_>) -> Option<Instant> {
         if self.phase != Phase::Serving || self.options.idle.exit_idle_time.finite().is_none() {
             return None;
         }
+        if self.keep_awake.until().is_some() {
+            return None;
+        }
         let limit = self.history.idle_time();
-        match self.frost {
+        match self.freezing.frost() {
             Frost::None => {}
-            Frost::Frozen { since } if self.wakers.is_empty() && !self.replacing.stands_in_the_way() => {
+            Frost::Frozen { since } if self.wakers.is_empty() && !reload.stands_in_the_way() => {
                 let limit = self.options.idle.freeze_time.finite()?;
                 // With a silent client there the engine stays, and is not asked again at once.
                 return [Some(since + limit), self.busy.again].into_iter().flatten().max();
             }
             _ => return None,
         }
-        if self.busy.asking || !self.wakers.is_empty() || self.replacing.stands_in_the_way() {
+        if self.busy.asking || !self.wakers.is_empty() || reload.stands_in_the_way() {
             return None;
         }
         // The unit is never stopped in the middle of its start, whether or not the waiting clients have given up.
@@ -68,6 +81,11 @@ impl Control<'_> {
         since.map_or_else(Instant::now, Instant::from_std).max(self.woken_at)
     }
 
+    /// Has the deadline passed? It may move while it is waited for.
+    pub(super) fn is_idle_time_over(&self, reload: &Reload<'_>) -> bool {
+        self.idle_deadline(reload).is_some_and(|deadline| deadline <= Instant::now())
+    }
+
     /// The idle time is over: asks what may be busy, then the engine, which has the last word.
     pub(super) fn idle_time_is_over(&mut self) {
         let inhibitors = Inhibitors {
@@ -75,21 +93,16 @@ impl Control<'_> {
             exec: self.options.idle.busy_exec.clone(),
         };
         // A frozen service is not asked: it was asked before, and could not answer.
-        if inhibitors.is_empty() && self.options.unit.is_none() || self.is_frozen() {
+        if inhibitors.is_empty() && self.options.unit.is_none() || self.freezing.is_frozen() {
             return self.ask_to_leave();
         }
         self.busy.asking = true;
-        let answer = self.said_busy.0.clone();
-        // The receiver may have left meanwhile.
         let activator = self.activator.clone();
-        let asking = async move {
-            drop(answer.send(inhibitors.busy(&activator).await));
-        };
-        drop(tokio::spawn(asking));
+        self.hear_of(async move { Change::Busy(inhibitors.busy(&activator).await) });
     }
 
     /// The answer to the question what is busy.
-    pub(super) fn busy(&mut self, who: Option<String>) {
+    pub(super) fn is_busy(&mut self, who: Option<String>, reload: &Reload<'_>) {
         let limit = self.history.idle_time();
         self.busy.asking = false;
         self.busy.again = who.as_ref().map(|_| Instant::now() + Inhibitors::step(limit));
@@ -98,8 +111,7 @@ impl Control<'_> {
         }
         self.busy.who = who;
         // A client may have come meanwhile.
-        if self.busy.who.is_none() && self.idle_deadline().is_some_and(|deadline| deadline <= Instant::now())
-        {
+        if self.busy.who.is_none() && self.is_idle_time_over(reload) {
             self.ask_to_leave();
         }
     }
@@ -110,7 +122,7 @@ impl Control<'_> {
         self.busy.who.as_deref().filter(|_| self.idle_since() + limit <= Instant::now())
     }
 
-    fn ask_to_leave(&mut self) {
+    pub(super) fn ask_to_leave(&mut self) {
         let how = if self.options.idle.counts_bytes() {
             Leave::WithoutBytes(self.history.idle_time())
         } else {
@@ -129,20 +141,20 @@ impl Control<'_> {
     }
 
     /// `bro sleep`.
-    pub(super) fn told_to_sleep(&mut self, force: bool, asker: Asker) {
+    pub(super) fn told_to_sleep(&mut self, force: bool, asker: Asker, reload: &Reload<'_>) {
         if self.phase != Phase::Serving {
             return asker.answer(Reply::leaving());
         }
         // The successor that is being started would stay.
-        if self.replacing.is_starting() {
+        if reload.is_starting() {
             return asker.answer(Reply::leaving());
         }
         // The service manager would end the predecessor along with this process.
-        if let Some(predecessor) = self.replacing.predecessor().filter(|_| !force) {
+        if let Some(predecessor) = reload.predecessor().filter(|_| !force) {
             return asker.answer(Reply::refused(format!("clients are connected: {predecessor}")));
         }
         self.phase = Phase::Leaving;
-        self.sleeper = Some((force, asker));
+        self.sleeper = Some(Sleeper { force, asker });
         self.engine.send(Plain::Leave(if force { Leave::Now } else { Leave::WithoutGuests }));
     }
 
@@ -151,10 +163,9 @@ impl Control<'_> {
         if self.phase == Phase::Leaving {
             self.phase = Phase::Serving;
         }
-        let Some((_, asker)) = self.sleeper.take() else {
+        let Some(Sleeper { asker, .. }) = self.sleeper.take() else {
             // The clock may not move, since only bytes count: then it would be asked again at once.
-            self.busy.again = Some(Instant::now() + AGAIN);
-            return;
+            return self.busy_again();
         };
         let figures = self.engine.report();
         let answering = async move {
@@ -164,45 +175,47 @@ impl Control<'_> {
         };
         drop(tokio::spawn(answering));
     }
+}
 
+impl Control<'_> {
     /// No client is there, and none is let in any more: stops the unit, and tells the caller that asked for it.
     pub(super) async fn leaves(&mut self) {
-        let sleeper = self.sleeper.take();
+        let sleeper = self.life.sleeper.take();
         let why = if sleeper.is_some() { "Told to sleep: stopping" } else { "Idle: stopping" };
-        notify::stopping(why, super::EXTEND_BY);
+        notify::stopping(why, super::drain::EXTEND_BY);
         tracing::info!(
             "{}",
             if sleeper.is_some() {
                 "told to sleep; exiting"
             } else {
-                "nobody is connected any more; exiting"
+                "no client is connected any more; exiting"
             }
         );
-        let force = sleeper.as_ref().is_some_and(|(force, _)| *force);
+        let force = sleeper.as_ref().is_some_and(|sleeper| sleeper.force);
         // A wake that goes on would start the unit anew.
-        self.wakes.shutdown().await;
-        let activator = self.activator.clone();
-        let stopping = timeout(PATIENCE, activator.stop_what_it_started(force));
+        self.life.wakes.shutdown().await;
+        let activator = self.life.activator.clone();
+        let stopping = timeout(STOP_LIMIT, activator.stop_what_it_started(force));
         tokio::pin!(stopping);
         let stopped = loop {
             tokio::select! {
                 stopped = &mut stopping => break stopped,
-                asked = super::asked(&mut self.control) => match asked {
-                    Ok(Asked { request: Request::Status, to }) => self.report(to),
-                    Ok(Asked { to, .. }) => to.answer(Reply::leaving()),
-                    Err(_) => self.control = None,
+                question = self.requests.next() => match question {
+                    Question::Status(asker) => self.report(asker),
+                    Question::Metrics(asker) => self.tell_metrics(asker),
+                    Question::Wake(asker) | Question::Sleep { asker, .. } => asker.answer(Reply::leaving()),
                 },
-                question = super::metrics_asked(&mut self.metrics) => self.tell_metrics(question),
             }
         };
         if matches!(stopped, Ok(Ok(Stopped::Done))) {
-            *(if sleeper.is_some() { &mut self.counts.told_stops } else { &mut self.counts.idle_stops }) += 1;
+            let counts = &mut self.life.counts;
+            *(if sleeper.is_some() { &mut counts.told_stops } else { &mut counts.idle_stops }) += 1;
         }
         let outcome = match stopped {
             Ok(Ok(Stopped::Done)) => {
                 // To be put to sleep and woken by hand does not make the idle time grow.
-                if sleeper.is_none() && self.awake_since.is_some() {
-                    self.history.slept();
+                if sleeper.is_none() && self.life.awake_since.is_some() {
+                    self.life.history.slept();
                 }
                 Reply::done("stopped")
             }
@@ -236,7 +249,7 @@ impl Control<'_> {
                 Reply::refused("the unit takes long to stop")
             }
         };
-        if let Some((_, asker)) = sleeper {
+        if let Some(Sleeper { asker, .. }) = sleeper {
             asker.answered(&outcome).await;
         }
     }

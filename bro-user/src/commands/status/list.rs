@@ -34,6 +34,9 @@ pub(crate) struct Service {
     /// What a long start is doing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub doing: Option<String>,
+    /// It is not put to sleep for idleness before that, in seconds since 1970 (`--keep-awake`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept_awake_until: Option<u64>,
     /// Connections now, with those that predecessors of its forwarders finish.
     pub connections: u64,
     /// The clients not let in, since there are as many connections as may be.
@@ -77,6 +80,7 @@ impl Service {
             since: None,
             woken_by: None,
             doing: None,
+            kept_awake_until: None,
             connections: 0,
             waiting: None,
             failed_wake: None,
@@ -107,8 +111,11 @@ impl Service {
             self.woken_by.clone_from(&report.activity.woken_by);
             self.doing.clone_from(&report.activity.doing);
         } else {
-            report.activity = Activity { state: self.state, since: self.since, ..Activity::default() };
+            let kept_awake_until = report.activity.kept_awake_until;
+            report.activity =
+                Activity { state: self.state, since: self.since, kept_awake_until, ..Activity::default() };
         }
+        self.kept_awake_until = report.activity.kept_awake_until.max(self.kept_awake_until);
         if let Some(failed) = &report.failed_wake
             && self.failed_wake.as_ref().is_none_or(|noted| noted.at <= failed.at)
         {
@@ -334,6 +341,9 @@ fn about(service: &Service) -> String {
     if let Some(by) = &service.woken_by {
         write!(text, ", woken by {by}").ok();
     }
+    if let Some(left) = service.kept_awake_until.and_then(left) {
+        write!(text, ", kept awake for another {}", roughly(left)).ok();
+    }
     if service.connections > 0 {
         write!(
             text,
@@ -366,6 +376,12 @@ pub(super) fn since(state: ServiceState, since: Option<u64>, name: &str) -> Stri
         state => state.word().to_owned(),
     };
     age(since).map_or_else(|| word.clone(), |span| format!("{word} for {}", roughly(span)))
+}
+
+/// How long it is until a time, in seconds since 1970.
+fn left(until: u64) -> Option<Duration> {
+    let until = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(until))?;
+    until.duration_since(SystemTime::now()).ok()
 }
 
 /// How long ago a time was, in seconds since 1970.

@@ -1,6 +1,7 @@
 //! What `bro activate` asks of systemd beyond starting and stopping: enable, reload, which unit a socket belongs to.
 
 use anyhow::Context as _;
+use zbus::proxy::CacheProperties;
 
 use super::{SystemdManager, is_running};
 
@@ -96,9 +97,8 @@ impl SystemdManager {
 
     /// What a socket unit is now.
     pub(crate) async fn live(&self, unit: &str) -> anyhow::Result<SocketState> {
-        let path = self.systemd.load_unit(unit).await?;
-        let builder = ListeningProxy::builder(self.systemd.inner().connection()).path(path);
-        let socket = builder.build().await?;
+        let builder = ListeningProxy::builder(self.connection()).path(super::object_of(unit)?);
+        let socket = builder.cache_properties(CacheProperties::No).build().await?;
         Ok(SocketState {
             listen: socket.listen().await?.into_iter().map(|(_, address)| address).collect(),
             backlog: socket.backlog().await?,
@@ -124,7 +124,7 @@ impl SystemdManager {
         let sockets = self.systemd.list_units_by_patterns(&["active"], &["*.socket"]).await.ok()?;
         for (name, .., path, _, _, _) in sockets {
             let builder = ListeningProxy::builder(self.systemd.inner().connection()).path(path);
-            let Ok(socket) = builder.build().await else { continue };
+            let Ok(socket) = builder.cache_properties(CacheProperties::No).build().await else { continue };
             if socket.listen().await.is_ok_and(|all| all.iter().any(|(_, listening)| listening == address)) {
                 return Some(name);
             }

@@ -1,0 +1,333 @@
+//! The control process: what happens to a forwarder, and which of its parts takes account of it.
+
+use std::ops::ControlFlow;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use bro_relay::engine::protocol::{Event, Plain};
+use bro_relay::stats::Stats;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until};
+
+use super::data_plane::{DataPlane, PlaneNews};
+use super::drain;
+use super::handover::Predecessor;
+use super::lifecycle::{Due, Lifecycle, Phase};
+use super::reload::Reload;
+use super::requests::{Question, Requests};
+use super::waiting::Limit;
+use crate::cli::{Forward, RelayChoice};
+use crate::ledger::Ledger;
+use crate::service::sources::Choice;
+use crate::systemd::notify;
+
+/// How often the status is brought up to date; the engine's figures may take no longer.
+pub(super) const STEP: Duration = Duration::from_secs(1);
+
+/// How long the service manager may take to say which run of the unit it is, where the forwarder waits for that.
+pub(super) const REMEMBER: Duration = Duration::from_secs(2);
+
+/// A forwarder's control process.
+pub(super) struct Control<'a> {
+    pub(super) options: &'a Forward,
+    pub(super) started: Instant,
+    /// The service: asleep, woken, idle.
+    pub(super) life: Lifecycle<'a>,
+    /// The relay process and the kernel relay.
+    pub(super) plane: DataPlane<'a>,
+    /// Its successor and its predecessor.
+    pub(super) reload: Reload<'a>,
+    /// What callers ask it.
+    pub(super) requests: Requests,
+    /// How many connections there may be.
+    pub(super) limit: Limit,
+    /// Where the counts are kept for later forwarders.
+    pub(super) ledger: Ledger,
+    /// The status that systemd was told last.
+    said: String,
+    failure: Option<anyhow::Error>,
+}
+
+/// The signals that a forwarder takes.
+struct Signals {
+    hang_up: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+/// What a signal asks for.
+enum Told {
+    Stop,
+    Reload,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            hang_up: signal(SignalKind::hangup())?,
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for one that tells it to stop; another waits meanwhile.
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+
+    async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.terminate.recv() => Told::Stop,
+            _ = self.interrupt.recv() => Told::Stop,
+            _ = self.hang_up.recv() => Told::Reload,
+        }
+    }
+}
+
+/// What is done by the clock alone.
+struct Clocks {
+    /// The status, and whatever is looked at with it.
+    step: Interval,
+    /// systemd's watchdog, where there is one.
+    watchdog: Option<Interval>,
+    /// More time for a drain.
+    extend: Interval,
+}
+
+/// What the clock says.
+enum Tick {
+    Step,
+    Watchdog,
+    Extend,
+}
+
+impl Clocks {
+    fn new() -> Self {
+        let mut extend = tokio::time::interval(drain::EXTEND_EVERY);
+        // It runs during a drain only.
+        extend.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let watchdog = notify::watchdog_interval().map(tokio::time::interval);
+        Self { step: tokio::time::interval(STEP), watchdog, extend }
+    }
+
+    async fn next(&mut self, draining: bool) -> Tick {
+        let watchdog = async {
+            match &mut self.watchdog {
+                Some(watchdog) => watchdog.tick().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = self.step.tick() => Tick::Step,
+            _ = watchdog => Tick::Watchdog,
+            _ = self.extend.tick(), if draining => Tick::Extend,
+        }
+    }
+}
+
+/// Waits until something is due; for ever where nothing is.
+async fn until(due: Option<(Instant, Due)>) -> Due {
+    match due {
+        Some((at, due)) => {
+            sleep_until(at).await;
+            due
+        }
+        None => std::future::pending().await,
+    }
+}
+
+impl<'a> Control<'a> {
+    pub(super) fn new(
+        options: &'a Forward,
+        life: Lifecycle<'a>,
+        plane: DataPlane<'a>,
+        reload: Reload<'a>,
+        requests: Requests,
+        limit: Limit,
+    ) -> Self {
+        let ledger = Ledger::of(options.unit.as_deref());
+        let (started, said) = (Instant::now(), String::new());
+        Self { options, started, life, plane, reload, requests, limit, ledger, said, failure: None }
+    }
+
+    /// From the first client to the exit.
+    pub(super) async fn run(mut self, predecessor: Option<Predecessor>) -> anyhow::Result<()> {
+        let (mut signals, mut clocks) = (Signals::new()?, Clocks::new());
+        // Only a forwarder that insists on the kernel relay waits for it.
+        if self.options.relay == RelayChoice::Sockmap {
+            let loaded = tokio::select! {
+                loaded = self.plane.loaded() => loaded,
+                () = signals.stop() => return Ok(()),
+            };
+            self.plane.kernel_loaded(loaded).await?;
+        }
+        self.begin(predecessor);
+        loop {
+            let (due, draining) = (self.life.next_due(&self.reload), self.life.is_draining());
+            let flow = tokio::select! {
+                news = self.plane.news() => self.heard(news).await?,
+                Some(change) = self.life.change() => {
+                    if let Err(error) = self.life.changed(change, &mut self.plane, &self.reload) {
+                        self.failure = Some(error);
+                        self.begin_drain("The process that --pid names has exited");
+                    }
+                    ControlFlow::Continue(())
+                }
+                Some(news) = self.reload.news() => self.replacement(news).await,
+                told = signals.next() => {
+                    match told {
+                        Told::Stop => self.terminate(),
+                        Told::Reload => self.begin_replacement().await,
+                    }
+                    ControlFlow::Continue(())
+                }
+                due = until(due) => self.is_due(due),
+                tick = clocks.next(draining) => self.ticked(tick).await,
+                question = self.requests.next() => self.asked(question),
+            };
+            if flow.is_break() {
+                return self.end().await;
+            }
+        }
+    }
+
+    /// Clients are welcome from now on.
+    fn begin(&mut self, predecessor: Option<Predecessor>) {
+        // The thread that has loaded the programs attaches them; this one never needs the rights for that. Agents may have to show
+        // the service clients' own addresses.
+        let shows_clients = matches!(self.options.source, Choice::Auto | Choice::Client);
+        bro_sockmap::capabilities::drop_the_kernel_relays(shows_clients);
+        // Not before: if the demanded relay cannot be had, one sentence is all.
+        for (listener, target) in self.reload.listeners() {
+            let target = &self.life.targets[*target].target;
+            tracing::info!(socket = %listener.name, address = %listener.address, %target, "listening");
+        }
+        self.plane.engine().send(Plain::Start);
+        self.said = self.status();
+        match predecessor {
+            Some(predecessor) => self.take_over_from(predecessor),
+            None => {
+                notify::ready(&self.said);
+                self.life.leave_where_only_a_timer_came();
+            }
+        }
+    }
+
+    /// What the data plane says.
+    async fn heard(&mut self, news: PlaneNews) -> anyhow::Result<ControlFlow<()>> {
+        match news {
+            PlaneNews::Event(event) => Ok(self.event(event).await),
+            PlaneNews::KernelRelay(loaded) => {
+                self.plane.kernel_loaded(loaded).await?;
+                Ok(ControlFlow::Continue(()))
+            }
+            PlaneNews::Ended => {
+                // However it ends, it was not told to.
+                let ended = "the relay process has ended by itself, and with it every connection";
+                let _first = self.failure.get_or_insert_with(|| anyhow!(ended));
+                Ok(ControlFlow::Break(()))
+            }
+        }
+    }
+
+    /// What the engine says.
+    async fn event(&mut self, event: Event) -> ControlFlow<()> {
+        match event {
+            Event::Wake { target, peer, source, refused } => {
+                self.life.wanted(target, peer, source.as_deref(), refused);
+            }
+            Event::Knock { target, peer } => self.life.knocked_for(target, peer),
+            Event::Frozen(frozen) => self.life.engine_froze(frozen),
+            Event::Thaw { peer } => self.life.thaw_for(peer),
+            Event::Leaving(true) => {
+                self.leaves().await;
+                return ControlFlow::Break(());
+            }
+            Event::Leaving(false) => self.life.stays(),
+            Event::Draining(why) => self.draining(&why),
+            Event::Drained => return self.reload.is_drained(),
+            Event::Pong => notify::alive(),
+            Event::Listening { netns, port } => {
+                tracing::debug!(netns, port, "the kernel says that there is a listener");
+                self.life.activator.heard();
+            }
+            // Answers, which the handle has already taken.
+            Event::Watching { .. } | Event::Tallies(_) | Event::Peers(_) => {}
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// What is due now.
+    fn is_due(&mut self, due: Due) -> ControlFlow<()> {
+        match due {
+            // The engine has the last word.
+            Due::IdleTime if self.life.is_idle_time_over(&self.reload) => self.life.idle_time_is_over(),
+            Due::IdleTime => {}
+            Due::HoldLimit => self.life.held_too_long(),
+            Due::DrainLimit => self.drain_is_over(),
+        }
+        ControlFlow::Continue(())
+    }
+
+    async fn ticked(&mut self, tick: Tick) -> ControlFlow<()> {
+        match tick {
+            Tick::Step => self.look_around().await,
+            Tick::Watchdog => self.plane.engine().send(Plain::Ping),
+            Tick::Extend => notify::extend(drain::EXTEND_BY),
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// What is looked at from time to time.
+    async fn look_around(&mut self) {
+        let stats = self.plane.stats().clone();
+        self.reload.tell(&stats);
+        if self.life.is_draining() {
+            self.life.give_up_where_in_the_way();
+            self.keep_counts().await;
+        }
+        self.life.give_up_on_slow_starts();
+        self.life.look_at_the_clock();
+        if self.ledger.is_due(Stats::get(&stats.accepted), Stats::get(&stats.open)) {
+            self.keep_counts().await;
+        }
+        if self.life.phase == Phase::Serving {
+            self.limit.look(Stats::get(&stats.open), self.reload.listeners());
+        }
+        self.plane.tell_what_was_left_alone();
+        let now = self.status();
+        if now != self.said {
+            notify::status(&now);
+            self.said = now;
+        }
+    }
+
+    /// What a caller asks.
+    fn asked(&mut self, question: Question) -> ControlFlow<()> {
+        match question {
+            Question::Status(asker) => self.report(asker),
+            Question::Metrics(asker) => self.tell_metrics(asker),
+            Question::Wake(asker) => self.life.told_to_wake(asker),
+            Question::Sleep { force, asker } => self.life.told_to_sleep(force, asker, &self.reload),
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// No connection is left, or none may be.
+    async fn end(mut self) -> anyhow::Result<()> {
+        if self.life.is_draining() {
+            // A service that was woken only now may not be noted yet, and would never be put to sleep.
+            drop(tokio::time::timeout(REMEMBER, self.life.activator.note_run()).await);
+        }
+        if self.life.freezing.is_frozen() && !self.reload.is_replaced() {
+            // No other process would have it go on.
+            drop(tokio::time::timeout(REMEMBER, self.life.activator.thaw()).await);
+        }
+        self.keep_counts().await;
+        self.plane.stop().await?;
+        self.failure.map_or(Ok(()), Err)
+    }
+}

@@ -1,0 +1,32 @@
+//! NAME-activator.timer: starts the forwarder when a time of `--keep-awake` begins (systemd.timer(5)).
+
+use std::fmt::Write as _;
+
+use crate::installed::{Installed, SECTION};
+use crate::systemd::calendar::DailySpans;
+
+pub(super) fn text(activated: &Installed, spans: &DailySpans) -> String {
+    let timer = activated.timer().unwrap_or_default();
+    let mut text = super::heading(activated, Some(&timer));
+    let (unit, service) = (&activated.unit, activated.service().unwrap_or_default());
+    let first = activated.listeners.first().map(|listener| listener.socket.as_str()).unwrap_or_default();
+    // Writing to a String cannot fail.
+    write!(
+        text,
+        "[Unit]\n\
+         Description=Times at which {unit} is kept awake\n\
+         # It comes and goes with the listening.\n\
+         PartOf={first}\n\
+         \n\
+         [Timer]\n\
+         Unit={service}\n\
+         # Also in the middle of such a time, after a boot: the forwarder finds out where it is.\n\
+         OnActiveSec=0\n"
+    )
+    .ok();
+    for span in &spans.0 {
+        writeln!(text, "OnCalendar={}", span.begins()).ok();
+    }
+    write!(text, "AccuracySec=1s\n\n[{SECTION}]\nName={}\n", activated.name).ok();
+    text
+}
