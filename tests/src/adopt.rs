@@ -2,10 +2,10 @@
 //! (`adopt run`) that gives a program its own network namespace and the filter that notifies.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -25,6 +25,7 @@ type Kept = Arc<Mutex<BTreeMap<String, OwnedFd>>>;
 /// The service manager's file descriptor store (sd_notify(3)).
 #[derive(Debug)]
 struct Store {
+    path: PathBuf,
     kept: Kept,
     ended: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -53,7 +54,19 @@ impl Store {
                 // BARRIER=1: its descriptor is closed here, after all that came before it.
             }
         });
-        Ok(Self { kept, ended, thread: Some(thread) })
+        Ok(Self { path: path.to_owned(), kept, ended, thread: Some(thread) })
+    }
+
+    /// All that has been sent is taken: systemd too looks at its notification socket before it hears of a process's end.
+    fn settle(&self) -> Result<()> {
+        let socket = UnixDatagram::unbound()?;
+        socket.connect(&self.path)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(PATIENCE))?;
+        bro_relay::sys::send_with_descriptors(socket.as_fd(), b"BARRIER=1", &[theirs.as_fd()])?;
+        drop(theirs);
+        ensure!((&ours).read(&mut [0])? == 0, "the store hangs");
+        Ok(())
     }
 }
 
@@ -171,6 +184,7 @@ impl Adoption {
 
     /// Starts an agent with all that is in the store, to be killed by SIGKILL at this step.
     pub fn agent(&self, dies_at: Option<&str>) -> Result<Program> {
+        self.store.settle()?;
         let stored: Vec<(String, OwnedFd)> = {
             let kept = self.store.kept.lock().expect("no holder of this lock panics");
             kept.iter().map(|(name, fd)| Ok((name.clone(), fd.try_clone()?))).collect::<Result<_>>()?
