@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::exit;
+use crate::paths;
 use crate::systemd::scope::RuntimeScope;
 
 /// The socket's name in the runtime directory.
@@ -283,10 +284,7 @@ pub(crate) fn base_directory() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return SYSTEM.into();
     }
-    // While root acts as a user, its environment is not that user's.
-    let own = nix::unistd::getuid() == nix::unistd::geteuid();
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| own).map(PathBuf::from);
-    runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bro")
+    paths::runtime_directory().join("bro")
 }
 
 /// The socket of the forwarder that is the service `service`, in the directory that its unit names (`RuntimeDirectory=bro/%N`).
@@ -316,7 +314,7 @@ pub fn sockets() -> Vec<PathBuf> {
     let me = nix::unistd::geteuid();
     if me.is_root() {
         // Root has a service manager of its own as well.
-        found.extend(below(Path::new("/run/user/0/bro")));
+        found.extend(below(&paths::runtime_directory_of(0).join("bro")));
     } else {
         // A user's forwarder may be a service of the system.
         found.extend(below(Path::new(SYSTEM)).into_iter().filter(|path| is_of(path, me.as_raw())));

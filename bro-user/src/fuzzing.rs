@@ -3,19 +3,19 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_proc::cgroup;
 use bro_relay::engine::protocol;
 use bro_relay::netns::{netlink, wire};
 use bro_relay::proxy_protocol::{Bad, Incoming, Introduction, LONGEST, Version};
 use bro_relay::target::{self, Target};
 use bro_sockmap::btf::Offsets;
-use bro_sockmap::cgroup;
 use clap::Parser as _;
 
 use crate::address::{self, External, Internal};
 use crate::cli::{Cli, LocalClients};
 use crate::commands::activate::plan;
 use crate::commands::status;
-use crate::installed::{self, SECTION};
+use crate::installed::{SECTION, WrittenUnits};
 use crate::podman::container;
 use crate::podman::quadlet::{self, Kind};
 use crate::service::readiness::Ready;
@@ -211,17 +211,12 @@ pub fn activated(text: &str) {
             (PathBuf::from(format!("/units/{number}.{kind}")), UnitFile::parse(text))
         })
         .collect();
-    for (path, file) in &files {
-        if let Some(activated) =
-            installed::assemble(path, file, &files, RuntimeScope::User, Some(Path::new("/root")))
-        {
-            let _files = crate::units::files(
-                &activated,
-                Path::new("/usr/bin/bro"),
-                None,
-                (Some(Path::new("/root")), false),
-            );
-            let _named: bool = activated.goes_by("web");
-        }
+    let root = Some(Path::new("/root"));
+    let units = WrittenUnits::of(files, Path::new("/units"), RuntimeScope::User, root);
+    for installed in units.services() {
+        drop(crate::units::files(&installed, None, (root, false)).is_ok());
+        drop(installed.goes_by("web"));
+        drop(units.lost(&installed));
     }
+    drop(units.leftover("web").is_some());
 }

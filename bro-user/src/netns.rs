@@ -155,7 +155,7 @@ impl Namespace {
     /// # Errors
     /// The agent's end.
     pub async fn program(&self, hook: BorrowedFd<'_>) -> io::Result<()> {
-        let _none = self.ask(&AgentRequest::Program, &[hook]).await??;
+        self.ask(&AgentRequest::Program, &[hook]).await??;
         Ok(())
     }
 

@@ -872,8 +872,8 @@ impl ServiceStarter {
         let socket = place.socket(libc::AF_INET, libc::SOCK_STREAM, 0).await.ok()?;
         let netns = bro_sockmap::netns_cookie(socket.as_fd()).ok()?;
         let cgroup = match incarnation.and_then(|incarnation| incarnation.pid) {
-            Some(pid) => bro_sockmap::cgroup::shared_with(pid.unsigned_abs()),
-            None => bro_sockmap::cgroup::mount_point(),
+            Some(pid) => bro_proc::cgroup::shared_with(pid.unsigned_abs()),
+            None => bro_proc::cgroup::mount_point(),
         };
         let cgroup =
             cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;

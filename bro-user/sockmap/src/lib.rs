@@ -8,7 +8,6 @@
 
 pub mod btf;
 pub mod capabilities;
-pub mod cgroup;
 mod handoff;
 mod lane;
 mod load;

@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use bro_proc::cgroup;
 use bro_sockmap::pin::{self, Named, Order};
-use bro_sockmap::{LOADER_UNIT, Unavailable, cgroup};
+use bro_sockmap::{LOADER_UNIT, Unavailable};
 use nix::unistd::{Uid, User};
 
 use crate::cli::Loader;

@@ -187,7 +187,7 @@ impl Watching {
     pub async fn watch(&self, service: WatchedService) -> bool {
         let (attacher, hook) = match &mut *self.state() {
             ProgramsState::Loading(waiting) => {
-                let _older = waiting.insert(service.watch.target, service);
+                waiting.insert(service.watch.target, service);
                 return false;
             }
             ProgramsState::Unavailable => return false,

@@ -196,15 +196,15 @@ impl Program {
         descriptors.push(theirs.as_fd());
         let mut command = std::process::Command::new(&self.path);
         if let Some((name, arguments)) = self.words.split_first() {
-            let _same = command.arg0(name).args(arguments);
+            command.arg0(name).args(arguments);
         }
-        let _same = command
+        command
             .env("LISTEN_FDS", listeners.len().to_string())
             .env("LISTEN_FDNAMES", names.join(":"))
             .env(VARIABLE, (crate::systemd::listen_fds::FIRST as usize + listeners.len()).to_string());
         if std::env::var("WATCHDOG_PID").is_ok_and(|pid| pid.parse() == Ok(std::process::id())) {
             // The successor also has to report that it is alive.
-            let _same = command.env_remove("WATCHDOG_PID");
+            command.env_remove("WATCHDOG_PID");
         }
         sys::pass_descriptors(&mut command, &descriptors)?;
         let child = command.spawn().with_context(|| format!("cannot execute {}", self.path.display()))?;
