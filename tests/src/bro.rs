@@ -40,6 +40,12 @@ pub fn helper() -> PathBuf {
     profile().join("peer")
 }
 
+/// The program of the adoption suite (`src/bin/adopt.rs`): an agent, an OCI runtime and small services.
+#[must_use]
+pub fn adopt() -> PathBuf {
+    profile().join("adopt")
+}
+
 /// A copy of `program` in `folder`, for users who cannot look where it was built.
 pub fn copy(program: &Path, folder: &Path) -> Result<PathBuf> {
     let copy = folder.join(program.file_name().context("a program has a name")?);

@@ -2,6 +2,7 @@
 
 pub mod aborts;
 pub mod activation;
+pub mod adopt;
 pub mod behaviours;
 pub mod bro;
 mod debian;

@@ -273,3 +273,62 @@ impl<T> Drop for Shared<T> {
         unsafe { nix::sys::mman::munmap(self.start.cast(), self.count * size_of::<T>()) }.ok();
     }
 }
+
+/// Has the kernel tell of bind(2), of listen(2), of shutdown(2) with another `how` than SHUT_WR, and of every call of another
+/// architecture, and wait for an answer: seccomp(2) with SECCOMP_FILTER_FLAG_NEW_LISTENER, as an OCI runtime does it. For this process
+/// and all that it starts.
+pub fn notify_of_listening() -> io::Result<OwnedFd> {
+    const NEW_LISTENER: libc::c_ulong = 1 << 3;
+    /// Linux 5.19.
+    const WAIT_KILLABLE: libc::c_ulong = 1 << 5;
+    const ARCHITECTURE: u32 = if cfg!(target_arch = "x86_64") { 0xC000_003E } else { 0xC000_00B7 };
+    let load = |at: u32| filter(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, at);
+    let equal =
+        |value: u32, then: u8, or: u8| filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, then, or, value);
+    let answer = |value: u32| filter(libc::BPF_RET | libc::BPF_K, 0, 0, value);
+    let number = |call: libc::c_long| call as u32;
+    // struct seccomp_data: the number at 0, the architecture at 4, the second argument at 24 (its lower half, little-endian).
+    let mut program = [
+        load(4),
+        equal(ARCHITECTURE, 0, 6),
+        load(0),
+        equal(number(libc::SYS_bind), 4, 0),
+        equal(number(libc::SYS_listen), 3, 0),
+        equal(number(libc::SYS_shutdown), 0, 3),
+        load(24),
+        equal(1, 1, 0),
+        answer(libc::SECCOMP_RET_USER_NOTIF),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ];
+    let length = program.len() as libc::c_ushort;
+    let program = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };
+    nix::sys::prctl::set_no_new_privs()?;
+    let install = |flags: libc::c_ulong| {
+        let how = libc::SECCOMP_SET_MODE_FILTER;
+        // SAFETY: the kernel reads the program, which outlives the call.
+        owned(unsafe { libc::syscall(libc::SYS_seccomp, how, flags, &raw const program) })
+    };
+    install(NEW_LISTENER | WAIT_KILLABLE).or_else(|_older_kernel| install(NEW_LISTENER))
+}
+
+const fn filter(code: u32, then: u8, or: u8, value: u32) -> libc::sock_filter {
+    libc::sock_filter { code: code as u16, jt: then, jf: or, k: value }
+}
+
+/// A system call of i386, whose numbers are others (`int 0x80`), with two words. For one that touches no memory of ours; the negative
+/// error number when it fails.
+#[cfg(target_arch = "x86_64")]
+#[must_use]
+pub fn ask_as_i386(call: i64, words: [i64; 2]) -> i64 {
+    let result: i64;
+    // SAFETY: the caller sees to it that none of the words is taken for a place in memory. The kernel keeps all registers but the result's and,
+    // up to Linux 4.18, r8 to r11. LLVM keeps rbx for itself, so it is put back.
+    unsafe {
+        std::arch::asm!(
+            "xchg rbx, {first}", "int 0x80", "xchg rbx, {first}",
+            first = inout(reg) words[0] => _, inlateout("rax") call => result, in("rcx") words[1],
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+        );
+    }
+    i64::from(result as i32)
+}

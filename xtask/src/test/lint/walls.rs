@@ -1,10 +1,10 @@
-//! What the crates that touch clients' bytes and the kernel's programs may never depend on, however indirectly.
+//! What the crates that touch clients' bytes, containers' system calls and the kernel's programs may never depend on, however indirectly.
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::build::cargo;
 
-const INSIDE: [&str; 2] = ["bro-relay", "bro-sockmap"];
+const INSIDE: [&str; 3] = ["bro-adopt", "bro-relay", "bro-sockmap"];
 const OUTSIDE: [&str; 3] = ["tokio", "zbus", "clap"];
 
 /// Prints every one that does; whether none does.

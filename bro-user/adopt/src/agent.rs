@@ -1,0 +1,484 @@
+//! The agent: answers the notified calls of one service's container, one after the other, in one poll(2).
+//!
+//! It holds the listeners and never accepts at them.
+
+mod bind;
+mod listen;
+mod shutdown;
+
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::budget::Budget;
+use crate::caller::Caller;
+use crate::family::Family;
+use crate::in_flight::InFlight;
+use crate::inside::{Inside, Then};
+use crate::notification::{Answer, Call, Meant, Raw};
+use crate::options::Before;
+use crate::original::{self, Original};
+use crate::receiver::{self, Notifier, Receiver, Role};
+use crate::socket::{Place, Seen, look};
+use crate::store::{Kind, RECORD};
+use crate::surroundings::{Event, Step, Stored, Surroundings};
+use crate::sys;
+
+/// The most notification descriptors: one of each container, and one of each command that runs in it. What comes beyond waits at the
+/// seccomp socket.
+pub const MOST_NOTIFIERS: usize = 128;
+
+/// The most connections from inside.
+const MOST_INSIDE: usize = 256;
+
+/// A listening socket of systemd's, and where in the container its service is to be found.
+#[derive(Debug)]
+pub struct Listener {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// Where the service listens, seen from inside.
+    pub target: Place,
+}
+
+/// One of them with what became of it.
+#[derive(Debug)]
+struct Adoptable {
+    socket: OwnedFd,
+    target: Place,
+    seen: Seen,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// As systemd made it.
+    Free,
+    /// In a service's hands.
+    Adopted {
+        /// The notifiers' numbers of those that took it.
+        by: Vec<u64>,
+        before: Before,
+    },
+}
+
+/// A notification descriptor with what it may cost.
+#[derive(Debug)]
+struct Answered {
+    number: u64,
+    notifier: Notifier,
+    budget: Budget,
+}
+
+/// What a poll is for.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    Stop,
+    Receiver,
+    /// By its number.
+    Notifier(u64),
+    /// By its place.
+    Original(usize),
+    /// By its place.
+    Inside(usize),
+}
+
+/// One service's agent.
+#[derive(Debug)]
+pub struct Agent<S> {
+    surroundings: S,
+    listeners: Vec<Adoptable>,
+    receiver: Receiver,
+    notifiers: Vec<Answered>,
+    originals: Vec<Original>,
+    inside: Vec<Inside>,
+    record: InFlight,
+    /// The last number that something in the store was given.
+    last: u64,
+}
+
+/// Why there is no agent.
+#[derive(Debug, thiserror::Error)]
+pub enum Unusable {
+    /// A listener that no service can adopt.
+    #[error("listener {0} is no stream socket")]
+    Listener(usize),
+    /// The record, the seccomp socket.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+impl<S: Surroundings> Agent<S> {
+    /// An agent at the socket that `listenerPath` names, with what a predecessor has stored.
+    ///
+    /// # Errors
+    /// [`Unusable`].
+    pub fn new(
+        listeners: Vec<Listener>,
+        seccomp: OwnedFd,
+        stored: Vec<Stored>,
+        mut surroundings: S,
+    ) -> Result<Self, Unusable> {
+        let mut adoptable = Vec::new();
+        for (index, Listener { socket, target }) in listeners.into_iter().enumerate() {
+            let seen = look(socket.as_fd()).ok_or(Unusable::Listener(index))?;
+            adoptable.push(Adoptable { socket, target, seen, state: State::Free });
+        }
+        let (mut record, mut kept) = (None, Vec::new());
+        for Stored { name, descriptor } in stored {
+            match Kind::of(&name) {
+                Some((Kind::Record, _)) => record = InFlight::of(descriptor).ok(),
+                Some((kind, number)) => kept.push((kind, number, descriptor)),
+                None => tracing::debug!(name, "the store has something else"),
+            }
+        }
+        let record = if let Some(record) = record {
+            record
+        } else {
+            let record = InFlight::new()?;
+            surroundings.store(RECORD, record.file(), true);
+            record
+        };
+        let receiver = Receiver::new(seccomp).map_err(io::Error::from)?;
+        let mut agent = Self {
+            surroundings,
+            listeners: adoptable,
+            receiver,
+            notifiers: Vec::new(),
+            originals: Vec::new(),
+            inside: Vec::new(),
+            record,
+            last: kept.iter().map(|(_, number, _)| *number).max().unwrap_or(0),
+        };
+        agent.take_over(kept);
+        Ok(agent)
+    }
+
+    /// Goes on with a predecessor's containers, and answers what that one has left.
+    fn take_over(&mut self, kept: Vec<(Kind, u64, OwnedFd)>) {
+        for (kind, number, descriptor) in kept {
+            match kind {
+                Kind::Notifier(role) if receiver::tells_of_calls(&descriptor) => {
+                    let notifier = Notifier { notify: descriptor, role };
+                    self.notifiers.push(Answered { number, notifier, budget: Budget::new(Instant::now()) });
+                }
+                Kind::Original => self.take_over_original(kind.name(number), descriptor),
+                Kind::Notifier(_) | Kind::Record => {}
+            }
+        }
+        if let Some((notification, decided)) = self.record.pending() {
+            let waiting =
+                |answered: &&Answered| sys::is_waiting(answered.notifier.notify.as_fd(), notification.id);
+            if let Some(number) = self.notifiers.iter().find(waiting).map(|answered| answered.number) {
+                tracing::info!("answering a call that a predecessor has received");
+                match decided {
+                    Some(answer) => self.send(number, &notification, answer),
+                    None => self.answer(number, &notification),
+                }
+            }
+            self.record.clear();
+        }
+        self.open_originals();
+    }
+
+    /// Only now: a call that was in flight may still see one as the service made it.
+    fn open_originals(&mut self) {
+        for (index, listener) in self.listeners.iter().enumerate() {
+            if matches!(listener.state, State::Free) {
+                continue;
+            }
+            let mut inside = None;
+            for original in self.originals.iter().filter(|original| original.listener == index) {
+                inside = original.open().err().or(inside);
+            }
+            self.surroundings.tell(Event::Adopted { listener: index, options_refused: 0, inside });
+        }
+    }
+
+    fn take_over_original(&mut self, name: String, socket: OwnedFd) {
+        let containers: Vec<u64> = self
+            .notifiers
+            .iter()
+            .filter(|answered| answered.notifier.role == Role::Container)
+            .map(|answered| answered.number)
+            .collect();
+        let place = Place::of(socket.as_fd()).zip(look(socket.as_fd()));
+        let listener = place.as_ref().and_then(|(place, seen)| self.choose(place, seen.family)?.ok());
+        let Some(((place, seen), listener)) = place.zip(listener).filter(|_| !containers.is_empty()) else {
+            self.surroundings.forget(&name);
+            return;
+        };
+        let original = Original { socket, place, seen, listener, name };
+        self.originals.push(original);
+        if let Some(adopted) = self.listeners.get_mut(listener) {
+            adopted.state = State::Adopted { by: containers, before: Before::default() };
+        }
+    }
+
+    /// Which listener a service that is bound at `place` gets: `None` when no listener is for that place, and otherwise
+    /// the one that fits, or one that it is for and that does not fit.
+    fn choose(&self, place: &Place, family: Family) -> Option<Result<usize, usize>> {
+        let meant: Vec<(usize, Family)> = self
+            .listeners
+            .iter()
+            .enumerate()
+            .filter(|(_, listener)| place.serves(&listener.target))
+            .map(|(index, listener)| (index, listener.seen.family))
+            .collect();
+        let families: Vec<Family> = meant.iter().map(|(_, family)| *family).collect();
+        let (first, _) = meant.first()?;
+        let fitting = family.choose(&families).and_then(|at| meant.get(at));
+        Some(fitting.map_or(Err(*first), |(index, _)| Ok(*index)))
+    }
+
+    /// Answers until `stop` is readable or hung up.
+    ///
+    /// # Errors
+    /// poll(2)'s.
+    pub fn run(&mut self, stop: BorrowedFd<'_>) -> nix::Result<()> {
+        loop {
+            let ready = self.wait(stop)?;
+            // From the last one on, so that what goes does not move those that are to come.
+            for (source, _) in ready.iter().rev() {
+                match source {
+                    Source::Inside(index) => self.move_inside(*index),
+                    Source::Stop => return Ok(()),
+                    _ => {}
+                }
+            }
+            for (source, _) in &ready {
+                if let Source::Original(index) = source {
+                    self.accept_inside(*index);
+                }
+            }
+            for (source, events) in ready {
+                match source {
+                    Source::Notifier(number) if events.contains(PollFlags::POLLIN) => self.receive(number),
+                    // All that had the filter are gone (seccomp_notify_poll, Linux 5.9).
+                    Source::Notifier(number) if events.contains(PollFlags::POLLHUP) => self.ended(number),
+                    _ => {}
+                }
+            }
+            if self.notifiers.len() < MOST_NOTIFIERS {
+                self.take_notifiers();
+            }
+        }
+    }
+
+    /// Waits for something to do; each source once.
+    fn wait(&mut self, stop: BorrowedFd<'_>) -> nix::Result<Vec<(Source, PollFlags)>> {
+        let now = Instant::now();
+        let mut rest: Option<Duration> =
+            self.receiver.until().map(|until| until.saturating_duration_since(now));
+        let mut polled = vec![(Source::Stop, PollFd::new(stop, PollFlags::POLLIN))];
+        if self.notifiers.len() < MOST_NOTIFIERS {
+            let receiver = self.receiver.polled().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            polled.extend(receiver.map(|fd| (Source::Receiver, fd)));
+        }
+        for answered in &mut self.notifiers {
+            let wait = answered.budget.wait(now);
+            rest = [rest, wait].into_iter().flatten().min();
+            let events = if wait.is_none() { PollFlags::POLLIN } else { PollFlags::empty() };
+            polled.push((
+                Source::Notifier(answered.number),
+                PollFd::new(answered.notifier.notify.as_fd(), events),
+            ));
+        }
+        if self.inside.len() < MOST_INSIDE {
+            let originals = self.originals.iter().enumerate();
+            polled.extend(originals.map(|(index, original)| {
+                (Source::Original(index), PollFd::new(original.polled(), PollFlags::POLLIN))
+            }));
+        }
+        for (index, inside) in self.inside.iter().enumerate() {
+            polled
+                .extend(inside.polled().map(|(fd, events)| (Source::Inside(index), PollFd::new(fd, events))));
+        }
+        let (sources, mut fds): (Vec<_>, Vec<_>) = polled.into_iter().unzip();
+        // Rounded up, or it would be asked again and again within the last millisecond.
+        let timeout = rest.map_or(PollTimeout::NONE, |rest| {
+            PollTimeout::try_from(rest + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+        });
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+        let events = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
+        let mut ready: Vec<(Source, PollFlags)> =
+            sources.into_iter().zip(events).filter(|(_, events)| !events.is_empty()).collect();
+        // Both sides of a connection are one source.
+        ready.dedup_by(|(one, _), (other, _)| {
+            matches!((one, other), (Source::Inside(one), Source::Inside(other)) if one == other)
+        });
+        Ok(ready)
+    }
+
+    fn take_notifiers(&mut self) {
+        for outcome in self.receiver.turn() {
+            match outcome {
+                Ok(notifier) => {
+                    self.last += 1;
+                    let (number, kind) = (self.last, Kind::Notifier(notifier.role));
+                    self.surroundings.store(&kind.name(number), notifier.notify.as_fd(), true);
+                    sys::wake_in_turn(notifier.notify.as_fd());
+                    let is_container = notifier.role == Role::Container;
+                    self.notifiers.push(Answered { number, notifier, budget: Budget::new(Instant::now()) });
+                    if is_container {
+                        self.surroundings.tell(Event::Started);
+                    }
+                }
+                Err(refused) => self.surroundings.tell(Event::Refused(refused)),
+            }
+        }
+    }
+
+    fn receive(&mut self, number: u64) {
+        let Some(answered) = self.notifiers.iter().find(|answered| answered.number == number) else { return };
+        match self.record.receive(answered.notifier.notify.as_fd()) {
+            Ok(Some(notification)) => self.answer(number, &notification),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(%error, "a container's calls cannot be received any more");
+                self.ended(number);
+            }
+        }
+    }
+
+    /// Decides about a call, and answers it.
+    fn answer(&mut self, number: u64, notification: &Raw) {
+        let Some(answered) = self.notifiers.iter_mut().find(|answered| answered.number == number) else {
+            return;
+        };
+        let meant = Meant::of(notification);
+        // A shutdown is a look and a call; the others read /proc.
+        answered.budget.spend(if meant == Meant::Call(Call::Shutdown) { 1 } else { 20 });
+        let answer = match meant {
+            Meant::Call(call) => {
+                self.surroundings.reached(Step::Received(call));
+                self.decide(number, call, notification)
+            }
+            Meant::Other => Some(Answer::Continue),
+            // It might be a shutdown(2) of a listener. A kernel without that architecture says the same.
+            Meant::Foreign if self.has_adopted() => Some(Answer::Failed(Errno::ENOSYS)),
+            Meant::Foreign => Some(Answer::Continue),
+        };
+        if let Some(answer) = answer {
+            self.record.decide(answer);
+            if let Meant::Call(call) = meant {
+                self.surroundings.reached(Step::Decided(call));
+            }
+            self.send(number, notification, answer);
+            if let Meant::Call(call) = meant {
+                self.surroundings.reached(Step::Answered(call));
+            }
+        }
+        self.record.clear();
+    }
+
+    fn has_adopted(&self) -> bool {
+        self.listeners.iter().any(|listener| matches!(listener.state, State::Adopted { .. }))
+    }
+
+    /// What to answer; `None` when the caller waits no longer.
+    fn decide(&mut self, number: u64, call: Call, notification: &Raw) -> Option<Answer> {
+        let answered = self.notifiers.iter().find(|answered| answered.number == number)?;
+        // A duplicate, since the answer changes what the agent has.
+        let (notify, role) = (answered.notifier.notify.try_clone().ok(), answered.notifier.role);
+        let caller = match &notify {
+            Some(notify) => Caller::of(notify.as_fd(), notification),
+            None => Err(io::Error::from(Errno::EMFILE)),
+        };
+        let caller = match caller {
+            Ok(caller) => caller,
+            Err(error) if bro_relay::sys::errno_of(&error) == Errno::ESRCH => return None,
+            // What it wants to shut down may be a listener.
+            Err(error) if call == Call::Shutdown => {
+                return Some(Answer::Failed(bro_relay::sys::errno_of(&error)));
+            }
+            Err(error) => {
+                tracing::debug!(%error, ?call, "the caller cannot be looked at");
+                return Some(Answer::Continue);
+            }
+        };
+        match call {
+            Call::Bind => self.bind(&caller, notification),
+            Call::Listen if role == Role::Container => self.listen(number, &caller, notification),
+            // One that it was passed is systemd's still: it listens.
+            Call::Listen => self.listen_again(&caller, notification),
+            Call::Shutdown => self.shutdown(&caller, notification),
+        }
+    }
+
+    fn send(&mut self, number: u64, notification: &Raw, answer: Answer) {
+        let Some(answered) = self.notifiers.iter().find(|answered| answered.number == number) else { return };
+        let (error, flags) = answer.words();
+        match sys::send(answered.notifier.notify.as_fd(), notification.id, error, flags) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => {}
+            Err(error) => tracing::warn!(%error, "a container's call cannot be answered"),
+        }
+    }
+
+    /// The listener whose socket this is, whichever descriptor leads to it.
+    fn listener_of(&self, socket: BorrowedFd<'_>) -> Option<usize> {
+        let cookie = crate::socket::cookie(socket).ok()?;
+        self.listeners.iter().position(|listener| listener.seen.cookie == cookie)
+    }
+
+    /// The last process of a container, or of a command in it, is gone.
+    fn ended(&mut self, number: u64) {
+        let Some(at) = self.notifiers.iter().position(|answered| answered.number == number) else { return };
+        let answered = self.notifiers.remove(at);
+        self.surroundings.forget(&Kind::Notifier(answered.notifier.role).name(number));
+        for index in 0..self.listeners.len() {
+            let Some(listener) = self.listeners.get_mut(index) else { continue };
+            let State::Adopted { by, before } = &mut listener.state else { continue };
+            by.retain(|holder| *holder != number);
+            if !by.is_empty() {
+                continue;
+            }
+            before.put_back(listener.socket.as_fd());
+            listener.state = State::Free;
+            let (gone, kept) = std::mem::take(&mut self.originals)
+                .into_iter()
+                .partition(|original: &Original| original.listener == index);
+            self.originals = kept;
+            self.let_go(gone);
+            self.surroundings.tell(Event::Ended { listener: index });
+        }
+    }
+
+    /// Their addresses are free afterwards.
+    fn let_go(&mut self, originals: Vec<Original>) {
+        for original in originals {
+            let name = original.name.clone();
+            drop(original);
+            self.surroundings.forget(&name);
+        }
+    }
+
+    fn accept_inside(&mut self, index: usize) {
+        let Some(original) = self.originals.get(index).filter(|_| self.inside.len() < MOST_INSIDE) else {
+            return;
+        };
+        let Some(listener) = self.listeners.get(original.listener) else { return };
+        match original.accept().and_then(|client| Inside::new(client, listener.socket.as_fd())) {
+            Ok(inside) => self.inside.push(inside),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => tracing::debug!(%error, "a client inside the container is not relayed"),
+        }
+    }
+
+    fn move_inside(&mut self, index: usize) {
+        if self.inside.get_mut(index).is_some_and(|inside| inside.turn() == Then::Over) {
+            self.inside.swap_remove(index);
+        }
+    }
+
+    /// Is there room for one more original?
+    const fn may_keep(&self) -> bool {
+        self.originals.len() < original::MOST
+    }
+}

@@ -1,0 +1,169 @@
+//! The thread that waits in a notified call: its descriptors, and what /proc says of them (proc(5)).
+//!
+//! A thread's number may be another one's as soon as it has ended, so everything that is looked up by it counts only if the call still
+//! waits *afterwards* (seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ID_VALID).
+
+use std::fs;
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
+
+use nix::libc;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+
+use crate::notification::Raw;
+use crate::sys;
+
+/// A caller, held by its pidfd.
+#[derive(Debug)]
+pub struct Caller<'a> {
+    notify: BorrowedFd<'a>,
+    id: u64,
+    thread: i32,
+    process: OwnedFd,
+}
+
+impl<'a> Caller<'a> {
+    /// The one of this notification. A thread may have a table of descriptors of its own, so its own is asked for where the kernel
+    /// can (Linux 6.9), and else its process's.
+    ///
+    /// # Errors
+    /// ESRCH when it no longer waits.
+    pub fn of(notify: BorrowedFd<'a>, notification: &Raw) -> io::Result<Self> {
+        let thread = notification.thread;
+        let process = sys::pidfd_of_thread(thread).or_else(|error| {
+            if error.raw_os_error() != Some(libc::EINVAL) {
+                return Err(error);
+            }
+            bro_relay::sys::pidfd_open(process_of(thread)?)
+        })?;
+        let caller = Self { notify, id: notification.id, thread, process };
+        caller.still_waits()?;
+        Ok(caller)
+    }
+
+    fn still_waits(&self) -> io::Result<()> {
+        if sys::is_waiting(self.notify, self.id) {
+            Ok(())
+        } else {
+            Err(io::Error::from_raw_os_error(libc::ESRCH))
+        }
+    }
+
+    /// A duplicate of its descriptor.
+    ///
+    /// # Errors
+    /// EBADF, EPERM.
+    pub fn duplicate(&self, number: RawFd) -> io::Result<OwnedFd> {
+        sys::descriptor_of(self.process.as_fd(), number)
+    }
+
+    /// Puts a socket in the place of its descriptor.
+    ///
+    /// # Errors
+    /// ENOENT when it no longer waits.
+    pub fn replace(&self, socket: BorrowedFd<'_>, number: RawFd, close_on_exec: bool) -> io::Result<()> {
+        sys::replace(self.notify, self.id, socket, number, close_on_exec)
+    }
+
+    /// Is its descriptor closed by execve(2)? proc_pid_fdinfo(5), `flags`.
+    ///
+    /// # Errors
+    /// When it cannot be read, or the caller no longer waits.
+    pub fn closes_on_exec(&self, number: RawFd) -> io::Result<bool> {
+        let text = self.information(number)?;
+        self.still_waits()?;
+        let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+        Ok(flags.ok_or(io::ErrorKind::InvalidData)? & libc::O_CLOEXEC != 0)
+    }
+
+    /// Its epoll instances: descriptor and registrations, each as a line that begins with `tfd:`. Of as many as are looked at.
+    ///
+    /// # Errors
+    /// When they cannot be listed, or the caller no longer waits.
+    pub fn epolls(&self, most: usize) -> io::Result<Vec<(RawFd, String)>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.thread))? {
+            let Ok(entry) = entry else { continue };
+            let is_epoll =
+                fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == "anon_inode:[eventpoll]");
+            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            if let Some(number) = number.filter(|_| is_epoll)
+                && let Ok(text) = self.information(number)
+            {
+                found.push((number, text));
+            }
+            if found.len() == most {
+                break;
+            }
+        }
+        self.still_waits()?;
+        Ok(found)
+    }
+
+    fn information(&self, number: RawFd) -> io::Result<String> {
+        use std::io::Read as _;
+        /// An epoll instance may watch very many descriptors, a line of about 80 bytes each.
+        const MOST: u64 = 4 << 20;
+        let file = fs::File::open(format!("/proc/{}/fdinfo/{number}", self.thread))?;
+        let mut text = String::new();
+        file.take(MOST).read_to_string(&mut text)?;
+        Ok(text)
+    }
+
+    /// A `sockaddr_in` or `sockaddr_in6` of the caller's. It may change it at any time: it is good for a hint that costs nothing but
+    /// the hint if it is wrong.
+    #[must_use]
+    pub fn address_at(&self, address: u64, length: u64) -> Option<SocketAddr> {
+        let mut bytes = [0; 28];
+        let length = usize::try_from(length).ok()?.min(bytes.len());
+        let place = bytes.get_mut(..length)?;
+        let remote = RemoteIoVec { base: address.try_into().ok()?, len: length };
+        let got =
+            process_vm_readv(Pid::from_raw(self.thread), &mut [IoSliceMut::new(place)], &[remote]).ok()?;
+        self.still_waits().ok()?;
+        internet_address(bytes.get(..got)?)
+    }
+}
+
+/// `struct sockaddr_in` (ip(7)), `struct sockaddr_in6` (ipv6(7)).
+fn internet_address(bytes: &[u8]) -> Option<SocketAddr> {
+    let family = i32::from(u16::from_ne_bytes(*bytes.first_chunk()?));
+    let port = u16::from_be_bytes(*bytes.get(2..)?.first_chunk()?);
+    let ip: IpAddr = match family {
+        libc::AF_INET => bytes.get(4..)?.first_chunk::<4>().copied()?.into(),
+        libc::AF_INET6 => bytes.get(8..)?.first_chunk::<16>().copied()?.into(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, port))
+}
+
+/// The process of a thread (proc_pid_status(5), Tgid).
+fn process_of(thread: i32) -> io::Result<i32> {
+    let status = fs::read_to_string(format!("/proc/{thread}/status"))?;
+    let process = status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok());
+    process.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_read_from_bytes_and_a_cut_off_one_is_not() {
+        let mut v4 = Vec::from((libc::AF_INET as u16).to_ne_bytes());
+        v4.extend([0, 80, 127, 0, 0, 1]);
+        let mut v6 = Vec::from((libc::AF_INET6 as u16).to_ne_bytes());
+        v6.extend([1, 0, 0, 0, 0, 0]);
+        v6.extend(std::net::Ipv6Addr::LOCALHOST.octets());
+        assert_eq!(internet_address(&v4), Some("127.0.0.1:80".parse().unwrap()));
+        assert_eq!(internet_address(&v6), Some("[::1]:256".parse().unwrap()));
+        for short in [&v4[..7], &v6[..23], &v4[..1], &[]] {
+            assert_eq!(internet_address(short), None);
+        }
+        v4[..2].copy_from_slice(&(libc::AF_UNIX as u16).to_ne_bytes());
+        assert_eq!(internet_address(&v4), None);
+    }
+}

@@ -1,0 +1,99 @@
+//! The sockets that a service made itself, kept for clients inside the container: health checks, other containers of its pod, the
+//! service's own tools. They are bound where such clients look, so the agent listens at them and relays to the host's listener.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+
+use nix::sys::socket::{Backlog, listen};
+
+use crate::family::Family;
+use crate::options::set_nonblocking;
+use crate::socket::{Place, Seen};
+
+/// The most that are kept: a service with a socket for each of its workers has several at one place.
+pub const MOST: usize = 32;
+
+/// Their queues: for clients inside alone.
+const BACKLOG: i32 = 128;
+
+/// A socket that was replaced.
+#[derive(Debug)]
+pub struct Original {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// Where it is bound, in the container.
+    pub place: Place,
+    /// What it is.
+    pub seen: Seen,
+    /// Which of the listeners has taken its place.
+    pub listener: usize,
+    /// Its name in the store, which it keeps if the agent ends.
+    pub name: String,
+}
+
+impl Original {
+    /// Listens at it from now on. It becomes non-blocking: whatever it is shared with has a listener of the host's instead.
+    ///
+    /// # Errors
+    /// listen(2)'s: EADDRINUSE when another one listens there.
+    pub fn open(&self) -> io::Result<()> {
+        set_nonblocking(self.socket.as_fd(), true)?;
+        Ok(listen(&self.socket, Backlog::new(BACKLOG)?)?)
+    }
+
+    /// A client.
+    ///
+    /// # Errors
+    /// accept4(2)'s.
+    pub fn accept(&self) -> io::Result<OwnedFd> {
+        bro_relay::sys::accept(self.socket.as_fd()).map(|(client, _)| client)
+    }
+
+    /// What to poll.
+    pub fn polled(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Would a bind(2) of a socket of this family at this address find it in the way? (`inet_rcv_saddr_equal`)
+    #[must_use]
+    pub fn is_in_the_way_of(&self, family: Family, wanted: SocketAddr) -> bool {
+        let Place::Tcp(here) = self.place else { return false };
+        let v6 = |family| matches!(family, Family::V6Only | Family::Dual);
+        let same_version =
+            v6(self.seen.family) == v6(family) || [self.seen.family, family].contains(&Family::Dual);
+        let (one, other) = (here.ip().to_canonical(), wanted.ip().to_canonical());
+        here.port() == wanted.port()
+            && same_version
+            && (one == other || one.is_unspecified() || other.is_unspecified())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_taken_by_its_own_kind_alone() {
+        let original = |family, place: &str| Original {
+            socket: std::fs::File::open("/dev/null").unwrap().into(),
+            place: Place::Tcp(place.parse().unwrap()),
+            seen: Seen { cookie: 1, family },
+            listener: 0,
+            name: String::new(),
+        };
+        for (here, at, family, wanted, expected) in [
+            (Family::V4, "0.0.0.0:80", Family::V4, "0.0.0.0:80", true),
+            (Family::V4, "0.0.0.0:80", Family::V4, "127.0.0.1:80", true),
+            (Family::V4, "127.0.0.1:80", Family::V4, "10.0.0.1:80", false),
+            (Family::V4, "0.0.0.0:80", Family::V4, "0.0.0.0:81", false),
+            // nginx binds both, one after the other.
+            (Family::V4, "0.0.0.0:80", Family::V6Only, "[::]:80", false),
+            (Family::V4, "0.0.0.0:80", Family::Dual, "[::]:80", true),
+            (Family::Dual, "[::]:80", Family::V4, "0.0.0.0:80", true),
+        ] {
+            let found = original(here, at).is_in_the_way_of(family, wanted.parse().unwrap());
+            assert_eq!(found, expected, "{here:?} {at} and {family:?} {wanted}");
+        }
+    }
+}

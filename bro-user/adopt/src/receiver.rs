@@ -1,0 +1,299 @@
+//! What an OCI runtime sends to a profile's `listenerPath`: the container process state as JSON, and the notification descriptor
+//! (OCI runtime specification, "Seccomp: The Container Process State"; crun and runc do).
+//!
+//! It comes for the container's first process ("creating"), and again for each `podman exec` and health check ("running").
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::geteuid;
+use serde::Deserialize;
+
+/// The most bytes of a state: it has the container's annotations.
+const MOST_BYTES: usize = 256 * 1024;
+/// The most states that arrive at once; what comes beyond waits in the socket's queue.
+const MOST_ARRIVING: usize = 16;
+/// How long one may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whose calls a notification descriptor tells of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The container's own processes: what they listen at is adopted.
+    Container,
+    /// A command that was executed in it: what it listens at is its own, as a health check's.
+    Executed,
+}
+
+/// A container's processes, to be answered.
+#[derive(Debug)]
+pub struct Notifier {
+    /// The notification descriptor.
+    pub notify: OwnedFd,
+    /// Whose.
+    pub role: Role,
+}
+
+/// Why something that was sent is not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// Another user's process.
+    #[error("user {0} may not send a container's notification descriptor")]
+    User(u32),
+    /// SO_PEERCRED, recvmsg(2).
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// Longer than any state.
+    #[error("it is longer than {MOST_BYTES} bytes")]
+    TooLong,
+    /// Not in time.
+    #[error("it did not come to its end in {PATIENCE:?}")]
+    TooSlow,
+    /// None, or more than one.
+    #[error("there came {0} descriptors instead of one")]
+    Descriptors(usize),
+    /// The descriptor is something else.
+    #[error("the descriptor tells of no system calls")]
+    NoNotifications,
+    /// The JSON.
+    #[error("it is no container process state: {0}")]
+    State(serde_json::Error),
+    /// A status that has no meaning here.
+    #[error("the container is “{0}”")]
+    Status(String),
+}
+
+#[derive(Deserialize)]
+struct ProcessState {
+    fds: Vec<String>,
+    state: State,
+}
+
+#[derive(Deserialize)]
+struct State {
+    status: String,
+}
+
+/// The listening socket at `listenerPath`, and what is arriving there.
+#[derive(Debug)]
+pub struct Receiver {
+    listener: OwnedFd,
+    arriving: Vec<Arriving>,
+}
+
+#[derive(Debug)]
+struct Arriving {
+    connection: OwnedFd,
+    bytes: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+    until: Instant,
+}
+
+impl Receiver {
+    /// On this listening unix socket, which becomes non-blocking.
+    ///
+    /// # Errors
+    /// fcntl(2)'s.
+    pub fn new(listener: OwnedFd) -> nix::Result<Self> {
+        crate::options::set_nonblocking(listener.as_fd(), true)?;
+        Ok(Self { listener, arriving: Vec::new() })
+    }
+
+    /// What to poll for reading: the socket while there is room, and what arrives.
+    pub fn polled(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let listener = (self.arriving.len() < MOST_ARRIVING).then(|| self.listener.as_fd());
+        listener.into_iter().chain(self.arriving.iter().map(|arriving| arriving.connection.as_fd()))
+    }
+
+    /// When something that arrives has taken too long.
+    #[must_use]
+    pub fn until(&self) -> Option<Instant> {
+        self.arriving.iter().map(|arriving| arriving.until).min()
+    }
+
+    /// Takes what has come, without waiting; all that is complete, or refused.
+    pub fn turn(&mut self) -> Vec<Result<Notifier, Refused>> {
+        let mut outcomes = Vec::new();
+        while self.arriving.len() < MOST_ARRIVING {
+            match bro_relay::sys::accept(self.listener.as_fd()) {
+                Ok((connection, _)) => match trusted(&connection) {
+                    Ok(()) => self.arriving.push(Arriving {
+                        connection,
+                        bytes: Vec::new(),
+                        descriptors: Vec::new(),
+                        until: Instant::now() + PATIENCE,
+                    }),
+                    Err(refused) => outcomes.push(Err(refused)),
+                },
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        tracing::debug!(%error, "nothing accepted at the seccomp socket");
+                    }
+                    break;
+                }
+            }
+        }
+        let mut waiting = Vec::new();
+        for mut arriving in self.arriving.drain(..) {
+            match arriving.read() {
+                Ok(false) => waiting.push(arriving),
+                Ok(true) => outcomes.push(arriving.notifier()),
+                Err(refused) => outcomes.push(Err(refused)),
+            }
+        }
+        self.arriving = waiting;
+        outcomes
+    }
+}
+
+/// The runtime is this user's, or root's (unix(7) SO_PEERCRED): the socket's mode keeps others out already.
+fn trusted(connection: &OwnedFd) -> Result<(), Refused> {
+    let peer = getsockopt(connection, sockopt::PeerCredentials).map_err(io::Error::from)?.uid();
+    if peer == 0 || peer == geteuid().as_raw() { Ok(()) } else { Err(Refused::User(peer)) }
+}
+
+impl Arriving {
+    /// Whether all is there: crun closes after it, or the JSON is whole.
+    fn read(&mut self) -> Result<bool, Refused> {
+        let mut part = [0; 16 * 1024];
+        loop {
+            match bro_relay::sys::receive_with_descriptors(self.connection.as_fd(), &mut part) {
+                Ok((0, _)) => return Ok(true),
+                Ok((length, descriptors)) => {
+                    self.bytes.extend_from_slice(part.get(..length).unwrap_or_default());
+                    self.descriptors.extend(descriptors);
+                    if self.bytes.len() > MOST_BYTES {
+                        return Err(Refused::TooLong);
+                    }
+                    if self.descriptors.len() > 1 {
+                        return Err(Refused::Descriptors(self.descriptors.len()));
+                    }
+                }
+                Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let is_whole = state(&self.bytes).is_ok();
+                    let late = !is_whole && Instant::now() >= self.until;
+                    return if late { Err(Refused::TooSlow) } else { Ok(is_whole) };
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn notifier(mut self) -> Result<Notifier, Refused> {
+        let state = state(&self.bytes).map_err(Refused::State)?;
+        let count = self.descriptors.len();
+        let notify = self.descriptors.pop().filter(|_| count == 1 && state.fds == ["seccompFd"]);
+        let notify = notify.ok_or(Refused::Descriptors(count))?;
+        let role = match state.state.status.as_str() {
+            "creating" | "created" => Role::Container,
+            "running" => Role::Executed,
+            other => return Err(Refused::Status(other.chars().take(40).collect())),
+        };
+        if !tells_of_calls(&notify) {
+            return Err(Refused::NoNotifications);
+        }
+        Ok(Notifier { notify, role })
+    }
+}
+
+fn state(bytes: &[u8]) -> Result<ProcessState, serde_json::Error> {
+    // Some runtimes end it like a string of C.
+    let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    serde_json::from_slice(bytes.get(..end).unwrap_or_default())
+}
+
+/// Is it a notification descriptor? Its name is in proc_pid_fd(5) (`init_listener`).
+#[must_use]
+pub fn tells_of_calls(descriptor: &OwnedFd) -> bool {
+    std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()))
+        .is_ok_and(|link| link.as_os_str() == "anon_inode:seccomp notify")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+
+    const STATE: &str = r#"{"ociVersion":"1.0","fds":["seccompFd"],"pid":1,"metadata":"m","state":{"id":"i","status":"creating"}}"#;
+
+    struct Path(std::path::PathBuf);
+
+    impl Drop for Path {
+        fn drop(&mut self) {
+            std::fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    fn stage() -> (Receiver, UnixStream, Path) {
+        let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-adopt-XXXXXX")).unwrap();
+        let listener = UnixListener::bind(folder.join("s")).unwrap();
+        let runtime = UnixStream::connect(folder.join("s")).unwrap();
+        (Receiver::new(listener.into()).unwrap(), runtime, Path(folder))
+    }
+
+    fn refused(runtime: impl FnOnce(&mut UnixStream)) -> String {
+        let (mut receiver, mut stream, _path) = stage();
+        runtime(&mut stream);
+        drop(stream);
+        let mut outcomes = receiver.turn();
+        assert_eq!(outcomes.len(), 1);
+        outcomes.remove(0).unwrap_err().to_string()
+    }
+
+    fn send(stream: &UnixStream, text: &str, count: usize) {
+        // Not the stream itself, which would hold its own end open.
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let sent: Vec<_> = (0..count).map(|_| file.as_fd()).collect();
+        bro_relay::sys::send_with_descriptors(stream.as_fd(), text.as_bytes(), &sent).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_state_with_one_notification_descriptor_is_refused() {
+        let cases: [(&str, usize, &str); 6] = [
+            (STATE, 0, "there came 0 descriptors instead of one"),
+            (STATE, 2, "there came 2 descriptors instead of one"),
+            (STATE, 1, "the descriptor tells of no system calls"),
+            ("{", 1, "it is no container process state: EOF while parsing an object at line 1 column 1"),
+            (r#"{"fds":[],"state":{"status":"creating"}}"#, 1, "there came 1 descriptors instead of one"),
+            (r#"{"fds":["seccompFd"],"state":{"status":"stopped"}}"#, 1, "the container is “stopped”"),
+        ];
+        for (text, count, expected) in cases {
+            assert_eq!(refused(|stream| send(stream, text, count)), expected);
+        }
+    }
+
+    #[test]
+    fn a_state_without_an_end_is_refused() {
+        let (mut receiver, mut stream, _path) = stage();
+        stream.set_nonblocking(true).unwrap();
+        let mut outcomes = Vec::new();
+        while outcomes.is_empty() {
+            let _full = stream.write(&[b' '; 8192]);
+            outcomes = receiver.turn();
+        }
+        assert_eq!(outcomes.remove(0).unwrap_err().to_string(), "it is longer than 262144 bytes");
+        assert_eq!(receiver.polled().count(), 1);
+    }
+
+    #[test]
+    fn a_state_comes_in_parts_and_may_end_with_a_zero() {
+        assert!(state(format!("{STATE}\0").as_bytes()).is_ok());
+        let (mut receiver, stream, _path) = stage();
+        let (one, other) = STATE.split_at(20);
+        send(&stream, one, 1);
+        assert!(receiver.turn().is_empty());
+        assert!(receiver.until().is_some());
+        send(&stream, other, 0);
+        // Whole, though the connection is open still.
+        assert_eq!(
+            receiver.turn().remove(0).unwrap_err().to_string(),
+            "the descriptor tells of no system calls"
+        );
+    }
+}

@@ -1,0 +1,61 @@
+//! The names of what the service manager keeps for an agent that ends.
+
+use crate::receiver::Role;
+
+/// The record of what is in flight.
+pub const RECORD: &str = "adopt-record";
+
+/// The most descriptors that an agent stores: FileDescriptorStoreMax= has to allow for as many.
+pub const MOST: usize = 1 + crate::agent::MOST_NOTIFIERS + crate::original::MOST;
+
+/// What a stored descriptor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// [`RECORD`].
+    Record,
+    /// A notification descriptor.
+    Notifier(Role),
+    /// A service's own socket.
+    Original,
+}
+
+impl Kind {
+    const NUMBERED: [(Self, &str); 3] = [
+        (Self::Notifier(Role::Container), "adopt-container-"),
+        (Self::Notifier(Role::Executed), "adopt-executed-"),
+        (Self::Original, "adopt-original-"),
+    ];
+
+    /// By its name: kind and number. `None` of what an agent has not stored.
+    #[must_use]
+    pub fn of(name: &str) -> Option<(Self, u64)> {
+        if name == RECORD {
+            return Some((Self::Record, 0));
+        }
+        let numbered = |(kind, prefix): (Self, &str)| Some((kind, name.strip_prefix(prefix)?.parse().ok()?));
+        Self::NUMBERED.into_iter().find_map(numbered)
+    }
+
+    /// Its name with this number.
+    #[must_use]
+    pub fn name(self, number: u64) -> String {
+        let prefix = Self::NUMBERED.into_iter().find(|(kind, _)| *kind == self);
+        prefix.map_or_else(|| RECORD.to_owned(), |(_, prefix)| format!("{prefix}{number}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_says_what_it_is() {
+        for kind in [Kind::Notifier(Role::Container), Kind::Notifier(Role::Executed), Kind::Original] {
+            assert_eq!(Kind::of(&kind.name(7)), Some((kind, 7)));
+        }
+        assert_eq!(Kind::of(&Kind::Record.name(0)), Some((Kind::Record, 0)));
+        for other in ["seccomp", "adopt-original-", "adopt-original-x", "http"] {
+            assert_eq!(Kind::of(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What an agent needs of the process that it runs in, and what it tells it.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use crate::health::Damage;
+use crate::notification::Call;
+
+/// The service manager's store, and the control process.
+pub trait Surroundings {
+    /// Keeps a descriptor beyond this process's end, under a name of its own (sd_notify(3), FDSTORE=1 with FDNAME=; FDPOLL=0 where `polled` is false:
+    /// it is not to be dropped because it polls as hung up).
+    fn store(&mut self, name: &str, descriptor: BorrowedFd<'_>, polled: bool);
+    /// Keeps it no longer (FDSTOREREMOVE=1), and returns when that is so (BARRIER=1): a socket that is kept still has its address.
+    fn forget(&mut self, name: &str);
+    /// Something has happened.
+    fn tell(&mut self, event: Event);
+    /// A step of an answer is done. For tests, which end the agent there.
+    fn reached(&mut self, _step: Step) {}
+}
+
+/// A descriptor that a predecessor has stored, with its name.
+#[derive(Debug)]
+pub struct Stored {
+    /// The name.
+    pub name: String,
+    /// The descriptor.
+    pub descriptor: OwnedFd,
+}
+
+/// What has happened. A listener is meant by its place among those that the agent was given.
+#[derive(Debug)]
+pub enum Event {
+    /// A container's processes are answered from now on.
+    Started,
+    /// A service has the listener: it is ready, and accepts its clients itself.
+    Adopted {
+        /// Which.
+        listener: usize,
+        /// How many of its socket options could not be set on the listener.
+        options_refused: usize,
+        /// Why clients inside the container do not find the service any more.
+        inside: Option<io::Error>,
+    },
+    /// A service listens at a socket of its own, and its clients have to be relayed.
+    NotAdopted {
+        /// Which.
+        listener: usize,
+        /// Why.
+        why: Misfit,
+    },
+    /// A service has shut the listener down, as it thinks. It has its own socket again.
+    GivenBack {
+        /// Which.
+        listener: usize,
+    },
+    /// The container that had the listener has ended. The listener is as it was before.
+    Ended {
+        /// Which.
+        listener: usize,
+    },
+    /// What came to `listenerPath` is not taken.
+    Refused(crate::receiver::Refused),
+}
+
+/// Why a service keeps its own socket.
+#[derive(Debug, thiserror::Error)]
+pub enum Misfit {
+    /// Nothing of [`crate::family::Family::choose`].
+    #[error("its socket is of another family than the listener")]
+    Family,
+    /// It would get a broken one.
+    #[error("the listener is damaged: {0}")]
+    Damaged(#[from] Damage),
+    /// O_NONBLOCK, options.
+    #[error("its socket options cannot be carried over: {0}")]
+    Options(io::Error),
+    /// Registrations.
+    #[error("what it watches with epoll cannot be moved: {0}")]
+    Epoll(io::Error),
+    /// SECCOMP_IOCTL_NOTIF_ADDFD.
+    #[error("the listener cannot be put in its place: {0}")]
+    Replacing(io::Error),
+}
+
+/// A step of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The notification is in the record.
+    Received(Call),
+    /// Options and flags are on the listener.
+    Carried,
+    /// Epoll watches the listener.
+    Watched,
+    /// The original is in the store.
+    Kept,
+    /// The listener is in its place.
+    Replaced,
+    /// The answer is in the record.
+    Decided(Call),
+    /// The caller has it.
+    Answered(Call),
+}

@@ -1,0 +1,234 @@
+//! Adoption without Podman: an agent (`adopt agent`), what stands for the service manager's store, and an OCI runtime
+//! (`adopt run`) that gives a program its own network namespace and the filter that notifies.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::peers::PATIENCE;
+use crate::process::Session;
+use crate::scratch::Scratch;
+use crate::{bro, sys};
+
+type Kept = Arc<Mutex<BTreeMap<String, OwnedFd>>>;
+
+/// The service manager's file descriptor store (sd_notify(3)).
+#[derive(Debug)]
+struct Store {
+    path: PathBuf,
+    kept: Kept,
+    ended: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Store {
+    fn new(path: &Path) -> Result<Self> {
+        let socket = UnixDatagram::bind(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777))?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let (kept, ended) = (Kept::default(), Arc::new(AtomicBool::new(false)));
+        let (to, until) = (kept.clone(), ended.clone());
+        let thread = std::thread::spawn(move || {
+            while !until.load(SeqCst) {
+                let mut text = [0; 512];
+                let received = bro_relay::sys::receive_with_descriptors(socket.as_fd(), &mut text);
+                let Ok((length, descriptors)) = received else { continue };
+                let text = String::from_utf8_lossy(&text[..length]).into_owned();
+                let name = text.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or_default();
+                let mut kept = to.lock().expect("no holder of this lock panics");
+                if text.contains("FDSTOREREMOVE=1") {
+                    kept.remove(name);
+                } else if text.contains("FDSTORE=1") {
+                    kept.extend(descriptors.into_iter().map(|descriptor| (name.to_owned(), descriptor)));
+                }
+                // BARRIER=1: its descriptor is closed here, after all that came before it.
+            }
+        });
+        Ok(Self { path: path.to_owned(), kept, ended, thread: Some(thread) })
+    }
+
+    /// All that has been sent is taken: systemd too looks at its notification socket before it hears of a process's end.
+    fn settle(&self) -> Result<()> {
+        let socket = UnixDatagram::unbound()?;
+        socket.connect(&self.path)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(PATIENCE))?;
+        bro_relay::sys::send_with_descriptors(socket.as_fd(), b"BARRIER=1", &[theirs.as_fd()])?;
+        drop(theirs);
+        ensure!((&ours).read(&mut [0])? == 0, "the store hangs");
+        Ok(())
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.ended.store(true, SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+/// A program whose lines are read as they come. It ends with the value.
+#[derive(Debug)]
+pub struct Program {
+    /// Its standard input.
+    pub input: Option<ChildStdin>,
+    session: Session,
+    lines: Receiver<String>,
+}
+
+impl Program {
+    fn start(command: &mut Command) -> Result<Self> {
+        let mut child: Child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("starting a program")?;
+        let (sender, lines) = channel();
+        let output = BufReader::new(child.stdout.take().context("it has an output")?);
+        std::thread::spawn(move || {
+            output
+                .lines()
+                .map_while(Result::ok)
+                .take_while(|line| sender.send(line.clone()).is_ok())
+                .for_each(drop);
+        });
+        let input = child.stdin.take();
+        Ok(Self { input, session: Session(child), lines })
+    }
+
+    /// Its next line that `wanted` takes.
+    pub fn line(&self, wanted: impl Fn(&str) -> bool) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut passed = Vec::new();
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if wanted(&line) => return Ok(line),
+                Ok(line) => passed.push(line),
+                Err(error) => bail!("no such line ({error}), only {passed:?}"),
+            }
+        }
+    }
+
+    /// Waits for a line with this text.
+    pub fn says(&self, text: &str) -> Result<String> {
+        self.line(|line| line.contains(text)).with_context(|| format!("waiting for “{text}”"))
+    }
+
+    /// What it has said and was not read.
+    #[must_use]
+    pub fn rest(&self) -> Vec<String> {
+        self.lines.try_iter().collect()
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.session.0.id().cast_signed()
+    }
+
+    /// Waits for its end, however that comes.
+    pub fn wait(mut self) -> Result<std::process::ExitStatus> {
+        let ended = crate::process::ends(self.pid(), PATIENCE)?;
+        ensure!(ended, "it goes on");
+        Ok(self.session.0.wait()?)
+    }
+}
+
+/// Where adoption takes place: the listeners, as systemd would hold them, the socket at `listenerPath`, and the store.
+#[derive(Debug)]
+pub struct Adoption {
+    /// For files of the test.
+    pub scratch: Scratch,
+    listeners: Vec<(OwnedFd, String)>,
+    seccomp: OwnedFd,
+    store: Store,
+    program: PathBuf,
+    uid: Option<u32>,
+}
+
+impl Adoption {
+    /// With these listeners, each with the place in the container that it is for.
+    pub fn new(listeners: Vec<(OwnedFd, String)>) -> Result<Self> {
+        Self::as_user(listeners, None)
+    }
+
+    /// The same, where agent and container are this user's.
+    pub fn as_user(listeners: Vec<(OwnedFd, String)>, uid: Option<u32>) -> Result<Self> {
+        let scratch = Scratch::new()?;
+        let path = scratch.join("seccomp");
+        let seccomp = UnixListener::bind(&path)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777))?;
+        let store = Store::new(&scratch.join("notify"))?;
+        let program = if uid.is_some() { bro::copy(&bro::adopt(), scratch.path())? } else { bro::adopt() };
+        Ok(Self { scratch, listeners, seccomp: seccomp.into(), store, program, uid })
+    }
+
+    fn launch(&self) -> Command {
+        let mut command = Command::new(bro::helper());
+        command.arg("launch");
+        if let Some(uid) = self.uid {
+            command.arg(format!("uid={uid}"));
+        }
+        command.arg("--").arg(&self.program).current_dir(self.scratch.path());
+        command
+    }
+
+    /// Starts an agent with all that is in the store, to be killed by SIGKILL at this step.
+    pub fn agent(&self, dies_at: Option<&str>) -> Result<Program> {
+        self.store.settle()?;
+        let stored: Vec<(String, OwnedFd)> = {
+            let kept = self.store.kept.lock().expect("no holder of this lock panics");
+            kept.iter().map(|(name, fd)| Ok((name.clone(), fd.try_clone()?))).collect::<Result<_>>()?
+        };
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![self.seccomp.as_fd()];
+        descriptors.extend(self.listeners.iter().map(|(socket, _)| socket.as_fd()));
+        descriptors.extend(stored.iter().map(|(_, descriptor)| descriptor.as_fd()));
+        let mut command = self.launch();
+        command.arg("agent").args(self.listeners.iter().map(|(_, target)| target)).arg("--");
+        command.args(stored.iter().map(|(name, _)| name)).env("NOTIFY_SOCKET", self.scratch.join("notify"));
+        if let Some(step) = dies_at {
+            command.env("DIES_AT", step);
+        }
+        sys::pass_fds(&mut command, &descriptors)?;
+        let agent = Program::start(&mut command)?;
+        agent.says("answering")?;
+        Ok(agent)
+    }
+
+    /// A container: this program in a network namespace of its own, notified.
+    pub fn container(&self, program: &[&str]) -> Result<Program> {
+        let seccomp = self.scratch.join("seccomp");
+        let mut command = self.launch();
+        command.arg("run").arg(seccomp).args(program);
+        Program::start(&mut command)
+    }
+
+    /// A command that is executed in a container.
+    pub fn executed(&self, container: &Program, program: &[&str]) -> Result<Program> {
+        let seccomp = self.scratch.join("seccomp");
+        let mut command = self.launch();
+        command.arg("executed").arg(container.pid().to_string()).arg(seccomp).args(program);
+        Program::start(&mut command)
+    }
+
+    /// One of this program's small services in a container.
+    pub fn service(&self, arguments: &[&str]) -> Result<Program> {
+        let program = self.program.to_str().context("a path of this machine is text")?;
+        self.container(&[&[program, "serve"], arguments].concat())
+    }
+
+    /// What is in the store.
+    #[must_use]
+    pub fn stored(&self) -> Vec<String> {
+        self.store.kept.lock().expect("no holder of this lock panics").keys().cloned().collect()
+    }
+}
