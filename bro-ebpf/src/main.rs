@@ -1,7 +1,7 @@
 //! The programs of the kernel relay: `sk_msg` runs in a sender's `sendmsg` and decides where its bytes go, `sockops` finds
 //! the senders, and a program that the forwarder runs itself hooks those that have to prove something first. Built for the kernel by `cargo xtask build-ebpf`; the decision itself is in the library.
 //!
-//! `sockops` and the hooking program can be traced (`programs/trace.rs`), which costs nothing while nobody asks for it. `sk_msg`
+//! `sockops` and the hooking program can be traced (`programs/trace.rs`), which costs nothing while it is not asked for. `sk_msg`
 //! cannot, by design: it runs with every message, and what it does is counted in the lane's record instead.
 #![no_std]
 #![no_main]

@@ -29,7 +29,7 @@ fn order_holds_across_the_wrap_of_both_counters() {
 }
 
 #[test]
-fn a_lane_that_is_off_passes_everything_and_tells_nobody() {
+fn a_lane_that_is_off_passes_everything_and_tells_nothing() {
     let record = Snapshot { on: false, granted: 0, ..OPEN };
     assert_eq!(decide(&record, 0, 0, 1), Verdict::Pass { reason: Reason::Off, notify: false });
 }

@@ -4,7 +4,7 @@ use bro_ebpf::{Owners, SEATS, seat_of};
 use proptest::prelude::*;
 
 #[test]
-fn the_user_and_the_users_of_his_containers_and_nobody_else() {
+fn the_user_and_the_users_of_containers_and_no_other() {
     let owners = Owners::of(1000, &[(100_000, 65_536), (300_000, 1)]);
     for held in [1000, 100_000, 165_535, 300_000] {
         assert!(owners.hold(held), "{held}");
@@ -16,15 +16,15 @@ fn the_user_and_the_users_of_his_containers_and_nobody_else() {
 }
 
 #[test]
-fn nobody_and_everybody() {
+fn no_user_and_every_user() {
     for user in [0, 1, 1000, u32::MAX - 1, u32::MAX] {
-        assert!(!Owners::NOBODY.hold(user) && Owners::EVERYBODY.hold(user), "{user}");
+        assert!(!Owners::NO_USER.hold(user) && Owners::EVERYBODY.hold(user), "{user}");
     }
-    assert!(Owners::EVERYBODY.are_everybody() && !Owners::NOBODY.are_everybody());
+    assert!(Owners::EVERYBODY.are_everybody() && !Owners::NO_USER.are_everybody());
 }
 
 #[test]
-fn a_damaged_range_gives_nobody_more() {
+fn a_damaged_range_gives_no_user_more() {
     // Neither root, nor what is beyond the last number, nor more ranges than there is room for.
     let many: Vec<(u32, u32)> = (1..20).map(|at| (at * 100_000, 10)).collect();
     assert!(!Owners::of(1000, &[(0, 65_536)]).hold(0));

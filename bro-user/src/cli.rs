@@ -287,8 +287,8 @@ pub struct Forward {
     /// Answer GET /metrics there, with what `bro metrics` prints: ADDR:PORT, a PORT of 127.0.0.1, or the path of a unix socket
     ///
     /// In the form of OpenMetrics, for Prometheus and its like; only while this forwarder runs. 8 requests at once, of 8 KiB and 5 s
-    /// each. Nobody is asked for a password: who can connect can read. A unix socket has mode 0660; one that nobody listens at
-    /// any more is replaced.
+    /// each. There is no password: who can connect can read. A unix socket has mode 0660; one without a listener
+    /// is replaced.
     #[arg(long, value_name = "ADDR:PORT|PATH")]
     pub metrics: Option<crate::metrics::endpoint::Endpoint>,
 

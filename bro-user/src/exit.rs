@@ -97,7 +97,7 @@ pub fn json(value: &impl serde::Serialize) -> serde_json::Result<String> {
 ///
 /// # Errors
 /// Any other.
-pub fn unless_nobody_reads(result: anyhow::Result<()>) -> anyhow::Result<()> {
+pub fn unless_reader_has_gone(result: anyhow::Result<()>) -> anyhow::Result<()> {
     let gone = |error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe;
     match result {
         Err(error) if error.downcast_ref().is_some_and(gone) => Ok(()),

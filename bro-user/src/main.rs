@@ -63,7 +63,7 @@ fn main() -> ExitCode {
         Command::TryWake(options) => doctor::try_wake(&options),
         Command::NetnsAgent => bro_relay::netns::agent::run(),
     };
-    match exit::unless_nobody_reads(result) {
+    match exit::unless_reader_has_gone(result) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);

@@ -14,7 +14,7 @@ pub(crate) use command::Gaining;
 use crate::exit::Failure;
 
 /// The number that no user and no group can have.
-const NOBODY: u32 = u32::MAX;
+const NO_ID: u32 = u32::MAX;
 
 /// Such a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,7 +87,7 @@ impl RunAsUser {
     /// Where the user's bus is, and what Podman keeps at run time.
     #[must_use]
     pub fn runtime_directory(&self) -> PathBuf {
-        format!("/run/user/{}", self.uid).into()
+        crate::paths::runtime_directory_of(self.uid)
     }
 
     /// The unit of the user's service manager.
@@ -105,13 +105,13 @@ impl RunAsUser {
     /// A user that is gone: only the name is left, and files that were made for the user.
     #[must_use]
     pub fn gone(name: &str, uid: Option<u32>) -> Self {
-        Self { name: name.to_owned(), uid: uid.unwrap_or(NOBODY), gid: NOBODY, home: "/nonexistent".into() }
+        Self { name: name.to_owned(), uid: uid.unwrap_or(NO_ID), gid: NO_ID, home: "/nonexistent".into() }
     }
 
     /// Is the user in the user database no more?
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        self.gid == NOBODY
+        self.gid == NO_ID
     }
 
     /// Is it this process's own user?
@@ -190,10 +190,10 @@ mod tests {
     #[test]
     fn acting_ends() {
         let before = geteuid();
-        let somebody = RunAsUser { name: "x".into(), uid: 65534, gid: 65534, home: "/".into() };
+        let other = RunAsUser { name: "x".into(), uid: 65534, gid: 65534, home: "/".into() };
         // Only root changes at all. (Other tests run in the same process: for a moment, as the user nobody.)
         if !before.is_root() {
-            drop(somebody.act().unwrap());
+            drop(other.act().unwrap());
         }
         assert_eq!(geteuid(), before);
     }
@@ -215,8 +215,8 @@ mod tests {
         }
         let roots = [0, 4, 6].map(Gid::from_raw);
         setgroups(&roots).unwrap();
-        let somebody = RunAsUser { name: "bro-is-nobody".into(), uid: 65534, gid: 65534, home: "/".into() };
-        let acting = somebody.act().unwrap();
+        let other = RunAsUser { name: "bro-is-nobody".into(), uid: 65534, gid: 65534, home: "/".into() };
+        let acting = other.act().unwrap();
         assert_eq!(getgroups().unwrap(), [Gid::from_raw(65534)]);
         assert_eq!((geteuid().as_raw(), getegid().as_raw()), (65534, 65534));
         drop(acting);

@@ -33,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_of_nobody_is_named() {
+    fn an_address_of_no_interface_is_named() {
         let said = |text: &str| sentence(&text.parse().unwrap());
         for mine in ["127.0.0.1:80", "127.9.9.9:80", "0.0.0.0:80", "80", "/run/x.sock"] {
             assert_eq!(said(mine), None, "{mine}");

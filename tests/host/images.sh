@@ -42,7 +42,7 @@ finish socat <<'C'
 ENTRYPOINT ["socat"]
 C
 
-# As the real image is built, which anybody may use through a published port.
+# As the real image is built, which any client of a published port may use.
 begin /usr/bin/redis-server /usr/bin/redis-cli
 finish redis <<'C'
 CMD ["redis-server", "--save", "", "--protected-mode", "no"]

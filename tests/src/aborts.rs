@@ -173,7 +173,7 @@ pub fn an_end_before_a_reset_is_an_end(rig: &Rig) -> Result<()> {
     Ok(())
 }
 
-/// Nobody reads until all queues are full both ways. Then one side resets: what it was told had arrived is read by the other.
+/// Neither side reads until all queues are full both ways. Then one side resets: what it was told had arrived is read by the other.
 pub fn a_reset_behind_full_queues(rig: &Rig) -> Result<()> {
     let bound = buffers_bound()?;
     for service_resets in [true, false] {

@@ -79,7 +79,7 @@ pub fn answer_after_the_clients_half_close(rig: &Rig) -> Result<()> {
     client.expect_eof()
 }
 
-/// The service sends its greeting and closes; the client gets it to the last byte and then learns that nobody listens.
+/// The service sends its greeting and closes; the client gets it to the last byte and then learns that nothing reads there any more.
 pub fn service_closes_first(rig: &Rig) -> Result<()> {
     let (client, service) = rig.pair()?;
     let size = 2 * MIB;
@@ -314,7 +314,7 @@ fn never_read_then_read(rig: &Rig, sender: &Conn, reader: &Conn, pattern: Patter
 }
 
 /// Both send until both are stuck; then both read everything.
-pub fn nobody_reads_in_either_direction(rig: &Rig) -> Result<()> {
+pub fn no_side_reads_in_either_direction(rig: &Rig) -> Result<()> {
     let (client, service) = rig.pair()?;
     let before = memory(rig)?;
     let bound = buffers_bound()?;
@@ -455,7 +455,7 @@ pub fn megabytes_with_pauses(rig: &Rig) -> Result<()> {
 pub fn urgent_byte_arrives_in_its_place(rig: &Rig) -> Result<()> {
     let (client, service) = rig.pair()?;
     for (sender, reader) in [(&client, &service), (&service, &client)] {
-        // For the last hop where nobody relays; a relay's own last hop carries no urgent mark.
+        // For the last hop where there is no relay; a relay's own last hop carries no urgent mark.
         setsockopt(reader, sockopt::OobInline, &true)?;
         sender.send(b"abc")?;
         sender.send_urgent(b'!')?;
@@ -551,7 +551,7 @@ pub fn idle_connections_cost_little(rig: &Rig) -> Result<()> {
 /// Connections that come and go in every way leave no descriptor behind.
 pub fn descriptors_return_to_the_start(rig: &Rig) -> Result<()> {
     let Some(forwarder) = rig.forwarder() else {
-        // Without a forwarder there is nobody to leave one.
+        // Without a forwarder there is none that could leave one.
         return Ok(());
     };
     drop(many(rig, 30)?);

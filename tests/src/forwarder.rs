@@ -278,7 +278,7 @@ impl Forwarder {
     pub fn report(&self) -> Result<Report> {
         let path = self.status_socket();
         let mut stream = std::os::unix::net::UnixStream::connect(&path)
-            .with_context(|| format!("nobody answers at {}", path.display()))?;
+            .with_context(|| format!("nothing answers at {}", path.display()))?;
         stream.set_read_timeout(Some(PATIENCE))?;
         std::io::Write::write_all(&mut stream, b"status\n")?;
         let mut text = String::new();

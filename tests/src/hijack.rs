@@ -1,4 +1,4 @@
-//! What somebody could do who has taken over a process: system calls made in its name, by ptrace(2).
+//! What an attacker could do who has taken over a process: system calls made in its name, by ptrace(2).
 
 use std::io::{self, Write as _};
 

@@ -57,7 +57,7 @@ pub struct Host {
     booted_in: Duration,
     /// The last port that `free_port` gave away.
     port: AtomicU16,
-    /// Shared lock: nobody removes the root below a running host.
+    /// Shared lock: no other test removes the root below a running host.
     _root: File,
 }
 
@@ -152,7 +152,7 @@ impl Host {
     }
 
     fn await_ready(&self, begin: Instant) -> Result<()> {
-        let ready = self.ready.as_ref().context("nobody listens for the host's readiness")?;
+        let ready = self.ready.as_ref().context("the socket for the host's readiness is not open")?;
         while !ready.is_there(Duration::from_millis(200)) {
             let alive = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), None).is_ok();
             if !alive || begin.elapsed() > BOOT_DEADLINE {

@@ -78,7 +78,7 @@ pub(crate) fn lock_file(folder: &Path, name: &str) -> Result<File> {
         .with_context(|| format!("cannot open {}", path.display()))
 }
 
-/// Takes a lock, and waits for whoever has it.
+/// Takes a lock, and waits until it is free.
 pub(crate) fn lock(file: &File, take: fn(&File) -> Result<(), TryLockError>) -> Result<()> {
     let deadline = Instant::now() + LOCK_DEADLINE;
     loop {

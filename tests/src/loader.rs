@@ -7,7 +7,8 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_sockmap::{cgroup, pinned};
+use bro_proc::cgroup;
+use bro_sockmap::pinned;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Uid, setfsuid};
@@ -118,7 +119,7 @@ fn sibling(parent: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Does something as a user: what sockets it makes are his.
+/// Does something as a user: the sockets that it makes are that user's.
 pub fn as_user<T>(user: u32, what: impl FnOnce() -> T) -> T {
     struct Back(Uid);
     impl Drop for Back {
@@ -130,7 +131,7 @@ pub fn as_user<T>(user: u32, what: impl FnOnce() -> T) -> T {
     what()
 }
 
-/// A user's service, his forwarder without any right, and who connects.
+/// A user's service, the same user's forwarder without any right, and a client.
 #[derive(Debug)]
 pub struct Site {
     /// The forwarder.

@@ -20,11 +20,11 @@ use crate::peers::{Family, Place};
 /// Who owns the namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {
-    /// Root's namespaces belong to the machine, an ordinary user's to a user namespace in which he is root (as podman does).
+    /// Root's namespaces belong to the machine, an ordinary user's to a user namespace in which that user is root (as podman does).
     Usual,
-    /// A user namespace in which whoever runs the test is root, also when root runs it.
+    /// A user namespace in which the user who runs the test is root, also when root runs it.
     UserNamespace,
-    /// A user namespace in which whoever runs the test is himself (`--userns=keep-id`).
+    /// A user namespace in which the user who runs the test keeps their id (`--userns=keep-id`).
     KeepId,
 }
 
@@ -76,7 +76,7 @@ impl Namespace {
         Path::new("/proc").join(self.pid().to_string()).join("ns/net")
     }
 
-    /// A command line that runs a program inside, as whoever runs the test.
+    /// A command line that runs a program inside, as the user who runs the test.
     #[must_use]
     pub fn enter(&self) -> Vec<String> {
         let mut words = vec!["nsenter".into(), format!("--target={}", self.pid()), "--net".into()];

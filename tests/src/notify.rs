@@ -28,7 +28,7 @@ impl Notify {
     /// A socket with an abstract name, as some supervisors give.
     pub fn new_abstract() -> Result<Self> {
         use std::os::linux::net::SocketAddrExt as _;
-        // The folder's name is nobody else's, so neither is this.
+        // No other test has a folder of this name, so neither has one this address.
         let scratch = Scratch::new()?;
         let name = format!("bro-tests{}", scratch.path().display());
         let address = std::os::unix::net::SocketAddr::from_abstract_name(&name)?;
@@ -53,7 +53,7 @@ impl Notify {
         self.wait_from(0, within, wanted)
     }
 
-    /// The same, of those that nobody has looked at yet.
+    /// The same, of those that have not been looked at yet.
     pub fn wait_anew(&mut self, within: Duration, wanted: impl Fn(&str) -> bool) -> Result<String> {
         self.wait_from(self.seen.len(), within, wanted)
     }

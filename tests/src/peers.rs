@@ -241,7 +241,7 @@ impl Listener {
             }
             match socket::accept4(self.fd.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK) {
                 Ok(raw) => {
-                    // SAFETY: accept4 has just made this descriptor for us and nobody else knows it.
+                    // SAFETY: accept4 has just made this descriptor for us and nothing else knows it.
                     let fd = unsafe { OwnedFd::from_raw_fd(raw) };
                     if self.address.family().is_tcp() {
                         socket::setsockopt(&fd, sockopt::TcpNoDelay, &true)?;
@@ -506,7 +506,7 @@ impl Conn {
             pattern.fill(at, &mut buffer);
             let Some(count) = self.send_within(&buffer, stuck)? else { return Ok(at) };
             at += count as u64;
-            ensure!(at <= bound, "nothing stops the sender: {at} bytes taken, nobody reads");
+            ensure!(at <= bound, "nothing stops the sender: {at} bytes taken, none read");
         }
     }
 
@@ -610,9 +610,9 @@ mod tests {
             }
             aborting.join().expect("it does not panic")
         })?;
-        // What nobody listens at is still refused.
+        // An address without a listener still refuses.
         drop(listener);
-        ensure!(Conn::new(&Here, &address).is_err(), "somebody listens");
+        ensure!(Conn::new(&Here, &address).is_err(), "a listener is there");
         Ok(())
     }
 }

@@ -12,6 +12,9 @@ use nix::unistd::Pid;
 use crate::peers::wait_for;
 use crate::sys;
 
+/// The id of the user `nobody`, who has no rights.
+pub const NOBODY: u32 = 65534;
+
 /// One open descriptor: its number and what it leads to (`socket:[123]`, `pipe:[456]`, a path).
 pub type Descriptor = (i32, String);
 
@@ -141,7 +144,7 @@ pub struct Session(pub Child);
 impl Drop for Session {
     fn drop(&mut self) {
         let session = self.0.id().cast_signed();
-        // At once and in good order, which for PostgreSQL is SIGQUIT and for the others SIGTERM; then whoever is left.
+        // At once and in good order, which for PostgreSQL is SIGQUIT and for the others SIGTERM; then SIGKILL for what is left.
         for signal in [Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGKILL] {
             for pid in members(session) {
                 kill(Pid::from_raw(pid), signal).ok();

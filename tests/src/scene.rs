@@ -92,7 +92,7 @@ impl Scene {
         Ok(ours.count())
     }
 
-    /// A client that has connected to the listening socket, though perhaps nobody has accepted it yet.
+    /// A client that has connected to the listening socket, though it may not be accepted yet.
     pub fn client(&self) -> Result<Conn> {
         Conn::new(&Here, self.front.address())
     }

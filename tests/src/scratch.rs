@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// Makes the folder. Other users may look into it: a test run by root starts programs as someone else.
+    /// Makes the folder. Other users may look into it: a test run by root starts programs as another user.
     pub fn new() -> std::io::Result<Self> {
         // A short name: unix socket paths hold 107 bytes.
         let path = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-XXXXXX"))?;

@@ -19,7 +19,7 @@ pub struct Street {
 }
 
 impl Street {
-    /// A street where each of these addresses is somebody's.
+    /// A street where each of these addresses is a host's.
     pub fn new(addresses: &[&str]) -> Result<Self> {
         let street = Self { namespace: Namespace::new()? };
         for address in addresses {

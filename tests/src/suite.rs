@@ -31,7 +31,7 @@ pub enum Lane {
     ServiceLane,
     /// The kernel relay both ways: the suite's clients are on this host.
     BothLanes,
-    /// The same, with the shortcuts forced open and shut at random all the time.
+    /// The same, with the lanes forced open and shut at random all the time.
     FlappingLanes,
 }
 
@@ -196,7 +196,7 @@ impl Rig {
         if self.legs.back.is_tcp() {
             let watched =
                 || programs.watched().is_ok_and(|all| all.iter().any(|watch| watch.role == role::SERVICE));
-            ensure!(process::eventually(PATIENCE, watched), "nobody watches: {:?}", programs.watched());
+            ensure!(process::eventually(PATIENCE, watched), "no program watches: {:?}", programs.watched());
         }
         drop((client, service));
         self.warm_up = Some(forwarder.closing()?);
@@ -267,7 +267,7 @@ impl Rig {
         Ok((client, service))
     }
 
-    /// Ends the forwarder, and checks what must hold after any behaviour: it exits well, nobody has panicked, and each
+    /// Ends the forwarder, and checks what must hold after any behaviour: it exits well, nothing has panicked, and each
     /// client has exactly one closing line, which names the relay.
     pub fn finish(mut self) -> Result<()> {
         let Some(forwarder) = self.forwarder.take() else { return Ok(()) };
@@ -364,7 +364,7 @@ macro_rules! relay_suite {
             service_abort_under_back_pressure,
             client_that_never_reads_then_reads_everything,
             service_that_never_reads_then_reads_everything,
-            nobody_reads_in_either_direction,
+            no_side_reads_in_either_direction,
             early_answer_arrives_whole,
             early_answer_reaches_a_client_that_still_sends,
             all_that_a_service_sent_before_its_reset_arrives,

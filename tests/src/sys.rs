@@ -35,7 +35,7 @@ fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     let fd = RawFd::try_from(result).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
+    // SAFETY: the kernel has just made this descriptor for us and nothing else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -46,7 +46,7 @@ pub fn pass_fds(command: &mut Command, fds: &[BorrowedFd<'_>]) -> io::Result<()>
         .iter()
         .map(|fd| {
             let raw = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(500))?;
-            // SAFETY: fcntl has just made this descriptor for us and nobody else knows it.
+            // SAFETY: fcntl has just made this descriptor for us and nothing else knows it.
             Ok(unsafe { OwnedFd::from_raw_fd(raw) })
         })
         .collect::<io::Result<_>>()?;
@@ -246,7 +246,7 @@ pub struct Shared<T> {
     count: usize,
 }
 
-// SAFETY: the memory is shared with the kernel anyway; whoever reaches it can only use its atomics.
+// SAFETY: the memory is shared with the kernel anyway; what reaches it can only use its atomics.
 unsafe impl<T: Sync> Send for Shared<T> {}
 
 /// Maps the memory of an array map into ours.

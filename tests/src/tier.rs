@@ -106,3 +106,21 @@ macro_rules! require_namespaces {
         }
     };
 }
+
+/// Returns `Ok` from the test, loudly, unless every need is met.
+#[macro_export]
+macro_rules! require_or_ok {
+    ($($need:expr),+ $(,)?) => {
+        if !$crate::tier::met(std::thread::current().name().unwrap_or("?"), &[$($need),+]) {
+            return Ok(());
+        }
+    };
+}
+
+/// Returns `Ok` from the test, loudly, where the kernel relay's programs cannot be loaded.
+#[macro_export]
+macro_rules! require_bpf {
+    () => {
+        $crate::require_or_ok!($crate::tier::Need::Root, $crate::tier::Need::Bpf)
+    };
+}

@@ -87,7 +87,7 @@ fn send(conn: &Conn, pattern: Pattern, from: u64, to: u64, may_be_cut: bool) -> 
     }
 }
 
-/// One side's sending: half-closes after the last byte, unless somebody is going to abort instead.
+/// One side's sending: half-closes after the last byte, unless a side is going to abort instead.
 fn say(conn: &Conn, pattern: Pattern, from: u64, to: u64, plan: &Plan, other_aborts: bool) -> Result<bool> {
     let all = send(conn, pattern, from, to, other_aborts)?;
     if !matches!(plan.ending, Ending::ClientAborts | Ending::ServiceAborts) {

@@ -1,5 +1,7 @@
 //! Resets on their way: what ends them early, and what must not take them for something else. (That they overtake no byte is one
 //! of the behaviours of every relay, `tests/tests/relay.rs`.)
+//!
+//! Needs: a network namespace. Takes: seconds.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -122,7 +124,7 @@ fn an_aborted_upload_is_no_end_when_the_forwarder_thinks_of_leaving() -> Result<
     forwarder.stop().map(drop)
 }
 
-/// Both sides reset: there is nobody left to wait for.
+/// Both sides reset: there is none left to wait for.
 #[test]
 fn a_second_reset_ends_it_at_once() -> Result<()> {
     require_namespaces!();

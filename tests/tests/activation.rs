@@ -1,4 +1,6 @@
 //! The real `systemd-socket-activate` in front: what it listens on is passed to bro at the first connection.
+//!
+//! Needs: systemd-socket-activate. Takes: seconds.
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::activation::{PACKAGE, start, wait_until_activated};
@@ -31,7 +33,7 @@ fn the_first_client_wakes_a_service_that_does_not_run_yet() -> Result<()> {
     let mut arguments = netns(&scene);
     arguments.extend(["--exit-idle-time=1s".into(), scene.target()]);
     let (mut forwarder, addresses) = start(&[loopback(Family::Tcp4)?], &[], &arguments)?;
-    ensure!(process::name(forwarder.pid()).as_deref() != Some("bro"), "it runs before anybody has come");
+    ensure!(process::name(forwarder.pid()).as_deref() != Some("bro"), "it runs before the first client");
 
     let client = Conn::new(&Here, &addresses[0])?;
     client.pour(Pattern(1), 0, 1000)?;

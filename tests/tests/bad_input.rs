@@ -1,4 +1,6 @@
 //! Bad input: each case ends with one sentence on stderr and the exit code that is documented for it, and leaves nothing behind.
+//!
+//! Needs: a network namespace; root for one test. Takes: seconds.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -241,10 +243,10 @@ fn bad_words_about_waking_and_sleeping() -> Result<()> {
         refused(Setup::bare().args(words.iter().copied()), USAGE, &[])
             .with_context(|| format!("{words:?}"))?;
     }
-    let setup = Setup::bare().arg("doctor").arg("nobodys-service");
-    refused(setup, NOT_FOUND, &["nobodys-service"])?;
-    let setup = Setup::bare().arg("status").arg("nobodys-service");
-    refused(setup, NOT_FOUND, &["nobodys-service"]).map(drop)
+    let setup = Setup::bare().arg("doctor").arg("no-such-service");
+    refused(setup, NOT_FOUND, &["no-such-service"])?;
+    let setup = Setup::bare().arg("status").arg("no-such-service");
+    refused(setup, NOT_FOUND, &["no-such-service"]).map(drop)
 }
 
 #[test]
@@ -428,10 +430,10 @@ fn a_file_that_is_no_network_namespace() -> Result<()> {
 #[test]
 fn an_unknown_container() -> Result<()> {
     let scratch = Scratch::new()?;
-    script(scratch.path(), "podman", "echo 'Error: no such object: \"nobodys-container\"' >&2; exit 125")?;
+    script(scratch.path(), "podman", "echo 'Error: no such object: \"no-such-container\"' >&2; exit 125")?;
     let setup =
-        Setup::new().socket(&listener()?).arg("--container=nobodys-container").tools(scratch.path().into());
-    refused(setup.arg("127.0.0.1:80"), NOT_FOUND, &["nobodys-container"]).map(drop)
+        Setup::new().socket(&listener()?).arg("--container=no-such-container").tools(scratch.path().into());
+    refused(setup.arg("127.0.0.1:80"), NOT_FOUND, &["no-such-container"]).map(drop)
 }
 
 #[test]
@@ -442,14 +444,14 @@ fn no_podman_to_ask() -> Result<()> {
 
 /// An ordinary user names a process of root's: root takes a user's part, a user simply tries.
 #[test]
-fn somebody_elses_namespace() -> Result<()> {
-    const NOBODY: u32 = 65534;
+fn another_users_namespace() -> Result<()> {
+    use bro_tests::process::NOBODY;
     let as_user = |setup: Setup| if nix::unistd::geteuid().is_root() { setup.user(NOBODY) } else { setup };
     for (option, value) in [("--pid", "1"), ("--netns", "/proc/1/ns/net")] {
         let setup = as_user(Setup::new()).socket(&listener()?).arg(option).arg(value).arg("127.0.0.1:80");
         refused(setup, NOT_PERMITTED, &[]).context(option)?;
     }
-    if !met("somebody_elses_namespace", &[Need::Root]) {
+    if !met("another_users_namespace", &[Need::Root]) {
         return Ok(());
     }
     // Readable, and yet not to be entered: the file is there for everyone, the namespace is root's.

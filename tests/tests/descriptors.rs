@@ -1,5 +1,7 @@
-//! Descriptors that one side passes over a unix socket (SCM_RIGHTS) are refused, and nobody loses one in silence. Credentials
+//! Descriptors that one side passes over a unix socket (SCM_RIGHTS) are refused, and none is lost in silence. Credentials
 //! (SCM_CREDENTIALS) are lost, and why that is so.
+//!
+//! Needs: a network namespace; root for two tests. Takes: seconds.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
@@ -45,7 +47,7 @@ fn expect_refused(sender: &Conn, other: &Conn, forwarder: &Forwarder) -> Result<
 }
 
 #[test]
-fn descriptors_are_refused_to_whoever_passes_them() -> Result<()> {
+fn descriptors_are_refused_to_the_side_that_passes_them() -> Result<()> {
     require_namespaces!();
     for relay in RELAYS {
         for client_passes in [true, false] {

@@ -3,6 +3,8 @@
 //!
 //! Gated on behaviour, not on versions: where the programs load and pass their self-test, real bytes have to take the lanes and
 //! the suites of the relay's programs have to pass; where they do not, bro says why and splices.
+//!
+//! Needs: root, qemu. Takes: minutes for each kernel.
 
 use std::sync::OnceLock;
 

@@ -1,6 +1,8 @@
 //! Services that ask how much waits (FIONREAD) before they read, as Java's `ready()` and nginx do: many kernels answer 0 for sockets in a
 //! sockmap, whatever waits. So no relay that is chosen without being named, and no connection that is not the kernel relay's own, may
 //! ever show them one.
+//!
+//! Needs: root, kernel BTF. Takes: seconds.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +16,6 @@ use bro_tests::process;
 use bro_tests::programs::Programs;
 use bro_tests::scene::{talk, talk_until};
 use bro_tests::scratch::Scratch;
-use bro_tests::tier::{Need, met};
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 
@@ -22,16 +23,8 @@ use nix::sys::signal::Signal;
 const GAP: Duration = Duration::from_millis(500);
 /// A request with a large cookie: more than nginx's first buffer.
 const REQUEST: usize = 3000;
-/// As many as a connection needs to be hooked, if anybody does that, and some more.
+/// As many as a connection needs to be hooked, if it ever is, and some more.
 const ROUNDS: usize = 12;
-
-macro_rules! require_bpf {
-    () => {
-        if !met(std::thread::current().name().unwrap_or("?"), &[Need::Root, Need::Bpf]) {
-            return Ok(());
-        }
-    };
-}
 
 /// A request is read by a service that asks before each read, and answered.
 fn ask(client: &Conn, service: &Conn, size: usize) -> Result<()> {
@@ -79,7 +72,7 @@ fn loopback() -> Result<Address> {
 
 #[test]
 fn every_relay_but_the_one_with_the_warning_serves_who_asks_first() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let namespace = Namespace::new()?;
     let service = Listener::new(&namespace, &loopback()?)?;
     serve(&namespace, service.address(), &service).context("direct")?;
@@ -107,7 +100,7 @@ fn every_relay_but_the_one_with_the_warning_serves_who_asks_first() -> Result<()
 /// What `auto` does on a kernel with that defect, and what it says; and that who insists is warned.
 #[test]
 fn auto_is_splice_where_the_kernel_answers_wrongly_and_says_why() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let (service, front) = (Listener::new(&Here, &loopback()?)?, Listener::new(&Here, &loopback()?)?);
     let insists =
         Setup::new().arg("--relay=sockmap").socket(&front).arg(service.address().to_string()).start()?;
@@ -140,7 +133,7 @@ fn auto_is_splice_where_the_kernel_answers_wrongly_and_says_why() -> Result<()> 
 /// While one connection has its lanes, sockets of others at the same port are plain TCP in every respect.
 #[test]
 fn strangers_at_a_hooked_port_stay_plain_tcp() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let (namespace, scratch) = (Namespace::new()?, Scratch::new()?);
     let service = Listener::new(&namespace, &loopback()?)?;
     let front = Listener::new(&Here, &loopback()?)?;
@@ -149,7 +142,7 @@ fn strangers_at_a_hooked_port_stay_plain_tcp() -> Result<()> {
     let forwarder = setup.arg(service.address().to_string()).start()?;
     let programs = forwarder.kernel_relay()?;
     let hooked = || programs.hooked().is_ok_and(|now| now == 1);
-    // The first wakes the service, before anybody watches.
+    // The first wakes the service, before its port is watched.
     let (client, served) = (Conn::new(&Here, front.address())?, service.accept()?);
     talk(&client, &served)?;
     drop((client, served));
@@ -187,7 +180,7 @@ fn untouched(namespace: &Namespace, service: &Listener) -> Result<()> {
 /// Short connections are never hooked: they cost what they cost without the kernel relay.
 #[test]
 fn a_connection_with_one_request_is_not_hooked() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let service = Listener::new(&Here, &loopback()?)?;
     let front = Listener::new(&Here, &loopback()?)?;
     let setup = Setup::new().args(["--relay=sockmap", "--local-clients=on"]).socket(&front);
@@ -204,7 +197,7 @@ fn a_connection_with_one_request_is_not_hooked() -> Result<()> {
 /// `bro loader` has loaded for one connection's lanes: the others are spliced, and not hooked.
 #[test]
 fn connections_beyond_the_lanes_are_not_hooked() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let path = stage.cgroup().to_str().context("a cgroup's path")?;
     let ran = stage.loader(&[&ALICE.to_string(), "--cgroup", path, "--connections", "1"])?;
@@ -225,10 +218,10 @@ fn connections_beyond_the_lanes_are_not_hooked() -> Result<()> {
     Ok(())
 }
 
-/// A forwarder that was killed under `bro loader` leaves its ports watched until somebody tidies up: nothing is hooked for that.
+/// A forwarder that was killed under `bro loader` leaves its ports watched until the loader tidies up: nothing is hooked for that.
 #[test]
 fn nothing_is_hooked_after_a_forwarder_was_killed() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     let Site { forwarder, front, service } = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;

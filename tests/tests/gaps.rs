@@ -2,6 +2,8 @@
 //! kernels of 2026. Round trips and bursts of large answers between peers that use edge-triggered epoll (as Go and Node do) and so
 //! depend on being woken, directly, through splice and through both lanes, in one run. Bursts of 5 MB leave their lane, those of 200 KiB
 //! do not. `BRO_GAPS=full` makes as many as one needs to see a rare one: 200,000 round trips and 2,000 bursts of each size.
+//!
+//! Needs: root, kernel BTF. Takes: seconds.
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::{Duration, Instant};
@@ -15,7 +17,7 @@ use nix::poll::PollFlags;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, recv, send};
 
-/// Longer than this nobody sleeps while there is something for him.
+/// No side sleeps longer than this while something waits for it.
 const GAP: Duration = Duration::from_millis(500);
 const ANSWER: usize = 5 << 20;
 /// Small enough for the lane to be kept, large enough to fill the queues.
@@ -45,7 +47,11 @@ impl<'a> Edge<'a> {
                 Err(errno) => return Err(errno.into()),
                 Ok(0) => {
                     let is = self.conn.wait(wanted, Duration::ZERO)?;
-                    ensure!(!is.intersects(wanted), "{is:?} for {:?}, and nobody was woken", began.elapsed());
+                    ensure!(
+                        !is.intersects(wanted),
+                        "{is:?} for {:?}, and the sleeper was not woken",
+                        began.elapsed()
+                    );
                     ensure!(began.elapsed() < PATIENCE, "nothing came");
                 }
                 Ok(_) => {
@@ -121,8 +127,8 @@ fn ask(rig: &Rig, count: usize, answer: usize, pause_after: usize) -> Result<()>
 }
 
 #[test]
-fn nobody_sleeps_while_bytes_wait() -> Result<()> {
-    if !met("nobody_sleeps_while_bytes_wait", &[Need::Root, Need::Bpf]) {
+fn no_side_sleeps_while_bytes_wait() -> Result<()> {
+    if !met("no_side_sleeps_while_bytes_wait", &[Need::Root, Need::Bpf]) {
         return Ok(());
     }
     let full = std::env::var("BRO_GAPS").is_ok_and(|asked| asked == "full");

@@ -1,4 +1,6 @@
 //! `bro helper`: another command in a container's network namespace, with the sockets that systemd passed.
+//!
+//! Needs: a network namespace; root for one test. Takes: seconds.
 
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;

@@ -1,4 +1,6 @@
 //! The test host itself: boots, runs things as root and as a user, keeps its disk over a reboot and leaves nothing behind.
+//!
+//! Needs: root, mmdebstrap. Takes: seconds.
 
 use std::io::{Read as _, Write as _};
 

@@ -1,5 +1,7 @@
 //! The kernel relay's programs at work, with a forwarder in miniature between real sockets: every byte exact, both lanes, IPv4
 //! and IPv6, random half-closes, lanes shut and opened at random, and nothing left behind.
+//!
+//! Needs: root, kernel BTF. Takes: seconds.
 
 mod kernel_relay;
 
@@ -10,7 +12,7 @@ use std::sync::Arc;
 use std::thread::{JoinHandle, spawn};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_sockmap::{Config, Event, Kernel, Kind, Reason, Role};
+use bro_sockmap::{Config, Event, Kernel, Reason, Role, SenderKind};
 use bro_tests::require;
 use bro_tests::tier::Need;
 
@@ -225,7 +227,7 @@ fn write_all(mut to: &TcpStream, block: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Nobody reads: what the lane takes is bounded by the target's send buffer, and the sender meets ordinary back-pressure.
+/// No side reads: what the lane takes is bounded by the target's send buffer, and the sender meets ordinary back-pressure.
 #[test]
 fn a_reader_that_never_reads_bounds_what_the_lane_takes() {
     require!(Need::Bpf);
@@ -259,11 +261,11 @@ fn a_blocking_service_is_learned_and_never_hooked() {
         let (service, _) = bench.service.accept().unwrap();
         send(&service, &mut Stream::new(1), 10).unwrap();
         receive(&backend, &mut Stream::new(1), 10).unwrap();
-        if bench.kind() == Some(Kind::Unknown) {
+        if bench.kind() == Some(SenderKind::Unknown) {
             bench.await_event(|event| matches!(event, Event::Learned { .. })).unwrap();
         }
     }
-    assert_eq!(bench.kind(), Some(Kind::Blocking));
+    assert_eq!(bench.kind(), Some(SenderKind::Blocking));
     let totals = bench.kernel.totals();
     assert_eq!((totals.hooked, totals.watched, totals.blocking), (0, 1, 1), "{totals:?}");
 }
@@ -283,7 +285,7 @@ fn a_hooked_socket_that_turns_to_blocking_is_let_go_at_its_next_message() {
     bench.await_event(|event| matches!(event, Event::BlockingSender { .. })).unwrap();
     assert_eq!(lane.snapshot().passed(Reason::Blocking), 1);
     assert_eq!(lane.bytes(), 0);
-    assert_eq!(bench.kind(), Some(Kind::Blocking));
+    assert_eq!(bench.kind(), Some(SenderKind::Blocking));
     assert_eq!(bench.kernel.hooked_now(), 0);
 }
 
@@ -397,7 +399,7 @@ fn where_no_sender_can_be_hooked_there_is_no_kernel_relay() {
     let without = spawn(move || {
         refuse_test_run()?;
         let mut kernel = Kernel::load(&config)?;
-        anyhow::Ok(kernel.selftest().expect_err("nobody can run it").to_string())
+        anyhow::Ok(kernel.selftest().expect_err("the self-test cannot run").to_string())
     });
     let why = without.join().expect("the thread ends by itself").unwrap();
     assert!(why.contains("self-test") && why.contains("cannot be run"), "{why}");

@@ -1,5 +1,7 @@
 //! What the kernel relay's programs say of single sockets (aya-log): the expected lines where they are asked for, no line and no
 //! instruction where they are not, and every byte exact either way.
+//!
+//! Needs: root, kernel BTF. Takes: seconds.
 
 use std::os::fd::AsFd as _;
 
@@ -11,20 +13,11 @@ use bro_tests::peers::{Address, Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::process;
 use bro_tests::suite::{Lane, Legs, Rig};
 use bro_tests::sys::{self, BpfObject};
-use bro_tests::tier::{Need, met};
 
 const UP: Pattern = Pattern(0x7171);
 const DOWN: Pattern = Pattern(0x8282);
 /// What all lines of the programs have, and no other.
 const MARK: &str = " netns ";
-
-macro_rules! require_bpf {
-    () => {
-        if !met(std::thread::current().name().unwrap_or("?"), &[Need::Root, Need::Bpf]) {
-            return Ok(());
-        }
-    };
-}
 
 fn port(listener: &Listener) -> Result<String> {
     match listener.address() {
@@ -67,7 +60,7 @@ fn one_after_the_other(front: &Listener, service: &Listener, count: usize) -> Re
 
 #[test]
 fn what_becomes_of_a_socket_is_in_the_log() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let (forwarder, service, front) = started("info,bro_ebpf=trace")?;
     let (at_service, at_front) = (format!(" port {} ", port(&service)?), format!(" peer {} ", port(&front)?));
     let says = |what: &str, at: &str| {
@@ -97,8 +90,8 @@ fn what_becomes_of_a_socket_is_in_the_log() -> Result<()> {
 }
 
 #[test]
-fn who_asks_for_every_step_gets_these_too_and_nobody_else_does() -> Result<()> {
-    require_bpf!();
+fn who_asks_for_every_step_gets_these_too_and_no_other_does() -> Result<()> {
+    bro_tests::require_bpf!();
     for (option, wanted) in [(None, false), (Some("-v"), false), (Some("-vv"), true)] {
         let rig = Rig::with(Lane::BothLanes, Legs::TCP4, |setup| setup.args(option))?;
         let (client, served) = rig.pair()?;
@@ -121,8 +114,8 @@ fn who_asks_for_every_step_gets_these_too_and_nobody_else_does() -> Result<()> {
 
 /// The lines go through memory that is soon full: what does not fit is lost, and no connection waits for it.
 #[test]
-fn thousands_of_lines_stop_nobody() -> Result<()> {
-    require_bpf!();
+fn thousands_of_lines_stop_no_connection() -> Result<()> {
+    bro_tests::require_bpf!();
     let rig = Rig::with(Lane::BothLanes, Legs::TCP4, |setup| setup.env("BRO_LOG", "info,bro_ebpf=trace"))?;
     for _ in 0..1000 {
         let (client, served) = rig.pair()?;
@@ -137,7 +130,7 @@ fn thousands_of_lines_stop_nobody() -> Result<()> {
 /// The level is a constant of the programs, so that what is never said is not even asked about.
 #[test]
 fn programs_that_say_nothing_have_no_instruction_for_it() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let sizes = |trace: bool| -> Result<[usize; 3]> {
         let kernel =
             Kernel::load(&Config { connections: 4, hook_blocking: false, bear_fionread: true, trace })?;

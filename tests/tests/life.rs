@@ -1,4 +1,6 @@
 //! The forwarder's own life: what it tells the service manager, when it leaves, how it drains, and which socket leads where.
+//!
+//! Needs: a network namespace. Takes: seconds.
 
 use std::time::{Duration, Instant};
 
@@ -46,7 +48,7 @@ fn tells_its_state(mut notify: Notify) -> Result<()> {
     forwarder.expect_exit(0)?;
     notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
     let seen = notify.seen();
-    ensure!(!seen.iter().any(|line| line.starts_with("WATCHDOG")), "nobody asked for a watchdog: {seen:?}");
+    ensure!(!seen.iter().any(|line| line.starts_with("WATCHDOG")), "no watchdog was asked for: {seen:?}");
     ensure!(seen.iter().filter(|line| *line == "READY=1").count() == 1, "ready more than once: {seen:?}");
     Ok(())
 }
@@ -100,7 +102,7 @@ fn asks_for_more_time_while_it_drains() -> Result<()> {
 }
 
 #[test]
-fn leaves_when_nobody_ever_comes() -> Result<()> {
+fn leaves_when_no_client_ever_comes() -> Result<()> {
     require_namespaces!();
     let scene = Scene::new()?;
     let begin = Instant::now();
@@ -165,7 +167,7 @@ fn sigterm_drains_and_cuts_nothing() -> Result<()> {
         pair.1.pour(down, 0, half)?;
         forwarder.signal(Signal::SIGTERM)?;
         notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
-        // Whoever connects now is not for this process: the connection waits for the next.
+        // A client that connects now is not this process's: the connection waits for the next.
         let late = scene.client()?;
         late.send(b"ping")?;
         ensure!(service.try_accept(MOMENT)?.is_none(), "accepted after SIGTERM");
@@ -192,7 +194,7 @@ fn sigterm_drains_and_cuts_nothing() -> Result<()> {
 }
 
 #[test]
-fn sigterm_with_nobody_there_ends_at_once() -> Result<()> {
+fn sigterm_without_a_client_ends_at_once() -> Result<()> {
     require_namespaces!();
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let mut notify = Notify::new()?;
@@ -217,7 +219,7 @@ fn a_held_client_is_served_although_sigterm_has_come() -> Result<()> {
     // To all of the unit's processes, as systemd sends it by default.
     // Beside itself and its relay process.
     let agent = || process::members(forwarder.pid()).len() > 2;
-    ensure!(process::eventually(PATIENCE, agent), "nobody has entered the namespace");
+    ensure!(process::eventually(PATIENCE, agent), "no process has entered the namespace");
     for pid in process::members(forwarder.pid()) {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM)?;
     }
@@ -296,7 +298,7 @@ fn nothing_outlives_a_killed_forwarder() -> Result<()> {
     expect_relayed(&pair.0, &pair.1)?;
     forwarder.signal(Signal::SIGKILL)?;
     ensure!(forwarder.wait(PATIENCE)?.is_some(), "still there");
-    // Nobody takes what it cut off for the end of the stream.
+    // No side takes what it cut off for the end of the stream.
     pair.0.expect_abort().context("the client")?;
     pair.1.expect_abort().context("the service")?;
     forwarder.expect_nothing_left().context("after SIGKILL")
@@ -422,7 +424,7 @@ fn listens_by_itself_without_systemd() -> Result<()> {
 }
 
 #[test]
-fn enters_the_namespace_of_a_process_whoever_owns_it() -> Result<()> {
+fn enters_the_namespace_of_a_process_whichever_user_owns_it() -> Result<()> {
     require_namespaces!();
     for owner in [Owner::Usual, Owner::UserNamespace, Owner::KeepId] {
         let namespace = match Namespace::owned_by(owner) {

@@ -1,4 +1,6 @@
 //! Limits: how many at once, how many from one source, how long in silence, and what happens when descriptors run out.
+//!
+//! Needs: a network namespace; root and kernel BTF for one test. Takes: seconds.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
@@ -36,7 +38,7 @@ fn over_the_limit_a_client_waits_in_the_backlog() -> Result<()> {
         ensure!(client.stays_silent(Duration::ZERO)?, "a waiting client was dropped");
     }
     expect_relayed(&open[0].0, &open[0].1).context("the first two are not held up")?;
-    // They wait where nobody sees them, so it is said: with what lets them in.
+    // They wait out of sight, so it is said: with what lets them in.
     let said = "2 clients wait until one of 2 connections ends (--connections-max=2)";
     let status =
         || forwarder.report().map(|report| (report.state, report.waiting.map(|waiting| waiting.clients)));
@@ -56,8 +58,8 @@ fn over_the_limit_a_client_waits_in_the_backlog() -> Result<()> {
         ensure!(service.try_accept(Duration::from_millis(50))?.is_none(), "two came in for one that left");
         open.push((client, service_end));
     }
-    let nobody_waits = || status().is_ok_and(|(state, waiting)| !state.contains("wait") && waiting.is_none());
-    ensure!(process::eventually(PATIENCE, nobody_waits), "{:?}", status());
+    let none_waits = || status().is_ok_and(|(state, waiting)| !state.contains("wait") && waiting.is_none());
+    ensure!(process::eventually(PATIENCE, none_waits), "{:?}", status());
     drop(open);
     forwarder.closings(4)?;
     let log = forwarder.stop()?;
@@ -215,7 +217,7 @@ fn out_of_descriptors_it_backs_off_and_recovers() -> Result<()> {
     forwarder.stop().map(drop)
 }
 
-/// The kernel relay takes some twenty: whoever insists on it is told which limit is too low, wherever it is met.
+/// The kernel relay takes some twenty: a forwarder that insists on it says which limit is too low, wherever it is met.
 #[test]
 fn too_few_descriptors_for_the_kernel_relay_are_named_as_the_reason() -> Result<()> {
     if !met("too_few_descriptors_for_the_kernel_relay", &[Need::Root, Need::Bpf]) {
@@ -312,7 +314,7 @@ fn keepalive(options: &[&str], expected: (u32, u32, u32)) -> Result<()> {
 }
 
 /// The kernel chooses a source port for each connection, and has no more of them than net.ipv4.ip_local_port_range says. That the
-/// next client has to wait for one is nobody else's business, least of all a refusal of the service's.
+/// next client has to wait for one is no other's business, least of all a refusal of the service's.
 #[test]
 fn without_a_source_port_one_client_waits_and_no_other() -> Result<()> {
     require_namespaces!();
@@ -349,8 +351,10 @@ fn without_a_source_port_one_client_waits_and_no_other() -> Result<()> {
         let served = service.accept().context("a port is free")?;
         let mut name = [0];
         served.recv_exact(&mut name)?;
-        let who =
-            waiting.iter().position(|waiting| waiting.0 == name[0]).context("nobody waits by that name")?;
+        let who = waiting
+            .iter()
+            .position(|waiting| waiting.0 == name[0])
+            .context("no client waits by that name")?;
         let (_, client) = waiting.remove(who);
         expect_relayed(&client, &served)?;
         open.push((client, served));

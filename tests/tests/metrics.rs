@@ -1,4 +1,6 @@
-//! `bro forward --metrics`: what it counts is what has happened, to the byte; and whoever asks, however badly, costs its clients nothing.
+//! `bro forward --metrics`: what it counts is what has happened, to the byte; and a reader of metrics, however badly it asks, costs clients nothing.
+//!
+//! Needs: a network namespace. Takes: seconds.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -231,7 +233,7 @@ fn over_a_unix_socket_which_a_dead_forwarder_may_have_left() -> Result<()> {
     let now = samples(&answer.text)?;
     ensure!(sum(&now, "bro_relayed_bytes_total", &[]) == 8.0, "{now:#?}");
 
-    // Whoever comes second is told so, and takes nothing away.
+    // The second reader is told so, and takes nothing away.
     let inode = std::fs::metadata(&path)?.ino();
     let other = Scene::new()?;
     let refused = other.start(&["--metrics", &path_word])?;
@@ -312,7 +314,7 @@ fn there_is_nothing_else_than_get_metrics() -> Result<()> {
 
 /// Those who say nothing, or drip, hold no more places than there are, none of them for long; clients of the service do not notice.
 #[test]
-fn who_asks_slowly_is_let_go_and_keeps_nobody_from_the_service() -> Result<()> {
+fn who_asks_slowly_is_let_go_and_keeps_no_client_from_the_service() -> Result<()> {
     require_namespaces!();
     let mut scene = Scene::new()?;
     let service = scene.serve()?;
@@ -350,7 +352,7 @@ fn who_asks_slowly_is_let_go_and_keeps_nobody_from_the_service() -> Result<()> {
     ensure!(began.elapsed() >= Duration::from_secs(4), "after {:?}", began.elapsed());
     // Beside them there is the client, with two.
     ensure!(places() <= 8 + 2, "{} places are taken", places());
-    // They go, and whoever asks properly is answered.
+    // They go, and a reader that asks properly is answered.
     drop(slow);
     scrape(&at)?;
     ensure!(process::eventually(PATIENCE, || forwarder.descriptors().unwrap_or_default() <= before + 2));
@@ -359,7 +361,7 @@ fn who_asks_slowly_is_let_go_and_keeps_nobody_from_the_service() -> Result<()> {
     forwarder.stop().map(drop)
 }
 
-/// A reload hands the address over: it is the successor that answers, and nobody is left behind.
+/// A reload hands the address over: it is the successor that answers, and no process is left behind.
 #[test]
 fn a_successor_is_asked_at_the_same_address() -> Result<()> {
     require_namespaces!();
@@ -394,7 +396,7 @@ fn a_successor_is_asked_at_the_same_address() -> Result<()> {
         kill(Pid::from_raw(main), Signal::SIGTERM)?;
         ensure!(process::ends(main, PATIENCE)?, "the successor does not end");
         forwarder.expect_nothing_left()?;
-        ensure!(ask().is_err() && !Path::new(&at).exists(), "somebody still listens at {at}");
+        ensure!(ask().is_err() && !Path::new(&at).exists(), "there is still a listener at {at}");
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! A million short connections over both lanes, which leave nothing behind. Takes some minutes, so it is run only when named
 //! (`cargo xtask test million`); sockmap_faults has some thousands.
+//!
+//! Needs: root, kernel BTF. Takes: minutes.
 
 use anyhow::Result;
 use bro_tests::short;

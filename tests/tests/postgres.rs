@@ -1,4 +1,6 @@
 //! Real PostgreSQL, asleep in a namespace behind the real `systemd-socket-activate`: the first `psql` wakes it and succeeds.
+//!
+//! Needs: root, PostgreSQL, systemd-socket-activate. Takes: seconds.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -10,14 +12,11 @@ use bro_tests::bro;
 use bro_tests::forwarder::Setup;
 use bro_tests::netns::{Namespace, Owner};
 use bro_tests::peers::{Bound, Family, Here, Listener};
-use bro_tests::process;
+use bro_tests::process::{self, NOBODY};
 use bro_tests::scratch::Scratch;
 use bro_tests::tier::{Need, find_program, met};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid, chown};
-
-/// The user that root becomes: PostgreSQL refuses root.
-const NOBODY: u32 = 65534;
 
 /// A database cluster in a folder, whose server a test starts when it wants.
 struct Cluster {
@@ -32,7 +31,7 @@ impl Cluster {
 
     /// One with such a rule of whom it trusts, whose superuser has this name.
     fn trusting(rule: &str, superuser: &str) -> Result<Self> {
-        // initdb is on nobody's PATH; the servers' own programs are beside it.
+        // initdb is on no user's PATH; the servers' own programs are beside it.
         let initdb = find_program("initdb").context("initdb has gone")?;
         let programs =
             std::fs::canonicalize(initdb)?.parent().context("a program is in a folder")?.to_owned();
@@ -63,7 +62,7 @@ impl Cluster {
         self.scratch.join("data")
     }
 
-    /// `peer launch ENTER`, and then whatever is added, as somebody PostgreSQL accepts.
+    /// `peer launch ENTER`, and then whatever is added, as a user whom PostgreSQL accepts.
     fn as_ordinary_user(&self, enter: &[String]) -> Command {
         let mut command = Command::new(bro::helper());
         command.arg("launch").arg("--").args(enter).current_dir(self.scratch.path());
@@ -148,7 +147,7 @@ fn the_first_psql_wakes_postgresql_and_pgbench_runs_through() -> Result<()> {
         ["psql", "pgbench"].map(|name| find_program(name).expect("it was there a moment ago"));
     let cluster = Cluster::new()?;
     let (namespace, inside) = place()?;
-    // A listening server may still be recovering, and says so to whoever connects: readiness is what pg_isready says.
+    // A listening server may still be recovering, and says so to its clients: readiness is what pg_isready says.
     let is_ready = cluster.programs.join("pg_isready");
     let is_ready =
         format!("{} --quiet --host={} --port={inside}", is_ready.display(), cluster.data().display());

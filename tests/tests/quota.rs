@@ -1,4 +1,6 @@
 //! A user whose pipe quota is used up. A file of its own: the quota is the user's, so no other test may run meanwhile.
+//!
+//! Needs: a network namespace. Takes: seconds.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -8,10 +10,8 @@ use bro_tests::bro;
 use bro_tests::forwarder::Setup;
 use bro_tests::pattern::Pattern;
 use bro_tests::peers::{Family, Here, Listener};
+use bro_tests::process::NOBODY;
 use bro_tests::scratch::Scratch;
-
-/// The user that root becomes for this test: root has no quota.
-const NOBODY: u32 = 65534;
 
 /// A process that holds so many pipes that its user gets only crippled ones.
 struct Eater(Child);

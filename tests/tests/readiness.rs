@@ -1,5 +1,7 @@
 //! `--ready=`: a service that listens and does not take clients yet is asked in its own protocol until it does (fakes, which count the
 //! questions), and a real Redis that loads its data; PostgreSQL is in `postgres`. Seconds, without privileges.
+//!
+//! Needs: a network namespace, redis. Takes: seconds.
 
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
@@ -66,7 +68,7 @@ fn inside(port: u16) -> Address {
     Address::Tcp(SocketAddr::from(([127, 0, 0, 1], port)))
 }
 
-/// What a PostgreSQL says that cannot take anybody now, or whose rules refuse.
+/// What a PostgreSQL says that cannot take a client now, or whose rules refuse.
 fn postgres_error(code: &str) -> Vec<u8> {
     let fields = format!("SFATAL\0VFATAL\0C{code}\0Msays so\0\0");
     let length = u32::try_from(fields.len() + 4).unwrap_or(0);

@@ -1,4 +1,6 @@
 //! The suite of relay behaviours, over every relay and every kind of connection. A further relay is one line more.
+//!
+//! Needs: a network namespace; root and kernel BTF for the lanes. Takes: 2 min.
 
 /// No relay at all: shows that the suite asks for nothing but what a plain connection does.
 mod direct {

@@ -1,4 +1,6 @@
-//! Reload: a successor takes over, and nobody notices.
+//! Reload: a successor takes over, and no client notices.
+//!
+//! Needs: a network namespace; root and kernel BTF for some tests. Takes: seconds.
 #![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
 
 use std::io::{Read as _, Write as _};
@@ -11,9 +13,8 @@ use bro_tests::loader::Site;
 use bro_tests::notify::Notify;
 use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::scene::{Scene, expect_relayed};
-use bro_tests::tier::{Need, met};
 use bro_tests::{process, require_namespaces};
-use bro_user::commands::status::Predecessor;
+use bro_user::commands::status::PredecessorReport;
 use bro_user::control_socket::Reply;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -93,7 +94,7 @@ fn connections_stay_where_they_are_and_new_ones_go_to_the_successor() -> Result<
 
 /// Expects the forwarder that answers for the service to have `count` connections, and to tell of `predecessor` and its.
 fn expect_status(forwarder: &Forwarder, count: u64, predecessor: Option<(i32, u64)>) -> Result<()> {
-    let predecessor = predecessor.map(|(pid, count)| Predecessor { pid, connections: Some(count) });
+    let predecessor = predecessor.map(|(pid, count)| PredecessorReport { pid, connections: Some(count) });
     let said = predecessor.as_ref().map(|predecessor| format!("; {predecessor}"));
     let seen = || {
         forwarder.report().is_ok_and(|report| {
@@ -139,7 +140,7 @@ fn the_status_tells_of_predecessors_and_their_connections() -> Result<()> {
 }
 
 #[test]
-fn one_reload_after_another_under_load_and_nobody_is_refused() -> Result<()> {
+fn one_reload_after_another_under_load_and_no_client_is_refused() -> Result<()> {
     require_namespaces!();
     let (mut notify, mut scene, forwarder) = ready(|setup| setup)?;
     let service = scene.serve()?;
@@ -169,7 +170,7 @@ fn one_reload_after_another_under_load_and_nobody_is_refused() -> Result<()> {
         let reloading = (0..5).try_for_each(|_| -> Result<()> {
             let before = served.load(Ordering::Relaxed);
             let more = || served.load(Ordering::Relaxed) > before + 20;
-            ensure!(process::eventually(PATIENCE, more), "nobody is served");
+            ensure!(process::eventually(PATIENCE, more), "no client is served");
             let main = *mains.last().unwrap_or(&0);
             kill(Pid::from_raw(main), Signal::SIGHUP)?;
             mains.push(newest_main(&mut notify, &mains)?);
@@ -217,7 +218,7 @@ fn a_successor_does_not_leave_before_its_predecessor() -> Result<()> {
     expect_relayed(&old.0, &old.1)?;
     drop(old);
     ensure!(forwarder.wait(PATIENCE)?.is_some(), "the old process stays");
-    ensure!(ends(successor)?, "the successor stays although nobody comes");
+    ensure!(ends(successor)?, "the successor stays although no client comes");
     forwarder.expect_nothing_left()
 }
 
@@ -231,12 +232,12 @@ fn a_replaced_process_waits_for_the_one_it_has_replaced() -> Result<()> {
     let second = reload(forwarder.pid(), &mut notify)?;
     kill(Pid::from_raw(second), Signal::SIGHUP)?;
     let third = newest_main(&mut notify, &[forwarder.pid(), second])?;
-    // Neither the second, which has nothing to do, nor the third, which nobody comes to.
+    // Neither the second, which has nothing to do, nor the third, to which no client comes.
     ensure!(!process::ends(third, MOMENT * 2)?, "the third left before the first");
     ensure!(!process::ends(second, Duration::ZERO)?, "the second left before the first");
     expect_relayed(&old.0, &old.1)?;
     drop(old);
-    ensure!(forwarder.wait(PATIENCE)?.is_some() && ends(second)? && ends(third)?, "somebody stays");
+    ensure!(forwarder.wait(PATIENCE)?.is_some() && ends(second)? && ends(third)?, "one of them stays");
     forwarder.expect_nothing_left()
 }
 
@@ -257,9 +258,9 @@ fn sigterm_to_both_ends_both_in_order() -> Result<()> {
     forwarder.expect_nothing_left()
 }
 
-/// Whoever is told to stop while it starts a successor takes that one along: the service manager does not know of it yet.
+/// A forwarder that is told to stop while it starts a successor takes that one along: the service manager does not know of it yet.
 #[test]
-fn sigterm_after_sighup_leaves_nobody() -> Result<()> {
+fn sigterm_after_sighup_leaves_no_process() -> Result<()> {
     require_namespaces!();
     let mut taken_along = 0;
     for delay in [0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 30, 40, 50] {
@@ -433,17 +434,9 @@ fn expect_no_capability(pid: i32) -> Result<()> {
     Ok(())
 }
 
-macro_rules! require_bpf {
-    () => {
-        if !met(std::thread::current().name().unwrap_or("?"), &[Need::Root, Need::Bpf]) {
-            return Ok(());
-        }
-    };
-}
-
 #[test]
 fn the_kernel_relay_goes_on_in_a_successor_without_rights() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let (mut notify, site) = with_rights("--connections-max=64")?;
     let programs = site.forwarder.kernel_relay()?;
     site.expect_lane(USER)?;
@@ -476,11 +469,11 @@ fn the_kernel_relay_goes_on_in_a_successor_without_rights() -> Result<()> {
 
 #[test]
 fn lanes_outlive_the_process_that_has_loaded_the_programs() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let (mut notify, site) = with_rights("--connections-max=64")?;
     let programs = site.forwarder.kernel_relay()?;
     let mut mains = vec![site.forwarder.pid()];
-    // Nobody has woken the service, so nothing is attached yet: the successor does that without any right.
+    // The service has not been woken, so nothing is attached yet: the successor does that without any right.
     for seat in [2, 1, 2] {
         reload_site(&site, &mut notify, &mut mains)?;
         let replaced = mains[mains.len() - 2];
@@ -501,7 +494,7 @@ fn lanes_outlive_the_process_that_has_loaded_the_programs() -> Result<()> {
 
 #[test]
 fn a_set_for_very_many_connections_has_one_place() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let (_notify, site) = with_rights("--connections-max=40000")?;
     site.forwarder.kernel_relay()?;
     let main = site.forwarder.pid();

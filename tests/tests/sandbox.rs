@@ -1,5 +1,7 @@
-//! The relay process, in the hands of somebody who has taken it over: it holds no rights, and what it could do harm with the
+//! The relay process, in the hands of an attacker who has taken it over: it holds no rights, and what it could do harm with the
 //! kernel refuses.
+//!
+//! Needs: a network namespace. Takes: seconds.
 #![cfg(target_arch = "x86_64")]
 #![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
 
@@ -8,7 +10,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use anyhow::{Context as _, Result, ensure};
 use bro_relay::netns::identity::Identity;
 use bro_relay::netns::wire;
-use bro_relay::netns::wire::Request;
+use bro_relay::netns::wire::AgentRequest;
 use bro_tests::hijack::{Argument, Hijacked, rights};
 use bro_tests::netns::{Namespace, Owner};
 use bro_tests::peers::Family;
@@ -350,7 +352,7 @@ fn a_hijacked_relay_process_has_no_power_over_a_network_of_its_users() -> Result
     forwarder.stop().map(drop)
 }
 
-/// What is left to it of bind(2): its targets see a client of its choice, and nobody else sees anything.
+/// What is left to it of bind(2): its targets see a client of its choice, and no other process sees anything.
 #[test]
 fn a_hijacked_relay_process_is_at_most_a_false_client_of_its_target() -> Result<()> {
     require_namespaces!();
@@ -381,7 +383,7 @@ fn a_hijacked_relay_process_is_at_most_a_false_client_of_its_target() -> Result<
         let spare = spare.context("the agent has made no spare socket")?;
         let mut hijacked = Hijacked::new(relay)?;
         let number = |value: i32| Argument::from(i64::from(value));
-        // sockaddr_in of 203.0.113.99:4242, a path, and an address that is nobody's.
+        // sockaddr_in of 203.0.113.99:4242, a path, and an address that is no host's.
         let stranger = Argument::Bytes(b"\x02\0\x10\x92\xcb\0\x71\x63\0\0\0\0\0\0\0\0");
         let path = Argument::Bytes(b"\x01\0/tmp/bro-hija\0");
         let bound = hijacked.call(libc::SYS_bind, &[spare, stranger, number(16)])?;
@@ -442,19 +444,20 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
             && theirs.contains(&(number(socket) + 1))
     });
     let channel = channel.context("no channel to an agent")?;
-    let sockets = Request::Sockets { domain: libc::AF_INET, kind: libc::SOCK_STREAM, protocol: 0, count: 1 };
+    let sockets =
+        AgentRequest::Sockets { domain: libc::AF_INET, kind: libc::SOCK_STREAM, protocol: 0, count: 1 };
     let elsewhere = wire::Address::Tcp(([127, 0, 0, 1], 1).into());
-    let more = wire::Destinations { addresses: vec![elsewhere], ..Default::default() };
+    let more = wire::TargetAddresses { addresses: vec![elsewhere], ..Default::default() };
     for (request, refusal) in [
         (sockets, Errno::EPERM),
-        (Request::Join(Identity::Unused), Errno::EPERM),
-        (Request::KeepReplies(([127, 0, 0, 1], 1).into()), Errno::EPERM),
-        (Request::Channel(more), Errno::EPERM),
-        (Request::Dial(1, None), Errno::EADDRNOTAVAIL),
-        (Request::Supply(1, 1), Errno::EPERM),
-        (Request::Program, Errno::EPERM),
+        (AgentRequest::Join(Identity::Unused), Errno::EPERM),
+        (AgentRequest::KeepReplies(([127, 0, 0, 1], 1).into()), Errno::EPERM),
+        (AgentRequest::Channel(more), Errno::EPERM),
+        (AgentRequest::Dial(1, None), Errno::EADDRNOTAVAIL),
+        (AgentRequest::Supply(1, 1), Errno::EPERM),
+        (AgentRequest::Program, Errno::EPERM),
     ] {
-        // The relay process itself reads there as well; it sleeps while nobody asks and gets no more than an answer it did not
+        // The relay process itself reads there as well; it sleeps while nothing is asked and gets no more than an answer it did not
         // ask for.
         let mut stopped = Hijacked::new(forwarder.relay())?;
         ensure!(stopped.call(libc::SYS_getpid, &[])?.is_ok(), "it does not answer");

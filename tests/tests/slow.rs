@@ -1,4 +1,6 @@
 //! What takes longer: thousands of connections at rest, thousands that come and go, more of the torture.
+//!
+//! Needs: a network namespace. Takes: 1 min.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -201,7 +203,7 @@ fn a_reader_that_never_reads_is_waited_for_half_a_minute() -> Result<()> {
     ensure!(closings.iter().all(|closing| closing.reason.ends_with("-reset")), "{closings:?}");
     ensure!(closings.iter().all(|closing| closing.duration_ms >= 29_000), "{closings:?}");
     let grown = forwarder.memory_kib()?.saturating_sub(memory);
-    ensure!(grown < 4096, "{COUNT} resets that nobody took cost {grown} KiB");
+    ensure!(grown < 4096, "{COUNT} resets that were not taken cost {grown} KiB");
     for reader in stayers {
         reader.expect_abort()?;
     }

@@ -1,4 +1,6 @@
 //! `--source`: from which addresses the service sees its clients, and what that leaves in its network.
+//!
+//! Needs: a network namespace; root and kernel BTF for some tests. Takes: seconds.
 #![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
 
 use std::collections::HashMap;
@@ -461,7 +463,7 @@ fn what_cannot_be_had_is_an_error_and_never_loopback() -> Result<()> {
 #[test]
 fn clients_of_this_very_network_are_left_as_they_are() -> Result<()> {
     require_namespaces!();
-    // Everybody is on one loopback interface, the service too: nobody gains anything.
+    // All are on one loopback interface, the service too: no client gains anything.
     let namespace = Namespace::new()?;
     let service = Listener::new(&namespace, &loopback(Family::Tcp4))?;
     let front = Listener::new(&namespace, &loopback(Family::Tcp4))?;

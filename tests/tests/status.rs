@@ -1,4 +1,6 @@
-//! `bro status --watch` beside a running forwarder: what it prints changes with what happens, and whoever watches can stop.
+//! `bro status --watch` beside a running forwarder: what it prints changes with what happens, and its user can stop it.
+//!
+//! Needs: a network namespace. Takes: seconds.
 
 use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -20,7 +22,7 @@ impl Watching {
     fn start(forwarder: &Forwarder, options: &[&str]) -> Result<Self> {
         let path = forwarder.status_socket();
         ensure!(process::eventually(PATIENCE, || path.exists()), "the forwarder has no socket");
-        // Whoever starts the tests in the background of a shell has SIGINT ignored for them, and for all they start.
+        // A shell that starts the tests in the background has SIGINT ignored for them, and for all they start.
         let mut command = Command::new("env");
         command.arg("--default-signal=INT").arg(bro_tests::bro::binary());
         command.args(["status", "--watch"]).args(options).arg(path);
@@ -74,14 +76,14 @@ fn watching_shows_what_changes_until_it_is_interrupted() -> Result<()> {
 
     kill(Pid::from_raw(watching.0.id().cast_signed()), Signal::SIGINT)?;
     let (status, complaints) = watching.end()?;
-    // What a shell calls 130: whoever waits for it knows that it was interrupted.
+    // What a shell calls 130: its parent knows that it was interrupted.
     ensure!(status.signal() == Some(Signal::SIGINT as i32), "{status:?}: {complaints}");
     ensure!(complaints.is_empty(), "{complaints}");
     forwarder.stop().map(drop)
 }
 
 #[test]
-fn watching_ends_quietly_when_nobody_reads_any_more() -> Result<()> {
+fn watching_ends_quietly_when_its_reader_has_gone() -> Result<()> {
     require_namespaces!();
     let scene = Scene::new()?;
     let forwarder = scene.start(&[])?;
@@ -161,7 +163,7 @@ fn a_runtime_directory_that_is_of_no_use_is_warned_of() -> Result<()> {
     Ok(())
 }
 
-/// Whoever listens at a socket in the directory of forwarders answers everything that is asked with what it likes. Gone with the value.
+/// A process that listens at a socket in the directory of forwarders answers everything that is asked with what it likes. Gone with the value.
 struct Impostor {
     base: std::path::PathBuf,
     folder: bro_tests::scratch::Scratch,

@@ -1,4 +1,6 @@
 //! As whom a service's unix socket is connected to (`--unix-identity`): what the service sees of its clients, and who is not let in.
+//!
+//! Needs: root. Takes: seconds.
 
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
@@ -60,8 +62,8 @@ fn root_is_there(name: &str) -> bool {
 }
 
 #[test]
-fn a_client_over_tcp_is_nobody_to_the_service() -> Result<()> {
-    if !root_is_there("a_client_over_tcp_is_nobody_to_the_service") {
+fn a_client_over_tcp_is_no_user_to_the_service() -> Result<()> {
+    if !root_is_there("a_client_over_tcp_is_no_user_to_the_service") {
         return Ok(());
     }
     for relay in ["splice", "copy", "auto"] {
@@ -70,7 +72,7 @@ fn a_client_over_tcp_is_nobody_to_the_service() -> Result<()> {
         for _ in 0..3 {
             let (uid, gid) = site.seen(&forwarder)?;
             ensure!(uid == gid && (65520..=65531).contains(&uid), "the service sees {uid}:{gid}");
-            ensure!(User::from_uid(uid.into())?.is_none(), "{uid} is somebody");
+            ensure!(User::from_uid(uid.into())?.is_none(), "{uid} is a user");
         }
         forwarder.stop()?;
     }
@@ -107,7 +109,7 @@ fn a_process_of_a_container_has_the_same_stranger_for_a_client() -> Result<()> {
     Ok(())
 }
 
-/// One id is mapped, the owner's: there is nobody else to be, and the client is not let in as the owner.
+/// One id is mapped, the owner's: there is no other to be, and the client is not let in as the owner.
 #[test]
 fn a_container_without_another_id_is_a_sentence() -> Result<()> {
     if !root_is_there("a_container_without_another_id_is_a_sentence") {
@@ -167,7 +169,7 @@ fn a_socket_that_is_closed_to_that_user_is_a_sentence() -> Result<()> {
     Ok(())
 }
 
-/// Who cannot be anybody else is the owner to the service: that is granted by name only.
+/// A forwarder that can have no other id is the owner to the service: that is granted by name only.
 #[test]
 fn an_ordinary_user_is_told_at_the_start() -> Result<()> {
     if !root_is_there("an_ordinary_user_is_told_at_the_start") {

@@ -1,5 +1,7 @@
-//! Sides that vanish: a link that goes down says nothing to anybody. And sides that are there and take their time, which is no reason to
+//! Sides that vanish: a link that goes down says nothing to either side. And sides that are there and take their time, which is no reason to
 //! end a connection.
+//!
+//! Needs: a network namespace; root and ip for two tests. Takes: seconds.
 
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};

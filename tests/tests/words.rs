@@ -1,5 +1,7 @@
 //! No system call of the program's leaves the upper half of an argument undefined (`bro-user/src/words.rs`): a seccomp filter that
 //! looks at whole words, like systemd's, would see what was left in the register.
+//!
+//! Needs: a network namespace; root, nm for some tests. Takes: seconds.
 #![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
 
 use std::os::unix::process::ExitStatusExt as _;
@@ -23,14 +25,6 @@ use nix::sys::signal::Signal;
 
 /// What lies above an int that an optimised caller has taken from a pair of them.
 const LEFT: u64 = 1 << 32;
-
-macro_rules! needs {
-    ($($need:expr),+) => {
-        if !met(std::thread::current().name().unwrap_or("?"), &[$($need),+]) {
-            return Ok(());
-        }
-    };
-}
 
 /// Runs a command under the filter.
 fn strictly(program: &std::path::Path, arguments: &[&str]) -> Result<Output> {
@@ -90,7 +84,7 @@ fn the_filter_kills_what_it_is_to_kill_and_nothing_else() -> Result<()> {
 /// What the running kernel says of its own system calls.
 #[test]
 fn the_filter_looks_at_what_the_kernel_has_32_bits_of() -> Result<()> {
-    needs!(Need::Root);
+    bro_tests::require_or_ok!(Need::Root);
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
     let place = "/sys/kernel/tracing";
@@ -249,7 +243,7 @@ fn bytes_by_the_kernel_relay() -> Result<()> {
 /// As root: what it takes to become a user's forwarder is loaded and pinned beforehand.
 #[test]
 fn a_set_for_another_user() -> Result<()> {
-    needs!(Need::Root, Need::Bpf);
+    bro_tests::require_or_ok!(Need::Root, Need::Bpf);
     let stage = Stage::new()?;
     let cgroup = stage.cgroup().to_str().context("a cgroup's path")?;
     let user = ALICE.to_string();
@@ -326,7 +320,7 @@ const FAMILIES: &[&str] = &["_Unwind_", "_ITM_", "__cxa_", "mem", "posix_spawn",
 
 #[test]
 fn the_installed_program_takes_nothing_else_from_libc() -> Result<()> {
-    needs!(Need::Packaged, Need::Program("nm", "binutils"));
+    bro_tests::require_or_ok!(Need::Packaged, Need::Program("nm", "binutils"));
     let listed = Command::new("nm").args(["--dynamic", "--undefined-only"]).arg(bro::binary()).output()?;
     ensure!(listed.status.success(), "{listed:?}");
     let listed = String::from_utf8(listed.stdout)?;

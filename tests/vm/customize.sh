@@ -26,7 +26,7 @@ mkdir -p "$root/etc/sysctl.d"
 echo 'kernel.printk_ratelimit = 0' >"$root/etc/sysctl.d/50-test-machine.conf"
 
 # The machine's own tree as a root for containers (`Rootfs=/srv/image:O`): a mount by itself, without those below it, which would
-# be in the way of an ordinary user's overlay. His is mapped to him and his subordinate ids.
+# be in the way of an ordinary user's overlay. That one is mapped to the user and the subordinate ids.
 chroot "$root" useradd --uid 1000 --create-home --shell /bin/bash test
 mkdir -p "$root/var/lib/systemd/linger" "$root/srv/image" "$root/srv/images/test"
 touch "$root/var/lib/systemd/linger/test"

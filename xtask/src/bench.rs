@@ -208,7 +208,7 @@ fn bench(args: &Args) -> Result<()> {
     let mut bench = Bench { scene, plan, clock, present, choice, results: Results::default() };
     // One contender after the other is taken out here if it cannot be started at all.
     bench.try_everyone(&mut missing);
-    ensure!(!bench.present.is_empty(), "nobody is left to be compared");
+    ensure!(!bench.present.is_empty(), "there is nothing left to compare");
     bench.cold_starts();
     bench.idle();
     bench.rounds();

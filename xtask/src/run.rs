@@ -86,7 +86,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// The first client finds nobody there but the socket, and gets its answer all the same.
+/// The first client finds only the socket there, and gets its answer all the same.
 fn tell_first_connection(
     bro: &Path,
     container: &mut Container,

@@ -1,5 +1,7 @@
 //! `cargo xtask dist`: man pages that man(1) has nothing to say about, completions in the shells they are for, and packages whose
 //! contents are what they should be, the same bytes each time.
+//!
+//! Needs: groff, dpkg-dev, rpm, lintian, fish, zsh. Takes: seconds.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -265,7 +267,7 @@ fn the_debian_package_holds_what_it_should_and_is_reproducible() {
     }
 }
 
-/// `cargo xtask dist` as it is typed: nobody names it a binary.
+/// `cargo xtask dist` as it is typed: no binary is named.
 #[test]
 fn what_is_packaged_is_what_is_tested_stripped_and_of_no_folder_of_this_machine() {
     require!(DEBIAN, RPM, Need::Program("nm", "binutils"), Need::Packaged);

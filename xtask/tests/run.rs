@@ -1,4 +1,6 @@
 //! `cargo xtask run` itself: it shows the main job, ends by itself and leaves nothing behind, even when it is killed.
+//!
+//! Needs: user namespaces; root and kernel BTF for one test. Takes: seconds.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
@@ -133,7 +135,7 @@ impl Kept {
         let deadline = Instant::now() + Duration::from_secs(10);
         let alive = |pid: &&i32| {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            // A zombie is gone: what holds it is whoever reaps here.
+            // A zombie is gone: what holds it is the process that reaps here.
             !stat.is_empty() && !stat.contains(") Z ") && !stat.contains(") X ")
         };
         while self.family.iter().any(|pid| alive(&pid)) {

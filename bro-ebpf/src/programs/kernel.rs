@@ -47,9 +47,9 @@ static HOOK_BLOCKING: Global<u32> = Global::new(0);
 /// `sock.sk_uid`.
 #[unsafe(no_mangle)]
 static SK_UID: Global<u32> = Global::new(0);
-/// Whose sockets are hooked. Nobody's, should the loader forget to say so.
+/// Whose sockets are hooked. No user's, should the loader forget to say so.
 #[unsafe(no_mangle)]
-static OWNERS: Global<Owners> = Global::new(Owners::NOBODY);
+static OWNERS: Global<Owners> = Global::new(Owners::NO_USER);
 /// How many records each seat has; 0 when there is one seat.
 #[unsafe(no_mangle)]
 static SEAT_RECORDS: Global<u32> = Global::new(0);

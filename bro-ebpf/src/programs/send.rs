@@ -26,7 +26,7 @@ pub fn message(msg: *mut sk_msg_md) -> u32 {
     // SAFETY: `sk` is the context's own and not null; without the create flag no value is needed.
     let sender = unsafe { bpf_sk_storage_get(raw(&SENDER), sk.cast(), core::ptr::null_mut(), 0) };
     let sender = sender.cast::<Sender>();
-    // SAFETY: not null, so it points to this socket's storage, which lives as long as the socket, and nobody else writes
+    // SAFETY: not null, so it points to this socket's storage, which lives as long as the socket, and no other code writes
     // to it while the socket is locked.
     let Some(sender) = (unsafe { sender.as_mut() }) else { return PASS };
     let Some(tcp) = TcpSock::of(sk.cast()) else { return PASS };
@@ -140,7 +140,7 @@ fn report(sender: &mut Sender) {
     }
     sender.state |= SenderState::REPORTED;
     count(Counter::Blocking);
-    // Nobody watches the port any more: nobody takes the socket out of the map either, and it passes for the rest of its life.
+    // The port is not watched any more: nothing takes the socket out of the map either, and it passes for the rest of its life.
     let Some(watch) = WATCHED.get_ptr_mut(&sender.watch) else { return };
     // SAFETY: the verifier checks the access; a concurrent writer stores one whole word too.
     let seat = unsafe {

@@ -1,5 +1,5 @@
-//! Log lines about single sockets, for whoever wants to see what the programs do (aya-log). The level is a constant that the loader
-//! sets before it loads (`AYA_LOG_LEVEL`): while nobody listens, the verifier knows so and takes all of this out of the programs.
+//! Log lines about single sockets, for people who want to see what the programs do (aya-log). The level is a constant that the loader
+//! sets before it loads (`AYA_LOG_LEVEL`): while it is off, the verifier knows so and takes all of this out of the programs.
 //!
 //! `bro_watch` and `bro_hook` say what becomes of a socket, a few times in its life. `bro_send` says nothing, on purpose: it runs with
 //! every message, and what it does is counted in the lane's record instead.

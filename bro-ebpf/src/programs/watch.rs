@@ -116,14 +116,14 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     let mut new = Sender::unknown(key);
     flow(ops, local_port as u16, remote_port as u16, &mut new.flow);
     if !service && !new.flow.is_local() {
-        // A client of somebody else's server at the same port.
+        // A client of another process's server at the same port.
         return;
     }
     let Some(sk) = socket(ops) else { return };
     let Some(tcp) = TcpSock::of(sk) else { return };
     if !tcp.is_ours() {
         count(Counter::Foreign);
-        trace::socket("not hooked, somebody else's", &new.flow);
+        trace::socket("not hooked, another user's", &new.flow);
         return;
     }
     let base = tcp.write_seq();
@@ -192,7 +192,7 @@ fn acknowledged(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A sender may be hooked once it has been non-blocking at two messages, each time after it sent it, and has a lane. Whoever connects
+/// A sender may be hooked once it has been non-blocking at two messages, each time after it sent it, and has a lane. A process that connects
 /// without blocking, or greets, and then turns to blocking (hiredis, for one) does so in between. From then on it is looked at
 /// whenever it has passed something, and one that blocks is let go.
 #[inline(always)]
@@ -248,7 +248,7 @@ fn prove(ops: *mut bpf_sock_ops, sender: &mut Sender) {
     // First: the forwarder may be quick.
     sender.state |= SenderState::PROVED;
     sender.route = Route { record, serial };
-    // Not whoever watches the port: whose lane it is.
+    // Not the seat that watches the port: the one whose lane it is.
     if !tell_proved(seat_of(record), &RawProved { event, flow: sender.flow }) {
         // Once more at the next message.
         sender.route.serial = 0;
@@ -323,7 +323,7 @@ fn listening(ops: *mut bpf_sock_ops) {
         return;
     }
     if !socket(ops).and_then(TcpSock::of).is_some_and(TcpSock::is_ours) {
-        trace::port("somebody else listens", &key);
+        trace::port("another user's process listens", &key);
         return;
     }
     trace::port("the service listens", &key);

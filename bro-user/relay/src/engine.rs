@@ -6,15 +6,17 @@
 //! short read then costs no second one, and no order of events can lose an edge.
 
 mod aborts;
-mod accept;
 mod accept_batch;
-pub mod answers;
+mod agent_link;
+mod answers;
+mod arrival;
 mod congestion;
+mod connect;
 mod connections;
-mod frozen;
 pub mod idle;
 mod introductions;
 pub mod lanes;
+mod listeners;
 pub mod protocol;
 pub mod report;
 pub mod socket_options;
@@ -22,29 +24,28 @@ mod targets;
 mod token;
 mod wake_on_data;
 
-use std::collections::{HashMap, VecDeque};
-use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use accept_batch::Crowd;
+use connect::PortQueue;
+use lanes::{OpenLanes, ServiceWatch};
+use listeners::{Accepting, Listeners, PerSource};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use slab::Slab;
-use targets::Backend;
+use targets::Targets;
 use token::Token;
 
-use crate::connection::{Connection, End};
-use crate::engine::protocol::{Command, Event, Mailbox, Outbox, Plain, Received};
+use crate::connection::{Census, Connection, End};
+use crate::engine::protocol::{EngineCommand, EngineEvent, Mailbox, Outbox, Plain, Received};
 use crate::listener::Listener;
-use crate::peer::Source;
 use crate::proxy_protocol::{Trusted, Version};
 use crate::rate::Rate;
 use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
 
-pub use targets::{Destination, slot};
+pub use targets::{ReadyTarget, slot};
 
 /// What the command line decided for the engine.
 #[derive(Debug, Clone)]
@@ -85,44 +86,24 @@ pub struct Settings {
     pub hold_refused: bool,
 }
 
-/// Whether new clients are accepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Accepting {
-    /// Yes.
-    Open,
-    /// Not before a connection ends: `--connections-max` is reached.
-    Full,
-    /// Not before this instant: the kernel had no descriptor or memory.
-    BackingOff { until: Instant, pause: Duration },
-    /// No more: draining or stopped.
-    Closed,
-}
-
 /// The engine's state.
 #[derive(Debug)]
 pub struct Engine {
     settings: Settings,
     epoll: Epoll,
-    listeners: Vec<(Listener, usize)>,
-    /// How many clients each listener had of late.
-    crowds: Vec<Crowd>,
-    /// Counts the times that epoll had something to tell.
-    turn: u64,
-    accepting: Accepting,
+    listeners: Listeners,
     draining: bool,
-    backends: Vec<Backend>,
-    frost: frozen::Frost,
+    targets: Targets,
     connections: Slab<Connection>,
-    /// Connections that do not relay yet.
-    pending: usize,
+    /// How many of them are in each stage.
+    census: Census,
     /// Connections that are not ignored (`--idle-ignore`).
     keeping: usize,
-    per_source: HashMap<Source, u32>,
+    per_source: PerSource,
     /// Connections on which the client has to say something first.
     silent: wake_on_data::Silent,
-    /// Connections, by place and number, for which the kernel had no source port.
-    starved: VecDeque<(usize, u64)>,
-    last_port: Instant,
+    /// Connections for which the kernel had no source port.
+    ports: PortQueue,
     /// Connections to try again at the next tick (a unix service's backlog was full).
     retries: Vec<usize>,
     /// When to look after aborts that are on their way.
@@ -135,7 +116,7 @@ pub struct Engine {
     addresses: Option<AddressBook>,
     stats: Arc<Stats>,
     tallies: Vec<Tally>,
-    lanes: Option<lanes::Lanes>,
+    lanes: Option<OpenLanes>,
     mailbox: Mailbox,
     outbox: Outbox,
     last_tick: Instant,
@@ -166,32 +147,23 @@ impl Engine {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(mailbox.channel(), EpollEvent::new(EpollFlags::EPOLLIN, Token::Mailbox.into()))?;
         let pipes = settings.pipes;
-        // For clients that connect from now on: what a relay cannot pass on, the kernel refuses to the sender, if it can.
-        for (listener, _) in &listeners {
-            crate::sys::refuse_descriptors(listener.socket.as_fd()).ok();
-        }
         let tallies = vec![Tally::default(); listeners.len()];
         let answers = answers::Answers::new(settings.user_timeout);
         Ok(Self {
+            per_source: PerSource::new(settings.connections_per_source),
             settings,
             epoll,
-            crowds: vec![Crowd::default(); listeners.len()],
-            turn: 0,
-            listeners,
-            accepting: Accepting::Closed,
+            listeners: Listeners::new(listeners),
             draining: false,
-            backends: targets.into_iter().map(Backend::asleep).collect(),
-            frost: frozen::Frost::None,
+            targets: Targets::asleep(targets),
             connections: Slab::new(),
-            pending: 0,
+            census: Census::default(),
             keeping: 0,
-            per_source: HashMap::new(),
             silent: wake_on_data::Silent::default(),
             retries: Vec::new(),
             looks: aborts::Looks::default(),
             answers,
-            starved: VecDeque::new(),
-            last_port: Instant::now(),
+            ports: PortQueue::new(),
             next_number: 1,
             tools: Tools::new(pipes),
             addresses,
@@ -216,14 +188,14 @@ impl Engine {
                 Err(Errno::EINTR) => 0,
                 Err(errno) => return Err(errno.into()),
             };
-            self.turn += 1;
+            self.listeners.next_turn();
             for event in &events[..count] {
                 match Token::from(event.data()) {
                     Token::Connection { index, generation, side } => {
                         self.connection_event(index, generation, side, event.events());
                     }
                     Token::Listener(index) => self.accept_some(index)?,
-                    Token::Agent(backend) => self.agent_answered(backend),
+                    Token::Agent(target) => self.agent_answered(target),
                     Token::Kernel => self.kernel_events(),
                     Token::Mailbox => {
                         if !self.read_mailbox()? {
@@ -245,11 +217,11 @@ impl Engine {
         if !self.retries.is_empty() || self.outbox.is_behind() {
             at_most(RETRY);
         }
-        if self.pending > 0 {
+        if self.census.pending() > 0 {
             at_most(TICK);
         }
-        if !self.starved.is_empty() {
-            at_most(targets::PORT);
+        if !self.ports.is_empty() {
+            at_most(connect::PORT_STEP);
         }
         if let Some(limit) = self.settings.idle_timeout.filter(|_| !self.connections.is_empty()) {
             at_most((limit / 8).clamp(Duration::from_millis(10), Duration::from_secs(1)));
@@ -263,7 +235,7 @@ impl Engine {
         if let Some(span) = self.answers.patience().filter(|_| !self.connections.is_empty()) {
             at_most(span);
         }
-        if let Accepting::BackingOff { until, .. } = self.accepting {
+        if let Accepting::BackingOff { until, .. } = self.listeners.accepting() {
             at_most(until.saturating_duration_since(Instant::now()));
         }
         // One more millisecond than the wait, so that the instant has passed when epoll returns.
@@ -275,8 +247,10 @@ impl Engine {
     /// Everything that is due by the clock.
     fn tick(&mut self) -> anyhow::Result<()> {
         self.look_at_aborts();
-        self.look_for_answers();
-        if self.pending == 0
+        for (index, side) in self.answers.look(&mut self.connections) {
+            self.finish(index, End::Vanished(side));
+        }
+        if self.census.pending() == 0
             && self.settings.idle_timeout.is_none()
             && self.byte_step().is_none()
             && !self.is_backing_off()
@@ -285,7 +259,7 @@ impl Engine {
             return Ok(());
         }
         let now = Instant::now();
-        if let Accepting::BackingOff { until, pause } = self.accepting
+        if let Accepting::BackingOff { until, pause } = self.listeners.accepting()
             && now >= until
         {
             self.set_accepting(Accepting::Open)?;
@@ -299,7 +273,7 @@ impl Engine {
         }
         self.look_for_ports(now);
         let steps = [
-            (self.pending > 0).then_some(TICK),
+            (self.census.pending() > 0).then_some(TICK),
             self.settings.idle_timeout.map(|limit| (limit / 8).min(TICK)),
             self.byte_step(),
         ];
@@ -313,7 +287,7 @@ impl Engine {
     }
 
     const fn is_backing_off(&self) -> bool {
-        matches!(self.accepting, Accepting::BackingOff { .. })
+        matches!(self.listeners.accepting(), Accepting::BackingOff { .. })
     }
 
     /// Takes the control process's commands; false when it is done.
@@ -323,32 +297,36 @@ impl Engine {
                 None => return Ok(true),
                 Some(Received::WithoutDescriptors(of)) => self.lacks_descriptors(of),
                 Some(Received::Command(command)) => match command {
-                    Command::Ready { backend, destination } => self.backend_ready(backend, destination),
-                    Command::Kernel { descriptors, share, clients } => {
-                        self.kernel_loaded(&descriptors, share, clients);
+                    EngineCommand::Ready { target, ready } => self.target_ready(target, ready),
+                    EngineCommand::Kernel { descriptors, share, clients } => {
+                        let clients = clients.then_some(&self.listeners);
+                        self.lanes = OpenLanes::load(&self.epoll, &descriptors, share, clients);
                     }
-                    Command::Plain(plain) => match plain {
+                    EngineCommand::Plain(plain) => match plain {
                         Plain::Start => self.set_accepting(Accepting::Open)?,
                         Plain::Stop => return Ok(false),
                         Plain::Watch(watch) => self.watch(watch),
-                        Plain::Failed { backend, end } => self.backend_failed(backend, end),
-                        Plain::Gone { backend } => self.backend_gone(backend),
-                        Plain::Knocked { backend, runs } => self.knocked(backend, runs),
+                        Plain::Failed { target, end } => self.target_failed(target, end),
+                        Plain::Gone { target } => self.target_gone(target),
+                        Plain::Knocked { target, runs } => self.knocked(target, runs),
                         Plain::Drain(why) => self.drain(why)?,
                         Plain::EndSilent => self.let_silent_clients_go(End::Shutdown),
                         Plain::EndAll(end) => self.end_all(end),
                         Plain::Leave(how) => {
                             let leaving = self.leave(how)?;
-                            self.outbox.tell(&Event::Leaving(leaving));
+                            self.outbox.tell(&EngineEvent::Leaving(leaving));
                         }
                         Plain::Freeze(how) => {
                             let frozen = self.freeze(how);
-                            self.outbox.tell(&Event::Frozen(frozen));
+                            self.outbox.tell(&EngineEvent::Frozen(frozen));
                         }
                         Plain::Thawed => self.thawed(),
                         Plain::Wake(by) => self.wake_by_hand(&by),
-                        Plain::Ping => self.outbox.tell(&Event::Pong),
-                        Plain::Report => self.outbox.tell_figures(self.figures()),
+                        Plain::Ping => self.outbox.tell(&EngineEvent::Pong),
+                        Plain::Report => {
+                            let figures = report::figures(&self.connections, self.tallies.clone());
+                            self.outbox.tell_figures(figures);
+                        }
                     },
                 },
             }
@@ -359,26 +337,41 @@ impl Engine {
     fn drain(&mut self, why: String) -> anyhow::Result<()> {
         self.draining = true;
         self.set_accepting(Accepting::Closed)?;
-        self.unwatch_all();
-        self.outbox.tell(&Event::Draining(why));
+        if let Some(lanes) = &mut self.lanes {
+            lanes.unwatch_all(&self.listeners);
+        }
+        self.outbox.tell(&EngineEvent::Draining(why));
         if self.connections.is_empty() {
-            self.outbox.tell(&Event::Drained);
+            self.outbox.tell(&EngineEvent::Drained);
         }
         Ok(())
     }
 
     fn set_accepting(&mut self, accepting: Accepting) -> anyhow::Result<()> {
-        let (was, is) = (self.accepting == Accepting::Open, accepting == Accepting::Open);
-        self.accepting = accepting;
-        for (index, (listener, _)) in self.listeners.iter().enumerate() {
-            if is && !was {
-                let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Listener(index).into());
-                self.epoll.add(listener.socket.as_fd(), event)?;
-            } else if was && !is {
-                self.epoll.delete(listener.socket.as_fd())?;
+        Ok(self.listeners.set_accepting(&self.epoll, accepting)?)
+    }
+
+    /// Has the kernel relay's programs watch a target's service, where there are any.
+    fn watch(&mut self, watch: ServiceWatch) {
+        let target = watch.target;
+        let known = self.targets.get_mut(target).zip(self.lanes.as_mut());
+        let watching = known.is_some_and(|(known, lanes)| {
+            known.watched = lanes.watch(watch);
+            known.watched.is_some()
+        });
+        self.outbox.tell(&EngineEvent::Watching { target, watching });
+    }
+
+    /// The kernel relay's programs have something to say.
+    fn kernel_events(&mut self) {
+        let Some(lanes) = &mut self.lanes else { return };
+        for (target, flow, socket) in lanes.hear(&mut self.connections, &self.outbox) {
+            let Some(link) = self.targets[target].link() else { continue };
+            if let Err(error) = link.hook(flow, socket) {
+                tracing::warn!(%error, "the namespace agent does not take requests");
+                self.target_gone(target);
             }
         }
-        Ok(())
     }
 
     fn end_all(&mut self, end: End) {

@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_passes_for_another() {
+    fn no_client_passes_for_another() {
         // The namespace itself, this host, nonsense, and what stands for others.
         for client in
             ["10.9.9.9:1", "169.254.1.2:1", "0.0.0.0:1", "224.0.0.1:1", "255.255.255.255:1", "240.0.0.1:1"]

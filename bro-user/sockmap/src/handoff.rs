@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_successor_gets_the_seat_that_nobody_has() {
+    fn a_successor_gets_the_seat_that_is_free() {
         let (cgroup, link) =
             (PathBuf::from("/sys/fs/cgroup/x"), std::fs::File::open("/dev/null").unwrap().into());
         let heir = |seat, older: &[u32], alive| {

@@ -8,7 +8,6 @@
 
 pub mod btf;
 pub mod capabilities;
-pub mod cgroup;
 mod handoff;
 mod lane;
 mod load;
@@ -37,7 +36,7 @@ pub use btf::BtfError;
 pub use handoff::Bequest;
 pub use lane::{Granted, Lane, LaneCounters, LaneId, SenderAddress};
 pub use maps::{Descriptors, Maps, Share};
-pub use other_users::{Foreign, News};
+pub use other_users::{Foreign, ForeignNews};
 pub use programs::Programs;
 pub use sys::{SendMemory, Sent, fionread, netns_cookie, send_memory, sent};
 pub use trace::wanted as trace_wanted;
@@ -98,7 +97,7 @@ pub enum Role {
 
 /// What kind of sockets a watched service uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum SenderKind {
     /// Not known yet.
     Unknown,
     /// Non-blocking ones, as far as was seen.
@@ -109,7 +108,7 @@ pub enum Kind {
     Zerocopy,
 }
 
-impl Kind {
+impl SenderKind {
     /// The kind that [`Event::Learned`] names.
     #[must_use]
     pub fn of(number: u32) -> Self {
@@ -204,14 +203,14 @@ impl Kernel {
     /// # Errors
     /// When there is none, or only one that a service could notice ([`Config::bear_fionread`]).
     pub fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
-        let kernel = Self::from_whoever_has_it(config, bequest)?;
+        let kernel = Self::from_where_it_is(config, bequest)?;
         if kernel.fionread_lies() && !config.bear_fionread {
             return Err(Unavailable::FionreadLies);
         }
         Ok(kernel)
     }
 
-    fn from_whoever_has_it(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
+    fn from_where_it_is(config: &Config, bequest: Option<Bequest>) -> Result<Self, Unavailable> {
         let pinned = if config.hook_blocking {
             // The loader's programs are for non-blocking sockets.
             Ok(None)

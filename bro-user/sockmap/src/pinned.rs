@@ -48,7 +48,7 @@ pub(super) fn events(seat: usize) -> String {
 pub(super) fn version() -> Result<u64, Unavailable> {
     let digest = super::OBJECT.lines().find_map(|line| line.strip_prefix("sha256 "));
     let digest = digest.and_then(|digest| u64::from_str_radix(digest.get(..16)?, 16).ok());
-    digest.ok_or_else(|| Unavailable::Object("nobody wrote down which programs they are".into()))
+    digest.ok_or_else(|| Unavailable::Object("it is not written down which programs they are".into()))
 }
 
 /// A place in the set, with all it takes to use it.

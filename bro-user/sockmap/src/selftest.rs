@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::unavailable::chain;
-use super::{Event, Kernel, Lane, LaneId, Reason, Role, SenderAddress, cgroup, netns_cookie};
+use super::{Event, Kernel, Lane, LaneId, Reason, Role, SenderAddress, netns_cookie};
 
 /// How long all of it may take, on a machine that is just booting.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -29,7 +29,7 @@ type Outcome<T = ()> = Result<T, String>;
 /// Runs it and takes back what it changed, whatever came of it. The result within the result: whether clients can be hooked, which
 /// the service lane does not need.
 pub(super) fn run(kernel: &mut Kernel) -> Outcome<Outcome> {
-    let own = cgroup::of_self().map_err(|error| format!("this process's cgroup: {error}"))?;
+    let own = bro_proc::cgroup::of_self().map_err(|error| format!("this process's cgroup: {error}"))?;
     let attached_before = kernel.programs.is_attached(&own);
     kernel.attach(&own).map_err(|error| chain(&error))?;
     let listener = listener()?;
@@ -69,7 +69,7 @@ impl Test<'_> {
         }
         let mut ends = Ends { client, accepted, backend, service };
         if self.kernel.hooked_now() > 0 {
-            return Err("a socket was hooked that nobody had asked for".into());
+            return Err("a socket was hooked that was not to be".into());
         }
         let lane = self.lane(&ends)?;
         let greeted = self.prove(&mut ends, &lane, Role::Service)?;
@@ -223,7 +223,7 @@ impl Test<'_> {
             match ends.service.write(&block) {
                 Ok(count) => sent += count,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => return Err(format!("sending to nobody: {error}")),
+                Err(error) => return Err(format!("sending without a reader: {error}")),
             }
             self.in_time("filling the buffers")?;
         }

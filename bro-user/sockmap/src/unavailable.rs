@@ -47,7 +47,7 @@ pub enum Unavailable {
     #[error("the cgroup {} has as many sockops programs as the kernel allows (64)", .0.display())]
     CgroupFull(PathBuf),
     /// EPERM at attaching although loading was permitted.
-    #[error("somebody attached a sockops program to the cgroup {} exclusively", .0.display())]
+    #[error("a sockops program is attached exclusively to the cgroup {}", .0.display())]
     CgroupExclusive(PathBuf),
     /// Attaching failed for another reason.
     #[error("the sockops program could not be attached to {}", .0.display())]
@@ -215,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_lacks_descriptors_is_told_of_that_limit() {
+    fn a_lack_of_descriptors_is_told_with_that_limit() {
         let error = || io::Error::from_raw_os_error(nix::libc::EMFILE);
         for reason in [
             Unavailable::Map { name: "RECORDS".into(), source: error() },

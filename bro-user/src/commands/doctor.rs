@@ -98,7 +98,7 @@ pub fn run(options: &crate::cli::Doctor) -> anyhow::Result<bool> {
     })?;
     let text = if options.json { exit::json(&checks)? + "\n" } else { describe(&checks) };
     let printed = std::io::stdout().lock().write_all(text.as_bytes());
-    exit::unless_nobody_reads(printed.map_err(Into::into))?;
+    exit::unless_reader_has_gone(printed.map_err(Into::into))?;
     Ok(checks.iter().all(|check| check.outcome != Finding::Bad))
 }
 

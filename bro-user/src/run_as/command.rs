@@ -64,10 +64,10 @@ mod tests {
 
     /// Says what a command as another user has of the process that starts it.
     fn has(gaining: Gaining) -> String {
-        let somebody = RunAsUser { name: "x".into(), uid: 65534, gid: 65534, home: "/nowhere".into() };
+        let other = RunAsUser { name: "x".into(), uid: 65534, gid: 65534, home: "/nowhere".into() };
         let script = "tr '\\0' '\\n' </proc/$$/environ | sort; id -u; cut -d' ' -f6,7 /proc/$$/stat; echo $$; ls /proc/self/fd; \
                       grep -e NoNewPrivs -e CapEff /proc/self/status; pwd";
-        let mut command = somebody.command(gaining, "sh");
+        let mut command = other.command(gaining, "sh");
         let output = command.args(["-c", script]).stdout(Stdio::piped()).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()

@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_starts_it_anew_has_it() {
+    fn the_process_that_starts_it_anew_has_it() {
         let ours = || after(ordered(""), &[look("active", "a")]);
         assert_eq!(after(ours(), &[look("inactive", "a"), look("active", "b")]), Whose::Others);
         assert_eq!(after(ours(), &[look("active", "b")]), Whose::Others);

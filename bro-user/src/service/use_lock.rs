@@ -128,7 +128,7 @@ mod tests {
         assert!(first.is_some() && second.is_some());
         assert!(matches!(Use::alone_in(&path, first).unwrap(), Lock::Taken));
         // The first one's use is over by having asked.
-        let Lock::Had(alone) = Use::alone_in(&path, second).unwrap() else { panic!("nobody else is there") };
+        let Lock::Had(alone) = Use::alone_in(&path, second).unwrap() else { panic!("no other is there") };
         assert!(shared(&path).is_none(), "used while it is being stopped");
         drop(alone);
         assert!(shared(&path).is_some());
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_left_of_a_unit_that_nobody_uses() {
+    fn nothing_is_left_of_a_unit_that_is_not_used() {
         let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-clear-XXXXXX")).unwrap();
         let files = || std::fs::read_dir(&folder).unwrap().count();
         clear(&folder, "web.service");

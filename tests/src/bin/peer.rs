@@ -158,7 +158,7 @@ fn echo(nonblocking: bool) -> Result<()> {
         for event in &events[..count] {
             if event.data() == 0 {
                 let Ok(raw) = accept4(listener.as_raw_fd(), flags) else { continue };
-                // SAFETY: accept4 has just made this descriptor for us and nobody else knows it.
+                // SAFETY: accept4 has just made this descriptor for us and nothing else knows it.
                 let socket = unsafe { OwnedFd::from_raw_fd(raw) };
                 setsockopt(&socket, sockopt::TcpNoDelay, &true).ok();
                 let key = raw.cast_unsigned().into();

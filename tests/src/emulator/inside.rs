@@ -129,7 +129,7 @@ fn suite(name: &str) -> Result<Value> {
 
 /// Whether `command` ended well, and its standard output (the other one is the console).
 fn run(command: &mut Command, within: Duration) -> Result<(bool, String)> {
-    // A file, not a pipe: whoever reads a pipe to its end waits for more than the command.
+    // A file, not a pipe: the reader of a pipe waits to its end, which is later than the command's.
     let path = Path::new("/tmp/output");
     let mut child = command.stdin(Stdio::null()).stdout(File::create(path)?).spawn()?;
     let ended = process::ends(child.id().cast_signed(), within)?;

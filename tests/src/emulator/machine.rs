@@ -136,7 +136,7 @@ fn boot(image: &Image, files: &Initramfs) -> Result<Report> {
         "the guest did not end within {DEADLINE:?}; its console ends:\n{}",
         report.tail()
     );
-    // A qemu that somebody ends says so, and succeeds.
+    // A qemu that is ended by a signal says so, and succeeds.
     let meddled = complaint.contains("terminating on signal") && ended;
     ensure!(!ended || status.success() && !meddled, "qemu failed ({status}): {}", complaint.trim());
     Ok(report)

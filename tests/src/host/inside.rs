@@ -164,7 +164,7 @@ impl Host {
         })
     }
 
-    /// A TCP port that nobody in the host uses, another one each time. Not the kernel's choice: that may fall on one which a
+    /// A TCP port that is not used in the host, another one each time. Not the kernel's choice: that may fall on one which a
     /// client's own end takes a moment later. The host's network is the test's alone, so counting does.
     pub fn free_port(&self) -> Result<u16> {
         self.in_network(|| {

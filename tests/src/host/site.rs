@@ -243,7 +243,7 @@ impl<'h> Site<'h> {
     pub fn expect_reset(&self) -> Result<()> {
         let mut client = self.client()?;
         // A reset may be there before a word is said.
-        let seen = client.write_all(b"anybody there?").and_then(|()| client.read(&mut [0; 1]));
+        let seen = client.write_all(b"hello, service?").and_then(|()| client.read(&mut [0; 1]));
         match seen {
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
             other => anyhow::bail!("instead of a reset the client saw {other:?}"),

@@ -1,4 +1,4 @@
-//! What the machine's log has to say against somebody.
+//! What in the machine's log is a complaint.
 
 /// Beginnings and parts of what Linux says when something is wrong with itself.
 const KERNEL: &[&str] = &[

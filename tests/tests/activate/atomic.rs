@@ -98,7 +98,7 @@ fn who_may_not_write_is_told_so() -> Result<()> {
     let tree = Tree::with_web()?;
     std::fs::create_dir_all(tree.path("etc/systemd/system"))?;
     let before = tree.listing()?;
-    // In a user namespace without a mapping even root is nobody in particular: the mode bits count.
+    // In a user namespace without a mapping even root has no id of its own: the mode bits count.
     let script = "chmod 555 \"$ROOT/etc/systemd/system\"; code=0; \
                   unshare --user \"$BRO\" activate web --system --root \"$ROOT\" --external-port 80 || code=$?; \
                   chmod 755 \"$ROOT/etc/systemd/system\"; exit $code";
@@ -159,7 +159,7 @@ fn many_at_once_end_as_one_after_the_other() -> Result<()> {
     Ok(())
 }
 
-/// Whichever of its files somebody has deleted by hand, no other stays, nor a link that enables one.
+/// Whichever of its files was deleted by hand, no other stays, nor a link that enables one.
 #[test]
 fn what_is_left_of_a_service_can_be_removed() -> Result<()> {
     let forwarded = |tree: &Tree| -> Result<()> {

@@ -59,7 +59,7 @@ fn only_directories_that_it_made_go() -> Result<()> {
     Ok(())
 }
 
-/// Links of an image are meant for whoever boots it.
+/// Links of an image are meant for the system that boots it.
 #[test]
 fn an_absolute_link_leads_nowhere() -> Result<()> {
     let outside = Tree::new(&[("quadlets/web.container", "[Container]\nImage=localhost/outside\n")])?;
@@ -86,7 +86,7 @@ fn an_absolute_link_leads_nowhere() -> Result<()> {
     Ok(())
 }
 
-/// Units of a tree are whoever's who made it, and what they name may lie beside the tree, or anywhere.
+/// Units of a tree belong to the user who made the tree, and what they name may lie beside the tree, or anywhere.
 #[test]
 fn what_a_trees_units_say_leads_nowhere() -> Result<()> {
     const MARKED: &str =
@@ -146,9 +146,9 @@ fn what_a_trees_units_say_leads_nowhere() -> Result<()> {
     Ok(())
 }
 
-/// Reading it would wait for somebody who writes.
+/// Reading it would wait for a writer.
 #[test]
-fn a_pipe_among_the_units_is_nobodys() -> Result<()> {
+fn a_pipe_among_the_units_is_not_read() -> Result<()> {
     let tree = Tree::with_web()?;
     let units = tree.path("etc/systemd/system");
     std::fs::create_dir_all(&units)?;

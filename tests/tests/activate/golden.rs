@@ -108,7 +108,7 @@ fn case(case: &Path) -> Result<()> {
 #[test]
 fn every_golden_tree() -> Result<()> {
     let entries = match std::fs::read_dir(cases()) {
-        // As the ordinary user for whom the built tests were copied: whoever may read the workspace has run this.
+        // As the ordinary user for whom the built tests were copied: a user who may read the workspace has run this.
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => return Ok(()),
         entries => entries?,
     };

@@ -267,7 +267,7 @@ fn a_dry_run_prints_what_is_written() -> Result<()> {
 }
 
 #[test]
-fn somebody_elses_files_are_not_touched() -> Result<()> {
+fn files_of_others_are_not_touched() -> Result<()> {
     for theirs in [
         "etc/systemd/system/web-activator.socket",
         "etc/systemd/system/web-activator.service",
@@ -295,7 +295,7 @@ fn somebody_elses_files_are_not_touched() -> Result<()> {
     Ok(())
 }
 
-/// A user may name directories as he likes, and root's units say where the quadlet is: a line feed there would be a line of theirs.
+/// Users may name directories as they like, and root's units say where the quadlet is: a line feed there would be a line of theirs.
 #[test]
 fn a_directorys_name_is_no_line_of_roots_unit() -> Result<()> {
     use std::os::unix::ffi::OsStrExt as _;
@@ -326,7 +326,7 @@ fn a_directorys_name_is_no_line_of_roots_unit() -> Result<()> {
     Ok(())
 }
 
-/// The names of the units are the same, whoever's container it is.
+/// The names of the units are the same, whichever user's container it is.
 #[test]
 fn one_name_is_one_users() -> Result<()> {
     let tree = disk()?;

@@ -64,7 +64,7 @@ pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
     let site = Site { host, manager, front: manager, name: "whole".into(), port, suffix: "activator" };
     ensure!(manager.show(host, &site.socket(), "UnitFileState")? == "enabled");
     for round in 1..=2 {
-        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder that nobody woke runs");
+        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder runs without a client");
         site.check_echo().with_context(|| site.journals())?;
         expect_asleep(&site)?;
         let ended = site.ended(round)?;
@@ -86,7 +86,7 @@ pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
     );
     let known = manager.systemctl(host, &["list-units", "--all", "--plain", "--no-legend", "whole-*"])?;
     ensure!(known.is_empty(), "systemd still knows {known}");
-    ensure!(host.connect(port).is_err(), "somebody still listens");
+    ensure!(host.connect(port).is_err(), "there is still a listener");
     let again = activate(host, manager, "whole --remove")?;
     ensure!(matches!(again.code, 0 | 4), "{again:?}");
     Ok(())

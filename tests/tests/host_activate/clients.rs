@@ -103,7 +103,7 @@ fn seen(site: &Site<'_>, network: &str, client: Client) -> Result<String> {
     Ok(own)
 }
 
-/// As its official image sets it up: whoever comes from 127.0.0.1 needs no password.
+/// As its official image sets it up: a client from 127.0.0.1 needs no password.
 pub fn postgresql(host: &Host, manager: Manager) -> Result<()> {
     const IMAGE: &str = "docker.io/library/postgres";
     manager.import_image(host, "postgres", IMAGE)?;

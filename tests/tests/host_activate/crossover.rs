@@ -25,7 +25,7 @@ pub fn pasta(host: &Host) -> Result<()> {
     ];
     let mut runs = Vec::new();
     for (network, address) in &ways {
-        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder that nobody woke runs");
+        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder runs without a client");
         let answer = from(network, address)?;
         ensure!(answer.stdout.len() > 32, "{network}, {address}: {answer:?}\n{}", site.journals());
         runs.push(answer.stdout[..32].to_owned());

@@ -135,7 +135,7 @@ pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
     for client in 1..=CLIENTS {
         let mut stream = host.connect(port).with_context(|| format!("client {client}"))?;
         let began = Instant::now();
-        stream.write_all(b"anybody there?").ok();
+        stream.write_all(b"hello, service?").ok();
         match stream.read(&mut [0; 1]) {
             Ok(0) => {}
             Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
@@ -150,7 +150,7 @@ pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
         );
         listens()?;
     }
-    // Nobody waits, so nothing is started any more.
+    // No client waits, so nothing is started any more.
     let starts = || -> Result<usize> {
         let journal = manager.journal(host, "falls.service")?;
         Ok(journal.lines().filter(|line| line.starts_with("Starting ")).count())
@@ -161,7 +161,7 @@ pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
     let after = starts()?;
     ensure!((1..=CLIENTS).contains(&after), "{after} starts for {CLIENTS} clients");
     std::thread::sleep(Duration::from_secs(3));
-    ensure!(starts()? == after, "it is started although nobody is there");
+    ensure!(starts()? == after, "it is started without a client");
 
     host.write(&format!("{data}/well"), "")?;
     let answer = ask(host.connect(port)?, b"hello");
@@ -173,7 +173,7 @@ pub fn crash_loop(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
-/// While the service is restarted, whoever comes waits and is served by its next run; while it is stopped, he is told, and it
+/// While the service is restarted, a new client waits and is served by its next run; while it is stopped, the client is told, and it
 /// stays stopped until the next one comes.
 pub fn client_while_restarting(host: &Host, manager: Manager) -> Result<()> {
     let data = folder(host, manager, "anew")?;
@@ -202,7 +202,7 @@ pub fn client_while_restarting(host: &Host, manager: Manager) -> Result<()> {
         manager.wait_for(host, "anew.service", "ActiveState", "active", PATIENCE)?;
         manager.systemctl(host, &["--no-block", verb, "anew.service"])?;
         manager.wait_for(host, "anew.service", "ActiveState", "deactivating", PATIENCE)?;
-        // Only when the old one has let go of it does a client come to nobody.
+        // Only when the old one has let go of it does a client find no listener.
         host.wait_until("nothing listens in the container", PATIENCE, || Ok(host.path(&deaf).exists()))
             .with_context(journal)?;
         let client = host.connect(port)?;
@@ -266,7 +266,7 @@ pub fn restricted(host: &Host, manager: Manager) -> Result<()> {
         manager.systemctl(host, &["stop", "bound.service"])?;
     }
     let families = manager.show(host, "bound.service", "RestrictAddressFamilies")?;
-    // What the kernel says to whoever tries, in the unit's place.
+    // What the kernel says to a process that tries, in the unit's place.
     let systemd_run = ["systemd-run", "--user", "--quiet", "--wait", "--pipe"];
     let run = systemd_run.into_iter().filter(|word| *word != "--user" || manager != Manager::System);
     let restricted = format!("RestrictAddressFamilies={families}");

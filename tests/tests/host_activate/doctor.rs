@@ -95,10 +95,10 @@ pub fn status_and_doctor(host: &Host, manager: Manager) -> Result<()> {
     .with_context(|| format!("{:?}\n{}", doctor(&[]), site.journals()))?;
 
     // The unit runs, and the forwarder looks for a container that there is not.
-    let ran = activate(host, manager, "patient --container nobody")?;
+    let ran = activate(host, manager, "patient --container absent")?;
     ensure!(ran.success(), "{ran:?}");
     manager.systemctl(host, &["start", &site.unit()])?;
-    ill("no such container", "no container nobody runs", &[])?;
+    ill("no such container", "no container absent runs", &[])?;
     ill("no such container", "systemd-patient", &[])?;
     let ran = activate(host, manager, "patient --container systemd-patient")?;
     ensure!(ran.success(), "{ran:?}");
@@ -164,7 +164,7 @@ fn a_broken_forwarder(site: &Site<'_>, ill: &Ill<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Somebody has had the socket listen somewhere else by a drop-in.
+/// A drop-in of the administrator's has the socket listen somewhere else.
 fn a_socket_elsewhere(site: &Site<'_>, ill: &Ill<'_>, status: &dyn Fn() -> Result<String>) -> Result<()> {
     let (host, manager, socket) = (site.host, site.manager, site.socket());
     let folder = match manager {
@@ -338,7 +338,7 @@ pub fn loader_without_its_unit(host: &Host) -> Result<()> {
 
 /// What neither this kernel nor this Debian has is shown to it: files that say that AppArmor and SELinux are at work.
 pub fn security_modules(host: &Host) -> Result<()> {
-    // In a mount namespace of its own: these folders are nobody else's.
+    // In a mount namespace of its own: no other process sees these folders.
     let shown = |script: &str, check: &str| -> Result<(String, String)> {
         let script = format!(
             "release=$(uname -r); mount -t tmpfs shown /proc/sys/kernel; echo $release >/proc/sys/kernel/osrelease\n{script}"

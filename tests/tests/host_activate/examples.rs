@@ -80,7 +80,7 @@ fn run_where_it_is(host: &Host, chapter: &Chapter, images: &mut HashSet<(u8, Str
                 Who::Root => Manager::System,
                 Who::User => USER,
                 Who::Named(name) if name == "db" => DB,
-                Who::Named(name) => bail!("nobody is called {name} here"),
+                Who::Named(name) => bail!("no user is called {name} here"),
             };
             command(host, who, line, prints.as_deref()).with_context(|| line.clone())
         }

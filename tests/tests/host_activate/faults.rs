@@ -66,7 +66,7 @@ pub fn killed(host: &Host, manager: Manager) -> Result<()> {
     host.sh(&format!("sed -i s/{first}/{second}/ {file}"))?;
     listens_at(second)?;
     ensure!(host.connect(first).is_err(), "it listens where it did before, too");
-    // Somebody had systemd read everything since, which makes no new socket.
+    // systemd was told to read everything since, which makes no new socket.
     host.sh(&format!("cp -p {file} {units}/.{}.bro-old; sed -i s/{second}/{first}/ {file}", site.socket()))?;
     manager.systemctl(host, &["daemon-reload"])?;
     listens_at(first)?;
@@ -194,7 +194,7 @@ pub fn quadlet_goes(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
-/// `systemctl stop` of the socket while clients are held for a service that starts: those are served still, nobody else is.
+/// `systemctl stop` of the socket while clients are held for a service that starts: those are served still, no other is.
 pub fn socket_stopped(host: &Host, manager: Manager) -> Result<()> {
     let (plan, gate) = Plan::gated(host, manager, "halted", "")?;
     let site = Site::activated(host, manager, "halted", &plan, &IDLE)?;
@@ -213,7 +213,7 @@ pub fn socket_stopped(host: &Host, manager: Manager) -> Result<()> {
         ensure!(answer == b"held", "{answer:?}\n{}", site.journals());
     }
     site.await_exit()?;
-    ensure!(site.client().is_err(), "somebody listens although the socket is stopped");
+    ensure!(site.client().is_err(), "there is a listener although the socket is stopped");
     manager.systemctl(host, &["start", &site.socket()])?;
     site.check_echo().with_context(|| site.journals())?;
     expect_asleep(&site)
@@ -344,7 +344,7 @@ pub fn updated(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
-/// Whoever comes while the idle container is being stopped is served afterwards.
+/// A client that comes while the idle container is being stopped is served afterwards.
 pub fn client_while_stopping(host: &Host, manager: Manager) -> Result<()> {
     let mut plan = Plan::busybox("trap '' TERM; nc -ll -p 7 -e /bin/cat; exit", "");
     plan.container = plan.container.replace("StopSignal=SIGKILL", "StopTimeout=2");
@@ -413,7 +413,7 @@ pub fn disk_full(host: &Host) -> Result<()> {
         let after = tree(host, other)?;
         ensure!(ran.code == 1 && ran.stderr.contains("No space left"), "room for {room}: {ran:?}");
         ensure!(after == before, "room for {room}: something is left: {after:#?}");
-        ensure!(host.connect(port).is_err(), "room for {room}: somebody listens");
+        ensure!(host.connect(port).is_err(), "room for {room}: there is a listener");
         host.sh(&format!("rm {folder}/.filler"))?;
         if room == 1 {
             let ran = activate(host, other, &words)?;

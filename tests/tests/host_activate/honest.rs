@@ -29,7 +29,7 @@ fn bad(host: &Host, manager: Manager, name: &str, check: &str, part: &str) -> Re
 pub fn podmans_own_words(host: &Host, manager: Manager) -> Result<()> {
     // This host's journal is volatile, so that it has no files of users' own: as if they were members of systemd-journal.
     host.sh("chmod -R o+rX /run/log/journal")?;
-    // An image that is not there, and that nobody may pull.
+    // An image that is not there, and that may not be pulled.
     Plan::new("Image=localhost/nosuch\nPull=never", "", "").write_quadlet(host, manager, "imageless")?;
     let port = host.free_port()?;
     let words = format!("imageless --external-port 127.0.0.1:{port} --internal-port {INNER}");
@@ -107,7 +107,7 @@ fn told(site: &Site<'_>, parts: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Addresses of nobody, ports that an ordinary user may not have, and a readiness that never comes.
+/// Addresses of no interface, ports that an ordinary user may not have, and a readiness that never comes.
 pub fn in_the_way(host: &Host, manager: Manager) -> Result<()> {
     let plan = Plan::busybox("exec nc -ll -p 7 -e /bin/cat", "");
     let site = Site::activated(host, manager, "hindered", &plan, &["--ready", "healthy"])?;
@@ -142,7 +142,7 @@ pub fn in_the_way(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
-/// Changed settings are taken up where that disturbs nobody, and else it is said that they are not, by doctor too.
+/// Changed settings are taken up where that disturbs no client, and else it is said that they are not, by doctor too.
 pub fn settings_taken_up(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::activated(host, manager, "settled", &Plan::service(manager, 0.0, ""), &[])?;
     let forwarder = || site.forwarder_show("MainPID");

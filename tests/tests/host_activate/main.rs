@@ -1,6 +1,8 @@
 //! `bro activate` on a real host: quadlets become activated services, rootful and rootless, behind systemd as PID 1, with real
 //! services in real containers; what breaks them; and every example of the documentation. `BRO_CASE=part` runs the cases so
 //! named.
+//!
+//! Needs: root, mmdebstrap. Takes: 5 min.
 
 mod activated;
 mod clients;
@@ -124,7 +126,7 @@ fn activated_services_on_a_real_host() {
         cases.on(&host, name, || case(&host));
     }
     examples::all(&host, &cases);
-    cases.rebooting(&mut host, "after a reboot without a login", power::nobody_has_logged_in);
+    cases.rebooting(&mut host, "after a reboot without a login", power::no_user_has_logged_in);
     cases.rebooting(&mut host, "reboot and power cut in mid-stream", power::reboot_and_power_cut);
     cases.conclude();
 }

@@ -89,10 +89,10 @@ pub fn counted_over_stops_and_reloads(host: &Host, manager: Manager) -> Result<(
             "{now}"
         );
         ensure!(number(&now, "bro_cold_start_duration_seconds_count", &[&service]) == rounds, "{now}");
-        ensure!(host.connect(at).is_err(), "somebody still answers for it");
+        ensure!(host.connect(at).is_err(), "it is still answered for");
     }
     ensure!(site.errors()?.is_empty(), "{:?}", site.errors()?);
-    // Another one cannot have the address, although nobody listens there now.
+    // Another one cannot have the address, although there is no listener now.
     Plan::service(manager, 0.1, "").write_quadlet(host, manager, "second")?;
     let port = host.free_port()?;
     let words = format!("second --external-port 127.0.0.1:{port} --internal-port 7 --metrics {metrics}");

@@ -77,9 +77,9 @@ fn brief_drain(site: &Site<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The user lingers, and nobody has logged in: the system listens on that user's behalf, and a service that may make no socket
+/// The user lingers, and has not logged in: the system listens on that user's behalf, and a service that may make no socket
 /// finds the user namespace that it could not make itself.
-pub fn nobody_has_logged_in(host: &mut Host) -> Result<()> {
+pub fn no_user_has_logged_in(host: &mut Host) -> Result<()> {
     const TEST: Manager = Manager::User("test");
     let served = Served::new(host, TEST, "dawn", &Plan::service(TEST, 0.0, ""), "--exit-idle-time 500ms")?;
     std::mem::forget(served);

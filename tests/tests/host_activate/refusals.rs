@@ -66,7 +66,7 @@ pub fn others_property(host: &Host, manager: Manager) -> Result<()> {
     manager.unit(host, "mine-activator.socket", "[Socket]\nListenStream=1\n")?;
     let before = tree(host, manager)?;
     activate(host, manager, "mine --remove")?;
-    ensure!(tree(host, manager)? == before, "--remove took somebody else's file");
+    ensure!(tree(host, manager)? == before, "--remove took a file that is not bro's");
     host.run(&["rm", &format!("{folder}/mine-activator.socket")])?;
 
     // A program of this host has the port.
@@ -78,7 +78,7 @@ pub fn others_property(host: &Host, manager: Manager) -> Result<()> {
     let ran = refused(host, manager, &words, 1, &port.to_string())?;
     ensure!(
         ran.stderr.contains("socat") || ran.stderr.contains("squatter"),
-        "nobody is named: {}",
+        "no process is named: {}",
         ran.stderr
     );
     manager.systemctl(host, &["stop", "squatter.service"])?;

@@ -42,7 +42,7 @@ pub fn under_pgbench(host: &Host, manager: Manager) -> Result<()> {
             manager.systemctl(host, &["reload", &site.forwarder()])?;
             let main = || site.forwarder_show("MainPID").unwrap_or_default();
             let taken_over = || !mains.contains(&main()) && main() != "0";
-            ensure!(eventually(PATIENCE, taken_over), "nobody has taken over: {}", site.journals());
+            ensure!(eventually(PATIENCE, taken_over), "no successor has taken over: {}", site.journals());
             mains.push(main());
             kept.push(site.client()?);
             ensure!(site.forwarder_show("ActiveState")? == "active", "{}", site.journals());
@@ -57,7 +57,7 @@ pub fn under_pgbench(host: &Host, manager: Manager) -> Result<()> {
         Ok(())
     })?;
     drop(kept);
-    // Nobody of the older ones is left, and the last one knows when to stop the container.
+    // None of the older ones is left, and the last one knows when to stop the container.
     expect_asleep(&site).with_context(|| site.journals())?;
     ensure!(site.errors()?.is_empty(), "{:?}", site.errors()?);
     Ok(())

@@ -78,7 +78,7 @@ pub fn from_quadlet_to_service(host: &Host) -> Result<()> {
     let activated = tree(host, Manager::System)?;
     ensure!(tree(host, TEST)? == home, "root wrote into the user's home");
     for _ in 0..2 {
-        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder that nobody woke runs");
+        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder runs without a client");
         site.check_echo().with_context(|| site.journals())?;
         expect_asleep(site).with_context(|| site.journals())?;
     }
@@ -118,7 +118,7 @@ pub fn from_quadlet_to_service(host: &Host) -> Result<()> {
         tree(host, Manager::System)?
     );
     ensure!(tree(host, TEST)? == home, "something is left in the user's home");
-    ensure!(host.connect(PORT).is_err(), "somebody still listens");
+    ensure!(host.connect(PORT).is_err(), "there is still a listener");
     Ok(())
 }
 
@@ -239,7 +239,7 @@ pub fn podman_has_nothing_of_roots(host: &Host) -> Result<()> {
          {{ tr '\\0' '\\n' </proc/$$/environ; cut -d' ' -f6,7 /proc/$$/stat; echo pid $$; ls /proc/$$/fd; }} >>{folder}/seen\n"
     );
     host.write(&format!("{folder}/podman"), &stub)?;
-    // Within a shell's terminal, environment and redirections, and where nobody else sees the stub.
+    // Within a shell's terminal, environment and redirections, and where no other process sees the stub.
     let script = format!(
         "chmod 755 {folder}/podman; mount --bind {folder}/podman $(command -v podman); exec 9</etc/shadow; export SECRET=hunter2\n\
          exec python3 -c 'import os, pty; os.set_inheritable(9, True); pty.spawn([\"bro\", \"doctor\", \"watched\", \"--system\"])'"
@@ -266,8 +266,8 @@ pub fn not_logged_in(host: &Host) -> Result<()> {
     for _ in 0..2 {
         host.run(&["systemctl", "stop", &manager, &format!("user-runtime-dir@{uid}.service")])?;
         site.front.wait_for(host, &site.forwarder(), "ActiveState", "inactive", PATIENCE)?;
-        let answer = ask(site.client()?, b"anybody there?").with_context(|| site.journal())?;
-        ensure!(answer == b"anybody there?", "{answer:?}\n{}", site.journals());
+        let answer = ask(site.client()?, b"hello, service?").with_context(|| site.journal())?;
+        ensure!(answer == b"hello, service?", "{answer:?}\n{}", site.journals());
         ensure!(Manager::System.show(host, &manager, "ActiveState")? == "active");
     }
     drop(served);

@@ -1,5 +1,5 @@
-//! A service on a unix socket behind the confined forwarders that `bro activate` writes: its clients are nobody to it, and `bro doctor`
-//! says so where it does not let nobody in.
+//! A service on a unix socket behind the confined forwarders that `bro activate` writes: it sees its clients as an id of no user's, and `bro doctor`
+//! says so where it does not let such an id in.
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::site::{PATIENCE, Plan, Site};
@@ -34,7 +34,7 @@ fn plan(manager: Manager) -> Plan {
 
 const OPTIONS: [&str; 4] = ["--internal-port", "/tmp/who.sock", "--exit-idle-time", "1min"];
 
-fn is_nobody(said: &str) -> bool {
+fn is_no_user(said: &str) -> bool {
     let ids = said.trim().split_once(':');
     ids.is_some_and(|(uid, gid)| {
         uid == gid && uid.parse().is_ok_and(|uid: u32| (65520..=65531).contains(&uid))
@@ -54,7 +54,7 @@ pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
         manager.wait_for(host, &site.forwarder(), "ActiveState", "inactive", PATIENCE)
     };
     let said = ask()?;
-    ensure!(is_nobody(&said), "the service sees {said:?}\n{}", site.journal());
+    ensure!(is_no_user(&said), "the service sees {said:?}\n{}", site.journal());
     let well = doctor()?;
     ensure!(
         well.stdout.contains("listens at /tmp/who.sock, and lets the forwarder's clients in"),
@@ -91,7 +91,7 @@ pub fn of_a_user(host: &Host) -> Result<()> {
     let said = host.sh(&format!("timeout 20 socat -u TCP:{external} - || :"));
     let removed = host.run(&["bro", "activate", "theirs", "--system", "--remove"]);
     let said = said?;
-    ensure!(is_nobody(&said), "the service sees {said:?}");
+    ensure!(is_no_user(&said), "the service sees {said:?}");
     removed?;
     manager.systemctl(host, &["stop", "theirs.service"])?;
     Ok(())

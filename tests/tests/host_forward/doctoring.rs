@@ -113,7 +113,7 @@ pub fn doctor_of_a_service(host: &Host, manager: Manager) -> Result<()> {
     manager.systemctl(host, &["enable", &socket])?;
 
     manager.systemctl(host, &["stop", &socket, &service.unit("service")])?;
-    service.expect(&[], &["nobody listens at"])?;
+    service.expect(&[], &["nothing listens at"])?;
     let taken = host.in_network(|| Ok(std::net::TcpListener::bind(("127.0.0.1", service.port))?))?;
     service.expect(&[], &["is taken by"])?;
     drop(taken);

@@ -91,7 +91,7 @@ pub fn looked_after(host: &Host, manager: Manager) -> Result<()> {
     let said = manager.run(host, &["bro", "sleep", "icy2"])?;
     ensure!(said.contains("stopped"), "{said}");
     site.await_container_gone()?;
-    // systemd has nothing done to a frozen unit but to thaw it; whoever does that by hand is not in anybody's way.
+    // systemd has nothing done to a frozen unit but to thaw it; an administrator who does that by hand is not in the way.
     site.check_echo()?;
     is(&site, "frozen")?;
     if let Err(error) = manager.systemctl(host, &["stop", "icy2.service"]) {
@@ -106,13 +106,13 @@ pub fn looked_after(host: &Host, manager: Manager) -> Result<()> {
     }
     site.await_container_gone()?;
     site.check_echo().with_context(|| site.journals())?;
-    // Nobody would have it go on once the forwarder has been stopped.
+    // Nothing would have it go on once the forwarder has been stopped.
     is(&site, "frozen")?;
     site.front.systemctl(host, &["stop", &site.socket(), &site.forwarder()])?;
     is(&site, "running")
 }
 
-/// What somebody else has started is not frozen either.
+/// What was started by hand or by another unit is not frozen either.
 pub fn others_are_not(host: &Host, manager: Manager) -> Result<()> {
     let site =
         Site::new(host, manager, "warm", &Plan::service(manager, 0.0, "--exit-idle-time=300ms --freeze"))?;

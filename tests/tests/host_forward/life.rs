@@ -43,7 +43,7 @@ pub fn container_restarts_itself(host: &Host, manager: Manager) -> Result<()> {
         .map_err(|error| error.context(manager.journal(host, "restarts.service").unwrap_or_default()))
 }
 
-/// Podman kills a container that ignores its stop signal after some seconds. Whoever comes meanwhile is served afterwards.
+/// Podman kills a container that ignores its stop signal after some seconds. Clients that come meanwhile are served afterwards.
 pub fn slow_to_stop(host: &Host, manager: Manager) -> Result<()> {
     let mut plan = Plan::busybox("trap '' TERM; nc -ll -p 7 -e /bin/cat; exit", "--exit-idle-time 300ms");
     // Longer than the forwarder's watchdog.
@@ -91,7 +91,7 @@ pub fn killed(host: &Host, manager: Manager) -> Result<()> {
     let held = site.held()?;
     ensure!(site.who()?.0 == run, "the container did not survive its forwarder");
     let successor = site.forwarder_show("MainPID")?;
-    ensure!(successor != forwarder && successor != "0", "nobody forwards");
+    ensure!(successor != forwarder && successor != "0", "no forwarder runs");
     // The relay process and the helper in the container's namespace end with their forwarder: three is what one has.
     let tasks = format!("/sys/fs/cgroup{}/cgroup.procs", site.forwarder_show("ControlGroup")?);
     host.wait_until("only the successor's own processes in the unit", PATIENCE, || {

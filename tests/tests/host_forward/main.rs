@@ -1,5 +1,7 @@
 //! `bro forward` on a real host: systemd as PID 1 listens, Podman (rootful, and rootless under an ordinary user's manager) runs
 //! quadlet containers with `Network=none`, and real services are behind it. `BRO_CASE=part` runs the cases so named.
+//!
+//! Needs: root, mmdebstrap. Takes: 5 min.
 
 mod doctoring;
 mod failures;
@@ -64,7 +66,7 @@ const BOTH: &[Case] = &[
     ("a container that another unit needs", whose::needed_by_another),
     ("frozen: goes on at once, and is stopped in the end", frozen::goes_on_at_once),
     ("frozen: looked after by others", frozen::looked_after),
-    ("frozen: not what somebody else has started", frozen::others_are_not),
+    ("frozen: not what was started by others", frozen::others_are_not),
     ("often: the same client again and again", often::the_same_client_again_and_again),
     ("often: a container that was started too often", often::started_too_often),
     ("often: clients that wake nothing", often::who_wakes_nothing),
@@ -84,7 +86,7 @@ const OTHERS: &[OtherCase] = &[
         "a system service with User= finds that user's manager without any environment",
         users::bus_without_environment,
     ),
-    ("somebody else's container, process and namespace", users::somebody_elses),
+    ("another user's container, process and namespace", users::another_users),
     ("root's forwarder and a user's container", users::roots_forwarder),
     (
         "a symbolic link of the container's does not lead to the host's sockets",

@@ -87,12 +87,12 @@ pub fn started_too_often(host: &Host, manager: Manager) -> Result<()> {
     ensure!(ended[2..].iter().all(|record| text(record, "BRO_REASON") == "wake-limit"), "{ended:?}");
     ensure!(site.journal().contains("--wakes-per-hour=2"), "{}", site.journal());
     ensure!(starts(&site)? == 2, "{} starts", starts(&site)?);
-    // What runs is not refused to anybody.
+    // A service that runs is refused to no client.
     manager.systemctl(host, &["start", "toooften.service"])?;
     site.check_echo()
 }
 
-/// Monitors neither wake it, nor are they turned away from what somebody else has started.
+/// Monitors neither wake it, nor are they turned away from what was started by others.
 pub fn who_wakes_nothing(host: &Host, manager: Manager) -> Result<()> {
     let options = "--exit-idle-time=500ms --wake-ignore=127.0.0.0/8,::1";
     let site = Site::new(host, manager, "scanned", &Plan::service(manager, 0.0, options))?;

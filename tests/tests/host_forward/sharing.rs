@@ -81,12 +81,12 @@ pub fn two_forwarders(host: &Host, manager: Manager) -> Result<()> {
         drop(stays);
         site.await_container_gone()?;
     }
-    // One that is killed is in nobody's way.
+    // One that is killed is not in the way of the next.
     let by_second = second.client()?;
     echo(&by_second)?;
     site.check_echo()?;
     let killed = manager.show(host, &second.unit("service"), "MainPID")?;
-    // Before it can be started again by its socket: nobody connects to it.
+    // Before it can be started again by its socket: no client connects to it.
     host.run(&["kill", "-KILL", &killed])?;
     drop(by_second);
     site.await_exit()?;
@@ -161,7 +161,7 @@ pub fn by_hand(host: &Host, manager: Manager) -> Result<()> {
         other => anyhow::bail!("instead of a reset the client saw {other:?}"),
     }
     site.await_container_gone()?;
-    // Asleep, nobody there: nothing to do. And without a forwarder the unit is stopped all the same.
+    // Asleep, no client there: nothing to do. And without a forwarder the unit is stopped all the same.
     ensure!(bro(&["sleep", "hand"])?.stdout.contains("already"), "put to sleep twice");
     manager.systemctl(host, &["start", "hand.service"])?;
     ensure!(bro(&["sleep", "hand"])?.success(), "not without a forwarder");

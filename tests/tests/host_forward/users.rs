@@ -23,7 +23,7 @@ pub fn bus_without_environment(host: &Host) -> Result<()> {
     Ok(())
 }
 
-pub fn somebody_elses(host: &Host) -> Result<()> {
+pub fn another_users(host: &Host) -> Result<()> {
     let other = Manager::User("other");
     let theirs = Site::new(host, other, "theirs", &Plan::busybox("exec nc -ll -p 7 -e /bin/cat", ""))?;
     theirs.check_echo()?;
@@ -40,7 +40,7 @@ pub fn somebody_elses(host: &Host) -> Result<()> {
     one_sentence(&namespace?, 5)
 }
 
-/// Root may forward into anybody's container, by its process.
+/// Root may forward into any user's container, by its process.
 pub fn roots_forwarder(host: &Host) -> Result<()> {
     let user = Manager::User("test");
     let target = Site::new(host, user, "users", &Plan::service(user, 0.0, ""))?;

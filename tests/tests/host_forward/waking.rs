@@ -13,7 +13,7 @@ use crate::site::{INNER, PATIENCE, Plan, Site, ask, python, text};
 pub fn wakes_sleeps_and_wakes(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "wake", &Plan::service(manager, 0.3, "--exit-idle-time 700ms"))?;
     for round in 1..=2 {
-        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder that nobody woke runs");
+        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder runs without a client");
         let began = Instant::now();
         let (_, listening) = site.who()?;
         let cold = began.elapsed();

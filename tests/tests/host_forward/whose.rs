@@ -1,5 +1,5 @@
-//! Whose a running container is to stop: the forwarder's, whatever has happened to it since it was woken, until somebody else
-//! starts it anew; and nobody's while another unit needs it.
+//! Whose a running container is to stop: the forwarder's, whatever has happened to it since it was woken, until another process
+//! starts it anew; and not the forwarder's to stop while another unit needs it.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -122,7 +122,7 @@ pub fn restarted_by_hand(host: &Host, manager: Manager) -> Result<()> {
     expect_asleep(&site)
 }
 
-/// An administrator stops it, and starts it for reasons of his own.
+/// An administrator stops it, and starts it for reasons of their own.
 pub fn started_anew_by_hand(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "anew", &Plan::service(manager, 0.0, IDLE))?;
     site.check_echo()?;

@@ -1,5 +1,7 @@
 //! `bro loader` on a real host: the units that the packages install, two ordinary users with rootless containers, a system service
 //! that runs as one of them, attempts to cross the line between them, and a reboot. `BRO_CASE=part` runs the cases so named.
+//!
+//! Needs: root, kernel BTF, mmdebstrap. Takes: 1 min.
 
 mod crossing;
 mod users;

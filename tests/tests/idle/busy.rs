@@ -1,4 +1,4 @@
-//! `--min-uptime`, `--busy-file`, `--busy-exec`: what keeps a forwarder from leaving although nobody is connected.
+//! `--min-uptime`, `--busy-file`, `--busy-exec`: what keeps a forwarder from leaving although no client is connected.
 
 use std::time::{Duration, Instant};
 

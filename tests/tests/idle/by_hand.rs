@@ -82,7 +82,7 @@ fn wake_says_when_the_service_does_not_come() -> Result<()> {
 }
 
 #[test]
-fn sleep_is_refused_while_somebody_is_connected() -> Result<()> {
+fn sleep_is_refused_while_a_client_is_connected() -> Result<()> {
     require_namespaces!();
     let mut scene = Scene::new()?;
     let service = scene.serve()?;
@@ -119,7 +119,7 @@ fn sleep_by_force_resets_who_is_connected() -> Result<()> {
     served.expect_abort()?;
     ensure!(forwarder.closing()?.reason == "shutdown", "{:?}", forwarder.closing());
     forwarder.expect_exit(0)?;
-    // Whoever comes next finds the socket listening, and the next forwarder behind it.
+    // The next client finds the socket listening, and the next forwarder behind it.
     let late = scene.client()?;
     let next = scene.start(&[])?;
     let served = service.accept()?;
@@ -142,7 +142,7 @@ fn a_client_that_says_nothing_does_not_keep_it_from_being_put_to_sleep() -> Resu
 }
 
 #[test]
-fn nonsense_is_refused_and_blocks_nobody() -> Result<()> {
+fn nonsense_is_refused_and_blocks_no_other() -> Result<()> {
     require_namespaces!();
     let scene = Scene::new()?;
     let forwarder = scene.start(&[])?;
@@ -172,9 +172,9 @@ fn nonsense_is_refused_and_blocks_nobody() -> Result<()> {
 }
 
 #[test]
-fn nobody_else_may_ask() -> Result<()> {
+fn no_other_user_may_ask() -> Result<()> {
     require_namespaces!();
-    if !bro_tests::tier::met("nobody_else_may_ask", &[bro_tests::tier::Need::Root]) {
+    if !bro_tests::tier::met("no_other_user_may_ask", &[bro_tests::tier::Need::Root]) {
         return Ok(());
     }
     let scene = Scene::new()?;

@@ -138,7 +138,7 @@ fn who_wakes_nothing_is_reset_while_it_sleeps_and_served_while_it_is_awake() -> 
     Ok(())
 }
 
-/// Whoever is turned away does not keep the forwarder from leaving either.
+/// A client that is turned away does not keep the forwarder from leaving either.
 #[test]
 fn scans_do_not_keep_the_forwarder() -> Result<()> {
     require_namespaces!();

@@ -1,5 +1,7 @@
 //! When a service is woken and when it may sleep again: `--wake-on=data`, `--wake-ignore`, `--idle-by=bytes`, `--idle-ignore`, `--idle-below`, `--min-uptime`, `--keep-awake`, who is busy, and
 //! waking and sleeping by hand.
+//!
+//! Needs: a network namespace; root for one test. Takes: seconds.
 
 mod busy;
 mod by_bytes;

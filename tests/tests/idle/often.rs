@@ -8,7 +8,7 @@ use bro_tests::scene::{Scene, expect_relayed};
 use crate::{by_hand, wakes};
 
 #[test]
-fn who_would_wake_it_too_often_is_reset_until_somebody_else_does() -> Result<()> {
+fn who_would_wake_it_too_often_is_reset_until_another_client_does() -> Result<()> {
     require_namespaces!();
     let mut scene = Scene::new()?;
     let forwarder = scene.start(&["--wakes-per-hour=2", "--start-timeout=300ms"])?;
@@ -33,7 +33,7 @@ fn who_would_wake_it_too_often_is_reset_until_somebody_else_does() -> Result<()>
     );
     ensure!(report.state.contains("refused for 1h"), "{}", report.state);
     ensure!(report.failed_wake.is_some_and(|failed| failed.why.contains("--wakes-per-hour=2")), "not noted");
-    // Whoever looks after it is not refused, and once it is awake nobody is.
+    // Its administrator is not refused, and once it is awake no client is.
     let asked = by_hand::request(&forwarder, b"wake\n")?;
     forwarder.log().line(PATIENCE, |line| line.contains("waking") && line.contains("bro wake"))?;
     let service = scene.serve()?;

@@ -76,7 +76,7 @@ fn who_leaves_without_a_byte_is_forgotten() -> Result<()> {
     Ok(())
 }
 
-/// systemd has accepted nobody before the forwarder runs: whoever came and went meanwhile is in the backlog still.
+/// systemd has accepted no client before the forwarder runs: one that came and went meanwhile is in the backlog still.
 #[test]
 fn who_has_left_before_the_forwarder_ran_wakes_nothing() -> Result<()> {
     require_namespaces!();
@@ -159,7 +159,7 @@ fn the_start_has_its_time_after_a_silence() -> Result<()> {
     forwarder.stop().map(drop)
 }
 
-/// A scanner that holds all connections there may be shuts nobody out.
+/// A scanner that holds all connections there may be shuts no client out.
 #[test]
 fn the_silent_make_room_for_others() -> Result<()> {
     require_namespaces!();
@@ -168,7 +168,7 @@ fn the_silent_make_room_for_others() -> Result<()> {
     let scanner: Vec<Conn> = (0..3).map(|_| scene.client()).collect::<Result<_>>()?;
     scene.expect_held(&forwarder, 3)?;
     forwarder.expect_no_spin(MOMENT).context("full of silent clients")?;
-    ensure!(scanner[0].stays_silent(Duration::ZERO)?, "ended although nobody else came");
+    ensure!(scanner[0].stays_silent(Duration::ZERO)?, "ended although no other client came");
     let client = scene.client()?;
     client.send(b"ping")?;
     scanner[0].expect_abort().context("the one that was silent longest")?;
@@ -180,13 +180,13 @@ fn the_silent_make_room_for_others() -> Result<()> {
     let served = [&served, &others[0], &others[1]]
         .into_iter()
         .find(|served| !served.stays_silent(MOMENT).unwrap_or(true))
-        .context("nobody got the client's bytes")?;
+        .context("the client's bytes have not arrived")?;
     served.recv_exact(&mut first)?;
     ensure!(&first == b"ping", "{first:?}");
     served.send(b"pong")?;
     client.recv_exact(&mut first)?;
     ensure!(forwarder.closing()?.reason == "idle-timeout", "{:?}", forwarder.closing());
-    // Nobody is silent now: the limit is a limit again.
+    // No client is silent now: the limit is a limit again.
     let fourth = scene.client()?;
     fourth.send(b"ping")?;
     ensure!(service.try_accept(MOMENT)?.is_none(), "a fourth connection");
@@ -262,9 +262,9 @@ fn a_container_that_is_awake_is_awake_for_all_its_targets() -> Result<()> {
     forwarder.stop().map(drop)
 }
 
-/// Whoever connects without end and says nothing is let go for others, and not these for him.
+/// A host that connects without end and says nothing is let go for others, and not these for it.
 #[test]
-fn a_flood_of_silent_clients_shuts_nobody_out() -> Result<()> {
+fn a_flood_of_silent_clients_shuts_no_client_out() -> Result<()> {
     require_namespaces!();
     let mut scene = Scene::new()?;
     let forwarder = scene.start(&["--wake-on=data", "--connections-max=8"])?;

@@ -1,10 +1,10 @@
-//! A cgroup for the thread of one test: sockets that the thread makes belong to it, and nobody else's do.
+//! A cgroup for the thread of one test: sockets that the thread makes belong to it, and no other's do.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result};
-use bro_sockmap::cgroup;
+use bro_proc::cgroup;
 
 /// A threaded cgroup below this process's own, with the calling thread (and what it spawns) in it.
 #[derive(Debug)]

@@ -12,11 +12,9 @@ use bro_tests::scene::expect_relayed;
 use bro_tests::scratch::Scratch;
 use bro_tests::sys;
 
-use crate::require_bpf;
-
 #[test]
 fn a_set_is_replaced_under_a_forwarder_that_uses_it() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let old = stage.load(ALICE)?;
     let first = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
@@ -45,7 +43,7 @@ fn a_set_is_replaced_under_a_forwarder_that_uses_it() -> Result<()> {
 
 #[test]
 fn a_removed_set_goes_on_for_those_who_use_it_and_then_ends() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     let site = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
@@ -70,7 +68,7 @@ fn a_removed_set_goes_on_for_those_who_use_it_and_then_ends() -> Result<()> {
 
 #[test]
 fn programs_of_another_version_are_not_used() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let about = sys::bpf_pinned(&pinned::folder(ALICE).join("about"))?;
@@ -84,7 +82,7 @@ fn programs_of_another_version_are_not_used() -> Result<()> {
 
 #[test]
 fn a_set_whose_cgroup_is_gone_says_so() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let cgroup = stage.another()?;
     let _programs = stage.load_at(ALICE, &cgroup)?;
@@ -103,7 +101,7 @@ fn a_set_whose_cgroup_is_gone_says_so() -> Result<()> {
 
 #[test]
 fn a_loader_that_was_killed_in_the_middle_is_no_obstacle() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     // As far as one may have come.
@@ -117,10 +115,10 @@ fn a_loader_that_was_killed_in_the_middle_is_no_obstacle() -> Result<()> {
     programs.expect_gone()
 }
 
-/// What the user himself puts into his folders is no obstacle either, and leads root nowhere.
+/// What users themselves put into their folders is no obstacle either, and leads root nowhere.
 #[test]
 fn a_users_rubbish_is_no_obstacle() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     let elsewhere = Scratch::new()?;
@@ -138,10 +136,10 @@ fn a_users_rubbish_is_no_obstacle() -> Result<()> {
 
 #[test]
 fn wrong_orders_are_refused_in_a_sentence() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     for (arguments, code, says) in [
-        (["nobody-of-this-name", "--connections=1"], 4, "there is no user"),
+        (["no-user-of-this-name", "--connections=1"], 4, "there is no user"),
         (["0", "--connections=1"], 2, "root's forwarders"),
         (["4001", "--cgroup=/sys/nothing"], 1, "cannot be opened"),
         (["4009", "--connections=1"], 1, "neither logged in nor lingers"),

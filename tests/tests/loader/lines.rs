@@ -13,8 +13,6 @@ use bro_tests::programs::Programs;
 use bro_tests::scratch::Scratch;
 use bro_tests::sys;
 
-use crate::require_bpf;
-
 /// What was forged as another user came to nothing, and this is what it was told.
 fn as_bob(what: &str) -> Result<std::process::Output> {
     let mut command = Command::new("setpriv");
@@ -33,7 +31,7 @@ fn as_bob(what: &str) -> Result<std::process::Output> {
 
 #[test]
 fn another_user_cannot_open_the_pins() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let folder = pinned::folder(ALICE);
@@ -61,8 +59,8 @@ fn another_user_cannot_open_the_pins() -> Result<()> {
 }
 
 #[test]
-fn nobody_but_root_loads() -> Result<()> {
-    require_bpf!();
+fn only_root_loads() -> Result<()> {
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let scratch = Scratch::new()?;
@@ -76,62 +74,62 @@ fn nobody_but_root_loads() -> Result<()> {
     Ok(())
 }
 
-/// Bob has a set of his own, and even one that looks at Alice's cgroup: he names her port and her namespace, and gets nothing.
+/// Bob has a set, and even one that looks at Alice's cgroup: Bob names Alice's port and Alice's namespace, and gets nothing.
 #[test]
 fn watching_another_users_port_hooks_nothing() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
-    let _hers = stage.load(ALICE)?;
-    let his = stage.load(BOB)?;
+    let _alices = stage.load(ALICE)?;
+    let bobs = stage.load(BOB)?;
     let site = Site::start(ALICE, ALICE, &["--relay=sockmap", "--local-clients=on"])?;
-    let opened = pinned::open(&pinned::folder(BOB))?.context("his set")?;
+    let opened = pinned::open(&pinned::folder(BOB))?.context("Bob's set")?;
     let mut maps = Maps::new(&opened.descriptors, opened.share)?;
     for (listener, role) in [(&site.service, Role::Service), (&site.front, Role::Client)] {
         let Address::Tcp(address) = listener.address() else { continue };
         maps.watch(netns_cookie(std::net::TcpListener::bind("127.0.0.1:0")?.as_fd())?, address.port(), role)?;
     }
-    ensure!(his.watched()?.iter().any(|watch| watch.role == role::SERVICE), "he watches nothing");
+    ensure!(bobs.watched()?.iter().any(|watch| watch.role == role::SERVICE), "Bob watches nothing");
     site.expect_lane(ALICE)?;
     let (near, far) = site.connect(ALICE)?;
     bro_tests::scene::expect_relayed(&near, &far)?;
-    ensure!(his.total(Counter::Hooked)? == 0 && his.hooked()? == 0, "her sockets are in his map");
-    ensure!(his.total(Counter::Watched)? == 0, "he learned of her service");
-    ensure!(his.total(Counter::Foreign)? > 0, "nobody asked whose they are");
+    ensure!(bobs.total(Counter::Hooked)? == 0 && bobs.hooked()? == 0, "Alice's sockets are in Bob's map");
+    ensure!(bobs.total(Counter::Watched)? == 0, "Bob learned of Alice's service");
+    ensure!(bobs.total(Counter::Foreign)? > 0, "whose they are was not asked");
     let mut heard = 0;
     maps.drain_events(|_| heard += 1);
-    ensure!(heard == 0, "{heard} events told him of her connections");
+    ensure!(heard == 0, "{heard} events told Bob of Alice's connections");
     Ok(())
 }
 
-/// `sudo`, or a setuid program: somebody else's process in her cgroup.
+/// `sudo`, or a setuid program: another user's process in Alice's cgroup.
 #[test]
 fn another_users_service_in_the_same_cgroup_is_not_hooked() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     for owner in [BOB, 0, 8_000_033] {
         let site = Site::start(ALICE, owner, &["--relay=sockmap"])?;
         site.seated()?;
         site.expect_no_lane(ALICE)?;
-        // The programs count, and her forwarder tells.
+        // The programs count, and Alice's forwarder tells.
         let line = site.forwarder.log().line(PATIENCE, |line| line.contains("of other users alone"))?;
         ensure!(line.contains("foreign="), "{line}");
         site.forwarder.stop()?;
     }
     ensure!(programs.total(Counter::Hooked)? == 0, "something was hooked");
-    ensure!(programs.total(Counter::Foreign)? > 0, "nobody asked whose they are");
+    ensure!(programs.total(Counter::Foreign)? > 0, "whose they are was not asked");
     Ok(())
 }
 
 /// Root within a container is no more than the container's owner outside, and what the owner has is not to be seen inside.
 #[test]
 fn root_of_a_container_can_neither_load_nor_open() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let scratch = Scratch::new()?;
     let copy = bro::copy(bro::binary(), scratch.path())?;
-    // The namespaces of a container, made by Bob, and a file system for programs that he may mount there.
+    // The namespaces of a container, made by Bob, and a file system for programs that may be mounted there.
     let inside = format!(
         "id -u; mkdir -p /run/x; mount -t tmpfs none /run; ls /run/bro/bpf/{ALICE}; \
          timeout 20 {} forward --relay=sockmap --listen 127.0.0.1:0 127.0.0.1:1",
@@ -139,16 +137,16 @@ fn root_of_a_container_can_neither_load_nor_open() -> Result<()> {
     );
     let ran = as_bob(&format!("unshare --user --map-root-user --mount --net sh -c '{inside}'"))?;
     let (said, complained) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
-    ensure!(said.starts_with("0\n"), "he is not root inside: {said} {complained}");
+    ensure!(said.starts_with("0\n"), "Bob is not root inside: {said} {complained}");
     ensure!(complained.contains("No such file"), "the pins are there: {complained}");
     ensure!(complained.contains("not permitted to") && ran.status.code() == Some(5), "{complained}");
     Ok(())
 }
 
-/// What a user writes into his own maps is his own trouble: numbers beyond every end come to nothing.
+/// What users write into their own maps is their own trouble: numbers beyond every end come to nothing.
 #[test]
 fn nonsense_in_the_maps_is_an_error_and_no_more() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let about = sys::bpf_pinned(&pinned::folder(ALICE).join("about"))?;

@@ -1,4 +1,4 @@
-//! One user: his forwarders have the kernel relay, each in its seat.
+//! One user, whose forwarders have the kernel relay, each in its seat.
 
 use std::time::Duration;
 
@@ -12,11 +12,9 @@ use bro_tests::process;
 use bro_tests::scene::{expect_relayed, talk_until};
 use nix::sys::signal::Signal;
 
-use crate::require_bpf;
-
 #[test]
 fn a_forwarder_without_any_capability_has_the_kernel_relay() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     let site = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
@@ -34,7 +32,7 @@ fn a_forwarder_without_any_capability_has_the_kernel_relay() -> Result<()> {
 
 #[test]
 fn a_service_of_a_container_user_has_it_too() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let site = Site::start(ALICE, INSIDE_ALICE, &["--relay=sockmap"])?;
@@ -43,7 +41,7 @@ fn a_service_of_a_container_user_has_it_too() -> Result<()> {
 
 #[test]
 fn several_forwarders_each_have_their_own_seat() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     let sites: Vec<Site> =
@@ -65,7 +63,7 @@ fn several_forwarders_each_have_their_own_seat() -> Result<()> {
 
 #[test]
 fn the_seventeenth_forwarder_says_why_it_splices() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let seats = pinned::folder(ALICE).join("seats");
@@ -87,7 +85,7 @@ fn the_seventeenth_forwarder_says_why_it_splices() -> Result<()> {
 
 #[test]
 fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     let Site { forwarder, front, service } = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
@@ -119,7 +117,7 @@ fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
     let site = Site { forwarder, front, service };
     site.expect_lane(ALICE)?;
     ensure!(programs.watched()?.len() == 1, "{:?}", programs.watched()?);
-    // The old sender may still be there, and knows the number of its lane: nobody is given that one again.
+    // The old sender may still be there, and knows the number of its lane: no other lane is given that one again.
     let after = records.last(0).context("the first record")?;
     ensure!(before > 0 && after > before, "the numbers began anew: {after} after {before}");
     drop(far);
@@ -128,7 +126,7 @@ fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
 
 #[test]
 fn two_forwarders_of_one_service_both_have_its_lanes() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     let first = Site::start(ALICE, ALICE, &["--relay=sockmap"])?;
@@ -152,7 +150,7 @@ fn two_forwarders_of_one_service_both_have_its_lanes() -> Result<()> {
 
 #[test]
 fn a_successor_has_the_lanes_after_a_reload() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let address = Family::Tcp4.loopback().context("TCP has a loopback address")?;
@@ -177,7 +175,7 @@ fn a_successor_has_the_lanes_after_a_reload() -> Result<()> {
 
 #[test]
 fn the_client_lane_is_for_the_users_own_processes() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let programs = stage.load(ALICE)?;
     let site = Site::start(ALICE, ALICE, &["--relay=sockmap", "--local-clients=on"])?;
@@ -198,9 +196,9 @@ fn the_client_lane_is_for_the_users_own_processes() -> Result<()> {
     ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
     let foreign = programs.total(Counter::Foreign)?;
     ensure!(hooked(0, soon)? == 1, "root's client in her cgroup was hooked");
-    ensure!(programs.total(Counter::Foreign)? > foreign, "nobody asked whose it is");
+    ensure!(programs.total(Counter::Foreign)? > foreign, "whose it is was not asked");
     ensure!(process::eventually(PATIENCE, idle), "{} hooked", programs.hooked()?);
-    // Outside her cgroup nobody is looked at at all.
+    // Outside Alice's cgroup no socket is looked at at all.
     let outside = stage.another()?;
     stage.enter(&outside)?;
     let count = hooked(ALICE, soon);
@@ -212,7 +210,7 @@ fn the_client_lane_is_for_the_users_own_processes() -> Result<()> {
 
 #[test]
 fn a_cgroup_of_clients_that_is_not_the_users_is_refused_in_a_sentence() -> Result<()> {
-    require_bpf!();
+    bro_tests::require_bpf!();
     let stage = Stage::new()?;
     let _programs = stage.load(ALICE)?;
     let outside = stage.another()?;

@@ -1,5 +1,7 @@
 //! The PROXY protocol: a service is told who its client is (`--proxy-protocol`), and a trusted balancer in front is believed
 //! (`--accept-proxy`).
+//!
+//! Needs: a network namespace, haproxy, nginx. Takes: seconds.
 
 mod others;
 
@@ -162,7 +164,7 @@ fn a_trusted_header_is_read_to_its_end_and_no_further() -> Result<()> {
     let v1 = b"PROXY TCP6 2001:db8::7 2001:db8::1 4711 443\r\n".to_vec();
     let ends = ("[2001:db8::7]:4711".parse()?, "[2001:db8::1]:443".parse()?);
     let mut v2 = bro_relay::proxy_protocol::Version::V2.header(Some(ends));
-    // With a field that nobody knows, of 300 bytes.
+    // With an unknown field, of 300 bytes.
     v2[15] = 0;
     let rest = u16::try_from(36 + 303)?.to_be_bytes();
     v2[14..16].copy_from_slice(&rest);
@@ -217,7 +219,7 @@ fn a_balancers_own_connections_are_its_own() -> Result<()> {
     }
     let closings = forwarder.closings(2)?;
     ensure!(closings.iter().all(|one| one.peer.starts_with("127.0.0.1:")), "{closings:?}");
-    // One that only looks whether somebody listens.
+    // One that only looks whether there is a listener.
     drop(scene.client()?);
     ensure!(forwarder.closings(3)?[2].reason == "client-left");
     forwarder.stop().map(drop)
@@ -269,9 +271,9 @@ fn a_header_that_does_not_come_to_its_end_is_not_waited_for_for_ever() -> Result
     forwarder.stop().map(drop)
 }
 
-/// The service sees the header of somebody who is not trusted, as it sees all that a client sends.
+/// The service sees the header of a client that is not trusted, as it sees all that a client sends.
 #[test]
-fn whoever_is_not_trusted_is_not_believed() -> Result<()> {
+fn a_client_that_is_not_trusted_is_not_believed() -> Result<()> {
     require_namespaces!();
     let mut scene = Scene::new()?;
     let service = scene.serve()?;

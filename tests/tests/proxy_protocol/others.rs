@@ -41,7 +41,7 @@ fn port() -> Result<u16> {
 fn connect(port: u16) -> Result<Conn> {
     let address: Address = Address::Tcp(([127, 0, 0, 1], port).into());
     let there = || Conn::new(&Here, &address).is_ok();
-    ensure!(process::eventually(Duration::from_secs(10), there), "nobody listens at {port}");
+    ensure!(process::eventually(Duration::from_secs(10), there), "there is no listener at {port}");
     Conn::new(&Here, &address)
 }
 
@@ -78,7 +78,7 @@ fn an_address_survives_haproxy_on_either_side() -> Result<()> {
         let client = connect(front)?;
         client.send(b"ping")?;
         let own = client.address()?.to_string();
-        // Whoever only looked whether somebody listens has come through as well.
+        // The client that only looked whether there is a listener has come through as well.
         let deadline = std::time::Instant::now() + PATIENCE;
         loop {
             ensure!(std::time::Instant::now() < deadline, "the client's own connection never came");

@@ -1,5 +1,7 @@
 //! Unmodified services behind the kernel relay: nginx, Redis, PostgreSQL and a blocking web server, each asked by its own
 //! unmodified client. What they answer, and what reaches them, is compared byte by byte.
+//!
+//! Needs: root, kernel BTF, nginx, redis, PostgreSQL, busybox, curl. Takes: seconds.
 
 mod runtimes;
 
@@ -14,14 +16,11 @@ use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::pattern::Pattern;
 use bro_tests::peers::{Bound, Family, Here, Listener, PATIENCE};
-use bro_tests::process::{self, Session};
+use bro_tests::process::{self, NOBODY, Session};
 use bro_tests::programs::Programs;
 use bro_tests::scratch::Scratch;
 use bro_tests::tier::{Need, find_program, met};
 use nix::unistd::chown;
-
-/// The user that root becomes: PostgreSQL refuses root.
-const NOBODY: u32 = 65534;
 
 const CURL: Need = Need::Program("curl", "curl");
 
@@ -47,7 +46,7 @@ impl Stand {
         let namespace = Namespace::new()?;
         let loopback = Family::Tcp4.loopback().context("TCP has one")?;
         let front = Listener::new(&Here, &loopback)?;
-        // A port that is free in this namespace, where nobody else takes any.
+        // A port that is free in this namespace, where no other process takes any.
         let probe = Bound::new(&namespace, &loopback)?;
         let inside = probe.address().port().context("a TCP address")?;
         drop(probe);
@@ -243,7 +242,7 @@ fn nginx_takes_uploads() -> Result<()> {
 }
 
 /// A cookie of 3000 bytes, over TCP and over a unix socket, and past bro within the namespace: each on connections that are kept, so
-/// that they would be hooked if anybody did that.
+/// that they would be hooked if that were ever done.
 #[test]
 fn nginx_takes_large_cookies_wherever_they_come_from() -> Result<()> {
     if !nginx_needs("nginx_takes_large_cookies_wherever_they_come_from") {
@@ -276,8 +275,8 @@ fn nginx_takes_large_cookies_wherever_they_come_from() -> Result<()> {
 }
 
 #[test]
-fn a_slow_reader_of_nginx_holds_nobody_up() -> Result<()> {
-    if !nginx_needs("a_slow_reader_of_nginx_holds_nobody_up") {
+fn a_slow_reader_of_nginx_holds_no_other_up() -> Result<()> {
+    if !nginx_needs("a_slow_reader_of_nginx_holds_no_other_up") {
         return Ok(());
     }
     let stand = nginx("sockmap", Setup::netns, "on")?;

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use bro_tests::forwarder::Setup;
 use bro_tests::peers::{Address, Conn, Here, PATIENCE};
 use bro_tests::process;
-use bro_tests::tier::{Need, find_program, met};
+use bro_tests::tier::{Need, find_program};
 
 use crate::{Stand, finished};
 
@@ -17,15 +17,6 @@ const GAP: Duration = Duration::from_millis(500);
 const ALL: &[&str] = &["direct", "splice", "copy", "auto", "sockmap"];
 /// Without `--relay=sockmap`, which warns of just that: these ask FIONREAD.
 const BUT_SOCKMAP: &[&str] = &["direct", "splice", "copy", "auto"];
-
-macro_rules! needs {
-    ($program:expr, $package:expr) => {
-        let needs = [Need::Root, Need::Bpf, Need::Program($program, $package)];
-        if !met(std::thread::current().name().unwrap_or("?"), &needs) {
-            return Ok(());
-        }
-    };
-}
 
 /// The source of a service.
 fn source(name: &str) -> String {
@@ -77,19 +68,19 @@ fn every_relay_serves(program: &str, arguments: &[&str], relays: &[&str]) -> Res
 
 #[test]
 fn asyncio_is_served_by_every_relay() -> Result<()> {
-    needs!("python3", "python3");
+    bro_tests::require_or_ok!(Need::Root, Need::Bpf, Need::Program("python3", "python3"));
     every_relay_serves("python3", &[&source("lines.py")], ALL)
 }
 
 #[test]
 fn node_is_served_by_every_relay() -> Result<()> {
-    needs!("node", "nodejs");
+    bro_tests::require_or_ok!(Need::Root, Need::Bpf, Need::Program("node", "nodejs"));
     every_relay_serves("node", &[&source("lines.js")], ALL)
 }
 
 #[test]
 fn go_is_served_by_every_relay() -> Result<()> {
-    needs!("go", "golang-go");
+    bro_tests::require_or_ok!(Need::Root, Need::Bpf, Need::Program("go", "golang-go"));
     let scratch = bro_tests::scratch::Scratch::new()?;
     let built = scratch.join("lines");
     let mut go = Command::new(find_program("go").context("go has gone")?);
@@ -100,7 +91,7 @@ fn go_is_served_by_every_relay() -> Result<()> {
 
 #[test]
 fn java_that_asks_before_it_reads_is_served_by_every_relay() -> Result<()> {
-    needs!("java", "default-jdk-headless");
+    bro_tests::require_or_ok!(Need::Root, Need::Bpf, Need::Program("java", "default-jdk-headless"));
     // Compiled by the launcher, without a file.
     every_relay_serves(
         "java",
@@ -111,6 +102,6 @@ fn java_that_asks_before_it_reads_is_served_by_every_relay() -> Result<()> {
 
 #[test]
 fn a_service_that_asks_first_is_served_by_every_relay() -> Result<()> {
-    needs!("python3", "python3");
+    bro_tests::require_or_ok!(Need::Root, Need::Bpf, Need::Program("python3", "python3"));
     every_relay_serves("python3", &[&source("asks_first.py")], BUT_SOCKMAP)
 }

@@ -45,9 +45,9 @@ fn seen_by(target: &str, who: Option<usize>) -> String {
 }
 
 #[test]
-fn loopback_users_are_nobodys_from_outside() -> Result<()> {
+fn loopback_users_are_refused_from_outside() -> Result<()> {
     let needs = [Need::Root, Need::Program("python3", "python3"), Need::Program("ip", "iproute2")];
-    if !met("loopback_users_are_nobodys_from_outside", &needs) {
+    if !met("loopback_users_are_refused_from_outside", &needs) {
         return Ok(());
     }
     let mut stand = Stand::new()?;
@@ -61,7 +61,7 @@ fn loopback_users_are_nobodys_from_outside() -> Result<()> {
         let (front, forwarder) = stand.forward_to(target, relay)?;
         for who in EVERYBODY {
             let address = seen_by(target, who);
-            for (user, wanted) in [("guest", "refused"), ("somebody", "granted")] {
+            for (user, wanted) in [("guest", "refused"), ("member", "granted")] {
                 let said = log_in(&stand, &front, who, user)?;
                 ensure!(said == format!("{wanted} {address}"), "{relay:?} {who:?} {user}: {said}");
             }

@@ -1,5 +1,7 @@
 //! Real services that trust their own host, or lock addresses out, set up as their packages and images set them up: through bro a client
-//! gets what it gets over the network, never more, and nobody pays for another.
+//! gets what it gets over the network, never more, and no client pays for another.
+//!
+//! Needs: root, kernel BTF, nginx, redis, PostgreSQL, MariaDB, sshd, python3, ip. Takes: seconds.
 #![allow(clippy::tests_outside_test_module, reason = "this is a test target")]
 
 mod loopback_users;
@@ -15,14 +17,11 @@ use bro_tests::bro;
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::peers::{Address, Conn, Listener, PATIENCE};
-use bro_tests::process::{self, Session};
+use bro_tests::process::{self, NOBODY, Session};
 use bro_tests::scratch::Scratch;
 use bro_tests::street::{Street, command};
 use bro_tests::tier::{Need, find_program, met};
 use nix::unistd::chown;
-
-/// The user that root becomes: PostgreSQL refuses root.
-const NOBODY: u32 = 65534;
 
 /// Where the services listen inside.
 const INSIDE: u16 = 7000;
@@ -117,7 +116,7 @@ fn port(front: &Listener) -> String {
     front.address().port().unwrap_or_default().to_string()
 }
 
-/// As the official image's entrypoint sets it up: whoever comes from 127.0.0.1 needs no password.
+/// As the official image's entrypoint sets it up: a client from 127.0.0.1 needs no password.
 #[test]
 fn postgresql_asks_everybody_for_the_password() -> Result<()> {
     let needs = [
@@ -294,7 +293,7 @@ fn nginx_tells_clients_apart() -> Result<()> {
         }
         // The limit lets three by at once, and then one a second. One takes far more, beside whom the other is served.
         let greedy: Vec<String> = (0..12).map(|_| ask(Some(0), "few")).collect::<Result<_>>()?;
-        ensure!(greedy.iter().any(|code| code == "503"), "{relay:?}: nobody was limited: {greedy:?}");
+        ensure!(greedy.iter().any(|code| code == "503"), "{relay:?}: no client was limited: {greedy:?}");
         let other = ask(Some(1), "few")?;
         ensure!(other == "200", "{relay:?}: the other pays for it: {other}");
         forwarder.stop()?;
@@ -304,7 +303,7 @@ fn nginx_tells_clients_apart() -> Result<()> {
     Ok(())
 }
 
-/// `PerSourceMaxStartups`: one who does not log in fills what is his.
+/// `PerSourceMaxStartups`: a client that does not log in fills what is its own.
 #[test]
 fn sshd_locks_out_one_and_serves_the_other() -> Result<()> {
     let needs = [

@@ -105,8 +105,8 @@ fn mariadb_keeps_its_accounts_for_local_clients() -> Result<()> {
 }
 
 #[test]
-fn nobody_is_mariadbs_root_over_its_unix_socket() -> Result<()> {
-    if !met("nobody_is_mariadbs_root_over_its_unix_socket", &NEEDS) {
+fn no_client_is_mariadbs_root_over_its_unix_socket() -> Result<()> {
+    if !met("no_client_is_mariadbs_root_over_its_unix_socket", &NEEDS) {
         return Ok(());
     }
     let stand = serve()?;

@@ -20,7 +20,7 @@ pub struct Awake {
 }
 
 impl Awake {
-    /// One thread for each processor, which gives way to whoever else wants to run (sched(7), SCHED_IDLE).
+    /// One thread for each processor, which gives way to every other one that wants to run (sched(7), SCHED_IDLE).
     pub fn keep() -> Result<Self> {
         let all = sched_getaffinity(Pid::from_raw(0))?;
         let over = Arc::new(AtomicBool::new(false));
@@ -51,7 +51,7 @@ impl Drop for Awake {
     }
 }
 
-/// The calling thread runs only where nobody else wants to.
+/// The calling thread runs only where no other one wants to.
 fn give_way() -> nix::Result<()> {
     let parameter = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameter is valid for reading.

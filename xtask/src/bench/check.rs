@@ -17,7 +17,7 @@ use crate::run::process::die_with_parent;
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// Longer than any answer takes here, short enough to get through with those that never answer.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// What a forwarder and the sockets' own buffers may hold of a stream that nobody reads.
+/// What a forwarder and the sockets' own buffers may hold of a stream that is not read.
 const BOUND: u64 = 64 << 20;
 
 /// What is told the part.
@@ -163,7 +163,7 @@ fn service_half_closes(address: &Address) -> Result<()> {
     const SENT: u64 = 1_000_000;
     let token = clock::now();
     let stream = ask(address, Ask::HalfClose(token))?;
-    ensure!(rest(&stream).context("the service's end")?.is_empty(), "bytes nobody sent");
+    ensure!(rest(&stream).context("the service's end")?.is_empty(), "bytes that were not sent");
     // Half of it later, for a forwarder that closes both ways takes a moment to refuse.
     for _ in 0..2 {
         stream.write_all(&vec![0; SENT as usize / 2]).context("sending after the service's half-close")?;
@@ -214,7 +214,7 @@ fn service_never_reads(address: &Address) -> Result<()> {
             Ok(written) => {
                 taken += written as u64;
                 since = Instant::now();
-                ensure!(taken <= BOUND, "more than {} MiB were taken that nobody reads", BOUND >> 20);
+                ensure!(taken <= BOUND, "more than {} MiB were taken that are not read", BOUND >> 20);
             }
             Err(Errno::EAGAIN) => std::thread::sleep(Duration::from_millis(2)),
             Err(errno) => return Err(errno).context("sending"),
@@ -233,8 +233,8 @@ fn client_never_reads(address: &Address) -> Result<()> {
         if now > sent {
             (sent, since) = (now, Instant::now());
         }
-        ensure!(sent <= BOUND, "more than {} MiB were taken that nobody reads", BOUND >> 20);
-        ensure!(begin.elapsed() < 3 * PATIENCE, "what nobody reads still grows, slowly");
+        ensure!(sent <= BOUND, "more than {} MiB were taken that are not read", BOUND >> 20);
+        ensure!(begin.elapsed() < 3 * PATIENCE, "what is not read still grows, slowly");
     }
     load::ping(address).context("another connection meanwhile")?;
     drop(stream);

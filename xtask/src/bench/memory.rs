@@ -61,7 +61,7 @@ fn sockstat() -> (u64, u64) {
     (after("inuse").unwrap_or(0), after("mem").unwrap_or(0))
 }
 
-/// Waits until about as few sockets are in use as before, so that whoever is measured next starts even.
+/// Waits until about as few sockets are in use as before, so that the next contender starts even.
 pub fn settle(sockets: u64, limit: Duration) {
     let deadline = Instant::now() + limit;
     while sockstat().0 > sockets + 8 && Instant::now() < deadline {

@@ -1,6 +1,6 @@
-//! Programs that nobody here wrote: PostgreSQL with pgbench, redis with redis-benchmark, nginx with wrk and h2load, iperf3, sockperf.
+//! Programs of other projects: PostgreSQL with pgbench, redis with redis-benchmark, nginx with wrk and h2load, iperf3, sockperf.
 //!
-//! Each server runs once for each contender, so that nobody meets what another one's connections have left.
+//! Each server runs once for each contender, so that none meets what another one's connections have left.
 
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::Path;

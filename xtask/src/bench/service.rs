@@ -176,10 +176,10 @@ impl Loop {
                 Err(errno) => return Err(errno).context("accept"),
             };
             if std::mem::take(&mut self.first) {
-                // Whoever has started this may have stopped listening.
+                // The process that started this may have stopped listening.
                 writeln!(std::io::stdout(), "accepted {}", clock::now()).ok();
             }
-            // SAFETY: accept4 has just made it, and nobody else has it.
+            // SAFETY: accept4 has just made it, and no other code has it.
             let socket = unsafe { OwnedFd::from_raw_fd(fd) };
             // A unix socket has no such thing.
             setsockopt(&socket, sockopt::TcpNoDelay, &true).ok();

@@ -70,7 +70,7 @@ impl Ask {
             Self::Ping => return vec![PING],
             Self::Echo => (b'E', 0),
             Self::Source(n) => (b'S', n),
-            // Nobody sends 2^48 bytes.
+            // No stream has 2^48 bytes.
             Self::Writes(n, log) => (b'T', n | u64::from(log) << 48),
             Self::Sink(n) => (b'K', n),
             Self::Both(n) => (b'B', n),

@@ -39,7 +39,7 @@ pub fn build(release: &Release) -> Result<PathBuf> {
     Ok(binary)
 }
 
-/// A binary that somebody else built: as it is, or a copy without what only a debugger reads.
+/// A binary that was built elsewhere: as it is, or a copy without what only a debugger reads.
 pub fn given(path: &Path, release: &Release) -> Result<PathBuf> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let file = object::File::parse(&*bytes).with_context(|| format!("{} is no program", path.display()))?;

@@ -19,7 +19,7 @@ struct Relay {
     label: &'static str,
     options: &'static [&'static str],
     needs_root: bool,
-    /// What it is, in words for someone who sees it for the first time.
+    /// What it is, in words for a reader who sees it for the first time.
     means: &'static str,
 }
 
@@ -59,7 +59,7 @@ pub fn why(name: &str) -> &'static str {
     RELAYS.iter().find(|relay| relay.name == name).map_or("(new to this task)", |relay| relay.means)
 }
 
-/// Someone to measure, and what came of it.
+/// A contender, and what came of it.
 struct Row {
     label: &'static str,
     through: Through,

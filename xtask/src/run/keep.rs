@@ -1,4 +1,4 @@
-//! `--keep`: the socket unit stays, and whoever connects wakes what has fallen asleep.
+//! `--keep`: the socket unit stays, and the next client wakes what has fallen asleep.
 
 use std::os::fd::AsFd as _;
 use std::path::Path;

@@ -24,7 +24,7 @@ pub fn part(args: &[&str]) -> Command {
 /// Asks the kernel to send this process a signal when the thread that started it ends, however that happens.
 pub fn die_with_parent(by: Signal) -> Result<()> {
     nix::sys::prctl::set_pdeathsig(by).context("prctl(PR_SET_PDEATHSIG)")?;
-    // The parent may have died before the request was made; then nobody would ever send the signal.
+    // The parent may have died before the request was made; then the signal would never be sent.
     let parent = std::env::var(PARENT).context("a part is started by `cargo xtask run`, not by hand")?;
     ensure!(parent == nix::unistd::getppid().to_string(), "the task that started this part is gone");
     Ok(())

@@ -48,7 +48,7 @@ pub fn run() -> Result<Count> {
 
 /// Runs one, and prints what it has said once it is over.
 fn passes(name: &str, folder: &Path) -> Result<bool> {
-    // What is found on the way is nobody's to commit unseen: the first folder takes it.
+    // What is found on the way is not to be committed unseen: the first folder takes it.
     let found = folder.join("found").join(name);
     std::fs::create_dir_all(&found)?;
     let mut run = fuzz("run");

@@ -113,7 +113,7 @@ impl<'m> Site<'m> {
     /// The process of the forwarder, and the program that it runs.
     pub fn program(&self) -> Result<(String, String)> {
         let pid = self.agent.show(&self.forwarder(), "MainPID")?;
-        // A user may not see that of his own process once it has had capabilities; but his forwarder has none.
+        // Users may not see that of their own processes once these have had capabilities; but a user's forwarder has none.
         let program = self.agent.run(&["readlink", &format!("/proc/{pid}/exe")])?;
         Ok((pid, program))
     }

@@ -3,12 +3,12 @@
 
 /// How many clients a listener had of late.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Crowd {
+pub(super) struct AcceptBatch {
     turn: u64,
     taken: usize,
 }
 
-impl Crowd {
+impl AcceptBatch {
     /// The most in any turn, so that others get theirs.
     const MOST: usize = 32;
 
@@ -30,7 +30,7 @@ mod tests {
 
     /// Turns until all are taken, and accepts that found no client. `arrivals` is how many come before each turn.
     fn turns(arrivals: impl IntoIterator<Item = usize>) -> (usize, usize) {
-        let (mut crowd, mut waiting, mut turns, mut vain) = (Crowd::default(), 0, 0, 0);
+        let (mut batch, mut waiting, mut turns, mut vain) = (AcceptBatch::default(), 0, 0, 0);
         let mut arrivals = arrivals.into_iter();
         for turn in 1.. {
             let came = arrivals.next();
@@ -39,11 +39,11 @@ mod tests {
                 break;
             }
             if waiting > 0 {
-                let allowed = crowd.allowed(turn);
+                let allowed = batch.allowed(turn);
                 let taken = allowed.min(waiting);
                 vain += usize::from(taken < allowed);
                 waiting -= taken;
-                crowd.took(turn, taken, taken == allowed);
+                batch.took(turn, taken, taken == allowed);
             }
             turns += 1;
         }

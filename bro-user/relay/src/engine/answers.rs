@@ -7,10 +7,11 @@
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use super::Engine;
-use crate::connection::{Acknowledged, Amount, Connection, End, Stage};
-use crate::relay::Side;
 use bro_sockmap::{Sent, sent};
+use slab::Slab;
+
+use crate::connection::{Acknowledged, Amount, Connection, Stage};
+use crate::relay::Side;
 
 /// Between two looks at a connection: a part of the limit, within these.
 const STEPS: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(15)];
@@ -56,7 +57,7 @@ fn silent_since(before: Option<Instant>, sent: Sent, ended: bool, now: Instant) 
 
 /// The side of a connection that has answered nothing for so long.
 fn vanished(connection: &mut Connection, limit: Duration, now: Instant) -> Option<Side> {
-    let Stage::Relaying { service, up, down, .. } = &connection.stage else { return None };
+    let Stage::Relaying { service, up, down, .. } = connection.stage() else { return None };
     // Before the kernel is asked: what is sent between the two is looked at the next time.
     let ends = [down.half().is_over(), up.half().is_over()];
     let amount = Amount { bytes: connection.totals(), ends };
@@ -78,30 +79,30 @@ fn vanished(connection: &mut Connection, limit: Duration, now: Instant) -> Optio
         .find(|side| since[*side as usize].is_some_and(|since| now.duration_since(since) >= limit))
 }
 
-impl Engine {
-    /// Ends connections of which a side has vanished.
-    pub(super) fn look_for_answers(&mut self) {
-        let (Some(limit), Some(round)) = (self.answers.limit, self.answers.round()) else { return };
+impl Answers {
+    /// Looks at some of the connections, if it is time; says of which ones a side has vanished.
+    pub(super) fn look(&mut self, connections: &mut Slab<Connection>) -> Vec<(usize, Side)> {
+        let mut gone = Vec::new();
+        let (Some(limit), Some(round)) = (self.limit, self.round()) else { return gone };
         let now = Instant::now();
-        if now < self.answers.next || self.connections.is_empty() {
-            return;
+        if now < self.next || connections.is_empty() {
+            return gone;
         }
-        let (all, turns) = (self.connections.capacity(), self.connections.len().div_ceil(AT_ONCE));
+        let (all, turns) = (connections.capacity(), connections.len().div_ceil(AT_ONCE));
         let mut looked = 0;
-        while looked < AT_ONCE && self.answers.place < all {
-            let index = self.answers.place;
-            self.answers.place += 1;
+        while looked < AT_ONCE && self.place < all {
+            let index = self.place;
+            self.place += 1;
             // Places of connections that have ended cost next to nothing.
-            let Some(connection) = self.connections.get_mut(index) else { continue };
+            let Some(connection) = connections.get_mut(index) else { continue };
             looked += 1;
-            if let Some(side) = vanished(connection, limit, now) {
-                self.finish(index, End::Vanished(side));
-            }
+            gone.extend(vanished(connection, limit, now).map(|side| (index, side)));
         }
-        if self.answers.place >= all {
-            self.answers.place = 0;
+        if self.place >= all {
+            self.place = 0;
         }
-        self.answers.next = now + round / u32::try_from(turns).unwrap_or(u32::MAX).max(1);
+        self.next = now + round / u32::try_from(turns).unwrap_or(u32::MAX).max(1);
+        gone
     }
 }
 

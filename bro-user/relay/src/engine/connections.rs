@@ -1,16 +1,20 @@
-//! What happens to a connection once it is admitted: its events, its timeouts, its end.
+//! What happens to a connection once bytes flow: its events, aborts on their way from one side to the other, its timeouts, and the
+//! end of any connection.
 
-use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::time::Instant;
 
+use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::Engine;
 use super::token::{GENERATIONS, Token};
-use crate::connection::{Connection, End, Interest, Pumped, Registration, Stage};
-use crate::relay::{Broken, Direction, Guard, Side, copy};
-use crate::sys::{Waiting, look};
+use crate::connection::{AbortVerdict, Connection, End, Interest, Pumped, Registration, Stage};
+use crate::engine::listeners::Accepting;
+use crate::engine::protocol::EngineEvent;
+use crate::peer::Source;
+use crate::relay::{Broken, Side, copy};
+use crate::sys::{Peeked, look};
 
 const SIDES: [Side; 2] = [Side::Client, Side::Service];
 
@@ -25,7 +29,7 @@ impl Engine {
             return;
         }
         let trouble = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
-        match (&connection.stage, side) {
+        match (connection.stage(), side) {
             (Stage::Relaying { .. }, _) => self.relay_event(index, side, events, trouble),
             (Stage::Introducing(_), _) => self.read_introduction(index),
             (Stage::Silent, _) => self.silent_client_stirred(index),
@@ -41,7 +45,7 @@ impl Engine {
     /// too) is delivered all the same.
     fn held_client_hung_up(&mut self, index: usize, reset: bool) {
         let Some(connection) = self.connections.get(index) else { return };
-        if reset || look(connection.client.as_fd()) != Waiting::Byte {
+        if reset || look(connection.client.as_fd()) != Peeked::Byte {
             self.finish(index, End::ClientLeft);
         } else {
             self.silence(index, Side::Client);
@@ -86,38 +90,67 @@ impl Engine {
             Err(broken) if broken.errno == copy::DESCRIPTORS => return self.finish(index, broken.into()),
             Err(broken) => return self.side_aborted(index, broken.side, Some(broken.errno)),
         }
-        self.consider_lanes(index);
+        if let Some(lanes) = &mut self.lanes {
+            let watched = self.targets[connection.target].watched;
+            lanes.consider(index, connection, watched, tally);
+        }
         self.settle(index);
     }
 
-    /// The service has accepted, at `target` if it is on TCP: bytes may flow.
-    pub(super) fn start_relay(&mut self, index: usize, service: OwnedFd, target: Option<SocketAddr>) {
-        let method = self.settings.method;
-        let keepalive = self.settings.keepalive;
+    /// One side has aborted: what it had sent is delivered, then the other side is told. `errno` is what a call on its socket
+    /// failed with; without, the kernel is still to be asked.
+    fn side_aborted(&mut self, index: usize, side: Side, errno: Option<Errno>) {
         let Some(connection) = self.connections.get_mut(index) else { return };
-        let address = target.map(|target| target.ip().to_canonical());
-        super::socket_options::set_options(&service, address, keepalive);
+        let (number, is_new) = (connection.number, !connection.is_aborted());
+        if !connection.abort(side, errno, &mut self.tools) {
+            // Both have aborted: the first abort is the reason.
+            return self.finish(index, End::Eof);
+        }
+        self.pump(index, true, true);
+        if is_new {
+            self.look_at_abort(index, number, Instant::now());
+        }
+    }
+
+    /// After bytes have moved: passes on an abort that has nothing in front of it any more, or tells epoll what to wait for now.
+    fn settle(&mut self, index: usize) {
+        let Some(connection) = self.connections.get(index) else { return };
+        if connection.is_aborted() && connection.owed().is_none() {
+            return self.finish(index, End::Eof);
+        }
+        self.register(index);
+    }
+
+    /// Looks at the connections that are due.
+    pub(super) fn look_at_aborts(&mut self) {
+        if self.looks.is_empty() {
+            return;
+        }
         let now = Instant::now();
-        let waiting_since = std::mem::replace(&mut connection.active, now);
-        if connection.woke {
-            let span = now - waiting_since;
-            connection.cold_start = Some(span);
-            self.tallies[connection.listener].cold_start_times.add(span);
+        while let Some((index, number)) = self.looks.pop(now) {
+            self.look_at_abort(index, number, now);
         }
-        let (mut up, mut down) =
-            (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
-        up.set_guard(connection.guard);
-        if target.is_none() {
-            down.set_guard(Guard::of(service.as_fd()));
+    }
+
+    fn look_at_abort(&mut self, index: usize, number: u64, now: Instant) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        if connection.number != number {
+            return;
         }
-        if let Some(version) = self.settings.proxy_protocol {
-            up.precede(version.header(connection.ends()));
+        let owed = connection.owed();
+        let (Some(abort), Some(progress)) = (connection.abort_mut(), owed) else { return self.settle(index) };
+        let verdict = abort.look(now, progress);
+        connection.active = abort.progressed();
+        match verdict {
+            AbortVerdict::Wait(when) => self.looks.push(when, index, number),
+            AbortVerdict::Overdue => {
+                tracing::info!(
+                    conn = number,
+                    "not all that was sent before the reset could be delivered: the other side does not take it"
+                );
+                self.finish(index, End::Eof);
+            }
         }
-        // What a balancer in front sent for us is part of what its socket has sent.
-        up.keep(connection.through.as_ref().map_or(0, |through| through.header));
-        connection.stage = Stage::Relaying { service, up, down, abort: None };
-        self.pending -= 1;
-        self.pump(index, true, false);
     }
 
     /// Brings epoll's view of both sockets up to date.
@@ -175,7 +208,7 @@ impl Engine {
     pub(super) fn expire(&mut self, now: Instant) {
         let (mut due, mut moved) = (Vec::new(), false);
         for (index, connection) in &mut self.connections {
-            match connection.stage {
+            match connection.stage() {
                 Stage::Relaying { .. } => {
                     // Bytes that took a lane did not wake the engine, so they are noticed here.
                     moved |= connection.keeps_awake(now);
@@ -193,7 +226,7 @@ impl Engine {
                         due.push((index, End::IdleTimeout));
                     }
                 }
-                Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {
+                Stage::Admitted | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => {
                     // The control process's own limit runs from the wake; this one is each client's, and comes after it.
                     if now - connection.active >= self.settings.hold_limit.saturating_add(super::TICK * 5) {
                         due.push((index, End::StartTimeout));
@@ -217,28 +250,57 @@ impl Engine {
             self.stats.now_idle();
         }
         self.silent.remove(connection.peer.source(), connection.number);
-        if !matches!(connection.stage, Stage::Relaying { .. }) {
-            self.pending -= 1;
-            self.forget_waiting(index, &connection);
+        self.census.leave(&connection);
+        if !matches!(connection.stage(), Stage::Relaying { .. }) {
+            // It may be on any list of those that wait.
+            self.targets[connection.target].forget(index);
+            self.retries.retain(|&retry| retry != index);
+            self.publish_held();
         }
         self.log_end(&connection, end);
-        self.tallies[connection.listener].ended.add(end);
+        let tally = &mut self.tallies[connection.listener];
+        tally.ended.add(end);
         let source = connection.counted.then(|| connection.peer.source());
-        self.close_lanes(&connection);
+        if let Some(lanes) = &mut self.lanes {
+            lanes.close_both(&connection, tally);
+        }
         let kept = !connection.ignored;
         connection.close(end, &mut self.tools);
         self.after_end(source, kept);
     }
 
+    /// A connection has ended: room for the next, and news for what waits for the last. `kept`: it kept the service awake.
+    fn after_end(&mut self, source: Option<Source>, kept: bool) {
+        if let Some(source) = source {
+            self.per_source.leave(source);
+        }
+        if self.listeners.accepting() == Accepting::Full
+            && let Err(error) = self.set_accepting(Accepting::Open)
+        {
+            tracing::error!(%error, "cannot accept again");
+        }
+        if kept {
+            self.keeping -= 1;
+            // Before the count says so. By bytes, a client that connects and says nothing does not count.
+            if self.keeping == 0 && self.settings.idle_by_bytes.is_none() {
+                self.stats.now_idle();
+            }
+        }
+        if self.connections.is_empty() && self.draining {
+            self.outbox.tell(&EngineEvent::Drained);
+        }
+        self.publish_open();
+    }
+
     /// The one line of a connection's end.
-    pub(super) fn log_end(&self, connection: &Connection, end: End) {
+    fn log_end(&self, connection: &Connection, end: End) {
         let (to_service, to_client) = connection.totals();
         let cold_start_ms = connection.cold_start.map(|span| span.as_millis() as u64);
         tracing::info!(
             conn = connection.number,
             peer = %connection.peer,
             through = connection.through.as_ref().map(|through| through.peer.to_string()),
-            target = %self.backends[connection.backend].name,
+            target = %self.targets[connection.target].name,
             relay = %connection.relay_name(self.settings.method),
             to_service,
             to_client,

@@ -1,12 +1,15 @@
-//! When the forwarder may leave: `--idle-by=bytes` and the moment of leaving itself.
+//! When the forwarder may leave, or have the service frozen: `--idle-by=bytes`, and the moment itself.
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Accepting, Engine};
+use super::Engine;
+use super::listeners::Accepting;
+use super::targets::{Frozen, HeldTarget};
 use crate::connection::{Connection, End, Stage};
+use crate::engine::protocol::EngineEvent;
 
 /// What the control process asks when it wants to leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +33,7 @@ impl Engine {
     }
 
     /// Notes that bytes have moved since the last look. Late by one step at most, and never early.
-    pub(super) fn notice_bytes(&mut self) {
+    fn notice_bytes(&mut self) {
         let (mut moved, now) = (false, std::time::Instant::now());
         for (_, connection) in &mut self.connections {
             moved |= connection.keeps_awake(now);
@@ -50,15 +53,44 @@ impl Engine {
         Ok(may)
     }
 
+    /// Holds the clients that come from now on, if it is time to leave; says whether.
+    pub(super) fn freeze(&mut self, how: Leave) -> bool {
+        let may = self.targets.may_freeze() && self.may_leave(how);
+        if may {
+            self.end_all(End::IdleExit);
+            self.targets.frozen = Frozen::Yes;
+        }
+        may
+    }
+
+    /// A client waits for a service that is frozen.
+    pub(super) fn ask_to_thaw(&mut self, peer: &str) {
+        if self.targets.frozen == Frozen::Yes {
+            self.targets.frozen = Frozen::Thawing;
+            self.outbox.tell(&EngineEvent::Thaw { peer: peer.to_owned() });
+        }
+    }
+
+    /// The service goes on: the clients that are held for what is ready are connected.
+    pub(super) fn thawed(&mut self) {
+        if std::mem::replace(&mut self.targets.frozen, Frozen::No) == Frozen::No {
+            return;
+        }
+        let ready = self.targets.iter_mut().filter(|target| target.is_ready());
+        let held = ready.flat_map(HeldTarget::take_held).collect();
+        self.let_in(held);
+    }
+
     /// Is it time to leave?
-    pub(super) fn may_leave(&mut self, how: Leave) -> bool {
+    fn may_leave(&mut self, how: Leave) -> bool {
         match how {
             Leave::WithoutConnections => {
                 self.connections.iter().all(|(_, connection)| connection.ignored && !waits(connection))
             }
             Leave::WithoutGuests => {
-                let is_no_guest =
-                    |connection: &Connection| connection.ignored || matches!(connection.stage, Stage::Silent);
+                let is_no_guest = |connection: &Connection| {
+                    connection.ignored || matches!(connection.stage(), Stage::Silent)
+                };
                 self.connections.iter().all(|(_, connection)| is_no_guest(connection))
             }
             Leave::WithoutBytes(limit) => {
@@ -76,7 +108,10 @@ const ABOUT_TO_SPEAK: Duration = Duration::from_secs(1);
 
 /// Does its client wait for the service?
 const fn waits(connection: &Connection) -> bool {
-    matches!(connection.stage, Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. })
+    matches!(
+        connection.stage(),
+        Stage::Admitted | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. }
+    )
 }
 
 /// Does it merely sleep: does nothing on it wait for the service or to be read, and is nothing about to?
@@ -85,11 +120,15 @@ fn sleeps(connection: &Connection, limit: Duration) -> bool {
         return !waits(connection);
     }
     let is_fresh = connection.opened.elapsed() < limit.min(ABOUT_TO_SPEAK);
-    match &connection.stage {
+    match connection.stage() {
         Stage::Silent => !is_fresh,
         // It has not finished yet.
         Stage::Relaying { up, .. } if is_fresh && up.half().wants_read() => false,
-        Stage::Introducing(_) | Stage::Held | Stage::AwaitingSocket | Stage::Connecting { .. } => false,
+        Stage::Admitted
+        | Stage::Introducing(_)
+        | Stage::Held
+        | Stage::AwaitingSocket
+        | Stage::Connecting { .. } => false,
         // An abort is on its way.
         Stage::Relaying { abort: Some(_), .. } => false,
         Stage::Relaying { service, up, down, abort: None } => {

@@ -1,42 +1,21 @@
 //! Clients that come through a trusted balancer in front (`--accept-proxy`): its header, which says who the client is, is read
 //! before anything else is done for the client. Until then it wakes nothing and counts for no source.
 
-use std::os::fd::{AsFd as _, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 
-use super::Engine;
-use crate::connection::{End, Stage};
-use crate::proxy_protocol::{Incoming, LONGEST, Said};
+use crate::connection::End;
+use crate::proxy_protocol::{Incoming, Introduction, LONGEST};
 use crate::relay::{Broken, Side, copy};
 
 /// How long a trusted peer may take to send its header. One lost packet is no reason to give up.
 pub(super) const WITHIN: Duration = Duration::from_secs(5);
 
-impl Engine {
-    /// A trusted peer may have sent more of its header.
-    pub(super) fn read_introduction(&mut self, index: usize) {
-        let Some(connection) = self.connections.get_mut(index) else { return };
-        let Stage::Introducing(incoming) = &mut connection.stage else { return };
-        match read(connection.client.as_fd(), incoming) {
-            Ok(None) => self.register(index),
-            Ok(Some(said)) => {
-                let length = incoming.length();
-                connection.introduce(said, length);
-                // From now on it waits for the service.
-                connection.active = Instant::now();
-                connection.stage = Stage::Held;
-                self.welcome(index);
-            }
-            Err(end) => self.finish(index, end),
-        }
-    }
-}
-
 /// Takes what is there of the header and no byte of what follows it: looks first, and then reads as much as belongs to it.
-fn read(client: BorrowedFd<'_>, incoming: &mut Incoming) -> Result<Option<Said>, End> {
+pub(super) fn read(client: BorrowedFd<'_>, incoming: &mut Incoming) -> Result<Option<Introduction>, End> {
     let (mut seen, mut taken) = ([0; LONGEST], [0; LONGEST]);
     while let Some(waiting) = receive(client, &mut seen, MsgFlags::MSG_PEEK)? {
         let belonging = incoming.belonging(&seen[..waiting]).map_err(End::BadHeader)?;

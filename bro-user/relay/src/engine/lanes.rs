@@ -7,14 +7,16 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use bro_sockmap::{Descriptors, Flow, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
-use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 use serde::{Deserialize, Serialize};
+use slab::Slab;
 
-use super::Engine;
+use super::listeners::Listeners;
 use super::token::Token;
-use crate::connection::{Connection, Lanes as Wanted, Stage};
-use crate::engine::protocol::Event;
+use crate::connection::{Connection, LaneDecision, Relayed, Stage};
+use crate::engine::protocol::{EngineEvent, Outbox};
+use crate::listener::Listener;
 use crate::peer::Peer;
 use crate::relay::Side;
 use crate::sockaddr;
@@ -22,9 +24,9 @@ use crate::stats::Tally;
 
 /// What the programs are to watch for one target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Watch {
+pub struct ServiceWatch {
     /// Which target.
-    pub backend: usize,
+    pub target: usize,
     /// The cookie of the network namespace the service is in.
     pub netns: u64,
     /// The ports it may listen at; none where it is not to be watched any more.
@@ -33,7 +35,7 @@ pub struct Watch {
 
 /// The kernel relay's maps, and which connection each lane belongs to.
 #[derive(Debug)]
-pub(super) struct Lanes {
+pub(super) struct OpenLanes {
     kernel: Maps,
     /// The connection of a lane: its index, its number, and the side that the lane's bytes go to.
     owners: HashMap<LaneId, (usize, u64, Side)>,
@@ -59,135 +61,131 @@ fn tcp(end: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
     sockaddr::tcp(&end.ok()?)
 }
 
-impl Engine {
-    /// Uses the kernel relay's maps from now on; with `clients`, for what local clients send as well.
-    pub(super) fn kernel_loaded(&mut self, descriptors: &Descriptors, share: Share, clients: bool) {
+impl OpenLanes {
+    /// Uses the kernel relay's maps from now on; with `clients`, for what local clients of these listeners send as well. None where
+    /// they cannot be used.
+    pub(super) fn load(
+        epoll: &Epoll,
+        descriptors: &Descriptors,
+        share: Share,
+        clients: Option<&Listeners>,
+    ) -> Option<Self> {
         let kernel = match Maps::new(descriptors, share) {
             Ok(kernel) => kernel,
             Err(error) => {
-                return tracing::warn!("the kernel relay's maps cannot be used; splicing instead: {error}");
+                tracing::warn!("the kernel relay's maps cannot be used; splicing instead: {error}");
+                return None;
             }
         };
         let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Kernel.into());
-        if let Err(errno) = self.epoll.add(kernel.events_fd(), event) {
+        if let Err(errno) = epoll.add(kernel.events_fd(), event) {
             tracing::warn!(
                 error = errno.desc(),
                 "the kernel relay's events cannot be watched; splicing instead"
             );
-            return;
+            return None;
         }
-        self.lanes = Some(Lanes {
-            kernel,
-            owners: HashMap::new(),
-            watched: HashMap::new(),
-            clients: None,
-            refusal_announced: false,
-        });
-        if clients {
-            self.watch_clients();
+        let (owners, watched) = (HashMap::new(), HashMap::new());
+        let mut lanes = Self { kernel, owners, watched, clients: None, refusal_announced: false };
+        for listener in clients.into_iter().flat_map(Listeners::iter) {
+            lanes.watch_clients(listener);
         }
+        Some(lanes)
     }
 
-    /// Has the programs look at clients of our own listeners.
-    fn watch_clients(&mut self) {
-        let Some(lanes) = &mut self.lanes else { return };
-        for (listener, _) in &self.listeners {
-            let Some(address) = tcp(getsockname(listener.socket.as_raw_fd())) else { continue };
-            let watching = bro_sockmap::netns_cookie(listener.socket.as_fd())
-                .and_then(|cookie| lanes.kernel.watch(cookie, address.port(), Role::Client).map(|()| cookie));
-            match watching {
-                Ok(cookie) => lanes.clients = Some(cookie),
-                Err(error) => tracing::warn!(%error, "no lane for local clients of {}", listener.address),
-            }
+    /// Has the programs look at clients of one of our own listeners.
+    fn watch_clients(&mut self, listener: &Listener) {
+        let Some(address) = tcp(getsockname(listener.socket.as_raw_fd())) else { return };
+        let watching = bro_sockmap::netns_cookie(listener.socket.as_fd())
+            .and_then(|cookie| self.kernel.watch(cookie, address.port(), Role::Client).map(|()| cookie));
+        match watching {
+            Ok(cookie) => self.clients = Some(cookie),
+            Err(error) => tracing::warn!(%error, "no lane for local clients of {}", listener.address),
         }
     }
 
-    /// Watches a target's service from now on. A namespace that it was in before is forgotten, with the kind that was learned.
-    pub(super) fn watch(&mut self, watch: Watch) {
-        let backend = watch.backend;
-        let watching = self.begin_watch(watch);
-        self.outbox.tell(&Event::Watching { backend, watching });
-    }
-
-    fn begin_watch(&mut self, watch: Watch) -> bool {
-        let Some(lanes) = &mut self.lanes else { return false };
-        let Watch { backend, netns, ports } = watch;
-        let Some(target) = self.backends.get_mut(backend) else { return false };
-        target.watched = None;
-        if let Some((old, ports)) = lanes.watched.remove(&backend) {
+    /// Watches a target's service from now on. A namespace that it was in before is forgotten, with the kind that was learned. Says
+    /// in which namespace it is watched, if it is.
+    pub(super) fn watch(&mut self, watch: ServiceWatch) -> Option<u64> {
+        let ServiceWatch { target, netns, ports } = watch;
+        if let Some((old, ports)) = self.watched.remove(&target) {
             for port in ports {
-                lanes.kernel.unwatch(old, port);
+                self.kernel.unwatch(old, port);
             }
         }
         for &port in &ports {
-            if let Err(error) = lanes.kernel.watch(netns, port, Role::Service) {
+            if let Err(error) = self.kernel.watch(netns, port, Role::Service) {
                 tracing::warn!(%error, "the kernel relay cannot watch port {port}; splicing instead");
-                return false;
+                return None;
             }
         }
         if ports.is_empty() {
-            return false;
+            return None;
         }
-        target.watched = Some(netns);
-        let _none = lanes.watched.insert(backend, (netns, ports));
-        true
+        let _none = self.watched.insert(target, (netns, ports));
+        Some(netns)
     }
 
     /// No new connection is going to have a lane: another forwarder may hook the connections to come.
-    pub(super) fn unwatch_all(&mut self) {
-        let Some(lanes) = &mut self.lanes else { return };
-        for (_, (netns, ports)) in lanes.watched.drain() {
+    pub(super) fn unwatch_all(&mut self, listeners: &Listeners) {
+        for (_, (netns, ports)) in self.watched.drain() {
             for port in ports {
-                lanes.kernel.unwatch(netns, port);
+                self.kernel.unwatch(netns, port);
             }
         }
-        let Some(netns) = lanes.clients else { return };
-        for (listener, _) in &self.listeners {
+        let Some(netns) = self.clients else { return };
+        for listener in listeners.iter() {
             if let Some(address) = tcp(getsockname(listener.socket.as_raw_fd())) {
-                lanes.kernel.unwatch(netns, address.port());
+                self.kernel.unwatch(netns, address.port());
             }
         }
     }
 
-    /// Opens or closes a connection's lanes by how its sides talk.
-    pub(super) fn consider_lanes(&mut self, index: usize) {
-        let Some(lanes) = &mut self.lanes else { return };
-        let Some(connection) = self.connections.get_mut(index) else { return };
+    /// Opens or closes a connection's lanes by how its sides talk. `watched`: the cookie of the namespace in which the programs watch
+    /// the service.
+    pub(super) fn consider(
+        &mut self,
+        index: usize,
+        connection: &mut Connection,
+        watched: Option<u64>,
+        tally: &mut Tally,
+    ) {
         match connection.wants_lanes() {
-            Wanted::Leave => {}
-            Wanted::Open => lanes.open_both(index, connection, self.backends[connection.backend].watched),
-            Wanted::Close => {
-                let listener = connection.listener;
-                let Stage::Relaying { up, down, .. } = &mut connection.stage else { return };
+            LaneDecision::Leave => {}
+            LaneDecision::Open => self.open_both(index, connection, watched),
+            LaneDecision::Close => {
+                let Some(Relayed { up, down, .. }) = connection.relayed() else { return };
                 for (sink, taken) in [(Side::Service, up.take_lane()), (Side::Client, down.take_lane())] {
                     let Some((lane, did)) = taken else { continue };
-                    lanes.close(&lane, &did, sink, &mut self.tallies[listener]);
+                    self.close(&lane, &did, sink, tally);
                 }
             }
         }
     }
 
     /// Forgets the lanes of a connection that ends, and counts what they did.
-    pub(super) fn close_lanes(&mut self, connection: &Connection) {
-        let Some(lanes) = &mut self.lanes else { return };
+    pub(super) fn close_both(&mut self, connection: &Connection, tally: &mut Tally) {
         for (sink, lane) in connection.lanes() {
-            lanes.close(lane, &lane.snapshot(), sink, &mut self.tallies[connection.listener]);
+            self.close(lane, &lane.snapshot(), sink, tally);
         }
     }
 
-    /// Hears what the programs have to say.
-    pub(super) fn kernel_events(&mut self) {
-        let Some(lanes) = &mut self.lanes else { return };
+    /// Hears what the programs have to say, and does for the connections' lanes what follows from it. Returns what the agents are to
+    /// do: hook these senders, each in the namespace of its target.
+    pub(super) fn hear(
+        &mut self,
+        connections: &mut Slab<Connection>,
+        outbox: &Outbox,
+    ) -> Vec<(usize, Flow, u64)> {
         let mut proved = Vec::new();
-        let Lanes { kernel, owners, .. } = lanes;
-        let (connections, outbox) = (&self.connections, &self.outbox);
+        let Self { kernel, owners, .. } = self;
         kernel.drain_events(|event| match event {
             bro_sockmap::Event::LowCredit { record, serial } => {
                 let Some(&(index, number, sink)) = owners.get(&LaneId { record, serial }) else { return };
                 let Some(connection) = connections.get(index).filter(|connection| connection.number == number) else {
                     return;
                 };
-                let Stage::Relaying { up, down, .. } = &connection.stage else { return };
+                let Stage::Relaying { up, down, .. } = connection.stage() else { return };
                 let lane = match sink {
                     Side::Client => down.lane(),
                     Side::Service => up.lane(),
@@ -197,9 +195,9 @@ impl Engine {
                     lane.grant(socket).ok();
                 }
             }
-            bro_sockmap::Event::Listening { netns, port } => outbox.tell(&Event::Listening { netns, port }),
+            bro_sockmap::Event::Listening { netns, port } => outbox.tell(&EngineEvent::Listening { netns, port }),
             bro_sockmap::Event::Learned { port, kind, .. } => {
-                tracing::debug!(port, kind = ?bro_sockmap::Kind::of(kind), "learned what kind of sockets the service uses");
+                tracing::debug!(port, kind = ?bro_sockmap::SenderKind::of(kind), "learned what kind of sockets the service uses");
             }
             bro_sockmap::Event::Proved { record, serial, socket, flow } => {
                 proved.push((LaneId { record, serial }, flow, socket));
@@ -208,41 +206,39 @@ impl Engine {
                 tracing::debug!(port, "a socket in blocking mode was let go; its bytes are spliced");
             }
         });
-        for (lane, flow, socket) in proved {
-            self.hook(lane, flow, socket);
-        }
+        let hooked = proved.into_iter().filter_map(|(id, flow, socket)| {
+            let target = self.hook(id, flow, socket, connections)?;
+            Some((target, flow, socket))
+        });
+        hooked.collect()
     }
 
-    /// A sender has proved to be a non-blocking one: it is hooked, if its lane is still open.
-    fn hook(&mut self, id: LaneId, flow: Flow, socket: u64) {
-        let Some(lanes) = &self.lanes else { return };
-        let Some(&(index, number, sink)) = lanes.owners.get(&id) else { return };
-        let Some(connection) = self.connections.get_mut(index) else { return };
-        let Stage::Relaying { up, down, .. } = &mut connection.stage else { return };
+    /// A sender has proved to be a non-blocking one: it is hooked, if its lane is still open. The service's own socket is in its
+    /// namespace: then this is the target whose agent is to hook it.
+    fn hook(&self, id: LaneId, flow: Flow, socket: u64, connections: &mut Slab<Connection>) -> Option<usize> {
+        let &(index, number, sink) = self.owners.get(&id)?;
+        let connection = connections.get_mut(index).filter(|connection| connection.number == number)?;
+        let target = connection.target;
+        let Relayed { up, down, .. } = connection.relayed()?;
         let lane = match sink {
             Side::Client => down.lane_mut(),
             Side::Service => up.lane_mut(),
         };
-        let Some(lane) = lane.filter(|lane| connection.number == number && lane.id() == id) else { return };
-        lane.set_hooked(socket);
+        lane.filter(|lane| lane.id() == id)?.set_hooked(socket);
         match sink {
-            // The service's own socket is in its namespace.
-            Side::Client => {
-                let backend = connection.backend;
-                self.hook_inside(backend, flow, socket);
+            Side::Client => Some(target),
+            Side::Service => {
+                self.kernel.hook(flow, socket);
+                None
             }
-            Side::Service => lanes.kernel.hook(flow, socket),
         }
     }
-}
 
-impl Lanes {
     /// Opens what lanes a connection can have: the service's if the programs watch it, in the namespace with the cookie `watched`,
     /// and the client's if it is on this host.
     fn open_both(&mut self, index: usize, connection: &mut Connection, watched: Option<u64>) {
-        let (number, client) = (connection.number, connection.client.as_fd());
-        let neighbour = connection.neighbour().clone();
-        let Stage::Relaying { service, up, down, .. } = &mut connection.stage else { return };
+        let (number, neighbour) = (connection.number, connection.neighbour().clone());
+        let Some(Relayed { client, service, up, down }) = connection.relayed() else { return };
         if watched.is_none() && self.clients.is_none() {
             return;
         }
@@ -263,9 +259,7 @@ impl Lanes {
         {
             let sender = SenderAddress { netns, local: peer, remote };
             let owner = (index, number, Side::Service);
-            self.open(&sender, service.as_fd(), owner, dealt_with)
-                .into_iter()
-                .for_each(|lane| up.set_lane(lane));
+            self.open(&sender, service, owner, dealt_with).into_iter().for_each(|lane| up.set_lane(lane));
         }
     }
 

@@ -14,9 +14,9 @@ use nix::sys::socket::{MsgFlags, send};
 use serde::{Deserialize, Serialize};
 
 use crate::connection::End;
-use crate::engine::Destination;
+use crate::engine::ReadyTarget;
 use crate::engine::idle::Leave;
-use crate::engine::lanes::Watch;
+use crate::engine::lanes::ServiceWatch;
 use crate::engine::report::Figures;
 use crate::source::Sources;
 use crate::stats::Tally;
@@ -24,13 +24,13 @@ use crate::sys;
 
 /// What the control process tells the engine.
 #[derive(Debug)]
-pub enum Command {
+pub enum EngineCommand {
     /// The target listens: connect its held clients and the ones to come.
     Ready {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// How to reach it.
-        destination: Destination,
+        ready: ReadyTarget,
     },
     /// The kernel relay is loaded.
     Kernel {
@@ -53,19 +53,19 @@ pub enum Plain {
     /// It could not be started: reset its held clients.
     Failed {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// Why, for their log lines.
         end: End,
     },
     /// It has gone to sleep: hold the next client.
     Gone {
         /// Which target.
-        backend: usize,
+        target: usize,
     },
-    /// The answer to [`Event::Knock`].
+    /// The answer to [`EngineEvent::Knock`].
     Knocked {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// The service runs, and is being looked for.
         runs: bool,
     },
@@ -86,14 +86,14 @@ pub enum Plain {
     /// Answer, to show that the engine runs.
     Ping,
     /// Have the kernel relay watch a target's service.
-    Watch(Watch),
+    Watch(ServiceWatch),
     /// End: the control process is done.
     Stop,
     /// Tell the figures.
     Report,
 }
 
-impl From<Plain> for Command {
+impl From<Plain> for EngineCommand {
     fn from(plain: Plain) -> Self {
         Self::Plain(plain)
     }
@@ -102,11 +102,11 @@ impl From<Plain> for Command {
 /// What the engine tells the control process. Bounded without a limit on the queue: per target one wake at a time, and the others
 /// are answers.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Event {
+pub enum EngineEvent {
     /// A client waits for this target.
     Wake {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// The client, for the log.
         peer: String,
         /// Its source, where it is a client.
@@ -117,7 +117,7 @@ pub enum Event {
     /// A client that wakes nothing is here (`--wake-ignore`): does the service run?
     Knock {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// The client, for the log.
         peer: String,
     },
@@ -146,7 +146,7 @@ pub enum Event {
     /// The answer to [`Plain::Watch`]: whether the programs will say when this target's service listens.
     Watching {
         /// Which target.
-        backend: usize,
+        target: usize,
         /// Whether they will.
         watching: bool,
     },
@@ -165,18 +165,18 @@ pub const LONGEST: usize = 64 * 1024;
 /// How a message says which command it is.
 #[derive(Debug, Serialize, Deserialize)]
 enum Head {
-    Ready { backend: usize, addresses: Vec<Option<SocketAddr>>, guarded: bool, sources: Sources },
+    Ready { target: usize, addresses: Vec<Option<SocketAddr>>, guarded: bool, sources: Sources },
     Kernel { share: Share, clients: bool },
     Plain(Plain),
 }
 
-impl Command {
+impl EngineCommand {
     /// Its message, and the descriptors that go along.
     #[must_use]
     pub fn encode(self) -> (Vec<u8>, Vec<OwnedFd>) {
         let (head, descriptors) = match self {
-            Self::Ready { backend, destination: Destination { addresses, guarded, sources, channel } } => {
-                (Head::Ready { backend, addresses, guarded, sources }, vec![channel])
+            Self::Ready { target, ready: ReadyTarget { addresses, guarded, sources, channel } } => {
+                (Head::Ready { target, addresses, guarded, sources }, vec![channel])
             }
             Self::Kernel { descriptors, share, clients } => {
                 (Head::Kernel { share, clients }, descriptors.into_array().into())
@@ -191,9 +191,9 @@ impl Command {
     #[must_use]
     pub fn decode(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Option<Self> {
         Some(match serde_json::from_slice(bytes).ok()? {
-            Head::Ready { backend, addresses, guarded, sources } => {
+            Head::Ready { target, addresses, guarded, sources } => {
                 let channel = descriptors.into_iter().next()?;
-                Self::Ready { backend, destination: Destination { addresses, guarded, sources, channel } }
+                Self::Ready { target, ready: ReadyTarget { addresses, guarded, sources, channel } }
             }
             Head::Kernel { share, clients } => {
                 let descriptors = Descriptors::from_array(descriptors.try_into().ok()?);
@@ -208,8 +208,8 @@ impl Command {
 #[derive(Debug)]
 pub enum Received {
     /// One of them.
-    Command(Command),
-    /// A command with descriptors that did not fit this process's table: [`Command::Ready`] of this target, or [`Command::Kernel`].
+    Command(EngineCommand),
+    /// A command with descriptors that did not fit this process's table: [`EngineCommand::Ready`] of this target, or [`EngineCommand::Kernel`].
     WithoutDescriptors(Option<usize>),
 }
 
@@ -238,14 +238,14 @@ impl Mailbox {
         match sys::receive_with_descriptors(self.channel(), &mut buffer) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Ok((length @ 1.., descriptors)) => {
-                let command = Command::decode(&buffer[..length], descriptors);
+                let command = EngineCommand::decode(&buffer[..length], descriptors);
                 Some(command.map_or_else(nonsense, Received::Command))
             }
             // Its words have come.
             Err(error) if sys::errno_of(&error) == Errno::EMFILE => {
                 let words = serde_json::Deserializer::from_slice(&buffer).into_iter().next();
                 Some(match words {
-                    Some(Ok(Head::Ready { backend, .. })) => Received::WithoutDescriptors(Some(backend)),
+                    Some(Ok(Head::Ready { target, .. })) => Received::WithoutDescriptors(Some(target)),
                     Some(Ok(Head::Kernel { .. })) => Received::WithoutDescriptors(None),
                     _ => nonsense(),
                 })
@@ -265,7 +265,7 @@ pub struct Outbox {
 
 impl Outbox {
     /// Tells the control process; messages that it is too slow to take wait here.
-    pub fn tell(&self, event: &Event) {
+    pub fn tell(&self, event: &EngineEvent) {
         self.queue.borrow_mut().push_back(serde_json::to_vec(event).unwrap_or_default());
         self.flush();
     }
@@ -273,9 +273,9 @@ impl Outbox {
     /// Tells the figures.
     pub fn tell_figures(&self, figures: Figures) {
         for tallies in figures.tallies.chunks(TALLIES) {
-            self.tell(&Event::Tallies(tallies.to_vec()));
+            self.tell(&EngineEvent::Tallies(tallies.to_vec()));
         }
-        self.tell(&Event::Peers(figures.peers));
+        self.tell(&EngineEvent::Peers(figures.peers));
     }
 
     /// Sends what waits, as far as it fits.
@@ -324,10 +324,10 @@ mod tests {
         };
         let sources = crate::source::Sources::default;
         send(&Head::Plain(Plain::Report));
-        assert!(matches!(mailbox.next(), Some(Received::Command(Command::Plain(Plain::Stop)))));
-        send(&Head::Ready { backend: 7, addresses: vec![None; 16], guarded: false, sources: sources() });
+        assert!(matches!(mailbox.next(), Some(Received::Command(EngineCommand::Plain(Plain::Stop)))));
+        send(&Head::Ready { target: 7, addresses: vec![None; 16], guarded: false, sources: sources() });
         // What a longer message before it has left is no part of it.
-        send(&Head::Ready { backend: 3, addresses: vec![None], guarded: false, sources: sources() });
+        send(&Head::Ready { target: 3, addresses: vec![None], guarded: false, sources: sources() });
         assert!(matches!(mailbox.next(), Some(Received::WithoutDescriptors(Some(7)))));
         assert!(matches!(mailbox.next(), Some(Received::WithoutDescriptors(Some(3)))));
         assert!(mailbox.next().is_none());

@@ -1,9 +1,9 @@
 //! The engine's figures, put together on request.
 
 use serde::{Deserialize, Serialize};
+use slab::Slab;
 
-use super::Engine;
-use crate::connection::Stage;
+use crate::connection::{Connection, Stage};
 use crate::stats::Tally;
 
 /// The most clients that an answer names.
@@ -18,33 +18,23 @@ pub struct Figures {
     pub peers: Vec<String>,
 }
 
-impl Engine {
-    /// The figures of this moment.
-    pub(super) fn figures(&self) -> Figures {
-        // A client that has said nothing is no guest yet, and neither is one that keeps nothing awake.
-        let guests = self
-            .connections
-            .iter()
-            .filter(|(_, guest)| !guest.ignored && !matches!(guest.stage, Stage::Silent));
-        let peers = guests.take(MOST_PEERS).map(|(_, guest)| guest.peer.to_string()).collect();
-        Figures { tallies: self.tallies(), peers }
-    }
-
-    /// Each listener's tally, with what the connections of this moment have moved so far.
-    fn tallies(&self) -> Vec<Tally> {
-        let mut tallies = self.tallies.clone();
-        for (_, connection) in &self.connections {
-            let tally = &mut tallies[connection.listener];
-            tally.open += 1;
-            match connection.stage {
-                Stage::Held => tally.held += 1,
-                Stage::Silent => tally.silent += 1,
-                _ => {}
-            }
-            for (sink, lane) in connection.lanes() {
-                super::lanes::add(tally, sink, &lane.snapshot());
-            }
+/// The figures of this moment; `tallies` are of what has ended.
+pub(super) fn figures(connections: &Slab<Connection>, mut tallies: Vec<Tally>) -> Figures {
+    for (_, connection) in connections {
+        let tally = &mut tallies[connection.listener];
+        tally.open += 1;
+        match connection.stage() {
+            Stage::Held => tally.held += 1,
+            Stage::Silent => tally.silent += 1,
+            _ => {}
         }
-        tallies
+        for (sink, lane) in connection.lanes() {
+            super::lanes::add(tally, sink, &lane.snapshot());
+        }
     }
+    // A client that has said nothing is no guest yet, and neither is one that keeps nothing awake.
+    let guests =
+        connections.iter().filter(|(_, guest)| !guest.ignored && !matches!(guest.stage(), Stage::Silent));
+    let peers = guests.take(MOST_PEERS).map(|(_, guest)| guest.peer.to_string()).collect();
+    Figures { tallies, peers }
 }

@@ -4,13 +4,8 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::os::fd::AsFd as _;
-use std::time::Instant;
 
-use super::Engine;
-use crate::connection::{End, Stage};
 use crate::peer::Source;
-use crate::sys::{Waiting, look};
 
 /// The connections on which the client has to say something first.
 #[derive(Debug, Default)]
@@ -26,7 +21,7 @@ impl Silent {
         self.of.is_empty()
     }
 
-    fn insert(&mut self, source: Source, number: u64, index: usize) {
+    pub(super) fn insert(&mut self, source: Source, number: u64, index: usize) {
         self.change(source, |of| {
             let _none = of.insert(number, index);
         });
@@ -56,73 +51,17 @@ impl Silent {
     }
 
     /// The one that makes room.
-    fn first_to_go(&self) -> Option<usize> {
+    pub(super) fn first_to_go(&self) -> Option<usize> {
         let (_, _, source) = self.ranks.last()?;
         self.of.get(source)?.first_key_value().map(|(_, &index)| index)
     }
 
     /// All, in the order in which they came; none is left.
-    fn take(&mut self) -> Vec<usize> {
+    pub(super) fn take(&mut self) -> Vec<usize> {
         self.ranks.clear();
         let mut all: Vec<(u64, usize)> = std::mem::take(&mut self.of).into_values().flatten().collect();
         all.sort_unstable();
         all.into_iter().map(|(_, index)| index).collect()
-    }
-}
-
-impl Engine {
-    /// Is a client to wait for its first byte? Not when the container is awake, or about to be: then nothing is saved, and a
-    /// service that speaks first may speak.
-    pub(super) fn are_bytes_to_wake(&self) -> bool {
-        self.settings.wake_on_data
-            && (self.frost == super::frozen::Frost::Frozen
-                || self.backends.iter().all(super::targets::Backend::is_asleep))
-    }
-
-    /// Has the client wait for its first byte, which may be there already, as its end may.
-    pub(super) fn wait_for_a_byte(&mut self, index: usize) {
-        let connection = &mut self.connections[index];
-        connection.stage = Stage::Silent;
-        self.silent.insert(connection.peer.source(), connection.number, index);
-        self.register(index);
-        self.silent_client_stirred(index);
-    }
-
-    /// A silent client has sent, finished or reset.
-    pub(super) fn silent_client_stirred(&mut self, index: usize) {
-        let Some(connection) = self.connections.get_mut(index) else { return };
-        match look(connection.client.as_fd()) {
-            Waiting::Byte => {
-                self.silent.remove(connection.peer.source(), connection.number);
-                // From now on it waits for the service.
-                connection.active = Instant::now();
-                self.hold(index, false);
-            }
-            Waiting::Nothing => {}
-            Waiting::End | Waiting::Abort(_) => self.finish(index, End::ClientLeft),
-        }
-    }
-
-    /// The container is awake: silent clients are let through to it, each to its own target.
-    pub(super) fn let_silent_clients_in(&mut self) {
-        for index in self.silent.take() {
-            self.connections[index].active = Instant::now();
-            self.place(index);
-        }
-    }
-
-    /// Lets silent clients go; nothing waits for them.
-    pub(super) fn let_silent_clients_go(&mut self, end: End) {
-        for index in self.silent.take() {
-            self.finish(index, end);
-        }
-    }
-
-    /// Ends one that says nothing; false when there is none.
-    pub(super) fn make_room(&mut self) -> bool {
-        let Some(index) = self.silent.first_to_go() else { return false };
-        self.finish(index, End::IdleTimeout);
-        true
     }
 }
 

@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unused_id_is_one_that_the_container_has_and_nobody_in_it() {
+    fn an_unused_id_is_one_that_the_container_has_and_no_user_in_it() {
         let whole = "0 0 4294967295";
         assert_eq!(
             unused(whole, whole, "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:::\n"),

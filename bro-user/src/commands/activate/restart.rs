@@ -17,7 +17,7 @@ pub(super) async fn unless_in_use(
     if systemd.active_state(service).await? == "active" {
         let report: anyhow::Result<Report> =
             control_socket::ask_soon(&control_socket::socket_of(service, scope), Request::Status).await;
-        if !report.is_ok_and(|report| has_nobody(&report)) {
+        if !report.is_ok_and(|report| has_no_client(&report)) {
             return Ok(false);
         }
     }
@@ -27,7 +27,7 @@ pub(super) async fn unless_in_use(
     Ok(true)
 }
 
-fn has_nobody(report: &Report) -> bool {
+fn has_no_client(report: &Report) -> bool {
     report.total.open == 0
         && report.total.held == 0
         && report.waiting.is_none()

@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use tokio::time::Instant;
 
-use super::lifecycle::{Change, Lifecycle, Phase};
+use super::lifecycle::{LifeChange, Lifecycle, Phase};
 use super::target_state::Wakefulness;
 use crate::control_socket::Reply;
 use bro_relay::engine::idle::Leave;
@@ -98,7 +98,7 @@ impl Lifecycle<'_> {
         }
         self.freezing.frost = Frost::Freezing { wanted: false };
         let activator = self.activator.clone();
-        self.hear_of(async move { Change::Freeze(FreezeDone::Froze(activator.freeze().await)) });
+        self.hear_of(async move { LifeChange::Freeze(FreezeDone::Froze(activator.freeze().await)) });
     }
 
     fn stays_warm(&mut self) {
@@ -125,7 +125,7 @@ impl Lifecycle<'_> {
     fn thaw(&mut self) {
         self.freezing.frost = Frost::Thawing;
         let activator = self.activator.clone();
-        self.hear_of(async move { Change::Freeze(FreezeDone::Thawed(activator.thaw().await)) });
+        self.hear_of(async move { LifeChange::Freeze(FreezeDone::Thawed(activator.thaw().await)) });
     }
 
     /// systemd has done what it was told.
@@ -134,7 +134,7 @@ impl Lifecycle<'_> {
             (FreezeDone::Froze(Ok(true)), Frost::Freezing { wanted }) => {
                 tracing::info!(
                     unit = self.options.unit.as_deref(),
-                    "nobody is connected any more; froze the unit"
+                    "no client is connected any more; froze the unit"
                 );
                 self.freezing.frost = Frost::Frozen { since: Instant::now() };
                 self.freezing.since = Some(SystemTime::now());
@@ -155,9 +155,9 @@ impl Lifecycle<'_> {
                 // It may have been stopped meanwhile: a client that waits has it started, or thawed once more.
                 tracing::warn!("cannot thaw the unit; looking for it anew: {error:#}");
                 self.freezing.frost = Frost::None;
-                for (index, target) in self.targets.iter_mut().enumerate() {
-                    target.wakefulness = Wakefulness::Asleep;
-                    self.engine.send(Plain::Gone { backend: index });
+                for (target, state) in self.targets.iter_mut().enumerate() {
+                    state.wakefulness = Wakefulness::Asleep;
+                    self.engine.send(Plain::Gone { target });
                 }
                 self.engine.send(Plain::Thawed);
                 if !self.wakers.is_empty() {

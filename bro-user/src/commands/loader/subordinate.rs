@@ -8,10 +8,10 @@ pub(super) fn ranges(text: &str, uid: u32, name: &str) -> Vec<(u32, u32)> {
 fn range(line: &str, uid: u32, name: &str) -> Option<(u32, u32)> {
     let mut fields = line.trim().split(':');
     let (owner, first, count) = (fields.next()?, fields.next()?, fields.next()?);
-    let his = owner == name || owner.parse() == Ok(uid);
+    let named = owner == name || owner.parse() == Ok(uid);
     // 0 would be root, or no id at all.
     let (first, count) = (first.parse::<u32>().ok()?, count.parse::<u32>().ok()?);
-    (his && first > 0 && count > 0 && fields.next().is_none()).then_some((first, count))
+    (named && first > 0 && count > 0 && fields.next().is_none()).then_some((first, count))
 }
 
 #[cfg(test)]

@@ -76,7 +76,7 @@ fn reading(report: &Report, text: &mut String) -> std::fmt::Result {
     }) {
         writeln!(
             text,
-            "> **Some figures have a single round: nobody can be told from anybody by them.** A quieter machine or `--full` gives \
+            "> **Some figures have a single round: they tell no contender from another.** A quieter machine or `--full` gives \
              more.\n"
         )?;
     }

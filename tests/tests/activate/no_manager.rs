@@ -1,4 +1,4 @@
-//! What `bro status` and `bro doctor` say of a service where there is nobody who would know.
+//! What `bro status` and `bro doctor` say of a service where neither systemd nor Podman can be asked.
 
 use std::process::Command;
 
@@ -24,7 +24,7 @@ impl Alone {
         environment(command.args(arguments));
         command
             .env("XDG_CONFIG_HOME", self.0.path("home/test/.config"))
-            .env("XDG_RUNTIME_DIR", self.0.path("run/nobody"))
+            .env("XDG_RUNTIME_DIR", self.0.path("run/none"))
             .env("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nonexistent/bus")
             .env("PATH", "/nonexistent");
         said(&mut command)
@@ -58,7 +58,7 @@ fn who_does_not_run_does_not_listen() -> Result<()> {
 }
 
 #[test]
-fn without_podman_nobody_knows_of_an_image() -> Result<()> {
+fn without_podman_an_image_is_unknown() -> Result<()> {
     let alone = Alone::new("[Container]\nImage=localhost/lone\n")?;
     let (outcome, said) = alone.check("image")?;
     ensure!(

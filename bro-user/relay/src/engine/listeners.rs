@@ -1,0 +1,140 @@
+//! The listening sockets: whether clients are accepted from them, and how many in one turn.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+use nix::sys::socket::SockaddrStorage;
+
+use super::accept_batch::AcceptBatch;
+use super::token::Token;
+use crate::listener::Listener;
+use crate::peer::Source;
+
+/// Whether new clients are accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Accepting {
+    /// Yes.
+    Open,
+    /// Not before a connection ends: `--connections-max` is reached.
+    Full,
+    /// Not before this instant: the kernel had no descriptor or memory.
+    BackingOff { until: Instant, pause: Duration },
+    /// No more: draining or stopped.
+    Closed,
+}
+
+/// The listening sockets.
+#[derive(Debug)]
+pub(super) struct Listeners {
+    /// Each with the index of its target.
+    all: Vec<(Listener, usize)>,
+    /// How many clients each had of late.
+    batches: Vec<AcceptBatch>,
+    /// Counts the times that epoll had something to tell.
+    turn: u64,
+    accepting: Accepting,
+}
+
+impl Listeners {
+    /// Nothing is accepted from them yet.
+    pub(super) fn new(all: Vec<(Listener, usize)>) -> Self {
+        // For clients that connect from now on: what a relay cannot pass on, the kernel refuses to the sender, if it can.
+        for (listener, _) in &all {
+            crate::sys::refuse_descriptors(listener.socket.as_fd()).ok();
+        }
+        Self { batches: vec![AcceptBatch::default(); all.len()], all, turn: 0, accepting: Accepting::Closed }
+    }
+
+    pub(super) const fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Listener> {
+        self.all.iter().map(|(listener, _)| listener)
+    }
+
+    /// The index of a listener's target.
+    pub(super) fn target(&self, listener: usize) -> usize {
+        self.all[listener].1
+    }
+
+    /// Epoll has something to tell.
+    pub(super) const fn next_turn(&mut self) {
+        self.turn += 1;
+    }
+
+    /// How many clients may be taken from this one in this turn.
+    pub(super) fn allowed(&self, listener: usize) -> usize {
+        self.batches[listener].allowed(self.turn)
+    }
+
+    /// Notes that so many were taken, of so many.
+    pub(super) fn took(&mut self, listener: usize, taken: usize, allowed: usize) {
+        self.batches[listener].took(self.turn, taken, taken == allowed);
+    }
+
+    pub(super) fn accept(&self, listener: usize) -> io::Result<(OwnedFd, Option<SockaddrStorage>)> {
+        crate::sys::accept(self.all[listener].0.socket.as_fd())
+    }
+
+    pub(super) const fn accepting(&self) -> Accepting {
+        self.accepting
+    }
+
+    /// Has epoll watch them while clients are accepted.
+    pub(super) fn set_accepting(&mut self, epoll: &Epoll, accepting: Accepting) -> nix::Result<()> {
+        let (was, is) = (self.accepting == Accepting::Open, accepting == Accepting::Open);
+        self.accepting = accepting;
+        for (index, (listener, _)) in self.all.iter().enumerate() {
+            if is && !was {
+                let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Listener(index).into());
+                epoll.add(listener.socket.as_fd(), event)?;
+            } else if was && !is {
+                epoll.delete(listener.socket.as_fd())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many connections each source has (`--connections-per-source`).
+#[derive(Debug)]
+pub(super) struct PerSource {
+    limit: Option<u32>,
+    counts: HashMap<Source, u32>,
+}
+
+impl PerSource {
+    pub(super) fn new(limit: Option<u32>) -> Self {
+        Self { limit, counts: HashMap::new() }
+    }
+
+    /// Whether it counts them.
+    pub(super) const fn counts(&self) -> bool {
+        self.limit.is_some()
+    }
+
+    /// One more of this source; false where it has as many as it may have.
+    pub(super) fn enter(&mut self, source: Source) -> bool {
+        let Some(limit) = self.limit else { return true };
+        let count = self.counts.entry(source).or_default();
+        if *count >= limit {
+            return false;
+        }
+        *count += 1;
+        true
+    }
+
+    /// One that was counted has ended.
+    pub(super) fn leave(&mut self, source: Source) {
+        if let Some(count) = self.counts.get_mut(&source) {
+            *count -= 1;
+            if *count == 0 {
+                let _gone = self.counts.remove(&source);
+            }
+        }
+    }
+}
