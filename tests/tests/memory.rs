@@ -1,4 +1,6 @@
 //! What a forwarder that is awake costs in memory of its own, in all its processes: control process, relay process, agent.
+//!
+//! Needs: a network namespace. Takes: seconds.
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::bro;
