@@ -75,7 +75,7 @@ pub struct Idle {
     #[arg(long, value_name = "SPAN", default_value = "0")]
     pub min_uptime: TimeSpan,
 
-    /// Awake without clients at these times: [DAYS] START..END, such as Mon..Fri 09:00..18:00, or never (repeatable)
+    /// Awake without clients at these times: Mon..Fri 09:00..18:00 (the days may be left out), or never (repeatable)
     ///
     /// A running forwarder wakes the service when such a time begins, and does not exit for idleness before it ends. DAYS, and a time
     /// zone after END, are systemd's (systemd.time(7)), which reads them (`systemd-analyze`); several times may also stand in one value,

@@ -57,7 +57,7 @@ pub enum Invalid {
     /// No time of day.
     #[error("“{0}” is not a time of day such as 09:00 or 17:30:15")]
     Time(String),
-    /// Beyond [`LONGEST`] or [`MOST`].
+    /// Longer, or more, than is read.
     #[error("at most {MOST} spans of at most {LONGEST} characters can be given")]
     TooMuch,
 }
@@ -279,7 +279,8 @@ fn utc(text: &str) -> Option<SystemTime> {
     };
     let ([year, month, day], [hour, minute, second]) = (numbers(date, '-')?, numbers(time, ':')?);
     let months = month.checked_sub(1).filter(|month| *month < 12)?;
-    let is_leap = |year: u64| (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
+    let is_leap =
+        |year: u64| (year.is_multiple_of(4) && !year.is_multiple_of(100)) || year.is_multiple_of(400);
     let years = (1970..year.min(10_000)).map(|year| if is_leap(year) { 366 } else { 365 }).sum::<u64>();
     let lengths = [31, if is_leap(year) { 29 } else { 28 }, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
     let days =
