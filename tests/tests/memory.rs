@@ -1,6 +1,6 @@
 //! What a forwarder that is awake costs in memory of its own, in all its processes: control process, relay process, agent.
 //!
-//! Needs: a network namespace. Takes: seconds.
+//! Needs: a network namespace. Takes: a second.
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::bro;
@@ -8,8 +8,8 @@ use bro_tests::process;
 use bro_tests::require_namespaces;
 use bro_tests::scene::{Scene, expect_relayed};
 
-/// docs/reference.md says so. Seen: 1.1 to 1.3 MB (rootless and rootful); 2.7 MB before property caches and the parser of all
-/// subcommands went.
+/// docs/reference.md says so. Seen: 1.1 MB, rootless and rootful (2.0 and 2.7 before property caches and the parser of all
+/// subcommands went).
 const PACKAGED_KIB: u64 = 1536;
 
 /// A debug build has more of everything.
@@ -20,7 +20,9 @@ fn private_kib(pid: i32) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
     let values =
         text.lines().filter(|line| line.starts_with("Private_Clean:") || line.starts_with("Private_Dirty:"));
-    values.map(|line| line.split_whitespace().nth(1).context("a size")?.parse().context("in KiB")).sum()
+    values
+        .map(|line| line.split_whitespace().nth(1).context("a size")?.parse::<u64>().context("in KiB"))
+        .sum()
 }
 
 #[test]

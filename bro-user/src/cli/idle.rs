@@ -75,15 +75,11 @@ pub struct Idle {
     #[arg(long, value_name = "SPAN", default_value = "0")]
     pub min_uptime: TimeSpan,
 
-    /// Awake without clients at these times: START..END, such as Mon..Fri 09:00..18:00 with DAYS before it, or never (repeatable)
+    /// Awake without clients at these times: Mon..Fri 09:00..18:00 (the days may be left out), or never (repeatable)
     ///
     /// A running forwarder wakes the service when such a time begins, and does not exit for idleness before it ends. DAYS, and a time
     /// zone after END, are systemd's (systemd.time(7)), which reads them (`systemd-analyze`); several times may also stand in one value,
     /// with semicolons between them. An END that is not after START is on the next day.
-    #[allow(
-        rustdoc::broken_intra_doc_links,
-        reason = "the brackets are the help's, and say that DAYS may be left out"
-    )]
     #[arg(long, value_name = "TIMES")]
     pub keep_awake: Vec<DailySpans>,
 

@@ -10,7 +10,8 @@ use crate::control_socket;
 /// The longest note that is read.
 const LONGEST: u64 = 1024;
 
-/// Which kernel it is that the note is about, and which bro has tried it; the folder is gone with a reboot, but an image may have brought one along.
+/// Which kernel it is that the note is about, and which bro has tried it: the folder is gone with a reboot, but an image may have
+/// brought one along.
 fn kernel() -> Option<String> {
     let name = nix::sys::utsname::uname().ok()?;
     let (release, version) = (name.release().to_string_lossy(), name.version().to_string_lossy());

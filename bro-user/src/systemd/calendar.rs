@@ -57,7 +57,7 @@ pub enum Invalid {
     /// No time of day.
     #[error("“{0}” is not a time of day such as 09:00 or 17:30:15")]
     Time(String),
-    /// Beyond `LONGEST` or `MOST`.
+    /// Longer, or more, than is read.
     #[error("at most {MOST} spans of at most {LONGEST} characters can be given")]
     TooMuch,
 }

@@ -60,11 +60,8 @@ fn woken_when_the_time_begins() -> Result<()> {
     let _service = scene.serve()?;
     let times = format!("--keep-awake={}..{} UTC", time_of_day(3)?, time_of_day(-5)?);
     let forwarder = scene.start(&["--exit-idle-time=1min", &times])?;
-    let before = forwarder.report()?;
+    forwarder.log().line(PATIENCE, |line| line.contains("listening"))?;
     forwarder.log().line(PATIENCE, |line| line.contains("kept awake until"))?;
     forwarder.log().line(PATIENCE, |line| line.contains("at the time of --keep-awake"))?;
-    // Unless the machine was so slow that it had begun.
-    let early = before.activity.kept_awake_until.is_none();
-    ensure!(early || before.state.contains("kept awake"), "{before:?}");
     Ok(())
 }
