@@ -26,7 +26,7 @@ pub const BULK: u64 = 256 * 1024;
 /// sees a new `forwarded` also sees the grant that was measured after those bytes were queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The forwarder wants the shortcut open.
+    /// The forwarder wants the lane open.
     pub on: bool,
     /// Payload bytes the forwarder itself has written to the target, in total.
     pub forwarded: u64,
@@ -102,7 +102,7 @@ pub const fn credit_for(sndbuf: u64, wmem_queued: u64) -> u64 {
     sndbuf.saturating_sub(wmem_queued) / 2
 }
 
-/// The new `granted` while the shortcut may be in use: never lower than before. `spent_before` must have been read before
+/// The new `granted` while the lane may be in use: never lower than before. `spent_before` must have been read before
 /// `credit` was measured, so that what is spent meanwhile is counted twice rather than not at all.
 #[inline(always)]
 #[must_use]

@@ -10,9 +10,9 @@ pub enum Reason {
     Order = 0,
     /// The target's room is used up.
     Credit = 1,
-    /// The forwarder closed the shortcut.
+    /// The forwarder closed the lane.
     Off = 2,
-    /// The socket has an upper-layer protocol (kernel TLS): the shortcut would carry its plaintext.
+    /// The socket has an upper-layer protocol (kernel TLS): the lane would carry its plaintext.
     Ulp = 3,
     /// The owner uses the socket in blocking mode.
     Blocking = 4,
@@ -71,7 +71,7 @@ pub struct Record {
     pub grants: AtomicU64,
     /// Which use of this slot it is. A sender that still has an older number takes no notice of the record.
     pub serial: AtomicU64,
-    /// The shortcut is open (1) or shut (0).
+    /// The lane is open (1) or shut (0).
     pub on: AtomicU64,
     /// The program told of low credit (1); the forwarder clears it.
     pub notified: AtomicU64,

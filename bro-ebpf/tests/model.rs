@@ -1,6 +1,6 @@
 //! Every interleaving of the sender, the program, the forwarder and the target's ACKs, explored exhaustively over a small
 //! connection: no byte is reordered, repeated or lost, the target's send buffer is never found full by a redirect, and the
-//! shortcut always reopens.
+//! lane always reopens.
 //!
 //! Each step of [`State::steps`] is what one party does without the others being able to get in between: one load or store
 //! of the shared record, one system call, one push under a socket's lock.
@@ -418,7 +418,7 @@ fn messages_that_use_up_the_credit_at_once() {
 }
 
 #[test]
-fn the_shortcut_is_opened_and_shut_while_bytes_flow() {
+fn the_lane_is_opened_and_shut_while_bytes_flow() {
     let states = explore(&Setup {
         sndbuf: 87_040,
         own_sndbuf: 60_000,

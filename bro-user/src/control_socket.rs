@@ -21,13 +21,14 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::exit;
+use crate::paths;
 use crate::systemd::scope::RuntimeScope;
 
 /// The socket's name in the runtime directory.
 pub(crate) const SOCKET: &str = "status.sock";
 
 /// How long a request or an answer may take to cross the socket.
-const PATIENCE: Duration = Duration::from_secs(5);
+const CALLER_LIMIT: Duration = Duration::from_secs(5);
 
 /// The longest request.
 const LONGEST_REQUEST: u64 = 64;
@@ -138,7 +139,7 @@ impl Asker {
         let mut stream = self.stream;
         let Ok(mut json) = serde_json::to_vec(answer) else { return };
         json.push(b'\n');
-        let written = tokio::time::timeout(PATIENCE, stream.write_all(&json)).await;
+        let written = tokio::time::timeout(CALLER_LIMIT, stream.write_all(&json)).await;
         if !matches!(written, Ok(Ok(()))) {
             tracing::debug!("the process that asked did not wait for the answer");
         }
@@ -254,7 +255,7 @@ async fn hear(stream: UnixStream, place: tokio::sync::OwnedSemaphorePermit, to: 
     let mut stream = stream;
     let mut line = String::new();
     let mut reader = BufReader::new((&mut stream).take(LONGEST_REQUEST));
-    let reading = tokio::time::timeout(PATIENCE, reader.read_line(&mut line));
+    let reading = tokio::time::timeout(CALLER_LIMIT, reader.read_line(&mut line));
     if !matches!(reading.await, Ok(Ok(_))) {
         return tracing::debug!("the process that asked did not say what");
     }
@@ -283,10 +284,7 @@ pub(crate) fn base_directory() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return SYSTEM.into();
     }
-    // While root acts as a user, its environment is not that user's.
-    let own = nix::unistd::getuid() == nix::unistd::geteuid();
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| own).map(PathBuf::from);
-    runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bro")
+    paths::runtime_directory().join("bro")
 }
 
 /// The socket of the forwarder that is the service `service`, in the directory that its unit names (`RuntimeDirectory=bro/%N`).
@@ -316,7 +314,7 @@ pub fn sockets() -> Vec<PathBuf> {
     let me = nix::unistd::geteuid();
     if me.is_root() {
         // Root has a service manager of its own as well.
-        found.extend(below(Path::new("/run/user/0/bro")));
+        found.extend(below(&paths::runtime_directory_of(0).join("bro")));
     } else {
         // A user's forwarder may be a service of the system.
         found.extend(below(Path::new(SYSTEM)).into_iter().filter(|path| is_of(path, me.as_raw())));
@@ -374,7 +372,7 @@ fn tame(said: &mut serde_json::Value) {
 /// # Errors
 /// When no forwarder answers there.
 pub async fn ask_soon<Answer: DeserializeOwned>(path: &Path, request: Request) -> anyhow::Result<Answer> {
-    ask(path, request, PATIENCE).await
+    ask(path, request, CALLER_LIMIT).await
 }
 
 #[cfg(test)]

@@ -3,19 +3,19 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_proc::cgroup;
 use bro_relay::engine::protocol;
 use bro_relay::netns::{netlink, wire};
-use bro_relay::proxy_protocol::{Bad, Incoming, LONGEST, Said, Version};
+use bro_relay::proxy_protocol::{Bad, Incoming, Introduction, LONGEST, Version};
 use bro_relay::target::{self, Target};
 use bro_sockmap::btf::Offsets;
-use bro_sockmap::cgroup;
 use clap::Parser as _;
 
 use crate::address::{self, External, Internal};
 use crate::cli::{Cli, LocalClients};
 use crate::commands::activate::plan;
 use crate::commands::status;
-use crate::installed::{self, SECTION};
+use crate::installed::{SECTION, WrittenUnits};
 use crate::podman::container;
 use crate::podman::quadlet::{self, Kind};
 use crate::service::readiness::Ready;
@@ -112,10 +112,15 @@ pub fn proxy_header(bytes: &[u8]) {
         match incoming.take(&waiting[..count]) {
             Ok(None) => {}
             // A header that was read can be passed on.
-            Ok(Some(Said::Client { source, destination })) if source.is_ipv4() == destination.is_ipv4() => {
+            Ok(Some(Introduction::Client { source, destination }))
+                if source.is_ipv4() == destination.is_ipv4() =>
+            {
                 for version in [Version::V1, Version::V2] {
                     let header = version.header(Some((source, destination)));
-                    assert_eq!(incoming_whole(&header), Ok(Some(Said::Client { source, destination })));
+                    assert_eq!(
+                        incoming_whole(&header),
+                        Ok(Some(Introduction::Client { source, destination }))
+                    );
                 }
                 return;
             }
@@ -124,7 +129,7 @@ pub fn proxy_header(bytes: &[u8]) {
     }
 }
 
-fn incoming_whole(header: &[u8]) -> Result<Option<Said>, Bad> {
+fn incoming_whole(header: &[u8]) -> Result<Option<Introduction>, Bad> {
     let mut incoming = Incoming::default();
     assert_eq!(incoming.belonging(header), Ok(header.len()));
     incoming.take(header)
@@ -175,17 +180,17 @@ pub fn request(bytes: &[u8]) {
     if let Some(request) = std::str::from_utf8(bytes).ok().and_then(control_socket::Request::parse) {
         assert_eq!(control_socket::Request::parse(request.line()), Some(request));
     }
-    if let Some(request) = wire::Request::decode(bytes) {
-        assert_eq!(wire::Request::decode(&request.encode()), Some(request));
+    if let Some(request) = wire::AgentRequest::decode(bytes) {
+        assert_eq!(wire::AgentRequest::decode(&request.encode()), Some(request));
     }
 }
 
 /// What forwarder and relay process tell each other; the latter might be in other hands.
 pub fn relay_process(bytes: &[u8]) {
-    if let Ok(event) = serde_json::from_slice::<protocol::Event>(bytes) {
+    if let Ok(event) = serde_json::from_slice::<protocol::EngineEvent>(bytes) {
         assert!(serde_json::to_vec(&event).is_ok());
     }
-    drop(protocol::Command::decode(bytes, Vec::new()).is_some());
+    drop(protocol::EngineCommand::decode(bytes, Vec::new()).is_some());
 }
 
 /// What a forwarder answers, as `bro status` reads and prints it.
@@ -206,17 +211,12 @@ pub fn activated(text: &str) {
             (PathBuf::from(format!("/units/{number}.{kind}")), UnitFile::parse(text))
         })
         .collect();
-    for (path, file) in &files {
-        if let Some(activated) =
-            installed::assemble(path, file, &files, RuntimeScope::User, Some(Path::new("/root")))
-        {
-            let _files = crate::units::files(
-                &activated,
-                Path::new("/usr/bin/bro"),
-                None,
-                (Some(Path::new("/root")), false),
-            );
-            let _named: bool = activated.goes_by("web");
-        }
+    let root = Some(Path::new("/root"));
+    let units = WrittenUnits::of(files, Path::new("/units"), RuntimeScope::User, root);
+    for installed in units.services() {
+        drop(crate::units::files(&installed, None, (root, false)).is_ok());
+        drop(installed.goes_by("web"));
+        drop(units.lost(&installed));
     }
+    drop(units.leftover("web").is_some());
 }

@@ -4,15 +4,22 @@
 //! which activation the socket belongs to and where its clients end up; in the service's (with `--direct`, the socket's), the rest.
 
 pub(crate) mod drift;
-
+#[cfg(test)]
+pub(crate) mod example;
 pub(crate) mod leftover;
+mod mode;
+mod options;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use bro_relay::read_bounded::{self, Link};
+use bro_relay::target::Target;
 
-use crate::address::{self, is_straight};
+pub use mode::{Forwarder, Mode, Takeover, Way};
+pub use options::ForwardOptions;
+
+use crate::address::{self, External, is_straight};
 use crate::exit::Failure;
 use crate::paths::unit_directory;
 use crate::run_as::RunAsUser;
@@ -23,22 +30,41 @@ use crate::systemd::unit_file::{MARKER, UnitFile};
 /// The section of its own.
 pub const SECTION: &str = "X-Bro";
 
+/// How `--restrict-network` is noted.
+pub const RESTRICTED: &str = "restrict-network";
+
 /// The longest unit file that is read; those that `bro activate` writes stay far below.
 const LONGEST: u64 = 1 << 20;
+
+/// A socket unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SocketUnit {
+    /// `web-activator.socket`.
+    pub name: String,
+    /// Its file.
+    pub file: PathBuf,
+}
+
+impl SocketUnit {
+    /// The unit of that name in a directory of units.
+    #[must_use]
+    pub fn new(name: impl Into<String>, directory: &Path) -> Self {
+        let name = name.into();
+        Self { file: directory.join(&name), name }
+    }
+}
 
 /// One port of an activated service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InstalledPort {
     /// `--service-name`, the socket's FileDescriptorName=; the first port's is the quadlet's name.
     pub service: String,
-    /// The socket unit: `web-activator.socket`.
-    pub socket: String,
-    /// Its file.
-    pub file: PathBuf,
-    /// Where clients connect: a port (of every address), ADDR:PORT, a unix path or an @abstract name.
-    pub address: String,
-    /// Where the service listens, as `bro forward --target` takes it; none with `--direct`.
-    pub target: Option<String>,
+    /// The socket unit.
+    pub socket: SocketUnit,
+    /// Where clients connect.
+    pub external: External,
+    /// Where the service listens, as `bro forward --target` takes it; none where the container takes the socket over.
+    pub internal: Option<Target>,
     /// Backlog=, if set.
     pub backlog: Option<u32>,
     /// BindToDevice=, if set.
@@ -58,34 +84,65 @@ pub struct Installed {
     pub quadlet: PathBuf,
     /// The unit that the first client starts: `web.service`.
     pub unit: String,
-    /// The container with the network namespace of the service; none where clients are not forwarded into one.
-    pub container: Option<String>,
-    /// No forwarder: the container itself takes the sockets over.
-    pub direct: bool,
-    /// The first port's socket unit.
-    pub socket_file: PathBuf,
-    /// The forwarder's unit; none with `--direct`.
-    pub service_file: Option<PathBuf>,
+    /// How it gets its clients.
+    pub mode: Mode,
     /// Its ports, the first one first.
     pub listeners: Vec<InstalledPort>,
-    /// What `bro forward` is given beyond that, by its long names without the dashes: `("exit-idle-time", "5min")`. With
-    /// `--direct`, how the container finds its sockets.
-    pub options: Vec<(String, String)>,
-    /// The container was named by `--container`, not taken from the quadlet.
-    pub container_given: bool,
     /// The quadlet's drop-in, if it needs one.
     pub drop_in: Option<PathBuf>,
-    /// The unit that makes namespaces, with `--restrict-network`.
-    pub pause_unit: Option<PathBuf>,
     /// Directories that were made for its files.
     pub made: Vec<PathBuf>,
 }
 
 impl Installed {
-    /// The forwarder's unit: `web-activator.service`; none with `--direct`.
+    /// A service without ports, and with no more files than its mode has.
+    #[must_use]
+    pub fn new(
+        name: impl Into<String>,
+        scope: RuntimeScope,
+        quadlet: PathBuf,
+        unit: String,
+        mode: Mode,
+    ) -> Self {
+        let name = name.into();
+        Self {
+            name,
+            scope,
+            run_as: None,
+            quadlet,
+            unit,
+            mode,
+            listeners: Vec::new(),
+            drop_in: None,
+            made: Vec::new(),
+        }
+    }
+
+    /// Its forwarder, if it has one.
+    #[must_use]
+    pub const fn forwarder(&self) -> Option<&Forwarder> {
+        match &self.mode {
+            Mode::Forward(forwarder) => Some(forwarder),
+            Mode::Direct(_) => None,
+        }
+    }
+
+    /// The forwarder's unit, `web-activator.service`, if it has one.
     #[must_use]
     pub fn service(&self) -> Option<String> {
-        self.service_file.as_deref().map(unit_name)
+        self.forwarder().map(|forwarder| unit_name(&forwarder.service_file))
+    }
+
+    /// The unit that its sockets start: the forwarder's, or the container's own.
+    #[must_use]
+    pub fn runner(&self) -> String {
+        self.service().unwrap_or_else(|| self.unit.clone())
+    }
+
+    /// The container into whose network namespace clients are forwarded, if there is one.
+    #[must_use]
+    pub fn container(&self) -> Option<&str> {
+        self.forwarder()?.container.as_deref()
     }
 
     /// The timer that starts the forwarder at the times of `--keep-awake`, where there are some: `web-activator.timer`; none with
@@ -98,7 +155,7 @@ impl Installed {
     /// Its file, beside the forwarder's unit.
     #[must_use]
     pub fn timer_file(&self) -> Option<PathBuf> {
-        self.service_file.as_deref().map(|service| service.with_extension("timer"))
+        self.forwarder().map(|forwarder| forwarder.service_file.with_extension("timer"))
     }
 
     /// The times of `--keep-awake`; none where there are none.
@@ -116,7 +173,7 @@ impl Installed {
             || self.unit == name
             || file == Some(name)
             || self.service().as_deref() == Some(name)
-            || self.listeners.iter().any(|listener| listener.socket == name)
+            || self.listeners.iter().any(|listener| listener.socket.name == name)
     }
 
     /// The service manager of the container's own unit, as the owner of [`Installed::scope`] or the user `run_as` sees it.
@@ -125,15 +182,109 @@ impl Installed {
         if self.run_as.is_some() { RuntimeScope::User } else { self.scope }
     }
 
-    /// Its files besides sockets and service.
+    /// Its files besides sockets and the forwarder's unit.
     pub fn others(&self) -> impl Iterator<Item = &PathBuf> {
-        self.drop_in.iter().chain(&self.pause_unit)
+        let of_mode = match &self.mode {
+            Mode::Forward(_) => None,
+            Mode::Direct(takeover) => takeover.pause_unit.as_ref(),
+        };
+        self.drop_in.iter().chain(of_mode)
     }
 
-    /// The value of one of `bro forward`'s options, if that is set.
+    /// Every file of it.
+    #[must_use]
+    pub fn files(&self) -> Vec<PathBuf> {
+        let sockets = self.listeners.iter().map(|listener| listener.socket.file.clone());
+        let service = self.forwarder().map(|forwarder| forwarder.service_file.clone());
+        // Without its service's file, nothing says whether there is to be a timer.
+        let timer =
+            self.timer_file().filter(|timer| self.kept_awake().is_some() || read_ours(timer).is_some());
+        sockets.chain(service).chain(timer).chain(self.others().cloned()).collect()
+    }
+
+    /// The value of one of the forwarder's options as written, if there is a forwarder and that is set.
     #[must_use]
     pub fn option(&self, name: &str) -> Option<&str> {
-        self.options.iter().find(|(option, _)| option == name).map(|(_, value)| value.as_str())
+        self.forwarder()?.options.get(name)
+    }
+}
+
+/// The units that `bro activate` wrote in one directory, as they are there.
+#[derive(Debug)]
+pub struct WrittenUnits {
+    directory: PathBuf,
+    scope: RuntimeScope,
+    /// What lies above all paths and is not part of what the units say.
+    root: Option<PathBuf>,
+    files: Vec<(PathBuf, UnitFile)>,
+}
+
+impl WrittenUnits {
+    /// Reads them. Files that bro did not write are passed over.
+    ///
+    /// # Errors
+    /// When the directory cannot be read. One that is not there holds no units.
+    pub fn read(directory: &Path, scope: RuntimeScope, root: Option<&Path>) -> anyhow::Result<Self> {
+        Ok(Self::of(ours_in(directory)?, directory, scope, root))
+    }
+
+    pub(crate) fn of(
+        files: Vec<(PathBuf, UnitFile)>,
+        directory: &Path,
+        scope: RuntimeScope,
+        root: Option<&Path>,
+    ) -> Self {
+        Self { directory: directory.to_owned(), scope, root: root.map(Path::to_owned), files }
+    }
+
+    /// The services whose units they are, by name.
+    #[must_use]
+    pub fn services(&self) -> Vec<Installed> {
+        let main = self.files.iter().filter(|(_, file)| file.value(SECTION, "Unit").is_some());
+        let mut all: Vec<Installed> = main.filter_map(|(path, file)| self.assemble(path, file)).collect();
+        all.sort_by(|one, other| one.name.cmp(&other.name));
+        all
+    }
+
+    fn file(&self, path: &Path) -> Option<&UnitFile> {
+        self.files.iter().find(|(other, _)| other == path).map(|(_, file)| file)
+    }
+
+    fn assemble(&self, path: &Path, file: &UnitFile) -> Option<Installed> {
+        let root = self.root.as_deref();
+        let name = activation_name(file)?;
+        let mut listeners: Vec<InstalledPort> = self
+            .files
+            .iter()
+            .filter(|(path, file)| is_socket(path) && activation_name(file) == Some(name))
+            .filter_map(|(path, file)| listener(path, file))
+            .collect();
+        // The first port is the one that has the quadlet's own name.
+        listeners.sort_by_key(|listener| (listener.service != name, listener.service.clone()));
+        let first = listeners.first()?;
+        let (drop_in, pause_unit) = others(paths(file, "Also", root));
+        let mode = if is_socket(path) {
+            let pause_unit = pause_unit.or_else(|| {
+                let restricted = option(file, RESTRICTED).is_some();
+                restricted.then(|| first.socket.file.with_file_name(pause_unit_of(name)))
+            });
+            Mode::Direct(Takeover { way: way(file), pause_unit })
+        } else {
+            Mode::Forward(Forwarder {
+                service_file: path.to_owned(),
+                program: program(file),
+                container: file.value(SECTION, "Container").map(str::to_owned),
+                container_given: file.boolean(SECTION, "ContainerGiven").unwrap_or(false),
+                options: options(file).map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+            })
+        };
+        Some(Installed {
+            run_as: run_as(file, root),
+            listeners,
+            drop_in,
+            made: paths(file, "Made", root),
+            ..Installed::new(name, self.scope, quadlet(file)?, unit(file)?.to_owned(), mode)
+        })
     }
 }
 
@@ -143,13 +294,19 @@ impl Installed {
 /// When the unit directory cannot be read. Files that bro did not write are passed over.
 pub fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Installed>> {
     let mut all = all_in(&unit_directory(scope)?, scope, None)?;
-    if scope == RuntimeScope::User {
-        let system =
-            all_in(&unit_directory(RuntimeScope::System)?, RuntimeScope::System, None).unwrap_or_default();
-        let mine = system.into_iter().filter(|known| known.run_as.as_ref().is_some_and(RunAsUser::is_me));
-        all.extend(mine);
-    }
+    all.extend(of_this_user_by_the_system(scope));
     Ok(all)
+}
+
+/// What the system listens for on behalf of the user whose manager `scope` is.
+pub(crate) fn of_this_user_by_the_system(scope: RuntimeScope) -> Vec<Installed> {
+    if scope == RuntimeScope::System {
+        return Vec::new();
+    }
+    let directory = unit_directory(RuntimeScope::System);
+    let all = directory.and_then(|directory| all_in(&directory, RuntimeScope::System, None));
+    let mine = |installed: &Installed| installed.run_as.as_ref().is_some_and(RunAsUser::is_me);
+    all.unwrap_or_default().into_iter().filter(mine).collect()
 }
 
 /// The one activated service of that name (`web`; `web.container`, `web.service` and `web-activator.service` will do).
@@ -157,28 +314,27 @@ pub fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Installed>> {
 /// # Errors
 /// [`Failure::NotFound`] when there is none.
 pub fn find(name: &str, scope: RuntimeScope) -> anyhow::Result<Installed> {
-    let mut all = all(scope)?;
-    if !all.iter().any(|known| known.goes_by(name))
-        && let Some(rest) = leftover::find(name, &unit_directory(scope)?, scope, None)
-    {
+    let units = WrittenUnits::read(&unit_directory(scope)?, scope, None)?;
+    let mut all = units.services().into_iter().chain(of_this_user_by_the_system(scope));
+    if let Some(installed) = all.find(|installed| installed.goes_by(name)) {
+        return Ok(installed);
+    }
+    if let Some(rest) = units.leftover(name) {
         return Err(in_part(&rest).into());
     }
-    match all.iter().position(|known| known.goes_by(name)) {
-        Some(at) => Ok(all.swap_remove(at)),
-        None => Err(Failure::NotFound(format!(
-            "no service “{name}” is activated {}; `bro activate {name} --external-port PORT` does that",
-            match scope {
-                RuntimeScope::System => "for the system",
-                RuntimeScope::User => "for this user",
-            }
-        ))
-        .into()),
-    }
+    Err(Failure::NotFound(format!(
+        "no service “{name}” is activated {}; `bro activate {name} --external-port PORT` does that",
+        match scope {
+            RuntimeScope::System => "for the system",
+            RuntimeScope::User => "for this user",
+        }
+    ))
+    .into())
 }
 
 /// The error about a service that has lost some of its files.
 pub(crate) fn in_part(rest: &leftover::Remnant) -> Failure {
-    let (name, missing) = (&rest.activated.name, rest.missing.join(" and "));
+    let (name, missing) = (&rest.installed.name, rest.missing.join(" and "));
     Failure::NotFound(format!(
         "“{name}” is activated only in part: {missing} is gone; `bro activate {name} --remove` clears what is left, and then it can \
          be activated anew"
@@ -190,15 +346,15 @@ pub(crate) fn in_part(rest: &leftover::Remnant) -> Failure {
 /// # Errors
 /// As [`all`].
 pub fn all_in(directory: &Path, scope: RuntimeScope, root: Option<&Path>) -> anyhow::Result<Vec<Installed>> {
-    let ours = ours_in(directory)?;
-    let main = ours.iter().filter(|(_, file)| file.value(SECTION, "Unit").is_some());
-    let mut all: Vec<Installed> =
-        main.filter_map(|(path, file)| assemble(path, file, &ours, scope, root)).collect();
-    all.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(all)
+    Ok(WrittenUnits::read(directory, scope, root)?.services())
 }
 
-/// The units that `bro activate` wrote, by their paths.
+/// The unit that makes namespaces for a container that is cut off from the network.
+pub(crate) fn pause_unit_of(name: &str) -> String {
+    format!("{name}-pause.service")
+}
+
+/// The files of such units, by their paths.
 fn ours_in(directory: &Path) -> anyhow::Result<Vec<(PathBuf, UnitFile)>> {
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
@@ -229,46 +385,8 @@ fn unit_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-pub(crate) fn assemble(
-    path: &Path,
-    file: &UnitFile,
-    ours: &[(PathBuf, UnitFile)],
-    scope: RuntimeScope,
-    root: Option<&Path>,
-) -> Option<Installed> {
-    let name = activation_name(file)?;
-    let direct = path.extension().is_some_and(|kind| kind == "socket");
-    let mut listeners: Vec<InstalledPort> = ours
-        .iter()
-        .filter(|(path, file)| {
-            path.extension().is_some_and(|kind| kind == "socket") && activation_name(file) == Some(name)
-        })
-        .filter_map(|(path, file)| listener(path, file))
-        .collect();
-    // The first port is the one that has the quadlet's own name.
-    listeners.sort_by_key(|listener| (listener.service != name, listener.service.clone()));
-    let options = file.values(SECTION, "Option").into_iter();
-    let (drop_in, pause_unit) = others(paths(file, "Also", root));
-    Some(Installed {
-        name: name.to_owned(),
-        scope,
-        run_as: run_as(file, root),
-        quadlet: quadlet(file)?,
-        unit: unit(file)?.to_owned(),
-        container: file.value(SECTION, "Container").map(str::to_owned),
-        direct,
-        socket_file: listeners.first()?.file.clone(),
-        service_file: (!direct).then(|| path.to_owned()),
-        listeners,
-        options: options
-            .filter_map(|option| option.split_once('='))
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .collect(),
-        container_given: file.boolean(SECTION, "ContainerGiven").unwrap_or(false),
-        drop_in,
-        pause_unit,
-        made: paths(file, "Made", root),
-    })
+fn is_socket(path: &Path) -> bool {
+    path.extension().is_some_and(|kind| kind == "socket")
 }
 
 /// The notes are text from a file, and below `--root` that file is the tree's author's: no name leads out of a directory, and no
@@ -309,6 +427,26 @@ fn others(paths: Vec<PathBuf>) -> (Option<PathBuf>, Option<PathBuf>) {
     (drop_ins.into_iter().next(), units.into_iter().next())
 }
 
+/// The program that the unit runs.
+fn program(file: &UnitFile) -> PathBuf {
+    let command = file.words("Service", "ExecStart");
+    command.first().map(|program| program.replace("%%", "%").into()).unwrap_or_default()
+}
+
+/// The options that the notes hold.
+fn options(file: &UnitFile) -> impl Iterator<Item = (&str, &str)> {
+    file.values(SECTION, "Option").into_iter().filter_map(|option| option.split_once('='))
+}
+
+fn option<'a>(file: &'a UnitFile, name: &str) -> Option<&'a str> {
+    options(file).find(|(option, _)| *option == name).map(|(_, value)| value)
+}
+
+/// How the container's program finds its sockets.
+fn way(file: &UnitFile) -> Way {
+    if option(file, "direct") == Some(Way::Nginx.word()) { Way::Nginx } else { Way::ListenFds }
+}
+
 fn run_as(file: &UnitFile, root: Option<&Path>) -> Option<RunAsUser> {
     let name = file.value(SECTION, "RunAs")?;
     // The user may be gone; what was made for that user can still be removed.
@@ -323,10 +461,9 @@ fn listener(path: &Path, file: &UnitFile) -> Option<InstalledPort> {
             .value("Socket", "FileDescriptorName")
             .filter(|name| is_unit_name(&format!("{name}.socket")))?
             .to_owned(),
-        socket: unit_name(path),
-        file: path.to_owned(),
-        address: file.value(SECTION, "External")?.to_owned(),
-        target: file.value(SECTION, "Internal").map(str::to_owned),
+        socket: SocketUnit { name: unit_name(path), file: path.to_owned() },
+        external: file.value(SECTION, "External")?.parse().ok()?,
+        internal: file.value(SECTION, "Internal").map(str::parse).transpose().ok()?,
         backlog: file.value("Socket", "Backlog").and_then(|number| number.parse().ok()),
         device: file.value("Socket", "BindToDevice").map(str::to_owned),
     })
@@ -372,34 +509,36 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
         std::fs::remove_dir_all(&directory).unwrap();
         let [web] = &all[..] else { panic!("{all:?}") };
         assert_eq!(web.unit, "web.service");
-        assert_eq!(web.container.as_deref(), Some("systemd-web"));
+        assert_eq!(web.container(), Some("systemd-web"));
         assert_eq!(web.service().as_deref(), Some("web-activator.service"));
         assert_eq!(web.option("exit-idle-time"), Some("5min"));
         assert_eq!(web.option("ready"), Some("exec:test -e /x=y"));
-        let ports: Vec<_> =
-            web.listeners.iter().map(|port| (&*port.service, &*port.address, &*port.socket)).collect();
+        let ports: Vec<_> = web
+            .listeners
+            .iter()
+            .map(|port| (&*port.service, port.external.to_string(), &*port.socket.name))
+            .collect();
         assert_eq!(
             ports,
             [
-                ("web", "8080", "web-activator.socket"),
-                ("admin", "127.0.0.1:9000", "web-admin-activator.socket")
+                ("web", "8080".to_owned(), "web-activator.socket"),
+                ("admin", "127.0.0.1:9000".to_owned(), "web-admin-activator.socket")
             ]
         );
-        assert_eq!(web.listeners[0].target.as_deref(), Some("127.0.0.1:80"));
+        assert_eq!(web.listeners[0].internal, Some("127.0.0.1:80".parse().unwrap()));
     }
 
     #[test]
     fn what_is_missing_of_one_is_said() {
         let directory = tempdir();
         let write = |name: &str, text: &str| std::fs::write(directory.join(name), text).unwrap();
-        let find = |name: &str| leftover::find(name, &directory, RuntimeScope::System, None);
+        let find =
+            |name: &str| WrittenUnits::read(&directory, RuntimeScope::System, None).unwrap().leftover(name);
         write("web-activator.socket", &socket("web", "8080", "127.0.0.1:80"));
         for name in ["web", "web.service", "web-activator.socket"] {
             let rest = find(name).unwrap();
-            assert_eq!(
-                (rest.missing.join(" "), rest.activated.direct),
-                ("web-activator.service".into(), false)
-            );
+            assert_eq!(rest.missing, ["web-activator.service"]);
+            assert!(rest.installed.forwarder().is_some());
         }
         assert!(find("other").is_none());
         write("web-activator.service", SERVICE);

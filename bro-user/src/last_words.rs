@@ -13,7 +13,7 @@ const LINES: usize = 3;
 const LONGEST: usize = 600;
 
 /// How long the journal may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+const JOURNAL_LIMIT: Duration = Duration::from_secs(5);
 
 /// The journal is written by another process, which may be a moment behind.
 const MOMENT: Duration = Duration::from_millis(150);
@@ -131,7 +131,7 @@ pub(crate) async fn read(unit: &str, of: Of) -> Words {
     let mut command = tokio::process::Command::new("journalctl");
     command.args([RECORDS, "--output=json", "--no-pager", "--quiet"]).args(of.matches(unit));
     command.stdin(std::process::Stdio::null()).stderr(std::process::Stdio::null()).kill_on_drop(true);
-    match tokio::time::timeout(PATIENCE, command.output()).await {
+    match tokio::time::timeout(JOURNAL_LIMIT, command.output()).await {
         Ok(Ok(output)) if output.status.success() => Words::of(&String::from_utf8_lossy(&output.stdout)),
         _ => Words::default(),
     }

@@ -223,16 +223,16 @@ pub(crate) fn total(unit: Option<&str>, running: &[&Own]) -> Counts {
 }
 
 /// The same of an activated service; its forwarders may be a user's.
-pub(crate) fn total_of(known: &Installed, running: &[&Own]) -> Counts {
-    let kept =
-        failed_wake::place(known).and_then(|(directory, _acting)| read(&file(&directory, &known.unit)).ok());
+pub(crate) fn total_of(installed: &Installed, running: &[&Own]) -> Counts {
+    let kept = failed_wake::place(installed)
+        .and_then(|(directory, _acting)| read(&file(&directory, &installed.unit)).ok());
     kept.unwrap_or_default().total(running.iter().copied())
 }
 
 /// The service is activated no more.
-pub(crate) fn forget(known: &Installed) {
-    if let Some((directory, _acting)) = failed_wake::place(known) {
-        std::fs::remove_file(file(&directory, &known.unit)).ok();
+pub(crate) fn forget(installed: &Installed) {
+    if let Some((directory, _acting)) = failed_wake::place(installed) {
+        std::fs::remove_file(file(&directory, &installed.unit)).ok();
     }
 }
 
@@ -278,7 +278,7 @@ fn keep(path: &Path, own: &Own) -> io::Result<()> {
         std::fs::create_dir_all(folder)?;
     }
     let mut options = OpenOptions::new();
-    let _same = options.write(true).create(true).mode(0o600);
+    options.write(true).create(true).mode(0o600);
     let mut file = lock(open(path, &mut options)?, FlockArg::LockExclusiveNonblock)?;
     // A file that makes no sense, or that was just made, begins anew.
     let mut kept = parse(&mut file).unwrap_or_default();

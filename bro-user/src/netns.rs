@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use bro_relay::netns::identity::Identity;
-use bro_relay::netns::wire::{Address, Answer, Destinations, Request};
+use bro_relay::netns::wire::{Address, AgentAnswer, AgentRequest, TargetAddresses};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -20,7 +20,7 @@ use tokio::sync::Mutex;
 use crate::exit::Failure;
 
 /// How long an agent may take for one answer. It only makes sockets; a longer silence is a fault.
-const PATIENCE: Duration = Duration::from_secs(10);
+const AGENT_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long an agent that has closed its channel may take to be gone: it closes the channel by ending.
 const DYING: Duration = Duration::from_secs(1);
@@ -83,7 +83,7 @@ impl Namespace {
             Self { channel: Mutex::new(crate::sys::watch(ours, both)?), agent: Mutex::new(agent) };
         let mut descriptors = vec![netns.as_fd(), process.as_fd()];
         descriptors.extend(root.as_ref().map(|root| root.as_fd()));
-        match namespace.ask(&Request::Join(identity), &descriptors).await? {
+        match namespace.ask(&AgentRequest::Join(identity), &descriptors).await? {
             Ok(_) => Ok(namespace),
             Err(Errno::EPERM | Errno::EACCES) => Err(Failure::NotPermitted(
                 "this user may not enter the target's network namespace: it belongs to another user (run bro as that \
@@ -114,7 +114,7 @@ impl Namespace {
         protocol: i32,
         count: u8,
     ) -> io::Result<Vec<OwnedFd>> {
-        let answer = self.ask(&Request::Sockets { domain, kind, protocol, count }, &[]).await?;
+        let answer = self.ask(&AgentRequest::Sockets { domain, kind, protocol, count }, &[]).await?;
         answer.map_err(Into::into)
     }
 
@@ -129,13 +129,13 @@ impl Namespace {
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 
-    /// Another channel to the same agent, for the relay to be connected to `destinations`, non-blocking.
+    /// Another channel to the same agent, for the relay to be connected to a target, non-blocking.
     ///
     /// # Errors
     /// The agent's end.
-    pub async fn channel(&self, destinations: Destinations) -> io::Result<OwnedFd> {
+    pub async fn channel(&self, target: TargetAddresses) -> io::Result<OwnedFd> {
         let until = tokio::time::Instant::now() + EXECUTING;
-        let request = Request::Channel(destinations);
+        let request = AgentRequest::Channel(target);
         loop {
             let (ours, theirs) = pair()?;
             match self.ask(&request, &[theirs.as_fd()]).await? {
@@ -155,7 +155,7 @@ impl Namespace {
     /// # Errors
     /// The agent's end.
     pub async fn program(&self, hook: BorrowedFd<'_>) -> io::Result<()> {
-        let _none = self.ask(&Request::Program, &[hook]).await??;
+        self.ask(&AgentRequest::Program, &[hook]).await??;
         Ok(())
     }
 
@@ -164,21 +164,23 @@ impl Namespace {
     /// # Errors
     /// The agent's end; within, what [`bro_relay::netns::replies::keep`] says.
     pub async fn keep_replies(&self, target: std::net::SocketAddr) -> io::Result<nix::Result<()>> {
-        Ok(self.ask(&Request::KeepReplies(target), &[]).await?.map(drop))
+        Ok(self.ask(&AgentRequest::KeepReplies(target), &[]).await?.map(drop))
     }
 
     /// One connection to `address`, or why there is none.
     ///
     /// # Errors
     /// As [`Namespace::channel`].
-    pub async fn dial(&self, address: Address) -> io::Result<Answer> {
+    pub async fn dial(&self, address: Address) -> io::Result<AgentAnswer> {
         let channel =
-            self.channel(Destinations { addresses: vec![address], ..Destinations::default() }).await?;
-        Request::Dial(0, None).send(channel.as_fd(), &[])?;
+            self.channel(TargetAddresses { addresses: vec![address], ..TargetAddresses::default() }).await?;
+        AgentRequest::Dial(0, None).send(channel.as_fd(), &[])?;
         let channel = crate::sys::watch(channel, tokio::io::Interest::READABLE)?;
         let answered = channel
             .async_io(tokio::io::Interest::READABLE, |fd| bro_relay::netns::wire::receive_answer(fd.as_fd()));
-        tokio::time::timeout(PATIENCE, answered).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        tokio::time::timeout(AGENT_LIMIT, answered)
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
     /// Has the agent ended? That may be so and not be known yet: then a request fails with [`AgentEnded`].
@@ -188,7 +190,7 @@ impl Namespace {
         self.agent.try_lock().is_ok_and(|mut agent| matches!(agent.try_wait(), Ok(Some(_))))
     }
 
-    async fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<Answer> {
+    async fn ask(&self, request: &AgentRequest, descriptors: &[BorrowedFd<'_>]) -> io::Result<AgentAnswer> {
         let exchange = async {
             let channel = self.channel.lock().await;
             channel
@@ -200,7 +202,7 @@ impl Namespace {
                 })
                 .await
         };
-        let answered = tokio::time::timeout(PATIENCE, exchange).await;
+        let answered = tokio::time::timeout(AGENT_LIMIT, exchange).await;
         let answered = answered.unwrap_or_else(|_| {
             Err(io::Error::new(io::ErrorKind::TimedOut, "the namespace agent does not answer"))
         });

@@ -35,6 +35,19 @@ pub fn config_home() -> anyhow::Result<PathBuf> {
     Ok(user.dir.join(".config"))
 }
 
+/// `$XDG_RUNTIME_DIR` of the user that this process acts as, or what stands for it.
+pub(crate) fn runtime_directory() -> PathBuf {
+    // While root acts as a user, its environment is not that user's.
+    let own = nix::unistd::getuid() == nix::unistd::geteuid();
+    let said = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| own).map(PathBuf::from);
+    said.unwrap_or_else(|| runtime_directory_of(nix::unistd::geteuid().as_raw()))
+}
+
+/// Where logind has a user's.
+pub(crate) fn runtime_directory_of(uid: u32) -> PathBuf {
+    format!("/run/user/{uid}").into()
+}
+
 /// `path`, below `root` where there is one.
 pub(crate) fn below(root: Option<&Path>, path: &Path) -> PathBuf {
     match root {

@@ -87,12 +87,12 @@ pub(crate) fn look(external: &External) -> Option<Trouble> {
         External::Address(address) => try_tcp(*address, true),
         External::Abstract(name) => try_abstract(name),
         // systemd removes everything at the path, also a socket with a listener.
-        External::Path(path) if path_owner(path).is_some() => Err(Errno::EADDRINUSE),
+        External::Path(path) if socket_at_path(path).is_some() => Err(Errno::EADDRINUSE),
         External::Path(_) => Ok(()),
     }
     .err()?;
     match error {
-        Errno::EADDRINUSE => Some(Trouble::Taken(owner(external))),
+        Errno::EADDRINUSE => Some(Trouble::Taken(holder(external))),
         Errno::EACCES => Some(Trouble::Forbidden(forbidden(external))),
         // Any other error (of an address that is not there yet) is for systemd to report.
         _ => None,
@@ -121,25 +121,24 @@ fn forbidden(external: &External) -> String {
 }
 
 /// What to do about a port on which an ordinary user may not listen.
-pub(crate) fn instead(known: &Installed, listener: &InstalledPort) -> String {
-    let port = listener.address.parse::<External>().ok().and_then(|external| external.port());
-    let (port, name) = (port.unwrap_or_default(), &known.name);
+pub(crate) fn instead(installed: &Installed, listener: &InstalledPort) -> String {
+    let (port, name) = (listener.external.port().unwrap_or_default(), &installed.name);
     let sysctl = format!("`sudo sysctl net.ipv4.ip_unprivileged_port_start={port}`");
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
-    match (&listener.target, user) {
+    match (&listener.internal, user) {
         // The container stays this user's; only the first port can be activated so, and others after it.
-        (Some(target), Some(user)) if known.scope == RuntimeScope::User && listener.service == *name => {
+        (Some(target), Some(user)) if installed.scope == RuntimeScope::User && listener.service == *name => {
             format!(
                 "choose another, or have the system listen for this user's container: `sudo bro activate {name} --system --run-as {} \
              --external-port {} --internal-port {target}`; or let every user listen there: {sysctl}",
-                user.name, listener.address
+                user.name, listener.external
             )
         }
         _ => format!("choose another, or let every user listen there: {sysctl}"),
     }
 }
 
-fn owner(external: &External) -> AddressHolder {
+fn holder(external: &External) -> AddressHolder {
     let Some(Socket { address, inode, user }) = found(external) else {
         let address = external.to_string();
         return AddressHolder { address, process: None, is_systemd: false, user: None, is_seen: false };
@@ -180,14 +179,14 @@ struct Socket {
 
 fn found(external: &External) -> Option<Socket> {
     match external {
-        External::Path(path) => path_owner(path),
-        External::Abstract(name) => unix_owner(|bound| bound.strip_prefix('@') == Some(name)),
-        External::Port(_) | External::Address(_) => tcp_owner(external),
+        External::Path(path) => socket_at_path(path),
+        External::Abstract(name) => unix_socket(|bound| bound.strip_prefix('@') == Some(name)),
+        External::Port(_) | External::Address(_) => tcp_socket(external),
     }
 }
 
 /// The socket that stands in the way: a listener before a socket that has come of it, or has only bound the port.
-fn tcp_owner(external: &External) -> Option<Socket> {
+fn tcp_socket(external: &External) -> Option<Socket> {
     let port = external.port()?;
     let mut best: Option<Row> = None;
     for table in ["/proc/net/tcp6", "/proc/net/tcp"] {
@@ -274,10 +273,10 @@ fn in_the_way_at(path: &Path) -> Option<String> {
 }
 
 /// The socket that is bound to this path, by whichever way to its directory it was bound.
-fn path_owner(path: &Path) -> Option<Socket> {
+fn socket_at_path(path: &Path) -> Option<Socket> {
     let place = |path: &Path| Some((path.parent()?.canonicalize().ok()?, path.file_name()?.to_owned()));
     let wanted = place(path);
-    unix_owner(|bound| {
+    unix_socket(|bound| {
         let bound = Path::new(bound);
         bound == path
             || (bound.is_absolute()
@@ -288,7 +287,7 @@ fn path_owner(path: &Path) -> Option<Socket> {
 }
 
 /// The unix socket with a fitting name: the listener before its connections, which have its name.
-fn unix_owner(fits: impl Fn(&str) -> bool) -> Option<Socket> {
+fn unix_socket(fits: impl Fn(&str) -> bool) -> Option<Socket> {
     /// `__SO_ACCEPTCON`
     const LISTENS: &str = "00010000";
     let text = std::fs::read_to_string("/proc/net/unix").ok()?;
@@ -314,12 +313,9 @@ pub(crate) fn holds(process: &Path, inode: u64) -> std::io::Result<bool> {
 /// Name and id of a process that has the socket open, as far as this user can see.
 fn process_of(inode: u64) -> Option<(String, i32)> {
     let mut holders = Vec::new();
-    for process in std::fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
-            continue;
-        };
-        if holds(&process.path(), inode).unwrap_or(false) {
-            let comm = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+    for (pid, process) in bro_proc::processes() {
+        if holds(&process, inode).unwrap_or(false) {
+            let comm = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
             holders.push((comm.trim().to_owned(), pid));
         }
     }
@@ -330,8 +326,7 @@ fn process_of(inode: u64) -> Option<(String, i32)> {
 
 /// The unit that a process belongs to, from its cgroup (systemd's naming).
 fn unit_of(pid: i32) -> Option<String> {
-    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let path = bro_proc::cgroup::shown(Path::new(&format!("/proc/{pid}")))?;
     let unit = path.rsplit('/').find(|part| part.ends_with(".service") || part.ends_with(".scope"))?;
     (unit != "init.scope").then(|| format!("of {unit}"))
 }
@@ -346,13 +341,13 @@ mod tests {
     fn finds_this_process_as_the_owner() {
         let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listening.local_addr().unwrap();
-        let Some(Trouble::Taken(owner)) = look(&External::Address(address)) else {
+        let Some(Trouble::Taken(holder)) = look(&External::Address(address)) else {
             panic!("{address} is taken")
         };
-        assert_eq!(owner.address, address.to_string());
+        assert_eq!(holder.address, address.to_string());
         assert!(
-            owner.process.as_ref().unwrap().contains(&format!("pid {}", std::process::id())),
-            "{owner:?}"
+            holder.process.as_ref().unwrap().contains(&format!("pid {}", std::process::id())),
+            "{holder:?}"
         );
         // The same port of every address is taken too; that of another address is not.
         assert!(matches!(look(&External::Port(address.port())), Some(Trouble::Taken(_))));
@@ -368,8 +363,8 @@ mod tests {
         assert_eq!(look(&external), None);
         let address = std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap();
         let listening = std::os::unix::net::UnixListener::bind_addr(&address).unwrap();
-        let Some(Trouble::Taken(owner)) = look(&external) else { panic!("{name} is taken") };
-        assert!(owner.process.is_some());
+        let Some(Trouble::Taken(holder)) = look(&external) else { panic!("{name} is taken") };
+        assert!(holder.process.is_some());
         drop(listening);
     }
 
@@ -381,9 +376,9 @@ mod tests {
         std::os::unix::fs::symlink("run", folder.join("var-run")).unwrap();
         let listening = std::os::unix::net::UnixListener::bind(folder.join("run/x.sock")).unwrap();
         for way in ["run/x.sock", "var-run/x.sock"] {
-            let Some(Trouble::Taken(owner)) = look(&at(way)) else { panic!("{way} is taken") };
+            let Some(Trouble::Taken(holder)) = look(&at(way)) else { panic!("{way} is taken") };
             // The address as it was bound: systemd is asked for that one.
-            assert_eq!(owner.address, folder.join("run/x.sock").display().to_string());
+            assert_eq!(holder.address, folder.join("run/x.sock").display().to_string());
         }
         drop(listening);
         // What is left of it is systemd's to remove.
@@ -410,18 +405,18 @@ mod tests {
 
     #[test]
     fn says_whose_it_is_as_far_as_it_is_known() {
-        let owner = AddressHolder {
+        let holder = AddressHolder {
             address: "127.0.0.1:80".into(),
             process: None,
             is_systemd: false,
             user: Some(0),
             is_seen: true,
         };
-        assert!(owner.who(None).contains("a process of root's"), "{}", owner.who(None));
-        assert_eq!(owner.who(Some("web.socket")), "by web.socket at 127.0.0.1:80");
-        let unknown = AddressHolder { user: None, ..owner.clone() };
+        assert!(holder.who(None).contains("a process of root's"), "{}", holder.who(None));
+        assert_eq!(holder.who(Some("web.socket")), "by web.socket at 127.0.0.1:80");
+        let unknown = AddressHolder { user: None, ..holder.clone() };
         assert!(unknown.who(None).starts_with("by a process of another user's at "), "{}", unknown.who(None));
-        let unseen = AddressHolder { user: None, is_seen: false, ..owner };
+        let unseen = AddressHolder { user: None, is_seen: false, ..holder };
         assert!(unseen.who(None).contains("does not listen"), "{}", unseen.who(None));
     }
 
@@ -432,12 +427,12 @@ mod tests {
         bind(bound.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
         let name: nix::sys::socket::SockaddrIn = nix::sys::socket::getsockname(bound.as_raw_fd()).unwrap();
         let address = External::Address(([127, 0, 0, 1], name.port()).into());
-        let Some(Trouble::Taken(owner)) = look(&address) else { panic!("{address} is taken") };
-        assert!(!owner.is_seen && owner.who(None).contains("does not listen"), "{owner:?}");
+        let Some(Trouble::Taken(holder)) = look(&address) else { panic!("{address} is taken") };
+        assert!(!holder.is_seen && holder.who(None).contains("does not listen"), "{holder:?}");
         let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let client = std::net::TcpStream::connect(listening.local_addr().unwrap()).unwrap();
         let address = External::Address(client.local_addr().unwrap());
-        let Some(Trouble::Taken(owner)) = look(&address) else { panic!("{address} is taken") };
-        assert!(owner.process.unwrap().contains(&format!("pid {}", std::process::id())));
+        let Some(Trouble::Taken(holder)) = look(&address) else { panic!("{address} is taken") };
+        assert!(holder.process.unwrap().contains(&format!("pid {}", std::process::id())));
     }
 }

@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bro_relay::engine::lanes::Watch;
-use bro_relay::engine::protocol::{Command, Event, LONGEST, Plain};
+use bro_relay::engine::lanes::ServiceWatch;
+use bro_relay::engine::protocol::{EngineCommand, EngineEvent, LONGEST, Plain};
 use bro_relay::engine::report::Figures;
 use bro_relay::stats::Tally;
 use bro_relay::sys;
@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 /// The callers that wait for an answer of the engine's.
 #[derive(Debug, Default)]
-struct Waiting {
+struct PendingAnswers {
     /// For the figures, in the order of the questions.
     figures: VecDeque<oneshot::Sender<Figures>>,
     /// The part of the first one's that has come.
@@ -29,8 +29,8 @@ struct Waiting {
 /// The control process's end.
 #[derive(Debug)]
 pub struct Handle {
-    commands: UnboundedSender<Command>,
-    waiting: Arc<Mutex<Waiting>>,
+    commands: UnboundedSender<EngineCommand>,
+    waiting: Arc<Mutex<PendingAnswers>>,
 }
 
 impl Handle {
@@ -38,18 +38,18 @@ impl Handle {
     ///
     /// # Errors
     /// When epoll does not take the channel.
-    pub fn new(channel: OwnedFd) -> io::Result<(Self, UnboundedReceiver<Event>)> {
+    pub fn new(channel: OwnedFd) -> io::Result<(Self, UnboundedReceiver<EngineEvent>)> {
         let channel = Arc::new(crate::sys::watch(channel, Interest::READABLE | Interest::WRITABLE)?);
         let (commands, queue) = unbounded_channel();
         let (outlet, events) = unbounded_channel();
-        let waiting = Arc::<Mutex<Waiting>>::default();
+        let waiting = Arc::<Mutex<PendingAnswers>>::default();
         drop(tokio::spawn(write(channel.clone(), queue)));
         drop(tokio::spawn(read(channel, outlet, waiting.clone())));
         Ok((Self { commands, waiting }, events))
     }
 
     /// Sends a command.
-    pub fn send(&self, command: impl Into<Command>) {
+    pub fn send(&self, command: impl Into<EngineCommand>) {
         // A closed queue means that the engine has ended, which the end of the events tells.
         self.commands.send(command.into()).ok();
     }
@@ -63,23 +63,23 @@ impl Handle {
     }
 
     /// Has a target's service watched; the answer says whether the programs will tell when it listens.
-    pub fn watch(&self, watch: Watch) -> oneshot::Receiver<bool> {
+    pub fn watch(&self, watch: ServiceWatch) -> oneshot::Receiver<bool> {
         let (to, watching) = oneshot::channel();
         let _older = self.waiting().watching.insert(watch.target, to);
         self.send(Plain::Watch(watch));
         watching
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    fn waiting(&self) -> MutexGuard<'_, PendingAnswers> {
         lock(&self.waiting)
     }
 }
 
-fn lock(waiting: &Mutex<Waiting>) -> MutexGuard<'_, Waiting> {
+fn lock(waiting: &Mutex<PendingAnswers>) -> MutexGuard<'_, PendingAnswers> {
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn write(channel: Arc<AsyncFd<OwnedFd>>, mut queue: UnboundedReceiver<Command>) {
+async fn write(channel: Arc<AsyncFd<OwnedFd>>, mut queue: UnboundedReceiver<EngineCommand>) {
     while let Some(command) = queue.recv().await {
         let (bytes, descriptors) = command.encode();
         let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
@@ -94,7 +94,11 @@ async fn write(channel: Arc<AsyncFd<OwnedFd>>, mut queue: UnboundedReceiver<Comm
     }
 }
 
-async fn read(channel: Arc<AsyncFd<OwnedFd>>, outlet: UnboundedSender<Event>, waiting: Arc<Mutex<Waiting>>) {
+async fn read(
+    channel: Arc<AsyncFd<OwnedFd>>,
+    outlet: UnboundedSender<EngineEvent>,
+    waiting: Arc<Mutex<PendingAnswers>>,
+) {
     let mut buffer = vec![0; LONGEST];
     loop {
         let received = channel
@@ -109,13 +113,13 @@ async fn read(channel: Arc<AsyncFd<OwnedFd>>, outlet: UnboundedSender<Event>, wa
         };
         let mut waiting = lock(&waiting);
         match event {
-            Event::Tallies(tallies) => waiting.tallies.extend(tallies),
-            Event::Peers(peers) => {
+            EngineEvent::Tallies(tallies) => waiting.tallies.extend(tallies),
+            EngineEvent::Peers(peers) => {
                 let tallies = std::mem::take(&mut waiting.tallies);
                 // The caller may have gone meanwhile.
                 drop(waiting.figures.pop_front().map(|to| to.send(Figures { tallies, peers })));
             }
-            Event::Watching { target, watching } => {
+            EngineEvent::Watching { target, watching } => {
                 if let Some(to) = waiting.watching.remove(&target) {
                     to.send(watching).ok();
                 }

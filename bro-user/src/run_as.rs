@@ -87,7 +87,7 @@ impl RunAsUser {
     /// Where the user's bus is, and what Podman keeps at run time.
     #[must_use]
     pub fn runtime_directory(&self) -> PathBuf {
-        format!("/run/user/{}", self.uid).into()
+        crate::paths::runtime_directory_of(self.uid)
     }
 
     /// The unit of the user's service manager.

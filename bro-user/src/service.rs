@@ -18,12 +18,12 @@ use std::time::Duration;
 
 use crate::last_words;
 use anyhow::{Context as _, bail};
-use bro_relay::engine::Destination;
-use bro_relay::engine::lanes::Watch;
+use bro_relay::engine::ReadyTarget;
+use bro_relay::engine::lanes::ServiceWatch;
 use bro_relay::netns::identity::{self, Identity};
-use bro_relay::netns::wire::{Address, Destinations};
+use bro_relay::netns::wire::{Address, TargetAddresses};
 use bro_relay::target::Target;
-use kernel_watch::{Service, Watching};
+use kernel_watch::{WatchedService, Watching};
 use nix::libc;
 use readiness::Ready;
 use runs::Runs;
@@ -107,7 +107,7 @@ pub struct ServiceStarter {
 #[derive(Debug)]
 pub struct Awake {
     /// How to connect to it.
-    pub destination: Destination,
+    pub ready: ReadyTarget,
     /// The namespace in which it was found.
     pub incarnation: Option<Arc<ContainerNetns>>,
 }
@@ -289,10 +289,10 @@ impl ServiceStarter {
             let sources = self.source.decide(&place, &namespace, &mut addresses).await?;
             let tcp = addresses.iter().map(Address::tcp).collect();
             let binding = sources.binding();
-            let channel = namespace.channel(Destinations { addresses, file, binding }).await;
+            let channel = namespace.channel(TargetAddresses { addresses, file, binding }).await;
             let channel = channel.map_err(|error| self.refused_identity(error))?;
-            let destination = Destination { addresses: tcp, guarded, sources, channel };
-            anyhow::Ok(Some(Awake { destination, incarnation }))
+            let ready = ReadyTarget { addresses: tcp, guarded, sources, channel };
+            anyhow::Ok(Some(Awake { ready, incarnation }))
         };
         let (findable, started) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
@@ -840,7 +840,7 @@ impl ServiceStarter {
             Target::Tcp { host, port } => {
                 let found = tokio::net::lookup_host((host.as_str(), *port));
                 let found = found.await.with_context(|| format!("cannot look up the target {target}"))?;
-                found.take(Destinations::MOST).map(|found| Address::Tcp(reached(found))).collect()
+                found.take(TargetAddresses::MOST).map(|found| Address::Tcp(reached(found))).collect()
             }
             Target::Abstract(name) => vec![Address::Abstract(name.as_bytes().to_vec())],
             Target::Unix(path) => match self.place {
@@ -872,8 +872,8 @@ impl ServiceStarter {
         let socket = place.socket(libc::AF_INET, libc::SOCK_STREAM, 0).await.ok()?;
         let netns = bro_sockmap::netns_cookie(socket.as_fd()).ok()?;
         let cgroup = match incarnation.and_then(|incarnation| incarnation.pid) {
-            Some(pid) => bro_sockmap::cgroup::shared_with(pid.unsigned_abs()),
-            None => bro_sockmap::cgroup::mount_point(),
+            Some(pid) => bro_proc::cgroup::shared_with(pid.unsigned_abs()),
+            None => bro_proc::cgroup::mount_point(),
         };
         let cgroup =
             cgroup.inspect_err(|error| tracing::debug!(%error, "no cgroup to watch the service in")).ok()?;
@@ -883,7 +883,7 @@ impl ServiceStarter {
         };
         // Before the programs watch, so that nothing they say is missed.
         let heard = self.listening.subscribe();
-        let service = Service { watch: Watch { target, netns, ports }, cgroup, namespace };
+        let service = WatchedService { watch: ServiceWatch { target, netns, ports }, cgroup, namespace };
         programs.watch(service).await.then_some(heard)
     }
 

@@ -11,11 +11,10 @@ mod validate;
 
 use std::path::{Path, PathBuf};
 
-pub use drop_in::{DropIn, RESTRICTED};
-pub(crate) use namespaces::unit as pause_unit;
+pub use drop_in::DropIn;
 
 use crate::exit::Failure;
-use crate::installed::Installed;
+use crate::installed::{Installed, Mode, RESTRICTED};
 use crate::paths::unrooted;
 use crate::systemd::unit_file::MARKER;
 
@@ -28,42 +27,47 @@ pub struct File {
     pub text: String,
 }
 
-/// Every file of an activated service. `bro` is the program that the service runs; `root` is what lies above all paths and is not
-/// part of what units say; `has_steps` is whether systemd knows RestartSteps=.
+/// Every file of an activated service. `root` is what lies above all paths and is not part of what units say; `has_steps` is whether
+/// systemd knows RestartSteps=.
 ///
 /// # Errors
 /// [`Failure::Usage`] when some of it cannot stand in a unit file.
 pub fn files(
-    activated: &Installed,
-    bro: &Path,
+    installed: &Installed,
     drop_in: Option<&DropIn>,
     (root, has_steps): (Option<&Path>, bool),
 ) -> Result<Vec<File>, Failure> {
-    validate::check(activated, bro, drop_in)?;
-    let mut files: Vec<File> = activated
+    validate::check(installed, drop_in)?;
+    let mut files: Vec<File> = installed
         .listeners
         .iter()
-        .map(|listener| File { path: listener.file.clone(), text: socket::text(activated, listener, root) })
+        .map(|listener| File {
+            path: listener.socket.file.clone(),
+            text: socket::text(installed, listener, root),
+        })
         .collect();
-    if let Some(path) = &activated.service_file {
-        files.push(File { path: path.clone(), text: service::text(activated, bro, root, has_steps) });
+    if let Some(forwarder) = installed.forwarder() {
+        let text = service::text(installed, forwarder, root, has_steps);
+        files.push(File { path: forwarder.service_file.clone(), text });
     }
-    if let (Some(spans), Some(path)) = (activated.kept_awake(), activated.timer_file()) {
-        files.push(File { path, text: timer::text(activated, &spans) });
+    if let (Some(spans), Some(path)) = (installed.kept_awake(), installed.timer_file()) {
+        files.push(File { path, text: timer::text(installed, &spans) });
     }
-    if let (Some(drop_in), Some(path)) = (drop_in, &activated.drop_in) {
-        files.push(File { path: path.clone(), text: drop_in.text(activated) });
+    if let (Some(drop_in), Some(path)) = (drop_in, &installed.drop_in) {
+        files.push(File { path: path.clone(), text: drop_in.text(installed) });
     }
-    if let Some(path) = &activated.pause_unit {
-        files.push(File { path: path.clone(), text: namespaces::text(activated) });
+    if let Mode::Direct(takeover) = &installed.mode
+        && let Some(path) = &takeover.pause_unit
+    {
+        files.push(File { path: path.clone(), text: namespaces::text(installed) });
     }
     Ok(files)
 }
 
 /// The text at the top of each file; `own` is where the administrator's own changes belong.
-fn heading(activated: &Installed, own: Option<&str>) -> String {
-    let name = &activated.name;
-    let quadlet = activated.quadlet.file_name().unwrap_or_default().to_string_lossy();
+fn heading(installed: &Installed, own: Option<&str>) -> String {
+    let name = &installed.name;
+    let quadlet = installed.quadlet.file_name().unwrap_or_default().to_string_lossy();
     let own = own.map(|unit| format!("; changes of your own belong into {unit}.d/")).unwrap_or_default();
     format!(
         "{MARKER} for {quadlet}, and written anew by each further run{own}.\n\
@@ -72,21 +76,30 @@ fn heading(activated: &Installed, own: Option<&str>) -> String {
 }
 
 /// `[X-Bro]`, from which [`crate::installed`] reads everything back.
-fn notes(activated: &Installed, root: Option<&Path>) -> Vec<(&'static str, String)> {
+fn notes(installed: &Installed, root: Option<&Path>) -> Vec<(&'static str, String)> {
     let said = |path: &Path| unrooted(path, root).display().to_string();
     let mut notes =
-        vec![("Quadlet", activated.quadlet.display().to_string()), ("Unit", activated.unit.clone())];
-    if let Some(container) = &activated.container {
-        notes.push(("Container", container.clone()));
+        vec![("Quadlet", installed.quadlet.display().to_string()), ("Unit", installed.unit.clone())];
+    if let Some(container) = installed.container() {
+        notes.push(("Container", container.to_owned()));
     }
-    if let Some(owner) = &activated.run_as {
+    if let Some(owner) = &installed.run_as {
         notes.extend([("RunAs", owner.name.clone()), ("RunAsId", owner.uid.to_string())]);
     }
-    if activated.container_given {
-        notes.push(("ContainerGiven", "yes".to_owned()));
+    let option = |(name, value): (&str, &str)| ("Option", format!("{name}={value}"));
+    match &installed.mode {
+        Mode::Forward(forwarder) => {
+            if forwarder.container_given {
+                notes.push(("ContainerGiven", "yes".to_owned()));
+            }
+            notes.extend(forwarder.options.iter().map(option));
+        }
+        Mode::Direct(takeover) => {
+            notes.push(option(("direct", takeover.way.word())));
+            notes.extend(takeover.pause_unit.is_some().then(|| option((RESTRICTED, "yes"))));
+        }
     }
-    notes.extend(activated.options.iter().map(|(name, value)| ("Option", format!("{name}={value}"))));
-    notes.extend(activated.others().map(|path| ("Also", said(path))));
-    notes.extend(activated.made.iter().map(|path| ("Made", said(path))));
+    notes.extend(installed.others().map(|path| ("Also", said(path))));
+    notes.extend(installed.made.iter().map(|path| ("Made", said(path))));
     notes
 }

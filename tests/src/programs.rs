@@ -194,7 +194,7 @@ impl Records {
         self.0.iter().nth(index).map(|record| record.last.load(Ordering::Relaxed))
     }
 
-    /// Forces the shortcuts open and shut at random until what is returned is dropped.
+    /// Forces the lanes open and shut at random until what is returned is dropped.
     #[must_use]
     pub fn flap(self, seed: u64) -> Flapping {
         let stop = Arc::new(AtomicBool::new(false));
@@ -218,7 +218,7 @@ impl Records {
     }
 }
 
-/// While this lives, shortcuts open and shut.
+/// While this lives, lanes open and shut.
 #[derive(Debug)]
 pub struct Flapping {
     stop: Arc<AtomicBool>,
@@ -226,7 +226,7 @@ pub struct Flapping {
 }
 
 impl Flapping {
-    /// Ends it; says how often a shortcut was opened or shut.
+    /// Ends it; says how often a lane was opened or shut.
     pub fn stop(mut self) -> u64 {
         self.end()
     }

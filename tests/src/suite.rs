@@ -31,7 +31,7 @@ pub enum Lane {
     ServiceLane,
     /// The kernel relay both ways: the suite's clients are on this host.
     BothLanes,
-    /// The same, with the shortcuts forced open and shut at random all the time.
+    /// The same, with the lanes forced open and shut at random all the time.
     FlappingLanes,
 }
 

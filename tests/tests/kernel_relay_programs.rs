@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread::{JoinHandle, spawn};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_sockmap::{Config, Event, Kernel, Kind, Reason, Role};
+use bro_sockmap::{Config, Event, Kernel, Reason, Role, SenderKind};
 use bro_tests::require;
 use bro_tests::tier::Need;
 
@@ -261,11 +261,11 @@ fn a_blocking_service_is_learned_and_never_hooked() {
         let (service, _) = bench.service.accept().unwrap();
         send(&service, &mut Stream::new(1), 10).unwrap();
         receive(&backend, &mut Stream::new(1), 10).unwrap();
-        if bench.kind() == Some(Kind::Unknown) {
+        if bench.kind() == Some(SenderKind::Unknown) {
             bench.await_event(|event| matches!(event, Event::Learned { .. })).unwrap();
         }
     }
-    assert_eq!(bench.kind(), Some(Kind::Blocking));
+    assert_eq!(bench.kind(), Some(SenderKind::Blocking));
     let totals = bench.kernel.totals();
     assert_eq!((totals.hooked, totals.watched, totals.blocking), (0, 1, 1), "{totals:?}");
 }
@@ -285,7 +285,7 @@ fn a_hooked_socket_that_turns_to_blocking_is_let_go_at_its_next_message() {
     bench.await_event(|event| matches!(event, Event::BlockingSender { .. })).unwrap();
     assert_eq!(lane.snapshot().passed(Reason::Blocking), 1);
     assert_eq!(lane.bytes(), 0);
-    assert_eq!(bench.kind(), Some(Kind::Blocking));
+    assert_eq!(bench.kind(), Some(SenderKind::Blocking));
     assert_eq!(bench.kernel.hooked_now(), 0);
 }
 

@@ -14,7 +14,7 @@ use bro_tests::notify::Notify;
 use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::scene::{Scene, expect_relayed};
 use bro_tests::{process, require_namespaces};
-use bro_user::commands::status::Predecessor;
+use bro_user::commands::status::PredecessorReport;
 use bro_user::control_socket::Reply;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -94,7 +94,7 @@ fn connections_stay_where_they_are_and_new_ones_go_to_the_successor() -> Result<
 
 /// Expects the forwarder that answers for the service to have `count` connections, and to tell of `predecessor` and its.
 fn expect_status(forwarder: &Forwarder, count: u64, predecessor: Option<(i32, u64)>) -> Result<()> {
-    let predecessor = predecessor.map(|(pid, count)| Predecessor { pid, connections: Some(count) });
+    let predecessor = predecessor.map(|(pid, count)| PredecessorReport { pid, connections: Some(count) });
     let said = predecessor.as_ref().map(|predecessor| format!("; {predecessor}"));
     let seen = || {
         forwarder.report().is_ok_and(|report| {

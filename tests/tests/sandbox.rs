@@ -10,7 +10,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use anyhow::{Context as _, Result, ensure};
 use bro_relay::netns::identity::Identity;
 use bro_relay::netns::wire;
-use bro_relay::netns::wire::Request;
+use bro_relay::netns::wire::AgentRequest;
 use bro_tests::hijack::{Argument, Hijacked, rights};
 use bro_tests::netns::{Namespace, Owner};
 use bro_tests::peers::Family;
@@ -444,17 +444,18 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
             && theirs.contains(&(number(socket) + 1))
     });
     let channel = channel.context("no channel to an agent")?;
-    let sockets = Request::Sockets { domain: libc::AF_INET, kind: libc::SOCK_STREAM, protocol: 0, count: 1 };
+    let sockets =
+        AgentRequest::Sockets { domain: libc::AF_INET, kind: libc::SOCK_STREAM, protocol: 0, count: 1 };
     let elsewhere = wire::Address::Tcp(([127, 0, 0, 1], 1).into());
-    let more = wire::Destinations { addresses: vec![elsewhere], ..Default::default() };
+    let more = wire::TargetAddresses { addresses: vec![elsewhere], ..Default::default() };
     for (request, refusal) in [
         (sockets, Errno::EPERM),
-        (Request::Join(Identity::Unused), Errno::EPERM),
-        (Request::KeepReplies(([127, 0, 0, 1], 1).into()), Errno::EPERM),
-        (Request::Channel(more), Errno::EPERM),
-        (Request::Dial(1, None), Errno::EADDRNOTAVAIL),
-        (Request::Supply(1, 1), Errno::EPERM),
-        (Request::Program, Errno::EPERM),
+        (AgentRequest::Join(Identity::Unused), Errno::EPERM),
+        (AgentRequest::KeepReplies(([127, 0, 0, 1], 1).into()), Errno::EPERM),
+        (AgentRequest::Channel(more), Errno::EPERM),
+        (AgentRequest::Dial(1, None), Errno::EADDRNOTAVAIL),
+        (AgentRequest::Supply(1, 1), Errno::EPERM),
+        (AgentRequest::Program, Errno::EPERM),
     ] {
         // The relay process itself reads there as well; it sleeps while nothing is asked and gets no more than an answer it did not
         // ask for.

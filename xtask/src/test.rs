@@ -1,6 +1,7 @@
-//! `cargo xtask test`: every tier whose needs are met, one after another, and at the end what was left out and how to mend
-//! that. With `CI=true` a missing need is a failure.
+//! `cargo xtask test`: every tier whose needs are met, one after another and behind them those that only compute, and at the end what
+//! was left out and how to mend that. With `CI=true` a missing need is a failure.
 
+mod background;
 mod cargo_test;
 mod fuzz;
 mod lint;
@@ -8,16 +9,19 @@ mod ordinary_user;
 mod programs;
 mod second_look;
 mod summary;
+mod tiers;
 
-use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::ops::Add as _;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::build::workspace;
+use background::Background;
 use cargo_test::Runner;
-use summary::Summary;
+use summary::{Count, Summary};
+use tiers::Tier;
 
 /// `cargo xtask test`.
 #[derive(Debug, clap::Args)]
@@ -26,86 +30,17 @@ pub struct Args {
     #[arg(long)]
     quick: bool,
 
-    /// List the tiers and run none
+    /// List the tiers with what they need and how long they take, and run none
     #[arg(long)]
     list: bool,
+
+    /// For the task itself: write what came of the one tier to this file, as JSON, instead of summing up
+    #[arg(long, hide = true, value_name = "FILE", requires = "tiers")]
+    count_to: Option<PathBuf>,
 
     /// Run only these tiers
     #[arg(value_name = "TIER")]
     tiers: Vec<String>,
-}
-
-/// One step of the run.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Tier {
-    /// Format, clippy, docs, licences.
-    Lint,
-    /// What needs nothing but the compiler: unit tests, property tests and models.
-    Logic,
-    /// A file of integration tests of a package.
-    Suite { package: &'static str, name: String },
-    /// Whether the checked-in kernel programs are what their source makes.
-    Programs,
-    /// The fuzzers of `fuzz/`, a few seconds each.
-    Fuzz,
-    /// As root: the suites once more, by a user who may do nothing.
-    OrdinaryUser,
-}
-
-/// Suites whose names begin so boot whole hosts or emulated machines, or take minutes for another reason.
-const SLOW: &[&str] = &["emulator", "host", "million", "slow", "vm"];
-
-/// Run only when named: they take minutes, and emulated processors bear no neighbours.
-const BY_NAME: &[&str] = &["emulator", "million"];
-
-impl Tier {
-    fn name(&self) -> &str {
-        match self {
-            Self::Lint => "lint",
-            Self::Logic => "logic",
-            Self::Suite { name, .. } => name,
-            Self::Programs => "kernel-programs",
-            Self::Fuzz => "fuzz",
-            Self::OrdinaryUser => "ordinary-user",
-        }
-    }
-
-    fn is_slow(&self) -> bool {
-        match self {
-            Self::Suite { name, .. } => SLOW.iter().any(|slow| name.starts_with(slow)),
-            Self::Programs | Self::Fuzz | Self::OrdinaryUser => true,
-            Self::Lint | Self::Logic => false,
-        }
-    }
-
-    /// All there are, the quick ones first. A suite is a file in a package's tests folder, so a new one needs no entry.
-    fn all() -> Result<Vec<Self>> {
-        let mut suites = Vec::new();
-        for (package, folder) in [("bro-tests", "tests/tests"), ("xtask", "xtask/tests")] {
-            suites.extend(suites_in(&workspace().join(folder))?.into_iter().map(|name| (package, name)));
-        }
-        suites.sort_by(|a, b| a.1.cmp(&b.1));
-        let mut tiers = vec![Self::Lint, Self::Logic, Self::Programs, Self::Fuzz];
-        tiers.extend(suites.into_iter().map(|(package, name)| Self::Suite { package, name }));
-        if nix::unistd::geteuid().is_root() {
-            tiers.push(Self::OrdinaryUser);
-        }
-        tiers.sort_by_key(Self::is_slow);
-        Ok(tiers)
-    }
-}
-
-fn suites_in(folder: &Path) -> Result<Vec<String>> {
-    if !folder.is_dir() {
-        return Ok(Vec::new());
-    }
-    let paths: Vec<PathBuf> =
-        std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
-    let suite = |path: &PathBuf| {
-        let is_suite = path.extension() == Some(OsStr::new("rs")) || path.join("main.rs").is_file();
-        is_suite.then(|| path.file_stem()?.to_str().map(str::to_owned)).flatten()
-    };
-    Ok(paths.iter().filter_map(suite).collect())
 }
 
 /// The task.
@@ -113,12 +48,7 @@ pub fn run(args: &Args) -> Result<()> {
     let all = Tier::all()?;
     if args.list {
         for tier in &all {
-            let note = match tier.is_slow() {
-                _ if BY_NAME.contains(&tier.name()) => "  (only when named)",
-                true => "  (slow)",
-                false => "",
-            };
-            println!("{}{note}", tier.name());
+            println!("{}", tier.described()?);
         }
         return Ok(());
     }
@@ -129,25 +59,80 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     let chosen = all.iter().filter(|tier| match args.tiers.as_slice() {
-        [] => !(BY_NAME.contains(&tier.name()) || args.quick && tier.is_slow()),
+        [] => !(tier.is_run_by_name_only() || args.quick && tier.is_slow()),
         named => named.iter().any(|name| name == tier.name()),
     });
 
+    let chosen: Vec<&Tier> = chosen.collect();
+
     std::env::set_current_dir(workspace()).context("the workspace's folder")?;
-    let runner = Runner::new(crate::program::installed_bro()?)?;
-    let mut summary = Summary::default();
-    for tier in chosen {
-        println!("\n== {} ==", tier.name());
-        let begin = Instant::now();
-        let count = match tier {
-            Tier::Lint => lint::run()?,
-            Tier::Logic => runner.run(&["--lib", "--bins"])? + runner.run(&["--doc"])?,
-            Tier::Suite { name, .. } => runner.suite(name, tier.is_slow())?,
-            Tier::Programs => programs::run()?,
-            Tier::Fuzz => fuzz::run()?,
-            Tier::OrdinaryUser => ordinary_user::run(&runner, &all)?,
-        };
-        summary.add(tier.name(), begin.elapsed(), count);
+    if let Some(to) = &args.count_to {
+        let runner = Runner::new(crate::program::installed_bro()?)?;
+        let counts = chosen.iter().map(|tier| tier.run(&runner, &all)).collect::<Result<Vec<_>>>()?;
+        return background::answer(&counts.into_iter().fold(Count::default(), Count::add), to);
     }
+    let (behind, mut before): (Vec<&Tier>, Vec<&Tier>) =
+        chosen.iter().copied().partition(|tier| tier.computes());
+    let behind = if before.iter().any(|tier| **tier != Tier::Lint) {
+        behind
+    } else {
+        before.extend(behind);
+        Vec::new()
+    };
+    let background = Background::new()?;
+    let mut summary = Summary::default();
+    let bro = build(&before, args.tiers.is_empty() || !behind.is_empty(), &mut summary)?;
+    let runner = Runner::new(bro)?;
+    std::thread::scope(|scope| {
+        let computing = scope.spawn(|| background.run(&behind, &runner.bro));
+        for tier in before.iter().filter(|tier| ***tier != Tier::Lint) {
+            run_one(tier.name(), &mut summary, || tier.run(&runner, &all))?;
+        }
+        for (name, took, count) in computing.join().expect("it does not panic")? {
+            summary.add(&name, took, count);
+        }
+        anyhow::Ok(())
+    })?;
     summary.close(args.quick)
+}
+
+fn run_one(name: &str, summary: &mut Summary, tier: impl FnOnce() -> Result<Count>) -> Result<()> {
+    println!("\n== {name} ==");
+    let begin = Instant::now();
+    let count = tier()?;
+    summary.add(name, begin.elapsed(), count);
+    Ok(())
+}
+
+/// Builds the binary under test. The optimised build has work for one processor most of its time, so `lint`, which needs no binary, runs
+/// beside it, and so does the build of all the tests where `all` are wanted: together they keep two processors busy, and no tier keeps
+/// another one waiting for its build later.
+fn build(chosen: &[&Tier], all: bool, summary: &mut Summary) -> Result<PathBuf> {
+    std::thread::scope(|scope| {
+        let bro = scope.spawn(crate::program::installed_bro);
+        if chosen.contains(&&Tier::Lint) {
+            run_one(Tier::Lint.name(), summary, lint::run)?;
+        }
+        if all {
+            // What does not build is a failure of the tier that needs it.
+            crate::build::cargo()
+                .args(["test", "--workspace", "--no-run", "--quiet"])
+                .status()
+                .context("cannot run cargo")?;
+        }
+        bro.join().expect("it does not panic")
+    })
+}
+
+impl Tier {
+    fn run(&self, runner: &Runner, all: &[Self]) -> Result<Count> {
+        match self {
+            Self::Lint => lint::run(),
+            Self::Logic => Ok(runner.run(&["--lib", "--bins"])? + runner.run(&["--doc"])?),
+            Self::Suite { name, .. } => runner.suite(name, self.is_slow()),
+            Self::Programs => programs::run(),
+            Self::Fuzz => fuzz::run(),
+            Self::OrdinaryUser => ordinary_user::run(runner, all),
+        }
+    }
 }

@@ -123,7 +123,7 @@ fn established(ops: *mut bpf_sock_ops, wanted: u32) {
     let Some(tcp) = TcpSock::of(sk) else { return };
     if !tcp.is_ours() {
         count(Counter::Foreign);
-        trace::socket("not hooked, somebody else's", &new.flow);
+        trace::socket("not hooked, another user's", &new.flow);
         return;
     }
     let base = tcp.write_seq();
@@ -323,7 +323,7 @@ fn listening(ops: *mut bpf_sock_ops) {
         return;
     }
     if !socket(ops).and_then(TcpSock::of).is_some_and(TcpSock::is_ours) {
-        trace::port("somebody else listens", &key);
+        trace::port("another user's process listens", &key);
         return;
     }
     trace::port("the service listens", &key);

@@ -16,13 +16,13 @@ use nix::sys::socket::{SockaddrStorage, getsockname, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use crate::peer::Peer;
-use crate::proxy_protocol::{Bad, Said};
+use crate::proxy_protocol::{Bad, Introduction};
 use crate::rate::Meter;
 use crate::relay::half_close::Half;
-use crate::relay::{Broken, Direction, Guard, Method, Side, Tools, copy};
+use crate::relay::{Broken, DescriptorGuard, Direction, Method, Side, Tools, copy};
 use crate::source::Origin;
 
-pub use abort::{Abort, Progress, STALLED, Verdict, WHOLE};
+pub use abort::{Abort, AbortProgress, AbortVerdict, STALLED, WHOLE};
 pub use acknowledged::{Acknowledged, Amount};
 pub use stage::{Census, Relayed, Stage, StageName};
 
@@ -180,7 +180,7 @@ pub struct Connection {
     /// The balancer it came through, where that one has introduced the client.
     pub through: Option<Box<Through>>,
     /// Whether it may pass descriptors.
-    pub guard: Guard,
+    pub guard: DescriptorGuard,
     /// `--connections-per-source` counts it.
     pub counted: bool,
     /// The address under which the service is to see it.
@@ -234,7 +234,7 @@ pub struct Talk {
 
 /// What is to be done about a connection's lanes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lanes {
+pub enum LaneDecision {
     /// Nothing.
     Leave,
     /// They ask and answer: it gets them.
@@ -248,11 +248,11 @@ impl Talk {
     const ENOUGH: u8 = 3;
 
     /// Notes how many bytes have reached the service and the client.
-    fn hear(&mut self, up: u64, down: u64) -> Lanes {
+    fn hear(&mut self, up: u64, down: u64) -> LaneDecision {
         let (asked, answered) = (up - self.last.0, down - self.last.1);
         self.last = (up, down);
         if asked + answered == 0 {
-            return Lanes::Leave;
+            return LaneDecision::Leave;
         }
         let speaker = if answered > asked { Side::Service } else { Side::Client };
         // Both have said something since: with one lane, only the direction without it shows here each time.
@@ -264,9 +264,9 @@ impl Talk {
         self.said += asked.max(answered);
         if self.said > bro_ebpf::BULK {
             self.turns = 0;
-            return Lanes::Close;
+            return LaneDecision::Close;
         }
-        if self.turns >= Self::ENOUGH { Lanes::Open } else { Lanes::Leave }
+        if self.turns >= Self::ENOUGH { LaneDecision::Open } else { LaneDecision::Leave }
     }
 }
 
@@ -312,8 +312,8 @@ impl Connection {
         now: Instant,
     ) -> Self {
         let guard = match peer {
-            Peer::Tcp(_) => Guard::Needless,
-            Peer::Unix { .. } => Guard::of(client.as_fd()),
+            Peer::Tcp(_) => DescriptorGuard::Needless,
+            Peer::Unix { .. } => DescriptorGuard::of(client.as_fd()),
         };
         Self {
             number,
@@ -343,10 +343,10 @@ impl Connection {
     }
 
     /// A trusted balancer has said who the client is, in a header of so many bytes.
-    pub fn introduce(&mut self, said: Said, header: usize) {
+    pub fn introduce(&mut self, said: Introduction, header: usize) {
         let (peer, destination) = match said {
-            Said::Client { source, destination } => (Peer::Tcp(source), Some(destination)),
-            Said::Nothing => (self.peer.clone(), None),
+            Introduction::Client { source, destination } => (Peer::Tcp(source), Some(destination)),
+            Introduction::Nothing => (self.peer.clone(), None),
         };
         self.origin = Origin::of(&peer);
         let balancer = std::mem::replace(&mut self.peer, peer);
@@ -422,7 +422,7 @@ impl Connection {
             _ => (0, 0),
         };
         match method {
-            _ if self.shortcut() > 0 => "sockmap",
+            _ if self.by_lanes() > 0 => "sockmap",
             Method::Splice if ours > 0 && ours == copied => "copy",
             Method::Splice => "splice",
             Method::Copy => "copy",
@@ -439,9 +439,9 @@ impl Connection {
     }
 
     /// Bytes that lanes moved.
-    fn shortcut(&self) -> u64 {
+    fn by_lanes(&self) -> u64 {
         match &self.stage {
-            Stage::Relaying { up, down, .. } => up.shortcut() + down.shortcut(),
+            Stage::Relaying { up, down, .. } => up.by_lanes() + down.by_lanes(),
             _ => 0,
         }
     }
@@ -513,23 +513,23 @@ impl Connection {
     }
 
     /// What its lanes are to be, after bytes have moved.
-    pub fn wants_lanes(&mut self) -> Lanes {
-        let Stage::Relaying { up, down, abort: None, .. } = &self.stage else { return Lanes::Leave };
+    pub fn wants_lanes(&mut self) -> LaneDecision {
+        let Stage::Relaying { up, down, abort: None, .. } = &self.stage else { return LaneDecision::Leave };
         let wanted = self.talk.hear(up.delivered(), down.delivered());
         if self.lanes().any(|(_, lane)| lane.is_in_bulk()) {
             self.talk.turns = 0;
-            return Lanes::Close;
+            return LaneDecision::Close;
         }
         // A direction may end while it has a lane; what is left to say is not worth a new one.
         let open = up.half().is_open() && down.half().is_open();
         match wanted {
-            Lanes::Open if self.lanes().next().is_some() || !open => Lanes::Leave,
-            Lanes::Open => {
+            LaneDecision::Open if self.lanes().next().is_some() || !open => LaneDecision::Leave,
+            LaneDecision::Open => {
                 // Where no lane can be had, this is not tried again with each message.
                 self.talk.turns = 0;
-                Lanes::Open
+                LaneDecision::Open
             }
-            Lanes::Close if self.lanes().next().is_none() => Lanes::Leave,
+            LaneDecision::Close if self.lanes().next().is_none() => LaneDecision::Leave,
             wanted => wanted,
         }
     }
@@ -557,7 +557,7 @@ impl Connection {
     /// How far the other side has come with what it is owed before an abort is passed on to it; `None` when it has acknowledged
     /// all of it, or there is no abort.
     #[must_use]
-    pub fn owed(&self) -> Option<Progress> {
+    pub fn owed(&self) -> Option<AbortProgress> {
         let Stage::Relaying { service, up, down, abort: Some(abort) } = &self.stage else { return None };
         let (from, sink) = match abort.side {
             Side::Client => (up, service),
@@ -566,7 +566,7 @@ impl Connection {
         // Nothing is ever queued in a unix socket: what was written has arrived, and stays when this end is closed.
         let queued = send_memory(sink.as_fd()).map_or(0, |memory| memory.queued);
         let paid = from.half().is_over() && queued == 0;
-        (!paid).then(|| Progress { delivered: from.delivered(), queued })
+        (!paid).then(|| AbortProgress { delivered: from.delivered(), queued })
     }
 
     /// Has one side aborted?
@@ -642,7 +642,7 @@ pub fn closing_aborts(socket: &impl AsFd, yes: bool) {
 mod tests {
     use super::*;
 
-    fn heard(talk: &mut Talk, both: &mut (u64, u64), up: u64, down: u64) -> Lanes {
+    fn heard(talk: &mut Talk, both: &mut (u64, u64), up: u64, down: u64) -> LaneDecision {
         *both = (both.0 + up, both.1 + down);
         talk.hear(both.0, both.1)
     }
@@ -689,18 +689,18 @@ mod tests {
     fn lanes_are_for_those_who_ask_and_answer_in_turn() {
         let (mut talk, mut both) = (Talk::default(), (0, 0));
         // A short connection: connect, ask, be answered.
-        assert_eq!(heard(&mut talk, &mut both, 100, 0), Lanes::Leave);
-        assert_eq!(heard(&mut talk, &mut both, 0, 5000), Lanes::Leave);
-        assert_eq!(heard(&mut talk, &mut both, 0, 0), Lanes::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 100, 0), LaneDecision::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 0, 5000), LaneDecision::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 0, 0), LaneDecision::Leave);
         // It asks again.
-        assert_eq!(heard(&mut talk, &mut both, 100, 0), Lanes::Open);
+        assert_eq!(heard(&mut talk, &mut both, 100, 0), LaneDecision::Open);
         // A large answer, in pieces: a stream, until they talk in turn again.
-        assert_eq!(heard(&mut talk, &mut both, 0, bro_ebpf::BULK / 2), Lanes::Open);
-        assert_eq!(heard(&mut talk, &mut both, 0, bro_ebpf::BULK / 2), Lanes::Close);
-        assert_eq!(heard(&mut talk, &mut both, 0, 1), Lanes::Close);
-        assert_eq!(heard(&mut talk, &mut both, 1, 0), Lanes::Leave);
-        assert_eq!(heard(&mut talk, &mut both, 0, 1), Lanes::Leave);
-        assert_eq!(heard(&mut talk, &mut both, 1, 0), Lanes::Open);
+        assert_eq!(heard(&mut talk, &mut both, 0, bro_ebpf::BULK / 2), LaneDecision::Open);
+        assert_eq!(heard(&mut talk, &mut both, 0, bro_ebpf::BULK / 2), LaneDecision::Close);
+        assert_eq!(heard(&mut talk, &mut both, 0, 1), LaneDecision::Close);
+        assert_eq!(heard(&mut talk, &mut both, 1, 0), LaneDecision::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 0, 1), LaneDecision::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 1, 0), LaneDecision::Open);
     }
 
     #[test]
@@ -710,19 +710,19 @@ mod tests {
             heard(&mut talk, &mut both, 1000, 1000);
         }
         for _ in 0..10_000 {
-            assert_eq!(heard(&mut talk, &mut both, 1000, 20_000), Lanes::Open);
+            assert_eq!(heard(&mut talk, &mut both, 1000, 20_000), LaneDecision::Open);
         }
         // Large ones both ways are a stream.
         let large = bro_ebpf::BULK / 2 + 1000;
-        assert!((0..20).any(|_| heard(&mut talk, &mut both, large, large) == Lanes::Close));
+        assert!((0..20).any(|_| heard(&mut talk, &mut both, large, large) == LaneDecision::Close));
     }
 
     #[test]
     fn a_service_that_only_sends_gets_no_lane() {
         let (mut talk, mut both) = (Talk::default(), (0, 0));
-        assert_eq!(heard(&mut talk, &mut both, 100, 0), Lanes::Leave);
+        assert_eq!(heard(&mut talk, &mut both, 100, 0), LaneDecision::Leave);
         for _ in 0..10_000 {
-            assert_ne!(heard(&mut talk, &mut both, 0, 100), Lanes::Open);
+            assert_ne!(heard(&mut talk, &mut both, 0, 100), LaneDecision::Open);
         }
     }
 }

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use connect::PortQueue;
-use lanes::{Lanes, Watch};
+use lanes::{OpenLanes, ServiceWatch};
 use listeners::{Accepting, Listeners, PerSource};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -37,7 +37,7 @@ use targets::Targets;
 use token::Token;
 
 use crate::connection::{Census, Connection, End};
-use crate::engine::protocol::{Command, Event, Mailbox, Outbox, Plain, Received};
+use crate::engine::protocol::{EngineCommand, EngineEvent, Mailbox, Outbox, Plain, Received};
 use crate::listener::Listener;
 use crate::proxy_protocol::{Trusted, Version};
 use crate::rate::Rate;
@@ -45,7 +45,7 @@ use crate::relay::{Method, Tools};
 use crate::stats::{Stats, Tally};
 use crate::sys::AddressBook;
 
-pub use targets::{Destination, slot};
+pub use targets::{ReadyTarget, slot};
 
 /// What the command line decided for the engine.
 #[derive(Debug, Clone)]
@@ -116,7 +116,7 @@ pub struct Engine {
     addresses: Option<AddressBook>,
     stats: Arc<Stats>,
     tallies: Vec<Tally>,
-    lanes: Option<Lanes>,
+    lanes: Option<OpenLanes>,
     mailbox: Mailbox,
     outbox: Outbox,
     last_tick: Instant,
@@ -297,12 +297,12 @@ impl Engine {
                 None => return Ok(true),
                 Some(Received::WithoutDescriptors(of)) => self.lacks_descriptors(of),
                 Some(Received::Command(command)) => match command {
-                    Command::Ready { target, destination } => self.target_ready(target, destination),
-                    Command::Kernel { descriptors, share, clients } => {
+                    EngineCommand::Ready { target, ready } => self.target_ready(target, ready),
+                    EngineCommand::Kernel { descriptors, share, clients } => {
                         let clients = clients.then_some(&self.listeners);
-                        self.lanes = Lanes::load(&self.epoll, &descriptors, share, clients);
+                        self.lanes = OpenLanes::load(&self.epoll, &descriptors, share, clients);
                     }
-                    Command::Plain(plain) => match plain {
+                    EngineCommand::Plain(plain) => match plain {
                         Plain::Start => self.set_accepting(Accepting::Open)?,
                         Plain::Stop => return Ok(false),
                         Plain::Watch(watch) => self.watch(watch),
@@ -314,15 +314,15 @@ impl Engine {
                         Plain::EndAll(end) => self.end_all(end),
                         Plain::Leave(how) => {
                             let leaving = self.leave(how)?;
-                            self.outbox.tell(&Event::Leaving(leaving));
+                            self.outbox.tell(&EngineEvent::Leaving(leaving));
                         }
                         Plain::Freeze(how) => {
                             let frozen = self.freeze(how);
-                            self.outbox.tell(&Event::Frozen(frozen));
+                            self.outbox.tell(&EngineEvent::Frozen(frozen));
                         }
                         Plain::Thawed => self.thawed(),
                         Plain::Wake(by) => self.wake_by_hand(&by),
-                        Plain::Ping => self.outbox.tell(&Event::Pong),
+                        Plain::Ping => self.outbox.tell(&EngineEvent::Pong),
                         Plain::Report => {
                             let figures = report::figures(&self.connections, self.tallies.clone());
                             self.outbox.tell_figures(figures);
@@ -340,9 +340,9 @@ impl Engine {
         if let Some(lanes) = &mut self.lanes {
             lanes.unwatch_all(&self.listeners);
         }
-        self.outbox.tell(&Event::Draining(why));
+        self.outbox.tell(&EngineEvent::Draining(why));
         if self.connections.is_empty() {
-            self.outbox.tell(&Event::Drained);
+            self.outbox.tell(&EngineEvent::Drained);
         }
         Ok(())
     }
@@ -352,14 +352,14 @@ impl Engine {
     }
 
     /// Has the kernel relay's programs watch a target's service, where there are any.
-    fn watch(&mut self, watch: Watch) {
+    fn watch(&mut self, watch: ServiceWatch) {
         let target = watch.target;
         let known = self.targets.get_mut(target).zip(self.lanes.as_mut());
         let watching = known.is_some_and(|(known, lanes)| {
             known.watched = lanes.watch(watch);
             known.watched.is_some()
         });
-        self.outbox.tell(&Event::Watching { target, watching });
+        self.outbox.tell(&EngineEvent::Watching { target, watching });
     }
 
     /// The kernel relay's programs have something to say.

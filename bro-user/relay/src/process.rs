@@ -22,7 +22,7 @@ use crate::sys::{self, AddressBook};
 use crate::target::Target;
 
 /// How long the relay process may take to end when it has been told to.
-const PATIENCE: Duration = Duration::from_secs(5);
+const EXIT_LIMIT: Duration = Duration::from_secs(5);
 
 /// Has this thread log in a way that its sandbox allows (one that names no address), as long as the returned value lives.
 pub type Log = fn() -> Option<tracing::subscriber::DefaultGuard>;
@@ -115,11 +115,11 @@ fn serve(
 }
 
 /// Each listener with the index of its target, and the numbers of their descriptors.
-type Row = (Vec<(Listener, usize)>, Range<RawFd>);
+type SocketsInARow = (Vec<(Listener, usize)>, Range<RawFd>);
 
 /// The listeners, for the relay process alone: under descriptors with numbers in a row, which its sandbox tells from all others,
 /// and under no other.
-fn in_a_row(parents: &[(Listener, usize)]) -> anyhow::Result<Row> {
+fn in_a_row(parents: &[(Listener, usize)]) -> anyhow::Result<SocketsInARow> {
     let open = std::fs::read_dir("/proc/self/fd")?.flatten();
     let open = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let open: BTreeSet<RawFd> = open.collect();
@@ -153,7 +153,7 @@ impl Process {
     pub fn wait(self) -> anyhow::Result<()> {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+        let patience = PollTimeout::try_from(EXIT_LIMIT).unwrap_or(PollTimeout::MAX);
         if poll(&mut polled, patience) == Ok(0) {
             kill(self.pid, Signal::SIGKILL).ok();
         }

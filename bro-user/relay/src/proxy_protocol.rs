@@ -111,7 +111,7 @@ impl fmt::Display for Trusted {
 
 /// What a header says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Said {
+pub enum Introduction {
     /// A client came from there, to this address of the balancer's.
     Client {
         /// Its address.
@@ -187,7 +187,7 @@ impl Incoming {
     ///
     /// # Errors
     /// When it is whole and makes no sense.
-    pub fn take(&mut self, bytes: &[u8]) -> Result<Option<Said>, Bad> {
+    pub fn take(&mut self, bytes: &[u8]) -> Result<Option<Introduction>, Bad> {
         self.bytes.extend_from_slice(bytes);
         let whole = if self.bytes.starts_with(WORD) {
             self.bytes.ends_with(b"\n")
@@ -205,10 +205,10 @@ impl Incoming {
             Ok((header, length)) if length == self.bytes.len() => match header.proxied_address() {
                 Some(ProxiedAddress { protocol: Protocol::Stream, source, destination }) => {
                     let known = |end: &SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
-                    Ok(Some(Said::Client { source: known(source), destination: known(destination) }))
+                    Ok(Some(Introduction::Client { source: known(source), destination: known(destination) }))
                 }
                 Some(_) => Err(Bad::Malformed),
-                None => Ok(Some(Said::Nothing)),
+                None => Ok(Some(Introduction::Nothing)),
             },
             Ok(_) | Err(_) => Err(Bad::Malformed),
         }
@@ -227,7 +227,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// Reads `stream` as it comes, in pieces of these sizes, and returns what the header says and how much was taken.
-    fn read(stream: &[u8], mut sizes: impl FnMut() -> usize) -> (Result<Option<Said>, Bad>, usize) {
+    fn read(stream: &[u8], mut sizes: impl FnMut() -> usize) -> (Result<Option<Introduction>, Bad>, usize) {
         let (mut incoming, mut taken, mut there) = (Incoming::default(), 0, 0);
         while there < stream.len() {
             there = (there + sizes().max(1)).min(stream.len());
@@ -277,7 +277,7 @@ mod tests {
                 let (said, taken) = read(&stream, || size);
                 assert_eq!(
                     (said, taken),
-                    (Ok(Some(Said::Client { source, destination })), header.len()),
+                    (Ok(Some(Introduction::Client { source, destination })), header.len()),
                     "{size}"
                 );
             }
@@ -294,7 +294,7 @@ mod tests {
         assert_eq!(said(b"PROXY TCP4 1.2.3.4 5.6.7.8 1 9\n"), Err(Bad::Malformed));
         assert_eq!(said(b"PROXY UDP4 1.2.3.4 5.6.7.8 1 9\r\n"), Err(Bad::Malformed));
         assert_eq!(said(&[&b"PROXY UNKNOWN "[..], &[b'x'; 120]].concat()), Err(Bad::TooLong));
-        assert_eq!(said(b"PROXY UNKNOWN something\r\n"), Ok(Some(Said::Nothing)));
+        assert_eq!(said(b"PROXY UNKNOWN something\r\n"), Ok(Some(Introduction::Nothing)));
         let v2 = |tail: &[u8]| [&SIGNATURE[..], tail].concat();
         assert_eq!(said(&v2(b"\x21\x11\xff\xff")), Err(Bad::TooLong));
         assert_eq!(said(&v2(b"\x11\x11\0\0")), Err(Bad::Malformed));
@@ -309,11 +309,14 @@ mod tests {
             let address = [1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 0, 2];
             v2(&[&[0x21, 0x11], &rest[..], &address[..], &vec![0xea; most - 12][..]].concat())
         };
-        assert!(matches!(said(&fields(LONGEST - FIXED)), Ok(Some(Said::Client { .. }))));
+        assert!(matches!(said(&fields(LONGEST - FIXED)), Ok(Some(Introduction::Client { .. }))));
         assert_eq!(said(&fields(LONGEST - FIXED + 1)), Err(Bad::TooLong));
         // Of a balancer's own, and of unix clients.
-        assert_eq!(said(&v2(b"\x20\0\0\0")), Ok(Some(Said::Nothing)));
-        assert_eq!(said(&v2(&[&[0x21, 0x31, 0, 216][..], &[0; 216]].concat())), Ok(Some(Said::Nothing)));
+        assert_eq!(said(&v2(b"\x20\0\0\0")), Ok(Some(Introduction::Nothing)));
+        assert_eq!(
+            said(&v2(&[&[0x21, 0x31, 0, 216][..], &[0; 216]].concat())),
+            Ok(Some(Introduction::Nothing))
+        );
     }
 
     #[test]
@@ -353,7 +356,7 @@ mod tests {
             let stream = [&header[..], &rest].concat();
             let mut sizes = sizes.into_iter().cycle();
             let (said, taken) = read(&stream, || sizes.next().unwrap_or(1));
-            prop_assert_eq!(said, Ok(Some(Said::Client { source: ends.0, destination: ends.1 })));
+            prop_assert_eq!(said, Ok(Some(Introduction::Client { source: ends.0, destination: ends.1 })));
             prop_assert_eq!(taken, header.len());
         }
 

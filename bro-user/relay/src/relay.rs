@@ -38,7 +38,7 @@ pub enum Side {
 /// Whether descriptors may come along with what a source sends (unix(7) SCM_RIGHTS). They cannot be relayed, and splice(2) and
 /// recv(2) would lose them without a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Guard {
+pub enum DescriptorGuard {
     /// None can: it is no unix socket, or the kernel refuses them to the sender.
     Needless,
     /// The kernel refuses them from now on; what was sent before may carry some.
@@ -47,7 +47,7 @@ pub enum Guard {
     Always,
 }
 
-impl Guard {
+impl DescriptorGuard {
     /// Of a unix socket; has the kernel refuse them from now on, if it can.
     #[must_use]
     pub fn of(socket: BorrowedFd<'_>) -> Self {
@@ -116,12 +116,12 @@ pub struct Direction {
     method: Method,
     source: Side,
     /// Whether descriptors may come from the source.
-    guard: Guard,
+    guard: DescriptorGuard,
     /// How many of our own bytes, which come first, are not written yet. They are not counted.
     preceding: usize,
     /// Bytes from the source that were for the forwarder, and are not passed on.
     kept: u64,
-    /// The kernel's shortcut past us, where this direction has one. Boxed: most connections of a host without have none.
+    /// The kernel's way past us, where this direction has one. Boxed: most connections of a host without have none.
     lane: Option<Box<Lane>>,
     /// What this direction's earlier lanes moved.
     moved_before: u64,
@@ -146,7 +146,7 @@ impl Direction {
             held: Held::Nothing,
             method,
             source,
-            guard: Guard::Needless,
+            guard: DescriptorGuard::Needless,
             preceding: 0,
             kept: 0,
             lane: None,
@@ -174,7 +174,7 @@ impl Direction {
     }
 
     /// Descriptors may come from its source, a unix socket.
-    pub fn set_guard(&mut self, guard: Guard) {
+    pub fn set_guard(&mut self, guard: DescriptorGuard) {
         self.guard = guard;
     }
 
@@ -208,14 +208,14 @@ impl Direction {
 
     /// Bytes that its lanes moved, this one and the earlier ones.
     #[must_use]
-    pub fn shortcut(&self) -> u64 {
+    pub fn by_lanes(&self) -> u64 {
         self.moved_before + self.lane.as_ref().map_or(0, |lane| lane.bytes())
     }
 
     /// Bytes that reached the sink, through us or through lanes.
     #[must_use]
     pub fn delivered(&self) -> u64 {
-        self.total + self.shortcut()
+        self.total + self.by_lanes()
     }
 
     /// Where it stands.
@@ -277,7 +277,7 @@ impl Direction {
             let Some(count) = self.fill(source, sink, tools)? else { return Ok(()) };
             // A short read is left to level-triggered epoll: it costs nothing when there is no more, which is the usual case.
             // But what was sent before the kernel refused descriptors is to be over soon.
-            let short = count < LARGE && self.guard != Guard::Backlog;
+            let short = count < LARGE && self.guard != DescriptorGuard::Backlog;
             if self.half.is_open() && !self.half.wants_write() && short {
                 return Ok(());
             }
@@ -295,7 +295,7 @@ impl Direction {
         if self.half.is_void() {
             return self.throw_away(source, tools);
         }
-        let spliced = self.method == Method::Splice && self.guard == Guard::Needless;
+        let spliced = self.method == Method::Splice && self.guard == DescriptorGuard::Needless;
         let borrowed = if spliced { tools.pool.borrow() } else { None };
         let Some(pipe) = borrowed else { return self.fill_by_copy(source, sink, tools) };
         match splice::fill(source, &pipe) {
@@ -357,16 +357,16 @@ impl Direction {
         tools: &mut Tools,
     ) -> Result<Option<usize>, Broken> {
         let read = match self.guard {
-            Guard::Needless => copy::read(source, &mut tools.scratch),
-            Guard::Backlog | Guard::Always => {
+            DescriptorGuard::Needless => copy::read(source, &mut tools.scratch),
+            DescriptorGuard::Backlog | DescriptorGuard::Always => {
                 copy::read_guarded(source, &mut tools.scratch, MsgFlags::empty())
             }
         };
         let count = match read {
             Ok(count) => count,
             Err(Errno::EAGAIN) => {
-                if self.guard == Guard::Backlog {
-                    self.guard = Guard::Needless;
+                if self.guard == DescriptorGuard::Backlog {
+                    self.guard = DescriptorGuard::Needless;
                 }
                 return Ok(None);
             }
@@ -417,7 +417,7 @@ impl Direction {
         Ok(true)
     }
 
-    /// Accounts for a write, which comes before the lane hears of it: a sender may take its shortcut again only once all that
+    /// Accounts for a write, which comes before the lane hears of it: a sender may take its lane again only once all that
     /// it gave to us is in the sink.
     fn wrote(&mut self, count: usize, sink: BorrowedFd<'_>) {
         self.half.wrote(count);
@@ -455,7 +455,7 @@ mod tests {
     }
 
     /// Source and sink, the ends of a relay between them, and the relay itself.
-    fn relay(guard: Guard) -> (UnixStream, UnixStream, UnixStream, UnixStream, Direction, Tools) {
+    fn relay(guard: DescriptorGuard) -> (UnixStream, UnixStream, UnixStream, UnixStream, Direction, Tools) {
         let ((source, near), (far, sink)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
         near.set_nonblocking(true).unwrap();
         far.set_nonblocking(true).unwrap();
@@ -467,7 +467,7 @@ mod tests {
     /// As on a kernel that refuses none: the connection breaks at the descriptors, and what came before them has been delivered.
     #[test]
     fn descriptors_that_come_along_break_the_connection() {
-        let (mut source, near, far, mut sink, mut direction, mut tools) = relay(Guard::Always);
+        let (mut source, near, far, mut sink, mut direction, mut tools) = relay(DescriptorGuard::Always);
         for _ in 0..3 {
             source.write_all(b"before").unwrap();
             direction.pump(near.as_fd(), far.as_fd(), &mut tools).unwrap();
@@ -493,10 +493,10 @@ mod tests {
     /// A listening socket may have asked for the credentials of each message (`PassCredentials=`).
     #[test]
     fn credentials_are_taken_for_no_descriptors() {
-        let (mut source, near, far, mut sink, mut direction, mut tools) = relay(Guard::Needless);
+        let (mut source, near, far, mut sink, mut direction, mut tools) = relay(DescriptorGuard::Needless);
         setsockopt(&near, sockopt::PassCred, &true).unwrap();
         source.write_all(b"before").unwrap();
-        direction.set_guard(Guard::of(near.as_fd()));
+        direction.set_guard(DescriptorGuard::of(near.as_fd()));
         source.write_all(b" and after").unwrap();
         direction.pump(near.as_fd(), far.as_fd(), &mut tools).unwrap();
         sink.read_exact(&mut [0; 16]).unwrap();
@@ -505,10 +505,10 @@ mod tests {
     /// What was sent before the kernel refused descriptors is looked at, and then nothing is any more.
     #[test]
     fn after_the_backlog_bytes_are_spliced_again() {
-        let (mut source, near, far, mut sink, mut direction, mut tools) = relay(Guard::Backlog);
+        let (mut source, near, far, mut sink, mut direction, mut tools) = relay(DescriptorGuard::Backlog);
         source.write_all(b"before").unwrap();
         direction.pump(near.as_fd(), far.as_fd(), &mut tools).unwrap();
-        assert_eq!((direction.guard, direction.copied), (Guard::Needless, 6));
+        assert_eq!((direction.guard, direction.copied), (DescriptorGuard::Needless, 6));
         source.write_all(b"after").unwrap();
         direction.pump(near.as_fd(), far.as_fd(), &mut tools).unwrap();
         assert_eq!((direction.total, direction.copied), (11, 6));
@@ -517,11 +517,14 @@ mod tests {
 
     #[test]
     fn a_kernel_that_can_refuse_them_does() {
-        let (source, near, ..) = relay(Guard::Needless);
-        match Guard::of(near.as_fd()) {
-            Guard::Always => assert_eq!(pass(&source, b"x"), Ok(1)),
+        let (source, near, ..) = relay(DescriptorGuard::Needless);
+        match DescriptorGuard::of(near.as_fd()) {
+            DescriptorGuard::Always => assert_eq!(pass(&source, b"x"), Ok(1)),
             guard => {
-                assert_eq!((guard, Guard::of(near.as_fd())), (Guard::Backlog, Guard::Needless));
+                assert_eq!(
+                    (guard, DescriptorGuard::of(near.as_fd())),
+                    (DescriptorGuard::Backlog, DescriptorGuard::Needless)
+                );
                 assert_eq!(pass(&source, b"x"), Err(Errno::EPERM));
             }
         }

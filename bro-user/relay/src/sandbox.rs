@@ -1,7 +1,7 @@
 //! What the relay process can no longer do, whatever takes control of it: no capabilities, no new privileges, no file
 //! (landlock(7)), and only those system calls that it takes to move bytes between sockets (seccomp(2)). It can make no socket, let
 //! none listen, open and execute nothing, signal and trace no process, and send no descriptor. Other processes do for it what it
-//! needs of that kind: the agents connect, to destinations that the control process has named, and the control process does the
+//! needs of that kind: the agents connect, to addresses that the control process has named, and the control process does the
 //! rest.
 
 mod options;

@@ -110,7 +110,7 @@ pub struct Tally {
     pub cold_start_times: Times,
     /// Connections that have ended, by the `reason` of their log lines.
     #[serde(default)]
-    pub ended: Ended,
+    pub ended: EndCounts,
     /// Times there were as many connections as `--connections-max` allows.
     #[serde(default)]
     pub full: u64,
@@ -198,9 +198,9 @@ impl std::ops::AddAssign<&Self> for Times {
 /// Connections that have ended, by why. Only what bro itself gives as a reason is one, whatever the relay process says.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "BTreeMap<String, u64>", into = "BTreeMap<&'static str, u64>")]
-pub struct Ended([u64; End::WORDS.len()]);
+pub struct EndCounts([u64; End::WORDS.len()]);
 
-impl Ended {
+impl EndCounts {
     /// One more.
     pub fn add(&mut self, end: End) {
         if let Some(at) = End::WORDS.iter().position(|word| *word == end.word()) {
@@ -214,19 +214,19 @@ impl Ended {
     }
 }
 
-impl From<BTreeMap<String, u64>> for Ended {
+impl From<BTreeMap<String, u64>> for EndCounts {
     fn from(said: BTreeMap<String, u64>) -> Self {
         Self(End::WORDS.map(|word| said.get(word).copied().unwrap_or(0)))
     }
 }
 
-impl From<Ended> for BTreeMap<&'static str, u64> {
-    fn from(ended: Ended) -> Self {
+impl From<EndCounts> for BTreeMap<&'static str, u64> {
+    fn from(ended: EndCounts) -> Self {
         ended.each().filter(|(_, count)| *count > 0).collect()
     }
 }
 
-impl std::ops::AddAssign<&Self> for Ended {
+impl std::ops::AddAssign<&Self> for EndCounts {
     fn add_assign(&mut self, other: &Self) {
         for (mine, its) in self.0.iter_mut().zip(other.0) {
             *mine = mine.saturating_add(its);
@@ -298,7 +298,7 @@ mod tests {
         let tally: Tally = serde_json::from_str(old).unwrap();
         assert_eq!(
             (tally.accepted, tally.to_service, &tally.ended),
-            (3, Moved::default(), &Ended::default())
+            (3, Moved::default(), &EndCounts::default())
         );
         // It did not tell the directions, so all went the one way that is not told.
         assert_eq!(tally.to_clients().spliced, 7);
@@ -313,13 +313,13 @@ mod tests {
         one += &other;
         let json = serde_json::to_value(&one.ended).unwrap();
         assert_eq!(json, serde_json::json!({ "eof": 2, "client-reset": 1 }));
-        assert_eq!(serde_json::from_value::<Ended>(json).unwrap(), one.ended);
+        assert_eq!(serde_json::from_value::<EndCounts>(json).unwrap(), one.ended);
         assert_eq!((one.open, one.lasting().open), (4, 0));
     }
 
     #[test]
     fn a_reason_of_another_program_is_none() {
-        let ended: Ended = serde_json::from_str(r#"{"eof":1,"x\"} 1\n":7}"#).unwrap();
+        let ended: EndCounts = serde_json::from_str(r#"{"eof":1,"x\"} 1\n":7}"#).unwrap();
         assert_eq!(ended.each().filter(|(_, count)| *count > 0).collect::<Vec<_>>(), [("eof", 1)]);
     }
 }

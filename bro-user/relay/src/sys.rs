@@ -102,7 +102,7 @@ pub fn open_in_root(root: BorrowedFd<'_>, path: &std::path::Path) -> io::Result<
 /// What a look at a socket shows.
 #[must_use]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Waiting {
+pub enum Peeked {
     /// At least a byte.
     Byte,
     /// The end of the stream.
@@ -116,16 +116,16 @@ pub enum Waiting {
 /// What waits to be read. By a look at it (MSG_PEEK), because FIONREAD says 0 of every socket in a sockmap on Linux 6.6.128,
 /// 6.12.75, 6.18.14, 6.19 and many after them. Like any recv(2) it takes the socket's error along; to ask without taking
 /// anything there is [`stirs`].
-pub fn look(socket: BorrowedFd<'_>) -> Waiting {
+pub fn look(socket: BorrowedFd<'_>) -> Peeked {
     use nix::errno::Errno;
     use nix::sys::socket::{MsgFlags, recv};
     loop {
         return match recv(socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
-            Ok(0) => Waiting::End,
-            Ok(_) => Waiting::Byte,
+            Ok(0) => Peeked::End,
+            Ok(_) => Peeked::Byte,
             Err(Errno::EINTR) => continue,
-            Err(Errno::EAGAIN) => Waiting::Nothing,
-            Err(errno) => Waiting::Abort(errno),
+            Err(Errno::EAGAIN) => Peeked::Nothing,
+            Err(errno) => Peeked::Abort(errno),
         };
     }
 }

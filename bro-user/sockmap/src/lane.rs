@@ -1,4 +1,4 @@
-//! A lane: one direction of one connection that the kernel may shortcut.
+//! A lane: one direction of one connection whose bytes the kernel may move past the forwarder.
 
 use std::collections::VecDeque;
 use std::io;
@@ -286,7 +286,7 @@ fn give(
     Ok(Granted { credit, scarce: watermark.notified })
 }
 
-/// An open lane. Dropping it closes the shortcut at once and frees its record; bytes that were redirected stay in the
+/// An open lane. Dropping it closes the lane at once and frees its record; bytes that were redirected stay in the
 /// target's transmit queue, so it may be dropped before or after `shutdown(target, SHUT_WR)`.
 #[derive(Debug)]
 pub struct Lane {
@@ -311,14 +311,14 @@ impl Lane {
 
     /// To be called after every write of the forwarder to the target that came from this lane's sender: `total` payload bytes
     /// have been written so far, since the connection began. Grants afresh from the room that the write left, then lets the
-    /// shortcut reopen if the forwarder has caught up.
+    /// lane reopen if the forwarder has caught up.
     ///
     /// # Errors
-    /// When the target's send memory cannot be read; the shortcut then stays shut.
+    /// When the target's send memory cannot be read; the lane then stays shut.
     pub fn forwarded(&self, total: u64, target: BorrowedFd<'_>) -> io::Result<Granted> {
         let record = self.record();
         // While bytes were on their way through the forwarder no message could be redirected, so credit may be lowered here.
-        // If a write of nothing is reported, the shortcut may be open, and lowering would not be safe.
+        // If a write of nothing is reported, the lane may be open, and lowering would not be safe.
         if record.forwarded.load(Relaxed) == total {
             return self.grant(target);
         }
@@ -352,7 +352,7 @@ impl Lane {
         self.record().passed[Reason::Bulk as usize].load(Relaxed) > 0
     }
 
-    /// Opens or shuts the shortcut. What is shut takes the ordinary way; nothing is lost or reordered at any time.
+    /// Opens or shuts it. What is shut takes the ordinary way; nothing is lost or reordered at any time.
     pub fn enable(&self, on: bool) {
         self.record().on.store(on.into(), Release);
     }

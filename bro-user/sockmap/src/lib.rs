@@ -8,7 +8,6 @@
 
 pub mod btf;
 pub mod capabilities;
-pub mod cgroup;
 mod handoff;
 mod lane;
 mod load;
@@ -37,7 +36,7 @@ pub use btf::BtfError;
 pub use handoff::Bequest;
 pub use lane::{Granted, Lane, LaneCounters, LaneId, SenderAddress};
 pub use maps::{Descriptors, Maps, Share};
-pub use other_users::{Foreign, News};
+pub use other_users::{Foreign, ForeignNews};
 pub use programs::Programs;
 pub use sys::{SendMemory, Sent, fionread, netns_cookie, send_memory, sent};
 pub use trace::wanted as trace_wanted;
@@ -98,7 +97,7 @@ pub enum Role {
 
 /// What kind of sockets a watched service uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum SenderKind {
     /// Not known yet.
     Unknown,
     /// Non-blocking ones, as far as was seen.
@@ -109,7 +108,7 @@ pub enum Kind {
     Zerocopy,
 }
 
-impl Kind {
+impl SenderKind {
     /// The kind that [`Event::Learned`] names.
     #[must_use]
     pub fn of(number: u32) -> Self {

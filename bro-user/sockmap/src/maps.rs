@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::lane::{self, Lane, Lanes, SenderAddress};
 use super::sys::{Mapping, PortKey, WatchValue};
 use super::unavailable::{self, Refused, Unavailable};
-use super::{Kind, Role, Totals};
+use super::{Role, SenderKind, Totals};
 
 /// The maps by their descriptors, to be used here or sent to another process.
 #[derive(Debug)]
@@ -166,8 +166,8 @@ impl Maps {
 
     /// What is known of the service at a watched port; `None` when it is not watched.
     #[must_use]
-    pub fn kind(&self, netns: u64, port: u16) -> Option<Kind> {
-        self.watched.get(&key(netns, port), 0).ok().map(|found| Kind::of(found.0.kind))
+    pub fn kind(&self, netns: u64, port: u16) -> Option<SenderKind> {
+        self.watched.get(&key(netns, port), 0).ok().map(|found| SenderKind::of(found.0.kind))
     }
 
     /// Sets what is known of the service at a watched port; `Unknown` forgets it, for a container that restarted in the same
@@ -175,7 +175,7 @@ impl Maps {
     ///
     /// # Errors
     /// When the port is not watched.
-    pub fn set_kind(&mut self, netns: u64, port: u16, kind: Kind) -> std::io::Result<()> {
+    pub fn set_kind(&mut self, netns: u64, port: u16, kind: SenderKind) -> std::io::Result<()> {
         const EXIST: u64 = 2;
         let key = key(netns, port);
         let mut value = self.watched.get(&key, 0).map_err(lane::errno)?;

@@ -19,7 +19,7 @@ use super::unavailable::{self, Unavailable};
 /// The loaded programs. Dropping them detaches them, if it was this process that loaded them.
 pub struct Programs {
     links: HashMap<PathBuf, OwnedFd>,
-    whose: Whose,
+    whose: ProgramsOwner,
     /// Why clients are not hooked.
     no_clients: Option<String>,
     /// What a successor will need, where this process has it to give.
@@ -29,7 +29,7 @@ pub struct Programs {
 }
 
 /// The process that loaded them.
-enum Whose {
+enum ProgramsOwner {
     /// This process.
     Own(Box<Ebpf>),
     /// This one's predecessor.
@@ -47,7 +47,7 @@ impl std::fmt::Debug for Programs {
 impl Programs {
     /// Programs that are attached nowhere yet.
     pub(super) fn new(ebpf: Ebpf, tracer: Option<Tracer>) -> Self {
-        let whose = Whose::Own(Box::new(ebpf));
+        let whose = ProgramsOwner::Own(Box::new(ebpf));
         Self { links: HashMap::new(), whose, no_clients: None, estate: None, _tracer: tracer }
     }
 
@@ -55,7 +55,7 @@ impl Programs {
     pub(super) fn inherited(estate: Estate, links: impl IntoIterator<Item = (PathBuf, OwnedFd)>) -> Self {
         Self {
             links: links.into_iter().collect(),
-            whose: Whose::Predecessor,
+            whose: ProgramsOwner::Predecessor,
             no_clients: estate.no_clients.clone(),
             estate: Some(estate),
             _tracer: None,
@@ -92,7 +92,13 @@ impl Programs {
     /// The ones of `bro loader`; whether its self-test could hook a client.
     pub(super) fn seated(seat: Seat, clients: bool) -> Self {
         let no_clients = (!clients).then(|| "bro loader could not hook a client".to_owned());
-        Self { links: HashMap::new(), whose: Whose::Loader(seat), no_clients, estate: None, _tracer: None }
+        Self {
+            links: HashMap::new(),
+            whose: ProgramsOwner::Loader(seat),
+            no_clients,
+            estate: None,
+            _tracer: None,
+        }
     }
 
     /// What came of hooking a client in the self-test.
@@ -119,7 +125,7 @@ impl Programs {
     /// # Errors
     /// When the cgroup cannot be opened or the kernel refuses the link; of `bro loader`'s programs, when they do not look there.
     pub fn attach(&mut self, cgroup: &Path) -> Result<(), Unavailable> {
-        if let Whose::Loader(seat) = &self.whose {
+        if let ProgramsOwner::Loader(seat) = &self.whose {
             return seat.covers(cgroup);
         }
         if self.links.contains_key(cgroup) {
@@ -142,7 +148,7 @@ impl Programs {
         let missing = || Unavailable::Object("no program bro_watch".into());
         match (&self.whose, &self.estate) {
             (_, Some(estate)) => Ok(estate.watch.as_fd()),
-            (Whose::Own(ebpf), None) => {
+            (ProgramsOwner::Own(ebpf), None) => {
                 let program: &SockOps =
                     ebpf.program("bro_watch").ok_or_else(missing)?.try_into().map_err(|_| missing())?;
                 program.fd().map(|fd| fd.as_fd()).map_err(|_| missing())
@@ -158,7 +164,9 @@ impl Programs {
 
     /// Pins the program that hooks a client.
     pub(super) fn pin_hook(&mut self, path: &Path) -> Result<(), Unavailable> {
-        let Whose::Own(ebpf) = &mut self.whose else { return Err(Unavailable::Object("not ours".into())) };
+        let ProgramsOwner::Own(ebpf) = &mut self.whose else {
+            return Err(Unavailable::Object("not ours".into()));
+        };
         let hook: Option<Result<&mut SchedClassifier, _>> =
             ebpf.program_mut("bro_hook").map(TryInto::try_into);
         let Some(Ok(hook)) = hook else { return Err(Unavailable::Object("no program bro_hook".into())) };
@@ -180,7 +188,9 @@ impl Programs {
     /// # Errors
     /// When the kernel does not tell.
     pub fn ids(&self) -> std::io::Result<[u32; 3]> {
-        let Whose::Own(ebpf) = &self.whose else { return Err(std::io::ErrorKind::Unsupported.into()) };
+        let ProgramsOwner::Own(ebpf) = &self.whose else {
+            return Err(std::io::ErrorKind::Unsupported.into());
+        };
         let id = |name: &str| {
             let program = ebpf.program(name).ok_or(std::io::ErrorKind::NotFound)?;
             program.info().map(|info| info.id()).map_err(std::io::Error::other)

@@ -10,10 +10,10 @@ use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use aya::maps::{HashMap, Map, MapData, SockHash};
 use bro_ebpf::{SEATS, seat_of};
+use bro_proc::cgroup;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::cgroup;
 use super::maps::{Descriptors, Share, data};
 use super::sys::{FlowKey, Mapping, PortKey, RouteValue, WatchValue};
 use super::unavailable::{self, Unavailable};

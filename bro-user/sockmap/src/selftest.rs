@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::unavailable::chain;
-use super::{Event, Kernel, Lane, LaneId, Reason, Role, SenderAddress, cgroup, netns_cookie};
+use super::{Event, Kernel, Lane, LaneId, Reason, Role, SenderAddress, netns_cookie};
 
 /// How long all of it may take, on a machine that is just booting.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -29,7 +29,7 @@ type Outcome<T = ()> = Result<T, String>;
 /// Runs it and takes back what it changed, whatever came of it. The result within the result: whether clients can be hooked, which
 /// the service lane does not need.
 pub(super) fn run(kernel: &mut Kernel) -> Outcome<Outcome> {
-    let own = cgroup::of_self().map_err(|error| format!("this process's cgroup: {error}"))?;
+    let own = bro_proc::cgroup::of_self().map_err(|error| format!("this process's cgroup: {error}"))?;
     let attached_before = kernel.programs.is_attached(&own);
     kernel.attach(&own).map_err(|error| chain(&error))?;
     let listener = listener()?;

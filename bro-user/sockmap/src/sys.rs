@@ -243,16 +243,18 @@ pub fn attach_to_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::
     const BPF_CGROUP_SOCK_OPS: u32 = 3;
     /// The part of `union bpf_attr` that this command reads.
     #[repr(C)]
-    struct Link {
+    struct LinkAttributes {
         program: u32,
         target: u32,
         kind: u32,
         flags: u32,
     }
     let (program, target) = (program.as_raw_fd() as u32, cgroup.as_raw_fd() as u32);
-    let link = Link { program, target, kind: BPF_CGROUP_SOCK_OPS, flags: 0 };
+    let link = LinkAttributes { program, target, kind: BPF_CGROUP_SOCK_OPS, flags: 0 };
     // SAFETY: `link` is readable for its size.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const link, size_of::<Link>()) };
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const link, size_of::<LinkAttributes>())
+    };
     made(result)
 }
 
@@ -293,7 +295,7 @@ pub fn run(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
     /// The part of `union bpf_attr` for this command.
     #[repr(C)]
     #[derive(Default)]
-    struct Test {
+    struct TestRunAttributes {
         program: u32,
         returned: u32,
         size_in: u32,
@@ -310,17 +312,18 @@ pub fn run(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
         cpu: u32,
     }
     const BPF_PROG_TEST_RUN: libc::c_int = 10;
-    let mut test = Test {
+    let mut test = TestRunAttributes {
         program: program.as_raw_fd() as u32,
         size_in: packet.len() as u32,
         data_in: packet.as_ptr() as u64,
         repeat: 1,
-        ..Test::default()
+        ..TestRunAttributes::default()
     };
     let attribute = &raw mut test;
     // SAFETY: the attribute is of the size given and its padding-free fields are those of this command; the kernel reads
     // `size_in` bytes of the packet and writes to the attribute alone.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, attribute, size_of::<Test>()) };
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, attribute, size_of::<TestRunAttributes>()) };
     if result == 0 { Ok(test.returned) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -1,15 +1,18 @@
 //! `bro activate`: from a quadlet to a socket that wakes it, and back.
 //!
-//! In order: read the quadlet and what is activated already, decide what is wanted (`request`), put it into files (`units`), change
-//! them all at once (`write`), and have systemd take it up. Any failure undoes everything.
+//! In order, under a lock: read what is there (`present`), decide what is wanted of that and the quadlet (`plan`), put it into files
+//! (`units`), find what differs (`difference`), change it all at once (`transaction`), and have systemd take it up (`apply`). Any
+//! failure undoes everything.
 
 mod apply;
 mod asked_at;
 mod backoff;
+mod difference;
 pub(crate) mod executable;
 mod output;
 pub(crate) mod plan;
 mod preflight;
+mod present;
 pub(crate) mod publish_port;
 mod restart;
 mod root_dir;
@@ -20,17 +23,18 @@ mod waits;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use difference::{Removable, Removal};
 use plan::{Paths, Wanted};
+use present::{Contents, Present};
 use signals::Interrupt;
-use transaction::{Change, Lock, Made, Provenance};
+use transaction::{Change, Lock, Made};
 
 use crate::address::External;
 use crate::cli::Activate;
 use crate::commands::doctor::image;
 use crate::exit::Failure;
-use crate::installed::{self, Installed, leftover};
+use crate::installed::Installed;
 use crate::ledger;
-use crate::podman::quadlet;
 use crate::run_as::RunAsUser;
 use crate::service::failed_wake;
 use crate::systemd::calendar::{self, DailySpans, NoAnswer};
@@ -82,118 +86,73 @@ async fn check_times(options: &Activate) -> anyhow::Result<()> {
     })
 }
 
-/// The activated service that goes by this name, if it is there.
-fn known(name: &str, places: &Paths) -> anyhow::Result<Option<Installed>> {
-    let all = installed::all_in(&places.units, places.scope, places.root.as_deref())?;
-    Ok(all.into_iter().find(|known| known.goes_by(name)))
-}
-
-/// The same for its removal: also if only a part of it is left, and with the units that have lost their files.
-fn known_or_left(name: &str, places: &Paths) -> anyhow::Result<Option<Installed>> {
-    let root = places.root.as_deref();
-    let Some(mut known) = known(name, places)? else {
-        let rest = leftover::find(name, &places.units, places.scope, root);
-        return Ok(rest.map(|rest| rest.activated));
-    };
-    let lost = leftover::lost(&known, &places.units);
-    known.listeners.extend(lost);
-    Ok(Some(known))
-}
-
-/// The container's owner: as the command line says, or an earlier one said.
-fn owner(options: &Activate, all: &[Installed], places: &Paths) -> anyhow::Result<Option<RunAsUser>> {
-    match &options.run_as {
-        Some(name) => Ok(Some(RunAsUser::find(name, places.root.as_deref())?)),
-        None => {
-            Ok(all.iter().find(|known| known.goes_by(&options.name)).and_then(|known| known.run_as.clone()))
-        }
-    }
-}
-
-/// All files that would be written, for a quadlet that was found.
-fn plan(options: &Activate, places: &Paths) -> anyhow::Result<(Wanted, Option<Installed>, Vec<File>)> {
-    let all = installed::all_in(&places.units, places.scope, places.root.as_deref())?;
-    let owner = owner(options, &all, places)?;
-    let quadlet = quadlet::find(&options.name, places.scope, owner.as_ref(), places.root.as_deref())?;
-    root_dir::stays_inside(places.root.as_deref(), &quadlet.path)?;
-    let known = all.into_iter().find(|known| known.name == quadlet.name);
-    // A first run that was killed may have left the first port's socket, which is written again.
-    if known.is_none()
-        && let Some(rest) = leftover::find(&quadlet.name, &places.units, places.scope, places.root.as_deref())
-        && rest.activated.listeners.iter().any(|listener| listener.service != quadlet.name)
-    {
-        return Err(installed::in_part(&rest).into());
-    }
-    if let Some(known) = &known
-        && known.quadlet.extension() != quadlet.path.extension()
-    {
-        return Err(Failure::Usage(format!(
-            "{} is activated already, for {}; both would need the same units",
-            known.name,
-            known.quadlet.display()
-        ))
-        .into());
-    }
-    if let Some(known) = &known
-        && known.run_as != owner
-    {
-        let whose = known.run_as.as_ref().map_or("the system's own container", |owner| &owner.name);
-        return Err(Failure::Usage(format!(
-            "{} is activated already, for {whose}; both would need the same units: `bro activate {} --remove` makes room",
-            known.name, known.name
-        ))
-        .into());
-    }
-    let wanted = plan::wanted(options, &quadlet, known.as_ref(), owner, places)?;
-    let files = units::files(
-        &wanted.activated,
-        &executable::path(places)?,
-        Some(&wanted.drop_in),
-        (places.root.as_deref(), places.has_steps),
-    )?;
-    for file in &files {
-        root_dir::stays_inside(places.root.as_deref(), &file.path)?;
-    }
-    Ok((wanted, known, files))
-}
-
 async fn activate(options: &Activate, places: &Paths, interrupt: &mut Interrupt) -> anyhow::Result<()> {
     if options.dry_run {
         return interrupt.or(dry_run(options, places)).await;
     }
-    let Prepared { systemd, mut made, _lock, activated, known, changes, unfinished, warnings } =
+    let Prepared { systemd, mut made, _lock, decided, changes, unfinished, warnings } =
         interrupt.or(prepare(options, places)).await?;
     output::warnings(&warnings)?;
-    let (systemd, known) = (systemd.as_ref(), known.as_ref());
+    let Decided { wanted, installed, .. } = &decided;
+    let (systemd, installed) = (systemd.as_ref(), installed.as_ref());
     let outcome =
-        apply::activate(systemd, &activated, known, &changes, &unfinished, places, interrupt).await?;
+        apply::activate(systemd, &wanted.service, installed, &changes, &unfinished, places, interrupt)
+            .await?;
     transaction::finished(&unfinished);
     made.keep();
-    output::activated(&activated, &changes, outcome, places)
+    output::activated(&wanted.service, &changes, outcome, places)
+}
+
+/// What a run is to do, and what it was decided from.
+struct Decided {
+    wanted: Wanted,
+    /// The service as it is, if it is activated.
+    installed: Option<Installed>,
+    present: Present,
+    /// Directories that are missing, in the order in which they are made.
+    missing: Vec<PathBuf>,
+    files: Vec<File>,
+}
+
+impl Decided {
+    /// What differs on the disk. A file that bro has not written is an error.
+    fn difference(&self, places: &Paths) -> anyhow::Result<Vec<Change>> {
+        let left: Vec<PathBuf> = self.installed.iter().flat_map(Installed::files).collect();
+        let paths = self.files.iter().map(|file| file.path.clone()).chain(left.clone());
+        difference::to(&self.files, &self.wanted.service.name, left, &Contents::read(paths, places)?)
+    }
+}
+
+/// Reads what is there, and decides. `made` are directories that this run has made already.
+fn decide(options: &Activate, places: &Paths, made: &[PathBuf]) -> anyhow::Result<Decided> {
+    let root = places.root.as_deref();
+    let present = Present::read(places)?;
+    let owner = present.owner(options, places)?;
+    let found = present::find_quadlet(&options.name, owner.as_ref(), places)?;
+    let installed = present.services.iter().find(|other| other.name == found.quadlet.name).cloned();
+    preflight::fits(installed.as_ref(), owner.as_ref(), &found.quadlet, &present)?;
+    let mut wanted = plan::wanted(options, &found, installed.as_ref(), owner, places)?;
+    let mut directories = directories_of(&wanted.service, places);
+    directories.extend(own_wants(places, places.units.exists() && !made.contains(&places.units)));
+    let missing: Vec<PathBuf> =
+        directories.iter().flat_map(|directory| transaction::missing(directory)).collect();
+    note_made(&mut wanted.service, made.iter().chain(&missing), &present, places);
+    let files = units::files(&wanted.service, Some(&wanted.drop_in), (root, places.has_steps))?;
+    for file in &files {
+        root_dir::stays_inside(root, &file.path)?;
+    }
+    Ok(Decided { wanted, installed, present, missing, files })
 }
 
 async fn dry_run(options: &Activate, places: &Paths) -> anyhow::Result<()> {
-    let (wanted, known, _) = plan(options, places)?;
-    let mut warnings = wanted.warnings;
+    let Decided { mut wanted, installed, present, files, .. } = decide(options, places, &[])?;
+    let mut warnings = std::mem::take(&mut wanted.warnings);
     warnings.extend(executable::warning(places));
-    warnings.extend(nowhere(&wanted.activated, places));
-    warnings.extend(
-        check_listeners(&wanted.activated, known.as_ref(), None, places)
-            .await
-            .err()
-            .map(|error| error.to_string()),
-    );
-    let mut directories = directories_of(&wanted.activated, places);
-    directories.extend(own_wants(places, places.units.exists()));
-    let missing = directories.iter().flat_map(|directory| transaction::missing(directory));
-    let activated = with_made(wanted.activated, missing, places)?;
+    warnings.extend(nowhere(&wanted.service, places));
+    let listens = check_listeners(&wanted.service, installed.as_ref(), &present, None, places).await;
+    warnings.extend(listens.err().map(|error| error.to_string()));
     output::warnings(&warnings)?;
-    output::files(&units::files(
-        &activated,
-        &executable::path(places)?,
-        Some(&wanted.drop_in),
-        (places.root.as_deref(), places.has_steps),
-    )?)
+    output::files(&files)
 }
 
 /// All that is decided and checked, under the lock; nothing has changed but directories; dropping this removes them.
@@ -201,75 +160,62 @@ struct Prepared {
     systemd: Option<apply::Managers>,
     made: Made,
     _lock: Lock,
-    activated: Installed,
-    known: Option<Installed>,
+    decided: Decided,
     changes: Vec<Change>,
+    /// Files that a run was working on when it was killed.
     unfinished: Vec<PathBuf>,
     warnings: Vec<String>,
 }
 
 async fn prepare(options: &Activate, places: &Paths) -> anyhow::Result<Prepared> {
-    // The quadlet has to be there before directories are made; everything is read again under the lock.
-    let owner = plan(options, places)?.0.activated.run_as;
+    let mut made = Made::for_all(places.scope == RuntimeScope::System);
+    // Nothing is activated where there is no directory; none is made for a quadlet that is not there.
+    let make = || {
+        let owner = options.run_as.as_ref().map(|name| RunAsUser::find(name, places.root.as_deref()));
+        present::find_quadlet(&options.name, owner.transpose()?.as_ref(), places)?;
+        made.make(&places.units)
+    };
+    let lock = Lock::take(&places.units, make).await?;
+    let mut decided = decide(options, places, made.paths())?;
+    let Decided { wanted, installed, present, .. } = &mut decided;
     // Connected before anything is written: without systemd nothing could be started.
     let systemd = match &places.root {
-        None => Some(apply::connect(places.scope, owner.as_ref()).await?),
+        None => Some(apply::connect(places.scope, wanted.service.run_as.as_ref()).await?),
         Some(_) => None,
     };
-    let mut made = Made::for_all(places.scope == RuntimeScope::System);
-    made.make(&places.units)?;
-    let lock = Lock::take(&places.units, || made.make(&places.units)).await?;
-    let (mut wanted, known, _) = plan(options, places)?;
     let mut warnings = std::mem::take(&mut wanted.warnings);
     warnings.extend(executable::warning(places));
-    executable::check(&wanted.activated, places)?;
-    check_listeners(&wanted.activated, known.as_ref(), systemd.as_ref(), places).await?;
+    executable::check(&wanted.service, places)?;
+    check_listeners(&wanted.service, installed.as_ref(), present, systemd.as_ref(), places).await?;
     if let Some(systemd) = &systemd {
         let container = systemd.container().context("the container's service manager is gone")?;
         warnings.extend(apply::network_warning(container, wanted.waits_for_network).await);
-        warnings.extend(image::warning(&wanted.activated, &wanted.quadlet).await);
-        apply::check_freezing(container, &wanted.activated).await?;
+        warnings.extend(image::warning(&wanted.service, &wanted.quadlet).await);
+        apply::check_freezing(container, &wanted.service).await?;
     }
-    warnings.extend(nowhere(&wanted.activated, places));
-    let mut directories = directories_of(&wanted.activated, places);
-    directories.extend(own_wants(places, !made.paths().contains(&places.units)));
-    for directory in directories {
-        made.make(&directory)?;
+    warnings.extend(nowhere(&wanted.service, places));
+    let changes = decided.difference(places)?;
+    for directory in &decided.missing {
+        made.make(directory)?;
     }
-    let activated = with_made(wanted.activated, made.paths().iter().cloned(), places)?;
-    let files = units::files(
-        &activated,
-        &executable::path(places)?,
-        Some(&wanted.drop_in),
-        (places.root.as_deref(), places.has_steps),
-    )?;
-    let mut changes = changes(&activated, &files)?;
-    // What an earlier run wrote and this run does not need.
-    let left = known.iter().flat_map(files_of).filter(|path| !files.iter().any(|file| file.path == *path));
-    for path in left {
-        root_dir::stays_inside(places.root.as_deref(), &path)?;
-        if transaction::owner(&path)? != Provenance::Theirs {
-            changes.push(Change { path, text: None });
-        }
-    }
-    let all = files_of(&activated).into_iter().chain(known.iter().flat_map(files_of));
-    let unfinished = transaction::unfinished(&activated.name, &places.units, all);
-    Ok(Prepared { systemd, made, _lock: lock, activated, known, changes, unfinished, warnings })
+    let Decided { wanted, installed, .. } = &decided;
+    let all = wanted.service.files().into_iter().chain(installed.iter().flat_map(Installed::files));
+    let unfinished = transaction::unfinished(&wanted.service.name, &places.units, all);
+    Ok(Prepared { systemd, made, _lock: lock, decided, changes, unfinished, warnings })
 }
 
 /// The warnings of external addresses that the host lacks.
-fn nowhere(activated: &Installed, places: &Paths) -> Vec<String> {
+fn nowhere(wanted: &Installed, places: &Paths) -> Vec<String> {
     if places.root.is_some() {
         return Vec::new();
     }
-    let addresses = activated.listeners.iter().filter_map(|listener| listener.address.parse().ok());
-    let all = addresses.filter_map(|external| unassigned_address::sentence(&external));
+    let all = wanted.listeners.iter().filter_map(|listener| unassigned_address::sentence(&listener.external));
     all.map(|sentence| format!("{sentence}; {}", unassigned_address::MEND)).collect()
 }
 
 /// Where its files go.
-fn directories_of(activated: &Installed, places: &Paths) -> Vec<PathBuf> {
-    let others = activated.others().filter_map(|path| path.parent());
+fn directories_of(wanted: &Installed, places: &Paths) -> Vec<PathBuf> {
+    let others = wanted.others().filter_map(|path| path.parent());
     std::iter::once(&*places.units).chain(others).map(Path::to_owned).collect()
 }
 
@@ -278,74 +224,38 @@ fn own_wants(places: &Paths, units_were_there: bool) -> Option<PathBuf> {
     (places.root.is_some() && units_were_there).then(|| apply::wants(places))
 }
 
-/// Notes the directories that were made for this service.
-fn with_made(
-    mut activated: Installed,
-    made: impl Iterator<Item = PathBuf>,
+/// Notes the directories that are made for this service.
+fn note_made<'a>(
+    wanted: &mut Installed,
+    made: impl Iterator<Item = &'a PathBuf>,
+    present: &'a Present,
     places: &Paths,
-) -> anyhow::Result<Installed> {
+) {
     // An activated service that uses another one's directory shares it: the last one to go removes it.
-    let mut mine = files_of(&activated);
+    let mut mine = wanted.files();
     if places.root.is_some() {
-        mine.extend(activated.listeners.iter().map(|listener| apply::wants(places).join(&listener.socket)));
+        mine.extend(wanted.listeners.iter().map(|listener| apply::wants(places).join(&listener.socket.name)));
     }
-    let all = installed::all_in(&places.units, places.scope, places.root.as_deref())?;
-    let shared = all.into_iter().flat_map(|other| other.made);
+    let shared = present.services.iter().flat_map(|other| &other.made);
     let shared = shared.filter(|directory| mine.iter().any(|file| file.starts_with(directory)));
-    activated.made.extend(made.chain(shared));
-    activated.made.sort();
-    activated.made.dedup();
-    Ok(activated)
-}
-
-/// Every file of an activated service.
-fn files_of(activated: &Installed) -> Vec<PathBuf> {
-    let sockets = activated.listeners.iter().map(|listener| listener.file.clone());
-    // Without its service's file, nothing says whether there is to be a timer.
-    let timer = activated
-        .timer_file()
-        .filter(|timer| activated.kept_awake().is_some() || installed::read_ours(timer).is_some());
-    let others = activated.others().cloned();
-    sockets.chain(activated.service_file.clone()).chain(timer).chain(others).collect()
-}
-
-/// What differs from what is on the disk. A file that is not bro's is never touched.
-fn changes(activated: &Installed, files: &[File]) -> anyhow::Result<Vec<Change>> {
-    let mut changes = Vec::new();
-    for File { path, text } in files {
-        match transaction::owner(path)? {
-            Provenance::Ours(old) if old == *text => continue,
-            Provenance::Ours(_) if belongs_to_another(path, &activated.name) => {
-                anyhow::bail!("{} belongs to another activated service; nothing was changed", path.display())
-            }
-            Provenance::Ours(_) | Provenance::Absent => {}
-            Provenance::Theirs => anyhow::bail!(
-                "{} is there and was not written by bro activate; move it away (nothing was changed)",
-                path.display()
-            ),
-        }
-        changes.push(Change { path: path.clone(), text: Some(text.clone()) });
-    }
-    Ok(changes)
-}
-
-fn belongs_to_another(path: &Path, name: &str) -> bool {
-    let file = installed::read_ours(path);
-    file.and_then(|file| file.value(installed::SECTION, "Name").map(|other| other != name)).unwrap_or(false)
+    wanted.made.extend(made.chain(shared).cloned());
+    wanted.made.sort();
+    wanted.made.dedup();
 }
 
 /// Can systemd listen where it has to?
 async fn check_listeners(
-    activated: &Installed,
-    known: Option<&Installed>,
+    wanted: &Installed,
+    installed: Option<&Installed>,
+    present: &Present,
     systemd: Option<&apply::Managers>,
     places: &Paths,
 ) -> anyhow::Result<()> {
-    asked_at::check(activated, known, places)?;
+    asked_at::check(wanted, installed, present, places)?;
     if places.root.is_some() {
         return Ok(());
     }
-    for listener in &activated.listeners {
+    for listener in &wanted.listeners {
         if let Some(device) = &listener.device
             && !Path::new("/sys/class/net").join(device).exists()
         {
@@ -353,25 +263,25 @@ async fn check_listeners(
                 Failure::Usage(format!("there is no network interface “{device}”; see `ip link`")).into()
             );
         }
-        let external: External = listener.address.parse()?;
+        let external = &listener.external;
         // What is no socket is in the way, held or not.
-        if let Some(port_owner::Trouble::InTheWay(why)) = port_owner::look(&external) {
+        if let Some(port_owner::Trouble::InTheWay(why)) = port_owner::look(external) {
             anyhow::bail!("{why} (nothing was changed)");
         }
         // Held by the socket that is to stay, or to be replaced.
-        if known.is_some_and(|known| known.listeners.iter().any(|before| before.address == listener.address))
-        {
+        let mut before = installed.iter().flat_map(|installed| &installed.listeners);
+        if before.any(|before| before.external == *external) {
             continue;
         }
-        match port_owner::look(&external) {
+        match port_owner::look(external) {
             None | Some(port_owner::Trouble::InTheWay(_)) => {}
             Some(port_owner::Trouble::Forbidden(why)) => {
-                let text = format!("{why}; {}", port_owner::instead(activated, listener));
+                let text = format!("{why}; {}", port_owner::instead(wanted, listener));
                 return Err(Failure::NotPermitted(text).into());
             }
-            Some(port_owner::Trouble::Taken(owner)) if ours(&owner, known, systemd).await => {}
-            Some(port_owner::Trouble::Taken(owner)) => {
-                anyhow::bail!("{}", apply::taken(&external, &owner, systemd).await)
+            Some(port_owner::Trouble::Taken(holder)) if ours(&holder, installed, systemd).await => {}
+            Some(port_owner::Trouble::Taken(holder)) => {
+                anyhow::bail!("{}", apply::taken(external, &holder, systemd).await)
             }
         }
     }
@@ -380,21 +290,20 @@ async fn check_listeners(
 
 /// Is it a socket of this same service that will make room?
 async fn ours(
-    owner: &port_owner::AddressHolder,
-    known: Option<&Installed>,
+    holder: &port_owner::AddressHolder,
+    installed: Option<&Installed>,
     systemd: Option<&apply::Managers>,
 ) -> bool {
-    let Some(known) = known else { return false };
+    let Some(installed) = installed else { return false };
     match systemd {
         Some(systemd) => {
-            let unit = systemd.socket_at(&owner.address).await;
-            unit.is_some_and(|unit| known.listeners.iter().any(|before| before.socket == unit))
+            let unit = systemd.socket_at(&holder.address).await;
+            unit.is_some_and(|unit| installed.listeners.iter().any(|before| before.socket.name == unit))
         }
         // A dry run asks no service manager; the port says enough.
         None => {
-            let port = |address: &str| address.parse::<External>().ok().and_then(|address| address.port());
-            let taken = port(&owner.address);
-            taken.is_some() && known.listeners.iter().any(|before| port(&before.address) == taken)
+            let taken = holder.address.parse::<External>().ok().and_then(|taken| taken.port());
+            taken.is_some() && installed.listeners.iter().any(|before| before.external.port() == taken)
         }
     }
 }
@@ -407,93 +316,46 @@ async fn remove(options: &Activate, places: &Paths, interrupt: &mut Interrupt) -
             if places.scope == RuntimeScope::System { "for the system" } else { "for this user" }
         ))
     };
+    let decide = || {
+        let present = Present::read(places)?;
+        let removable = present.removable(name).ok_or_else(missing)?;
+        let there = Contents::read(removable.installed.files(), places)?;
+        let removal = Removal::of(removable, options.service_name.as_deref(), &present, &there, places)?;
+        anyhow::Ok((removal, there))
+    };
     if options.dry_run {
-        let known = known_or_left(name, places)?.ok_or_else(missing)?;
-        return output::would_remove(&doomed(&known, options, places)?.0);
+        return output::would_remove(&decide()?.0.changes);
     }
     let prepare = async {
+        let lock = Lock::take(&places.units, || Err(missing().into())).await?;
+        let (removal, there) = decide()?;
         let systemd = match &places.root {
             None => {
-                let owner = known_or_left(name, places)?.and_then(|known| known.run_as);
-                Some(apply::connect_for_removal(places.scope, owner.as_ref()).await?)
+                let owner = removal.installed.run_as.as_ref();
+                Some(apply::connect_for_removal(places.scope, owner).await?)
             }
             Some(_) => None,
         };
-        let lock = Lock::take(&places.units, || Err(missing().into())).await?;
-        Ok((systemd, lock))
+        Ok((lock, removal, there, systemd))
     };
-    let (systemd, _lock) = interrupt.or(prepare).await?;
-    let known = known_or_left(name, places)?.ok_or_else(missing)?;
-    let (changes, rest) = doomed(&known, options, places)?;
-    for change in &changes {
-        root_dir::stays_inside(places.root.as_deref(), &change.path)?;
-        if transaction::owner(&change.path)? == Provenance::Theirs {
-            anyhow::bail!(
-                "{} was not written by bro activate any more; nothing was changed",
-                change.path.display()
-            );
-        }
+    let (_lock, removal, there, systemd) = interrupt.or(prepare).await?;
+    if let Some(path) = removal.not_ours(&there) {
+        anyhow::bail!("{} was not written by bro activate any more; nothing was changed", path.display());
     }
-    for directory in &known.made {
+    let installed = &removal.installed;
+    for directory in &installed.made {
         root_dir::stays_inside(places.root.as_deref(), directory)?;
     }
-    let unfinished = transaction::unfinished(&known.name, &places.units, files_of(&known));
-    let left = apply::remove(systemd.as_ref(), &known, rest.as_ref(), &changes, places, interrupt).await?;
+    let unfinished = transaction::unfinished(&installed.name, &places.units, installed.files());
+    let left = apply::remove(systemd.as_ref(), &removal, places, interrupt).await?;
     transaction::finished(&unfinished);
-    if rest.is_none() {
-        transaction::remove_directories(&known.made)?;
+    if removal.rest.is_none() {
+        transaction::remove_directories(&installed.made)?;
         if places.root.is_none() {
-            failed_wake::forget(&known);
-            ledger::forget(&known);
-            crate::service::wakes::forget(&known);
+            failed_wake::forget(installed);
+            ledger::forget(installed);
+            crate::service::wakes::forget(installed);
         }
     }
-    output::removed(&known, &changes, left)
-}
-
-/// What has to change for the removal, and what stays activated.
-fn doomed(
-    known: &Installed,
-    options: &Activate,
-    places: &Paths,
-) -> anyhow::Result<(Vec<Change>, Option<Installed>)> {
-    let gone = |path: PathBuf| Change { path, text: None };
-    let Some(service) = &options.service_name else {
-        // Some may have been deleted by hand.
-        let there = files_of(known).into_iter().filter(|path| std::fs::symlink_metadata(path).is_ok());
-        return Ok((there.map(gone).collect(), None));
-    };
-    if let Some(rest) = leftover::find(&known.name, &places.units, places.scope, places.root.as_deref()) {
-        return Err(installed::in_part(&rest).into());
-    }
-    let name = &known.name;
-    if service == name {
-        return Err(Failure::Usage(format!(
-            "“{service}” is the first port of {name}; remove all of it: `bro activate {name} --remove`"
-        ))
-        .into());
-    }
-    let Some(listener) = known.listeners.iter().find(|listener| listener.service == *service) else {
-        let others = known.listeners.iter().map(|listener| listener.service.as_str());
-        let others: Vec<&str> = others.filter(|service| !service.is_empty()).collect();
-        return Err(Failure::NotFound(format!(
-            "{name} has no port “{service}”; it has {}",
-            others.join(", ")
-        ))
-        .into());
-    };
-    let mut rest = known.clone();
-    // A port that has lost its file leads to an unknown place.
-    rest.listeners.retain(|listener| !listener.service.is_empty());
-    rest.listeners.retain(|listener| listener.service != *service);
-    let mut changes = vec![gone(listener.file.clone())];
-    let drop_in = known.drop_in.as_deref().and_then(installed::read_ours);
-    let drop_in = drop_in.map(|file| units::DropIn::read(&file, &rest));
-    let bro = executable::written(known);
-    for file in units::files(&rest, &bro, drop_in.as_ref(), (places.root.as_deref(), places.has_steps))? {
-        if std::fs::read_to_string(&file.path).ok().as_deref() != Some(&file.text) {
-            changes.push(Change { path: file.path, text: Some(file.text) });
-        }
-    }
-    Ok((changes, Some(rest)))
+    output::removed(installed, &removal.changes, left)
 }

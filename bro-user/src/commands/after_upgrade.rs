@@ -19,7 +19,7 @@ use crate::run_as::{Gaining, RunAsUser};
 use crate::systemd::scope::RuntimeScope;
 
 /// How long one manager's forwarders may take, as timeout(1) reads it: a reload waits for the new program's readiness.
-const PATIENCE: &str = "60";
+const RELOAD_LIMIT: &str = "60";
 
 /// Runs `bro after-upgrade`.
 ///
@@ -80,7 +80,7 @@ fn ask(user: &User) -> anyhow::Result<Child> {
         home: user.dir.clone(),
     };
     let bro = std::env::current_exe().context("cannot tell where bro itself is")?;
-    let mut command = owner.command_within(PATIENCE, Gaining::Forbidden, bro);
+    let mut command = owner.command_within(RELOAD_LIMIT, Gaining::Forbidden, bro);
     command.args(["after-upgrade", "--user"]).spawn().context("cannot run timeout(1)")
 }
 
@@ -109,7 +109,7 @@ fn reload(manager: RuntimeScope) -> anyhow::Result<()> {
 fn systemctl(manager: RuntimeScope, verb: &[&str], units: &[String]) -> anyhow::Result<String> {
     let scope = if manager == RuntimeScope::System { "--system" } else { "--user" };
     let output = Command::new("timeout")
-        .args(["--kill-after=5", PATIENCE, "systemctl", scope])
+        .args(["--kill-after=5", RELOAD_LIMIT, "systemctl", scope])
         .args(verb)
         .arg("--")
         .args(units)

@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use bro_proc::cgroup;
 use bro_sockmap::pin::{self, Named, Order};
-use bro_sockmap::{LOADER_UNIT, Unavailable, cgroup};
+use bro_sockmap::{LOADER_UNIT, Unavailable};
 use nix::unistd::{Uid, User};
 
 use crate::cli::Loader;
@@ -17,7 +18,7 @@ use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 
 /// How long systemd may take to start a user's manager.
-const PATIENCE: Duration = Duration::from_secs(60);
+const LOAD_LIMIT: Duration = Duration::from_secs(60);
 
 /// Loads, or removes.
 ///
@@ -85,8 +86,8 @@ fn slice(uid: u32, name: &str) -> anyhow::Result<PathBuf> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let unit = format!("user@{uid}.service");
         let start = async { SystemdManager::connect(RuntimeScope::System).await?.start(&unit).await };
-        let result = runtime.block_on(async { tokio::time::timeout(PATIENCE, start).await });
-        let result = result.with_context(|| format!("{unit} did not start within {PATIENCE:?}"))??;
+        let result = runtime.block_on(async { tokio::time::timeout(LOAD_LIMIT, start).await });
+        let result = result.with_context(|| format!("{unit} did not start within {LOAD_LIMIT:?}"))??;
         if slice.is_dir() {
             return Ok(slice);
         }

@@ -53,7 +53,7 @@ pub struct Report {
     pub waiting: Option<Waiting>,
     /// The replaced process (`systemctl reload`), while it has connections to finish.
     #[serde(default)]
-    pub predecessor: Option<Predecessor>,
+    pub predecessor: Option<PredecessorReport>,
     /// How bytes are moved, and why not better.
     pub relay: Relay,
     /// Its sockets.
@@ -94,14 +94,14 @@ impl std::fmt::Display for Waiting {
 
 /// A process that was replaced and has not ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Predecessor {
+pub struct PredecessorReport {
     /// Its process id.
     pub pid: i32,
     /// Its connections, with those that it waits for in turn; unknown of a version that does not tell.
     pub connections: Option<u64>,
 }
 
-impl std::fmt::Display for Predecessor {
+impl std::fmt::Display for PredecessorReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "process {}, which it has replaced, ", self.pid)?;
         match self.connections {

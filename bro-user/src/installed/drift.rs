@@ -24,8 +24,8 @@ pub(crate) async fn of(
     listener: &InstalledPort,
     unfinished: &[PathBuf],
 ) -> Standing {
-    let unit = &listener.socket;
-    if unfinished.contains(&listener.file)
+    let unit = &listener.socket.name;
+    if unfinished.contains(&listener.socket.file)
         || !systemd.is_active(unit).await
         || !systemd.is_enabled(unit).await
         || !systemd.live(unit).await.is_ok_and(|live| serves(listener, &live))
@@ -45,37 +45,29 @@ fn serves(listener: &InstalledPort, live: &SocketState) -> bool {
 
 /// Does it listen where the file has its clients connect? It may also listen elsewhere.
 pub(crate) fn listens_there(listener: &InstalledPort, live: &SocketState) -> bool {
-    live.listen.iter().any(|address| is_at(&listener.address, address))
+    live.listen.iter().any(|address| is_at(&listener.external, address))
 }
 
 /// Does systemd write the address this way?
-fn is_at(written: &str, live: &str) -> bool {
-    let Ok(external) = written.parse::<External>() else { return false };
+fn is_at(external: &External, live: &str) -> bool {
     let any = |ip: IpAddr, port: u16| live.parse() == Ok(SocketAddr::new(ip, port));
     match external {
         // Without IPv6 systemd takes IPv4.
         External::Port(port) => {
-            any(Ipv6Addr::UNSPECIFIED.into(), port) || any(Ipv4Addr::UNSPECIFIED.into(), port)
+            any(Ipv6Addr::UNSPECIFIED.into(), *port) || any(Ipv4Addr::UNSPECIFIED.into(), *port)
         }
-        External::Address(address) => live.parse() == Ok(address),
-        External::Path(_) | External::Abstract(_) => written == live,
+        External::Address(address) => live.parse() == Ok(*address),
+        External::Path(_) | External::Abstract(_) => live == external.to_string(),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::installed::example::port;
 
     fn listener(address: &str) -> InstalledPort {
-        InstalledPort {
-            service: "web".into(),
-            socket: "web-activator.socket".into(),
-            file: "/units/web-activator.socket".into(),
-            address: address.into(),
-            target: None,
-            backlog: None,
-            device: None,
-        }
+        port(address, None)
     }
 
     fn live(address: &str) -> SocketState {

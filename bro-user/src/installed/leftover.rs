@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use bro_relay::read_bounded::{self, Link};
 
 use super::{
-    Installed, InstalledPort, LONGEST, SECTION, activation_name, assemble, is_unit_name, listener, ours_in,
-    unit_name,
+    ForwardOptions, Forwarder, Installed, InstalledPort, LONGEST, Mode, SECTION, SocketUnit, Takeover, Way,
+    WrittenUnits, activation_name, is_socket, is_unit_name, listener, pause_unit_of, read_ours, unit_name,
 };
 use crate::paths::config_home;
 use crate::systemd::scope::RuntimeScope;
@@ -16,114 +16,115 @@ use crate::systemd::unit_file::{MARKER, UnitFile};
 /// Such a service.
 #[derive(Debug)]
 pub(crate) struct Remnant {
-    /// As far as it can be told, with the units that are gone among the others: systemd may still have them.
-    pub activated: Installed,
-    /// The units without their files.
+    /// As far as it can be told.
+    pub installed: Installed,
+    /// Its socket units that have lost their files; systemd may still have them.
+    pub lost: Vec<SocketUnit>,
+    /// All units without their files.
     pub missing: Vec<String>,
 }
 
-/// The service that goes by `name`, if it is there and not whole.
-pub(crate) fn find(
-    name: &str,
-    directory: &Path,
-    scope: RuntimeScope,
-    root: Option<&Path>,
-) -> Option<Remnant> {
-    let ours = ours_in(directory).ok()?;
-    let named = |file: &UnitFile| activation_name(file).map(str::to_owned);
-    let (_, own) =
-        ours.iter().filter_map(|(path, file)| Some((path, named(file)?))).find(|(path, own)| {
-            let quadlet = made_for(path).unwrap_or_default();
-            own == name
-                || quadlet == name
-                || unit_name(path) == name
-                || name.strip_suffix(".service") == Some(own)
-        })?;
-    let files = || ours.iter().filter(|(_, file)| named(file).as_deref() == Some(&own));
-    let is_socket = |path: &Path| path.extension().is_some_and(|kind| kind == "socket");
-    let main = files().find(|(_, file)| file.value(SECTION, "Unit").is_some());
-    if main.is_some_and(|(path, file)| assemble(path, file, &ours, scope, root).is_some()) {
-        return None;
+impl Remnant {
+    /// Is nothing left but the first port's socket, or what is no socket?
+    pub(crate) fn is_only_its_first_socket(&self) -> bool {
+        let name = &self.installed.name;
+        self.lost.is_empty() && self.installed.listeners.iter().all(|listener| listener.service == *name)
     }
-    let mut listeners: Vec<InstalledPort> =
-        files().filter(|(path, _)| is_socket(path)).filter_map(|(path, file)| listener(path, file)).collect();
-    let direct = main.is_none() && listeners.iter().any(|listener| listener.target.is_none());
-    let unit = main.and_then(|(_, file)| super::unit(file)).map(str::to_owned);
-    let unit = unit.unwrap_or_else(|| {
-        let wakes = files()
-            .find_map(|(_, file)| file.value("Socket", "Service"))
-            .filter(|unit| direct && is_unit_name(unit));
-        wakes.map_or_else(|| format!("{own}.service"), str::to_owned)
-    });
-    let mut missing = Vec::new();
-    if !listeners.iter().any(|listener| listener.service == own) {
-        let first = gone(&first_socket(&own, &unit, direct), directory);
-        missing.push(first.socket.clone());
-        listeners.insert(0, first);
-    }
-    let service = format!("{own}-activator.service");
-    if !direct && main.is_none() {
-        missing.push(service.clone());
-    }
-    let listed = |key| main.map(|(_, file)| super::paths(file, key, root));
-    let (drop_in, pause_unit) = super::others(listed("Also").unwrap_or_else(|| {
-        // The pause unit, and drop-ins.
-        let units = files().map(|(path, _)| path).filter(|path| !is_socket(path)).cloned();
-        units.chain(drop_ins(&own, scope, root)).collect()
-    }));
-    let quadlet = main.and_then(|(_, file)| super::quadlet(file));
-    Some(Remnant {
-        activated: Installed {
-            scope,
-            run_as: main.and_then(|(_, file)| super::run_as(file, root)),
-            quadlet: quadlet.unwrap_or_else(|| format!("{own}.container").into()),
-            unit,
-            container: None,
-            direct,
-            socket_file: listeners.first()?.file.clone(),
-            service_file: (!direct).then(|| directory.join(&service)),
-            listeners,
-            options: Vec::new(),
-            container_given: false,
-            drop_in,
-            pause_unit,
-            made: listed("Made").unwrap_or_default(),
-            name: own,
-        },
-        missing,
-    })
 }
 
-/// The sockets that the other files of a service still name, without files of their own.
-pub(crate) fn lost(known: &Installed, directory: &Path) -> Vec<InstalledPort> {
-    let mut named = vec![first_socket(&known.name, &known.unit, known.direct)];
-    let service = known.service_file.as_deref().and_then(super::read_ours);
-    named.extend(service.map(|file| super::sockets(&file, "Service", "Sockets")).unwrap_or_default());
-    let drop_in = known.drop_in.as_deref().and_then(super::read_ours);
-    named.extend(drop_in.map(|file| super::sockets(&file, "Unit", "Requires")).unwrap_or_default());
-    named.sort();
-    named.dedup();
-    named.retain(|socket| !known.listeners.iter().any(|listener| listener.socket == *socket));
-    named.iter().map(|socket| gone(socket, directory)).collect()
+impl WrittenUnits {
+    /// The service that goes by `name`, if some of it is there and it is not whole.
+    pub(crate) fn leftover(&self, name: &str) -> Option<Remnant> {
+        let named = |file: &UnitFile| activation_name(file).map(str::to_owned);
+        let (_, own) =
+            self.files.iter().filter_map(|(path, file)| Some((path, named(file)?))).find(|(path, own)| {
+                let quadlet = made_for(path).unwrap_or_default();
+                own == name
+                    || quadlet == name
+                    || unit_name(path) == name
+                    || name.strip_suffix(".service") == Some(own)
+            })?;
+        let files = || self.files.iter().filter(|(_, file)| named(file).as_deref() == Some(&own));
+        let main = files().find(|(_, file)| file.value(SECTION, "Unit").is_some());
+        if main.is_some_and(|(path, file)| self.assemble(path, file).is_some()) {
+            return None;
+        }
+        let root = self.root.as_deref();
+        let listeners: Vec<InstalledPort> = files()
+            .filter(|(path, _)| is_socket(path))
+            .filter_map(|(path, file)| listener(path, file))
+            .collect();
+        let listed = |key| main.map(|(_, file)| super::paths(file, key, root));
+        let (drop_in, pause_unit) = super::others(listed("Also").unwrap_or_else(|| {
+            // The pause unit, and drop-ins.
+            let units = files().map(|(path, _)| path).filter(|path| !is_socket(path)).cloned();
+            units.chain(drop_ins(&own, self.scope, root)).collect()
+        }));
+        // Only a container that takes its sockets over has a unit that makes its namespaces.
+        let has_pause = pause_unit.as_ref().is_some_and(|path| unit_name(path) == pause_unit_of(&own));
+        let direct = match main {
+            Some((path, _)) => is_socket(path),
+            None => has_pause || listeners.iter().any(|listener| listener.internal.is_none()),
+        };
+        let unit = main.and_then(|(_, file)| super::unit(file)).map(str::to_owned);
+        let unit = unit.unwrap_or_else(|| {
+            let wakes = files()
+                .find_map(|(_, file)| file.value("Socket", "Service"))
+                .filter(|unit| direct && is_unit_name(unit));
+            wakes.map_or_else(|| format!("{own}.service"), str::to_owned)
+        });
+        let (mut lost, mut missing) = (Vec::new(), Vec::new());
+        if !listeners.iter().any(|listener| listener.service == own) {
+            let first = SocketUnit::new(first_socket(&own, &unit, direct), &self.directory);
+            missing.push(first.name.clone());
+            lost.push(first);
+        }
+        let service = format!("{own}-activator.service");
+        if !direct && main.is_none() {
+            missing.push(service.clone());
+        }
+        let mode = if direct {
+            Mode::Direct(Takeover { way: Way::ListenFds, pause_unit })
+        } else {
+            Mode::Forward(Forwarder {
+                service_file: self.directory.join(&service),
+                program: PathBuf::new(),
+                container: None,
+                container_given: false,
+                options: ForwardOptions::default(),
+            })
+        };
+        let quadlet = main.and_then(|(_, file)| super::quadlet(file));
+        let quadlet = quadlet.unwrap_or_else(|| format!("{own}.container").into());
+        let installed = Installed {
+            run_as: main.and_then(|(_, file)| super::run_as(file, root)),
+            listeners,
+            drop_in,
+            made: listed("Made").unwrap_or_default(),
+            ..Installed::new(own, self.scope, quadlet, unit, mode)
+        };
+        Some(Remnant { installed, lost, missing })
+    }
+
+    /// The sockets that the other files of a service still name, without files of their own.
+    pub(crate) fn lost(&self, installed: &Installed) -> Vec<SocketUnit> {
+        let direct = installed.forwarder().is_none();
+        let mut named = vec![first_socket(&installed.name, &installed.unit, direct)];
+        let service = installed.forwarder().and_then(|forwarder| self.file(&forwarder.service_file));
+        named.extend(service.map(|file| super::sockets(file, "Service", "Sockets")).unwrap_or_default());
+        let drop_in = installed.drop_in.as_deref().and_then(read_ours);
+        named.extend(drop_in.map(|file| super::sockets(&file, "Unit", "Requires")).unwrap_or_default());
+        named.sort();
+        named.dedup();
+        named.retain(|name| !installed.listeners.iter().any(|listener| listener.socket.name == *name));
+        named.into_iter().map(|name| SocketUnit::new(name, &self.directory)).collect()
+    }
 }
 
 /// The first port's socket unit.
 fn first_socket(name: &str, unit: &str, direct: bool) -> String {
     let stem = unit.strip_suffix(".service").unwrap_or(unit);
     if direct { format!("{stem}.socket") } else { format!("{name}-activator.socket") }
-}
-
-/// A port of which only the unit's name is known.
-fn gone(socket: &str, directory: &Path) -> InstalledPort {
-    InstalledPort {
-        service: String::new(),
-        file: directory.join(socket),
-        socket: socket.to_owned(),
-        address: String::new(),
-        target: None,
-        backlog: None,
-        device: None,
-    }
 }
 
 /// The quadlet that one of bro's files says it is for.

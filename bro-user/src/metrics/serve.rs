@@ -22,7 +22,7 @@ const LONGEST: usize = 8 * 1024;
 const HEADERS: usize = 64;
 
 /// How long a request may take to come, an answer to be made, and an answer to be taken; each.
-const PATIENCE: Duration = Duration::from_secs(5);
+const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long, and how much, is read of what still comes after the answer: closing earlier would take the answer away.
 const LINGER: (Duration, usize) = (Duration::from_secs(1), 64 * 1024);
@@ -160,7 +160,7 @@ async fn serve(
     place: OwnedSemaphorePermit,
     to: UnboundedSender<Question>,
 ) {
-    let said = match timeout(PATIENCE, read(&mut stream)).await {
+    let said = match timeout(REQUEST_LIMIT, read(&mut stream)).await {
         Ok(Some(said)) => said,
         Ok(None) => return,
         Err(_) => Err(Refusal::TooSlow),
@@ -181,7 +181,7 @@ async fn serve(
         stream.write_all(answer.as_bytes()).await?;
         stream.shutdown().await
     };
-    if matches!(timeout(PATIENCE, writing).await, Ok(Ok(()))) {
+    if matches!(timeout(REQUEST_LIMIT, writing).await, Ok(Ok(()))) {
         drop(
             timeout(LINGER.0, tokio::io::copy(&mut stream.take(LINGER.1 as u64), &mut tokio::io::sink()))
                 .await,
@@ -194,7 +194,7 @@ async fn ask(to: &UnboundedSender<Question>) -> Result<String, Refusal> {
     let (question, text) = oneshot::channel();
     // The forwarder may have ended meanwhile.
     to.send(question).map_err(|_| Refusal::NoAnswer)?;
-    match timeout(PATIENCE, text).await {
+    match timeout(REQUEST_LIMIT, text).await {
         Ok(Ok(text)) => Ok(text),
         _ => Err(Refusal::NoAnswer),
     }

@@ -75,9 +75,7 @@ pub fn running_of(owner: &RunAsUser, name: &str) -> Option<i32> {
 }
 
 fn find(owner: u32, name: &str) -> Option<i32> {
-    let processes = std::fs::read_dir("/proc").ok()?.flatten();
-    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.find_map(|pid| of_conmon(pid, owner, name))
+    bro_proc::processes().find_map(|(pid, _)| of_conmon(pid, owner, name))
 }
 
 /// The main process of this user's running container `name` that the unit has started: its conmon is the unit's main process, or in
@@ -180,7 +178,7 @@ pub enum Inspected {
 /// When podman cannot be run or fails for another reason than an unknown name.
 pub async fn inspect(name: &str) -> anyhow::Result<Inspected> {
     let mut podman = Command::new("podman");
-    let _same = podman
+    podman
         .args(["container", "inspect", "--format", "{{.State.Pid}}", "--", name])
         .stdin(Stdio::null())
         .kill_on_drop(true);

@@ -95,22 +95,22 @@ impl Failures {
 }
 
 /// What a forwarder, perhaps a user's, has noted of an activated service.
-pub(crate) fn noted(known: &Installed) -> Option<FailedWake> {
-    let (directory, _acting) = place(known)?;
-    read(&directory, &known.unit)
+pub(crate) fn noted(installed: &Installed) -> Option<FailedWake> {
+    let (directory, _acting) = place(installed)?;
+    read(&directory, &installed.unit)
 }
 
 /// The service is activated no more: neither this note is kept, nor the one about its runs.
-pub(crate) fn forget(known: &Installed) {
-    if let Some((directory, _acting)) = place(known) {
-        std::fs::remove_file(file(&directory, &known.unit)).ok();
-        use_lock::clear(&directory, &known.unit);
+pub(crate) fn forget(installed: &Installed) {
+    if let Some((directory, _acting)) = place(installed) {
+        std::fs::remove_file(file(&directory, &installed.unit)).ok();
+        use_lock::clear(&directory, &installed.unit);
     }
 }
 
 /// Where its forwarder notes things, to be read with the rights of the forwarder's user.
-pub(crate) fn place(known: &Installed) -> Option<(PathBuf, Option<crate::run_as::Acting>)> {
-    match (&known.run_as, known.scope) {
+pub(crate) fn place(installed: &Installed) -> Option<(PathBuf, Option<crate::run_as::Acting>)> {
+    match (&installed.run_as, installed.scope) {
         (Some(owner), _) if owner.is_gone() => None,
         (Some(owner), _) => {
             let acting = owner.act().ok()?;

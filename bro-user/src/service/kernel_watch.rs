@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
-use bro_relay::engine::lanes::Watch;
-use bro_relay::engine::protocol::Command;
+use bro_relay::engine::lanes::ServiceWatch;
+use bro_relay::engine::protocol::EngineCommand;
 use bro_sockmap::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
 use tokio::sync::oneshot;
 
@@ -16,11 +16,11 @@ use crate::netns::Namespace;
 use crate::relay_handle::Handle;
 
 /// How long the thread may take to answer: it may just be attaching.
-const PATIENCE: Duration = Duration::from_secs(1);
+const BEQUEST_LIMIT: Duration = Duration::from_secs(1);
 
 /// The loaded and tested kernel relay.
 #[derive(Debug)]
-pub struct Loaded {
+pub struct LoadedRelay {
     /// Its maps.
     pub descriptors: Descriptors,
     /// What the engine has to know about them.
@@ -31,11 +31,11 @@ pub struct Loaded {
 
 /// The thread that has loaded the programs and holds them.
 #[derive(Debug, Clone)]
-pub struct Attacher(mpsc::Sender<Order>);
+pub struct Attacher(mpsc::Sender<AttacherOrder>);
 
 /// What the thread is asked to do.
 #[derive(Debug)]
-enum Order {
+enum AttacherOrder {
     /// To attach them.
     Attach {
         cgroup: PathBuf,
@@ -56,14 +56,14 @@ enum Order {
 pub fn load(
     config: Config,
     bequest: Option<Bequest>,
-) -> Option<oneshot::Receiver<Result<Loaded, Unavailable>>> {
+) -> Option<oneshot::Receiver<Result<LoadedRelay, Unavailable>>> {
     let (to, loaded) = oneshot::channel();
     let work = move || match obtain(&config, bequest) {
         Ok(kernel) => {
             let (programs, descriptors, share) = kernel.into_parts();
             let (orders, inbox) = mpsc::channel();
             // The forwarder may have ended meanwhile.
-            drop(to.send(Ok(Loaded { descriptors, share, attacher: Attacher(orders) })));
+            drop(to.send(Ok(LoadedRelay { descriptors, share, attacher: Attacher(orders) })));
             serve(programs, &inbox);
         }
         Err(reason) => drop(to.send(Err(reason))),
@@ -80,12 +80,12 @@ fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Kernel, Unavailab
 }
 
 /// Attaches the programs as ordered, and holds them until no caller can order any more.
-fn serve(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
+fn serve(mut programs: Programs, inbox: &mpsc::Receiver<AttacherOrder>) {
     let (mut dropped, mut left) = (false, false);
     for order in inbox {
         // The caller may have given up.
         match order {
-            Order::Attach { cgroup, clients, done } => {
+            AttacherOrder::Attach { cgroup, clients, done } => {
                 let hooked = if clients { programs.hook_clients() } else { Ok(()) };
                 let attached = hooked.and_then(|()| programs.attach(&cgroup));
                 if !clients && attached.is_ok() && !std::mem::replace(&mut dropped, true) {
@@ -93,8 +93,8 @@ fn serve(mut programs: Programs, inbox: &mpsc::Receiver<Order>) {
                 }
                 drop(done.send(attached));
             }
-            Order::Bequeath { older, to } => drop(to.send(programs.bequest(older))),
-            Order::Leave => left = true,
+            AttacherOrder::Bequeath { older, to } => drop(to.send(programs.bequest(older))),
+            AttacherOrder::Leave => left = true,
         }
     }
     if left {
@@ -110,16 +110,16 @@ impl Attacher {
     pub async fn attach(&self, cgroup: &Path, clients: bool) -> Result<(), Unavailable> {
         let (done, attached) = oneshot::channel();
         let ended = || Unavailable::SelfTest("the thread that holds the programs has ended".into());
-        self.0.send(Order::Attach { cgroup: cgroup.into(), clients, done }).map_err(|_| ended())?;
+        self.0.send(AttacherOrder::Attach { cgroup: cgroup.into(), clients, done }).map_err(|_| ended())?;
         attached.await.unwrap_or_else(|_| Err(ended()))
     }
 }
 
 /// Whether there are programs to watch with.
 #[derive(Debug)]
-enum State {
+enum ProgramsState {
     /// Not known yet; with what the programs are to watch then, by target.
-    Loading(HashMap<usize, Service>),
+    Loading(HashMap<usize, WatchedService>),
     /// There are programs; with the one that hooks a sender.
     Loaded(Attacher, Arc<OwnedFd>),
     /// There are none.
@@ -128,9 +128,9 @@ enum State {
 
 /// A service to be watched.
 #[derive(Debug)]
-pub struct Service {
+pub struct WatchedService {
     /// For what.
-    pub watch: Watch,
+    pub watch: ServiceWatch,
     /// The cgroup that it and this forwarder share.
     pub cgroup: PathBuf,
     /// Where it is: its agent hooks its sockets.
@@ -141,20 +141,20 @@ pub struct Service {
 #[derive(Debug)]
 pub struct Watching {
     engine: Arc<Handle>,
-    state: Mutex<State>,
+    state: Mutex<ProgramsState>,
 }
 
 impl Watching {
     /// Nothing yet: the programs are being loaded.
     #[must_use]
     pub fn new(engine: Arc<Handle>) -> Self {
-        Self { engine, state: Mutex::new(State::Loading(HashMap::new())) }
+        Self { engine, state: Mutex::new(ProgramsState::Loading(HashMap::new())) }
     }
 
     /// They are loaded: attaches them to the cgroup of local clients, where the administrator asked for that, hands their maps to
     /// the engine, and has them watch what has been woken meanwhile.
-    pub async fn loaded(&self, loaded: Loaded, local_clients: Option<&Path>) {
-        let Loaded { descriptors, share, attacher } = loaded;
+    pub async fn loaded(&self, loaded: LoadedRelay, local_clients: Option<&Path>) {
+        let LoadedRelay { descriptors, share, attacher } = loaded;
         let mut clients = false;
         if let Some(cgroup) = local_clients {
             match attacher.attach(cgroup, true).await {
@@ -169,9 +169,9 @@ impl Watching {
                 return self.unavailable();
             }
         };
-        self.engine.send(Command::Kernel { descriptors, share, clients });
-        let before = std::mem::replace(&mut *self.state(), State::Loaded(attacher, hook));
-        let State::Loading(waiting) = before else { return };
+        self.engine.send(EngineCommand::Kernel { descriptors, share, clients });
+        let before = std::mem::replace(&mut *self.state(), ProgramsState::Loaded(attacher, hook));
+        let ProgramsState::Loading(waiting) = before else { return };
         for service in waiting.into_values() {
             let _told_too_late = self.watch(service).await;
         }
@@ -179,21 +179,21 @@ impl Watching {
 
     /// There are none.
     pub fn unavailable(&self) {
-        *self.state() = State::Unavailable;
+        *self.state() = ProgramsState::Unavailable;
     }
 
     /// Has the programs watch a target's service in a cgroup; says whether they will tell when it listens. While they are being
     /// loaded, the caller looks for listeners in another way.
-    pub async fn watch(&self, service: Service) -> bool {
+    pub async fn watch(&self, service: WatchedService) -> bool {
         let (attacher, hook) = match &mut *self.state() {
-            State::Loading(waiting) => {
-                let _older = waiting.insert(service.watch.target, service);
+            ProgramsState::Loading(waiting) => {
+                waiting.insert(service.watch.target, service);
                 return false;
             }
-            State::Unavailable => return false,
-            State::Loaded(attacher, hook) => (attacher.clone(), hook.clone()),
+            ProgramsState::Unavailable => return false,
+            ProgramsState::Loaded(attacher, hook) => (attacher.clone(), hook.clone()),
         };
-        let Service { watch, cgroup, namespace } = service;
+        let WatchedService { watch, cgroup, namespace } = service;
         if let Err(error) = namespace.program(hook.as_fd()).await {
             tracing::debug!(%error, "no kernel lane for the service");
             return false;
@@ -205,17 +205,19 @@ impl Watching {
                 Vec::new()
             }
         };
-        self.engine.watch(Watch { ports, ..watch }).await.unwrap_or(false)
+        self.engine.watch(ServiceWatch { ports, ..watch }).await.unwrap_or(false)
     }
 
     /// What a successor gets of the kernel relay; `older`: predecessors of this process still have connections.
     pub async fn bequest(&self, older: bool) -> Option<Bequest> {
         let (to, bequest) = oneshot::channel();
         match &*self.state() {
-            State::Loaded(Attacher(orders), _) => orders.send(Order::Bequeath { older, to }).ok()?,
-            State::Loading(_) | State::Unavailable => return None,
+            ProgramsState::Loaded(Attacher(orders), _) => {
+                orders.send(AttacherOrder::Bequeath { older, to }).ok()?
+            }
+            ProgramsState::Loading(_) | ProgramsState::Unavailable => return None,
         }
-        let bequest = tokio::time::timeout(PATIENCE, bequest).await.ok()?.ok()?;
+        let bequest = tokio::time::timeout(BEQUEST_LIMIT, bequest).await.ok()?.ok()?;
         bequest.unwrap_or_else(|error| {
             tracing::warn!("the successor gets nothing of the kernel relay: {error}");
             None
@@ -224,12 +226,12 @@ impl Watching {
 
     /// The successor has taken over: this process's end is not the end of what it has left.
     pub fn leave(&self) {
-        if let State::Loaded(Attacher(orders), _) = &*self.state() {
-            orders.send(Order::Leave).ok();
+        if let ProgramsState::Loaded(Attacher(orders), _) = &*self.state() {
+            orders.send(AttacherOrder::Leave).ok();
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, ProgramsState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

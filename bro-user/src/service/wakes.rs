@@ -58,7 +58,7 @@ impl History {
         self.starts.retain(|&start| start <= now && start + HOUR > now);
         self.starts.push_back(now);
         if self.starts.len() > MOST_PER_HOUR as usize {
-            let _oldest = self.starts.pop_front();
+            self.starts.pop_front();
         }
     }
 
@@ -245,9 +245,9 @@ impl Wakes {
 }
 
 /// It is activated no more.
-pub(crate) fn forget(known: &Installed) {
-    if let Some((directory, _acting)) = super::failed_wake::place(known) {
-        std::fs::remove_file(file(&directory, &known.unit)).ok();
+pub(crate) fn forget(installed: &Installed) {
+    if let Some((directory, _acting)) = super::failed_wake::place(installed) {
+        std::fs::remove_file(file(&directory, &installed.unit)).ok();
     }
 }
 

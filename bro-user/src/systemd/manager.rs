@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use bro_proc::cgroup;
 use futures_lite::StreamExt as _;
 use futures_lite::future::poll_once;
 use zbus::proxy::CacheProperties;
@@ -24,8 +25,8 @@ use super::progress::Start;
 use super::restart::Restarting;
 use super::run_command::CommandOutcome;
 use super::scope::RuntimeScope;
+use crate::paths;
 use crate::run_as::RunAsUser;
-use bro_sockmap::cgroup;
 
 /// How long to wait for a job's end before looking whether the job still exists.
 const LOOK_FOR_JOB: Duration = Duration::from_secs(2);
@@ -562,7 +563,7 @@ impl SystemdManager {
         let mut removed = self.systemd.receive_job_removed().await?;
         let job = self.systemd.start_transient_unit(&unit, "fail", &properties, &[]).await.map_err(plain)?;
         let mut transient = Transient { systemd: self.systemd.clone(), unit, runs: true };
-        let _result = wait(&mut removed, &job).await?;
+        wait(&mut removed, &job).await?;
         transient.runs = false;
         self.outcome(&transient.unit).await
     }
@@ -881,8 +882,7 @@ fn user_bus() -> Option<PathBuf> {
     if std::env::var_os("DBUS_SESSION_BUS_ADDRESS").is_some() {
         return None;
     }
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let path = runtime.unwrap_or_else(|| format!("/run/user/{}", nix::unistd::geteuid()).into()).join("bus");
+    let path = paths::runtime_directory().join("bus");
     std::fs::metadata(&path).is_ok_and(|metadata| metadata.file_type().is_socket()).then_some(path)
 }
 

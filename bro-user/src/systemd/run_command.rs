@@ -92,7 +92,7 @@ pub async fn here(words: &[String]) -> io::Result<CommandOutcome> {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     let mut command = Command::new(program);
-    let _same = command.args(arguments);
+    command.args(arguments);
     match timeout(LIMIT, run(&mut command)).await {
         Ok(Ok(status)) if status.signal().is_some() => Ok(CommandOutcome::Signalled),
         Ok(Ok(status)) => Ok(CommandOutcome::Exited(status.code().unwrap_or(-1))),
@@ -113,7 +113,7 @@ impl Drop for Group {
 
 /// Runs a command to its end; when this is dropped, the command and all it started are killed.
 async fn run(command: &mut Command) -> io::Result<ExitStatus> {
-    let _same = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
     let mut child = command.kill_on_drop(true).spawn()?;
     // The leader is not reaped before `wait` returns, so until then the group's number is its own.
     let _group = child.id().and_then(|id| id.try_into().ok()).map(|id| Group(nix::unistd::Pid::from_raw(id)));

@@ -1,7 +1,6 @@
 //! Time spans as systemd.time(7) writes them: `90`, `500ms`, `1min 30s`, `2h`, `infinity`.
 //!
-//! Our own hundred lines, because the crates that parse these bring two calendar libraries along and differ from systemd in
-//! what a number without a unit means.
+//! Our own hundred lines: a span that is too long is an error here, and infinity is no number (ARCHITECTURE.md, "Why each library").
 
 use std::fmt;
 use std::str::FromStr;

@@ -2,11 +2,8 @@
 
 use std::fmt::Write as _;
 
-use crate::installed::Installed;
+use crate::installed::{Installed, Mode, pause_unit_of};
 use crate::systemd::unit_file::UnitFile;
-
-/// How `--restrict-network` is noted.
-pub const RESTRICTED: &str = "restrict-network";
 
 /// The contents of the drop-in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,7 +29,7 @@ impl DropIn {
             sockets: rest
                 .listeners
                 .iter()
-                .map(|listener| listener.socket.clone())
+                .map(|listener| listener.socket.name.clone())
                 .filter(|_| !own.is_empty())
                 .collect(),
             nginx: file.value("Container", "Environment").is_some(),
@@ -46,10 +43,10 @@ impl DropIn {
         *self == Self::default()
     }
 
-    pub(super) fn text(&self, activated: &Installed) -> String {
-        let mut text = super::heading(activated, None);
+    pub(super) fn text(&self, installed: &Installed) -> String {
+        let mut text = super::heading(installed, None);
         let mut sections: Vec<String> = Vec::new();
-        let restricted = activated.option(RESTRICTED).is_some();
+        let restricted = matches!(&installed.mode, Mode::Direct(takeover) if takeover.pause_unit.is_some());
         if !self.sockets.is_empty() {
             let sockets = self.sockets.join(" ");
             let mut section = format!(
@@ -58,7 +55,7 @@ impl DropIn {
                  StartLimitIntervalSec=0\n"
             );
             if restricted {
-                let pause = super::namespaces::unit(&activated.name);
+                let pause = pause_unit_of(&installed.name);
                 write!(
                     section,
                     "# Makes the namespaces, which this unit may not.\nWants={pause}\nAfter={pause}\n"
@@ -78,7 +75,7 @@ impl DropIn {
             }
         }
         if restricted {
-            let netns = super::namespaces::netns(&activated.name);
+            let netns = super::namespaces::netns(&installed.name);
             write!(
                 container,
                 "# No network but loopback, as before, in a namespace that is there already.\nNetwork=\nNetwork=ns:{netns}\n\

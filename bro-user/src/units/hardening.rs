@@ -12,11 +12,12 @@
 //! existing one by setns(2) without a type, which `RestrictNamespaces=` forbids; rootful Podman wants all of root's rights. The
 //! service manager runs them, outside of this (`activate/command.rs`).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use bro_relay::netns::identity::Identity;
 use bro_relay::target::Target;
 
-use crate::installed::Installed;
+use crate::installed::{Forwarder, Installed};
 use crate::metrics::endpoint::Endpoint;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::quote_word;
@@ -30,18 +31,18 @@ const OWN: &str = "capset landlock_add_rule landlock_create_ruleset landlock_res
                    setns";
 
 /// The user of the forwarder.
-enum Kind<'a> {
-    Rootful,
-    RunAs(&'a crate::run_as::RunAsUser),
+enum RunsAs<'a> {
+    Root,
+    Owner(&'a crate::run_as::RunAsUser),
     User,
 }
 
-/// The lines of `[Service]`. `bro` is where the program is, if that is known: not in an image's tree, where it will be a system's.
-pub(super) fn lines(activated: &Installed, bro: Option<&Path>) -> String {
-    let kind = match (&activated.run_as, activated.scope) {
-        (Some(owner), _) => Kind::RunAs(owner),
-        (None, RuntimeScope::System) => Kind::Rootful,
-        (None, RuntimeScope::User) => Kind::User,
+/// The lines of `[Service]`. In an image's tree it is not known where the program is going to be; there, `is_here` is false.
+pub(super) fn lines(installed: &Installed, forwarder: &Forwarder, is_here: bool) -> String {
+    let user = match (&installed.run_as, installed.scope) {
+        (Some(owner), _) => RunsAs::Owner(owner),
+        (None, RuntimeScope::System) => RunsAs::Root,
+        (None, RuntimeScope::User) => RunsAs::User,
     };
     let mut text = String::new();
     let mut say = |lines: &str| {
@@ -49,24 +50,25 @@ pub(super) fn lines(activated: &Installed, bro: Option<&Path>) -> String {
         text.push('\n');
     };
     say("# It does without whatever forwarding does not take.");
-    match kind {
-        Kind::Rootful => {
+    match user {
+        RunsAs::Root => {
             say(
                 "# To enter containers' namespaces, whichever user is root in them; for the kernel relay, those of its programs; to show the \
                  service\n# its clients' addresses, CAP_NET_ADMIN.",
             );
-            let relay = match (uses_kernel(activated), shows_clients(activated)) {
+            let relay = match (forwarder.options.may_use_kernel_relay(), forwarder.options.may_show_clients())
+            {
                 (true, _) => " CAP_BPF CAP_NET_ADMIN CAP_PERFMON",
                 (false, true) => " CAP_NET_ADMIN",
                 (false, false) => "",
             };
-            let user = if becomes_another(activated) { " CAP_SETGID CAP_SETUID" } else { "" };
+            let becoming = if becomes_another(installed, forwarder) { " CAP_SETGID CAP_SETUID" } else { "" };
             say(&format!(
-                "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}{user}\nRestrictNamespaces=net"
+                "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}{becoming}\nRestrictNamespaces=net"
             ));
         }
-        Kind::RunAs(_) => say("CapabilityBoundingSet=\nRestrictNamespaces=user net"),
-        Kind::User => {
+        RunsAs::Owner(_) => say("CapabilityBoundingSet=\nRestrictNamespaces=user net"),
+        RunsAs::User => {
             say(
                 "# No Private…= and no Protect…=: in a user's manager they imply PrivateUsers=, from where no container can be\n\
                  # entered.",
@@ -77,7 +79,7 @@ pub(super) fn lines(activated: &Installed, bro: Option<&Path>) -> String {
     say(
         "NoNewPrivileges=yes\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK\nRestrictRealtime=yes",
     );
-    if looks_below_a_root(activated) {
+    if looks_below_a_root(installed, forwarder) {
         say(
             "# No RestrictSUIDSGID=: it forbids openat2(2), which finds the socket below the container's root.",
         );
@@ -88,51 +90,49 @@ pub(super) fn lines(activated: &Installed, bro: Option<&Path>) -> String {
         "LockPersonality=yes\nMemoryDenyWriteExecute=yes\nKeyringMode=private\nUMask=0077\nSystemCallArchitectures=native",
     );
     // By the same system call a user's forwarder opens what bro-loader@ has left for it.
-    let bpf = if uses_kernel(activated) { " bpf" } else { "" };
+    let bpf = if forwarder.options.may_use_kernel_relay() { " bpf" } else { "" };
     say(&format!(
         "SystemCallFilter=@system-service {OWN}{bpf}\nSystemCallFilter=~{NEVER}\nSystemCallErrorNumber=EPERM"
     ));
-    if becomes_another(activated) {
+    if becomes_another(installed, forwarder) {
         say("# To connect to the service's unix socket as a user of the container that it does not trust.");
         say("SystemCallFilter=setgroups setresgid setresuid");
     }
     say("# It may not raise its limits any more.\nLimitNOFILE=524288");
-    if !matches!(kind, Kind::User) {
-        files(activated, bro, &kind, &mut say);
-        network(activated, &mut say);
+    if !matches!(user, RunsAs::User) {
+        files(installed, forwarder, is_here, &user, &mut say);
+        network(installed, forwarder, &mut say);
     }
     text
 }
 
-fn shows_clients(activated: &Installed) -> bool {
-    matches!(activated.option("source"), None | Some("auto" | "client"))
-}
-
-fn uses_kernel(activated: &Installed) -> bool {
-    matches!(activated.option("relay"), None | Some("auto" | "sockmap"))
-}
-
 /// Does it connect to a unix socket, and not as its own user?
-fn becomes_another(activated: &Installed) -> bool {
-    activated.option("unix-identity") != Some("forwarder")
-        && targets(activated).any(|target| !matches!(target, Target::Tcp { .. }))
+fn becomes_another(installed: &Installed, forwarder: &Forwarder) -> bool {
+    forwarder.options.unix_identity() != Identity::Forwarder
+        && targets(installed).any(|target| !matches!(target, Target::Tcp { .. }))
 }
 
 /// Is a service's unix socket in the files of a container?
-fn looks_below_a_root(activated: &Installed) -> bool {
-    activated.container.is_some() && targets(activated).any(|target| matches!(target, Target::Unix(_)))
+fn looks_below_a_root(installed: &Installed, forwarder: &Forwarder) -> bool {
+    forwarder.container.is_some() && targets(installed).any(|target| matches!(target, Target::Unix(_)))
 }
 
-fn files(activated: &Installed, bro: Option<&Path>, kind: &Kind<'_>, say: &mut impl FnMut(&str)) {
-    let mut looked_at: Vec<PathBuf> = bro.map(Path::to_owned).into_iter().collect();
-    looked_at.extend(activated.option("busy-file").map(PathBuf::from));
-    let metrics = metrics(activated);
+fn files(
+    installed: &Installed,
+    forwarder: &Forwarder,
+    is_here: bool,
+    user: &RunsAs<'_>,
+    say: &mut impl FnMut(&str),
+) {
+    let mut looked_at: Vec<PathBuf> = is_here.then(|| forwarder.program.clone()).into_iter().collect();
+    looked_at.extend(forwarder.options.get("busy-file").map(PathBuf::from));
+    let metrics = forwarder.options.metrics();
     if let Some(Endpoint::Unix(path)) = &metrics {
         looked_at.push(path.clone());
     }
-    if activated.container.is_none() {
-        looked_at.extend(targets(activated).filter_map(|target| match target {
-            Target::Unix(path) => Some(path),
+    if forwarder.container.is_none() {
+        looked_at.extend(targets(installed).filter_map(|target| match target {
+            Target::Unix(path) => Some(path.clone()),
             _ => None,
         }));
     }
@@ -141,15 +141,15 @@ fn files(activated: &Installed, bro: Option<&Path>, kind: &Kind<'_>, say: &mut i
     say(
         "# The latter because systemd leaves /run writable where it mounts /proc anew.\nProtectSystem=strict\nReadOnlyPaths=/run",
     );
-    match (below(&["/home", "/root", "/run/user"]), kind) {
-        (false, Kind::RunAs(owner)) => {
+    match (below(&["/home", "/root", "/run/user"]), user) {
+        (false, RunsAs::Owner(owner)) => {
             let runtime = owner.runtime_directory();
             say(&format!(
                 "# The user's bus, and what Podman keeps of running containers.\nProtectHome=tmpfs\nBindPaths=-{}",
                 runtime.display()
             ));
         }
-        (true, Kind::RunAs(owner)) => {
+        (true, RunsAs::Owner(owner)) => {
             say(&format!("ProtectHome=read-only\nReadWritePaths=-{}", owner.runtime_directory().display()));
         }
         (home, _) => {
@@ -178,9 +178,9 @@ fn files(activated: &Installed, bro: Option<&Path>, kind: &Kind<'_>, say: &mut i
 }
 
 /// systemd listens, and the forwarder enters the container's namespace: it needs no network of its own.
-fn network(activated: &Installed, say: &mut impl FnMut(&str)) {
+fn network(installed: &Installed, forwarder: &Forwarder, say: &mut impl FnMut(&str)) {
     let mut addresses: Vec<String> = Vec::new();
-    for target in targets(activated) {
+    for target in targets(installed) {
         if let Target::Tcp { host, .. } = target {
             match host.parse::<std::net::IpAddr>() {
                 Ok(ip) if ip.is_loopback() => {}
@@ -191,11 +191,11 @@ fn network(activated: &Installed, say: &mut impl FnMut(&str)) {
             }
         }
     }
-    let metrics = match metrics(activated) {
+    let metrics = match forwarder.options.metrics() {
         Some(Endpoint::Tcp(address)) => Some(address),
         Some(Endpoint::Unix(_)) | None => None,
     };
-    if activated.container.is_some() && metrics.is_none() {
+    if forwarder.container.is_some() && metrics.is_none() {
         say(
             "# systemd listens, and the container's own network is entered: this service needs none itself.\nPrivateNetwork=yes",
         );
@@ -211,18 +211,14 @@ fn network(activated: &Installed, say: &mut impl FnMut(&str)) {
     ));
 }
 
-/// Where the forwarder is asked for metrics.
-fn metrics(activated: &Installed) -> Option<Endpoint> {
-    activated.option("metrics")?.parse().ok()
-}
-
-fn targets(activated: &Installed) -> impl Iterator<Item = Target> {
-    activated.listeners.iter().filter_map(|listener| listener.target.as_ref()?.parse().ok())
+fn targets(installed: &Installed) -> impl Iterator<Item = &Target> {
+    installed.listeners.iter().filter_map(|listener| listener.internal.as_ref())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::installed::example;
     use crate::run_as::RunAsUser;
 
     fn lines_of(scope: RuntimeScope, run_as: bool, bro: &str) -> String {
@@ -231,24 +227,11 @@ mod tests {
 
     fn lines_with(scope: RuntimeScope, run_as: bool, bro: &str, metrics: Option<&str>) -> String {
         let owner = RunAsUser { name: "test".into(), uid: 7, gid: 7, home: "/home/test".into() };
-        let activated = Installed {
-            name: "web".into(),
-            scope,
-            run_as: run_as.then_some(owner),
-            quadlet: "web.container".into(),
-            unit: "web.service".into(),
-            container: Some("systemd-web".into()),
-            direct: false,
-            socket_file: PathBuf::new(),
-            service_file: None,
-            listeners: Vec::new(),
-            options: metrics.map(|at| ("metrics".to_owned(), at.to_owned())).into_iter().collect(),
-            container_given: false,
-            drop_in: None,
-            pause_unit: None,
-            made: Vec::new(),
-        };
-        lines(&activated, Some(Path::new(bro)))
+        let options: Vec<_> = metrics.map(|at| ("metrics", at)).into_iter().collect();
+        let web = example::forwarded(Some("systemd-web"), &options);
+        let web = Installed { scope, run_as: run_as.then_some(owner), ..web };
+        let forwarder = Forwarder { program: bro.into(), ..web.forwarder().unwrap().clone() };
+        lines(&web, &forwarder, true)
     }
 
     #[test]

@@ -6,30 +6,25 @@
 //! away, and in a user's manager `RestrictAddressFamilies=` implies that. Podman's pause process keeps the user namespace, and a
 //! mount namespace in which the network namespace has its name; other Podman processes join them.
 
-use crate::installed::{Installed, SECTION};
+use crate::installed::{Installed, SECTION, pause_unit_of};
 use crate::systemd::scope::RuntimeScope;
-
-/// The unit's name.
-pub(crate) fn unit(name: &str) -> String {
-    format!("{name}-pause.service")
-}
 
 /// The network namespace, as the container's unit names it.
 pub(super) fn netns(name: &str) -> String {
     format!("%t/{name}-pause.netns")
 }
 
-pub(super) fn text(activated: &Installed) -> String {
-    let unit = unit(&activated.name);
-    let heading = super::heading(activated, Some(&unit));
-    let (within, note) = match activated.scope {
+pub(super) fn text(installed: &Installed) -> String {
+    let unit = pause_unit_of(&installed.name);
+    let heading = super::heading(installed, Some(&unit));
+    let (within, note) = match installed.scope {
         RuntimeScope::User => (
             "podman unshare ",
             "# Podman's pause process is there for all of this user's containers.\nKillMode=process\n",
         ),
         RuntimeScope::System => ("", ""),
     };
-    let netns = netns(&activated.name);
+    let netns = netns(&installed.name);
     format!(
         "{heading}[Unit]\n\
          Description=Namespaces for {}\n\
@@ -44,6 +39,6 @@ pub(super) fn text(activated: &Installed) -> String {
          \n\
          [{SECTION}]\n\
          Name={}\n",
-        activated.unit, activated.name
+        installed.unit, installed.name
     )
 }

@@ -3,17 +3,22 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use crate::installed::{Installed, SECTION};
+use crate::installed::{Forwarder, Installed, SECTION};
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::quote_word;
 
-pub(super) fn text(activated: &Installed, bro: &Path, root: Option<&Path>, has_steps: bool) -> String {
-    let service = activated.service().unwrap_or_default();
-    let mut text = super::heading(activated, Some(&service));
-    let unit = &activated.unit;
-    let sockets: Vec<&str> = activated.listeners.iter().map(|listener| listener.socket.as_str()).collect();
+pub(super) fn text(
+    installed: &Installed,
+    forwarder: &Forwarder,
+    root: Option<&Path>,
+    has_steps: bool,
+) -> String {
+    let service = installed.service().unwrap_or_default();
+    let mut text = super::heading(installed, Some(&service));
+    let unit = &installed.unit;
+    let sockets: Vec<&str> = installed.listeners.iter().map(|listener| &*listener.socket.name).collect();
     let sockets = sockets.join(" ");
-    let (part_of, after, user) = match &activated.run_as {
+    let (part_of, after, user) = match &installed.run_as {
         None => (
             sockets.clone(),
             format!(
@@ -37,13 +42,13 @@ pub(super) fn text(activated: &Installed, bro: &Path, root: Option<&Path>, has_s
             )
         }
     };
-    let sandbox = super::hardening::lines(activated, Some(bro).filter(|_| root.is_none()));
+    let sandbox = super::hardening::lines(installed, forwarder, root.is_none());
     let again = if has_steps {
         "# One that cannot start is tried less and less often.\nRestartSec=1s\nRestartSteps=8\nRestartMaxDelaySec=1min\n"
     } else {
         "# (systemd before 254 knows no RestartSteps=, which would try one that cannot start less and less often.)\nRestartSec=5s\n"
     };
-    let command = command(activated, bro).join(" \\\n    ");
+    let command = command(installed, forwarder).join(" \\\n    ");
     // Writing to a String cannot fail.
     write!(
         text,
@@ -72,33 +77,34 @@ pub(super) fn text(activated: &Installed, bro: &Path, root: Option<&Path>, has_s
          \n\
          [{SECTION}]\n\
          Name={}\n",
-        activated.name
+        installed.name
     )
     .ok();
-    for (key, value) in super::notes(activated, root) {
+    for (key, value) in super::notes(installed, root) {
         writeln!(text, "{key}={value}").ok();
     }
     text
 }
 
-fn command(activated: &Installed, bro: &Path) -> Vec<String> {
-    let mut words = vec![format!("{} forward", quote_word(&bro.display().to_string()))];
+fn command(installed: &Installed, forwarder: &Forwarder) -> Vec<String> {
+    let mut words = vec![format!("{} forward", quote_word(&forwarder.program.display().to_string()))];
     let mut option = |name: &str, value: &str| words.push(quote_word(&format!("--{name}={value}")));
-    option("unit", &activated.unit);
-    if let Some(container) = &activated.container {
+    option("unit", &installed.unit);
+    if let Some(container) = &forwarder.container {
         option("container", container);
     }
-    for (name, value) in &activated.options {
+    for (name, value) in forwarder.options.iter() {
         option(name, value);
     }
-    for listener in &activated.listeners {
-        option("target", &format!("{}={}", listener.service, listener.target.as_deref().unwrap_or_default()));
+    for listener in &installed.listeners {
+        let target = listener.internal.as_ref().map(ToString::to_string).unwrap_or_default();
+        option("target", &format!("{}={target}", listener.service));
     }
-    if activated.listeners.len() > 1 {
+    if installed.listeners.len() > 1 {
         words.push("--allow-missing-sockets".to_owned());
     }
     // bro chooses by the user that runs it, and root has a manager of its own too.
-    if activated.unit_scope() == RuntimeScope::User {
+    if installed.unit_scope() == RuntimeScope::User {
         words.push("--user".to_owned());
     }
     words

@@ -4,16 +4,16 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use crate::address::External;
-use crate::installed::{Installed, InstalledPort, SECTION};
+use crate::installed::{Installed, InstalledPort, Mode, SECTION};
 
-pub(super) fn text(activated: &Installed, listener: &InstalledPort, root: Option<&Path>) -> String {
-    let mut text = super::heading(activated, Some(&listener.socket));
-    let unit = &activated.unit;
-    let wakes = activated.service().unwrap_or_else(|| unit.clone());
+pub(super) fn text(installed: &Installed, listener: &InstalledPort, root: Option<&Path>) -> String {
+    let mut text = super::heading(installed, Some(&listener.socket.name));
+    let unit = &installed.unit;
+    let wakes = installed.runner();
     // Writing to a String cannot fail.
-    write!(text, "[Unit]\nDescription=Clients of {unit} at {}\n", listener.address).ok();
-    if let Some(timer) = activated.timer().filter(|_| activated.kept_awake().is_some())
-        && listener.service == activated.name
+    write!(text, "[Unit]\nDescription=Clients of {unit} at {}\n", listener.external).ok();
+    if let Some(timer) = installed.timer().filter(|_| installed.kept_awake().is_some())
+        && listener.service == installed.name
     {
         writeln!(text, "# The forwarder is started at the times of --keep-awake too.\nWants={timer}").ok();
     }
@@ -31,17 +31,21 @@ pub(super) fn text(activated: &Installed, listener: &InstalledPort, root: Option
     text.push_str(
         "# However often clients come: no limit is to end the listening.\nTriggerLimitIntervalSec=0\n",
     );
-    if activated.direct {
+    let direct = match installed.mode {
+        Mode::Direct(_) => true,
+        Mode::Forward(_) => false,
+    };
+    if direct {
         // Else systemd would start the service for them again and again, at once, and never tell them.
         text.push_str("# Whom a service that has ended did not accept is told so: the connection is closed.\nFlushPending=yes\n");
     }
     text.push_str("\n[Install]\nWantedBy=sockets.target\n\n");
-    writeln!(text, "[{SECTION}]\nName={}\nExternal={}", activated.name, listener.address).ok();
-    if let Some(target) = &listener.target {
+    writeln!(text, "[{SECTION}]\nName={}\nExternal={}", installed.name, listener.external).ok();
+    if let Some(target) = &listener.internal {
         writeln!(text, "Internal={target}").ok();
     }
-    if activated.direct && listener.service == activated.name {
-        for (key, value) in super::notes(activated, root) {
+    if direct && listener.service == installed.name {
+        for (key, value) in super::notes(installed, root) {
             writeln!(text, "{key}={value}").ok();
         }
     }
@@ -50,13 +54,12 @@ pub(super) fn text(activated: &Installed, listener: &InstalledPort, root: Option
 
 /// Where, and what goes with it.
 fn listening(listener: &InstalledPort) -> Vec<String> {
-    let stream = |address: &str| format!("ListenStream={address}");
-    let address = &listener.address;
-    match address.parse() {
+    let stream = format!("ListenStream={}", listener.external);
+    match &listener.external {
         // By default sysctl net.ipv6.bindv6only decides whether IPv4 clients are served too.
-        Ok(External::Port(_)) => vec![stream(address), "BindIPv6Only=both".into(), "NoDelay=yes".into()],
-        Ok(External::Address(socket)) => {
-            let mut lines = vec![stream(address), "NoDelay=yes".into()];
+        External::Port(_) => vec![stream, "BindIPv6Only=both".into(), "NoDelay=yes".into()],
+        External::Address(socket) => {
+            let mut lines = vec![stream, "NoDelay=yes".into()];
             if socket.ip().is_ipv6() && socket.ip().is_unspecified() {
                 lines.push("BindIPv6Only=ipv6-only".into());
             } else if !socket.ip().is_unspecified() && !socket.ip().is_loopback() {
@@ -64,7 +67,7 @@ fn listening(listener: &InstalledPort) -> Vec<String> {
             }
             lines
         }
-        Ok(External::Path(_)) => vec![stream(address), "RemoveOnStop=yes".into()],
-        Ok(External::Abstract(_)) | Err(_) => vec![stream(address)],
+        External::Path(_) => vec![stream, "RemoveOnStop=yes".into()],
+        External::Abstract(_) => vec![stream],
     }
 }

@@ -5,11 +5,11 @@ use std::fmt::Write as _;
 use crate::installed::{Installed, SECTION};
 use crate::systemd::calendar::DailySpans;
 
-pub(super) fn text(activated: &Installed, spans: &DailySpans) -> String {
-    let timer = activated.timer().unwrap_or_default();
-    let mut text = super::heading(activated, Some(&timer));
-    let (unit, service) = (&activated.unit, activated.service().unwrap_or_default());
-    let first = activated.listeners.first().map(|listener| listener.socket.as_str()).unwrap_or_default();
+pub(super) fn text(installed: &Installed, spans: &DailySpans) -> String {
+    let timer = installed.timer().unwrap_or_default();
+    let mut text = super::heading(installed, Some(&timer));
+    let (unit, service) = (&installed.unit, installed.service().unwrap_or_default());
+    let first = installed.listeners.first().map(|listener| listener.socket.name.as_str()).unwrap_or_default();
     // Writing to a String cannot fail.
     write!(
         text,
@@ -27,6 +27,6 @@ pub(super) fn text(activated: &Installed, spans: &DailySpans) -> String {
     for span in &spans.0 {
         writeln!(text, "OnCalendar={}", span.begins()).ok();
     }
-    write!(text, "AccuracySec=1s\n\n[{SECTION}]\nName={}\n", activated.name).ok();
+    write!(text, "AccuracySec=1s\n\n[{SECTION}]\nName={}\n", installed.name).ok();
     text
 }

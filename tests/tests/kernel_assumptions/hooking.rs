@@ -138,13 +138,13 @@ fn a_service_is_hooked_after_two_messages_and_only_with_a_lane() {
         (&ends.service).read_exact(&mut [0]).unwrap();
     }
     assert!(!bench.proved(Duration::from_millis(50)).unwrap());
-    assert_eq!((bench.kernel.hooked_now(), bench.kind()), (0, Some(Kind::Unknown)));
+    assert_eq!((bench.kernel.hooked_now(), bench.kind()), (0, Some(SenderKind::Unknown)));
     assert!(!at_once(&ends.service), "TCP_NODELAY of a socket without a lane was set");
     let sender = kernel_relay::sender(bench.netns, &ends.backend).unwrap();
     let lane = bench.kernel.open_lane(&sender, ends.accepted.as_fd(), 200).unwrap();
     bench.pass_down(&ends, &lane, 201).unwrap();
     assert!(bench.proved(LIMIT).unwrap());
-    assert_eq!((bench.kernel.hooked_now(), bench.kind()), (1, Some(Kind::Fit)));
+    assert_eq!((bench.kernel.hooked_now(), bench.kind()), (1, Some(SenderKind::Fit)));
     send(&ends.service, &mut sent, 10).unwrap();
     assert_eq!(lane.bytes(), 10, "{:?}", lane.snapshot());
     assert_eq!(size(&ends.service), before, "SO_SNDBUF was changed");
@@ -195,7 +195,7 @@ fn a_socket_that_wants_zerocopy_completions_is_seen_and_left_alone() {
     let _ends = pair(&bench.service).unwrap();
     assert_eq!(bench.kernel.totals().zerocopy, 1);
     assert_eq!(bench.kernel.hooked_now(), 0);
-    assert_eq!(bench.kind(), Some(Kind::Zerocopy));
+    assert_eq!(bench.kind(), Some(SenderKind::Zerocopy));
 }
 
 /// A client that sends data in its SYN: its sequence numbers start with bytes that no lane knows of.

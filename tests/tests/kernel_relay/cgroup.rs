@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result};
-use bro_sockmap::cgroup;
+use bro_proc::cgroup;
 
 /// A threaded cgroup below this process's own, with the calling thread (and what it spawns) in it.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_sockmap::{Config, Event, Kernel, Kind, Lane, Role, SenderAddress, netns_cookie};
+use bro_sockmap::{Config, Event, Kernel, Lane, Role, SenderAddress, SenderKind, netns_cookie};
 use nix::poll::{PollFd, PollFlags, poll};
 
 use cgroup::Cgroup;
@@ -77,7 +77,7 @@ impl Bench {
         self.service.local_addr().map_or(0, |address| address.port())
     }
 
-    pub fn kind(&self) -> Option<Kind> {
+    pub fn kind(&self) -> Option<SenderKind> {
         self.kernel.kind(self.netns, self.port())
     }
 

@@ -22,8 +22,11 @@ pub struct Runner {
 impl Runner {
     /// `bro` is the binary under test.
     pub fn new(bro: PathBuf) -> Result<Self> {
-        let target = target_folder()?;
-        Ok(Self { bro, skips: target.join("bro-test-skips"), cases: target.join("bro-test-cases") })
+        // Of this process: tiers that run side by side have one each.
+        let own = |what| {
+            target_folder().map(|target| target.join(format!("bro-test-{what}-{}", std::process::id())))
+        };
+        Ok(Self { bro, skips: own("skips")?, cases: own("cases")? })
     }
 
     /// `cargo test ARGS`, to the end even when tests fail. Always for the whole workspace: with fewer packages cargo may

@@ -1,6 +1,7 @@
 //! The tier that runs nothing of the project: format, clippy, docs, the licences of what it depends on, and its inner walls.
 
 mod circles;
+mod suites;
 mod walls;
 
 use std::process::{Command, Stdio};
@@ -26,7 +27,8 @@ pub fn run() -> Result<Count> {
         + check("docs", &mut docs, "doc", "")?
         + check("licences", cargo().args(deny), "deny", DENY)?
         + told("walls between crates", walls::hold()?)
-        + told("circles of imports", circles::none()?))
+        + told("circles of imports", circles::none()?)
+        + told("what suites say of themselves", suites::are_described()?))
 }
 
 fn told(name: &str, passed: bool) -> Count {

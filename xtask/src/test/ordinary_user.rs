@@ -10,10 +10,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use nix::unistd::User;
 
-use super::Tier;
 use super::cargo_test::Runner;
 use super::second_look;
 use super::summary::{Count, in_ci};
+use super::tiers::Tier;
 use crate::build::cargo;
 
 /// Present on every Linux host, with no power on any.
@@ -50,7 +50,7 @@ pub fn run(runner: &Runner, tiers: &[Tier]) -> Result<Count> {
         }
         let binary = copy(&built.suite, &format!("deps/{name}"))?;
         let skips = folder.0.join("skips");
-        // Whoever runs the tests has to be able to write it.
+        // The user who runs the tests has to be able to write it.
         let own_file = |path: &Path| std::fs::write(path, "").and_then(|()| own(path));
         own_file(&skips)?;
         let command = || {

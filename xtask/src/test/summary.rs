@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use super::second_look::MOST;
 
 /// How many tests of a tier ended how. A test that lacked what it needs counts as skipped only.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Count {
     /// Ran and held.
     pub passed: usize,
@@ -26,7 +26,7 @@ pub struct Count {
 }
 
 /// A test that failed.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub struct Failure {
     /// Its name.
     pub test: String,
@@ -37,7 +37,7 @@ pub struct Failure {
 }
 
 /// A case that failed, as the suite has noted it in the file that `BRO_FAILED_CASES` names.
-#[derive(Debug, Clone, serde::Deserialize)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Case {
     /// Its name.
     pub name: String,

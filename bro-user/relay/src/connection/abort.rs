@@ -21,7 +21,7 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(2
 
 /// How far the other side has come with what it is owed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
+pub struct AbortProgress {
     /// Bytes put into its socket so far.
     pub delivered: u64,
     /// The memory of the bytes that it has not acknowledged yet.
@@ -37,12 +37,12 @@ pub struct Abort {
     errno: Option<Errno>,
     since: Instant,
     progressed: Instant,
-    progress: Progress,
+    progress: AbortProgress,
 }
 
 /// What a look at a connection comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum AbortVerdict {
     /// Look again then.
     Wait(Instant),
     /// It does not take what it is owed: the abort is passed on now.
@@ -53,7 +53,7 @@ impl Abort {
     /// One that has become known `now`.
     #[must_use]
     pub const fn new(side: Side, errno: Option<Errno>, now: Instant) -> Self {
-        let progress = Progress { delivered: 0, queued: u64::MAX };
+        let progress = AbortProgress { delivered: 0, queued: u64::MAX };
         Self { side, errno, since: now, progressed: now, progress }
     }
 
@@ -74,17 +74,17 @@ impl Abort {
     }
 
     /// The other side has come so far, `now`.
-    pub fn look(&mut self, now: Instant, progress: Progress) -> Verdict {
+    pub fn look(&mut self, now: Instant, progress: AbortProgress) -> AbortVerdict {
         // What is queued may grow without a byte of ours: the kernel cuts it into other pieces.
         if progress.delivered != self.progress.delivered || progress.queued < self.progress.queued {
             self.progressed = now;
         }
         self.progress = progress;
         if now - self.progressed >= STALLED || now - self.since >= WHOLE {
-            return Verdict::Overdue;
+            return AbortVerdict::Overdue;
         }
         let [least, most] = PAUSES;
-        Verdict::Wait(now + (now - self.since).clamp(least, most))
+        AbortVerdict::Wait(now + (now - self.since).clamp(least, most))
     }
 
     /// When the other side was last seen to take something.
@@ -99,22 +99,22 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn progress(delivered: u64, queued: u64) -> Progress {
-        Progress { delivered, queued }
+    fn progress(delivered: u64, queued: u64) -> AbortProgress {
+        AbortProgress { delivered, queued }
     }
 
     /// Looks as often as it is asked to; says when it was overdue, and how often that was. `progress` by the time that has passed.
-    fn wait_for(mut progress: impl FnMut(Duration) -> Progress) -> (Duration, u32) {
+    fn wait_for(mut progress: impl FnMut(Duration) -> AbortProgress) -> (Duration, u32) {
         let (start, mut now, mut looks) = (Instant::now(), Instant::now(), 0);
         let mut abort = Abort::new(Side::Service, None, now);
         loop {
             looks += 1;
             match abort.look(now, progress(now - start)) {
-                Verdict::Wait(until) => {
+                AbortVerdict::Wait(until) => {
                     assert!(until > now, "no pause between two looks");
                     now = until;
                 }
-                Verdict::Overdue => return (now - start, looks),
+                AbortVerdict::Overdue => return (now - start, looks),
             }
         }
     }
@@ -145,7 +145,7 @@ mod tests {
             let mut abort = Abort::new(Side::Client, None, now);
             let taken = start + Duration::from_millis(after);
             while now < taken {
-                let Verdict::Wait(until) = abort.look(now, progress(0, 1)) else { panic!("overdue") };
+                let AbortVerdict::Wait(until) = abort.look(now, progress(0, 1)) else { panic!("overdue") };
                 now = until;
             }
             let late = now - taken;

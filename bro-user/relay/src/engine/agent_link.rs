@@ -10,9 +10,9 @@ use bro_sockmap::{Flow, HookRequest};
 use nix::errno::Errno;
 use slab::Slab;
 
-use super::targets::Destination;
+use super::targets::ReadyTarget;
 use crate::connection::Connection;
-use crate::netns::wire::{self, Answer, Request};
+use crate::netns::wire::{self, AgentAnswer, AgentRequest};
 use crate::source::{self, Origin};
 
 /// The most connections asked of the agent at a time: a channel takes some hundred requests before it is full.
@@ -39,7 +39,7 @@ pub(super) struct Attempt {
 
 /// What was asked of the agent.
 #[derive(Debug, Clone, Copy)]
-enum Asked {
+enum AgentTask {
     /// To connect.
     Connect(Attempt),
     /// For sockets of the family of this address.
@@ -54,7 +54,7 @@ pub(super) enum Answered {
     /// Nothing that a connection waits for.
     Nothing,
     /// A connection is made, or could not be.
-    Connection(Attempt, Answer),
+    Connection(Attempt, AgentAnswer),
     /// These waited for sockets, which are there now, or could not be made.
     Sockets(VecDeque<Attempt>, Result<(), Errno>),
     /// It has ended.
@@ -64,11 +64,11 @@ pub(super) enum Answered {
 /// The way to a target's service.
 #[derive(Debug)]
 pub(super) struct AgentLink {
-    pub(super) destination: Destination,
+    pub(super) ready: ReadyTarget,
     /// Unconnected sockets of the families of IPv4 and IPv6.
     pool: [Vec<OwnedFd>; 2],
     /// What was asked of the agent, in order; it answers in order.
-    asked: VecDeque<Asked>,
+    asked: VecDeque<AgentTask>,
     /// What is to be asked when it has answered.
     to_ask: VecDeque<Attempt>,
     /// Connections that wait for a socket.
@@ -83,9 +83,9 @@ pub(super) const fn out_of_descriptors(errno: Errno) -> bool {
 }
 
 impl AgentLink {
-    pub(super) const fn new(destination: Destination) -> Self {
+    pub(super) const fn new(ready: ReadyTarget) -> Self {
         Self {
-            destination,
+            ready,
             pool: [Vec::new(), Vec::new()],
             asked: VecDeque::new(),
             to_ask: VecDeque::new(),
@@ -97,20 +97,20 @@ impl AgentLink {
     /// Every connection that waits for the agent.
     pub(super) fn attempts(&self) -> Vec<Attempt> {
         let asked = self.asked.iter().filter_map(|asked| match asked {
-            Asked::Connect(attempt) => Some(attempt),
-            Asked::Sockets { .. } | Asked::Hook => None,
+            AgentTask::Connect(attempt) => Some(attempt),
+            AgentTask::Sockets { .. } | AgentTask::Hook => None,
         });
         asked.chain(&self.to_ask).chain(&self.awaiting_socket).copied().collect()
     }
 
     /// The address at which this process may connect to the service itself: one on TCP, in a namespace that stays the same.
     pub(super) fn open_address(&self, number: usize) -> Option<SocketAddr> {
-        self.destination.addresses.get(number).copied().flatten().filter(|_| !self.destination.guarded)
+        self.ready.addresses.get(number).copied().flatten().filter(|_| !self.ready.guarded)
     }
 
     /// As whom a client is connected to the service at `address`.
     pub(super) fn source(&self, origin: Origin, address: SocketAddr, any_port: bool) -> Option<SocketAddr> {
-        let source = self.destination.sources.of(origin, address)?;
+        let source = self.ready.sources.of(origin, address)?;
         Some(if any_port { source::any_port(source) } else { source })
     }
 
@@ -128,15 +128,15 @@ impl AgentLink {
     /// that there is no agent any more.
     pub(super) fn replenish(&mut self, address: usize, family: SocketAddr, most: usize) -> io::Result<()> {
         let on_the_way = self.asked.iter().any(|asked| {
-            let Asked::Sockets { address } = asked else { return false };
-            self.destination.addresses[*address].is_some_and(|other| other.is_ipv4() == family.is_ipv4())
+            let AgentTask::Sockets { address } = asked else { return false };
+            self.ready.addresses[*address].is_some_and(|other| other.is_ipv4() == family.is_ipv4())
         });
         if on_the_way || self.pool[usize::from(family.is_ipv6())].len() >= LOW {
             return Ok(());
         }
         let count = u8::try_from((most / 4).clamp(1, POOL)).unwrap_or(1);
         let number = u8::try_from(address).unwrap_or(u8::MAX);
-        self.ask(&Request::Supply(number, count), Asked::Sockets { address })
+        self.ask(&AgentRequest::Supply(number, count), AgentTask::Sockets { address })
     }
 
     /// Has the agent make a connection, as soon as it may be asked.
@@ -150,10 +150,10 @@ impl AgentLink {
             && let Some(attempt) = self.to_ask.pop_front()
         {
             let Some(connection) = connections.get(attempt.index) else { continue };
-            let tcp = self.destination.addresses.get(attempt.address).copied().flatten();
+            let tcp = self.ready.addresses.get(attempt.address).copied().flatten();
             let source = tcp.and_then(|tcp| self.source(connection.origin, tcp, false));
             let number = u8::try_from(attempt.address).unwrap_or(u8::MAX);
-            self.ask(&Request::Dial(number, source), Asked::Connect(attempt))?;
+            self.ask(&AgentRequest::Dial(number, source), AgentTask::Connect(attempt))?;
         }
         Ok(())
     }
@@ -163,18 +163,18 @@ impl AgentLink {
         if self.asked.len() >= AT_ONCE {
             return Ok(());
         }
-        let request = Request::Hook(Box::new(HookRequest { flow, cookie }.packet()));
-        self.ask(&request, Asked::Hook)
+        let request = AgentRequest::Hook(Box::new(HookRequest { flow, cookie }.packet()));
+        self.ask(&request, AgentTask::Hook)
     }
 
-    fn ask(&mut self, request: &Request, asked: Asked) -> io::Result<()> {
+    fn ask(&mut self, request: &AgentRequest, asked: AgentTask) -> io::Result<()> {
         self.asked.push_back(asked);
-        request.send(self.destination.channel.as_fd(), &[])
+        request.send(self.ready.channel.as_fd(), &[])
     }
 
     /// Takes the next answer; `None` when there is none yet.
     pub(super) fn answer(&mut self) -> Option<Answered> {
-        let answer = match wire::receive_answer(self.destination.channel.as_fd()) {
+        let answer = match wire::receive_answer(self.ready.channel.as_fd()) {
             Ok(answer) => answer,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
             // The answer came, but its descriptors did not fit: as if the agent had said so.
@@ -184,13 +184,13 @@ impl AgentLink {
             Err(error) => return Some(Answered::Ended(error)),
         };
         Some(match self.asked.pop_front()? {
-            Asked::Connect(attempt) => Answered::Connection(attempt, answer),
-            Asked::Sockets { address } => {
-                let ipv6 = self.destination.addresses[address].is_some_and(|address| address.is_ipv6());
+            AgentTask::Connect(attempt) => Answered::Connection(attempt, answer),
+            AgentTask::Sockets { address } => {
+                let ipv6 = self.ready.addresses[address].is_some_and(|address| address.is_ipv6());
                 let made = answer.map(|sockets| self.pool[usize::from(ipv6)].extend(sockets));
                 Answered::Sockets(std::mem::take(&mut self.awaiting_socket), made)
             }
-            Asked::Hook => {
+            AgentTask::Hook => {
                 if let Err(errno) = answer {
                     tracing::debug!(
                         error = errno.desc(),

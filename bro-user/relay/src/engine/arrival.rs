@@ -8,17 +8,17 @@ use nix::errno::Errno;
 use nix::sys::socket::SockaddrStorage;
 
 use super::listeners::Accepting;
-use super::targets::{Destination, Found, Frozen, Readiness};
+use super::targets::{Found, Frozen, Readiness, ReadyTarget};
 use super::{Engine, introductions, socket_options};
 use crate::connection::{Connection, End, Stage};
 use crate::engine::agent_link::AgentLink;
-use crate::engine::protocol::Event;
+use crate::engine::protocol::EngineEvent;
 use crate::engine::token::Token;
 use crate::peer::Peer;
 use crate::proxy_protocol::Trusted;
 use crate::rate::Meter;
 use crate::stats::Stats;
-use crate::sys::{Waiting, look};
+use crate::sys::{Peeked, look};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 /// The first pause after EMFILE and its like; it doubles up to the last.
@@ -210,12 +210,12 @@ impl Engine {
     pub(super) fn silent_client_stirred(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         match look(connection.client.as_fd()) {
-            Waiting::Byte => {
+            Peeked::Byte => {
                 self.silent.remove(connection.peer.source(), connection.number);
                 self.hold(index, false);
             }
-            Waiting::Nothing => {}
-            Waiting::End | Waiting::Abort(_) => self.finish(index, End::ClientLeft),
+            Peeked::Nothing => {}
+            Peeked::End | Peeked::Abort(_) => self.finish(index, End::ClientLeft),
         }
     }
 
@@ -231,9 +231,9 @@ impl Engine {
                 if !refused {
                     self.tallies[connection.listener].cold_starts += 1;
                 }
-                self.outbox.tell(&Event::Wake { target, peer, source, refused });
+                self.outbox.tell(&EngineEvent::Wake { target, peer, source, refused });
             }
-            Found::Unknown => self.outbox.tell(&Event::Knock { target, peer: peer.to_string() }),
+            Found::Unknown => self.outbox.tell(&EngineEvent::Knock { target, peer: peer.to_string() }),
             Found::Ready if self.targets.frozen == Frozen::Yes => {
                 let peer = peer.to_string();
                 connection.woke = true;
@@ -251,20 +251,25 @@ impl Engine {
         for (target, state) in self.targets.iter_mut().enumerate() {
             if state.is_asleep() {
                 state.readiness = Readiness::Waking;
-                self.outbox.tell(&Event::Wake { target, peer: by.to_owned(), source: None, refused: false });
+                self.outbox.tell(&EngineEvent::Wake {
+                    target,
+                    peer: by.to_owned(),
+                    source: None,
+                    refused: false,
+                });
             }
         }
     }
 
     /// The control process has woken a target: its held clients are connected, in the order in which they came. That includes those
     /// that were held again after a refusal.
-    pub(super) fn target_ready(&mut self, target: usize, destination: Destination) {
+    pub(super) fn target_ready(&mut self, target: usize, ready: ReadyTarget) {
         let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Agent(target).into());
-        if let Err(errno) = self.epoll.add(destination.channel.as_fd(), event) {
+        if let Err(errno) = self.epoll.add(ready.channel.as_fd(), event) {
             tracing::error!(error = errno.desc(), "cannot watch the namespace agent");
             return self.target_failed(target, End::StartFailed);
         }
-        self.targets[target].readiness = Readiness::Ready(Box::new(AgentLink::new(destination)));
+        self.targets[target].readiness = Readiness::Ready(Box::new(AgentLink::new(ready)));
         let held = self.targets[target].take_held().into();
         self.let_in(held);
     }
@@ -316,7 +321,7 @@ impl Engine {
             "no descriptor for the way to {name} is left (LimitNOFILE=); its clients wait until there is one"
         );
         // As after a refusal: it is tried again, after a while.
-        self.outbox.tell(&Event::Wake { target, peer: String::new(), source: None, refused: true });
+        self.outbox.tell(&EngineEvent::Wake { target, peer: String::new(), source: None, refused: true });
     }
 
     /// Lets silent clients go; nothing waits for them.

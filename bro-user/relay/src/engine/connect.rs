@@ -14,7 +14,7 @@ use super::socket_options::set_options;
 use super::targets::{Frozen, slot};
 use crate::connection::{Connection, End, Stage};
 use crate::netns::wire;
-use crate::relay::{Direction, Guard, Side};
+use crate::relay::{DescriptorGuard, Direction, Side};
 use crate::source;
 
 /// How often the kernel is asked whether there is a source port again.
@@ -180,7 +180,7 @@ impl Engine {
             (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
         up.set_guard(connection.guard);
         if address.is_none() {
-            down.set_guard(Guard::of(service.as_fd()));
+            down.set_guard(DescriptorGuard::of(service.as_fd()));
         }
         if let Some(version) = self.settings.proxy_protocol {
             up.precede(version.header(connection.ends()));
@@ -220,7 +220,7 @@ impl Engine {
         let Some(connection) = self.connections.get(index) else { return };
         let target = &mut self.targets[connection.target];
         if let Some(link) = target.link() {
-            let addresses = &link.destination.addresses;
+            let addresses = &link.ready.addresses;
             if number.saturating_add(1) < addresses.len() {
                 return self.start_connect(index, number + 1, false);
             }

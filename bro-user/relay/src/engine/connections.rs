@@ -9,12 +9,12 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::Engine;
 use super::token::{GENERATIONS, Token};
-use crate::connection::{Connection, End, Interest, Pumped, Registration, Stage, Verdict};
+use crate::connection::{AbortVerdict, Connection, End, Interest, Pumped, Registration, Stage};
 use crate::engine::listeners::Accepting;
-use crate::engine::protocol::Event;
+use crate::engine::protocol::EngineEvent;
 use crate::peer::Source;
 use crate::relay::{Broken, Side, copy};
-use crate::sys::{Waiting, look};
+use crate::sys::{Peeked, look};
 
 const SIDES: [Side; 2] = [Side::Client, Side::Service];
 
@@ -45,7 +45,7 @@ impl Engine {
     /// too) is delivered all the same.
     fn held_client_hung_up(&mut self, index: usize, reset: bool) {
         let Some(connection) = self.connections.get(index) else { return };
-        if reset || look(connection.client.as_fd()) != Waiting::Byte {
+        if reset || look(connection.client.as_fd()) != Peeked::Byte {
             self.finish(index, End::ClientLeft);
         } else {
             self.silence(index, Side::Client);
@@ -142,8 +142,8 @@ impl Engine {
         let verdict = abort.look(now, progress);
         connection.active = abort.progressed();
         match verdict {
-            Verdict::Wait(when) => self.looks.push(when, index, number),
-            Verdict::Overdue => {
+            AbortVerdict::Wait(when) => self.looks.push(when, index, number),
+            AbortVerdict::Overdue => {
                 tracing::info!(
                     conn = number,
                     "not all that was sent before the reset could be delivered: the other side does not take it"
@@ -287,7 +287,7 @@ impl Engine {
             }
         }
         if self.connections.is_empty() && self.draining {
-            self.outbox.tell(&Event::Drained);
+            self.outbox.tell(&EngineEvent::Drained);
         }
         self.publish_open();
     }

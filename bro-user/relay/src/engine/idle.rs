@@ -9,7 +9,7 @@ use super::Engine;
 use super::listeners::Accepting;
 use super::targets::{Frozen, HeldTarget};
 use crate::connection::{Connection, End, Stage};
-use crate::engine::protocol::Event;
+use crate::engine::protocol::EngineEvent;
 
 /// What the control process asks when it wants to leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,7 +67,7 @@ impl Engine {
     pub(super) fn ask_to_thaw(&mut self, peer: &str) {
         if self.targets.frozen == Frozen::Yes {
             self.targets.frozen = Frozen::Thawing;
-            self.outbox.tell(&Event::Thaw { peer: peer.to_owned() });
+            self.outbox.tell(&EngineEvent::Thaw { peer: peer.to_owned() });
         }
     }
 

@@ -8,14 +8,14 @@ use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 
 use crate::connection::End;
-use crate::proxy_protocol::{Incoming, LONGEST, Said};
+use crate::proxy_protocol::{Incoming, Introduction, LONGEST};
 use crate::relay::{Broken, Side, copy};
 
 /// How long a trusted peer may take to send its header. One lost packet is no reason to give up.
 pub(super) const WITHIN: Duration = Duration::from_secs(5);
 
 /// Takes what is there of the header and no byte of what follows it: looks first, and then reads as much as belongs to it.
-pub(super) fn read(client: BorrowedFd<'_>, incoming: &mut Incoming) -> Result<Option<Said>, End> {
+pub(super) fn read(client: BorrowedFd<'_>, incoming: &mut Incoming) -> Result<Option<Introduction>, End> {
     let (mut seen, mut taken) = ([0; LONGEST], [0; LONGEST]);
     while let Some(waiting) = receive(client, &mut seen, MsgFlags::MSG_PEEK)? {
         let belonging = incoming.belonging(&seen[..waiting]).map_err(End::BadHeader)?;

@@ -14,8 +14,8 @@ use slab::Slab;
 
 use super::listeners::Listeners;
 use super::token::Token;
-use crate::connection::{Connection, Lanes as Wanted, Relayed, Stage};
-use crate::engine::protocol::{Event, Outbox};
+use crate::connection::{Connection, LaneDecision, Relayed, Stage};
+use crate::engine::protocol::{EngineEvent, Outbox};
 use crate::listener::Listener;
 use crate::peer::Peer;
 use crate::relay::Side;
@@ -24,7 +24,7 @@ use crate::stats::Tally;
 
 /// What the programs are to watch for one target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Watch {
+pub struct ServiceWatch {
     /// Which target.
     pub target: usize,
     /// The cookie of the network namespace the service is in.
@@ -35,7 +35,7 @@ pub struct Watch {
 
 /// The kernel relay's maps, and which connection each lane belongs to.
 #[derive(Debug)]
-pub(super) struct Lanes {
+pub(super) struct OpenLanes {
     kernel: Maps,
     /// The connection of a lane: its index, its number, and the side that the lane's bytes go to.
     owners: HashMap<LaneId, (usize, u64, Side)>,
@@ -61,7 +61,7 @@ fn tcp(end: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
     sockaddr::tcp(&end.ok()?)
 }
 
-impl Lanes {
+impl OpenLanes {
     /// Uses the kernel relay's maps from now on; with `clients`, for what local clients of these listeners send as well. None where
     /// they cannot be used.
     pub(super) fn load(
@@ -106,8 +106,8 @@ impl Lanes {
 
     /// Watches a target's service from now on. A namespace that it was in before is forgotten, with the kind that was learned. Says
     /// in which namespace it is watched, if it is.
-    pub(super) fn watch(&mut self, watch: Watch) -> Option<u64> {
-        let Watch { target, netns, ports } = watch;
+    pub(super) fn watch(&mut self, watch: ServiceWatch) -> Option<u64> {
+        let ServiceWatch { target, netns, ports } = watch;
         if let Some((old, ports)) = self.watched.remove(&target) {
             for port in ports {
                 self.kernel.unwatch(old, port);
@@ -151,9 +151,9 @@ impl Lanes {
         tally: &mut Tally,
     ) {
         match connection.wants_lanes() {
-            Wanted::Leave => {}
-            Wanted::Open => self.open_both(index, connection, watched),
-            Wanted::Close => {
+            LaneDecision::Leave => {}
+            LaneDecision::Open => self.open_both(index, connection, watched),
+            LaneDecision::Close => {
                 let Some(Relayed { up, down, .. }) = connection.relayed() else { return };
                 for (sink, taken) in [(Side::Service, up.take_lane()), (Side::Client, down.take_lane())] {
                     let Some((lane, did)) = taken else { continue };
@@ -195,9 +195,9 @@ impl Lanes {
                     lane.grant(socket).ok();
                 }
             }
-            bro_sockmap::Event::Listening { netns, port } => outbox.tell(&Event::Listening { netns, port }),
+            bro_sockmap::Event::Listening { netns, port } => outbox.tell(&EngineEvent::Listening { netns, port }),
             bro_sockmap::Event::Learned { port, kind, .. } => {
-                tracing::debug!(port, kind = ?bro_sockmap::Kind::of(kind), "learned what kind of sockets the service uses");
+                tracing::debug!(port, kind = ?bro_sockmap::SenderKind::of(kind), "learned what kind of sockets the service uses");
             }
             bro_sockmap::Event::Proved { record, serial, socket, flow } => {
                 proved.push((LaneId { record, serial }, flow, socket));

@@ -14,9 +14,9 @@ use nix::sys::socket::{MsgFlags, send};
 use serde::{Deserialize, Serialize};
 
 use crate::connection::End;
-use crate::engine::Destination;
+use crate::engine::ReadyTarget;
 use crate::engine::idle::Leave;
-use crate::engine::lanes::Watch;
+use crate::engine::lanes::ServiceWatch;
 use crate::engine::report::Figures;
 use crate::source::Sources;
 use crate::stats::Tally;
@@ -24,13 +24,13 @@ use crate::sys;
 
 /// What the control process tells the engine.
 #[derive(Debug)]
-pub enum Command {
+pub enum EngineCommand {
     /// The target listens: connect its held clients and the ones to come.
     Ready {
         /// Which target.
         target: usize,
         /// How to reach it.
-        destination: Destination,
+        ready: ReadyTarget,
     },
     /// The kernel relay is loaded.
     Kernel {
@@ -62,7 +62,7 @@ pub enum Plain {
         /// Which target.
         target: usize,
     },
-    /// The answer to [`Event::Knock`].
+    /// The answer to [`EngineEvent::Knock`].
     Knocked {
         /// Which target.
         target: usize,
@@ -86,14 +86,14 @@ pub enum Plain {
     /// Answer, to show that the engine runs.
     Ping,
     /// Have the kernel relay watch a target's service.
-    Watch(Watch),
+    Watch(ServiceWatch),
     /// End: the control process is done.
     Stop,
     /// Tell the figures.
     Report,
 }
 
-impl From<Plain> for Command {
+impl From<Plain> for EngineCommand {
     fn from(plain: Plain) -> Self {
         Self::Plain(plain)
     }
@@ -102,7 +102,7 @@ impl From<Plain> for Command {
 /// What the engine tells the control process. Bounded without a limit on the queue: per target one wake at a time, and the others
 /// are answers.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Event {
+pub enum EngineEvent {
     /// A client waits for this target.
     Wake {
         /// Which target.
@@ -170,12 +170,12 @@ enum Head {
     Plain(Plain),
 }
 
-impl Command {
+impl EngineCommand {
     /// Its message, and the descriptors that go along.
     #[must_use]
     pub fn encode(self) -> (Vec<u8>, Vec<OwnedFd>) {
         let (head, descriptors) = match self {
-            Self::Ready { target, destination: Destination { addresses, guarded, sources, channel } } => {
+            Self::Ready { target, ready: ReadyTarget { addresses, guarded, sources, channel } } => {
                 (Head::Ready { target, addresses, guarded, sources }, vec![channel])
             }
             Self::Kernel { descriptors, share, clients } => {
@@ -193,7 +193,7 @@ impl Command {
         Some(match serde_json::from_slice(bytes).ok()? {
             Head::Ready { target, addresses, guarded, sources } => {
                 let channel = descriptors.into_iter().next()?;
-                Self::Ready { target, destination: Destination { addresses, guarded, sources, channel } }
+                Self::Ready { target, ready: ReadyTarget { addresses, guarded, sources, channel } }
             }
             Head::Kernel { share, clients } => {
                 let descriptors = Descriptors::from_array(descriptors.try_into().ok()?);
@@ -208,8 +208,8 @@ impl Command {
 #[derive(Debug)]
 pub enum Received {
     /// One of them.
-    Command(Command),
-    /// A command with descriptors that did not fit this process's table: [`Command::Ready`] of this target, or [`Command::Kernel`].
+    Command(EngineCommand),
+    /// A command with descriptors that did not fit this process's table: [`EngineCommand::Ready`] of this target, or [`EngineCommand::Kernel`].
     WithoutDescriptors(Option<usize>),
 }
 
@@ -238,7 +238,7 @@ impl Mailbox {
         match sys::receive_with_descriptors(self.channel(), &mut buffer) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Ok((length @ 1.., descriptors)) => {
-                let command = Command::decode(&buffer[..length], descriptors);
+                let command = EngineCommand::decode(&buffer[..length], descriptors);
                 Some(command.map_or_else(nonsense, Received::Command))
             }
             // Its words have come.
@@ -265,7 +265,7 @@ pub struct Outbox {
 
 impl Outbox {
     /// Tells the control process; messages that it is too slow to take wait here.
-    pub fn tell(&self, event: &Event) {
+    pub fn tell(&self, event: &EngineEvent) {
         self.queue.borrow_mut().push_back(serde_json::to_vec(event).unwrap_or_default());
         self.flush();
     }
@@ -273,9 +273,9 @@ impl Outbox {
     /// Tells the figures.
     pub fn tell_figures(&self, figures: Figures) {
         for tallies in figures.tallies.chunks(TALLIES) {
-            self.tell(&Event::Tallies(tallies.to_vec()));
+            self.tell(&EngineEvent::Tallies(tallies.to_vec()));
         }
-        self.tell(&Event::Peers(figures.peers));
+        self.tell(&EngineEvent::Peers(figures.peers));
     }
 
     /// Sends what waits, as far as it fits.
@@ -324,7 +324,7 @@ mod tests {
         };
         let sources = crate::source::Sources::default;
         send(&Head::Plain(Plain::Report));
-        assert!(matches!(mailbox.next(), Some(Received::Command(Command::Plain(Plain::Stop)))));
+        assert!(matches!(mailbox.next(), Some(Received::Command(EngineCommand::Plain(Plain::Stop)))));
         send(&Head::Ready { target: 7, addresses: vec![None; 16], guarded: false, sources: sources() });
         // What a longer message before it has left is no part of it.
         send(&Head::Ready { target: 3, addresses: vec![None], guarded: false, sources: sources() });

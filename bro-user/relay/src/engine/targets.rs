@@ -5,12 +5,12 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
 use super::agent_link::AgentLink;
-use crate::netns::wire::Destinations;
+use crate::netns::wire::TargetAddresses;
 use crate::source::Sources;
 
 /// How a target that listens is reached.
 #[derive(Debug)]
-pub struct Destination {
+pub struct ReadyTarget {
     /// Its addresses, tried in order, with what is known here of the ones on TCP. Not empty.
     pub addresses: Vec<Option<SocketAddr>>,
     /// Each connection has to ask the agent, for its namespace may be another one by then.
@@ -24,7 +24,7 @@ pub struct Destination {
 /// Where an address of a target stands in the address book.
 #[must_use]
 pub const fn slot(target: usize, address: usize) -> usize {
-    target * Destinations::MOST + address
+    target * TargetAddresses::MOST + address
 }
 
 /// Whether a target listens, as far as the engine has been told.
@@ -100,7 +100,7 @@ impl HeldTarget {
     /// One of its addresses, if it is on TCP.
     pub(super) fn address(&self, number: usize) -> Option<SocketAddr> {
         match &self.readiness {
-            Readiness::Ready(link) => *link.destination.addresses.get(number)?,
+            Readiness::Ready(link) => *link.ready.addresses.get(number)?,
             Readiness::Asleep | Readiness::Waking => None,
         }
     }

@@ -1,5 +1,5 @@
 //! The agent: a single-threaded child that joins another network namespace, makes sockets there for the control process, and
-//! connects for the relay process, to the destinations that the control process has named and to no other. It also runs the kernel
+//! connects for the relay process, to the addresses that the control process has named and to no other. It also runs the kernel
 //! relay's program that hooks a sender, which finds only sockets of the namespace that it is run in.
 //!
 //! It is a process of its own because setns(2) lets no process with threads join a user namespace, and an ordinary user must join
@@ -19,7 +19,7 @@ use nix::sys::stat::fstat;
 
 use super::identity::{self, Actor, Identity};
 use super::replies;
-use super::wire::{self, Address, Answer, Destinations, Request};
+use super::wire::{self, Address, AgentAnswer, AgentRequest, TargetAddresses};
 use crate::source::{Binding, any_port, bind_to};
 use crate::sys;
 
@@ -28,16 +28,16 @@ const MOST_CHANNELS: usize = 1024;
 
 /// The process that asks at a channel, which decides what may be asked.
 #[derive(Debug)]
-enum Asker {
+enum Requester {
     /// The control process: to join, for sockets of any kind, and for channels.
     Control,
-    /// The relay process: to be connected to these destinations.
-    Relay(Destinations),
+    /// The relay process: to be connected to these addresses.
+    Relay(TargetAddresses),
 }
 
 /// Where the agent is.
 #[derive(Debug, Default)]
-struct Place {
+struct AgentPlace {
     /// The root directory of unix paths inside the container.
     root: Option<OwnedFd>,
     /// The folder in /proc of the process that has the ids that count.
@@ -65,8 +65,8 @@ pub fn run() -> anyhow::Result<()> {
     ends.add(Signal::SIGHUP);
     ends.thread_block()?;
     let stdin = std::io::stdin();
-    let mut channels = vec![(stdin.as_fd().try_clone_to_owned()?, Asker::Control)];
-    let mut place = Place::default();
+    let mut channels = vec![(stdin.as_fd().try_clone_to_owned()?, Requester::Control)];
+    let mut place = AgentPlace::default();
     loop {
         let mut polled: Vec<PollFd<'_>> =
             channels.iter().map(|(fd, _)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
@@ -79,7 +79,7 @@ pub fn run() -> anyhow::Result<()> {
         let mut added = Vec::new();
         let mut closed = Vec::new();
         for (index, (channel, asker)) in channels.iter().enumerate().filter(|(index, _)| ready[*index]) {
-            match Request::receive(channel.as_fd()) {
+            match AgentRequest::receive(channel.as_fd()) {
                 Ok(Some((request, descriptors))) => {
                     let answer = serve(asker, request, descriptors, &mut place, &mut added);
                     wire::answer(channel.as_fd(), &answer).ok();
@@ -97,65 +97,65 @@ pub fn run() -> anyhow::Result<()> {
 }
 
 fn serve(
-    asker: &Asker,
-    request: Request,
+    asker: &Requester,
+    request: AgentRequest,
     mut descriptors: Vec<OwnedFd>,
-    place: &mut Place,
-    added: &mut Vec<(OwnedFd, Asker)>,
-) -> Answer {
+    place: &mut AgentPlace,
+    added: &mut Vec<(OwnedFd, Requester)>,
+) -> AgentAnswer {
     match (asker, request) {
-        (Asker::Control, Request::Join(wish)) => {
+        (Requester::Control, AgentRequest::Join(wish)) => {
             let mut descriptors = descriptors.into_iter();
             let netns = descriptors.next().ok_or(Errno::EINVAL)?;
             let stat = fstat(&netns)?;
             let (process, root) = (descriptors.next(), descriptors.next());
             let netns_is = Some((stat.st_dev, stat.st_ino));
-            *place = Place { root, process, wish, actor: None, netns: netns_is, hook: None };
+            *place = AgentPlace { root, process, wish, actor: None, netns: netns_is, hook: None };
             join(netns.as_fd()).map(|()| Vec::new())
         }
-        (Asker::Control, Request::Sockets { domain, kind, protocol, count }) => {
+        (Requester::Control, AgentRequest::Sockets { domain, kind, protocol, count }) => {
             let make = |_| sys::socket(domain, kind, protocol).map_err(|error| sys::errno_of(&error));
             (0..count.min(sys::MOST_DESCRIPTORS as u8)).map(make).collect()
         }
-        (Asker::Control, Request::KeepReplies(target)) => {
+        (Requester::Control, AgentRequest::KeepReplies(target)) => {
             replies::keep(target)?;
             // Only a socket that was made shows whether such sockets can be had.
             stream(domain_of(target), Binding::Any).map(|_| Vec::new())
         }
-        (Asker::Control, Request::Channel(destinations)) => {
-            if destinations.addresses.iter().any(|address| address.tcp().is_none()) {
+        (Requester::Control, AgentRequest::Channel(target)) => {
+            if target.addresses.iter().any(|address| address.tcp().is_none()) {
                 place.choose_actor()?;
             }
-            added.extend(descriptors.pop().map(|channel| (channel, Asker::Relay(destinations))));
+            added.extend(descriptors.pop().map(|channel| (channel, Requester::Relay(target))));
             Ok(Vec::new())
         }
-        (Asker::Relay(destinations), Request::Dial(number, source)) => {
-            let address = destinations.addresses.get(usize::from(number)).ok_or(Errno::EADDRNOTAVAIL)?;
-            let file = destinations.file.as_ref();
+        (Requester::Relay(target), AgentRequest::Dial(number, source)) => {
+            let address = target.addresses.get(usize::from(number)).ok_or(Errno::EADDRNOTAVAIL)?;
+            let file = target.file.as_ref();
             if file.is_some_and(|file| !place.is_named_by(file)) {
                 return Err(wire::STALE);
             }
-            place.dial(address, destinations.binding, source).map(|socket| vec![socket])
+            place.dial(address, target.binding, source).map(|socket| vec![socket])
         }
-        (Asker::Relay(destinations), Request::Supply(number, count)) => {
-            let address = destinations.addresses.get(usize::from(number)).and_then(Address::tcp);
+        (Requester::Relay(target), AgentRequest::Supply(number, count)) => {
+            let address = target.addresses.get(usize::from(number)).and_then(Address::tcp);
             // Where the namespace may have to be another one, each connection asks.
-            let address = address.filter(|_| destinations.file.is_none()).ok_or(Errno::EPERM)?;
+            let address = address.filter(|_| target.file.is_none()).ok_or(Errno::EPERM)?;
             let count = count.min(sys::MOST_DESCRIPTORS as u8);
-            (0..count).map(|_| stream(domain_of(address), destinations.binding)).collect()
+            (0..count).map(|_| stream(domain_of(address), target.binding)).collect()
         }
-        (Asker::Control, Request::Program) => {
+        (Requester::Control, AgentRequest::Program) => {
             place.hook = descriptors.pop();
             Ok(Vec::new())
         }
-        (Asker::Relay(_), Request::Hook(request)) => {
+        (Requester::Relay(_), AgentRequest::Hook(request)) => {
             let program = place.hook.as_ref().ok_or(Errno::ENOENT)?;
             bro_sockmap::hook(program.as_fd(), &request).map_err(|error| sys::errno_of(&error))?;
             Ok(Vec::new())
         }
         // A process that asks this is no longer the program that it was.
-        (Asker::Control, Request::Dial(..) | Request::Supply(..) | Request::Hook(_))
-        | (Asker::Relay(_), _) => Err(Errno::EPERM),
+        (Requester::Control, AgentRequest::Dial(..) | AgentRequest::Supply(..) | AgentRequest::Hook(_))
+        | (Requester::Relay(_), _) => Err(Errno::EPERM),
     }
 }
 
@@ -183,7 +183,7 @@ fn same_namespace(ns: BorrowedFd<'_>, path: &str) -> bool {
     (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 }
 
-impl Place {
+impl AgentPlace {
     fn is_named_by(&self, file: &Path) -> bool {
         nix::sys::stat::stat(file).is_ok_and(|stat| Some((stat.st_dev, stat.st_ino)) == self.netns)
     }

@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
 
 /// The kernel answers at once; this bounds a surprise.
-const PATIENCE_MS: u16 = 1000;
+const ANSWER_LIMIT_MS: u16 = 1000;
 
 /// Sends a message, and hands over each answer: of a dump until its end, else the one that was asked for.
 ///
@@ -31,7 +31,7 @@ where
     let mut buffer = vec![0; 32 * 1024];
     loop {
         let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut polled, PollTimeout::from(PATIENCE_MS))? == 0 {
+        if poll(&mut polled, PollTimeout::from(ANSWER_LIMIT_MS))? == 0 {
             return Err(io::ErrorKind::TimedOut.into());
         }
         let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;

@@ -14,7 +14,7 @@ use crate::sys;
 
 /// A request to the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Request {
+pub enum AgentRequest {
     /// Join the network namespace that comes along as the first descriptor. The second is the folder in /proc of the process with
     /// the ids that count, the third, if any, the root directory for [`Address::Inside`]. Unix sockets are connected to as this
     /// user.
@@ -32,15 +32,15 @@ pub enum Request {
     },
     /// Keep what a service at this address answers in the namespace, and see that sockets may have clients' addresses there.
     KeepReplies(SocketAddr),
-    /// Take requests from the socket that comes along as well: [`Request::Dial`] to these destinations, and nothing else.
-    Channel(Destinations),
-    /// Make a stream socket and connect it to the destination with this number, from this address if there is one. The answer may
+    /// Take requests from the socket that comes along as well: [`AgentRequest::Dial`] to these addresses, and nothing else.
+    Channel(TargetAddresses),
+    /// Make a stream socket and connect it to the target's address with this number, as from this one if there is one. The answer may
     /// be a socket that is still connecting.
     Dial(u8, Option<SocketAddr>),
-    /// Make this many unconnected stream sockets, at most [`sys::MOST_DESCRIPTORS`], of the family of the destination with this
+    /// Make this many unconnected stream sockets, at most [`sys::MOST_DESCRIPTORS`], of the family of its address with this
     /// number.
     Supply(u8, u8),
-    /// Keep the program that comes along, for [`Request::Hook`].
+    /// Keep the program that comes along, for [`AgentRequest::Hook`].
     Program,
     /// Run that program, which puts a socket of the agent's namespace into the kernel relay's map of senders, on this request.
     Hook(Box<[u8; HOOK_REQUEST]>),
@@ -48,18 +48,18 @@ pub enum Request {
 
 /// Where a channel leads.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Destinations {
+pub struct TargetAddresses {
     /// Numbered from 0.
     pub addresses: Vec<Address>,
     /// A file that still has to name the agent's namespace when something is connected there; if it does not, the answer is
     /// [`STALE`].
     pub file: Option<PathBuf>,
-    /// What sockets for these destinations have to allow.
+    /// What sockets for these addresses have to allow.
     #[serde(default)]
     pub binding: Binding,
 }
 
-impl Destinations {
+impl TargetAddresses {
     /// The most addresses that one target may have.
     pub const MOST: usize = 16;
 }
@@ -92,12 +92,12 @@ impl Address {
 }
 
 /// An answer: the descriptors, or the errno of what failed.
-pub type Answer = Result<Vec<OwnedFd>, nix::errno::Errno>;
+pub type AgentAnswer = Result<Vec<OwnedFd>, nix::errno::Errno>;
 
-/// The longest request: a channel's destinations, some of which are paths of PATH_MAX.
+/// The longest request: a channel's addresses, some of which are paths of PATH_MAX.
 const LONGEST: usize = 32 * 1024;
 
-impl Request {
+impl AgentRequest {
     /// Its message.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -117,10 +117,10 @@ impl Request {
                 }
                 bytes
             }
-            Self::Channel(destinations) => {
+            Self::Channel(addresses) => {
                 let mut bytes = vec![2];
                 // Into memory, of types that all have a form in JSON: it cannot fail.
-                serde_json::to_writer(&mut bytes, destinations).unwrap_or_default();
+                serde_json::to_writer(&mut bytes, addresses).unwrap_or_default();
                 bytes
             }
             Self::KeepReplies(target) => {
@@ -160,7 +160,7 @@ impl Request {
                     count: *count,
                 }
             }
-            (2, destinations) => Self::Channel(serde_json::from_slice(destinations).ok()?),
+            (2, addresses) => Self::Channel(serde_json::from_slice(addresses).ok()?),
             (3, [number, source @ ..]) => Self::Dial(*number, serde_json::from_slice(source).ok()?),
             (7, target) => Self::KeepReplies(serde_json::from_slice(target).ok()?),
             (4, [number, count]) => Self::Supply(*number, *count),
@@ -197,7 +197,7 @@ impl Request {
 ///
 /// # Errors
 /// sendmsg's.
-pub fn answer(channel: BorrowedFd<'_>, answer: &Answer) -> io::Result<()> {
+pub fn answer(channel: BorrowedFd<'_>, answer: &AgentAnswer) -> io::Result<()> {
     match answer {
         Ok(descriptors) => {
             let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
@@ -211,7 +211,7 @@ pub fn answer(channel: BorrowedFd<'_>, answer: &Answer) -> io::Result<()> {
 ///
 /// # Errors
 /// UnexpectedEof when the agent is gone, WouldBlock when a non-blocking channel has nothing yet.
-pub fn receive_answer(channel: BorrowedFd<'_>) -> io::Result<Answer> {
+pub fn receive_answer(channel: BorrowedFd<'_>) -> io::Result<AgentAnswer> {
     let mut buffer = [0; 4];
     let (length, descriptors) = sys::receive_with_descriptors(channel, &mut buffer)?;
     if length != buffer.len() {
@@ -234,21 +234,21 @@ mod tests {
                                    ip: std::net::IpAddr, port: u16, name: Vec<u8>) {
             let addresses = vec![Address::Tcp(SocketAddr::new(ip, port)), Address::Unix(path.clone().into()),
                                  Address::Abstract(name), Address::Inside(path.clone().into())];
-            let destinations = Destinations { addresses, file: Some(path.into()), binding: Binding::Any };
+            let addresses = TargetAddresses { addresses, file: Some(path.into()), binding: Binding::Any };
             let source = Some(SocketAddr::new(ip, port));
             let user = Identity::User { uid: port.into(), gid: protocol.cast_unsigned() };
-            for request in [Request::Join(Identity::Unused), Request::Join(Identity::Forwarder), Request::Join(user),
-                            Request::Channel(destinations), Request::Dial(count, source), Request::Dial(count, None),
-                            Request::KeepReplies(SocketAddr::new(ip, port)), Request::Supply(count, 16),
-                            Request::Program, Request::Hook(Box::new([count; HOOK_REQUEST])),
-                            Request::Sockets { domain, kind, protocol, count }] {
-                prop_assert_eq!(Request::decode(&request.encode()), Some(request));
+            for request in [AgentRequest::Join(Identity::Unused), AgentRequest::Join(Identity::Forwarder), AgentRequest::Join(user),
+                            AgentRequest::Channel(addresses), AgentRequest::Dial(count, source), AgentRequest::Dial(count, None),
+                            AgentRequest::KeepReplies(SocketAddr::new(ip, port)), AgentRequest::Supply(count, 16),
+                            AgentRequest::Program, AgentRequest::Hook(Box::new([count; HOOK_REQUEST])),
+                            AgentRequest::Sockets { domain, kind, protocol, count }] {
+                prop_assert_eq!(AgentRequest::decode(&request.encode()), Some(request));
             }
         }
 
         #[test]
         fn never_panics(bytes: Vec<u8>) {
-            drop(Request::decode(&bytes));
+            drop(AgentRequest::decode(&bytes));
         }
     }
 }

@@ -144,31 +144,31 @@ mod tests {
 
     /// What the world may do next. Whatever the machine does not ask for is not offered to it, as with epoll.
     #[derive(Debug, Clone)]
-    enum Event {
+    enum PeerEvent {
         Readable(usize),
         SourceEnds,
         Writable(usize),
     }
 
-    fn event() -> impl Strategy<Value = Event> {
+    fn event() -> impl Strategy<Value = PeerEvent> {
         prop_oneof![
-            4 => (1usize..5000).prop_map(Event::Readable),
-            1 => Just(Event::SourceEnds),
-            4 => (1usize..5000).prop_map(Event::Writable),
+            4 => (1usize..5000).prop_map(PeerEvent::Readable),
+            1 => Just(PeerEvent::SourceEnds),
+            4 => (1usize..5000).prop_map(PeerEvent::Writable),
         ]
     }
 
     /// How an abort comes to be known.
     #[derive(Debug, Clone, Copy)]
-    enum Told {
+    enum AbortTold {
         /// By a read, once nothing is left.
         Reading,
         /// By something else, before all was read.
         Otherwise,
     }
 
-    fn told() -> impl Strategy<Value = Told> {
-        prop_oneof![Just(Told::Reading), Just(Told::Otherwise)]
+    fn told() -> impl Strategy<Value = AbortTold> {
+        prop_oneof![Just(AbortTold::Reading), Just(AbortTold::Otherwise)]
     }
 
     proptest! {
@@ -176,11 +176,11 @@ mod tests {
         fn every_byte_then_one_fin(events in proptest::collection::vec(event(), 0..200)) {
             let mut half = Half::NEW;
             let (mut read, mut written, mut fins, mut ended) = (0, 0, 0, false);
-            for event in events.into_iter().chain([Event::SourceEnds, Event::Writable(5000), Event::SourceEnds]) {
+            for event in events.into_iter().chain([PeerEvent::SourceEnds, PeerEvent::Writable(5000), PeerEvent::SourceEnds]) {
                 match event {
-                    Event::Readable(count) if half.wants_read() => { half.read(count); read += count; }
-                    Event::SourceEnds if half.wants_read() => { half.ended(); ended = true; }
-                    Event::Writable(room) if half.wants_write() => {
+                    PeerEvent::Readable(count) if half.wants_read() => { half.read(count); read += count; }
+                    PeerEvent::SourceEnds if half.wants_read() => { half.ended(); ended = true; }
+                    PeerEvent::Writable(room) if half.wants_write() => {
                         let count = room.min(half.held());
                         half.wrote(count);
                         written += count;
@@ -206,9 +206,9 @@ mod tests {
             for event in events {
                 prop_assert!(half.wants_read() || half.wants_write() || half.fin_due() || half == Half::Finished);
                 match event {
-                    Event::Readable(count) if half.wants_read() => half.read(count),
-                    Event::SourceEnds if half.wants_read() => half.ended(),
-                    Event::Writable(room) if half.wants_write() => half.wrote(room.min(half.held())),
+                    PeerEvent::Readable(count) if half.wants_read() => half.read(count),
+                    PeerEvent::SourceEnds if half.wants_read() => half.ended(),
+                    PeerEvent::Writable(room) if half.wants_write() => half.wrote(room.min(half.held())),
                     _ if half.fin_due() => half.fin_sent(),
                     _ => {}
                 }
@@ -230,9 +230,9 @@ mod tests {
             let (mut read, mut written, mut ended) = (0, 0, false);
             for event in events {
                 match event {
-                    Event::Readable(count) if half.wants_read() => { half.read(count); read += count; }
-                    Event::SourceEnds if half.wants_read() => { half.ended(); ended = true; }
-                    Event::Writable(room) if half.wants_write() => {
+                    PeerEvent::Readable(count) if half.wants_read() => { half.read(count); read += count; }
+                    PeerEvent::SourceEnds if half.wants_read() => { half.ended(); ended = true; }
+                    PeerEvent::Writable(room) if half.wants_write() => {
                         let count = room.min(half.held());
                         half.wrote(count);
                         written += count;
@@ -242,9 +242,9 @@ mod tests {
                 }
             }
             // A FIN is the last thing in the queue, and an abort that comes after one shows by a read alone.
-            let told = if fin { Told::Reading } else { told };
+            let told = if fin { AbortTold::Reading } else { told };
             let mut left = if ended { 0 } else { queued };
-            if matches!(told, Told::Otherwise) {
+            if matches!(told, AbortTold::Otherwise) {
                 half.source_aborted();
             }
             let mut steps = 0;
@@ -269,8 +269,8 @@ mod tests {
                     ended = true;
                 } else if half.wants_read() {
                     match told {
-                        Told::Reading => half.broke(),
-                        Told::Otherwise => half.ended(),
+                        AbortTold::Reading => half.broke(),
+                        AbortTold::Otherwise => half.ended(),
                     }
                 } else {
                     prop_assert!(false, "nothing is wanted: {half:?}");
@@ -288,9 +288,9 @@ mod tests {
         ) {
             let mut half = Half::NEW;
             let happens = |half: &mut Half, event| match event {
-                Event::Readable(count) if half.wants_read() => half.read(count),
-                Event::SourceEnds if half.wants_read() => half.ended(),
-                Event::Writable(room) if half.wants_write() => half.wrote(room.min(half.held())),
+                PeerEvent::Readable(count) if half.wants_read() => half.read(count),
+                PeerEvent::SourceEnds if half.wants_read() => half.ended(),
+                PeerEvent::Writable(room) if half.wants_write() => half.wrote(room.min(half.held())),
                 _ if half.fin_due() => half.fin_sent(),
                 _ => {}
             };
@@ -298,7 +298,7 @@ mod tests {
             let (was_open, was_finished) = (half.is_open(), half == Half::Finished);
             half.sink_aborted();
             prop_assert_eq!(half.is_void(), was_open);
-            for event in after.into_iter().chain([Event::SourceEnds]) {
+            for event in after.into_iter().chain([PeerEvent::SourceEnds]) {
                 happens(&mut half, event);
                 prop_assert!(!half.wants_write() && !half.fin_due(), "{half:?}");
             }

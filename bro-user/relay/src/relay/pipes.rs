@@ -32,10 +32,10 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// A pipe, empty whenever it is in the pool. Boxed, since a direction that may hold one should not be larger for it: idle
 /// connections are the most numerous. Once for all its loans, and not for each.
 #[derive(Debug)]
-pub struct Pipe(Box<Ends>);
+pub struct Pipe(Box<PipeEnds>);
 
 #[derive(Debug)]
-struct Ends {
+struct PipeEnds {
     read: OwnedFd,
     write: OwnedFd,
     large: bool,
@@ -126,7 +126,7 @@ fn make(large: bool) -> Result<Pipe, String> {
     // A refusal (EPERM: beyond the user's quota) leaves the default size, which is checked next.
     let large = large && fcntl(&write, FcntlArg::F_SETPIPE_SZ(CAPACITY as i32)).is_ok();
     match fcntl(&write, FcntlArg::F_GETPIPE_SZ) {
-        Ok(size) if size >= USABLE => Ok(Pipe(Box::new(Ends { read, write, large }))),
+        Ok(size) if size >= USABLE => Ok(Pipe(Box::new(PipeEnds { read, write, large }))),
         Ok(_) => Err("this user's pipe quota is used up (raise fs.pipe-user-pages-soft)".into()),
         Err(errno) => Err(format!("F_GETPIPE_SZ: {}", errno.desc())),
     }

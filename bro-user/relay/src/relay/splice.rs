@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
 
 use super::pipes::{CAPACITY, Pipe};
-use crate::sys::{Waiting, look};
+use crate::sys::{Peeked, look};
 
 /// What came of filling a pipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,9 +28,9 @@ pub enum Filled {
 pub fn fill(source: BorrowedFd<'_>, pipe: &Pipe) -> nix::Result<Filled> {
     let fill = || retry(|| splice(source, None, pipe.write(), None, CAPACITY, flags()));
     let waits = || match look(source) {
-        Waiting::Byte => Ok(true),
-        Waiting::End | Waiting::Nothing => Ok(false),
-        Waiting::Abort(errno) => Err(errno),
+        Peeked::Byte => Ok(true),
+        Peeked::End | Peeked::Nothing => Ok(false),
+        Peeked::Abort(errno) => Err(errno),
     };
     let filled = match fill() {
         // Bytes that came between the two calls are no reason to copy, so it is the second refusal that counts.

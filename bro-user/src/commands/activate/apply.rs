@@ -2,11 +2,12 @@
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
+use super::difference::Removal;
 use super::plan::Paths;
 use super::restart;
 use super::signals::{Interrupt, Interrupted};
@@ -15,7 +16,7 @@ use super::waits;
 use crate::address::External;
 use crate::exit::Failure;
 use crate::installed::drift::{self, Standing};
-use crate::installed::{Installed, InstalledPort};
+use crate::installed::{Installed, InstalledPort, Mode, SocketUnit, Takeover, pause_unit_of};
 use crate::port_owner;
 use crate::run_as::RunAsUser;
 use crate::systemd::manager::SystemdManager;
@@ -141,22 +142,23 @@ pub(super) async fn network_warning(systemd: &SystemdManager, waits: bool) -> Op
 }
 
 /// A setting that was asked for must not fail only at the first client.
-pub(super) async fn check_freezing(systemd: &SystemdManager, activated: &Installed) -> anyhow::Result<()> {
-    if activated.option("freeze") == Some("true") && !systemd.can_freeze(&activated.unit).await? {
-        bail!(Failure::Usage(crate::service::cannot_freeze(&activated.unit)));
+pub(super) async fn check_freezing(systemd: &SystemdManager, wanted: &Installed) -> anyhow::Result<()> {
+    let freezes = wanted.forwarder().is_some_and(|forwarder| forwarder.options.freezes());
+    if freezes && !systemd.can_freeze(&wanted.unit).await? {
+        bail!(Failure::Usage(crate::service::cannot_freeze(&wanted.unit)));
     }
     Ok(())
 }
 
 fn units(listeners: &[InstalledPort]) -> Vec<String> {
-    listeners.iter().map(|listener| listener.socket.clone()).collect()
+    listeners.iter().map(|listener| listener.socket.name.clone()).collect()
 }
 
 /// Writes, enables, reloads and starts. `unfinished` are the files of a run that was killed.
 pub(super) async fn activate(
     systemd: Option<&Managers>,
     wanted: &Installed,
-    known: Option<&Installed>,
+    installed: Option<&Installed>,
     changes: &[Change],
     unfinished: &[PathBuf],
     places: &Paths,
@@ -169,15 +171,16 @@ pub(super) async fn activate(
         changed.keep();
         return Ok(if changes.is_empty() { Applied::Nothing } else { Applied::Written });
     };
-    let plan = Plan::of(systemd, wanted, known, changes, unfinished).await;
+    let plan = Plan::of(systemd, wanted, installed, changes, unfinished).await;
     let is_right = plan.restart.is_empty() && !plan.unread && matches!(plan.timer, Timer::Right);
     if changes.is_empty() && unfinished.is_empty() && is_right {
         return Ok(Applied::Nothing);
     }
-    let before = Before::of(systemd, known).await;
+    let sockets = installed.map(|installed| units(&installed.listeners)).unwrap_or_default();
+    let before = Before::of(systemd, sockets, installed).await;
     let changed = Changed::make(changes)?;
-    let taking_up = take_up(systemd, wanted, known, &plan);
-    match interrupt.or(waits::telling(systemd, known, taking_up)).await {
+    let taking_up = take_up(systemd, wanted, installed, &plan);
+    match interrupt.or(waits::telling(systemd, installed, taking_up)).await {
         Ok(outcome) => {
             changed.keep();
             Ok(outcome)
@@ -239,13 +242,13 @@ impl Timer {
     async fn of(
         systemd: &Managers,
         wanted: &Installed,
-        known: Option<&Installed>,
+        installed: Option<&Installed>,
         changes: &[Change],
         unfinished: &[PathBuf],
     ) -> Self {
         let (Some(timer), Some(file)) = (wanted.timer(), wanted.timer_file()) else { return Self::Right };
         if wanted.kept_awake().is_none() {
-            let was_there = known.is_some_and(|known| known.kept_awake().is_some());
+            let was_there = installed.is_some_and(|installed| installed.kept_awake().is_some());
             return if was_there || systemd.is_active(&timer).await {
                 Self::Stop(timer)
             } else {
@@ -265,37 +268,40 @@ impl Plan {
     async fn of(
         systemd: &Managers,
         wanted: &Installed,
-        known: Option<&Installed>,
+        installed: Option<&Installed>,
         changes: &[Change],
         unfinished: &[PathBuf],
     ) -> Self {
         let is_changed = |listener: &InstalledPort| {
-            let before = known
-                .and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
+            let before = installed.and_then(|installed| {
+                installed.listeners.iter().find(|before| before.socket == listener.socket)
+            });
             // Only what the kernel's socket is made of: no other change in the file needs a new socket.
             before != Some(listener) && before.is_none_or(|before| !same_socket(before, listener))
         };
         let (mut restart, mut unread) = (Vec::new(), false);
         for listener in &wanted.listeners {
-            match drift::of(systemd, before(listener, known), unfinished).await {
-                _ if is_changed(listener) => restart.push(listener.socket.clone()),
-                Standing::Deaf => restart.push(listener.socket.clone()),
+            match drift::of(systemd, before(listener, installed), unfinished).await {
+                _ if is_changed(listener) => restart.push(listener.socket.name.clone()),
+                Standing::Deaf => restart.push(listener.socket.name.clone()),
                 Standing::Unread => unread = true,
                 Standing::TakenUp => {}
             }
         }
-        let is_service = |path: &PathBuf| Some(path) == wanted.service_file.as_ref();
-        let mut runner_changed = changes.iter().any(|change| is_service(&change.path))
-            || unfinished.iter().any(is_service)
-            || wanted.direct;
+        let mut runner_changed = match &wanted.mode {
+            Mode::Forward(forwarder) => {
+                let mut touched = changes.iter().map(|change| &change.path).chain(unfinished);
+                touched.any(|path| *path == forwarder.service_file)
+            }
+            Mode::Direct(_) => true,
+        };
         if let Some(service) = wanted.service()
             && systemd.needs_reload(&service).await
         {
             (unread, runner_changed) = (true, true);
         }
-        let runner = wanted.service().unwrap_or_else(|| wanted.unit.clone());
-        let timer = Timer::of(systemd, wanted, known, changes, unfinished).await;
-        Self { restart, unread, runner, runner_changed, timer }
+        let timer = Timer::of(systemd, wanted, installed, changes, unfinished).await;
+        Self { restart, unread, runner: wanted.runner(), runner_changed, timer }
     }
 }
 
@@ -307,9 +313,9 @@ struct Before {
 }
 
 impl Before {
-    async fn of(systemd: &Managers, known: Option<&Installed>) -> Self {
+    async fn of(systemd: &Managers, sockets: Vec<String>, installed: Option<&Installed>) -> Self {
         let mut before = Self::default();
-        for unit in known.map(|known| units(&known.listeners)).unwrap_or_default() {
+        for unit in sockets {
             if systemd.is_enabled(&unit).await {
                 before.enabled.push(unit.clone());
             }
@@ -317,7 +323,8 @@ impl Before {
                 before.active.push(unit);
             }
         }
-        if let Some(timer) = known.filter(|known| known.kept_awake().is_some()).and_then(Installed::timer)
+        let kept_awake = installed.filter(|installed| installed.kept_awake().is_some());
+        if let Some(timer) = kept_awake.and_then(Installed::timer)
             && systemd.is_active(&timer).await
         {
             before.active.push(timer);
@@ -343,7 +350,7 @@ impl Before {
 async fn take_up(
     systemd: &Managers,
     wanted: &Installed,
-    known: Option<&Installed>,
+    installed: Option<&Installed>,
     plan: &Plan,
 ) -> anyhow::Result<Applied> {
     let Plan { restart, runner, timer, .. } = plan;
@@ -353,7 +360,7 @@ async fn take_up(
         listening |= systemd.is_active(unit).await;
     }
     // The sockets may listen without being known, after a first run that was killed.
-    if !restart.is_empty() && (known.is_some() || listening) {
+    if !restart.is_empty() && (installed.is_some() || listening) {
         // systemd refuses to start a socket while its service runs, and the service keeps the sockets it was started with.
         if running {
             stop(systemd, runner).await?;
@@ -380,9 +387,9 @@ async fn take_up(
             wanted.quadlet.display()
         );
     }
-    for listener in wanted.listeners.iter().filter(|listener| restart.contains(&listener.socket)) {
-        systemd.reset_failed(&listener.socket).await;
-        let result = systemd.start(&listener.socket).await?;
+    for listener in wanted.listeners.iter().filter(|listener| restart.contains(&listener.socket.name)) {
+        systemd.reset_failed(&listener.socket.name).await;
+        let result = systemd.start(&listener.socket.name).await?;
         if result != "done" {
             bail!("{}", cannot_listen(systemd, listener, wanted.scope).await);
         }
@@ -394,7 +401,7 @@ async fn take_up(
         } else {
             Applied::OldForwarder
         }
-    } else if stopped && wanted.direct {
+    } else if stopped && matches!(wanted.mode, Mode::Direct(_)) {
         Applied::Stopped
     } else {
         Applied::Listening
@@ -408,15 +415,15 @@ async fn take_up(
 }
 
 /// The listener as it was, if there was one: systemd may have taken that up.
-fn before<'a>(listener: &'a InstalledPort, known: Option<&'a Installed>) -> &'a InstalledPort {
-    let before =
-        known.and_then(|known| known.listeners.iter().find(|before| before.socket == listener.socket));
+fn before<'a>(listener: &'a InstalledPort, installed: Option<&'a Installed>) -> &'a InstalledPort {
+    let before = installed
+        .and_then(|installed| installed.listeners.iter().find(|before| before.socket == listener.socket));
     before.unwrap_or(listener)
 }
 
 fn same_socket(before: &InstalledPort, now: &InstalledPort) -> bool {
-    (&before.address, before.backlog, &before.device, &before.service)
-        == (&now.address, now.backlog, &now.device, &now.service)
+    (&before.external, before.backlog, &before.device, &before.service)
+        == (&now.external, now.backlog, &now.device, &now.service)
 }
 
 async fn stop(systemd: &SystemdManager, unit: &str) -> anyhow::Result<()> {
@@ -426,50 +433,50 @@ async fn stop(systemd: &SystemdManager, unit: &str) -> anyhow::Result<()> {
 }
 
 async fn cannot_listen(systemd: &Managers, listener: &InstalledPort, scope: RuntimeScope) -> String {
-    let unit = &listener.socket;
+    let (unit, external) = (&listener.socket.name, &listener.external);
     let user = if scope == RuntimeScope::User { " --user" } else { "" };
-    if let Ok(external) = listener.address.parse()
-        && let Some(port_owner::Trouble::Taken(owner)) = port_owner::look(&external)
-    {
-        return taken(&external, &owner, Some(systemd)).await;
+    if let Some(port_owner::Trouble::Taken(holder)) = port_owner::look(external) {
+        return taken(external, &holder, Some(systemd)).await;
     }
-    format!("systemd cannot listen at {}; see `journalctl{user} --unit {unit}`", listener.address)
+    format!("systemd cannot listen at {external}; see `journalctl{user} --unit {unit}`")
 }
 
 /// The sentence about an address that is taken.
 pub(super) async fn taken(
     external: &External,
-    owner: &port_owner::AddressHolder,
+    holder: &port_owner::AddressHolder,
     systemd: Option<&Managers>,
 ) -> String {
     let unit = match systemd {
-        Some(systemd) => systemd.socket_at(&owner.address).await,
+        Some(systemd) => systemd.socket_at(&holder.address).await,
         None => None,
     };
-    format!("{external} is taken {}", owner.who(unit.as_deref()))
+    format!("{external} is taken {}", holder.who(unit.as_deref()))
 }
 
 /// Stops, disables, removes and reloads. Says what became of the container.
 pub(super) async fn remove(
     systemd: Option<&Managers>,
-    known: &Installed,
-    rest: Option<&Installed>,
-    changes: &[Change],
+    removal: &Removal,
     places: &Paths,
     interrupt: &mut Interrupt,
 ) -> anyhow::Result<Left> {
-    let doomed: Vec<&InstalledPort> = known
-        .listeners
-        .iter()
-        .filter(|listener| rest.is_none_or(|rest| !rest.listeners.contains(listener)))
-        .collect();
+    let Removal { installed, sockets, changes, rest } = removal;
+    let rest = rest.as_ref();
     let Some(systemd) = systemd else {
         // Where the notes of what was made are gone too, an empty directory counts as made.
-        let made = known.made.contains(&places.units)
-            || !known.service_file.as_ref().unwrap_or(&known.socket_file).exists();
+        let main = match &installed.mode {
+            Mode::Forward(forwarder) => Some(&forwarder.service_file),
+            Mode::Direct(_) => {
+                let mut ports = installed.listeners.iter();
+                let first = ports.find(|listener| listener.service == installed.name);
+                first.map(|listener| &listener.socket.file)
+            }
+        };
+        let made = installed.made.contains(&places.units) || !main.is_some_and(|file| file.exists());
         let changed = Changed::make(changes)?;
-        for listener in &doomed {
-            std::fs::remove_file(wants(places).join(&listener.socket)).ok();
+        for socket in sockets {
+            std::fs::remove_file(wants(places).join(&socket.name)).ok();
         }
         // Otherwise it is noted as made itself, or it is not bro's.
         if rest.is_none() && made {
@@ -478,13 +485,21 @@ pub(super) async fn remove(
         changed.keep();
         return Ok(Left::Asleep);
     };
-    let before = Before::of(systemd, Some(known)).await;
-    let ran = known.direct && systemd.is_active(&known.unit).await;
-    let taking_down = take_down(systemd, known, &doomed, changes, places);
-    let changed = match interrupt.or(waits::telling(systemd, Some(known), taking_down)).await {
+    let mut all = units(&installed.listeners);
+    all.extend(
+        sockets
+            .iter()
+            .map(|socket| socket.name.clone())
+            .filter(|name| !all.contains(name))
+            .collect::<Vec<_>>(),
+    );
+    let before = Before::of(systemd, all, Some(installed)).await;
+    let ran = matches!(installed.mode, Mode::Direct(_)) && systemd.is_active(&installed.unit).await;
+    let taking_down = take_down(systemd, removal, places);
+    let changed = match interrupt.or(waits::telling(systemd, Some(installed), taking_down)).await {
         Ok(changed) => changed,
         Err(error) => {
-            before.restore(systemd, &known.service().unwrap_or_else(|| known.unit.clone())).await;
+            before.restore(systemd, &installed.runner()).await;
             return Err(unchanged(error));
         }
     };
@@ -492,55 +507,55 @@ pub(super) async fn remove(
     systemd.reload().await?;
     // Stopping the forwarder has stopped nothing else: the remaining sockets go on listening.
     for listener in rest.map(|rest| rest.listeners.as_slice()).unwrap_or_default() {
-        systemd.start(&listener.socket).await?;
+        systemd.start(&listener.socket.name).await?;
     }
     Ok(match systemd.container() {
-        Some(container) if ran && !container.is_active(&known.unit).await => Left::Stopped,
-        Some(container) if rest.is_none() && container.is_active(&known.unit).await => Left::Awake,
+        Some(container) if ran && !container.is_active(&installed.unit).await => Left::Stopped,
+        Some(container) if rest.is_none() && container.is_active(&installed.unit).await => Left::Awake,
         _ => Left::Asleep,
     })
 }
 
-async fn take_down(
-    systemd: &Managers,
-    known: &Installed,
-    doomed: &[&InstalledPort],
-    changes: &[Change],
-    places: &Paths,
-) -> anyhow::Result<Changed> {
-    let (there, gone): (Vec<&InstalledPort>, Vec<&InstalledPort>) =
-        doomed.iter().copied().partition(|listener| listener.file.exists());
+async fn take_down(systemd: &Managers, removal: &Removal, places: &Paths) -> anyhow::Result<Changed> {
+    let Removal { installed, sockets, changes, rest: _ } = removal;
+    let (there, gone): (Vec<&SocketUnit>, Vec<&SocketUnit>) =
+        sockets.iter().partition(|socket| socket.file.exists());
     // A socket would start the forwarder again at once; so the sockets go first.
-    for InstalledPort { socket, .. } in &there {
-        stop(systemd, socket).await?;
+    for socket in &there {
+        stop(systemd, &socket.name).await?;
     }
-    for InstalledPort { socket, .. } in &gone {
+    for socket in &gone {
         // systemd listens on, though no file shows it.
-        if systemd.is_active(socket).await {
-            stop(systemd, socket).await?;
+        if systemd.is_active(&socket.name).await {
+            stop(systemd, &socket.name).await?;
         }
     }
-    if let Some(service) = known.service()
+    if let Some(service) = installed.service()
         && systemd.is_active(&service).await
     {
         stop(systemd, &service).await?;
     }
-    let enabled: Vec<String> = there.iter().map(|listener| listener.socket.clone()).collect();
+    let enabled: Vec<String> = there.iter().map(|socket| socket.name.clone()).collect();
     if !enabled.is_empty() {
         systemd.disable(&enabled).await?;
     }
-    for InstalledPort { socket, .. } in &gone {
+    for socket in &gone {
         // systemd disables no unit that has lost its file.
-        let link = wants(places).join(socket);
+        let link = wants(places).join(&socket.name);
         if link.is_symlink() {
             std::fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;
         }
     }
-    for change in changes.iter().filter(|change| change.text.is_none()) {
-        let name = change.path.file_name().unwrap_or_default().to_string_lossy();
-        if *name == crate::units::pause_unit(&known.name) || Some(&*name) == known.timer().as_deref() {
-            stop(systemd, &name).await?;
-        }
+    let is_removed = |file: &Path| changes.iter().any(|change| change.path == file && change.text.is_none());
+    if let Mode::Direct(Takeover { pause_unit: Some(file), .. }) = &installed.mode
+        && is_removed(file)
+    {
+        stop(systemd, &pause_unit_of(&installed.name)).await?;
+    }
+    if let (Some(timer), Some(file)) = (installed.timer(), installed.timer_file())
+        && is_removed(&file)
+    {
+        stop(systemd, &timer).await?;
     }
     Changed::make(changes)
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::plan::Paths;
+use super::present::Present;
 use crate::address::External;
 use crate::exit::Failure;
 use crate::installed;
@@ -12,14 +13,19 @@ use crate::port_owner;
 use crate::port_owner::Trouble;
 
 /// Is the address free, also while other forwarders sleep?
-pub(super) fn check(activated: &Installed, known: Option<&Installed>, places: &Paths) -> anyhow::Result<()> {
-    let Some(text) = activated.option("metrics") else { return Ok(()) };
+pub(super) fn check(
+    wanted: &Installed,
+    installed: Option<&Installed>,
+    present: &Present,
+    places: &Paths,
+) -> anyhow::Result<()> {
+    let Some(text) = wanted.option("metrics") else { return Ok(()) };
     let endpoint: Endpoint = text.parse()?;
-    for listener in &activated.listeners {
-        if clashes(&endpoint, &listener.address) {
+    for listener in &wanted.listeners {
+        if clashes(&endpoint, &listener.external) {
             return Err(Failure::Usage(format!(
                 "--metrics {text} is where clients connect, at {}; give another address",
-                listener.address
+                listener.external
             ))
             .into());
         }
@@ -27,16 +33,17 @@ pub(super) fn check(activated: &Installed, known: Option<&Installed>, places: &P
     if places.root.is_some() {
         return Ok(());
     }
-    let others = installed::all(places.scope)?;
-    let mut others = others.iter().filter(|other| other.name != activated.name);
-    if let Some(other) = others.find(|other| other.option("metrics").is_some_and(|at| same(&endpoint, at))) {
+    let elsewhere = installed::of_this_user_by_the_system(places.scope);
+    let others = present.services.iter().chain(&elsewhere).filter(|other| other.name != wanted.name);
+    let mut asked = others.filter_map(|other| Some((other, other.forwarder()?.options.metrics()?)));
+    if let Some((other, _)) = asked.find(|(_, at)| same(&endpoint, at)) {
         return Err(Failure::Usage(format!(
             "--metrics {text}: those of {} are there; give each service an address of its own",
             other.name
         ))
         .into());
     }
-    if known.is_some_and(|known| known.option("metrics") == Some(text)) {
+    if installed.is_some_and(|installed| installed.option("metrics") == Some(text)) {
         return Ok(());
     }
     let external = match &endpoint {
@@ -50,10 +57,10 @@ pub(super) fn check(activated: &Installed, known: Option<&Installed>, places: &P
         None => Ok(()),
         Some(Trouble::Forbidden(why)) => Err(Failure::NotPermitted(format!("--metrics: {why}")).into()),
         Some(Trouble::InTheWay(why)) => anyhow::bail!("--metrics: {why} (nothing was changed)"),
-        Some(Trouble::Taken(owner)) => {
+        Some(Trouble::Taken(holder)) => {
             anyhow::bail!(
                 "--metrics {text} is taken {}; give another address (nothing was changed)",
-                owner.who(None)
+                holder.who(None)
             )
         }
     }
@@ -75,22 +82,22 @@ fn folder(path: &Path) -> anyhow::Result<()> {
 }
 
 /// Do both want the same address?
-fn same(endpoint: &Endpoint, other: &str) -> bool {
-    match (endpoint, other.parse()) {
-        (Endpoint::Tcp(one), Ok(Endpoint::Tcp(other))) => {
+fn same(endpoint: &Endpoint, other: &Endpoint) -> bool {
+    match (endpoint, other) {
+        (Endpoint::Tcp(one), Endpoint::Tcp(other)) => {
             let everywhere = one.ip().is_unspecified() || other.ip().is_unspecified();
             one.port() != 0 && one.port() == other.port() && (one.ip() == other.ip() || everywhere)
         }
-        (Endpoint::Unix(one), Ok(Endpoint::Unix(other))) => *one == other,
+        (Endpoint::Unix(one), Endpoint::Unix(other)) => one == other,
         _ => false,
     }
 }
 
-fn clashes(endpoint: &Endpoint, external: &str) -> bool {
-    match (endpoint, external.parse()) {
-        (Endpoint::Tcp(address), Ok(External::Port(port))) => address.port() == port,
-        (_, Ok(External::Address(other))) => same(endpoint, &other.to_string()),
-        (Endpoint::Unix(path), Ok(External::Path(other))) => *path == other,
+fn clashes(endpoint: &Endpoint, external: &External) -> bool {
+    match (endpoint, external) {
+        (Endpoint::Tcp(address), External::Port(port)) => address.port() == *port,
+        (_, External::Address(other)) => same(endpoint, &Endpoint::Tcp(*other)),
+        (Endpoint::Unix(path), External::Path(other)) => path == other,
         _ => false,
     }
 }
@@ -101,7 +108,8 @@ mod tests {
 
     #[test]
     fn an_address_is_for_one() {
-        let clash = |endpoint: &str, external: &str| clashes(&endpoint.parse().unwrap(), external);
+        let clash =
+            |endpoint: &str, external: &str| clashes(&endpoint.parse().unwrap(), &external.parse().unwrap());
         assert!(clash("127.0.0.1:80", "80") && clash("127.0.0.1:80", "127.0.0.1:80"));
         assert!(clash("127.0.0.1:80", "0.0.0.0:80") && clash("0.0.0.0:80", "127.0.0.1:80"));
         assert!(clash("/run/x", "/run/x"));

@@ -9,7 +9,6 @@ use super::plan::Paths;
 use crate::exit::Failure;
 use crate::installed::Installed;
 use crate::systemd::scope::RuntimeScope;
-use crate::systemd::unit_file::UnitFile;
 
 /// The program that runs now, by its own path: `bro-activate` may be a link to it.
 pub(super) fn path(places: &Paths) -> anyhow::Result<PathBuf> {
@@ -26,20 +25,9 @@ pub(super) fn path(places: &Paths) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-/// The path that units were written with.
-pub(crate) fn written(activated: &Installed) -> PathBuf {
-    let text = activated
-        .service_file
-        .as_ref()
-        .and_then(|path| std::fs::read_to_string(path).ok())
-        .unwrap_or_default();
-    let command = UnitFile::parse(&text).words("Service", "ExecStart");
-    command.first().map(|program| program.replace("%%", "%").into()).unwrap_or_default()
-}
-
 /// The user that the forwarder runs as has to be able to execute it.
-pub(super) fn check(activated: &Installed, places: &Paths) -> anyhow::Result<()> {
-    let Some(owner) = activated.run_as.as_ref().filter(|_| places.root.is_none()) else { return Ok(()) };
+pub(super) fn check(wanted: &Installed, places: &Paths) -> anyhow::Result<()> {
+    let Some(owner) = wanted.run_as.as_ref().filter(|_| places.root.is_none()) else { return Ok(()) };
     let path = std::env::current_exe().context("cannot tell where bro itself is")?;
     let may = {
         let _acting = owner.act()?;

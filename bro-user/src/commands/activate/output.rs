@@ -7,7 +7,7 @@ use super::plan::Paths;
 use super::transaction::Change;
 use crate::address::External;
 use crate::exit::on_one_line;
-use crate::installed::Installed;
+use crate::installed::{Installed, Mode};
 use crate::run_as;
 use crate::systemd::scope::RuntimeScope;
 use crate::units::File;
@@ -48,19 +48,19 @@ fn list(out: &mut impl std::io::Write, changes: &[Change]) -> std::io::Result<()
 }
 
 pub(super) fn activated(
-    activated: &Installed,
+    wanted: &Installed,
     changes: &[Change],
     outcome: Applied,
     places: &Paths,
 ) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    let name = &activated.name;
+    let name = &wanted.name;
     if outcome == Applied::Nothing {
         writeln!(out, "nothing to do: {name} is activated just so")?;
         return Ok(());
     }
     list(&mut out, changes)?;
-    let (systemctl, journalctl) = match activated.scope {
+    let (systemctl, journalctl) = match wanted.scope {
         RuntimeScope::System => ("systemctl", "journalctl"),
         RuntimeScope::User => ("systemctl --user", "journalctl --user"),
     };
@@ -73,45 +73,44 @@ pub(super) fn activated(
         return Ok(());
     }
     if outcome == Applied::Stopped {
-        stopped(&mut out, &activated.unit)?;
+        stopped(&mut out, &wanted.unit)?;
     }
-    for listener in &activated.listeners {
-        let target = match &listener.target {
-            Some(target) => format!(
-                ", for {target} in {}",
-                activated.container.as_deref().unwrap_or("the host's network")
-            ),
-            None => format!(", for {} itself", activated.unit),
+    for listener in &wanted.listeners {
+        let target = match &listener.internal {
+            Some(target) => {
+                format!(", for {target} in {}", wanted.container().unwrap_or("the host's network"))
+            }
+            None => format!(", for {} itself", wanted.unit),
         };
-        writeln!(out, "{} listens at {}{target}", listener.socket, listener.address)?;
+        writeln!(out, "{} listens at {}{target}", listener.socket.name, listener.external)?;
     }
     if outcome == Applied::Restarted
-        && let Some(unit) = activated.service()
+        && let Some(unit) = wanted.service()
     {
         writeln!(out, "{unit} had no client, and was restarted with the new settings")?;
     }
     if outcome == Applied::OldForwarder {
-        let unit = activated.service().unwrap_or_else(|| activated.unit.clone());
+        let unit = wanted.runner();
         writeln!(
             out,
             "{unit} runs, with the settings from before; they change when it starts the next time, or now: {systemctl} \
              restart {unit}"
         )?;
     }
-    if activated.direct {
+    if let Mode::Direct(_) = wanted.mode {
         writeln!(
             out,
             "{} is not stopped when it is idle: with --direct there is no forwarder that could",
-            activated.unit
+            wanted.unit
         )?;
     }
     writeln!(out, "\nTry it:")?;
-    for line in tries(activated) {
+    for line in tries(wanted) {
         writeln!(out, "    {line}")?;
     }
-    let log = activated.service().unwrap_or_else(|| activated.unit.clone());
+    let log = wanted.runner();
     writeln!(out, "    {journalctl} --unit {log} --follow")?;
-    if let Some(owner) = activated.run_as.as_ref().filter(|owner| !owner.lingers()) {
+    if let Some(owner) = wanted.run_as.as_ref().filter(|owner| !owner.lingers()) {
         writeln!(
             out,
             "\n{0}'s services, and with them the container, are stopped when {0} logs out. To keep them: loginctl enable-linger \
@@ -119,7 +118,7 @@ pub(super) fn activated(
             owner.name
         )?;
     }
-    if activated.scope == RuntimeScope::User && !lingers() {
+    if wanted.scope == RuntimeScope::User && !lingers() {
         writeln!(
             out,
             "\nIt listens while you are logged in. To have it listen always: loginctl enable-linger"
@@ -132,15 +131,15 @@ fn stopped(out: &mut impl std::io::Write, unit: &str) -> std::io::Result<()> {
     writeln!(out, "{unit} was stopped: it held the socket")
 }
 
-fn tries(activated: &Installed) -> Vec<String> {
-    let try_one = |address: &str| {
-        Some(match address.parse::<External>().ok()? {
+fn tries(wanted: &Installed) -> Vec<String> {
+    let try_one = |external: &External| {
+        Some(match external {
             External::Path(path) => format!("curl --unix-socket {} http://localhost/", path.display()),
             External::Abstract(name) => format!("curl --abstract-unix-socket {name} http://localhost/"),
             tcp => format!("curl http://{}/", tcp.local()?),
         })
     };
-    activated.listeners.iter().filter_map(|listener| try_one(&listener.address)).collect()
+    wanted.listeners.iter().filter_map(|listener| try_one(&listener.external)).collect()
 }
 
 fn lingers() -> bool {
@@ -148,19 +147,19 @@ fn lingers() -> bool {
     user.is_some_and(|user| run_as::lingers(&user.name))
 }
 
-pub(super) fn removed(known: &Installed, changes: &[Change], left: Left) -> anyhow::Result<()> {
+pub(super) fn removed(installed: &Installed, changes: &[Change], left: Left) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     list(&mut out, changes)?;
     if left == Left::Stopped {
-        stopped(&mut out, &known.unit)?;
+        stopped(&mut out, &installed.unit)?;
     }
     if left == Left::Awake {
-        let systemctl = match (&known.run_as, known.scope) {
+        let systemctl = match (&installed.run_as, installed.scope) {
             (Some(owner), _) => format!("systemctl --user --machine {}@", owner.name),
             (None, RuntimeScope::User) => "systemctl --user".to_owned(),
             (None, RuntimeScope::System) => "systemctl".to_owned(),
         };
-        writeln!(out, "{} still runs; to stop it: {systemctl} stop {}", known.unit, known.unit)?;
+        writeln!(out, "{} still runs; to stop it: {systemctl} stop {}", installed.unit, installed.unit)?;
     }
     Ok(())
 }

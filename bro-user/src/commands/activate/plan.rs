@@ -5,10 +5,13 @@ use std::path::PathBuf;
 use bro_relay::target::Target;
 use clap::ValueEnum;
 
+use super::executable;
 use crate::address::{External, Internal};
-use crate::cli::{Activate, Direct};
+use crate::cli::{self, Activate};
 use crate::exit::Failure;
-use crate::installed::{Installed, InstalledPort};
+use crate::installed::{
+    ForwardOptions, Forwarder, Installed, InstalledPort, Mode, SocketUnit, Takeover, Way, pause_unit_of,
+};
 use crate::paths;
 use crate::podman::quadlet::{self, Kind, Quadlet};
 use crate::run_as::RunAsUser;
@@ -16,7 +19,7 @@ use crate::service::readiness::Ready;
 use crate::systemd::calendar::DailySpans;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::time_span::TimeSpan;
-use crate::units::{self, DropIn, RESTRICTED};
+use crate::units::DropIn;
 
 /// How long a container stays up without a connection, by default.
 const IDLE: &str = "5min";
@@ -66,7 +69,7 @@ pub(crate) const HANDED_ON: [HandedOn; 33] = [
 /// What is wanted.
 #[derive(Debug)]
 pub(super) struct Wanted {
-    pub activated: Installed,
+    pub service: Installed,
     pub quadlet: Quadlet,
     pub drop_in: DropIn,
     /// Podman's own dependency on the network is there.
@@ -88,18 +91,27 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
     Failure::Usage(text.into()).into()
 }
 
+/// The quadlet, as it was found.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub quadlet: Quadlet,
+    /// The pod that it is part of, if that is there: its network is the container's.
+    pub pod: Option<Quadlet>,
+}
+
 /// Puts `Wanted` together.
 pub(super) fn wanted(
     options: &Activate,
-    quadlet: &Quadlet,
-    known: Option<&Installed>,
+    Found { quadlet, pod }: &Found,
+    installed: Option<&Installed>,
     run_as: Option<RunAsUser>,
     places: &Paths,
 ) -> anyhow::Result<Wanted> {
     if let Some(Ready::Exec(command)) = &options.ready {
         crate::address::one_line(command).map_err(|reason| usage(format!("--ready=exec: {reason}")))?;
     }
-    let direct = direct(options, known)?;
+    let way = takeover(options, quadlet, installed)?;
+    let direct = way.is_some();
     if run_as.is_some() && direct {
         return Err(usage(
             "--run-as does not go with --direct: Podman passes on only the sockets of the manager that starts it, and that is the \
@@ -108,68 +120,42 @@ pub(super) fn wanted(
     }
     check_names(quadlet)?;
     super::preflight::check(quadlet, direct)?;
-    let pod = super::preflight::pod_of(quadlet, run_as.as_ref(), places);
     let mut warnings = Vec::new();
     let network = Network::of(quadlet);
-    let nginx = direct && takes_nginx_way(options, quadlet, known);
-    let container = match (direct, &options.container, known) {
-        (true, _, _) => None,
-        (false, Some(given), _) => Some(given.clone()),
-        (false, None, Some(known)) if known.container_given => known.container.clone(),
-        (false, None, _) if network == Network::Host => None,
-        (false, None, _) => match &quadlet.container {
-            Ok(name) => {
-                let file = quadlet.file_name();
-                Some(crate::address::container(name).map_err(|reason| usage(format!("{file}: {reason}")))?)
-            }
-            Err(reason) => return Err(usage(reason.clone())),
-        },
+    let mode = match way {
+        Some(way) => Mode::Direct(taken_over(way, options, quadlet, installed, places, &network)?),
+        None => Mode::Forward(forwarder(options, quadlet, installed, places, &network)?),
     };
-    let restricted =
-        options.restrict_network || known.is_some_and(|known| known.option(RESTRICTED).is_some());
-    if restricted {
-        check_restricted(direct, &network, quadlet)?;
-    }
-    let checks_health = container.is_some()
-        && quadlet.kind == Kind::Container
-        && quadlet.value("HealthCmd").is_some_and(|command| !["", "none"].contains(&command));
-    let mut activated = Installed {
-        name: quadlet.name.clone(),
-        scope: places.scope,
+    let mut wanted = Installed {
         run_as,
-        quadlet: paths::unrooted(&quadlet.path, places.root.as_deref()),
-        unit: quadlet.unit.clone(),
-        container_given: !direct
-            && (options.container.is_some() || known.is_some_and(|known| known.container_given)),
-        container,
-        direct,
-        socket_file: PathBuf::new(),
-        service_file: (!direct).then(|| places.units.join(format!("{}-activator.service", quadlet.name))),
-        listeners: listeners(options, quadlet, known, places, &network, (direct, nginx))?,
-        options: if direct { way(nginx, restricted) } else { handed_on(options, checks_health, known) },
-        drop_in: None,
-        pause_unit: None,
-        made: known.map(|known| known.made.clone()).unwrap_or_default(),
+        listeners: listeners(options, quadlet, installed, places, &network, way)?,
+        made: installed.map(|installed| installed.made.clone()).unwrap_or_default(),
+        ..Installed::new(
+            &*quadlet.name,
+            places.scope,
+            paths::unrooted(&quadlet.path, places.root.as_deref()),
+            quadlet.unit.clone(),
+            mode,
+        )
     };
-    activated.socket_file.clone_from(&activated.listeners[0].file);
-    if direct {
-        check_direct(quadlet, nginx, &mut warnings)?;
+    if let Some(way) = way {
+        check_direct(quadlet, way, &mut warnings)?;
     }
-    if activated.option("accept-proxy") == Some("true") && activated.option("trusted").is_none() {
+    if wanted.option("accept-proxy") == Some("true") && wanted.option("trusted").is_none() {
         return Err(usage(
             "--accept-proxy needs --trusted: who may say in a header who the client is, such as --trusted=10.0.0.5",
         ));
     }
-    check_local_clients(&activated)?;
-    check_ready(&activated, quadlet, &mut warnings)?;
-    check_freeze(&activated, quadlet, &mut warnings)?;
-    check_host_network(&activated, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
-    let drop_in = drop_in(quadlet, &activated, &network, nginx);
+    check_local_clients(&wanted)?;
+    check_ready(&wanted, quadlet, &mut warnings)?;
+    check_freeze(&wanted, quadlet, &mut warnings)?;
+    check_host_network(&wanted, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
+    let drop_in = drop_in(quadlet, &wanted, &network);
     if !drop_in.is_empty() {
         let directory = quadlet::drop_in_directory(
             quadlet,
             places.scope,
-            activated.run_as.as_ref(),
+            wanted.run_as.as_ref(),
             places.root.as_deref(),
         )?;
         let file = match quadlet.name.split_once('@').filter(|_| quadlet.is_shared()) {
@@ -177,12 +163,9 @@ pub(super) fn wanted(
             Some((_, instance)) => format!("50-bro-activator-{instance}.conf"),
             None => "50-bro-activator.conf".to_owned(),
         };
-        activated.drop_in = Some(directory.join(file));
+        wanted.drop_in = Some(directory.join(file));
     }
-    if restricted {
-        activated.pause_unit = Some(places.units.join(units::pause_unit(&activated.name)));
-    }
-    warn_of_ports(quadlet, &activated, &mut warnings);
+    warn_of_ports(quadlet, &wanted, &mut warnings);
     warn_of_install(quadlet, &mut warnings);
     if let Some(pod) = quadlet.value("Pod").filter(|_| quadlet.kind == Kind::Container) {
         warnings.push(format!(
@@ -193,27 +176,109 @@ pub(super) fn wanted(
     }
     let own_word = quadlet.file.boolean("Quadlet", "DefaultDependencies");
     let waits_for_network =
-        activated.unit_scope() == RuntimeScope::User && !drop_in.no_network && own_word != Some(false);
-    Ok(Wanted { activated, quadlet: quadlet.clone(), drop_in, waits_for_network, warnings })
+        wanted.unit_scope() == RuntimeScope::User && !drop_in.no_network && own_word != Some(false);
+    Ok(Wanted { service: wanted, quadlet: quadlet.clone(), drop_in, waits_for_network, warnings })
 }
 
-fn direct(options: &Activate, known: Option<&Installed>) -> anyhow::Result<bool> {
-    let Some(known) = known else { return Ok(options.direct.is_some()) };
-    let name = &known.name;
-    let forwarders_own = options.internal_port.is_some()
-        || options.container.is_some()
-        || options.network.is_some()
-        || HANDED_ON.iter().any(|(_, said)| said(options).is_some());
-    match (known.direct, options.direct.is_some()) {
-        (false, true) => Err(usage(format!(
-            "{name} is activated with a forwarder; to change that, run `bro activate {name} --remove` first"
-        ))),
-        (true, false) if forwarders_own => Err(usage(format!(
-            "{name} is activated with --direct, where there is no forwarder that could do that; to change it, run `bro \
-             activate {name} --remove` first"
-        ))),
-        (direct, _) => Ok(direct),
+/// How the container takes its sockets over, if it does; what is installed keeps its mode.
+fn takeover(
+    options: &Activate,
+    quadlet: &Quadlet,
+    installed: Option<&Installed>,
+) -> anyhow::Result<Option<Way>> {
+    let before = match installed {
+        None => None,
+        Some(Installed { name, mode: Mode::Forward(_), .. }) => {
+            if options.direct.is_some() {
+                return Err(usage(format!(
+                    "{name} is activated with a forwarder; to change that, run `bro activate {name} --remove` first"
+                )));
+            }
+            return Ok(None);
+        }
+        Some(Installed { name, mode: Mode::Direct(takeover), .. }) => {
+            let forwarders_own = options.internal_port.is_some()
+                || options.container.is_some()
+                || options.network.is_some()
+                || HANDED_ON.iter().any(|(_, said)| said(options).is_some());
+            if options.direct.is_none() && forwarders_own {
+                return Err(usage(format!(
+                    "{name} is activated with --direct, where there is no forwarder that could do that; to change it, run `bro \
+                     activate {name} --remove` first"
+                )));
+            }
+            Some(takeover.way)
+        }
+    };
+    Ok(match (options.direct, before) {
+        (None, before) => before,
+        (Some(cli::Direct::Nginx), _) => Some(Way::Nginx),
+        (Some(cli::Direct::ListenFds), _) => Some(Way::ListenFds),
+        (Some(cli::Direct::Auto), _) if quadlet.is_nginx() => Some(Way::Nginx),
+        (Some(cli::Direct::Auto), _) => Some(Way::ListenFds),
+    })
+}
+
+fn taken_over(
+    way: Way,
+    options: &Activate,
+    quadlet: &Quadlet,
+    installed: Option<&Installed>,
+    places: &Paths,
+    network: &Network,
+) -> anyhow::Result<Takeover> {
+    let before = installed.and_then(|installed| match &installed.mode {
+        Mode::Direct(takeover) => takeover.pause_unit.as_ref(),
+        Mode::Forward(_) => None,
+    });
+    let restricted = options.restrict_network || before.is_some();
+    if restricted && *network != Network::None {
+        return Err(usage(format!(
+            "--restrict-network needs a container without a network; add Network=none to {}",
+            quadlet.file_name()
+        )));
     }
+    let pause_unit = restricted.then(|| places.units.join(pause_unit_of(&quadlet.name)));
+    Ok(Takeover { way, pause_unit })
+}
+
+fn forwarder(
+    options: &Activate,
+    quadlet: &Quadlet,
+    installed: Option<&Installed>,
+    places: &Paths,
+    network: &Network,
+) -> anyhow::Result<Forwarder> {
+    let before = installed.and_then(Installed::forwarder);
+    let given = before.filter(|before| before.container_given);
+    let container = match (&options.container, given) {
+        (Some(given), _) => Some(given.clone()),
+        (None, Some(before)) => before.container.clone(),
+        (None, None) if *network == Network::Host => None,
+        (None, None) => match &quadlet.container {
+            Ok(name) => {
+                let file = quadlet.file_name();
+                Some(crate::address::container(name).map_err(|reason| usage(format!("{file}: {reason}")))?)
+            }
+            Err(reason) => return Err(usage(reason.clone())),
+        },
+    };
+    if options.restrict_network {
+        return Err(usage(
+            "--restrict-network is for --direct: a forwarder makes its connections in the container's network, and is confined \
+             without a word",
+        ));
+    }
+    let checks_health = container.is_some()
+        && quadlet.kind == Kind::Container
+        && quadlet.value("HealthCmd").is_some_and(|command| !["", "none"].contains(&command));
+    Ok(Forwarder {
+        service_file: places.units.join(format!("{}-activator.service", quadlet.name)),
+        program: executable::path(places)?,
+        container,
+        container_given: options.container.is_some() || given.is_some(),
+        options: handed_on(options, checks_health, before),
+    })
 }
 
 /// The quadlet may say anything; its names have to fit into units.
@@ -250,8 +315,8 @@ fn listed<T: ToString>(all: &[T]) -> String {
     all.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-fn handed_on(options: &Activate, checks_health: bool, known: Option<&Installed>) -> Vec<(String, String)> {
-    let before = |name: &str| known.and_then(|known| known.option(name)).map(str::to_owned);
+fn handed_on(options: &Activate, checks_health: bool, installed: Option<&Forwarder>) -> ForwardOptions {
+    let before = |name: &str| installed.and_then(|before| before.options.get(name)).map(str::to_owned);
     let value = |(name, said): &HandedOn| {
         let value = said(options).or_else(|| before(name));
         let value = match *name {
@@ -271,15 +336,15 @@ fn handed_on(options: &Activate, checks_health: bool, known: Option<&Installed>)
 fn listeners(
     options: &Activate,
     quadlet: &Quadlet,
-    known: Option<&Installed>,
+    installed: Option<&Installed>,
     places: &Paths,
     network: &Network,
-    (direct, nginx): (bool, bool),
+    way: Option<Way>,
 ) -> anyhow::Result<Vec<InstalledPort>> {
     let name = &quadlet.name;
     let service = options.service_name.clone().unwrap_or_else(|| name.clone());
-    let mut listeners = known.map(|known| known.listeners.clone()).unwrap_or_default();
-    if known.is_none() && service != *name {
+    let mut listeners = installed.map(|installed| installed.listeners.clone()).unwrap_or_default();
+    if installed.is_none() && service != *name {
         return Err(usage(format!(
             "{name} is not activated yet; do that first, without --service-name, and then add “{service}”"
         )));
@@ -287,30 +352,33 @@ fn listeners(
     let before = listeners.iter().find(|listener| listener.service == service).cloned();
     let external = match (&options.external_port, &before) {
         (Some(external), _) => external.clone(),
-        (None, Some(before)) => before.address.parse()?,
+        (None, Some(before)) => before.external.clone(),
         (None, None) => {
             return Err(usage("say where clients are to connect: --external-port [ADDR:]PORT"));
         }
     };
     let external = match external {
         // nginx's `listen 80;` is IPv4 only, and nginx takes over only a socket of exactly its address.
-        External::Port(port) if nginx => External::Address((std::net::Ipv4Addr::UNSPECIFIED, port).into()),
+        External::Port(port) if way == Some(Way::Nginx) => {
+            External::Address((std::net::Ipv4Addr::UNSPECIFIED, port).into())
+        }
         external => external,
     };
-    let target =
-        if direct { None } else { Some(target(options, before.as_ref(), &external, quadlet, network)?) };
+    let internal = match way {
+        Some(_) => None,
+        None => Some(internal(options, before.as_ref(), &external, quadlet, network)?),
+    };
     let stem = quadlet.unit.strip_suffix(".service").unwrap_or(&quadlet.unit);
-    let socket = match (direct, service == *name) {
+    let socket = match (way.is_some(), service == *name) {
         (false, true) => format!("{name}-activator.socket"),
         (false, false) => format!("{name}-{service}-activator.socket"),
         (true, true) => format!("{stem}.socket"),
         (true, false) => format!("{stem}-{service}.socket"),
     };
     let listener = InstalledPort {
-        file: places.units.join(&socket),
-        socket,
-        address: external.to_string(),
-        target,
+        socket: SocketUnit::new(socket, &places.units),
+        external: external.clone(),
+        internal,
         backlog: options.backlog.or_else(|| before.as_ref().and_then(|before| before.backlog)),
         device: options
             .bind_to_device
@@ -331,16 +399,17 @@ fn listeners(
             )
         }));
     }
-    if let Some(other) =
-        listeners.iter().find(|other| other.service != listener.service && other.address == listener.address)
+    if let Some(other) = listeners
+        .iter()
+        .find(|other| other.service != listener.service && other.external == listener.external)
     {
         return Err(usage(format!(
             "{} is the address of “{}” already; give “{}” another --external-port",
-            other.address, other.service, listener.service
+            other.external, other.service, listener.service
         )));
     }
-    match listeners.iter_mut().find(|known| known.service == listener.service) {
-        Some(known) => *known = listener,
+    match listeners.iter_mut().find(|installed| installed.service == listener.service) {
+        Some(installed) => *installed = listener,
         None => listeners.push(listener),
     }
     // In the order in which they are read back.
@@ -348,27 +417,27 @@ fn listeners(
     Ok(listeners)
 }
 
-fn target(
+fn internal(
     options: &Activate,
     before: Option<&InstalledPort>,
     external: &External,
     quadlet: &Quadlet,
     network: &Network,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<Target> {
     let host = match &options.network {
         Some(name) => Some(network.address(name, quadlet)?),
         None => None,
     };
     let at = |port: u16| Target::Tcp { host: host.clone().unwrap_or_else(|| "127.0.0.1".to_owned()), port };
     Ok(match (&options.internal_port, before) {
-        (Some(Internal::Target(target)), _) => target.to_string(),
-        (Some(Internal::Port(port)), _) => at(*port).to_string(),
-        (None, Some(InstalledPort { target: Some(before), .. })) => match (&host, before.parse()) {
-            (Some(_), Ok(Target::Tcp { port, .. })) => at(port).to_string(),
+        (Some(Internal::Target(target)), _) => target.clone(),
+        (Some(Internal::Port(port)), _) => at(*port),
+        (None, Some(InstalledPort { internal: Some(before), .. })) => match (&host, before) {
+            (Some(_), Target::Tcp { port, .. }) => at(*port),
             _ => before.clone(),
         },
         (None, _) => match external.port() {
-            Some(port) => at(port).to_string(),
+            Some(port) => at(port),
             None => {
                 return Err(usage(
                     "clients connect to a unix socket, so say where the service listens: --internal-port [ADDR:]PORT",
@@ -445,41 +514,7 @@ impl Network {
     }
 }
 
-fn takes_nginx_way(options: &Activate, quadlet: &Quadlet, known: Option<&Installed>) -> bool {
-    match (options.direct, known.and_then(|known| known.option("direct"))) {
-        (Some(Direct::Nginx), _) | (None, Some("nginx")) => true,
-        (Some(Direct::ListenFds), _) | (None, Some(_)) => false,
-        (Some(Direct::Auto) | None, _) => quadlet.is_nginx(),
-    }
-}
-
-/// Noted, so that a later run without `--direct=` keeps to it.
-fn way(nginx: bool, restricted: bool) -> Vec<(String, String)> {
-    let mut way = vec![("direct".to_owned(), if nginx { "nginx" } else { "listen-fds" }.to_owned())];
-    if restricted {
-        way.push((RESTRICTED.to_owned(), "yes".to_owned()));
-    }
-    way
-}
-
-/// May this container be cut off from the network?
-fn check_restricted(direct: bool, network: &Network, quadlet: &Quadlet) -> anyhow::Result<()> {
-    if !direct {
-        return Err(usage(
-            "--restrict-network is for --direct: a forwarder makes its connections in the container's network, and is confined \
-             without a word",
-        ));
-    }
-    if *network != Network::None {
-        return Err(usage(format!(
-            "--restrict-network needs a container without a network; add Network=none to {}",
-            quadlet.file_name()
-        )));
-    }
-    Ok(())
-}
-
-fn check_direct(quadlet: &Quadlet, nginx: bool, warnings: &mut Vec<String>) -> anyhow::Result<()> {
+fn check_direct(quadlet: &Quadlet, way: Way, warnings: &mut Vec<String>) -> anyhow::Result<()> {
     let file = quadlet.file_name();
     if quadlet.kind != Kind::Container {
         return Err(usage(format!(
@@ -499,7 +534,7 @@ fn check_direct(quadlet: &Quadlet, nginx: bool, warnings: &mut Vec<String>) -> a
              that connects inside fails and the unit never becomes active"
         ));
     }
-    if nginx {
+    if way == Way::Nginx {
         warnings.push(
             "nginx takes over only a socket of exactly the address that its configuration listens on, port included; with any \
              other it listens inside the container, where no client comes"
@@ -510,9 +545,9 @@ fn check_direct(quadlet: &Quadlet, nginx: bool, warnings: &mut Vec<String>) -> a
 }
 
 /// The forwarder would refuse to start.
-fn check_local_clients(activated: &Installed) -> anyhow::Result<()> {
-    let asked = activated.option("local-clients").is_some_and(|clients| clients != "off");
-    if asked && matches!(activated.option("relay"), Some("splice" | "copy")) {
+fn check_local_clients(wanted: &Installed) -> anyhow::Result<()> {
+    let asked = wanted.option("local-clients").is_some_and(|clients| clients != "off");
+    if asked && matches!(wanted.option("relay"), Some("splice" | "copy")) {
         return Err(usage(
             "--local-clients is part of the kernel relay: use --relay=auto or sockmap with it",
         ));
@@ -520,8 +555,8 @@ fn check_local_clients(activated: &Installed) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn check_freeze(activated: &Installed, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
-    if activated.option("freeze") != Some("true") {
+fn check_freeze(wanted: &Installed, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
+    if !wanted.forwarder().is_some_and(|forwarder| forwarder.options.freezes()) {
         return Ok(());
     }
     let file = quadlet.file_name();
@@ -539,26 +574,26 @@ fn check_freeze(activated: &Installed, quadlet: &Quadlet, warnings: &mut Vec<Str
     Ok(())
 }
 
-fn check_ready(activated: &Installed, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
-    if let Some(way) = activated.option("ready").and_then(|way| way.parse::<Ready>().ok()) {
-        let targets = activated.listeners.iter().filter_map(|listener| listener.target.as_deref());
-        for target in targets.filter_map(|target| target.parse::<Target>().ok()) {
-            if let Some(refusal) = way.refusal(&target) {
-                return Err(usage(refusal));
-            }
+fn check_ready(wanted: &Installed, quadlet: &Quadlet, warnings: &mut Vec<String>) -> anyhow::Result<()> {
+    let Some(forwarder) = wanted.forwarder() else { return Ok(()) };
+    let ready = forwarder.options.ready();
+    if let Some(way) = &ready {
+        let targets = wanted.listeners.iter().filter_map(|listener| listener.internal.as_ref());
+        if let Some(refusal) = targets.filter_map(|target| way.refusal(target)).next() {
+            return Err(usage(refusal));
         }
     }
-    if activated.option("ready") != Some("healthy") {
+    if ready != Some(Ready::Healthy) {
         return Ok(());
     }
     let file = quadlet.file_name();
-    if activated.container.is_none() {
+    if forwarder.container.is_none() {
         return Err(usage(format!(
             "--ready=healthy needs --container, whose health check it is; {file} uses the host's network"
         )));
     }
     match quadlet.kind {
-        Kind::Pod if !activated.container_given => Err(usage(format!(
+        Kind::Pod if !forwarder.container_given => Err(usage(format!(
             "--ready=healthy follows a container's health check, and {file} has none; name one of its containers by --container"
         ))),
         Kind::Container if quadlet.value("HealthCmd") == Some("none") => Err(usage(format!(
@@ -575,17 +610,13 @@ fn check_ready(activated: &Installed, quadlet: &Quadlet, warnings: &mut Vec<Stri
 }
 
 /// With `Network=host` the service itself takes its port on the host.
-fn check_host_network(activated: &Installed, network: &Network) -> anyhow::Result<()> {
-    if *network != Network::Host || activated.direct {
+fn check_host_network(wanted: &Installed, network: &Network) -> anyhow::Result<()> {
+    if *network != Network::Host || wanted.forwarder().is_none() {
         return Ok(());
     }
-    for listener in &activated.listeners {
-        let (Ok(external), Some(Ok(Target::Tcp { port, .. }))) =
-            (listener.address.parse::<External>(), listener.target.as_ref().map(|target| target.parse()))
-        else {
-            continue;
-        };
-        if external.port() == Some(port) {
+    for InstalledPort { external, internal, .. } in &wanted.listeners {
+        let Some(Target::Tcp { port, .. }) = internal else { continue };
+        if external.port() == Some(*port) {
             return Err(usage(format!(
                 "the container uses the host's network, so its service itself takes port {port}; give another --external-port, \
                  or another network to the container"
@@ -595,26 +626,28 @@ fn check_host_network(activated: &Installed, network: &Network) -> anyhow::Resul
     Ok(())
 }
 
-fn drop_in(quadlet: &Quadlet, activated: &Installed, network: &Network, nginx: bool) -> DropIn {
+fn drop_in(quadlet: &Quadlet, wanted: &Installed, network: &Network) -> DropIn {
     let own_word = quadlet.file.value("Quadlet", "DefaultDependencies").is_some();
-    DropIn {
-        no_network: quadlet.kind == Kind::Container && *network == Network::None && !own_word,
-        sockets: if activated.direct {
-            activated.listeners.iter().map(|listener| listener.socket.clone()).collect()
-        } else {
-            Vec::new()
-        },
-        nginx,
-        never_notifies: nginx && quadlet.value("Notify").is_some_and(|notify| notify != "healthy"),
+    let no_network = quadlet.kind == Kind::Container && *network == Network::None && !own_word;
+    match &wanted.mode {
+        Mode::Forward(_) => DropIn { no_network, ..DropIn::default() },
+        Mode::Direct(takeover) => {
+            let nginx = takeover.way == Way::Nginx;
+            DropIn {
+                no_network,
+                sockets: wanted.listeners.iter().map(|listener| listener.socket.name.clone()).collect(),
+                nginx,
+                never_notifies: nginx && quadlet.value("Notify").is_some_and(|notify| notify != "healthy"),
+            }
+        }
     }
 }
 
-fn warn_of_ports(quadlet: &Quadlet, activated: &Installed, warnings: &mut Vec<String>) {
+fn warn_of_ports(quadlet: &Quadlet, wanted: &Installed, warnings: &mut Vec<String>) {
     let file = quadlet.file_name();
-    let listeners = activated.listeners.iter();
-    let taken: Vec<External> = listeners.filter_map(|listener| listener.address.parse().ok()).collect();
     for publish in quadlet.values("PublishPort") {
-        let clash = taken.iter().find(|external| super::publish_port::clashes(publish, external));
+        let mut taken = wanted.listeners.iter().map(|listener| &listener.external);
+        let clash = taken.find(|external| super::publish_port::clashes(publish, external));
         warnings.push(match clash.and_then(External::port) {
             Some(port) => {
                 format!("{}; remove that line", super::publish_port::sentence(publish, port, quadlet))

@@ -1,8 +1,9 @@
-//! What a quadlet says that excludes activation.
+//! What excludes activation: words of the quadlet, and what is activated already.
 
-use super::plan::Paths;
+use super::present::Present;
 use crate::exit::Failure;
-use crate::podman::quadlet::{self, Kind, Quadlet};
+use crate::installed::{self, Installed};
+use crate::podman::quadlet::Quadlet;
 use crate::run_as::RunAsUser;
 
 /// Refuses a unit that systemd would never start for bro, or that would never be there.
@@ -35,8 +36,34 @@ pub(super) fn check(quadlet: &Quadlet, direct: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The pod of a container, if it is part of one that is there: its network is the container's.
-pub(super) fn pod_of(quadlet: &Quadlet, owner: Option<&RunAsUser>, places: &Paths) -> Option<Quadlet> {
-    let pod = quadlet.value("Pod").filter(|_| quadlet.kind == Kind::Container)?;
-    quadlet::find(pod, places.scope, owner, places.root.as_deref()).ok()
+/// Refuses to take the units of what is activated already for something else.
+pub(super) fn fits(
+    installed: Option<&Installed>,
+    owner: Option<&RunAsUser>,
+    quadlet: &Quadlet,
+    present: &Present,
+) -> anyhow::Result<()> {
+    let Some(installed) = installed else {
+        // A first run that was killed may have left the first port's socket, which is written again.
+        return match present.units.leftover(&quadlet.name) {
+            Some(rest) if !rest.is_only_its_first_socket() => Err(installed::in_part(&rest).into()),
+            _ => Ok(()),
+        };
+    };
+    let name = &installed.name;
+    if installed.quadlet.extension() != quadlet.path.extension() {
+        return Err(Failure::Usage(format!(
+            "{name} is activated already, for {}; both would need the same units",
+            installed.quadlet.display()
+        ))
+        .into());
+    }
+    if installed.run_as.as_ref() != owner {
+        let whose = installed.run_as.as_ref().map_or("the system's own container", |owner| &owner.name);
+        return Err(Failure::Usage(format!(
+            "{name} is activated already, for {whose}; both would need the same units: `bro activate {name} --remove` makes room"
+        ))
+        .into());
+    }
+    Ok(())
 }

@@ -28,21 +28,21 @@ pub(super) struct Change {
     pub text: Option<String>,
 }
 
-/// The owner of a file.
-#[derive(Debug, PartialEq, Eq)]
+/// Which program wrote a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Provenance {
     /// There is none.
-    Absent,
+    Missing,
     /// `bro activate` wrote it; its text.
     Ours(String),
     /// It is not bro's, or no regular file.
     Theirs,
 }
 
-/// Looks up the file's owner.
-pub(super) fn owner(path: &Path) -> anyhow::Result<Provenance> {
+/// Looks at the file, and reads it if it is bro's.
+pub(super) fn provenance(path: &Path) -> anyhow::Result<Provenance> {
     match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Provenance::Absent),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Provenance::Missing),
         Err(error) => return Err(failed("look at", path, &error)),
         Ok(metadata) if !metadata.is_file() => return Ok(Provenance::Theirs),
         Ok(_) => {}
@@ -435,10 +435,10 @@ mod tests {
         std::fs::write(folder.0.join("ours"), &ours).unwrap();
         std::fs::write(folder.0.join("theirs"), "[Socket]\n").unwrap();
         std::os::unix::fs::symlink("ours", folder.0.join("link")).unwrap();
-        assert_eq!(owner(&folder.0.join("ours")).unwrap(), Provenance::Ours(ours));
-        assert_eq!(owner(&folder.0.join("theirs")).unwrap(), Provenance::Theirs);
-        assert_eq!(owner(&folder.0.join("link")).unwrap(), Provenance::Theirs);
-        assert_eq!(owner(&folder.0.join("none")).unwrap(), Provenance::Absent);
+        assert_eq!(provenance(&folder.0.join("ours")).unwrap(), Provenance::Ours(ours));
+        assert_eq!(provenance(&folder.0.join("theirs")).unwrap(), Provenance::Theirs);
+        assert_eq!(provenance(&folder.0.join("link")).unwrap(), Provenance::Theirs);
+        assert_eq!(provenance(&folder.0.join("none")).unwrap(), Provenance::Missing);
     }
 
     #[test]

@@ -23,11 +23,11 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// Does the work, and says on standard error what it waits for.
 pub(super) async fn telling<T>(
     systemd: &SystemdManager,
-    known: Option<&Installed>,
+    installed: Option<&Installed>,
     work: impl Future<Output = T>,
 ) -> T {
     let mut work = pin!(work);
-    let mut wait = known.and_then(Wait::for_clients_of);
+    let mut wait = installed.and_then(Wait::for_clients_of);
     loop {
         tokio::select! {
             biased;
@@ -52,11 +52,11 @@ struct Wait {
 
 impl Wait {
     /// For a service with a forwarder.
-    fn for_clients_of(known: &Installed) -> Option<Self> {
-        let limit = known.option("drain-timeout").unwrap_or(DRAIN_TIMEOUT).to_owned();
+    fn for_clients_of(installed: &Installed) -> Option<Self> {
+        let limit = installed.option("drain-timeout").unwrap_or(DRAIN_TIMEOUT).to_owned();
         Some(Self {
-            service: known.service()?,
-            manager: known.scope,
+            service: installed.service()?,
+            manager: installed.scope,
             limit,
             began: Instant::now(),
             said: None,
@@ -76,8 +76,8 @@ impl Wait {
     /// What there is to say, if anything: `status` is what the forwarder says of itself.
     fn news(&mut self, status: &str, now: Instant) -> Option<String> {
         let status = on_one_line(status);
-        let known = self.said.as_ref().is_some_and(|(said, at)| *said == status && now < *at + SILENCE);
-        if known {
+        let is_old = self.said.as_ref().is_some_and(|(said, at)| *said == status && now < *at + SILENCE);
+        if is_old {
             return None;
         }
         let first = self.said.is_none();

@@ -12,10 +12,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use trial::{Circumstances, Step, Tried};
 use zbus::Variant;
 
-use super::hints::Whose;
+use super::hints::ManagerOwner;
 use super::{Check, listens};
-use crate::commands::activate::executable;
-use crate::installed::Installed;
+use crate::installed::{Forwarder, Installed};
 use crate::run_as::Gaining;
 use crate::systemd::manager::SystemdManager;
 use crate::systemd::manager::{Ended, Properties};
@@ -42,14 +41,18 @@ const CAP_SYS_ADMIN: u32 = 21;
 const CAP_BPF: u32 = 39;
 
 /// `service` is the forwarder's unit. None where there is nothing to try: another check says what is wrong.
-pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdManager) -> Option<Check> {
+pub(super) async fn check(installed: &Installed, service: &str, systemd: &SystemdManager) -> Option<Check> {
     if systemd.known(service).await.ok()?.load != "loaded" {
         return None;
     }
-    if known.scope == RuntimeScope::System && !nix::unistd::geteuid().is_root() {
-        return Some(Check::ok(NAME, format!("not tried: only root may (`sudo bro doctor {}`)", known.name)));
+    if installed.scope == RuntimeScope::System && !nix::unistd::geteuid().is_root() {
+        return Some(Check::ok(
+            NAME,
+            format!("not tried: only root may (`sudo bro doctor {}`)", installed.name),
+        ));
     }
-    let program = executable::written(known);
+    let forwarder = installed.forwarder()?;
+    let program = &forwarder.program;
     // Another check tells of that.
     if !program.is_file() {
         return None;
@@ -60,40 +63,40 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdMan
             return Some(Check::bad(
                 NAME,
                 format!("systemd does not tell how {service} is confined: {error:#}"),
-                format!("see `{} status {service}`", Whose::front(known).systemctl()),
+                format!("see `{} status {service}`", ManagerOwner::front(installed).systemctl()),
             ));
         }
     };
-    let container = known.container.as_deref();
-    let stand_in = match container.map(|container| listens::running(known, container)) {
-        Some(None) => StandIn::make(known),
+    let container = forwarder.container.as_deref();
+    let stand_in = match container.map(|container| listens::running(installed, container)) {
+        Some(None) => StandIn::make(installed),
         Some(Some(_)) | None => None,
     };
-    let running = container.and_then(|container| listens::running(known, container));
+    let running = container.and_then(|container| listens::running(installed, container));
     let pid = stand_in.as_ref().map(StandIn::pid).or(running);
-    let words = words(known, &program.display().to_string(), pid);
+    let words = words(installed, forwarder, &program.display().to_string(), pid);
     Some(match within(systemd, &words, &confines).await {
         Ok((ended, said)) => {
             let (circumstances, tried) = trial::read(&said);
-            judge(known, service, &confines, &ended, (&circumstances, &tried), &words).await
+            judge(installed, service, &confines, &ended, (&circumstances, &tried), &words).await
         }
         Err(error) => Check::bad(
             NAME,
             format!("systemd does not try what a wake takes within the confinement of {service}: {error:#}"),
-            format!("see `{} cat {service}`", Whose::front(known).systemctl()),
+            format!("see `{} cat {service}`", ManagerOwner::front(installed).systemctl()),
         ),
     })
 }
 
 /// The command that tries the steps.
-fn words(known: &Installed, program: &str, pid: Option<i32>) -> Vec<String> {
+fn words(installed: &Installed, forwarder: &Forwarder, program: &str, pid: Option<i32>) -> Vec<String> {
     let mut words = vec![program.to_owned(), "try-wake".to_owned()];
     words.extend(pid.map(|pid| format!("--pid={pid}")));
-    let targets = known.listeners.iter().filter_map(|listener| listener.target.as_deref());
+    let targets = installed.listeners.iter().filter_map(|listener| listener.internal.as_ref());
     words.extend(targets.map(|target| format!("--target={target}")));
-    let relay = matches!(known.option("relay"), None | Some("auto" | "sockmap"));
-    let loads = known.scope == RuntimeScope::System && known.run_as.is_none();
-    let user = known.run_as.as_ref().map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
+    let relay = forwarder.options.may_use_kernel_relay();
+    let loads = installed.scope == RuntimeScope::System && installed.run_as.is_none();
+    let user = installed.run_as.as_ref().map_or_else(|| nix::unistd::geteuid().as_raw(), |owner| owner.uid);
     // An ordinary user's forwarder opens what bro loader has left, if that is there.
     let opens = || std::path::Path::new(&format!("/run/bro/bpf/{user}")).exists();
     if relay && (loads || opens()) {
@@ -128,9 +131,10 @@ fn heard(from: std::io::PipeReader) -> anyhow::Result<String> {
 }
 
 /// The same outside, as the same user.
-async fn outside(known: &Installed, words: &[String]) -> Vec<Tried> {
+async fn outside(installed: &Installed, words: &[String]) -> Vec<Tried> {
     let (program, arguments) = (&words[0], &words[1..]);
-    let mut command: tokio::process::Command = match known.run_as.as_ref().filter(|owner| !owner.is_me()) {
+    let mut command: tokio::process::Command = match installed.run_as.as_ref().filter(|owner| !owner.is_me())
+    {
         Some(owner) => owner.command(Gaining::Forbidden, program).into(),
         None => tokio::process::Command::new(program),
     };
@@ -151,8 +155,8 @@ struct StandIn(Child);
 
 impl StandIn {
     /// None where no namespace can be made; then the own one is used.
-    fn make(known: &Installed) -> Option<Self> {
-        let mut command = match (&known.run_as, known.scope) {
+    fn make(installed: &Installed) -> Option<Self> {
+        let mut command = match (&installed.run_as, installed.scope) {
             (Some(owner), _) if !owner.is_me() => rootless(owner.command(Gaining::Forbidden, "unshare")),
             (None, RuntimeScope::System) => Command::new("unshare"),
             _ => rootless(Command::new("unshare")),
@@ -188,17 +192,17 @@ impl Drop for StandIn {
 
 /// The result, as a finding.
 async fn judge(
-    known: &Installed,
+    installed: &Installed,
     service: &str,
     confines: &Properties,
     ended: &Ended,
     (circumstances, tried): (&Circumstances, &[Tried]),
     words: &[String],
 ) -> Check {
-    let systemctl = Whose::front(known).systemctl();
+    let systemctl = ManagerOwner::front(installed).systemctl();
     let done = ended.result == "success";
     let Some(last) = tried.last() else {
-        return not_begun(known, service, ended, &systemctl);
+        return not_begun(installed, service, ended, &systemctl);
     };
     let failed = tried.iter().find(|tried| tried.error.is_some());
     let (step, why) = match failed {
@@ -210,17 +214,18 @@ async fn judge(
         None => (next(last.step, words), how(ended)),
     };
     let finding = format!("within the confinement of {service} a wake cannot {step}: {why}");
-    let less = step == Step::Bpf && known.option("relay") != Some("sockmap");
+    let less = step == Step::Bpf
+        && !installed.forwarder().is_some_and(|forwarder| forwarder.options.needs_kernel_relay());
     let check = |finding: String, fix: String| {
         if less { Check::less(NAME, finding, fix) } else { Check::bad(NAME, finding, fix) }
     };
-    if let Some(Culprit { directive, forbids, line }) = culprit(step, known, &Confines::of(confines)) {
+    if let Some(Culprit { directive, forbids, line }) = culprit(step, installed, &Confines::of(confines)) {
         return check(
             format!("{finding}; its {directive}= forbids {forbids}"),
             format!("`{systemctl} edit {service}`, and there below [Service]: {line}"),
         );
     }
-    let control = outside(known, words).await;
+    let control = outside(installed, words).await;
     if let Some(error) =
         control.iter().find(|tried| tried.step == step).and_then(|tried| tried.error.as_ref())
     {
@@ -244,18 +249,21 @@ async fn judge(
 }
 
 /// Nothing was tried: the program did not get that far.
-fn not_begun(known: &Installed, service: &str, ended: &Ended, systemctl: &str) -> Check {
+fn not_begun(installed: &Installed, service: &str, ended: &Ended, systemctl: &str) -> Check {
     /// clap's status if it does not know the command.
     const USAGE: i32 = 2;
     if (ended.code, ended.status) == (1, USAGE) {
-        let program = executable::written(known).display().to_string();
+        let program = installed
+            .forwarder()
+            .map(|forwarder| forwarder.program.display().to_string())
+            .unwrap_or_default();
         return Check::less(
             NAME,
             format!("not tried: {program}, which {service} runs, is another version of bro, and cannot"),
             format!(
                 "`{} {}` writes the unit anew, with the program that is asked now",
-                listens::activate(known),
-                known.name
+                listens::activate(installed),
+                installed.name
             ),
         );
     }
@@ -368,13 +376,13 @@ struct Culprit {
 }
 
 /// The directive that forbids the step, as far as that can be told.
-fn culprit(step: Step, known: &Installed, confines: &Confines) -> Option<Culprit> {
+fn culprit(step: Step, installed: &Installed, confines: &Confines) -> Option<Culprit> {
     let is = |directive, what: &str| Culprit {
         directive,
         forbids: what.to_owned(),
         line: format!("{directive}={what}"),
     };
-    let rootful = known.scope == RuntimeScope::System && known.run_as.is_none();
+    let rootful = installed.scope == RuntimeScope::System && installed.run_as.is_none();
     let (family, calls): (Option<&str>, &[&str]) = match step {
         Step::Find => (None, &["pidfd_open"]),
         Step::Enter => (Some("AF_UNIX"), &["socketpair", "execve", "setns", "sendmsg", "recvmsg"]),
@@ -411,7 +419,7 @@ fn culprit(step: Step, known: &Installed, confines: &Confines) -> Option<Culprit
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commands::doctor::service::tests::known;
+    use crate::installed::example;
 
     fn list(allows: bool, listed: &[&str]) -> Variant<'static> {
         Variant::from((allows, listed.iter().map(|&word| word.to_owned()).collect::<Vec<String>>()))
@@ -426,7 +434,7 @@ mod tests {
 
     /// The culprit named for a step that fails, of a system's service or a user's.
     fn named(scope: RuntimeScope, step: Step, properties: &[(&str, Variant<'static>)]) -> Option<String> {
-        let mut web = known(Some("systemd-web"), false);
+        let mut web = example::forwarded(Some("systemd-web"), &[]);
         web.scope = scope;
         culprit(step, &web, &confines(properties)).map(|culprit| culprit.line)
     }

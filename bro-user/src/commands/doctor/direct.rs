@@ -6,22 +6,27 @@ use std::time::Duration;
 
 use super::Check;
 use super::listens::{NAME, activate, is_paused, listeners, running, written};
-use crate::installed::{Installed, InstalledPort};
+use crate::installed::{Installed, InstalledPort, Way};
 use crate::port_owner;
 
 /// How long a working program may leave a client waiting.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// `container` is the quadlet's own name.
-pub(super) async fn check(known: &Installed, listener: &InstalledPort, container: Option<&str>) -> Check {
-    let (name, address) = (&known.name, &listener.address);
+/// `way` is how the program finds its sockets; `container` is the quadlet's own name.
+pub(super) async fn check(
+    installed: &Installed,
+    way: Way,
+    listener: &InstalledPort,
+    container: Option<&str>,
+) -> Check {
+    let (name, address) = (&installed.name, listener.external.to_string());
     let Some(container) = container else {
         return Check::ok(
             NAME,
             format!("the container takes {address} over itself, which could not be checked"),
         );
     };
-    let Some(pid) = running(known, container) else {
+    let Some(pid) = running(installed, container) else {
         return Check::ok(NAME, format!("{container} is asleep; it takes {address} over itself"));
     };
     if is_paused(pid) {
@@ -31,18 +36,19 @@ pub(super) async fn check(known: &Installed, listener: &InstalledPort, container
             format!("`podman unpause {container}`"),
         );
     }
-    let inode = address.parse().ok().and_then(|external| port_owner::inode_at(&external));
+    let inode = port_owner::inode_at(&listener.external);
     let Some(inode) = inode else {
         return Check::ok(NAME, format!("nothing listens at {address}, so there is nothing to take over"));
     };
-    let mend = if known.option("direct") == Some("nginx") {
-        format!("`listen {}` in nginx's configuration has to be exactly that", as_nginx(address))
-    } else {
-        format!(
+    let mend = match way {
+        Way::Nginx => {
+            format!("`listen {}` in nginx's configuration has to be exactly that", as_nginx(&address))
+        }
+        Way::ListenFds => format!(
             "the program has to take over LISTEN_FDS (sd_listen_fds(3)); if it is an nginx whose Image= does not say so: \
              `{} {name} --direct=nginx`",
-            activate(known)
-        )
+            activate(installed)
+        ),
     };
     let elsewhere = match listeners(pid).await {
         Ok(found) if !found.is_empty() => format!("; it listens at {}", written(&found)),
@@ -97,20 +103,15 @@ fn as_nginx(address: &str) -> String {
 
 /// The processes of the container that `pid` belongs to: those below its cgroup, or in its own process namespace.
 fn members(pid: i32) -> Vec<PathBuf> {
-    let cgroup = |process: &Path| {
-        let text = std::fs::read_to_string(process.join("cgroup")).ok()?;
-        text.lines().find_map(|line| line.strip_prefix("0::")).map(PathBuf::from)
-    };
+    let cgroup = |process: &Path| bro_proc::cgroup::shown(process).map(PathBuf::from);
     let namespace = |process: &Path| std::fs::read_link(process.join("ns/pid")).ok();
     let main = PathBuf::from(format!("/proc/{pid}"));
     let own_cgroup = cgroup(&main).filter(|path| path != Path::new("/"));
     // With the host's, every process would be in it.
     let own_namespace =
         namespace(&main).filter(|own| namespace(Path::new("/proc/self")).as_ref() != Some(own));
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    processes
-        .filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit())
-        .map(|entry| entry.path())
+    bro_proc::processes()
+        .map(|(_, process)| process)
         .filter(|process| {
             *process == main
                 || own_cgroup

@@ -1,6 +1,6 @@
 //! Does the forwarder do its work? One that cannot start is started by systemd again and again, and one that hangs is still active.
 
-use super::hints::Whose;
+use super::hints::ManagerOwner;
 use super::{Check, listens, settings};
 use crate::commands::status::{Report, Waiting};
 use crate::control_socket::{self, Request};
@@ -11,9 +11,9 @@ use crate::systemd::scope::RuntimeScope;
 const NAME: &str = "forwarder";
 
 /// `service` is the forwarder's unit.
-pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdManager) -> Check {
-    let whose = Whose::front(known);
-    let (systemctl, journal) = (whose.systemctl(), whose.journal(service));
+pub(super) async fn check(installed: &Installed, service: &str, systemd: &SystemdManager) -> Check {
+    let manager = ManagerOwner::front(installed);
+    let (systemctl, journal) = (manager.systemctl(), manager.journal(service));
     let unreadable = |error: anyhow::Error| {
         Check::bad(NAME, format!("{service}: {error:#}"), format!("see `{systemctl} status {service}`"))
     };
@@ -33,11 +33,11 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdMan
         Err(error) => return unreadable(error),
     };
     if found.active == "failed" {
-        let log = whose.last_words(service).await;
+        let log = manager.last_words(service).await;
         return Check::bad(NAME, format!("{service} has failed{log}"), format!("see `{journal}`"));
     }
     if let Some(times) = restarting {
-        let log = whose.last_words(service).await;
+        let log = manager.last_words(service).await;
         return Check::bad(
             NAME,
             format!(
@@ -45,12 +45,13 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdMan
             ),
             format!(
                 "see `{journal}`; if its program has moved, `{} {}` writes the unit anew, with the program where it is now",
-                listens::activate(known),
-                known.name
+                listens::activate(installed),
+                installed.name
             ),
         );
     }
-    let answer = if found.active == "active" { ask(service, known.scope).await } else { Answer::NotAsked };
+    let answer =
+        if found.active == "active" { ask(service, installed.scope).await } else { Answer::NotAsked };
     if let Answer::None(why) = &answer
         // It may have left meanwhile, as it does when it is idle.
         && systemd.active_state(service).await.is_ok_and(|state| state == "active")
@@ -64,7 +65,7 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdMan
     if let Answer::Report(report) = answer
         && let Some(waiting) = &report.waiting
     {
-        return Check::bad(NAME, format!("{service} is full: {waiting}"), room(known, service, waiting));
+        return Check::bad(NAME, format!("{service} is full: {waiting}"), room(installed, service, waiting));
     }
     if found.needs_reload {
         return Check::less(
@@ -88,10 +89,10 @@ pub(super) async fn check(known: &Installed, service: &str, systemd: &SystemdMan
 }
 
 /// What lets the waiting clients in.
-fn room(known: &Installed, service: &str, waiting: &Waiting) -> String {
+fn room(installed: &Installed, service: &str, waiting: &Waiting) -> String {
     if waiting.lets_in.starts_with("--connections-max") {
         let more = waiting.connections.saturating_mul(4);
-        format!("`{} {} --connections-max {more}` lets more in", listens::activate(known), known.name)
+        format!("`{} {} --connections-max {more}` lets more in", listens::activate(installed), installed.name)
     } else {
         format!(
             "LimitNOFILE= in a drop-in of {service}, of two descriptors a connection and some to spare, lets more in"

@@ -6,39 +6,46 @@ use super::podman::{self, Answer};
 use super::{Check, listens};
 use crate::installed::Installed;
 use crate::podman::quadlet::{Kind, Quadlet};
+use crate::service::readiness::Ready;
 
 const NAME: &str = "ready";
 
 /// None where readiness does not depend on health checks, or is unknown.
-pub(super) async fn check(known: &Installed, quadlet: &Quadlet) -> Option<Check> {
-    if known.option("ready") != Some("healthy") || known.container_given || quadlet.kind != Kind::Container {
+pub(super) async fn check(installed: &Installed, quadlet: &Quadlet) -> Option<Check> {
+    let forwarder = installed.forwarder()?;
+    let follows = forwarder.options.ready() == Some(Ready::Healthy) && !forwarder.container_given;
+    if !follows || quadlet.kind != Kind::Container {
         return None;
     }
     let file = quadlet.file_name();
     if let Some(command) = quadlet.value("HealthCmd").filter(|command| !command.is_empty()) {
         return Some(match command {
-            "none" => none(known, &format!("HealthCmd=none in {file}")),
+            "none" => none(installed, &format!("HealthCmd=none in {file}")),
             _ => Check::ok(NAME, format!("HealthCmd= in {file} says when clients may come")),
         });
     }
     let Some(image) = quadlet.value("Image") else {
-        return Some(none(known, &format!("no HealthCmd= in {file}")));
+        return Some(none(installed, &format!("no HealthCmd= in {file}")));
     };
-    let answer = podman::ask(known.run_as.as_ref(), &["image", "inspect", image]).await;
+    let answer = podman::ask(installed.run_as.as_ref(), &["image", "inspect", image]).await;
     let Answer::Yes(text) = answer else { return None };
     let described: Value = serde_json::from_str(&text).ok()?;
     Some(if has_health_check(&described) {
         Check::ok(NAME, format!("the health check of {image} says when clients may come"))
     } else {
-        none(known, &format!("no HealthCmd= in {file}, and no health check in {image}"))
+        none(installed, &format!("no HealthCmd= in {file}, and no health check in {image}"))
     })
 }
 
-fn none(known: &Installed, there_is: &str) -> Check {
+fn none(installed: &Installed, there_is: &str) -> Check {
     Check::bad(
         NAME,
         format!("--ready=healthy, and there is {there_is}: no client is ever connected"),
-        format!("HealthCmd= in the quadlet, or `{} {} --ready auto`", listens::activate(known), known.name),
+        format!(
+            "HealthCmd= in the quadlet, or `{} {} --ready auto`",
+            listens::activate(installed),
+            installed.name
+        ),
     )
 }
 

@@ -8,7 +8,7 @@ use crate::systemd::scope::RuntimeScope;
 
 /// A service manager's owner, as the user of bro sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Whose {
+pub(super) enum ManagerOwner {
     /// The system's.
     System,
     /// The caller's own.
@@ -17,21 +17,21 @@ pub(super) enum Whose {
     Of(RunAsUser),
 }
 
-impl Whose {
+impl ManagerOwner {
     /// The forwarder's manager.
-    pub fn front(known: &Installed) -> Self {
-        match known.scope {
+    pub fn front(installed: &Installed) -> Self {
+        match installed.scope {
             RuntimeScope::System => Self::System,
             RuntimeScope::User => Self::Mine,
         }
     }
 
     /// The container's manager.
-    pub fn container(known: &Installed) -> Self {
-        match &known.run_as {
+    pub fn container(installed: &Installed) -> Self {
+        match &installed.run_as {
             Some(owner) if owner.is_me() => Self::Mine,
             Some(owner) => Self::Of(owner.clone()),
-            None => Self::front(known),
+            None => Self::front(installed),
         }
     }
 
@@ -72,12 +72,15 @@ mod tests {
     #[test]
     fn commands_lead_to_the_manager_that_is_meant() {
         let owner = RunAsUser { name: "test".into(), uid: 1000, gid: 1000, home: "/home/test".into() };
-        let commands = |whose: Whose| (whose.systemctl(), whose.journal("web.service"));
+        let commands = |manager: ManagerOwner| (manager.systemctl(), manager.journal("web.service"));
         let is = |systemctl: &str, journal: &str| (systemctl.to_owned(), journal.to_owned());
-        assert_eq!(commands(Whose::System), is("systemctl", "journalctl --unit web.service"));
-        assert_eq!(commands(Whose::Mine), is("systemctl --user", "journalctl --user --unit web.service"));
+        assert_eq!(commands(ManagerOwner::System), is("systemctl", "journalctl --unit web.service"));
         assert_eq!(
-            commands(Whose::Of(owner)),
+            commands(ManagerOwner::Mine),
+            is("systemctl --user", "journalctl --user --unit web.service")
+        );
+        assert_eq!(
+            commands(ManagerOwner::Of(owner)),
             is("systemctl --user --machine test@", "journalctl _SYSTEMD_USER_UNIT=web.service _UID=1000")
         );
     }

@@ -39,18 +39,20 @@ pub(super) async fn service_manager() -> Check {
         let fix = "start bro by `systemd-socket-activate` or with --listen, and leave --unit out";
         return Check::less(NAME, "this host does not run systemd", fix);
     }
-    let manager = RuntimeScope::choose(false, false);
-    let whose = if manager == RuntimeScope::System { "the system's" } else { "this user's" };
-    match tokio::time::timeout(Duration::from_secs(5), SystemdManager::connect(manager)).await {
-        Ok(Ok(_)) => Check::ok(NAME, format!("{whose} systemd answers on the bus")),
+    let scope = RuntimeScope::choose(false, false);
+    let manager = if scope == RuntimeScope::System { "the system's" } else { "this user's" };
+    match tokio::time::timeout(Duration::from_secs(5), SystemdManager::connect(scope)).await {
+        Ok(Ok(_)) => Check::ok(NAME, format!("{manager} systemd answers on the bus")),
         Ok(Err(error)) => Check::bad(
             NAME,
-            format!("{whose} systemd does not answer: {error}"),
+            format!("{manager} systemd does not answer: {error}"),
             "--unit needs it; without systemd, start the container another way and leave --unit out",
         ),
-        Err(_) => {
-            Check::bad(NAME, format!("{whose} systemd does not answer within 5 s"), "see `systemctl status`")
-        }
+        Err(_) => Check::bad(
+            NAME,
+            format!("{manager} systemd does not answer within 5 s"),
+            "see `systemctl status`",
+        ),
     }
 }
 
@@ -189,7 +191,7 @@ pub(super) fn descriptors() -> Check {
 
 pub(super) fn cgroup() -> Check {
     const NAME: &str = "cgroup";
-    match bro_sockmap::cgroup::mount_point() {
+    match bro_proc::cgroup::mount_point() {
         Ok(path) => Check::ok(NAME, format!("version 2 is mounted at {}", path.display())),
         Err(error) => Check::less(NAME, error.to_string(), "boot with systemd.unified_cgroup_hierarchy=1"),
     }

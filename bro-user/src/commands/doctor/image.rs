@@ -5,7 +5,7 @@ use std::path::Path;
 use bro_relay::read_bounded::{self, Link};
 
 use super::Check;
-use super::hints::Whose;
+use super::hints::ManagerOwner;
 use super::podman::{self, Answer};
 use crate::installed::Installed;
 use crate::podman::quadlet::Quadlet;
@@ -18,7 +18,7 @@ const NAME: &str = "image";
 const LONGEST: u64 = 1 << 20;
 
 /// `bus` is the container's service manager, if it answers.
-pub(super) async fn check(known: &Installed, quadlet: &Quadlet, bus: Option<&SystemdManager>) -> Check {
+pub(super) async fn check(installed: &Installed, quadlet: &Quadlet, bus: Option<&SystemdManager>) -> Check {
     if let Some(rootfs) = quadlet.value("Rootfs") {
         // Options follow after a colon.
         let path = rootfs.split(':').next().unwrap_or(rootfs);
@@ -30,13 +30,13 @@ pub(super) async fn check(known: &Installed, quadlet: &Quadlet, bus: Option<&Sys
     }
     let Some(image) = quadlet.value("Image") else { return Check::ok(NAME, "none of its own") };
     if let Some(unit) = brought_by(image, quadlet) {
-        return by_unit(image, &unit, &Whose::container(known), bus).await;
+        return by_unit(image, &unit, &ManagerOwner::container(installed), bus).await;
     }
     if image.contains('%') {
         return Check::ok(NAME, format!("{image} is what systemd makes of it, so it was not checked"));
     }
-    let as_whom = as_whom(known);
-    let answer = podman::ask(known.run_as.as_ref(), &["image", "exists", image]).await;
+    let as_whom = as_whom(installed);
+    let answer = podman::ask(installed.run_as.as_ref(), &["image", "exists", image]).await;
     if let Some(trouble) = answer.trouble() {
         return Check::bad(
             NAME,
@@ -60,22 +60,22 @@ fn missing(image: &str) -> String {
     format!("{image} is not here: the first client waits for its download, or in vain")
 }
 
-fn as_whom(known: &Installed) -> String {
-    match Whose::container(known) {
-        Whose::Of(owner) => format!(" as {}", owner.name),
-        Whose::System | Whose::Mine => String::new(),
+fn as_whom(installed: &Installed) -> String {
+    match ManagerOwner::container(installed) {
+        ManagerOwner::Of(owner) => format!(" as {}", owner.name),
+        ManagerOwner::System | ManagerOwner::Mine => String::new(),
     }
 }
 
 /// `bro activate`'s warning about an image that is not there: nothing is pulled, and Podman may take ten seconds to answer.
-pub(crate) async fn warning(known: &Installed, quadlet: &Quadlet) -> Option<String> {
+pub(crate) async fn warning(installed: &Installed, quadlet: &Quadlet) -> Option<String> {
     let image = quadlet.value("Image")?;
     if image.contains('%') || quadlet.value("Rootfs").is_some() || brought_by(image, quadlet).is_some() {
         return None;
     }
-    match podman::ask(known.run_as.as_ref(), &["image", "exists", image]).await {
+    match podman::ask(installed.run_as.as_ref(), &["image", "exists", image]).await {
         Answer::No(1, _) => {
-            Some(format!("{}; `podman pull {image}`{} gets it now", missing(image), as_whom(known)))
+            Some(format!("{}; `podman pull {image}`{} gets it now", missing(image), as_whom(installed)))
         }
         // Without an answer there is nothing to warn of; `bro doctor` names the trouble.
         _ => None,
@@ -83,8 +83,8 @@ pub(crate) async fn warning(known: &Installed, quadlet: &Quadlet) -> Option<Stri
 }
 
 /// A quadlet that brings the image has a unit; without that, Podman's generator makes no unit of the container.
-async fn by_unit(image: &str, unit: &str, whose: &Whose, bus: Option<&SystemdManager>) -> Check {
-    let systemctl = whose.systemctl();
+async fn by_unit(image: &str, unit: &str, manager: &ManagerOwner, bus: Option<&SystemdManager>) -> Check {
+    let systemctl = manager.systemctl();
     let found = match bus {
         Some(bus) => bus.known(unit).await.ok(),
         None => None,
@@ -99,8 +99,8 @@ async fn by_unit(image: &str, unit: &str, whose: &Whose, bus: Option<&SystemdMan
         ),
         Some(found) if found.active == "failed" => Check::bad(
             NAME,
-            format!("{unit}, which is to bring it, has failed{}", whose.last_words(unit).await),
-            format!("see `{}`", whose.journal(unit)),
+            format!("{unit}, which is to bring it, has failed{}", manager.last_words(unit).await),
+            format!("see `{}`", manager.journal(unit)),
         ),
         _ => Check::ok(NAME, format!("{image} brings it")),
     }

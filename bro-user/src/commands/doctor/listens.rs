@@ -2,10 +2,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 
-use bro_relay::netns::identity;
+use bro_relay::netns::identity::{self, Identity};
 use bro_relay::netns::wire::Address;
 use bro_relay::target::Target;
 use nix::errno::Errno;
@@ -13,7 +12,7 @@ use nix::libc;
 
 use super::podman::{self, Answer};
 use super::{Check, direct};
-use crate::installed::{Installed, InstalledPort};
+use crate::installed::{Installed, InstalledPort, Mode};
 use crate::netns::sock_diag::{Listening, Table};
 use crate::netns::{self, Namespace, NetnsRef};
 use crate::podman::container;
@@ -24,20 +23,28 @@ pub(super) const NAME: &str = "listens";
 
 /// `bus` is the container's service manager, if it answers; `container` is the quadlet's own name.
 pub(super) async fn check(
-    known: &Installed,
+    installed: &Installed,
     listener: &InstalledPort,
     container: Option<&str>,
     bus: Option<&SystemdManager>,
 ) -> Check {
-    let Some(target) = &listener.target else {
-        return direct::check(known, listener, container).await;
+    let forwarder = match &installed.mode {
+        Mode::Forward(forwarder) => forwarder,
+        Mode::Direct(takeover) => return direct::check(installed, takeover.way, listener, container).await,
     };
-    let Some(container) = &known.container else {
+    let Some(target) = &listener.internal else {
+        return Check::bad(
+            NAME,
+            format!("{} does not say where the service listens", listener.socket.name),
+            lead_to(installed, listener, "PORT"),
+        );
+    };
+    let Some(container) = &forwarder.container else {
         return Check::ok(NAME, format!("{target} is in no container of its own, so it was not checked"));
     };
-    let pid = match running(known, container) {
+    let pid = match running(installed, container) {
         Some(pid) => pid,
-        None if is_active(known, bus).await => match podmans(known, container).await {
+        None if is_active(installed, bus).await => match podmans(installed, container).await {
             Ok(pid) => pid,
             Err(check) => return check,
         },
@@ -49,7 +56,7 @@ pub(super) async fn check(
         }
     };
     if let Some(bus) = bus
-        && bus.is_frozen(&known.unit).await.unwrap_or(false)
+        && bus.is_frozen(&installed.unit).await.unwrap_or(false)
     {
         return Check::ok(
             NAME,
@@ -65,13 +72,13 @@ pub(super) async fn check(
             format!("`podman unpause {container}`"),
         );
     }
-    let (host, port) = match target.parse::<Target>() {
-        Ok(Target::Tcp { host, port }) => (host, port),
-        Ok(Target::Unix(path)) => return unix(known, container, pid, Address::Inside(path)).await,
-        Ok(Target::Abstract(name)) => {
-            return unix(known, container, pid, Address::Abstract(name.into_bytes())).await;
+    let wish = forwarder.options.unix_identity();
+    let (host, port) = match target.clone() {
+        Target::Tcp { host, port } => (host, port),
+        Target::Unix(path) => return unix(installed, container, pid, Address::Inside(path), wish).await,
+        Target::Abstract(name) => {
+            return unix(installed, container, pid, Address::Abstract(name.into_bytes()), wish).await;
         }
-        Err(error) => return Check::bad(NAME, error.to_string(), lead_to(known, listener, "PATH")),
     };
     let ip = if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() };
     let Ok(ip) = ip else {
@@ -87,7 +94,7 @@ pub(super) async fn check(
                 None => ("nothing listens there at all".to_owned(), "see the service's own log".to_owned()),
                 Some(best) => (
                     format!("it listens at {}", written(&found)),
-                    format!("`{}`, or change the service", lead_to(known, listener, &internal(best))),
+                    format!("`{}`, or change the service", lead_to(installed, listener, &internal(best))),
                 ),
             };
             Check::bad(NAME, format!("nothing listens at {target} in {container}; {there}"), fix)
@@ -99,8 +106,7 @@ pub(super) async fn check(
 }
 
 /// Does the unix socket take a connection of the user that the forwarder connects as?
-async fn unix(known: &Installed, container: &str, pid: i32, address: Address) -> Check {
-    let wish = known.option("unix-identity").and_then(|text| text.parse().ok()).unwrap_or_default();
+async fn unix(installed: &Installed, container: &str, pid: i32, address: Address, wish: Identity) -> Check {
     let at = match &address {
         Address::Inside(path) | Address::Unix(path) => path.display().to_string(),
         Address::Abstract(name) => format!("@{}", String::from_utf8_lossy(name)),
@@ -127,8 +133,8 @@ async fn unix(known: &Installed, container: &str, pid: i32, address: Address) ->
             ),
             format!(
                 "open the socket and the folders above it to that user, or `{} {} --unix-identity=UID:GID`",
-                activate(known),
-                known.name
+                activate(installed),
+                installed.name
             ),
         ),
         Ok(Err(errno)) => Check::bad(
@@ -147,23 +153,23 @@ async fn unix(known: &Installed, container: &str, pid: i32, address: Address) ->
 }
 
 /// The container's process, found without Podman.
-pub(super) fn running(known: &Installed, container: &str) -> Option<i32> {
-    match &known.run_as {
+pub(super) fn running(installed: &Installed, container: &str) -> Option<i32> {
+    match &installed.run_as {
         Some(owner) => container::running_of(owner, container),
         None => container::running(container),
     }
 }
 
-async fn is_active(known: &Installed, bus: Option<&SystemdManager>) -> bool {
+async fn is_active(installed: &Installed, bus: Option<&SystemdManager>) -> bool {
     match bus {
-        Some(bus) => bus.active_state(&known.unit).await.is_ok_and(|state| state == "active"),
+        Some(bus) => bus.active_state(&installed.unit).await.is_ok_and(|state| state == "active"),
         None => false,
     }
 }
 
 /// The unit is active, and no container of that name shows: what Podman says.
-async fn podmans(known: &Installed, container: &str) -> Result<i32, Check> {
-    let (unit, owner) = (&known.unit, known.run_as.as_ref());
+async fn podmans(installed: &Installed, container: &str) -> Result<i32, Check> {
+    let (unit, owner) = (&installed.unit, installed.run_as.as_ref());
     let inspect = ["container", "inspect", "--format", "{{.State.Pid}}", "--", container];
     let answer = podman::ask(owner, &inspect).await;
     if let Answer::Yes(pid) = &answer
@@ -171,7 +177,7 @@ async fn podmans(known: &Installed, container: &str) -> Result<i32, Check> {
     {
         return Ok(pid);
     }
-    let take = |other: &str| format!("`{} {} --container {other}`", activate(known), known.name);
+    let take = |other: &str| format!("`{} {} --container {other}`", activate(installed), installed.name);
     let mend = format!("`podman ps` shows the names; {} takes another", take("NAME"));
     if let Some(trouble) = answer.trouble() {
         return Err(Check::bad(
@@ -199,10 +205,9 @@ async fn podmans(known: &Installed, container: &str) -> Result<i32, Check> {
 
 /// `podman pause` freezes the container's cgroup (cgroup.events of version 2).
 pub(super) fn is_paused(pid: i32) -> bool {
-    let Ok(cgroup) = std::fs::read_to_string(format!("/proc/{pid}/cgroup")) else { return false };
-    let Some(path) = cgroup.lines().find_map(|line| line.strip_prefix("0::/")) else { return false };
-    let events = Path::new("/sys/fs/cgroup").join(path).join("cgroup.events");
-    std::fs::read_to_string(events).is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
+    let cgroup = bro_proc::cgroup::of_process(pid.unsigned_abs());
+    let events = cgroup.and_then(|cgroup| std::fs::read_to_string(cgroup.join("cgroup.events")));
+    events.is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
 }
 
 /// All listeners in the container's network namespace.
@@ -242,8 +247,8 @@ fn internal(listening: Listening) -> String {
 }
 
 /// `bro activate`, with sudo where it is needed.
-pub(super) fn activate(known: &Installed) -> &'static str {
-    if known.scope == RuntimeScope::System && !nix::unistd::geteuid().is_root() {
+pub(super) fn activate(installed: &Installed) -> &'static str {
+    if installed.scope == RuntimeScope::System && !nix::unistd::geteuid().is_root() {
         "sudo bro activate"
     } else {
         "bro activate"
@@ -251,20 +256,20 @@ pub(super) fn activate(known: &Installed) -> &'static str {
 }
 
 /// The command line that leads this port's clients to another address of the service.
-fn lead_to(known: &Installed, listener: &InstalledPort, internal: &str) -> String {
-    format!("{} --internal-port {internal}", anew(known, listener))
+fn lead_to(installed: &Installed, listener: &InstalledPort, internal: &str) -> String {
+    format!("{} --internal-port {internal}", anew(installed, listener))
 }
 
 /// The command line that activates this port as before.
-pub(super) fn anew(known: &Installed, listener: &InstalledPort) -> String {
-    let service = service_name(known, listener);
-    format!("{} {}{service} --external-port {}", activate(known), known.name, listener.address)
+pub(super) fn anew(installed: &Installed, listener: &InstalledPort) -> String {
+    let service = service_name(installed, listener);
+    format!("{} {}{service} --external-port {}", activate(installed), installed.name, listener.external)
 }
 
 /// The option that names a port; without it, the first one is meant.
-pub(super) fn service_name(known: &Installed, listener: &InstalledPort) -> String {
+pub(super) fn service_name(installed: &Installed, listener: &InstalledPort) -> String {
     match &listener.service {
-        service if *service == known.name => String::new(),
+        service if *service == installed.name => String::new(),
         service => format!(" --service-name {service}"),
     }
 }
@@ -272,7 +277,7 @@ pub(super) fn service_name(known: &Installed, listener: &InstalledPort) -> Strin
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commands::doctor::service::tests::known;
+    use crate::installed::example;
 
     fn listening(address: &str, v6_only: bool) -> Listening {
         Listening { address: address.parse().unwrap(), v6_only }
@@ -280,23 +285,15 @@ mod tests {
 
     #[test]
     fn the_way_to_mend_a_port_is_that_ports() {
-        let mut listener = InstalledPort {
-            service: "web".into(),
-            socket: "web-activator.socket".into(),
-            file: "/units/web-activator.socket".into(),
-            address: "8080".into(),
-            target: Some("127.0.0.1:80".into()),
-            backlog: None,
-            device: None,
-        };
-        let known = known(None, false);
+        let mut listener = example::port("8080", Some("127.0.0.1:80"));
+        let installed = example::forwarded(None, &[]);
         assert_eq!(
-            lead_to(&known, &listener, "81"),
+            lead_to(&installed, &listener, "81"),
             "bro activate web --external-port 8080 --internal-port 81"
         );
         listener.service = "metrics".into();
         assert_eq!(
-            lead_to(&known, &listener, "[::1]:81"),
+            lead_to(&installed, &listener, "[::1]:81"),
             "bro activate web --service-name metrics --external-port 8080 --internal-port [::1]:81"
         );
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::run_as::{Gaining, RunAsUser};
 
 /// How long Podman may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PODMAN_LIMIT: Duration = Duration::from_secs(10);
 
 /// The status if setpriv(1) finds no such program.
 const NOT_FOUND: i32 = 127;
@@ -29,7 +29,7 @@ pub(super) async fn ask(owner: Option<&RunAsUser>, args: &[&str]) -> Answer {
         Some(owner) => owner.command(Gaining::Allowed, "podman").into(),
     };
     let output = command.args(args).stdin(std::process::Stdio::null()).kill_on_drop(true).output();
-    let output = match tokio::time::timeout(PATIENCE, output).await {
+    let output = match tokio::time::timeout(PODMAN_LIMIT, output).await {
         Err(_) => return Answer::Silent,
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => return Answer::NotThere,
         Ok(Err(error)) => return Answer::No(NOT_FOUND, error.to_string()),
@@ -50,7 +50,7 @@ impl Answer {
     pub fn trouble(&self) -> Option<String> {
         match self {
             Self::NotThere => Some("podman is not there (is it in PATH?)".to_owned()),
-            Self::Silent => Some(format!("podman did not answer within {PATIENCE:?}")),
+            Self::Silent => Some(format!("podman did not answer within {PODMAN_LIMIT:?}")),
             Self::Yes(_) | Self::No(..) => None,
         }
     }

@@ -1,7 +1,6 @@
 //! What is in the way of the external ports: the quadlet's own PublishPort=, and addresses that the host lacks.
 
 use super::{Check, listens};
-use crate::address::External;
 use crate::commands::activate::publish_port;
 use crate::installed::Installed;
 use crate::podman::quadlet::Quadlet;
@@ -9,22 +8,22 @@ use crate::unassigned_address;
 
 const NAME: &str = "ports";
 
-pub(super) fn check(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<Check> {
+pub(super) fn check(installed: &Installed, quadlet: Option<&Quadlet>) -> Vec<Check> {
     let mut checks = Vec::new();
-    for listener in &known.listeners {
-        let Ok(external) = listener.address.parse::<External>() else { continue };
-        for clash in quadlet.iter().flat_map(|quadlet| publish_port::in_the_way(quadlet, &external)) {
+    for listener in &installed.listeners {
+        let external = &listener.external;
+        for clash in quadlet.iter().flat_map(|quadlet| publish_port::in_the_way(quadlet, external)) {
             checks.push(Check::bad(
                 NAME,
                 clash,
                 format!(
                     "remove that line, then `{} daemon-reload`",
-                    super::hints::Whose::container(known).systemctl()
+                    super::hints::ManagerOwner::container(installed).systemctl()
                 ),
             ));
         }
-        if let Some(finding) = unassigned_address::sentence(&external) {
-            let service = listens::service_name(known, listener);
+        if let Some(finding) = unassigned_address::sentence(external) {
+            let service = listens::service_name(installed, listener);
             let port = external.port().unwrap_or_default();
             checks.push(Check::bad(
                 NAME,
@@ -32,8 +31,8 @@ pub(super) fn check(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<Check> 
                 format!(
                     "{}; `{} {}{service} --external-port {port}` listens at all of them",
                     unassigned_address::MEND,
-                    listens::activate(known),
-                    known.name
+                    listens::activate(installed),
+                    installed.name
                 ),
             ));
         }
@@ -43,25 +42,17 @@ pub(super) fn check(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<Check> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::service::tests::{known, quadlet};
+    use super::super::service::tests::quadlet;
     use super::*;
-    use crate::installed::InstalledPort;
+    use crate::installed::example;
     use crate::podman::quadlet::Kind;
 
     #[test]
     fn what_is_in_the_way_is_named_with_its_mend() {
-        let mut known = known(Some("systemd-web"), false);
+        let mut installed = example::forwarded(Some("systemd-web"), &[]);
         let mut listen = |address: &str| {
-            known.listeners = vec![InstalledPort {
-                service: "web".into(),
-                socket: "web-activator.socket".into(),
-                file: "/units/web-activator.socket".into(),
-                address: address.into(),
-                target: Some("127.0.0.1:80".into()),
-                backlog: None,
-                device: None,
-            }];
-            known.clone()
+            installed.listeners = vec![example::port(address, Some("127.0.0.1:80"))];
+            installed.clone()
         };
         let publishing = quadlet(Kind::Container, "[Container]\nPublishPort=8150:80\n", Ok("systemd-web"));
         assert!(check(&listen("8151"), Some(&publishing)).is_empty());

@@ -3,21 +3,25 @@
 use super::{Check, listens};
 use crate::commands::status::Report;
 use crate::control_socket::{self, Request};
-use crate::installed::Installed;
+use crate::installed::{Forwarder, Installed};
 
 const NAME: &str = "clients";
 
 /// As the forwarder says, if it runs and has woken the service; else as planned.
-pub(super) async fn check(known: &Installed) -> Check {
-    if known.option("source") == Some("loopback") {
+pub(super) async fn check(installed: &Installed, forwarder: &Forwarder) -> Check {
+    if forwarder.options.get("source") == Some("loopback") {
         return Check::less(
             NAME,
             "the service sees every client as one of its own host (--source loopback), and grants it what it grants those",
-            format!("`{} {} --source auto`, unless that is wanted", listens::activate(known), known.name),
+            format!(
+                "`{} {} --source auto`, unless that is wanted",
+                listens::activate(installed),
+                installed.name
+            ),
         );
     }
-    let seen = match known.service() {
-        Some(service) => said(&service, known).await,
+    let seen = match installed.service() {
+        Some(service) => said(&service, installed).await,
         None => Vec::new(),
     };
     if !seen.is_empty() {
@@ -25,7 +29,7 @@ pub(super) async fn check(known: &Installed) -> Check {
     }
     Check::ok(
         NAME,
-        match known.option("source") {
+        match forwarder.options.get("source") {
             Some("client") => "the service is going to see clients by their own addresses",
             Some("container") => "the service is going to see clients by the container's own address",
             _ => {
@@ -37,8 +41,8 @@ pub(super) async fn check(known: &Installed) -> Check {
 }
 
 /// What its forwarder says of each target.
-async fn said(service: &str, known: &Installed) -> Vec<String> {
-    let path = control_socket::socket_of(service, known.scope);
+async fn said(service: &str, installed: &Installed) -> Vec<String> {
+    let path = control_socket::socket_of(service, installed.scope);
     let Ok(report) = control_socket::ask_soon::<Report>(&path, Request::Status).await else {
         return Vec::new();
     };

@@ -1,13 +1,12 @@
 //! One activated service, end to end: from its files to the port that it listens on.
 
-use std::path::Path;
-
-use super::hints::Whose;
+use super::hints::ManagerOwner;
 use super::{Check, confinement, forwarder, health, host, image, listens, ports, seen, selinux, versions};
 use crate::cli::Doctor;
 use crate::cli::wake_sleep::Whom;
 use crate::commands::wake_sleep;
-use crate::installed::{self, Installed, InstalledPort, drift, leftover};
+use crate::installed::{self, Installed, InstalledPort, WrittenUnits, drift};
+use crate::paths::unit_directory;
 use crate::podman::quadlet::{self, Quadlet};
 use crate::port_owner::{self, Trouble};
 use crate::service::failed_wake::{self, FailedWake};
@@ -29,35 +28,35 @@ const GENERATOR: &str = "/usr/lib/systemd/system-generators/podman-system-genera
 /// When nothing of that name is activated.
 pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<Check>> {
     let scope = RuntimeScope::choose(options.system, options.user);
-    let known = installed::find(name, scope)?;
-    let mut checks = vec![files(&known)];
-    if let Some(owner) = known.run_as.as_ref().filter(|owner| owner.is_gone()) {
+    let installed = installed::find(name, scope)?;
+    let mut checks = vec![files(&installed)];
+    if let Some(owner) = installed.run_as.as_ref().filter(|owner| owner.is_gone()) {
         // Any other check would only repeat that.
         checks.push(Check::bad(
             "user",
             format!("there is no user {} any more, whose container it is", owner.name),
-            format!("`bro activate {} --remove`", known.name),
+            format!("`bro activate {} --remove`", installed.name),
         ));
         return Ok(checks);
     }
-    let quadlet = quadlet(&known, &mut checks);
+    let quadlet = quadlet(&installed, &mut checks);
     let mut bus = None;
-    match SystemdManager::connect(known.scope).await {
+    match SystemdManager::connect(installed.scope).await {
         Ok(systemd) => {
-            match container_manager(&known, &systemd).await {
+            match container_manager(&installed, &systemd).await {
                 Ok(container) => {
-                    checks.push(unit(&known, &container).await);
+                    checks.push(unit(&installed, &container).await);
                     bus = Some(container);
                 }
                 Err(check) => checks.push(check),
             }
-            for listener in &known.listeners {
-                checks.push(socket(&known, listener, &systemd).await);
+            for listener in &installed.listeners {
+                checks.push(socket(&installed, listener, &systemd).await);
             }
-            checks.extend(timer(&known, &systemd).await);
-            if let Some(service) = known.service() {
-                checks.push(forwarder::check(&known, &service, &systemd).await);
-                checks.extend(confinement::check(&known, &service, &systemd).await);
+            checks.extend(timer(&installed, &systemd).await);
+            if let Some(service) = installed.service() {
+                checks.push(forwarder::check(&installed, &service, &systemd).await);
+                checks.extend(confinement::check(&installed, &service, &systemd).await);
             }
         }
         Err(error) => checks.push(Check::bad(
@@ -67,13 +66,13 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
         )),
     }
     if let Some(quadlet) = &quadlet {
-        checks.push(image::check(&known, quadlet, bus.as_ref()).await);
-        checks.extend(health::check(&known, quadlet).await);
-        checks.extend(selinux::shared(quadlet, known.run_as.as_ref()));
+        checks.push(image::check(&installed, quadlet, bus.as_ref()).await);
+        checks.extend(health::check(&installed, quadlet).await);
+        checks.extend(selinux::shared(quadlet, installed.run_as.as_ref()));
     }
-    checks.extend(ports::check(&known, quadlet.as_ref()));
-    checks.push(versions::check_of(&known, quadlet.as_ref()).await);
-    match &known.run_as {
+    checks.extend(ports::check(&installed, quadlet.as_ref()));
+    checks.push(versions::check_of(&installed, quadlet.as_ref()).await);
+    match &installed.run_as {
         // The first client starts the user's service manager; but it stops when the user logs out.
         Some(owner) => checks.push(host::linger_of(owner)),
         None if scope == RuntimeScope::User => checks.push(host::linger().or_bad()),
@@ -81,30 +80,34 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
     }
     checks.push(host::namespaces());
     if options.wake {
-        let whom = Whom { name: known.name.clone(), user: options.user, system: options.system };
+        let whom = Whom { name: installed.name.clone(), user: options.user, system: options.system };
         checks.push(match wake_sleep::wake_up(&whom, WAKE).await {
             Ok(_) => Check::ok("wake", "it can be woken"),
             Err(error) => {
-                let whose = Whose::container(&known);
-                let log = whose.last_words(&known.unit).await;
-                Check::bad("wake", format!("{error:#}{log}"), format!("see `{}`", whose.journal(&known.unit)))
+                let manager = ManagerOwner::container(&installed);
+                let log = manager.last_words(&installed.unit).await;
+                Check::bad(
+                    "wake",
+                    format!("{error:#}{log}"),
+                    format!("see `{}`", manager.journal(&installed.unit)),
+                )
             }
         });
     }
-    checks.extend(failed_wake::noted(&known).map(|failed| failed_before(&known, &failed)));
-    for listener in &known.listeners {
+    checks.extend(failed_wake::noted(&installed).map(|failed| failed_before(&installed, &failed)));
+    for listener in &installed.listeners {
         let container = quadlet.as_ref().and_then(|quadlet| quadlet.container.as_deref().ok());
-        checks.push(listens::check(&known, listener, container, bus.as_ref()).await);
+        checks.push(listens::check(&installed, listener, container, bus.as_ref()).await);
     }
-    if !known.direct {
-        checks.push(seen::check(&known).await);
+    if let Some(forwarder) = installed.forwarder() {
+        checks.push(seen::check(&installed, forwarder).await);
     }
     Ok(checks)
 }
 
 /// The container's service manager, or what to say where none answers.
-async fn container_manager(known: &Installed, front: &SystemdManager) -> Result<SystemdManager, Check> {
-    let Some(owner) = &known.run_as else { return Ok(front.clone()) };
+async fn container_manager(installed: &Installed, front: &SystemdManager) -> Result<SystemdManager, Check> {
+    let Some(owner) = &installed.run_as else { return Ok(front.clone()) };
     let error = match SystemdManager::connect_as(owner).await {
         Ok(bus) => return Ok(bus),
         Err(error) => error,
@@ -126,58 +129,60 @@ async fn container_manager(known: &Installed, front: &SystemdManager) -> Result<
 }
 
 /// The last wake that failed and was followed by none that succeeded.
-fn failed_before(known: &Installed, failed: &FailedWake) -> Check {
-    let log = known.service().map(|service| Whose::front(known).journal(&service));
+fn failed_before(installed: &Installed, failed: &FailedWake) -> Check {
+    let log = installed.service().map(|service| ManagerOwner::front(installed).journal(&service));
     Check::bad(
         "last wake",
         format!("{} ago {} could not be woken: {}", failed.since(), failed.target, failed.why),
         format!(
             "if that has been mended, `bro wake {}` tries it and forgets this{}",
-            known.name,
+            installed.name,
             log.map(|log| format!("; see `{log}`")).unwrap_or_default()
         ),
     )
 }
 
-fn again(known: &Installed) -> String {
-    format!("`bro activate {} …` writes it anew", known.name)
+fn again(installed: &Installed) -> String {
+    format!("`bro activate {} …` writes it anew", installed.name)
 }
 
 /// Are the files that `bro activate` wrote beside the units there?
-fn files(known: &Installed) -> Check {
+fn files(installed: &Installed) -> Check {
     const NAME: &str = "files";
     let mut gone: Vec<String> =
-        known.others().filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
-    let timer = known.timer_file().filter(|timer| known.kept_awake().is_some() && !timer.exists());
+        installed.others().filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
+    let timer = installed.timer_file().filter(|timer| installed.kept_awake().is_some() && !timer.exists());
     gone.extend(timer.map(|timer| timer.display().to_string()));
-    let directory = known.socket_file.parent().unwrap_or(Path::new("/"));
-    gone.extend(leftover::lost(known, directory).into_iter().map(|listener| listener.socket));
+    let units =
+        unit_directory(installed.scope).and_then(|units| WrittenUnits::read(&units, installed.scope, None));
+    gone.extend(units.iter().flat_map(|units| units.lost(installed)).map(|socket| socket.name));
     if gone.is_empty() {
-        Check::ok(NAME, format!("activated by {}", known.socket_file.display()))
+        let first = installed.listeners.first().map(|listener| listener.socket.file.display().to_string());
+        Check::ok(NAME, format!("activated by {}", first.unwrap_or_default()))
     } else {
-        Check::bad(NAME, format!("{} is gone", gone.join(", ")), again(known))
+        Check::bad(NAME, format!("{} is gone", gone.join(", ")), again(installed))
     }
 }
 
-fn quadlet(known: &Installed, checks: &mut Vec<Check>) -> Option<Quadlet> {
+fn quadlet(installed: &Installed, checks: &mut Vec<Check>) -> Option<Quadlet> {
     const NAME: &str = "quadlet";
-    let found = quadlet::find(&known.name, known.scope, known.run_as.as_ref(), None);
+    let found = quadlet::find(&installed.name, installed.scope, installed.run_as.as_ref(), None);
     checks.push(match &found {
-        Ok(quadlet) if quadlet.unit != known.unit => Check::bad(
+        Ok(quadlet) if quadlet.unit != installed.unit => Check::bad(
             NAME,
-            format!("{} makes {} now, and not {}", quadlet.path.display(), quadlet.unit, known.unit),
-            again(known),
+            format!("{} makes {} now, and not {}", quadlet.path.display(), quadlet.unit, installed.unit),
+            again(installed),
         ),
-        Ok(quadlet) => match other_container(known, quadlet) {
-            Some(finding) => Check::less(NAME, finding, again(known)),
+        Ok(quadlet) => match other_container(installed, quadlet) {
+            Some(finding) => Check::less(NAME, finding, again(installed)),
             None => Check::ok(NAME, quadlet.path.display().to_string()),
         },
-        Err(_) if !known.quadlet.exists() => Check::bad(
+        Err(_) if !installed.quadlet.exists() => Check::bad(
             NAME,
-            format!("{} is gone: removed or renamed", known.quadlet.display()),
+            format!("{} is gone: removed or renamed", installed.quadlet.display()),
             format!(
                 "put it back, or `bro activate {} --remove` and activate it under its new name",
-                known.name
+                installed.name
             ),
         ),
         Err(error) => Check::bad(NAME, format!("{error:#}"), "mend the quadlet"),
@@ -187,8 +192,9 @@ fn quadlet(known: &Installed, checks: &mut Vec<Check>) -> Option<Quadlet> {
 
 /// Does the quadlet make another container than the forwarder looks for? `--container` may have named one on purpose, and on the
 /// host's network the forwarder looks for none.
-fn other_container(known: &Installed, quadlet: &Quadlet) -> Option<String> {
-    if known.direct || known.container_given {
+fn other_container(installed: &Installed, quadlet: &Quadlet) -> Option<String> {
+    let forwarder = installed.forwarder()?;
+    if forwarder.container_given {
         return None;
     }
     let now = match &quadlet.container {
@@ -196,7 +202,7 @@ fn other_container(known: &Installed, quadlet: &Quadlet) -> Option<String> {
         Ok(name) => Some(name.as_str()),
         Err(_) => Some("one whose name is not known"),
     };
-    let before = known.container.as_deref();
+    let before = forwarder.container.as_deref();
     (now != before).then(|| {
         format!(
             "its container is {}, and the forwarder looks for {}",
@@ -207,19 +213,19 @@ fn other_container(known: &Installed, quadlet: &Quadlet) -> Option<String> {
 }
 
 /// The unit that Podman's generator makes of the quadlet.
-async fn unit(known: &Installed, bus: &SystemdManager) -> Check {
+async fn unit(installed: &Installed, bus: &SystemdManager) -> Check {
     const NAME: &str = "unit";
-    let (unit, whose) = (&known.unit, Whose::container(known));
-    let systemctl = whose.systemctl();
-    let as_whom = match &whose {
-        Whose::Of(owner) => format!(" as {}", owner.name),
-        Whose::System | Whose::Mine => String::new(),
+    let (unit, manager) = (&installed.unit, ManagerOwner::container(installed));
+    let systemctl = manager.systemctl();
+    let as_whom = match &manager {
+        ManagerOwner::Of(owner) => format!(" as {}", owner.name),
+        ManagerOwner::System | ManagerOwner::Mine => String::new(),
     };
     match bus.known(unit).await {
         Ok(found) if found.load == "not-found" => Check::bad(
             NAME,
             format!("systemd knows no {unit}: Podman's generator did not make it"),
-            match known.unit_scope() {
+            match installed.unit_scope() {
                 RuntimeScope::System => {
                     format!("`{systemctl} daemon-reload`, then see what `{GENERATOR} --dryrun` says")
                 }
@@ -232,8 +238,8 @@ async fn unit(known: &Installed, bus: &SystemdManager) -> Check {
             Check::bad(NAME, format!("{unit} is {}", found.load), format!("`{systemctl} status {unit}`"))
         }
         Ok(found) if found.active == "failed" => {
-            let log = whose.last_words(unit).await;
-            Check::bad(NAME, format!("{unit} has failed{log}"), format!("see `{}`", whose.journal(unit)))
+            let log = manager.last_words(unit).await;
+            Check::bad(NAME, format!("{unit} has failed{log}"), format!("see `{}`", manager.journal(unit)))
         }
         Ok(found) if found.stops_unneeded => Check::bad(
             NAME,
@@ -252,10 +258,11 @@ async fn unit(known: &Installed, bus: &SystemdManager) -> Check {
     }
 }
 
-async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdManager) -> Check {
+async fn socket(installed: &Installed, listener: &InstalledPort, systemd: &SystemdManager) -> Check {
     const NAME: &str = "socket";
-    let (unit, address, whose) = (&listener.socket, &listener.address, Whose::front(known));
-    let systemctl = whose.systemctl();
+    let (unit, address, manager) =
+        (&listener.socket.name, &listener.external, ManagerOwner::front(installed));
+    let systemctl = manager.systemctl();
     let found = match systemd.known(unit).await {
         Ok(found) => found,
         Err(error) => {
@@ -269,12 +276,12 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdMa
             format!("`{systemctl} daemon-reload`, then `{systemctl} enable --now {unit}`"),
         ),
         UnitInfo { active, .. } if active != "active" => {
-            let owner = match address.parse().ok().and_then(|external| port_owner::look(&external)) {
-                Some(Trouble::Taken(owner)) => {
-                    let by = systemd.socket_at(&owner.address).await;
+            let owner = match port_owner::look(address) {
+                Some(Trouble::Taken(holder)) => {
+                    let by = systemd.socket_at(&holder.address).await;
                     return Check::bad(
                         NAME,
-                        format!("{unit} is {active}: {address} is taken {}", owner.who(by.as_deref())),
+                        format!("{unit} is {active}: {address} is taken {}", holder.who(by.as_deref())),
                         format!("stop that, then `{systemctl} restart {unit}`; or activate another port"),
                     );
                 }
@@ -289,12 +296,12 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdMa
                     return Check::bad(
                         NAME,
                         format!("{unit} is {active}, so nothing listens at {address}: {why}"),
-                        port_owner::instead(known, listener),
+                        port_owner::instead(installed, listener),
                     );
                 }
                 None => String::new(),
             };
-            let log = if active == "failed" { whose.last_words(unit).await } else { String::new() };
+            let log = if active == "failed" { manager.last_words(unit).await } else { String::new() };
             Check::bad(
                 NAME,
                 format!("{unit} is {active}, so nothing listens at {address}{owner}{log}"),
@@ -306,20 +313,20 @@ async fn socket(known: &Installed, listener: &InstalledPort, systemd: &SystemdMa
             format!("{unit} listens at {address}, but not after the next boot: it is {file}"),
             format!("`{systemctl} enable {unit}`"),
         ),
-        _ => as_the_file_says(known, listener, systemd).await,
+        _ => as_the_file_says(installed, listener, systemd).await,
     }
 }
 
 /// Is the forwarder started at the times of `--keep-awake`?
-async fn timer(known: &Installed, systemd: &SystemdManager) -> Option<Check> {
+async fn timer(installed: &Installed, systemd: &SystemdManager) -> Option<Check> {
     const NAME: &str = "timer";
-    let (spans, timer) = (known.kept_awake()?, known.timer()?);
-    let systemctl = Whose::front(known).systemctl();
+    let (spans, timer) = (installed.kept_awake()?, installed.timer()?);
+    let systemctl = ManagerOwner::front(installed).systemctl();
     Some(match systemd.known(&timer).await {
         Err(error) => Check::bad(NAME, format!("{timer}: {error:#}"), format!("see `{systemctl} status`")),
         Ok(found) if found.active != "active" => Check::bad(
             NAME,
-            format!("{timer} is {}, so nothing wakes {} at {spans}", found.active, known.unit),
+            format!("{timer} is {}, so nothing wakes {} at {spans}", found.active, installed.unit),
             format!("`{systemctl} start {timer}`"),
         ),
         Ok(found) if found.needs_reload => {
@@ -330,9 +337,14 @@ async fn timer(known: &Installed, systemd: &SystemdManager) -> Option<Check> {
 }
 
 /// Does the socket listen where its file says? The file may have changed, or there may be a drop-in.
-async fn as_the_file_says(known: &Installed, listener: &InstalledPort, systemd: &SystemdManager) -> Check {
+async fn as_the_file_says(
+    installed: &Installed,
+    listener: &InstalledPort,
+    systemd: &SystemdManager,
+) -> Check {
     const NAME: &str = "socket";
-    let (unit, address, systemctl) = (&listener.socket, &listener.address, Whose::front(known).systemctl());
+    let (unit, address, systemctl) =
+        (&listener.socket.name, &listener.external, ManagerOwner::front(installed).systemctl());
     let live = match systemd.live(unit).await {
         Ok(live) => live,
         Err(error) => {
@@ -342,7 +354,7 @@ async fn as_the_file_says(known: &Installed, listener: &InstalledPort, systemd: 
     let there = live.listen.join(", ");
     if !drift::listens_there(listener, &live) {
         let finding = format!("{unit} listens at {there}, and not at {address}, as bro activate wrote it");
-        let anew = format!("`{}`", listens::anew(known, listener));
+        let anew = format!("`{}`", listens::anew(installed, listener));
         return if live.has_drop_ins {
             let drop_in =
                 format!("`{systemctl} cat {unit}` shows the drop-in that says so; without that, {anew}");
@@ -357,7 +369,7 @@ async fn as_the_file_says(known: &Installed, listener: &InstalledPort, systemd: 
             format!("{unit} listens at {address}, and has changed on disk since systemd read it"),
             format!(
                 "`{systemctl} daemon-reload` and `{systemctl} restart {unit}` take the change up; `{}` takes it back",
-                listens::anew(known, listener)
+                listens::anew(installed, listener)
             ),
         );
     }
@@ -367,27 +379,13 @@ async fn as_the_file_says(known: &Installed, listener: &InstalledPort, systemd: 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::installed::{Forwarder, Mode, example};
     use crate::podman::quadlet::Kind;
     use crate::systemd::unit_file::UnitFile;
 
-    pub(crate) fn known(container: Option<&str>, container_given: bool) -> Installed {
-        Installed {
-            name: "web".into(),
-            scope: RuntimeScope::User,
-            run_as: None,
-            quadlet: "/quadlets/web.container".into(),
-            unit: "web.service".into(),
-            container: container.map(str::to_owned),
-            direct: false,
-            socket_file: "/units/web-activator.socket".into(),
-            service_file: Some("/units/web-activator.service".into()),
-            listeners: Vec::new(),
-            options: Vec::new(),
-            container_given,
-            drop_in: None,
-            pause_unit: None,
-            made: Vec::new(),
-        }
+    fn into_container(container: Option<&str>, container_given: bool) -> Installed {
+        let forwarder = Forwarder { container_given, ..example::forwarder(container, &[]) };
+        Installed { mode: Mode::Forward(forwarder), ..example::forwarded(None, &[]) }
     }
 
     pub(crate) fn quadlet(kind: Kind, text: &str, container: Result<&str, &str>) -> Quadlet {
@@ -404,15 +402,17 @@ pub(super) mod tests {
     #[test]
     fn a_container_is_another_only_where_the_quadlet_has_the_word() {
         let plain = quadlet(Kind::Container, "[Container]\n", Ok("systemd-web"));
-        assert_eq!(other_container(&known(Some("systemd-web"), false), &plain), None);
-        assert!(other_container(&known(Some("old"), false), &plain).unwrap().contains("looks for old"));
-        assert_eq!(other_container(&known(Some("sidecar"), true), &plain), None);
+        assert_eq!(other_container(&into_container(Some("systemd-web"), false), &plain), None);
+        assert!(
+            other_container(&into_container(Some("old"), false), &plain).unwrap().contains("looks for old")
+        );
+        assert_eq!(other_container(&into_container(Some("sidecar"), true), &plain), None);
         let host = quadlet(Kind::Container, "[Container]\nNetwork=host\n", Ok("systemd-web"));
-        assert_eq!(other_container(&known(None, false), &host), None);
+        assert_eq!(other_container(&into_container(None, false), &host), None);
         // It was not on the host's network when it was activated, or is not any more.
-        assert!(other_container(&known(Some("systemd-web"), false), &host).is_some());
-        assert!(other_container(&known(None, false), &plain).is_some());
+        assert!(other_container(&into_container(Some("systemd-web"), false), &host).is_some());
+        assert!(other_container(&into_container(None, false), &plain).is_some());
         let kube = quadlet(Kind::Kube, "[Kube]\n", Err("the containers of a .kube"));
-        assert_eq!(other_container(&known(Some("pod-web"), true), &kube), None);
+        assert_eq!(other_container(&into_container(Some("pod-web"), true), &kube), None);
     }
 }

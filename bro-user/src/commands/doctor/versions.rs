@@ -1,7 +1,7 @@
 //! The oldest versions that things work with: the only table of them, also shown in docs/reference.md (a test compares).
 
 use super::{Check, selinux};
-use crate::installed::Installed;
+use crate::installed::{Installed, Mode};
 use crate::podman::quadlet::Quadlet;
 use crate::systemd::scope::RuntimeScope;
 
@@ -185,27 +185,28 @@ impl Versions {
 }
 
 /// The features that an activated service uses; `quadlet` if it is there.
-pub(super) fn used(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'static Feature> {
-    let of_user = known.unit_scope() == RuntimeScope::User;
+pub(super) fn used(installed: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'static Feature> {
+    let of_user = installed.unit_scope() == RuntimeScope::User;
     // With auto it is spliced where there is no kernel relay.
-    let wants_kernel = !known.direct && known.option("relay") == Some("sockmap");
+    let forwarder = installed.forwarder();
+    let wants_kernel = forwarder.is_some_and(|forwarder| forwarder.options.needs_kernel_relay());
     let uses = |id: Id| match id {
         Id::Units => true,
-        Id::Forwarding | Id::Waking => !known.direct,
-        Id::Freezing => known.option("freeze") == Some("true"),
-        Id::KeepAwake => known.kept_awake().is_some(),
-        Id::SeveralSockets => !known.direct && known.listeners.len() > 1,
-        Id::DropIns => known.drop_in.is_some(),
+        Id::Forwarding | Id::Waking => forwarder.is_some(),
+        Id::Freezing => forwarder.is_some_and(|forwarder| forwarder.options.freezes()),
+        Id::KeepAwake => installed.kept_awake().is_some(),
+        Id::SeveralSockets => forwarder.is_some() && installed.listeners.len() > 1,
+        Id::DropIns => installed.drop_in.is_some(),
         Id::Pod => {
-            known.quadlet.extension().is_some_and(|kind| kind == "pod")
+            installed.quadlet.extension().is_some_and(|kind| kind == "pod")
                 || quadlet.is_some_and(|quadlet| quadlet.value("Pod").is_some())
         }
-        Id::Template => known.name.contains('@'),
+        Id::Template => installed.name.contains('@'),
         Id::ServiceName => quadlet.is_some_and(|quadlet| quadlet.value("ServiceName").is_some()),
         Id::NoWait => {
             quadlet.is_some_and(|quadlet| quadlet.file.value("Quadlet", "DefaultDependencies").is_some())
         }
-        Id::Direct | Id::DirectUnderSelinux => known.direct,
+        Id::Direct | Id::DirectUnderSelinux => matches!(installed.mode, Mode::Direct(_)),
         Id::UnderAppArmor => of_user,
         // Clients from another account's container are not this service's matter.
         Id::Pasta | Id::HostContainersInternal => false,
@@ -216,10 +217,10 @@ pub(super) fn used(known: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'static
 }
 
 /// Which of them are too new for this host.
-pub(super) async fn check_of(known: &Installed, quadlet: Option<&Quadlet>) -> Check {
+pub(super) async fn check_of(installed: &Installed, quadlet: Option<&Quadlet>) -> Check {
     const NAME: &str = "versions";
     let versions = Versions::of_this_host().await;
-    let lacking: Vec<String> = used(known, quadlet)
+    let lacking: Vec<String> = used(installed, quadlet)
         .into_iter()
         .filter_map(|feature| Some(format!("{} needs {}", feature.name, versions.lacks(feature)?)))
         .collect();
@@ -294,12 +295,13 @@ mod tests {
 
     #[test]
     fn a_service_needs_what_it_makes_use_of() {
-        use crate::commands::doctor::service::tests::{known, quadlet};
+        use crate::commands::doctor::service::tests::quadlet;
+        use crate::installed::{Takeover, Way, example};
         use crate::podman::quadlet::Kind;
-        let ids = |known: &Installed, quadlet: Option<&Quadlet>| -> Vec<Id> {
-            used(known, quadlet).iter().map(|feature| feature.id).collect()
+        let ids = |installed: &Installed, quadlet: Option<&Quadlet>| -> Vec<Id> {
+            used(installed, quadlet).iter().map(|feature| feature.id).collect()
         };
-        let mut web = known(Some("systemd-web"), false);
+        let mut web = example::forwarded(Some("systemd-web"), &[]);
         let always = [Id::Forwarding, Id::Waking, Id::Units, Id::UnderAppArmor];
         assert_eq!(ids(&web, None), always);
         let plain = quadlet(Kind::Container, "[Container]\nImage=x\n", Ok("systemd-web"));
@@ -312,11 +314,12 @@ mod tests {
             let quadlet = quadlet(Kind::Container, text, Ok("systemd-web"));
             assert!(ids(&web, Some(&quadlet)).contains(&id), "{text}");
         }
-        web.options = vec![("relay".into(), "sockmap".into())];
+        web.mode = Mode::Forward(example::forwarder(Some("systemd-web"), &[("relay", "sockmap")]));
         assert!(ids(&web, None).ends_with(&[Id::KernelRelay, Id::Loader]));
         web.quadlet = "/quadlets/web.pod".into();
         assert!(ids(&web, None).contains(&Id::Pod));
-        (web.direct, web.scope) = (true, RuntimeScope::System);
+        web.mode = Mode::Direct(Takeover { way: Way::ListenFds, pause_unit: None });
+        web.scope = RuntimeScope::System;
         assert_eq!(ids(&web, None), [Id::Units, Id::Pod, Id::Direct, Id::DirectUnderSelinux]);
         let every: Vec<Id> = FEATURES.iter().map(|feature| feature.id).collect();
         assert!(every.iter().enumerate().all(|(at, id)| !every[..at].contains(id)), "each id once");

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use bro_relay::engine::protocol::{Event, Plain};
+use bro_relay::engine::protocol::{EngineEvent, Plain};
 use bro_relay::stats::Stats;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until};
@@ -14,7 +14,7 @@ use super::drain;
 use super::handover::Predecessor;
 use super::lifecycle::{Due, Lifecycle, Phase};
 use super::reload::Reload;
-use super::requests::{Question, Requests};
+use super::requests::{CallerRequest, Requests};
 use super::waiting::Limit;
 use crate::cli::{Forward, RelayChoice};
 use crate::ledger::Ledger;
@@ -56,7 +56,7 @@ struct Signals {
 }
 
 /// What a signal asks for.
-enum Told {
+enum Demand {
     Stop,
     Reload,
 }
@@ -78,11 +78,11 @@ impl Signals {
         }
     }
 
-    async fn next(&mut self) -> Told {
+    async fn next(&mut self) -> Demand {
         tokio::select! {
-            _ = self.terminate.recv() => Told::Stop,
-            _ = self.interrupt.recv() => Told::Stop,
-            _ = self.hang_up.recv() => Told::Reload,
+            _ = self.terminate.recv() => Demand::Stop,
+            _ = self.interrupt.recv() => Demand::Stop,
+            _ = self.hang_up.recv() => Demand::Reload,
         }
     }
 }
@@ -179,8 +179,8 @@ impl<'a> Control<'a> {
                 Some(news) = self.reload.news() => self.replacement(news).await,
                 told = signals.next() => {
                     match told {
-                        Told::Stop => self.terminate(),
-                        Told::Reload => self.begin_replacement().await,
+                        Demand::Stop => self.terminate(),
+                        Demand::Reload => self.begin_replacement().await,
                     }
                     ControlFlow::Continue(())
                 }
@@ -234,28 +234,28 @@ impl<'a> Control<'a> {
     }
 
     /// What the engine says.
-    async fn event(&mut self, event: Event) -> ControlFlow<()> {
+    async fn event(&mut self, event: EngineEvent) -> ControlFlow<()> {
         match event {
-            Event::Wake { target, peer, source, refused } => {
+            EngineEvent::Wake { target, peer, source, refused } => {
                 self.life.wanted(target, peer, source.as_deref(), refused);
             }
-            Event::Knock { target, peer } => self.life.knocked_for(target, peer),
-            Event::Frozen(frozen) => self.life.engine_froze(frozen),
-            Event::Thaw { peer } => self.life.thaw_for(peer),
-            Event::Leaving(true) => {
+            EngineEvent::Knock { target, peer } => self.life.knocked_for(target, peer),
+            EngineEvent::Frozen(frozen) => self.life.engine_froze(frozen),
+            EngineEvent::Thaw { peer } => self.life.thaw_for(peer),
+            EngineEvent::Leaving(true) => {
                 self.leaves().await;
                 return ControlFlow::Break(());
             }
-            Event::Leaving(false) => self.life.stays(),
-            Event::Draining(why) => self.draining(&why),
-            Event::Drained => return self.reload.is_drained(),
-            Event::Pong => notify::alive(),
-            Event::Listening { netns, port } => {
+            EngineEvent::Leaving(false) => self.life.stays(),
+            EngineEvent::Draining(why) => self.draining(&why),
+            EngineEvent::Drained => return self.reload.is_drained(),
+            EngineEvent::Pong => notify::alive(),
+            EngineEvent::Listening { netns, port } => {
                 tracing::debug!(netns, port, "the kernel says that there is a listener");
                 self.life.activator.heard();
             }
             // Answers, which the handle has already taken.
-            Event::Watching { .. } | Event::Tallies(_) | Event::Peers(_) => {}
+            EngineEvent::Watching { .. } | EngineEvent::Tallies(_) | EngineEvent::Peers(_) => {}
         }
         ControlFlow::Continue(())
     }
@@ -306,12 +306,12 @@ impl<'a> Control<'a> {
     }
 
     /// What a caller asks.
-    fn asked(&mut self, question: Question) -> ControlFlow<()> {
+    fn asked(&mut self, question: CallerRequest) -> ControlFlow<()> {
         match question {
-            Question::Status(asker) => self.report(asker),
-            Question::Metrics(asker) => self.tell_metrics(asker),
-            Question::Wake(asker) => self.life.told_to_wake(asker),
-            Question::Sleep { force, asker } => self.life.told_to_sleep(force, asker, &self.reload),
+            CallerRequest::Status(asker) => self.report(asker),
+            CallerRequest::Metrics(asker) => self.tell_metrics(asker),
+            CallerRequest::Wake(asker) => self.life.told_to_wake(asker),
+            CallerRequest::Sleep { force, asker } => self.life.told_to_sleep(force, asker, &self.reload),
         }
         ControlFlow::Continue(())
     }

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::anyhow;
-use bro_relay::engine::protocol::{Command, Event, Plain};
-use bro_relay::engine::{Destination, Settings, slot};
+use bro_relay::engine::protocol::{EngineCommand, EngineEvent, Plain};
+use bro_relay::engine::{ReadyTarget, Settings, slot};
 use bro_relay::process::{self, Process};
 use bro_relay::stats::Stats;
 use bro_relay::sys::AddressBook;
-use bro_sockmap::{Bequest, Foreign, News, Unavailable};
+use bro_sockmap::{Bequest, Foreign, ForeignNews, Unavailable};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
@@ -23,7 +23,7 @@ use crate::commands::status;
 use crate::exit::Failure;
 use crate::logging;
 use crate::relay_handle::Handle;
-use crate::service::kernel_watch::{self, Loaded, Watching};
+use crate::service::kernel_watch::{self, LoadedRelay, Watching};
 
 /// The relay process, forked while this process had a single thread, and what both have of each other.
 pub(super) struct RelayProcess {
@@ -55,7 +55,7 @@ enum KernelRelay {
     /// It is not to be used.
     Unwanted,
     /// Not known yet: a thread loads it, where there was one to be had.
-    Loading(Option<oneshot::Receiver<Result<Loaded, Unavailable>>>),
+    Loading(Option<oneshot::Receiver<Result<LoadedRelay, Unavailable>>>),
     /// It is in the engine's hands; with the sockets that its programs left alone.
     Loaded(Option<Foreign>),
     /// It is not, and why.
@@ -64,7 +64,7 @@ enum KernelRelay {
 
 impl KernelRelay {
     /// Waits for it to be loaded; for ever where it is not being loaded.
-    async fn loaded(&mut self) -> Result<Loaded, Unavailable> {
+    async fn loaded(&mut self) -> Result<LoadedRelay, Unavailable> {
         match self {
             Self::Loading(Some(loading)) => {
                 loading.await.unwrap_or_else(|_| Err(Unavailable::SelfTest("it did not end".into())))
@@ -78,9 +78,9 @@ impl KernelRelay {
 /// What happens in the data plane.
 pub(super) enum PlaneNews {
     /// The engine says something.
-    Event(Event),
+    Event(EngineEvent),
     /// The kernel relay is loaded, or cannot be had.
-    KernelRelay(Result<Loaded, Unavailable>),
+    KernelRelay(Result<LoadedRelay, Unavailable>),
     /// The relay process has ended.
     Ended,
 }
@@ -90,7 +90,7 @@ pub(super) struct DataPlane<'a> {
     options: &'a Forward,
     process: Process,
     engine: Arc<Handle>,
-    events: UnboundedReceiver<Event>,
+    events: UnboundedReceiver<EngineEvent>,
     /// The addresses that the relay process may connect to.
     addresses: AddressBook,
     stats: Arc<Stats>,
@@ -145,25 +145,28 @@ impl<'a> DataPlane<'a> {
     }
 
     /// A target listens: its clients are to be connected there, and nowhere else.
-    pub(super) fn ready(&mut self, target: usize, destination: Destination) {
+    pub(super) fn ready(&mut self, target: usize, ready: ReadyTarget) {
         // An old address may be another service's by now.
-        self.addresses.clear(slot(target, destination.addresses.len())..slot(target + 1, 0));
-        for (number, address) in destination.addresses.iter().enumerate() {
+        self.addresses.clear(slot(target, ready.addresses.len())..slot(target + 1, 0));
+        for (number, address) in ready.addresses.iter().enumerate() {
             if let Some(address) = address {
                 // There is room for as many addresses as a target may have.
                 let _there_is_room = self.addresses.write(slot(target, number), *address);
             }
         }
-        self.engine.send(Command::Ready { target, destination });
+        self.engine.send(EngineCommand::Ready { target, ready });
     }
 
     /// Waits for the kernel relay alone.
-    pub(super) async fn loaded(&mut self) -> Result<Loaded, Unavailable> {
+    pub(super) async fn loaded(&mut self) -> Result<LoadedRelay, Unavailable> {
         self.kernel.loaded().await
     }
 
     /// Hands the kernel relay to the engine, or says why there is none.
-    pub(super) async fn kernel_loaded(&mut self, loaded: Result<Loaded, Unavailable>) -> anyhow::Result<()> {
+    pub(super) async fn kernel_loaded(
+        &mut self,
+        loaded: Result<LoadedRelay, Unavailable>,
+    ) -> anyhow::Result<()> {
         match loaded {
             Ok(loaded) => {
                 tracing::info!("kernel relay loaded and tested");
@@ -250,7 +253,7 @@ impl<'a> DataPlane<'a> {
 }
 
 /// Says how many sockets were left alone. The programs know no more than that they are not this user's.
-fn left_alone(News { new, total }: News) {
+fn left_alone(ForeignNews { new, total }: ForeignNews) {
     let sockets = if new == 1 { "socket" } else { "sockets" };
     tracing::warn!(
         foreign = new,

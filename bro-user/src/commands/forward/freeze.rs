@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use tokio::time::Instant;
 
-use super::lifecycle::{Change, Lifecycle, Phase};
+use super::lifecycle::{LifeChange, Lifecycle, Phase};
 use super::target_state::Wakefulness;
 use crate::control_socket::Reply;
 use bro_relay::engine::idle::Leave;
@@ -98,7 +98,7 @@ impl Lifecycle<'_> {
         }
         self.freezing.frost = Frost::Freezing { wanted: false };
         let activator = self.activator.clone();
-        self.hear_of(async move { Change::Freeze(FreezeDone::Froze(activator.freeze().await)) });
+        self.hear_of(async move { LifeChange::Freeze(FreezeDone::Froze(activator.freeze().await)) });
     }
 
     fn stays_warm(&mut self) {
@@ -125,7 +125,7 @@ impl Lifecycle<'_> {
     fn thaw(&mut self) {
         self.freezing.frost = Frost::Thawing;
         let activator = self.activator.clone();
-        self.hear_of(async move { Change::Freeze(FreezeDone::Thawed(activator.thaw().await)) });
+        self.hear_of(async move { LifeChange::Freeze(FreezeDone::Thawed(activator.thaw().await)) });
     }
 
     /// systemd has done what it was told.

@@ -31,7 +31,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 const VARIABLE: &str = "BRO_HANDOVER";
 
 /// How long a successor may take to be ready.
-const PATIENCE: Duration = Duration::from_secs(30);
+const SUCCESSOR_LIMIT: Duration = Duration::from_secs(30);
 
 /// More than a letter about the kernel relay takes.
 const LONGEST_LETTER: usize = 64 * 1024;
@@ -196,15 +196,15 @@ impl Program {
         descriptors.push(theirs.as_fd());
         let mut command = std::process::Command::new(&self.path);
         if let Some((name, arguments)) = self.words.split_first() {
-            let _same = command.arg0(name).args(arguments);
+            command.arg0(name).args(arguments);
         }
-        let _same = command
+        command
             .env("LISTEN_FDS", listeners.len().to_string())
             .env("LISTEN_FDNAMES", names.join(":"))
             .env(VARIABLE, (crate::systemd::listen_fds::FIRST as usize + listeners.len()).to_string());
         if std::env::var("WATCHDOG_PID").is_ok_and(|pid| pid.parse() == Ok(std::process::id())) {
             // The successor also has to report that it is alive.
-            let _same = command.env_remove("WATCHDOG_PID");
+            command.env_remove("WATCHDOG_PID");
         }
         sys::pass_descriptors(&mut command, &descriptors)?;
         let child = command.spawn().with_context(|| format!("cannot execute {}", self.path.display()))?;
@@ -268,7 +268,7 @@ impl Successor {
     /// When it ended, or was ended.
     pub async fn ready(mut self) -> anyhow::Result<Born> {
         let said = tokio::select! {
-            said = tokio::time::timeout(PATIENCE, self.channel.read_u8()) => said,
+            said = tokio::time::timeout(SUCCESSOR_LIMIT, self.channel.read_u8()) => said,
             Some(limit) = self.stops.recv() => {
                 self.stop(limit, false).await;
                 return Ok(Born::Stopped);
@@ -286,7 +286,7 @@ impl Successor {
             }
             (_, child) => {
                 drop(Started(child));
-                bail!("the new program was not ready within {PATIENCE:?}")
+                bail!("the new program was not ready within {SUCCESSOR_LIMIT:?}")
             }
         }
     }

@@ -7,7 +7,7 @@ use bro_relay::engine::protocol::Plain;
 use tokio::time::Instant;
 
 use super::freeze::Frost;
-use super::lifecycle::{Change, Lifecycle, Phase};
+use super::lifecycle::{LifeChange, Lifecycle, Phase};
 use crate::exit::Failure;
 use crate::systemd::calendar::{self, DailySpans, Moment, NoAnswer, Outlook};
 
@@ -115,7 +115,9 @@ impl Lifecycle<'_> {
             self.keep_awake.is_asking = true;
             self.keep_awake.asked_at = (Instant::now(), SystemTime::now());
             let spans = self.keep_awake.spans.clone();
-            self.hear_of(async move { Change::Calendar(calendar::outlook(&spans, SystemTime::now()).await) });
+            self.hear_of(
+                async move { LifeChange::Calendar(calendar::outlook(&spans, SystemTime::now()).await) },
+            );
         }
         self.begin_to_keep_awake();
     }

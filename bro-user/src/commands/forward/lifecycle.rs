@@ -41,7 +41,7 @@ pub(super) enum Phase {
 
 /// What its background tasks report.
 #[derive(Debug)]
-pub(super) enum Change {
+pub(super) enum LifeChange {
     /// A wake of this target has ended.
     Woken(usize, anyhow::Result<Awake>),
     /// A target has lost its namespace.
@@ -101,7 +101,7 @@ pub(super) struct Lifecycle<'a> {
     pub(super) sleeper: Option<Sleeper>,
     /// What this side of the forwarder has counted.
     pub(super) counts: Counts,
-    pub(super) changes: (UnboundedSender<Change>, UnboundedReceiver<Change>),
+    pub(super) changes: (UnboundedSender<LifeChange>, UnboundedReceiver<LifeChange>),
 }
 
 impl<'a> Lifecycle<'a> {
@@ -144,31 +144,31 @@ impl<'a> Lifecycle<'a> {
     }
 
     /// Runs a task in the background, and hears of what it found.
-    pub(super) fn hear_of(&self, task: impl Future<Output = Change> + Send + 'static) {
+    pub(super) fn hear_of(&self, task: impl Future<Output = LifeChange> + Send + 'static) {
         let changes = self.changes.0.clone();
         // The receiver may have left meanwhile.
         drop(tokio::spawn(async move { changes.send(task.await).ok() }));
     }
 
     /// What a background task has found.
-    pub(super) async fn change(&mut self) -> Option<Change> {
+    pub(super) async fn change(&mut self) -> Option<LifeChange> {
         self.changes.1.recv().await
     }
 
     /// Takes account of it. An error is the end of the forwarder.
     pub(super) fn changed(
         &mut self,
-        change: Change,
+        change: LifeChange,
         plane: &mut DataPlane<'_>,
         reload: &Reload<'_>,
     ) -> anyhow::Result<()> {
         match change {
-            Change::Woken(target, result) => return self.woken(target, result, plane),
-            Change::NetnsGone(target) => self.gone(target),
-            Change::Busy(who) => self.is_busy(who, reload),
-            Change::Freeze(done) => self.freeze_done(done),
-            Change::RunState(state) => self.run_state(state),
-            Change::Calendar(answer) => self.calendar_said(answer),
+            LifeChange::Woken(target, result) => return self.woken(target, result, plane),
+            LifeChange::NetnsGone(target) => self.gone(target),
+            LifeChange::Busy(who) => self.is_busy(who, reload),
+            LifeChange::Freeze(done) => self.freeze_done(done),
+            LifeChange::RunState(state) => self.run_state(state),
+            LifeChange::Calendar(answer) => self.calendar_said(answer),
         }
         Ok(())
     }

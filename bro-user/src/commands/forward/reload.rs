@@ -26,7 +26,7 @@ const LATER: Duration = Duration::from_secs(5);
 
 /// What happens during a reload.
 #[derive(Debug)]
-pub(super) enum News {
+pub(super) enum ReloadNews {
     /// The successor is ready or stopped, or there is none.
     Successor(anyhow::Result<Born>),
     /// What the predecessor says to this process; nothing if it has ended.
@@ -50,10 +50,10 @@ pub(super) struct Reload<'a> {
     /// The successor, to be told how many connections this process still has.
     telling: Option<Telling>,
     /// The predecessor still has connections: if this process ended, systemd would end it as well.
-    predecessor: Option<status::Predecessor>,
+    predecessor: Option<status::PredecessorReport>,
     /// This process has no connection any more, and only waits for its predecessor, or for the successor that it stops.
     drained: bool,
-    news: (UnboundedSender<News>, UnboundedReceiver<News>),
+    news: (UnboundedSender<ReloadNews>, UnboundedReceiver<ReloadNews>),
 }
 
 impl<'a> Reload<'a> {
@@ -70,7 +70,7 @@ impl<'a> Reload<'a> {
         }
     }
 
-    pub(super) async fn news(&mut self) -> Option<News> {
+    pub(super) async fn news(&mut self) -> Option<ReloadNews> {
         self.news.1.recv().await
     }
 
@@ -85,7 +85,7 @@ impl<'a> Reload<'a> {
     }
 
     /// The predecessor that has not ended.
-    pub(super) const fn predecessor(&self) -> Option<&status::Predecessor> {
+    pub(super) const fn predecessor(&self) -> Option<&status::PredecessorReport> {
         self.predecessor.as_ref()
     }
 
@@ -153,48 +153,48 @@ impl Control<'_> {
         match started {
             Ok((successor, stopper)) => {
                 self.reload.starting = Some(stopper);
-                let waiting = async move { news.send(News::Successor(successor.ready().await)).ok() };
+                let waiting = async move { news.send(ReloadNews::Successor(successor.ready().await)).ok() };
                 drop(tokio::spawn(waiting));
             }
-            Err(error) => drop(news.send(News::Successor(Err(error)))),
+            Err(error) => drop(news.send(ReloadNews::Successor(Err(error)))),
         }
     }
 
     /// Hears of a successor or predecessor.
-    pub(super) async fn replacement(&mut self, news: News) -> ControlFlow<()> {
+    pub(super) async fn replacement(&mut self, news: ReloadNews) -> ControlFlow<()> {
         match news {
-            News::Successor(Ok(Born::Ready(successor))) if self.life.phase == Phase::Serving => {
+            ReloadNews::Successor(Ok(Born::Ready(successor))) if self.life.phase == Phase::Serving => {
                 self.hand_over(successor).await;
             }
             // The successor was told to stop, and has heard of it only now.
-            News::Successor(Ok(Born::Ready(successor))) => {
+            ReloadNews::Successor(Ok(Born::Ready(successor))) => {
                 let news = self.reload.news.0.clone();
                 let stopping = async move {
                     successor.stopped().await;
-                    news.send(News::Successor(Ok(Born::Stopped))).ok()
+                    news.send(ReloadNews::Successor(Ok(Born::Stopped))).ok()
                 };
                 drop(tokio::spawn(stopping));
             }
-            News::Successor(Ok(Born::Stopped)) => self.reload.starting = None,
-            News::Successor(Err(error)) if self.life.phase != Phase::Serving => {
+            ReloadNews::Successor(Ok(Born::Stopped)) => self.reload.starting = None,
+            ReloadNews::Successor(Err(error)) if self.life.phase != Phase::Serving => {
                 tracing::debug!("the successor has not come up: {error:#}");
                 self.reload.starting = None;
             }
-            News::Successor(Err(error)) => {
+            ReloadNews::Successor(Err(error)) => {
                 self.life.counts.failed_reloads += 1;
                 tracing::error!("cannot reload, and goes on as before: {error:#}");
                 self.reload.starting = None;
                 self.requests.listen_anew();
                 notify::ready(&self.status());
             }
-            News::Told(Some(Word::Stop)) => {
+            ReloadNews::Told(Some(Word::Stop)) => {
                 // The successor waits for this process, not vice versa.
                 self.reload.predecessor = None;
                 if !self.life.is_draining() {
                     self.begin_drain("The predecessor was told to stop before this process had taken over");
                 }
             }
-            News::Told(word) => {
+            ReloadNews::Told(word) => {
                 notify::mute(false);
                 tracing::info!("has taken over from its predecessor");
                 self.requests.serve_metrics(self.options.metrics.as_ref());
@@ -203,12 +203,12 @@ impl Control<'_> {
                     self.plane.engine().send(Plain::Wake(AFTER_RELOAD.into()));
                 }
             }
-            News::PredecessorHas(count) => {
+            ReloadNews::PredecessorHas(count) => {
                 if let Some(predecessor) = &mut self.reload.predecessor {
                     predecessor.connections = Some(count);
                 }
             }
-            News::PredecessorEnded => {
+            ReloadNews::PredecessorEnded => {
                 self.reload.predecessor = None;
                 self.life.woken_at = Instant::now();
             }
@@ -254,26 +254,26 @@ impl Control<'_> {
         let news = self.reload.news.0.clone();
         match predecessor.reach() {
             Ok((pid, ending, mut saying)) => {
-                self.reload.predecessor = Some(status::Predecessor { pid, connections: None });
+                self.reload.predecessor = Some(status::PredecessorReport { pid, connections: None });
                 drop(tokio::spawn({
                     let news = news.clone();
                     async move {
                         // The receiver may have left meanwhile.
-                        news.send(News::Told(saying.ready().await)).ok();
+                        news.send(ReloadNews::Told(saying.ready().await)).ok();
                         while let Some(count) = saying.connections().await {
-                            news.send(News::PredecessorHas(count)).ok();
+                            news.send(ReloadNews::PredecessorHas(count)).ok();
                         }
                     }
                 }));
                 drop(tokio::spawn(async move {
                     Ending::come(&ending).await;
-                    news.send(News::PredecessorEnded).ok()
+                    news.send(ReloadNews::PredecessorEnded).ok()
                 }));
             }
             // The predecessor has ended meanwhile, so this process is alone.
             Err(error) => {
                 tracing::debug!("no predecessor any more: {error:#}");
-                drop(news.send(News::Told(None)));
+                drop(news.send(ReloadNews::Told(None)));
             }
         }
     }

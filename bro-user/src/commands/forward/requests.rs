@@ -5,7 +5,7 @@ use crate::metrics;
 
 /// A caller's question, with where to answer.
 #[derive(Debug)]
-pub(super) enum Question {
+pub(super) enum CallerRequest {
     Status(Asker),
     Wake(Asker),
     Sleep { force: bool, asker: Asker },
@@ -26,19 +26,19 @@ impl Requests {
     }
 
     /// Waits for a question; for ever where there is no place to ask at. Nothing is lost when this is cancelled.
-    pub(super) async fn next(&mut self) -> Question {
+    pub(super) async fn next(&mut self) -> CallerRequest {
         loop {
             tokio::select! {
                 asked = asked(&mut self.control) => match asked {
-                    Ok(Asked { request: Request::Status, to }) => return Question::Status(to),
-                    Ok(Asked { request: Request::Wake, to }) => return Question::Wake(to),
-                    Ok(Asked { request: Request::Sleep { force }, to }) => return Question::Sleep { force, asker: to },
+                    Ok(Asked { request: Request::Status, to }) => return CallerRequest::Status(to),
+                    Ok(Asked { request: Request::Wake, to }) => return CallerRequest::Wake(to),
+                    Ok(Asked { request: Request::Sleep { force }, to }) => return CallerRequest::Sleep { force, asker: to },
                     Err(error) => {
                         tracing::warn!(%error, "this forwarder can be asked nothing any more");
                         self.control = None;
                     }
                 },
-                asker = metrics_asked(&mut self.metrics) => return Question::Metrics(asker),
+                asker = metrics_asked(&mut self.metrics) => return CallerRequest::Metrics(asker),
             }
         }
     }

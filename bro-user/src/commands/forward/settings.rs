@@ -125,7 +125,7 @@ pub(super) fn local_clients(options: &Forward) -> anyhow::Result<Option<PathBuf>
         LocalClients::On => Path::new("/"),
         LocalClients::Cgroup(path) => path,
     };
-    let root = bro_sockmap::cgroup::mount_point().context("--local-clients needs cgroup v2")?;
+    let root = bro_proc::cgroup::mount_point().context("--local-clients needs cgroup v2")?;
     let path = if below.starts_with(&root) { below.to_owned() } else { root.join(below.strip_prefix("/")?) };
     if !path.is_dir() {
         bail!(Failure::Usage(format!("--local-clients: there is no cgroup {}", below.display())));

@@ -9,9 +9,9 @@ use tokio::time::{Instant, timeout};
 use super::control::Control;
 use super::freeze::Frost;
 use super::inhibit::Inhibitors;
-use super::lifecycle::{Change, Lifecycle, Phase};
+use super::lifecycle::{LifeChange, Lifecycle, Phase};
 use super::reload::Reload;
-use super::requests::Question;
+use super::requests::CallerRequest;
 use crate::control_socket::{Asker, Reply};
 use crate::service::Stopped;
 use crate::systemd::notify;
@@ -98,7 +98,7 @@ impl Lifecycle<'_> {
         }
         self.busy.asking = true;
         let activator = self.activator.clone();
-        self.hear_of(async move { Change::Busy(inhibitors.busy(&activator).await) });
+        self.hear_of(async move { LifeChange::Busy(inhibitors.busy(&activator).await) });
     }
 
     /// The answer to the question what is busy.
@@ -201,9 +201,9 @@ impl Control<'_> {
             tokio::select! {
                 stopped = &mut stopping => break stopped,
                 question = self.requests.next() => match question {
-                    Question::Status(asker) => self.report(asker),
-                    Question::Metrics(asker) => self.tell_metrics(asker),
-                    Question::Wake(asker) | Question::Sleep { asker, .. } => asker.answer(Reply::leaving()),
+                    CallerRequest::Status(asker) => self.report(asker),
+                    CallerRequest::Metrics(asker) => self.tell_metrics(asker),
+                    CallerRequest::Wake(asker) | CallerRequest::Sleep { asker, .. } => asker.answer(Reply::leaving()),
                 },
             }
         };

@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_goes_on_refusing_is_asked_less_often() {
+    fn a_target_that_goes_on_refusing_is_asked_less_often() {
         let mut refusals = Refusals::default();
         assert_eq!(refusals.pause(false), Duration::ZERO);
         let pauses: Vec<_> = (0..7).map(|_| refusals.pause(true).as_millis()).collect();

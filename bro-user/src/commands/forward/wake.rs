@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use super::data_plane::DataPlane;
 use super::keep_awake::BY_CLOCK;
-use super::lifecycle::{Change, Lifecycle, Phase};
+use super::lifecycle::{LifeChange, Lifecycle, Phase};
 use super::target_state::{TargetState, Turned, Wakefulness, Waking};
 use crate::control_socket::{Asker, Reply};
 use crate::exit::Failure;
@@ -82,7 +82,7 @@ impl Lifecycle<'_> {
             sleep(pause).await;
             let result = activator.wake(target, &address).await;
             let failed = result.is_err();
-            done.send(Change::Woken(target, result)).ok();
+            done.send(LifeChange::Woken(target, result)).ok();
             if failed {
                 activator.forget().await;
             }
@@ -134,7 +134,7 @@ impl Lifecycle<'_> {
         let activator = self.activator.clone();
         self.hear_of(async move {
             let runs = tokio::time::timeout(SILENT_MANAGER, activator.is_up()).await.unwrap_or(false);
-            Change::RunState(RunState { target, peer, runs })
+            LifeChange::RunState(RunState { target, peer, runs })
         });
     }
 
@@ -309,7 +309,7 @@ impl Lifecycle<'_> {
 
     /// The service listens: its clients are connected to it, and its namespace is watched.
     fn is_found(&mut self, target: usize, awake: Awake, plane: &mut DataPlane<'_>) {
-        let Awake { destination, incarnation } = awake;
+        let Awake { ready, incarnation } = awake;
         let state = &mut self.targets[target];
         let since = state.waking().map(|waking| waking.since);
         state.wakefulness = Wakefulness::Awake;
@@ -320,22 +320,22 @@ impl Lifecycle<'_> {
         self.woken_at = Instant::now();
         let _since = self.awake_since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
         let state = &mut self.targets[target];
-        if destination.addresses.iter().any(Option::is_some) {
-            let seen = Some(destination.sources.to_string());
+        if ready.addresses.iter().any(Option::is_some) {
+            let seen = Some(ready.sources.to_string());
             if state.seen != seen {
-                tracing::info!(target = %state.target, "the service sees clients {}", destination.sources);
+                tracing::info!(target = %state.target, "the service sees clients {}", ready.sources);
                 state.seen = seen;
             }
         }
         let new = incarnation.filter(|netns| state.found_in(netns));
-        plane.ready(target, destination);
+        plane.ready(target, ready);
         if self.is_awake() {
             self.answer_wakers(&Reply::done("awake"));
         }
         if let Some(netns) = new {
             self.hear_of(async move {
                 netns.gone().await;
-                Change::NetnsGone(target)
+                LifeChange::NetnsGone(target)
             });
         }
     }
@@ -349,7 +349,7 @@ impl Lifecycle<'_> {
                 if activator.is_in_the_way().await {
                     let why =
                         "its unit is started only when this forwarder, which is told to stop, has ended";
-                    done.send(Change::Woken(target, Err(anyhow!(why)))).ok();
+                    done.send(LifeChange::Woken(target, Err(anyhow!(why)))).ok();
                 }
             };
             drop(tokio::spawn(asking));

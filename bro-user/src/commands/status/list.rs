@@ -91,14 +91,14 @@ impl Service {
         }
     }
 
-    fn of(known: &Installed) -> Self {
-        let addresses = known.listeners.iter().map(|listener| listener.address.clone()).collect();
-        let quadlet = known.quadlet.file_name().map(|file| file.to_string_lossy().into_owned());
-        let sockets = known.listeners.iter().map(|listener| listener.socket.clone());
+    fn of(installed: &Installed) -> Self {
+        let addresses = installed.listeners.iter().map(|listener| listener.external.to_string()).collect();
+        let quadlet = installed.quadlet.file_name().map(|file| file.to_string_lossy().into_owned());
+        let sockets = installed.listeners.iter().map(|listener| listener.socket.name.clone());
         Self {
-            failed_wake: failed_wake::noted(known),
-            also: quadlet.into_iter().chain(known.service()).chain(sockets).collect(),
-            ..Self::new(known.name.clone(), Some(known.unit.clone()), addresses)
+            failed_wake: failed_wake::noted(installed),
+            also: quadlet.into_iter().chain(installed.service()).chain(sockets).collect(),
+            ..Self::new(installed.name.clone(), Some(installed.unit.clone()), addresses)
         }
     }
 
@@ -167,20 +167,20 @@ pub(crate) async fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Service>> {
         ask_all(sockets)
     );
     let mut services = Vec::new();
-    for known in activated {
-        let mut service = Service::of(&known);
-        match buses.of(&known).await {
+    for installed in activated {
+        let mut service = Service::of(&installed);
+        match buses.of(&installed).await {
             // Without systemd's word it is asleep, as far as bro knows.
-            Some((front, container)) => drop(look(&mut service, &known, front, container).await),
+            Some((front, container)) => drop(look(&mut service, &installed, front, container).await),
             // A manager that does not run does not listen.
             None => service.state = ServiceState::Deaf,
         }
         let (its, others) =
-            reports.into_iter().partition(|report| report.starts(&known.unit, known.unit_scope()));
+            reports.into_iter().partition(|report| report.starts(&installed.unit, installed.unit_scope()));
         let its: Vec<Report> = its;
         reports = others;
         its.into_iter().for_each(|report| service.hear(report));
-        service.counts = ledger::total_of(&known, &own(&service));
+        service.counts = ledger::total_of(&installed, &own(&service));
         services.push(service);
     }
     for report in reports {
@@ -244,8 +244,10 @@ impl Buses {
     }
 
     /// The forwarder's manager, and the container's; that one may be started by the first client only.
-    async fn of(&mut self, known: &Installed) -> Option<(SystemdManager, Option<SystemdManager>)> {
-        let Some(owner) = &known.run_as else { return self.own.clone().map(|own| (own.clone(), Some(own))) };
+    async fn of(&mut self, installed: &Installed) -> Option<(SystemdManager, Option<SystemdManager>)> {
+        let Some(owner) = &installed.run_as else {
+            return self.own.clone().map(|own| (own.clone(), Some(own)));
+        };
         let front = match &self.system {
             Some(system) => system.clone(),
             None => self.system.insert(SystemdManager::connect(RuntimeScope::System).await.ok()?).clone(),
@@ -262,29 +264,29 @@ impl Buses {
 /// What systemd knows of a service.
 async fn look(
     service: &mut Service,
-    known: &Installed,
+    installed: &Installed,
     systemd: SystemdManager,
     container: Option<SystemdManager>,
 ) -> anyhow::Result<()> {
     let unit = match container {
-        Some(container) => Some(container.known(&known.unit).await?),
+        Some(container) => Some(container.known(&installed.unit).await?),
         None => None,
     };
     let mut deaf = false;
     let mut addresses = Vec::new();
-    for listener in &known.listeners {
-        deaf |= systemd.active_state(&listener.socket).await? != "active";
-        match systemd.live(&listener.socket).await {
+    for listener in &installed.listeners {
+        deaf |= systemd.active_state(&listener.socket.name).await? != "active";
+        match systemd.live(&listener.socket.name).await {
             // The file was changed, or there is a drop-in: systemd's word counts.
             Ok(live) if !live.listen.is_empty() && !drift::listens_there(listener, &live) => {
                 addresses.extend(live.listen);
             }
-            _ => addresses.push(listener.address.clone()),
+            _ => addresses.push(listener.external.to_string()),
         }
     }
     service.addresses = addresses;
     let (mut failed, mut restarting) = (false, false);
-    if let Some(forwarder) = known.service() {
+    if let Some(forwarder) = installed.service() {
         failed = systemd.active_state(&forwarder).await? == "failed";
         restarting = systemd.restart_loop(&forwarder).await?.is_some();
     }

@@ -135,7 +135,7 @@ impl View {
             let span = at.saturating_duration_since(*then);
             for (name, now) in &bytes {
                 if let Some(rates) = before.get(name).and_then(|before| rates(*before, *now, span)) {
-                    let _none = self.rates.insert(name.clone(), rates);
+                    self.rates.insert(name.clone(), rates);
                 }
             }
         }

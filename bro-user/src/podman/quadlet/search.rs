@@ -48,9 +48,7 @@ pub(super) fn directories(
         }
         (RuntimeScope::User, None) => {
             let uid = nix::unistd::geteuid();
-            let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-            let runtime = runtime.unwrap_or_else(|| format!("/run/user/{uid}").into());
-            of_user(uid.as_raw(), runtime, paths::config_home()?)
+            of_user(uid.as_raw(), paths::runtime_directory(), paths::config_home()?)
         }
     };
     Ok(plain.into_iter().map(|path| paths::below(root, &path)).collect())

@@ -178,7 +178,7 @@ impl SystemdManager {
         };
         drop(output);
         let mut transient = Transient { systemd: self.systemd.clone(), unit, runs: true };
-        let _result = wait(&mut removed, &job).await?;
+        wait(&mut removed, &job).await?;
         transient.runs = false;
         let service = self.service(&transient.unit).await?;
         Ok(Ended {

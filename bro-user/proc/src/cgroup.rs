@@ -1,4 +1,4 @@
-//! Where processes are in the cgroup v2 tree, as paths that can be opened.
+//! Where processes are in the cgroup v2 tree.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,12 +17,28 @@ pub fn mount_point() -> io::Result<PathBuf> {
     found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "cgroup v2 is not mounted"))
 }
 
+/// A process's cgroup as /proc shows it, `/system.slice/web.service`; `process` is its directory there. The root is that of this
+/// process's cgroup namespace.
+#[must_use]
+pub fn shown(process: &Path) -> Option<String> {
+    line(&table(process).ok()?).map(str::to_owned)
+}
+
+fn table(process: &Path) -> io::Result<String> {
+    std::fs::read_to_string(process.join("cgroup"))
+}
+
+/// The line about version 2.
+fn line(table: &str) -> Option<&str> {
+    table.lines().find_map(|line| line.strip_prefix("0::"))
+}
+
 /// The folder of a process's cgroup.
 ///
 /// # Errors
 /// When the process is gone, or the cgroup is outside what this process's cgroup namespace shows.
 pub fn of_process(pid: u32) -> io::Result<PathBuf> {
-    parse(&std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?, &mount_point()?)
+    parse(&table(Path::new(&format!("/proc/{pid}")))?, &mount_point()?)
 }
 
 /// The folder of this process's own cgroup.
@@ -30,7 +46,7 @@ pub fn of_process(pid: u32) -> io::Result<PathBuf> {
 /// # Errors
 /// As [`of_process`].
 pub fn of_self() -> io::Result<PathBuf> {
-    parse(&std::fs::read_to_string("/proc/self/cgroup")?, &mount_point()?)
+    parse(&table(Path::new("/proc/self"))?, &mount_point()?)
 }
 
 /// The folder of a user's slice, which holds all that the user runs but for what system services run in that user's name.
@@ -63,7 +79,7 @@ fn common(one: &Path, other: &Path) -> PathBuf {
 /// # Errors
 /// When it names none.
 pub fn parse(table: &str, mount: &Path) -> io::Result<PathBuf> {
-    let path = table.lines().find_map(|line| line.strip_prefix("0::/")).map(Path::new);
+    let path = line(table).and_then(|path| path.strip_prefix('/')).map(Path::new);
     let below = |path: &Path| path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
     match path {
         Some(path) if below(path) => Ok(mount.join(path)),
