@@ -2,6 +2,7 @@
 
 pub mod failed_wake;
 
+mod kernel_defect;
 pub mod kernel_watch;
 pub mod readiness;
 pub mod runs;

@@ -1,5 +1,7 @@
 //! Adoption: a service that was started under a seccomp profile which notifies listen(2) has the host's own listener from then on. No
 //! Podman and no right is needed: the harness plays the OCI runtime and the service manager's store.
+//!
+//! Needs: a network namespace; python3, redis, nginx, PostgreSQL for one test each. Takes: seconds.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -11,15 +13,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::adopt::{Adoption, Program};
 use bro_tests::peers::PATIENCE;
-use bro_tests::process;
+use bro_tests::process::{self, NOBODY};
 use bro_tests::require_namespaces;
 use bro_tests::tier::{Need, find_program, met};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid, chown};
-
-/// The user that root becomes: PostgreSQL refuses root.
-const NOBODY: u32 = 65534;
 
 /// Where services listen, each in a namespace of its own.
 const INSIDE: &str = "127.0.0.1:8080";

@@ -12,6 +12,7 @@ use bro_relay::engine::protocol::EngineCommand;
 use bro_sockmap::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
 use tokio::sync::oneshot;
 
+use super::kernel_defect;
 use crate::netns::Namespace;
 use crate::relay_handle::Handle;
 
@@ -74,7 +75,13 @@ pub fn load(
 
 /// The kernel relay, without lasting use of memory: reading the kernel's types takes megabytes for a moment.
 fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Kernel, Unavailable> {
+    if !config.bear_fionread && bequest.is_none() && kernel_defect::is_noted() {
+        return Err(Unavailable::FionreadLies);
+    }
     let kernel = Kernel::obtain(config, bequest);
+    if matches!(kernel, Err(Unavailable::FionreadLies)) {
+        kernel_defect::note();
+    }
     bro_relay::sys::return_freed_memory();
     kernel
 }

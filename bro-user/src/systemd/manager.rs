@@ -81,6 +81,9 @@ trait Systemd {
 
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Unit", default_service = "org.freedesktop.systemd1")]
 trait Unit {
+    /// Its first name.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn id(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn active_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
@@ -494,7 +497,9 @@ impl SystemdManager {
     /// # Errors
     /// When systemd refuses, with its own words.
     pub async fn start_telling(&self, unit: &str, ordered: impl FnOnce()) -> anyhow::Result<String> {
-        let mut removed = self.systemd.receive_job_removed().await?;
+        // Of this unit's jobs alone: where many are started at once, each forwarder would hear of all of them.
+        let id = self.unit(unit).await?.id().await?;
+        let mut removed = self.systemd.receive_job_removed_with_args(&[(2, &id)]).await?;
         let job = self.systemd.start_unit(unit, "replace").await.map_err(plain)?;
         ordered();
         self.ended(&mut removed, &job, unit).await

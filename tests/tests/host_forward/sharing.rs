@@ -1,13 +1,13 @@
 //! Who stops a container, and who must not: two forwarders of one unit, jobs inside, `bro wake` and `bro sleep`, start limits.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, Read as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::{Host, Manager};
 
-use crate::site::{INNER, PATIENCE, Plan, Site, ask};
+use crate::site::{INNER, PATIENCE, Plan, Site, ask, echo};
 
 /// A second forwarder of a site's unit, with a socket of its own.
 struct Second<'h> {
@@ -50,14 +50,6 @@ impl Drop for Second<'_> {
     }
 }
 
-fn echo(mut client: &TcpStream) -> Result<()> {
-    client.write_all(b"hello")?;
-    let mut answer = [0; 5];
-    client.read_exact(&mut answer)?;
-    ensure!(&answer == b"hello", "{answer:?}");
-    Ok(())
-}
-
 /// The last of two forwarders to be idle puts the container to sleep, whichever of them woke it.
 pub fn two_forwarders(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "shared", &Plan::service(manager, 0.0, "--exit-idle-time 300ms"))?;
@@ -65,9 +57,9 @@ pub fn two_forwarders(host: &Host, manager: Manager) -> Result<()> {
     for first_one_stays in [false, true] {
         // The first wakes.
         let by_first = site.client()?;
-        echo(&by_first)?;
+        echo(&by_first, b"hello")?;
         let by_second = second.client()?;
-        echo(&by_second)?;
+        echo(&by_second, b"hello")?;
         let run = manager.show(host, "shared.service", "InvocationID")?;
         let (leaves, stays, left) = if first_one_stays {
             (by_second, by_first, second.unit("service"))
@@ -76,14 +68,14 @@ pub fn two_forwarders(host: &Host, manager: Manager) -> Result<()> {
         };
         drop(leaves);
         manager.wait_for(host, &left, "ActiveState", "inactive", PATIENCE)?;
-        echo(&stays)?;
+        echo(&stays, b"hello")?;
         ensure!(manager.show(host, "shared.service", "InvocationID")? == run, "the container was restarted");
         drop(stays);
         site.await_container_gone()?;
     }
     // One that is killed is not in the way of the next.
     let by_second = second.client()?;
-    echo(&by_second)?;
+    echo(&by_second, b"hello")?;
     site.check_echo()?;
     let killed = manager.show(host, &second.unit("service"), "MainPID")?;
     // Before it can be started again by its socket: no client connects to it.
@@ -103,14 +95,14 @@ pub fn woken_while_another_stops_it(host: &Host, manager: Manager) -> Result<()>
     let first_run = manager.show(host, "between.service", "InvocationID")?;
     manager.wait_for(host, "between.service", "ActiveState", "deactivating", PATIENCE)?;
     let client = second.client()?;
-    echo(&client)
+    echo(&client, b"hello")
         .map_err(|error| error.context(manager.journal(host, &second.unit("service")).unwrap_or_default()))?;
     ensure!(
         manager.show(host, "between.service", "InvocationID")? != first_run,
         "served by a dying container"
     );
     std::thread::sleep(Duration::from_millis(500));
-    echo(&client)?;
+    echo(&client, b"hello")?;
     drop(client);
     site.await_container_gone()
 }
@@ -148,12 +140,12 @@ pub fn by_hand(host: &Host, manager: Manager) -> Result<()> {
     ensure!(manager.show(host, "hand.service", "ActiveState")? == "active", "not awake: {woken:?}");
     // It is ready: a client is not a cold start.
     let client = site.client()?;
-    echo(&client)?;
+    echo(&client, b"hello")?;
     ensure!(bro(&["wake", "hand.service"])?.stdout.contains("already"), "woken twice");
     let refused = bro(&["sleep", "hand"])?;
     let address = client.local_addr()?.to_string();
     ensure!(refused.code == 1 && refused.stderr.contains(&address), "{refused:?}, not {address}");
-    echo(&client)?;
+    echo(&client, b"hello")?;
     let slept = bro(&["sleep", "--force", "hand"])?;
     ensure!(slept.success(), "{slept:?}");
     match (&client).read(&mut [0; 1]) {

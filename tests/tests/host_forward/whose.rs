@@ -1,25 +1,14 @@
 //! Whose a running container is to stop: the forwarder's, whatever has happened to it since it was woken, until another process
 //! starts it anew; and not the forwarder's to stop while another unit needs it.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::{Host, Manager};
 
-use crate::site::{INNER, PATIENCE, Plan, Site};
+use crate::site::{INNER, PATIENCE, Plan, Site, echo};
 
 const IDLE: &str = "--exit-idle-time 700ms";
-
-fn echo(mut client: &TcpStream) -> Result<()> {
-    client.set_read_timeout(Some(PATIENCE))?;
-    client.write_all(b"hello")?;
-    let mut answer = [0; 5];
-    client.read_exact(&mut answer)?;
-    ensure!(&answer == b"hello", "{answer:?}");
-    Ok(())
-}
 
 /// The forwarder leaves, and the container with it.
 fn expect_asleep(site: &Site<'_>) -> Result<()> {
@@ -115,7 +104,7 @@ pub fn restarted_as_often_as_may_be(host: &Host, manager: Manager) -> Result<()>
 pub fn restarted_by_hand(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::new(host, manager, "renewed", &Plan::service(manager, 0.2, IDLE))?;
     let client = site.client()?;
-    echo(&client)?;
+    echo(&client, b"hello")?;
     manager.systemctl(host, &["restart", "renewed.service"])?;
     drop(client);
     site.check_echo().with_context(|| site.journals())?;
@@ -163,8 +152,8 @@ pub fn two_targets_at_once(host: &Host, manager: Manager) -> Result<()> {
     let first = site.client()?;
     manager.wait_for(host, "double.service", "ActiveState", "active", PATIENCE)?;
     let other = host.connect(second)?;
-    echo(&first)?;
-    echo(&other)?;
+    echo(&first, b"hello")?;
+    echo(&other, b"hello")?;
     drop((first, other));
     let asleep = expect_asleep(&site);
     manager.systemctl(host, &["stop", "double-two.socket"])?;

@@ -1,10 +1,7 @@
 //! What a user has of it.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
-
 use anyhow::{Context as _, Result, ensure};
-use bro_tests::host::site::{PATIENCE, Plan, Site, text};
+use bro_tests::host::site::{PATIENCE, Plan, Site, echo, text};
 use bro_tests::host::{Host, Manager};
 
 use crate::{load, unload};
@@ -30,22 +27,13 @@ pub fn relay_of_the_next(site: &Site<'_>) -> Result<String> {
     };
     let before = relays()?.len();
     // Often enough for a lane.
-    let mut client = site.client()?;
+    let client = site.client()?;
     for _ in 0..20 {
-        echo(&mut client)?;
+        echo(&client, b"ping")?;
     }
     drop(client);
     site.host.wait_until("the end of a connection", PATIENCE, || Ok(relays()?.len() > before))?;
     relays()?.pop().context("a connection")
-}
-
-/// Sends a few bytes over an open connection and has them back.
-fn echo(client: &mut TcpStream) -> Result<()> {
-    let mut back = [0; 4];
-    client.write_all(b"ping")?;
-    client.read_exact(&mut back)?;
-    ensure!(&back == b"ping", "{back:?}");
-    Ok(())
 }
 
 fn expect_no_capabilities(site: &Site<'_>) -> Result<()> {
@@ -105,11 +93,11 @@ pub fn loaded_anew(host: &Host) -> Result<()> {
     let unit = format!("bro-loader@{uid}.service");
     let site = Site::new(host, TEST, "anew", &Plan::service(TEST, 0.0, "--relay=sockmap"))?;
     expect_lane(&site)?;
-    let mut client = site.client()?;
-    echo(&mut client)?;
+    let client = site.client()?;
+    echo(&client, b"ping")?;
     for verb in ["reload", "restart", "stop"] {
         host.run(&["systemctl", verb, &unit])?;
-        echo(&mut client).with_context(|| verb.to_owned())?;
+        echo(&client, b"ping").with_context(|| verb.to_owned())?;
         // The forwarder has what it had.
         let relay = relay_of_the_next(&site)?;
         ensure!(relay == "sockmap", "after {verb} relayed by {relay}: {}", site.journal());

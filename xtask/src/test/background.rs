@@ -1,5 +1,6 @@
 //! Tiers that compute and mind no delay run behind the others, which wait most of their time: a suite for its deadlines, a host for its
-//! containers. They run at the lowest priority, so a test finds a processor whenever it wants one, as if there were no others.
+//! containers. They run at a low priority, so a test finds a processor whenever it wants one; not at the lowest, at which the emulated
+//! machine of `vm` would stand still beside a suite that computes, and has deadlines too.
 //!
 //! Each runs in a process of this task's own, so that everything that it and its children print comes through one pipe: each line is
 //! shown with its tier's name in front.
@@ -40,7 +41,7 @@ impl Background {
         show(tier, "begins");
         let begin = Instant::now();
         let mut command = Command::new("nice");
-        command.args(["-n", "19"]).arg(&self.task).args(["test", tier, "--count-to"]).arg(&answer);
+        command.args(["-n", "10"]).arg(&self.task).args(["test", tier, "--count-to"]).arg(&answer);
         let (said, heard) = std::io::pipe().context("a pipe for what is printed")?;
         command.env("BRO_BIN", bro).stdin(Stdio::null()).stdout(heard.try_clone()?).stderr(heard);
         let mut child = command.spawn().with_context(|| format!("cannot run {command:?}"))?;

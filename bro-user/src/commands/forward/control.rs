@@ -12,7 +12,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until};
 use super::data_plane::{DataPlane, PlaneNews};
 use super::drain;
 use super::handover::Predecessor;
-use super::lifecycle::{Due, Lifecycle, Phase};
+use super::lifecycle::{Due, LifeChange, Lifecycle, Phase};
 use super::reload::Reload;
 use super::requests::{CallerRequest, Requests};
 use super::waiting::Limit;
@@ -169,21 +169,9 @@ impl<'a> Control<'a> {
             let (due, draining) = (self.life.next_due(&self.reload), self.life.is_draining());
             let flow = tokio::select! {
                 news = self.plane.news() => self.heard(news).await?,
-                Some(change) = self.life.change() => {
-                    if let Err(error) = self.life.changed(change, &mut self.plane, &self.reload) {
-                        self.failure = Some(error);
-                        self.begin_drain("The process that --pid names has exited");
-                    }
-                    ControlFlow::Continue(())
-                }
+                Some(change) = self.life.change() => self.changed(change),
                 Some(news) = self.reload.news() => self.replacement(news).await,
-                told = signals.next() => {
-                    match told {
-                        Demand::Stop => self.terminate(),
-                        Demand::Reload => self.begin_replacement().await,
-                    }
-                    ControlFlow::Continue(())
-                }
+                demand = signals.next() => self.signalled(demand).await,
                 due = until(due) => self.is_due(due),
                 tick = clocks.next(draining) => self.ticked(tick).await,
                 question = self.requests.next() => self.asked(question),
@@ -256,6 +244,24 @@ impl<'a> Control<'a> {
             }
             // Answers, which the handle has already taken.
             EngineEvent::Watching { .. } | EngineEvent::Tallies(_) | EngineEvent::Peers(_) => {}
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// What a background task of the life cycle has found.
+    fn changed(&mut self, change: LifeChange) -> ControlFlow<()> {
+        if let Err(error) = self.life.changed(change, &mut self.plane, &self.reload) {
+            self.failure = Some(error);
+            self.begin_drain("The process that --pid names has exited");
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// What a signal asks for.
+    async fn signalled(&mut self, demand: Demand) -> ControlFlow<()> {
+        match demand {
+            Demand::Stop => self.terminate(),
+            Demand::Reload => self.begin_replacement().await,
         }
         ControlFlow::Continue(())
     }
