@@ -219,6 +219,44 @@ fn options_are_carried_over_and_taken_back() -> Result<()> {
 }
 
 #[test]
+fn a_container_that_ends_while_there_is_no_agent_leaves_no_option() -> Result<()> {
+    require_namespaces!();
+    let (host, adoption) = v4()?;
+    let agent = adoption.agent(Some("Answered(Listen)"))?;
+    let look = |level, name| bro_adopt::socket::number(host.as_fd(), level, name);
+    let idle = look(libc::SOL_TCP, libc::TCP_KEEPIDLE)?;
+    let service = adoption.service(&["options", INSIDE])?;
+    service.says("ready")?;
+    agent.wait()?;
+    ensure!(look(libc::SOL_TCP, libc::TCP_KEEPIDLE)? == 77, "it has its options");
+    kill(Pid::from_raw(service.pid()), Signal::SIGKILL)?;
+    service.wait()?;
+    let next = adoption.agent(None)?;
+    next.says("Ended { listener: 0 }")?;
+    ensure!(look(libc::SOL_TCP, libc::TCP_KEEPIDLE)? == idle, "an option stays");
+    let flags = nix::fcntl::fcntl(&host, nix::fcntl::FcntlArg::F_GETFL)?;
+    ensure!(flags & libc::O_NONBLOCK != 0, "the listener stays blocking");
+    Ok(())
+}
+
+#[test]
+fn workers_that_listen_at_what_they_have_inherited_share_the_hosts_listener() -> Result<()> {
+    require_namespaces!();
+    let (host, adoption) = v4()?;
+    let agent = adoption.agent(None)?;
+    let service = adoption.service(&["workers", INSIDE])?;
+    for _ in 0..2 {
+        let flags = service.says("ready")?;
+        ensure!(flags.ends_with("02000002"), "{flags}");
+        agent.says("Adopted { listener: 0, options_refused: 0, inside: None }")?;
+    }
+    for _ in 0..20 {
+        expect_greeted(client(&host)?)?;
+    }
+    expect_greeted_inside(&adoption, &service, INSIDE)
+}
+
+#[test]
 fn what_is_watched_before_it_listens_is_watched_after() -> Result<()> {
     require_namespaces!();
     for kind in ["epoll", "epoll-edge"] {

@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::budget::Budget;
 use crate::caller::Caller;
 use crate::family::Family;
-use crate::in_flight::InFlight;
+use crate::in_flight::{InFlight, Note};
 use crate::inside::{Inside, Then};
 use crate::notification::{Answer, Call, Meant, Raw};
 use crate::options::Before;
@@ -52,13 +52,20 @@ struct Adoptable {
     state: State,
 }
 
+impl Adoptable {
+    /// Has a service got it?
+    const fn is_held(&self) -> bool {
+        matches!(&self.state, State::Adopted { by, .. } if !by.is_empty())
+    }
+}
+
 #[derive(Debug)]
 enum State {
     /// As systemd made it.
     Free,
-    /// In a service's hands.
+    /// As a service wants it.
     Adopted {
-        /// The notifiers' numbers of those that took it.
+        /// The notifiers' numbers of those that took it; nothing yet while it is being prepared.
         by: Vec<u64>,
         before: Before,
     },
@@ -168,6 +175,7 @@ impl<S: Surroundings> Agent<S> {
                 Kind::Notifier(_) | Kind::Record => {}
             }
         }
+        self.take_over_listeners();
         if let Some((notification, decided)) = self.record.pending() {
             let waiting =
                 |answered: &&Answered| sys::is_waiting(answered.notifier.notify.as_fd(), notification.id);
@@ -180,17 +188,41 @@ impl<S: Surroundings> Agent<S> {
             }
             self.record.clear();
         }
+        // What was prepared for a service that did not get it, or that has ended meanwhile.
+        for index in 0..self.listeners.len() {
+            let held = self.listeners.get(index).is_some_and(Adoptable::is_held);
+            if !held {
+                self.release(index);
+            }
+        }
         self.open_originals();
+    }
+
+    /// As a predecessor has noted them.
+    fn take_over_listeners(&mut self) {
+        let containers: Vec<u64> = self
+            .notifiers
+            .iter()
+            .filter(|answered| answered.notifier.role == Role::Container)
+            .map(|answered| answered.number)
+            .collect();
+        for Note { cookie, held, before } in self.record.notes() {
+            if let Some(listener) = self.listeners.iter_mut().find(|listener| listener.seen.cookie == cookie)
+            {
+                let by = if held { containers.clone() } else { Vec::new() };
+                listener.state = State::Adopted { by, before };
+            }
+        }
     }
 
     /// Only now: a call that was in flight may still see one as the service made it.
     fn open_originals(&mut self) {
         for (index, listener) in self.listeners.iter().enumerate() {
-            if matches!(listener.state, State::Free) {
+            if !listener.is_held() {
                 continue;
             }
             let mut inside = None;
-            for original in self.originals.iter().filter(|original| original.listener == index) {
+            for original in self.originals.iter_mut().filter(|original| original.listener == index) {
                 inside = original.open().err().or(inside);
             }
             self.surroundings.tell(Event::Adopted { listener: index, options_refused: 0, inside });
@@ -198,22 +230,13 @@ impl<S: Surroundings> Agent<S> {
     }
 
     fn take_over_original(&mut self, name: String, socket: OwnedFd) {
-        let containers: Vec<u64> = self
-            .notifiers
-            .iter()
-            .filter(|answered| answered.notifier.role == Role::Container)
-            .map(|answered| answered.number)
-            .collect();
         let place = Place::of(socket.as_fd()).zip(look(socket.as_fd()));
         let listener = place.as_ref().and_then(|(place, seen)| self.choose(place, seen.family)?.ok());
-        let Some(((place, seen), listener)) = place.zip(listener).filter(|_| !containers.is_empty()) else {
-            self.surroundings.forget(&name);
-            return;
-        };
-        let original = Original { socket, place, seen, listener, name };
-        self.originals.push(original);
-        if let Some(adopted) = self.listeners.get_mut(listener) {
-            adopted.state = State::Adopted { by: containers, before: Before::default() };
+        match place.zip(listener) {
+            Some(((place, seen), listener)) => {
+                self.originals.push(Original { socket, place, seen, listener, name, open: false });
+            }
+            None => self.surroundings.forget(&name),
         }
     }
 
@@ -287,7 +310,8 @@ impl<S: Surroundings> Agent<S> {
             ));
         }
         if self.inside.len() < MOST_INSIDE {
-            let originals = self.originals.iter().enumerate();
+            // One that does not listen polls as hung up.
+            let originals = self.originals.iter().enumerate().filter(|(_, original)| original.open);
             polled.extend(originals.map(|(index, original)| {
                 (Source::Original(index), PollFd::new(original.polled(), PollFlags::POLLIN))
             }));
@@ -434,19 +458,49 @@ impl<S: Surroundings> Agent<S> {
         self.surroundings.forget(&Kind::Notifier(answered.notifier.role).name(number));
         for index in 0..self.listeners.len() {
             let Some(listener) = self.listeners.get_mut(index) else { continue };
-            let State::Adopted { by, before } = &mut listener.state else { continue };
+            let State::Adopted { by, .. } = &mut listener.state else { continue };
             by.retain(|holder| *holder != number);
-            if !by.is_empty() {
-                continue;
+            if by.is_empty() {
+                self.release(index);
+                self.surroundings.tell(Event::Ended { listener: index });
             }
+        }
+    }
+
+    /// No service has this listener: it is as it was, and its originals are nothing to keep.
+    fn release(&mut self, index: usize) {
+        let Some(listener) = self.listeners.get_mut(index) else { return };
+        if let State::Adopted { before, .. } = std::mem::replace(&mut listener.state, State::Free) {
             before.put_back(listener.socket.as_fd());
-            listener.state = State::Free;
-            let (gone, kept) = std::mem::take(&mut self.originals)
-                .into_iter()
-                .partition(|original: &Original| original.listener == index);
-            self.originals = kept;
-            self.let_go(gone);
-            self.surroundings.tell(Event::Ended { listener: index });
+            self.note();
+        }
+        let (gone, kept) = std::mem::take(&mut self.originals)
+            .into_iter()
+            .partition(|original: &Original| original.listener == index);
+        self.originals = kept;
+        self.let_go(gone);
+    }
+
+    /// Writes down what a successor has to know of the listeners.
+    fn note(&mut self) {
+        let note = |listener: &Adoptable| match &listener.state {
+            State::Free => None,
+            State::Adopted { before, .. } => {
+                Some(Note { cookie: listener.seen.cookie, held: listener.is_held(), before: before.clone() })
+            }
+        };
+        let notes: Vec<Note> = self.listeners.iter().filter_map(note).collect();
+        self.record.note(&notes);
+    }
+
+    /// This container has the listener.
+    fn is_held_by(&mut self, index: usize, number: u64) {
+        let Some(listener) = self.listeners.get_mut(index) else { return };
+        if let State::Adopted { by, .. } = &mut listener.state
+            && !by.contains(&number)
+        {
+            by.push(number);
+            self.note();
         }
     }
 
@@ -464,10 +518,23 @@ impl<S: Surroundings> Agent<S> {
             return;
         };
         let Some(listener) = self.listeners.get(original.listener) else { return };
-        match original.accept().and_then(|client| Inside::new(client, listener.socket.as_fd())) {
-            Ok(inside) => self.inside.push(inside),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => tracing::debug!(%error, "a client inside the container is not relayed"),
+        match original.accept() {
+            Ok(client) => match Inside::new(client, listener.socket.as_fd()) {
+                Ok(inside) => self.inside.push(inside),
+                Err(error) => tracing::debug!(%error, "a client inside the container is not relayed"),
+            },
+            Err(error)
+                if matches!(
+                    bro_relay::sys::errno_of(&error),
+                    Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED
+                ) => {}
+            // A process that shares it may have shut it down.
+            Err(error) => {
+                tracing::warn!(%error, "clients inside the container do not find the service any more");
+                if let Some(original) = self.originals.get_mut(index) {
+                    original.open = false;
+                }
+            }
         }
     }
 

@@ -10,9 +10,22 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::libc;
+use serde::{Deserialize, Serialize};
 
 use crate::notification::{Answer, Raw};
+use crate::options::Before;
 use crate::sys::Page;
+
+/// A listener that is as a service wants it.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    /// Its SO_COOKIE.
+    pub cookie: u64,
+    /// A service has it, and not only its options are set.
+    pub held: bool,
+    /// As it was.
+    pub before: Before,
+}
 
 /// The record: at most one notification, since an agent answers one after the other.
 #[derive(Debug)]
@@ -67,6 +80,23 @@ impl InFlight {
         self.0.decide(error, flags);
     }
 
+    /// Writes down what has to be put back on listeners, and whether a service has them.
+    pub fn note(&mut self, notes: &[Note]) {
+        // Of types that all have a form in JSON.
+        let text = serde_json::to_vec(notes).unwrap_or_default();
+        if !self.0.note(&text) {
+            tracing::warn!(
+                "there is no room to note the listeners' options: after a crash they stay as the service has set them"
+            );
+        }
+    }
+
+    /// What a predecessor has noted.
+    #[must_use]
+    pub fn notes(&self) -> Vec<Note> {
+        serde_json::from_slice(&self.0.noted()).unwrap_or_default()
+    }
+
     /// It is answered.
     pub fn clear(&self) {
         self.0.clear();
@@ -89,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_successor_reads_what_its_predecessor_has_written() {
-        let record = InFlight::new().unwrap();
+        let mut record = InFlight::new().unwrap();
         assert_eq!(record.pending(), None);
         for decided in [Answer::Continue, Answer::Done, Answer::Failed(Errno::ENOTCONN)] {
             let (error, flags) = decided.words();
@@ -97,6 +127,19 @@ mod tests {
         }
         let successor = InFlight::of(record.file().try_clone_to_owned().unwrap()).unwrap();
         assert_eq!(successor.pending(), None);
+        assert_eq!(successor.notes(), []);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let before = Before::of(listener.as_fd(), crate::family::Family::V4).unwrap();
+        let notes = |count| -> Vec<Note> {
+            (0..count).map(|cookie| Note { cookie, held: cookie > 1, before: before.clone() }).collect()
+        };
+        for count in [3, 1, 0, 2] {
+            record.note(&notes(count));
+            assert_eq!(successor.notes(), notes(count));
+        }
+        // What there is no room for leaves what was there.
+        record.note(&notes(1000));
+        assert_eq!(successor.notes(), notes(2));
     }
 
     #[test]
@@ -107,7 +150,7 @@ mod tests {
         let short = nix::sys::memfd::memfd_create(c"short", flags).unwrap();
         InFlight::of(short).unwrap_err();
         let unmarked = nix::sys::memfd::memfd_create(c"unmarked", flags).unwrap();
-        nix::unistd::ftruncate(unmarked.as_fd(), 4096).unwrap();
+        nix::unistd::ftruncate(unmarked.as_fd(), 256 * 1024).unwrap();
         InFlight::of(unmarked).unwrap_err();
     }
 }

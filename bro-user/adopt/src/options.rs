@@ -8,12 +8,13 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
+use serde::{Deserialize, Serialize};
 
 use crate::family::Family;
 use crate::{socket, sys};
 
 /// An option by level and name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Name {
     level: i32,
     name: i32,
@@ -98,91 +99,76 @@ fn may_be_handed_on(name: Name, value: &[u8]) -> bool {
 }
 
 /// What a listener had before the first adoption of an instance.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Before {
     values: Vec<(Name, Vec<u8>)>,
-    buffer_lock: Option<Vec<u8>>,
-    nonblocking: Option<bool>,
+    nonblocking: bool,
 }
 
 impl Before {
-    /// Sets on `listener` what differs between the service's socket and a fresh one; how many could not be set.
-    ///
-    /// # Errors
-    /// When a fresh socket cannot be made.
-    pub fn carry(
-        &mut self,
-        service: BorrowedFd<'_>,
-        family: Family,
-        listener: BorrowedFd<'_>,
-    ) -> io::Result<usize> {
-        let fresh = fresh(service)?;
-        let mut refused = 0;
-        for name in names(family) {
-            let Some(wanted) = get(service, name) else { continue };
-            if get(fresh.as_fd(), name).as_ref() == Some(&wanted) || !may_be_handed_on(name, &wanted) {
-                continue;
-            }
-            refused += usize::from(!self.set(listener, name, &wanted));
-        }
-        let locked =
-            get(service, BUFFER_LOCK).and_then(|value| value.try_into().ok()).map_or(0, i32::from_ne_bytes);
-        for (name, bit) in BUFFERS {
-            let Some(value) = get(service, name).filter(|_| locked & bit != 0) else { continue };
-            if self.buffer_lock.is_none() {
-                self.buffer_lock = get(listener, BUFFER_LOCK);
-            }
-            refused += usize::from(!self.set(listener, name, &halved(&value)));
-        }
-        Ok(refused)
-    }
-
-    fn set(&mut self, listener: BorrowedFd<'_>, name: Name, value: &[u8]) -> bool {
-        let before = get(listener, name);
-        let done = sys::set_option(listener, name.level, name.name, value).is_ok();
-        if let Some(before) = before.filter(|_| done && self.values.iter().all(|(known, _)| *known != name)) {
-            self.values.push((name, before));
-        }
-        done
-    }
-
-    /// O_NONBLOCK belongs to the open file description, which all have that adopted the listener. So the first adoption of an instance copies the
-    /// service's flag and a later one only ever sets it: whatever has asked not to be blocked may not be.
+    /// What this listener of this family has now.
     ///
     /// # Errors
     /// fcntl(2)'s.
-    pub fn carry_nonblocking(
-        &mut self,
-        service: BorrowedFd<'_>,
-        listener: BorrowedFd<'_>,
-    ) -> nix::Result<()> {
-        let (wanted, has) = (is_nonblocking(service)?, is_nonblocking(listener)?);
-        let first = self.nonblocking.is_none();
-        self.nonblocking.get_or_insert(has);
-        if wanted != has && (wanted || first) { set_nonblocking(listener, wanted) } else { Ok(()) }
+    pub fn of(listener: BorrowedFd<'_>, family: Family) -> nix::Result<Self> {
+        let buffers = BUFFERS.iter().map(|(name, _)| *name);
+        // The lock last: setting a size sets it.
+        let all = names(family).chain(buffers).chain([BUFFER_LOCK]);
+        let values = all.filter_map(|name| Some((name, get(listener, name)?))).collect();
+        Ok(Self { values, nonblocking: is_nonblocking(listener)? })
     }
 
     /// The instance has ended: everything as it was.
-    pub fn put_back(&mut self, listener: BorrowedFd<'_>) {
+    pub fn put_back(&self, listener: BorrowedFd<'_>) {
         let is_buffer = |name: Name| BUFFERS.iter().any(|(buffer, _)| *buffer == name);
-        for (name, value) in self.values.drain(..) {
-            let value = if is_buffer(name) { halved(&value) } else { value };
+        for (name, value) in &self.values {
+            if get(listener, *name).as_ref() == Some(value) {
+                continue;
+            }
+            let value = if is_buffer(*name) { halved(value) } else { value.clone() };
             if let Err(error) = sys::set_option(listener, name.level, name.name, &value) {
                 tracing::debug!(%error, ?name, "a socket option of the service's stays");
             }
         }
-        if let Some(lock) = self.buffer_lock.take() {
-            let set = sys::set_option(listener, BUFFER_LOCK.level, BUFFER_LOCK.name, &lock);
-            if let Err(error) = set {
-                tracing::debug!(%error, "buffer sizes stay as they are");
-            }
-        }
-        if let Some(nonblocking) = self.nonblocking.take()
-            && let Err(error) = set_nonblocking(listener, nonblocking)
-        {
+        if let Err(error) = set_nonblocking(listener, self.nonblocking) {
             tracing::debug!(%error, "O_NONBLOCK stays");
         }
     }
+}
+
+/// Sets on `listener` what differs between the service's socket and a fresh one; how many could not be set.
+///
+/// # Errors
+/// When a fresh socket cannot be made.
+pub fn carry(service: BorrowedFd<'_>, family: Family, listener: BorrowedFd<'_>) -> io::Result<usize> {
+    let fresh = fresh(service)?;
+    let set = |name: Name, value: &[u8]| sys::set_option(listener, name.level, name.name, value).is_ok();
+    let mut refused = 0;
+    for name in names(family) {
+        let Some(wanted) = get(service, name) else { continue };
+        if get(fresh.as_fd(), name).as_ref() == Some(&wanted) || !may_be_handed_on(name, &wanted) {
+            continue;
+        }
+        refused += usize::from(!set(name, &wanted));
+    }
+    let locked =
+        get(service, BUFFER_LOCK).and_then(|value| value.try_into().ok()).map_or(0, i32::from_ne_bytes);
+    for (name, bit) in BUFFERS {
+        if let Some(value) = get(service, name).filter(|_| locked & bit != 0) {
+            refused += usize::from(!set(name, &halved(&value)));
+        }
+    }
+    Ok(refused)
+}
+
+/// O_NONBLOCK belongs to the open file description, which all have that adopted the listener. So the first adoption of an instance copies the
+/// service's flag and a later one only ever sets it: whatever has asked not to be blocked may not be.
+///
+/// # Errors
+/// fcntl(2)'s.
+pub fn carry_nonblocking(service: BorrowedFd<'_>, listener: BorrowedFd<'_>, first: bool) -> nix::Result<()> {
+    let (wanted, has) = (is_nonblocking(service)?, is_nonblocking(listener)?);
+    if wanted != has && (wanted || first) { set_nonblocking(listener, wanted) } else { Ok(()) }
 }
 
 /// The kernel doubles what it is given, and tells the double (socket(7), SO_RCVBUF).
@@ -245,8 +231,8 @@ mod tests {
         ] {
             set(&service, level, name, value);
         }
-        let mut before = Before::default();
-        assert_eq!(before.carry(service.as_fd(), Family::V4, host.as_fd()).unwrap(), 0);
+        let before = Before::of(host.as_fd(), Family::V4).unwrap();
+        assert_eq!(carry(service.as_fd(), Family::V4, host.as_fd()).unwrap(), 0);
         assert_eq!(number(&host, libc::SOL_TCP, libc::TCP_NODELAY), 1);
         assert_eq!(number(&host, libc::SOL_TCP, libc::TCP_KEEPCNT), 3);
         assert_eq!(number(&host, libc::SOL_SOCKET, libc::SO_RCVBUF), 40_000);
@@ -261,7 +247,7 @@ mod tests {
     fn what_systemd_has_set_stays_where_the_service_sets_nothing() {
         let (service, host) = (listener(), listener());
         set(&host, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
-        Before::default().carry(service.as_fd(), Family::V4, host.as_fd()).unwrap();
+        carry(service.as_fd(), Family::V4, host.as_fd()).unwrap();
         assert_eq!(number(&host, libc::SOL_SOCKET, libc::SO_KEEPALIVE), 1);
     }
 
@@ -270,12 +256,13 @@ mod tests {
         let (blocking, nonblocking, host) = (listener(), listener(), listener());
         nonblocking.set_nonblocking(true).unwrap();
         host.set_nonblocking(true).unwrap();
-        let mut before = Before::default();
-        let mut adopt = |service: &TcpListener| {
-            before.carry_nonblocking(service.as_fd(), host.as_fd()).unwrap();
+        let before = Before::of(host.as_fd(), Family::V4).unwrap();
+        let adopt = |service: &TcpListener, first| {
+            carry_nonblocking(service.as_fd(), host.as_fd(), first).unwrap();
             is_nonblocking(host.as_fd()).unwrap()
         };
-        assert_eq!([adopt(&blocking), adopt(&nonblocking), adopt(&blocking)], [false, true, true]);
+        let flags = [adopt(&blocking, true), adopt(&nonblocking, false), adopt(&blocking, false)];
+        assert_eq!(flags, [false, true, true]);
         set_nonblocking(host.as_fd(), false).unwrap();
         before.put_back(host.as_fd());
         assert!(is_nonblocking(host.as_fd()).unwrap());

@@ -30,6 +30,8 @@ pub struct Original {
     pub listener: usize,
     /// Its name in the store, which it keeps if the agent ends.
     pub name: String,
+    /// It listens.
+    pub open: bool,
 }
 
 impl Original {
@@ -37,9 +39,11 @@ impl Original {
     ///
     /// # Errors
     /// listen(2)'s: EADDRINUSE when another one listens there.
-    pub fn open(&self) -> io::Result<()> {
+    pub fn open(&mut self) -> io::Result<()> {
         set_nonblocking(self.socket.as_fd(), true)?;
-        Ok(listen(&self.socket, Backlog::new(BACKLOG)?)?)
+        listen(&self.socket, Backlog::new(BACKLOG)?)?;
+        self.open = true;
+        Ok(())
     }
 
     /// A client.
@@ -81,6 +85,7 @@ mod tests {
             seen: Seen { cookie: 1, family },
             listener: 0,
             name: String::new(),
+            open: false,
         };
         for (here, at, family, wanted, expected) in [
             (Family::V4, "0.0.0.0:80", Family::V4, "0.0.0.0:80", true),

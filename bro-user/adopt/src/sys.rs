@@ -37,14 +37,20 @@ pub struct Raw {
     pub arguments: [u64; 6],
 }
 
-/// The size of a record, and where its parts are: marks at 0, the notification at 64, the answer at 192.
-const SIZE: usize = 4096;
+/// The size of a record, and where its parts are: marks at 0, the notification at 64, the answer at 192, notes in two places, of which one
+/// is in use. What was never written takes no memory.
+const SIZE: usize = 256 * 1024;
 const MARK: u64 = u64::from_ne_bytes(*b"bro-adop");
 const MARK_AT: usize = 0;
+const NOTES_AT: usize = 8;
 const NOTIFICATION_AT: usize = 64;
 const DECIDED_AT: usize = 192;
 const ERROR_AT: usize = 200;
 const FLAGS_AT: usize = 208;
+/// Where notes are, each with its length before it.
+const NOTES: [usize; 2] = [4096, 128 * 1024];
+const MOST_NOTES: usize = 120 * 1024;
+const _: () = assert!(NOTES[0] + 8 + MOST_NOTES <= NOTES[1] && NOTES[1] + 8 + MOST_NOTES <= SIZE);
 const _: () = assert!(NOTIFICATION_AT + size_of::<libc::seccomp_notif>() <= DECIDED_AT);
 
 /// A page of a memfd, in which the notification lies that is being answered. It is in this process and in every other one that
@@ -151,6 +157,39 @@ impl Page {
         for offset in (NOTIFICATION_AT..=FLAGS_AT).step_by(8) {
             self.word(offset).store(0, SeqCst);
         }
+    }
+
+    /// Where the notes are that count.
+    fn notes(&self) -> usize {
+        NOTES[usize::from(self.word(NOTES_AT).load(SeqCst) == 1)]
+    }
+
+    /// Replaces the notes, at once: a process that is killed meanwhile leaves the old ones. Whether there is room for them.
+    pub fn note(&mut self, text: &[u8]) -> bool {
+        if text.len() > MOST_NOTES {
+            return false;
+        }
+        let other = usize::from(self.notes() == NOTES[0]);
+        let at = NOTES[other];
+        self.word(at).store(text.len() as u64, SeqCst);
+        // SAFETY: within the page.
+        let place = unsafe { self.start.add(at + 8) };
+        // SAFETY: there is room for as many bytes, in memory that no reference leads to.
+        unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), place.as_ptr(), text.len()) };
+        self.word(NOTES_AT).store(other as u64, SeqCst);
+        true
+    }
+
+    /// The notes; empty when there were none.
+    pub fn noted(&self) -> Vec<u8> {
+        let at = self.notes();
+        let length = usize::try_from(self.word(at).load(SeqCst)).unwrap_or(0).min(MOST_NOTES);
+        let mut text = vec![0; length];
+        // SAFETY: within the page.
+        let place = unsafe { self.start.add(at + 8) };
+        // SAFETY: as many bytes are there, and no other process writes them meanwhile.
+        unsafe { std::ptr::copy_nonoverlapping(place.as_ptr(), text.as_mut_ptr(), length) };
+        text
     }
 
     /// SECCOMP_IOCTL_NOTIF_RECV, straight into the page: the kernel marks a notification as received only together with writing it

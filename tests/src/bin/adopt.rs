@@ -203,6 +203,7 @@ fn serve(kind: &str, place: &str) -> Result<()> {
     match kind {
         "plain" => plain(place),
         "epoll" | "epoll-edge" => watched(place, kind == "epoll-edge"),
+        "workers" => workers(place),
         "shut" => shut(place),
         "options" => options(place),
         "lies" => lies(place),
@@ -223,6 +224,24 @@ fn plain(place: &str) -> Result<()> {
     loop {
         greet(&taken(listener.as_fd())?)?;
     }
+}
+
+/// Two processes that listen at a socket which their parent has bound.
+fn workers(place: &str) -> Result<()> {
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    for _ in 0..2 {
+        if bro_relay::sys::fork()?.is_some() {
+            continue;
+        }
+        listen(&listener, Backlog::new(16)?)?;
+        let flags = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", listener.as_raw_fd()))?;
+        say(&format!("ready {}", flags.lines().find(|line| line.starts_with("flags")).unwrap_or_default()))?;
+        loop {
+            greet(&taken(listener.as_fd())?)?;
+        }
+    }
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
 }
 
 /// Has its socket watched before it is bound.

@@ -13,14 +13,15 @@ use crate::original::Original;
 use crate::socket::{Place, Seen, look};
 use crate::store::Kind;
 use crate::surroundings::{Event, Misfit, Step, Surroundings};
-use crate::{epoll, health};
+use crate::{epoll, health, options};
 
 impl<S: Surroundings> Agent<S> {
     /// A listen(2) of one of the container's own processes. What is not for any listener, or does not fit, the kernel does itself.
     pub(super) fn listen(&mut self, by: u64, caller: &Caller<'_>, notification: &Raw) -> Option<Answer> {
         let number = notification.arguments[0] as RawFd;
         let Ok(socket) = caller.duplicate(number) else { return Some(Answer::Continue) };
-        if self.listener_of(socket.as_fd()).is_some() {
+        if let Some(index) = self.listener_of(socket.as_fd()) {
+            self.is_held_by(index, by);
             return Some(Answer::Done);
         }
         let bound = Place::of(socket.as_fd()).zip(look(socket.as_fd()));
@@ -70,13 +71,22 @@ impl<S: Surroundings> Agent<S> {
         let close_on_exec = caller.closes_on_exec(number).map_err(Misfit::Replacing)?;
 
         if matches!(listener.state, State::Free) {
-            listener.state = State::Adopted { by: Vec::new(), before: Before::default() };
+            let before = Before::of(listener.socket.as_fd(), listener.seen.family);
+            let before = before.map_err(|errno| Misfit::Options(errno.into()))?;
+            listener.state = State::Adopted { by: Vec::new(), before };
+            // Before anything is set.
+            self.note();
         }
-        let State::Adopted { before, .. } = &mut listener.state else { return Ok(()) };
-        let carried = before
-            .carry_nonblocking(socket.as_fd(), listener.socket.as_fd())
+        let Some(listener) = self.listeners.get(index) else { return Ok(()) };
+        // An original's flag is this agent's: workers that listen one after the other at what they have inherited share it.
+        let flag = if known {
+            Ok(())
+        } else {
+            options::carry_nonblocking(socket.as_fd(), listener.socket.as_fd(), !listener.is_held())
+        };
+        let carried = flag
             .map_err(Into::into)
-            .and_then(|()| before.carry(socket.as_fd(), seen.family, listener.socket.as_fd()));
+            .and_then(|()| options::carry(socket.as_fd(), seen.family, listener.socket.as_fd()));
         let options_refused = carried.map_err(|error| self.undo(index, Misfit::Options(error)))?;
         self.surroundings.reached(Step::Carried);
 
@@ -105,15 +115,10 @@ impl<S: Surroundings> Agent<S> {
         }
         self.surroundings.reached(Step::Replaced);
 
-        if let Some(listener) = self.listeners.get_mut(index)
-            && let State::Adopted { by: holders, .. } = &mut listener.state
-            && !holders.contains(&by)
-        {
-            holders.push(by);
-        }
+        self.is_held_by(index, by);
         let mut inside = None;
         if may_keep {
-            let original = Original { socket, place, seen, listener: index, name };
+            let mut original = Original { socket, place, seen, listener: index, name, open: false };
             inside = original.open().err();
             self.originals.push(original);
         }
@@ -134,12 +139,8 @@ impl<S: Surroundings> Agent<S> {
 
     /// A listener that no service has after all is as it was.
     fn undo(&mut self, index: usize, why: Misfit) -> Misfit {
-        if let Some(listener) = self.listeners.get_mut(index)
-            && let State::Adopted { by, before } = &mut listener.state
-            && by.is_empty()
-        {
-            before.put_back(listener.socket.as_fd());
-            listener.state = State::Free;
+        if self.listeners.get(index).is_some_and(|listener| !listener.is_held()) {
+            self.release(index);
         }
         why
     }
