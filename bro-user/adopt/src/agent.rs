@@ -23,13 +23,9 @@ use crate::options::Before;
 use crate::original::{self, Original};
 use crate::receiver::{self, Notifier, Receiver, Role};
 use crate::socket::{Place, Seen, look};
-use crate::store::{Kind, RECORD};
+use crate::store::{Kind, MOST_NOTIFIERS, RECORD};
 use crate::surroundings::{Event, Step, Stored, Surroundings};
 use crate::sys;
-
-/// The most notification descriptors: one of each container, and one of each command that runs in it. What comes beyond waits at the
-/// seccomp socket.
-pub const MOST_NOTIFIERS: usize = 128;
 
 /// The most connections from inside.
 const MOST_INSIDE: usize = 256;

@@ -5,8 +5,12 @@ use crate::receiver::Role;
 /// The record of what is in flight.
 pub const RECORD: &str = "adopt-record";
 
+/// The most notification descriptors: one of each container, and one of each command that runs in it. What comes beyond waits at the
+/// seccomp socket.
+pub const MOST_NOTIFIERS: usize = 128;
+
 /// The most descriptors that an agent stores: FileDescriptorStoreMax= has to allow for as many.
-pub const MOST: usize = 1 + crate::agent::MOST_NOTIFIERS + crate::original::MOST;
+pub const MOST: usize = 1 + MOST_NOTIFIERS + crate::original::MOST;
 
 /// What a stored descriptor is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
