@@ -61,10 +61,10 @@ impl fmt::Display for External {
 
 /// Why a text is not an external address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Invalid {
+pub enum InvalidAddress {
     /// A port, an address or a path.
     #[error(transparent)]
-    Target(#[from] target::Invalid),
+    Target(#[from] target::InvalidTarget),
     /// A name where systemd needs an address.
     #[error(
         "“{0}” is not an IP address; systemd listens on addresses, not on names: write for example 127.0.0.1:8080"
@@ -112,22 +112,22 @@ fn published(text: &str) -> Option<(String, String)> {
 }
 
 /// Unix paths and abstract names go into unit files as they are.
-fn plain(text: &str) -> Result<(), Invalid> {
+fn plain(text: &str) -> Result<(), InvalidAddress> {
     let bad = |c: char| c.is_whitespace() || c.is_control() || "%\"'\\;#".contains(c);
-    if text.contains(bad) { Err(Invalid::Characters(text.escape_debug().to_string())) } else { Ok(()) }
+    if text.contains(bad) { Err(InvalidAddress::Characters(text.escape_debug().to_string())) } else { Ok(()) }
 }
 
 impl FromStr for External {
-    type Err = Invalid;
+    type Err = InvalidAddress;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, InvalidAddress> {
         if text.starts_with(['/', '@']) {
             plain(text)?;
             return Ok(match text.parse::<Target>()? {
                 Target::Unix(path) => {
                     let mut parts = text.split('/').skip(1);
                     if parts.any(|part| matches!(part, "" | "." | "..")) {
-                        return Err(Invalid::Path(text.to_owned()));
+                        return Err(InvalidAddress::Path(text.to_owned()));
                     }
                     Self::Path(path)
                 }
@@ -139,18 +139,18 @@ impl FromStr for External {
             return Ok(Self::Port(target::port(text)?));
         }
         if text.parse::<IpAddr>().is_ok() {
-            return Err(Invalid::NoPort(text.to_owned()));
+            return Err(InvalidAddress::NoPort(text.to_owned()));
         }
         if let Some((external, internal)) = published(text) {
-            return Err(Invalid::Published { text: text.to_owned(), external, internal });
+            return Err(InvalidAddress::Published { text: text.to_owned(), external, internal });
         }
         let Target::Tcp { host, port } = text.parse::<Target>()? else {
             unreachable!("no unix target begins so")
         };
         if !text.ends_with(&format!(":{port}")) {
-            return Err(Invalid::NoPort(text.to_owned()));
+            return Err(InvalidAddress::NoPort(text.to_owned()));
         }
-        let ip = host.parse::<IpAddr>().map_err(|_| Invalid::NotAnIp(host))?;
+        let ip = host.parse::<IpAddr>().map_err(|_| InvalidAddress::NotAnIp(host))?;
         Ok(Self::Address(SocketAddr::new(ip, port)))
     }
 }
@@ -165,9 +165,9 @@ pub enum Internal {
 }
 
 impl FromStr for Internal {
-    type Err = Invalid;
+    type Err = InvalidAddress;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, InvalidAddress> {
         if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
             return Ok(Self::Port(target::port(text)?));
         }
@@ -175,11 +175,11 @@ impl FromStr for Internal {
         if let Target::Tcp { port, .. } = &target
             && !text.ends_with(&format!(":{port}"))
         {
-            return Err(Invalid::NoPort(text.to_owned()));
+            return Err(InvalidAddress::NoPort(text.to_owned()));
         }
         plain(text)?;
         if matches!(target, Target::Unix(_)) && matches!(text.rsplit('/').next(), Some("" | "." | "..")) {
-            return Err(Invalid::NoSocket(text.to_owned()));
+            return Err(InvalidAddress::NoSocket(text.to_owned()));
         }
         Ok(Self::Target(target))
     }
@@ -291,7 +291,7 @@ mod tests {
         assert!(format!("/run/{}", "x".repeat(102)).parse::<External>().is_ok());
         assert!("web".parse::<Internal>().is_err());
         for path in ["/", "/run/", "/run/.."] {
-            assert_eq!(path.parse::<Internal>(), Err(Invalid::NoSocket(path.to_owned())));
+            assert_eq!(path.parse::<Internal>(), Err(InvalidAddress::NoSocket(path.to_owned())));
         }
         assert!("/run/web.sock".parse::<Internal>().is_ok());
         assert!(service_name("a/b").is_err() && service_name("").is_err() && service_name("metrics").is_ok());

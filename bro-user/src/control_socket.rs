@@ -148,7 +148,7 @@ impl Asker {
 
 /// The forwarder's end.
 #[derive(Debug)]
-pub struct Server {
+pub struct ControlServer {
     listener: UnixListener,
     path: PathBuf,
     /// The directory to remove with it, where systemd does not.
@@ -184,7 +184,7 @@ fn bind(path: &Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-impl Server {
+impl ControlServer {
     /// Listens in RuntimeDirectory=, or below this user's runtime directory.
     ///
     /// # Errors
@@ -267,7 +267,7 @@ async fn hear(stream: UnixStream, place: tokio::sync::OwnedSemaphorePermit, to: 
     }
 }
 
-impl Drop for Server {
+impl Drop for ControlServer {
     fn drop(&mut self) {
         std::fs::remove_file(&self.path).ok();
         if let Some(directory) = &self.own_directory {

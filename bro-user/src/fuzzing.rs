@@ -17,7 +17,7 @@ use crate::commands::activate::plan;
 use crate::commands::status;
 use crate::installed::{SECTION, WrittenUnits};
 use crate::podman::container;
-use crate::podman::quadlet::{self, Kind};
+use crate::podman::quadlet::{self, QuadletKind};
 use crate::service::readiness::Ready;
 use crate::systemd::listen_fds::{self, Environment};
 use crate::systemd::scope::RuntimeScope;
@@ -79,7 +79,7 @@ pub fn quadlet(text: &str) {
             }
         }
     }
-    assert!(!Kind::Pod.extension().is_empty());
+    assert!(!QuadletKind::Pod.extension().is_empty());
 }
 
 /// Whatever the command line takes as an address or a way.

@@ -8,10 +8,10 @@ mod serve;
 use crate::commands::status::{Report, list};
 
 use exposition::Exposed;
-pub(crate) use serve::{Question, Server};
+pub(crate) use serve::{MetricsServer, Question};
 
 /// The metrics of these services.
-pub(crate) fn of(services: &[list::Service]) -> anyhow::Result<String> {
+pub(crate) fn of(services: &[list::ListedService]) -> anyhow::Result<String> {
     exposition::text(services.iter().map(Exposed::of).collect())
 }
 

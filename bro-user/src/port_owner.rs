@@ -16,7 +16,7 @@ use crate::systemd::scope::RuntimeScope;
 
 /// Why systemd cannot listen there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Trouble {
+pub(crate) enum AddressTrouble {
     /// Another process listens already.
     Taken(AddressHolder),
     /// This user may not.
@@ -68,11 +68,11 @@ impl AddressHolder {
 }
 
 /// Tries whether systemd could listen at `external`: bind(2) without listen(2), so that no client is ever let in.
-pub(crate) fn look(external: &External) -> Option<Trouble> {
+pub(crate) fn look(external: &External) -> Option<AddressTrouble> {
     if let External::Path(path) = external
         && let Some(what) = in_the_way_at(path)
     {
-        return Some(Trouble::InTheWay(what));
+        return Some(AddressTrouble::InTheWay(what));
     }
     let error = match external {
         External::Port(port) => try_tcp((Ipv6Addr::UNSPECIFIED, *port).into(), false)
@@ -92,8 +92,8 @@ pub(crate) fn look(external: &External) -> Option<Trouble> {
     }
     .err()?;
     match error {
-        Errno::EADDRINUSE => Some(Trouble::Taken(holder(external))),
-        Errno::EACCES => Some(Trouble::Forbidden(forbidden(external))),
+        Errno::EADDRINUSE => Some(AddressTrouble::Taken(holder(external))),
+        Errno::EACCES => Some(AddressTrouble::Forbidden(forbidden(external))),
         // Any other error (of an address that is not there yet) is for systemd to report.
         _ => None,
     }
@@ -188,7 +188,7 @@ fn found(external: &External) -> Option<Socket> {
 /// The socket that stands in the way: a listener before a socket that has come of it, or has only bound the port.
 fn tcp_socket(external: &External) -> Option<Socket> {
     let port = external.port()?;
-    let mut best: Option<Row> = None;
+    let mut best: Option<SocketRow> = None;
     for table in ["/proc/net/tcp6", "/proc/net/tcp"] {
         let text = std::fs::read_to_string(table).unwrap_or_default();
         for row in text.lines().skip(1).filter_map(row) {
@@ -200,7 +200,7 @@ fn tcp_socket(external: &External) -> Option<Socket> {
             }
         }
     }
-    let Row { address, inode, user, .. } = best?;
+    let SocketRow { address, inode, user, .. } = best?;
     Some(Socket { address: address.to_string(), inode, user: Some(user) })
 }
 
@@ -218,7 +218,7 @@ fn in_the_way(external: &External, other: IpAddr) -> bool {
 
 /// A line of /proc/net/tcp{,6} (proc_net(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Row {
+pub(crate) struct SocketRow {
     pub address: SocketAddr,
     pub listens: bool,
     /// How many bytes wait to be read; of a listener, how many clients to be accepted.
@@ -228,7 +228,7 @@ pub(crate) struct Row {
 }
 
 /// Reads one row.
-pub(crate) fn row(line: &str) -> Option<Row> {
+pub(crate) fn row(line: &str) -> Option<SocketRow> {
     const LISTEN: &str = "0A";
     let fields: Vec<&str> = line.split_whitespace().collect();
     let (ip, port) = fields.get(1)?.split_once(':')?;
@@ -242,7 +242,7 @@ pub(crate) fn row(line: &str) -> Option<Row> {
         [_, _, _, _] => Ipv6Addr::from(<[u8; 16]>::try_from(words.concat()).ok()?).into(),
         _ => return None,
     };
-    Some(Row {
+    Some(SocketRow {
         address: SocketAddr::new(ip, port),
         listens: *fields.get(3)? == LISTEN,
         waiting: u32::from_str_radix(fields.get(4)?.split_once(':')?.1, 16).ok()?,
@@ -341,7 +341,7 @@ mod tests {
     fn finds_this_process_as_the_owner() {
         let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listening.local_addr().unwrap();
-        let Some(Trouble::Taken(holder)) = look(&External::Address(address)) else {
+        let Some(AddressTrouble::Taken(holder)) = look(&External::Address(address)) else {
             panic!("{address} is taken")
         };
         assert_eq!(holder.address, address.to_string());
@@ -350,7 +350,7 @@ mod tests {
             "{holder:?}"
         );
         // The same port of every address is taken too; that of another address is not.
-        assert!(matches!(look(&External::Port(address.port())), Some(Trouble::Taken(_))));
+        assert!(matches!(look(&External::Port(address.port())), Some(AddressTrouble::Taken(_))));
         assert_eq!(look(&External::Address(([127, 0, 0, 2], address.port()).into())), None);
         drop(listening);
         assert_eq!(look(&External::Address(address)), None);
@@ -363,7 +363,7 @@ mod tests {
         assert_eq!(look(&external), None);
         let address = std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap();
         let listening = std::os::unix::net::UnixListener::bind_addr(&address).unwrap();
-        let Some(Trouble::Taken(holder)) = look(&external) else { panic!("{name} is taken") };
+        let Some(AddressTrouble::Taken(holder)) = look(&external) else { panic!("{name} is taken") };
         assert!(holder.process.is_some());
         drop(listening);
     }
@@ -376,7 +376,7 @@ mod tests {
         std::os::unix::fs::symlink("run", folder.join("var-run")).unwrap();
         let listening = std::os::unix::net::UnixListener::bind(folder.join("run/x.sock")).unwrap();
         for way in ["run/x.sock", "var-run/x.sock"] {
-            let Some(Trouble::Taken(holder)) = look(&at(way)) else { panic!("{way} is taken") };
+            let Some(AddressTrouble::Taken(holder)) = look(&at(way)) else { panic!("{way} is taken") };
             // The address as it was bound: systemd is asked for that one.
             assert_eq!(holder.address, folder.join("run/x.sock").display().to_string());
         }
@@ -386,7 +386,7 @@ mod tests {
         assert_eq!(look(&at("run/other.sock")), None);
         std::fs::write(folder.join("precious"), "x").unwrap();
         for (name, what) in [("precious", "a file"), ("run", "a directory"), ("var-run", "a symbolic link")] {
-            let Some(Trouble::InTheWay(why)) = look(&at(name)) else { panic!("{name} is in the way") };
+            let Some(AddressTrouble::InTheWay(why)) = look(&at(name)) else { panic!("{name} is in the way") };
             assert!(why.contains(what), "{why}");
         }
         std::fs::remove_dir_all(folder).unwrap();
@@ -395,7 +395,7 @@ mod tests {
     #[test]
     fn reads_the_kernels_tables() {
         let line = "   1: 00000000000000000000000001000000:1F90 00000000000000000000000000000000:0000 0A 00000000:00000002 00:00000000 00000000  1000        0 4711 1 0 100 0 0 10 0";
-        let Row { address, listens, waiting, user, inode } = row(line).unwrap();
+        let SocketRow { address, listens, waiting, user, inode } = row(line).unwrap();
         assert_eq!((listens, waiting, user, inode), (true, 2, 1000, 4711));
         assert_eq!(address.port(), 8080);
         #[cfg(target_endian = "little")]
@@ -427,12 +427,12 @@ mod tests {
         bind(bound.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
         let name: nix::sys::socket::SockaddrIn = nix::sys::socket::getsockname(bound.as_raw_fd()).unwrap();
         let address = External::Address(([127, 0, 0, 1], name.port()).into());
-        let Some(Trouble::Taken(holder)) = look(&address) else { panic!("{address} is taken") };
+        let Some(AddressTrouble::Taken(holder)) = look(&address) else { panic!("{address} is taken") };
         assert!(!holder.is_seen && holder.who(None).contains("does not listen"), "{holder:?}");
         let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let client = std::net::TcpStream::connect(listening.local_addr().unwrap()).unwrap();
         let address = External::Address(client.local_addr().unwrap());
-        let Some(Trouble::Taken(holder)) = look(&address) else { panic!("{address} is taken") };
+        let Some(AddressTrouble::Taken(holder)) = look(&address) else { panic!("{address} is taken") };
         assert!(holder.process.unwrap().contains(&format!("pid {}", std::process::id())));
     }
 }

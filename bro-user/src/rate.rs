@@ -6,7 +6,7 @@ use crate::systemd::time_span::TimeSpan;
 
 /// Why a text is not a rate.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Invalid {
+pub enum InvalidRate {
     /// Not of the form at all.
     #[error("“{0}” is not BYTES/TIME; write for example 1K/1min")]
     Form(String),
@@ -17,7 +17,7 @@ pub enum Invalid {
     Bytes(String),
     /// Behind it.
     #[error("the time behind the slash: {0}")]
-    Time(#[from] crate::systemd::time_span::Invalid),
+    Time(#[from] crate::systemd::time_span::InvalidTimeSpan),
     /// Too short or too long.
     #[error("the time behind the slash is from 100ms to 1d")]
     Range,
@@ -27,9 +27,9 @@ pub enum Invalid {
 ///
 /// # Errors
 /// For what is none.
-pub fn rate(text: &str) -> Result<Rate, Invalid> {
-    let (bytes, within) = text.split_once('/').ok_or_else(|| Invalid::Form(text.to_owned()))?;
-    let bad = || Invalid::Bytes(bytes.to_owned());
+pub fn rate(text: &str) -> Result<Rate, InvalidRate> {
+    let (bytes, within) = text.split_once('/').ok_or_else(|| InvalidRate::Form(text.to_owned()))?;
+    let bad = || InvalidRate::Bytes(bytes.to_owned());
     let suffix = SUFFIXES.into_iter().find_map(|(c, factor)| Some((bytes.strip_suffix(c)?, factor)));
     let (digits, factor) = suffix.unwrap_or((bytes, 1));
     // parse() would take a sign.
@@ -38,9 +38,9 @@ pub fn rate(text: &str) -> Result<Rate, Invalid> {
     }
     let count: u64 = digits.parse().map_err(|_| bad())?;
     let bytes = count.checked_mul(factor).filter(|&bytes| bytes > 0).ok_or_else(bad)?;
-    let within = within.parse::<TimeSpan>()?.finite().ok_or(Invalid::Range)?;
+    let within = within.parse::<TimeSpan>()?.finite().ok_or(InvalidRate::Range)?;
     if !(SHORTEST..=LONGEST).contains(&within) {
-        return Err(Invalid::Range);
+        return Err(InvalidRate::Range);
     }
     Ok(Rate { bytes, within })
 }
@@ -64,13 +64,16 @@ mod tests {
     #[test]
     fn refuses_with_the_reason() {
         let refused = |text: &str| rate(text).unwrap_err();
-        assert_eq!(refused("1K"), Invalid::Form("1K".into()));
+        assert_eq!(refused("1K"), InvalidRate::Form("1K".into()));
         for bytes in ["", "K", "0", "+1", "-1", "1k", "1.5K", "18446744073709551615K"] {
-            assert_eq!(refused(&format!("{bytes}/1min")), Invalid::Bytes(bytes.into()));
+            assert_eq!(refused(&format!("{bytes}/1min")), InvalidRate::Bytes(bytes.into()));
         }
-        assert!(matches!(refused("1K/"), Invalid::Time(_)) && matches!(refused("1K/soon"), Invalid::Time(_)));
+        assert!(
+            matches!(refused("1K/"), InvalidRate::Time(_))
+                && matches!(refused("1K/soon"), InvalidRate::Time(_))
+        );
         for time in ["0", "99ms", "25h", "infinity"] {
-            assert_eq!(refused(&format!("1/{time}")), Invalid::Range);
+            assert_eq!(refused(&format!("1/{time}")), InvalidRate::Range);
         }
     }
 

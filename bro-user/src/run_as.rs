@@ -135,7 +135,7 @@ impl RunAsUser {
         let (name, gid) = (CString::new(&*self.name).with_context(cannot)?, Gid::from_raw(self.gid));
         // The groups first: afterwards there is no right to change them.
         initgroups(&name, gid).with_context(cannot)?;
-        let acting = Acting(Some(Before { uid, gid: getegid(), groups }));
+        let acting = Acting(Some(FormerIds { uid, gid: getegid(), groups }));
         setegid(gid).with_context(cannot)?;
         seteuid(Uid::from_raw(self.uid)).with_context(cannot)?;
         Ok(acting)
@@ -144,7 +144,7 @@ impl RunAsUser {
 
 /// The ids of this process when it does not act.
 #[derive(Debug)]
-struct Before {
+struct FormerIds {
     uid: Uid,
     gid: Gid,
     groups: Vec<Gid>,
@@ -153,11 +153,11 @@ struct Before {
 /// While it lives, this process acts as another user.
 #[derive(Debug)]
 #[must_use = "dropping it ends the acting"]
-pub struct Acting(Option<Before>);
+pub struct Acting(Option<FormerIds>);
 
 impl Drop for Acting {
     fn drop(&mut self) {
-        if let Some(Before { uid, gid, groups }) = self.0.take() {
+        if let Some(FormerIds { uid, gid, groups }) = self.0.take() {
             // The real and saved ids are root's still, so this cannot fail; were it to, going on would be wrong.
             let back = seteuid(uid).and_then(|()| setegid(gid)).and_then(|()| setgroups(&groups));
             assert_eq!(back, Ok(()), "cannot become root again");

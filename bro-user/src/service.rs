@@ -85,7 +85,7 @@ pub struct ServiceStarter {
     progress: std::sync::Mutex<Progress>,
     manager: RuntimeScope,
     ready: Ready,
-    source: sources::Wanted,
+    source: sources::WantedSource,
     /// The user as which unix sockets are connected to.
     identity: Identity,
     bus: Mutex<Option<SystemdManager>>,
@@ -176,7 +176,7 @@ impl ServiceStarter {
         unit: Option<String>,
         manager: RuntimeScope,
         ready: Ready,
-        source: sources::Wanted,
+        source: sources::WantedSource,
         identity: Identity,
     ) -> Self {
         Self {
@@ -587,11 +587,11 @@ impl ServiceStarter {
     async fn begin_use(&self, unit: &str) {
         loop {
             match use_lock::Use::begin(unit) {
-                Ok(use_lock::Lock::Had(begun)) => {
+                Ok(use_lock::UnitLock::Had(begun)) => {
                     let _mine = self.in_use().get_or_insert(begun);
                     return;
                 }
-                Ok(use_lock::Lock::Taken) => sleep(LOOK).await,
+                Ok(use_lock::UnitLock::Taken) => sleep(LOOK).await,
                 Err(error) => {
                     return tracing::debug!(%error, "other forwarders do not see that {unit} is used");
                 }
@@ -637,9 +637,9 @@ impl ServiceStarter {
         let mine = self.in_use().take();
         // Held until the unit is stopped: another forwarder that wants to use it waits that long.
         let _alone = match use_lock::Use::alone(unit, mine) {
-            Ok(use_lock::Lock::Had(alone)) => Some(alone),
-            Ok(use_lock::Lock::Taken) if !by_force => return Ok(Stopped::Used),
-            Ok(use_lock::Lock::Taken) => None,
+            Ok(use_lock::UnitLock::Had(alone)) => Some(alone),
+            Ok(use_lock::UnitLock::Taken) if !by_force => return Ok(Stopped::Used),
+            Ok(use_lock::UnitLock::Taken) => None,
             Err(error) => {
                 tracing::debug!(%error, "cannot see whether other forwarders use {unit}");
                 None
@@ -686,8 +686,8 @@ impl ServiceStarter {
         let frozen = async {
             // No other forwarder begins to use it until it is frozen; one that does so afterwards thaws it.
             let _alone = match use_lock::Use::alone(unit, mine) {
-                Ok(use_lock::Lock::Had(alone)) => Some(alone),
-                Ok(use_lock::Lock::Taken) => return Ok(false),
+                Ok(use_lock::UnitLock::Had(alone)) => Some(alone),
+                Ok(use_lock::UnitLock::Taken) => return Ok(false),
                 Err(_) => None,
             };
             let bus = self.bus().await?;

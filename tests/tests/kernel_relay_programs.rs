@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread::{JoinHandle, spawn};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_sockmap::{Config, Event, Kernel, Reason, Role, SenderKind};
+use bro_sockmap::{Config, Event, Kernel, Reason, SenderKind, SenderRole};
 use bro_tests::require;
 use bro_tests::tier::Need;
 
@@ -313,7 +313,7 @@ fn two_sets_of_programs_side_by_side() {
     two.attach(one.cgroup.path()).unwrap();
     let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = other.local_addr().unwrap().port();
-    two.watch(one.netns, port, Role::Service).unwrap();
+    two.watch(one.netns, port, SenderRole::Service).unwrap();
     let ends = one.connect().unwrap();
     let _other_ends = pair(&other).unwrap();
     assert_eq!((one.kernel.totals().watched, two.totals().watched), (2, 1));
@@ -332,7 +332,7 @@ fn a_socket_at_a_port_that_two_forwarders_watch_is_hooked_for_its_own() {
         Kernel::load(&Config { connections: 8, hook_blocking: false, bear_fionread: true, trace: false })
             .unwrap();
     two.attach(one.cgroup.path()).unwrap();
-    two.watch(one.netns, one.port(), Role::Service).unwrap();
+    two.watch(one.netns, one.port(), SenderRole::Service).unwrap();
     let (ends, stranger) = (one.connect().unwrap(), one.connect().unwrap());
     let (lane, _) = one.hooked_lane(&ends).unwrap();
     for _ in 0..5 {

@@ -32,7 +32,7 @@ const MOST_INSIDE: usize = 256;
 
 /// A listening socket of systemd's, and where in the container its service is to be found.
 #[derive(Debug)]
-pub struct Listener {
+pub struct HostListener {
     /// The socket.
     pub socket: OwnedFd,
     /// Where the service listens, seen from inside.
@@ -45,18 +45,18 @@ struct Adoptable {
     socket: OwnedFd,
     target: Place,
     seen: Seen,
-    state: State,
+    state: ListenerState,
 }
 
 impl Adoptable {
     /// Has a service got it?
     const fn is_held(&self) -> bool {
-        matches!(&self.state, State::Adopted { by, .. } if !by.is_empty())
+        matches!(&self.state, ListenerState::Adopted { by, .. } if !by.is_empty())
     }
 }
 
 #[derive(Debug)]
-enum State {
+enum ListenerState {
     /// As systemd made it.
     Free,
     /// As a service wants it.
@@ -69,7 +69,7 @@ enum State {
 
 /// A notification descriptor with what it may cost.
 #[derive(Debug)]
-struct Answered {
+struct AnsweredNotifier {
     number: u64,
     notifier: Notifier,
     budget: Budget,
@@ -77,7 +77,7 @@ struct Answered {
 
 /// What a poll is for.
 #[derive(Debug, Clone, Copy)]
-enum Source {
+enum ReadySource {
     Stop,
     Receiver,
     /// By its number.
@@ -94,7 +94,7 @@ pub struct Agent<S> {
     surroundings: S,
     listeners: Vec<Adoptable>,
     receiver: Receiver,
-    notifiers: Vec<Answered>,
+    notifiers: Vec<AnsweredNotifier>,
     originals: Vec<Original>,
     inside: Vec<Inside>,
     record: InFlight,
@@ -119,15 +119,15 @@ impl<S: Surroundings> Agent<S> {
     /// # Errors
     /// [`Unusable`].
     pub fn new(
-        listeners: Vec<Listener>,
+        listeners: Vec<HostListener>,
         seccomp: OwnedFd,
         stored: Vec<Stored>,
         mut surroundings: S,
     ) -> Result<Self, Unusable> {
         let mut adoptable = Vec::new();
-        for (index, Listener { socket, target }) in listeners.into_iter().enumerate() {
+        for (index, HostListener { socket, target }) in listeners.into_iter().enumerate() {
             let seen = look(socket.as_fd()).ok_or(Unusable::Listener(index))?;
-            adoptable.push(Adoptable { socket, target, seen, state: State::Free });
+            adoptable.push(Adoptable { socket, target, seen, state: ListenerState::Free });
         }
         let (mut record, mut kept) = (None, Vec::new());
         for Stored { name, descriptor } in stored {
@@ -165,7 +165,11 @@ impl<S: Surroundings> Agent<S> {
             match kind {
                 Kind::Notifier(role) if receiver::tells_of_calls(&descriptor) => {
                     let notifier = Notifier { notify: descriptor, role };
-                    self.notifiers.push(Answered { number, notifier, budget: Budget::new(Instant::now()) });
+                    self.notifiers.push(AnsweredNotifier {
+                        number,
+                        notifier,
+                        budget: Budget::new(Instant::now()),
+                    });
                 }
                 Kind::Original => self.take_over_original(kind.name(number), descriptor),
                 Kind::Notifier(_) | Kind::Record => {}
@@ -173,8 +177,9 @@ impl<S: Surroundings> Agent<S> {
         }
         self.take_over_listeners();
         if let Some((notification, decided)) = self.record.pending() {
-            let waiting =
-                |answered: &&Answered| sys::is_waiting(answered.notifier.notify.as_fd(), notification.id);
+            let waiting = |answered: &&AnsweredNotifier| {
+                sys::is_waiting(answered.notifier.notify.as_fd(), notification.id)
+            };
             if let Some(number) = self.notifiers.iter().find(waiting).map(|answered| answered.number) {
                 tracing::info!("answering a call that a predecessor has received");
                 match decided {
@@ -206,7 +211,7 @@ impl<S: Surroundings> Agent<S> {
             if let Some(listener) = self.listeners.iter_mut().find(|listener| listener.seen.cookie == cookie)
             {
                 let by = if held { containers.clone() } else { Vec::new() };
-                listener.state = State::Adopted { by, before };
+                listener.state = ListenerState::Adopted { by, before };
             }
         }
     }
@@ -262,21 +267,25 @@ impl<S: Surroundings> Agent<S> {
             // From the last one on, so that what goes does not move those that are to come.
             for (source, _) in ready.iter().rev() {
                 match source {
-                    Source::Inside(index) => self.move_inside(*index),
-                    Source::Stop => return Ok(()),
+                    ReadySource::Inside(index) => self.move_inside(*index),
+                    ReadySource::Stop => return Ok(()),
                     _ => {}
                 }
             }
             for (source, _) in &ready {
-                if let Source::Original(index) = source {
+                if let ReadySource::Original(index) = source {
                     self.accept_inside(*index);
                 }
             }
             for (source, events) in ready {
                 match source {
-                    Source::Notifier(number) if events.contains(PollFlags::POLLIN) => self.receive(number),
+                    ReadySource::Notifier(number) if events.contains(PollFlags::POLLIN) => {
+                        self.receive(number)
+                    }
                     // All that had the filter are gone (seccomp_notify_poll, Linux 5.9).
-                    Source::Notifier(number) if events.contains(PollFlags::POLLHUP) => self.ended(number),
+                    ReadySource::Notifier(number) if events.contains(PollFlags::POLLHUP) => {
+                        self.ended(number)
+                    }
                     _ => {}
                 }
             }
@@ -287,21 +296,21 @@ impl<S: Surroundings> Agent<S> {
     }
 
     /// Waits for something to do; each source once.
-    fn wait(&mut self, stop: BorrowedFd<'_>) -> nix::Result<Vec<(Source, PollFlags)>> {
+    fn wait(&mut self, stop: BorrowedFd<'_>) -> nix::Result<Vec<(ReadySource, PollFlags)>> {
         let now = Instant::now();
         let mut rest: Option<Duration> =
             self.receiver.until().map(|until| until.saturating_duration_since(now));
-        let mut polled = vec![(Source::Stop, PollFd::new(stop, PollFlags::POLLIN))];
+        let mut polled = vec![(ReadySource::Stop, PollFd::new(stop, PollFlags::POLLIN))];
         if self.notifiers.len() < MOST_NOTIFIERS {
             let receiver = self.receiver.polled().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-            polled.extend(receiver.map(|fd| (Source::Receiver, fd)));
+            polled.extend(receiver.map(|fd| (ReadySource::Receiver, fd)));
         }
         for answered in &mut self.notifiers {
             let wait = answered.budget.wait(now);
             rest = [rest, wait].into_iter().flatten().min();
             let events = if wait.is_none() { PollFlags::POLLIN } else { PollFlags::empty() };
             polled.push((
-                Source::Notifier(answered.number),
+                ReadySource::Notifier(answered.number),
                 PollFd::new(answered.notifier.notify.as_fd(), events),
             ));
         }
@@ -309,12 +318,13 @@ impl<S: Surroundings> Agent<S> {
             // One that does not listen polls as hung up.
             let originals = self.originals.iter().enumerate().filter(|(_, original)| original.open);
             polled.extend(originals.map(|(index, original)| {
-                (Source::Original(index), PollFd::new(original.polled(), PollFlags::POLLIN))
+                (ReadySource::Original(index), PollFd::new(original.polled(), PollFlags::POLLIN))
             }));
         }
         for (index, inside) in self.inside.iter().enumerate() {
-            polled
-                .extend(inside.polled().map(|(fd, events)| (Source::Inside(index), PollFd::new(fd, events))));
+            polled.extend(
+                inside.polled().map(|(fd, events)| (ReadySource::Inside(index), PollFd::new(fd, events))),
+            );
         }
         let (sources, mut fds): (Vec<_>, Vec<_>) = polled.into_iter().unzip();
         // Rounded up, or it would be asked again and again within the last millisecond.
@@ -326,11 +336,11 @@ impl<S: Surroundings> Agent<S> {
             Err(errno) => return Err(errno),
         }
         let events = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
-        let mut ready: Vec<(Source, PollFlags)> =
+        let mut ready: Vec<(ReadySource, PollFlags)> =
             sources.into_iter().zip(events).filter(|(_, events)| !events.is_empty()).collect();
         // Both sides of a connection are one source.
         ready.dedup_by(|(one, _), (other, _)| {
-            matches!((one, other), (Source::Inside(one), Source::Inside(other)) if one == other)
+            matches!((one, other), (ReadySource::Inside(one), ReadySource::Inside(other)) if one == other)
         });
         Ok(ready)
     }
@@ -344,7 +354,11 @@ impl<S: Surroundings> Agent<S> {
                     self.surroundings.store(&kind.name(number), notifier.notify.as_fd(), true);
                     sys::wake_in_turn(notifier.notify.as_fd());
                     let is_container = notifier.role == Role::Container;
-                    self.notifiers.push(Answered { number, notifier, budget: Budget::new(Instant::now()) });
+                    self.notifiers.push(AnsweredNotifier {
+                        number,
+                        notifier,
+                        budget: Budget::new(Instant::now()),
+                    });
                     if is_container {
                         self.surroundings.tell(Event::Started);
                     }
@@ -398,7 +412,7 @@ impl<S: Surroundings> Agent<S> {
     }
 
     fn has_adopted(&self) -> bool {
-        self.listeners.iter().any(|listener| matches!(listener.state, State::Adopted { .. }))
+        self.listeners.iter().any(|listener| matches!(listener.state, ListenerState::Adopted { .. }))
     }
 
     /// What to answer; `None` when the caller waits no longer.
@@ -454,7 +468,7 @@ impl<S: Surroundings> Agent<S> {
         self.surroundings.forget(&Kind::Notifier(answered.notifier.role).name(number));
         for index in 0..self.listeners.len() {
             let Some(listener) = self.listeners.get_mut(index) else { continue };
-            let State::Adopted { by, .. } = &mut listener.state else { continue };
+            let ListenerState::Adopted { by, .. } = &mut listener.state else { continue };
             by.retain(|holder| *holder != number);
             if by.is_empty() {
                 self.release(index);
@@ -466,7 +480,9 @@ impl<S: Surroundings> Agent<S> {
     /// No service has this listener: it is as it was, and its originals are nothing to keep.
     fn release(&mut self, index: usize) {
         let Some(listener) = self.listeners.get_mut(index) else { return };
-        if let State::Adopted { before, .. } = std::mem::replace(&mut listener.state, State::Free) {
+        if let ListenerState::Adopted { before, .. } =
+            std::mem::replace(&mut listener.state, ListenerState::Free)
+        {
             before.put_back(listener.socket.as_fd());
             self.note();
         }
@@ -480,8 +496,8 @@ impl<S: Surroundings> Agent<S> {
     /// Writes down what a successor has to know of the listeners.
     fn note(&mut self) {
         let note = |listener: &Adoptable| match &listener.state {
-            State::Free => None,
-            State::Adopted { before, .. } => {
+            ListenerState::Free => None,
+            ListenerState::Adopted { before, .. } => {
                 Some(Note { cookie: listener.seen.cookie, held: listener.is_held(), before: before.clone() })
             }
         };
@@ -492,7 +508,7 @@ impl<S: Surroundings> Agent<S> {
     /// This container has the listener.
     fn is_held_by(&mut self, index: usize, number: u64) {
         let Some(listener) = self.listeners.get_mut(index) else { return };
-        if let State::Adopted { by, .. } = &mut listener.state
+        if let ListenerState::Adopted { by, .. } = &mut listener.state
             && !by.contains(&number)
         {
             by.push(number);

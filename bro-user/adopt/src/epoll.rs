@@ -16,7 +16,7 @@ const MOST: usize = 64;
 
 /// A registration as /proc/PID/fdinfo tells it (proc_pid_fdinfo(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Registration {
+struct Registered {
     /// The descriptor that is watched.
     number: RawFd,
     events: u32,
@@ -26,7 +26,7 @@ struct Registration {
 }
 
 /// `tfd:        5 events:     2019 data: 5000000000000005  pos:0 ino:1c2f sdev:9` (`ep_show_fdinfo`; `ino` since Linux 4.13).
-fn registration(line: &str) -> Option<Registration> {
+fn registration(line: &str) -> Option<Registered> {
     let mut words = line.split([' ', ':']).filter(|word| !word.is_empty());
     let mut value = |name: &str| (words.next()? == name).then(|| words.next())?;
     let number = value("tfd")?.parse().ok()?;
@@ -34,7 +34,7 @@ fn registration(line: &str) -> Option<Registration> {
     let data = u64::from_str_radix(value("data")?, 16).ok()?;
     let _position = value("pos")?;
     let inode = u64::from_str_radix(value("ino")?, 16).ok()?;
-    Some(Registration { number, events, data, inode })
+    Some(Registered { number, events, data, inode })
 }
 
 /// Has the caller's epoll instances watch `listener` where they watch `socket` as descriptor `number`; how many registrations that were.
@@ -88,7 +88,7 @@ mod tests {
     fn the_kernels_own_lines_are_read() {
         let line = "tfd:        5 events: 8000201d data: fedcba9800000005  pos:0 ino:1c2f sdev:9";
         let expected =
-            Registration { number: 5, events: 0x8000_201d, data: 0xfedc_ba98_0000_0005, inode: 0x1c2f };
+            Registered { number: 5, events: 0x8000_201d, data: 0xfedc_ba98_0000_0005, inode: 0x1c2f };
         assert_eq!(registration(line), Some(expected));
         for line in ["", "tfd:", "pos:\t0", "tfd: 5 events: 1 data: x pos:0 ino:1 sdev:9"] {
             assert_eq!(registration(line), None, "{line}");

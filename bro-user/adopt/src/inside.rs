@@ -21,20 +21,20 @@ pub struct Inside {
     client: OwnedFd,
     host: OwnedFd,
     connected: bool,
-    to_host: Way,
-    to_client: Way,
+    to_host: InsideWay,
+    to_client: InsideWay,
 }
 
 /// One direction: bytes that were read and not yet written, and how far the end is.
 #[derive(Debug, Default)]
-struct Way {
+struct InsideWay {
     held: Vec<u8>,
     at: usize,
-    end: End,
+    end: WayEnd,
 }
 
 #[derive(Debug, Default, PartialEq, Eq, Clone, Copy)]
-enum End {
+enum WayEnd {
     #[default]
     Open,
     /// The FIN was read, and is passed on after the last byte.
@@ -51,9 +51,9 @@ pub enum Then {
     Over,
 }
 
-impl Way {
+impl InsideWay {
     const fn wants_to_read(&self) -> bool {
-        self.held.is_empty() && matches!(self.end, End::Open)
+        self.held.is_empty() && matches!(self.end, WayEnd::Open)
     }
 
     const fn wants_to_write(&self) -> bool {
@@ -65,7 +65,7 @@ impl Way {
         if self.wants_to_read() {
             let mut part = [0; PART];
             match recv(from.as_raw_fd(), &mut part, MsgFlags::MSG_DONTWAIT) {
-                Ok(0) => self.end = End::Read,
+                Ok(0) => self.end = WayEnd::Read,
                 Ok(got) => {
                     self.held = part.get(..got).unwrap_or_default().to_owned();
                     self.at = 0;
@@ -82,9 +82,9 @@ impl Way {
             }
         }
         self.held = Vec::new();
-        if self.end == End::Read {
+        if self.end == WayEnd::Read {
             shutdown(to.as_raw_fd(), Shutdown::Write)?;
-            self.end = End::PassedOn;
+            self.end = WayEnd::PassedOn;
         }
         Ok(())
     }
@@ -97,7 +97,13 @@ impl Inside {
     /// When that cannot be connected to; a full queue of a unix socket is one.
     pub fn new(client: OwnedFd, listener: BorrowedFd<'_>) -> io::Result<Self> {
         let host = connect_to(listener)?;
-        Ok(Self { client, host, connected: false, to_host: Way::default(), to_client: Way::default() })
+        Ok(Self {
+            client,
+            host,
+            connected: false,
+            to_host: InsideWay::default(),
+            to_client: InsideWay::default(),
+        })
     }
 
     /// What to poll, and for what. A side that nothing is wanted of is not polled: its end would be told again and again.
@@ -129,7 +135,7 @@ impl Inside {
         }
         let moved = self.to_host.turn(&self.client, &self.host);
         let moved = moved.and_then(|()| self.to_client.turn(&self.host, &self.client));
-        let ended = [self.to_host.end, self.to_client.end] == [End::PassedOn; 2];
+        let ended = [self.to_host.end, self.to_client.end] == [WayEnd::PassedOn; 2];
         if moved.is_err() || ended { Then::Over } else { Then::On }
     }
 }

@@ -26,6 +26,6 @@ pub mod store;
 pub mod surroundings;
 mod sys;
 
-pub use agent::{Agent, Listener};
+pub use agent::{Agent, HostListener};
 pub use notification::Call;
 pub use surroundings::{Event, Misfit, Step, Stored, Surroundings};

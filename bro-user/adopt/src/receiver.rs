@@ -17,7 +17,7 @@ const MOST_BYTES: usize = 256 * 1024;
 /// The most states that arrive at once; what comes beyond waits in the socket's queue.
 const MOST_ARRIVING: usize = 16;
 /// How long one may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+const ARRIVES_WITHIN: Duration = Duration::from_secs(5);
 
 /// Whose calls a notification descriptor tells of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +50,7 @@ pub enum Refused {
     #[error("it is longer than {MOST_BYTES} bytes")]
     TooLong,
     /// Not in time.
-    #[error("it did not come to its end in {PATIENCE:?}")]
+    #[error("it did not come to its end in {ARRIVES_WITHIN:?}")]
     TooSlow,
     /// None, or more than one.
     #[error("there came {0} descriptors instead of one")]
@@ -69,11 +69,11 @@ pub enum Refused {
 #[derive(Deserialize)]
 struct ProcessState {
     fds: Vec<String>,
-    state: State,
+    state: OciState,
 }
 
 #[derive(Deserialize)]
-struct State {
+struct OciState {
     status: String,
 }
 
@@ -124,7 +124,7 @@ impl Receiver {
                         connection,
                         bytes: Vec::new(),
                         descriptors: Vec::new(),
-                        until: Instant::now() + PATIENCE,
+                        until: Instant::now() + ARRIVES_WITHIN,
                     }),
                     Err(refused) => outcomes.push(Err(refused)),
                 },

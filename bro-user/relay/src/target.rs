@@ -22,7 +22,7 @@ pub enum Target {
 
 /// Why a text is not a target.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Invalid {
+pub enum InvalidTarget {
     /// Nothing there.
     #[error("a target is missing; write HOST:PORT, a /unix/path or an @abstract name")]
     Empty,
@@ -53,22 +53,22 @@ const DEFAULT_PORT: u16 = 80;
 ///
 /// # Errors
 /// When it is none.
-pub fn port(text: &str) -> Result<u16, Invalid> {
+pub fn port(text: &str) -> Result<u16, InvalidTarget> {
     let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let port = if digits { text.parse().ok() } else { None };
-    port.filter(|&port| port != 0).ok_or_else(|| Invalid::Port(text.to_owned()))
+    port.filter(|&port| port != 0).ok_or_else(|| InvalidTarget::Port(text.to_owned()))
 }
 
 impl FromStr for Target {
-    type Err = Invalid;
+    type Err = InvalidTarget;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, InvalidTarget> {
         if text.is_empty() || text == "@" {
-            return Err(Invalid::Empty);
+            return Err(InvalidTarget::Empty);
         }
         if text.starts_with('/') || text.starts_with('@') {
             if text.len() > 107 {
-                return Err(Invalid::TooLong(text.to_owned()));
+                return Err(InvalidTarget::TooLong(text.to_owned()));
             }
             return Ok(match text.strip_prefix('@') {
                 Some(name) => Self::Abstract(name.to_owned()),
@@ -79,25 +79,28 @@ impl FromStr for Target {
             return Ok(Self::Tcp { host: "127.0.0.1".into(), port: port(text)? });
         }
         if let Some(rest) = text.strip_prefix('[') {
-            let (host, tail) = rest.split_once(']').ok_or_else(|| Invalid::BadBrackets(text.to_owned()))?;
+            let (host, tail) =
+                rest.split_once(']').ok_or_else(|| InvalidTarget::BadBrackets(text.to_owned()))?;
             // A zone (%eth0) is kept: link-local addresses need it.
             if host.split('%').next().is_none_or(|ip| ip.parse::<std::net::Ipv6Addr>().is_err()) {
-                return Err(Invalid::BadBrackets(text.to_owned()));
+                return Err(InvalidTarget::BadBrackets(text.to_owned()));
             }
             let port = match tail {
                 "" => DEFAULT_PORT,
-                _ => port(tail.strip_prefix(':').ok_or_else(|| Invalid::BadBrackets(text.to_owned()))?)?,
+                _ => {
+                    port(tail.strip_prefix(':').ok_or_else(|| InvalidTarget::BadBrackets(text.to_owned()))?)?
+                }
             };
             return Ok(Self::Tcp { host: host.to_owned(), port });
         }
         let (host, port) = match text.rsplit_once(':') {
-            Some((host, _)) if host.contains(':') => return Err(Invalid::Brackets(text.to_owned())),
+            Some((host, _)) if host.contains(':') => return Err(InvalidTarget::Brackets(text.to_owned())),
             Some((host, number)) => (host, port(number)?),
             None => (text, DEFAULT_PORT),
         };
         let fits = |c: char| c.is_alphanumeric() || matches!(c, '.' | '-' | '_');
         if host.is_empty() || !host.chars().all(fits) {
-            return Err(Invalid::Host(text.to_owned()));
+            return Err(InvalidTarget::Host(text.to_owned()));
         }
         Ok(Self::Tcp { host: host.to_owned(), port })
     }
@@ -118,10 +121,10 @@ impl fmt::Display for Target {
 ///
 /// # Errors
 /// When there is no name, or ADDR is not a target.
-pub fn parse_named(text: &str) -> Result<(String, Target), Invalid> {
+pub fn parse_named(text: &str) -> Result<(String, Target), InvalidTarget> {
     match text.split_once('=') {
         Some((name, address)) if !name.is_empty() => Ok((name.to_owned(), address.parse()?)),
-        _ => Err(Invalid::NoName(text.to_owned())),
+        _ => Err(InvalidTarget::NoName(text.to_owned())),
     }
 }
 
@@ -130,7 +133,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn tcp(host: &str, port: u16) -> Result<Target, Invalid> {
+    fn tcp(host: &str, port: u16) -> Result<Target, InvalidTarget> {
         Ok(Target::Tcp { host: host.into(), port })
     }
 
@@ -148,17 +151,17 @@ mod tests {
     #[test]
     fn refuses_with_the_reason() {
         let refused = |text: &str| text.parse::<Target>().unwrap_err();
-        assert_eq!(refused(""), Invalid::Empty);
-        assert_eq!(refused("host:http"), Invalid::Port("http".into()));
-        assert_eq!(refused("host:0"), Invalid::Port("0".into()));
-        assert_eq!(refused("70000"), Invalid::Port("70000".into()));
-        assert_eq!(refused("::1"), Invalid::Brackets("::1".into()));
-        assert_eq!(refused("[::1"), Invalid::BadBrackets("[::1".into()));
-        assert_eq!(refused("[host]:80"), Invalid::BadBrackets("[host]:80".into()));
-        assert_eq!(refused("a b:80"), Invalid::Host("a b:80".into()));
-        assert_eq!(refused(":80"), Invalid::Host(":80".into()));
-        assert!(matches!(refused(&format!("/{}", "x".repeat(107))), Invalid::TooLong(_)));
-        assert!(matches!(parse_named("127.0.0.1:80"), Err(Invalid::NoName(_))));
+        assert_eq!(refused(""), InvalidTarget::Empty);
+        assert_eq!(refused("host:http"), InvalidTarget::Port("http".into()));
+        assert_eq!(refused("host:0"), InvalidTarget::Port("0".into()));
+        assert_eq!(refused("70000"), InvalidTarget::Port("70000".into()));
+        assert_eq!(refused("::1"), InvalidTarget::Brackets("::1".into()));
+        assert_eq!(refused("[::1"), InvalidTarget::BadBrackets("[::1".into()));
+        assert_eq!(refused("[host]:80"), InvalidTarget::BadBrackets("[host]:80".into()));
+        assert_eq!(refused("a b:80"), InvalidTarget::Host("a b:80".into()));
+        assert_eq!(refused(":80"), InvalidTarget::Host(":80".into()));
+        assert!(matches!(refused(&format!("/{}", "x".repeat(107))), InvalidTarget::TooLong(_)));
+        assert!(matches!(parse_named("127.0.0.1:80"), Err(InvalidTarget::NoName(_))));
     }
 
     proptest! {

@@ -12,7 +12,7 @@ use aya::maps::{HashMap, MapData, MapError, SockHash};
 use bro_ebpf::{Flow, Reason, Record, Route, credit_for, grant, regrant, v4_mapped, watermark};
 
 use super::sys::{FlowKey, Mapping, RouteValue, lift_notsent_lowat, send_memory};
-use super::unavailable::Refused;
+use super::unavailable::LaneRefused;
 
 /// A sender as its own socket sees itself: for the service lane that is (peer address, own address) of the forwarder's
 /// socket in the container, for the client lane (peer address, own address) of the accepted socket.
@@ -151,10 +151,10 @@ impl Lanes {
         sender: &SenderAddress,
         target: BorrowedFd<'_>,
         forwarded: u64,
-    ) -> Result<Lane, Refused> {
+    ) -> Result<Lane, LaneRefused> {
         let mut tables = self.tables();
         tables.reclaim(Instant::now());
-        let route = tables.free.pop_front().ok_or(Refused::NoSlot)?;
+        let route = tables.free.pop_front().ok_or(LaneRefused::NoSlot)?;
         match tables.open(&self.records, route, sender, target, forwarded) {
             Ok(()) => Ok(Lane { lanes: Arc::clone(self), route, flow: sender.flow(), hooked: None }),
             Err(refused) => {
@@ -181,27 +181,27 @@ impl Tables {
         sender: &SenderAddress,
         target: BorrowedFd<'_>,
         forwarded: u64,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), LaneRefused> {
         const NO_EXIST: u64 = 1;
-        let record = records.get(route.record as usize).ok_or(Refused::NoSlot)?;
-        lift_notsent_lowat(target).map_err(Refused::Memory)?;
+        let record = records.get(route.record as usize).ok_or(LaneRefused::NoSlot)?;
+        lift_notsent_lowat(target).map_err(LaneRefused::Memory)?;
         reset(record);
         record.forwarded.store(forwarded, Relaxed);
-        give(record, target, |spent, credit, _| regrant(spent, credit)).map_err(Refused::Memory)?;
+        give(record, target, |spent, credit, _| regrant(spent, credit)).map_err(LaneRefused::Memory)?;
         record.grants.store(0, Relaxed);
         record.last.store(route.serial.into(), Relaxed);
         record.on.store(1, Relaxed);
         record.serial.store(route.serial.into(), Release);
         let inserted = self.targets.insert(RouteValue(route), target, NO_EXIST).map_err(errno);
         inserted.map_err(|error| match error.raw_os_error() {
-            Some(nix::libc::EOPNOTSUPP) => Refused::NotEstablished,
-            _ => Refused::Socket(error),
+            Some(nix::libc::EOPNOTSUPP) => LaneRefused::NotEstablished,
+            _ => LaneRefused::Socket(error),
         })?;
         // Any older route of the same address pair belongs to a connection that is gone.
         let routed = self.routes.insert(FlowKey(sender.flow()), RouteValue(route), 0).map_err(errno);
         routed.map_err(|error| {
             let _gone = self.targets.remove(&RouteValue(route));
-            Refused::Route(error)
+            LaneRefused::Route(error)
         })
     }
 

@@ -40,7 +40,7 @@ pub use other_users::{Foreign, ForeignNews};
 pub use programs::Programs;
 pub use sys::{SendMemory, Sent, fionread, netns_cookie, send_memory, sent};
 pub use trace::wanted as trace_wanted;
-pub use unavailable::{Refused, Unavailable};
+pub use unavailable::{LaneRefused, Unavailable};
 
 /// What made the embedded programs: for `bro --version` and `bro doctor`.
 pub const OBJECT: &str = include_str!("bro.bpf.txt");
@@ -88,7 +88,7 @@ pub struct Config {
 
 /// Which end of a connection at a watched port is the sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
+pub enum SenderRole {
     /// The end that accepts: the service lane.
     Service,
     /// The end that connects from this host: the client lane.

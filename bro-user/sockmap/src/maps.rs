@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::lane::{self, Lane, Lanes, SenderAddress};
 use super::sys::{Mapping, PortKey, WatchValue};
-use super::unavailable::{self, Refused, Unavailable};
-use super::{Role, SenderKind, Totals};
+use super::unavailable::{self, LaneRefused, Unavailable};
+use super::{SenderKind, SenderRole, Totals};
 
 /// The maps by their descriptors, to be used here or sent to another process.
 #[derive(Debug)]
@@ -142,10 +142,10 @@ impl Maps {
     ///
     /// # Errors
     /// When the kernel refuses (1,024 ports can be watched).
-    pub fn watch(&mut self, netns: u64, port: u16, as_: Role) -> std::io::Result<()> {
+    pub fn watch(&mut self, netns: u64, port: u16, as_: SenderRole) -> std::io::Result<()> {
         let role = match as_ {
-            Role::Service => role::SERVICE,
-            Role::Client => role::CLIENT,
+            SenderRole::Service => role::SERVICE,
+            SenderRole::Client => role::CLIENT,
         };
         let key = key(netns, port);
         // Other forwarders of this user may watch it too, such as the one that this one is about to replace. Each opens lanes for
@@ -194,7 +194,7 @@ impl Maps {
         sender: &SenderAddress,
         target: BorrowedFd<'_>,
         forwarded: u64,
-    ) -> Result<Lane, Refused> {
+    ) -> Result<Lane, LaneRefused> {
         self.lanes.open(sender, target, forwarded)
     }
 

@@ -123,13 +123,13 @@ pub fn remove(user: u32, named: Named) -> Result<bool, Unavailable> {
 }
 
 /// What the self-test has seen of this kernel.
-struct Seen {
+struct SeenSet {
     fionread_lies: bool,
     no_clients: bool,
 }
 
 /// Tests programs of the same kind, that hook this process's own sockets.
-fn tested() -> Result<Seen, Unavailable> {
+fn tested() -> Result<SeenSet, Unavailable> {
     let config = Config { connections: 1, hook_blocking: false, bear_fionread: true, trace: false };
     let own = Owners::of(nix::unistd::geteuid().as_raw(), &[]);
     let mut kernel = Kernel::of(load::load(&Shape { owners: own, ..Shape::own(&config) })?)?;
@@ -138,10 +138,10 @@ fn tested() -> Result<Seen, Unavailable> {
     if let Err(why) = &clients {
         tracing::warn!("no lane for local clients: {why} ({})", why.mend());
     }
-    Ok(Seen { fionread_lies: kernel.fionread_lies(), no_clients: clients.is_err() })
+    Ok(SeenSet { fionread_lies: kernel.fionread_lies(), no_clients: clients.is_err() })
 }
 
-fn write_down(loaded: &Loaded, shape: &Shape, seen: &Seen) -> Result<(), Unavailable> {
+fn write_down(loaded: &Loaded, shape: &Shape, seen: &SeenSet) -> Result<(), Unavailable> {
     let mut about: Array<_, u64> =
         Array::try_from(Map::Array(data(&loaded.about)?)).map_err(unavailable::damaged)?;
     let facts = [

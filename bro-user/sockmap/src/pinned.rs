@@ -13,7 +13,7 @@ use bro_ebpf::{About, Counter, SEATS};
 use nix::libc;
 
 use super::maps::{Descriptors, Share, data};
-use super::seat::{self, Place, Seat};
+use super::seat::{self, Seat, SeatPlace};
 use super::sys::{Mapping, open_pinned};
 use super::unavailable::Unavailable;
 
@@ -202,14 +202,14 @@ fn hold(name: &Path) -> Result<Option<Set<'_>>, Unavailable> {
 }
 
 /// The cgroup that a link is attached to.
-fn place(link: &OwnedFd) -> Result<Place, Unavailable> {
+fn place(link: &OwnedFd) -> Result<SeatPlace, Unavailable> {
     let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", link.as_raw_fd()));
     let about = about.map_err(|error| Unavailable::Pin(LINK.into(), error))?;
     let id = about.lines().find_map(|line| line.strip_prefix("cgroup_id:"));
     match id.and_then(|id| id.trim().parse().ok()) {
         // The kernel detaches from a cgroup that is removed.
         None | Some(0) => Err(Unavailable::Detached),
-        Some(id) => Ok(Place::of(id, nix::unistd::geteuid().as_raw())),
+        Some(id) => Ok(SeatPlace::of(id, nix::unistd::geteuid().as_raw())),
     }
 }
 

@@ -27,19 +27,19 @@ pub struct Seat {
     _claim: Flock<File>,
     /// Keeps the programs attached when the loader replaces or removes the set.
     _link: OwnedFd,
-    place: Place,
+    place: SeatPlace,
 }
 
 /// Where the set's programs look.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct SeatPlace {
     /// The cgroup's number, which is its folder's inode.
     pub(super) id: u64,
     /// Its folder, if it is one that this process can find.
     pub(super) path: Option<PathBuf>,
 }
 
-impl Place {
+impl SeatPlace {
     /// The cgroup with this number: a user's slice, or whatever this process is in.
     pub(super) fn of(id: u64, user: u32) -> Self {
         let is = |path: &&Path| std::fs::metadata(path).is_ok_and(|found| found.ino() == id);
@@ -65,7 +65,7 @@ impl Seat {
         Err(Unavailable::NoSeat)
     }
 
-    pub(super) const fn new(claim: Flock<File>, link: OwnedFd, place: Place) -> Self {
+    pub(super) const fn new(claim: Flock<File>, link: OwnedFd, place: SeatPlace) -> Self {
         Self { _claim: claim, _link: link, place }
     }
 

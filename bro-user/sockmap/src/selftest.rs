@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::unavailable::chain;
-use super::{Event, Kernel, Lane, LaneId, Reason, Role, SenderAddress, netns_cookie};
+use super::{Event, Kernel, Lane, LaneId, Reason, SenderAddress, SenderRole, netns_cookie};
 
 /// How long all of it may take, on a machine that is just booting.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -35,7 +35,7 @@ pub(super) fn run(kernel: &mut Kernel) -> Outcome<Outcome> {
     let listener = listener()?;
     let port = step("the listener's address", listener.local_addr())?.port();
     let netns = step("the namespace's cookie", netns_cookie(listener.as_fd()))?;
-    let outcome = step("watching a port", kernel.watch(netns, port, Role::Service))
+    let outcome = step("watching a port", kernel.watch(netns, port, SenderRole::Service))
         .and_then(|()| Test { kernel, listener, netns, deadline: Instant::now() + LIMIT }.run());
     kernel.unwatch(netns, port);
     if !attached_before {
@@ -72,7 +72,7 @@ impl Test<'_> {
             return Err("a socket was hooked that was not to be".into());
         }
         let lane = self.lane(&ends)?;
-        let greeted = self.prove(&mut ends, &lane, Role::Service)?;
+        let greeted = self.prove(&mut ends, &lane, SenderRole::Service)?;
         self.fionread(&mut ends)?;
         self.half_close(&mut ends, &lane)?;
         let sent = self.fill(&mut ends, &lane)?;
@@ -88,7 +88,7 @@ impl Test<'_> {
     fn local_client(&mut self) -> Outcome {
         let front = listener()?;
         let port = step("the listener's address", front.local_addr())?.port();
-        step("watching a port", self.kernel.watch(self.netns, port, Role::Client))?;
+        step("watching a port", self.kernel.watch(self.netns, port, SenderRole::Client))?;
         let outcome = self.hook_client(&front);
         self.kernel.unwatch(self.netns, port);
         outcome.map_err(|error| format!("no client can be hooked: {error}"))
@@ -105,7 +105,7 @@ impl Test<'_> {
         };
         let lane = self.kernel.open_lane(&sender, ends.backend.as_fd(), 0);
         let lane = lane.map_err(|error| chain(&error))?;
-        self.prove(&mut ends, &lane, Role::Client)?;
+        self.prove(&mut ends, &lane, SenderRole::Client)?;
         let request = content(0, SMALL);
         step("the request", ends.client.write_all(&request))?;
         if lane.bytes() != SMALL as u64 {
@@ -115,7 +115,7 @@ impl Test<'_> {
     }
 
     /// Has a sender prove to be a non-blocking one, by bytes that go the long way, and hooks it. Returns how many bytes those were.
-    fn prove(&mut self, ends: &mut Ends, lane: &Lane, role: Role) -> Outcome<u64> {
+    fn prove(&mut self, ends: &mut Ends, lane: &Lane, role: SenderRole) -> Outcome<u64> {
         let before = self.kernel.totals();
         for sent in 1..=MOST_MESSAGES {
             self.pass(ends, lane, sent, role)?;
@@ -145,11 +145,11 @@ impl Test<'_> {
     }
 
     /// One byte of a sender's goes the long way; with it so many have.
-    fn pass(&self, ends: &mut Ends, lane: &Lane, total: u64, role: Role) -> Outcome {
+    fn pass(&self, ends: &mut Ends, lane: &Lane, total: u64, role: SenderRole) -> Outcome {
         let Ends { client, accepted, backend, service } = ends;
         let (sender, near, far, receiver, what) = match role {
-            Role::Client => (client, accepted, backend, service, "a client's message"),
-            Role::Service => (service, backend, accepted, client, "a service's message"),
+            SenderRole::Client => (client, accepted, backend, service, "a client's message"),
+            SenderRole::Service => (service, backend, accepted, client, "a service's message"),
         };
         step(what, sender.write_all(b"y"))?;
         self.expect(near, b"y", what)?;

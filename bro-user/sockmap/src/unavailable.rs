@@ -158,7 +158,7 @@ impl Unavailable {
 
 /// Why one connection has no lane.
 #[derive(Debug, thiserror::Error)]
-pub enum Refused {
+pub enum LaneRefused {
     /// All lanes are in use.
     #[error("all lanes are in use")]
     NoSlot,

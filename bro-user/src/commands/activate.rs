@@ -27,7 +27,7 @@ use difference::{Removable, Removal};
 use plan::{Paths, Wanted};
 use present::{Contents, Present};
 use signals::Interrupt;
-use transaction::{Change, Lock, Made};
+use transaction::{Change, DirectoryLock, Made};
 
 use crate::address::External;
 use crate::cli::Activate;
@@ -159,7 +159,7 @@ async fn dry_run(options: &Activate, places: &Paths) -> anyhow::Result<()> {
 struct Prepared {
     systemd: Option<apply::Managers>,
     made: Made,
-    _lock: Lock,
+    _lock: DirectoryLock,
     decided: Decided,
     changes: Vec<Change>,
     /// Files that a run was working on when it was killed.
@@ -175,7 +175,7 @@ async fn prepare(options: &Activate, places: &Paths) -> anyhow::Result<Prepared>
         present::find_quadlet(&options.name, owner.transpose()?.as_ref(), places)?;
         made.make(&places.units)
     };
-    let lock = Lock::take(&places.units, make).await?;
+    let lock = DirectoryLock::take(&places.units, make).await?;
     let mut decided = decide(options, places, made.paths())?;
     let Decided { wanted, installed, present, .. } = &mut decided;
     // Connected before anything is written: without systemd nothing could be started.
@@ -265,7 +265,7 @@ async fn check_listeners(
         }
         let external = &listener.external;
         // What is no socket is in the way, held or not.
-        if let Some(port_owner::Trouble::InTheWay(why)) = port_owner::look(external) {
+        if let Some(port_owner::AddressTrouble::InTheWay(why)) = port_owner::look(external) {
             anyhow::bail!("{why} (nothing was changed)");
         }
         // Held by the socket that is to stay, or to be replaced.
@@ -274,13 +274,13 @@ async fn check_listeners(
             continue;
         }
         match port_owner::look(external) {
-            None | Some(port_owner::Trouble::InTheWay(_)) => {}
-            Some(port_owner::Trouble::Forbidden(why)) => {
+            None | Some(port_owner::AddressTrouble::InTheWay(_)) => {}
+            Some(port_owner::AddressTrouble::Forbidden(why)) => {
                 let text = format!("{why}; {}", port_owner::instead(wanted, listener));
                 return Err(Failure::NotPermitted(text).into());
             }
-            Some(port_owner::Trouble::Taken(holder)) if ours(&holder, installed, systemd).await => {}
-            Some(port_owner::Trouble::Taken(holder)) => {
+            Some(port_owner::AddressTrouble::Taken(holder)) if ours(&holder, installed, systemd).await => {}
+            Some(port_owner::AddressTrouble::Taken(holder)) => {
                 anyhow::bail!("{}", apply::taken(external, &holder, systemd).await)
             }
         }
@@ -327,7 +327,7 @@ async fn remove(options: &Activate, places: &Paths, interrupt: &mut Interrupt) -
         return output::would_remove(&decide()?.0.changes);
     }
     let prepare = async {
-        let lock = Lock::take(&places.units, || Err(missing().into())).await?;
+        let lock = DirectoryLock::take(&places.units, || Err(missing().into())).await?;
         let (removal, there) = decide()?;
         let systemd = match &places.root {
             None => {

@@ -78,7 +78,7 @@ pub fn run(
         let reload = Reload::new(program, &listeners);
         // A predecessor, if there is one, still listens for requests for metrics.
         let endpoint = options.metrics.as_ref().filter(|_| predecessor.is_none());
-        let requests = Requests::start(endpoint.map(metrics::Server::start).transpose()?);
+        let requests = Requests::start(endpoint.map(metrics::MetricsServer::start).transpose()?);
         Control::new(options, life, plane, reload, requests, limit).run(predecessor).await
     })
 }

@@ -243,25 +243,25 @@ fn printable(text: &str) -> String {
 /// What there is under a name, as JSON.
 #[derive(Serialize)]
 #[serde(untagged)]
-enum Named {
+enum NamedService {
     /// A forwarder of it.
     Forwarder(Box<Report>),
     /// It has no forwarder now.
-    Asleep(Box<list::Service>),
+    Asleep(Box<list::ListedService>),
 }
 
 /// The reports of the forwarders named on the command line, after a line for each service without one: as text, and as JSON, in
 /// which such a service looks as it does in the list of all.
 async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)> {
     let (mut asleep, mut reports) = (String::new(), Vec::new());
-    let mut json: Vec<Named> = Vec::new();
+    let mut json: Vec<NamedService> = Vec::new();
     for whom in &options.whom {
         if whom.contains('/') {
             let report: anyhow::Result<Report> =
                 control_socket::ask_soon(Path::new(whom), Request::Status).await;
             let report = report
                 .map_err(|error| Failure::NotFound(format!("no forwarder answers at {whom}: {error}")))?;
-            json.push(Named::Forwarder(Box::new(report.clone())));
+            json.push(NamedService::Forwarder(Box::new(report.clone())));
             reports.push(report);
             continue;
         }
@@ -273,10 +273,10 @@ async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)>
         };
         if service.forwarders.is_empty() {
             asleep += &format!("{}\n", list::sentence(&service));
-            json.push(Named::Asleep(Box::new(service)));
+            json.push(NamedService::Asleep(Box::new(service)));
             continue;
         }
-        json.extend(service.forwarders.iter().cloned().map(Box::new).map(Named::Forwarder));
+        json.extend(service.forwarders.iter().cloned().map(Box::new).map(NamedService::Forwarder));
         reports.extend(service.forwarders);
     }
     Ok((asleep + &describe(&reports), exit::json(&json)?))

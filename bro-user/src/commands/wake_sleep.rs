@@ -13,7 +13,7 @@ use crate::control_socket::{self, Reply, Request};
 use crate::exit::{Failure, on_one_line};
 use crate::installed;
 use crate::run_as::RunAsUser;
-use crate::service::use_lock::{self, Lock, Use};
+use crate::service::use_lock::{self, UnitLock, Use};
 use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
 
@@ -25,7 +25,7 @@ const STOP: Duration = Duration::from_secs(100);
 
 /// The named service.
 #[derive(Debug)]
-struct Service {
+struct AskedService {
     /// What the first client starts.
     unit: String,
     /// The forwarder's unit, where it may have one.
@@ -37,7 +37,7 @@ struct Service {
     is_activated: bool,
 }
 
-impl Service {
+impl AskedService {
     fn of(whom: &Whom) -> anyhow::Result<Self> {
         let scope = RuntimeScope::choose(whom.system, whom.user);
         if let Ok(activated) = installed::find(&whom.name, scope) {
@@ -106,7 +106,7 @@ impl Service {
     }
 
     /// Makes this process the only user of the unit.
-    fn alone(&self) -> std::io::Result<Lock> {
+    fn alone(&self) -> std::io::Result<UnitLock> {
         // The lock is where the forwarder takes it.
         let _acting = self.run_as.as_ref().map(RunAsUser::act).transpose().map_err(std::io::Error::other)?;
         Use::alone(&self.unit, None)
@@ -129,7 +129,7 @@ impl Service {
 /// # Errors
 /// When it does not come up in time.
 pub async fn wake_up(whom: &Whom, limit: Duration) -> anyhow::Result<String> {
-    let (service, deadline) = (Service::of(whom)?, Instant::now() + limit);
+    let (service, deadline) = (AskedService::of(whom)?, Instant::now() + limit);
     match timeout_at(deadline, wake_within(&service, deadline)).await {
         Ok(woken) => woken,
         Err(_) => bail!("{} is not ready after {limit:?}", service.unit),
@@ -141,7 +141,7 @@ pub async fn wake_up(whom: &Whom, limit: Duration) -> anyhow::Result<String> {
 /// # Errors
 /// When the service does not come up in time.
 pub fn wake(options: &Wake) -> anyhow::Result<()> {
-    let service = Service::of(&options.whom)?;
+    let service = AskedService::of(&options.whom)?;
     let limit = options.timeout.or_forever();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let message = runtime.block_on(async {
@@ -155,7 +155,7 @@ pub fn wake(options: &Wake) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<String> {
+async fn wake_within(service: &AskedService, deadline: Instant) -> anyhow::Result<String> {
     let mut started = false;
     loop {
         let forwarders = service.forwarders().await;
@@ -208,7 +208,7 @@ async fn wake_within(service: &Service, deadline: Instant) -> anyhow::Result<Str
 /// # Errors
 /// When clients are connected, or the unit cannot be stopped.
 pub fn sleep(options: &Sleep) -> anyhow::Result<()> {
-    let service = Service::of(&options.whom)?;
+    let service = AskedService::of(&options.whom)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let message = runtime.block_on(put_away(&options.whom, options.force))?;
     writeln!(std::io::stdout(), "{}", on_one_line(&format!("{}: {message}", service.unit)))?;
@@ -220,7 +220,7 @@ pub fn sleep(options: &Sleep) -> anyhow::Result<()> {
 /// # Errors
 /// As [`sleep`].
 pub async fn put_away(whom: &Whom, force: bool) -> anyhow::Result<String> {
-    let service = Service::of(whom)?;
+    let service = AskedService::of(whom)?;
     match tokio::time::timeout(STOP, put_to_sleep(&service, force)).await {
         Ok(message) => message,
         Err(_) => bail!("{} has not stopped after {STOP:?}", service.unit),
@@ -228,7 +228,7 @@ pub async fn put_away(whom: &Whom, force: bool) -> anyhow::Result<String> {
 }
 
 /// Says which other units stop along with it, before they do.
-async fn announce(service: &Service) {
+async fn announce(service: &AskedService) {
     // Without an answer to that it is stopped all the same: it was asked for by force.
     let Ok(bus) = service.units_bus().await else { return };
     let Ok(needing) = bus.all_that_need(&service.unit).await else { return };
@@ -247,7 +247,7 @@ fn with_it(unit: &str, needing: &[String]) -> String {
     }
 }
 
-async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> {
+async fn put_to_sleep(service: &AskedService, force: bool) -> anyhow::Result<String> {
     if force {
         announce(service).await;
     }
@@ -286,9 +286,9 @@ async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> 
     service.check_is_ours().await?;
     let _alone = loop {
         match service.alone() {
-            Ok(Lock::Taken) if !force => pause(LOOK).await,
-            Ok(Lock::Had(alone)) => break Some(alone),
-            Ok(Lock::Taken) | Err(_) => break None,
+            Ok(UnitLock::Taken) if !force => pause(LOOK).await,
+            Ok(UnitLock::Had(alone)) => break Some(alone),
+            Ok(UnitLock::Taken) | Err(_) => break None,
         }
     };
     if matches!(bus.active_state(&service.unit).await?.as_str(), "inactive" | "failed") {
@@ -303,7 +303,7 @@ async fn put_to_sleep(service: &Service, force: bool) -> anyhow::Result<String> 
     Ok("stopped".to_owned())
 }
 
-fn refuse_for(service: &Service, clients: &[&str]) -> anyhow::Result<()> {
+fn refuse_for(service: &AskedService, clients: &[&str]) -> anyhow::Result<()> {
     if clients.is_empty() {
         return Ok(());
     }

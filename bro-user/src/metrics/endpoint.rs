@@ -22,7 +22,7 @@ pub enum Endpoint {
 
 /// Why a text is no endpoint.
 #[derive(Debug, thiserror::Error)]
-pub enum Invalid {
+pub enum InvalidEndpoint {
     /// It is neither.
     #[error(
         "“{0}” is neither ADDR:PORT, such as 127.0.0.1:9464, nor a PORT, nor a path that begins with a slash"
@@ -37,20 +37,20 @@ pub enum Invalid {
 }
 
 impl std::str::FromStr for Endpoint {
-    type Err = Invalid;
+    type Err = InvalidEndpoint;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, InvalidEndpoint> {
         if text.starts_with('/') {
             return match text {
-                _ if text.contains(char::is_control) => Err(Invalid::Lines),
-                _ if text.len() > 107 => Err(Invalid::TooLong(text.to_owned())),
+                _ if text.contains(char::is_control) => Err(InvalidEndpoint::Lines),
+                _ if text.len() > 107 => Err(InvalidEndpoint::TooLong(text.to_owned())),
                 _ => Ok(Self::Unix(text.into())),
             };
         }
         // Not on every address: what a service does is not shown on the network unless the administrator asks for that.
         let port = text.parse::<u16>().map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
         let address = port.or_else(|_| text.parse());
-        address.map(Self::Tcp).map_err(|_| Invalid::Neither(text.to_owned()))
+        address.map(Self::Tcp).map_err(|_| InvalidEndpoint::Neither(text.to_owned()))
     }
 }
 
@@ -65,7 +65,7 @@ impl fmt::Display for Endpoint {
 
 /// A listening socket there.
 #[derive(Debug)]
-pub(super) enum Listening {
+pub(super) enum ListeningEndpoint {
     Tcp(TcpListener),
     Unix { listener: UnixListener, path: PathBuf, inode: (u64, u64) },
 }
@@ -77,7 +77,7 @@ pub(super) enum Stream {
     Unix(UnixStream),
 }
 
-impl Listening {
+impl ListeningEndpoint {
     pub fn at(endpoint: &Endpoint) -> io::Result<Self> {
         match endpoint {
             Endpoint::Tcp(address) => {
@@ -113,7 +113,7 @@ impl Listening {
     }
 }
 
-impl Drop for Listening {
+impl Drop for ListeningEndpoint {
     fn drop(&mut self) {
         if let Self::Unix { path, inode: own, .. } = self
             && inode(path).is_ok_and(|there| there == *own)
@@ -159,8 +159,8 @@ mod tests {
             let why = said(text).unwrap_err().to_string();
             assert!(why.contains(text) && why.contains("ADDR:PORT"), "{why}");
         }
-        assert!(matches!(said(&format!("/{}", "x".repeat(107))), Err(Invalid::TooLong(_))));
-        assert!(matches!(said("/run/a\nb"), Err(Invalid::Lines)));
+        assert!(matches!(said(&format!("/{}", "x".repeat(107))), Err(InvalidEndpoint::TooLong(_))));
+        assert!(matches!(said("/run/a\nb"), Err(InvalidEndpoint::Lines)));
     }
 
     #[tokio::test]
@@ -169,21 +169,21 @@ mod tests {
         let path = folder.join("s");
         let endpoint = Endpoint::Unix(path.clone());
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        let listening = Listening::at(&endpoint).unwrap();
+        let listening = ListeningEndpoint::at(&endpoint).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, MODE);
-        let why = Listening::at(&endpoint).unwrap_err();
+        let why = ListeningEndpoint::at(&endpoint).unwrap_err();
         assert_eq!(why.kind(), io::ErrorKind::AddrInUse);
         drop(listening);
         assert!(!path.exists(), "the socket is left behind");
         // A socket that is another process's by now stays.
-        let listening = Listening::at(&endpoint).unwrap();
+        let listening = ListeningEndpoint::at(&endpoint).unwrap();
         std::fs::remove_file(&path).unwrap();
         let _other = std::os::unix::net::UnixListener::bind(&path).unwrap();
         drop(listening);
         assert!(path.exists(), "another's socket is gone");
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "mine").unwrap();
-        assert!(Listening::at(&endpoint).unwrap_err().to_string().contains("no socket"));
+        assert!(ListeningEndpoint::at(&endpoint).unwrap_err().to_string().contains("no socket"));
         assert_eq!(std::fs::read(&path).unwrap(), b"mine");
         std::fs::remove_dir_all(folder).unwrap();
     }

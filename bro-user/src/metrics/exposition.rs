@@ -12,7 +12,7 @@ use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::commands::status::ServiceState;
-use crate::commands::status::list::Service;
+use crate::commands::status::list::ListedService;
 use crate::ledger::Counts;
 use bro_relay::stats::{Tally, Times};
 
@@ -36,7 +36,7 @@ pub(crate) struct Exposed {
 }
 
 impl Exposed {
-    pub fn of(service: &Service) -> Self {
+    pub fn of(service: &ListedService) -> Self {
         let mut now: Vec<(String, Tally)> = Vec::new();
         for listener in service.forwarders.iter().flat_map(|report| &report.listeners) {
             match now.iter_mut().find(|(name, _)| *name == listener.name) {
@@ -110,7 +110,7 @@ impl EncodeLabelValue for Value<'_> {
 type Take<'a> = &'a mut dyn FnMut(&[(&'static str, &str)], u64) -> fmt::Result;
 
 /// Samples that share a name.
-struct Family {
+struct MetricFamily {
     /// Without its unit and the suffix of its kind (`_total`).
     name: &'static str,
     unit: Option<Unit>,
@@ -156,8 +156,8 @@ fn counted(exposed: &Exposed, take: Take<'_>, number: fn(&Tally) -> u64) -> fmt:
 }
 
 /// All but the histogram, and the forwarders' versions.
-const FAMILIES: [Family; 21] = [
-    Family {
+const FAMILIES: [MetricFamily; 21] = [
+    MetricFamily {
         name: "bro_service_state",
         unit: None,
         kind: MetricType::Gauge,
@@ -168,21 +168,21 @@ const FAMILIES: [Family; 21] = [
                 .try_for_each(|state| take(&[("state", word(*state))], u64::from(*state == exposed.state)))
         },
     },
-    Family {
+    MetricFamily {
         name: "bro_service_since_timestamp",
         unit: Some(Unit::Seconds),
         kind: MetricType::Gauge,
         help: "Since when it is in that state, in seconds since 1970, where that is known",
         samples: |exposed, take| exposed.since.map_or(Ok(()), |since| take(&[], since)),
     },
-    Family {
+    MetricFamily {
         name: "bro_forwarders",
         unit: None,
         kind: MetricType::Gauge,
         help: "Forwarders that run for it; none while it is asleep",
         samples: |exposed, take| take(&[], exposed.forwarders.len() as u64),
     },
-    Family {
+    MetricFamily {
         name: "bro_forwarder_uptime",
         unit: Some(Unit::Seconds),
         kind: MetricType::Gauge,
@@ -192,49 +192,49 @@ const FAMILIES: [Family; 21] = [
             longest.map_or(Ok(()), |longest| take(&[], longest))
         },
     },
-    Family {
+    MetricFamily {
         name: "bro_connections",
         unit: None,
         kind: MetricType::Gauge,
         help: "Connections now, held ones included",
         samples: |exposed, take| now(exposed, take, |tally| tally.open),
     },
-    Family {
+    MetricFamily {
         name: "bro_replaced_connections",
         unit: None,
         kind: MetricType::Gauge,
         help: "Connections that processes finish which a reload has replaced",
         samples: |exposed, take| take(&[], exposed.replaced),
     },
-    Family {
+    MetricFamily {
         name: "bro_held_clients",
         unit: None,
         kind: MetricType::Gauge,
         help: "Clients that wait for the service now",
         samples: |exposed, take| now(exposed, take, |tally| tally.held),
     },
-    Family {
+    MetricFamily {
         name: "bro_silent_clients",
         unit: None,
         kind: MetricType::Gauge,
         help: "Clients of a sleeping service that have not said anything yet (--wake-on=data)",
         samples: |exposed, take| now(exposed, take, |tally| tally.silent),
     },
-    Family {
+    MetricFamily {
         name: "bro_waiting_clients",
         unit: None,
         kind: MetricType::Gauge,
         help: "Clients in the backlog, since there are as many connections as may be",
         samples: |exposed, take| take(&[], exposed.waiting),
     },
-    Family {
+    MetricFamily {
         name: "bro_connections_accepted",
         unit: None,
         kind: MetricType::Counter,
         help: "Connections accepted",
         samples: |exposed, take| counted(exposed, take, |tally| tally.accepted),
     },
-    Family {
+    MetricFamily {
         name: "bro_connections_closed",
         unit: None,
         kind: MetricType::Counter,
@@ -248,7 +248,7 @@ const FAMILIES: [Family; 21] = [
             })
         },
     },
-    Family {
+    MetricFamily {
         name: "bro_relayed",
         unit: Some(Unit::Bytes),
         kind: MetricType::Counter,
@@ -265,28 +265,28 @@ const FAMILIES: [Family; 21] = [
             })
         },
     },
-    Family {
+    MetricFamily {
         name: "bro_lane_messages_passed",
         unit: None,
         kind: MetricType::Counter,
         help: "Messages that a hooked sender gave to ordinary TCP, because its lane was shut at that moment",
         samples: |exposed, take| counted(exposed, take, |tally| tally.passes),
     },
-    Family {
+    MetricFamily {
         name: "bro_lane_credit_grants",
         unit: None,
         kind: MetricType::Counter,
         help: "Times a lane was granted credit",
         samples: |exposed, take| counted(exposed, take, |tally| tally.grants),
     },
-    Family {
+    MetricFamily {
         name: "bro_cold_starts",
         unit: None,
         kind: MetricType::Counter,
         help: "Clients that found the service asleep and woke it",
         samples: |exposed, take| counted(exposed, take, |tally| tally.cold_starts),
     },
-    Family {
+    MetricFamily {
         name: "bro_wakes",
         unit: None,
         kind: MetricType::Counter,
@@ -297,7 +297,7 @@ const FAMILIES: [Family; 21] = [
             take(&[("cause", "clock")], exposed.counts.woken_by_clock)
         },
     },
-    Family {
+    MetricFamily {
         name: "bro_wake_failures",
         unit: None,
         kind: MetricType::Counter,
@@ -307,14 +307,14 @@ const FAMILIES: [Family; 21] = [
             take(&[("reason", "start-timeout")], exposed.counts.start_timeouts)
         },
     },
-    Family {
+    MetricFamily {
         name: "bro_last_wake_failure_timestamp",
         unit: Some(Unit::Seconds),
         kind: MetricType::Gauge,
         help: "When the last wake failed, in seconds since 1970, until one succeeds",
         samples: |exposed, take| exposed.failed_wake.map_or(Ok(()), |at| take(&[], at)),
     },
-    Family {
+    MetricFamily {
         name: "bro_stops",
         unit: None,
         kind: MetricType::Counter,
@@ -324,7 +324,7 @@ const FAMILIES: [Family; 21] = [
             take(&[("cause", "hand")], exposed.counts.told_stops)
         },
     },
-    Family {
+    MetricFamily {
         name: "bro_reloads",
         unit: None,
         kind: MetricType::Counter,
@@ -334,7 +334,7 @@ const FAMILIES: [Family; 21] = [
             take(&[("result", "failed")], exposed.counts.failed_reloads)
         },
     },
-    Family {
+    MetricFamily {
         name: "bro_limits_reached",
         unit: None,
         kind: MetricType::Counter,
@@ -361,7 +361,7 @@ const FAMILIES: [Family; 21] = [
 struct Snapshot(Vec<Exposed>);
 
 impl Snapshot {
-    fn family(&self, encoder: &mut DescriptorEncoder<'_>, family: &Family) -> fmt::Result {
+    fn family(&self, encoder: &mut DescriptorEncoder<'_>, family: &MetricFamily) -> fmt::Result {
         let mut metric =
             encoder.encode_descriptor(family.name, family.help, family.unit.as_ref(), family.kind)?;
         for exposed in &self.0 {

@@ -10,7 +10,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 
-use super::endpoint::{Endpoint, Listening, Stream};
+use super::endpoint::{Endpoint, ListeningEndpoint, Stream};
 
 /// So many are answered at a time; the next wait in the socket's backlog.
 const AT_ONCE: usize = 8;
@@ -38,19 +38,19 @@ pub(crate) type Question = oneshot::Sender<String>;
 
 /// A listening endpoint.
 #[derive(Debug)]
-pub(crate) struct Server {
-    listening: Listening,
+pub(crate) struct MetricsServer {
+    listening: ListeningEndpoint,
     places: Arc<Semaphore>,
     questions: (UnboundedSender<Question>, UnboundedReceiver<Question>),
 }
 
-impl Server {
+impl MetricsServer {
     /// Listens there from now on.
     ///
     /// # Errors
     /// When it cannot listen there.
     pub fn start(endpoint: &Endpoint) -> anyhow::Result<Self> {
-        let listening = Listening::at(endpoint).with_context(|| {
+        let listening = ListeningEndpoint::at(endpoint).with_context(|| {
             format!("--metrics: cannot listen at {endpoint}; give another address, or leave it out")
         })?;
         tracing::info!("metrics are at {}", listening.place());

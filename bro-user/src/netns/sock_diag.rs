@@ -22,14 +22,14 @@ pub struct Table {
 
 /// A listener of the namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Listening {
+pub struct ListeningSocket {
     /// Where it listens.
     pub address: SocketAddr,
     /// An IPv6 listener that takes no IPv4 client.
     pub v6_only: bool,
 }
 
-impl Listening {
+impl ListeningSocket {
     /// Would a client of `address` reach this listener?
     #[must_use]
     pub fn serves(self, address: SocketAddr) -> bool {
@@ -60,7 +60,7 @@ impl Table {
     ///
     /// # Errors
     /// When the kernel refuses or answers nonsense.
-    pub fn listeners(&self) -> io::Result<Vec<Listening>> {
+    pub fn listeners(&self) -> io::Result<Vec<ListeningSocket>> {
         let mut found = Vec::new();
         for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
             let request = InetRequest {
@@ -84,9 +84,9 @@ impl Table {
     }
 }
 
-fn read(response: &InetResponse) -> Listening {
+fn read(response: &InetResponse) -> ListeningSocket {
     let id = &response.header.socket_id;
-    Listening {
+    ListeningSocket {
         address: SocketAddr::new(id.source_address, id.source_port),
         v6_only: response.nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true))),
     }
@@ -96,8 +96,8 @@ fn read(response: &InetResponse) -> Listening {
 mod tests {
     use super::*;
 
-    fn listening(address: &str, v6_only: bool) -> Listening {
-        Listening { address: address.parse().unwrap(), v6_only }
+    fn listening(address: &str, v6_only: bool) -> ListeningSocket {
+        ListeningSocket { address: address.parse().unwrap(), v6_only }
     }
 
     #[test]

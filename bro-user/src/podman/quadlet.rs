@@ -15,7 +15,7 @@ pub use search::drop_in_directory;
 
 /// What a quadlet describes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum QuadletKind {
     /// One container.
     Container,
     /// A pod; its containers are quadlets of their own.
@@ -24,7 +24,7 @@ pub enum Kind {
     Kube,
 }
 
-impl Kind {
+impl QuadletKind {
     const ALL: [Self; 3] = [Self::Container, Self::Pod, Self::Kube];
 
     /// Its file's extension.
@@ -54,7 +54,7 @@ pub struct Quadlet {
     /// Its name without the extension: `web`, or `web@blue` for an instance of a template.
     pub name: String,
     /// What it describes.
-    pub kind: Kind,
+    pub kind: QuadletKind,
     /// Its file; a template's for an instance without a link of its own.
     pub path: PathBuf,
     /// What the file and its drop-ins say together, without those of `bro activate`.
@@ -125,7 +125,7 @@ impl Quadlet {
 }
 
 /// One value, as Podman's generator reads it: without the double quotes around it. (In lists the generator keeps them.)
-fn value<'a>(file: &'a UnitFile, kind: Kind, key: &str) -> Option<&'a str> {
+fn value<'a>(file: &'a UnitFile, kind: QuadletKind, key: &str) -> Option<&'a str> {
     let value = file.value(kind.section(), key)?;
     let bare = value.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
     Some(bare.unwrap_or(value)).filter(|value| !value.is_empty())
@@ -146,7 +146,7 @@ pub fn find(
     let directories = search::directories(scope, owner, root)?;
     // bro reads a user's files, and what they link to, with that user's rights.
     let _acting = owner.filter(|_| root.is_none()).map(RunAsUser::act).transpose()?;
-    let mut found: Vec<(Kind, PathBuf)> = Vec::new();
+    let mut found: Vec<(QuadletKind, PathBuf)> = Vec::new();
     for &kind in &kinds {
         if let Some(path) = search::file(&directories, &stem, kind)? {
             found.push((kind, path));
@@ -188,7 +188,7 @@ fn check_path(path: &Path) -> Result<(), Failure> {
 }
 
 /// Splits `web.container` into its stem and the kinds it may be of.
-pub(crate) fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
+pub(crate) fn parse_name(name: &str) -> Result<(String, Vec<QuadletKind>), Failure> {
     const OTHERS: [&str; 4] = [".network", ".volume", ".image", ".build"];
     let usage = |text: String| Err(Failure::Usage(text));
     if let Some(other) = OTHERS.iter().find(|other| name.ends_with(**other)) {
@@ -196,13 +196,13 @@ pub(crate) fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
             "“{name}” is no service that could be woken: a {other} only prepares something for one"
         ));
     }
-    let known = Kind::ALL.iter().find_map(|kind| {
+    let known = QuadletKind::ALL.iter().find_map(|kind| {
         name.strip_suffix(kind.extension())
             .and_then(|stem| stem.strip_suffix('.'))
             .map(|stem| (stem, vec![*kind]))
     });
     let (stem, kinds) =
-        known.unwrap_or_else(|| (name.strip_suffix(".service").unwrap_or(name), Kind::ALL.to_vec()));
+        known.unwrap_or_else(|| (name.strip_suffix(".service").unwrap_or(name), QuadletKind::ALL.to_vec()));
     // What systemd allows in unit names (VALID_CHARS_WITH_AT), but no backslash: no user chooses such names.
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_' | '.' | '@');
     // “-activator.service” and a type still have to fit into a name of 255 bytes.
@@ -223,7 +223,7 @@ pub(crate) fn parse_name(name: &str) -> Result<(String, Vec<Kind>), Failure> {
     Ok((stem.to_owned(), kinds))
 }
 
-fn not_found(stem: &str, kinds: &[Kind], directories: &[PathBuf]) -> Failure {
+fn not_found(stem: &str, kinds: &[QuadletKind], directories: &[PathBuf]) -> Failure {
     // A template of that name is the likeliest mistake.
     if !stem.contains('@')
         && let Some(kind) = kinds.iter().find(|kind| {
@@ -244,7 +244,7 @@ fn not_found(stem: &str, kinds: &[Kind], directories: &[PathBuf]) -> Failure {
 }
 
 /// The unit that the generator makes.
-pub(crate) fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Result<String, Failure> {
+pub(crate) fn unit(stem: &str, kind: QuadletKind, file: &UnitFile, path: &Path) -> Result<String, Failure> {
     if let Some(name) = value(file, kind, "ServiceName") {
         if stem.contains('@') {
             return Err(Failure::Usage(format!(
@@ -261,25 +261,25 @@ pub(crate) fn unit(stem: &str, kind: Kind, file: &UnitFile, path: &Path) -> Resu
         return Ok(format!("{}.service", name.strip_suffix(".service").unwrap_or(name)));
     }
     match kind {
-        Kind::Pod if stem.contains('@') => Err(Failure::Usage(format!(
+        QuadletKind::Pod if stem.contains('@') => Err(Failure::Usage(format!(
             "{} is a template of pods: which containers its instances get is not known; use one .pod file for each",
             path.display()
         ))),
-        Kind::Pod => Ok(format!("{stem}-pod.service")),
-        Kind::Container | Kind::Kube => Ok(format!("{stem}.service")),
+        QuadletKind::Pod => Ok(format!("{stem}-pod.service")),
+        QuadletKind::Container | QuadletKind::Kube => Ok(format!("{stem}.service")),
     }
 }
 
 /// The container with the namespace in which the service listens; else why bro cannot know it.
 pub(crate) fn container(
     stem: &str,
-    kind: Kind,
+    kind: QuadletKind,
     file: &UnitFile,
     unit: &str,
     owner: Option<&RunAsUser>,
 ) -> Result<String, String> {
     match kind {
-        Kind::Container => {
+        QuadletKind::Container => {
             let name = value(file, kind, "ContainerName");
             let name = name.unwrap_or(if stem.contains('@') { "systemd-%p_%i" } else { "systemd-%N" });
             specifiers::expand(name, unit, owner).map_err(|bad| {
@@ -287,14 +287,14 @@ pub(crate) fn container(
             })
         }
         // All of a pod's containers share the namespace that its infra container holds.
-        Kind::Pod => match value(file, kind, "PodName") {
+        QuadletKind::Pod => match value(file, kind, "PodName") {
             Some(name) if name.contains('%') => Err(format!(
                 "PodName={name} holds a specifier; give --container NAME of one of its containers"
             )),
             Some(name) => Ok(format!("{name}-infra")),
             None => Ok(format!("systemd-{stem}-infra")),
         },
-        Kind::Kube => {
+        QuadletKind::Kube => {
             Err("the containers of a .kube get their names from the Kubernetes file, as POD-CONTAINER \
                            (`podman ps` shows them once it runs); give one of those in the pod as --container"
                 .to_owned())
@@ -306,7 +306,7 @@ pub(crate) fn container(
 mod tests {
     use super::*;
 
-    fn names(stem: &str, kind: Kind, text: &str) -> (String, Result<String, String>) {
+    fn names(stem: &str, kind: QuadletKind, text: &str) -> (String, Result<String, String>) {
         let file = UnitFile::parse(text);
         let unit = unit(stem, kind, &file, Path::new("x")).unwrap();
         let container = container(stem, kind, &file, &unit, None);
@@ -321,30 +321,36 @@ mod tests {
             (unit, container.unwrap_or_default())
         };
         let is = |unit: &str, container: &str| (unit.to_owned(), container.to_owned());
-        assert_eq!(name("web", Kind::Container, "[Container]\n"), is("web.service", "systemd-web"));
-        assert_eq!(name("web", Kind::Container, "[Container]\nContainerName=x\n"), is("web.service", "x"));
+        assert_eq!(name("web", QuadletKind::Container, "[Container]\n"), is("web.service", "systemd-web"));
         assert_eq!(
-            name("sn", Kind::Container, "[Container]\nServiceName=nameless\nContainerName=cn-%N\n"),
+            name("web", QuadletKind::Container, "[Container]\nContainerName=x\n"),
+            is("web.service", "x")
+        );
+        assert_eq!(
+            name("sn", QuadletKind::Container, "[Container]\nServiceName=nameless\nContainerName=cn-%N\n"),
             is("nameless.service", "cn-nameless")
         );
         assert_eq!(
-            name("tpl@blue", Kind::Container, "[Container]\n"),
+            name("tpl@blue", QuadletKind::Container, "[Container]\n"),
             is("tpl@blue.service", "systemd-tpl_blue")
         );
-        assert_eq!(name("p", Kind::Pod, "[Pod]\n"), is("p-pod.service", "systemd-p-infra"));
+        assert_eq!(name("p", QuadletKind::Pod, "[Pod]\n"), is("p-pod.service", "systemd-p-infra"));
         assert_eq!(
-            name("p2", Kind::Pod, "[Pod]\nServiceName=ppp\nPodName=mypod\n"),
+            name("p2", QuadletKind::Pod, "[Pod]\nServiceName=ppp\nPodName=mypod\n"),
             is("ppp.service", "mypod-infra")
         );
         // Quotes around one value are no part of it.
         assert_eq!(
-            name("q", Kind::Container, "[Container]\nServiceName=\"quoted\"\nContainerName=\"web\"\n"),
+            name("q", QuadletKind::Container, "[Container]\nServiceName=\"quoted\"\nContainerName=\"web\"\n"),
             is("quoted.service", "web")
         );
-        assert_eq!(name("q", Kind::Pod, "[Pod]\nPodName=\"mypod\"\n"), is("q-pod.service", "mypod-infra"));
-        assert_eq!(name("q", Kind::Container, "[Container]\nContainerName=\"\"\n").1, "systemd-q");
-        assert_eq!(name("q", Kind::Container, "[Container]\nContainerName=\"odd\n").1, "\"odd");
-        assert_eq!(name("k", Kind::Kube, "[Kube]\n"), is("k.service", ""));
+        assert_eq!(
+            name("q", QuadletKind::Pod, "[Pod]\nPodName=\"mypod\"\n"),
+            is("q-pod.service", "mypod-infra")
+        );
+        assert_eq!(name("q", QuadletKind::Container, "[Container]\nContainerName=\"\"\n").1, "systemd-q");
+        assert_eq!(name("q", QuadletKind::Container, "[Container]\nContainerName=\"odd\n").1, "\"odd");
+        assert_eq!(name("k", QuadletKind::Kube, "[Kube]\n"), is("k.service", ""));
     }
 
     #[test]
@@ -357,7 +363,7 @@ mod tests {
         assert!(refused("web@").contains("template"));
         assert!(refused("a@b@c").contains("NAME@INSTANCE"));
         assert!(refused(&"x".repeat(300)).contains("cannot be the name"));
-        assert_eq!(parse_name("web.container").unwrap(), ("web".into(), vec![Kind::Container]));
+        assert_eq!(parse_name("web.container").unwrap(), ("web".into(), vec![QuadletKind::Container]));
         assert_eq!(parse_name("web@blue").unwrap().0, "web@blue");
         assert_eq!(parse_name("web.service").unwrap().1.len(), 3);
     }
@@ -366,7 +372,7 @@ mod tests {
     fn nginx_is_recognised() {
         let nginx = |text: &str| Quadlet {
             name: "web".into(),
-            kind: Kind::Container,
+            kind: QuadletKind::Container,
             path: "web.container".into(),
             file: UnitFile::parse(text),
             unit: "web.service".into(),

@@ -10,7 +10,7 @@ use std::{fmt, io};
 
 use bro_relay::target::Target;
 use nix::libc;
-use protocol::{Answer, Page, Protocol};
+use protocol::{HttpPage, Protocol, ReadinessAnswer};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -58,7 +58,7 @@ impl Ready {
     /// Whether it asks at a port of its own, so that the target need not listen yet.
     #[must_use]
     pub const fn asks_elsewhere(&self) -> bool {
-        matches!(self, Self::Says(Protocol::Http(Page { port: Some(_), .. })))
+        matches!(self, Self::Says(Protocol::Http(HttpPage { port: Some(_), .. })))
     }
 
     /// Why this way cannot be used with this target.
@@ -98,12 +98,12 @@ pub enum Strictness {
     "“{0}” is no way to know that a service is ready; use auto, listen, connect, \
      healthy, http:/PATH, postgres, mysql, redis, exec:COMMAND or none"
 )]
-pub struct Invalid(String);
+pub struct InvalidReady(String);
 
 impl FromStr for Ready {
-    type Err = Invalid;
+    type Err = InvalidReady;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, InvalidReady> {
         Ok(match text {
             "auto" => Self::Auto,
             "postgres" => Self::Says(Protocol::Postgres),
@@ -113,7 +113,7 @@ impl FromStr for Ready {
             "connect" => Self::Connect,
             "healthy" => Self::Healthy,
             "none" => Self::Unchecked,
-            _ => return words(text).ok_or_else(|| Invalid(text.to_owned())),
+            _ => return words(text).ok_or_else(|| InvalidReady(text.to_owned())),
         })
     }
 }
@@ -122,7 +122,7 @@ impl FromStr for Ready {
 fn words(text: &str) -> Option<Ready> {
     match text.split_once(':')? {
         ("exec", command) if !command.trim().is_empty() => Some(Ready::Exec(command.trim().to_owned())),
-        ("http", page) => Page::parse(page).map(|page| Ready::Says(Protocol::Http(page))),
+        ("http", page) => HttpPage::parse(page).map(|page| Ready::Says(Protocol::Http(page))),
         _ => None,
     }
 }
@@ -238,7 +238,7 @@ pub async fn answering(
     loop {
         for address in addresses {
             let mut address = *address;
-            if let Protocol::Http(Page { port: Some(port), .. }) = protocol {
+            if let Protocol::Http(HttpPage { port: Some(port), .. }) = protocol {
                 address.set_port(*port);
             }
             let domain = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
@@ -248,10 +248,10 @@ pub async fn answering(
             let limit = if strictness == Strictness::Lenient && !understood { SILENCE } else { ANSWER };
             let answer = timeout(limit, ask(socket, protocol)).await.ok().and_then(Result::ok).flatten();
             match answer {
-                Some(Answer::Ready) => return Ok(()),
-                Some(Answer::NotYet) => understood = true,
-                Some(Answer::Foreign) if strictness == Strictness::Lenient => return Ok(()),
-                Some(Answer::Foreign) | None => {
+                Some(ReadinessAnswer::Ready) => return Ok(()),
+                Some(ReadinessAnswer::NotYet) => understood = true,
+                Some(ReadinessAnswer::Foreign) if strictness == Strictness::Lenient => return Ok(()),
+                Some(ReadinessAnswer::Foreign) | None => {
                     if strictness == Strictness::Lenient && !understood && since.elapsed() >= SILENCE {
                         return Ok(());
                     }
@@ -263,7 +263,7 @@ pub async fn answering(
 }
 
 /// The answer; none where the service ends the connection before it has said enough.
-async fn ask(socket: OwnedFd, protocol: &Protocol) -> io::Result<Option<Answer>> {
+async fn ask(socket: OwnedFd, protocol: &Protocol) -> io::Result<Option<ReadinessAnswer>> {
     let mut stream = tokio::net::TcpStream::from_std(socket.into())?;
     stream.write_all(&protocol.question()).await?;
     let mut answer = Vec::new();
@@ -303,9 +303,9 @@ mod tests {
         assert_eq!("listen".parse(), Ok(Ready::Listen));
         assert_eq!("none".parse(), Ok(Ready::Unchecked));
         assert_eq!("exec: pg_isready".parse(), Ok(Ready::Exec("pg_isready".into())));
-        assert_eq!("exec:".parse::<Ready>(), Err(Invalid("exec:".into())));
-        assert_eq!("soon".parse::<Ready>(), Err(Invalid("soon".into())));
-        assert_eq!("http:".parse::<Ready>(), Err(Invalid("http:".into())));
+        assert_eq!("exec:".parse::<Ready>(), Err(InvalidReady("exec:".into())));
+        assert_eq!("soon".parse::<Ready>(), Err(InvalidReady("soon".into())));
+        assert_eq!("http:".parse::<Ready>(), Err(InvalidReady("http:".into())));
     }
 
     #[test]

@@ -31,14 +31,14 @@ pub enum Choice {
 
 /// The addresses that the service is to see.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Wanted {
+pub struct WantedSource {
     /// The option.
     pub choice: Choice,
     /// The cookie of the network namespace that all clients come to, where all come over TCP and to the same one.
     pub clients: Option<u64>,
 }
 
-impl Wanted {
+impl WantedSource {
     /// Decides for a target at `place` with the agent `namespace`. Removes those of `addresses` that no fitting address can reach.
     ///
     /// # Errors

@@ -43,7 +43,7 @@ pub(crate) fn clear(directory: &Path, unit: &str) {
     let lock = directory.join(format!("use-{unit}"));
     // A request for the lock would make the file.
     let alone = lock.exists().then(|| Use::alone_in(&lock, None));
-    if let Some(Ok(Lock::Taken)) = alone {
+    if let Some(Ok(UnitLock::Taken)) = alone {
         return;
     }
     std::fs::remove_file(directory.join(format!("started-{unit}"))).ok();
@@ -56,7 +56,7 @@ pub struct Use(#[expect(dead_code, reason = "held, never looked at")] Flock<File
 
 /// The result of a request for a lock.
 #[derive(Debug)]
-pub enum Lock {
+pub enum UnitLock {
     /// The lock.
     Had(Use),
     /// Another forwarder's lock is in the way.
@@ -68,7 +68,7 @@ impl Use {
     ///
     /// # Errors
     /// When there can be no such file.
-    pub fn begin(unit: &str) -> io::Result<Lock> {
+    pub fn begin(unit: &str) -> io::Result<UnitLock> {
         Self::lock(&Self::file(unit), FlockArg::LockSharedNonblock)
     }
 
@@ -76,11 +76,11 @@ impl Use {
     ///
     /// # Errors
     /// When there can be no such file.
-    pub fn alone(unit: &str, mine: Option<Self>) -> io::Result<Lock> {
+    pub fn alone(unit: &str, mine: Option<Self>) -> io::Result<UnitLock> {
         Self::alone_in(&Self::file(unit), mine)
     }
 
-    fn alone_in(path: &Path, mine: Option<Self>) -> io::Result<Lock> {
+    fn alone_in(path: &Path, mine: Option<Self>) -> io::Result<UnitLock> {
         // Of two that ask at the same time one gets it: neither asks for the exclusive lock with the shared one in hand.
         drop(mine);
         Self::lock(path, FlockArg::LockExclusiveNonblock)
@@ -90,7 +90,7 @@ impl Use {
         crate::control_socket::base_directory().join(format!("use-{unit}"))
     }
 
-    fn lock(path: &Path, how: FlockArg) -> io::Result<Lock> {
+    fn lock(path: &Path, how: FlockArg) -> io::Result<UnitLock> {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder)?;
         }
@@ -98,13 +98,13 @@ impl Use {
             let file = File::options().create(true).write(true).truncate(false).open(path)?;
             let lock = match Flock::lock(file, how) {
                 Ok(lock) => lock,
-                Err((_, Errno::EWOULDBLOCK)) => return Ok(Lock::Taken),
+                Err((_, Errno::EWOULDBLOCK)) => return Ok(UnitLock::Taken),
                 Err((_, errno)) => return Err(errno.into()),
             };
             // A lock on a file that was removed meanwhile protects nothing.
             let (locked, named) = (lock.metadata()?, std::fs::metadata(path));
             if named.is_ok_and(|named| (named.dev(), named.ino()) == (locked.dev(), locked.ino())) {
-                return Ok(Lock::Had(Self(lock)));
+                return Ok(UnitLock::Had(Self(lock)));
             }
         }
     }
@@ -116,8 +116,8 @@ mod tests {
 
     fn shared(path: &Path) -> Option<Use> {
         match Use::lock(path, FlockArg::LockSharedNonblock).unwrap() {
-            Lock::Had(lock) => Some(lock),
-            Lock::Taken => None,
+            UnitLock::Had(lock) => Some(lock),
+            UnitLock::Taken => None,
         }
     }
 
@@ -126,9 +126,9 @@ mod tests {
         let path = std::env::temp_dir().join(format!("bro-use-{}", std::process::id()));
         let (first, second) = (shared(&path), shared(&path));
         assert!(first.is_some() && second.is_some());
-        assert!(matches!(Use::alone_in(&path, first).unwrap(), Lock::Taken));
+        assert!(matches!(Use::alone_in(&path, first).unwrap(), UnitLock::Taken));
         // The first one's use is over by having asked.
-        let Lock::Had(alone) = Use::alone_in(&path, second).unwrap() else { panic!("no other is there") };
+        let UnitLock::Had(alone) = Use::alone_in(&path, second).unwrap() else { panic!("no other is there") };
         assert!(shared(&path).is_none(), "used while it is being stopped");
         drop(alone);
         assert!(shared(&path).is_some());
@@ -161,7 +161,7 @@ mod tests {
         let second = shared(&path);
         assert!(first.is_some() && second.is_some());
         drop(first);
-        assert!(matches!(Use::alone_in(&path, None).unwrap(), Lock::Taken), "the second's is not seen");
+        assert!(matches!(Use::alone_in(&path, None).unwrap(), UnitLock::Taken), "the second's is not seen");
         std::fs::remove_file(&path).unwrap();
     }
 }

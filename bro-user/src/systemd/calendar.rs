@@ -50,7 +50,7 @@ impl fmt::Display for DailySpan {
 
 /// Why a text is no such span.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Invalid {
+pub enum InvalidTimes {
     /// Not one pair of times.
     #[error("“{0}” is not DAYS START..END, such as Mon..Fri 09:00..18:00 (DAYS may be left out)")]
     Form(String),
@@ -63,8 +63,8 @@ pub enum Invalid {
 }
 
 /// Reads HH:MM or HH:MM:SS; 24:00 only where a day may end.
-fn time_of_day(text: &str, may_end_a_day: bool) -> Result<&str, Invalid> {
-    let invalid = || Invalid::Time(text.to_owned());
+fn time_of_day(text: &str, may_end_a_day: bool) -> Result<&str, InvalidTimes> {
+    let invalid = || InvalidTimes::Time(text.to_owned());
     let parts: Vec<&str> = text.split(':').collect();
     if !(2..=3).contains(&parts.len()) {
         return Err(invalid());
@@ -82,12 +82,12 @@ fn time_of_day(text: &str, may_end_a_day: bool) -> Result<&str, Invalid> {
 }
 
 impl FromStr for DailySpan {
-    type Err = Invalid;
+    type Err = InvalidTimes;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
-        let form = || Invalid::Form(text.trim().to_owned());
+    fn from_str(text: &str) -> Result<Self, InvalidTimes> {
+        let form = || InvalidTimes::Form(text.trim().to_owned());
         if text.len() > LONGEST {
-            return Err(Invalid::TooMuch);
+            return Err(InvalidTimes::TooMuch);
         }
         let words: Vec<&str> = text.split_whitespace().collect();
         // Days are a range as well, without colons.
@@ -136,14 +136,14 @@ impl fmt::Display for DailySpans {
 }
 
 impl FromStr for DailySpans {
-    type Err = Invalid;
+    type Err = InvalidTimes;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, InvalidTimes> {
         if text.trim() == "never" {
             return Ok(Self::default());
         }
         let spans = text.split(';').map(str::parse).collect::<Result<Vec<_>, _>>()?;
-        if spans.len() > MOST { Err(Invalid::TooMuch) } else { Ok(Self(spans)) }
+        if spans.len() > MOST { Err(InvalidTimes::TooMuch) } else { Ok(Self(spans)) }
     }
 }
 
@@ -333,7 +333,7 @@ mod tests {
         assert_eq!(DailySpans::default().to_string(), "never");
         assert_eq!(
             "1:00..2:00;".repeat(MOST + 1).trim_end_matches(';').parse::<DailySpans>(),
-            Err(Invalid::TooMuch)
+            Err(InvalidTimes::TooMuch)
         );
     }
 

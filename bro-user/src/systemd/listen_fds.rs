@@ -32,7 +32,7 @@ pub struct ListenSpec {
 ///
 /// # Errors
 /// When the address is not one.
-pub fn parse_listen(text: &str) -> Result<ListenSpec, target::Invalid> {
+pub fn parse_listen(text: &str) -> Result<ListenSpec, target::InvalidTarget> {
     let (name, address) = match text.split_once('=') {
         Some((name, rest)) if !name.is_empty() && !name.contains(['/', ':', '[', '@']) => {
             (Some(name.to_owned()), rest)
@@ -42,7 +42,7 @@ pub fn parse_listen(text: &str) -> Result<ListenSpec, target::Invalid> {
     // Port 0 is no target, but it is an address to listen on: the kernel chooses.
     if let Some((host, "0")) = address.rsplit_once(':') {
         let Target::Tcp { host, .. } = format!("{host}:1").parse()? else {
-            return Err(target::Invalid::Host(text.into()));
+            return Err(target::InvalidTarget::Host(text.into()));
         };
         return Ok(ListenSpec { name, target: Target::Tcp { host, port: 0 } });
     }

@@ -37,7 +37,7 @@ impl TimeSpan {
 
 /// Why a text is not a time span.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Invalid {
+pub enum InvalidTimeSpan {
     /// Nothing there.
     #[error("a time span is missing; write for example 90, 500ms, 1min 30s or infinity")]
     Empty,
@@ -80,16 +80,16 @@ fn unit(name: &str) -> Option<u64> {
 }
 
 impl FromStr for TimeSpan {
-    type Err = Invalid;
+    type Err = InvalidTimeSpan;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, InvalidTimeSpan> {
         let mut rest = text.trim();
         match rest {
-            "" => return Err(Invalid::Empty),
+            "" => return Err(InvalidTimeSpan::Empty),
             "infinity" => return Ok(Self::Infinite),
             _ => {}
         }
-        let too_long = || Invalid::TooLong(text.trim().to_owned());
+        let too_long = || InvalidTimeSpan::TooLong(text.trim().to_owned());
         let mut total: u64 = 0;
         while !rest.is_empty() {
             let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
@@ -99,9 +99,9 @@ impl FromStr for TimeSpan {
             let (name, tail) = tail.split_at(letters);
             let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
             if number.is_empty() || (whole.is_empty() && fraction.is_empty()) || fraction.contains('.') {
-                return Err(Invalid::Number(rest.to_owned()));
+                return Err(InvalidTimeSpan::Number(rest.to_owned()));
             }
-            let scale = unit(name).ok_or_else(|| Invalid::Unit(name.to_owned()))?;
+            let scale = unit(name).ok_or_else(|| InvalidTimeSpan::Unit(name.to_owned()))?;
             let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| too_long())? };
             total = whole.checked_mul(scale).and_then(|span| total.checked_add(span)).ok_or_else(too_long)?;
             let mut place = scale;
@@ -128,9 +128,9 @@ impl fmt::Display for TimeSpan {
 ///
 /// # Errors
 /// For 0, and for what is no time span.
-pub fn limit(text: &str) -> Result<TimeSpan, Invalid> {
+pub fn limit(text: &str) -> Result<TimeSpan, InvalidTimeSpan> {
     match text.parse()? {
-        TimeSpan::Finite(Duration::ZERO) => Err(Invalid::Zero),
+        TimeSpan::Finite(Duration::ZERO) => Err(InvalidTimeSpan::Zero),
         span => Ok(span),
     }
 }
@@ -142,10 +142,10 @@ const KEEPALIVE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=D
 ///
 /// # Errors
 /// For what the kernel does not take, and for what is no time span.
-pub fn keepalive(text: &str) -> Result<TimeSpan, Invalid> {
+pub fn keepalive(text: &str) -> Result<TimeSpan, InvalidTimeSpan> {
     match text.parse()? {
         TimeSpan::Finite(span) if KEEPALIVE.contains(&span) => Ok(TimeSpan::Finite(span)),
-        TimeSpan::Finite(_) | TimeSpan::Infinite => Err(Invalid::Keepalive),
+        TimeSpan::Finite(_) | TimeSpan::Infinite => Err(InvalidTimeSpan::Keepalive),
     }
 }
 
@@ -167,9 +167,9 @@ pub(crate) fn roughly(span: Duration) -> String {
 ///
 /// # Errors
 /// As for every time span, and when it is less than a second.
-pub fn user_timeout(text: &str) -> Result<TimeSpan, Invalid> {
+pub fn user_timeout(text: &str) -> Result<TimeSpan, InvalidTimeSpan> {
     match text.parse()? {
-        TimeSpan::Finite(span) if span < Duration::from_secs(1) => Err(Invalid::TooSoon),
+        TimeSpan::Finite(span) if span < Duration::from_secs(1) => Err(InvalidTimeSpan::TooSoon),
         span => Ok(span),
     }
 }
@@ -197,25 +197,25 @@ mod tests {
 
     #[test]
     fn refuses_with_the_reason() {
-        assert_eq!("".parse::<TimeSpan>(), Err(Invalid::Empty));
-        assert_eq!("soon".parse::<TimeSpan>(), Err(Invalid::Number("soon".into())));
-        assert_eq!("-1".parse::<TimeSpan>(), Err(Invalid::Number("-1".into())));
-        assert_eq!("1..2".parse::<TimeSpan>(), Err(Invalid::Number("1..2".into())));
-        assert_eq!("5parsecs".parse::<TimeSpan>(), Err(Invalid::Unit("parsecs".into())));
-        assert_eq!("99999999999y".parse::<TimeSpan>(), Err(Invalid::TooLong("99999999999y".into())));
+        assert_eq!("".parse::<TimeSpan>(), Err(InvalidTimeSpan::Empty));
+        assert_eq!("soon".parse::<TimeSpan>(), Err(InvalidTimeSpan::Number("soon".into())));
+        assert_eq!("-1".parse::<TimeSpan>(), Err(InvalidTimeSpan::Number("-1".into())));
+        assert_eq!("1..2".parse::<TimeSpan>(), Err(InvalidTimeSpan::Number("1..2".into())));
+        assert_eq!("5parsecs".parse::<TimeSpan>(), Err(InvalidTimeSpan::Unit("parsecs".into())));
+        assert_eq!("99999999999y".parse::<TimeSpan>(), Err(InvalidTimeSpan::TooLong("99999999999y".into())));
     }
 
     #[test]
     fn refuses_spans_that_an_option_cannot_have() {
         for zero in ["0", "0s", "0min 0ms", "0.0"] {
-            assert_eq!(limit(zero), Err(Invalid::Zero), "{zero}");
+            assert_eq!(limit(zero), Err(InvalidTimeSpan::Zero), "{zero}");
         }
         assert_eq!(limit("1us"), Ok(TimeSpan::Finite(Duration::from_micros(1))));
         assert_eq!(limit("infinity"), Ok(TimeSpan::Infinite));
         for out_of_range in ["0", "10ms", "999ms", "32768", "32767.1s", "99999999", "infinity"] {
-            assert_eq!(keepalive(out_of_range), Err(Invalid::Keepalive), "{out_of_range}");
+            assert_eq!(keepalive(out_of_range), Err(InvalidTimeSpan::Keepalive), "{out_of_range}");
             let user = (user_timeout("999ms"), user_timeout("infinity"));
-            assert_eq!(user, (Err(Invalid::TooSoon), Ok(TimeSpan::Infinite)));
+            assert_eq!(user, (Err(InvalidTimeSpan::TooSoon), Ok(TimeSpan::Infinite)));
         }
         for within in ["1", "1.5s", "2h", "32767"] {
             assert!(keepalive(within).is_ok(), "{within}");

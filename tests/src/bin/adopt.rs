@@ -14,7 +14,7 @@ use std::os::unix::process::CommandExt as _;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bro_adopt::socket::Place;
-use bro_adopt::{Agent, Event, Listener, Step, Stored, Surroundings};
+use bro_adopt::{Agent, Event, HostListener, Step, Stored, Surroundings};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sched::{CloneFlags, setns, unshare};
@@ -103,7 +103,7 @@ fn agent(words: &[&str]) -> Result<()> {
     let seccomp = next()?;
     let listeners = words[..split]
         .iter()
-        .map(|text| Ok(Listener { socket: next()?, target: target(text) }))
+        .map(|text| Ok(HostListener { socket: next()?, target: target(text) }))
         .collect::<Result<_>>()?;
     let stored = words[split + 1..]
         .iter()

@@ -69,7 +69,7 @@ fn child_that_loads_and_waits() {
     kernel.attach(std::env::var_os("BRO_TEST_CGROUP").unwrap().as_ref()).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (netns, port) = (netns_cookie(listener.as_fd()).unwrap(), listener.local_addr().unwrap().port());
-    kernel.watch(netns, port, Role::Service).unwrap();
+    kernel.watch(netns, port, SenderRole::Service).unwrap();
     let [send, watch, _] = kernel.program_ids().unwrap();
     println!("ready {port} {send} {watch}");
     listener.accept().unwrap();

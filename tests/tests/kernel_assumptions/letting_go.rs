@@ -45,7 +45,7 @@ fn a_half_closed_target_is_refused() {
     receive_end(&ends.accepted).unwrap();
     let sender = kernel_relay::sender(bench.netns, &ends.backend).unwrap();
     let refused = bench.kernel.open_lane(&sender, ends.accepted.as_fd(), 0).unwrap_err();
-    assert!(matches!(refused, Refused::NotEstablished), "{refused:?}");
+    assert!(matches!(refused, LaneRefused::NotEstablished), "{refused:?}");
     assert_eq!(bench.kernel.totals().open_lanes, 0);
 }
 

@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use bro_ebpf::MESSAGE_OVERHEAD;
 use bro_sockmap::{
-    Config, Event, Kernel, Reason, Refused, Role, SenderKind, Unavailable, netns_cookie, send_memory,
+    Config, Event, Kernel, LaneRefused, Reason, SenderKind, SenderRole, Unavailable, netns_cookie,
+    send_memory,
 };
 use bro_tests::require;
 use bro_tests::tier::Need;

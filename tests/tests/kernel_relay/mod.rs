@@ -11,7 +11,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_sockmap::{Config, Event, Kernel, Lane, Role, SenderAddress, SenderKind, netns_cookie};
+use bro_sockmap::{Config, Event, Kernel, Lane, SenderAddress, SenderKind, SenderRole, netns_cookie};
 use nix::poll::{PollFd, PollFlags, poll};
 
 use cgroup::Cgroup;
@@ -68,8 +68,8 @@ impl Bench {
         let service = TcpListener::bind(address)?;
         let front = TcpListener::bind(address)?;
         let netns = netns_cookie(service.as_fd())?;
-        kernel.watch(netns, service.local_addr()?.port(), Role::Service)?;
-        kernel.watch(netns, front.local_addr()?.port(), Role::Client)?;
+        kernel.watch(netns, service.local_addr()?.port(), SenderRole::Service)?;
+        kernel.watch(netns, front.local_addr()?.port(), SenderRole::Client)?;
         Ok(Self { kernel, service, front, netns, cgroup })
     }
 

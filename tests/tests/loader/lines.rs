@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use bro_ebpf::{Counter, role};
-use bro_sockmap::{Maps, Role, netns_cookie, pinned};
+use bro_sockmap::{Maps, SenderRole, netns_cookie, pinned};
 use bro_tests::bro;
 use bro_tests::loader::{ALICE, BOB, Site, Stage, as_user};
 use bro_tests::peers::{Address, PATIENCE};
@@ -84,7 +84,7 @@ fn watching_another_users_port_hooks_nothing() -> Result<()> {
     let site = Site::start(ALICE, ALICE, &["--relay=sockmap", "--local-clients=on"])?;
     let opened = pinned::open(&pinned::folder(BOB))?.context("Bob's set")?;
     let mut maps = Maps::new(&opened.descriptors, opened.share)?;
-    for (listener, role) in [(&site.service, Role::Service), (&site.front, Role::Client)] {
+    for (listener, role) in [(&site.service, SenderRole::Service), (&site.front, SenderRole::Client)] {
         let Address::Tcp(address) = listener.address() else { continue };
         maps.watch(netns_cookie(std::net::TcpListener::bind("127.0.0.1:0")?.as_fd())?, address.port(), role)?;
     }

@@ -16,7 +16,7 @@ use crate::run::process::die_with_parent;
 /// For all cases together.
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// Longer than any answer takes here, short enough to get through with those that never answer.
-const PATIENCE: Duration = Duration::from_secs(3);
+const HAPPENS_WITHIN: Duration = Duration::from_secs(3);
 /// What a forwarder and the sockets' own buffers may hold of a stream that is not read.
 const BOUND: u64 = 64 << 20;
 
@@ -51,7 +51,7 @@ pub const CASES: [Case; 8] = [
 /// The part: the verdicts as one line of JSON.
 pub fn main(args: &Args) -> Result<()> {
     die_with_parent(Signal::SIGKILL)?;
-    stream::set_patience(PATIENCE);
+    stream::set_patience(HAPPENS_WITHIN);
     for _ in 0..2 {
         load::ping(&args.address).context("the way to the service does not work")?;
     }
@@ -94,7 +94,7 @@ fn query(address: &Address, token: u64) -> Result<(u64, End)> {
 
 /// Waits until the service knows how a connection ended.
 fn end_of(address: &Address, token: u64) -> Result<(u64, End)> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + HAPPENS_WITHIN;
     loop {
         let (bytes, end) = query(address, token)?;
         if end != End::Open || Instant::now() > deadline {
@@ -182,7 +182,7 @@ fn client_aborts(address: &Address) -> Result<()> {
     stream.read_answer(&mut [0])?;
     stream.write_all(b"and then")?;
     // The bytes have arrived before the reset, which would overtake them.
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + HAPPENS_WITHIN;
     while query(address, token)?.0 < 8 && Instant::now() < deadline {}
     stream.abort()?;
     match (end_of(address, token)?.1, address) {
@@ -234,7 +234,7 @@ fn client_never_reads(address: &Address) -> Result<()> {
             (sent, since) = (now, Instant::now());
         }
         ensure!(sent <= BOUND, "more than {} MiB were taken that are not read", BOUND >> 20);
-        ensure!(begin.elapsed() < 3 * PATIENCE, "what is not read still grows, slowly");
+        ensure!(begin.elapsed() < 3 * HAPPENS_WITHIN, "what is not read still grows, slowly");
     }
     load::ping(address).context("another connection meanwhile")?;
     drop(stream);
@@ -247,7 +247,7 @@ fn client_leaves_unread_bytes(address: &Address) -> Result<()> {
     let stream = ask(address, Ask::Flood(token))?;
     stream.read_answer(&mut [0])?;
     drop(stream);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + HAPPENS_WITHIN;
     let mut sent = query(address, token)?.0;
     while Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(100));

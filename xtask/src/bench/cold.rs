@@ -16,7 +16,7 @@ use super::stream::{Address, wait_for};
 use super::{clock, service, tools};
 use crate::run::process::Lines;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 /// Of the service, as of a container that has something to do before it listens.
 const STARTUP_MS: u64 = 50;
 
@@ -51,7 +51,8 @@ pub fn start(scene: &Scene, contender: &Contender, order: Order, port: u16) -> R
         let answer = load::ping(&address);
         sender.send((began, clock::now(), answer)).ok();
     });
-    wait_for(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PATIENCE).context("no client came")?;
+    wait_for(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], ANSWERS_WITHIN)
+        .context("no client came")?;
     let activated = clock::now();
 
     let log = |name: &str| scene.folder.path(&format!("cold-{port}-{name}.log"));
@@ -91,7 +92,8 @@ pub fn start(scene: &Scene, contender: &Contender, order: Order, port: u16) -> R
             (forwarder()?, service, listening, lines)
         }
     };
-    let (began, answered, answer) = answers.recv_timeout(PATIENCE).context("the client got no answer")?;
+    let (began, answered, answer) =
+        answers.recv_timeout(ANSWERS_WITHIN).context("the client got no answer")?;
     answer.context("the client that came while the service was not listening yet")?;
     let accepted = stamp(&lines, "accepted")?;
     let between = |from: u64, to: u64| (to as f64 - from as f64) / 1e9;
@@ -109,7 +111,7 @@ pub fn start(scene: &Scene, contender: &Contender, order: Order, port: u16) -> R
 
 /// The time behind a word that the service prints.
 fn stamp(lines: &Lines, word: &str) -> Result<u64> {
-    let line = lines.until(PATIENCE, &mut Vec::new(), |line| line.starts_with(word));
+    let line = lines.until(ANSWERS_WITHIN, &mut Vec::new(), |line| line.starts_with(word));
     let line = line.with_context(|| format!("the service was to say that it is {word}"))?;
     line.split(' ').nth(1).and_then(|time| time.parse().ok()).context("a time")
 }

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use super::stream::{self, Address, Stream};
 use crate::run::process::die_with_parent;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const FINDS_WITHIN: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// What is told the poke.
@@ -25,9 +25,9 @@ pub struct Args {
 /// The part.
 pub fn main(args: &Args) -> Result<()> {
     die_with_parent(Signal::SIGKILL)?;
-    stream::set_patience(PATIENCE / 3);
+    stream::set_patience(FINDS_WITHIN / 3);
     let words = unescape(&args.words)?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + FINDS_WITHIN;
     let mut answered = 0;
     while answered < args.times {
         match once(&args.address, &words) {

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
 
 /// How long either end waits for the other: longer than any start is given.
-const PATIENCE: Duration = Duration::from_secs(60);
+const MOVES_WITHIN: Duration = Duration::from_secs(60);
 
 /// One end of a connection.
 pub struct Stream(TcpStream);
@@ -68,9 +68,9 @@ impl Write for Stream {
 }
 
 fn wait(socket: &TcpStream, readiness: PollFlags) -> io::Result<()> {
-    let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+    let patience = PollTimeout::try_from(MOVES_WITHIN).unwrap_or(PollTimeout::MAX);
     match poll(&mut [PollFd::new(socket.as_fd(), readiness)], patience)? {
-        0 => Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing for {PATIENCE:?}"))),
+        0 => Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing for {MOVES_WITHIN:?}"))),
         _ => Ok(()),
     }
 }

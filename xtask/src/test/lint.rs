@@ -1,6 +1,7 @@
 //! The tier that runs nothing of the project: format, clippy, docs, the licences of what it depends on, and its inner walls.
 
 mod circles;
+mod names;
 mod suites;
 mod walls;
 
@@ -28,6 +29,7 @@ pub fn run() -> Result<Count> {
         + check("licences", cargo().args(deny), "deny", DENY)?
         + told("walls between crates", walls::hold()?)
         + told("circles of imports", circles::none()?)
+        + told("names of types", names::are_distinct()?)
         + told("what suites say of themselves", suites::are_described()?))
 }
 

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use nix::libc;
 
-use super::{Agent, State};
+use super::{Agent, ListenerState};
 use crate::caller::Caller;
 use crate::family::Family;
 use crate::notification::{Answer, Raw};
@@ -70,10 +70,10 @@ impl<S: Surroundings> Agent<S> {
         health::check(listener.socket.as_fd())?;
         let close_on_exec = caller.closes_on_exec(number).map_err(Misfit::Replacing)?;
 
-        if matches!(listener.state, State::Free) {
+        if matches!(listener.state, ListenerState::Free) {
             let before = Before::of(listener.socket.as_fd(), listener.seen.family);
             let before = before.map_err(|errno| Misfit::Options(errno.into()))?;
-            listener.state = State::Adopted { by: Vec::new(), before };
+            listener.state = ListenerState::Adopted { by: Vec::new(), before };
             // Before anything is set.
             self.note();
         }

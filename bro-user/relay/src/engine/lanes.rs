@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
-use bro_sockmap::{Descriptors, Flow, LaneCounters, LaneId, Maps, Role, SenderAddress, Share};
+use bro_sockmap::{Descriptors, Flow, LaneCounters, LaneId, Maps, SenderAddress, SenderRole, Share};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 use serde::{Deserialize, Serialize};
@@ -96,8 +96,9 @@ impl OpenLanes {
     /// Has the programs look at clients of one of our own listeners.
     fn watch_clients(&mut self, listener: &Listener) {
         let Some(address) = tcp(getsockname(listener.socket.as_raw_fd())) else { return };
-        let watching = bro_sockmap::netns_cookie(listener.socket.as_fd())
-            .and_then(|cookie| self.kernel.watch(cookie, address.port(), Role::Client).map(|()| cookie));
+        let watching = bro_sockmap::netns_cookie(listener.socket.as_fd()).and_then(|cookie| {
+            self.kernel.watch(cookie, address.port(), SenderRole::Client).map(|()| cookie)
+        });
         match watching {
             Ok(cookie) => self.clients = Some(cookie),
             Err(error) => tracing::warn!(%error, "no lane for local clients of {}", listener.address),
@@ -114,7 +115,7 @@ impl OpenLanes {
             }
         }
         for &port in &ports {
-            if let Err(error) = self.kernel.watch(netns, port, Role::Service) {
+            if let Err(error) = self.kernel.watch(netns, port, SenderRole::Service) {
                 tracing::warn!(%error, "the kernel relay cannot watch port {port}; splicing instead");
                 return None;
             }

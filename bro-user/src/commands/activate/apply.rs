@@ -177,7 +177,7 @@ pub(super) async fn activate(
         return Ok(Applied::Nothing);
     }
     let sockets = installed.map(|installed| units(&installed.listeners)).unwrap_or_default();
-    let before = Before::of(systemd, sockets, installed).await;
+    let before = UnitsBefore::of(systemd, sockets, installed).await;
     let changed = Changed::make(changes)?;
     let taking_up = take_up(systemd, wanted, installed, &plan);
     match interrupt.or(waits::telling(systemd, installed, taking_up)).await {
@@ -307,12 +307,12 @@ impl Plan {
 
 /// What ran before a change.
 #[derive(Debug, Default)]
-struct Before {
+struct UnitsBefore {
     enabled: Vec<String>,
     active: Vec<String>,
 }
 
-impl Before {
+impl UnitsBefore {
     async fn of(systemd: &Managers, sockets: Vec<String>, installed: Option<&Installed>) -> Self {
         let mut before = Self::default();
         for unit in sockets {
@@ -435,7 +435,7 @@ async fn stop(systemd: &SystemdManager, unit: &str) -> anyhow::Result<()> {
 async fn cannot_listen(systemd: &Managers, listener: &InstalledPort, scope: RuntimeScope) -> String {
     let (unit, external) = (&listener.socket.name, &listener.external);
     let user = if scope == RuntimeScope::User { " --user" } else { "" };
-    if let Some(port_owner::Trouble::Taken(holder)) = port_owner::look(external) {
+    if let Some(port_owner::AddressTrouble::Taken(holder)) = port_owner::look(external) {
         return taken(external, &holder, Some(systemd)).await;
     }
     format!("systemd cannot listen at {external}; see `journalctl{user} --unit {unit}`")
@@ -493,7 +493,7 @@ pub(super) async fn remove(
             .filter(|name| !all.contains(name))
             .collect::<Vec<_>>(),
     );
-    let before = Before::of(systemd, all, Some(installed)).await;
+    let before = UnitsBefore::of(systemd, all, Some(installed)).await;
     let ran = matches!(installed.mode, Mode::Direct(_)) && systemd.is_active(&installed.unit).await;
     let taking_down = take_down(systemd, removal, places);
     let changed = match interrupt.or(waits::telling(systemd, Some(installed), taking_down)).await {

@@ -10,7 +10,7 @@ use crate::installed;
 use crate::installed::Installed;
 use crate::metrics::endpoint::Endpoint;
 use crate::port_owner;
-use crate::port_owner::Trouble;
+use crate::port_owner::AddressTrouble;
 
 /// Is the address free, also while other forwarders sleep?
 pub(super) fn check(
@@ -55,9 +55,11 @@ pub(super) fn check(
     };
     match port_owner::look(&external) {
         None => Ok(()),
-        Some(Trouble::Forbidden(why)) => Err(Failure::NotPermitted(format!("--metrics: {why}")).into()),
-        Some(Trouble::InTheWay(why)) => anyhow::bail!("--metrics: {why} (nothing was changed)"),
-        Some(Trouble::Taken(holder)) => {
+        Some(AddressTrouble::Forbidden(why)) => {
+            Err(Failure::NotPermitted(format!("--metrics: {why}")).into())
+        }
+        Some(AddressTrouble::InTheWay(why)) => anyhow::bail!("--metrics: {why} (nothing was changed)"),
+        Some(AddressTrouble::Taken(holder)) => {
             anyhow::bail!(
                 "--metrics {text} is taken {}; give another address (nothing was changed)",
                 holder.who(None)

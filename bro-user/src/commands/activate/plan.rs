@@ -13,7 +13,7 @@ use crate::installed::{
     ForwardOptions, Forwarder, Installed, InstalledPort, Mode, SocketUnit, Takeover, Way, pause_unit_of,
 };
 use crate::paths;
-use crate::podman::quadlet::{self, Kind, Quadlet};
+use crate::podman::quadlet::{self, Quadlet, QuadletKind};
 use crate::run_as::RunAsUser;
 use crate::service::readiness::Ready;
 use crate::systemd::calendar::DailySpans;
@@ -93,7 +93,7 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
 
 /// The quadlet, as it was found.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(super) struct FoundQuadlet {
     pub quadlet: Quadlet,
     /// The pod that it is part of, if that is there: its network is the container's.
     pub pod: Option<Quadlet>,
@@ -102,7 +102,7 @@ pub(super) struct Found {
 /// Puts `Wanted` together.
 pub(super) fn wanted(
     options: &Activate,
-    Found { quadlet, pod }: &Found,
+    FoundQuadlet { quadlet, pod }: &FoundQuadlet,
     installed: Option<&Installed>,
     run_as: Option<RunAsUser>,
     places: &Paths,
@@ -167,7 +167,7 @@ pub(super) fn wanted(
     }
     warn_of_ports(quadlet, &wanted, &mut warnings);
     warn_of_install(quadlet, &mut warnings);
-    if let Some(pod) = quadlet.value("Pod").filter(|_| quadlet.kind == Kind::Container) {
+    if let Some(pod) = quadlet.value("Pod").filter(|_| quadlet.kind == QuadletKind::Container) {
         warnings.push(format!(
             "{} is part of {pod}: {} alone is woken and stopped with its clients; to wake and stop the whole pod, activate {pod}",
             quadlet.file_name(),
@@ -270,7 +270,7 @@ fn forwarder(
         ));
     }
     let checks_health = container.is_some()
-        && quadlet.kind == Kind::Container
+        && quadlet.kind == QuadletKind::Container
         && quadlet.value("HealthCmd").is_some_and(|command| !["", "none"].contains(&command));
     Ok(Forwarder {
         service_file: places.units.join(format!("{}-activator.service", quadlet.name)),
@@ -516,7 +516,7 @@ impl Network {
 
 fn check_direct(quadlet: &Quadlet, way: Way, warnings: &mut Vec<String>) -> anyhow::Result<()> {
     let file = quadlet.file_name();
-    if quadlet.kind != Kind::Container {
+    if quadlet.kind != QuadletKind::Container {
         return Err(usage(format!(
             "--direct is for a .container: Podman passes no sockets on to the containers of {file}"
         )));
@@ -560,7 +560,7 @@ fn check_freeze(wanted: &Installed, quadlet: &Quadlet, warnings: &mut Vec<String
         return Ok(());
     }
     let file = quadlet.file_name();
-    if quadlet.kind != Kind::Container {
+    if quadlet.kind != QuadletKind::Container {
         return Err(usage(format!(
             "--freeze does not go with {file}: the unit's own processes would be frozen, and not those of its containers, which are \
              elsewhere"
@@ -593,13 +593,13 @@ fn check_ready(wanted: &Installed, quadlet: &Quadlet, warnings: &mut Vec<String>
         )));
     }
     match quadlet.kind {
-        Kind::Pod if !forwarder.container_given => Err(usage(format!(
+        QuadletKind::Pod if !forwarder.container_given => Err(usage(format!(
             "--ready=healthy follows a container's health check, and {file} has none; name one of its containers by --container"
         ))),
-        Kind::Container if quadlet.value("HealthCmd") == Some("none") => Err(usage(format!(
+        QuadletKind::Container if quadlet.value("HealthCmd") == Some("none") => Err(usage(format!(
             "HealthCmd=none in {file}: there is no health check that --ready=healthy could follow"
         ))),
-        Kind::Container if quadlet.value("HealthCmd").is_none() => {
+        QuadletKind::Container if quadlet.value("HealthCmd").is_none() => {
             warnings.push(format!(
                 "{file} has no HealthCmd=: unless the image brings a health check, no client will ever be connected"
             ));
@@ -628,7 +628,7 @@ fn check_host_network(wanted: &Installed, network: &Network) -> anyhow::Result<(
 
 fn drop_in(quadlet: &Quadlet, wanted: &Installed, network: &Network) -> DropIn {
     let own_word = quadlet.file.value("Quadlet", "DefaultDependencies").is_some();
-    let no_network = quadlet.kind == Kind::Container && *network == Network::None && !own_word;
+    let no_network = quadlet.kind == QuadletKind::Container && *network == Network::None && !own_word;
     match &wanted.mode {
         Mode::Forward(_) => DropIn { no_network, ..DropIn::default() },
         Mode::Direct(takeover) => {

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::plan::{Found, Paths};
+use super::plan::{FoundQuadlet, Paths};
 use super::transaction::{Provenance, provenance};
 use super::{Removable, root_dir};
 use crate::cli::Activate;
 use crate::installed::{Installed, WrittenUnits};
-use crate::podman::quadlet::{self, Kind};
+use crate::podman::quadlet::{self, QuadletKind};
 use crate::run_as::RunAsUser;
 
 /// The units that bro has written.
@@ -53,13 +53,17 @@ impl Present {
 }
 
 /// Finds the quadlet, and the pod that it is part of.
-pub(super) fn find_quadlet(name: &str, owner: Option<&RunAsUser>, places: &Paths) -> anyhow::Result<Found> {
+pub(super) fn find_quadlet(
+    name: &str,
+    owner: Option<&RunAsUser>,
+    places: &Paths,
+) -> anyhow::Result<FoundQuadlet> {
     let find = |name: &str| quadlet::find(name, places.scope, owner, places.root.as_deref());
     let quadlet = find(name)?;
     root_dir::stays_inside(places.root.as_deref(), &quadlet.path)?;
-    let pod = quadlet.value("Pod").filter(|_| quadlet.kind == Kind::Container);
+    let pod = quadlet.value("Pod").filter(|_| quadlet.kind == QuadletKind::Container);
     let pod = pod.and_then(|pod| find(pod).ok());
-    Ok(Found { quadlet, pod })
+    Ok(FoundQuadlet { quadlet, pod })
 }
 
 /// The files at some paths, as they are.

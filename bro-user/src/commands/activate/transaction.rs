@@ -56,11 +56,11 @@ pub(super) fn provenance(path: &Path) -> anyhow::Result<Provenance> {
 
 /// Makes every other `bro activate` of this scope wait: flock(2) on the directory itself, so that no file is left behind.
 #[derive(Debug)]
-pub(super) struct Lock {
+pub(super) struct DirectoryLock {
     _directory: Flock<File>,
 }
 
-impl Lock {
+impl DirectoryLock {
     /// Takes the lock of a directory; `missing` is called to make one where there is none.
     pub async fn take(
         directory: &Path,
@@ -217,7 +217,7 @@ pub(super) struct Changed {
 impl Changed {
     /// Makes all the changes, or none. Directories must be there.
     pub fn make(changes: &[Change]) -> anyhow::Result<Self> {
-        let mut prepared = Prepared::default();
+        let mut prepared = MadeReady::default();
         for Change { path, text } in changes {
             // Left by a bro that was killed; no other is at work, since this one holds the lock.
             std::fs::remove_file(beside(path, "old")).ok();
@@ -278,9 +278,9 @@ impl Drop for Changed {
 
 /// Files that wait to take their places.
 #[derive(Debug, Default)]
-struct Prepared(Vec<PathBuf>);
+struct MadeReady(Vec<PathBuf>);
 
-impl Drop for Prepared {
+impl Drop for MadeReady {
     fn drop(&mut self) {
         for path in &self.0 {
             // Gone already if it took its place.
@@ -394,8 +394,9 @@ mod tests {
         let folder = Folder::new();
         let units = folder.0.join("units");
         std::fs::create_dir(&units).unwrap();
-        let first = Lock::take(&units, || unreachable!()).await.unwrap();
-        let waiting = async { Lock::take(&units, || Ok(std::fs::create_dir(&units)?)).await.unwrap() };
+        let first = DirectoryLock::take(&units, || unreachable!()).await.unwrap();
+        let waiting =
+            async { DirectoryLock::take(&units, || Ok(std::fs::create_dir(&units)?)).await.unwrap() };
         let removing = async {
             tokio::time::sleep(Duration::from_millis(100)).await;
             std::fs::remove_dir(&units).unwrap();
@@ -406,7 +407,7 @@ mod tests {
         let own = second._directory.metadata().unwrap().ino();
         assert_eq!(std::fs::metadata(&units).unwrap().ino(), own);
         let removed = folder.0.join("never");
-        let error = Lock::take(&removed, || bail!("it is gone")).await.unwrap_err();
+        let error = DirectoryLock::take(&removed, || bail!("it is gone")).await.unwrap_err();
         assert_eq!(error.to_string(), "it is gone");
     }
 

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use trial::{Circumstances, Step, Tried};
+use trial::{Circumstances, TrialStep, Tried};
 use zbus::Variant;
 
 use super::hints::ManagerOwner;
@@ -214,7 +214,7 @@ async fn judge(
         None => (next(last.step, words), how(ended)),
     };
     let finding = format!("within the confinement of {service} a wake cannot {step}: {why}");
-    let less = step == Step::Bpf
+    let less = step == TrialStep::Bpf
         && !installed.forwarder().is_some_and(|forwarder| forwarder.options.needs_kernel_relay());
     let check = |finding: String, fix: String| {
         if less { Check::less(NAME, finding, fix) } else { Check::bad(NAME, finding, fix) }
@@ -275,14 +275,14 @@ fn not_begun(installed: &Installed, service: &str, ended: &Ended, systemctl: &st
 }
 
 /// The step after this one.
-fn next(step: Step, words: &[String]) -> Step {
+fn next(step: TrialStep, words: &[String]) -> TrialStep {
     let unix = || words.iter().any(|word| word.starts_with("--target=/") || word.starts_with("--target=@"));
     match step {
-        Step::Bpf => Step::Find,
-        Step::Find => Step::Enter,
-        Step::Enter if unix() => Step::Unix,
-        Step::Enter | Step::Unix => Step::Inet,
-        Step::Inet | Step::Inet6 | Step::Table => Step::Table,
+        TrialStep::Bpf => TrialStep::Find,
+        TrialStep::Find => TrialStep::Enter,
+        TrialStep::Enter if unix() => TrialStep::Unix,
+        TrialStep::Enter | TrialStep::Unix => TrialStep::Inet,
+        TrialStep::Inet | TrialStep::Inet6 | TrialStep::Table => TrialStep::Table,
     }
 }
 
@@ -376,7 +376,7 @@ struct Culprit {
 }
 
 /// The directive that forbids the step, as far as that can be told.
-fn culprit(step: Step, installed: &Installed, confines: &Confines) -> Option<Culprit> {
+fn culprit(step: TrialStep, installed: &Installed, confines: &Confines) -> Option<Culprit> {
     let is = |directive, what: &str| Culprit {
         directive,
         forbids: what.to_owned(),
@@ -384,13 +384,13 @@ fn culprit(step: Step, installed: &Installed, confines: &Confines) -> Option<Cul
     };
     let rootful = installed.scope == RuntimeScope::System && installed.run_as.is_none();
     let (family, calls): (Option<&str>, &[&str]) = match step {
-        Step::Find => (None, &["pidfd_open"]),
-        Step::Enter => (Some("AF_UNIX"), &["socketpair", "execve", "setns", "sendmsg", "recvmsg"]),
-        Step::Inet => (Some("AF_INET"), &["socket"]),
-        Step::Inet6 => (Some("AF_INET6"), &["socket"]),
-        Step::Unix => (Some("AF_UNIX"), &["socket"]),
-        Step::Table => (Some("AF_NETLINK"), &["socket", "sendto", "recvfrom"]),
-        Step::Bpf => (None, &["bpf"]),
+        TrialStep::Find => (None, &["pidfd_open"]),
+        TrialStep::Enter => (Some("AF_UNIX"), &["socketpair", "execve", "setns", "sendmsg", "recvmsg"]),
+        TrialStep::Inet => (Some("AF_INET"), &["socket"]),
+        TrialStep::Inet6 => (Some("AF_INET6"), &["socket"]),
+        TrialStep::Unix => (Some("AF_UNIX"), &["socket"]),
+        TrialStep::Table => (Some("AF_NETLINK"), &["socket", "sendto", "recvfrom"]),
+        TrialStep::Bpf => (None, &["bpf"]),
     };
     if let Some(family) = family.filter(|family| confines.families.forbids(family)) {
         return Some(is("RestrictAddressFamilies", family));
@@ -400,18 +400,20 @@ fn culprit(step: Step, installed: &Installed, confines: &Confines) -> Option<Cul
     }
     let lacks = |capability: u32| rootful && confines.capabilities & (1 << capability) == 0;
     match step {
-        Step::Find if lacks(CAP_SYS_PTRACE) => Some(is("CapabilityBoundingSet", "CAP_SYS_PTRACE")),
-        Step::Enter if confines.namespaces & CLONE_NEWNET == 0 => Some(is("RestrictNamespaces", "net")),
-        Step::Enter if !rootful && confines.namespaces & CLONE_NEWUSER == 0 => {
+        TrialStep::Find if lacks(CAP_SYS_PTRACE) => Some(is("CapabilityBoundingSet", "CAP_SYS_PTRACE")),
+        TrialStep::Enter if confines.namespaces & CLONE_NEWNET == 0 => Some(is("RestrictNamespaces", "net")),
+        TrialStep::Enter if !rootful && confines.namespaces & CLONE_NEWUSER == 0 => {
             Some(is("RestrictNamespaces", "user"))
         }
-        Step::Enter if lacks(CAP_SYS_ADMIN) => Some(is("CapabilityBoundingSet", "CAP_SYS_ADMIN")),
-        Step::Find | Step::Enter if confines.private_users => Some(Culprit {
+        TrialStep::Enter if lacks(CAP_SYS_ADMIN) => Some(is("CapabilityBoundingSet", "CAP_SYS_ADMIN")),
+        TrialStep::Find | TrialStep::Enter if confines.private_users => Some(Culprit {
             directive: "PrivateUsers",
             forbids: "to enter any namespace that is not its own".to_owned(),
             line: "PrivateUsers=no".to_owned(),
         }),
-        Step::Bpf if lacks(CAP_BPF) => Some(is("CapabilityBoundingSet", "CAP_BPF CAP_NET_ADMIN CAP_PERFMON")),
+        TrialStep::Bpf if lacks(CAP_BPF) => {
+            Some(is("CapabilityBoundingSet", "CAP_BPF CAP_NET_ADMIN CAP_PERFMON"))
+        }
         _ => None,
     }
 }
@@ -433,7 +435,11 @@ mod tests {
     }
 
     /// The culprit named for a step that fails, of a system's service or a user's.
-    fn named(scope: RuntimeScope, step: Step, properties: &[(&str, Variant<'static>)]) -> Option<String> {
+    fn named(
+        scope: RuntimeScope,
+        step: TrialStep,
+        properties: &[(&str, Variant<'static>)],
+    ) -> Option<String> {
         let mut web = example::forwarded(Some("systemd-web"), &[]);
         web.scope = scope;
         culprit(step, &web, &confines(properties)).map(|culprit| culprit.line)
@@ -444,70 +450,96 @@ mod tests {
         use RuntimeScope::{System, User};
         const UNIX: &[&str] = &["AF_UNIX", "AF_INET"];
         let bits = Variant::from;
-        let cases: [(RuntimeScope, Step, &str, Variant<'static>, Option<&str>); 14] = [
+        let cases: [(RuntimeScope, TrialStep, &str, Variant<'static>, Option<&str>); 14] = [
             (
                 User,
-                Step::Table,
+                TrialStep::Table,
                 "RestrictAddressFamilies",
                 list(true, UNIX),
                 Some("RestrictAddressFamilies=AF_NETLINK"),
             ),
             (
                 User,
-                Step::Inet6,
+                TrialStep::Inet6,
                 "RestrictAddressFamilies",
                 list(true, UNIX),
                 Some("RestrictAddressFamilies=AF_INET6"),
             ),
-            (User, Step::Inet, "RestrictAddressFamilies", list(true, UNIX), None),
+            (User, TrialStep::Inet, "RestrictAddressFamilies", list(true, UNIX), None),
             (
                 User,
-                Step::Inet,
+                TrialStep::Inet,
                 "RestrictAddressFamilies",
                 list(false, UNIX),
                 Some("RestrictAddressFamilies=AF_INET"),
             ),
             (
                 User,
-                Step::Table,
+                TrialStep::Table,
                 "RestrictAddressFamilies",
                 list(true, &[]),
                 Some("RestrictAddressFamilies=AF_NETLINK"),
             ),
             (
                 User,
-                Step::Enter,
+                TrialStep::Enter,
                 "SystemCallFilter",
                 list(false, &["setns:EPERM"]),
                 Some("SystemCallFilter=setns"),
             ),
-            (System, Step::Bpf, "SystemCallFilter", list(true, &["socket"]), Some("SystemCallFilter=bpf")),
-            (System, Step::Enter, "RestrictNamespaces", bits(CLONE_NEWNET), None),
-            (User, Step::Enter, "RestrictNamespaces", bits(CLONE_NEWNET), Some("RestrictNamespaces=user")),
-            (User, Step::Enter, "RestrictNamespaces", bits(CLONE_NEWUSER), Some("RestrictNamespaces=net")),
             (
                 System,
-                Step::Enter,
+                TrialStep::Bpf,
+                "SystemCallFilter",
+                list(true, &["socket"]),
+                Some("SystemCallFilter=bpf"),
+            ),
+            (System, TrialStep::Enter, "RestrictNamespaces", bits(CLONE_NEWNET), None),
+            (
+                User,
+                TrialStep::Enter,
+                "RestrictNamespaces",
+                bits(CLONE_NEWNET),
+                Some("RestrictNamespaces=user"),
+            ),
+            (
+                User,
+                TrialStep::Enter,
+                "RestrictNamespaces",
+                bits(CLONE_NEWUSER),
+                Some("RestrictNamespaces=net"),
+            ),
+            (
+                System,
+                TrialStep::Enter,
                 "CapabilityBoundingSet",
                 bits(0_u64),
                 Some("CapabilityBoundingSet=CAP_SYS_ADMIN"),
             ),
             (
                 System,
-                Step::Find,
+                TrialStep::Find,
                 "CapabilityBoundingSet",
                 bits(0_u64),
                 Some("CapabilityBoundingSet=CAP_SYS_PTRACE"),
             ),
             // A user's forwarder needs none for its own container.
-            (User, Step::Enter, "CapabilityBoundingSet", bits(0_u64), None),
-            (User, Step::Enter, "PrivateUsers", Variant::from(true), Some("PrivateUsers=no")),
+            (User, TrialStep::Enter, "CapabilityBoundingSet", bits(0_u64), None),
+            (User, TrialStep::Enter, "PrivateUsers", Variant::from(true), Some("PrivateUsers=no")),
         ];
         for (scope, step, property, value, line) in cases {
             let found = named(scope, step, &[(property, value.try_clone().expect("no descriptor"))]);
             assert_eq!(found.as_deref(), line, "{scope:?} {step:?} {property} {value:?}");
         }
-        for step in [Step::Find, Step::Enter, Step::Inet, Step::Inet6, Step::Unix, Step::Table, Step::Bpf] {
+        for step in [
+            TrialStep::Find,
+            TrialStep::Enter,
+            TrialStep::Inet,
+            TrialStep::Inet6,
+            TrialStep::Unix,
+            TrialStep::Table,
+            TrialStep::Bpf,
+        ] {
             assert_eq!(named(System, step, &[]), None, "{step:?}");
         }
     }
@@ -515,9 +547,9 @@ mod tests {
     #[test]
     fn who_is_ended_in_the_midst_of_a_step_has_said_the_one_before() {
         let words = |target: &str| ["bro", "try-wake", target].map(str::to_owned);
-        assert_eq!(next(Step::Enter, &words("--target=127.0.0.1:80")), Step::Inet);
-        assert_eq!(next(Step::Enter, &words("--target=/run/x")), Step::Unix);
-        assert_eq!(next(Step::Inet, &words("--target=127.0.0.1:80")), Step::Table);
+        assert_eq!(next(TrialStep::Enter, &words("--target=127.0.0.1:80")), TrialStep::Inet);
+        assert_eq!(next(TrialStep::Enter, &words("--target=/run/x")), TrialStep::Unix);
+        assert_eq!(next(TrialStep::Inet, &words("--target=127.0.0.1:80")), TrialStep::Table);
         let ended = |result: &str, code, status| Ended { result: result.to_owned(), code, status };
         assert_eq!(how(&ended("core-dump", 3, 31)), "it was ended by SIGSYS");
         assert_eq!(how(&ended("exit-code", 1, 226)), "exit status 226");

@@ -50,9 +50,12 @@ pub(super) async fn check(installed: &Installed, service: &str, systemd: &System
             ),
         );
     }
-    let answer =
-        if found.active == "active" { ask(service, installed.scope).await } else { Answer::NotAsked };
-    if let Answer::None(why) = &answer
+    let answer = if found.active == "active" {
+        ask(service, installed.scope).await
+    } else {
+        ForwarderAnswer::NotAsked
+    };
+    if let ForwarderAnswer::None(why) = &answer
         // It may have left meanwhile, as it does when it is idle.
         && systemd.active_state(service).await.is_ok_and(|state| state == "active")
     {
@@ -62,7 +65,7 @@ pub(super) async fn check(installed: &Installed, service: &str, systemd: &System
             format!("`{systemctl} restart {service}`; before that, `{journal}` may say why"),
         );
     }
-    if let Answer::Report(report) = answer
+    if let ForwarderAnswer::Report(report) = answer
         && let Some(waiting) = &report.waiting
     {
         return Check::bad(NAME, format!("{service} is full: {waiting}"), room(installed, service, waiting));
@@ -101,27 +104,27 @@ fn room(installed: &Installed, service: &str, waiting: &Waiting) -> String {
 }
 
 /// What a forwarder answers, if it has a control socket.
-enum Answer {
+enum ForwarderAnswer {
     Report(Box<Report>),
     /// It does not answer, and why.
     None(String),
     NotAsked,
 }
 
-async fn ask(service: &str, scope: RuntimeScope) -> Answer {
+async fn ask(service: &str, scope: RuntimeScope) -> ForwarderAnswer {
     let path = control_socket::socket_of(service, scope);
     if !path.exists() {
-        return Answer::NotAsked;
+        return ForwarderAnswer::NotAsked;
     }
     match control_socket::ask_soon::<Report>(&path, Request::Status).await {
-        Ok(report) => Answer::Report(Box::new(report)),
+        Ok(report) => ForwarderAnswer::Report(Box::new(report)),
         // A caller without the right to ask does not find out.
         Err(error)
             if error.downcast_ref::<std::io::Error>().map(std::io::Error::kind)
                 == Some(std::io::ErrorKind::PermissionDenied) =>
         {
-            Answer::NotAsked
+            ForwarderAnswer::NotAsked
         }
-        Err(error) => Answer::None(format!("{error:#} at {}", path.display())),
+        Err(error) => ForwarderAnswer::None(format!("{error:#} at {}", path.display())),
     }
 }

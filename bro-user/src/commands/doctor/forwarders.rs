@@ -22,7 +22,7 @@ pub(super) async fn check(manager: RuntimeScope) -> Check {
     match troubled(manager).await {
         Ok(all) if all.is_empty() => Check::ok(NAME, "none fails to start"),
         Ok(all) => {
-            let findings: Vec<String> = all.iter().map(Trouble::finding).collect();
+            let findings: Vec<String> = all.iter().map(UnitTrouble::finding).collect();
             let fixes: Vec<String> = all.iter().map(|trouble| trouble.fix(manager)).collect();
             Check::bad(NAME, findings.join("; "), fixes.join("; "))
         }
@@ -33,7 +33,7 @@ pub(super) async fn check(manager: RuntimeScope) -> Check {
 
 /// A forwarder's unit that does not start.
 #[derive(Debug, PartialEq, Eq)]
-struct Trouble {
+struct UnitTrouble {
     unit: String,
     /// The program, as in ExecStart=.
     program: String,
@@ -42,7 +42,7 @@ struct Trouble {
     cannot_execute: bool,
 }
 
-impl Trouble {
+impl UnitTrouble {
     fn finding(&self) -> String {
         let Self { unit, program, restarts, cannot_execute } = self;
         let why = if *cannot_execute {
@@ -69,7 +69,7 @@ impl Trouble {
     }
 }
 
-async fn troubled(manager: RuntimeScope) -> anyhow::Result<Vec<Trouble>> {
+async fn troubled(manager: RuntimeScope) -> anyhow::Result<Vec<UnitTrouble>> {
     let systemd = SystemdManager::connect(manager).await?;
     let mut all = Vec::new();
     for unit in systemd.troubled_services().await? {
@@ -90,7 +90,7 @@ async fn troubled(manager: RuntimeScope) -> anyhow::Result<Vec<Trouble>> {
         if failed || restarts.is_some() {
             let restarts = restarts.unwrap_or_else(|| number(&properties, "NRestarts"));
             let cannot_execute = number(&properties, "ExecMainStatus") == CANNOT_EXECUTE.unsigned_abs();
-            all.push(Trouble { unit, program, restarts, cannot_execute });
+            all.push(UnitTrouble { unit, program, restarts, cannot_execute });
         }
     }
     Ok(all)
@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn says_what_program_cannot_be_executed() {
-        let trouble = |cannot_execute| Trouble {
+        let trouble = |cannot_execute| UnitTrouble {
             unit: "mine-proxy.service".into(),
             program: "bro".into(),
             restarts: 7,

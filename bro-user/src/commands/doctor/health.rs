@@ -2,10 +2,10 @@
 
 use serde_json::Value;
 
-use super::podman::{self, Answer};
+use super::podman::{self, PodmanAnswer};
 use super::{Check, listens};
 use crate::installed::Installed;
-use crate::podman::quadlet::{Kind, Quadlet};
+use crate::podman::quadlet::{Quadlet, QuadletKind};
 use crate::service::readiness::Ready;
 
 const NAME: &str = "ready";
@@ -14,7 +14,7 @@ const NAME: &str = "ready";
 pub(super) async fn check(installed: &Installed, quadlet: &Quadlet) -> Option<Check> {
     let forwarder = installed.forwarder()?;
     let follows = forwarder.options.ready() == Some(Ready::Healthy) && !forwarder.container_given;
-    if !follows || quadlet.kind != Kind::Container {
+    if !follows || quadlet.kind != QuadletKind::Container {
         return None;
     }
     let file = quadlet.file_name();
@@ -28,7 +28,7 @@ pub(super) async fn check(installed: &Installed, quadlet: &Quadlet) -> Option<Ch
         return Some(none(installed, &format!("no HealthCmd= in {file}")));
     };
     let answer = podman::ask(installed.run_as.as_ref(), &["image", "inspect", image]).await;
-    let Answer::Yes(text) = answer else { return None };
+    let PodmanAnswer::Yes(text) = answer else { return None };
     let described: Value = serde_json::from_str(&text).ok()?;
     Some(if has_health_check(&described) {
         Check::ok(NAME, format!("the health check of {image} says when clients may come"))

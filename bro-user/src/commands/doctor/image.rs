@@ -6,7 +6,7 @@ use bro_relay::read_bounded::{self, Link};
 
 use super::Check;
 use super::hints::ManagerOwner;
-use super::podman::{self, Answer};
+use super::podman::{self, PodmanAnswer};
 use crate::installed::Installed;
 use crate::podman::quadlet::Quadlet;
 use crate::systemd::manager::SystemdManager;
@@ -46,8 +46,8 @@ pub(super) async fn check(installed: &Installed, quadlet: &Quadlet, bus: Option<
     }
     match answer {
         // podman-image-exists(1)
-        Answer::No(1, _) => Check::bad(NAME, missing(image), format!("`podman pull {image}`{as_whom}")),
-        Answer::No(_, words) => Check::bad(
+        PodmanAnswer::No(1, _) => Check::bad(NAME, missing(image), format!("`podman pull {image}`{as_whom}")),
+        PodmanAnswer::No(_, words) => Check::bad(
             NAME,
             format!("podman cannot say whether {image} is here: {words}"),
             format!("see `podman image exists {image}`{as_whom}"),
@@ -74,7 +74,7 @@ pub(crate) async fn warning(installed: &Installed, quadlet: &Quadlet) -> Option<
         return None;
     }
     match podman::ask(installed.run_as.as_ref(), &["image", "exists", image]).await {
-        Answer::No(1, _) => {
+        PodmanAnswer::No(1, _) => {
             Some(format!("{}; `podman pull {image}`{} gets it now", missing(image), as_whom(installed)))
         }
         // Without an answer there is nothing to warn of; `bro doctor` names the trouble.
@@ -120,7 +120,7 @@ fn brought_by(image: &str, quadlet: &Quadlet) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::podman::quadlet::Kind;
+    use crate::podman::quadlet::QuadletKind;
 
     #[test]
     fn knows_the_units_that_bring_images() {
@@ -128,7 +128,7 @@ mod tests {
         std::fs::write(folder.join("own.build"), "[Build]\nServiceName=builder\n").unwrap();
         let quadlet = Quadlet {
             name: "web".into(),
-            kind: Kind::Container,
+            kind: QuadletKind::Container,
             path: folder.join("web.container"),
             file: UnitFile::parse(""),
             unit: "web.service".into(),

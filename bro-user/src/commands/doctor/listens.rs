@@ -10,10 +10,10 @@ use bro_relay::target::Target;
 use nix::errno::Errno;
 use nix::libc;
 
-use super::podman::{self, Answer};
+use super::podman::{self, PodmanAnswer};
 use super::{Check, direct};
 use crate::installed::{Installed, InstalledPort, Mode};
-use crate::netns::sock_diag::{Listening, Table};
+use crate::netns::sock_diag::{ListeningSocket, Table};
 use crate::netns::{self, Namespace, NetnsRef};
 use crate::podman::container;
 use crate::systemd::manager::SystemdManager;
@@ -172,7 +172,7 @@ async fn podmans(installed: &Installed, container: &str) -> Result<i32, Check> {
     let (unit, owner) = (&installed.unit, installed.run_as.as_ref());
     let inspect = ["container", "inspect", "--format", "{{.State.Pid}}", "--", container];
     let answer = podman::ask(owner, &inspect).await;
-    if let Answer::Yes(pid) = &answer
+    if let PodmanAnswer::Yes(pid) = &answer
         && let Some(pid) = pid.parse().ok().filter(|pid| *pid > 0)
     {
         return Ok(pid);
@@ -187,7 +187,7 @@ async fn podmans(installed: &Installed, container: &str) -> Result<i32, Check> {
         ));
     }
     let names = match podman::ask(owner, &["ps", "--format", "{{.Names}}"]).await {
-        Answer::Yes(names) => names,
+        PodmanAnswer::Yes(names) => names,
         _ => String::new(),
     };
     let names: Vec<&str> = names.lines().filter(|name| !name.is_empty()).collect();
@@ -211,14 +211,14 @@ pub(super) fn is_paused(pid: i32) -> bool {
 }
 
 /// All listeners in the container's network namespace.
-pub(super) async fn listeners(pid: i32) -> anyhow::Result<Vec<Listening>> {
+pub(super) async fn listeners(pid: i32) -> anyhow::Result<Vec<ListeningSocket>> {
     let netns = OwnedFd::from(std::fs::File::open(format!("/proc/{pid}/ns/net"))?);
     let place = NetnsRef::Entered(Arc::new(Namespace::look_into(netns).await?));
     Ok(Table::open(&place).await?.listeners()?)
 }
 
 /// Their addresses.
-pub(super) fn written(found: &[Listening]) -> String {
+pub(super) fn written(found: &[ListeningSocket]) -> String {
     let mut all: Vec<String> = found.iter().map(|listening| listening.address.to_string()).collect();
     all.sort();
     all.dedup();
@@ -226,13 +226,13 @@ pub(super) fn written(found: &[Listening]) -> String {
 }
 
 /// The listener that is most likely meant: at the same port, else the first.
-fn nearest(found: &[Listening], port: u16) -> Option<Listening> {
-    let by = |listening: &Listening| (listening.address.port() != port, listening.address.to_string());
+fn nearest(found: &[ListeningSocket], port: u16) -> Option<ListeningSocket> {
+    let by = |listening: &ListeningSocket| (listening.address.port() != port, listening.address.to_string());
     found.iter().copied().min_by_key(by)
 }
 
 /// The `--internal-port` that leads clients to this listener: a port alone means 127.0.0.1.
-fn internal(listening: Listening) -> String {
+fn internal(listening: ListeningSocket) -> String {
     let port = listening.address.port();
     if listening.serves((Ipv4Addr::LOCALHOST, port).into()) {
         return port.to_string();
@@ -279,8 +279,8 @@ mod tests {
     use super::*;
     use crate::installed::example;
 
-    fn listening(address: &str, v6_only: bool) -> Listening {
-        Listening { address: address.parse().unwrap(), v6_only }
+    fn listening(address: &str, v6_only: bool) -> ListeningSocket {
+        ListeningSocket { address: address.parse().unwrap(), v6_only }
     }
 
     #[test]

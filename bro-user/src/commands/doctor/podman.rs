@@ -12,7 +12,7 @@ const NOT_FOUND: i32 = 127;
 
 /// What came of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(super) enum PodmanAnswer {
     /// It did what it was told; its output.
     Yes(String),
     /// It said no, or failed: its exit status and last words.
@@ -23,29 +23,29 @@ pub(super) enum Answer {
     Silent,
 }
 
-pub(super) async fn ask(owner: Option<&RunAsUser>, args: &[&str]) -> Answer {
+pub(super) async fn ask(owner: Option<&RunAsUser>, args: &[&str]) -> PodmanAnswer {
     let mut command: tokio::process::Command = match owner.filter(|owner| !owner.is_me()) {
         None => tokio::process::Command::new("podman"),
         Some(owner) => owner.command(Gaining::Allowed, "podman").into(),
     };
     let output = command.args(args).stdin(std::process::Stdio::null()).kill_on_drop(true).output();
     let output = match tokio::time::timeout(PODMAN_LIMIT, output).await {
-        Err(_) => return Answer::Silent,
-        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => return Answer::NotThere,
-        Ok(Err(error)) => return Answer::No(NOT_FOUND, error.to_string()),
+        Err(_) => return PodmanAnswer::Silent,
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => return PodmanAnswer::NotThere,
+        Ok(Err(error)) => return PodmanAnswer::No(NOT_FOUND, error.to_string()),
         Ok(Ok(output)) => output,
     };
     match output.status.code() {
-        Some(0) => Answer::Yes(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
-        Some(NOT_FOUND) => Answer::NotThere,
+        Some(0) => PodmanAnswer::Yes(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
+        Some(NOT_FOUND) => PodmanAnswer::NotThere,
         code => {
             let words = String::from_utf8_lossy(&output.stderr);
-            Answer::No(code.unwrap_or(-1), words.trim().lines().last().unwrap_or_default().to_owned())
+            PodmanAnswer::No(code.unwrap_or(-1), words.trim().lines().last().unwrap_or_default().to_owned())
         }
     }
 }
 
-impl Answer {
+impl PodmanAnswer {
     /// Why it is no answer, in words that follow a subject.
     pub fn trouble(&self) -> Option<String> {
         match self {

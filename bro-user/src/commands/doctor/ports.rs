@@ -45,7 +45,7 @@ mod tests {
     use super::super::service::tests::quadlet;
     use super::*;
     use crate::installed::example;
-    use crate::podman::quadlet::Kind;
+    use crate::podman::quadlet::QuadletKind;
 
     #[test]
     fn what_is_in_the_way_is_named_with_its_mend() {
@@ -54,7 +54,8 @@ mod tests {
             installed.listeners = vec![example::port(address, Some("127.0.0.1:80"))];
             installed.clone()
         };
-        let publishing = quadlet(Kind::Container, "[Container]\nPublishPort=8150:80\n", Ok("systemd-web"));
+        let publishing =
+            quadlet(QuadletKind::Container, "[Container]\nPublishPort=8150:80\n", Ok("systemd-web"));
         assert!(check(&listen("8151"), Some(&publishing)).is_empty());
         let found = check(&listen("127.0.0.1:8150"), Some(&publishing));
         assert_eq!(found.len(), 1);

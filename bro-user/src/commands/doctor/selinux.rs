@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::Check;
 use super::versions::{numbers, says};
-use crate::podman::quadlet::{Kind, Quadlet};
+use crate::podman::quadlet::{Quadlet, QuadletKind};
 use crate::run_as::RunAsUser;
 
 const NAME: &str = "selinux";
@@ -56,7 +56,7 @@ pub(super) fn program() -> Check {
 
 /// May the container read what it shares with the host? None where SELinux does not check.
 pub(super) fn shared(quadlet: &Quadlet, owner: Option<&RunAsUser>) -> Option<Check> {
-    if !is_enforcing() || quadlet.kind != Kind::Container || is_unconfined(quadlet) {
+    if !is_enforcing() || quadlet.kind != QuadletKind::Container || is_unconfined(quadlet) {
         return None;
     }
     let wrong = unlabelled(quadlet, owner, crate::sys::selinux_type);
@@ -121,7 +121,7 @@ mod tests {
     fn quadlet(text: &str) -> Quadlet {
         Quadlet {
             name: "web".into(),
-            kind: Kind::Container,
+            kind: QuadletKind::Container,
             path: "/etc/containers/systemd/web.container".into(),
             file: UnitFile::parse(text),
             unit: "web.service".into(),

@@ -8,7 +8,7 @@ use crate::commands::wake_sleep;
 use crate::installed::{self, Installed, InstalledPort, WrittenUnits, drift};
 use crate::paths::unit_directory;
 use crate::podman::quadlet::{self, Quadlet};
-use crate::port_owner::{self, Trouble};
+use crate::port_owner::{self, AddressTrouble};
 use crate::service::failed_wake::{self, FailedWake};
 use crate::systemd::manager::{SystemdManager, UnitInfo};
 use crate::systemd::scope::RuntimeScope;
@@ -277,7 +277,7 @@ async fn socket(installed: &Installed, listener: &InstalledPort, systemd: &Syste
         ),
         UnitInfo { active, .. } if active != "active" => {
             let owner = match port_owner::look(address) {
-                Some(Trouble::Taken(holder)) => {
+                Some(AddressTrouble::Taken(holder)) => {
                     let by = systemd.socket_at(&holder.address).await;
                     return Check::bad(
                         NAME,
@@ -285,14 +285,14 @@ async fn socket(installed: &Installed, listener: &InstalledPort, systemd: &Syste
                         format!("stop that, then `{systemctl} restart {unit}`; or activate another port"),
                     );
                 }
-                Some(Trouble::InTheWay(why)) => {
+                Some(AddressTrouble::InTheWay(why)) => {
                     return Check::bad(
                         NAME,
                         format!("{unit} is {active}: {why}"),
                         format!("then `{systemctl} restart {unit}`"),
                     );
                 }
-                Some(Trouble::Forbidden(why)) => {
+                Some(AddressTrouble::Forbidden(why)) => {
                     return Check::bad(
                         NAME,
                         format!("{unit} is {active}, so nothing listens at {address}: {why}"),
@@ -380,7 +380,7 @@ async fn as_the_file_says(
 pub(super) mod tests {
     use super::*;
     use crate::installed::{Forwarder, Mode, example};
-    use crate::podman::quadlet::Kind;
+    use crate::podman::quadlet::QuadletKind;
     use crate::systemd::unit_file::UnitFile;
 
     fn into_container(container: Option<&str>, container_given: bool) -> Installed {
@@ -388,7 +388,7 @@ pub(super) mod tests {
         Installed { mode: Mode::Forward(forwarder), ..example::forwarded(None, &[]) }
     }
 
-    pub(crate) fn quadlet(kind: Kind, text: &str, container: Result<&str, &str>) -> Quadlet {
+    pub(crate) fn quadlet(kind: QuadletKind, text: &str, container: Result<&str, &str>) -> Quadlet {
         Quadlet {
             name: "web".into(),
             kind,
@@ -401,18 +401,18 @@ pub(super) mod tests {
 
     #[test]
     fn a_container_is_another_only_where_the_quadlet_has_the_word() {
-        let plain = quadlet(Kind::Container, "[Container]\n", Ok("systemd-web"));
+        let plain = quadlet(QuadletKind::Container, "[Container]\n", Ok("systemd-web"));
         assert_eq!(other_container(&into_container(Some("systemd-web"), false), &plain), None);
         assert!(
             other_container(&into_container(Some("old"), false), &plain).unwrap().contains("looks for old")
         );
         assert_eq!(other_container(&into_container(Some("sidecar"), true), &plain), None);
-        let host = quadlet(Kind::Container, "[Container]\nNetwork=host\n", Ok("systemd-web"));
+        let host = quadlet(QuadletKind::Container, "[Container]\nNetwork=host\n", Ok("systemd-web"));
         assert_eq!(other_container(&into_container(None, false), &host), None);
         // It was not on the host's network when it was activated, or is not any more.
         assert!(other_container(&into_container(Some("systemd-web"), false), &host).is_some());
         assert!(other_container(&into_container(None, false), &plain).is_some());
-        let kube = quadlet(Kind::Kube, "[Kube]\n", Err("the containers of a .kube"));
+        let kube = quadlet(QuadletKind::Kube, "[Kube]\n", Err("the containers of a .kube"));
         assert_eq!(other_container(&into_container(Some("pod-web"), true), &kube), None);
     }
 }

@@ -297,21 +297,21 @@ mod tests {
     fn a_service_needs_what_it_makes_use_of() {
         use crate::commands::doctor::service::tests::quadlet;
         use crate::installed::{Takeover, Way, example};
-        use crate::podman::quadlet::Kind;
+        use crate::podman::quadlet::QuadletKind;
         let ids = |installed: &Installed, quadlet: Option<&Quadlet>| -> Vec<Id> {
             used(installed, quadlet).iter().map(|feature| feature.id).collect()
         };
         let mut web = example::forwarded(Some("systemd-web"), &[]);
         let always = [Id::Forwarding, Id::Waking, Id::Units, Id::UnderAppArmor];
         assert_eq!(ids(&web, None), always);
-        let plain = quadlet(Kind::Container, "[Container]\nImage=x\n", Ok("systemd-web"));
+        let plain = quadlet(QuadletKind::Container, "[Container]\nImage=x\n", Ok("systemd-web"));
         assert_eq!(ids(&web, Some(&plain)), always);
         for (text, id) in [
             ("[Container]\nServiceName=other\n", Id::ServiceName),
             ("[Container]\nPod=app.pod\n", Id::Pod),
             ("[Container]\n[Quadlet]\nDefaultDependencies=false\n", Id::NoWait),
         ] {
-            let quadlet = quadlet(Kind::Container, text, Ok("systemd-web"));
+            let quadlet = quadlet(QuadletKind::Container, text, Ok("systemd-web"));
             assert!(ids(&web, Some(&quadlet)).contains(&id), "{text}");
         }
         web.mode = Mode::Forward(example::forwarder(Some("systemd-web"), &[("relay", "sockmap")]));

@@ -47,23 +47,23 @@ const STOP: u8 = b'T';
 
 /// What the successor is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Word {
+pub enum SuccessorWord {
     /// It has taken over.
-    TakenOver(Takeover),
+    TakenOver(SuccessorFinds),
     /// The predecessor was told to stop, and waits until the successor stops too.
     Stop,
 }
 
 /// What the successor is told when it has taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Takeover {
+pub enum SuccessorFinds {
     /// The service is awake.
     Awake,
     /// It is asleep.
     Asleep,
 }
 
-impl Takeover {
+impl SuccessorFinds {
     const fn byte(self) -> u8 {
         match self {
             Self::Awake => b'A',
@@ -141,13 +141,15 @@ pub struct Saying(UnixStream);
 
 impl Saying {
     /// Says that this process is ready, and waits for what comes of that. `None` when the predecessor ends without a word.
-    pub async fn ready(&mut self) -> Option<Word> {
+    pub async fn ready(&mut self) -> Option<SuccessorWord> {
         // The predecessor may have ended after a word.
         drop(self.0.write_all(&[READY]).await);
         match self.0.read_u8().await.ok()? {
-            STOP => Some(Word::Stop),
-            byte if byte == Takeover::Awake.byte() => Some(Word::TakenOver(Takeover::Awake)),
-            _ => Some(Word::TakenOver(Takeover::Asleep)),
+            STOP => Some(SuccessorWord::Stop),
+            byte if byte == SuccessorFinds::Awake.byte() => {
+                Some(SuccessorWord::TakenOver(SuccessorFinds::Awake))
+            }
+            _ => Some(SuccessorWord::TakenOver(SuccessorFinds::Asleep)),
         }
     }
 
@@ -341,7 +343,7 @@ impl Successor {
     ///
     /// # Errors
     /// When it is gone.
-    pub async fn take_over(self, takeover: Takeover) -> anyhow::Result<Telling> {
+    pub async fn take_over(self, takeover: SuccessorFinds) -> anyhow::Result<Telling> {
         let Self { mut child, mut channel, .. } = self;
         if let Some(child) = &mut child.0 {
             ensure!(child.try_wait()?.is_none(), "the new program has ended");

@@ -78,12 +78,12 @@ mod tests {
     use super::*;
     use crate::service::NetnsSource;
     use crate::service::readiness::Ready;
-    use crate::service::sources::Wanted;
+    use crate::service::sources::WantedSource;
     use crate::systemd::scope::RuntimeScope;
     use bro_relay::netns::identity::Identity;
 
     fn activator() -> ServiceStarter {
-        let (source, identity) = (Wanted::default(), Identity::default());
+        let (source, identity) = (WantedSource::default(), Identity::default());
         ServiceStarter::new(NetnsSource::Own, None, RuntimeScope::User, Ready::Unchecked, source, identity)
     }
 

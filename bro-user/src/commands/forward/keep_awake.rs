@@ -22,7 +22,7 @@ const LEAP: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_secs(60);
 
 /// The calendar's answer.
-pub(super) type Answer = Result<Outlook, NoAnswer>;
+pub(super) type CalendarAnswer = Result<Outlook, NoAnswer>;
 
 /// The times, and where the present lies.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ impl KeepAwake {
         Ok(this)
     }
 
-    fn take(&mut self, answer: Answer) {
+    fn take(&mut self, answer: CalendarAnswer) {
         self.is_asking = false;
         match answer {
             Ok(outlook) => {
@@ -123,7 +123,7 @@ impl Lifecycle<'_> {
     }
 
     /// What the calendar says.
-    pub(super) fn calendar_said(&mut self, answer: Answer) {
+    pub(super) fn calendar_said(&mut self, answer: CalendarAnswer) {
         let before = self.keep_awake.until().cloned();
         self.keep_awake.take(answer);
         if before.is_some() && self.keep_awake.until().is_none() {

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::data_plane::DataPlane;
 use super::freeze::{FreezeDone, Freezing};
-use super::keep_awake::{Answer, KeepAwake};
+use super::keep_awake::{CalendarAnswer, KeepAwake};
 use super::reload::Reload;
 use super::settings;
 use super::sleep::{Busy, Sleeper};
@@ -53,7 +53,7 @@ pub(super) enum LifeChange {
     /// Whether the service runs, for clients that start nothing.
     RunState(RunState),
     /// Whether this is a time of `--keep-awake`.
-    Calendar(Answer),
+    Calendar(CalendarAnswer),
 }
 
 /// What is due at an instant.

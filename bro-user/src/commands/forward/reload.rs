@@ -10,7 +10,9 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
 use super::control::{self, Control};
-use super::handover::{Born, Ending, Predecessor, Program, Stopper, Successor, Takeover, Telling, Word};
+use super::handover::{
+    Born, Ending, Predecessor, Program, Stopper, Successor, SuccessorFinds, SuccessorWord, Telling,
+};
 use super::lifecycle::Phase;
 use crate::commands::status;
 use crate::systemd::notify;
@@ -30,7 +32,7 @@ pub(super) enum ReloadNews {
     /// The successor is ready or stopped, or there is none.
     Successor(anyhow::Result<Born>),
     /// What the predecessor says to this process; nothing if it has ended.
-    Told(Option<Word>),
+    Told(Option<SuccessorWord>),
     /// How many connections the predecessor still has.
     PredecessorHas(u64),
     /// The predecessor has ended.
@@ -187,7 +189,7 @@ impl Control<'_> {
                 self.requests.listen_anew();
                 notify::ready(&self.status());
             }
-            ReloadNews::Told(Some(Word::Stop)) => {
+            ReloadNews::Told(Some(SuccessorWord::Stop)) => {
                 // The successor waits for this process, not vice versa.
                 self.reload.predecessor = None;
                 if !self.life.is_draining() {
@@ -199,7 +201,7 @@ impl Control<'_> {
                 tracing::info!("has taken over from its predecessor");
                 self.requests.serve_metrics(self.options.metrics.as_ref());
                 notify::ready(&self.status());
-                if word == Some(Word::TakenOver(Takeover::Awake)) {
+                if word == Some(SuccessorWord::TakenOver(SuccessorFinds::Awake)) {
                     self.plane.engine().send(Plain::Wake(AFTER_RELOAD.into()));
                 }
             }
@@ -223,7 +225,7 @@ impl Control<'_> {
         let pid = successor.pid();
         // The successor waits for a start that is under way.
         let awake = self.life.awake_since.is_some() || self.life.being_woken().is_some();
-        let takeover = if awake { Takeover::Awake } else { Takeover::Asleep };
+        let takeover = if awake { SuccessorFinds::Awake } else { SuccessorFinds::Asleep };
         // The successor listens there, and counts on from here.
         self.requests.leave_metrics();
         self.keep_counts().await;

@@ -15,14 +15,14 @@ pub(super) enum CallerRequest {
 /// Where callers ask.
 #[derive(Debug)]
 pub(super) struct Requests {
-    control: Option<control_socket::Server>,
-    metrics: Option<metrics::Server>,
+    control: Option<control_socket::ControlServer>,
+    metrics: Option<metrics::MetricsServer>,
 }
 
 impl Requests {
     /// Listens for them from now on.
-    pub(super) fn start(metrics: Option<metrics::Server>) -> Self {
-        Self { control: control_socket::Server::start_or_warn(), metrics }
+    pub(super) fn start(metrics: Option<metrics::MetricsServer>) -> Self {
+        Self { control: control_socket::ControlServer::start_or_warn(), metrics }
     }
 
     /// Waits for a question; for ever where there is no place to ask at. Nothing is lost when this is cancelled.
@@ -47,7 +47,7 @@ impl Requests {
     pub(super) fn listen_anew(&mut self) {
         // The old one removes its file, so it goes first.
         self.control = None;
-        self.control = control_socket::Server::start_or_warn();
+        self.control = control_socket::ControlServer::start_or_warn();
     }
 
     /// A successor speaks for the service.
@@ -59,7 +59,7 @@ impl Requests {
 
     /// Serves metrics from now on, now that the other process does not any more.
     pub(super) fn serve_metrics(&mut self, endpoint: Option<&metrics::endpoint::Endpoint>) {
-        match endpoint.map(metrics::Server::start) {
+        match endpoint.map(metrics::MetricsServer::start) {
             Some(Ok(server)) => self.metrics = Some(server),
             // That is no reason to end the clients' connections.
             Some(Err(error)) => tracing::error!("{error:#}; going on without"),
@@ -73,14 +73,14 @@ impl Requests {
     }
 }
 
-async fn asked(server: &mut Option<control_socket::Server>) -> std::io::Result<Asked> {
+async fn asked(server: &mut Option<control_socket::ControlServer>) -> std::io::Result<Asked> {
     match server {
         Some(server) => server.asked().await,
         None => std::future::pending().await,
     }
 }
 
-async fn metrics_asked(server: &mut Option<metrics::Server>) -> metrics::Question {
+async fn metrics_asked(server: &mut Option<metrics::MetricsServer>) -> metrics::Question {
     match server {
         Some(server) => server.asked().await,
         None => std::future::pending().await,

@@ -15,7 +15,7 @@ use crate::cli::idle::WakeOn;
 use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::exit::Failure;
 use crate::service::readiness::Ready;
-use crate::service::sources::{Choice, Wanted};
+use crate::service::sources::{Choice, WantedSource};
 use crate::service::wakes::Limits;
 use crate::service::{NetnsSource, ServiceStarter};
 use crate::systemd::scope::RuntimeScope;
@@ -152,7 +152,7 @@ pub(super) fn service_starter(options: &Forward, listeners: &[(Listener, usize)]
         _ => NetnsSource::Own,
     };
     let manager = RuntimeScope::choose(options.system, options.user);
-    let source = Wanted { choice: options.source, clients: clients_namespace(listeners) };
+    let source = WantedSource { choice: options.source, clients: clients_namespace(listeners) };
     let (unit, ready, identity) = (options.unit.clone(), options.ready.clone(), options.unix_identity);
     ServiceStarter::new(place, unit, manager, ready, source, identity)
 }

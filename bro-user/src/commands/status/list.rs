@@ -18,7 +18,7 @@ use crate::systemd::time_span::roughly;
 
 /// One service.
 #[derive(Debug, Serialize)]
-pub(crate) struct Service {
+pub(crate) struct ListedService {
     /// The quadlet's name, or that of the unit.
     pub name: String,
     /// The unit that the first client starts; none where a forwarder starts none.
@@ -57,7 +57,7 @@ pub(crate) struct Service {
     pub also: Vec<String>,
 }
 
-impl Service {
+impl ListedService {
     pub(super) fn is_called(&self, name: &str) -> bool {
         let services = self.forwarders.iter().filter_map(|report| report.service.as_deref());
         self.name == name
@@ -159,7 +159,7 @@ const fn believes(forwarder: ServiceState, systemd: Option<ServiceState>) -> boo
 ///
 /// # Errors
 /// When the unit directory cannot be read.
-pub(crate) async fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Service>> {
+pub(crate) async fn all(scope: RuntimeScope) -> anyhow::Result<Vec<ListedService>> {
     let activated = installed::all(scope)?;
     let sockets = control_socket::sockets();
     let (mut buses, mut reports) = tokio::join!(
@@ -168,7 +168,7 @@ pub(crate) async fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Service>> {
     );
     let mut services = Vec::new();
     for installed in activated {
-        let mut service = Service::of(&installed);
+        let mut service = ListedService::of(&installed);
         match buses.of(&installed).await {
             // Without systemd's word it is asleep, as far as bro knows.
             Some((front, container)) => drop(look(&mut service, &installed, front, container).await),
@@ -189,7 +189,7 @@ pub(crate) async fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Service>> {
         let name = by.map_or_else(|| format!("process {}", report.pid), |unit| unit.replace(".service", ""));
         let at =
             services.iter().position(|service| unit.is_some() && service.unit == unit).unwrap_or_else(|| {
-                services.push(Service::new(name, unit, Vec::new()));
+                services.push(ListedService::new(name, unit, Vec::new()));
                 services.len() - 1
             });
         let addresses = report.listeners.iter().map(|listener| listener.address.clone());
@@ -203,18 +203,18 @@ pub(crate) async fn all(scope: RuntimeScope) -> anyhow::Result<Vec<Service>> {
 }
 
 /// The service of one forwarder, as the forwarder sees it.
-pub(crate) fn alone(report: Report) -> Service {
+pub(crate) fn alone(report: Report) -> ListedService {
     let unit = report.unit.clone();
     let by = unit.clone().or_else(|| report.service.clone());
     let mut service =
-        Service::new(by.unwrap_or_else(|| "bro".into()).replace(".service", ""), unit, Vec::new());
+        ListedService::new(by.unwrap_or_else(|| "bro".into()).replace(".service", ""), unit, Vec::new());
     service.hear(report);
     service.counts = ledger::total(service.unit.as_deref(), &own(&service));
     service
 }
 
 /// What its running forwarders have counted themselves.
-fn own(service: &Service) -> Vec<&Own> {
+fn own(service: &ListedService) -> Vec<&Own> {
     service.forwarders.iter().map(|report| &report.own).collect()
 }
 
@@ -263,7 +263,7 @@ impl Buses {
 
 /// What systemd knows of a service.
 async fn look(
-    service: &mut Service,
+    service: &mut ListedService,
     installed: &Installed,
     systemd: SystemdManager,
     container: Option<SystemdManager>,
@@ -316,7 +316,7 @@ fn of_unit(active: &str, is_frozen: bool) -> ServiceState {
     }
 }
 
-pub(super) fn describe(services: &[Service]) -> String {
+pub(super) fn describe(services: &[ListedService]) -> String {
     if services.is_empty() {
         return "Nothing is activated, and no forwarder of this user is running.\n".into();
     }
@@ -331,11 +331,11 @@ pub(super) fn describe(services: &[Service]) -> String {
 }
 
 /// One service in a sentence.
-pub(crate) fn sentence(service: &Service) -> String {
+pub(crate) fn sentence(service: &ListedService) -> String {
     format!("{}: {}", service.name, about(service))
 }
 
-fn about(service: &Service) -> String {
+fn about(service: &ListedService) -> String {
     let mut text = since(service.state, service.since, &service.name);
     if let Some(doing) = &service.doing {
         write!(text, ": {doing}").ok();
@@ -397,8 +397,8 @@ pub(crate) mod tests {
     use super::*;
 
     /// A service that sleeps.
-    pub(crate) fn service(name: &str) -> Service {
-        Service::new(name.into(), Some(format!("{name}.service")), Vec::new())
+    pub(crate) fn service(name: &str) -> ListedService {
+        ListedService::new(name.into(), Some(format!("{name}.service")), Vec::new())
     }
 
     #[test]
@@ -450,8 +450,8 @@ pub(crate) mod tests {
 
     #[test]
     fn a_service_is_a_line() {
-        let mut web = Service::new("web".into(), Some("web.service".into()), vec!["8080".into()]);
-        let other = Service::new("other-one".into(), None, Vec::new());
+        let mut web = ListedService::new("web".into(), Some("web.service".into()), vec!["8080".into()]);
+        let other = ListedService::new("other-one".into(), None, Vec::new());
         (web.state, web.woken_by, web.connections) = (ServiceState::Awake, Some("10.0.0.1:5".into()), 2);
         web.also = vec!["web.container".into()];
         assert!(web.is_called("web.container"));

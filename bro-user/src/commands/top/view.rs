@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
 use crate::commands::status::ServiceState;
-use crate::commands::status::list::{self, Service};
+use crate::commands::status::list::{self, ListedService};
 use crate::exit::on_one_line;
 
 /// One service, as it is shown.
@@ -26,7 +26,7 @@ pub(super) struct Row {
 }
 
 impl Row {
-    pub fn of(service: &Service) -> Self {
+    pub fn of(service: &ListedService) -> Self {
         let now = service.forwarders.iter().flat_map(|report| &report.listeners);
         let mut relays: Vec<&str> =
             service.forwarders.iter().map(|report| report.relay.name.as_str()).collect();
@@ -82,7 +82,7 @@ pub(super) enum Said {
 }
 
 /// Bytes of each service by its name, to it and to clients.
-type Totals = BTreeMap<String, (u64, u64)>;
+type BytesOf = BTreeMap<String, (u64, u64)>;
 
 /// Bytes in a second, to the service and to clients.
 pub(super) type Rates = (u64, u64);
@@ -97,7 +97,7 @@ pub(super) struct View {
     pub lost: Option<String>,
     rates: BTreeMap<String, Rates>,
     /// The bytes at the last look, and when that was.
-    before: Option<(Instant, Totals)>,
+    before: Option<(Instant, BytesOf)>,
     /// The name of the chosen service.
     chosen: Option<String>,
     pub said: Said,
@@ -129,7 +129,7 @@ impl View {
             }
         };
         (self.lost, self.known) = (None, true);
-        let bytes: Totals = rows.iter().map(|row| (row.name.clone(), row.bytes)).collect();
+        let bytes: BytesOf = rows.iter().map(|row| (row.name.clone(), row.bytes)).collect();
         self.rates.clear();
         if let Some((then, before)) = &self.before {
             let span = at.saturating_duration_since(*then);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use bro_relay::read_bounded::{self, Link};
 
-use super::Kind;
+use super::QuadletKind;
 use crate::exit::Failure;
 use crate::paths;
 use crate::run_as::RunAsUser;
@@ -77,7 +77,11 @@ pub fn drop_in_directory(
 ///
 /// # Errors
 /// When there is more to look at than a user could have meant.
-pub(super) fn file(directories: &[PathBuf], stem: &str, kind: Kind) -> anyhow::Result<Option<PathBuf>> {
+pub(super) fn file(
+    directories: &[PathBuf],
+    stem: &str,
+    kind: QuadletKind,
+) -> anyhow::Result<Option<PathBuf>> {
     let mut names = vec![format!("{stem}.{}", kind.extension())];
     if let Some((prefix, _)) = stem.split_once('@') {
         names.push(format!("{prefix}@.{}", kind.extension()));
@@ -153,7 +157,12 @@ fn is_users(top: &Path, path: &Path) -> bool {
 }
 
 /// Reads the quadlet and its drop-ins, without those of `bro activate`: what it wrote is not the user's wish.
-pub(super) fn read(directories: &[PathBuf], stem: &str, kind: Kind, path: &Path) -> anyhow::Result<UnitFile> {
+pub(super) fn read(
+    directories: &[PathBuf],
+    stem: &str,
+    kind: QuadletKind,
+    path: &Path,
+) -> anyhow::Result<UnitFile> {
     let text = read_bounded::read(path, LONGEST, Link::Follow).map_err(|error| unreadable(path, &error))?;
     let mut file = UnitFile::parse(&text);
     // By file name; of two with the same name, the one in the first directory counts.
@@ -188,7 +197,7 @@ pub(super) fn read(directories: &[PathBuf], stem: &str, kind: Kind, path: &Path)
 }
 
 /// `web-api.container.d`, `web-.container.d`, `container.d`, and a template's for its instances.
-fn drop_in_names(stem: &str, kind: Kind) -> Vec<String> {
+fn drop_in_names(stem: &str, kind: QuadletKind) -> Vec<String> {
     let end = kind.extension();
     let mut names = vec![format!("{stem}.{end}.d")];
     let mut prefix = stem;

@@ -6,7 +6,7 @@ use std::fmt;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Protocol {
     /// The answer to a GET is below 500.
-    Http(Page),
+    Http(HttpPage),
     /// Anything but SQLSTATE 57P03 (`cannot_connect_now`), as in pg_isready(1).
     Postgres,
     /// The server's greeting, which comes first.
@@ -17,7 +17,7 @@ pub enum Protocol {
 
 /// What to GET.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Page {
+pub struct HttpPage {
     /// Named in the request (`Host:`); bro does not connect to it.
     host: Option<String>,
     /// Instead of the target's.
@@ -27,7 +27,7 @@ pub struct Page {
 
 /// What an answer, as far as it has come, means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub enum ReadinessAnswer {
     /// The service takes clients.
     Ready,
     /// It speaks the protocol, and says that it is not ready.
@@ -75,7 +75,7 @@ impl Protocol {
 
     /// What the answer means, of which this has come; nothing while that cannot be told.
     #[must_use]
-    pub fn understand(&self, answer: &[u8]) -> Option<Answer> {
+    pub fn understand(&self, answer: &[u8]) -> Option<ReadinessAnswer> {
         match self {
             Self::Http(_) => http(answer),
             Self::Postgres => postgres(answer),
@@ -96,7 +96,7 @@ impl Protocol {
     }
 }
 
-impl Page {
+impl HttpPage {
     /// `[//HOST][:PORT]/PATH`.
     pub(super) fn parse(text: &str) -> Option<Self> {
         if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
@@ -122,7 +122,7 @@ impl Page {
     }
 }
 
-impl fmt::Display for Page {
+impl fmt::Display for HttpPage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(host) = &self.host {
             write!(f, "//{host}")?;
@@ -144,50 +144,58 @@ fn begins(answer: &[u8], prefix: &[u8]) -> Option<bool> {
 }
 
 /// `HTTP/1.1 503 …`
-fn http(answer: &[u8]) -> Option<Answer> {
+fn http(answer: &[u8]) -> Option<ReadinessAnswer> {
     if !begins(answer, b"HTTP/1.")? {
-        return Some(Answer::Foreign);
+        return Some(ReadinessAnswer::Foreign);
     }
     let status = answer.get(9..12)?;
     Some(match status.iter().all(u8::is_ascii_digit) {
-        false => Answer::Foreign,
-        true if status[0] >= b'5' => Answer::NotYet,
-        true => Answer::Ready,
+        false => ReadinessAnswer::Foreign,
+        true if status[0] >= b'5' => ReadinessAnswer::NotYet,
+        true => ReadinessAnswer::Ready,
     })
 }
 
 /// A message of the backend's: its kind, its length without that, and for an error fields that begin with a letter and end with 0.
-fn postgres(answer: &[u8]) -> Option<Answer> {
+fn postgres(answer: &[u8]) -> Option<ReadinessAnswer> {
     match answer.first()? {
         // A request to authenticate, or a word on versions before that.
-        b'R' | b'v' => Some(Answer::Ready),
+        b'R' | b'v' => Some(ReadinessAnswer::Ready),
         b'E' => {
             let length = u32::from_be_bytes(*answer.get(1..)?.first_chunk()?) as usize;
             if !(5..MOST).contains(&length) {
-                return Some(Answer::Foreign);
+                return Some(ReadinessAnswer::Foreign);
             }
             let fields = answer.get(5..=length)?.split(|byte| *byte == 0);
             let mut codes = fields.filter_map(|field| field.strip_prefix(b"C"));
-            Some(if codes.any(|code| code == b"57P03") { Answer::NotYet } else { Answer::Ready })
+            Some(if codes.any(|code| code == b"57P03") {
+                ReadinessAnswer::NotYet
+            } else {
+                ReadinessAnswer::Ready
+            })
         }
-        _ => Some(Answer::Foreign),
+        _ => Some(ReadinessAnswer::Foreign),
     }
 }
 
 /// A packet: three bytes of length, the number 0, and version 10 of the protocol or an error (too many clients, say).
-fn mysql(answer: &[u8]) -> Option<Answer> {
+fn mysql(answer: &[u8]) -> Option<ReadinessAnswer> {
     let [_, _, high, number, first] = *answer.first_chunk()?;
     // No greeting has 64 KiB.
     let is_greeting = high == 0 && number == 0 && matches!(first, 10 | 0xff);
-    Some(if is_greeting { Answer::Ready } else { Answer::Foreign })
+    Some(if is_greeting { ReadinessAnswer::Ready } else { ReadinessAnswer::Foreign })
 }
 
 /// One line, which need not have come to its end.
-fn redis(answer: &[u8]) -> Option<Answer> {
+fn redis(answer: &[u8]) -> Option<ReadinessAnswer> {
     match answer.first()? {
-        b'+' => Some(if begins(answer, b"+PONG")? { Answer::Ready } else { Answer::Foreign }),
-        b'-' => Some(if begins(answer, b"-LOADING")? { Answer::NotYet } else { Answer::Ready }),
-        _ => Some(Answer::Foreign),
+        b'+' => {
+            Some(if begins(answer, b"+PONG")? { ReadinessAnswer::Ready } else { ReadinessAnswer::Foreign })
+        }
+        b'-' => {
+            Some(if begins(answer, b"-LOADING")? { ReadinessAnswer::NotYet } else { ReadinessAnswer::Ready })
+        }
+        _ => Some(ReadinessAnswer::Foreign),
     }
 }
 
@@ -203,33 +211,41 @@ mod tests {
         [b"E".as_slice(), &length.to_be_bytes(), fields.as_bytes()].concat()
     }
 
-    fn cases() -> Vec<(Protocol, Vec<u8>, Answer)> {
-        let http = || Protocol::Http(Page::parse("/").unwrap());
+    fn cases() -> Vec<(Protocol, Vec<u8>, ReadinessAnswer)> {
+        let http = || Protocol::Http(HttpPage::parse("/").unwrap());
         let said = |text: &str| text.as_bytes().to_vec();
         vec![
-            (http(), said("HTTP/1.1 204 No Content\r\n"), Answer::Ready),
-            (http(), said("HTTP/1.0 404 Not Found\r\n"), Answer::Ready),
-            (http(), said("HTTP/1.1 503 Service Unavailable\r\n"), Answer::NotYet),
-            (http(), said("HTTP/1.1 5x3 "), Answer::Foreign),
-            (http(), said("SSH-2.0-OpenSSH"), Answer::Foreign),
-            (Protocol::Postgres, vec![b'R', 0, 0, 0, 8, 0, 0, 0, 0], Answer::Ready),
-            (Protocol::Postgres, error("57P03"), Answer::NotYet),
-            (Protocol::Postgres, error("28P01"), Answer::Ready),
-            (Protocol::Postgres, error("53300"), Answer::Ready),
-            (Protocol::Postgres, said("EFATAL:  the database system is starting up\n\0"), Answer::Foreign),
-            (Protocol::Postgres, said("HTTP/1.1 400"), Answer::Foreign),
-            (Protocol::Mysql, [&[74, 0, 0, 0, 10][..], b"8.4.0\0"].concat(), Answer::Ready),
+            (http(), said("HTTP/1.1 204 No Content\r\n"), ReadinessAnswer::Ready),
+            (http(), said("HTTP/1.0 404 Not Found\r\n"), ReadinessAnswer::Ready),
+            (http(), said("HTTP/1.1 503 Service Unavailable\r\n"), ReadinessAnswer::NotYet),
+            (http(), said("HTTP/1.1 5x3 "), ReadinessAnswer::Foreign),
+            (http(), said("SSH-2.0-OpenSSH"), ReadinessAnswer::Foreign),
+            (Protocol::Postgres, vec![b'R', 0, 0, 0, 8, 0, 0, 0, 0], ReadinessAnswer::Ready),
+            (Protocol::Postgres, error("57P03"), ReadinessAnswer::NotYet),
+            (Protocol::Postgres, error("28P01"), ReadinessAnswer::Ready),
+            (Protocol::Postgres, error("53300"), ReadinessAnswer::Ready),
+            (
+                Protocol::Postgres,
+                said("EFATAL:  the database system is starting up\n\0"),
+                ReadinessAnswer::Foreign,
+            ),
+            (Protocol::Postgres, said("HTTP/1.1 400"), ReadinessAnswer::Foreign),
+            (Protocol::Mysql, [&[74, 0, 0, 0, 10][..], b"8.4.0\0"].concat(), ReadinessAnswer::Ready),
             (
                 Protocol::Mysql,
                 [&[23, 0, 0, 0, 0xff, 16, 4][..], b"Too many connections"].concat(),
-                Answer::Ready,
+                ReadinessAnswer::Ready,
             ),
-            (Protocol::Mysql, said("220 mail.example.org"), Answer::Foreign),
-            (Protocol::Redis, said("+PONG\r\n"), Answer::Ready),
-            (Protocol::Redis, said("-NOAUTH Authentication required.\r\n"), Answer::Ready),
-            (Protocol::Redis, said("-LOADING Redis is loading the dataset in memory\r\n"), Answer::NotYet),
-            (Protocol::Redis, said("ERROR\r\n"), Answer::Foreign),
-            (Protocol::Redis, said("+OK\r\n"), Answer::Foreign),
+            (Protocol::Mysql, said("220 mail.example.org"), ReadinessAnswer::Foreign),
+            (Protocol::Redis, said("+PONG\r\n"), ReadinessAnswer::Ready),
+            (Protocol::Redis, said("-NOAUTH Authentication required.\r\n"), ReadinessAnswer::Ready),
+            (
+                Protocol::Redis,
+                said("-LOADING Redis is loading the dataset in memory\r\n"),
+                ReadinessAnswer::NotYet,
+            ),
+            (Protocol::Redis, said("ERROR\r\n"), ReadinessAnswer::Foreign),
+            (Protocol::Redis, said("+OK\r\n"), ReadinessAnswer::Foreign),
         ]
     }
 
@@ -253,11 +269,11 @@ mod tests {
     #[test]
     fn pages_are_read_as_they_are_written() {
         for text in ["/", "/health?deep=1", ":8081/health", "//example.org/a", "//[::1]:81/a", "//[::1]/a"] {
-            assert_eq!(Page::parse(text).unwrap().to_string(), text);
+            assert_eq!(HttpPage::parse(text).unwrap().to_string(), text);
         }
         for text in ["", "health", ":0/a", ":x/a", "://a", "//", "//a", "///a", "/a b", "/a\r\nX: y", "a:1/b"]
         {
-            assert_eq!(Page::parse(text), None, "{text}");
+            assert_eq!(HttpPage::parse(text), None, "{text}");
         }
     }
 
@@ -277,7 +293,7 @@ mod tests {
 
         #[test]
         fn no_page_is_too_strange(text in "[/:a\\[\\]0-9 ]{0,12}") {
-            if let Some(page) = Page::parse(&text) {
+            if let Some(page) = HttpPage::parse(&text) {
                 prop_assert_eq!(page.to_string(), text);
             }
         }

@@ -10,9 +10,10 @@ use anyhow::{Context as _, Result};
 use crate::build::workspace;
 
 /// Where the crates' sources are that have more than a few files.
-const CRATES: [&str; 6] = [
+const CRATES: [&str; 7] = [
     "bro-user/src",
     "bro-user/adopt/src",
+    "bro-user/proc/src",
     "bro-user/relay/src",
     "bro-user/sockmap/src",
     "bro-ebpf/src",
@@ -36,7 +37,7 @@ pub fn none() -> Result<bool> {
 }
 
 /// Each module's path below the crate, and its text. The crate's own file has the empty path.
-fn sources(folder: &Path) -> Result<BTreeMap<String, String>> {
+pub(super) fn sources(folder: &Path) -> Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
     let mut open = vec![folder.to_owned()];
     while let Some(directory) = open.pop() {

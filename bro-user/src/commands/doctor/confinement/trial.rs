@@ -17,7 +17,7 @@ use crate::netns::{Namespace, NetnsRef};
 /// One step of a wake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Step {
+pub(super) enum TrialStep {
     /// Finds the namespace of the container's process.
     Find,
     /// Starts the agent and has it enter the namespace.
@@ -32,7 +32,7 @@ pub(super) enum Step {
     Bpf,
 }
 
-impl std::fmt::Display for Step {
+impl std::fmt::Display for TrialStep {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Find => "find the network namespace of the container's process",
@@ -49,7 +49,7 @@ impl std::fmt::Display for Step {
 /// What came of a step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Tried {
-    pub step: Step,
+    pub step: TrialStep,
     /// Why not, if it failed.
     pub error: Option<String>,
 }
@@ -66,7 +66,7 @@ pub(super) struct Circumstances {
 /// The command's output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub(super) enum Said {
+pub(super) enum TrialLine {
     Tried(Tried),
     Circumstances(Circumstances),
 }
@@ -76,8 +76,8 @@ pub(super) fn read(text: &str) -> (Circumstances, Vec<Tried>) {
     let (mut circumstances, mut tried) = (Circumstances::default(), Vec::new());
     for said in text.lines().filter_map(|line| serde_json::from_str(line).ok()) {
         match said {
-            Said::Tried(step) => tried.push(step),
-            Said::Circumstances(these) => circumstances = these,
+            TrialLine::Tried(step) => tried.push(step),
+            TrialLine::Circumstances(these) => circumstances = these,
         }
     }
     (circumstances, tried)
@@ -93,7 +93,7 @@ pub fn run(options: &TryWake) -> anyhow::Result<()> {
 }
 
 /// Each line is written at once: a filter may end this process at the next step.
-fn say(said: &Said) -> anyhow::Result<()> {
+fn say(said: &TrialLine) -> anyhow::Result<()> {
     let mut line = serde_json::to_vec(said)?;
     line.push(b'\n');
     std::io::stdout().write_all(&line)?;
@@ -101,34 +101,34 @@ fn say(said: &Said) -> anyhow::Result<()> {
 }
 
 /// Says what came of a step; returns what it made, if it worked.
-fn said<T>(step: Step, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+fn said<T>(step: TrialStep, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
     let (made, error) = match result {
         Ok(made) => (Some(made), None),
         Err(error) => (None, Some(format!("{error:#}"))),
     };
-    say(&Said::Tried(Tried { step, error }))?;
+    say(&TrialLine::Tried(Tried { step, error }))?;
     Ok(made)
 }
 
 async fn all(options: &TryWake) -> anyhow::Result<()> {
     let label = std::fs::read_to_string("/proc/self/attr/current").unwrap_or_default();
     let user_namespace = std::fs::read_link("/proc/self/ns/user").unwrap_or_default();
-    say(&Said::Circumstances(Circumstances {
+    say(&TrialLine::Circumstances(Circumstances {
         label: label.trim_end_matches(['\0', '\n']).to_owned(),
         user_namespace: user_namespace.display().to_string(),
     }))?;
     if options.bpf {
-        said(Step::Bpf, bro_sockmap::try_bpf(nix::unistd::geteuid().is_root()).map_err(Into::into))?;
+        said(TrialStep::Bpf, bro_sockmap::try_bpf(nix::unistd::geteuid().is_root()).map_err(Into::into))?;
     }
-    let Some(netns) = said(Step::Find, find(options.pid))? else { return Ok(()) };
-    let Some(namespace) = said(Step::Enter, Namespace::look_into(netns).await)? else { return Ok(()) };
+    let Some(netns) = said(TrialStep::Find, find(options.pid))? else { return Ok(()) };
+    let Some(namespace) = said(TrialStep::Enter, Namespace::look_into(netns).await)? else { return Ok(()) };
     let place = NetnsRef::Entered(Arc::new(namespace));
     for (step, domain) in families(&options.target) {
         said(step, place.socket(domain, libc::SOCK_STREAM, 0).await.map_err(Into::into))?;
     }
     if options.target.iter().any(|target| matches!(target, Target::Tcp { .. })) {
         let table = async { Table::open(&place).await?.listeners() };
-        said(Step::Table, table.await.map_err(Into::into))?;
+        said(TrialStep::Table, table.await.map_err(Into::into))?;
     }
     Ok(())
 }
@@ -145,17 +145,17 @@ fn find(pid: Option<i32>) -> anyhow::Result<OwnedFd> {
 }
 
 /// The families of the sockets that the targets need.
-fn families(targets: &[Target]) -> Vec<(Step, i32)> {
+fn families(targets: &[Target]) -> Vec<(TrialStep, i32)> {
     let mut families = Vec::new();
     for target in targets {
         let ip = |host: &str| host.parse::<std::net::IpAddr>().ok();
         families.extend(match target {
             Target::Tcp { host, .. } => match ip(host) {
-                Some(ip) if ip.is_ipv6() => vec![(Step::Inet6, libc::AF_INET6)],
-                Some(_) => vec![(Step::Inet, libc::AF_INET)],
-                None => vec![(Step::Inet, libc::AF_INET), (Step::Inet6, libc::AF_INET6)],
+                Some(ip) if ip.is_ipv6() => vec![(TrialStep::Inet6, libc::AF_INET6)],
+                Some(_) => vec![(TrialStep::Inet, libc::AF_INET)],
+                None => vec![(TrialStep::Inet, libc::AF_INET), (TrialStep::Inet6, libc::AF_INET6)],
             },
-            Target::Unix(_) | Target::Abstract(_) => vec![(Step::Unix, libc::AF_UNIX)],
+            Target::Unix(_) | Target::Abstract(_) => vec![(TrialStep::Unix, libc::AF_UNIX)],
         });
     }
     families.sort_by_key(|(_, domain)| *domain);
@@ -174,17 +174,17 @@ mod tests {
         let (circumstances, tried) = read(lines);
         assert_eq!((&*circumstances.label, &*circumstances.user_namespace), ("unconfined", "user:[1]"));
         let is = |step, error: Option<&str>| Tried { step, error: error.map(str::to_owned) };
-        assert_eq!(tried, [is(Step::Find, None), is(Step::Table, Some("no"))]);
+        assert_eq!(tried, [is(TrialStep::Find, None), is(TrialStep::Table, Some("no"))]);
     }
 
     #[test]
     fn only_the_families_of_the_targets_are_tried() {
-        let of = |targets: &[&str]| -> Vec<Step> {
+        let of = |targets: &[&str]| -> Vec<TrialStep> {
             let targets: Vec<Target> = targets.iter().map(|target| target.parse().unwrap()).collect();
             families(&targets).into_iter().map(|(step, _)| step).collect()
         };
-        assert_eq!(of(&["127.0.0.1:80", "10.0.0.1:90"]), [Step::Inet]);
-        assert_eq!(of(&["[::1]:80", "/run/x"]), [Step::Unix, Step::Inet6]);
-        assert_eq!(of(&["db.internal:5432"]), [Step::Inet, Step::Inet6]);
+        assert_eq!(of(&["127.0.0.1:80", "10.0.0.1:90"]), [TrialStep::Inet]);
+        assert_eq!(of(&["[::1]:80", "/run/x"]), [TrialStep::Unix, TrialStep::Inet6]);
+        assert_eq!(of(&["db.internal:5432"]), [TrialStep::Inet, TrialStep::Inet6]);
     }
 }
