@@ -99,6 +99,11 @@ fn what_a_killed_forwarder_leaves_is_the_next_ones() -> Result<()> {
     let records = programs.records()?;
     let before = records.last(0).context("the first record")?;
     let Site { forwarder, front, service } = site;
+    // Its relay process could hear of the end before its own SIGKILL comes (prctl(2), PR_SET_PDEATHSIG), and close its lanes in order.
+    let mut children = process::children(forwarder.pid()).into_iter();
+    let relay = children.find(|&child| process::name(child).as_deref() == Some("bro-relay"));
+    let relay = nix::unistd::Pid::from_raw(relay.context("it has a relay process")?);
+    nix::sys::signal::kill(relay, Signal::SIGSTOP)?;
     forwarder.signal(Signal::SIGKILL)?;
     ensure!(process::ends(forwarder.pid(), PATIENCE)?, "it survived SIGKILL");
     drop(forwarder);
