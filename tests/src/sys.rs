@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
+use bro_adopt::Call;
+use bro_adopt::profile::SHUT_WR;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
@@ -274,8 +276,7 @@ impl<T> Drop for Shared<T> {
     }
 }
 
-/// Has the kernel tell of bind(2), of listen(2), of shutdown(2) with another `how` than SHUT_WR, and of every call of another
-/// architecture, and wait for an answer: seccomp(2) with SECCOMP_FILTER_FLAG_NEW_LISTENER, as an OCI runtime does it. For this process
+/// Has the kernel tell of what a profile notifies ([`bro_adopt::profile`]), and of every call of another architecture, and wait for an answer: seccomp(2) with SECCOMP_FILTER_FLAG_NEW_LISTENER, as an OCI runtime does it. For this process
 /// and all that it starts.
 pub fn notify_of_listening() -> io::Result<OwnedFd> {
     const NEW_LISTENER: libc::c_ulong = 1 << 3;
@@ -286,17 +287,17 @@ pub fn notify_of_listening() -> io::Result<OwnedFd> {
     let equal =
         |value: u32, then: u8, or: u8| filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, then, or, value);
     let answer = |value: u32| filter(libc::BPF_RET | libc::BPF_K, 0, 0, value);
-    let number = |call: libc::c_long| call as u32;
+    let number = |call: Call| call.number() as u32;
     // struct seccomp_data: the number at 0, the architecture at 4, the second argument at 24 (its lower half, little-endian).
     let mut program = [
         load(4),
         equal(ARCHITECTURE, 0, 6),
         load(0),
-        equal(number(libc::SYS_bind), 4, 0),
-        equal(number(libc::SYS_listen), 3, 0),
-        equal(number(libc::SYS_shutdown), 0, 3),
+        equal(number(Call::Bind), 4, 0),
+        equal(number(Call::Listen), 3, 0),
+        equal(number(Call::Shutdown), 0, 3),
         load(24),
-        equal(1, 1, 0),
+        equal(SHUT_WR, 1, 0),
         answer(libc::SECCOMP_RET_USER_NOTIF),
         answer(libc::SECCOMP_RET_ALLOW),
     ];

@@ -376,6 +376,8 @@ fn a_damaged_listener_is_handed_to_no_service() -> Result<()> {
 fn an_agent_may_be_killed_at_every_step() -> Result<()> {
     require_namespaces!();
     for step in [
+        "Connected",
+        "Introduced",
         "Received(Bind)",
         "Decided(Bind)",
         "Answered(Bind)",

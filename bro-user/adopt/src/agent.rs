@@ -161,6 +161,11 @@ impl<S: Surroundings> Agent<S> {
 
     /// Goes on with a predecessor's containers, and answers what that one has left.
     fn take_over(&mut self, kept: Vec<(Kind, u64, OwnedFd)>) {
+        let introduced: Vec<u64> = kept
+            .iter()
+            .filter(|(kind, ..)| matches!(kind, Kind::Notifier(_)))
+            .map(|(_, number, _)| *number)
+            .collect();
         for (kind, number, descriptor) in kept {
             match kind {
                 Kind::Notifier(role) if receiver::tells_of_calls(&descriptor) => {
@@ -171,6 +176,10 @@ impl<S: Surroundings> Agent<S> {
                         budget: Budget::new(Instant::now()),
                     });
                 }
+                Kind::Arriving if introduced.contains(&number) => {
+                    self.surroundings.forget(&kind.name(number))
+                }
+                Kind::Arriving => self.take_connection(number, descriptor),
                 Kind::Original => self.take_over_original(kind.name(number), descriptor),
                 Kind::Notifier(_) | Kind::Record => {}
             }
@@ -299,7 +308,7 @@ impl<S: Surroundings> Agent<S> {
     fn wait(&mut self, stop: BorrowedFd<'_>) -> nix::Result<Vec<(ReadySource, PollFlags)>> {
         let now = Instant::now();
         let mut rest: Option<Duration> =
-            self.receiver.until().map(|until| until.saturating_duration_since(now));
+            self.receiver.until(now).map(|until| until.saturating_duration_since(now));
         let mut polled = vec![(ReadySource::Stop, PollFd::new(stop, PollFlags::POLLIN))];
         if self.notifiers.len() < MOST_NOTIFIERS {
             let receiver = self.receiver.polled().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -346,12 +355,25 @@ impl<S: Surroundings> Agent<S> {
     }
 
     fn take_notifiers(&mut self) {
-        for outcome in self.receiver.turn() {
+        while let Some(accepted) = self.receiver.accept() {
+            match accepted {
+                Ok(connection) => {
+                    self.last += 1;
+                    let name = Kind::Arriving.name(self.last);
+                    // Not polled: a runtime that has sent what it had to closes.
+                    self.surroundings.store(&name, connection.as_fd(), false);
+                    self.surroundings.reached(Step::Connected);
+                    self.take_connection(self.last, connection);
+                }
+                Err(refused) => self.surroundings.tell(Event::Refused(refused)),
+            }
+        }
+        for (number, outcome) in self.receiver.turn() {
             match outcome {
                 Ok(notifier) => {
-                    self.last += 1;
-                    let (number, kind) = (self.last, Kind::Notifier(notifier.role));
+                    let kind = Kind::Notifier(notifier.role);
                     self.surroundings.store(&kind.name(number), notifier.notify.as_fd(), true);
+                    self.surroundings.reached(Step::Introduced);
                     sys::wake_in_turn(notifier.notify.as_fd());
                     let is_container = notifier.role == Role::Container;
                     self.notifiers.push(AnsweredNotifier {
@@ -365,6 +387,14 @@ impl<S: Surroundings> Agent<S> {
                 }
                 Err(refused) => self.surroundings.tell(Event::Refused(refused)),
             }
+            self.surroundings.forget(&Kind::Arriving.name(number));
+        }
+    }
+
+    fn take_connection(&mut self, number: u64, connection: OwnedFd) {
+        if let Err(error) = self.receiver.take(number, connection) {
+            self.surroundings.tell(Event::Refused(error.into()));
+            self.surroundings.forget(&Kind::Arriving.name(number));
         }
     }
 

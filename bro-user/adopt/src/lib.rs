@@ -1,9 +1,9 @@
 //! Adoption: a container that was created with a seccomp profile which notifies listen(2) gets systemd's own listening socket put in the place of
 //! the one that its service made. The service, unmodified, accepts the host's clients itself from then on.
 //!
-//! The profile's `listenerPath` leads to this process: the OCI runtime sends a notification descriptor there ([`receiver`]). An [`agent`] answers
-//! what the container's processes ask by it (seccomp_unotify(2)). What it does at listen(2) is in [`agent`]'s `listen.rs`: it takes a duplicate of the
-//! service's socket (pidfd_getfd(2)), finds the listener that fits ([`family`]), carries socket options and epoll registrations over,
+//! The profile ([`profile`]) has a `listenerPath`, which leads to this process: the OCI runtime sends a notification descriptor there ([`receiver`]). An
+//! [`agent`] answers what the container's processes ask by it (seccomp_unotify(2)). What it does at listen(2) is in [`agent`]'s `listen.rs`: it takes a
+//! duplicate of the service's socket (pidfd_getfd(2)), finds the listener that fits ([`family`]), carries socket options and epoll registrations over,
 //! replaces it, and answers 0.
 //!
 //! The container is not trusted. No decision depends on its memory, or on a look at a descriptor that the kernel would look up again: sockets are known
@@ -20,6 +20,7 @@ mod inside;
 mod notification;
 mod options;
 mod original;
+pub mod profile;
 pub mod receiver;
 pub mod socket;
 pub mod store;

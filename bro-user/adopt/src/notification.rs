@@ -16,6 +16,31 @@ pub enum Call {
     Shutdown,
 }
 
+impl Call {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Bind, Self::Listen, Self::Shutdown];
+
+    /// Its name (syscalls(2)).
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Bind => "bind",
+            Self::Listen => "listen",
+            Self::Shutdown => "shutdown",
+        }
+    }
+
+    /// Its number in this program's own architecture.
+    #[must_use]
+    pub const fn number(self) -> libc::c_long {
+        match self {
+            Self::Bind => libc::SYS_bind,
+            Self::Listen => libc::SYS_listen,
+            Self::Shutdown => libc::SYS_shutdown,
+        }
+    }
+}
+
 /// What a notified number is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Meant {
@@ -46,12 +71,8 @@ impl Meant {
         if notification.arch != ARCHITECTURE || notification.number & X32 != 0 {
             return Self::Foreign;
         }
-        match libc::c_long::from(notification.number) {
-            libc::SYS_bind => Self::Call(Call::Bind),
-            libc::SYS_listen => Self::Call(Call::Listen),
-            libc::SYS_shutdown => Self::Call(Call::Shutdown),
-            _ => Self::Other,
-        }
+        let number = libc::c_long::from(notification.number);
+        Call::ALL.into_iter().find(|call| call.number() == number).map_or(Self::Other, Self::Call)
     }
 }
 

@@ -2,22 +2,31 @@
 //! (OCI runtime specification, "Seccomp: The Container Process State"; crun and runc do).
 //!
 //! It comes for the container's first process ("creating"), and again for each `podman exec` and health check ("running").
+//!
+//! It is looked at, and stays to be received: an agent that is killed meanwhile leaves it to a successor, which has the connection from
+//! the service manager's store.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::geteuid;
 use serde::Deserialize;
 
-/// The most bytes of a state: it has the container's annotations.
-const MOST_BYTES: usize = 256 * 1024;
+use crate::sys;
+
+/// The most bytes of a state, which has the container's annotations: fewer than a sender's buffer holds (net.core.wmem_default, 208 KiB), since
+/// they stay there.
+const MOST_BYTES: usize = 128 * 1024;
 /// The most states that arrive at once; what comes beyond waits in the socket's queue.
-const MOST_ARRIVING: usize = 16;
-/// How long one may take.
-const ARRIVES_WITHIN: Duration = Duration::from_secs(5);
+pub const MOST_ARRIVING: usize = 16;
+/// How long one may take. A runtime connects before it has made the container, and sends when that one's first process has its filter.
+const ARRIVES_WITHIN: Duration = Duration::from_secs(60);
+/// After how long one that has come in part is looked at again: what stays to be received would end each poll(2) at once.
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// Whose calls a notification descriptor tells of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +95,7 @@ pub struct Receiver {
 
 #[derive(Debug)]
 struct Arriving {
+    number: u64,
     connection: OwnedFd,
     bytes: Vec<u8>,
     descriptors: Vec<OwnedFd>,
@@ -102,46 +112,68 @@ impl Receiver {
         Ok(Self { listener, arriving: Vec::new() })
     }
 
+    const fn has_room(&self) -> bool {
+        self.arriving.len() < MOST_ARRIVING
+    }
+
     /// What to poll for reading: the socket while there is room, and what arrives.
     pub fn polled(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let listener = (self.arriving.len() < MOST_ARRIVING).then(|| self.listener.as_fd());
-        listener.into_iter().chain(self.arriving.iter().map(|arriving| arriving.connection.as_fd()))
+        let listener = self.has_room().then(|| self.listener.as_fd());
+        let arriving = self.arriving.iter().filter(|arriving| arriving.bytes.is_empty());
+        listener.into_iter().chain(arriving.map(|arriving| arriving.connection.as_fd()))
     }
 
-    /// When something that arrives has taken too long.
+    /// When to look again at the latest.
     #[must_use]
-    pub fn until(&self) -> Option<Instant> {
-        self.arriving.iter().map(|arriving| arriving.until).min()
+    pub fn until(&self, now: Instant) -> Option<Instant> {
+        let begun = |arriving: &Arriving| !arriving.bytes.is_empty();
+        let until = |arriving: &Arriving| if begun(arriving) { now + AGAIN } else { arriving.until };
+        self.arriving.iter().map(until).min()
     }
 
-    /// Takes what has come, without waiting; all that is complete, or refused.
-    pub fn turn(&mut self) -> Vec<Result<Notifier, Refused>> {
-        let mut outcomes = Vec::new();
-        while self.arriving.len() < MOST_ARRIVING {
-            match bro_relay::sys::accept(self.listener.as_fd()) {
-                Ok((connection, _)) => match trusted(&connection) {
-                    Ok(()) => self.arriving.push(Arriving {
-                        connection,
-                        bytes: Vec::new(),
-                        descriptors: Vec::new(),
-                        until: Instant::now() + ARRIVES_WITHIN,
-                    }),
-                    Err(refused) => outcomes.push(Err(refused)),
-                },
-                Err(error) => {
-                    if error.kind() != io::ErrorKind::WouldBlock {
-                        tracing::debug!(%error, "nothing accepted at the seccomp socket");
-                    }
-                    break;
+    /// A runtime that has connected, if there is one and room for it.
+    pub fn accept(&self) -> Option<Result<OwnedFd, Refused>> {
+        if !self.has_room() {
+            return None;
+        }
+        match bro_relay::sys::accept(self.listener.as_fd()) {
+            Ok((connection, _)) => Some(trusted(&connection).map(|()| connection)),
+            Err(error) => {
+                if error.kind() != io::ErrorKind::WouldBlock {
+                    tracing::debug!(%error, "nothing accepted at the seccomp socket");
                 }
+                None
             }
         }
+    }
+
+    /// Looks at this connection from now on, from its beginning; it is a predecessor's or was just accepted.
+    ///
+    /// # Errors
+    /// When it is no connection.
+    pub fn take(&mut self, number: u64, connection: OwnedFd) -> io::Result<()> {
+        // Each look goes on where the last one ended.
+        sys::set_option(connection.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, &0_i32.to_ne_bytes())?;
+        let until = Instant::now() + ARRIVES_WITHIN;
+        self.arriving.push(Arriving {
+            number,
+            connection,
+            bytes: Vec::new(),
+            descriptors: Vec::new(),
+            until,
+        });
+        Ok(())
+    }
+
+    /// Looks at what has come, without waiting; all that is complete, or refused, by its number.
+    pub fn turn(&mut self) -> Vec<(u64, Result<Notifier, Refused>)> {
+        let mut outcomes = Vec::new();
         let mut waiting = Vec::new();
         for mut arriving in self.arriving.drain(..) {
-            match arriving.read() {
+            match arriving.look() {
                 Ok(false) => waiting.push(arriving),
-                Ok(true) => outcomes.push(arriving.notifier()),
-                Err(refused) => outcomes.push(Err(refused)),
+                Ok(true) => outcomes.push((arriving.number, arriving.notifier())),
+                Err(refused) => outcomes.push((arriving.number, Err(refused))),
             }
         }
         self.arriving = waiting;
@@ -157,10 +189,11 @@ fn trusted(connection: &OwnedFd) -> Result<(), Refused> {
 
 impl Arriving {
     /// Whether all is there: crun closes after it, or the JSON is whole.
-    fn read(&mut self) -> Result<bool, Refused> {
-        let mut part = [0; 16 * 1024];
+    fn look(&mut self) -> Result<bool, Refused> {
+        // More than any state: a look that ended within what came with a descriptor would have a duplicate of that one again.
+        let mut part = vec![0; MOST_BYTES + 1];
         loop {
-            match bro_relay::sys::receive_with_descriptors(self.connection.as_fd(), &mut part) {
+            match bro_relay::sys::peek_with_descriptors(self.connection.as_fd(), &mut part) {
                 Ok((0, _)) => return Ok(true),
                 Ok((length, descriptors)) => {
                     self.bytes.extend_from_slice(part.get(..length).unwrap_or_default());
@@ -237,11 +270,23 @@ mod tests {
         (Receiver::new(listener.into()).unwrap(), runtime, Path(folder))
     }
 
+    /// Takes who has connected, and looks.
+    fn turn(receiver: &mut Receiver) -> Vec<Result<Notifier, Refused>> {
+        while let Some(connection) = receiver.accept() {
+            receiver.take(7, connection.unwrap()).unwrap();
+        }
+        receiver
+            .turn()
+            .into_iter()
+            .map(|(number, outcome)| (number == 7).then_some(outcome).unwrap())
+            .collect()
+    }
+
     fn refused(runtime: impl FnOnce(&mut UnixStream)) -> String {
         let (mut receiver, mut stream, _path) = stage();
         runtime(&mut stream);
         drop(stream);
-        let mut outcomes = receiver.turn();
+        let mut outcomes = turn(&mut receiver);
         assert_eq!(outcomes.len(), 1);
         outcomes.remove(0).unwrap_err().to_string()
     }
@@ -275,9 +320,9 @@ mod tests {
         let mut outcomes = Vec::new();
         while outcomes.is_empty() {
             let _full = stream.write(&[b' '; 8192]);
-            outcomes = receiver.turn();
+            outcomes = turn(&mut receiver);
         }
-        assert_eq!(outcomes.remove(0).unwrap_err().to_string(), "it is longer than 262144 bytes");
+        assert_eq!(outcomes.remove(0).unwrap_err().to_string(), "it is longer than 131072 bytes");
         assert_eq!(receiver.polled().count(), 1);
     }
 
@@ -287,13 +332,36 @@ mod tests {
         let (mut receiver, stream, _path) = stage();
         let (one, other) = STATE.split_at(20);
         send(&stream, one, 1);
-        assert!(receiver.turn().is_empty());
-        assert!(receiver.until().is_some());
+        assert!(turn(&mut receiver).is_empty());
+        // Neither part is polled for: it is there still.
+        assert_eq!(receiver.polled().count(), 1);
+        let now = Instant::now();
+        assert_eq!(receiver.until(now), Some(now + AGAIN));
         send(&stream, other, 0);
         // Whole, though the connection is open still.
         assert_eq!(
-            receiver.turn().remove(0).unwrap_err().to_string(),
+            turn(&mut receiver).remove(0).unwrap_err().to_string(),
             "the descriptor tells of no system calls"
         );
+    }
+
+    #[test]
+    fn a_successor_sees_what_its_predecessor_has_looked_at() {
+        let (receiver, stream, _path) = stage();
+        let connection = receiver.accept().unwrap().unwrap();
+        // Of a size that comes in several parts, of which the first has the descriptor.
+        let long = STATE.replace("\"i\"", &format!("\"{}\"", "i".repeat(120_000)));
+        send(&stream, &long, 1);
+        drop(stream);
+        for _ in 0..3 {
+            let (mut agent, _stream, _path) = stage();
+            agent.take(9, connection.try_clone().unwrap()).unwrap();
+            let (number, outcome) = agent.turn().remove(0);
+            // What a state with a descriptor of another kind is refused for.
+            assert_eq!(
+                (number, outcome.unwrap_err().to_string()),
+                (9, "the descriptor tells of no system calls".into())
+            );
+        }
     }
 }

@@ -10,13 +10,15 @@ pub const RECORD: &str = "adopt-record";
 pub const MOST_NOTIFIERS: usize = 128;
 
 /// The most descriptors that an agent stores: FileDescriptorStoreMax= has to allow for as many.
-pub const MOST: usize = 1 + MOST_NOTIFIERS + crate::original::MOST;
+pub const MOST: usize = 1 + crate::receiver::MOST_ARRIVING + MOST_NOTIFIERS + crate::original::MOST;
 
 /// What a stored descriptor is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// [`RECORD`].
     Record,
+    /// A runtime's connection, by which a notification descriptor comes. That one has the same number.
+    Arriving,
     /// A notification descriptor.
     Notifier(Role),
     /// A service's own socket.
@@ -24,7 +26,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    const NUMBERED: [(Self, &str); 3] = [
+    const NUMBERED: [(Self, &str); 4] = [
+        (Self::Arriving, "adopt-arriving-"),
         (Self::Notifier(Role::Container), "adopt-container-"),
         (Self::Notifier(Role::Executed), "adopt-executed-"),
         (Self::Original, "adopt-original-"),
@@ -54,7 +57,8 @@ mod tests {
 
     #[test]
     fn a_name_says_what_it_is() {
-        for kind in [Kind::Notifier(Role::Container), Kind::Notifier(Role::Executed), Kind::Original] {
+        let notifiers = [Role::Container, Role::Executed].map(Kind::Notifier);
+        for kind in notifiers.into_iter().chain([Kind::Arriving, Kind::Original]) {
             assert_eq!(Kind::of(&kind.name(7)), Some((kind, 7)));
         }
         assert_eq!(Kind::of(&Kind::Record.name(0)), Some((Kind::Record, 0)));

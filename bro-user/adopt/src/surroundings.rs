@@ -15,7 +15,7 @@ pub trait Surroundings {
     fn forget(&mut self, name: &str);
     /// Something has happened.
     fn tell(&mut self, event: Event);
-    /// A step of an answer is done. For tests, which end the agent there.
+    /// A step is done. For tests, which end the agent there.
     fn reached(&mut self, _step: Step) {}
 }
 
@@ -83,9 +83,13 @@ pub enum Misfit {
     Replacing(io::Error),
 }
 
-/// A step of an answer.
+/// A step of an answer, or of what leads to them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
+    /// A runtime's connection is in the store.
+    Connected,
+    /// The notification descriptor is in the store, and the connection is still.
+    Introduced,
     /// The notification is in the record.
     Received(Call),
     /// Options and flags are on the listener.

@@ -6,7 +6,7 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::libc;
-use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
+use nix::sys::socket::{MsgFlags, SockaddrLike as _, SockaddrStorage};
 
 /// An argument that is not looked at. What is not given is whatever was in the register, for a filter to see.
 const NOTHING: libc::c_ulong = 0;
@@ -118,7 +118,7 @@ pub enum Peeked {
 /// anything there is [`stirs`].
 pub fn look(socket: BorrowedFd<'_>) -> Peeked {
     use nix::errno::Errno;
-    use nix::sys::socket::{MsgFlags, recv};
+    use nix::sys::socket::recv;
     loop {
         return match recv(socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
             Ok(0) => Peeked::End,
@@ -217,7 +217,7 @@ pub fn send_with_descriptors(
     bytes: &[u8],
     descriptors: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
-    use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
+    use nix::sys::socket::{ControlMessage, send, sendmsg};
     if descriptors.is_empty() {
         // send(2) and not sendmsg(2): a process that may only use the former has no way to pass a descriptor on.
         return send(channel.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).map(drop).map_err(Into::into);
@@ -252,11 +252,30 @@ pub fn receive_with_descriptors(
     channel: BorrowedFd<'_>,
     buffer: &mut [u8],
 ) -> io::Result<(usize, Vec<OwnedFd>)> {
-    use nix::sys::socket::{MsgFlags, recvmsg};
+    look_or_receive(channel, buffer, MsgFlags::empty())
+}
+
+/// The same of what stays to be received, with duplicates of its descriptors (MSG_PEEK).
+///
+/// # Errors
+/// As of [`receive_with_descriptors`].
+pub fn peek_with_descriptors(
+    channel: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> io::Result<(usize, Vec<OwnedFd>)> {
+    look_or_receive(channel, buffer, MsgFlags::MSG_PEEK)
+}
+
+fn look_or_receive(
+    channel: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    flags: MsgFlags,
+) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut control = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
     let mut parts = [io::IoSliceMut::new(buffer)];
+    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
     let message =
-        recvmsg::<()>(channel.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        nix::sys::socket::recvmsg::<()>(channel.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
     let (length, cut_off) = (message.bytes, message.flags.contains(MsgFlags::MSG_CTRUNC));
     let mut descriptors = Vec::new();
     for number in numbers_in(&control) {
