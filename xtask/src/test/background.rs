@@ -1,6 +1,6 @@
 //! Tiers that compute and mind no delay run behind the others, which wait most of their time: a suite for its deadlines, a host for its
-//! containers. They run at a low priority, so a test finds a processor whenever it wants one; not at the lowest, at which the emulated
-//! machine of `vm` would stand still beside a suite that computes, and has deadlines too.
+//! containers. They run at a low priority, so a test finds a processor whenever it wants one. The emulated machine of `vm` computes too,
+//! but what runs in it has deadlines: beside a host suite it missed them.
 //!
 //! Each runs in a process of this task's own, so that everything that it and its children print comes through one pipe: each line is
 //! shown with its tier's name in front.
