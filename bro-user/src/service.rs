@@ -160,7 +160,7 @@ const ASK_PODMAN: Duration = Duration::from_secs(1);
 async fn next_look(changes: &mut Option<Changes>) {
     match changes {
         Some(told) => {
-            if let Ok(Err(_)) = tokio::time::timeout(WATCH, told.next()).await {
+            if let Ok(Err(_)) = tokio::time::timeout(WATCH, told.next_step()).await {
                 *changes = None;
             }
         }

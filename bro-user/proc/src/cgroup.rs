@@ -1,6 +1,6 @@
 //! Where processes are in the cgroup v2 tree.
 
-use std::io;
+use std::io::{self, BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 
 /// The folder at which cgroup v2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified beside version 1.
@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// When it is not mounted.
 pub fn mount_point() -> io::Result<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
-    let found = mounts.lines().find_map(|line| {
+    // No further than to it: the kernel makes the table as it is read, and each container that runs has mounts at its end.
+    let mounts = BufReader::new(std::fs::File::open("/proc/self/mounts")?);
+    let found = mounts.lines().map_while(Result::ok).find_map(|line| {
         let mut fields = line.split(' ').skip(1);
         let (path, kind) = (fields.next()?, fields.next()?);
         (kind == "cgroup2").then(|| path.replace("\\040", " ").into())

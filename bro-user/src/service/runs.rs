@@ -118,7 +118,7 @@ impl Runs {
         use_lock::forget(&self.unit);
     }
 
-    /// Looks whenever the unit changes, for as long as the bus exists.
+    /// Looks at each step of the unit, for as long as the bus exists.
     ///
     /// # Errors
     /// When the bus is gone.
@@ -126,7 +126,7 @@ impl Runs {
         let mut changes = bus.changes(&self.unit).await?;
         loop {
             self.look(bus).await?;
-            changes.next().await?;
+            changes.next_step().await?;
         }
     }
 }

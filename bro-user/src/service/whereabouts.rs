@@ -8,11 +8,16 @@ use tokio::time::{Instant, timeout};
 use crate::podman::container;
 use crate::systemd::manager::{Changes, Residence, SystemdManager};
 
-/// Between two looks, where the service manager does not tell of a change.
-const LOOK: Duration = Duration::from_millis(20);
+/// Between two looks, where the service manager does not tell of a step of the unit: this part of the time that the search has
+/// taken so far, within these bounds. The container of a unit that starts as one of many comes the later, and is found when the
+/// unit is active at the latest.
+const PART: u32 = 16;
+const SHORTEST: Duration = Duration::from_millis(20);
+const LONGEST: Duration = Duration::from_millis(100);
 
-/// Between two questions to the service manager.
-const ASK: Duration = Duration::from_millis(200);
+/// Between two questions to the service manager: where it tells of steps, and where it does not.
+const ASK: Duration = Duration::from_secs(1);
+const ASK_UNTOLD: Duration = Duration::from_millis(200);
 
 /// How long a unit is active without a conmon before its container is looked for elsewhere: one that was started with cgroups of
 /// its own, by a unit that does not stay for it, say.
@@ -25,6 +30,7 @@ pub struct Whereabouts {
     /// None where the bus does not tell.
     changes: Option<Changes>,
     residence: Residence,
+    since: Instant,
     /// When the service manager was last asked.
     asked: Option<Instant>,
     active_since: Option<Instant>,
@@ -34,13 +40,14 @@ impl Whereabouts {
     /// Of the unit `unit`.
     pub async fn of(bus: SystemdManager, unit: &str) -> Self {
         let changes = bus.changes(unit).await.ok();
-        let residence = Residence::default();
-        Self { bus, unit: unit.to_owned(), changes, residence, asked: None, active_since: None }
+        let (residence, since) = (Residence::default(), Instant::now());
+        Self { bus, unit: unit.to_owned(), changes, residence, since, asked: None, active_since: None }
     }
 
     /// The main process of its container `name`, if that runs.
     pub async fn look(&mut self, name: &str) -> Option<i32> {
-        if self.asked.is_none_or(|asked| asked.elapsed() >= ASK) {
+        let pause = if self.changes.is_some() { ASK } else { ASK_UNTOLD };
+        if self.asked.is_none_or(|asked| asked.elapsed() >= pause) {
             self.ask().await;
         }
         let found = container::running_in(&self.residence, name);
@@ -49,8 +56,10 @@ impl Whereabouts {
 
     async fn ask(&mut self) {
         if let Ok((residence, state)) = self.bus.residence(&self.unit).await {
-            // Until the unit has a cgroup there is nothing to look at, and it may get one at any moment.
-            self.asked = residence.cgroup.is_some().then(Instant::now);
+            // Until the unit has a cgroup there is nothing to look at. It gets one when it begins to start, which is a step that is
+            // told of; it may have to wait for that, as one of many.
+            let at_any_moment = residence.cgroup.is_none() && self.changes.is_none();
+            self.asked = (!at_any_moment).then(Instant::now);
             self.residence = residence;
             self.active_since =
                 if state == "active" { self.active_since.or_else(|| Some(Instant::now())) } else { None };
@@ -67,11 +76,12 @@ impl Whereabouts {
     pub async fn wait(&mut self) {
         let changed = async {
             match &mut self.changes {
-                Some(changes) => changes.next().await.is_ok(),
+                Some(changes) => changes.next_step().await.is_ok(),
                 None => std::future::pending().await,
             }
         };
-        match timeout(LOOK, changed).await {
+        let look = (self.since.elapsed() / PART).clamp(SHORTEST, LONGEST);
+        match timeout(look, changed).await {
             Ok(true) => self.asked = None,
             Ok(false) => self.changes = None,
             Err(_) => {}

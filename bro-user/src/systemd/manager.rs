@@ -239,20 +239,74 @@ pub struct Residence {
 }
 
 /// The times at which a unit changes.
-pub struct Changes(zbus::fdo::PropertiesChangedStream);
+pub struct Changes {
+    signals: zbus::fdo::PropertiesChangedStream,
+    /// What the last one said.
+    step: Step,
+}
+
+/// How far a unit is, as its service manager tells at a change, unasked; nothing of what it does not tell.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Step {
+    state: Option<String>,
+    invocation: Option<Vec<u8>>,
+    /// 0 while there is none.
+    job: Option<u32>,
+}
+
+impl Step {
+    fn of(signal: &zbus::fdo::PropertiesChanged) -> Self {
+        let Ok(arguments) = signal.args() else { return Self::default() };
+        let told = arguments.changed_properties();
+        let text = |value: &Variant<'_>| String::try_from(value.try_clone().ok()?).ok();
+        let bytes = |value: &Variant<'_>| Vec::<u8>::try_from(value.try_clone().ok()?).ok();
+        let job = |value: &Variant<'_>| <(u32, OwnedObjectPath)>::try_from(value.try_clone().ok()?).ok();
+        Self {
+            state: told.get("ActiveState").and_then(text),
+            invocation: told.get("InvocationID").and_then(bytes),
+            job: told.get("Job").and_then(job).map(|(id, _)| id),
+        }
+    }
+
+    /// Is it no step beyond `before`? The end of a job is none: what the job has done is told as well.
+    fn is_still(&self, before: &Self) -> bool {
+        self.state.is_some()
+            && (&self.state, &self.invocation) == (&before.state, &before.invocation)
+            && (self.job == before.job || self.job == Some(0))
+    }
+}
 
 impl Changes {
-    /// Waits for the next one. Those that have been reported with it are taken for one: systemd tells of each interface, and of
-    /// several steps of a start at once.
+    /// Waits for the next one. Those that have been reported with it are taken for one: systemd tells of several steps of a start
+    /// at once.
     ///
     /// # Errors
     /// When the bus is closed.
     pub async fn next(&mut self) -> anyhow::Result<()> {
-        self.0.next().await.map(drop).ok_or(Closed)?;
-        while let Some(next) = poll_once(self.0.next()).await {
-            next.map(drop).ok_or(Closed)?;
+        self.next_told().await.map(drop)
+    }
+
+    /// Waits until the unit is in another state, in another run or has another job. Most of the changes of a start are none of
+    /// these, and a service manager that is asked for more at each of them, by many forwarders, starts units the later.
+    ///
+    /// # Errors
+    /// When the bus is closed.
+    pub async fn next_step(&mut self) -> anyhow::Result<()> {
+        loop {
+            let step = Step::of(&self.next_told().await?);
+            let before = std::mem::replace(&mut self.step, step);
+            if !self.step.is_still(&before) {
+                return Ok(());
+            }
         }
-        Ok(())
+    }
+
+    async fn next_told(&mut self) -> anyhow::Result<zbus::fdo::PropertiesChanged> {
+        let mut last = self.signals.next().await.ok_or(Closed)?;
+        while let Some(next) = poll_once(self.signals.next()).await {
+            last = next.ok_or(Closed)?;
+        }
+        Ok(last)
     }
 }
 
@@ -444,7 +498,10 @@ impl SystemdManager {
         let path = self.systemd.load_unit(unit).await?;
         let properties = zbus::fdo::PropertiesProxy::builder(self.connection());
         let properties = properties.destination("org.freedesktop.systemd1").path(path).build().await?;
-        Ok(Changes(properties.receive_properties_changed().await?))
+        // systemd tells of the unit whenever it tells of the service that it is.
+        let of_the_unit = [(0, "org.freedesktop.systemd1.Unit")];
+        let signals = properties.receive_properties_changed_with_args(&of_the_unit).await?;
+        Ok(Changes { signals, step: Step::default() })
     }
 
     /// When systemd last began to start the unit, on the kernel's monotonic clock.
@@ -908,6 +965,24 @@ mod tests {
         );
         // ExecStartPre= got the signal.
         assert_eq!(ended_how("signal", 0, 0), " (Result=signal)");
+    }
+
+    #[test]
+    fn a_step_is_another_state_run_or_job() {
+        let told = |state: &str, invocation: u8, job| Step {
+            state: Some(state.into()),
+            invocation: Some(vec![invocation; 16]),
+            job: Some(job),
+        };
+        let starting = told("activating", 2, 45);
+        assert!(told("activating", 2, 45).is_still(&starting), "its main process is another one");
+        assert!(told("activating", 2, 0).is_still(&starting), "its job has ended");
+        for other in [told("active", 2, 45), told("activating", 3, 45), told("activating", 2, 46)] {
+            assert!(!other.is_still(&starting), "{other:?}");
+        }
+        assert!(!starting.is_still(&Step::default()), "the first that is told of");
+        // A service manager that says nothing of the state: each change may be a step.
+        assert!(!Step::default().is_still(&Step::default()));
     }
 
     #[test]
