@@ -8,13 +8,13 @@
 //! - `RemoveIPC=`: it concerns all that the *user* has in /dev/shm, Podman's locks included, not what the service has made.
 //!
 //! What the lines cost each time that systemd starts the service: with a user's 14 ms of processor time, with root's 28, without any 8
-//! (systemd 257). No line takes more than 2.5 of that, but for the list of system calls with 4.5; `SystemCallArchitectures=` saves 11,
-//! as each filter is then made for one architecture, not for three.
+//! (systemd 257, medians of three on a host that was busy otherwise). No line takes more than 2.5 of that, but for the list of system
+//! calls with 4.5; `SystemCallArchitectures=` saves 11, as each filter is then made for one architecture, not for three.
 //!
 //! The owner's commands (`--ready exec:`, `--busy-exec`) and Podman's health check could not run here: rootless Podman makes its
 //! user namespace by newuidmap, which `NoNewPrivileges=` (and each system call filter, which implies it there) forbids; it joins an
 //! existing one by setns(2) without a type, which `RestrictNamespaces=` forbids; rootful Podman wants all of root's rights. The
-//! service manager runs them, outside of this (`activate/command.rs`).
+//! service manager runs them, outside of this (`systemd/run_command.rs`).
 
 use std::path::PathBuf;
 
