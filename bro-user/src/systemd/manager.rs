@@ -242,19 +242,19 @@ pub struct Residence {
 pub struct Changes {
     signals: zbus::fdo::PropertiesChangedStream,
     /// What the last one said.
-    step: Step,
+    step: UnitStep,
 }
 
 /// How far a unit is, as its service manager tells at a change, unasked; nothing of what it does not tell.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Step {
+struct UnitStep {
     state: Option<String>,
     invocation: Option<Vec<u8>>,
     /// 0 while there is none.
     job: Option<u32>,
 }
 
-impl Step {
+impl UnitStep {
     fn of(signal: &zbus::fdo::PropertiesChanged) -> Self {
         let Ok(arguments) = signal.args() else { return Self::default() };
         let told = arguments.changed_properties();
@@ -293,7 +293,7 @@ impl Changes {
     /// When the bus is closed.
     pub async fn next_step(&mut self) -> anyhow::Result<()> {
         loop {
-            let step = Step::of(&self.next_told().await?);
+            let step = UnitStep::of(&self.next_told().await?);
             let before = std::mem::replace(&mut self.step, step);
             if !self.step.is_still(&before) {
                 return Ok(());
@@ -501,7 +501,7 @@ impl SystemdManager {
         // systemd tells of the unit whenever it tells of the service that it is.
         let of_the_unit = [(0, "org.freedesktop.systemd1.Unit")];
         let signals = properties.receive_properties_changed_with_args(&of_the_unit).await?;
-        Ok(Changes { signals, step: Step::default() })
+        Ok(Changes { signals, step: UnitStep::default() })
     }
 
     /// When systemd last began to start the unit, on the kernel's monotonic clock.
@@ -969,7 +969,7 @@ mod tests {
 
     #[test]
     fn a_step_is_another_state_run_or_job() {
-        let told = |state: &str, invocation: u8, job| Step {
+        let told = |state: &str, invocation: u8, job| UnitStep {
             state: Some(state.into()),
             invocation: Some(vec![invocation; 16]),
             job: Some(job),
@@ -980,9 +980,9 @@ mod tests {
         for other in [told("active", 2, 45), told("activating", 3, 45), told("activating", 2, 46)] {
             assert!(!other.is_still(&starting), "{other:?}");
         }
-        assert!(!starting.is_still(&Step::default()), "the first that is told of");
+        assert!(!starting.is_still(&UnitStep::default()), "the first that is told of");
         // A service manager that says nothing of the state: each change may be a step.
-        assert!(!Step::default().is_still(&Step::default()));
+        assert!(!UnitStep::default().is_still(&UnitStep::default()));
     }
 
     #[test]
