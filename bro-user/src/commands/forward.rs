@@ -56,7 +56,7 @@ pub fn run(
     let routes = Routes::of(options, listen_fds::listeners(passed?, &options.listen)?)?;
     settings::check(options, &routes.targets)?;
     let local_clients = settings::local_clients(options)?;
-    let settings = settings::engine(options);
+    let settings = settings::engine(options, &routes.listeners);
     let limit = waiting::Limit::new(options.connections_max, settings.connections_max);
     // Before the first thread.
     let private = predecessor.as_ref().map(Predecessor::descriptor);

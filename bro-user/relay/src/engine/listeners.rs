@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
@@ -10,7 +10,7 @@ use nix::sys::socket::SockaddrStorage;
 
 use super::accept_batch::AcceptBatch;
 use super::token::Token;
-use crate::listener::Listener;
+use crate::listener::{Kind, Listener};
 use crate::peer::Source;
 
 /// Whether new clients are accepted.
@@ -80,15 +80,29 @@ impl Listeners {
         crate::sys::accept(self.all[listener].0.socket.as_fd())
     }
 
+    /// Is it a socket for datagrams, on which there is nothing to accept?
+    pub(super) fn takes_datagrams(&self, listener: usize) -> bool {
+        self.all[listener].0.kind == Kind::Datagram
+    }
+
+    pub(super) fn socket(&self, listener: usize) -> BorrowedFd<'_> {
+        self.all[listener].0.socket.as_fd()
+    }
+
     pub(super) const fn accepting(&self) -> Accepting {
         self.accepting
     }
 
     /// Has epoll watch them while clients are accepted.
     pub(super) fn set_accepting(&mut self, epoll: &Epoll, accepting: Accepting) -> nix::Result<()> {
-        let (was, is) = (self.accepting == Accepting::Open, accepting == Accepting::Open);
-        self.accepting = accepting;
+        // The limits on connections are none on datagrams.
+        let watches = |accepting: Accepting, kind: Kind| match kind {
+            Kind::Stream => accepting == Accepting::Open,
+            Kind::Datagram => accepting != Accepting::Closed,
+        };
+        let before = std::mem::replace(&mut self.accepting, accepting);
         for (index, (listener, _)) in self.all.iter().enumerate() {
+            let (was, is) = (watches(before, listener.kind), watches(accepting, listener.kind));
             if is && !was {
                 let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Listener(index).into());
                 epoll.add(listener.socket.as_fd(), event)?;
