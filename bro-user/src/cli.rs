@@ -233,6 +233,14 @@ pub struct Forward {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_per_source: Option<u32>,
 
+    /// How many clients' datagrams at once are told apart (UDP); the least recently used flow makes room for the next
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub flows_max: u32,
+
+    /// End a client's flow of datagrams after SPAN without one in either direction
+    #[arg(long, value_name = "SPAN", default_value = "60", value_parser = crate::systemd::time_span::limit)]
+    pub flow_timeout: TimeSpan,
+
     /// How bytes are moved: auto, sockmap, splice or copy
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub relay: RelayChoice,

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::connection::End;
 use crate::counters::Counters;
+use crate::flows::DatagramTally;
 use crate::sys::SharedMemory;
 
 /// What STATUS= and the idle exit need. Written by the engine alone; in memory that a forked process shares.
@@ -117,6 +118,9 @@ pub struct Tally {
     /// Times the kernel had no descriptor or memory for one more.
     #[serde(default)]
     pub exhausted: u64,
+    /// Datagrams, of a socket that takes them.
+    #[serde(default, skip_serializing_if = "DatagramTally::is_empty")]
+    pub datagrams: DatagramTally,
 }
 
 /// Bytes, by what moved them.
@@ -248,7 +252,7 @@ impl Tally {
     /// The figures that only grow, without those of this moment.
     #[must_use]
     pub fn lasting(&self) -> Self {
-        Self { open: 0, held: 0, silent: 0, ..self.clone() }
+        Self { open: 0, held: 0, silent: 0, datagrams: self.datagrams.lasting(), ..self.clone() }
     }
 }
 
@@ -269,6 +273,7 @@ impl std::ops::AddAssign<&Self> for Tally {
         self.ended += &other.ended;
         self.full += other.full;
         self.exhausted += other.exhausted;
+        self.datagrams += &other.datagrams;
     }
 }
 
