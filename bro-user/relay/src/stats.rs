@@ -61,6 +61,12 @@ impl Stats {
         (!waited_for).then(|| self.start + Duration::from_millis(Self::get(&self.idle_since)))
     }
 
+    /// Connections and flows now.
+    #[must_use]
+    pub fn guests(&self) -> u64 {
+        Self::get(&self.open) + Self::get(&self.flows)
+    }
+
     /// How long ago [`Stats::now_idle`] was.
     #[must_use]
     pub fn since_active(&self) -> Duration {
@@ -247,6 +253,12 @@ impl Tally {
             spliced: self.spliced.saturating_sub(self.to_service.spliced),
             copied: self.copied.saturating_sub(self.to_service.copied),
         }
+    }
+
+    /// Connections and flows now.
+    #[must_use]
+    pub const fn guests(&self) -> u64 {
+        self.open + self.datagrams.open
     }
 
     /// The figures that only grow, without those of this moment.

@@ -337,6 +337,7 @@ impl Engine {
 
     pub(super) fn publish_open(&self) {
         Stats::set(&self.stats.open, self.connections.len() as u64);
+        Stats::set(&self.stats.flows, self.datagrams.len() as u64);
         Stats::set(&self.stats.keeping, (self.keeping + self.datagrams.keeping()) as u64);
     }
 
