@@ -17,6 +17,7 @@ use bro_tests::process;
 use bro_tests::require_namespaces;
 use bro_user::commands::forward::adoption::FallbackKind;
 use bro_user::commands::status::{AdoptionReport, Report};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -223,6 +224,9 @@ fn a_forwarder_that_is_killed_is_followed_by_one_that_goes_on() -> Result<()> {
         let next = stage.forwarder(&[])?;
         says(&next, "as before this process")?;
         eventually(&next, is_adopted)?;
+        // Which is the service's, and not systemd's.
+        let flags = OFlag::from_bits_retain(fcntl(&stage.host, FcntlArg::F_GETFL)?);
+        ensure!(flags.contains(OFlag::O_NONBLOCK) == (kind == "epoll"), "{kind}: {flags:?}");
         expect_own_address(stage.client()?)?;
         ensure!(next.report()?.total.accepted == 0, "the relay has accepted");
         end(service)?;
