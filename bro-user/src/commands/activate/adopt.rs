@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bro_relay::read_bounded::{self, Link};
+use bro_relay::target::Target;
 
 use super::plan::{FoundQuadlet, Paths};
 use super::root_dir;
@@ -39,11 +40,23 @@ const TRUSTING: [(&str, &str); 10] = [
     ("valkey", "its protected mode asks 127.0.0.1 for no password"),
 ];
 
-/// Options of the forwarder's that change what the service reads: there is no forwarder between it and an adopted client.
-const IN_BETWEEN: [&str; 2] = ["proxy-protocol", "accept-proxy"];
+/// Options that cannot hold for a client that the forwarder does not accept, as `bro forward --adopt` refuses them: the option, the values of it
+/// that are refused (with none, all but `false`), and why.
+const NOT_WITH_IT: [(&str, &[&str], &str); 10] = [
+    ("wake-on", &["data"], "the first byte comes after a client was accepted"),
+    ("wake-ignore", &[], "who a client is shows when it was accepted"),
+    ("idle-ignore", &[], "the service accepts its clients itself"),
+    ("idle-by", &["bytes"], "no byte passes the forwarder"),
+    ("idle-below", &[], "no byte passes the forwarder"),
+    ("freeze", &[], "nothing would see a client of a frozen service"),
+    ("connections-per-source", &[], "the service accepts its clients itself"),
+    ("proxy-protocol", &[], "the service sees its clients' own addresses"),
+    ("accept-proxy", &[], "the service accepts its clients itself"),
+    ("local-clients", &[], "no lane leads to an adopted connection"),
+];
 
 /// Options that hold only for clients that are forwarded.
-const FORWARDED_ONLY: [&str; 3] = ["connections-max", "connections-per-source", "idle-timeout"];
+const FORWARDED_ONLY: [&str; 2] = ["connections-max", "idle-timeout"];
 
 fn usage(text: impl Into<String>) -> anyhow::Error {
     Failure::Usage(text.into()).into()
@@ -245,11 +258,32 @@ pub(super) fn check_rest(
     warnings: &mut Vec<String>,
 ) -> anyhow::Result<()> {
     let Some(adoption) = wanted.adoption() else { return Ok(()) };
-    let set = |name: &&str| wanted.option(name).is_some_and(|value| value != "false");
-    if let Some(name) = IN_BETWEEN.iter().find(|name| set(name)) {
-        return Err(usage(format!(
-            "--{name} does not go with --adopt: an adopted service reads what its clients write, and sees who they are itself; leave one of them out"
-        )));
+    let refuse = |option: &str, why: &str| {
+        Err(usage(format!("--{option} does not go with --adopt: {why}; leave one of them out")))
+    };
+    for (name, values, why) in NOT_WITH_IT {
+        let Some(value) = wanted.option(name).filter(|value| !["false", "off"].contains(value)) else {
+            continue;
+        };
+        if values.is_empty() || values.contains(&value) {
+            return refuse(name, why);
+        }
+    }
+    if wanted.option("ready").is_some_and(|ready| !["auto", "listen"].contains(&ready)) {
+        return refuse(
+            "ready other than auto or listen",
+            "the service accepts its clients from listen(2) on",
+        );
+    }
+    for listener in &wanted.listeners {
+        if let Some(Target::Tcp { host, port }) = &listener.internal
+            && host != "localhost"
+            && host.parse::<std::net::IpAddr>().is_err()
+        {
+            return Err(usage(format!(
+                "--adopt compares addresses, and “{host}” is a name: give --internal-port ADDR:{port}"
+            )));
+        }
     }
     if let Some(port) = wanted.listeners.iter().find(|port| port.service == units::AGENT_DESCRIPTOR) {
         return Err(usage(format!(
@@ -257,13 +291,7 @@ pub(super) fn check_rest(
             port.service
         )));
     }
-    let idle = wanted.option("idle-by") == Some("bytes") || wanted.option("idle-below").is_some();
-    let less: Vec<&str> = FORWARDED_ONLY
-        .iter()
-        .filter(|name| set(name))
-        .copied()
-        .chain(idle.then_some("idle-by=bytes"))
-        .collect();
+    let less: Vec<&str> = FORWARDED_ONLY.into_iter().filter(|name| wanted.option(name).is_some()).collect();
     if !less.is_empty() {
         warnings.push(format!(
             "--{} holds for clients that are forwarded: of an adopted service's own connections bro sees only that they are there",

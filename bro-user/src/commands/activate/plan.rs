@@ -132,7 +132,7 @@ pub(super) fn wanted(
                     "--trust-loopback is for --adopt: without it a service does not see this host's clients as 127.0.0.1",
                 ));
             }
-            let forwarder = forwarder(options, quadlet, installed, places, &network)?;
+            let forwarder = forwarder(options, quadlet, installed, places, &network, adopts)?;
             if adopts {
                 Mode::Adopt(adopt::adoption(forwarder, options, found, installed, run_as.as_ref(), places)?)
             } else {
@@ -264,6 +264,7 @@ fn forwarder(
     installed: Option<&Installed>,
     places: &Paths,
     network: &Network,
+    adopts: bool,
 ) -> anyhow::Result<Forwarder> {
     let before = installed.and_then(Installed::forwarder);
     let given = before.filter(|before| before.container_given);
@@ -293,7 +294,7 @@ fn forwarder(
         program: executable::path(places)?,
         container,
         container_given: options.container.is_some() || given.is_some(),
-        options: handed_on(options, checks_health, before),
+        options: handed_on(options, checks_health, adopts, before),
     })
 }
 
@@ -331,12 +332,21 @@ fn listed<T: ToString>(all: &[T]) -> String {
     all.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-fn handed_on(options: &Activate, checks_health: bool, installed: Option<&Forwarder>) -> ForwardOptions {
+fn handed_on(
+    options: &Activate,
+    checks_health: bool,
+    adopts: bool,
+    installed: Option<&Forwarder>,
+) -> ForwardOptions {
     let before = |name: &str| installed.and_then(|before| before.options.get(name)).map(str::to_owned);
     let value = |(name, said): &HandedOn| {
         let value = said(options).or_else(|| before(name));
         let value = match *name {
             "exit-idle-time" => value.or_else(|| Some(IDLE.to_owned())),
+            // It accepts from listen(2) on; what an earlier run took from the quadlet is not what was asked for.
+            "ready" if adopts => {
+                said(options).or_else(|| before(name).filter(|way| !(checks_health && way == "healthy")))
+            }
             // The quadlet says itself how to find out.
             "ready" if checks_health => {
                 value.filter(|way| way != "auto").or_else(|| Some("healthy".to_owned()))
