@@ -385,9 +385,9 @@ async fn take_up(
     // The sockets may listen without being known, after a first run that was killed.
     if !restart.is_empty() && (installed.is_some() || listening) {
         // systemd refuses to start a socket while its service runs, and the service keeps the sockets it was started with.
-        if running {
+        if running || systemd.is_stopping(runner).await {
             stop(systemd, runner).await?;
-            stopped = true;
+            stopped = running;
         }
         for unit in restart {
             stop(systemd, unit).await?;
@@ -436,7 +436,7 @@ async fn take_up(
             bail!("{}", cannot_listen(systemd, listener, wanted.scope).await);
         }
     }
-    let applied = if running && restart.is_empty() && plan.runner_changed {
+    let applied = if running && restart.is_empty() && plan.runner_changed && plan.unadopted.is_none() {
         let is_forwarder = wanted.service().is_some();
         if is_forwarder && restart::unless_in_use(systemd, runner, wanted.scope).await? {
             Applied::Restarted
