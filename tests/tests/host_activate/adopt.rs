@@ -301,12 +301,13 @@ pub fn looked_after(host: &Host, manager: Manager) -> Result<()> {
     let words = format!("adopted --service-name more --external-port 0.0.0.0:{second} --internal-port 7");
     let ran = activate(host, manager, &words)?;
     ensure!(ran.success(), "{ran:?}");
-    ensure!(host.sh(&format!("curl --silent --fail --max-time 20 http://127.0.0.1:{second}/"))?.len() > 3);
+    let page = host.sh(&format!("curl --silent --fail --max-time 20 http://127.0.0.1:{second}/"));
+    ensure!(page.with_context(|| site.journals())?.len() > 3);
     expect_adopted(&site)?;
     ensure!(activate(host, manager, "adopted --service-name more --remove")?.success());
     expect_adopted(&site)?;
     manager.run(host, &["bro", "sleep", "adopted"])?;
-    site.await_container_gone()?;
+    site.await_container_gone().with_context(|| site.journals())?;
     let status = manager.run(host, &["bro", "status", "adopted"])?;
     ensure!(status.contains("adopted"), "{status}");
     ensure!(activate(host, manager, "adopted --remove")?.success());
