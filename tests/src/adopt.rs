@@ -251,6 +251,8 @@ impl Adoption {
         setup = setup.env("NOTIFY_SOCKET", self.scratch.join("notify"));
         for (number, (socket, target)) in self.listeners.iter().enumerate() {
             let name = format!("socket-{number}");
+            // So does systemd each time it passes a socket (`NonBlocking=no`).
+            let _zero = nix::fcntl::fcntl(socket, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_RDWR))?;
             setup = setup.descriptor(socket.try_clone()?, &name).arg(format!("--target={name}={target}"));
         }
         setup = setup.descriptor(self.seccomp.try_clone()?, "seccomp");

@@ -78,7 +78,13 @@ impl Control<'_> {
                 adoption.containers += 1;
                 tracing::debug!("a container's calls are answered");
             }
-            Event::Stopped => adoption.containers = adoption.containers.saturating_sub(1),
+            Event::Stopped => {
+                adoption.containers = adoption.containers.saturating_sub(1);
+                if adoption.containers == 0 {
+                    // What was found has ended before it was decided about.
+                    adoption.decisions.clear();
+                }
+            }
             Event::Adopted { listener: index, options_refused, inside } => {
                 let Some(listener) = adoption.listeners.get_mut(index) else { return };
                 let (socket, address, target) = (&listener.name, &listener.address, listener.target);

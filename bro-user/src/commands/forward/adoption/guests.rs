@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
 
+use bro_adopt::clients::{self, Counting, Uncountable};
 use tokio::time::Instant;
 
 use super::{Adoption, ListenerHolder};
@@ -51,7 +52,7 @@ impl Adoption {
             Err(error) => {
                 if !std::mem::replace(&mut self.blind, true) {
                     tracing::warn!(
-                        "it cannot be seen who is connected to the service, so it is not put to sleep for idleness: {error:#}"
+                        "it cannot be seen who is connected to the service, so it is not put to sleep for idleness: {error}"
                     );
                 }
                 Guests::There
@@ -65,6 +66,8 @@ impl Adoption {
     }
 }
 
-fn count(listeners: &[BorrowedFd<'_>]) -> anyhow::Result<Vec<u64>> {
-    listeners.iter().map(|listener| Ok(bro_relay::sys::backlog(*listener)?)).collect()
+/// How many each has: those that are served, and those that wait for that.
+fn count(listeners: &[BorrowedFd<'_>]) -> Result<Vec<u64>, Uncountable> {
+    let counts = clients::count(listeners, &Counting::ALL)?;
+    Ok(counts.into_iter().map(|clients| clients.served + u64::from(clients.queued)).collect())
 }
