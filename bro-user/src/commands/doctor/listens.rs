@@ -12,7 +12,7 @@ use nix::libc;
 
 use super::podman::{self, PodmanAnswer};
 use super::{Check, direct};
-use crate::installed::{Installed, InstalledPort, Mode};
+use crate::installed::{Adoption, Installed, InstalledPort, Mode};
 use crate::netns::sock_diag::{ListeningSocket, Table};
 use crate::netns::{self, Namespace, NetnsRef};
 use crate::podman::container;
@@ -29,7 +29,8 @@ pub(super) async fn check(
     bus: Option<&SystemdManager>,
 ) -> Check {
     let forwarder = match &installed.mode {
-        Mode::Forward(forwarder) => forwarder,
+        // An adopted service's own socket listens on, for clients inside.
+        Mode::Forward(forwarder) | Mode::Adopt(Adoption { forwarder, .. }) => forwarder,
         Mode::Direct(takeover) => return direct::check(installed, takeover.way, listener, container).await,
     };
     let Some(target) = &listener.internal else {
