@@ -11,11 +11,12 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, User};
 
 use super::memory;
+use crate::run::namespace;
 use crate::run::process::{PARENT, die_with_parent};
 
 /// What the part is told.
@@ -64,18 +65,10 @@ pub fn main(args: &Args) -> Result<()> {
     Err(command.exec()).with_context(|| format!("cannot run {}", args.command[0]))
 }
 
-/// Enters the namespaces of the container, its user namespace first if that is another.
+/// Enters the namespaces of the container, and is the same user there.
 fn enter(container: i32) -> Result<()> {
-    let namespace = |kind: &str| File::open(format!("/proc/{container}/ns/{kind}"));
-    let own = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user"));
-    let rootless = own("self")? != own(&container.to_string())?;
     let (user, group) = (nix::unistd::geteuid(), nix::unistd::getegid());
-    let network = namespace("net").context("the container's network namespace")?;
-    if rootless {
-        setns(namespace("user")?, CloneFlags::CLONE_NEWUSER)
-            .context("entering the container's user namespace")?;
-    }
-    setns(network, CloneFlags::CLONE_NEWNET).context("entering the container's network namespace")?;
+    let rootless = namespace::enter(container)?;
     if rootless {
         // There one is root, which some programs refuse to be and others try to cease to be: back to who one was.
         unshare(CloneFlags::CLONE_NEWUSER).context("a user namespace in the container's")?;
