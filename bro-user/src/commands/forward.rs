@@ -37,6 +37,7 @@ use routes::Routes;
 use crate::cli::Forward;
 use crate::exit::Failure;
 use crate::metrics;
+use crate::netns::agent_process::SpareAgent;
 use crate::systemd::listen_fds::{self, Passed};
 use crate::systemd::notify;
 
@@ -61,12 +62,13 @@ pub fn run(
     // Before the first thread.
     let private = predecessor.as_ref().map(Predecessor::descriptor);
     let relay = RelayProcess::fork(&settings, &routes, private)?;
-    // After the fork: the relay process may not have this either.
+    // After that fork: the relay process may have neither the channel to the agent nor what a predecessor has left.
+    let agent = SpareAgent::fork();
     let bequest = predecessor.as_ref().and_then(Predecessor::bequest);
     let Routes { listeners, targets } = routes;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let starter = settings::service_starter(options, &listeners);
+        let starter = settings::service_starter(options, &listeners).with_agent(agent);
         starter.check(&targets).await?;
         if options.idle.freeze {
             starter.check_freezing().await?;
