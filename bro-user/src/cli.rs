@@ -213,6 +213,17 @@ pub struct Forward {
     #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::systemd::time_span::limit)]
     pub idle_timeout: TimeSpan,
 
+    /// Let the service have the listening sockets themselves, and relay only what it cannot have
+    ///
+    /// For a container that was created with the seccomp profile of `bro activate --adopt`: its listen(2) is answered by this forwarder, which puts the passed
+    /// socket in the place of the service's own. The service then accepts its clients itself: it sees their own addresses, and no byte
+    /// of theirs passes here. It takes one more passed socket, with FileDescriptorName=seccomp: the unix socket that the profile's
+    /// listenerPath names; and, so that a crash of this process loses nothing, FileDescriptorStoreMax= in its unit. A socket that the service cannot have, for
+    /// it listens at one of another family or not within --start-timeout, is relayed until the container ends; `bro status` and the log say why.
+    /// Options about a client that this process has accepted (--proxy-protocol, --wake-on=data and others) do not go with it.
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub adopt: bool,
+
     /// How many connections at once; further clients wait in the kernel's backlog (default: as many as the limit on descriptors allows)
     #[arg(short = 'c', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_max: Option<u32>,

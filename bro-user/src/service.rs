@@ -662,6 +662,21 @@ impl ServiceStarter {
         Ok(Stopped::Done)
     }
 
+    /// Why [`ServiceStarter::stop_what_it_started`] would leave the unit running, where that shows before; for a service that must not be left behind.
+    pub async fn why_it_goes_on(&self) -> Option<String> {
+        let Some(unit) = &self.unit else {
+            return Some("its container has the sockets, and there is no --unit to stop".into());
+        };
+        let look = async { self.runs.look(&self.bus().await?).await };
+        match look.await {
+            Ok((look, ours)) if ours || matches!(look.state.as_str(), "inactive" | "failed") => None,
+            Ok(_) => Some(format!("its container has the sockets, and it was not bro that started {unit}")),
+            Err(error) => {
+                Some(format!("its container has the sockets, and {unit} cannot be looked at: {error:#}"))
+            }
+        }
+    }
+
     /// Is `--freeze` available?
     ///
     /// # Errors

@@ -169,6 +169,9 @@ impl<S: Surroundings> Agent<S> {
         for (kind, number, descriptor) in kept {
             match kind {
                 Kind::Notifier(role) if receiver::tells_of_calls(&descriptor) => {
+                    if role == Role::Container {
+                        self.surroundings.tell(Event::Started);
+                    }
                     let notifier = Notifier { notify: descriptor, role };
                     self.notifiers.push(AnsweredNotifier {
                         number,
@@ -231,6 +234,7 @@ impl<S: Surroundings> Agent<S> {
             if !listener.is_held() {
                 continue;
             }
+            let _ours_already = self.surroundings.claim(index);
             let mut inside = None;
             for original in self.originals.iter_mut().filter(|original| original.listener == index) {
                 inside = original.open().err().or(inside);
@@ -352,6 +356,29 @@ impl<S: Surroundings> Agent<S> {
             matches!((one, other), (ReadySource::Inside(one), ReadySource::Inside(other)) if one == other)
         });
         Ok(ready)
+    }
+
+    /// Duplicates of all that a successor in another process needs: what is in the store, by its name there. To be called when no call is being answered,
+    /// and to be followed by the end of this agent.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub fn bequeath(&self) -> io::Result<Vec<Stored>> {
+        let stored = |name: String, descriptor: BorrowedFd<'_>| {
+            Ok(Stored { name, descriptor: descriptor.try_clone_to_owned()? })
+        };
+        let record = std::iter::once(stored(RECORD.to_owned(), self.record.file()));
+        let notifiers = self.notifiers.iter().map(|answered| {
+            let name = Kind::Notifier(answered.notifier.role).name(answered.number);
+            stored(name, answered.notifier.notify.as_fd())
+        });
+        let originals =
+            self.originals.iter().map(|original| stored(original.name.clone(), original.socket.as_fd()));
+        let arriving = self
+            .receiver
+            .connections()
+            .map(|(number, connection)| stored(Kind::Arriving.name(number), connection));
+        record.chain(notifiers).chain(originals).chain(arriving).collect()
     }
 
     fn take_notifiers(&mut self) {
@@ -496,12 +523,16 @@ impl<S: Surroundings> Agent<S> {
         let Some(at) = self.notifiers.iter().position(|answered| answered.number == number) else { return };
         let answered = self.notifiers.remove(at);
         self.surroundings.forget(&Kind::Notifier(answered.notifier.role).name(number));
+        if answered.notifier.role == Role::Container {
+            self.surroundings.tell(Event::Stopped);
+        }
         for index in 0..self.listeners.len() {
             let Some(listener) = self.listeners.get_mut(index) else { continue };
             let ListenerState::Adopted { by, .. } = &mut listener.state else { continue };
             by.retain(|holder| *holder != number);
             if by.is_empty() {
                 self.release(index);
+                self.surroundings.unclaim(index);
                 self.surroundings.tell(Event::Ended { listener: index });
             }
         }

@@ -17,7 +17,7 @@ pub mod datagrams;
 pub mod idle;
 mod introductions;
 pub mod lanes;
-mod listeners;
+pub mod listeners;
 pub mod protocol;
 pub mod report;
 pub mod socket_options;
@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 use connect::PortQueue;
 use datagrams::Datagrams;
 use lanes::{OpenLanes, ServiceWatch};
-use listeners::{Accepting, Listeners, PerSource};
+use listeners::{Accepting, ListenerUse, Listeners, PerSource};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use slab::Slab;
@@ -90,6 +90,8 @@ pub struct Settings {
     pub flow_timeout: Duration,
     /// Whether a refused connection means “not ready yet” (every `--ready` but `none`).
     pub hold_refused: bool,
+    /// `--adopt`: each listener is left alone until [`Plain::Use`] says otherwise.
+    pub adopts: bool,
 }
 
 /// The engine's state.
@@ -162,9 +164,9 @@ impl Engine {
         Ok(Self {
             per_source: PerSource::new(per_source),
             datagrams,
+            listeners: Listeners::new(listeners, settings.adopts),
             settings,
             epoll,
-            listeners: Listeners::new(listeners),
             draining: false,
             targets: Targets::asleep(targets),
             connections: Slab::new(),
@@ -208,7 +210,7 @@ impl Engine {
                     Token::Listener(index) if self.listeners.takes_datagrams(index) => {
                         self.receive_datagrams(index);
                     }
-                    Token::Listener(index) => self.accept_some(index)?,
+                    Token::Listener(index) => self.client_waits(index)?,
                     Token::Flow { index, generation } => self.flow_event(index, generation),
                     Token::Agent(target) => self.agent_answered(target),
                     Token::Kernel => self.kernel_events(),
@@ -325,6 +327,7 @@ impl Engine {
                         Plain::Start => self.set_accepting(Accepting::Open)?,
                         Plain::Stop => return Ok(false),
                         Plain::Watch(watch) => self.watch(watch),
+                        Plain::Use { listener, how } => self.use_so(listener, how)?,
                         Plain::Failed { target, end } => self.target_failed(target, end),
                         Plain::Gone { target } => self.target_gone(target),
                         Plain::Knocked { target, runs } => self.knocked(target, runs),
@@ -362,6 +365,27 @@ impl Engine {
         }
         self.outbox.tell(&EngineEvent::Draining(why));
         self.tell_if_drained();
+        Ok(())
+    }
+
+    /// A listener has a client.
+    fn client_waits(&mut self, listener: usize) -> anyhow::Result<()> {
+        match self.listeners.used(listener) {
+            ListenerUse::Relay => self.accept_some(listener),
+            ListenerUse::WakeOnly => {
+                self.listeners.set_use(&self.epoll, listener, ListenerUse::LeaveAlone)?;
+                self.outbox.tell(&EngineEvent::Waits { listener });
+                Ok(())
+            }
+            // The event was in the same batch as what the control process says.
+            ListenerUse::LeaveAlone => Ok(()),
+        }
+    }
+
+    fn use_so(&mut self, listener: usize, how: ListenerUse) -> anyhow::Result<()> {
+        if self.listeners.set_use(&self.epoll, listener, how)? {
+            self.outbox.tell(&EngineEvent::Uses { listener, how });
+        }
         Ok(())
     }
 

@@ -14,7 +14,7 @@ pub enum Kind {
     Datagram,
 }
 
-/// One socket for clients, non-blocking and close-on-exec.
+/// One socket for clients, close-on-exec and, unless a service is to have it too, non-blocking.
 #[derive(Debug)]
 pub struct Listener {
     /// The socket.
@@ -63,6 +63,25 @@ impl Listener {
         Ok(Self { address: kind.describe(address), socket, name, kind, own: false, unlink: None })
     }
 
+    /// The same, where a service is to have it (`--adopt`): O_NONBLOCK is that one's to choose, for it belongs to the open file description that all
+    /// who have the socket share (open(2)).
+    ///
+    /// # Errors
+    /// fcntl(2)'s.
+    pub fn shared(socket: OwnedFd, name: String, address: &SockaddrStorage) -> nix::Result<Self> {
+        close_on_exec(&socket)?;
+        let kind = Kind::of(&socket)?;
+        Ok(Self { address: kind.describe(address), socket, name, kind, own: false, unlink: None })
+    }
+
+    /// Makes it non-blocking, for whatever accepts at it now: no service has it.
+    ///
+    /// # Errors
+    /// fcntl(2)'s.
+    pub fn set_nonblocking(&self) -> nix::Result<()> {
+        set_flags(&self.socket)
+    }
+
     /// One that this process has made, non-blocking and close-on-exec from now on; `unlink`: the file that goes with it.
     ///
     /// # Errors
@@ -100,9 +119,14 @@ impl Drop for Listener {
 }
 
 fn set_flags(socket: &OwnedFd) -> nix::Result<()> {
-    use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
     let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
     let _zero = fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    close_on_exec(socket)
+}
+
+fn close_on_exec(socket: &OwnedFd) -> nix::Result<()> {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
     let _zero = fcntl(socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(())
 }

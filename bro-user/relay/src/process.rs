@@ -35,7 +35,7 @@ pub struct Process {
 }
 
 /// Starts the relay process for `listeners`, each with the index of its target in `targets`. Returns the channel to it as well. To
-/// be called while this process has a single thread. `private` is open here, and not there.
+/// be called while this process has a single thread. What is `private` is open here, and not there.
 ///
 /// # Errors
 /// When no other process can be made.
@@ -45,7 +45,7 @@ pub fn start(
     targets: &[Target],
     addresses: &mut AddressBook,
     stats: &Arc<Stats>,
-    private: Option<BorrowedFd<'_>>,
+    private: &[BorrowedFd<'_>],
     log: Log,
 ) -> anyhow::Result<(Process, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -59,8 +59,8 @@ pub fn start(
         }
         None => {
             drop(ours);
-            if let Some(private) = private {
-                sys::close_in_child(private);
+            for private in private {
+                sys::close_in_child(*private);
             }
             let _logging = log();
             let served = serve(parent, settings, listeners, targets, addresses, stats.clone(), theirs);

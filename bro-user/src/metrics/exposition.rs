@@ -11,8 +11,9 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::commands::status::ServiceState;
+use crate::commands::forward::adoption::FallbackKind;
 use crate::commands::status::list::ListedService;
+use crate::commands::status::{AdoptionReport, ServiceState};
 use crate::ledger::Counts;
 use bro_relay::flows::Amounts;
 use bro_relay::stats::{Tally, Times};
@@ -33,6 +34,8 @@ pub(crate) struct Exposed {
     replaced: u64,
     /// The present state, by socket.
     now: Vec<(String, Tally)>,
+    /// The sockets that the service has itself, and how many clients each has.
+    adopted: Vec<(String, u64)>,
     counts: Counts,
 }
 
@@ -45,6 +48,11 @@ impl Exposed {
                 None => now.push((listener.name.clone(), listener.tally.clone())),
             }
         }
+        let listeners = service.forwarders.iter().flat_map(|report| &report.listeners);
+        let adopted = listeners.filter_map(|listener| match listener.adoption {
+            Some(AdoptionReport::Adopted { connections, .. }) => Some((listener.name.clone(), connections)),
+            _ => None,
+        });
         let told: u64 = now.iter().map(|(_, tally)| tally.guests()).sum();
         // The same name as a forwarder of it gives itself, and none with a process' number in it.
         let own = || service.forwarders.iter().find_map(|report| report.service.as_deref());
@@ -62,6 +70,7 @@ impl Exposed {
             waiting: service.waiting.as_ref().map_or(0, |waiting| waiting.clients),
             forwarders: forwarders.collect(),
             replaced: service.connections.saturating_sub(told),
+            adopted: adopted.collect(),
             now,
             counts: service.counts.clone(),
         }
@@ -167,7 +176,7 @@ fn ways(exposed: &Exposed, take: Take<'_>, number: fn(&Amounts) -> u64) -> fmt::
 }
 
 /// All but the histogram, and the forwarders' versions.
-const FAMILIES: [MetricFamily; 27] = [
+const FAMILIES: [MetricFamily; 31] = [
     MetricFamily {
         name: "bro_service_state",
         unit: None,
@@ -393,6 +402,41 @@ const FAMILIES: [MetricFamily; 27] = [
         },
     },
     MetricFamily {
+        name: "bro_adopted_listeners",
+        unit: None,
+        kind: MetricType::Gauge,
+        help: "Sockets at which the service accepts its clients itself now (--adopt)",
+        samples: |exposed, take| take(&[], exposed.adopted.len() as u64),
+    },
+    MetricFamily {
+        name: "bro_adopted_connections",
+        unit: None,
+        kind: MetricType::Gauge,
+        help: "Clients of such a socket at the last look, those that wait to be accepted included",
+        samples: |exposed, take| {
+            exposed.adopted.iter().try_for_each(|(name, clients)| take(&[("listener", name)], *clients))
+        },
+    },
+    MetricFamily {
+        name: "bro_adoptions",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Times a service got a socket of its forwarder's",
+        samples: |exposed, take| take(&[], exposed.counts.adoptions),
+    },
+    MetricFamily {
+        name: "bro_adoption_fallbacks",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Times a socket that was to be adopted was relayed, by the reason",
+        samples: |exposed, take| {
+            FallbackKind::ALL.iter().try_for_each(|(kind, word)| {
+                let count = exposed.counts.fallbacks.get(kind).copied();
+                take(&[("reason", word)], count.unwrap_or(0))
+            })
+        },
+    },
+    MetricFamily {
         name: "bro_limits_reached",
         unit: None,
         kind: MetricType::Counter,
@@ -526,6 +570,7 @@ mod tests {
             now: vec![("http".into(), tally.clone())],
             counts: Counts { idle_stops: 5, ..Counts::default() }.with([("http", &tally)]),
             failed_wake: Some(8),
+            adopted: vec![("http".into(), 14)],
             ..Exposed::of(&service)
         }
     }
@@ -554,6 +599,9 @@ mod tests {
             r#"bro_cold_start_duration_seconds_sum{service="web",listener="http"} 0.3"#,
             r#"bro_forwarder_info{service="web",version="0.1",relay="splice"} 1"#,
             r#"bro_waiting_clients{service="web"} 2"#,
+            r#"bro_adopted_listeners{service="web"} 1"#,
+            r#"bro_adopted_connections{service="web",listener="http"} 14"#,
+            r#"bro_adoption_fallbacks_total{service="web",reason="family"} 0"#,
         ] {
             assert!(text.lines().any(|other| other == line), "{line} is not in\n{text}");
         }

@@ -155,6 +155,24 @@ pub struct Passed {
     name: String,
 }
 
+impl Passed {
+    /// Its FileDescriptorName=, or that of a stored one (FDNAME=).
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The descriptor alone, close-on-exec from now on.
+    ///
+    /// # Errors
+    /// fcntl(2)'s.
+    pub fn into_descriptor(self) -> nix::Result<OwnedFd> {
+        use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+        let _zero = fcntl(&self.descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+        Ok(self.descriptor)
+    }
+}
+
 /// Takes what systemd passed to this process. To be called before anything else is opened: a number that is announced but not open
 /// would go to a file of bro's own.
 ///
@@ -173,14 +191,14 @@ pub fn take_passed(from: From) -> Result<Vec<Passed>, Failure> {
     adopted.into_iter().collect()
 }
 
-/// The sockets to accept from: those passed, and those of `--listen`.
+/// The sockets to accept from: those passed, and those of `--listen`. With `shared` a service may have the passed ones too.
 ///
 /// # Errors
 /// None at all, or one that is no listening stream socket.
-pub fn listeners(passed: Vec<Passed>, specs: &[ListenSpec]) -> anyhow::Result<Vec<Listener>> {
+pub fn listeners(passed: Vec<Passed>, specs: &[ListenSpec], shared: bool) -> anyhow::Result<Vec<Listener>> {
     let mut listeners = Vec::with_capacity(passed.len() + specs.len());
     for passed in passed {
-        listeners.push(inherited(passed)?);
+        listeners.push(inherited(passed, shared)?);
     }
     for spec in specs {
         listeners.push(bind(spec)?);
@@ -195,12 +213,18 @@ pub fn listeners(passed: Vec<Passed>, specs: &[ListenSpec]) -> anyhow::Result<Ve
     Ok(listeners)
 }
 
-fn inherited(passed: Passed) -> anyhow::Result<Listener> {
+fn inherited(passed: Passed, shared: bool) -> anyhow::Result<Listener> {
     let Passed { descriptor: socket, number, name } = passed;
     let refuse = |why: String| Failure::NoSocket(format!("descriptor {number} ({name}) {why}"));
     let kind =
         socket::getsockopt(&socket, sockopt::SockType).map_err(|_| refuse("is not a socket".into()))?;
     if kind == SockType::Datagram {
+        if shared {
+            bail!(refuse(
+                "takes datagrams, and --adopt is for sockets of streams: leave it to another forwarder"
+                    .into()
+            ));
+        }
         return for_datagrams(socket, name.clone(), &refuse);
     }
     if kind != SockType::Stream {
@@ -221,7 +245,8 @@ fn inherited(passed: Passed) -> anyhow::Result<Listener> {
             "is of family {family:?}: bro relays TCP over IPv4 or IPv6, and unix streams"
         ))),
     }
-    Ok(Listener::passed(socket, name, &address)?)
+    let listener = if shared { Listener::shared } else { Listener::passed };
+    Ok(listener(socket, name, &address)?)
 }
 
 /// A socket for datagrams, which has nothing to accept.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::socket::SockaddrStorage;
 
-use super::listeners::Accepting;
+use super::listeners::{Accepting, ListenerUse};
 use super::targets::{Found, Frozen, Readiness, ReadyTarget};
 use super::{Engine, introductions, socket_options};
 use crate::connection::{Connection, End, Stage};
@@ -43,7 +43,9 @@ impl Engine {
     pub(super) fn accept_after_pause(&mut self, pause: Duration) -> anyhow::Result<()> {
         let longer = (pause * 2).min(LAST_PAUSE);
         for listener in 0..self.listeners.len() {
-            if self.listeners.accepting() == Accepting::Open && !self.listeners.takes_datagrams(listener) {
+            let is_relayed = self.listeners.used(listener) == ListenerUse::Relay
+                && !self.listeners.takes_datagrams(listener);
+            if is_relayed && self.listeners.accepting() == Accepting::Open {
                 let _more = self.accept_one(listener, longer)?;
             }
         }

@@ -692,10 +692,12 @@ mod tests {
     use super::*;
 
     /// What `bro forward` has only for units written, or commands run, by hand: `bro activate` decides these.
-    const BY_HAND: [&str; 13] = [
+    const BY_HAND: [&str; 14] = [
         // No unit of its own has a socket for datagrams.
         "flows-max",
         "flow-timeout",
+        // What goes with it is a way of its own (`Mode::Adopt`).
+        "adopt",
         "target",
         "targets",
         "allow-missing-sockets",

@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use bro_relay::stats::{Stats, Tally};
 
+use super::adoption::Adoption;
 use super::control::Control;
 use super::lifecycle::Phase;
 use crate::commands::status;
@@ -34,6 +35,7 @@ impl Control<'_> {
                     plural(held.max(1))
                 )
             }
+            _ if life.has_sockets => self.adoption.as_ref().map(Adoption::said).unwrap_or_default(),
             _ => format!("{open} connection{}{and_flows} now, {served} since the start", plural(open)),
         };
         let said = match self.limit.waiting().filter(|_| life.phase == Phase::Serving) {
@@ -100,17 +102,21 @@ impl Control<'_> {
             total: Tally::default(),
             own: self.ledger.own(self.life.counts.clone()),
         };
-        let described = |(listener, target): &(bro_relay::listener::Listener, usize)| {
+        let described = |(index, (listener, target)): (usize, &(bro_relay::listener::Listener, usize))| {
             let state = &self.life.targets[*target];
+            let adoption = self.adoption.as_ref().and_then(|adoption| adoption.report(index));
+            // It is told of those that are relayed.
+            let is_adopted = matches!(adoption, Some(status::AdoptionReport::Adopted { .. }));
             status::ListenerReport {
                 name: listener.name.clone(),
                 address: listener.address.clone(),
                 target: state.target.to_string(),
-                seen: state.seen.clone(),
+                seen: state.seen.clone().filter(|_| !is_adopted),
+                adoption,
                 tally: Tally::default(),
             }
         };
-        let listeners: Vec<_> = self.reload.listeners().iter().map(described).collect();
+        let listeners: Vec<_> = self.reload.listeners().iter().enumerate().map(described).collect();
         let figures = self.plane.engine().report();
         async move {
             let figures = figures.await.ok()?;

@@ -36,6 +36,9 @@ pub(super) fn check(options: &Forward, targets: &[Target]) -> Result<(), Failure
     if let Some(refusal) = targets.iter().find_map(|target| options.ready.refusal(target)) {
         return Err(Failure::Usage(refusal));
     }
+    if options.adopt {
+        super::adoption::check(options, targets)?;
+    }
     if options.accept_proxy && options.trusted.is_empty() {
         return Err(Failure::Usage(
             "--accept-proxy needs --trusted: who may say in a header who the client is, such as --trusted=10.0.0.5".into()
@@ -83,6 +86,7 @@ pub(super) fn engine(options: &Forward, listeners: &[(Listener, usize)]) -> Sett
         flow_timeout: options.flow_timeout.or_forever(),
         hold_limit: options.start_timeout.or_forever(),
         hold_refused: options.ready != Ready::Unchecked,
+        adopts: options.adopt,
     }
 }
 
