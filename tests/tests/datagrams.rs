@@ -1,6 +1,6 @@
 //! Datagrams: each client's flow, whole and in order, answered from where it wrote to, and within bounds.
 //!
-//! Needs: a network namespace. Takes: seconds.
+//! Needs: a network namespace; dnsmasq for one test. Takes: seconds.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd as _;
@@ -12,6 +12,7 @@ use bro_tests::forwarder::Forwarder;
 use bro_tests::notify::Notify;
 use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::scene::expect_relayed;
+use bro_tests::tier::{Need, met};
 use bro_tests::udp::{Echo, UdpScene, bound, client, expect, expect_echo, loopback};
 use bro_tests::{process, require_namespaces};
 use nix::sys::signal::Signal;
@@ -483,4 +484,77 @@ fn what_cannot_be_forwarded_is_named() -> Result<()> {
     refused(bare().descriptor(udp()?, "dns").arg("/run/x"), "the socket “dns” (127.0.0.1:")?;
     let tcp = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
     refused(bare().named(&tcp, "web").arg("127.0.0.1:53/udp"), "the socket “web” (127.0.0.1:")
+}
+
+/// A real name server, asked by many clients at once; each question is a flow.
+#[test]
+fn a_name_server_answers_every_question() -> Result<()> {
+    require_namespaces!();
+    if !met("a_name_server_answers_every_question", &[Need::Program("dnsmasq", "dnsmasq-base")]) {
+        return Ok(());
+    }
+    const CLIENTS: u16 = 8;
+    const QUESTIONS: u16 = 500;
+    let scene = UdpScene::new(false)?;
+    let folder = bro_tests::scratch::Scratch::new()?;
+    let program = bro_tests::tier::find_program("dnsmasq").context("it is there")?;
+    let (program, port) = (program.display().to_string(), format!("--port={}", scene.target.port()));
+    let pid_file = format!("--pid-file={}", folder.join("pid").display());
+    let words = [
+        program.as_str(),
+        "--keep-in-foreground",
+        "--conf-file=/dev/null",
+        "--no-resolv",
+        "--no-hosts",
+        "--user=root",
+        &pid_file,
+        &port,
+        "--address=/example.test/10.1.2.3",
+        "--listen-address=127.0.0.1",
+        "--bind-interfaces",
+    ];
+    let mut server =
+        bro_tests::process::Session(bro_tests::street::command(&scene.namespace, &words).spawn()?);
+    let forwarder = scene.setup()?.arg("--flows-max=256").start()?;
+    let address = scene.address()?;
+    let asked = std::thread::scope(|threads| -> Result<()> {
+        let all: Vec<_> = (0..CLIENTS)
+            .map(|client| {
+                threads.spawn(move || (0..QUESTIONS).try_for_each(|n| ask(address, client * QUESTIONS + n)))
+            })
+            .collect();
+        all.into_iter().try_for_each(|one| one.join().map_err(|_| anyhow::anyhow!("a client failed"))?)
+    });
+    ensure!(server.0.try_wait()?.is_none(), "dnsmasq has ended");
+    asked.with_context(|| format!("{:?}", forwarder.report().map(|report| report.total.datagrams)))?;
+    let tally = tally(&forwarder)?;
+    ensure!(tally.to_service.datagrams >= u64::from(CLIENTS * QUESTIONS), "{tally:?}");
+    ensure!(tally.evicted > 0 && tally.open <= 256, "{tally:?}");
+    forwarder.expect_no_panic()
+}
+
+/// Asks for a name's address from a port of its own, again if nothing comes within a second, as resolvers do.
+fn ask(server: SocketAddr, id: u16) -> Result<()> {
+    let mut question = Vec::from(id.to_be_bytes());
+    question.extend(b"\x01\0\0\x01\0\0\0\0\0\0");
+    let host = format!("h{id}");
+    for label in [host.as_str(), "example", "test", ""] {
+        question.push(u8::try_from(label.len())?);
+        question.extend(label.as_bytes());
+    }
+    question.extend(b"\0\x01\0\x01");
+    let socket = client(server, None)?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    for _ in 0..20 {
+        let _sent = socket.send(&question)?;
+        let mut answer = [0; 512];
+        let Ok(length) = socket.recv(&mut answer) else { continue };
+        ensure!(
+            answer[..2] == question[..2] && answer[12..question.len()] == question[12..],
+            "to another question"
+        );
+        ensure!(answer[..length].ends_with(&[0, 4, 10, 1, 2, 3]), "{:?}", &answer[..length]);
+        return Ok(());
+    }
+    anyhow::bail!("no answer to {host}")
 }
