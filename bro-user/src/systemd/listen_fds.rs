@@ -227,10 +227,16 @@ fn inherited(passed: Passed, shared: bool) -> anyhow::Result<Listener> {
         }
         return for_datagrams(socket, name.clone(), &refuse);
     }
-    if kind != SockType::Stream {
+    if !matches!(kind, SockType::Stream | SockType::SeqPacket) {
         bail!(refuse(format!(
-            "is of type {kind:?}: use ListenStream= with a TCP or unix address, or ListenDatagram= with a UDP address"
+            "is of type {kind:?}: use ListenStream= with a TCP or unix address, ListenSequentialPacket=, or ListenDatagram= with a UDP \
+             address"
         )));
+    }
+    if shared && kind == SockType::SeqPacket {
+        bail!(refuse(
+            "takes messages, and --adopt is for sockets of streams: leave it to another forwarder".into()
+        ));
     }
     if !socket::getsockopt(&socket, sockopt::AcceptConn)? {
         bail!(refuse(

@@ -87,7 +87,7 @@ impl Listeners {
 
     fn is_watched(&self, listener: usize) -> bool {
         let accepts = match self.all[listener].0.kind {
-            Kind::Stream => self.accepting == Accepting::Open,
+            Kind::Stream | Kind::SeqPacket => self.accepting == Accepting::Open,
             // The limits on connections are none on datagrams.
             Kind::Datagram => self.accepting != Accepting::Closed,
         };
@@ -141,6 +141,10 @@ impl Listeners {
     /// Is it a socket for datagrams, on which there is nothing to accept?
     pub(super) fn takes_datagrams(&self, listener: usize) -> bool {
         self.all[listener].0.kind == Kind::Datagram
+    }
+
+    pub(super) fn kind(&self, listener: usize) -> Kind {
+        self.all[listener].0.kind
     }
 
     pub(super) fn socket(&self, listener: usize) -> BorrowedFd<'_> {
