@@ -140,6 +140,16 @@ pub fn stirs(socket: BorrowedFd<'_>) -> bool {
     poll(&mut [PollFd::new(socket, PollFlags::POLLIN)], PollTimeout::ZERO) != Ok(0)
 }
 
+/// Has the other end of this socket finished sending?
+#[must_use]
+pub fn has_finished(socket: BorrowedFd<'_>) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let finished = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    let mut polled = [PollFd::new(socket, finished)];
+    // Not to know is no reason to read on for ever.
+    poll(&mut polled, PollTimeout::ZERO) != Ok(0)
+}
+
 /// How many clients wait to be accepted: over TCP their number (tcp(7): `tcpi_unacked` of a listening socket), else at least one or
 /// none.
 ///
