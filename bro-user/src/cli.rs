@@ -16,7 +16,7 @@ use std::path::PathBuf;
 
 use clap::{Args, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
-pub use activate::{Activate, Direct};
+pub use activate::{Activate, Adopt, Direct};
 pub use fence::Fence;
 pub use helper::Helper;
 pub use loader::Loader;
