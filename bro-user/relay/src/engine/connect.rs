@@ -6,15 +6,16 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
+use nix::sys::socket::{SockType, SockaddrStorage, getpeername, getsockopt, sockopt};
 
 use super::Engine;
 use super::agent_link::{AT_ONCE, Answered, Attempt, out_of_descriptors};
 use super::socket_options::set_options;
 use super::targets::{Frozen, slot};
 use crate::connection::{Connection, End, Stage};
+use crate::listener::Kind;
 use crate::netns::wire;
-use crate::relay::{DescriptorGuard, Direction, Side};
+use crate::relay::{DescriptorGuard, Direction, Method, Side};
 use crate::source;
 
 /// How often the kernel is asked whether there is a source port again.
@@ -43,7 +44,7 @@ const fn awaits_socket(connection: &Connection) -> bool {
 }
 
 /// The errors that mean “nothing listens there (yet)”.
-const fn nothing_listens(errno: Errno) -> bool {
+pub(super) const fn nothing_listens(errno: Errno) -> bool {
     matches!(errno, Errno::ECONNREFUSED | Errno::ENOENT | Errno::ENETUNREACH)
 }
 
@@ -87,7 +88,7 @@ impl Engine {
     }
 
     /// Asks the agent for what waits, as far as it may be asked.
-    fn ask_agent(&mut self, target: usize) {
+    pub(super) fn ask_agent(&mut self, target: usize) {
         let Some(link) = self.targets[target].link() else { return };
         if let Err(error) = link.ask_on(&self.connections) {
             tracing::warn!(%error, "the namespace agent does not take requests");
@@ -100,6 +101,9 @@ impl Engine {
         let Some(answered) = self.targets[target].link().and_then(|link| link.answer()) else { return };
         match answered {
             Answered::Nothing => {}
+            Answered::Flow(flow, answer) => {
+                self.flow_dialled(target, flow, answer.map(|mut sockets| sockets.pop()));
+            }
             Answered::Connection(attempt, answer) => {
                 self.agent_connected(attempt, answer.map(|mut sockets| sockets.pop()));
             }
@@ -173,8 +177,17 @@ impl Engine {
     fn start_relay(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let Stage::Connecting { service, address } = connection.stage() else { return };
-        let method = self.settings.method;
+        let mut method = self.settings.method;
         let address = self.targets[connection.target].address(*address);
+        if address.is_none() {
+            let messages = self.listeners.kind(connection.listener) == Kind::SeqPacket;
+            // The agent connects to whichever kind listens there.
+            let same = messages == (getsockopt(service, sockopt::SockType) == Ok(SockType::SeqPacket));
+            if !same {
+                return self.finish(index, End::Refused(Errno::EPROTOTYPE));
+            }
+            method = if messages { Method::Messages } else { method };
+        }
         set_options(service, address.map(|address| address.ip().to_canonical()), self.settings.keepalive);
         let (mut up, mut down) =
             (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
@@ -276,6 +289,12 @@ impl Engine {
         for index in held {
             self.hold(index, refused);
         }
+        self.flows_lost(target);
+    }
+
+    /// Nothing is bound at a target for datagrams any more.
+    pub(super) fn target_refused(&mut self, target: usize) {
+        self.target_lost(target, true);
     }
 
     /// The kernel has no source port for a connection to the target. That is no refusal of the service's, which goes on serving the
