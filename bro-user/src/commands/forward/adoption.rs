@@ -106,6 +106,8 @@ pub(super) struct SocketAdoption {
     news: (UnboundedSender<AgentNews>, UnboundedReceiver<AgentNews>),
     /// How many containers the agent answers for.
     containers: usize,
+    /// When the last one ended.
+    ended: Option<Instant>,
     /// Targets that were found to listen, and when it is to be decided about their listeners.
     decisions: BTreeMap<usize, Instant>,
     /// When to look next who is connected.
@@ -182,6 +184,7 @@ impl SocketAdoption {
             engine: plane.engine().clone(),
             news: unbounded_channel(),
             containers: 0,
+            ended: None,
             decisions: BTreeMap::new(),
             look_at: None,
             blind: false,
@@ -367,8 +370,12 @@ impl SocketAdoption {
         }
     }
 
-    /// A target's service listens: it is decided soon which of its listeners it has.
-    pub(super) fn target_found(&mut self, target: usize) {
+    /// A target's service listens, which was looked for since then: it is decided soon which of its listeners it has.
+    pub(super) fn target_found(&mut self, target: usize, since: Instant) {
+        if self.containers == 0 && self.ended.is_some_and(|ended| ended >= since) {
+            // What was found has ended meanwhile. A client that waits has it looked for again.
+            return self.target_gone(target);
+        }
         let grace = if self.containers == 0 { Duration::ZERO } else { GRACE };
         self.decisions.insert(target, Instant::now() + grace);
     }

@@ -80,6 +80,7 @@ impl Control<'_> {
             }
             Event::Stopped => {
                 adoption.containers = adoption.containers.saturating_sub(1);
+                adoption.ended = Some(Instant::now());
                 if adoption.containers == 0 {
                     // What was found has ended before it was decided about.
                     adoption.decisions.clear();
