@@ -3,6 +3,7 @@
 mod activate;
 #[cfg(test)]
 mod documented;
+mod fence;
 mod helper;
 pub mod idle;
 #[cfg(test)]
@@ -15,7 +16,8 @@ use std::path::PathBuf;
 
 use clap::{Args, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
-pub use activate::{Activate, Direct};
+pub use activate::{Activate, Adopt, Direct};
+pub use fence::Fence;
 pub use helper::Helper;
 pub use loader::Loader;
 
@@ -103,6 +105,9 @@ pub enum Command {
     /// Have the running forwarders of activated services take up a bro that has just been installed
     #[command(hide = true)]
     AfterUpgrade(AfterUpgrade),
+    /// Keep containers from leading the sockets of a socket unit elsewhere, for `ExecStartPre=` of that unit
+    #[command(hide = true)]
+    Fence(Fence),
     /// Try what waking a service takes, for a `bro doctor NAME` that has systemd run this as it would run the forwarder
     #[command(hide = true)]
     TryWake(TryWake),
@@ -213,6 +218,17 @@ pub struct Forward {
     #[arg(long, value_name = "SPAN", default_value = "infinity", value_parser = crate::systemd::time_span::limit)]
     pub idle_timeout: TimeSpan,
 
+    /// Let the service have the listening sockets themselves, and relay only what it cannot have
+    ///
+    /// For a container that was created with the seccomp profile of `bro activate --adopt`: its listen(2) is answered by this forwarder, which puts the passed
+    /// socket in the place of the service's own. The service then accepts its clients itself: it sees their own addresses, and no byte
+    /// of theirs passes here. It takes one more passed socket, with FileDescriptorName=seccomp: the unix socket that the profile's
+    /// listenerPath names; and, so that a crash of this process loses nothing, FileDescriptorStoreMax= in its unit. A socket that the service cannot have, for
+    /// it listens at one of another family or not within --start-timeout, is relayed until the container ends; `bro status` and the log say why.
+    /// Options about a client that this process has accepted (--proxy-protocol, --wake-on=data and others) do not go with it.
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub adopt: bool,
+
     /// How many connections at once; further clients wait in the kernel's backlog (default: as many as the limit on descriptors allows)
     #[arg(short = 'c', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_max: Option<u32>,
@@ -221,6 +237,14 @@ pub struct Forward {
     /// reset
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_per_source: Option<u32>,
+
+    /// How many clients' datagrams at once are told apart (UDP); the least recently used flow makes room for the next
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub flows_max: u32,
+
+    /// End a client's flow of datagrams after SPAN without one in either direction
+    #[arg(long, value_name = "SPAN", default_value = "60", value_parser = crate::systemd::time_span::limit)]
+    pub flow_timeout: TimeSpan,
 
     /// How bytes are moved: auto, sockmap, splice or copy
     #[arg(long, value_name = "HOW", default_value = "auto")]

@@ -14,6 +14,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 use serde::{Deserialize, Serialize};
 
+use crate::commands::forward::adoption::FallbackKind;
 use crate::control_socket;
 use crate::exit::on_one_line;
 use crate::installed::Installed;
@@ -57,6 +58,10 @@ pub struct Counts {
     pub reloads: u64,
     /// Times no successor took over, although one was to.
     pub failed_reloads: u64,
+    /// Times a service got a socket of its forwarder's (`--adopt`).
+    pub adoptions: u64,
+    /// Times it did not, by the reason.
+    pub fallbacks: BTreeMap<FallbackKind, u64>,
     /// What its sockets have seen, by their names.
     pub listeners: BTreeMap<String, Tally>,
 }
@@ -84,6 +89,10 @@ impl std::ops::AddAssign<&Self> for Counts {
         self.told_stops += other.told_stops;
         self.reloads += other.reloads;
         self.failed_reloads += other.failed_reloads;
+        self.adoptions += other.adoptions;
+        for (kind, count) in &other.fallbacks {
+            *self.fallbacks.entry(*kind).or_default() += count;
+        }
         for (name, tally) in &other.listeners {
             *self.listeners.entry(name.clone()).or_default() += tally;
         }

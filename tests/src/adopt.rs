@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::forwarder::Setup;
+use crate::netns::Namespace;
 use crate::peers::PATIENCE;
 use crate::process::Session;
 use crate::scratch::Scratch;
@@ -22,11 +24,22 @@ use crate::{bro, sys};
 
 type Kept = Arc<Mutex<BTreeMap<String, OwnedFd>>>;
 
+/// What a container was created with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// A filter that notifies.
+    Notifies,
+    /// None.
+    None,
+}
+
 /// The service manager's file descriptor store (sd_notify(3)).
 #[derive(Debug)]
 struct Store {
     path: PathBuf,
     kept: Kept,
+    /// Every line that was not about descriptors.
+    said: Arc<Mutex<Vec<String>>>,
     ended: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -38,6 +51,8 @@ impl Store {
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
         let (kept, ended) = (Kept::default(), Arc::new(AtomicBool::new(false)));
         let (to, until) = (kept.clone(), ended.clone());
+        let said = Arc::<Mutex<Vec<String>>>::default();
+        let lines = said.clone();
         let thread = std::thread::spawn(move || {
             while !until.load(SeqCst) {
                 let mut text = [0; 512];
@@ -50,11 +65,14 @@ impl Store {
                     kept.remove(name);
                 } else if text.contains("FDSTORE=1") {
                     kept.extend(descriptors.into_iter().map(|descriptor| (name.to_owned(), descriptor)));
+                } else {
+                    let mut said = lines.lock().expect("no holder of this lock panics");
+                    said.extend(text.lines().map(str::to_owned));
                 }
                 // BARRIER=1: its descriptor is closed here, after all that came before it.
             }
         });
-        Ok(Self { path: path.to_owned(), kept, ended, thread: Some(thread) })
+        Ok(Self { path: path.to_owned(), kept, said, ended, thread: Some(thread) })
     }
 
     /// All that has been sent is taken: systemd too looks at its notification socket before it hears of a process's end.
@@ -224,6 +242,59 @@ impl Adoption {
     pub fn service(&self, arguments: &[&str]) -> Result<Program> {
         let program = self.program.to_str().context("a path of this machine is text")?;
         self.container(&[&[program, "serve"], arguments].concat())
+    }
+
+    /// A forwarder in the agent's place, towards services in this namespace: with the listeners, the seccomp socket and all that is in the store.
+    pub fn forwarder(&self, namespace: &Namespace) -> Result<Setup> {
+        self.store.settle()?;
+        let mut setup = Setup::new().arg("--adopt").netns(namespace);
+        setup = setup.env("NOTIFY_SOCKET", self.scratch.join("notify"));
+        for (number, (socket, target)) in self.listeners.iter().enumerate() {
+            let name = format!("socket-{number}");
+            // So does systemd each time it passes a socket (`NonBlocking=no`).
+            let _zero = nix::fcntl::fcntl(socket, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_RDWR))?;
+            setup = setup.descriptor(socket.try_clone()?, &name).arg(format!("--target={name}={target}"));
+        }
+        setup = setup.descriptor(self.seccomp.try_clone()?, "seccomp");
+        for (name, descriptor) in self.store.kept.lock().expect("no holder of this lock panics").iter() {
+            setup = setup.descriptor(descriptor.try_clone()?, name);
+        }
+        Ok(setup)
+    }
+
+    /// One of this program's small services in a container whose network namespace this is, or with `without_profile` in one that no filter was
+    /// made for.
+    pub fn service_in(&self, namespace: &Namespace, profile: Profile, arguments: &[&str]) -> Result<Program> {
+        let program = self.program.to_str().context("a path of this machine is text")?;
+        let mut command = match profile {
+            Profile::Notifies => {
+                let mut command = self.launch();
+                command.arg("joined").arg(namespace.pid().to_string()).arg(self.scratch.join("seccomp"));
+                command
+            }
+            Profile::None => {
+                let words = namespace.enter();
+                let mut command = Command::new(&words[0]);
+                command.args(&words[1..]);
+                command
+            }
+        };
+        command.arg(program).arg("serve").args(arguments);
+        Program::start(&mut command)
+    }
+
+    /// The process that speaks for the service, after a takeover.
+    pub fn main_process(&self, but: i32) -> Result<i32> {
+        let found = || {
+            let said = self.store.said.lock().expect("no holder of this lock panics");
+            let mut pids = said.iter().filter_map(|line| line.strip_prefix("MAINPID=")?.parse().ok());
+            pids.rfind(|pid: &i32| *pid != but)
+        };
+        ensure!(
+            crate::process::eventually(PATIENCE, || found().is_some()),
+            "no other process has taken over"
+        );
+        found().context("a process")
     }
 
     /// What is in the store.

@@ -1,9 +1,10 @@
-//! `cargo xtask test`: every tier whose needs are met, one after another and behind them those that only compute, and at the end what
-//! was left out and how to mend that. With `CI=true` a missing need is a failure.
+//! `cargo xtask test`: every tier whose needs are met, in lanes that run side by side, and at the end what was left out and how to
+//! mend that. With `CI=true` a missing need is a failure.
 
-mod background;
 mod cargo_test;
 mod fuzz;
+mod lanes;
+mod licences;
 mod lint;
 mod ordinary_user;
 mod programs;
@@ -18,10 +19,10 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 
 use crate::build::workspace;
-use background::Background;
 use cargo_test::Runner;
+use lanes::Lanes;
 use summary::{Count, Summary};
-use tiers::Tier;
+use tiers::{Lane, Tier};
 
 /// `cargo xtask test`.
 #[derive(Debug, clap::Args)]
@@ -69,30 +70,35 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(to) = &args.count_to {
         let runner = Runner::new(crate::program::installed_bro()?)?;
         let counts = chosen.iter().map(|tier| tier.run(&runner, &all)).collect::<Result<Vec<_>>>()?;
-        return background::answer(&counts.into_iter().fold(Count::default(), Count::add), to);
+        return lanes::answer(&counts.into_iter().fold(Count::default(), Count::add), to);
     }
-    let (behind, mut before): (Vec<&Tier>, Vec<&Tier>) =
-        chosen.iter().copied().partition(|tier| tier.computes());
-    let behind = if before.iter().any(|tier| **tier != Tier::Lint) {
-        behind
-    } else {
-        before.extend(behind);
-        Vec::new()
-    };
-    let background = Background::new()?;
+    let runs: Vec<&Tier> = chosen.iter().copied().filter(|tier| **tier != Tier::Lint).collect();
+    // A lane alone needs no other process.
+    let alone = runs.windows(2).all(|pair| pair[0].lane() == pair[1].lane());
+    let lane_of = |tier: &Tier| if alone { Lane::Front } else { tier.lane() };
+    let in_lane = |lane| runs.iter().copied().filter(|tier| lane_of(tier) == lane).collect::<Vec<&Tier>>();
+    let lanes = Lanes::new()?;
     let mut summary = Summary::default();
-    let bro = build(&before, args.tiers.is_empty() || !behind.is_empty(), &mut summary)?;
+    let bro = build(&chosen, &mut summary)?;
     let runner = Runner::new(bro)?;
+    let beside = [Lane::Hosts, Lane::Computing].map(|lane| (lane, in_lane(lane)));
     std::thread::scope(|scope| {
-        let computing = scope.spawn(|| background.run(&behind, &runner.bro));
-        for tier in before.iter().filter(|tier| ***tier != Tier::Lint) {
+        let (lanes, bro) = (&lanes, runner.bro.as_path());
+        let beside: Vec<_> =
+            beside.iter().map(|(lane, tiers)| scope.spawn(move || lanes.run(*lane, tiers, bro))).collect();
+        for tier in in_lane(Lane::Front) {
             run_one(tier.name(), &mut summary, || tier.run(&runner, &all))?;
         }
-        for (name, took, count) in computing.join().expect("it does not panic")? {
-            summary.add(&name, took, count);
+        for lane in beside {
+            for (name, took, count) in lane.join().expect("it does not panic")? {
+                summary.add(&name, took, count);
+            }
         }
         anyhow::Ok(())
     })?;
+    for tier in in_lane(Lane::Alone) {
+        run_one(tier.name(), &mut summary, || tier.run(&runner, &all))?;
+    }
     summary.close(args.quick)
 }
 
@@ -105,15 +111,15 @@ fn run_one(name: &str, summary: &mut Summary, tier: impl FnOnce() -> Result<Coun
 }
 
 /// Builds the binary under test. The optimised build has work for one processor most of its time, so `lint`, which needs no binary, runs
-/// beside it, and so does the build of all the tests where `all` are wanted: together they keep two processors busy, and no tier keeps
-/// another one waiting for its build later.
-fn build(chosen: &[&Tier], all: bool, summary: &mut Summary) -> Result<PathBuf> {
+/// beside it, and so does the build of all the tests where more than one tier is wanted: together they keep two processors busy, and no
+/// tier keeps another one waiting for its build later.
+fn build(chosen: &[&Tier], summary: &mut Summary) -> Result<PathBuf> {
     std::thread::scope(|scope| {
         let bro = scope.spawn(crate::program::installed_bro);
         if chosen.contains(&&Tier::Lint) {
             run_one(Tier::Lint.name(), summary, lint::run)?;
         }
-        if all {
+        if chosen.len() > 1 {
             // What does not build is a failure of the tier that needs it.
             crate::build::cargo()
                 .args(["test", "--workspace", "--no-run", "--quiet"])
@@ -128,6 +134,7 @@ impl Tier {
     fn run(&self, runner: &Runner, all: &[Self]) -> Result<Count> {
         match self {
             Self::Lint => lint::run(),
+            Self::Licences => licences::run(),
             Self::Logic => Ok(runner.run(&["--lib", "--bins"])? + runner.run(&["--doc"])?),
             Self::Suite { name, .. } => runner.suite(name, self.is_slow()),
             Self::Programs => programs::run(),

@@ -19,7 +19,7 @@ use crate::family::Family;
 use crate::in_flight::{InFlight, Note};
 use crate::inside::{Inside, Then};
 use crate::notification::{Answer, Call, Meant, Raw};
-use crate::options::Before;
+use crate::options::{self, Before};
 use crate::original::{self, Original};
 use crate::receiver::{self, Notifier, Receiver, Role};
 use crate::socket::{Place, Seen, look};
@@ -100,6 +100,40 @@ pub struct Agent<S> {
     record: InFlight,
     /// The last number that something in the store was given.
     last: u64,
+    flags: FlagLooks,
+}
+
+/// When to look whether a service has changed O_NONBLOCK of what it has adopted, which no call tells of: some set it a moment after listen(2), and later
+/// hardly one does.
+#[derive(Debug, Default)]
+struct FlagLooks {
+    next: Option<Instant>,
+    done: usize,
+}
+
+impl FlagLooks {
+    /// The times between looks.
+    const STEPS: [Duration; 4] = [
+        Duration::from_millis(20),
+        Duration::from_millis(200),
+        Duration::from_secs(2),
+        Duration::from_secs(20),
+    ];
+
+    /// Something was adopted.
+    fn begin(&mut self, now: Instant) {
+        *self = Self { next: Self::STEPS.first().map(|step| now + *step), done: 0 };
+    }
+
+    /// Is it time for a look?
+    fn is_due(&mut self, now: Instant) -> bool {
+        if self.next.is_none_or(|next| next > now) {
+            return false;
+        }
+        self.done += 1;
+        self.next = Self::STEPS.get(self.done).map(|step| now + *step);
+        true
+    }
 }
 
 /// Why there is no agent.
@@ -154,6 +188,7 @@ impl<S: Surroundings> Agent<S> {
             inside: Vec::new(),
             record,
             last: kept.iter().map(|(_, number, _)| *number).max().unwrap_or(0),
+            flags: FlagLooks::default(),
         };
         agent.take_over(kept);
         Ok(agent)
@@ -169,6 +204,9 @@ impl<S: Surroundings> Agent<S> {
         for (kind, number, descriptor) in kept {
             match kind {
                 Kind::Notifier(role) if receiver::tells_of_calls(&descriptor) => {
+                    if role == Role::Container {
+                        self.surroundings.tell(Event::Started);
+                    }
                     let notifier = Notifier { notify: descriptor, role };
                     self.notifiers.push(AnsweredNotifier {
                         number,
@@ -216,13 +254,22 @@ impl<S: Surroundings> Agent<S> {
             .filter(|answered| answered.notifier.role == Role::Container)
             .map(|answered| answered.number)
             .collect();
-        for Note { cookie, held, before } in self.record.notes() {
+        for Note { cookie, held, nonblocking, before } in self.record.notes() {
             if let Some(listener) = self.listeners.iter_mut().find(|listener| listener.seen.cookie == cookie)
             {
                 let by = if held { containers.clone() } else { Vec::new() };
+                let restored = if by.is_empty() {
+                    Ok(())
+                } else {
+                    options::set_nonblocking(listener.socket.as_fd(), nonblocking)
+                };
+                if let Err(error) = restored {
+                    tracing::warn!(%error, "O_NONBLOCK of an adopted socket may not be as its service has set it");
+                }
                 listener.state = ListenerState::Adopted { by, before };
             }
         }
+        self.flags.begin(Instant::now());
     }
 
     /// Only now: a call that was in flight may still see one as the service made it.
@@ -231,6 +278,7 @@ impl<S: Surroundings> Agent<S> {
             if !listener.is_held() {
                 continue;
             }
+            let _ours_already = self.surroundings.claim(index);
             let mut inside = None;
             for original in self.originals.iter_mut().filter(|original| original.listener == index) {
                 inside = original.open().err().or(inside);
@@ -301,14 +349,20 @@ impl<S: Surroundings> Agent<S> {
             if self.notifiers.len() < MOST_NOTIFIERS {
                 self.take_notifiers();
             }
+            if self.flags.is_due(Instant::now()) && self.has_adopted() {
+                self.note();
+            }
         }
     }
 
     /// Waits for something to do; each source once.
     fn wait(&mut self, stop: BorrowedFd<'_>) -> nix::Result<Vec<(ReadySource, PollFlags)>> {
         let now = Instant::now();
-        let mut rest: Option<Duration> =
-            self.receiver.until(now).map(|until| until.saturating_duration_since(now));
+        let mut rest: Option<Duration> = [self.receiver.until(now), self.flags.next]
+            .into_iter()
+            .flatten()
+            .min()
+            .map(|until| until.saturating_duration_since(now));
         let mut polled = vec![(ReadySource::Stop, PollFd::new(stop, PollFlags::POLLIN))];
         if self.notifiers.len() < MOST_NOTIFIERS {
             let receiver = self.receiver.polled().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -352,6 +406,29 @@ impl<S: Surroundings> Agent<S> {
             matches!((one, other), (ReadySource::Inside(one), ReadySource::Inside(other)) if one == other)
         });
         Ok(ready)
+    }
+
+    /// Duplicates of all that a successor in another process needs: what is in the store, by its name there. To be called when no call is being answered,
+    /// and to be followed by the end of this agent.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub fn bequeath(&self) -> io::Result<Vec<Stored>> {
+        let stored = |name: String, descriptor: BorrowedFd<'_>| {
+            Ok(Stored { name, descriptor: descriptor.try_clone_to_owned()? })
+        };
+        let record = std::iter::once(stored(RECORD.to_owned(), self.record.file()));
+        let notifiers = self.notifiers.iter().map(|answered| {
+            let name = Kind::Notifier(answered.notifier.role).name(answered.number);
+            stored(name, answered.notifier.notify.as_fd())
+        });
+        let originals =
+            self.originals.iter().map(|original| stored(original.name.clone(), original.socket.as_fd()));
+        let arriving = self
+            .receiver
+            .connections()
+            .map(|(number, connection)| stored(Kind::Arriving.name(number), connection));
+        record.chain(notifiers).chain(originals).chain(arriving).collect()
     }
 
     fn take_notifiers(&mut self) {
@@ -496,12 +573,16 @@ impl<S: Surroundings> Agent<S> {
         let Some(at) = self.notifiers.iter().position(|answered| answered.number == number) else { return };
         let answered = self.notifiers.remove(at);
         self.surroundings.forget(&Kind::Notifier(answered.notifier.role).name(number));
+        if answered.notifier.role == Role::Container {
+            self.surroundings.tell(Event::Stopped);
+        }
         for index in 0..self.listeners.len() {
             let Some(listener) = self.listeners.get_mut(index) else { continue };
             let ListenerState::Adopted { by, .. } = &mut listener.state else { continue };
             by.retain(|holder| *holder != number);
             if by.is_empty() {
                 self.release(index);
+                self.surroundings.unclaim(index);
                 self.surroundings.tell(Event::Ended { listener: index });
             }
         }
@@ -527,9 +608,12 @@ impl<S: Surroundings> Agent<S> {
     fn note(&mut self) {
         let note = |listener: &Adoptable| match &listener.state {
             ListenerState::Free => None,
-            ListenerState::Adopted { before, .. } => {
-                Some(Note { cookie: listener.seen.cookie, held: listener.is_held(), before: before.clone() })
-            }
+            ListenerState::Adopted { before, .. } => Some(Note {
+                cookie: listener.seen.cookie,
+                held: listener.is_held(),
+                nonblocking: options::is_nonblocking(listener.socket.as_fd()).unwrap_or(true),
+                before: before.clone(),
+            }),
         };
         let notes: Vec<Note> = self.listeners.iter().filter_map(note).collect();
         self.record.note(&notes);
@@ -542,6 +626,7 @@ impl<S: Surroundings> Agent<S> {
             && !by.contains(&number)
         {
             by.push(number);
+            self.flags.begin(Instant::now());
             self.note();
         }
     }

@@ -12,6 +12,7 @@
 pub mod agent;
 mod budget;
 mod caller;
+pub mod clients;
 mod epoll;
 pub mod family;
 pub mod health;

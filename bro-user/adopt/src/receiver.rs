@@ -123,6 +123,11 @@ impl Receiver {
         listener.into_iter().chain(arriving.map(|arriving| arriving.connection.as_fd()))
     }
 
+    /// The connections by which something is arriving, by their numbers.
+    pub fn connections(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>)> {
+        self.arriving.iter().map(|arriving| (arriving.number, arriving.connection.as_fd()))
+    }
+
     /// When to look again at the latest.
     #[must_use]
     pub fn until(&self, now: Instant) -> Option<Instant> {

@@ -13,6 +13,13 @@ pub trait Surroundings {
     fn store(&mut self, name: &str, descriptor: BorrowedFd<'_>, polled: bool);
     /// Keeps it no longer (FDSTOREREMOVE=1), and returns when that is so (BARRIER=1): a socket that is kept still has its address.
     fn forget(&mut self, name: &str);
+    /// May a service have this listener now? From a yes on nothing else accepts at it, until [`Surroundings::unclaim`]; its flags and options are the
+    /// service's.
+    fn claim(&mut self, _listener: usize) -> bool {
+        true
+    }
+    /// No service has it any more, and it is as it was.
+    fn unclaim(&mut self, _listener: usize) {}
     /// Something has happened.
     fn tell(&mut self, event: Event);
     /// A step is done. For tests, which end the agent there.
@@ -33,6 +40,8 @@ pub struct Stored {
 pub enum Event {
     /// A container's processes are answered from now on.
     Started,
+    /// Such a container has ended.
+    Stopped,
     /// A service has the listener: it is ready, and accepts its clients itself.
     Adopted {
         /// Which.
@@ -66,6 +75,9 @@ pub enum Event {
 /// Why a service keeps its own socket.
 #[derive(Debug, thiserror::Error)]
 pub enum Misfit {
+    /// [`Surroundings::claim`] says no.
+    #[error("the listener's clients are relayed already")]
+    Relayed,
     /// Nothing of [`crate::family::Family::choose`].
     #[error("its socket is of another family than the listener")]
     Family,

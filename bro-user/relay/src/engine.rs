@@ -13,10 +13,11 @@ mod arrival;
 mod congestion;
 mod connect;
 mod connections;
+pub mod datagrams;
 pub mod idle;
 mod introductions;
 pub mod lanes;
-mod listeners;
+pub mod listeners;
 pub mod protocol;
 pub mod report;
 pub mod socket_options;
@@ -28,8 +29,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use connect::PortQueue;
+use datagrams::Datagrams;
 use lanes::{OpenLanes, ServiceWatch};
-use listeners::{Accepting, Listeners, PerSource};
+use listeners::{Accepting, ListenerUse, Listeners, PerSource};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use slab::Slab;
@@ -82,8 +84,14 @@ pub struct Settings {
     pub idle_below: Option<Rate>,
     /// `--wake-ignore`
     pub wake_ignore: Vec<Trusted>,
+    /// `--flows-max`, as far as there are descriptors.
+    pub flows_max: usize,
+    /// `--flow-timeout`
+    pub flow_timeout: Duration,
     /// Whether a refused connection means “not ready yet” (every `--ready` but `none`).
     pub hold_refused: bool,
+    /// `--adopt`: each listener is left alone until [`Plain::Use`] says otherwise.
+    pub adopts: bool,
 }
 
 /// The engine's state.
@@ -97,6 +105,8 @@ pub struct Engine {
     connections: Slab<Connection>,
     /// How many of them are in each stage.
     census: Census,
+    /// What stands beside connections for datagrams.
+    datagrams: Datagrams,
     /// Connections that are not ignored (`--idle-ignore`).
     keeping: usize,
     per_source: PerSource,
@@ -149,11 +159,14 @@ impl Engine {
         let pipes = settings.pipes;
         let tallies = vec![Tally::default(); listeners.len()];
         let answers = answers::Answers::new(settings.user_timeout);
+        let per_source = settings.connections_per_source;
+        let datagrams = Datagrams::new(settings.flows_max, per_source, settings.flow_timeout);
         Ok(Self {
-            per_source: PerSource::new(settings.connections_per_source),
+            per_source: PerSource::new(per_source),
+            datagrams,
+            listeners: Listeners::new(listeners, settings.adopts),
             settings,
             epoll,
-            listeners: Listeners::new(listeners),
             draining: false,
             targets: Targets::asleep(targets),
             connections: Slab::new(),
@@ -194,7 +207,11 @@ impl Engine {
                     Token::Connection { index, generation, side } => {
                         self.connection_event(index, generation, side, event.events());
                     }
-                    Token::Listener(index) => self.accept_some(index)?,
+                    Token::Listener(index) if self.listeners.takes_datagrams(index) => {
+                        self.receive_datagrams(index);
+                    }
+                    Token::Listener(index) => self.client_waits(index)?,
+                    Token::Flow { index, generation } => self.flow_event(index, generation),
                     Token::Agent(target) => self.agent_answered(target),
                     Token::Kernel => self.kernel_events(),
                     Token::Mailbox => {
@@ -235,6 +252,9 @@ impl Engine {
         if let Some(span) = self.answers.patience().filter(|_| !self.connections.is_empty()) {
             at_most(span);
         }
+        if let Some(span) = self.flow_patience() {
+            at_most(span);
+        }
         if let Accepting::BackingOff { until, .. } = self.listeners.accepting() {
             at_most(until.saturating_duration_since(Instant::now()));
         }
@@ -247,6 +267,7 @@ impl Engine {
     /// Everything that is due by the clock.
     fn tick(&mut self) -> anyhow::Result<()> {
         self.look_at_aborts();
+        self.expire_flows();
         for (index, side) in self.answers.look(&mut self.connections) {
             self.finish(index, End::Vanished(side));
         }
@@ -306,6 +327,7 @@ impl Engine {
                         Plain::Start => self.set_accepting(Accepting::Open)?,
                         Plain::Stop => return Ok(false),
                         Plain::Watch(watch) => self.watch(watch),
+                        Plain::Use { listener, how } => self.use_so(listener, how)?,
                         Plain::Failed { target, end } => self.target_failed(target, end),
                         Plain::Gone { target } => self.target_gone(target),
                         Plain::Knocked { target, runs } => self.knocked(target, runs),
@@ -324,7 +346,8 @@ impl Engine {
                         Plain::Wake(by) => self.wake_by_hand(&by),
                         Plain::Ping => self.outbox.tell(&EngineEvent::Pong),
                         Plain::Report => {
-                            let figures = report::figures(&self.connections, self.tallies.clone());
+                            let mut figures = report::figures(&self.connections, self.tallies.clone());
+                            self.add_flows(&mut figures);
                             self.outbox.tell_figures(figures);
                         }
                     },
@@ -341,8 +364,27 @@ impl Engine {
             lanes.unwatch_all(&self.listeners);
         }
         self.outbox.tell(&EngineEvent::Draining(why));
-        if self.connections.is_empty() {
-            self.outbox.tell(&EngineEvent::Drained);
+        self.tell_if_drained();
+        Ok(())
+    }
+
+    /// A listener has a client.
+    fn client_waits(&mut self, listener: usize) -> anyhow::Result<()> {
+        match self.listeners.used(listener) {
+            ListenerUse::Relay => self.accept_some(listener),
+            ListenerUse::WakeOnly => {
+                self.listeners.set_use(&self.epoll, listener, ListenerUse::LeaveAlone)?;
+                self.outbox.tell(&EngineEvent::Waits { listener });
+                Ok(())
+            }
+            // The event was in the same batch as what the control process says.
+            ListenerUse::LeaveAlone => Ok(()),
+        }
+    }
+
+    fn use_so(&mut self, listener: usize, how: ListenerUse) -> anyhow::Result<()> {
+        if self.listeners.set_use(&self.epoll, listener, how)? {
+            self.outbox.tell(&EngineEvent::Uses { listener, how });
         }
         Ok(())
     }
@@ -379,5 +421,6 @@ impl Engine {
         for index in indices {
             self.finish(index, end);
         }
+        self.end_flows();
     }
 }

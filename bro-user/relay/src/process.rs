@@ -15,7 +15,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
 
 use crate::engine::{Engine, Settings, protocol};
-use crate::listener::Listener;
+use crate::listener::{Kind, Listener};
 use crate::sandbox;
 use crate::stats::Stats;
 use crate::sys::{self, AddressBook};
@@ -35,7 +35,7 @@ pub struct Process {
 }
 
 /// Starts the relay process for `listeners`, each with the index of its target in `targets`. Returns the channel to it as well. To
-/// be called while this process has a single thread. `private` is open here, and not there.
+/// be called while this process has a single thread. What is `private` is open here, and not there.
 ///
 /// # Errors
 /// When no other process can be made.
@@ -45,7 +45,7 @@ pub fn start(
     targets: &[Target],
     addresses: &mut AddressBook,
     stats: &Arc<Stats>,
-    private: Option<BorrowedFd<'_>>,
+    private: &[BorrowedFd<'_>],
     log: Log,
 ) -> anyhow::Result<(Process, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -59,8 +59,8 @@ pub fn start(
         }
         None => {
             drop(ours);
-            if let Some(private) = private {
-                sys::close_in_child(private);
+            for private in private {
+                sys::close_in_child(*private);
             }
             let _logging = log();
             let served = serve(parent, settings, listeners, targets, addresses, stats.clone(), theirs);
@@ -98,6 +98,7 @@ fn serve(
     }
     prctl::set_name(c"bro-relay")?;
     let (listeners, numbers) = in_a_row(listeners)?;
+    let datagrams = listeners.iter().any(|(listener, _)| listener.kind == Kind::Datagram);
     let addresses = addresses.for_relay();
     let addresses = addresses.inspect_err(|error| tracing::debug!(%error, "the agents connect")).ok();
     let place = addresses.as_ref().map(AddressBook::place);
@@ -106,9 +107,9 @@ fn serve(
     let engine = Engine::new(settings.clone(), listeners, names, addresses, stats, ends)?;
     let ports = targets.iter().filter_map(|target| match target {
         Target::Tcp { port, .. } => Some(*port),
-        Target::Unix(_) | Target::Abstract(_) => None,
+        Target::Udp { .. } | Target::Unix(_) | Target::Abstract(_) => None,
     });
-    for missing in sandbox::enter(place, ports, numbers, settings.binds)? {
+    for missing in sandbox::enter(place, ports, numbers, settings.binds, datagrams)? {
         tracing::info!("the relay process runs without a part of its sandbox: {missing}");
     }
     engine.run()

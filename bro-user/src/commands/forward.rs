@@ -1,9 +1,10 @@
 //! `bro forward`: one forwarder, from the sockets that it gets to its exit. The control process: it starts the engine in a process of
 //! its own, wakes targets when the engine asks, and listens to systemd, signals and clocks.
 //!
-//! Its parts: the life cycle of the service (`lifecycle.rs`), the data plane (`data_plane.rs`), reload (`reload.rs`), what callers
-//! ask (`requests.rs`); `control.rs` is the loop that hears of everything, and gives it to the part that it is for.
+//! Its parts: the life cycle of the service (`lifecycle.rs`), the data plane (`data_plane.rs`), sockets that the service has itself
+//! (`adoption.rs`), reload (`reload.rs`), what callers ask (`requests.rs`); `control.rs` is the loop that hears of everything, and gives it to the part that it is for.
 
+pub mod adoption;
 pub mod freeze;
 pub mod handover;
 pub mod inhibit;
@@ -23,8 +24,10 @@ mod target_state;
 mod waiting;
 mod wake;
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use adoption::{Adoption, Reserved};
 use control::Control;
 use data_plane::{DataPlane, RelayProcess};
 use handover::{Predecessor, Program};
@@ -54,14 +57,16 @@ pub fn run(
     // A predecessor speaks for the service until this process has taken over.
     notify::mute(predecessor.is_some());
     let program = Program::own()?;
-    let routes = Routes::of(options, listen_fds::listeners(passed?, &options.listen)?)?;
+    let (reserved, passed) = adoption::take(options.adopt, passed?)?;
+    let routes = Routes::of(options, listen_fds::listeners(passed, &options.listen, options.adopt)?)?;
     settings::check(options, &routes.targets)?;
     let local_clients = settings::local_clients(options)?;
-    let settings = settings::engine(options);
+    let settings = settings::engine(options, &routes.listeners);
     let limit = waiting::Limit::new(options.connections_max, settings.connections_max);
     // Before the first thread.
-    let private = predecessor.as_ref().map(Predecessor::descriptor);
-    let relay = RelayProcess::fork(&settings, &routes, private)?;
+    let mut private: Vec<BorrowedFd<'_>> = predecessor.iter().map(Predecessor::descriptor).collect();
+    private.extend(reserved.iter().flat_map(Reserved::descriptors));
+    let relay = RelayProcess::fork(&settings, &routes, &private)?;
     // After that fork: the relay process may have neither the channel to the agent nor what a predecessor has left.
     let agent = SpareAgent::fork();
     let bequest = predecessor.as_ref().and_then(Predecessor::bequest);
@@ -76,11 +81,13 @@ pub fn run(
         }
         let keep_awake = KeepAwake::of(&options.idle.keep_awake).await?;
         let plane = DataPlane::start(options, relay, local_clients, bequest)?;
+        let adoption = reserved.map(|reserved| Adoption::new(reserved, &listeners, &targets, &plane));
+        let adoption = adoption.transpose()?;
         let life = Lifecycle::new(options, targets, Arc::new(starter), keep_awake, &plane);
         let reload = Reload::new(program, &listeners);
         // A predecessor, if there is one, still listens for requests for metrics.
         let endpoint = options.metrics.as_ref().filter(|_| predecessor.is_none());
         let requests = Requests::start(endpoint.map(metrics::MetricsServer::start).transpose()?);
-        Control::new(options, life, plane, reload, requests, limit).run(predecessor).await
+        Control::new(options, life, plane, adoption, reload, requests, limit).run(predecessor).await
     })
 }

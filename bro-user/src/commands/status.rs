@@ -5,17 +5,19 @@ pub(crate) mod list;
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bro_relay::stats::Tally;
 use serde::{Deserialize, Serialize};
 
+use crate::commands::forward::adoption::FallbackKind;
 use crate::control_socket::{self, Request};
 use crate::exit::{self, Failure};
 use crate::ledger::Own;
 use crate::service::failed_wake::FailedWake;
 use crate::service::wakes::Rhythm;
 use crate::systemd::scope::RuntimeScope;
+use crate::systemd::time_span;
 
 /// What a forwarder says of itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -189,8 +191,54 @@ pub struct ListenerReport {
     /// How the service sees them there, since it was last woken: “by their own addresses”, say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seen: Option<String>,
-    /// Its figures.
+    /// Who accepts its clients (`--adopt`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adoption: Option<AdoptionReport>,
+    /// Its figures, of the clients that were accepted here.
     pub tally: Tally,
+}
+
+/// Who accepts a socket's clients, where the service is to do so itself (`--adopt`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum AdoptionReport {
+    /// Nothing yet: it waits for the service's first client.
+    Waiting,
+    /// The service.
+    Adopted {
+        /// Since when, in seconds since 1970.
+        since: u64,
+        /// How many clients are connected, or wait to be accepted by it.
+        connections: u64,
+    },
+    /// The forwarder, until the container ends.
+    Relayed {
+        /// Why, in a word.
+        reason: FallbackKind,
+        /// Why.
+        why: String,
+    },
+    /// Nothing: the socket is broken.
+    Broken {
+        /// What is wrong, and what to do.
+        why: String,
+    },
+}
+
+impl std::fmt::Display for AdoptionReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Waiting => f.write_str("adopted by the service when that listens"),
+            Self::Adopted { since, connections } => {
+                let since = SystemTime::UNIX_EPOCH + Duration::from_secs(*since);
+                let ago = SystemTime::now().duration_since(since).unwrap_or_default();
+                let plural = if *connections == 1 { "" } else { "s" };
+                write!(f, "adopted since {}, {connections} connection{plural} now", time_span::roughly(ago))
+            }
+            Self::Relayed { why, .. } => write!(f, "relayed, not adopted: {why}"),
+            Self::Broken { why } => write!(f, "of no use: {why}"),
+        }
+    }
 }
 
 /// Runs `bro status`.
@@ -310,6 +358,9 @@ pub(crate) fn describe(reports: &[Report]) -> String {
         writeln!(text, "  relay {}{reason}, up {} s", report.relay.name, report.uptime_s).ok();
         for listener in &report.listeners {
             writeln!(text, "  {} {} -> {}", listener.name, listener.address, listener.target).ok();
+            if let Some(adoption) = &listener.adoption {
+                writeln!(text, "    {adoption}").ok();
+            }
             if let Some(seen) = &listener.seen {
                 writeln!(text, "    the service sees clients {seen}").ok();
             }
@@ -336,6 +387,28 @@ fn figures(text: &mut String, tally: &Tally) {
         tally.kernel, tally.spliced, tally.copied, tally.passes, tally.grants
     )
     .ok();
+    let datagrams = &tally.datagrams;
+    if datagrams.is_empty() {
+        return;
+    }
+    writeln!(
+        text,
+        "    flows {} open, {} held, {} in all, {} made room for others",
+        datagrams.open, datagrams.held, datagrams.flows, datagrams.evicted
+    )
+    .ok();
+    let dropped: String = datagrams
+        .dropped
+        .each()
+        .filter(|(_, count)| *count > 0)
+        .map(|(why, count)| format!(", {count} dropped ({why})"))
+        .collect();
+    writeln!(
+        text,
+        "    datagrams {} to the service, {} to clients{dropped}",
+        datagrams.to_service.datagrams, datagrams.to_clients.datagrams
+    )
+    .ok();
 }
 
 #[cfg(test)]
@@ -344,7 +417,8 @@ mod tests {
 
     #[test]
     fn describes_what_it_reads() {
-        let tally = Tally { accepted: 3, open: 1, kernel: 7, ..Tally::default() };
+        let mut tally = Tally { accepted: 3, open: 1, kernel: 7, ..Tally::default() };
+        tally.datagrams.dropped.add(bro_relay::flows::Dropped::Queue, 2);
         let report = Report {
             pid: 7,
             version: "0".into(),
@@ -365,6 +439,10 @@ mod tests {
                 address: "[::]:80".into(),
                 target: "127.0.0.1:80".into(),
                 seen: None,
+                adoption: Some(AdoptionReport::Relayed {
+                    reason: FallbackKind::Family,
+                    why: "no fit".into(),
+                }),
                 tally: tally.clone(),
             }],
             total: tally,
@@ -379,6 +457,8 @@ mod tests {
         let text = describe(&[report]);
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");
         assert!(text.contains("bytes 7 kernel"), "{text}");
+        assert!(text.contains("\n    relayed, not adopted: no fit\n"), "{text}");
+        assert!(text.contains("datagrams 0 to the service, 0 to clients, 2 dropped (queue)"), "{text}");
         assert!(
             text.contains("d ago, of 127.0.0.1:80: no image")
                 || text.contains("h ago, of 127.0.0.1:80: no image"),

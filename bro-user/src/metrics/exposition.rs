@@ -11,9 +11,11 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::commands::status::ServiceState;
+use crate::commands::forward::adoption::FallbackKind;
 use crate::commands::status::list::ListedService;
+use crate::commands::status::{AdoptionReport, ServiceState};
 use crate::ledger::Counts;
+use bro_relay::flows::Amounts;
 use bro_relay::stats::{Tally, Times};
 
 /// What the metrics tell of one service.
@@ -32,6 +34,8 @@ pub(crate) struct Exposed {
     replaced: u64,
     /// The present state, by socket.
     now: Vec<(String, Tally)>,
+    /// The sockets that the service has itself, and how many clients each has.
+    adopted: Vec<(String, u64)>,
     counts: Counts,
 }
 
@@ -44,7 +48,12 @@ impl Exposed {
                 None => now.push((listener.name.clone(), listener.tally.clone())),
             }
         }
-        let told: u64 = now.iter().map(|(_, tally)| tally.open).sum();
+        let listeners = service.forwarders.iter().flat_map(|report| &report.listeners);
+        let adopted = listeners.filter_map(|listener| match listener.adoption {
+            Some(AdoptionReport::Adopted { connections, .. }) => Some((listener.name.clone(), connections)),
+            _ => None,
+        });
+        let told: u64 = now.iter().map(|(_, tally)| tally.guests()).sum();
         // The same name as a forwarder of it gives itself, and none with a process' number in it.
         let own = || service.forwarders.iter().find_map(|report| report.service.as_deref());
         let name = service.unit.as_deref().or_else(own).unwrap_or(NAMELESS);
@@ -61,6 +70,7 @@ impl Exposed {
             waiting: service.waiting.as_ref().map_or(0, |waiting| waiting.clients),
             forwarders: forwarders.collect(),
             replaced: service.connections.saturating_sub(told),
+            adopted: adopted.collect(),
             now,
             counts: service.counts.clone(),
         }
@@ -155,8 +165,18 @@ fn counted(exposed: &Exposed, take: Take<'_>, number: fn(&Tally) -> u64) -> fmt:
     listeners.iter().try_for_each(|(name, tally)| take(&[("listener", name)], number(tally)))
 }
 
+/// One number of each way that datagrams go.
+fn ways(exposed: &Exposed, take: Take<'_>, number: fn(&Amounts) -> u64) -> fmt::Result {
+    exposed.counts.listeners.iter().try_for_each(|(name, tally)| {
+        let ways = [("to_service", tally.datagrams.to_service), ("to_client", tally.datagrams.to_clients)];
+        ways.into_iter().try_for_each(|(direction, amounts)| {
+            take(&[("listener", name), ("direction", direction)], number(&amounts))
+        })
+    })
+}
+
 /// All but the histogram, and the forwarders' versions.
-const FAMILIES: [MetricFamily; 21] = [
+const FAMILIES: [MetricFamily; 31] = [
     MetricFamily {
         name: "bro_service_state",
         unit: None,
@@ -280,6 +300,53 @@ const FAMILIES: [MetricFamily; 21] = [
         samples: |exposed, take| counted(exposed, take, |tally| tally.grants),
     },
     MetricFamily {
+        name: "bro_flows",
+        unit: None,
+        kind: MetricType::Gauge,
+        help: "Clients' flows of datagrams now, held ones included",
+        samples: |exposed, take| now(exposed, take, |tally| tally.datagrams.open),
+    },
+    MetricFamily {
+        name: "bro_flows_opened",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Flows of datagrams that have begun",
+        samples: |exposed, take| counted(exposed, take, |tally| tally.datagrams.flows),
+    },
+    MetricFamily {
+        name: "bro_flows_evicted",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Flows that made room for another one (--flows-max, --connections-per-source)",
+        samples: |exposed, take| counted(exposed, take, |tally| tally.datagrams.evicted),
+    },
+    MetricFamily {
+        name: "bro_datagrams",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Datagrams passed on, by where they went",
+        samples: |exposed, take| ways(exposed, take, |amounts| amounts.datagrams),
+    },
+    MetricFamily {
+        name: "bro_datagram",
+        unit: Some(Unit::Bytes),
+        kind: MetricType::Counter,
+        help: "Bytes in datagrams that were passed on, by where they went",
+        samples: |exposed, take| ways(exposed, take, |amounts| amounts.bytes),
+    },
+    MetricFamily {
+        name: "bro_datagrams_dropped",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Datagrams that could not be passed on, by why",
+        samples: |exposed, take| {
+            exposed.counts.listeners.iter().try_for_each(|(name, tally)| {
+                let mut each = tally.datagrams.dropped.each();
+                each.try_for_each(|(reason, count)| take(&[("listener", name), ("reason", reason)], count))
+            })
+        },
+    },
+    MetricFamily {
         name: "bro_cold_starts",
         unit: None,
         kind: MetricType::Counter,
@@ -332,6 +399,41 @@ const FAMILIES: [MetricFamily; 21] = [
         samples: |exposed, take| {
             take(&[("result", "done")], exposed.counts.reloads)?;
             take(&[("result", "failed")], exposed.counts.failed_reloads)
+        },
+    },
+    MetricFamily {
+        name: "bro_adopted_listeners",
+        unit: None,
+        kind: MetricType::Gauge,
+        help: "Sockets at which the service accepts its clients itself now (--adopt)",
+        samples: |exposed, take| take(&[], exposed.adopted.len() as u64),
+    },
+    MetricFamily {
+        name: "bro_adopted_connections",
+        unit: None,
+        kind: MetricType::Gauge,
+        help: "Clients of such a socket at the last look, those that wait to be accepted included",
+        samples: |exposed, take| {
+            exposed.adopted.iter().try_for_each(|(name, clients)| take(&[("listener", name)], *clients))
+        },
+    },
+    MetricFamily {
+        name: "bro_adoptions",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Times a service got a socket of its forwarder's",
+        samples: |exposed, take| take(&[], exposed.counts.adoptions),
+    },
+    MetricFamily {
+        name: "bro_adoption_fallbacks",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Times a socket that was to be adopted was relayed, by the reason",
+        samples: |exposed, take| {
+            FallbackKind::ALL.iter().try_for_each(|(kind, word)| {
+                let count = exposed.counts.fallbacks.get(kind).copied();
+                take(&[("reason", word)], count.unwrap_or(0))
+            })
         },
     },
     MetricFamily {
@@ -468,6 +570,7 @@ mod tests {
             now: vec![("http".into(), tally.clone())],
             counts: Counts { idle_stops: 5, ..Counts::default() }.with([("http", &tally)]),
             failed_wake: Some(8),
+            adopted: vec![("http".into(), 14)],
             ..Exposed::of(&service)
         }
     }
@@ -496,6 +599,9 @@ mod tests {
             r#"bro_cold_start_duration_seconds_sum{service="web",listener="http"} 0.3"#,
             r#"bro_forwarder_info{service="web",version="0.1",relay="splice"} 1"#,
             r#"bro_waiting_clients{service="web"} 2"#,
+            r#"bro_adopted_listeners{service="web"} 1"#,
+            r#"bro_adopted_connections{service="web",listener="http"} 14"#,
+            r#"bro_adoption_fallbacks_total{service="web",reason="family"} 0"#,
         ] {
             assert!(text.lines().any(|other| other == line), "{line} is not in\n{text}");
         }

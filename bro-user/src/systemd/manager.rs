@@ -72,6 +72,7 @@ trait Systemd {
     fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
     fn reload(&self) -> zbus::Result<()>;
     fn enable_unit_files(&self, files: &[&str], runtime: bool, force: bool) -> zbus::Result<(bool, Links)>;
+    fn clean_unit(&self, name: &str, mask: &[&str]) -> zbus::Result<()>;
     fn disable_unit_files(&self, files: &[&str], runtime: bool) -> zbus::Result<Links>;
     fn get_unit_file_state(&self, file: &str) -> zbus::Result<String>;
     fn list_units_by_patterns(&self, states: &[&str], patterns: &[&str]) -> zbus::Result<Vec<Listed>>;

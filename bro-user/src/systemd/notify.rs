@@ -1,8 +1,10 @@
 //! What the service manager hears of a forwarder (sd_notify(3)): ready, status, still alive, stopping, needs more time.
 
-use std::time::Duration;
-
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
 
 use sd_notify::NotifyState;
 
@@ -35,6 +37,51 @@ fn tell_abstract(name: &str, states: &[NotifyState<'_>]) -> std::io::Result<()> 
     let message: String = states.iter().map(|state| format!("{state}\n")).collect();
     let socket = std::os::unix::net::UnixDatagram::unbound()?;
     socket.send_to_addr(message.as_bytes(), &address).map(drop)
+}
+
+/// How long the service manager may take to have done what was asked before a barrier.
+const BARRIER: Duration = Duration::from_secs(5);
+
+/// Has the service manager keep a descriptor beyond this process's end (FDSTORE=1), under this name; `polled`: it is dropped once it polls as hung up.
+pub fn store(name: &str, descriptor: BorrowedFd<'_>, polled: bool) {
+    let poll = if polled { "" } else { "FDPOLL=0\n" };
+    if let Err(error) = send(&format!("FDSTORE=1\nFDNAME={name}\n{poll}"), &[descriptor]) {
+        tracing::warn!(%error, name, "the service manager does not keep a descriptor: a crash of this process would lose it");
+    }
+}
+
+/// Has it kept no longer (FDSTOREREMOVE=1), and waits until that is so: a socket that is kept still has its address.
+pub fn forget(name: &str) {
+    let told = send(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), &[]);
+    if let Err(error) = told.and_then(|()| barrier()) {
+        tracing::debug!(%error, name, "the service manager may keep a descriptor still");
+    }
+}
+
+/// Waits until the service manager has dealt with all that it was told (sd_notify_barrier(3)): it closes the descriptor then.
+fn barrier() -> io::Result<()> {
+    use std::io::Read as _;
+    if std::env::var_os("NOTIFY_SOCKET").is_none() {
+        return Ok(());
+    }
+    let (ours, theirs) = UnixStream::pair()?;
+    send("BARRIER=1\n", &[theirs.as_fd()])?;
+    drop(theirs);
+    ours.set_read_timeout(Some(BARRIER))?;
+    (&ours).read(&mut [0]).map(drop)
+}
+
+/// Sends with descriptors, which the library does not know how to send to an abstract socket; nothing where there is no service manager. Unlike
+/// [`tell`] it is never mute: whoever has the container's descriptors is the service's main process.
+fn send(message: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    use std::os::linux::net::SocketAddrExt as _;
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
+    let socket = UnixDatagram::unbound()?;
+    match name.to_str().and_then(|name| name.strip_prefix('@')) {
+        Some(name) => socket.connect_addr(&std::os::unix::net::SocketAddr::from_abstract_name(name)?)?,
+        None => socket.connect(&name)?,
+    }
+    bro_relay::sys::send_with_descriptors(socket.as_fd(), message.as_bytes(), descriptors)
 }
 
 /// Clients are accepted from now on.

@@ -3,6 +3,7 @@
 //! - `adopt agent TARGET... -- NAME...`: an agent; descriptor 3 is the seccomp socket, then the listeners, then what was stored
 //! - `adopt run PATH PROGRAM ARGS`: becomes PROGRAM in namespaces of its own and under the filter, as an OCI runtime makes a container
 //! - `adopt executed PID PATH PROGRAM ARGS`: the same in the namespaces of PID, as `podman exec` does
+//! - `adopt joined PID PATH PROGRAM ARGS`: as `run`, in the network namespace of PID
 //! - `adopt serve KIND PLACE`: a small service that says to each client what address it has, and on its output what happens
 //! - `adopt ask ADDRESS`: connects, and prints what it is told
 
@@ -33,7 +34,15 @@ fn main() -> Result<()> {
     match words[..] {
         ["agent", ref rest @ ..] => agent(rest),
         ["run", path, program, ref rest @ ..] => run(path, program, rest),
-        ["executed", pid, path, program, ref rest @ ..] => executed(pid, path, program, rest),
+        ["executed", pid, path, program, ref rest @ ..] => {
+            join(pid)?;
+            become_notified(path, "running", program, rest)
+        }
+        ["joined", pid, path, program, ref rest @ ..] => {
+            join(pid)?;
+            set_pdeathsig(Signal::SIGKILL)?;
+            become_notified(path, "creating", program, rest)
+        }
         ["serve", kind, place] => serve(kind, place),
         ["ask", address] => {
             let mut said = String::new();
@@ -149,12 +158,15 @@ fn run(path: &str, program: &str, arguments: &[&str]) -> Result<()> {
     become_notified(path, "creating", program, arguments)
 }
 
-fn executed(pid: &str, path: &str, program: &str, arguments: &[&str]) -> Result<()> {
-    let open = |name: &str| std::fs::File::open(format!("/proc/{pid}/ns/{name}"));
-    let (user, net) = (open("user")?, open("net")?);
-    setns(user, CloneFlags::CLONE_NEWUSER)?;
-    setns(net, CloneFlags::CLONE_NEWNET)?;
-    become_notified(path, "running", program, arguments)
+/// Enters that process's namespaces.
+fn join(pid: &str) -> Result<()> {
+    let path = |of: &str, name: &str| format!("/proc/{of}/ns/{name}");
+    let (user, net) = (std::fs::File::open(path(pid, "user"))?, std::fs::File::open(path(pid, "net"))?);
+    // The own one cannot be entered.
+    if std::fs::read_link(path(pid, "user"))? != std::fs::read_link(path("self", "user"))? {
+        setns(user, CloneFlags::CLONE_NEWUSER)?;
+    }
+    Ok(setns(net, CloneFlags::CLONE_NEWNET)?)
 }
 
 fn bound(place: &str, flags: SockFlag) -> Result<OwnedFd> {
@@ -204,6 +216,7 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "plain" => plain(place),
         "epoll" | "epoll-edge" => watched(place, kind == "epoll-edge"),
         "workers" => workers(place),
+        "slow" => slow(place),
         "shut" => shut(place),
         "options" => options(place),
         "lies" => lies(place),
@@ -224,6 +237,19 @@ fn plain(place: &str) -> Result<()> {
     loop {
         greet(&taken(listener.as_fd())?)?;
     }
+}
+
+/// Takes one client, and answers it when it is told to.
+fn slow(place: &str) -> Result<()> {
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    listen(&listener, Backlog::new(16)?)?;
+    let client = taken(listener.as_fd())?;
+    say("accepted")?;
+    drop(std::io::stdin().lock().lines().next().transpose()?);
+    greet(&client)?;
+    drop(client);
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
 }
 
 /// Two processes that listen at a socket which their parent has bound.

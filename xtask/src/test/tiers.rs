@@ -1,4 +1,4 @@
-//! The tiers: what they are called, what they need, which of them are slow, and which only compute.
+//! The tiers: what they are called, what they need, which of them are slow, and in which lane each runs.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,10 @@ use crate::build::workspace;
 /// One step of the run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Tier {
-    /// Format, clippy, docs, licences.
+    /// Format, clippy, docs, and the checks of this task's own.
     Lint,
+    /// The licences and sources of what the project depends on.
+    Licences,
     /// What needs nothing but the compiler: unit tests, property tests and models.
     Logic,
     /// A file of integration tests of a package.
@@ -33,10 +35,24 @@ const SLOW: &[&str] = &["emulator", "host", "million", "slow", "vm"];
 /// Run only when named: they take minutes, and emulated processors bear no neighbours.
 const BY_NAME: &[&str] = &["emulator", "million"];
 
+/// Tiers that run one after another. The lanes run side by side: each waits for something most of its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// In this process, with its output as it comes: the tests whose deadlines are short.
+    Front,
+    /// Whole hosts, which wait for systemd and containers.
+    Hosts,
+    /// When the other lanes have ended: a machine with emulated processors, in which there are deadlines. Beside a host it missed them.
+    Alone,
+    /// What computes, and neither measures nor minds how long that takes: at a low priority.
+    Computing,
+}
+
 impl Tier {
     pub fn name(&self) -> &str {
         match self {
             Self::Lint => "lint",
+            Self::Licences => "licences",
             Self::Logic => "logic",
             Self::Suite { name, .. } => name,
             Self::Programs => "kernel-programs",
@@ -52,7 +68,8 @@ impl Tier {
     /// Its line of the list: what it is called, what it needs and how long it takes.
     pub fn described(&self) -> Result<String> {
         let (needs, takes) = match self {
-            Self::Lint => ("cargo-deny".into(), "a minute".into()),
+            Self::Lint => ("rustfmt, clippy".into(), "a minute".into()),
+            Self::Licences => ("cargo-deny".into(), "a second".into()),
             Self::Logic => ("the compiler".into(), "a minute".into()),
             Self::Programs => ("a compiler with library source, bpf-linker".into(), "a minute".into()),
             Self::Fuzz => ("g++, cargo-fuzz".into(), "4 min".into()),
@@ -74,15 +91,17 @@ impl Tier {
         match self {
             Self::Suite { name, .. } => SLOW.iter().any(|slow| name.starts_with(slow)),
             Self::Programs | Self::Fuzz | Self::OrdinaryUser => true,
-            Self::Lint | Self::Logic => false,
+            Self::Lint | Self::Licences | Self::Logic => false,
         }
     }
 
-    /// Whether it computes, and neither measures nor minds how long that takes.
-    pub fn computes(&self) -> bool {
+    /// Where it runs.
+    pub fn lane(&self) -> Lane {
         match self {
-            Self::Programs | Self::Fuzz => true,
-            Self::Lint | Self::Logic | Self::Suite { .. } | Self::OrdinaryUser => false,
+            Self::Licences | Self::Programs | Self::Fuzz => Lane::Computing,
+            Self::Suite { name, .. } if name.starts_with("host") => Lane::Hosts,
+            Self::Suite { name, .. } if name == "vm" => Lane::Alone,
+            Self::Lint | Self::Logic | Self::Suite { .. } | Self::OrdinaryUser => Lane::Front,
         }
     }
 
@@ -93,7 +112,7 @@ impl Tier {
             suites.extend(suites_in(&workspace().join(folder))?.into_iter().map(|name| (package, name)));
         }
         suites.sort_by(|a, b| a.1.cmp(&b.1));
-        let mut tiers = vec![Self::Lint, Self::Logic, Self::Programs, Self::Fuzz];
+        let mut tiers = vec![Self::Lint, Self::Licences, Self::Logic, Self::Programs, Self::Fuzz];
         tiers.extend(suites.into_iter().map(|(package, name)| Self::Suite { package, name }));
         if nix::unistd::geteuid().is_root() {
             tiers.push(Self::OrdinaryUser);
@@ -146,7 +165,7 @@ impl Header {
 
 #[cfg(test)]
 mod tests {
-    use super::{Header, Tier};
+    use super::{Header, Lane, Tier};
 
     #[test]
     fn a_suite_says_at_its_top_what_it_needs_and_how_long_it_takes() {
@@ -158,9 +177,9 @@ mod tests {
     }
 
     #[test]
-    fn what_runs_behind_the_others_is_slow() {
+    fn a_quick_run_boots_no_host() {
         for tier in Tier::all().expect("the suites can be listed") {
-            assert!(!tier.computes() || tier.is_slow(), "{}", tier.name());
+            assert!(tier.lane() != Lane::Hosts || tier.is_slow(), "{}", tier.name());
         }
     }
 }

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use nix::libc;
 
-use super::{Agent, ListenerState};
+use super::{Adoptable, Agent, ListenerState};
 use crate::caller::Caller;
 use crate::family::Family;
 use crate::notification::{Answer, Raw};
@@ -32,7 +32,14 @@ impl<S: Surroundings> Agent<S> {
             Some(Ok(index)) => index,
         };
         let number = (number, by);
-        match self.adopt(index, caller, number, socket, (place, seen)) {
+        if !self.surroundings.claim(index) {
+            return Some(self.not_adopted(index, Misfit::Relayed));
+        }
+        let adopted = self.adopt(index, caller, number, socket, (place, seen));
+        if adopted.is_err() && !self.listeners.get(index).is_some_and(Adoptable::is_held) {
+            self.surroundings.unclaim(index);
+        }
+        match adopted {
             Ok(()) => Some(Answer::Done),
             // The call was interrupted, and comes again.
             Err(Misfit::Replacing(error)) if error.raw_os_error() == Some(libc::ENOENT) => None,

@@ -2,15 +2,16 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::SockaddrStorage;
+use serde::{Deserialize, Serialize};
 
 use super::accept_batch::AcceptBatch;
 use super::token::Token;
-use crate::listener::Listener;
+use crate::listener::{Kind, Listener};
 use crate::peer::Source;
 
 /// Whether new clients are accepted.
@@ -26,11 +27,23 @@ pub(super) enum Accepting {
     Closed,
 }
 
+/// What the engine does with a listener while clients are accepted. Without `--adopt` it relays at all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ListenerUse {
+    /// Accepts its clients. The listener is non-blocking.
+    Relay,
+    /// Says when a client waits, once, and accepts none: whatever is to have the listener finds the client in its queue.
+    WakeOnly,
+    /// Nothing: a service accepts at it, or is about to.
+    LeaveAlone,
+}
+
 /// The listening sockets.
 #[derive(Debug)]
 pub(super) struct Listeners {
     /// Each with the index of its target.
     all: Vec<(Listener, usize)>,
+    uses: Vec<ListenerUse>,
     /// How many clients each had of late.
     batches: Vec<AcceptBatch>,
     /// Counts the times that epoll had something to tell.
@@ -39,13 +52,58 @@ pub(super) struct Listeners {
 }
 
 impl Listeners {
-    /// Nothing is accepted from them yet.
-    pub(super) fn new(all: Vec<(Listener, usize)>) -> Self {
-        // For clients that connect from now on: what a relay cannot pass on, the kernel refuses to the sender, if it can.
-        for (listener, _) in &all {
+    /// Nothing is accepted from them yet, and with `adopts` not before they are said to be relayed at.
+    pub(super) fn new(all: Vec<(Listener, usize)>, adopts: bool) -> Self {
+        // For clients that connect from now on: what a relay cannot pass on, the kernel refuses to the sender, if it can. A service that
+        // accepts at them itself may want it.
+        for (listener, _) in all.iter().filter(|_| !adopts) {
             crate::sys::refuse_descriptors(listener.socket.as_fd()).ok();
         }
-        Self { batches: vec![AcceptBatch::default(); all.len()], all, turn: 0, accepting: Accepting::Closed }
+        let first = if adopts { ListenerUse::LeaveAlone } else { ListenerUse::Relay };
+        Self {
+            batches: vec![AcceptBatch::default(); all.len()],
+            uses: vec![first; all.len()],
+            all,
+            turn: 0,
+            accepting: Accepting::Closed,
+        }
+    }
+
+    /// What is done with this one.
+    pub(super) fn used(&self, listener: usize) -> ListenerUse {
+        self.uses[listener]
+    }
+
+    /// Uses one so from now on; whether there is one of this number.
+    pub(super) fn set_use(&mut self, epoll: &Epoll, listener: usize, how: ListenerUse) -> nix::Result<bool> {
+        if listener >= self.all.len() {
+            return Ok(false);
+        }
+        let was = self.is_watched(listener);
+        self.uses[listener] = how;
+        self.watch(epoll, listener, was)?;
+        Ok(true)
+    }
+
+    fn is_watched(&self, listener: usize) -> bool {
+        let is_open = match self.all[listener].0.kind {
+            Kind::Stream => self.accepting == Accepting::Open,
+            // The limits on connections are none on datagrams.
+            Kind::Datagram => self.accepting != Accepting::Closed,
+        };
+        is_open && self.uses[listener] != ListenerUse::LeaveAlone
+    }
+
+    /// Has epoll watch it if it is to now and was not, and the other way round.
+    fn watch(&self, epoll: &Epoll, listener: usize, was: bool) -> nix::Result<()> {
+        let socket = self.all[listener].0.socket.as_fd();
+        match (was, self.is_watched(listener)) {
+            (false, true) => {
+                epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, Token::Listener(listener).into()))
+            }
+            (true, false) => epoll.delete(socket),
+            _ => Ok(()),
+        }
     }
 
     pub(super) const fn len(&self) -> usize {
@@ -80,21 +138,25 @@ impl Listeners {
         crate::sys::accept(self.all[listener].0.socket.as_fd())
     }
 
+    /// Is it a socket for datagrams, on which there is nothing to accept?
+    pub(super) fn takes_datagrams(&self, listener: usize) -> bool {
+        self.all[listener].0.kind == Kind::Datagram
+    }
+
+    pub(super) fn socket(&self, listener: usize) -> BorrowedFd<'_> {
+        self.all[listener].0.socket.as_fd()
+    }
+
     pub(super) const fn accepting(&self) -> Accepting {
         self.accepting
     }
 
     /// Has epoll watch them while clients are accepted.
     pub(super) fn set_accepting(&mut self, epoll: &Epoll, accepting: Accepting) -> nix::Result<()> {
-        let (was, is) = (self.accepting == Accepting::Open, accepting == Accepting::Open);
+        let was: Vec<bool> = (0..self.all.len()).map(|listener| self.is_watched(listener)).collect();
         self.accepting = accepting;
-        for (index, (listener, _)) in self.all.iter().enumerate() {
-            if is && !was {
-                let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Listener(index).into());
-                epoll.add(listener.socket.as_fd(), event)?;
-            } else if was && !is {
-                epoll.delete(listener.socket.as_fd())?;
-            }
+        for (listener, was) in was.into_iter().enumerate() {
+            self.watch(epoll, listener, was)?;
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use crate::connection::End;
 use crate::engine::ReadyTarget;
 use crate::engine::idle::Leave;
 use crate::engine::lanes::ServiceWatch;
+use crate::engine::listeners::ListenerUse;
 use crate::engine::report::Figures;
 use crate::source::Sources;
 use crate::stats::Tally;
@@ -87,6 +88,13 @@ pub enum Plain {
     Ping,
     /// Have the kernel relay watch a target's service.
     Watch(ServiceWatch),
+    /// Use a listener so from now on (`--adopt`); answered by [`EngineEvent::Uses`].
+    Use {
+        /// Which listener.
+        listener: usize,
+        /// How.
+        how: ListenerUse,
+    },
     /// End: the control process is done.
     Stop,
     /// Tell the figures.
@@ -120,6 +128,18 @@ pub enum EngineEvent {
         target: usize,
         /// The client, for the log.
         peer: String,
+    },
+    /// A client waits at a listener of which that is all that is wanted ([`ListenerUse::WakeOnly`]). It is left alone from now on.
+    Waits {
+        /// Which listener.
+        listener: usize,
+    },
+    /// The answer to [`Plain::Use`].
+    Uses {
+        /// Which listener.
+        listener: usize,
+        /// How.
+        how: ListenerUse,
     },
     /// Something began to listen at this port of the namespace with this cookie.
     Listening {

@@ -12,7 +12,7 @@ use nix::libc;
 
 use super::podman::{self, PodmanAnswer};
 use super::{Check, direct};
-use crate::installed::{Installed, InstalledPort, Mode};
+use crate::installed::{Adoption, Installed, InstalledPort, Mode};
 use crate::netns::agent_process::SpareAgent;
 use crate::netns::sock_diag::{ListeningSocket, Table};
 use crate::netns::{self, Namespace, NetnsRef};
@@ -30,7 +30,8 @@ pub(super) async fn check(
     bus: Option<&SystemdManager>,
 ) -> Check {
     let forwarder = match &installed.mode {
-        Mode::Forward(forwarder) => forwarder,
+        // An adopted service's own socket listens on, for clients inside.
+        Mode::Forward(forwarder) | Mode::Adopt(Adoption { forwarder, .. }) => forwarder,
         Mode::Direct(takeover) => return direct::check(installed, takeover.way, listener, container).await,
     };
     let Some(target) = &listener.internal else {
@@ -76,6 +77,9 @@ pub(super) async fn check(
     let wish = forwarder.options.unix_identity();
     let (host, port) = match target.clone() {
         Target::Tcp { host, port } => (host, port),
+        Target::Udp { .. } => {
+            return Check::ok(NAME, format!("{target} takes datagrams, so it was not checked"));
+        }
         Target::Unix(path) => return unix(installed, container, pid, Address::Inside(path), wish).await,
         Target::Abstract(name) => {
             return unix(installed, container, pid, Address::Abstract(name.into_bytes()), wish).await;
@@ -112,6 +116,7 @@ async fn unix(installed: &Installed, container: &str, pid: i32, address: Address
         Address::Inside(path) | Address::Unix(path) => path.display().to_string(),
         Address::Abstract(name) => format!("@{}", String::from_utf8_lossy(name)),
         Address::Tcp(address) => address.to_string(),
+        Address::Udp(address) => format!("{address}/udp"),
     };
     let connecting = async {
         use std::os::unix::fs::OpenOptionsExt as _;

@@ -9,6 +9,7 @@ use bro_relay::stats::Stats;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until};
 
+use super::adoption::{self, Adoption, Guests};
 use super::data_plane::{DataPlane, PlaneNews};
 use super::drain;
 use super::handover::Predecessor;
@@ -17,6 +18,7 @@ use super::reload::Reload;
 use super::requests::{CallerRequest, Requests};
 use super::waiting::Limit;
 use crate::cli::{Forward, RelayChoice};
+use crate::control_socket::Reply;
 use crate::ledger::Ledger;
 use crate::service::sources::Choice;
 use crate::systemd::notify;
@@ -35,6 +37,8 @@ pub(super) struct Control<'a> {
     pub(super) life: Lifecycle<'a>,
     /// The relay process and the kernel relay.
     pub(super) plane: DataPlane<'a>,
+    /// `--adopt`: who accepts at the listeners.
+    pub(super) adoption: Option<Adoption>,
     /// Its successor and its predecessor.
     pub(super) reload: Reload<'a>,
     /// What callers ask it.
@@ -45,7 +49,7 @@ pub(super) struct Control<'a> {
     pub(super) ledger: Ledger,
     /// The status that systemd was told last.
     said: String,
-    failure: Option<anyhow::Error>,
+    pub(super) failure: Option<anyhow::Error>,
 }
 
 /// The signals that a forwarder takes.
@@ -53,6 +57,12 @@ struct Signals {
     hang_up: Signal,
     terminate: Signal,
     interrupt: Signal,
+}
+
+/// What has become of a target.
+enum Fate {
+    Found,
+    Gone,
 }
 
 /// What a signal asks for.
@@ -144,13 +154,14 @@ impl<'a> Control<'a> {
         options: &'a Forward,
         life: Lifecycle<'a>,
         plane: DataPlane<'a>,
+        adoption: Option<Adoption>,
         reload: Reload<'a>,
         requests: Requests,
         limit: Limit,
     ) -> Self {
         let ledger = Ledger::of(options.unit.as_deref());
         let (started, said) = (Instant::now(), String::new());
-        Self { options, started, life, plane, reload, requests, limit, ledger, said, failure: None }
+        Self { options, started, life, plane, adoption, reload, requests, limit, ledger, said, failure: None }
     }
 
     /// From the first client to the exit.
@@ -164,12 +175,13 @@ impl<'a> Control<'a> {
             };
             self.plane.kernel_loaded(loaded).await?;
         }
-        self.begin(predecessor);
+        self.begin(predecessor).await?;
         loop {
             let (due, draining) = (self.life.next_due(&self.reload), self.life.is_draining());
             let flow = tokio::select! {
                 news = self.plane.news() => self.heard(news).await?,
                 Some(change) = self.life.change() => self.changed(change),
+                news = adoption::news(&mut self.adoption) => self.adoption_news(news),
                 Some(news) = self.reload.news() => self.replacement(news).await,
                 demand = signals.next() => self.signalled(demand).await,
                 due = until(due) => self.is_due(due),
@@ -183,7 +195,7 @@ impl<'a> Control<'a> {
     }
 
     /// Clients are welcome from now on.
-    fn begin(&mut self, predecessor: Option<Predecessor>) {
+    async fn begin(&mut self, predecessor: Option<Predecessor>) -> anyhow::Result<()> {
         // The thread that has loaded the programs attaches them; this one never needs the rights for that. Agents may have to show
         // the service clients' own addresses.
         let shows_clients = matches!(self.options.source, Choice::Auto | Choice::Client);
@@ -192,6 +204,9 @@ impl<'a> Control<'a> {
         for (listener, target) in self.reload.listeners() {
             let target = &self.life.targets[*target].target;
             tracing::info!(socket = %listener.name, address = %listener.address, %target, "listening");
+        }
+        if predecessor.is_none() {
+            self.begin_adoption().await?;
         }
         self.plane.engine().send(Plain::Start);
         self.said = self.status();
@@ -202,6 +217,7 @@ impl<'a> Control<'a> {
                 self.life.leave_where_only_a_timer_came();
             }
         }
+        Ok(())
     }
 
     /// What the data plane says.
@@ -230,12 +246,18 @@ impl<'a> Control<'a> {
             EngineEvent::Knock { target, peer } => self.life.knocked_for(target, peer),
             EngineEvent::Frozen(frozen) => self.life.engine_froze(frozen),
             EngineEvent::Thaw { peer } => self.life.thaw_for(peer),
-            EngineEvent::Leaving(true) => {
-                self.leaves().await;
-                return ControlFlow::Break(());
-            }
+            EngineEvent::Leaving(true) => return self.leaves().await,
             EngineEvent::Leaving(false) => self.life.stays(),
-            EngineEvent::Draining(why) => self.draining(&why),
+            EngineEvent::Draining(why) => {
+                self.draining(&why);
+                self.hand_containers_over();
+            }
+            EngineEvent::Waits { listener } => self.client_waits(listener),
+            EngineEvent::Uses { listener, how } => {
+                if let Some(adoption) = &mut self.adoption {
+                    adoption.engine_uses(listener, how);
+                }
+            }
             EngineEvent::Drained => return self.reload.is_drained(),
             EngineEvent::Pong => notify::alive(),
             EngineEvent::Listening { netns, port } => {
@@ -250,10 +272,26 @@ impl<'a> Control<'a> {
 
     /// What a background task of the life cycle has found.
     fn changed(&mut self, change: LifeChange) -> ControlFlow<()> {
+        let of = match &change {
+            LifeChange::Woken(target, Ok(_)) => Some((*target, Fate::Found)),
+            LifeChange::NetnsGone(target) => Some((*target, Fate::Gone)),
+            // Whether the idle time is over shows only now.
+            LifeChange::Busy(None) => {
+                self.look_for_guests();
+                None
+            }
+            _ => None,
+        };
         if let Err(error) = self.life.changed(change, &mut self.plane, &self.reload) {
             self.failure = Some(error);
             self.begin_drain("The process that --pid names has exited");
         }
+        match (of, &mut self.adoption) {
+            (Some((target, Fate::Found)), Some(adoption)) => adoption.target_found(target),
+            (Some((target, Fate::Gone)), Some(adoption)) => adoption.target_gone(target),
+            _ => {}
+        }
+        self.turn_away();
         ControlFlow::Continue(())
     }
 
@@ -270,9 +308,17 @@ impl<'a> Control<'a> {
     fn is_due(&mut self, due: Due) -> ControlFlow<()> {
         match due {
             // The engine has the last word.
-            Due::IdleTime if self.life.is_idle_time_over(&self.reload) => self.life.idle_time_is_over(),
+            Due::IdleTime if self.life.is_idle_time_over(&self.reload) => {
+                if self.look_for_guests() == Guests::None {
+                    self.life.idle_time_is_over();
+                }
+            }
             Due::IdleTime => {}
-            Due::HoldLimit => self.life.held_too_long(),
+            Due::HoldLimit => {
+                self.relay_what_is_late();
+                self.life.held_too_long();
+                self.turn_away();
+            }
             Due::DrainLimit => self.drain_is_over(),
         }
         ControlFlow::Continue(())
@@ -297,7 +343,7 @@ impl<'a> Control<'a> {
         }
         self.life.give_up_on_slow_starts();
         self.life.look_at_the_clock();
-        if self.ledger.is_due(Stats::get(&stats.accepted), Stats::get(&stats.open)) {
+        if self.ledger.is_due(Stats::get(&stats.accepted), stats.guests()) {
             self.keep_counts().await;
         }
         if self.life.phase == Phase::Serving {
@@ -317,6 +363,9 @@ impl<'a> Control<'a> {
             CallerRequest::Status(asker) => self.report(asker),
             CallerRequest::Metrics(asker) => self.tell_metrics(asker),
             CallerRequest::Wake(asker) => self.life.told_to_wake(asker),
+            CallerRequest::Sleep { force, asker } if !force && self.look_for_guests() == Guests::There => {
+                asker.answer(Reply::refused("clients are connected".to_owned()));
+            }
             CallerRequest::Sleep { force, asker } => self.life.told_to_sleep(force, asker, &self.reload),
         }
         ControlFlow::Continue(())
@@ -333,6 +382,8 @@ impl<'a> Control<'a> {
             drop(tokio::time::timeout(REMEMBER, self.life.activator.thaw()).await);
         }
         self.keep_counts().await;
+        // Which ends the agent: what goes on is in the service manager's store.
+        drop(self.adoption.take());
         self.plane.stop().await?;
         self.failure.map_or(Ok(()), Err)
     }

@@ -34,11 +34,11 @@ pub(super) struct RelayProcess {
 }
 
 impl RelayProcess {
-    /// Forks it. `private` is open here, and not there.
+    /// Forks it. What is `private` is open here, and not there.
     pub(super) fn fork(
         settings: &Settings,
         routes: &Routes,
-        private: Option<BorrowedFd<'_>>,
+        private: &[BorrowedFd<'_>],
     ) -> anyhow::Result<Self> {
         let Routes { listeners, targets } = routes;
         let stats = Arc::new(Stats::new()?);

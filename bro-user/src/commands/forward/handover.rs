@@ -175,13 +175,14 @@ impl Program {
         Ok(Self { path: std::env::current_exe()?, words: std::env::args_os().collect() })
     }
 
-    /// Starts a successor on `listeners`, and leaves it the kernel relay.
+    /// Starts a successor on `listeners`, passes it `more` by name, and leaves it the kernel relay.
     ///
     /// # Errors
     /// When the program cannot be executed.
     pub fn start_successor(
         &self,
         listeners: &[&Listener],
+        more: &[(&'static str, OwnedFd)],
         bequest: Option<&Bequest>,
     ) -> anyhow::Result<(Successor, Stopper)> {
         let (ours, theirs) = UnixStream::pair()?;
@@ -192,18 +193,18 @@ impl Program {
         }
         let theirs = theirs.into_std()?;
         theirs.set_nonblocking(false)?;
-        let names: Vec<&str> = listeners.iter().map(|listener| listener.name.as_str()).collect();
-        let mut descriptors: Vec<BorrowedFd<'_>> =
-            listeners.iter().map(|listener| listener.socket.as_fd()).collect();
+        let passed = listeners.iter().map(|listener| (listener.name.as_str(), listener.socket.as_fd()));
+        let passed = passed.chain(more.iter().map(|(name, descriptor)| (*name, descriptor.as_fd())));
+        let (names, mut descriptors): (Vec<&str>, Vec<BorrowedFd<'_>>) = passed.unzip();
         descriptors.push(theirs.as_fd());
         let mut command = std::process::Command::new(&self.path);
         if let Some((name, arguments)) = self.words.split_first() {
             command.arg0(name).args(arguments);
         }
         command
-            .env("LISTEN_FDS", listeners.len().to_string())
+            .env("LISTEN_FDS", names.len().to_string())
             .env("LISTEN_FDNAMES", names.join(":"))
-            .env(VARIABLE, (crate::systemd::listen_fds::FIRST as usize + listeners.len()).to_string());
+            .env(VARIABLE, (crate::systemd::listen_fds::FIRST as usize + names.len()).to_string());
         if std::env::var("WATCHDOG_PID").is_ok_and(|pid| pid.parse() == Ok(std::process::id())) {
             // The successor also has to report that it is alive.
             command.env_remove("WATCHDOG_PID");

@@ -99,6 +99,12 @@ pub(super) struct Lifecycle<'a> {
     pub(super) wakers: Vec<Asker>,
     /// The caller that told it to sleep.
     pub(super) sleeper: Option<Sleeper>,
+    /// When a client of a service that accepts itself was seen last (`--adopt`).
+    pub(super) guests_seen: Instant,
+    /// The service has sockets of this process's: it must not be left behind.
+    pub(super) has_sockets: bool,
+    /// Targets whose clients are to be reset, of those whom nothing has accepted yet.
+    pub(super) turned_away: Vec<usize>,
     /// What this side of the forwarder has counted.
     pub(super) counts: Counts,
     pub(super) changes: (UnboundedSender<LifeChange>, UnboundedReceiver<LifeChange>),
@@ -138,6 +144,9 @@ impl<'a> Lifecycle<'a> {
             busy: Busy::default(),
             wakers: Vec::new(),
             sleeper: None,
+            guests_seen: Instant::now(),
+            has_sockets: false,
+            turned_away: Vec::new(),
             counts: Counts::default(),
             changes: unbounded_channel(),
         }

@@ -9,6 +9,7 @@ use bro_relay::stats::Stats;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
+use super::adoption::Adoption;
 use super::control::{self, Control};
 use super::handover::{
     Born, Ending, Predecessor, Program, Stopper, Successor, SuccessorFinds, SuccessorWord, Telling,
@@ -95,7 +96,7 @@ impl<'a> Reload<'a> {
     pub(super) fn tell(&mut self, stats: &Stats) {
         let before = self.predecessor.as_ref().and_then(|predecessor| predecessor.connections);
         if let Some(telling) = &mut self.telling {
-            telling.connections(Stats::get(&stats.open) + before.unwrap_or(0));
+            telling.connections(stats.guests() + before.unwrap_or(0));
         }
     }
 
@@ -146,8 +147,10 @@ impl Control<'_> {
         let passed = all.iter().map(|(listener, _)| listener).filter(|listener| !listener.is_own());
         let listeners: Vec<&Listener> = passed.collect();
         let bequest = self.plane.bequest(self.reload.has_predecessor()).await;
+        let more =
+            self.adoption.as_mut().map(Adoption::for_successor).transpose().map(Option::unwrap_or_default);
         let started = if listeners.len() == all.len() {
-            self.reload.program.start_successor(&listeners, bequest.as_ref())
+            more.and_then(|more| self.reload.program.start_successor(&listeners, &more, bequest.as_ref()))
         } else {
             Err(anyhow::anyhow!("the sockets of --listen cannot be handed over; use a socket unit"))
         };
@@ -200,6 +203,9 @@ impl Control<'_> {
                 notify::mute(false);
                 tracing::info!("has taken over from its predecessor");
                 self.requests.serve_metrics(self.options.metrics.as_ref());
+                if let Err(error) = self.begin_adoption().await {
+                    self.adoption_fails(error);
+                }
                 notify::ready(&self.status());
                 if word == Some(SuccessorWord::TakenOver(SuccessorFinds::Awake)) {
                     self.plane.engine().send(Plain::Wake(AFTER_RELOAD.into()));
@@ -229,6 +235,10 @@ impl Control<'_> {
         // The successor listens there, and counts on from here.
         self.requests.leave_metrics();
         self.keep_counts().await;
+        // From now on no agent answers; the successor's does, once it has all that this one has.
+        if let Err(error) = self.adoption.as_mut().map_or(Ok(()), Adoption::bequeath) {
+            return self.adoption_fails(error);
+        }
         // Before the successor says anything: systemd listens to the main process alone.
         notify::succeeded_by(pid);
         match successor.take_over(takeover).await {
@@ -237,7 +247,11 @@ impl Control<'_> {
                 tracing::error!("the successor is gone; going on as before: {error:#}");
                 self.life.counts.failed_reloads += 1;
                 self.requests.serve_metrics(self.options.metrics.as_ref());
-                return notify::succeeded_by(std::process::id());
+                notify::succeeded_by(std::process::id());
+                if let Err(error) = self.adoption.as_mut().map_or(Ok(()), Adoption::goes_on) {
+                    self.adoption_fails(error);
+                }
+                return;
             }
         }
         self.life.counts.reloads += 1;

@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use bro_relay::stats::{Stats, Tally};
 
+use super::adoption::Adoption;
 use super::control::Control;
 use super::lifecycle::Phase;
 use crate::commands::status;
@@ -17,10 +18,11 @@ impl Control<'_> {
     pub(super) fn status(&self) -> String {
         let (life, stats) = (&self.life, self.plane.stats());
         let (open, held) = (Stats::get(&stats.open), Stats::get(&stats.held));
-        let served = Stats::get(&stats.accepted);
+        let (served, flows) = (Stats::get(&stats.accepted), Stats::get(&stats.flows));
         let plural = |count: u64| if count == 1 { "" } else { "s" };
+        let and_flows = if flows > 0 { format!(" and {flows} flow{}", plural(flows)) } else { String::new() };
         let said = match life.phase {
-            Phase::Draining(_) => format!("Draining: {open} connection{} left", plural(open)),
+            Phase::Draining(_) => format!("Draining: {open} connection{}{and_flows} left", plural(open)),
             _ if life.freezing.is_frozen() => "Frozen: the next client has the service go on".into(),
             _ if life.who_is_busy().is_some() => {
                 format!("Idle, but busy: {}", life.who_is_busy().unwrap_or_default())
@@ -33,7 +35,8 @@ impl Control<'_> {
                     plural(held.max(1))
                 )
             }
-            _ => format!("{open} connection{} now, {served} since the start", plural(open)),
+            _ if life.has_sockets => self.adoption.as_ref().map(Adoption::said).unwrap_or_default(),
+            _ => format!("{open} connection{}{and_flows} now, {served} since the start", plural(open)),
         };
         let said = match self.limit.waiting().filter(|_| life.phase == Phase::Serving) {
             Some(waiting) => format!("{said}; {waiting}"),
@@ -99,17 +102,21 @@ impl Control<'_> {
             total: Tally::default(),
             own: self.ledger.own(self.life.counts.clone()),
         };
-        let described = |(listener, target): &(bro_relay::listener::Listener, usize)| {
+        let described = |(index, (listener, target)): (usize, &(bro_relay::listener::Listener, usize))| {
             let state = &self.life.targets[*target];
+            let adoption = self.adoption.as_ref().and_then(|adoption| adoption.report(index));
+            // It is told of those that are relayed.
+            let is_adopted = matches!(adoption, Some(status::AdoptionReport::Adopted { .. }));
             status::ListenerReport {
                 name: listener.name.clone(),
                 address: listener.address.clone(),
                 target: state.target.to_string(),
-                seen: state.seen.clone(),
+                seen: state.seen.clone().filter(|_| !is_adopted),
+                adoption,
                 tally: Tally::default(),
             }
         };
-        let listeners: Vec<_> = self.reload.listeners().iter().map(described).collect();
+        let listeners: Vec<_> = self.reload.listeners().iter().enumerate().map(described).collect();
         let figures = self.plane.engine().report();
         async move {
             let figures = figures.await.ok()?;

@@ -1,5 +1,6 @@
 //! When a forwarder leaves, and that its container sleeps then: idle time, minimum up time, busy jobs, and `bro sleep`.
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use bro_relay::engine::idle::Leave;
@@ -78,7 +79,7 @@ impl Lifecycle<'_> {
         let since =
             if self.options.idle.counts_bytes() { self.stats.quiet_from() } else { self.stats.idle_from() };
         // The engine counts, and hears of a wake a moment later than the control process.
-        since.map_or_else(Instant::now, Instant::from_std).max(self.woken_at)
+        since.map_or_else(Instant::now, Instant::from_std).max(self.woken_at).max(self.guests_seen)
     }
 
     /// Has the deadline passed? It may move while it is waited for.
@@ -93,12 +94,19 @@ impl Lifecycle<'_> {
             exec: self.options.idle.busy_exec.clone(),
         };
         // A frozen service is not asked: it was asked before, and could not answer.
-        if inhibitors.is_empty() && self.options.unit.is_none() || self.freezing.is_frozen() {
+        let has_sockets = self.has_sockets;
+        let nothing_to_ask = inhibitors.is_empty() && self.options.unit.is_none() && !has_sockets;
+        if nothing_to_ask || self.freezing.is_frozen() {
             return self.ask_to_leave();
         }
         self.busy.asking = true;
         let activator = self.activator.clone();
-        self.hear_of(async move { LifeChange::Busy(inhibitors.busy(&activator).await) });
+        self.hear_of(async move {
+            LifeChange::Busy(match inhibitors.busy(&activator).await {
+                None if has_sockets => activator.why_it_goes_on().await,
+                busy => busy,
+            })
+        });
     }
 
     /// The answer to the question what is busy.
@@ -179,8 +187,12 @@ impl Lifecycle<'_> {
 
 impl Control<'_> {
     /// No client is there, and none is let in any more: stops the unit, and tells the caller that asked for it.
-    pub(super) async fn leaves(&mut self) {
+    pub(super) async fn leaves(&mut self) -> ControlFlow<()> {
         let sleeper = self.life.sleeper.take();
+        let by_force = sleeper.as_ref().is_some_and(|sleeper| sleeper.force);
+        if let Some(why) = self.why_the_container_goes_on().await.filter(|_| !by_force) {
+            return self.stays_with(sleeper, &why);
+        }
         let why = if sleeper.is_some() { "Told to sleep: stopping" } else { "Idle: stopping" };
         notify::stopping(why, super::drain::EXTEND_BY);
         tracing::info!(
@@ -252,5 +264,18 @@ impl Control<'_> {
         if let Some(Sleeper { asker, .. }) = sleeper {
             asker.answered(&outcome).await;
         }
+        self.let_containers_end().await;
+        ControlFlow::Break(())
+    }
+
+    /// A service that has this process's sockets would go on: so does this process.
+    fn stays_with(&mut self, sleeper: Option<Sleeper>, why: &str) -> ControlFlow<()> {
+        self.life.phase = Phase::Serving;
+        self.life.busy_again();
+        self.plane.engine().send(Plain::Start);
+        if let Some(Sleeper { asker, .. }) = sleeper {
+            asker.answer(Reply::refused(format!("{why} (--force stops it all the same)")));
+        }
+        ControlFlow::Continue(())
     }
 }

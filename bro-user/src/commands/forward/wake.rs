@@ -32,6 +32,12 @@ pub(super) struct RunState {
     runs: bool,
 }
 
+/// A client that nothing has accepted.
+const A_CLIENT: &str = "a client";
+
+/// What is found awake without having been woken here.
+const BY_ITSELF: &str = "its container";
+
 /// What wakes it without being a client.
 pub(super) const BY_HAND: &str = "bro wake";
 
@@ -60,6 +66,36 @@ impl Lifecycle<'_> {
         }
     }
 
+    /// A client waits for this target where nothing has accepted it yet (`--adopt`): who it is shows later.
+    pub(super) fn called(&mut self, target: usize) {
+        if self.targets[target].is_asleep() && self.history.too_many().is_some() {
+            return self.look_whether_it_runs(target, A_CLIENT.to_owned(), Turned::All);
+        }
+        self.wanted(target, A_CLIENT.to_owned(), None, false);
+    }
+
+    /// The service has a socket of this process's: it runs, and is looked for, if it is not known yet.
+    pub(super) fn started_by_itself(&mut self, target: usize) {
+        if self.targets[target].is_asleep() && self.phase == Phase::Serving {
+            self.wanted(target, BY_ITSELF.to_owned(), None, false);
+        }
+    }
+
+    /// The targets whose clients have been held for as long as they may be.
+    pub(super) fn overdue(&self) -> Vec<usize> {
+        let now = Instant::now();
+        let is_over = |waking: &Waking| waking.until.is_some_and(|until| until <= now);
+        self.waking().filter(|(_, waking)| is_over(waking)).map(|(target, _)| target).collect()
+    }
+
+    /// Its clients wait for as long again.
+    pub(super) fn hold_again(&mut self, target: usize) {
+        let until = self.hold_limit();
+        if let Wakefulness::Waking(waking) = &mut self.targets[target].wakefulness {
+            waking.until = Some(until);
+        }
+    }
+
     /// Wakes a target in the background.
     fn wake(&mut self, target: usize, peer: &str, refused: bool) {
         let state = &mut self.targets[target];
@@ -74,7 +110,11 @@ impl Lifecycle<'_> {
             }
             self.woken_by = Some(peer.to_owned());
             self.count_wake(peer);
-            let why = if peer == BY_CLOCK { "at the time of --keep-awake" } else { "for its first client" };
+            let why = match peer {
+                BY_CLOCK => "at the time of --keep-awake",
+                BY_ITSELF => "which runs already",
+                _ => "for its first client",
+            };
             tracing::info!(target = %address, %peer, unit = self.options.unit.as_deref(), "waking the service {why}");
         }
         let (activator, done) = (self.activator.clone(), self.changes.0.clone());
@@ -95,7 +135,10 @@ impl Lifecycle<'_> {
 
     /// Counts a wake of the service: its first target's, and not a wake that only finds what a predecessor has woken.
     fn count_wake(&mut self, by: &str) {
-        if self.awake_since.is_some() || self.being_woken().is_some() || by == super::reload::AFTER_RELOAD {
+        if self.awake_since.is_some()
+            || self.being_woken().is_some()
+            || [super::reload::AFTER_RELOAD, BY_ITSELF].contains(&by)
+        {
             return;
         }
         *match by {
@@ -153,6 +196,7 @@ impl Lifecycle<'_> {
             self.failures.failed(target, address, &why);
         }
         self.engine.send(Plain::Failed { target, end: End::WakeLimit });
+        self.turned_away.push(target);
     }
 
     /// The service may run: then it is looked for, which starts nothing.
@@ -277,6 +321,7 @@ impl Lifecycle<'_> {
         }
         self.answer_wakers(&Reply::refused(format!("{}: {why}", self.targets[target].target)));
         self.engine.send(Plain::Failed { target, end });
+        self.turned_away.push(target);
     }
 
     /// Keeps a service awake after its clients gave up while it was being started, for as long as that took: they may come again.

@@ -1,10 +1,8 @@
-//! Tiers that compute and mind no delay run behind the others, which wait most of their time: a suite for its deadlines, a host for its
-//! containers. They run at a low priority, so a test finds a processor whenever it wants one. The emulated machine of `vm` computes too,
-//! but what runs in it has deadlines: beside a host suite it missed them.
-//!
-//! Each runs in a process of this task's own, so that everything that it and its children print comes through one pipe: each line is
-//! shown with its tier's name in front.
+//! Lanes run side by side, for each waits most of its time: a suite for its deadlines, a host for its containers. One lane is this
+//! process's own; a tier of another lane runs in a process of its own, so that everything that it and its children print comes through one
+//! pipe: each line is shown with its tier's name in front.
 
+use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,11 +11,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 
 use super::summary::Count;
-use super::tiers::Tier;
+use super::tiers::{Lane, Tier};
 use crate::build::target_folder;
 
-/// How a tier is run by a process of this task's own.
-pub struct Background {
+/// How tiers are run by processes of this task's own.
+pub struct Lanes {
     /// Where this task's program is, as long as cargo has not put another build of it there.
     task: PathBuf,
 }
@@ -25,23 +23,28 @@ pub struct Background {
 /// A tier that has run: its name, how long it took, what came of it.
 pub type Ran = (String, Duration, Count);
 
-impl Background {
+impl Lanes {
     /// To be called before anything is built.
     pub fn new() -> Result<Self> {
         Ok(Self { task: std::env::current_exe().context("this task's own path")? })
     }
 
-    /// Runs them one after another; `bro` is the binary under test.
-    pub fn run(&self, tiers: &[&Tier], bro: &Path) -> Result<Vec<Ran>> {
-        tiers.iter().map(|tier| self.one(tier.name(), bro)).collect()
+    /// Runs a lane's tiers one after another; `bro` is the binary under test.
+    pub fn run(&self, lane: Lane, tiers: &[&Tier], bro: &Path) -> Result<Vec<Ran>> {
+        if lane == Lane::Computing && !tiers.is_empty() {
+            await_tools()?;
+        }
+        tiers.iter().map(|tier| self.one(lane, tier.name(), bro)).collect()
     }
 
-    fn one(&self, tier: &str, bro: &Path) -> Result<Ran> {
+    fn one(&self, lane: Lane, tier: &str, bro: &Path) -> Result<Ran> {
         let answer = target_folder()?.join(format!("bro-test-count-{tier}"));
         show(tier, "begins");
         let begin = Instant::now();
+        // A test finds a processor whenever it wants one.
+        let niceness = if lane == Lane::Computing { "10" } else { "0" };
         let mut command = Command::new("nice");
-        command.args(["-n", "10"]).arg(&self.task).args(["test", tier, "--count-to"]).arg(&answer);
+        command.args(["-n", niceness]).arg(&self.task).args(["test", tier, "--count-to"]).arg(&answer);
         let (said, heard) = std::io::pipe().context("a pipe for what is printed")?;
         command.env("BRO_BIN", bro).stdin(Stdio::null()).stdout(heard.try_clone()?).stderr(heard);
         let mut child = command.spawn().with_context(|| format!("cannot run {command:?}"))?;
@@ -62,6 +65,16 @@ impl Background {
         show(tier, &format!("ends after {:.0} s", begin.elapsed().as_secs_f64()));
         Ok((tier.to_owned(), begin.elapsed(), count))
     }
+}
+
+/// CI builds the tools of the computing lane while the other lanes begin, and holds a lock on the file that this variable names until
+/// they are there.
+const TOOLS: &str = "BRO_TOOLS_LOCK";
+
+fn await_tools() -> Result<()> {
+    let Some(lock) = std::env::var_os(TOOLS) else { return Ok(()) };
+    let file = File::open(&lock).with_context(|| format!("{TOOLS}: cannot open {}", lock.display()))?;
+    file.lock_shared().with_context(|| format!("{TOOLS}: cannot lock {}", lock.display()))
 }
 
 /// What came of the tier that this process runs for another one.

@@ -1,0 +1,435 @@
+//! `--adopt`: each listener, and who accepts at it. A sleeping service's is only watched for a first client, whom nothing accepts; the agent
+//! (`bro-adopt`) puts it in the place of the service's own socket when that one listens, and from then on it is left alone. What a
+//! service cannot have is relayed until its container ends.
+//!
+//! - `events.rs`: what happens to them, as the control process's loop hears of it
+//! - `agent_thread.rs`: the agent's thread; `claims.rs`: what it and the control process agree on
+//! - `fallback.rs`: why a listener is relayed
+//! - `guests.rs`: who is connected to a service that accepts itself
+//! - `passed.rs`, `options.rs`: what is passed for it; what does not go with it
+//! - `heritage.rs`: what a successor gets; `report.rs`: what is said of all that
+
+mod agent_thread;
+mod claims;
+mod events;
+mod fallback;
+mod guests;
+mod heritage;
+mod options;
+mod passed;
+mod report;
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use agent_thread::{AgentNews, AgentThread};
+use anyhow::{Context as _, bail};
+use bro_adopt::socket::Place;
+use bro_adopt::{HostListener, Stored, health};
+use bro_relay::engine::listeners::ListenerUse;
+use bro_relay::engine::protocol::Plain;
+use bro_relay::listener::Listener;
+use bro_relay::target::Target;
+use claims::Claims;
+use fallback::Fallback;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::Instant;
+
+use super::data_plane::DataPlane;
+use crate::relay_handle::Handle;
+
+pub use fallback::FallbackKind;
+pub(super) use guests::Guests;
+pub(super) use options::check;
+use passed::{HERITAGE, SECCOMP};
+pub(super) use passed::{Reserved, take};
+
+/// How long a service that was found to listen may take until its listener is adopted: it may listen at several sockets, one after the other.
+const GRACE: Duration = Duration::from_millis(200);
+
+/// A listener, as this process knows it.
+#[derive(Debug)]
+pub(super) struct OfferedListener {
+    name: String,
+    address: String,
+    target: usize,
+    socket: OwnedFd,
+    place: Place,
+    holder: ListenerHolder,
+    /// Why the service did not get it at its last listen(2), if it did not.
+    misfit: Option<Fallback>,
+    /// The clients of the service that has it, at the last look.
+    guests: u64,
+}
+
+/// Who accepts at it.
+#[derive(Debug)]
+enum ListenerHolder {
+    /// Nothing: a service that is not awake. The engine says when a client waits.
+    Watched,
+    /// Nothing yet: a client waits, and the service is being looked for.
+    Called,
+    /// The service.
+    Service { since: SystemTime },
+    /// The relay.
+    Relay(Fallback),
+    /// The engine is about to accept no more at it.
+    Returning,
+    /// Nothing: it is broken.
+    Broken(Fallback),
+}
+
+/// How far the agent is.
+#[derive(Debug)]
+enum AgentState {
+    /// It has not begun, for a predecessor's may still answer.
+    ToCome(passed::Before),
+    Answers(AgentThread),
+    /// It has stopped, and a successor is to get this.
+    Bequeathed {
+        stored: Vec<Stored>,
+        way: OwnedFd,
+    },
+    Over,
+}
+
+/// All of it.
+#[derive(Debug)]
+pub(super) struct Adoption {
+    listeners: Vec<OfferedListener>,
+    seccomp: OwnedFd,
+    agent: AgentState,
+    claims: Arc<Claims>,
+    engine: Arc<Handle>,
+    news: (UnboundedSender<AgentNews>, UnboundedReceiver<AgentNews>),
+    /// How many containers the agent answers for.
+    containers: usize,
+    /// Targets that were found to listen, and when it is to be decided about their listeners.
+    decisions: BTreeMap<usize, Instant>,
+    /// When to look next who is connected.
+    look_at: Option<Instant>,
+    /// A look has failed, and it was said.
+    blind: bool,
+    /// Why listeners are relayed, of those that were not counted yet.
+    fell_back: Vec<FallbackKind>,
+    /// The way to the successor that is being started.
+    way: Option<OwnedFd>,
+}
+
+/// What it hears of, or has to do.
+#[derive(Debug)]
+pub(super) enum AdoptionNews {
+    Agent(AgentNews),
+    /// It is to be decided about this target's listeners.
+    Decide(usize),
+    /// It is time to look who is connected.
+    Look,
+}
+
+/// What happens next; for ever nothing without `--adopt`. Nothing is lost when this is cancelled.
+pub(super) async fn news(adoption: &mut Option<Adoption>) -> AdoptionNews {
+    let Some(adoption) = adoption else { return std::future::pending().await };
+    let decision = adoption.decisions.iter().map(|(target, at)| (*at, AdoptionNews::Decide(*target)));
+    let look = adoption.look_at.map(|at| (at, AdoptionNews::Look));
+    let due = decision.chain(look).min_by_key(|(at, _)| *at);
+    let clock = async {
+        match due {
+            Some((at, news)) => {
+                tokio::time::sleep_until(at).await;
+                news
+            }
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        Some(news) = adoption.news.1.recv() => AdoptionNews::Agent(news),
+        news = clock => news,
+    }
+}
+
+impl Adoption {
+    /// Nothing has begun yet.
+    ///
+    /// # Errors
+    /// A target that no socket can be compared with; EMFILE.
+    pub(super) fn new(
+        reserved: Reserved,
+        routes: &[(Listener, usize)],
+        targets: &[Target],
+        plane: &DataPlane<'_>,
+    ) -> anyhow::Result<Self> {
+        let mut listeners = Vec::with_capacity(routes.len());
+        for (listener, target) in routes {
+            listeners.push(OfferedListener {
+                name: listener.name.clone(),
+                address: listener.address.clone(),
+                target: *target,
+                socket: listener.socket.try_clone()?,
+                place: options::place(&targets[*target])?,
+                holder: ListenerHolder::Watched,
+                misfit: None,
+                guests: 0,
+            });
+        }
+        Ok(Self {
+            claims: Arc::new(Claims::new(listeners.len())),
+            listeners,
+            seccomp: reserved.seccomp,
+            agent: AgentState::ToCome(reserved.before),
+            engine: plane.engine().clone(),
+            news: unbounded_channel(),
+            containers: 0,
+            decisions: BTreeMap::new(),
+            look_at: None,
+            blind: false,
+            fell_back: Vec::new(),
+            way: None,
+        })
+    }
+
+    /// Starts the agent, with what the store or a predecessor had. Waits for the latter. What the agent then says of that is in its news already.
+    async fn start_agent(&mut self) -> anyhow::Result<()> {
+        let AgentState::ToCome(before) = std::mem::replace(&mut self.agent, AgentState::Over) else {
+            return Ok(());
+        };
+        let stored = match before {
+            passed::Before::Stored(stored) => stored,
+            passed::Before::Heritage(way) => {
+                tokio::task::spawn_blocking(move || heritage::receive(&way)).await??
+            }
+        };
+        self.answer(stored)
+    }
+
+    fn answer(&mut self, stored: Vec<Stored>) -> anyhow::Result<()> {
+        let mut listeners = Vec::with_capacity(self.listeners.len());
+        for OfferedListener { socket, place, .. } in &self.listeners {
+            listeners.push(HostListener { socket: socket.try_clone()?, target: place.clone() });
+        }
+        let (seccomp, claims) = (self.seccomp.try_clone()?, self.claims.clone());
+        let thread = AgentThread::start(listeners, seccomp, stored, claims, self.news.0.clone())?;
+        self.agent = AgentState::Answers(thread);
+        Ok(())
+    }
+
+    /// What a successor is passed beside the listeners, by name: the seccomp socket, and its end of the way by which it gets the rest.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub(super) fn for_successor(&mut self) -> anyhow::Result<Vec<(&'static str, OwnedFd)>> {
+        let (ours, theirs) = heritage::way()?;
+        self.way = Some(ours);
+        Ok(vec![(SECCOMP, self.seccomp.try_clone()?), (HERITAGE, theirs)])
+    }
+
+    /// Stops the agent; what it has is for the successor.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub(super) fn bequeath(&mut self) -> anyhow::Result<()> {
+        let (AgentState::Answers(thread), Some(way)) =
+            (std::mem::replace(&mut self.agent, AgentState::Over), self.way.take())
+        else {
+            bail!("no successor can get what is known of containers");
+        };
+        let stored = thread.bequeath().context("handing over what is known of containers")?;
+        self.agent = AgentState::Bequeathed { stored, way };
+        Ok(())
+    }
+
+    /// The successor is gone: the agent goes on.
+    pub(super) fn goes_on(&mut self) -> anyhow::Result<()> {
+        match std::mem::replace(&mut self.agent, AgentState::Over) {
+            AgentState::Bequeathed { stored, .. } => self.answer(stored),
+            other => {
+                self.agent = other;
+                Ok(())
+            }
+        }
+    }
+
+    /// Neither the agent nor the engine touches a listener any more: the successor may have what is known.
+    pub(super) fn hand_over(&mut self) {
+        if let AgentState::Bequeathed { stored, way } = &self.agent {
+            if let Err(error) = heritage::send(way, stored) {
+                // It is restarted, with what is in the store.
+                tracing::error!(%error, "the successor does not take what is known of containers");
+            }
+            self.agent = AgentState::Over;
+        }
+    }
+
+    /// Has a service one of the listeners?
+    pub(super) fn is_adopted(&self) -> bool {
+        self.listeners.iter().any(|listener| matches!(listener.holder, ListenerHolder::Service { .. }))
+    }
+
+    fn of_target(&self, target: usize) -> impl Iterator<Item = usize> + use<> {
+        let these: Vec<usize> = self
+            .listeners
+            .iter()
+            .enumerate()
+            .filter(|(_, listener)| listener.target == target)
+            .map(|(index, _)| index)
+            .collect();
+        these.into_iter()
+    }
+
+    fn use_so(&self, listener: usize, how: ListenerUse) {
+        self.engine.send(Plain::Use { listener, how });
+    }
+
+    /// Has the engine say when a client waits at it, if it is whole.
+    fn watch(&mut self, index: usize) {
+        let Some(listener) = self.listeners.get_mut(index) else { return };
+        listener.guests = 0;
+        listener.misfit = None;
+        match health::check(listener.socket.as_fd()) {
+            Ok(()) => {
+                listener.holder = ListenerHolder::Watched;
+                self.use_so(index, ListenerUse::WakeOnly);
+            }
+            Err(health::Damage::NotListening) => {
+                let why = Fallback::Damaged(health::Damage::NotListening);
+                tracing::error!(socket = %listener.name, address = %listener.address, "nothing can be accepted at the socket: {why}");
+                listener.holder = ListenerHolder::Broken(why);
+                self.use_so(index, ListenerUse::LeaveAlone);
+            }
+            Err(damage) => {
+                let _taken = self.claims.take_for_relay(index);
+                self.relay(index, damage.into());
+            }
+        }
+    }
+
+    /// Watches, for a first client, what the agent did not find adopted.
+    fn watch_the_rest(&mut self) {
+        for index in 0..self.listeners.len() {
+            if matches!(self.listeners[index].holder, ListenerHolder::Watched) {
+                self.watch(index);
+            }
+        }
+    }
+
+    /// Relays what comes to it, which was claimed for that.
+    fn relay(&mut self, index: usize, why: Fallback) {
+        let Some(listener) = self.listeners.get_mut(index) else { return };
+        tracing::warn!(socket = %listener.name, address = %listener.address, reason = why.kind().word(), "the socket is relayed, not adopted, until the container ends: {why}");
+        self.fell_back.push(why.kind());
+        if let Err(errno) = set_nonblocking(&listener.socket) {
+            tracing::error!(error = errno.desc(), socket = %listener.name, "the socket cannot be relayed either");
+            listener.holder = ListenerHolder::Broken(why);
+            return;
+        }
+        listener.holder = ListenerHolder::Relay(why);
+        self.use_so(index, ListenerUse::Relay);
+    }
+
+    /// Resets all that wait at a target's listeners: the service could not be started for them.
+    pub(super) fn turn_away(&mut self, target: usize) {
+        for index in self.of_target(target) {
+            if !matches!(self.listeners[index].holder, ListenerHolder::Called) {
+                continue;
+            }
+            if self.claims.take_for_relay(index) {
+                reset_all(&self.listeners[index].socket);
+                self.claims.leave_as_relay(index);
+                self.watch(index);
+            }
+        }
+    }
+
+    /// The container of this target has ended: its listeners wait for the next client.
+    pub(super) fn target_gone(&mut self, target: usize) {
+        self.decisions.remove(&target);
+        for index in self.of_target(target) {
+            match self.listeners[index].holder {
+                ListenerHolder::Called => self.watch(index),
+                ListenerHolder::Relay(Fallback::Damaged(_)) => {}
+                ListenerHolder::Relay(_) => {
+                    self.listeners[index].holder = ListenerHolder::Returning;
+                    self.use_so(index, ListenerUse::WakeOnly);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The engine uses a listener so from now on.
+    pub(super) fn engine_uses(&mut self, index: usize, how: ListenerUse) {
+        let Some(listener) = self.listeners.get(index) else { return };
+        if how != ListenerUse::Relay && matches!(listener.holder, ListenerHolder::Returning) {
+            self.claims.leave_as_relay(index);
+            self.watch(index);
+        }
+    }
+
+    /// A target's service listens: it is decided soon which of its listeners it has.
+    pub(super) fn target_found(&mut self, target: usize) {
+        let grace = if self.containers == 0 { Duration::ZERO } else { GRACE };
+        self.decisions.insert(target, Instant::now() + grace);
+    }
+
+    /// Relays what the service has not got.
+    fn decide(&mut self, target: usize) {
+        self.decisions.remove(&target);
+        for index in self.of_target(target) {
+            let listener = &mut self.listeners[index];
+            if !matches!(listener.holder, ListenerHolder::Watched | ListenerHolder::Called) {
+                continue;
+            }
+            let why = match listener.misfit.take() {
+                _ if self.containers == 0 => Fallback::NoProfile,
+                Some(why) => why,
+                None => Fallback::NoneFits,
+            };
+            if self.claims.take_for_relay(index) {
+                self.relay(index, why);
+            } else {
+                // The agent is about to say that it is adopted.
+                self.decisions.insert(target, Instant::now() + GRACE);
+            }
+        }
+    }
+
+    /// The service does not listen in time: clients of this target are relayed from now on, and so wait for it a second time. Whether there was anything to
+    /// relay.
+    pub(super) fn timed_out(&mut self, target: usize, limit: Duration) -> bool {
+        let mut any = false;
+        for index in self.of_target(target) {
+            if matches!(self.listeners[index].holder, ListenerHolder::Called)
+                && self.claims.take_for_relay(index)
+            {
+                self.relay(index, Fallback::StartTimeout(limit));
+                any = true;
+            }
+        }
+        any
+    }
+}
+
+fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
+}
+
+/// The most that are reset at once: more than a backlog holds by default.
+const MOST_RESET: usize = 8192;
+
+/// Accepts what waits, and resets it (SO_LINGER).
+fn reset_all(listener: &OwnedFd) {
+    use nix::libc::linger;
+    use nix::sys::socket::{setsockopt, sockopt};
+    if set_nonblocking(listener).is_err() {
+        return;
+    }
+    for _ in 0..MOST_RESET {
+        let Ok((client, _)) = bro_relay::sys::accept(listener.as_fd()) else { return };
+        // Without it the client sees an orderly end.
+        setsockopt(&client, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 }).ok();
+    }
+}

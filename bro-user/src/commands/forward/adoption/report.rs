@@ -1,0 +1,38 @@
+//! What `bro status` and systemd hear of adoption.
+
+use std::time::SystemTime;
+
+use super::{Adoption, ListenerHolder};
+use crate::commands::status::AdoptionReport;
+
+impl Adoption {
+    /// Of one listener.
+    pub(in super::super) fn report(&self, index: usize) -> Option<AdoptionReport> {
+        let listener = self.listeners.get(index)?;
+        Some(match &listener.holder {
+            ListenerHolder::Watched | ListenerHolder::Called | ListenerHolder::Returning => {
+                AdoptionReport::Waiting
+            }
+            ListenerHolder::Service { since } => AdoptionReport::Adopted {
+                since: since.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |span| span.as_secs()),
+                connections: listener.guests,
+            },
+            ListenerHolder::Relay(why) => {
+                AdoptionReport::Relayed { reason: why.kind(), why: why.to_string() }
+            }
+            ListenerHolder::Broken(why) => AdoptionReport::Broken { why: why.to_string() },
+        })
+    }
+
+    /// In one line, while a service has a listener.
+    pub(in super::super) fn said(&self) -> String {
+        let connections = self.guests();
+        let plural = if connections == 1 { "" } else { "s" };
+        let relayed = self.listeners.iter().filter_map(|listener| match &listener.holder {
+            ListenerHolder::Relay(why) => Some(format!("; {} is relayed: {why}", listener.name)),
+            _ => None,
+        });
+        let said = format!("Adopted, {connections} connection{plural} now");
+        relayed.fold(said, |said, one| said + &one)
+    }
+}

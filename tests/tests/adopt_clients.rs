@@ -1,0 +1,256 @@
+//! Counting the clients of listeners that services accept at: who counts, in which state of a connection, and by which listener it came.
+//!
+//! Needs: nothing; a network namespace for two tests. Takes: seconds.
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use bro_adopt::clients::{AdoptedClients, Counting, Uncountable, any, count, queued};
+use bro_tests::netns::Namespace;
+use bro_tests::peers::{Family, PATIENCE, Place as _};
+use bro_tests::process::eventually;
+use bro_tests::require_namespaces;
+use bro_tests::scratch::Scratch;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, UnixAddr, bind, connect, listen, setsockopt,
+    socket, sockopt,
+};
+
+fn of(listener: impl std::os::fd::AsFd) -> Result<AdoptedClients> {
+    one(listener.as_fd(), &Counting::ALL)
+}
+
+fn one(listener: BorrowedFd<'_>, counting: &Counting<'_>) -> Result<AdoptedClients> {
+    Ok(count(&[listener], counting)?[0])
+}
+
+/// As many wait, and as many are served, as soon as the kernel is that far.
+fn expect(listener: impl std::os::fd::AsFd, queued: u32, served: u64) -> Result<()> {
+    let expected = AdoptedClients { queued, served, bytes: None };
+    let mut last = None;
+    let came = eventually(PATIENCE, || {
+        last = of(&listener).ok();
+        last == Some(expected)
+    });
+    ensure!(came, "{last:?} instead of {expected:?}");
+    ensure!(any(&[listener.as_fd()], &Counting::ALL)? != expected.is_empty(), "any() says otherwise");
+    Ok(())
+}
+
+#[test]
+fn a_client_counts_from_the_queue_on_until_both_sides_have_said_their_last() -> Result<()> {
+    for address in ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0"] {
+        let listener = TcpListener::bind(address)?;
+        let port = listener.local_addr()?.port();
+        let to = if address == "[::1]:0" { "::1".parse()? } else { IpAddr::V4(Ipv4Addr::LOCALHOST) };
+        let connect = || TcpStream::connect((to, port));
+        expect(&listener, 0, 0)?;
+        let client = connect()?;
+        expect(&listener, 1, 0)?;
+        let (accepted, _) = listener.accept()?;
+        expect(&listener, 0, 1)?;
+        // A second one, that leaves before it is accepted, still has to be.
+        drop(connect()?);
+        expect(&listener, 1, 1)?;
+        let (gone, _) = listener.accept()?;
+        expect(&listener, 0, 2)?;
+        drop(gone);
+        expect(&listener, 0, 1)?;
+        // The service half-closes, and hears on.
+        accepted.shutdown(Shutdown::Write)?;
+        expect(&listener, 0, 1)?;
+        drop(client);
+        expect(&listener, 0, 0)?;
+        // The client half-closes, and waits for its answer.
+        let client = connect()?;
+        let (accepted, _) = listener.accept()?;
+        client.shutdown(Shutdown::Write)?;
+        expect(&listener, 0, 1)?;
+        // What the service has closed the kernel still sends, and it is no longer the service's.
+        setsockopt(&accepted, sockopt::SndBuf, &(4 << 20))?;
+        accepted.set_nonblocking(true)?;
+        while (&accepted).write(&[0; 65536]).is_ok() {}
+        drop(accepted);
+        expect(&listener, 0, 0)?;
+        ensure!((&client).read(&mut [0; 1])? == 1, "the rest does not arrive");
+    }
+    Ok(())
+}
+
+#[test]
+fn another_programs_connections_at_the_same_port_are_not_counted() -> Result<()> {
+    // The same port before any address, at two addresses and in the other family, each another program's.
+    let loopback = TcpListener::bind("127.0.0.1:0")?;
+    let port = loopback.local_addr()?.port();
+    let other = TcpListener::bind(("127.0.0.2", port))?;
+    let sixth = TcpListener::bind(("::1", port))?;
+    let pairs = [(&other, "127.0.0.2"), (&sixth, "::1")];
+    let mut kept = Vec::new();
+    for (listener, address) in pairs {
+        kept.push((TcpStream::connect((address, port))?, listener.accept()?));
+    }
+    expect(&loopback, 0, 0)?;
+    kept.push((TcpStream::connect(("127.0.0.1", port))?, loopback.accept()?));
+    let counted = count(&[sixth.as_fd(), loopback.as_fd(), other.as_fd()], &Counting::ALL)?;
+    ensure!(counted == [AdoptedClients { served: 1, ..AdoptedClients::default() }; 3], "{counted:?}");
+    // Nor is the other end of a connection, which has the port as the one that it goes to.
+    let away = TcpStream::connect(("127.0.0.2", port))?;
+    ensure!(of(&loopback)?.served == 1 && away.peer_addr()?.port() == port, "an outgoing one");
+    Ok(())
+}
+
+#[test]
+fn before_any_address_there_are_those_whom_no_other_listener_takes() -> Result<()> {
+    let reused = |address: Ipv4Addr, port: u16| -> Result<TcpListener> {
+        let made = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&made, sockopt::ReusePort, &true)?;
+        bind(made.as_raw_fd(), &SockaddrIn::from(std::net::SocketAddrV4::new(address, port)))?;
+        listen(&made, Backlog::new(64)?)?;
+        Ok(made.into())
+    };
+    let all = reused(Ipv4Addr::UNSPECIFIED, 0)?;
+    let port = all.local_addr()?.port();
+    let narrow = reused(Ipv4Addr::LOCALHOST, port)?;
+    let _first = (TcpStream::connect(("127.0.0.1", port))?, narrow.accept()?);
+    expect(&all, 0, 0)?;
+    expect(&narrow, 0, 1)?;
+    let _second = (TcpStream::connect(("127.0.0.2", port))?, all.accept()?);
+    expect(&all, 0, 1)?;
+    expect(&narrow, 0, 1)?;
+    // Two of the same place and maker cannot be told apart: better awake than cut.
+    let twin = reused(Ipv4Addr::LOCALHOST, port)?;
+    expect(&twin, 0, 1)?;
+    expect(&narrow, 0, 1)
+}
+
+#[test]
+fn bytes_are_those_of_both_directions_and_ignored_clients_have_none() -> Result<()> {
+    let listener = TcpListener::bind("[::]:0")?;
+    let port = listener.local_addr()?.port();
+    let mut client = TcpStream::connect(("127.0.0.1", port))?;
+    let (mut accepted, _) = listener.accept()?;
+    let bytes = || -> Result<u64> {
+        Ok(one(listener.as_fd(), &Counting { bytes: true, ..Counting::ALL })?.bytes.unwrap_or(0))
+    };
+    let before = bytes()?;
+    ensure!(bytes()? == before, "bytes without bytes");
+    client.write_all(&[0; 1000])?;
+    accepted.write_all(&[0; 500])?;
+    ensure!(
+        eventually(PATIENCE, || bytes().is_ok_and(|now| now == before + 1500)),
+        "{} more",
+        bytes()? - before
+    );
+    ensure!(of(&listener)?.bytes.is_none(), "not asked for");
+    // A client of an IPv6 listener that comes by IPv4 has its IPv4 address.
+    let local = |ip: IpAddr| ip == IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let counted = one(listener.as_fd(), &Counting { bytes: true, ignores: &local, ..Counting::ALL })?;
+    ensure!((counted.served, counted.bytes) == (0, Some(0)), "{counted:?}");
+    let sixth = (TcpStream::connect(("::1", port))?, listener.accept()?);
+    ensure!(one(listener.as_fd(), &Counting { ignores: &local, ..Counting::ALL })?.served == 1, "{sixth:?}");
+    Ok(())
+}
+
+#[test]
+fn a_thousand_clients_are_counted_in_time() -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let mut kept = Vec::new();
+    for _ in 0..1000 {
+        kept.push((TcpStream::connect(address)?, listener.accept()?));
+    }
+    let counting = Counting { bytes: true, ..Counting::ALL };
+    let started = Instant::now();
+    let clients = one(listener.as_fd(), &counting)?;
+    let whole = started.elapsed();
+    let started = Instant::now();
+    ensure!(any(&[listener.as_fd()], &counting)?, "there is one");
+    let first = started.elapsed();
+    ensure!(clients.served == 1000, "{clients:?}");
+    println!("1000 clients with their bytes in {whole:?}, the first of them in {first:?}");
+    // Milliseconds, even of an unoptimised program; a busy machine takes longer.
+    ensure!(whole < Duration::from_secs(2), "{whole:?}");
+    Ok(())
+}
+
+#[test]
+fn clients_of_unix_sockets_are_told_by_the_file_and_by_the_name() -> Result<()> {
+    let folder = Scratch::new()?;
+    let path = folder.join("service");
+    let (first, name) = (UnixListener::bind(&path)?, format!("bro-adopt-clients-{}", std::process::id()));
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(&name)?;
+    let named = UnixListener::bind_addr(&address)?;
+    expect(&first, 0, 0)?;
+    let client = UnixStream::connect(&path)?;
+    expect(&first, 1, 0)?;
+    let served = first.accept()?;
+    expect(&first, 0, 1)?;
+    // Another one at the same path is another one.
+    std::fs::remove_file(&path)?;
+    let second = UnixListener::bind(&path)?;
+    expect(&second, 0, 0)?;
+    let _other = (UnixStream::connect(&path)?, second.accept()?);
+    let _named = (UnixStream::connect_addr(&address)?, named.accept()?);
+    let counted =
+        count(&[first.as_fd(), named.as_fd(), second.as_fd()], &Counting { bytes: true, ..Counting::ALL })?;
+    ensure!(counted.iter().all(|clients| (clients.served, clients.bytes) == (1, None)), "{counted:?}");
+    // It is gone when the service closes it.
+    drop(client);
+    expect(&first, 0, 1)?;
+    drop(served);
+    expect(&first, 0, 0)
+}
+
+#[test]
+fn a_unix_client_of_another_namespace_is_found_at_the_services_descriptors() -> Result<()> {
+    require_namespaces!();
+    let (folder, elsewhere) = (Scratch::new()?, Namespace::new()?);
+    let path = folder.join("service");
+    let listener = UnixListener::bind(&path)?;
+    let client = elsewhere.socket(Family::Unix)?;
+    connect(client.as_raw_fd(), &UnixAddr::new(&path)?)?;
+    ensure!(queued(listener.as_fd())? == 1, "it waits");
+    let _served = listener.accept()?;
+    let own = [std::process::id().cast_signed()];
+    let here = of(&listener)?;
+    let counting = Counting { processes: &own, ..Counting::ALL };
+    let everywhere = one(listener.as_fd(), &counting)?;
+    ensure!((here.served, everywhere.served) == (0, 1), "{here:?}, {everywhere:?}");
+    // One that is in this namespace's table is the same one at a descriptor.
+    let _other = (UnixStream::connect(&path)?, listener.accept()?);
+    ensure!(one(listener.as_fd(), &counting)?.served == 2, "{:?}", one(listener.as_fd(), &counting)?);
+    ensure!(any(&[listener.as_fd()], &counting)?, "one of them");
+    Ok(())
+}
+
+#[test]
+fn nothing_is_said_of_another_namespaces_listener() -> Result<()> {
+    require_namespaces!();
+    let elsewhere = Namespace::new()?;
+    let made = elsewhere.socket(Family::Tcp4)?;
+    bind(made.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0))?;
+    listen(&made, Backlog::new(8)?)?;
+    let client = elsewhere.socket(Family::Tcp4)?;
+    let listener = TcpListener::from(made);
+    let SocketAddr::V4(address) = listener.local_addr()? else { anyhow::bail!("no IPv4 listener") };
+    ensure!(
+        matches!(count(&[listener.as_fd()], &Counting::ALL), Err(Uncountable::Elsewhere)),
+        "it was counted"
+    );
+    // But for who waits, whom the listener itself tells of.
+    match connect(client.as_raw_fd(), &SockaddrIn::from(address)) {
+        Ok(()) | Err(nix::errno::Errno::EINPROGRESS) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    ensure!(eventually(PATIENCE, || matches!(queued(listener.as_fd()), Ok(1))), "it waits");
+    ensure!(any(&[listener.as_fd()], &Counting::ALL)?, "it waits");
+    Ok(())
+}

@@ -1,0 +1,332 @@
+//! `bro forward --adopt`: a first client wakes, the service has the host's listener from then on, and what it cannot have is relayed. The harness plays
+//! the OCI runtime and the service manager's store.
+//!
+//! Needs: a network namespace. Takes: seconds.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::adopt::{Adoption, Profile, Program};
+use bro_tests::forwarder::{Forwarder, Setup};
+use bro_tests::netns::Namespace;
+use bro_tests::peers::PATIENCE;
+use bro_tests::process;
+use bro_tests::require_namespaces;
+use bro_user::commands::forward::adoption::FallbackKind;
+use bro_user::commands::status::{AdoptionReport, Report};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Where services listen, in the namespace.
+const INSIDE: &str = "127.0.0.1:8080";
+
+/// A listener as systemd passes it: blocking.
+fn listener(address: &str) -> Result<(TcpListener, OwnedFd)> {
+    let listener = TcpListener::bind(address)?;
+    let passed = listener.try_clone()?.into();
+    Ok((listener, passed))
+}
+
+/// A host's listener, where its services are to be, and what plays the service manager.
+struct Stage {
+    host: TcpListener,
+    namespace: Namespace,
+    adoption: Adoption,
+}
+
+impl Stage {
+    fn new() -> Result<Self> {
+        Self::at("127.0.0.1:0")
+    }
+
+    fn at(address: &str) -> Result<Self> {
+        let (host, passed) = listener(address)?;
+        let adoption = Adoption::new(vec![(passed, INSIDE.into())])?;
+        Ok(Self { host, namespace: Namespace::new()?, adoption })
+    }
+
+    fn setup(&self) -> Result<Setup> {
+        self.adoption.forwarder(&self.namespace)
+    }
+
+    fn forwarder(&self, options: &[&str]) -> Result<Forwarder> {
+        let forwarder = self.setup()?.args(options).start()?;
+        forwarder.log().line(PATIENCE, |line| line.contains("listening"))?;
+        Ok(forwarder)
+    }
+
+    fn service(&self, profile: Profile, arguments: &[&str]) -> Result<Program> {
+        self.adoption.service_in(&self.namespace, profile, arguments)
+    }
+
+    fn client(&self) -> Result<TcpStream> {
+        let client = TcpStream::connect(self.host.local_addr()?)?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        Ok(client)
+    }
+}
+
+fn told(mut client: TcpStream) -> Result<String> {
+    let mut said = String::new();
+    client.read_to_string(&mut said)?;
+    Ok(said)
+}
+
+/// The service tells it its own address: it has accepted the client itself.
+fn expect_own_address(client: TcpStream) -> Result<()> {
+    let own = client.local_addr()?.to_string();
+    let said = told(client)?;
+    ensure!(said == own, "the client {own} was told {said:?}");
+    Ok(())
+}
+
+/// The service tells it another address: it was relayed.
+fn expect_relayed(client: TcpStream) -> Result<()> {
+    let own = client.local_addr()?.to_string();
+    let said = told(client)?;
+    ensure!(!said.is_empty() && said != own, "the client {own} was told {said:?}");
+    Ok(())
+}
+
+fn end(container: Program) -> Result<()> {
+    kill(Pid::from_raw(container.pid()), Signal::SIGKILL)?;
+    container.wait()?;
+    Ok(())
+}
+
+fn says(forwarder: &Forwarder, text: &str) -> Result<String> {
+    forwarder
+        .log()
+        .line(PATIENCE, |line| line.contains(text))
+        .with_context(|| format!("waiting for “{text}”"))
+}
+
+fn first(report: &Report) -> Option<&AdoptionReport> {
+    report.listeners.first()?.adoption.as_ref()
+}
+
+/// Waits until the report says so of the first listener.
+fn eventually(forwarder: &Forwarder, wanted: impl Fn(&AdoptionReport) -> bool) -> Result<Report> {
+    let so = |report: &Report| first(report).is_some_and(&wanted);
+    let found = process::eventually(PATIENCE, || forwarder.report().as_ref().is_ok_and(so));
+    let report = forwarder.report()?;
+    ensure!(found, "{:?}", first(&report));
+    Ok(report)
+}
+
+fn is_adopted(report: &AdoptionReport) -> bool {
+    matches!(report, AdoptionReport::Adopted { .. })
+}
+
+fn is_waiting(report: &AdoptionReport) -> bool {
+    *report == AdoptionReport::Waiting
+}
+
+fn is_relayed(wanted: FallbackKind) -> impl Fn(&AdoptionReport) -> bool {
+    move |report| matches!(report, AdoptionReport::Relayed { reason, .. } if *reason == wanted)
+}
+
+#[test]
+fn a_first_client_wakes_a_service_that_accepts_it_itself() -> Result<()> {
+    require_namespaces!();
+    for kind in ["plain", "epoll", "epoll-edge"] {
+        let stage = Stage::new()?;
+        let forwarder = stage.forwarder(&[])?;
+        ensure!(first(&forwarder.report()?).is_some_and(is_waiting));
+        for round in 0..2 {
+            let early = stage.client()?;
+            says(&forwarder, "for its first client")?;
+            let service = stage.service(Profile::Notifies, &[kind, INSIDE])?;
+            service.says("ready")?;
+            expect_own_address(early).with_context(|| format!("{kind}, round {round}"))?;
+            eventually(&forwarder, is_adopted)?;
+            for _ in 0..3 {
+                expect_own_address(stage.client()?)?;
+            }
+            end(service)?;
+            eventually(&forwarder, is_waiting)?;
+            forwarder.log().forget();
+        }
+        let report = forwarder.report()?;
+        ensure!(
+            report.own.counts.adoptions == 2 && report.own.counts.fallbacks.is_empty(),
+            "{:?}",
+            report.own
+        );
+        ensure!(report.total.accepted == 0, "the relay has accepted {}", report.total.accepted);
+        forwarder.stop()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_service_that_the_listener_does_not_fit_is_relayed_until_its_end() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::at("[::1]:0")?;
+    let forwarder = stage.forwarder(&[])?;
+    let early = stage.client()?;
+    let service = stage.service(Profile::Notifies, &["plain", "0.0.0.0:8080"])?;
+    expect_relayed(early)?;
+    let report = eventually(&forwarder, is_relayed(FallbackKind::Family))?;
+    ensure!(report.own.counts.fallbacks.get(&FallbackKind::Family) == Some(&1), "{:?}", report.own);
+    expect_relayed(stage.client()?)?;
+    end(service)?;
+    // The namespace stays, so that the relay's next client finds out.
+    forwarder.stop().map(drop)
+}
+
+#[test]
+fn a_container_without_the_profile_is_relayed() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&[])?;
+    let early = stage.client()?;
+    let _service = stage.service(Profile::None, &["plain", INSIDE])?;
+    expect_relayed(early)?;
+    eventually(&forwarder, is_relayed(FallbackKind::NoProfile))?;
+    says(&forwarder, "no seccomp profile")?;
+    expect_relayed(stage.client()?)?;
+    forwarder.stop().map(drop)
+}
+
+#[test]
+fn a_service_that_listens_too_late_is_relayed() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&["--start-timeout=600ms"])?;
+    let early = stage.client()?;
+    eventually(&forwarder, is_relayed(FallbackKind::StartTimeout))?;
+    let _service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_relayed(early)?;
+    expect_relayed(stage.client()?)?;
+    forwarder.stop().map(drop)
+}
+
+#[test]
+fn a_forwarder_that_is_killed_is_followed_by_one_that_goes_on() -> Result<()> {
+    require_namespaces!();
+    for kind in ["plain", "epoll"] {
+        let stage = Stage::new()?;
+        let forwarder = stage.forwarder(&[])?;
+        let early = stage.client()?;
+        let service = stage.service(Profile::Notifies, &[kind, INSIDE])?;
+        expect_own_address(early)?;
+        eventually(&forwarder, is_adopted)?;
+        forwarder.signal(Signal::SIGKILL)?;
+        drop(forwarder);
+        expect_own_address(stage.client()?)?;
+        let stored = stage.adoption.stored();
+        ensure!(stored.iter().any(|name| name.starts_with("adopt-container-")), "{stored:?}");
+        let next = stage.forwarder(&[])?;
+        says(&next, "as before this process")?;
+        eventually(&next, is_adopted)?;
+        // Which is the service's, and not systemd's.
+        let flags = OFlag::from_bits_retain(fcntl(&stage.host, FcntlArg::F_GETFL)?);
+        ensure!(flags.contains(OFlag::O_NONBLOCK) == (kind == "epoll"), "{kind}: {flags:?}");
+        expect_own_address(stage.client()?)?;
+        ensure!(next.report()?.total.accepted == 0, "the relay has accepted");
+        end(service)?;
+        eventually(&next, is_waiting)?;
+        let client = stage.client()?;
+        let _service = stage.service(Profile::Notifies, &[kind, INSIDE])?;
+        expect_own_address(client)?;
+        next.stop()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_successor_answers_for_the_container() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&[])?;
+    let early = stage.client()?;
+    let service = stage.service(Profile::Notifies, &["epoll", INSIDE])?;
+    expect_own_address(early)?;
+    eventually(&forwarder, is_adopted)?;
+    forwarder.signal(Signal::SIGHUP)?;
+    let main = stage.adoption.main_process(forwarder.pid())?;
+    says(&forwarder, "as before this process")?;
+    expect_own_address(stage.client()?)?;
+    ensure!(process::ends(forwarder.pid(), PATIENCE)?, "the predecessor stays");
+    ensure!(first(&forwarder.report()?).is_some_and(is_adopted));
+    end(service)?;
+    eventually(&forwarder, is_waiting)?;
+    let client = stage.client()?;
+    let _service = stage.service(Profile::Notifies, &["epoll", INSIDE])?;
+    expect_own_address(client)?;
+    kill(Pid::from_raw(main), Signal::SIGTERM)?;
+    ensure!(process::ends(main, PATIENCE)?, "the successor stays");
+    Ok(())
+}
+
+#[test]
+fn it_stays_while_a_container_has_its_socket_and_leaves_when_idle() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let mut forwarder = stage.forwarder(&["--exit-idle-time=500ms"])?;
+    let early = stage.client()?;
+    let service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_own_address(early)?;
+    says(&forwarder, "there is no --unit to stop")?;
+    ensure!(forwarder.is_running()?, "it left a container behind");
+    end(service)?;
+    forwarder.expect_exit(0)
+}
+
+#[test]
+fn a_client_of_the_service_counts_although_nothing_of_it_passes() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&["--exit-idle-time=700ms"])?;
+    let mut client = stage.client()?;
+    let mut service = stage.service(Profile::Notifies, &["slow", INSIDE])?;
+    service.says("accepted")?;
+    let connected =
+        |report: &AdoptionReport| matches!(report, AdoptionReport::Adopted { connections: 1, .. });
+    let report = eventually(&forwarder, connected)?;
+    ensure!(report.state == "Adopted, 1 connection now", "{}", report.state);
+    let idle = || forwarder.log().lines().iter().any(|line| line.contains("the idle time is over"));
+    ensure!(!process::eventually(Duration::from_secs(2), idle), "the client did not count");
+    service.input.as_mut().context("an input")?.write_all(b"now\n")?;
+    let mut said = String::new();
+    client.read_to_string(&mut said)?;
+    ensure!(said == client.local_addr()?.to_string(), "{said}");
+    drop(client);
+    says(&forwarder, "the idle time is over")?;
+    Ok(())
+}
+
+#[test]
+fn what_does_not_go_together_is_said_at_once() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    for (option, expected) in [
+        ("--wake-on=data", "--wake-on=data does not go with --adopt"),
+        ("--proxy-protocol=v2", "--proxy-protocol does not go with --adopt"),
+        ("--ready=connect", "--ready other than auto or listen does not go with --adopt"),
+        ("--target=socket-1=localhost:80", "matches no socket"),
+    ] {
+        let mut forwarder = stage.setup()?.arg(option).start()?;
+        forwarder.expect_exit(2).with_context(|| option.to_owned())?;
+        let said = forwarder.log().lines().join("\n");
+        ensure!(said.contains(expected), "{option}: {said}");
+    }
+    let (_host, passed) = listener("127.0.0.1:0")?;
+    let setup = Setup::new().netns(&stage.namespace).descriptor(passed, "seccomp").arg(INSIDE);
+    let mut forwarder = setup.start()?;
+    forwarder.expect_exit(2)?;
+    let said = forwarder.log().lines().join("\n");
+    ensure!(said.contains("the passed socket “seccomp” is for --adopt"), "{said}");
+    let (_host, passed) = listener("127.0.0.1:0")?;
+    let setup = Setup::new().netns(&stage.namespace).descriptor(passed, "web").args(["--adopt", INSIDE]);
+    let mut forwarder = setup.start()?;
+    forwarder.expect_exit(2)?;
+    let said = forwarder.log().lines().join("\n");
+    ensure!(said.contains("--adopt needs a passed socket with FileDescriptorName=seccomp"), "{said}");
+    Ok(())
+}
