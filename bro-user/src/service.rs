@@ -825,7 +825,7 @@ impl ServiceStarter {
         let start = tokio::time::Instant::now();
         let mut asked = start;
         let mut whereabouts = match &self.unit {
-            Some(unit) => Some(Whereabouts::of(self.bus().await?, unit, self.manager).await),
+            Some(unit) => Some(Whereabouts::of(self.bus().await?, unit).await),
             None => None,
         };
         loop {

@@ -163,8 +163,7 @@ const ASK_STEP: Duration = Duration::from_millis(250);
 const GUARD: Duration = Duration::from_secs(1);
 
 /// Between two looks at the table of listeners: this part of the time that was waited so far, within these bounds. So a service that
-/// is up at once is served at once, and thirty that are started in the same moment leave the processors to the services: a look
-/// each millisecond takes a twentieth of one, for each forwarder.
+/// is up at once is served at once, and the forwarders of thirty that are started in the same moment leave the processors to these.
 const PART: u32 = 32;
 const SHORTEST: Duration = Duration::from_millis(1);
 const LONGEST: Duration = Duration::from_millis(10);

@@ -300,12 +300,6 @@ impl Changes {
         }
     }
 
-    /// The ActiveState that the last step told of, if it told of one.
-    #[must_use]
-    pub fn told_state(&self) -> Option<&str> {
-        self.step.state.as_deref()
-    }
-
     /// Did the last step tell of this run?
     #[must_use]
     pub fn told_of(&self, run: &str) -> bool {
@@ -852,7 +846,7 @@ fn hexadecimal(bytes: &[u8]) -> String {
 }
 
 /// Where all cgroups are: looked for once, since the table of mounts may be long.
-pub(crate) fn cgroups() -> Option<&'static Path> {
+fn cgroups() -> Option<&'static Path> {
     static MOUNT_POINT: OnceLock<Option<PathBuf>> = OnceLock::new();
     MOUNT_POINT.get_or_init(|| cgroup::mount_point().ok()).as_deref()
 }
