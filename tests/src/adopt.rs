@@ -287,8 +287,8 @@ impl Adoption {
     pub fn main_process(&self, but: i32) -> Result<i32> {
         let found = || {
             let said = self.store.said.lock().expect("no holder of this lock panics");
-            let pids = said.iter().filter_map(|line| line.strip_prefix("MAINPID=")?.parse().ok());
-            pids.filter(|pid: &i32| *pid != but).last()
+            let mut pids = said.iter().filter_map(|line| line.strip_prefix("MAINPID=")?.parse().ok());
+            pids.rfind(|pid: &i32| *pid != but)
         };
         ensure!(
             crate::process::eventually(PATIENCE, || found().is_some()),

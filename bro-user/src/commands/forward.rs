@@ -4,11 +4,11 @@
 //! Its parts: the life cycle of the service (`lifecycle.rs`), the data plane (`data_plane.rs`), sockets that the service has itself
 //! (`adoption.rs`), reload (`reload.rs`), what callers ask (`requests.rs`); `control.rs` is the loop that hears of everything, and gives it to the part that it is for.
 
-pub mod adoption;
 pub mod freeze;
 pub mod handover;
 pub mod inhibit;
 
+mod adoption;
 mod control;
 mod data_plane;
 mod drain;
@@ -27,7 +27,7 @@ mod wake;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use adoption::{Adoption, Reserved};
+use adoption::{Reserved, SocketAdoption};
 use control::Control;
 use data_plane::{DataPlane, RelayProcess};
 use handover::{Predecessor, Program};
@@ -79,7 +79,7 @@ pub fn run(
         }
         let keep_awake = KeepAwake::of(&options.idle.keep_awake).await?;
         let plane = DataPlane::start(options, relay, local_clients, bequest)?;
-        let adoption = reserved.map(|reserved| Adoption::new(reserved, &listeners, &targets, &plane));
+        let adoption = reserved.map(|reserved| SocketAdoption::new(reserved, &listeners, &targets, &plane));
         let adoption = adoption.transpose()?;
         let life = Lifecycle::new(options, targets, Arc::new(starter), keep_awake, &plane);
         let reload = Reload::new(program, &listeners);
