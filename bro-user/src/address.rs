@@ -62,6 +62,11 @@ impl fmt::Display for External {
 /// Why a text is not an external address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidAddress {
+    /// A UDP port.
+    #[error(
+        "“{0}” is a UDP port, which bro activate does not set up: write a socket unit with ListenDatagram= for bro forward"
+    )]
+    Udp(String),
     /// A port, an address or a path.
     #[error(transparent)]
     Target(#[from] target::InvalidTarget),
@@ -132,7 +137,7 @@ impl FromStr for External {
                     Self::Path(path)
                 }
                 Target::Abstract(name) => Self::Abstract(name),
-                Target::Tcp { .. } => unreachable!("it begins with / or @"),
+                Target::Tcp { .. } | Target::Udp { .. } => unreachable!("it begins with / or @"),
             });
         }
         if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -144,8 +149,10 @@ impl FromStr for External {
         if let Some((external, internal)) = published(text) {
             return Err(InvalidAddress::Published { text: text.to_owned(), external, internal });
         }
-        let Target::Tcp { host, port } = text.parse::<Target>()? else {
-            unreachable!("no unix target begins so")
+        let (host, port) = match text.parse::<Target>()? {
+            Target::Tcp { host, port } => (host, port),
+            Target::Udp { .. } => return Err(InvalidAddress::Udp(text.to_owned())),
+            Target::Unix(_) | Target::Abstract(_) => unreachable!("no unix target begins so"),
         };
         if !text.ends_with(&format!(":{port}")) {
             return Err(InvalidAddress::NoPort(text.to_owned()));
@@ -172,6 +179,9 @@ impl FromStr for Internal {
             return Ok(Self::Port(target::port(text)?));
         }
         let target: Target = text.parse()?;
+        if matches!(target, Target::Udp { .. }) {
+            return Err(InvalidAddress::Udp(text.to_owned()));
+        }
         if let Target::Tcp { port, .. } = &target
             && !text.ends_with(&format!(":{port}"))
         {

@@ -3,6 +3,7 @@
 mod activate;
 #[cfg(test)]
 mod documented;
+mod fence;
 mod helper;
 pub mod idle;
 #[cfg(test)]
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 use clap::{Args, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
 pub use activate::{Activate, Adopt, Direct};
+pub use fence::Fence;
 pub use helper::Helper;
 pub use loader::Loader;
 
@@ -103,6 +105,9 @@ pub enum Command {
     /// Have the running forwarders of activated services take up a bro that has just been installed
     #[command(hide = true)]
     AfterUpgrade(AfterUpgrade),
+    /// Keep containers from leading the sockets of a socket unit elsewhere, for `ExecStartPre=` of that unit
+    #[command(hide = true)]
+    Fence(Fence),
     /// Try what waking a service takes, for a `bro doctor NAME` that has systemd run this as it would run the forwarder
     #[command(hide = true)]
     TryWake(TryWake),
@@ -232,6 +237,14 @@ pub struct Forward {
     /// reset
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_per_source: Option<u32>,
+
+    /// How many clients' datagrams at once are told apart (UDP); the least recently used flow makes room for the next
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub flows_max: u32,
+
+    /// End a client's flow of datagrams after SPAN without one in either direction
+    #[arg(long, value_name = "SPAN", default_value = "60", value_parser = crate::systemd::time_span::limit)]
+    pub flow_timeout: TimeSpan,
 
     /// How bytes are moved: auto, sockmap, splice or copy
     #[arg(long, value_name = "HOW", default_value = "auto")]

@@ -163,7 +163,7 @@ impl Namespace {
     ///
     /// # Errors
     /// The agent's end; within, what [`bro_relay::netns::replies::keep`] says.
-    pub async fn keep_replies(&self, target: std::net::SocketAddr) -> io::Result<nix::Result<()>> {
+    pub async fn keep_replies(&self, target: Address) -> io::Result<nix::Result<()>> {
         Ok(self.ask(&AgentRequest::KeepReplies(target), &[]).await?.map(drop))
     }
 

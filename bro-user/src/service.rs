@@ -231,7 +231,7 @@ impl ServiceStarter {
     /// # Errors
     /// [`Failure::NotFound`] or [`Failure::NotPermitted`].
     pub async fn check(&self, targets: &[Target]) -> anyhow::Result<()> {
-        let unix = targets.iter().any(|target| !matches!(target, Target::Tcp { .. }));
+        let unix = targets.iter().any(|target| matches!(target, Target::Unix(_) | Target::Abstract(_)));
         if unix
             && self.place == NetnsSource::Own
             && self.identity != Identity::Forwarder
@@ -273,7 +273,7 @@ impl ServiceStarter {
             let mut addresses = self.resolve(target).await?;
             let heard = self.watch(index, &place, incarnation.as_deref(), &addresses).await;
             tokio::select! {
-                ready = self.wait_ready(&place, &addresses, heard) => ready?,
+                ready = self.wait_ready(&place, &mut addresses, heard) => ready?,
                 () = gone(incarnation.as_deref()) => return Ok(None),
             }
             let file = match (&self.place, &incarnation) {
@@ -288,11 +288,11 @@ impl ServiceStarter {
             };
             let guarded = file.is_some();
             let sources = self.source.decide(&place, &namespace, &mut addresses).await?;
-            let tcp = addresses.iter().map(Address::tcp).collect();
+            let inet = addresses.iter().map(Address::inet).collect();
             let binding = sources.binding();
             let channel = namespace.channel(TargetAddresses { addresses, file, binding }).await;
             let channel = channel.map_err(|error| self.refused_identity(error))?;
-            let ready = ReadyTarget { addresses: tcp, guarded, sources, channel };
+            let ready = ReadyTarget { addresses: inet, guarded, sources, channel };
             anyhow::Ok(Some(Awake { ready, incarnation }))
         };
         let (findable, started) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
@@ -858,6 +858,11 @@ impl ServiceStarter {
                 let found = found.await.with_context(|| format!("cannot look up the target {target}"))?;
                 found.take(TargetAddresses::MOST).map(|found| Address::Tcp(reached(found))).collect()
             }
+            Target::Udp { host, port } => {
+                let found = tokio::net::lookup_host((host.as_str(), *port));
+                let found = found.await.with_context(|| format!("cannot look up the target {target}"))?;
+                found.take(TargetAddresses::MOST).map(|found| Address::Udp(reached(found))).collect()
+            }
             Target::Abstract(name) => vec![Address::Abstract(name.as_bytes().to_vec())],
             Target::Unix(path) => match self.place {
                 NetnsSource::Container(_) | NetnsSource::Pid(_) => vec![Address::Inside(path.clone())],
@@ -906,12 +911,20 @@ impl ServiceStarter {
     async fn wait_ready(
         &self,
         place: &NetnsRef,
-        addresses: &[Address],
+        addresses: &mut Vec<Address>,
         heard: Option<tokio::sync::watch::Receiver<u64>>,
     ) -> anyhow::Result<()> {
         let tcp: Vec<SocketAddr> = addresses.iter().filter_map(Address::tcp).collect();
+        let udp: Vec<SocketAddr> = addresses.iter().filter_map(Address::udp).collect();
         match &self.ready {
             Ready::Unchecked => {}
+            // No service says over UDP that it is ready, so that the socket is what can be seen.
+            Ready::Auto | Ready::Listen | Ready::Connect | Ready::Says(_) if !udp.is_empty() => {
+                if let Some(bound) = readiness::bound(place, &udp).await? {
+                    // A datagram is not refused before it is sent, so there is no second address to try.
+                    *addresses = vec![Address::Udp(bound)];
+                }
+            }
             Ready::Auto | Ready::Listen | Ready::Says(_) if !tcp.is_empty() => {
                 if !self.ready.asks_elsewhere() {
                     readiness::listening(place, &tcp, heard).await?;

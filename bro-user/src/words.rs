@@ -20,8 +20,9 @@ use std::arch::asm;
 
 use nix::libc::{
     self, c_char, c_int, c_long, c_uint, c_ulong, c_void, clockid_t, epoll_event, gid_t, id_t, idtype_t,
-    iovec, mode_t, msghdr, nfds_t, off_t, off64_t, pid_t, pollfd, rlimit, sighandler_t, siginfo_t, sigset_t,
-    size_t, sockaddr, socklen_t, ssize_t, stat, stat64, statfs64, statx as statx_t, timespec, uid_t,
+    iovec, mmsghdr, mode_t, msghdr, nfds_t, off_t, off64_t, pid_t, pollfd, rlimit, sighandler_t, siginfo_t,
+    sigset_t, size_t, sockaddr, socklen_t, ssize_t, stat, stat64, statfs64, statx as statx_t, timespec,
+    uid_t,
 };
 
 /// An argument as the kernel gets it: the whole of a register.
@@ -170,12 +171,16 @@ calls! {
         socket: c_int, bytes: *const c_void, length: size_t, flags: c_int, to: *const sockaddr, size: socklen_t
     ) -> ssize_t = SYS_sendto;
     fn sendmsg(socket: c_int, message: *const msghdr, flags: c_int) -> ssize_t = SYS_sendmsg;
+    fn sendmmsg(socket: c_int, messages: *mut mmsghdr, count: c_uint, flags: c_int) -> c_int = SYS_sendmmsg;
     fn recv(socket: c_int, bytes: *mut c_void, length: size_t, flags: c_int) -> ssize_t
         = SYS_recvfrom(socket, bytes, length, flags, NULL, NULL);
     fn recvfrom(
         socket: c_int, bytes: *mut c_void, length: size_t, flags: c_int, from: *mut sockaddr, size: *mut socklen_t
     ) -> ssize_t = SYS_recvfrom;
     fn recvmsg(socket: c_int, message: *mut msghdr, flags: c_int) -> ssize_t = SYS_recvmsg;
+    fn recvmmsg(
+        socket: c_int, messages: *mut mmsghdr, count: c_uint, flags: c_int, patience: *mut timespec
+    ) -> c_int = SYS_recvmmsg;
 
     // Descriptors, and waiting for them. Where a processor lacks the older call, the newer one that does the same.
     fn close(file: c_int) -> c_int = SYS_close;

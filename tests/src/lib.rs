@@ -30,5 +30,6 @@ pub mod sys;
 pub mod tier;
 pub mod torture;
 pub mod transcript;
+pub mod udp;
 pub mod vm;
 pub mod words;

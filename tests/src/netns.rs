@@ -94,12 +94,22 @@ impl Namespace {
 
 impl Place for Namespace {
     fn socket(&self, family: Family) -> io::Result<OwnedFd> {
-        let control = self.control.lock().expect("no holder of this lock panics");
-        let request = match family {
+        self.ask(match family {
             Family::Tcp4 => b"4",
             Family::Tcp6 => b"6",
             Family::Unix => b"u",
-        };
+        })
+    }
+}
+
+impl Namespace {
+    /// A UDP socket made there.
+    pub fn datagram_socket(&self, ipv6: bool) -> io::Result<OwnedFd> {
+        self.ask(if ipv6 { b"e" } else { b"d" })
+    }
+
+    fn ask(&self, request: &[u8; 1]) -> io::Result<OwnedFd> {
+        let control = self.control.lock().expect("no holder of this lock panics");
         send(control.as_raw_fd(), request, MsgFlags::MSG_NOSIGNAL)?;
         let mut byte = [0];
         let mut parts = [IoSliceMut::new(&mut byte)];

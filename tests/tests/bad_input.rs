@@ -66,17 +66,18 @@ fn nonsense_in_listen_fds() -> Result<()> {
 }
 
 #[test]
-fn what_was_passed_is_no_listening_stream_socket() -> Result<()> {
+fn what_was_passed_is_no_socket_for_clients() -> Result<()> {
     let scratch = Scratch::new()?;
-    let datagram: OwnedFd = std::net::UdpSocket::bind("127.0.0.1:0")?.into();
+    let datagram = std::net::UdpSocket::bind("127.0.0.1:0")?;
+    datagram.connect("127.0.0.1:9")?;
     let unix_datagram: OwnedFd = UnixDatagram::bind(scratch.join("d"))?.into();
     let unbound: OwnedFd = Family::Tcp4.socket()?;
     let file: OwnedFd = File::create(scratch.join("file"))?.into();
     let unix = UnixListener::bind(scratch.join("u"))?;
     let connected: OwnedFd = std::os::unix::net::UnixStream::connect(scratch.join("u"))?.into();
     for (what, fd, word) in [
-        ("a UDP socket", datagram, "stream"),
-        ("a unix datagram socket", unix_datagram, "stream"),
+        ("a UDP socket with a peer", datagram.into(), "connected"),
+        ("a unix datagram socket", unix_datagram, "UDP"),
         ("a socket that does not listen", unbound, "listen"),
         ("a connected socket, as Accept=yes passes it", connected, "Accept=no"),
         ("a file", file, "socket"),

@@ -281,6 +281,54 @@ fn a_hijacked_relay_process_can_do_no_harm() -> Result<()> {
     forwarder.stop().map(drop)
 }
 
+/// A listener for datagrams has to answer to any address, and so may send from its own; nothing else may come to be in its place.
+#[test]
+fn a_hijacked_relay_process_sends_datagrams_from_listeners_alone() -> Result<()> {
+    require_namespaces!();
+    let scene = bro_tests::udp::UdpScene::new(false)?;
+    let echo = scene.echo()?;
+    let forwarder = scene.setup()?.start()?;
+    let client = scene.client()?;
+    bro_tests::udp::expect_echo(&client, b"ping")?;
+    let relay = forwarder.relay();
+    let front = scene.address()?;
+    let is_front = |socket: &OwnedFd| {
+        let address = nix::sys::socket::getsockname::<SockaddrStorage>(socket.as_raw_fd());
+        address.is_ok_and(|address| bro_relay::sockaddr::tcp(&address) == Some(front))
+    };
+    let (listeners, others): (Vec<_>, Vec<_>) =
+        numbered_sockets(relay)?.into_iter().partition(|(_, socket)| is_front(socket));
+    let listeners: Vec<i64> = listeners.into_iter().map(|(number, _)| number).collect();
+    let [listener] = listeners[..] else { anyhow::bail!("listeners: {listeners:?}") };
+    let flow =
+        others.iter().find(|(_, socket)| getsockopt(socket, sockopt::SockType) == Ok(SockType::Datagram));
+    let flow = flow.context("there is no flow")?.0;
+    let mut hijacked = Hijacked::new(relay)?;
+    let (zeros, number) = (Argument::Bytes(&[0; 128]), |value: i32| Argument::from(i64::from(value)));
+    for (other, _) in &others {
+        let socket = Argument::from(*other);
+        for call in [libc::SYS_sendmmsg, libc::SYS_sendmsg] {
+            let came = hijacked.call(call, &[socket, zeros, number(1), number(libc::MSG_DONTWAIT)])?;
+            ensure!(came == Err(Errno::EPERM), "{call} on {other}: {came:?}");
+        }
+    }
+    let socket = Argument::from(listener);
+    for (what, call, arguments) in [
+        ("close a listener", libc::SYS_close, vec![socket]),
+        ("put a flow in its place", libc::SYS_dup2, vec![flow.into(), socket]),
+        ("put a flow in its place", libc::SYS_dup3, vec![flow.into(), socket, number(0)]),
+        ("connect a listener", libc::SYS_connect, vec![socket, zeros, number(16)]),
+        ("send a descriptor", libc::SYS_sendmsg, vec![socket, zeros, number(libc::MSG_DONTWAIT)]),
+    ] {
+        let came = hijacked.call(call, &arguments)?;
+        ensure!(came == Err(Errno::EPERM), "it could {what}: {came:?}");
+    }
+    drop(hijacked);
+    bro_tests::udp::expect_echo(&client, b"pong")?;
+    drop(echo);
+    forwarder.stop().map(drop)
+}
+
 /// Who has made a user namespace has every capability over the network namespaces that belong to it, and holds none.
 #[test]
 fn a_hijacked_relay_process_has_no_power_over_a_network_of_its_users() -> Result<()> {
@@ -451,7 +499,7 @@ fn the_agent_does_nothing_for_the_relay_process_but_connect() -> Result<()> {
     for (request, refusal) in [
         (sockets, Errno::EPERM),
         (AgentRequest::Join(Identity::Unused), Errno::EPERM),
-        (AgentRequest::KeepReplies(([127, 0, 0, 1], 1).into()), Errno::EPERM),
+        (AgentRequest::KeepReplies(wire::Address::Tcp(([127, 0, 0, 1], 1).into())), Errno::EPERM),
         (AgentRequest::Channel(more), Errno::EPERM),
         (AgentRequest::Dial(1, None), Errno::EADDRNOTAVAIL),
         (AgentRequest::Supply(1, 1), Errno::EPERM),

@@ -10,7 +10,9 @@ pub struct Counters {
     pub accepted: AtomicU64,
     /// Connections that exist now, held ones included.
     pub open: AtomicU64,
-    /// The open connections that keep the service awake: all but the ones of `--idle-ignore`.
+    /// Flows of datagrams that exist now, waiting ones included.
+    pub flows: AtomicU64,
+    /// The open connections and flows that keep the service awake: all but the ones of `--idle-ignore`.
     pub keeping: AtomicU64,
     /// Clients that wait for the service now.
     pub held: AtomicU64,

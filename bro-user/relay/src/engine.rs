@@ -13,6 +13,7 @@ mod arrival;
 mod congestion;
 mod connect;
 mod connections;
+pub mod datagrams;
 pub mod idle;
 mod introductions;
 pub mod lanes;
@@ -28,6 +29,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use connect::PortQueue;
+use datagrams::Datagrams;
 use lanes::{OpenLanes, ServiceWatch};
 use listeners::{Accepting, ListenerUse, Listeners, PerSource};
 use nix::errno::Errno;
@@ -82,6 +84,10 @@ pub struct Settings {
     pub idle_below: Option<Rate>,
     /// `--wake-ignore`
     pub wake_ignore: Vec<Trusted>,
+    /// `--flows-max`, as far as there are descriptors.
+    pub flows_max: usize,
+    /// `--flow-timeout`
+    pub flow_timeout: Duration,
     /// Whether a refused connection means “not ready yet” (every `--ready` but `none`).
     pub hold_refused: bool,
     /// `--adopt`: each listener is left alone until [`Plain::Use`] says otherwise.
@@ -99,6 +105,8 @@ pub struct Engine {
     connections: Slab<Connection>,
     /// How many of them are in each stage.
     census: Census,
+    /// What stands beside connections for datagrams.
+    datagrams: Datagrams,
     /// Connections that are not ignored (`--idle-ignore`).
     keeping: usize,
     per_source: PerSource,
@@ -151,8 +159,11 @@ impl Engine {
         let pipes = settings.pipes;
         let tallies = vec![Tally::default(); listeners.len()];
         let answers = answers::Answers::new(settings.user_timeout);
+        let per_source = settings.connections_per_source;
+        let datagrams = Datagrams::new(settings.flows_max, per_source, settings.flow_timeout);
         Ok(Self {
-            per_source: PerSource::new(settings.connections_per_source),
+            per_source: PerSource::new(per_source),
+            datagrams,
             listeners: Listeners::new(listeners, settings.adopts),
             settings,
             epoll,
@@ -196,7 +207,11 @@ impl Engine {
                     Token::Connection { index, generation, side } => {
                         self.connection_event(index, generation, side, event.events());
                     }
+                    Token::Listener(index) if self.listeners.takes_datagrams(index) => {
+                        self.receive_datagrams(index);
+                    }
                     Token::Listener(index) => self.client_waits(index)?,
+                    Token::Flow { index, generation } => self.flow_event(index, generation),
                     Token::Agent(target) => self.agent_answered(target),
                     Token::Kernel => self.kernel_events(),
                     Token::Mailbox => {
@@ -237,6 +252,9 @@ impl Engine {
         if let Some(span) = self.answers.patience().filter(|_| !self.connections.is_empty()) {
             at_most(span);
         }
+        if let Some(span) = self.flow_patience() {
+            at_most(span);
+        }
         if let Accepting::BackingOff { until, .. } = self.listeners.accepting() {
             at_most(until.saturating_duration_since(Instant::now()));
         }
@@ -249,6 +267,7 @@ impl Engine {
     /// Everything that is due by the clock.
     fn tick(&mut self) -> anyhow::Result<()> {
         self.look_at_aborts();
+        self.expire_flows();
         for (index, side) in self.answers.look(&mut self.connections) {
             self.finish(index, End::Vanished(side));
         }
@@ -327,7 +346,8 @@ impl Engine {
                         Plain::Wake(by) => self.wake_by_hand(&by),
                         Plain::Ping => self.outbox.tell(&EngineEvent::Pong),
                         Plain::Report => {
-                            let figures = report::figures(&self.connections, self.tallies.clone());
+                            let mut figures = report::figures(&self.connections, self.tallies.clone());
+                            self.add_flows(&mut figures);
                             self.outbox.tell_figures(figures);
                         }
                     },
@@ -344,9 +364,7 @@ impl Engine {
             lanes.unwatch_all(&self.listeners);
         }
         self.outbox.tell(&EngineEvent::Draining(why));
-        if self.connections.is_empty() {
-            self.outbox.tell(&EngineEvent::Drained);
-        }
+        self.tell_if_drained();
         Ok(())
     }
 
@@ -403,5 +421,6 @@ impl Engine {
         for index in indices {
             self.finish(index, end);
         }
+        self.end_flows();
     }
 }

@@ -4,9 +4,11 @@
 //! It waits in one epoll of its own: neither tokio nor D-Bus nor a command line is in here, and `Cargo.toml` keeps it so. Start
 //! reading at [`engine`] (one thread, every connection) and [`connection`] (one client's story).
 
+pub mod ancillary;
 pub mod connection;
 pub mod counters;
 pub mod engine;
+pub mod flows;
 pub mod listener;
 pub mod netns;
 pub mod peer;

@@ -5,7 +5,16 @@ use std::path::PathBuf;
 
 use nix::sys::socket::{self, SockaddrStorage};
 
-/// One listening stream socket, close-on-exec and, unless a service is to have it too, non-blocking.
+/// How clients come to a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// They connect, and are accepted.
+    Stream,
+    /// They send datagrams.
+    Datagram,
+}
+
+/// One socket for clients, close-on-exec and, unless a service is to have it too, non-blocking.
 #[derive(Debug)]
 pub struct Listener {
     /// The socket.
@@ -14,10 +23,27 @@ pub struct Listener {
     pub name: String,
     /// Its address, for people.
     pub address: String,
+    /// How clients come to it.
+    pub kind: Kind,
     /// Made by `--listen`.
     own: bool,
     /// The path to remove at the end, for a unix socket of our own.
     unlink: Option<PathBuf>,
+}
+
+impl Kind {
+    fn of(socket: &OwnedFd) -> nix::Result<Self> {
+        match socket::getsockopt(socket, socket::sockopt::SockType)? {
+            socket::SockType::Datagram => Ok(Self::Datagram),
+            _ => Ok(Self::Stream),
+        }
+    }
+
+    fn describe(self, address: &SockaddrStorage) -> String {
+        let is_inet = address.as_sockaddr_in().is_some() || address.as_sockaddr_in6().is_some();
+        let suffix = if self == Self::Datagram && is_inet { "/udp" } else { "" };
+        format!("{}{suffix}", describe(address))
+    }
 }
 
 impl Listener {
@@ -33,7 +59,8 @@ impl Listener {
     /// fcntl(2)'s.
     pub fn passed(socket: OwnedFd, name: String, address: &SockaddrStorage) -> nix::Result<Self> {
         set_flags(&socket)?;
-        Ok(Self { address: describe(address), socket, name, own: false, unlink: None })
+        let kind = Kind::of(&socket)?;
+        Ok(Self { address: kind.describe(address), socket, name, kind, own: false, unlink: None })
     }
 
     /// The same, where a service is to have it (`--adopt`): O_NONBLOCK is that one's to choose, for it belongs to the open file description that all
@@ -43,7 +70,8 @@ impl Listener {
     /// fcntl(2)'s.
     pub fn shared(socket: OwnedFd, name: String, address: &SockaddrStorage) -> nix::Result<Self> {
         close_on_exec(&socket)?;
-        Ok(Self { address: describe(address), socket, name, own: false, unlink: None })
+        let kind = Kind::of(&socket)?;
+        Ok(Self { address: kind.describe(address), socket, name, kind, own: false, unlink: None })
     }
 
     /// Makes it non-blocking, for whatever accepts at it now: no service has it.
@@ -60,8 +88,9 @@ impl Listener {
     /// fcntl(2)'s and getsockname(2)'s.
     pub fn own(socket: OwnedFd, name: String, unlink: Option<PathBuf>) -> nix::Result<Self> {
         set_flags(&socket)?;
-        let address = describe(&socket::getsockname::<SockaddrStorage>(socket.as_raw_fd())?);
-        Ok(Self { socket, name, address, own: true, unlink })
+        let kind = Kind::of(&socket)?;
+        let address = kind.describe(&socket::getsockname::<SockaddrStorage>(socket.as_raw_fd())?);
+        Ok(Self { socket, name, address, kind, own: true, unlink })
     }
 
     /// The same socket for the relay process, which has no file to remove, with this number.
@@ -74,6 +103,7 @@ impl Listener {
             socket,
             name: self.name.clone(),
             address: self.address.clone(),
+            kind: self.kind,
             own: self.own,
             unlink: None,
         })

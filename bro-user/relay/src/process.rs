@@ -15,7 +15,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
 
 use crate::engine::{Engine, Settings, protocol};
-use crate::listener::Listener;
+use crate::listener::{Kind, Listener};
 use crate::sandbox;
 use crate::stats::Stats;
 use crate::sys::{self, AddressBook};
@@ -98,6 +98,7 @@ fn serve(
     }
     prctl::set_name(c"bro-relay")?;
     let (listeners, numbers) = in_a_row(listeners)?;
+    let datagrams = listeners.iter().any(|(listener, _)| listener.kind == Kind::Datagram);
     let addresses = addresses.for_relay();
     let addresses = addresses.inspect_err(|error| tracing::debug!(%error, "the agents connect")).ok();
     let place = addresses.as_ref().map(AddressBook::place);
@@ -106,9 +107,9 @@ fn serve(
     let engine = Engine::new(settings.clone(), listeners, names, addresses, stats, ends)?;
     let ports = targets.iter().filter_map(|target| match target {
         Target::Tcp { port, .. } => Some(*port),
-        Target::Unix(_) | Target::Abstract(_) => None,
+        Target::Udp { .. } | Target::Unix(_) | Target::Abstract(_) => None,
     });
-    for missing in sandbox::enter(place, ports, numbers, settings.binds)? {
+    for missing in sandbox::enter(place, ports, numbers, settings.binds, datagrams)? {
         tracing::info!("the relay process runs without a part of its sandbox: {missing}");
     }
     engine.run()

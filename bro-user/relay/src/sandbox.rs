@@ -37,12 +37,13 @@ pub fn enter(
     ports: impl IntoIterator<Item = u16>,
     listeners: Range<RawFd>,
     binds: bool,
+    datagrams: bool,
 ) -> anyhow::Result<Vec<String>> {
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
     drop_capabilities()?;
     let mut missing = Vec::new();
     missing.extend(restrict_files(ports, binds));
-    missing.extend(filter_system_calls(addresses, listeners, binds));
+    missing.extend(filter_system_calls(addresses, listeners, binds, datagrams));
     Ok(missing)
 }
 
@@ -86,10 +87,12 @@ fn filter_system_calls(
     addresses: Option<Range<u64>>,
     listeners: Range<RawFd>,
     binds: bool,
+    datagrams: bool,
 ) -> Option<String> {
     let apply = |filter: anyhow::Result<BpfProgram>| Ok(seccompiler::apply_filter(&filter?)?);
     // The second one lets no other be added.
-    let applied = apply(leave_alone(listeners)).and_then(|()| apply(filter(addresses, binds)));
+    let applied = apply(leave_alone(listeners.clone(), datagrams))
+        .and_then(|()| apply(filter(addresses, binds, datagrams.then_some(listeners))));
     applied.err().map(|error: anyhow::Error| format!("no filter for system calls: {error:#}"))
 }
 
@@ -97,7 +100,7 @@ fn filter_system_calls(
 /// and one that is shut down listens no more and could be connected, in the host's namespace. They have numbers in a row, so that
 /// this costs little; a descriptor that is made later has another number for as long as they are open. A filter of its own, so that
 /// the other filter's conditions do not have to be multiplied by it.
-fn leave_alone(listeners: Range<RawFd>) -> anyhow::Result<BpfProgram> {
+fn leave_alone(listeners: Range<RawFd>, datagrams: bool) -> anyhow::Result<BpfProgram> {
     let bound = |is, number: RawFd| SeccompCondition::new(0, SeccompCmpArgLen::Dword, is, number as u64);
     let one_of_them = || {
         SeccompRule::new(vec![
@@ -107,8 +110,10 @@ fn leave_alone(listeners: Range<RawFd>) -> anyhow::Result<BpfProgram> {
     };
     let calls =
         [libc::SYS_shutdown, libc::SYS_connect, libc::SYS_bind, libc::SYS_setsockopt, libc::SYS_fcntl];
+    // Where datagrams may be sent from listeners, no other descriptor may come to have one's number.
+    let calls = calls.into_iter().chain(datagrams.then_some(libc::SYS_close));
     let rules = calls.map(|call| Ok((call, vec![one_of_them()?])));
-    let rules = rules.into_iter().collect::<Result<_, seccompiler::BackendError>>()?;
+    let rules = rules.collect::<Result<_, seccompiler::BackendError>>()?;
     let refused = SeccompAction::Errno(libc::EPERM as u32);
     let filter =
         SeccompFilter::new(rules, SeccompAction::Allow, refused, std::env::consts::ARCH.try_into()?)?;
@@ -136,7 +141,11 @@ const FCNTL_COMMANDS: [i32; 7] = [
     libc::F_GETPIPE_SZ,
 ];
 
-fn filter(addresses: Option<Range<u64>>, binds: bool) -> anyhow::Result<BpfProgram> {
+fn filter(
+    addresses: Option<Range<u64>>,
+    binds: bool,
+    datagrams: Option<Range<RawFd>>,
+) -> anyhow::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
     // Each case is a list of conditions that all have to hold.
     let mut allow = |call: libc::c_long, cases: Vec<Vec<Condition>>| -> anyhow::Result<()> {
@@ -182,6 +191,14 @@ fn filter(addresses: Option<Range<u64>>, binds: bool) -> anyhow::Result<BpfProgr
         let from = (1, SeccompCmpOp::Ge, addresses.start, whole.clone());
         let until = (1, SeccompCmpOp::Lt, addresses.end, whole.clone());
         allow(libc::SYS_connect, vec![vec![aligned, from, until]])?;
+    }
+    if let Some(listeners) = datagrams {
+        // Answers to clients, from the sockets that they wrote to, which are not connected. The filter does not see the address.
+        let bound = |is, number: RawFd| (0, is, number as u64, SeccompCmpArgLen::Dword);
+        let one_of_them =
+            vec![bound(SeccompCmpOp::Ge, listeners.start), bound(SeccompCmpOp::Lt, listeners.end)];
+        allow(libc::SYS_sendmmsg, vec![one_of_them])?;
+        allow(libc::SYS_recvmmsg, Vec::new())?;
     }
     if binds {
         // The filter does not see the address. listen(2) is not allowed, so that nothing comes in there.

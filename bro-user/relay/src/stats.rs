@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::connection::End;
 use crate::counters::Counters;
+use crate::flows::DatagramTally;
 use crate::sys::SharedMemory;
 
 /// What STATUS= and the idle exit need. Written by the engine alone; in memory that a forked process shares.
@@ -58,6 +59,12 @@ impl Stats {
     pub fn quiet_from(&self) -> Option<Instant> {
         let waited_for = Self::get(&self.held) > 0;
         (!waited_for).then(|| self.start + Duration::from_millis(Self::get(&self.idle_since)))
+    }
+
+    /// Connections and flows now.
+    #[must_use]
+    pub fn guests(&self) -> u64 {
+        Self::get(&self.open) + Self::get(&self.flows)
     }
 
     /// How long ago [`Stats::now_idle`] was.
@@ -117,6 +124,9 @@ pub struct Tally {
     /// Times the kernel had no descriptor or memory for one more.
     #[serde(default)]
     pub exhausted: u64,
+    /// Datagrams, of a socket that takes them.
+    #[serde(default, skip_serializing_if = "DatagramTally::is_empty")]
+    pub datagrams: DatagramTally,
 }
 
 /// Bytes, by what moved them.
@@ -245,10 +255,16 @@ impl Tally {
         }
     }
 
+    /// Connections and flows now.
+    #[must_use]
+    pub const fn guests(&self) -> u64 {
+        self.open + self.datagrams.open
+    }
+
     /// The figures that only grow, without those of this moment.
     #[must_use]
     pub fn lasting(&self) -> Self {
-        Self { open: 0, held: 0, silent: 0, ..self.clone() }
+        Self { open: 0, held: 0, silent: 0, datagrams: self.datagrams.lasting(), ..self.clone() }
     }
 }
 
@@ -269,6 +285,7 @@ impl std::ops::AddAssign<&Self> for Tally {
         self.ended += &other.ended;
         self.full += other.full;
         self.exhausted += other.exhausted;
+        self.datagrams += &other.datagrams;
     }
 }
 

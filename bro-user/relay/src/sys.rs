@@ -1,6 +1,8 @@
 //! The only unsafe code: system calls that no library wraps safely, and descriptors that arrive as bare numbers.
 #![allow(unsafe_code, reason = "this is the one place for it; every block says why it is sound")]
 
+pub mod messages;
+
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

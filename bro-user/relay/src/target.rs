@@ -14,6 +14,13 @@ pub enum Target {
         /// The port, 1 to 65535.
         port: u16,
     },
+    /// A host name or address, and a UDP port.
+    Udp {
+        /// As of TCP.
+        host: String,
+        /// The port, 1 to 65535.
+        port: u16,
+    },
     /// A unix stream socket's path (with `--container` or `--pid`: a path inside).
     Unix(PathBuf),
     /// A unix stream socket's abstract name, without the `@`.
@@ -46,6 +53,9 @@ pub enum InvalidTarget {
     NoName(String),
 }
 
+/// What tells a UDP port from a TCP port, as Podman writes it.
+const UDP: &str = "/udp";
+
 /// What systemd-socket-proxyd takes for a host without a port.
 const DEFAULT_PORT: u16 = 80;
 
@@ -65,6 +75,12 @@ impl FromStr for Target {
     fn from_str(text: &str) -> Result<Self, InvalidTarget> {
         if text.is_empty() || text == "@" {
             return Err(InvalidTarget::Empty);
+        }
+        if let Some(datagrams) = text.strip_suffix(UDP).filter(|_| !text.starts_with(['/', '@'])) {
+            return match datagrams.parse()? {
+                Self::Tcp { host, port } => Ok(Self::Udp { host, port }),
+                _ => Err(InvalidTarget::Host(text.to_owned())),
+            };
         }
         if text.starts_with('/') || text.starts_with('@') {
             if text.len() > 107 {
@@ -111,6 +127,8 @@ impl fmt::Display for Target {
         match self {
             Self::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Self::Udp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}{UDP}"),
+            Self::Udp { host, port } => write!(f, "{host}:{port}{UDP}"),
             Self::Unix(path) => write!(f, "{}", path.display()),
             Self::Abstract(name) => write!(f, "@{name}"),
         }
@@ -144,6 +162,12 @@ mod tests {
         assert_eq!("8080".parse(), tcp("127.0.0.1", 8080));
         assert_eq!("[::1]:5432".parse(), tcp("::1", 5432));
         assert_eq!("[fe80::1%eth0]".parse(), tcp("fe80::1%eth0", 80));
+        assert_eq!("[::1]:53/udp".parse(), Ok(Target::Udp { host: "::1".into(), port: 53 }));
+        assert_eq!(
+            "53/udp".parse::<Target>().map(|target| target.to_string()),
+            Ok("127.0.0.1:53/udp".into())
+        );
+        assert_eq!("/run/x/udp".parse(), Ok(Target::Unix("/run/x/udp".into())));
         assert_eq!("/run/x.sock".parse(), Ok(Target::Unix("/run/x.sock".into())));
         assert_eq!("@bus".parse(), Ok(Target::Abstract("bus".into())));
     }
@@ -155,6 +179,7 @@ mod tests {
         assert_eq!(refused("host:http"), InvalidTarget::Port("http".into()));
         assert_eq!(refused("host:0"), InvalidTarget::Port("0".into()));
         assert_eq!(refused("70000"), InvalidTarget::Port("70000".into()));
+        assert_eq!(refused("53/udp/udp"), InvalidTarget::Host("53/udp/udp".into()));
         assert_eq!(refused("::1"), InvalidTarget::Brackets("::1".into()));
         assert_eq!(refused("[::1"), InvalidTarget::BadBrackets("[::1".into()));
         assert_eq!(refused("[host]:80"), InvalidTarget::BadBrackets("[host]:80".into()));

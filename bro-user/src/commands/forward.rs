@@ -60,7 +60,7 @@ pub fn run(
     let routes = Routes::of(options, listen_fds::listeners(passed, &options.listen, options.adopt)?)?;
     settings::check(options, &routes.targets)?;
     let local_clients = settings::local_clients(options)?;
-    let settings = settings::engine(options);
+    let settings = settings::engine(options, &routes.listeners);
     let limit = waiting::Limit::new(options.connections_max, settings.connections_max);
     // Before the first thread.
     let mut private: Vec<BorrowedFd<'_>> = predecessor.iter().map(Predecessor::descriptor).collect();

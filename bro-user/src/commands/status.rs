@@ -387,6 +387,28 @@ fn figures(text: &mut String, tally: &Tally) {
         tally.kernel, tally.spliced, tally.copied, tally.passes, tally.grants
     )
     .ok();
+    let datagrams = &tally.datagrams;
+    if datagrams.is_empty() {
+        return;
+    }
+    writeln!(
+        text,
+        "    flows {} open, {} held, {} in all, {} made room for others",
+        datagrams.open, datagrams.held, datagrams.flows, datagrams.evicted
+    )
+    .ok();
+    let dropped: String = datagrams
+        .dropped
+        .each()
+        .filter(|(_, count)| *count > 0)
+        .map(|(why, count)| format!(", {count} dropped ({why})"))
+        .collect();
+    writeln!(
+        text,
+        "    datagrams {} to the service, {} to clients{dropped}",
+        datagrams.to_service.datagrams, datagrams.to_clients.datagrams
+    )
+    .ok();
 }
 
 #[cfg(test)]
@@ -395,7 +417,8 @@ mod tests {
 
     #[test]
     fn describes_what_it_reads() {
-        let tally = Tally { accepted: 3, open: 1, kernel: 7, ..Tally::default() };
+        let mut tally = Tally { accepted: 3, open: 1, kernel: 7, ..Tally::default() };
+        tally.datagrams.dropped.add(bro_relay::flows::Dropped::Queue, 2);
         let report = Report {
             pid: 7,
             version: "0".into(),
@@ -435,6 +458,7 @@ mod tests {
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");
         assert!(text.contains("bytes 7 kernel"), "{text}");
         assert!(text.contains("\n    relayed, not adopted: no fit\n"), "{text}");
+        assert!(text.contains("datagrams 0 to the service, 0 to clients, 2 dropped (queue)"), "{text}");
         assert!(
             text.contains("d ago, of 127.0.0.1:80: no image")
                 || text.contains("h ago, of 127.0.0.1:80: no image"),

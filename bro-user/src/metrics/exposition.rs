@@ -15,6 +15,7 @@ use crate::commands::status::list::ListedService;
 use crate::commands::status::{AdoptionReport, ServiceState};
 use crate::fallback::FallbackKind;
 use crate::ledger::Counts;
+use bro_relay::flows::Amounts;
 use bro_relay::stats::{Tally, Times};
 
 /// What the metrics tell of one service.
@@ -52,7 +53,7 @@ impl Exposed {
             Some(AdoptionReport::Adopted { connections, .. }) => Some((listener.name.clone(), connections)),
             _ => None,
         });
-        let told: u64 = now.iter().map(|(_, tally)| tally.open).sum();
+        let told: u64 = now.iter().map(|(_, tally)| tally.guests()).sum();
         // The same name as a forwarder of it gives itself, and none with a process' number in it.
         let own = || service.forwarders.iter().find_map(|report| report.service.as_deref());
         let name = service.unit.as_deref().or_else(own).unwrap_or(NAMELESS);
@@ -164,8 +165,18 @@ fn counted(exposed: &Exposed, take: Take<'_>, number: fn(&Tally) -> u64) -> fmt:
     listeners.iter().try_for_each(|(name, tally)| take(&[("listener", name)], number(tally)))
 }
 
+/// One number of each way that datagrams go.
+fn ways(exposed: &Exposed, take: Take<'_>, number: fn(&Amounts) -> u64) -> fmt::Result {
+    exposed.counts.listeners.iter().try_for_each(|(name, tally)| {
+        let ways = [("to_service", tally.datagrams.to_service), ("to_client", tally.datagrams.to_clients)];
+        ways.into_iter().try_for_each(|(direction, amounts)| {
+            take(&[("listener", name), ("direction", direction)], number(&amounts))
+        })
+    })
+}
+
 /// All but the histogram, and the forwarders' versions.
-const FAMILIES: [MetricFamily; 25] = [
+const FAMILIES: [MetricFamily; 31] = [
     MetricFamily {
         name: "bro_service_state",
         unit: None,
@@ -287,6 +298,53 @@ const FAMILIES: [MetricFamily; 25] = [
         kind: MetricType::Counter,
         help: "Times a lane was granted credit",
         samples: |exposed, take| counted(exposed, take, |tally| tally.grants),
+    },
+    MetricFamily {
+        name: "bro_flows",
+        unit: None,
+        kind: MetricType::Gauge,
+        help: "Clients' flows of datagrams now, held ones included",
+        samples: |exposed, take| now(exposed, take, |tally| tally.datagrams.open),
+    },
+    MetricFamily {
+        name: "bro_flows_opened",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Flows of datagrams that have begun",
+        samples: |exposed, take| counted(exposed, take, |tally| tally.datagrams.flows),
+    },
+    MetricFamily {
+        name: "bro_flows_evicted",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Flows that made room for another one (--flows-max, --connections-per-source)",
+        samples: |exposed, take| counted(exposed, take, |tally| tally.datagrams.evicted),
+    },
+    MetricFamily {
+        name: "bro_datagrams",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Datagrams passed on, by where they went",
+        samples: |exposed, take| ways(exposed, take, |amounts| amounts.datagrams),
+    },
+    MetricFamily {
+        name: "bro_datagram",
+        unit: Some(Unit::Bytes),
+        kind: MetricType::Counter,
+        help: "Bytes in datagrams that were passed on, by where they went",
+        samples: |exposed, take| ways(exposed, take, |amounts| amounts.bytes),
+    },
+    MetricFamily {
+        name: "bro_datagrams_dropped",
+        unit: None,
+        kind: MetricType::Counter,
+        help: "Datagrams that could not be passed on, by why",
+        samples: |exposed, take| {
+            exposed.counts.listeners.iter().try_for_each(|(name, tally)| {
+                let mut each = tally.datagrams.dropped.each();
+                each.try_for_each(|(reason, count)| take(&[("listener", name), ("reason", reason)], count))
+            })
+        },
     },
     MetricFamily {
         name: "bro_cold_starts",

@@ -1,4 +1,4 @@
-//! The kernel's own table of TCP listeners in a namespace (sock_diag(7)), read without touching the service.
+//! The kernel's own table of TCP listeners and UDP sockets in a namespace (sock_diag(7)), read without touching the service.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use bro_relay::netns::netlink;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_sock_diag::SockDiagMessage;
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
 use nix::libc;
@@ -61,13 +61,25 @@ impl Table {
     /// # Errors
     /// When the kernel refuses or answers nonsense.
     pub fn listeners(&self) -> io::Result<Vec<ListeningSocket>> {
+        self.all(IPPROTO_TCP, &StateFlags::LISTEN)
+    }
+
+    /// Every UDP socket that takes datagrams of any sender (one that is connected does not).
+    ///
+    /// # Errors
+    /// As above; ENOENT where the kernel lacks INET_UDP_DIAG.
+    pub fn datagram_sockets(&self) -> io::Result<Vec<ListeningSocket>> {
+        self.all(IPPROTO_UDP, &StateFlags::CLOSE)
+    }
+
+    fn all(&self, protocol: u8, states: &StateFlags) -> io::Result<Vec<ListeningSocket>> {
         let mut found = Vec::new();
         for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
             let request = InetRequest {
                 family,
-                protocol: IPPROTO_TCP,
+                protocol,
                 extensions: ExtensionFlags::empty(),
-                states: StateFlags::LISTEN,
+                states: states.clone(),
                 socket_id,
             };
             self.ask(NLM_F_REQUEST | NLM_F_DUMP, request, |response| found.push(read(response)))?;
@@ -122,5 +134,16 @@ mod tests {
         assert!(table.listeners().unwrap().iter().any(|found| found.serves(address)));
         drop(listener);
         assert!(!table.listeners().unwrap().iter().any(|found| found.serves(address)));
+    }
+
+    #[tokio::test]
+    async fn shows_a_datagram_socket_that_is_not_connected() {
+        let table = Table::open(&NetnsRef::Own).await.unwrap();
+        let socket = std::net::UdpSocket::bind("[::1]:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        let shown = || table.datagram_sockets().unwrap().iter().any(|found| found.serves(address));
+        assert!(shown());
+        socket.connect(address).unwrap();
+        assert!(!shown());
     }
 }

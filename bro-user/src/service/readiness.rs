@@ -64,7 +64,7 @@ impl Ready {
     /// Why this way cannot be used with this target.
     #[must_use]
     pub fn refusal(&self, target: &Target) -> Option<String> {
-        let asks = matches!(self, Self::Says(_)) && !matches!(target, Target::Tcp { .. });
+        let asks = matches!(self, Self::Says(_)) && matches!(target, Target::Unix(_) | Target::Abstract(_));
         asks.then(|| {
             format!(
                 "--ready={self} asks over TCP, and the target {target} is a unix socket; use --ready=exec:COMMAND or --ready=listen"
@@ -199,6 +199,40 @@ pub async fn listening(
             Some(heard) => drop(timeout(GUARD, heard.changed()).await),
             None => sleep(listen_step(start.elapsed())).await,
         }
+    }
+}
+
+/// Waits until one of `addresses` has a UDP socket in the table of the namespace at `place`, and says which. None is named where one
+/// is not the namespace's own, or where this kernel has no such table: then the first datagram is the test.
+///
+/// # Errors
+/// When the namespace cannot be asked.
+pub async fn bound(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<Option<SocketAddr>> {
+    for address in addresses {
+        if !place.is_local(address.ip()).await? {
+            return Ok(None);
+        }
+    }
+    let table = Table::open(place).await?;
+    let start = Instant::now();
+    loop {
+        let sockets = match table.datagram_sockets() {
+            Ok(sockets) => sockets,
+            // CONFIG_INET_UDP_DIAG is a module, and may be missing.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                tracing::warn!(
+                    "this kernel does not say which UDP sockets there are (CONFIG_INET_UDP_DIAG): a service that runs is taken to be \
+                     ready (--ready=exec: can do better)"
+                );
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        let found = addresses.iter().find(|address| sockets.iter().any(|socket| socket.serves(**address)));
+        if let Some(found) = found {
+            return Ok(Some(*found));
+        }
+        sleep(listen_step(start.elapsed())).await;
     }
 }
 

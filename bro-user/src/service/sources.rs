@@ -49,7 +49,7 @@ impl WantedSource {
         namespace: &Namespace,
         addresses: &mut Vec<Address>,
     ) -> anyhow::Result<Sources> {
-        if self.choice == Choice::Loopback || !addresses.iter().any(|address| address.tcp().is_some()) {
+        if self.choice == Choice::Loopback || !addresses.iter().any(|address| address.inet().is_some()) {
             return Ok(Sources::Kernel);
         }
         let found =
@@ -82,7 +82,7 @@ fn as_the_container(found: &Addresses, addresses: &mut Vec<Address>) -> anyhow::
     let family = |ipv4: bool| if ipv4 { "IPv4" } else { "IPv6" };
     let mut lacking = String::new();
     addresses.retain(|address| {
-        let Some(target) = address.tcp().filter(|target| target.ip().is_loopback()) else { return true };
+        let Some(target) = address.inet().filter(|target| target.ip().is_loopback()) else { return true };
         let has = if target.is_ipv4() { v4.is_some() } else { v6.is_some() };
         if !has {
             // Writing to a String cannot fail.
@@ -113,7 +113,7 @@ async fn as_the_clients(
     let own = found
         .networks
         .iter()
-        .any(|ip| addresses.iter().any(|address| address.tcp().map(|t| t.ip()) == Some(*ip)));
+        .any(|ip| addresses.iter().any(|address| address.inet().map(|t| t.ip()) == Some(*ip)));
     if own {
         bail!(Failure::Usage(
             "--source=client cannot be had for a target on the container's network, whose answers to others would be led astray: \
@@ -131,8 +131,8 @@ async fn as_the_clients(
     let mut refused = None;
     let mut kept = Vec::with_capacity(addresses.len());
     for address in addresses.drain(..) {
-        match address.tcp() {
-            Some(target) => match namespace.keep_replies(target).await? {
+        match address.inet() {
+            Some(target) => match namespace.keep_replies(address.clone()).await? {
                 Ok(()) => kept.push(address),
                 Err(errno) => refused = Some((target, errno)),
             },

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use anyhow::{Context as _, bail};
+use bro_relay::engine::datagrams;
 use bro_relay::listener::Listener;
 use bro_relay::sys;
 use bro_relay::target::{self, Target};
@@ -39,15 +40,21 @@ pub fn parse_listen(text: &str) -> Result<ListenSpec, target::InvalidTarget> {
         }
         _ => (None, text),
     };
+    let is_path = address.starts_with(['/', '@']);
+    let (of_inet, udp) = match address.strip_suffix("/udp").filter(|_| !is_path) {
+        Some(address) => (address, true),
+        None => (address, false),
+    };
+    let inet = |host, port| if udp { Target::Udp { host, port } } else { Target::Tcp { host, port } };
     // Port 0 is no target, but it is an address to listen on: the kernel chooses.
-    if let Some((host, "0")) = address.rsplit_once(':') {
+    if let Some((host, "0")) = of_inet.rsplit_once(':') {
         let Target::Tcp { host, .. } = format!("{host}:1").parse()? else {
             return Err(target::InvalidTarget::Host(text.into()));
         };
-        return Ok(ListenSpec { name, target: Target::Tcp { host, port: 0 } });
+        return Ok(ListenSpec { name, target: inet(host, 0) });
     }
-    let target = match address.parse::<u16>() {
-        Ok(port) => Target::Tcp { host: "::".into(), port },
+    let target = match of_inet.parse::<u16>() {
+        Ok(port) => inet("::".into(), port),
         Err(_) => address.parse()?,
     };
     Ok(ListenSpec { name, target })
@@ -211,11 +218,13 @@ fn inherited(passed: Passed, shared: bool) -> anyhow::Result<Listener> {
     let refuse = |why: String| Failure::NoSocket(format!("descriptor {number} ({name}) {why}"));
     let kind =
         socket::getsockopt(&socket, sockopt::SockType).map_err(|_| refuse("is not a socket".into()))?;
+    if kind == SockType::Datagram {
+        return for_datagrams(socket, name.clone(), &refuse);
+    }
     if kind != SockType::Stream {
-        bail!(refuse(
-            "is not a stream socket: use ListenStream= with a TCP or unix address; bro relays streams only"
-                .into()
-        ));
+        bail!(refuse(format!(
+            "is of type {kind:?}: use ListenStream= with a TCP or unix address, or ListenDatagram= with a UDP address"
+        )));
     }
     if !socket::getsockopt(&socket, sockopt::AcceptConn)? {
         bail!(refuse(
@@ -234,11 +243,41 @@ fn inherited(passed: Passed, shared: bool) -> anyhow::Result<Listener> {
     Ok(listener(socket, name, &address)?)
 }
 
+/// A socket for datagrams, which has nothing to accept.
+fn for_datagrams(
+    socket: OwnedFd,
+    name: String,
+    refuse: &dyn Fn(String) -> Failure,
+) -> anyhow::Result<Listener> {
+    let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd())?;
+    match socket::SockaddrLike::family(&address) {
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => {}
+        Some(AddressFamily::Unix) => bail!(refuse(
+            "takes datagrams over a unix address: bro forwards datagrams over UDP alone; use ListenStream= if the service can".into()
+        )),
+        family => bail!(refuse(format!(
+            "takes datagrams and is of family {family:?}: bro forwards datagrams over UDP alone"
+        ))),
+    }
+    if socket::getpeername::<SockaddrStorage>(socket.as_raw_fd()).is_ok() {
+        bail!(refuse("is connected to one peer, and so is no socket for clients".into()));
+    }
+    datagrams::prepare(&socket)?;
+    Ok(Listener::passed(socket, name, &address)?)
+}
+
 fn bind(spec: &ListenSpec) -> anyhow::Result<Listener> {
     let name = spec.name.clone().unwrap_or_else(|| "listen".into());
     let (socket, unlink) = match &spec.target {
         Target::Tcp { host, port } => {
-            (bind_tcp(host, *port).with_context(|| format!("cannot listen on {}", spec.target))?, None)
+            let socket = bind_inet(host, *port, SockType::Stream);
+            (socket.with_context(|| format!("cannot listen on {}", spec.target))?, None)
+        }
+        Target::Udp { host, port } => {
+            let socket = bind_inet(host, *port, SockType::Datagram);
+            let socket = socket.with_context(|| format!("cannot listen on {}", spec.target))?;
+            datagrams::prepare(&socket)?;
+            (socket, None)
         }
         Target::Unix(path) => {
             let listener = std::os::unix::net::UnixListener::bind(path)
@@ -255,7 +294,7 @@ fn bind(spec: &ListenSpec) -> anyhow::Result<Listener> {
     Ok(Listener::own(socket, name, unlink)?)
 }
 
-fn bind_tcp(host: &str, port: u16) -> anyhow::Result<OwnedFd> {
+fn bind_inet(host: &str, port: u16, kind: SockType) -> anyhow::Result<OwnedFd> {
     use std::net::ToSocketAddrs as _;
     let mut addresses = (host, port).to_socket_addrs()?;
     let mut address = addresses.next().context("the name has no address")?;
@@ -264,7 +303,12 @@ fn bind_tcp(host: &str, port: u16) -> anyhow::Result<OwnedFd> {
         address = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
     }
     let family = if address.is_ipv6() { AddressFamily::Inet6 } else { AddressFamily::Inet };
-    let socket = socket::socket(family, SockType::Stream, socket::SockFlag::SOCK_CLOEXEC, None)?;
+    let socket = socket::socket(family, kind, socket::SockFlag::SOCK_CLOEXEC, None)?;
+    if kind == SockType::Datagram {
+        // Without SO_REUSEADDR, with which two programs could have the port, and one of them the datagrams.
+        socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+        return Ok(socket);
+    }
     socket::setsockopt(&socket, sockopt::ReuseAddr, &true)?;
     socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     socket::listen(&socket.as_fd(), socket::Backlog::new(BACKLOG)?)?;
@@ -312,6 +356,10 @@ mod tests {
         assert_eq!(parsed.name.as_deref(), Some("web"));
         assert_eq!(parsed.target, Target::Tcp { host: "127.0.0.1".into(), port: 0 });
         assert_eq!(parse_listen("8080").unwrap().target, Target::Tcp { host: "::".into(), port: 8080 });
+        let udp = |host: &str, port| Target::Udp { host: host.into(), port };
+        assert_eq!(parse_listen("53/udp").unwrap().target, udp("::", 53));
+        assert_eq!(parse_listen("dns=127.0.0.1:0/udp").unwrap().target, udp("127.0.0.1", 0));
+        assert_eq!(parse_listen("/run/0/udp").unwrap().target, Target::Unix("/run/0/udp".into()));
         assert_eq!(parse_listen("/run/a=b").unwrap().target, Target::Unix("/run/a=b".into()));
         assert!(parse_listen("127.0.0.1:http").is_err());
     }

@@ -118,7 +118,7 @@ pub(super) fn lines(installed: &Installed, forwarder: &Forwarder, is_here: bool)
 /// Does it connect to a unix socket, and not as its own user?
 fn becomes_another(installed: &Installed, forwarder: &Forwarder) -> bool {
     forwarder.options.unix_identity() != Identity::Forwarder
-        && targets(installed).any(|target| !matches!(target, Target::Tcp { .. }))
+        && targets(installed).any(|target| matches!(target, Target::Unix(_) | Target::Abstract(_)))
 }
 
 /// Is a service's unix socket in the files of a container?
@@ -190,7 +190,7 @@ fn files(
 fn network(installed: &Installed, forwarder: &Forwarder, say: &mut impl FnMut(&str)) {
     let mut addresses: Vec<String> = Vec::new();
     for target in targets(installed) {
-        if let Target::Tcp { host, .. } = target {
+        if let Target::Tcp { host, .. } | Target::Udp { host, .. } = target {
             match host.parse::<std::net::IpAddr>() {
                 Ok(ip) if ip.is_loopback() => {}
                 Ok(ip) if !addresses.contains(&ip.to_string()) => addresses.push(ip.to_string()),

@@ -62,12 +62,13 @@ fn hold(kind: Option<&str>) -> Result<()> {
         if recv(control, &mut request, MsgFlags::empty())? == 0 {
             return Ok(());
         }
-        let family = match request[0] {
-            b'4' => Family::Tcp4,
-            b'6' => Family::Tcp6,
-            _ => Family::Unix,
+        let socket = match request[0] {
+            b'4' => Family::Tcp4.socket()?,
+            b'6' => Family::Tcp6.socket()?,
+            b'd' => bro_tests::udp::socket(false)?,
+            b'e' => bro_tests::udp::socket(true)?,
+            _ => Family::Unix.socket()?,
         };
-        let socket = family.socket()?;
         let fds: [RawFd; 1] = [socket.as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];
         sendmsg::<SockaddrStorage>(control, &[IoSlice::new(b"s")], &rights, MsgFlags::empty(), None)?;

@@ -12,6 +12,7 @@ use slab::Slab;
 
 use super::targets::ReadyTarget;
 use crate::connection::Connection;
+use crate::flows::FlowId;
 use crate::netns::wire::{self, AgentAnswer, AgentRequest};
 use crate::source::{self, Origin};
 
@@ -44,6 +45,8 @@ enum AgentTask {
     Connect(Attempt),
     /// For sockets of the family of this address.
     Sockets { address: usize },
+    /// To make a flow's socket.
+    Flow(FlowId),
     /// To hook a sender.
     Hook,
 }
@@ -57,6 +60,8 @@ pub(super) enum Answered {
     Connection(Attempt, AgentAnswer),
     /// These waited for sockets, which are there now, or could not be made.
     Sockets(VecDeque<Attempt>, Result<(), Errno>),
+    /// A flow's socket is made, or could not be.
+    Flow(FlowId, AgentAnswer),
     /// It has ended.
     Ended(io::Error),
 }
@@ -71,6 +76,8 @@ pub(super) struct AgentLink {
     asked: VecDeque<AgentTask>,
     /// What is to be asked when it has answered.
     to_ask: VecDeque<Attempt>,
+    /// Flows whose sockets are to be asked for, each with the address that it is to come from.
+    flows_to_ask: VecDeque<(FlowId, Option<SocketAddr>)>,
     /// Connections that wait for a socket.
     awaiting_socket: VecDeque<Attempt>,
     /// It has been said that the service's unix socket does not admit the connecting user.
@@ -89,6 +96,7 @@ impl AgentLink {
             pool: [Vec::new(), Vec::new()],
             asked: VecDeque::new(),
             to_ask: VecDeque::new(),
+            flows_to_ask: VecDeque::new(),
             awaiting_socket: VecDeque::new(),
             not_admitted: false,
         }
@@ -98,7 +106,7 @@ impl AgentLink {
     pub(super) fn attempts(&self) -> Vec<Attempt> {
         let asked = self.asked.iter().filter_map(|asked| match asked {
             AgentTask::Connect(attempt) => Some(attempt),
-            AgentTask::Sockets { .. } | AgentTask::Hook => None,
+            AgentTask::Sockets { .. } | AgentTask::Flow(_) | AgentTask::Hook => None,
         });
         asked.chain(&self.to_ask).chain(&self.awaiting_socket).copied().collect()
     }
@@ -155,7 +163,22 @@ impl AgentLink {
             let number = u8::try_from(attempt.address).unwrap_or(u8::MAX);
             self.ask(&AgentRequest::Dial(number, source), AgentTask::Connect(attempt))?;
         }
+        while self.asked.len() < AT_ONCE
+            && let Some((flow, source)) = self.flows_to_ask.pop_front()
+        {
+            self.ask(&AgentRequest::Dial(0, source), AgentTask::Flow(flow))?;
+        }
         Ok(())
+    }
+
+    /// Has the agent make a flow's socket, as soon as it may be asked.
+    pub(super) fn dial_flow(&mut self, flow: FlowId, source: Option<SocketAddr>) {
+        self.flows_to_ask.push_back((flow, source));
+    }
+
+    /// A flow that may wait for its socket has ended.
+    pub(super) fn forget_flow(&mut self, flow: FlowId) {
+        self.flows_to_ask.retain(|(waiting, _)| *waiting != flow);
     }
 
     /// Has the agent hook a sender in its namespace, if it may be asked now. One that is not hooked is spliced.
@@ -185,6 +208,7 @@ impl AgentLink {
         };
         Some(match self.asked.pop_front()? {
             AgentTask::Connect(attempt) => Answered::Connection(attempt, answer),
+            AgentTask::Flow(flow) => Answered::Flow(flow, answer),
             AgentTask::Sockets { address } => {
                 let ipv6 = self.ready.addresses[address].is_some_and(|address| address.is_ipv6());
                 let made = answer.map(|sockets| self.pool[usize::from(ipv6)].extend(sockets));

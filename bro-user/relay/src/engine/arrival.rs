@@ -43,7 +43,8 @@ impl Engine {
     pub(super) fn accept_after_pause(&mut self, pause: Duration) -> anyhow::Result<()> {
         let longer = (pause * 2).min(LAST_PAUSE);
         for listener in 0..self.listeners.len() {
-            let is_relayed = self.listeners.used(listener) == ListenerUse::Relay;
+            let is_relayed = self.listeners.used(listener) == ListenerUse::Relay
+                && !self.listeners.takes_datagrams(listener);
             if is_relayed && self.listeners.accepting() == Accepting::Open {
                 let _more = self.accept_one(listener, longer)?;
             }
@@ -273,6 +274,7 @@ impl Engine {
         self.targets[target].readiness = Readiness::Ready(Box::new(AgentLink::new(ready)));
         let held = self.targets[target].take_held().into();
         self.let_in(held);
+        self.flows_go_on(target);
     }
 
     /// The service listens, or goes on: clients that were held for it are let in, and those that have not said anything yet.
@@ -296,6 +298,7 @@ impl Engine {
         for index in self.targets[target].take_held() {
             self.finish(index, end);
         }
+        self.flows_failed(target);
         self.publish_held();
     }
 
@@ -334,10 +337,11 @@ impl Engine {
 
     pub(super) fn publish_open(&self) {
         Stats::set(&self.stats.open, self.connections.len() as u64);
-        Stats::set(&self.stats.keeping, self.keeping as u64);
+        Stats::set(&self.stats.flows, self.datagrams.len() as u64);
+        Stats::set(&self.stats.keeping, (self.keeping + self.datagrams.keeping()) as u64);
     }
 
     pub(super) fn publish_held(&self) {
-        Stats::set(&self.stats.held, self.targets.held());
+        Stats::set(&self.stats.held, self.targets.held() + self.datagrams.waiting() as u64);
     }
 }

@@ -43,7 +43,7 @@ const fn awaits_socket(connection: &Connection) -> bool {
 }
 
 /// The errors that mean “nothing listens there (yet)”.
-const fn nothing_listens(errno: Errno) -> bool {
+pub(super) const fn nothing_listens(errno: Errno) -> bool {
     matches!(errno, Errno::ECONNREFUSED | Errno::ENOENT | Errno::ENETUNREACH)
 }
 
@@ -87,7 +87,7 @@ impl Engine {
     }
 
     /// Asks the agent for what waits, as far as it may be asked.
-    fn ask_agent(&mut self, target: usize) {
+    pub(super) fn ask_agent(&mut self, target: usize) {
         let Some(link) = self.targets[target].link() else { return };
         if let Err(error) = link.ask_on(&self.connections) {
             tracing::warn!(%error, "the namespace agent does not take requests");
@@ -100,6 +100,9 @@ impl Engine {
         let Some(answered) = self.targets[target].link().and_then(|link| link.answer()) else { return };
         match answered {
             Answered::Nothing => {}
+            Answered::Flow(flow, answer) => {
+                self.flow_dialled(target, flow, answer.map(|mut sockets| sockets.pop()));
+            }
             Answered::Connection(attempt, answer) => {
                 self.agent_connected(attempt, answer.map(|mut sockets| sockets.pop()));
             }
@@ -276,6 +279,12 @@ impl Engine {
         for index in held {
             self.hold(index, refused);
         }
+        self.flows_lost(target);
+    }
+
+    /// Nothing is bound at a target for datagrams any more.
+    pub(super) fn target_refused(&mut self, target: usize) {
+        self.target_lost(target, true);
     }
 
     /// The kernel has no source port for a connection to the target. That is no refusal of the service's, which goes on serving the

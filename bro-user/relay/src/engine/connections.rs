@@ -282,14 +282,19 @@ impl Engine {
         if kept {
             self.keeping -= 1;
             // Before the count says so. By bytes, a client that connects and says nothing does not count.
-            if self.keeping == 0 && self.settings.idle_by_bytes.is_none() {
+            if self.keeping + self.datagrams.keeping() == 0 && self.settings.idle_by_bytes.is_none() {
                 self.stats.now_idle();
             }
         }
-        if self.connections.is_empty() && self.draining {
+        self.tell_if_drained();
+        self.publish_open();
+    }
+
+    /// The last client may have gone.
+    pub(super) fn tell_if_drained(&self) {
+        if self.draining && self.connections.is_empty() && self.datagrams.is_empty() {
             self.outbox.tell(&EngineEvent::Drained);
         }
-        self.publish_open();
     }
 
     /// The one line of a connection's end.

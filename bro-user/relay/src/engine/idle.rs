@@ -79,23 +79,32 @@ impl Engine {
         let ready = self.targets.iter_mut().filter(|target| target.is_ready());
         let held = ready.flat_map(HeldTarget::take_held).collect();
         self.let_in(held);
+        for target in 0..self.targets.len() {
+            if self.targets[target].is_ready() {
+                self.flows_go_on(target);
+            }
+        }
     }
 
     /// Is it time to leave?
     fn may_leave(&mut self, how: Leave) -> bool {
         match how {
             Leave::WithoutConnections => {
-                self.connections.iter().all(|(_, connection)| connection.ignored && !waits(connection))
+                self.datagrams.keeping() == 0
+                    && self.datagrams.waiting() == 0
+                    && self.connections.iter().all(|(_, connection)| connection.ignored && !waits(connection))
             }
             Leave::WithoutGuests => {
                 let is_no_guest = |connection: &Connection| {
                     connection.ignored || matches!(connection.stage(), Stage::Silent)
                 };
-                self.connections.iter().all(|(_, connection)| is_no_guest(connection))
+                self.datagrams.keeping() == 0
+                    && self.connections.iter().all(|(_, connection)| is_no_guest(connection))
             }
             Leave::WithoutBytes(limit) => {
                 self.notice_bytes();
-                self.connections.iter().all(|(_, connection)| sleeps(connection, limit))
+                self.datagrams.all_sleep(limit)
+                    && self.connections.iter().all(|(_, connection)| sleeps(connection, limit))
                     && self.stats.since_active() >= limit
             }
             Leave::Now => true,

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::accept_batch::AcceptBatch;
 use super::token::Token;
-use crate::listener::Listener;
+use crate::listener::{Kind, Listener};
 use crate::peer::Source;
 
 /// Whether new clients are accepted.
@@ -86,7 +86,12 @@ impl Listeners {
     }
 
     fn is_watched(&self, listener: usize) -> bool {
-        self.accepting == Accepting::Open && self.uses[listener] != ListenerUse::LeaveAlone
+        let is_open = match self.all[listener].0.kind {
+            Kind::Stream => self.accepting == Accepting::Open,
+            // The limits on connections are none on datagrams.
+            Kind::Datagram => self.accepting != Accepting::Closed,
+        };
+        is_open && self.uses[listener] != ListenerUse::LeaveAlone
     }
 
     /// Has epoll watch it if it is to now and was not, and the other way round.
@@ -131,6 +136,15 @@ impl Listeners {
 
     pub(super) fn accept(&self, listener: usize) -> io::Result<(OwnedFd, Option<SockaddrStorage>)> {
         crate::sys::accept(self.all[listener].0.socket.as_fd())
+    }
+
+    /// Is it a socket for datagrams, on which there is nothing to accept?
+    pub(super) fn takes_datagrams(&self, listener: usize) -> bool {
+        self.all[listener].0.kind == Kind::Datagram
+    }
+
+    pub(super) fn socket(&self, listener: usize) -> BorrowedFd<'_> {
+        self.all[listener].0.socket.as_fd()
     }
 
     pub(super) const fn accepting(&self) -> Accepting {

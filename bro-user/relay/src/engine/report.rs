@@ -7,7 +7,7 @@ use crate::connection::{Connection, Stage};
 use crate::stats::Tally;
 
 /// The most clients that an answer names.
-const MOST_PEERS: usize = 20;
+pub(super) const MOST_PEERS: usize = 20;
 
 /// What a report takes from the engine.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]

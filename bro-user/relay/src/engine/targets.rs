@@ -113,6 +113,13 @@ impl HeldTarget {
                 let asked = std::mem::replace(&mut self.knocking, true);
                 if asked { Found::Waking } else { Found::Unknown }
             }
+            _ => self.stir(),
+        }
+    }
+
+    /// Something waits for it that is no connection; says what is to be done for that, once.
+    pub(super) fn stir(&mut self) -> Found {
+        match self.readiness {
             Readiness::Asleep => {
                 self.readiness = Readiness::Waking;
                 Found::Asleep
@@ -187,6 +194,10 @@ impl Targets {
 
     pub(super) fn get_mut(&mut self, target: usize) -> Option<&mut HeldTarget> {
         self.all.get_mut(target)
+    }
+
+    pub(super) const fn len(&self) -> usize {
+        self.all.len()
     }
 
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut HeldTarget> {

@@ -118,12 +118,16 @@ fn serve(
             (0..count.min(sys::MOST_DESCRIPTORS as u8)).map(make).collect()
         }
         (Requester::Control, AgentRequest::KeepReplies(target)) => {
-            replies::keep(target)?;
+            replies::keep(&target)?;
             // Only a socket that was made shows whether such sockets can be had.
-            stream(domain_of(target), Binding::Any).map(|_| Vec::new())
+            let made = match target {
+                Address::Udp(target) => datagram(domain_of(target), Binding::Any),
+                _ => stream(domain_of(target.tcp().ok_or(Errno::EINVAL)?), Binding::Any),
+            };
+            made.map(|_| Vec::new())
         }
         (Requester::Control, AgentRequest::Channel(target)) => {
-            if target.addresses.iter().any(|address| address.tcp().is_none()) {
+            if target.addresses.iter().any(|address| address.inet().is_none()) {
                 place.choose_actor()?;
             }
             added.extend(descriptors.pop().map(|channel| (channel, Requester::Relay(target))));
@@ -203,14 +207,18 @@ impl AgentPlace {
         match address {
             Address::Tcp(address) => {
                 let socket = stream(domain_of(*address), binding)?;
-                match dial_tcp(&socket, *address, source) {
+                match dial_inet(&socket, *address, source) {
                     // The kernel still holds the last connection from this port to there.
                     Err(Errno::EADDRNOTAVAIL) if source.is_some_and(|source| source.port() != 0) => {
                         let (socket, source) = (stream(domain_of(*address), binding)?, source.map(any_port));
-                        dial_tcp(&socket, *address, source).map(|()| socket)
+                        dial_inet(&socket, *address, source).map(|()| socket)
                     }
                     dialled => dialled.map(|()| socket),
                 }
+            }
+            Address::Udp(address) => {
+                let socket = datagram(domain_of(*address), binding)?;
+                dial_inet(&socket, *address, source).map(|()| socket)
             }
             Address::Unix(path) => self.dial_unix(|| dial_unix(&UnixAddr::new(path)?)),
             Address::Abstract(name) => self.dial_unix(|| dial_unix(&UnixAddr::new_abstract(name)?)),
@@ -254,7 +262,7 @@ fn stream(domain: i32, binding: Binding) -> nix::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn dial_tcp(socket: &OwnedFd, address: SocketAddr, source: Option<SocketAddr>) -> nix::Result<()> {
+fn dial_inet(socket: &OwnedFd, address: SocketAddr, source: Option<SocketAddr>) -> nix::Result<()> {
     if let Some(source) = source {
         bind_to(socket.as_fd(), source)?;
     }
@@ -262,6 +270,22 @@ fn dial_tcp(socket: &OwnedFd, address: SocketAddr, source: Option<SocketAddr>) -
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(()),
         Err(errno) => Err(errno),
     }
+}
+
+/// A datagram socket that may be bound as `binding` says. Two never have one address and port: the kernel would give what is
+/// answered there to either (so no SO_REUSEADDR).
+fn datagram(domain: i32, binding: Binding) -> nix::Result<OwnedFd> {
+    let socket = sys::socket(domain, nix::libc::SOCK_DGRAM, 0).map_err(|error| sys::errno_of(&error))?;
+    if binding == Binding::Any {
+        setsockopt(&socket, sockopt::IpTransparent, &true)?;
+    }
+    // What comes with an answer; without it the answer is passed on all the same.
+    if domain == nix::libc::AF_INET6 {
+        setsockopt(&socket, sockopt::Ipv6RecvTClass, &true).ok();
+    } else {
+        setsockopt(&socket, sockopt::IpRecvTos, &true).ok();
+    }
+    Ok(socket)
 }
 
 fn dial_unix(address: &UnixAddr) -> nix::Result<OwnedFd> {

@@ -30,8 +30,9 @@ pub enum AgentRequest {
         /// How many, at most [`sys::MOST_DESCRIPTORS`].
         count: u8,
     },
-    /// Keep what a service at this address answers in the namespace, and see that sockets may have clients' addresses there.
-    KeepReplies(SocketAddr),
+    /// Keep what a service at this TCP or UDP address answers in the namespace, and see that sockets may have clients' addresses
+    /// there.
+    KeepReplies(Address),
     /// Take requests from the socket that comes along as well: [`AgentRequest::Dial`] to these addresses, and nothing else.
     Channel(TargetAddresses),
     /// Make a stream socket and connect it to the target's address with this number, as from this one if there is one. The answer may
@@ -72,6 +73,8 @@ pub const STALE: nix::errno::Errno = nix::errno::Errno::ESTALE;
 pub enum Address {
     /// A TCP address.
     Tcp(SocketAddr),
+    /// A UDP address.
+    Udp(SocketAddr),
     /// A unix path as the forwarder sees it.
     Unix(PathBuf),
     /// The name of an abstract unix socket.
@@ -86,6 +89,24 @@ impl Address {
     pub const fn tcp(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(address) => Some(*address),
+            Self::Udp(_) | Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) => None,
+        }
+    }
+
+    /// The UDP address, if it is one.
+    #[must_use]
+    pub const fn udp(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Udp(address) => Some(*address),
+            Self::Tcp(_) | Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) => None,
+        }
+    }
+
+    /// The address, if it is one of a network.
+    #[must_use]
+    pub const fn inet(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(address) | Self::Udp(address) => Some(*address),
             Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) => None,
         }
     }
@@ -232,14 +253,14 @@ mod tests {
         #[test]
         fn decodes_what_it_encodes(domain: i32, kind: i32, protocol: i32, count: u8, path in "/\\PC{0,60}",
                                    ip: std::net::IpAddr, port: u16, name: Vec<u8>) {
-            let addresses = vec![Address::Tcp(SocketAddr::new(ip, port)), Address::Unix(path.clone().into()),
+            let addresses = vec![Address::Tcp(SocketAddr::new(ip, port)), Address::Udp(SocketAddr::new(ip, port)), Address::Unix(path.clone().into()),
                                  Address::Abstract(name), Address::Inside(path.clone().into())];
             let addresses = TargetAddresses { addresses, file: Some(path.into()), binding: Binding::Any };
             let source = Some(SocketAddr::new(ip, port));
             let user = Identity::User { uid: port.into(), gid: protocol.cast_unsigned() };
             for request in [AgentRequest::Join(Identity::Unused), AgentRequest::Join(Identity::Forwarder), AgentRequest::Join(user),
                             AgentRequest::Channel(addresses), AgentRequest::Dial(count, source), AgentRequest::Dial(count, None),
-                            AgentRequest::KeepReplies(SocketAddr::new(ip, port)), AgentRequest::Supply(count, 16),
+                            AgentRequest::KeepReplies(Address::Udp(SocketAddr::new(ip, port))), AgentRequest::Supply(count, 16),
                             AgentRequest::Program, AgentRequest::Hook(Box::new([count; HOOK_REQUEST])),
                             AgentRequest::Sockets { domain, kind, protocol, count }] {
                 prop_assert_eq!(AgentRequest::decode(&request.encode()), Some(request));

@@ -723,9 +723,12 @@ mod tests {
     use super::*;
 
     /// What `bro forward` has only for units written, or commands run, by hand: `bro activate` decides these.
-    const BY_HAND: [&str; 12] = [
+    const BY_HAND: [&str; 14] = [
         // What goes with it is a way of its own (`Mode::Adopt`).
         "adopt",
+        // No unit of its own has a socket for datagrams.
+        "flows-max",
+        "flow-timeout",
         "target",
         "targets",
         "allow-missing-sockets",

@@ -28,7 +28,7 @@ pub(super) async fn unless_in_use(
 }
 
 fn has_no_client(report: &Report) -> bool {
-    report.total.open == 0
+    report.total.guests() == 0
         && report.total.held == 0
         && report.waiting.is_none()
         && report.predecessor.is_none()

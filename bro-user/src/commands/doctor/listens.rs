@@ -76,6 +76,9 @@ pub(super) async fn check(
     let wish = forwarder.options.unix_identity();
     let (host, port) = match target.clone() {
         Target::Tcp { host, port } => (host, port),
+        Target::Udp { .. } => {
+            return Check::ok(NAME, format!("{target} takes datagrams, so it was not checked"));
+        }
         Target::Unix(path) => return unix(installed, container, pid, Address::Inside(path), wish).await,
         Target::Abstract(name) => {
             return unix(installed, container, pid, Address::Abstract(name.into_bytes()), wish).await;
@@ -112,6 +115,7 @@ async fn unix(installed: &Installed, container: &str, pid: i32, address: Address
         Address::Inside(path) | Address::Unix(path) => path.display().to_string(),
         Address::Abstract(name) => format!("@{}", String::from_utf8_lossy(name)),
         Address::Tcp(address) => address.to_string(),
+        Address::Udp(address) => format!("{address}/udp"),
     };
     let connecting = async {
         use std::os::unix::fs::OpenOptionsExt as _;

@@ -343,7 +343,7 @@ impl<'a> Control<'a> {
         }
         self.life.give_up_on_slow_starts();
         self.life.look_at_the_clock();
-        if self.ledger.is_due(Stats::get(&stats.accepted), Stats::get(&stats.open)) {
+        if self.ledger.is_due(Stats::get(&stats.accepted), stats.guests()) {
             self.keep_counts().await;
         }
         if self.life.phase == Phase::Serving {

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use bro_relay::connection::End;
 use bro_relay::engine::protocol::Plain;
-use bro_relay::stats::Stats;
 use tokio::time::Instant;
 
 use super::control::Control;
@@ -46,7 +45,7 @@ impl Control<'_> {
     /// The engine accepts no more. Said only now: a reader of STOPPING=1 may rely on it.
     pub(super) fn draining(&self, why: &str) {
         let limit = self.options.drain_timeout.or_forever();
-        let open = Stats::get(&self.plane.stats().open);
+        let open = self.plane.stats().guests();
         tracing::info!(open, "{why}: no more clients are accepted, those there are may finish");
         // A successor now speaks for the service: then this is muted.
         notify::stopping(&self.status(), EXTEND_BY.min(limit + Duration::from_secs(5)));

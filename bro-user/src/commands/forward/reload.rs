@@ -96,7 +96,7 @@ impl<'a> Reload<'a> {
     pub(super) fn tell(&mut self, stats: &Stats) {
         let before = self.predecessor.as_ref().and_then(|predecessor| predecessor.connections);
         if let Some(telling) = &mut self.telling {
-            telling.connections(Stats::get(&stats.open) + before.unwrap_or(0));
+            telling.connections(stats.guests() + before.unwrap_or(0));
         }
     }
 

@@ -18,10 +18,11 @@ impl Control<'_> {
     pub(super) fn status(&self) -> String {
         let (life, stats) = (&self.life, self.plane.stats());
         let (open, held) = (Stats::get(&stats.open), Stats::get(&stats.held));
-        let served = Stats::get(&stats.accepted);
+        let (served, flows) = (Stats::get(&stats.accepted), Stats::get(&stats.flows));
         let plural = |count: u64| if count == 1 { "" } else { "s" };
+        let and_flows = if flows > 0 { format!(" and {flows} flow{}", plural(flows)) } else { String::new() };
         let said = match life.phase {
-            Phase::Draining(_) => format!("Draining: {open} connection{} left", plural(open)),
+            Phase::Draining(_) => format!("Draining: {open} connection{}{and_flows} left", plural(open)),
             _ if life.freezing.is_frozen() => "Frozen: the next client has the service go on".into(),
             _ if life.who_is_busy().is_some() => {
                 format!("Idle, but busy: {}", life.who_is_busy().unwrap_or_default())
@@ -35,7 +36,7 @@ impl Control<'_> {
                 )
             }
             _ if life.has_sockets => self.adoption.as_ref().map(SocketAdoption::said).unwrap_or_default(),
-            _ => format!("{open} connection{} now, {served} since the start", plural(open)),
+            _ => format!("{open} connection{}{and_flows} now, {served} since the start", plural(open)),
         };
         let said = match self.limit.waiting().filter(|_| life.phase == Phase::Serving) {
             Some(waiting) => format!("{said}; {waiting}"),

@@ -1,6 +1,6 @@
 //! Which target the clients of each listener are connected to.
 
-use bro_relay::listener::Listener;
+use bro_relay::listener::{Kind, Listener};
 use bro_relay::target::Target;
 
 use crate::cli::Forward;
@@ -45,6 +45,7 @@ impl Routes {
                     listener.name, listener.address, listener.name
                 )));
             };
+            let target = &of_its_kind(target, &listener)?;
             let index = targets.iter().position(|known| known == target).unwrap_or_else(|| {
                 targets.push(target.clone());
                 targets.len() - 1
@@ -52,5 +53,21 @@ impl Routes {
             routes.push((listener, index));
         }
         Ok(Self { listeners: routes, targets })
+    }
+}
+
+/// The target as the kind of socket makes it: the same HOST:PORT means TCP for a socket of streams, and UDP for one of datagrams.
+fn of_its_kind(target: &Target, listener: &Listener) -> Result<Target, Failure> {
+    let socket = format!("the socket “{}” ({})", listener.name, listener.address);
+    match (listener.kind, target) {
+        (Kind::Datagram, Target::Tcp { host, port }) => Ok(Target::Udp { host: host.clone(), port: *port }),
+        (Kind::Datagram, Target::Unix(_) | Target::Abstract(_)) => Err(Failure::Usage(format!(
+            "{socket} takes UDP datagrams, and its target {target} is a unix socket; give --target {}=HOST:PORT",
+            listener.name
+        ))),
+        (Kind::Stream, Target::Udp { .. }) => Err(Failure::Usage(format!(
+            "{socket} takes streams, and its target {target} is a UDP port; leave /udp out, or use ListenDatagram= for it"
+        ))),
+        _ => Ok(target.clone()),
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use bro_relay::engine::Settings;
 use bro_relay::engine::socket_options::Keepalive;
-use bro_relay::listener::Listener;
+use bro_relay::listener::{Kind, Listener};
 use bro_relay::relay::{Method, pipes};
 use bro_relay::target::Target;
 use nix::sys::socket::{SockaddrStorage, getsockname};
@@ -48,9 +48,12 @@ pub(super) fn check(options: &Forward, targets: &[Target]) -> Result<(), Failure
 }
 
 /// What the engine needs.
-pub(super) fn engine(options: &Forward) -> Settings {
+pub(super) fn engine(options: &Forward, listeners: &[(Listener, usize)]) -> Settings {
     let asked = options.connections_max.map(|most| most as usize);
-    let (connections_max, pipes) = fitting(descriptors_for_connections(), asked.unwrap_or(usize::MAX));
+    let descriptors = descriptors_for_connections();
+    let takes_datagrams = listeners.iter().any(|(listener, _)| listener.kind == Kind::Datagram);
+    let flows_max = if takes_datagrams { flows(descriptors, options.flows_max) } else { 0 };
+    let (connections_max, pipes) = fitting(descriptors - flows_max, asked.unwrap_or(usize::MAX));
     if let Some(asked) = asked.filter(|&asked| connections_max < asked) {
         tracing::warn!(
             "--connections-max={asked} is more than the limit on descriptors allows: {connections_max} at once (LimitNOFILE=)"
@@ -79,6 +82,8 @@ pub(super) fn engine(options: &Forward) -> Settings {
         idle_ignore: options.idle.idle_ignore.clone(),
         idle_below: options.idle.idle_below,
         wake_ignore: options.idle.wake_ignore.clone(),
+        flows_max,
+        flow_timeout: options.flow_timeout.or_forever(),
         hold_limit: options.start_timeout.or_forever(),
         hold_refused: options.ready != Ready::Unchecked,
         adopts: options.adopt,
@@ -92,6 +97,17 @@ fn descriptors_for_connections() -> usize {
     let limit =
         if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_err() { soft } else { hard };
     usize::try_from(limit - RESERVED_DESCRIPTORS.min(limit / 4 * 3)).unwrap_or(usize::MAX)
+}
+
+/// How many flows fit into so many descriptors, each of which takes one: at most half of them.
+fn flows(descriptors: usize, asked: u32) -> usize {
+    let (asked, most) = (asked as usize, (descriptors / 2).max(1));
+    if asked > most {
+        tracing::warn!(
+            "--flows-max={asked} is more than the limit on descriptors allows: {most} at once (LimitNOFILE=)"
+        );
+    }
+    asked.min(most)
 }
 
 /// How many of the wanted connections fit into so many descriptors, and how many pipes beside them. Each takes two descriptors;

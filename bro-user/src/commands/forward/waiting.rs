@@ -3,7 +3,7 @@
 
 use std::os::fd::AsFd as _;
 
-use bro_relay::listener::Listener;
+use bro_relay::listener::{Kind, Listener};
 
 use crate::commands::status::Waiting;
 
@@ -49,7 +49,11 @@ impl Limit {
 }
 
 fn backlog((listener, _): &(Listener, usize)) -> u64 {
-    bro_relay::sys::backlog(listener.socket.as_fd()).unwrap_or(0)
+    match listener.kind {
+        Kind::Stream => bro_relay::sys::backlog(listener.socket.as_fd()).unwrap_or(0),
+        // They are no connections, and do not wait for one to end.
+        Kind::Datagram => 0,
+    }
 }
 
 #[cfg(test)]

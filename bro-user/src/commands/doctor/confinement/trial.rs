@@ -126,7 +126,7 @@ async fn all(options: &TryWake) -> anyhow::Result<()> {
     for (step, domain) in families(&options.target) {
         said(step, place.socket(domain, libc::SOCK_STREAM, 0).await.map_err(Into::into))?;
     }
-    if options.target.iter().any(|target| matches!(target, Target::Tcp { .. })) {
+    if options.target.iter().any(|target| matches!(target, Target::Tcp { .. } | Target::Udp { .. })) {
         let table = async { Table::open(&place).await?.listeners() };
         said(TrialStep::Table, table.await.map_err(Into::into))?;
     }
@@ -150,7 +150,7 @@ fn families(targets: &[Target]) -> Vec<(TrialStep, i32)> {
     for target in targets {
         let ip = |host: &str| host.parse::<std::net::IpAddr>().ok();
         families.extend(match target {
-            Target::Tcp { host, .. } => match ip(host) {
+            Target::Tcp { host, .. } | Target::Udp { host, .. } => match ip(host) {
                 Some(ip) if ip.is_ipv6() => vec![(TrialStep::Inet6, libc::AF_INET6)],
                 Some(_) => vec![(TrialStep::Inet, libc::AF_INET)],
                 None => vec![(TrialStep::Inet, libc::AF_INET), (TrialStep::Inet6, libc::AF_INET6)],

@@ -1,0 +1,46 @@
+//! Flows: what stands beside connections for datagrams, which have none. A flow is a client that writes to one of this host's
+//! addresses, and a socket in the service's namespace that is its own. All in here is pure; `engine/datagrams.rs` has the sockets.
+
+mod held;
+mod table;
+mod tally;
+
+use std::net::{IpAddr, SocketAddr};
+
+pub use held::{Held, HeldDatagram};
+pub use table::{FlowTable, Made};
+pub use tally::{Amounts, DatagramTally, DropCounts, Dropped};
+
+/// The address of this host's that a client wrote to, and that it has to be answered from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LocalAddress {
+    /// The address, mapped into IPv6 where the listener's family says so.
+    pub ip: IpAddr,
+    /// The interface, where the address alone does not say it (an IPv6 link-local one); else 0.
+    pub interface: u32,
+}
+
+/// What tells flows apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// The listener's number.
+    pub listener: usize,
+    /// The client, as the listener's family writes it.
+    pub client: SocketAddr,
+    /// The address that it wrote to; none where the kernel did not say.
+    pub local: Option<LocalAddress>,
+}
+
+/// A flow's place in the table, and which of those that have had it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FlowId {
+    /// The place.
+    pub index: usize,
+    /// It wraps at [`FlowId::GENERATIONS`].
+    pub generation: u32,
+}
+
+impl FlowId {
+    /// As many as an epoll token has room for; a batch of events never spans so many.
+    pub const GENERATIONS: u32 = 1 << 24;
+}

@@ -1,0 +1,486 @@
+//! Datagrams: each client's flow, whole and in order, answered from where it wrote to, and within bounds.
+//!
+//! Needs: a network namespace. Takes: seconds.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::forwarder::Forwarder;
+use bro_tests::notify::Notify;
+use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
+use bro_tests::scene::expect_relayed;
+use bro_tests::udp::{Echo, UdpScene, bound, client, expect, expect_echo, loopback};
+use bro_tests::{process, require_namespaces};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
+
+/// Long enough to see that something does not happen.
+const MOMENT: Duration = Duration::from_millis(300);
+
+/// Lengths at the edges: none, one, one of a tunnel, two pages, and the most that there can be.
+const LENGTHS: [usize; 5] = [0, 1, 1200, 8192, 65_507];
+
+fn bytes(length: usize, seed: usize) -> Vec<u8> {
+    (0..length).map(|at| (at * 31 + seed) as u8).collect()
+}
+
+fn tally(forwarder: &Forwarder) -> Result<bro_relay::flows::DatagramTally> {
+    Ok(forwarder.report()?.total.datagrams)
+}
+
+fn dropped(forwarder: &Forwarder, why: &str) -> Result<u64> {
+    Ok(tally(forwarder)?.dropped.each().find(|(word, _)| *word == why).map_or(0, |(_, count)| count))
+}
+
+#[test]
+fn every_length_comes_back_whole() -> Result<()> {
+    require_namespaces!();
+    for ipv6 in [false, true] {
+        for source in ["auto", "loopback"] {
+            let scene = UdpScene::new(ipv6)?;
+            let echo = scene.echo()?;
+            let forwarder = scene.setup()?.arg(format!("--source={source}")).start()?;
+            let clients = [scene.client()?, scene.client()?];
+            for (number, length) in LENGTHS.into_iter().enumerate() {
+                for (which, client) in clients.iter().enumerate() {
+                    expect_echo(client, &bytes(length, number * 2 + which))
+                        .with_context(|| format!("IPv6: {ipv6}, --source={source}, length {length}"))?;
+                }
+            }
+            let tally = tally(&forwarder)?;
+            let sent: usize = LENGTHS.iter().sum::<usize>() * clients.len();
+            let count = (LENGTHS.len() * clients.len()) as u64;
+            ensure!(tally.flows == 2 && tally.open == 2 && tally.dropped.total() == 0, "{tally:?}");
+            for amounts in [tally.to_service, tally.to_clients] {
+                ensure!((amounts.datagrams, amounts.bytes) == (count, sent as u64), "{tally:?}");
+            }
+            ensure!(echo.stop() == count, "nothing is sent that was not received");
+            drop(forwarder.stop()?);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_service_at_every_address_answers_too() -> Result<()> {
+    require_namespaces!();
+    for ipv6 in [false, true] {
+        let scene = UdpScene::new(ipv6)?;
+        let any: IpAddr = if ipv6 { "::".parse()? } else { Ipv4Addr::UNSPECIFIED.into() };
+        let _echo = Echo::new(bound(&scene.namespace, SocketAddr::new(any, scene.target.port()))?)?;
+        let _forwarder = scene.setup()?.start()?;
+        expect_echo(&scene.client()?, b"ping").with_context(|| format!("IPv6: {ipv6}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_service_sees_each_client() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::at("0.0.0.0:0".parse()?, false)?;
+    let service = scene.service()?;
+    let _forwarder = scene.setup()?.start()?;
+    let front = loopback(false, scene.address()?.port());
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let client = client(front, None)?;
+        let _sent = client.send(b"who")?;
+        let (_, from) = service.recv_from(&mut [0; 8])?;
+        // A client of this host, by its own port.
+        ensure!(
+            from == SocketAddr::new(Ipv4Addr::new(169, 254, 1, 2).into(), client.local_addr()?.port()),
+            "{from}"
+        );
+        seen.push((client, from));
+    }
+    // Answers find their way whichever order they come in, and so do datagrams that are no answers.
+    for (number, (client, from)) in seen.iter().enumerate().rev() {
+        for _ in 0..2 {
+            let _sent = service.send_to(&[number as u8], from)?;
+            expect(client, &[number as u8])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn answers_come_from_the_address_that_was_written_to() -> Result<()> {
+    require_namespaces!();
+    for front in ["0.0.0.0:0", "[::]:0"] {
+        let scene = UdpScene::at(front.parse()?, false)?;
+        let _echo = scene.echo()?;
+        let forwarder = scene.setup()?.start()?;
+        let port = scene.address()?.port();
+        let mut addresses: Vec<SocketAddr> =
+            (1..4).map(|last| (Ipv4Addr::new(127, 0, 0, last), port).into()).collect();
+        if front.starts_with('[') {
+            addresses.push(loopback(true, port));
+        }
+        // One client, from one port, to each address: each is a flow of its own.
+        let own = UdpSocket::bind("127.0.0.9:0")?;
+        own.set_read_timeout(Some(PATIENCE))?;
+        for address in &addresses {
+            let client = client(*address, None)?;
+            expect_echo(&client, b"connected, so that no other address is heard")?;
+            if address.is_ipv4() {
+                let _sent = own.send_to(b"ping", address)?;
+                let (_, from) = own.recv_from(&mut [0; 8])?;
+                ensure!(from == *address, "{from} answers for {address}");
+            }
+        }
+        ensure!(tally(&forwarder)?.flows == addresses.len() as u64 + 3, "{:?}", tally(&forwarder)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn datagrams_wait_in_order_while_the_service_starts() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let forwarder = scene.setup()?.start()?;
+    let clients = [scene.client()?, scene.client()?];
+    for number in 0..50u8 {
+        for (which, client) in clients.iter().enumerate() {
+            let _sent = client.send(&[which as u8, number])?;
+        }
+    }
+    let waits = || tally(&forwarder).is_ok_and(|tally| tally.held == 2);
+    ensure!(process::eventually(PATIENCE, waits), "{:?}", tally(&forwarder)?);
+    let service = scene.service()?;
+    let mut next = [0u8; 2];
+    for _ in 0..100 {
+        let mut datagram = [0; 4];
+        let length = service.recv(&mut datagram).context("a datagram that waited is missing")?;
+        let [which, number] = datagram[..length] else { anyhow::bail!("{length} bytes came") };
+        ensure!(number == next[usize::from(which)], "{number} of client {which} comes for {next:?}");
+        next[usize::from(which)] += 1;
+    }
+    service.set_read_timeout(Some(MOMENT))?;
+    ensure!(service.recv(&mut [0; 4]).is_err(), "one came twice");
+    ensure!(tally(&forwarder)?.dropped.total() == 0);
+    Ok(())
+}
+
+#[test]
+fn what_waits_is_bounded_and_the_oldest_goes() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let forwarder = scene.setup()?.start()?;
+    let client = scene.client()?;
+    // More than 4 MiB, in steps that the listener's own buffer has room for.
+    let (length, count) = (60_000, 100u64);
+    for number in 0..count {
+        let _sent = client.send(&bytes(length, number as usize))?;
+        let taken = || tally(&forwarder).is_ok_and(|tally| tally.dropped.total() + 70 > number);
+        ensure!(process::eventually(PATIENCE, taken), "{:?}", tally(&forwarder)?);
+    }
+    let fits = (4 << 20) / length as u64;
+    let over = || dropped(&forwarder, "queue").is_ok_and(|dropped| dropped == count - fits);
+    ensure!(process::eventually(PATIENCE, over), "{:?}", tally(&forwarder)?);
+    let service = scene.service()?;
+    setsockopt(&service.as_fd(), sockopt::RcvBuf, &(1 << 24)).ok();
+    expect(&service, &bytes(length, (count - fits) as usize)).context("the oldest that was kept")?;
+    Ok(())
+}
+
+#[test]
+fn the_least_recently_used_flow_makes_room() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let forwarder = scene.setup()?.arg("--flows-max=50").start()?;
+    let before = {
+        expect_echo(&scene.client()?, b"first")?;
+        forwarder.descriptors()?
+    };
+    for number in 0..1000u32 {
+        expect_echo(&scene.client()?, &number.to_be_bytes()).with_context(|| format!("client {number}"))?;
+    }
+    let tally = tally(&forwarder)?;
+    // The kernel gives a port to more than one client, now and then.
+    ensure!((900..=1001).contains(&tally.flows), "{tally:?}");
+    ensure!(tally.open == 50 && tally.evicted == tally.flows - 50, "{tally:?}");
+    ensure!(tally.dropped.total() == 0, "{tally:?}");
+    let after = forwarder.descriptors()?;
+    ensure!(after <= before + 50, "{after} descriptors, {before} before");
+    drop(forwarder.log().line(PATIENCE, |line| line.contains("--flows-max"))?);
+    Ok(())
+}
+
+#[test]
+fn a_flood_leaves_another_source_alone() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::at("0.0.0.0:0".parse()?, false)?;
+    let service = scene.service()?;
+    let forwarder = scene.setup()?.arg("--flows-max=32").start()?;
+    let front = loopback(false, scene.address()?.port());
+    let good = client(front, Some("127.0.0.2:0".parse()?))?;
+    good.set_read_timeout(Some(MOMENT))?;
+    let own = good.local_addr()?.port();
+    let over = AtomicBool::new(false);
+    let seen = std::thread::scope(|threads| -> Result<usize> {
+        let flood = threads.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Acquire) {
+                let client = client(front, Some("127.0.0.3:0".parse()?))?;
+                for _ in 0..4 {
+                    let _sent = client.send(b"flood");
+                }
+            }
+            Ok(())
+        });
+        let answering = threads.spawn(|| -> Result<usize> {
+            service.set_read_timeout(Some(Duration::from_millis(20)))?;
+            let (mut buffer, mut others) = ([0; 64], 0);
+            while !over.load(Ordering::Acquire) {
+                let Ok((length, from)) = service.recv_from(&mut buffer) else { continue };
+                if buffer[..length].starts_with(b"good") {
+                    let _sent = service.send_to(&buffer[..length], from);
+                    others += usize::from(from.port() != own);
+                }
+            }
+            Ok(others)
+        });
+        let (mut answered, deadline) = (0, Instant::now() + PATIENCE);
+        while answered < 200 && Instant::now() < deadline {
+            // The listener's own buffer is everybody's, so that one may be lost there; a client asks again.
+            answered += usize::from(expect_echo(&good, format!("good {answered}").as_bytes()).is_ok());
+        }
+        over.store(true, Ordering::Release);
+        drop(flood.join());
+        ensure!(answered == 200, "only {answered} answers beside the flood");
+        answering.join().map_err(|_| anyhow::anyhow!("the service failed"))?
+    })?;
+    ensure!(seen == 0, "{seen} came from another port: the flow of the other client made room for the flood");
+    let tally = tally(&forwarder)?;
+    ensure!(tally.evicted > 0 && tally.open <= 32, "{tally:?}");
+    forwarder.expect_no_spin(MOMENT)
+}
+
+#[test]
+fn a_source_may_have_so_many_flows() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let forwarder = scene.setup()?.arg("--connections-per-source=2").start()?;
+    let clients = [scene.client()?, scene.client()?, scene.client()?];
+    for client in &clients {
+        expect_echo(client, b"ping")?;
+    }
+    let first = tally(&forwarder)?;
+    ensure!((first.open, first.evicted) == (2, 1), "{first:?}");
+    expect_echo(&clients[0], b"again").context("the one that made room is served anew")?;
+    Ok(())
+}
+
+#[test]
+fn a_service_that_is_not_bound_any_more_is_waited_for() -> Result<()> {
+    require_namespaces!();
+    for ipv6 in [false, true] {
+        for source in ["auto", "loopback"] {
+            let scene = UdpScene::new(ipv6)?;
+            let forwarder = scene.setup()?.arg(format!("--source={source}")).start()?;
+            let client = scene.client()?;
+            let echo = scene.echo()?;
+            expect_echo(&client, b"ping")?;
+            drop(echo);
+            // The kernel says so of the one that it refuses; the next one waits.
+            let _sent = client.send(b"lost")?;
+            let refused = || dropped(&forwarder, "refused").is_ok_and(|count| count >= 1);
+            ensure!(
+                process::eventually(PATIENCE, refused),
+                "IPv6 {ipv6}, {source}: {:?}",
+                tally(&forwarder)?
+            );
+            let _sent = client.send(b"waits")?;
+            let waits = || tally(&forwarder).is_ok_and(|tally| tally.held == 1);
+            ensure!(process::eventually(PATIENCE, waits), "{:?}", tally(&forwarder)?);
+            let _echo = scene.echo()?;
+            expect(&client, b"waits")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn flows_count_as_connections() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let mut forwarder = scene.setup()?.args(["--flow-timeout=800ms", "--exit-idle-time=300ms"]).start()?;
+    let client = scene.client()?;
+    let start = Instant::now();
+    // Longer than either span, with pauses shorter than the flow's.
+    while start.elapsed() < Duration::from_secs(2) {
+        expect_echo(&client, b"still here")?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(forwarder.is_running()? && tally(&forwarder)?.flows == 1, "{:?}", tally(&forwarder)?);
+    let last = Instant::now();
+    forwarder.expect_exit(0)?;
+    ensure!(last.elapsed() >= Duration::from_millis(900), "it left after {:?}", last.elapsed());
+    forwarder.expect_nothing_left()
+}
+
+#[test]
+fn ecn_is_passed_on_both_ways() -> Result<()> {
+    require_namespaces!();
+    for ipv6 in [false, true] {
+        let scene = UdpScene::new(ipv6)?;
+        let service = scene.service()?;
+        let _forwarder = scene.setup()?.start()?;
+        let client = scene.client()?;
+        for ecn in [2u8, 1, 3, 0] {
+            for (sender, receiver) in [(&client, &service), (&service, &client)] {
+                hears_ecn(receiver, ipv6)?;
+                // What is not ECN's stays where it is.
+                let class = 0x20 | ecn;
+                if ipv6 {
+                    setsockopt(&sender.as_fd(), sockopt::Ipv6TClass, &class.into())?;
+                } else {
+                    setsockopt(&sender.as_fd(), sockopt::Ipv4Tos, &class.into())?;
+                }
+                let _sent = if sender.peer_addr().is_ok() {
+                    sender.send(b"marked")?
+                } else {
+                    let from = SERVICE_SEES.with(std::cell::Cell::get).context("it has seen a client")?;
+                    sender.send_to(b"marked", from)?
+                };
+                let (seen, from) = receive_ecn(receiver)?;
+                if receiver.peer_addr().is_err() {
+                    SERVICE_SEES.with(|seen| seen.set(from));
+                }
+                ensure!(seen == ecn, "IPv6 {ipv6}: {seen:#x} comes of {class:#x}");
+            }
+        }
+    }
+    Ok(())
+}
+
+thread_local! {
+    /// The client, as the service has seen it last.
+    static SERVICE_SEES: std::cell::Cell<Option<SocketAddr>> = const { std::cell::Cell::new(None) };
+}
+
+fn hears_ecn(socket: &UdpSocket, ipv6: bool) -> Result<()> {
+    if ipv6 {
+        setsockopt(&socket.as_fd(), sockopt::Ipv6RecvTClass, &true)?;
+    } else {
+        setsockopt(&socket.as_fd(), sockopt::IpRecvTos, &true)?;
+    }
+    Ok(())
+}
+
+/// The class of the next datagram, and its sender.
+fn receive_ecn(socket: &UdpSocket) -> Result<(u8, Option<SocketAddr>)> {
+    use std::os::fd::AsRawFd as _;
+    let (mut buffer, mut space) = ([0; 64], vec![0; 256]);
+    let mut parts = [std::io::IoSliceMut::new(&mut buffer)];
+    let message =
+        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty())?;
+    let from = message.address.as_ref().and_then(bro_relay::sockaddr::tcp);
+    for part in message.cmsgs()? {
+        match part {
+            ControlMessageOwned::Ipv4Tos(class) => return Ok((class, from)),
+            ControlMessageOwned::Ipv6TClass(class) => return Ok((u8::try_from(class)?, from)),
+            _ => {}
+        }
+    }
+    anyhow::bail!("no class comes along")
+}
+
+#[test]
+fn streams_and_datagrams_by_one_name() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let stream = Family::Tcp4.loopback().context("TCP has one")?;
+    let front = Listener::new(&Here, &stream)?;
+    let at = bro_tests::peers::Address::Tcp(scene.target);
+    let service = Listener::new(&scene.namespace, &at)?;
+    let forwarder = bro_tests::forwarder::Setup::new()
+        .netns(&scene.namespace)
+        .named(&front, "dns")
+        .descriptor(scene.front.as_fd().try_clone_to_owned()?, "dns")
+        .arg(format!("--target=dns={}", scene.target))
+        .start()?;
+    let connection = (Conn::new(&Here, front.address())?, service.accept()?);
+    expect_relayed(&connection.0, &connection.1)?;
+    expect_echo(&scene.client()?, b"ping")?;
+    let report = forwarder.report()?;
+    ensure!(report.total.accepted == 1 && report.total.datagrams.flows == 1, "{report:?}");
+    ensure!(report.listeners[1].address.ends_with("/udp") && report.listeners[1].target.ends_with("/udp"));
+    Ok(())
+}
+
+#[test]
+fn a_socket_of_its_own() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let forwarder = bro_tests::forwarder::Setup::new()
+        .netns(&scene.namespace)
+        .args(["--listen=127.0.0.1:0/udp".to_owned(), scene.target.to_string()])
+        .start()?;
+    let address = || forwarder.report().ok().map(|report| report.listeners[0].address.clone());
+    ensure!(process::eventually(PATIENCE, || address().is_some()), "no report");
+    let address: SocketAddr = address().context("no report")?.trim_end_matches("/udp").parse()?;
+    expect_echo(&client(address, None)?, b"ping")
+}
+
+#[test]
+fn a_reload_loses_no_flow() -> Result<()> {
+    require_namespaces!();
+    let mut notify = Notify::new()?;
+    let scene = UdpScene::new(false)?;
+    let service = scene.service()?;
+    let forwarder = scene.setup()?.env("NOTIFY_SOCKET", notify.name()).start()?;
+    notify.wait(PATIENCE, |line| line == "READY=1")?;
+    let client = scene.client()?;
+    let _sent = client.send(b"before")?;
+    let (_, from) = service.recv_from(&mut [0; 64])?;
+    let main = forwarder.pid();
+    forwarder.signal(Signal::SIGHUP)?;
+    notify.wait_anew(PATIENCE, |line| line == "RELOADING=1")?;
+    let line = notify
+        .wait(PATIENCE, |line| line.strip_prefix("MAINPID=").is_some_and(|pid| pid != main.to_string()))?;
+    let successor: i32 = line.trim_start_matches("MAINPID=").parse()?;
+    // What the old process was asked is still answered by it, and the client notices nothing.
+    let _sent = service.send_to(b"late", from)?;
+    expect(&client, b"late")?;
+    let echo = Echo::new(service)?;
+    for number in 0..20u8 {
+        expect_echo(&client, &[number])?;
+    }
+    ensure!(process::ends(main, PATIENCE)?, "the old process does not end");
+    expect_echo(&client, b"after")?;
+    drop(echo);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(successor), Signal::SIGTERM)?;
+    ensure!(process::ends(successor, PATIENCE)?, "the successor does not end");
+    forwarder.expect_no_panic()
+}
+
+#[test]
+fn what_cannot_be_forwarded_is_named() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let folder = bro_tests::scratch::Scratch::new()?;
+    let unix = std::os::unix::net::UnixDatagram::bind(folder.join("log"))?;
+    let refused = |setup: bro_tests::forwarder::Setup, words: &str| -> Result<()> {
+        let mut forwarder = setup.start()?;
+        drop(forwarder.log().line(PATIENCE, |line| line.contains(words)).with_context(|| words.to_owned())?);
+        ensure!(forwarder.wait(PATIENCE)?.is_some_and(|status| !status.success()), "it goes on");
+        Ok(())
+    };
+    let bare = || bro_tests::forwarder::Setup::new().netns(&scene.namespace);
+    refused(
+        bare().descriptor(unix.into(), "log").arg("127.0.0.1:1"),
+        "descriptor 3 (log) takes datagrams over a unix",
+    )?;
+    let udp = || scene.front.as_fd().try_clone_to_owned();
+    refused(bare().descriptor(udp()?, "dns").arg("/run/x"), "the socket “dns” (127.0.0.1:")?;
+    let tcp = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
+    refused(bare().named(&tcp, "web").arg("127.0.0.1:53/udp"), "the socket “web” (127.0.0.1:")
+}
