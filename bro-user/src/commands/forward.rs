@@ -40,6 +40,7 @@ use routes::Routes;
 use crate::cli::Forward;
 use crate::exit::Failure;
 use crate::metrics;
+use crate::netns::agent_process::SpareAgent;
 use crate::systemd::listen_fds::{self, Passed};
 use crate::systemd::notify;
 
@@ -66,12 +67,13 @@ pub fn run(
     let mut private: Vec<BorrowedFd<'_>> = predecessor.iter().map(Predecessor::descriptor).collect();
     private.extend(reserved.iter().flat_map(Reserved::descriptors));
     let relay = RelayProcess::fork(&settings, &routes, &private)?;
-    // After the fork: the relay process may not have this either.
+    // After that fork: the relay process may have neither the channel to the agent nor what a predecessor has left.
+    let agent = SpareAgent::fork();
     let bequest = predecessor.as_ref().and_then(Predecessor::bequest);
     let Routes { listeners, targets } = routes;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let starter = settings::service_starter(options, &listeners);
+        let starter = settings::service_starter(options, &listeners).with_agent(agent);
         starter.check(&targets).await?;
         if options.idle.freeze {
             starter.check_freezing().await?;
