@@ -3,6 +3,7 @@
 mod activate;
 #[cfg(test)]
 mod documented;
+mod fence;
 mod helper;
 pub mod idle;
 #[cfg(test)]
@@ -15,7 +16,8 @@ use std::path::PathBuf;
 
 use clap::{Args, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
-pub use activate::{Activate, Direct};
+pub use activate::{Activate, Adopt, Direct};
+pub use fence::Fence;
 pub use helper::Helper;
 pub use loader::Loader;
 
@@ -103,6 +105,9 @@ pub enum Command {
     /// Have the running forwarders of activated services take up a bro that has just been installed
     #[command(hide = true)]
     AfterUpgrade(AfterUpgrade),
+    /// Keep containers from leading the sockets of a socket unit elsewhere, for `ExecStartPre=` of that unit
+    #[command(hide = true)]
+    Fence(Fence),
     /// Try what waking a service takes, for a `bro doctor NAME` that has systemd run this as it would run the forwarder
     #[command(hide = true)]
     TryWake(TryWake),

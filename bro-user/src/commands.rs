@@ -3,6 +3,7 @@
 pub mod activate;
 pub mod after_upgrade;
 pub mod doctor;
+pub mod fence;
 pub mod forward;
 pub mod helper;
 pub mod loader;

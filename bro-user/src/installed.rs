@@ -16,7 +16,8 @@ use anyhow::Context as _;
 use bro_relay::read_bounded::{self, Link};
 use bro_relay::target::Target;
 
-pub use mode::{Forwarder, Mode, Takeover, Way};
+pub(crate) use mode::agent_of;
+pub use mode::{Adoption, Forwarder, Mode, Takeover, Way};
 pub use options::ForwardOptions;
 
 use crate::address::{self, External, is_straight};
@@ -32,6 +33,12 @@ pub const SECTION: &str = "X-Bro";
 
 /// How `--restrict-network` is noted.
 pub const RESTRICTED: &str = "restrict-network";
+
+/// How `--adopt` is noted: with the profile that the container's own is made of.
+pub const ADOPTS: &str = "Adopt";
+
+/// How `--trust-loopback` is noted.
+pub const TRUSTS_LOOPBACK: &str = "TrustLoopback";
 
 /// The longest unit file that is read; those that `bro activate` writes stay far below.
 const LONGEST: u64 = 1 << 20;
@@ -122,9 +129,24 @@ impl Installed {
     #[must_use]
     pub const fn forwarder(&self) -> Option<&Forwarder> {
         match &self.mode {
-            Mode::Forward(forwarder) => Some(forwarder),
+            Mode::Forward(forwarder) | Mode::Adopt(Adoption { forwarder, .. }) => Some(forwarder),
             Mode::Direct(_) => None,
         }
+    }
+
+    /// Its adoption, if its service accepts at systemd's sockets without knowing of it.
+    #[must_use]
+    pub const fn adoption(&self) -> Option<&Adoption> {
+        match &self.mode {
+            Mode::Adopt(adoption) => Some(adoption),
+            Mode::Forward(_) | Mode::Direct(_) => None,
+        }
+    }
+
+    /// All its socket units: those of its ports, and the one at which a container's notifications arrive.
+    pub fn sockets(&self) -> impl Iterator<Item = &SocketUnit> {
+        let ports = self.listeners.iter().map(|listener| &listener.socket);
+        ports.chain(self.adoption().map(|adoption| &adoption.agent))
     }
 
     /// The forwarder's unit, `web-activator.service`, if it has one.
@@ -173,7 +195,7 @@ impl Installed {
             || self.unit == name
             || file == Some(name)
             || self.service().as_deref() == Some(name)
-            || self.listeners.iter().any(|listener| listener.socket.name == name)
+            || self.sockets().any(|socket| socket.name == name)
     }
 
     /// The service manager of the container's own unit, as the owner of [`Installed::scope`] or the user `run_as` sees it.
@@ -182,13 +204,14 @@ impl Installed {
         if self.run_as.is_some() { RuntimeScope::User } else { self.scope }
     }
 
-    /// Its files besides sockets and the forwarder's unit.
+    /// Its files besides the sockets of its ports and the forwarder's unit.
     pub fn others(&self) -> impl Iterator<Item = &PathBuf> {
         let of_mode = match &self.mode {
-            Mode::Forward(_) => None,
-            Mode::Direct(takeover) => takeover.pause_unit.as_ref(),
+            Mode::Forward(_) => [None, None],
+            Mode::Adopt(adoption) => [Some(&adoption.agent.file), Some(&adoption.profile)],
+            Mode::Direct(takeover) => [takeover.pause_unit.as_ref(), None],
         };
-        self.drop_in.iter().chain(of_mode)
+        self.drop_in.iter().chain(of_mode.into_iter().flatten())
     }
 
     /// Every file of it.
@@ -270,13 +293,20 @@ impl WrittenUnits {
             });
             Mode::Direct(Takeover { way: way(file), pause_unit })
         } else {
-            Mode::Forward(Forwarder {
+            let forwarder = Forwarder {
                 service_file: path.to_owned(),
                 program: program(file),
                 container: file.value(SECTION, "Container").map(str::to_owned),
                 container_given: file.boolean(SECTION, "ContainerGiven").unwrap_or(false),
                 options: options(file).map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
-            })
+            };
+            match adopted_by(file) {
+                Some(source) => Mode::Adopt(Adoption {
+                    trusts_loopback: file.boolean(SECTION, TRUSTS_LOOPBACK).unwrap_or(false),
+                    ..Adoption::new(name, forwarder, source, &self.directory)
+                }),
+                None => Mode::Forward(forwarder),
+            }
         };
         Some(Installed {
             run_as: run_as(file, root),
@@ -422,9 +452,16 @@ fn is_unit_name(text: &str) -> bool {
 
 /// Which of them is the drop-in, and which the pause unit.
 fn others(paths: Vec<PathBuf>) -> (Option<PathBuf>, Option<PathBuf>) {
-    let (units, drop_ins): (Vec<PathBuf>, Vec<PathBuf>) =
-        paths.into_iter().partition(|path| path.extension().is_some_and(|kind| kind == "service"));
-    (drop_ins.into_iter().next(), units.into_iter().next())
+    let of_kind = |wanted: &str| {
+        let is_one = |path: &&PathBuf| path.extension().is_some_and(|kind| kind == wanted);
+        paths.iter().find(is_one).cloned()
+    };
+    (of_kind("conf"), of_kind("service"))
+}
+
+/// What the container's profile is made of, if its sockets are adopted.
+fn adopted_by(file: &UnitFile) -> Option<PathBuf> {
+    file.value(SECTION, ADOPTS).map(PathBuf::from).filter(|path| is_straight(path))
 }
 
 /// The program that the unit runs.

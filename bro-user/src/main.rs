@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use bro_user::cli::{self, Cli, Command};
 use bro_user::commands::forward::handover::Predecessor;
 use bro_user::commands::{
-    activate, after_upgrade, doctor, forward, helper, loader, metrics, status, top, wake_sleep,
+    activate, after_upgrade, doctor, fence, forward, helper, loader, metrics, status, top, wake_sleep,
 };
 use bro_user::systemd::listen_fds;
 use bro_user::{exit, logging};
@@ -58,6 +58,7 @@ fn main() -> ExitCode {
             logging::init(0);
             loader::run(&options)
         }
+        Command::Fence(options) => fence::run(&options),
         Command::Helper(_) => unreachable!("dealt with above"),
         Command::AfterUpgrade(options) => after_upgrade::run(&options),
         Command::TryWake(options) => doctor::try_wake(&options),

@@ -1,9 +1,11 @@
 //! The files that `bro activate` writes, as text: sockets, the forwarder's service, and the quadlet's drop-in. Pure: what is
 //! written depends on nothing but the arguments, so that a second run can tell whether anything has changed.
 
+mod agent;
 mod drop_in;
 mod hardening;
 mod namespaces;
+mod profile;
 mod service;
 mod socket;
 mod timer;
@@ -11,10 +13,12 @@ mod validate;
 
 use std::path::{Path, PathBuf};
 
+pub use agent::{DESCRIPTOR as AGENT_DESCRIPTOR, listener_path};
 pub use drop_in::DropIn;
+pub use profile::{MadeProfile, profile_text, wrote as wrote_profile};
 
 use crate::exit::Failure;
-use crate::installed::{Installed, Mode, RESTRICTED};
+use crate::installed::{ADOPTS, Adoption, Forwarder, Installed, Mode, RESTRICTED, TRUSTS_LOOPBACK};
 use crate::paths::unrooted;
 use crate::systemd::unit_file::MARKER;
 
@@ -27,7 +31,7 @@ pub struct File {
     pub text: String,
 }
 
-/// Every file of an activated service. `root` is what lies above all paths and is not part of what units say; `has_steps` is whether
+/// Every file of an activated service but the seccomp profile of one whose sockets are adopted, which is made of another file. `root` is what lies above all paths and is not part of what units say; `has_steps` is whether
 /// systemd knows RestartSteps=.
 ///
 /// # Errors
@@ -56,10 +60,17 @@ pub fn files(
     if let (Some(drop_in), Some(path)) = (drop_in, &installed.drop_in) {
         files.push(File { path: path.clone(), text: drop_in.text(installed) });
     }
-    if let Mode::Direct(takeover) = &installed.mode
-        && let Some(path) = &takeover.pause_unit
-    {
-        files.push(File { path: path.clone(), text: namespaces::text(installed) });
+    match &installed.mode {
+        Mode::Forward(_) => {}
+        Mode::Adopt(adoption) => {
+            files.push(File { path: adoption.agent.file.clone(), text: agent::text(installed, adoption) });
+        }
+        Mode::Direct(takeover) => files.extend(
+            takeover
+                .pause_unit
+                .as_ref()
+                .map(|path| File { path: path.clone(), text: namespaces::text(installed) }),
+        ),
     }
     Ok(files)
 }
@@ -87,12 +98,18 @@ fn notes(installed: &Installed, root: Option<&Path>) -> Vec<(&'static str, Strin
         notes.extend([("RunAs", owner.name.clone()), ("RunAsId", owner.uid.to_string())]);
     }
     let option = |(name, value): (&str, &str)| ("Option", format!("{name}={value}"));
+    let mut note_forwarder = |forwarder: &Forwarder| {
+        if forwarder.container_given {
+            notes.push(("ContainerGiven", "yes".to_owned()));
+        }
+        notes.extend(forwarder.options.iter().map(option));
+    };
     match &installed.mode {
-        Mode::Forward(forwarder) => {
-            if forwarder.container_given {
-                notes.push(("ContainerGiven", "yes".to_owned()));
-            }
-            notes.extend(forwarder.options.iter().map(option));
+        Mode::Forward(forwarder) => note_forwarder(forwarder),
+        Mode::Adopt(Adoption { forwarder, source, trusts_loopback, .. }) => {
+            note_forwarder(forwarder);
+            notes.push((ADOPTS, source.display().to_string()));
+            notes.extend(trusts_loopback.then(|| (TRUSTS_LOOPBACK, "yes".to_owned())));
         }
         Mode::Direct(takeover) => {
             notes.push(option(("direct", takeover.way.word())));

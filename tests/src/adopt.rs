@@ -251,6 +251,8 @@ impl Adoption {
         setup = setup.env("NOTIFY_SOCKET", self.scratch.join("notify"));
         for (number, (socket, target)) in self.listeners.iter().enumerate() {
             let name = format!("socket-{number}");
+            // So does systemd each time it passes a socket (`NonBlocking=no`).
+            let _zero = nix::fcntl::fcntl(socket, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_RDWR))?;
             setup = setup.descriptor(socket.try_clone()?, &name).arg(format!("--target={name}={target}"));
         }
         setup = setup.descriptor(self.seccomp.try_clone()?, "seccomp");
@@ -285,8 +287,8 @@ impl Adoption {
     pub fn main_process(&self, but: i32) -> Result<i32> {
         let found = || {
             let said = self.store.said.lock().expect("no holder of this lock panics");
-            let pids = said.iter().filter_map(|line| line.strip_prefix("MAINPID=")?.parse().ok());
-            pids.filter(|pid: &i32| *pid != but).last()
+            let mut pids = said.iter().filter_map(|line| line.strip_prefix("MAINPID=")?.parse().ok());
+            pids.rfind(|pid: &i32| *pid != but)
         };
         ensure!(
             crate::process::eventually(PATIENCE, || found().is_some()),

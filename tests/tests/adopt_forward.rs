@@ -3,9 +3,10 @@
 //!
 //! Needs: a network namespace. Takes: seconds.
 
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::adopt::{Adoption, Profile, Program};
@@ -14,8 +15,9 @@ use bro_tests::netns::Namespace;
 use bro_tests::peers::PATIENCE;
 use bro_tests::process;
 use bro_tests::require_namespaces;
-use bro_user::commands::forward::adoption::FallbackKind;
 use bro_user::commands::status::{AdoptionReport, Report};
+use bro_user::fallback::FallbackKind;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -222,6 +224,9 @@ fn a_forwarder_that_is_killed_is_followed_by_one_that_goes_on() -> Result<()> {
         let next = stage.forwarder(&[])?;
         says(&next, "as before this process")?;
         eventually(&next, is_adopted)?;
+        // Which is the service's, and not systemd's.
+        let flags = OFlag::from_bits_retain(fcntl(&stage.host, FcntlArg::F_GETFL)?);
+        ensure!(flags.contains(OFlag::O_NONBLOCK) == (kind == "epoll"), "{kind}: {flags:?}");
         expect_own_address(stage.client()?)?;
         ensure!(next.report()?.total.accepted == 0, "the relay has accepted");
         end(service)?;
@@ -271,6 +276,29 @@ fn it_stays_while_a_container_has_its_socket_and_leaves_when_idle() -> Result<()
     ensure!(forwarder.is_running()?, "it left a container behind");
     end(service)?;
     forwarder.expect_exit(0)
+}
+
+#[test]
+fn a_client_of_the_service_counts_although_nothing_of_it_passes() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&["--exit-idle-time=700ms"])?;
+    let mut client = stage.client()?;
+    let mut service = stage.service(Profile::Notifies, &["slow", INSIDE])?;
+    service.says("accepted")?;
+    let connected =
+        |report: &AdoptionReport| matches!(report, AdoptionReport::Adopted { connections: 1, .. });
+    let report = eventually(&forwarder, connected)?;
+    ensure!(report.state == "Adopted, 1 connection now", "{}", report.state);
+    let idle = || forwarder.log().lines().iter().any(|line| line.contains("the idle time is over"));
+    ensure!(!process::eventually(Duration::from_secs(2), idle), "the client did not count");
+    service.input.as_mut().context("an input")?.write_all(b"now\n")?;
+    let mut said = String::new();
+    client.read_to_string(&mut said)?;
+    ensure!(said == client.local_addr()?.to_string(), "{said}");
+    drop(client);
+    says(&forwarder, "the idle time is over")?;
+    Ok(())
 }
 
 #[test]

@@ -12,9 +12,11 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// The checked-in object and what made it, below the workspace.
-const OBJECT: &str = "bro-user/sockmap/src/bro.bpf.o";
-const RECORD: &str = "bro-user/sockmap/src/bro.bpf.txt";
+/// The programs, with the checked-in object of each and what made it, below the workspace.
+const OBJECTS: [(&str, &str, &str); 2] = [
+    ("bro-ebpf", "bro-user/sockmap/src/bro.bpf.o", "bro-user/sockmap/src/bro.bpf.txt"),
+    ("bro-fence", "bro-user/sockmap/src/fence.bpf.o", "bro-user/sockmap/src/fence.bpf.txt"),
+];
 
 const MEND: &str = "no compiler for the kernel's programs: on Debian `sudo apt-get install rustc-web cargo-web rust-web-src`, \
     elsewhere `rustup toolchain install nightly --component rust-src`";
@@ -34,21 +36,27 @@ pub struct Args {
 /// Builds, and checks in or compares.
 pub fn run(args: &Args) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace's folder")?;
-    let recorded = std::fs::read_to_string(root.join(RECORD)).unwrap_or_default();
+    let (_, _, record) = OBJECTS[0];
+    let recorded = std::fs::read_to_string(root.join(record)).unwrap_or_default();
     let tools = Tools::find(&recorded)?;
     say(&format!("with {}", tools.described.trim_end().replace('\n', ", ")))?;
-    let object = strip(&tools.build(root)?)?;
-    ensure!(!leaks(&object, root), "the object names folders of this machine");
-
-    let path = root.join(OBJECT);
-    if args.check {
-        let checked_in = std::fs::read(&path).with_context(|| format!("reading {OBJECT}"))?;
-        return compare(&checked_in, &object, recorded.starts_with(&tools.described));
+    tools.build(root)?;
+    for (program, object, record) in OBJECTS {
+        let made = strip(&built(root, program)?)?;
+        ensure!(!leaks(&made, root), "{object} would name folders of this machine");
+        let path = root.join(object);
+        if args.check {
+            let checked_in = std::fs::read(&path).with_context(|| format!("reading {object}"))?;
+            let recorded = std::fs::read_to_string(root.join(record)).unwrap_or_default();
+            compare(object, &checked_in, &made, recorded.starts_with(&tools.described))?;
+            continue;
+        }
+        std::fs::write(&path, &made).with_context(|| format!("writing {object}"))?;
+        let written = format!("{}sha256 {}\n", tools.described, sha256(&path)?);
+        std::fs::write(root.join(record), written).with_context(|| format!("writing {record}"))?;
+        say(&format!("{object}: {} bytes", made.len()))?;
     }
-    std::fs::write(&path, &object).with_context(|| format!("writing {OBJECT}"))?;
-    let record = format!("{}sha256 {}\n", tools.described, sha256(&path)?);
-    std::fs::write(root.join(RECORD), record).with_context(|| format!("writing {RECORD}"))?;
-    say(&format!("{OBJECT}: {} bytes", object.len()))
+    Ok(())
 }
 
 fn say(line: &str) -> Result<()> {
@@ -97,9 +105,9 @@ impl Tools {
         Ok(found.swap_remove(recorded))
     }
 
-    /// Compiles the programs; the object as the linker leaves it.
-    fn build(&self, root: &Path) -> Result<Vec<u8>> {
-        let target = root.join("target/ebpf");
+    /// Compiles the programs.
+    fn build(&self, root: &Path) -> Result<()> {
+        let target = root.join(BUILT);
         let registry = registry().context("cargo's folder of crates")?;
         let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
         let mut flags = vec![
@@ -112,7 +120,7 @@ impl Tools {
         ];
         flags.extend(registry.iter().map(|folder| remap(folder, "crates")));
         let mut cargo = tool(&self.cargo);
-        cargo.args(["build", "--release", "--locked", "--package", "bro-ebpf", "--bin", "bro-ebpf"]);
+        cargo.args(["build", "--release", "--locked", "--package", "bro-ebpf", "--bins"]);
         cargo.args(["--features", "programs", "-Zbuild-std=core", "--target", "bpfel-unknown-none"]);
         // BTF is made from the full debug information; the linker optimises across crates by itself.
         let settings = [
@@ -132,9 +140,17 @@ impl Tools {
             cargo.env("RUSTC", rustc);
         }
         ensure!(cargo.status().context("starting cargo")?.success(), "the programs did not compile");
-        let object = target.join("bpfel-unknown-none/release/bro-ebpf");
-        std::fs::read(&object).with_context(|| format!("reading {}", object.display()))
+        Ok(())
     }
+}
+
+/// Where they are compiled, below the workspace.
+const BUILT: &str = "target/ebpf";
+
+/// A program's object as the linker leaves it.
+fn built(root: &Path, program: &str) -> Result<Vec<u8>> {
+    let object = root.join(BUILT).join("bpfel-unknown-none/release").join(program);
+    std::fs::read(&object).with_context(|| format!("reading {}", object.display()))
 }
 
 /// A tool free of what `cargo xtask` itself was started with: another toolchain's settings.
@@ -203,18 +219,18 @@ fn leaks(object: &[u8], root: &Path) -> bool {
 }
 
 /// Compares what runs in the kernel, section by section.
-fn compare(checked_in: &[u8], made: &[u8], same_tools: bool) -> Result<()> {
+fn compare(object: &str, checked_in: &[u8], made: &[u8], same_tools: bool) -> Result<()> {
     if checked_in == made {
-        return say("the checked-in programs are exactly what the source makes");
+        return say(&format!("{object} is exactly what the source makes"));
     }
     let (old, new) = (sections(checked_in)?, sections(made)?);
     let names: std::collections::BTreeSet<&String> = old.keys().chain(new.keys()).collect();
     let differ: Vec<&str> =
         names.into_iter().filter(|name| old.get(*name) != new.get(*name)).map(String::as_str).collect();
     match (differ.is_empty(), same_tools) {
-        (true, _) => say("the checked-in programs are what the source makes"),
+        (true, _) => say(&format!("the programs in {object} are what the source makes")),
         (false, true) => {
-            bail!("the checked-in programs differ from what the source makes in {}", differ.join(", "))
+            bail!("the programs in {object} differ from what the source makes in {}", differ.join(", "))
         }
         (false, false) => {
             say("the recorded compiler is not here; what this one makes differs, as is to be expected, in")?;
@@ -228,11 +244,13 @@ fn sections(object: &[u8]) -> Result<std::collections::BTreeMap<String, Vec<u8>>
     use object::{Object as _, ObjectSection as _, ObjectSymbol as _, RelocationTarget};
     const SEEN: [&str; 8] =
         ["sk_msg", "sockops", "classifier", "maps", ".text", ".rodata", ".maps", "license"];
+    // The fence has a section for each program.
+    const OF_GROUPS: &str = "cgroup/";
     let file = object::File::parse(object)?;
     let mut sections = std::collections::BTreeMap::new();
     for section in file.sections() {
         let name = section.name()?.to_owned();
-        if !SEEN.contains(&name.as_str()) {
+        if !SEEN.contains(&name.as_str()) && !name.starts_with(OF_GROUPS) {
             continue;
         }
         let mut content = section.data()?.to_vec();

@@ -19,7 +19,7 @@ use crate::family::Family;
 use crate::in_flight::{InFlight, Note};
 use crate::inside::{Inside, Then};
 use crate::notification::{Answer, Call, Meant, Raw};
-use crate::options::Before;
+use crate::options::{self, Before};
 use crate::original::{self, Original};
 use crate::receiver::{self, Notifier, Receiver, Role};
 use crate::socket::{Place, Seen, look};
@@ -100,6 +100,40 @@ pub struct Agent<S> {
     record: InFlight,
     /// The last number that something in the store was given.
     last: u64,
+    flags: FlagLooks,
+}
+
+/// When to look whether a service has changed O_NONBLOCK of what it has adopted, which no call tells of: some set it a moment after listen(2), and later
+/// hardly one does.
+#[derive(Debug, Default)]
+struct FlagLooks {
+    next: Option<Instant>,
+    done: usize,
+}
+
+impl FlagLooks {
+    /// The times between looks.
+    const STEPS: [Duration; 4] = [
+        Duration::from_millis(20),
+        Duration::from_millis(200),
+        Duration::from_secs(2),
+        Duration::from_secs(20),
+    ];
+
+    /// Something was adopted.
+    fn begin(&mut self, now: Instant) {
+        *self = Self { next: Self::STEPS.first().map(|step| now + *step), done: 0 };
+    }
+
+    /// Is it time for a look?
+    fn is_due(&mut self, now: Instant) -> bool {
+        if self.next.is_none_or(|next| next > now) {
+            return false;
+        }
+        self.done += 1;
+        self.next = Self::STEPS.get(self.done).map(|step| now + *step);
+        true
+    }
 }
 
 /// Why there is no agent.
@@ -154,6 +188,7 @@ impl<S: Surroundings> Agent<S> {
             inside: Vec::new(),
             record,
             last: kept.iter().map(|(_, number, _)| *number).max().unwrap_or(0),
+            flags: FlagLooks::default(),
         };
         agent.take_over(kept);
         Ok(agent)
@@ -219,13 +254,22 @@ impl<S: Surroundings> Agent<S> {
             .filter(|answered| answered.notifier.role == Role::Container)
             .map(|answered| answered.number)
             .collect();
-        for Note { cookie, held, before } in self.record.notes() {
+        for Note { cookie, held, nonblocking, before } in self.record.notes() {
             if let Some(listener) = self.listeners.iter_mut().find(|listener| listener.seen.cookie == cookie)
             {
                 let by = if held { containers.clone() } else { Vec::new() };
+                let restored = if by.is_empty() {
+                    Ok(())
+                } else {
+                    options::set_nonblocking(listener.socket.as_fd(), nonblocking)
+                };
+                if let Err(error) = restored {
+                    tracing::warn!(%error, "O_NONBLOCK of an adopted socket may not be as its service has set it");
+                }
                 listener.state = ListenerState::Adopted { by, before };
             }
         }
+        self.flags.begin(Instant::now());
     }
 
     /// Only now: a call that was in flight may still see one as the service made it.
@@ -305,14 +349,20 @@ impl<S: Surroundings> Agent<S> {
             if self.notifiers.len() < MOST_NOTIFIERS {
                 self.take_notifiers();
             }
+            if self.flags.is_due(Instant::now()) && self.has_adopted() {
+                self.note();
+            }
         }
     }
 
     /// Waits for something to do; each source once.
     fn wait(&mut self, stop: BorrowedFd<'_>) -> nix::Result<Vec<(ReadySource, PollFlags)>> {
         let now = Instant::now();
-        let mut rest: Option<Duration> =
-            self.receiver.until(now).map(|until| until.saturating_duration_since(now));
+        let mut rest: Option<Duration> = [self.receiver.until(now), self.flags.next]
+            .into_iter()
+            .flatten()
+            .min()
+            .map(|until| until.saturating_duration_since(now));
         let mut polled = vec![(ReadySource::Stop, PollFd::new(stop, PollFlags::POLLIN))];
         if self.notifiers.len() < MOST_NOTIFIERS {
             let receiver = self.receiver.polled().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -558,9 +608,12 @@ impl<S: Surroundings> Agent<S> {
     fn note(&mut self) {
         let note = |listener: &Adoptable| match &listener.state {
             ListenerState::Free => None,
-            ListenerState::Adopted { before, .. } => {
-                Some(Note { cookie: listener.seen.cookie, held: listener.is_held(), before: before.clone() })
-            }
+            ListenerState::Adopted { before, .. } => Some(Note {
+                cookie: listener.seen.cookie,
+                held: listener.is_held(),
+                nonblocking: options::is_nonblocking(listener.socket.as_fd()).unwrap_or(true),
+                before: before.clone(),
+            }),
         };
         let notes: Vec<Note> = self.listeners.iter().filter_map(note).collect();
         self.record.note(&notes);
@@ -573,6 +626,7 @@ impl<S: Surroundings> Agent<S> {
             && !by.contains(&number)
         {
             by.push(number);
+            self.flags.begin(Instant::now());
             self.note();
         }
     }

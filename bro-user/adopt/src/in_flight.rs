@@ -23,6 +23,8 @@ pub struct Note {
     pub cookie: u64,
     /// A service has it, and not only its options are set.
     pub held: bool,
+    /// O_NONBLOCK, as the service has it: systemd clears it when it passes the socket to a successor.
+    pub nonblocking: bool,
     /// As it was.
     pub before: Before,
 }
@@ -131,7 +133,8 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let before = Before::of(listener.as_fd(), crate::family::Family::V4).unwrap();
         let notes = |count| -> Vec<Note> {
-            (0..count).map(|cookie| Note { cookie, held: cookie > 1, before: before.clone() }).collect()
+            let note = |cookie| Note { cookie, held: cookie > 1, nonblocking: true, before: before.clone() };
+            (0..count).map(note).collect()
         };
         for count in [3, 1, 0, 2] {
             record.note(&notes(count));

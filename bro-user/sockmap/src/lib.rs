@@ -8,6 +8,7 @@
 
 pub mod btf;
 pub mod capabilities;
+pub mod fence;
 mod handoff;
 mod lane;
 mod load;

@@ -201,7 +201,7 @@ fn own(descriptor: BorrowedFd<'_>) -> Result<OwnedFd, Unavailable> {
     descriptor.try_clone_to_owned().map_err(Unavailable::Mapping)
 }
 
-fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, Unavailable>
+pub(super) fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, Unavailable>
 where
     &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
 {
@@ -209,7 +209,7 @@ where
     program.try_into().map_err(|error| Unavailable::Object(format!("{name}: {error}")))
 }
 
-fn refused(name: &'static str, error: ProgramError) -> Unavailable {
+pub(super) fn refused(name: &'static str, error: ProgramError) -> Unavailable {
     match error {
         ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EPERM) => {
             Unavailable::NotPermitted("load BPF programs", io_error)

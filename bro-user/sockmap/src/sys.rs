@@ -258,6 +258,31 @@ pub fn attach_to_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::
     made(result)
 }
 
+/// Attaches a program to a cgroup's folder, beside others, for as long as the group is there (bpf(2), `BPF_PROG_ATTACH` with
+/// `BPF_F_ALLOW_MULTI`): no process has to hold it. `place` is one of `enum bpf_attach_type`.
+///
+/// # Errors
+/// E2BIG when there are as many as may be, EPERM when another program is attached there exclusively, or without CAP_NET_ADMIN.
+pub fn leave_attached(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, place: u32) -> io::Result<()> {
+    const BPF_PROG_ATTACH: libc::c_int = 8;
+    const BPF_F_ALLOW_MULTI: u32 = 2;
+    /// The part of `union bpf_attr` that this command reads.
+    #[repr(C)]
+    struct AttachAttributes {
+        target: u32,
+        program: u32,
+        place: u32,
+        flags: u32,
+    }
+    let (program, target) = (program.as_raw_fd() as u32, cgroup.as_raw_fd() as u32);
+    let attach = AttachAttributes { target, program, place, flags: BPF_F_ALLOW_MULTI };
+    // SAFETY: `attach` is readable for its size.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<AttachAttributes>())
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Pins what is behind a descriptor at `path` (bpf(2), `BPF_OBJ_PIN`).
 ///
 /// # Errors

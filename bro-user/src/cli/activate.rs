@@ -31,6 +31,9 @@ Examples:
   nginx takes the socket over itself: no forwarder, no idle stop, the client's own address:
     bro activate web --direct --external-port 0.0.0.0:8080
 
+  A service that knows nothing of it accepts at systemd's socket itself, is woken and stopped, and sees its clients' own addresses:
+    bro activate web --adopt --external-port 0.0.0.0:8080 --internal-port 80
+
   Port 80 for a rootless container of the user “test”, as root; no sysctl, and nothing of it runs as root:
     bro activate web --system --run-as test --external-port 80
 
@@ -71,6 +74,19 @@ pub struct Activate {
     /// so). Nothing stops the container when it is idle, and bro's own options do not apply.
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
     pub direct: Option<Direct>,
+
+    /// The service, as it is, accepts its clients at systemd's socket itself: each with its own address, and nothing in between (on, or off)
+    ///
+    /// As the container starts, its listen(2) is reported to the forwarder (by a seccomp profile, which is written and named in the quadlet's drop-in),
+    /// and the forwarder puts systemd's socket in the place of the service's own. Until then, and where a socket does not fit, clients are forwarded as
+    /// without this option. Needs a .container that is not on the host's network, Podman 5.0 with crun 0.19 or runc 1.1, Linux 5.14 and systemd 254.
+    /// A service that listens on IPv4 only is adopted at an IPv4 address only: --external-port 0.0.0.0:8080.
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", conflicts_with = "direct")]
+    pub adopt: Option<Adopt>,
+
+    /// With --adopt: the service may see this host's clients as 127.0.0.1, though its image is known to trust that address
+    #[arg(long, conflicts_with = "direct")]
+    pub trust_loopback: bool,
 
     /// With --direct and Network=none: neither the container nor Podman, which starts it, can make a socket of the network
     ///
@@ -256,7 +272,7 @@ pub struct Activate {
         "backlog", "exit_idle_time", "exit_idle_time_max", "wakes_per_hour", "freeze", "freeze_time", "idle_by", "idle_ignore", "idle_below", "wake_on", "wake_ignore", "min_uptime", "keep_awake", "busy_file", "busy_exec", "ready", "start_timeout",
         "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "keepalive_time", "keepalive_interval",
         "keepalive_probes", "user_timeout", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
-        "blocking_sockets", "metrics", "run_as", "restrict_network"])]
+        "blocking_sockets", "metrics", "run_as", "restrict_network", "adopt", "trust_loopback"])]
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing
@@ -273,4 +289,16 @@ pub enum Direct {
     Nginx,
     /// The program reads LISTEN_FDS (sd_listen_fds(3))
     ListenFds,
+}
+
+/// `--adopt=`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Adopt {
+    /// Sockets of TCP and unix sockets
+    On,
+    /// None any more
+    Off,
+    /// Those of UDP: not yet
+    #[value(hide = true)]
+    Udp,
 }

@@ -4,6 +4,7 @@
 //! (`units`), find what differs (`difference`), change it all at once (`transaction`), and have systemd take it up (`apply`). Any
 //! failure undoes everything.
 
+pub(crate) mod adopt;
 mod apply;
 mod asked_at;
 mod backoff;
@@ -31,7 +32,7 @@ use transaction::{Change, DirectoryLock, Made};
 
 use crate::address::External;
 use crate::cli::Activate;
-use crate::commands::doctor::image;
+use crate::commands::doctor::{image, oci_runtime::OciRuntime, versions};
 use crate::exit::Failure;
 use crate::installed::Installed;
 use crate::ledger;
@@ -124,7 +125,7 @@ impl Decided {
 }
 
 /// Reads what is there, and decides. `made` are directories that this run has made already.
-fn decide(options: &Activate, places: &Paths, made: &[PathBuf]) -> anyhow::Result<Decided> {
+async fn decide(options: &Activate, places: &Paths, made: &[PathBuf]) -> anyhow::Result<Decided> {
     let root = places.root.as_deref();
     let present = Present::read(places)?;
     let owner = present.owner(options, places)?;
@@ -137,15 +138,43 @@ fn decide(options: &Activate, places: &Paths, made: &[PathBuf]) -> anyhow::Resul
     let missing: Vec<PathBuf> =
         directories.iter().flat_map(|directory| transaction::missing(directory)).collect();
     note_made(&mut wanted.service, made.iter().chain(&missing), &present, places);
-    let files = units::files(&wanted.service, Some(&wanted.drop_in), (root, places.has_steps))?;
+    let mut files = units::files(&wanted.service, Some(&wanted.drop_in), (root, places.has_steps))?;
+    if let Some(adoption) = wanted.service.adoption() {
+        let wait_killable = check_runtime(&wanted, places).await?;
+        let uid = nix::unistd::geteuid().as_raw();
+        let listener = units::listener_path(&wanted.service.name, places.scope, uid);
+        files.push(adopt::profile(&wanted.service, adoption, &listener, wait_killable, root)?);
+    }
     for file in &files {
         root_dir::stays_inside(root, &file.path)?;
     }
     Ok(Decided { wanted, installed, present, missing, files })
 }
 
+/// Is all of this host new enough for adoption? Then: does a profile's flag for calls that no signal breaks off work? It is left out where that is
+/// unknown, as in an image's tree.
+async fn check_runtime(wanted: &Wanted, places: &Paths) -> anyhow::Result<bool> {
+    if places.root.is_some() {
+        return Ok(false);
+    }
+    if let Some(needs) = versions::too_old_to_adopt().await {
+        let text = format!("--adopt needs {needs}, and this host has an older version; leave --adopt out");
+        return Err(Failure::Usage(text).into());
+    }
+    let runtime = OciRuntime::find(wanted.service.run_as.as_ref()).await;
+    if let Some(refusal) = runtime.as_ref().and_then(OciRuntime::refusal) {
+        return Err(Failure::Usage(format!("--adopt: {refusal}")).into());
+    }
+    // A runtime of the container's own is another than the one that Podman has told of.
+    let own = ["PodmanArgs", "GlobalArgs"]
+        .into_iter()
+        .flat_map(|key| wanted.quadlet.file.words("Container", key))
+        .any(|word| word.starts_with("--runtime"));
+    Ok(!own && runtime.is_some_and(|runtime| runtime.waits_killable()))
+}
+
 async fn dry_run(options: &Activate, places: &Paths) -> anyhow::Result<()> {
-    let Decided { mut wanted, installed, present, files, .. } = decide(options, places, &[])?;
+    let Decided { mut wanted, installed, present, files, .. } = decide(options, places, &[]).await?;
     let mut warnings = std::mem::take(&mut wanted.warnings);
     warnings.extend(executable::warning(places));
     warnings.extend(nowhere(&wanted.service, places));
@@ -176,7 +205,7 @@ async fn prepare(options: &Activate, places: &Paths) -> anyhow::Result<Prepared>
         made.make(&places.units)
     };
     let lock = DirectoryLock::take(&places.units, make).await?;
-    let mut decided = decide(options, places, made.paths())?;
+    let mut decided = decide(options, places, made.paths()).await?;
     let Decided { wanted, installed, present, .. } = &mut decided;
     // Connected before anything is written: without systemd nothing could be started.
     let systemd = match &places.root {
@@ -234,7 +263,7 @@ fn note_made<'a>(
     // An activated service that uses another one's directory shares it: the last one to go removes it.
     let mut mine = wanted.files();
     if places.root.is_some() {
-        mine.extend(wanted.listeners.iter().map(|listener| apply::wants(places).join(&listener.socket.name)));
+        mine.extend(wanted.sockets().map(|socket| apply::wants(places).join(&socket.name)));
     }
     let shared = present.services.iter().flat_map(|other| &other.made);
     let shared = shared.filter(|directory| mine.iter().any(|file| file.starts_with(directory)));

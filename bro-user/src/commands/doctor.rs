@@ -1,6 +1,7 @@
 //! `bro doctor`: what this host can do for this user, or what is wrong with one activated service; one line for each check, with
 //! the fix.
 
+mod adoption;
 mod confinement;
 mod direct;
 mod forwarder;
@@ -10,13 +11,14 @@ mod hints;
 mod host;
 pub(crate) mod image;
 mod listens;
+pub(crate) mod oci_runtime;
 pub(crate) mod podman;
 mod ports;
 mod seen;
 mod selinux;
 mod service;
 mod settings;
-mod versions;
+pub(crate) mod versions;
 
 use std::fmt::Write as _;
 use std::io::Write as _;

@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 use bro_relay::stats::Tally;
 use serde::{Deserialize, Serialize};
 
-use crate::commands::forward::adoption::FallbackKind;
 use crate::control_socket::{self, Request};
 use crate::exit::{self, Failure};
+use crate::fallback::FallbackKind;
 use crate::ledger::Own;
 use crate::service::failed_wake::FailedWake;
 use crate::service::wakes::Rhythm;
@@ -457,8 +457,8 @@ mod tests {
         let text = describe(&[report]);
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");
         assert!(text.contains("bytes 7 kernel"), "{text}");
-        assert!(text.contains("datagrams 0 to the service, 0 to clients, 2 dropped (queue)"), "{text}");
         assert!(text.contains("\n    relayed, not adopted: no fit\n"), "{text}");
+        assert!(text.contains("datagrams 0 to the service, 0 to clients, 2 dropped (queue)"), "{text}");
         assert!(
             text.contains("d ago, of 127.0.0.1:80: no image")
                 || text.contains("h ago, of 127.0.0.1:80: no image"),

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use bro_relay::read_bounded::{self, Link};
 
 use super::{
-    ForwardOptions, Forwarder, Installed, InstalledPort, LONGEST, Mode, SECTION, SocketUnit, Takeover, Way,
-    WrittenUnits, activation_name, is_socket, is_unit_name, listener, pause_unit_of, read_ours, unit_name,
+    Adoption, ForwardOptions, Forwarder, Installed, InstalledPort, LONGEST, Mode, SECTION, SocketUnit,
+    Takeover, Way, WrittenUnits, activation_name, agent_of, is_socket, is_unit_name, listener, pause_unit_of,
+    read_ours, unit_name,
 };
 use crate::paths::config_home;
 use crate::systemd::scope::RuntimeScope;
@@ -86,13 +87,20 @@ impl WrittenUnits {
         let mode = if direct {
             Mode::Direct(Takeover { way: Way::ListenFds, pause_unit })
         } else {
-            Mode::Forward(Forwarder {
+            let forwarder = Forwarder {
                 service_file: self.directory.join(&service),
                 program: PathBuf::new(),
                 container: None,
                 container_given: false,
                 options: ForwardOptions::default(),
-            })
+            };
+            let source = main.and_then(|(_, file)| super::adopted_by(file)).unwrap_or_default();
+            let adoption = Adoption::new(&own, forwarder, source, &self.directory);
+            if [&adoption.profile, &adoption.agent.file].into_iter().any(|path| path.exists()) {
+                Mode::Adopt(adoption)
+            } else {
+                Mode::Forward(adoption.forwarder)
+            }
         };
         let quadlet = main.and_then(|(_, file)| super::quadlet(file));
         let quadlet = quadlet.unwrap_or_else(|| format!("{own}.container").into());
@@ -116,7 +124,11 @@ impl WrittenUnits {
         named.extend(drop_in.map(|file| super::sockets(&file, "Unit", "Requires")).unwrap_or_default());
         named.sort();
         named.dedup();
-        named.retain(|name| !installed.listeners.iter().any(|listener| listener.socket.name == *name));
+        let is_there =
+            |name: &String| installed.listeners.iter().any(|listener| listener.socket.name == *name);
+        // The one of an adoption is among its files, whether it is there or not.
+        let agent = agent_of(&installed.name);
+        named.retain(|name| !is_there(name) && *name != agent);
         named.into_iter().map(|name| SocketUnit::new(name, &self.directory)).collect()
     }
 }

@@ -1,7 +1,8 @@
 //! The ways in which a service gets its clients, each with what only that way has.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::SocketUnit;
 use super::options::ForwardOptions;
 
 /// How the service gets its clients.
@@ -9,6 +10,9 @@ use super::options::ForwardOptions;
 pub enum Mode {
     /// A forwarder takes the sockets, wakes the container and relays.
     Forward(Forwarder),
+    /// The same, and while the container runs its service accepts at the sockets itself: the forwarder puts them in the place of the service's own
+    /// (`--adopt`).
+    Adopt(Adoption),
     /// No forwarder: the container itself takes the sockets over (`--direct`).
     Direct(Takeover),
 }
@@ -26,6 +30,45 @@ pub struct Forwarder {
     pub container_given: bool,
     /// What `bro forward` is given beyond that.
     pub options: ForwardOptions,
+}
+
+/// What a forwarder that has its sockets adopted needs besides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Adoption {
+    /// The forwarder.
+    pub forwarder: Forwarder,
+    /// The container's seccomp profile, by which the forwarder hears of its listen(2).
+    pub profile: PathBuf,
+    /// The profile that it is made of.
+    pub source: PathBuf,
+    /// Where the OCI runtime hands the container's notifications over.
+    pub agent: SocketUnit,
+    /// `--trust-loopback`: the service may take clients of this host for its own users.
+    pub trusts_loopback: bool,
+}
+
+impl Adoption {
+    /// The adoption of the service `name`, whose units are in `directory`.
+    #[must_use]
+    pub fn new(name: &str, forwarder: Forwarder, source: PathBuf, directory: &Path) -> Self {
+        Self {
+            forwarder,
+            profile: directory.join(profile_of(name)),
+            source,
+            agent: SocketUnit::new(agent_of(name), directory),
+            trusts_loopback: false,
+        }
+    }
+}
+
+/// The file of a container's seccomp profile.
+pub(crate) fn profile_of(name: &str) -> String {
+    format!("{name}-activator-seccomp.json")
+}
+
+/// The socket unit at which its notifications arrive.
+pub(crate) fn agent_of(name: &str) -> String {
+    format!("{name}-activator-seccomp.socket")
 }
 
 /// What a container that takes its sockets over needs.

@@ -109,6 +109,26 @@ impl Quadlet {
         }
     }
 
+    /// What it runs, as far as names tell: the image's, and those of the programs that Exec= and Entrypoint= name.
+    #[must_use]
+    pub fn programs(&self) -> Vec<String> {
+        let last = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
+        let image = self
+            .value("Image")
+            .map(|image| last(image).split([':', '@']).next().unwrap_or_default().to_owned());
+        let runs = self.file.words(self.kind.section(), "Exec").first().map(|program| last(program));
+        let enters = self.value("Entrypoint").map(last);
+        [image, runs, enters].into_iter().flatten().collect()
+    }
+
+    /// `text` with the specifiers replaced, as in the unit.
+    ///
+    /// # Errors
+    /// The first specifier that is not known here.
+    pub fn expand(&self, text: &str, owner: Option<&RunAsUser>) -> Result<String, String> {
+        specifiers::expand(text, &self.unit, owner)
+    }
+
     /// Does it run nginx? Seen from the image's name and the command.
     #[must_use]
     pub fn is_nginx(&self) -> bool {

@@ -162,13 +162,17 @@ const ASK_STEP: Duration = Duration::from_millis(250);
 /// Between two looks at the table although the programs would tell.
 const GUARD: Duration = Duration::from_secs(1);
 
-/// Between two looks at the table of listeners: soon at first, when services usually come up, then with more patience.
+/// Between two looks at the table of listeners: this part of the time that was waited so far, within these bounds. So a service that
+/// is up at once is served at once, and thirty that are started in the same moment leave the processors to the services: a look
+/// each millisecond takes a twentieth of one, for each forwarder.
+const PART: u32 = 32;
+const SHORTEST: Duration = Duration::from_millis(1);
+const LONGEST: Duration = Duration::from_millis(10);
+/// The same for a service that takes half a minute.
+const PATIENT: Duration = Duration::from_millis(20);
+
 fn listen_step(waited: Duration) -> Duration {
-    match waited.as_millis() {
-        0..5_000 => Duration::from_millis(1),
-        5_000..30_000 => Duration::from_millis(5),
-        _ => Duration::from_millis(20),
-    }
+    if waited < Duration::from_secs(30) { (waited / PART).clamp(SHORTEST, LONGEST) } else { PATIENT }
 }
 
 /// Waits until one of `addresses` has a listener in the table of the namespace at `place`. An address that is not the namespace's

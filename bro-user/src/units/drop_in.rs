@@ -1,6 +1,7 @@
 //! NAME.container.d/50-bro-activator.conf: what the quadlet needs to be woken.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 
 use crate::installed::{Installed, Mode, pause_unit_of};
 use crate::systemd::unit_file::UnitFile;
@@ -17,6 +18,8 @@ pub struct DropIn {
     pub nginx: bool,
     /// `Notify=` of the quadlet waits for a message that nginx never sends.
     pub never_notifies: bool,
+    /// With `--adopt`: the profile by which the forwarder hears of the container's listen(2).
+    pub profile: Option<PathBuf>,
 }
 
 impl DropIn {
@@ -34,6 +37,7 @@ impl DropIn {
                 .collect(),
             nginx: file.value("Container", "Environment").is_some(),
             never_notifies: file.value("Container", "Notify").is_some(),
+            profile: file.value("Container", "SeccompProfile").map(|path| path.replace("%%", "%").into()),
         }
     }
 
@@ -64,7 +68,23 @@ impl DropIn {
             }
             sections.push(section);
         }
+        // A user's container and the system's sockets have other managers.
+        let agent = installed.adoption().map(|adoption| &adoption.agent.name);
+        if let Some(agent) = agent.filter(|_| installed.run_as.is_none()) {
+            sections.push(format!(
+                "# Without this socket no command could be run in it, and it could not be started.\n[Unit]\nWants={agent}\nAfter={agent}\n"
+            ));
+        }
         let mut container = String::new();
+        if let Some(profile) = &self.profile {
+            // The generator takes it as it is, for ExecStart=.
+            let profile = profile.display().to_string().replace('%', "%%");
+            write!(
+                container,
+                "# Podman's own, or the quadlet's, which besides tells the forwarder of listen(2).\nSeccompProfile={profile}\n"
+            )
+            .ok();
+        }
         if self.nginx {
             // sd_listen_fds(3): passed descriptors begin with 3.
             let descriptors: String =

@@ -21,6 +21,7 @@ use std::path::PathBuf;
 use bro_relay::netns::identity::Identity;
 use bro_relay::target::Target;
 
+use crate::address::External;
 use crate::installed::{Forwarder, Installed};
 use crate::metrics::endpoint::Endpoint;
 use crate::systemd::scope::RuntimeScope;
@@ -98,6 +99,10 @@ pub(super) fn lines(installed: &Installed, forwarder: &Forwarder, is_here: bool)
     say(&format!(
         "SystemCallFilter=@system-service {OWN}{bpf}\nSystemCallFilter=~{NEVER}\nSystemCallErrorNumber=EPERM"
     ));
+    if installed.adoption().is_some() {
+        say("# To get the service's own socket, in whose place the adopted one comes.");
+        say("SystemCallFilter=pidfd_getfd");
+    }
     if becomes_another(installed, forwarder) {
         say("# To connect to the service's unix socket as a user of the container that it does not trust.");
         say("SystemCallFilter=setgroups setresgid setresuid");
@@ -195,11 +200,27 @@ fn network(installed: &Installed, forwarder: &Forwarder, say: &mut impl FnMut(&s
             }
         }
     }
+    if installed.adoption().is_some() {
+        // What a client inside the container writes goes to the host's own socket.
+        let outside = installed.listeners.iter().filter_map(|listener| match &listener.external {
+            External::Address(address) if !address.ip().is_loopback() && !address.ip().is_unspecified() => {
+                Some(address.ip().to_string())
+            }
+            _ => None,
+        });
+        addresses.extend(outside);
+        addresses.sort();
+        addresses.dedup();
+    }
     let metrics = match forwarder.options.metrics() {
         Some(Endpoint::Tcp(address)) => Some(address),
         Some(Endpoint::Unix(_)) | None => None,
     };
-    if forwarder.container.is_some() && metrics.is_none() {
+    if installed.adoption().is_some() {
+        say(
+            "# No PrivateNetwork=: the table of the host's sockets shows who is connected to an adopted one.",
+        );
+    } else if forwarder.container.is_some() && metrics.is_none() {
         say(
             "# systemd listens, and the container's own network is entered: this service needs none itself.\nPrivateNetwork=yes",
         );

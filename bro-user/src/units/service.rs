@@ -18,16 +18,32 @@ pub(super) fn text(
     let unit = &installed.unit;
     let sockets: Vec<&str> = installed.listeners.iter().map(|listener| &*listener.socket.name).collect();
     let sockets = sockets.join(" ");
-    let (part_of, after, user) = match &installed.run_as {
-        None => (
-            sockets.clone(),
+    let order = if installed.adoption().is_some() {
+        format!(
+            "# At shutdown the container goes first: until then there is to be an answer to what it asks. The forwarder itself starts\n\
+             # {unit}, so that clients of a container that cannot start are still told.\n\
+             Before={unit}\n"
+        )
+    } else {
+        format!(
+            "# Nothing but an order, for shutdown: connections may finish before the container goes. The forwarder itself starts\n\
+             # {unit}, so that clients of a container that cannot start are still told.\n\
+             After={unit}\n"
+        )
+    };
+    let (passed, store) = match installed.adoption() {
+        None => (sockets.clone(), String::new()),
+        Some(adoption) => (
+            format!("{sockets} {}", adoption.agent.name),
             format!(
-                "# Nothing but an order, for shutdown: connections may finish before the container goes. The forwarder itself starts\n\
-                 # {unit}, so that clients of a container that cannot start are still told.\n\
-                 After={unit}\n"
+                "# What a running container asks comes by these descriptors, and by no others: also after the forwarder's end, however it ends.\n\
+                 FileDescriptorStoreMax={STORE}\n\
+                 FileDescriptorStorePreserve=yes\n"
             ),
-            String::new(),
         ),
+    };
+    let (part_of, after, user) = match &installed.run_as {
+        None => (sockets.clone(), order, String::new()),
         Some(owner) => {
             let (name, manager, runtime) = (&owner.name, owner.manager(), owner.runtime_directory());
             (
@@ -66,7 +82,8 @@ pub(super) fn text(
          ExecStart={command}\n\
          # The program as it is on the disk by then takes over, and drops no client.\n\
          ExecReload=kill -HUP $MAINPID\n\
-         Sockets={sockets}\n\
+         Sockets={passed}\n\
+         {store}\
          RuntimeDirectory=bro/%N\n\
          Restart=on-failure\n\
          {again}\
@@ -86,6 +103,9 @@ pub(super) fn text(
     text
 }
 
+/// The most descriptors that the service manager keeps: those of the agent, and what a reload stores.
+const STORE: usize = bro_adopt::store::MOST + 256;
+
 fn command(installed: &Installed, forwarder: &Forwarder) -> Vec<String> {
     let mut words = vec![format!("{} forward", quote_word(&forwarder.program.display().to_string()))];
     let mut option = |name: &str, value: &str| words.push(quote_word(&format!("--{name}={value}")));
@@ -99,6 +119,9 @@ fn command(installed: &Installed, forwarder: &Forwarder) -> Vec<String> {
     for listener in &installed.listeners {
         let target = listener.internal.as_ref().map(ToString::to_string).unwrap_or_default();
         option("target", &format!("{}={target}", listener.service));
+    }
+    if installed.adoption().is_some() {
+        words.push("--adopt".to_owned());
     }
     if installed.listeners.len() > 1 {
         words.push("--allow-missing-sockets".to_owned());

@@ -33,7 +33,7 @@ pub(super) fn text(installed: &Installed, listener: &InstalledPort, root: Option
     );
     let direct = match installed.mode {
         Mode::Direct(_) => true,
-        Mode::Forward(_) => false,
+        Mode::Forward(_) | Mode::Adopt(_) => false,
     };
     if direct {
         // Else systemd would start the service for them again and again, at once, and never tell them.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::DropIn;
 use crate::exit::Failure;
-use crate::installed::{Forwarder, Installed, InstalledPort, Mode, SocketUnit, Takeover};
+use crate::installed::{Adoption, Forwarder, Installed, InstalledPort, Mode, SocketUnit, Takeover};
 use crate::run_as::RunAsUser;
 use crate::systemd::unit_file::{holds, holds_path};
 
@@ -16,13 +16,23 @@ pub(super) fn check(installed: &Installed, drop_in: Option<&DropIn>) -> Result<(
         installed;
     let mut texts: Vec<Cow<'_, str>> = vec![name.into(), unit.into()];
     let mut paths: Vec<&Path> = vec![quadlet];
-    match mode {
-        Mode::Forward(Forwarder { service_file, program, container, container_given: _, options }) => {
-            paths.extend([service_file.as_path(), program]);
-            texts.extend(container.as_deref().map(Cow::from));
-            texts.extend(options.iter().flat_map(|(name, value)| [name.into(), value.into()]));
+    let forwarder = match mode {
+        Mode::Forward(forwarder) => Some(forwarder),
+        Mode::Adopt(Adoption { forwarder, profile, source, agent, trusts_loopback: _ }) => {
+            let SocketUnit { name, file } = agent;
+            texts.push(name.into());
+            paths.extend([profile.as_path(), source, file]);
+            Some(forwarder)
         }
-        Mode::Direct(Takeover { way: _, pause_unit }) => paths.extend(pause_unit.as_deref()),
+        Mode::Direct(Takeover { way: _, pause_unit }) => {
+            paths.extend(pause_unit.as_deref());
+            None
+        }
+    };
+    if let Some(Forwarder { service_file, program, container, container_given: _, options }) = forwarder {
+        paths.extend([service_file.as_path(), program]);
+        texts.extend(container.as_deref().map(Cow::from));
+        texts.extend(options.iter().flat_map(|(name, value)| [name.into(), value.into()]));
     }
     paths.extend(drop_in_file.iter().chain(made).map(std::path::PathBuf::as_path));
     if let Some(RunAsUser { name, uid: _, gid: _, home }) = run_as {
@@ -36,8 +46,9 @@ pub(super) fn check(installed: &Installed, drop_in: Option<&DropIn>) -> Result<(
         texts.extend(device.as_deref().map(Cow::from));
         paths.push(file);
     }
-    if let Some(DropIn { no_network: _, sockets, nginx: _, never_notifies: _ }) = drop_in {
+    if let Some(DropIn { no_network: _, sockets, nginx: _, never_notifies: _, profile }) = drop_in {
         texts.extend(sockets.iter().map(Cow::from));
+        paths.extend(profile.as_deref());
     }
     let bad = texts.into_iter().find(|text| !holds(text)).map(Cow::into_owned);
     let bad = bad.or_else(|| {
@@ -80,6 +91,13 @@ mod tests {
         forwarder
     }
 
+    fn adoption(installed: &mut Installed) -> &mut Adoption {
+        let forwarder = forwarder(installed).clone();
+        installed.mode = Mode::Adopt(Adoption::new("web", forwarder, "/source".into(), Path::new("/units")));
+        let Mode::Adopt(adoption) = &mut installed.mode else { panic!("it is one") };
+        adoption
+    }
+
     /// No file is made of a value with a line feed, wherever it is.
     #[test]
     fn a_line_feed_gets_nowhere() {
@@ -89,7 +107,7 @@ mod tests {
             super::super::files(installed, Some(drop_in), (None, true))
         };
         assert!(!files(&web(), &drop_in).unwrap().is_empty());
-        let spoil: [fn(&mut Installed); 17] = [
+        let spoil: [fn(&mut Installed); 21] = [
             |all| all.name = BAD.into(),
             |all| all.run_as.as_mut().unwrap().name = BAD.into(),
             |all| all.run_as.as_mut().unwrap().home = BAD.into(),
@@ -111,6 +129,10 @@ mod tests {
                 all.mode = Mode::Direct(Takeover { way: Way::ListenFds, pause_unit: Some(BAD.into()) });
             },
             |all| all.made[0] = BAD.into(),
+            |all| adoption(all).profile = BAD.into(),
+            |all| adoption(all).source = BAD.into(),
+            |all| adoption(all).agent.name = BAD.into(),
+            |all| adoption(all).agent.file = BAD.into(),
         ];
         for (number, spoil) in spoil.iter().enumerate() {
             let mut spoilt = web();
@@ -121,8 +143,12 @@ mod tests {
                 "{number}: {error}"
             );
         }
-        let drop_in = DropIn { sockets: vec![BAD.into()], ..DropIn::default() };
-        files(&web(), &drop_in).unwrap_err();
+        for drop_in in [
+            DropIn { sockets: vec![BAD.into()], ..DropIn::default() },
+            DropIn { profile: Some(BAD.into()), ..DropIn::default() },
+        ] {
+            files(&web(), &drop_in).unwrap_err();
+        }
     }
 
     #[test]

@@ -216,6 +216,7 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "plain" => plain(place),
         "epoll" | "epoll-edge" => watched(place, kind == "epoll-edge"),
         "workers" => workers(place),
+        "slow" => slow(place),
         "shut" => shut(place),
         "options" => options(place),
         "lies" => lies(place),
@@ -236,6 +237,19 @@ fn plain(place: &str) -> Result<()> {
     loop {
         greet(&taken(listener.as_fd())?)?;
     }
+}
+
+/// Takes one client, and answers it when it is told to.
+fn slow(place: &str) -> Result<()> {
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    listen(&listener, Backlog::new(16)?)?;
+    let client = taken(listener.as_fd())?;
+    say("accepted")?;
+    drop(std::io::stdin().lock().lines().next().transpose()?);
+    greet(&client)?;
+    drop(client);
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
 }
 
 /// Two processes that listen at a socket which their parent has bound.

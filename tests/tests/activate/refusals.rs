@@ -140,6 +140,39 @@ const CASES: &[Case] = &[
     (&["misnamed", "--external-port", "80"], 2, "cannot be a container's name"),
     (&["web", "--external-port", "80", "--restrict-network"], 2, "is for --direct"),
     (&["net", "--external-port", "80", "--restrict-network", "--direct"], 2, "add Network=none"),
+    (&["web", "--external-port", "80", "--adopt=perhaps"], 2, "--adopt"),
+    (&["web", "--external-port", "80", "--adopt=udp"], 2, "not adopted yet"),
+    (&["web", "--external-port", "80", "--adopt", "--direct"], 2, "cannot be used with"),
+    (&["web", "--external-port", "80", "--trust-loopback"], 2, "is for --adopt"),
+    (&["web", "--external-port", "80", "--adopt", "--proxy-protocol", "v2"], 2, "does not go with --adopt"),
+    (
+        &["web", "--external-port", "80", "--adopt", "--accept-proxy", "--trusted", "10.0.0.1"],
+        2,
+        "does not go with --adopt",
+    ),
+    (&["web", "--external-port", "80", "--adopt", "--freeze"], 2, "does not go with --adopt"),
+    (&["web", "--external-port", "80", "--adopt", "--wake-on", "data"], 2, "does not go with --adopt"),
+    (&["web", "--external-port", "80", "--adopt", "--idle-by", "bytes"], 2, "does not go with --adopt"),
+    (&["web", "--external-port", "80", "--adopt", "--ready", "connect"], 2, "does not go with --adopt"),
+    (&["web", "--external-port", "80", "--adopt", "--internal-port", "db:80"], 2, "is a name"),
+    (&["app.pod", "--external-port", "80", "--adopt"], 2, "not yet for app.pod"),
+    (&["play", "--external-port", "80", "--adopt", "--container", "x"], 2, "not yet for play.kube"),
+    (&["tpl@one", "--external-port", "80", "--adopt"], 2, "ln -s tpl@.container"),
+    (&["onhost", "--external-port", "80", "--adopt"], 2, "onhost.container uses the host's network"),
+    (&["inpod", "--external-port", "80", "--adopt"], 2, "hostly.pod uses the host's network"),
+    (&["loose", "--external-port", "80", "--adopt"], 2, "SeccompProfile=unconfined in loose.container"),
+    (&["near", "--external-port", "80", "--adopt"], 2, "write the whole path"),
+    (&["machine", "--external-port", "80", "--adopt"], 2, "specifier %m"),
+    (&["absent", "--external-port", "80", "--adopt"], 2, "/nosuch.json, of which --adopt makes"),
+    (&["strict", "--external-port", "80", "--adopt"], 2, "it does not let the container listen(2)"),
+    (&["broken", "--external-port", "80", "--adopt"], 2, "it is no seccomp profile"),
+    (&["mighty", "--external-port", "80", "--adopt"], 2, "PodmanArgs=--privileged in mighty.container"),
+    (&["admin", "--external-port", "80", "--adopt"], 2, "AddCapability=NET_ADMIN in admin.container"),
+    (&["seccomp", "--external-port", "80", "--adopt"], 2, "another name"),
+    (&["pg", "--external-port", "80", "--adopt"], 2, "--trust-loopback"),
+    (&["pg", "--external-port", "127.0.0.1:80", "--adopt"], 2, "pg_hba.conf"),
+    (&["mine", "--external-port", "80", "--user", "--adopt"], 2, "cannot be used with"),
+    (&["web", "--remove", "--adopt"], 2, "cannot be used with"),
     (&["web", "--remove"], 4, "nothing to remove"),
     (&["web\n", "--remove"], 4, "“web\\n” is not activated"),
     (&["web\n", "--external-port", "80"], 2, "“web\\n” cannot be the name"),
@@ -148,6 +181,9 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "80", "stray"], 2, "stray"),
     (&["web", "--external-port", "80", "--nonsense"], 2, "--nonsense"),
 ];
+
+/// A seccomp profile that lets a container listen.
+const PROFILE: &str = r#"{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["bind", "listen"], "action": "SCMP_ACT_ALLOW"}]}"#;
 
 fn disk() -> Result<Tree> {
     Tree::new(&[
@@ -178,6 +214,28 @@ fn disk() -> Result<Tree> {
         ("etc/containers/systemd/both.container", "[Container]\nImage=localhost/both\n"),
         ("etc/containers/systemd/both.pod", "[Pod]\n"),
         ("etc/containers/systemd/wrong.container", "[Unit]\n"),
+        ("etc/containers/systemd/loose.container", "[Container]\nImage=x\nSeccompProfile=unconfined\n"),
+        ("etc/containers/systemd/near.container", "[Container]\nImage=x\nSeccompProfile=near.json\n"),
+        ("etc/containers/systemd/machine.container", "[Container]\nImage=x\nSeccompProfile=/%m.json\n"),
+        ("etc/containers/systemd/absent.container", "[Container]\nImage=x\nSeccompProfile=/nosuch.json\n"),
+        (
+            "etc/containers/systemd/strict.container",
+            "[Container]\nImage=x\nSeccompProfile=/etc/strict.json\n",
+        ),
+        (
+            "etc/containers/systemd/broken.container",
+            "[Container]\nImage=x\nSeccompProfile=/etc/broken.json\n",
+        ),
+        ("etc/containers/systemd/mighty.container", "[Container]\nImage=x\nPodmanArgs=--privileged\n"),
+        ("etc/containers/systemd/admin.container", "[Container]\nImage=x\nAddCapability=NET_ADMIN\n"),
+        ("etc/containers/systemd/seccomp.container", "[Container]\nImage=x\n"),
+        ("etc/containers/systemd/pg.container", "[Container]\nImage=docker.io/library/postgres\n"),
+        ("usr/share/containers/seccomp.json", PROFILE),
+        (
+            "etc/strict.json",
+            r#"{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["bind"], "action": "SCMP_ACT_ALLOW"}]}"#,
+        ),
+        ("etc/broken.json", "{"),
         (
             "etc/containers/systemd/misnamed.container",
             "[Container]\nImage=localhost/misnamed\nContainerName=a b\n",
@@ -245,6 +303,48 @@ fn a_port_on_an_interface_becomes_no_unix_socket() -> Result<()> {
     let answer = tree.run(&["web", "--external-port", "/run/x"])?;
     ensure!(answer.code == 2 && answer.stderr.contains("network interface lo"), "{answer:?}");
     ensure!(tree.listing()? == before, "something was written");
+    Ok(())
+}
+
+/// Of which the profile would be made.
+#[test]
+fn without_a_profile_none_that_adopts_is_made() -> Result<()> {
+    let tree = Tree::with_web()?;
+    let before = tree.listing()?;
+    let answer = tree.run(&["web", "--external-port", "80", "--adopt"])?;
+    ensure!(answer.code == 4 && answer.stderr.contains("install containers-common"), "{answer:?}");
+    // Whose runtime directory the profile would name is not known.
+    tree.write("home/test/.config/containers/systemd/mine.container", "[Container]\nImage=x\n")?;
+    let answer = said(&mut tree.command(&["mine", "--user", "--external-port", "80", "--adopt"]))?;
+    ensure!(answer.code == 2 && answer.stderr.contains("--adopt with --user and --root"), "{answer:?}");
+    std::fs::remove_dir_all(tree.path("home"))?;
+    ensure!(tree.listing()? == before, "something was written");
+    Ok(())
+}
+
+/// Removing and leaving adoption take the profile away only if it is bro's.
+#[test]
+fn anothers_profile_is_not_touched() -> Result<()> {
+    let tree = disk()?;
+    let profile = "etc/systemd/system/web-activator-seccomp.json";
+    tree.write(profile, PROFILE)?;
+    let before = tree.listing()?;
+    let answer = tree.run(&["web", "--external-port", "80", "--adopt"])?;
+    ensure!(answer.code == 1 && answer.stderr.contains("was not written by bro activate"), "{answer:?}");
+    ensure!(tree.listing()? == before, "something was written");
+    std::fs::remove_file(tree.path(profile))?;
+    ensure!(tree.run(&["web", "--external-port", "80", "--adopt"])?.code == 0);
+    let adopting = tree.listing()?;
+    // A newer source: the same command makes the profile anew, and nothing else.
+    tree.write("usr/share/containers/seccomp.json", &PROFILE.replace("\"bind\"", "\"bind\", \"brk\""))?;
+    let answer = tree.run(&["web"])?;
+    ensure!(
+        answer.code == 0
+            && answer.stdout.starts_with(&format!("wrote {}\nenabled", tree.path(profile).display())),
+        "{answer:?}"
+    );
+    let now = tree.listing()?;
+    ensure!(now[profile] != adopting[profile] && now[profile].contains("\"brk\""), "{}", now[profile]);
     Ok(())
 }
 

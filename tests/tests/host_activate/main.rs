@@ -5,6 +5,7 @@
 //! Needs: root, mmdebstrap. Takes: 5 min.
 
 mod activated;
+mod adopt;
 mod clients;
 mod crossover;
 mod direct;
@@ -50,6 +51,14 @@ const BOTH: &[Case] = &[
         "a client while one that takes its socket over is restarted or stopped",
         direct::client_while_restarting,
     ),
+    ("adopt: from a quadlet to an adopted service and back", adopt::from_quadlet_to_service),
+    ("adopt: restarted under load", adopt::restarted_under_load),
+    ("adopt: the forwarder is killed", adopt::forwarder_killed),
+    ("adopt: a container that is started by hand", adopt::started_by_hand),
+    ("adopt: off again", adopt::off_again),
+    ("adopt: a profile that is older than its source", adopt::older_profile),
+    ("adopt: looked after", adopt::looked_after),
+    ("adopt: other services", adopt::other_services),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
     ("clients of PostgreSQL in other containers", clients::postgresql),
@@ -95,6 +104,7 @@ const OTHERS: &[OtherCase] = &[
     ("one account's container wakes another's service", crossover::pasta),
     ("the disk is full", faults::disk_full),
     ("the system listens for an ordinary user's container", run_as::from_quadlet_to_service),
+    ("adopt: the system listens for an ordinary user's container", adopt::for_a_user),
     ("the system's forwarder for a user, with commands of the user's", run_as::owners_commands),
     ("the system's forwarder for a user, looked after", run_as::looked_after),
     ("what the system's forwarder for a user may and others may not", run_as::lines_that_are_not_crossed),

@@ -4,6 +4,7 @@
 //! Needs: root, kernel BTF, mmdebstrap. Takes: 1 min.
 
 mod crossing;
+mod fence;
 mod users;
 
 use anyhow::{Result, ensure};
@@ -24,6 +25,8 @@ const CASES: &[OneCase] = &[
     ("another user's process in the same slice", crossing::in_the_same_slice),
     ("a process inside a container gets nowhere", crossing::inside_a_container),
     ("the loader's unit is a hard one", security),
+    ("a fence around a socket unit", fence::of_a_socket_unit),
+    ("a fence around a user's sockets", fence::of_a_user),
 ];
 
 #[test]
@@ -47,6 +50,7 @@ fn loaders_on_a_real_host() {
 fn install(host: &Host) -> Result<()> {
     for (name, text) in [
         ("bro-loader@.service", include_str!("../../../packaging/systemd/system/bro-loader@.service")),
+        ("bro-fence@.service", include_str!("../../../packaging/systemd/system/bro-fence@.service")),
         ("run-bro-bpf.mount", include_str!("../../../packaging/systemd/system/run-bro-bpf.mount")),
     ] {
         host.write(&format!("/etc/systemd/system/{name}"), text)?;

@@ -33,7 +33,7 @@ pub(super) enum Applied {
     OldForwarder,
     /// The running forwarder had its old settings, had no client, and was started anew.
     Restarted,
-    /// The same; with `--direct` the container ran, and was stopped: it held the sockets.
+    /// The same; with `--direct` the container ran, and was stopped: it held the sockets. With `--adopt=off` too: what it asks would have no answer.
     Stopped,
     /// Written below another root; nothing was started.
     Written,
@@ -46,7 +46,7 @@ pub(super) enum Left {
     Asleep,
     /// It runs.
     Awake,
-    /// With `--direct` it held the socket, and was stopped with it.
+    /// With `--direct` and `--adopt` it held the socket, and was stopped with it.
     Stopped,
 }
 
@@ -150,8 +150,9 @@ pub(super) async fn check_freezing(systemd: &SystemdManager, wanted: &Installed)
     Ok(())
 }
 
-fn units(listeners: &[InstalledPort]) -> Vec<String> {
-    listeners.iter().map(|listener| listener.socket.name.clone()).collect()
+/// Its socket units.
+fn units(installed: &Installed) -> Vec<String> {
+    installed.sockets().map(|socket| socket.name.clone()).collect()
 }
 
 /// Writes, enables, reloads and starts. `unfinished` are the files of a run that was killed.
@@ -168,6 +169,9 @@ pub(super) async fn activate(
         // Links are part of the change where systemd does not make them.
         let changed = Changed::make(changes)?;
         link(wanted, places)?;
+        if let Some(agent) = unadopted(wanted, installed) {
+            std::fs::remove_file(wants(places).join(&agent.name)).ok();
+        }
         changed.keep();
         return Ok(if changes.is_empty() { Applied::Nothing } else { Applied::Written });
     };
@@ -176,7 +180,7 @@ pub(super) async fn activate(
     if changes.is_empty() && unfinished.is_empty() && is_right {
         return Ok(Applied::Nothing);
     }
-    let sockets = installed.map(|installed| units(&installed.listeners)).unwrap_or_default();
+    let sockets = installed.map(units).unwrap_or_default();
     let before = UnitsBefore::of(systemd, sockets, installed).await;
     let changed = Changed::make(changes)?;
     let taking_up = take_up(systemd, wanted, installed, &plan);
@@ -187,7 +191,7 @@ pub(super) async fn activate(
         }
         Err(error) => {
             let new: Vec<String> =
-                units(&wanted.listeners).into_iter().filter(|unit| !before.enabled.contains(unit)).collect();
+                units(wanted).into_iter().filter(|unit| !before.enabled.contains(unit)).collect();
             if let Timer::Stop(timer) | Timer::Restart(timer) = &plan.timer {
                 systemd.stop(timer).await.ok();
             }
@@ -213,6 +217,12 @@ fn unchanged(error: anyhow::Error) -> anyhow::Error {
     if error.is::<Interrupted>() { error } else { anyhow::anyhow!("{error:#}; nothing was changed") }
 }
 
+/// The socket of an adoption that is to be no more.
+fn unadopted<'a>(wanted: &Installed, installed: Option<&'a Installed>) -> Option<&'a SocketUnit> {
+    let before = installed.and_then(Installed::adoption)?;
+    wanted.adoption().is_none().then_some(&before.agent)
+}
+
 /// What has to be done about units.
 #[derive(Debug)]
 struct Plan {
@@ -225,6 +235,8 @@ struct Plan {
     /// The runner's own unit has changed.
     runner_changed: bool,
     timer: Timer,
+    /// The socket of an adoption that is to be no more.
+    unadopted: Option<String>,
 }
 
 /// What has to be done about the timer of `--keep-awake`.
@@ -288,20 +300,31 @@ impl Plan {
                 Standing::TakenUp => {}
             }
         }
-        let mut runner_changed = match &wanted.mode {
-            Mode::Forward(forwarder) => {
-                let mut touched = changes.iter().map(|change| &change.path).chain(unfinished);
-                touched.any(|path| *path == forwarder.service_file)
-            }
-            Mode::Direct(_) => true,
+        let is_touched = |path: &Path| {
+            changes.iter().map(|change| &change.path).chain(unfinished).any(|touched| touched == path)
         };
+        if let Some(adoption) = wanted.adoption() {
+            let agent = &adoption.agent;
+            let is_right = systemd.is_active(&agent.name).await && systemd.is_enabled(&agent.name).await;
+            if is_touched(&agent.file) || !is_right {
+                restart.push(agent.name.clone());
+            } else {
+                unread |= systemd.needs_reload(&agent.name).await;
+            }
+        }
+        let mut runner_changed = match wanted.forwarder() {
+            Some(forwarder) => is_touched(&forwarder.service_file),
+            None => true,
+        };
+
         if let Some(service) = wanted.service()
             && systemd.needs_reload(&service).await
         {
             (unread, runner_changed) = (true, true);
         }
         let timer = Timer::of(systemd, wanted, installed, changes, unfinished).await;
-        Self { restart, unread, runner: wanted.runner(), runner_changed, timer }
+        let unadopted = unadopted(wanted, installed).map(|agent| agent.name.clone());
+        Self { restart, unread, runner: wanted.runner(), runner_changed, timer, unadopted }
     }
 }
 
@@ -362,9 +385,9 @@ async fn take_up(
     // The sockets may listen without being known, after a first run that was killed.
     if !restart.is_empty() && (installed.is_some() || listening) {
         // systemd refuses to start a socket while its service runs, and the service keeps the sockets it was started with.
-        if running {
+        if running || systemd.is_stopping(runner).await {
             stop(systemd, runner).await?;
-            stopped = true;
+            stopped = running;
         }
         for unit in restart {
             stop(systemd, unit).await?;
@@ -373,7 +396,18 @@ async fn take_up(
     if let Timer::Stop(timer) = timer {
         stop(systemd, timer).await?;
     }
-    systemd.enable(&units(&wanted.listeners)).await?;
+    if let Some(agent) = &plan.unadopted {
+        let container = systemd.container().context("the container's service manager is gone")?;
+        // While the forwarder is there to answer it.
+        let ran = container.is_active(&wanted.unit).await;
+        stop(systemd, agent).await?;
+        stop(container, &wanted.unit).await?;
+        stop(systemd, runner).await?;
+        systemd.forget_descriptors(runner).await;
+        systemd.disable(std::slice::from_ref(agent)).await?;
+        stopped |= ran;
+    }
+    systemd.enable(&units(wanted)).await?;
     systemd.reload().await?;
     let container = systemd.container().context("the container's service manager is gone")?;
     if let Some(problem) = container.load_problem(&wanted.unit).await? {
@@ -387,6 +421,14 @@ async fn take_up(
             wanted.quadlet.display()
         );
     }
+    if let Some(agent) = wanted.adoption().map(|adoption| &adoption.agent.name)
+        && restart.contains(agent)
+    {
+        // Before the others, whose clients start the forwarder: systemd starts no socket of a service that runs.
+        systemd.reset_failed(agent).await;
+        let result = systemd.start(agent).await?;
+        anyhow::ensure!(result == "done", "starting {agent} ended with “{result}”");
+    }
     for listener in wanted.listeners.iter().filter(|listener| restart.contains(&listener.socket.name)) {
         systemd.reset_failed(&listener.socket.name).await;
         let result = systemd.start(&listener.socket.name).await?;
@@ -394,14 +436,14 @@ async fn take_up(
             bail!("{}", cannot_listen(systemd, listener, wanted.scope).await);
         }
     }
-    let applied = if running && restart.is_empty() && plan.runner_changed {
+    let applied = if running && restart.is_empty() && plan.runner_changed && plan.unadopted.is_none() {
         let is_forwarder = wanted.service().is_some();
         if is_forwarder && restart::unless_in_use(systemd, runner, wanted.scope).await? {
             Applied::Restarted
         } else {
             Applied::OldForwarder
         }
-    } else if stopped && matches!(wanted.mode, Mode::Direct(_)) {
+    } else if stopped && (plan.unadopted.is_some() || matches!(wanted.mode, Mode::Direct(_))) {
         Applied::Stopped
     } else {
         Applied::Listening
@@ -465,9 +507,9 @@ pub(super) async fn remove(
     let rest = rest.as_ref();
     let Some(systemd) = systemd else {
         // Where the notes of what was made are gone too, an empty directory counts as made.
-        let main = match &installed.mode {
-            Mode::Forward(forwarder) => Some(&forwarder.service_file),
-            Mode::Direct(_) => {
+        let main = match installed.forwarder() {
+            Some(forwarder) => Some(&forwarder.service_file),
+            None => {
                 let mut ports = installed.listeners.iter();
                 let first = ports.find(|listener| listener.service == installed.name);
                 first.map(|listener| &listener.socket.file)
@@ -485,7 +527,7 @@ pub(super) async fn remove(
         changed.keep();
         return Ok(Left::Asleep);
     };
-    let mut all = units(&installed.listeners);
+    let mut all = units(installed);
     all.extend(
         sockets
             .iter()
@@ -494,7 +536,10 @@ pub(super) async fn remove(
             .collect::<Vec<_>>(),
     );
     let before = UnitsBefore::of(systemd, all, Some(installed)).await;
-    let ran = matches!(installed.mode, Mode::Direct(_)) && systemd.is_active(&installed.unit).await;
+    let ran = match (&installed.mode, systemd.container()) {
+        (Mode::Direct(_) | Mode::Adopt(_), Some(container)) => container.is_active(&installed.unit).await,
+        (Mode::Forward(_), _) | (_, None) => false,
+    };
     let taking_down = take_down(systemd, removal, places);
     let changed = match interrupt.or(waits::telling(systemd, Some(installed), taking_down)).await {
         Ok(changed) => changed,
@@ -517,7 +562,7 @@ pub(super) async fn remove(
 }
 
 async fn take_down(systemd: &Managers, removal: &Removal, places: &Paths) -> anyhow::Result<Changed> {
-    let Removal { installed, sockets, changes, rest: _ } = removal;
+    let Removal { installed, sockets, changes, rest } = removal;
     let (there, gone): (Vec<&SocketUnit>, Vec<&SocketUnit>) =
         sockets.iter().partition(|socket| socket.file.exists());
     // A socket would start the forwarder again at once; so the sockets go first.
@@ -530,10 +575,22 @@ async fn take_down(systemd: &Managers, removal: &Removal, places: &Paths) -> any
             stop(systemd, &socket.name).await?;
         }
     }
-    if let Some(service) = installed.service()
-        && systemd.is_active(&service).await
+    let whole = rest.is_none();
+    if whole
+        && installed.adoption().is_some()
+        && let Some(container) = systemd.container()
+        && container.is_active(&installed.unit).await
     {
-        stop(systemd, &service).await?;
+        // Its clients are its own, and after the forwarder's end no call of it would be answered.
+        stop(container, &installed.unit).await?;
+    }
+    if let Some(service) = installed.service() {
+        if systemd.is_active(&service).await {
+            stop(systemd, &service).await?;
+        }
+        if whole && installed.adoption().is_some() {
+            systemd.forget_descriptors(&service).await;
+        }
     }
     let enabled: Vec<String> = there.iter().map(|socket| socket.name.clone()).collect();
     if !enabled.is_empty() {
@@ -576,7 +633,7 @@ fn link(wanted: &Installed, places: &Paths) -> anyhow::Result<()> {
             std::fs::set_permissions(&directory, Permissions::from_mode(0o755)).with_context(cannot)?;
         }
     }
-    for unit in units(&wanted.listeners) {
+    for unit in units(wanted) {
         let link = directory.join(&unit);
         if let Err(error) = std::os::unix::fs::symlink(format!("../{unit}"), &link)
             && error.kind() != std::io::ErrorKind::AlreadyExists

@@ -44,6 +44,9 @@ pub(super) fn to(
 }
 
 fn is_of_another(text: &str, service: &str) -> bool {
+    if let Some(other) = units::wrote_profile(text) {
+        return other != service;
+    }
     UnitFile::parse(text).value(SECTION, "Name").is_some_and(|other| other != service)
 }
 
@@ -73,7 +76,7 @@ impl Removal {
         let Removable { installed, lost } = removable;
         // Some may have been deleted by hand.
         let files = installed.files().into_iter().filter(|path| *there.at(path) != Provenance::Missing);
-        let sockets = installed.listeners.iter().map(|listener| listener.socket.clone());
+        let sockets = installed.sockets().cloned();
         Self {
             changes: files.map(|path| Change { path, text: None }).collect(),
             sockets: sockets.chain(lost).collect(),

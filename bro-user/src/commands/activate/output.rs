@@ -73,7 +73,12 @@ pub(super) fn activated(
         return Ok(());
     }
     if outcome == Applied::Stopped {
-        stopped(&mut out, &wanted.unit)?;
+        match &wanted.mode {
+            Mode::Direct(_) => stopped(&mut out, &wanted.unit)?,
+            Mode::Forward(_) | Mode::Adopt(_) => {
+                writeln!(out, "{} was stopped: its seccomp profile was one that adopts", wanted.unit)?;
+            }
+        }
     }
     for listener in &wanted.listeners {
         let target = match &listener.internal {
@@ -96,6 +101,9 @@ pub(super) fn activated(
             "{unit} runs, with the settings from before; they change when it starts the next time, or now: {systemctl} \
              restart {unit}"
         )?;
+    }
+    if wanted.adoption().is_some() {
+        adopted(&mut out, wanted)?;
     }
     if let Mode::Direct(_) = wanted.mode {
         writeln!(
@@ -122,6 +130,35 @@ pub(super) fn activated(
         writeln!(
             out,
             "\nIt listens while you are logged in. To have it listen always: loginctl enable-linger"
+        )?;
+    }
+    Ok(())
+}
+
+/// What differs for an adopted service from one that clients are forwarded to.
+fn adopted(out: &mut impl std::io::Write, wanted: &Installed) -> std::io::Result<()> {
+    let unit = &wanted.unit;
+    writeln!(out, "{unit} accepts there itself, from its next start on")?;
+    let both_families = wanted.listeners.iter().filter(|listener| match &listener.external {
+        External::Port(_) => true,
+        External::Address(address) => address.is_ipv6(),
+        External::Path(_) | External::Abstract(_) => false,
+    });
+    for listener in both_families {
+        write!(
+            out,
+            "a service that listens on IPv4 only is not adopted at {}, which is a socket of IPv6, and is forwarded to",
+            listener.external
+        )?;
+        match listener.external.port() {
+            Some(port) => writeln!(out, "; at 0.0.0.0:{port} it is adopted")?,
+            None => writeln!(out)?,
+        }
+    }
+    if wanted.listeners.iter().any(super::adopt::serves_this_host) {
+        writeln!(
+            out,
+            "{unit} sees this host's own clients as 127.0.0.1: nothing in it may trust that address"
         )?;
     }
     Ok(())

@@ -1,11 +1,11 @@
 //! From the command line, the quadlet and what is activated already to what is wanted: checked, with its warnings.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bro_relay::target::Target;
 use clap::ValueEnum;
 
-use super::executable;
+use super::{adopt, executable};
 use crate::address::{External, Internal};
 use crate::cli::{self, Activate};
 use crate::exit::Failure;
@@ -102,11 +102,12 @@ pub(super) struct FoundQuadlet {
 /// Puts `Wanted` together.
 pub(super) fn wanted(
     options: &Activate,
-    FoundQuadlet { quadlet, pod }: &FoundQuadlet,
+    found: &FoundQuadlet,
     installed: Option<&Installed>,
     run_as: Option<RunAsUser>,
     places: &Paths,
 ) -> anyhow::Result<Wanted> {
+    let FoundQuadlet { quadlet, pod } = found;
     if let Some(Ready::Exec(command)) = &options.ready {
         crate::address::one_line(command).map_err(|reason| usage(format!("--ready=exec: {reason}")))?;
     }
@@ -124,7 +125,20 @@ pub(super) fn wanted(
     let network = Network::of(quadlet);
     let mode = match way {
         Some(way) => Mode::Direct(taken_over(way, options, quadlet, installed, places, &network)?),
-        None => Mode::Forward(forwarder(options, quadlet, installed, places, &network)?),
+        None => {
+            let adopts = adopt::is_wanted(options, installed)?;
+            if options.trust_loopback && !adopts {
+                return Err(usage(
+                    "--trust-loopback is for --adopt: without it a service does not see this host's clients as 127.0.0.1",
+                ));
+            }
+            let forwarder = forwarder(options, quadlet, installed, places, &network, adopts)?;
+            if adopts {
+                Mode::Adopt(adopt::adoption(forwarder, options, found, installed, run_as.as_ref(), places)?)
+            } else {
+                Mode::Forward(forwarder)
+            }
+        }
     };
     let mut wanted = Installed {
         run_as,
@@ -149,8 +163,9 @@ pub(super) fn wanted(
     check_local_clients(&wanted)?;
     check_ready(&wanted, quadlet, &mut warnings)?;
     check_freeze(&wanted, quadlet, &mut warnings)?;
+    adopt::check_rest(&wanted, quadlet, &mut warnings)?;
     check_host_network(&wanted, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
-    let drop_in = drop_in(quadlet, &wanted, &network);
+    let drop_in = drop_in(quadlet, &wanted, &network, places.root.as_deref());
     if !drop_in.is_empty() {
         let directory = quadlet::drop_in_directory(
             quadlet,
@@ -188,7 +203,7 @@ fn takeover(
 ) -> anyhow::Result<Option<Way>> {
     let before = match installed {
         None => None,
-        Some(Installed { name, mode: Mode::Forward(_), .. }) => {
+        Some(Installed { name, mode: Mode::Forward(_) | Mode::Adopt(_), .. }) => {
             if options.direct.is_some() {
                 return Err(usage(format!(
                     "{name} is activated with a forwarder; to change that, run `bro activate {name} --remove` first"
@@ -200,6 +215,7 @@ fn takeover(
             let forwarders_own = options.internal_port.is_some()
                 || options.container.is_some()
                 || options.network.is_some()
+                || options.adopt.is_some()
                 || HANDED_ON.iter().any(|(_, said)| said(options).is_some());
             if options.direct.is_none() && forwarders_own {
                 return Err(usage(format!(
@@ -229,7 +245,7 @@ fn taken_over(
 ) -> anyhow::Result<Takeover> {
     let before = installed.and_then(|installed| match &installed.mode {
         Mode::Direct(takeover) => takeover.pause_unit.as_ref(),
-        Mode::Forward(_) => None,
+        Mode::Forward(_) | Mode::Adopt(_) => None,
     });
     let restricted = options.restrict_network || before.is_some();
     if restricted && *network != Network::None {
@@ -248,6 +264,7 @@ fn forwarder(
     installed: Option<&Installed>,
     places: &Paths,
     network: &Network,
+    adopts: bool,
 ) -> anyhow::Result<Forwarder> {
     let before = installed.and_then(Installed::forwarder);
     let given = before.filter(|before| before.container_given);
@@ -277,7 +294,7 @@ fn forwarder(
         program: executable::path(places)?,
         container,
         container_given: options.container.is_some() || given.is_some(),
-        options: handed_on(options, checks_health, before),
+        options: handed_on(options, checks_health, adopts, before),
     })
 }
 
@@ -315,12 +332,21 @@ fn listed<T: ToString>(all: &[T]) -> String {
     all.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-fn handed_on(options: &Activate, checks_health: bool, installed: Option<&Forwarder>) -> ForwardOptions {
+fn handed_on(
+    options: &Activate,
+    checks_health: bool,
+    adopts: bool,
+    installed: Option<&Forwarder>,
+) -> ForwardOptions {
     let before = |name: &str| installed.and_then(|before| before.options.get(name)).map(str::to_owned);
     let value = |(name, said): &HandedOn| {
         let value = said(options).or_else(|| before(name));
         let value = match *name {
             "exit-idle-time" => value.or_else(|| Some(IDLE.to_owned())),
+            // It accepts from listen(2) on; what an earlier run took from the quadlet is not what was asked for.
+            "ready" if adopts => {
+                said(options).or_else(|| before(name).filter(|way| !(checks_health && way == "healthy")))
+            }
             // The quadlet says itself how to find out.
             "ready" if checks_health => {
                 value.filter(|way| way != "auto").or_else(|| Some("healthy".to_owned()))
@@ -626,11 +652,15 @@ fn check_host_network(wanted: &Installed, network: &Network) -> anyhow::Result<(
     Ok(())
 }
 
-fn drop_in(quadlet: &Quadlet, wanted: &Installed, network: &Network) -> DropIn {
+fn drop_in(quadlet: &Quadlet, wanted: &Installed, network: &Network, root: Option<&Path>) -> DropIn {
     let own_word = quadlet.file.value("Quadlet", "DefaultDependencies").is_some();
     let no_network = quadlet.kind == QuadletKind::Container && *network == Network::None && !own_word;
     match &wanted.mode {
         Mode::Forward(_) => DropIn { no_network, ..DropIn::default() },
+        Mode::Adopt(adoption) => {
+            let profile = paths::unrooted(&adoption.profile, root);
+            DropIn { no_network, profile: Some(profile), ..DropIn::default() }
+        }
         Mode::Direct(takeover) => {
             let nginx = takeover.way == Way::Nginx;
             DropIn {
@@ -638,6 +668,7 @@ fn drop_in(quadlet: &Quadlet, wanted: &Installed, network: &Network) -> DropIn {
                 sockets: wanted.listeners.iter().map(|listener| listener.socket.name.clone()).collect(),
                 nginx,
                 never_notifies: nginx && quadlet.value("Notify").is_some_and(|notify| notify != "healthy"),
+                profile: None,
             }
         }
     }
@@ -693,11 +724,11 @@ mod tests {
 
     /// What `bro forward` has only for units written, or commands run, by hand: `bro activate` decides these.
     const BY_HAND: [&str; 14] = [
+        // What goes with it is a way of its own (`Mode::Adopt`).
+        "adopt",
         // No unit of its own has a socket for datagrams.
         "flows-max",
         "flow-timeout",
-        // What goes with it is a way of its own (`Mode::Adopt`).
-        "adopt",
         "target",
         "targets",
         "allow-missing-sockets",

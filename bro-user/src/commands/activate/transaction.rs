@@ -16,6 +16,7 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::exit::Failure;
 use crate::installed::{self, SECTION};
 use crate::systemd::unit_file::MARKER;
+use crate::units;
 
 /// How long to wait for another `bro activate`: it may wait for a service that finishes its connections.
 const LOCK: Duration = Duration::from_secs(180);
@@ -49,7 +50,9 @@ pub(super) fn provenance(path: &Path) -> anyhow::Result<Provenance> {
     }
     let text = std::fs::read(path).map_err(|error| failed("read", path, &error))?;
     Ok(match String::from_utf8(text) {
-        Ok(text) if text.starts_with(MARKER) => Provenance::Ours(text),
+        Ok(text) if text.starts_with(MARKER) || units::wrote_profile(&text).is_some() => {
+            Provenance::Ours(text)
+        }
         _ => Provenance::Theirs,
     })
 }

@@ -20,6 +20,12 @@ pub(super) async fn check(installed: &Installed, forwarder: &Forwarder) -> Check
             ),
         );
     }
+    if installed.adoption().is_some() {
+        return Check::ok(
+            NAME,
+            "the service sees its clients' own addresses where it has adopted a socket, and those of this host as 127.0.0.1",
+        );
+    }
     let seen = match installed.service() {
         Some(service) => said(&service, installed).await,
         None => Vec::new(),

@@ -1,7 +1,9 @@
 //! One activated service, end to end: from its files to the port that it listens on.
 
 use super::hints::ManagerOwner;
-use super::{Check, confinement, forwarder, health, host, image, listens, ports, seen, selinux, versions};
+use super::{
+    Check, adoption, confinement, forwarder, health, host, image, listens, ports, seen, selinux, versions,
+};
 use crate::cli::Doctor;
 use crate::cli::wake_sleep::Whom;
 use crate::commands::wake_sleep;
@@ -53,6 +55,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
             for listener in &installed.listeners {
                 checks.push(socket(&installed, listener, &systemd).await);
             }
+            checks.extend(agent(&installed, &systemd).await);
             checks.extend(timer(&installed, &systemd).await);
             if let Some(service) = installed.service() {
                 checks.push(forwarder::check(&installed, &service, &systemd).await);
@@ -70,6 +73,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
         checks.extend(health::check(&installed, quadlet).await);
         checks.extend(selinux::shared(quadlet, installed.run_as.as_ref()));
     }
+    checks.extend(adoption::checks(&installed, quadlet.as_ref()).await);
     checks.extend(ports::check(&installed, quadlet.as_ref()));
     checks.push(versions::check_of(&installed, quadlet.as_ref()).await);
     match &installed.run_as {
@@ -315,6 +319,31 @@ async fn socket(installed: &Installed, listener: &InstalledPort, systemd: &Syste
         ),
         _ => as_the_file_says(installed, listener, systemd).await,
     }
+}
+
+/// Does systemd listen where the OCI runtime hands notifications over?
+async fn agent(installed: &Installed, systemd: &SystemdManager) -> Option<Check> {
+    const NAME: &str = "socket";
+    let unit = &installed.adoption()?.agent.name;
+    let systemctl = ManagerOwner::front(installed).systemctl();
+    let enable = format!("`{systemctl} enable --now {unit}`");
+    Some(match systemd.known(unit).await {
+        Err(error) => Check::bad(NAME, format!("{unit}: {error:#}"), format!("see `{systemctl} status`")),
+        Ok(found) if found.active != "active" => Check::bad(
+            NAME,
+            format!(
+                "{unit} is {}, so {} cannot be started, and no command can be run in it",
+                found.active, installed.unit
+            ),
+            enable,
+        ),
+        Ok(found) if found.file != "enabled" => Check::bad(
+            NAME,
+            format!("{unit} listens, but not after the next boot: it is {}", found.file),
+            enable,
+        ),
+        Ok(_) => Check::ok(NAME, format!("{unit} listens")),
+    })
 }
 
 /// Is the forwarder started at the times of `--keep-awake`?

@@ -20,6 +20,7 @@ pub(super) enum Id {
     ServiceName,
     NoWait,
     Direct,
+    Adopt,
     DirectUnderSelinux,
     UnderAppArmor,
     Pasta,
@@ -100,6 +101,14 @@ pub(super) const FEATURES: &[Feature] = &[
     ),
     // FlushPending=; its drop-in. (Podman hands sockets in since 3.4.)
     feature(Id::Direct, "sockets that the container takes over (`--direct`)", Some(247), Some((5, 0)), None),
+    // FileDescriptorStorePreserve=; its drop-in (listenerPath since 4.1); SO_NETNS_COOKIE. The OCI runtime is another matter.
+    feature(
+        Id::Adopt,
+        "sockets that the container's service adopts (`--adopt`)",
+        Some(254),
+        Some((5, 0)),
+        Some((5, 14)),
+    ),
     // Before, a container might not accept at systemd's socket.
     guarded(Id::DirectUnderSelinux, "the same under SELinux", Guard::ContainerSelinux(2, 183)),
     // Profiles for podman, crun and runc.
@@ -206,6 +215,7 @@ pub(super) fn used(installed: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'st
         Id::NoWait => {
             quadlet.is_some_and(|quadlet| quadlet.file.value("Quadlet", "DefaultDependencies").is_some())
         }
+        Id::Adopt => installed.adoption().is_some(),
         Id::Direct | Id::DirectUnderSelinux => matches!(installed.mode, Mode::Direct(_)),
         Id::UnderAppArmor => of_user,
         // Clients from another account's container are not this service's matter.
@@ -214,6 +224,13 @@ pub(super) fn used(installed: &Installed, quadlet: Option<&Quadlet>) -> Vec<&'st
         Id::Loader => wants_kernel && of_user,
     };
     FEATURES.iter().filter(|feature| uses(feature.id)).collect()
+}
+
+/// What this host is too old for, of what adoption needs.
+pub(crate) async fn too_old_to_adopt() -> Option<String> {
+    let versions = Versions::of_this_host().await;
+    let feature = FEATURES.iter().find(|feature| feature.id == Id::Adopt)?;
+    versions.lacks(feature)
 }
 
 /// Which of them are too new for this host.
@@ -287,7 +304,7 @@ mod tests {
         let lacking: Vec<String> = FEATURES.iter().filter_map(|feature| host.lacks(feature)).collect();
         assert_eq!(
             lacking.join(", "),
-            "podman 5.0, podman 5.0, podman 5.0, podman 5.3, podman 5.3, podman 5.0, container-selinux 2.183, AppArmor 4.0, \
+            "podman 5.0, podman 5.0, podman 5.0, podman 5.3, podman 5.3, podman 5.0, podman 5.0, container-selinux 2.183, AppArmor 4.0, \
              podman 5.3, Linux 5.19, Linux 5.19"
         );
         assert!(FEATURES.iter().all(|feature| Versions::default().lacks(feature).is_none()));
@@ -296,7 +313,7 @@ mod tests {
     #[test]
     fn a_service_needs_what_it_makes_use_of() {
         use crate::commands::doctor::service::tests::quadlet;
-        use crate::installed::{Takeover, Way, example};
+        use crate::installed::{Adoption, Takeover, Way, example};
         use crate::podman::quadlet::QuadletKind;
         let ids = |installed: &Installed, quadlet: Option<&Quadlet>| -> Vec<Id> {
             used(installed, quadlet).iter().map(|feature| feature.id).collect()
@@ -318,6 +335,9 @@ mod tests {
         assert!(ids(&web, None).ends_with(&[Id::KernelRelay, Id::Loader]));
         web.quadlet = "/quadlets/web.pod".into();
         assert!(ids(&web, None).contains(&Id::Pod));
+        let forwarder = example::forwarder(Some("systemd-web"), &[]);
+        web.mode = Mode::Adopt(Adoption::new("web", forwarder, "/source".into(), "/units".as_ref()));
+        assert!(ids(&web, None).contains(&Id::Adopt));
         web.mode = Mode::Direct(Takeover { way: Way::ListenFds, pause_unit: None });
         web.scope = RuntimeScope::System;
         assert_eq!(ids(&web, None), [Id::Units, Id::Pod, Id::Direct, Id::DirectUnderSelinux]);

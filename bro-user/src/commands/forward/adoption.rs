@@ -38,9 +38,9 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
 use super::data_plane::DataPlane;
+use crate::fallback::FallbackKind;
 use crate::relay_handle::Handle;
 
-pub use fallback::FallbackKind;
 pub(super) use guests::Guests;
 pub(super) use options::check;
 use passed::{HERITAGE, SECCOMP};
@@ -85,7 +85,7 @@ enum ListenerHolder {
 #[derive(Debug)]
 enum AgentState {
     /// It has not begun, for a predecessor's may still answer.
-    ToCome(passed::Before),
+    ToCome(passed::LeftBehind),
     Answers(AgentThread),
     /// It has stopped, and a successor is to get this.
     Bequeathed {
@@ -97,7 +97,7 @@ enum AgentState {
 
 /// All of it.
 #[derive(Debug)]
-pub(super) struct Adoption {
+pub(super) struct SocketAdoption {
     listeners: Vec<OfferedListener>,
     seccomp: OwnedFd,
     agent: AgentState,
@@ -129,7 +129,7 @@ pub(super) enum AdoptionNews {
 }
 
 /// What happens next; for ever nothing without `--adopt`. Nothing is lost when this is cancelled.
-pub(super) async fn news(adoption: &mut Option<Adoption>) -> AdoptionNews {
+pub(super) async fn news(adoption: &mut Option<SocketAdoption>) -> AdoptionNews {
     let Some(adoption) = adoption else { return std::future::pending().await };
     let decision = adoption.decisions.iter().map(|(target, at)| (*at, AdoptionNews::Decide(*target)));
     let look = adoption.look_at.map(|at| (at, AdoptionNews::Look));
@@ -150,7 +150,7 @@ pub(super) async fn news(adoption: &mut Option<Adoption>) -> AdoptionNews {
     }
 }
 
-impl Adoption {
+impl SocketAdoption {
     /// Nothing has begun yet.
     ///
     /// # Errors
@@ -196,8 +196,8 @@ impl Adoption {
             return Ok(());
         };
         let stored = match before {
-            passed::Before::Stored(stored) => stored,
-            passed::Before::Heritage(way) => {
+            passed::LeftBehind::Stored(stored) => stored,
+            passed::LeftBehind::Heritage(way) => {
                 tokio::task::spawn_blocking(move || heritage::receive(&way)).await??
             }
         };

@@ -9,7 +9,7 @@ use bro_relay::stats::Stats;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until};
 
-use super::adoption::{self, Adoption, Guests};
+use super::adoption::{self, Guests, SocketAdoption};
 use super::data_plane::{DataPlane, PlaneNews};
 use super::drain;
 use super::handover::Predecessor;
@@ -38,7 +38,7 @@ pub(super) struct Control<'a> {
     /// The relay process and the kernel relay.
     pub(super) plane: DataPlane<'a>,
     /// `--adopt`: who accepts at the listeners.
-    pub(super) adoption: Option<Adoption>,
+    pub(super) adoption: Option<SocketAdoption>,
     /// Its successor and its predecessor.
     pub(super) reload: Reload<'a>,
     /// What callers ask it.
@@ -154,7 +154,7 @@ impl<'a> Control<'a> {
         options: &'a Forward,
         life: Lifecycle<'a>,
         plane: DataPlane<'a>,
-        adoption: Option<Adoption>,
+        adoption: Option<SocketAdoption>,
         reload: Reload<'a>,
         requests: Requests,
         limit: Limit,

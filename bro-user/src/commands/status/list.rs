@@ -94,7 +94,7 @@ impl ListedService {
     fn of(installed: &Installed) -> Self {
         let addresses = installed.listeners.iter().map(|listener| listener.external.to_string()).collect();
         let quadlet = installed.quadlet.file_name().map(|file| file.to_string_lossy().into_owned());
-        let sockets = installed.listeners.iter().map(|listener| listener.socket.name.clone());
+        let sockets = installed.sockets().map(|socket| socket.name.clone());
         Self {
             failed_wake: failed_wake::noted(installed),
             also: quadlet.into_iter().chain(installed.service()).chain(sockets).collect(),

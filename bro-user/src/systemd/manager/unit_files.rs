@@ -51,6 +51,11 @@ impl SystemdManager {
         Ok(())
     }
 
+    /// What the manager keeps for a service that has ended (FileDescriptorStorePreserve=yes) is closed. One without any has nothing to clean.
+    pub(crate) async fn forget_descriptors(&self, unit: &str) {
+        self.systemd.clean_unit(unit, &["fdstore"]).await.ok();
+    }
+
     pub(crate) async fn is_enabled(&self, unit: &str) -> bool {
         self.systemd.get_unit_file_state(unit).await.is_ok_and(|state| state == "enabled")
     }

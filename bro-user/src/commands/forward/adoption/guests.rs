@@ -3,9 +3,10 @@
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
 
+use bro_adopt::clients::{self, Counting, Uncountable};
 use tokio::time::Instant;
 
-use super::{Adoption, ListenerHolder};
+use super::{ListenerHolder, SocketAdoption};
 
 /// The shortest time between two looks, and the longest.
 const SHORTEST: Duration = Duration::from_secs(1);
@@ -27,7 +28,7 @@ pub(in super::super) enum Guests {
     None,
 }
 
-impl Adoption {
+impl SocketAdoption {
     /// Looks who is connected to services, or waits to be.
     pub(super) fn look(&mut self, idle_time: Duration) -> Guests {
         let is_adopted = |holder: &ListenerHolder| matches!(holder, ListenerHolder::Service { .. });
@@ -51,7 +52,7 @@ impl Adoption {
             Err(error) => {
                 if !std::mem::replace(&mut self.blind, true) {
                     tracing::warn!(
-                        "it cannot be seen who is connected to the service, so it is not put to sleep for idleness: {error:#}"
+                        "it cannot be seen who is connected to the service, so it is not put to sleep for idleness: {error}"
                     );
                 }
                 Guests::There
@@ -65,6 +66,8 @@ impl Adoption {
     }
 }
 
-fn count(listeners: &[BorrowedFd<'_>]) -> anyhow::Result<Vec<u64>> {
-    listeners.iter().map(|listener| Ok(bro_relay::sys::backlog(*listener)?)).collect()
+/// How many each has: those that are served, and those that wait for that.
+fn count(listeners: &[BorrowedFd<'_>]) -> Result<Vec<u64>, Uncountable> {
+    let counts = clients::count(listeners, &Counting::ALL)?;
+    Ok(counts.into_iter().map(|clients| clients.served + u64::from(clients.queued)).collect())
 }

@@ -1,0 +1,315 @@
+//! `--adopt`: services that know nothing of it accept at systemd's sockets, and are woken and stopped as ever.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::host::site::{PATIENCE, Plan, Site, folder};
+use bro_tests::host::{Host, Manager};
+
+use crate::activated::{activate, expect_asleep, tree};
+use crate::run_as::Served;
+
+/// nginx that answers with the address of its client and the number of its own start, on IPv4 only.
+fn nginx(host: &Host, manager: Manager) -> Result<Plan> {
+    manager.import_image(host, "nginx", "docker.io/library/nginx")?;
+    let files = folder(host, manager, "seen")?;
+    host.write(
+        &format!("{files}/default.conf"),
+        "server { listen 7; location / { return 200 \"$remote_addr\"; } }\n",
+    )?;
+    let lines = format!(
+        "Image=docker.io/library/nginx\nVolume={files}/default.conf:/etc/nginx/conf.d/default.conf:ro"
+    );
+    Ok(Plan::new(&lines, "", ""))
+}
+
+/// As whom the service sees a client that comes from 127.0.0.5, which no forwarder has.
+fn seen(site: &Site<'_>) -> Result<String> {
+    let url = format!("http://127.0.0.1:{}/", site.port);
+    let curl = ["curl", "--silent", "--fail", "--max-time", "20", "--interface", "127.0.0.5", &url];
+    site.host.run(&curl).with_context(|| site.journals())
+}
+
+fn expect_adopted(site: &Site<'_>) -> Result<()> {
+    let seen = seen(site)?;
+    ensure!(seen == "127.0.0.5", "it sees {seen}, so it was not adopted:\n{}", site.journals());
+    Ok(())
+}
+
+/// What `bro doctor` has to complain of.
+fn complaints(site: &Site<'_>) -> Result<String> {
+    let doctor = site.front.try_run(site.host, &["bro", "doctor", &site.name])?;
+    Ok(doctor.stdout.lines().filter(|line| !line.starts_with("ok ")).collect::<Vec<_>>().join("\n"))
+}
+
+/// Adopted, and soon asleep.
+const SOON: [&str; 3] = ["--adopt", "--exit-idle-time", "1s"];
+
+/// From the quadlet to an adopted service and back; nothing is left.
+pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
+    let plan = nginx(host, manager)?;
+    plan.write_quadlet(host, manager, "adopted")?;
+    manager.systemctl(host, &["daemon-reload"])?;
+    let before = tree(host, manager)?;
+    let site = Site::activated(host, manager, "adopted", &plan, &SOON)?;
+    for _ in 0..2 {
+        ensure!(site.forwarder_show("ActiveState")? == "inactive", "a forwarder runs without a client");
+        expect_adopted(&site)?;
+        // Podman has commands in it done, and the service is there for them too.
+        let page = ["podman", "exec", "systemd-adopted", "wget", "-q", "-O-", "http://127.0.0.1:7/"];
+        let inside = manager.run(host, &page).with_context(|| site.journals())?;
+        ensure!(!inside.is_empty(), "it does not answer inside");
+        let complaints = complaints(&site)?;
+        ensure!(!complaints.contains("BAD"), "{complaints}");
+        expect_asleep(&site).with_context(|| site.journals())?;
+    }
+    ensure!(site.errors()?.is_empty(), "{:?}", site.errors()?);
+    let again = activate(host, manager, "adopted")?;
+    ensure!(again.success() && again.stdout.contains("nothing to do"), "{again:?}");
+    expect_adopted(&site)?;
+    expect_removed(&site, &before)
+}
+
+/// A removal under an awake service leaves nothing.
+fn expect_removed(site: &Site<'_>, before: &[String]) -> Result<()> {
+    let (host, manager, name) = (site.host, site.manager, &site.name);
+    let removed = activate(host, site.front, &format!("{name} --remove"))?;
+    ensure!(removed.success(), "{removed:?}");
+    ensure!(
+        tree(host, site.front)? == before,
+        "--remove left, or took, something:\n{:#?}",
+        tree(host, site.front)?
+    );
+    for front in [site.front, manager] {
+        let known = front
+            .systemctl(host, &["list-units", "--all", "--plain", "--no-legend", &format!("{name}-*")])?;
+        ensure!(known.is_empty(), "systemd still knows {known}");
+    }
+    ensure!(manager.show(host, &site.unit(), "ActiveState")? == "inactive", "the container runs on");
+    ensure!(host.connect(site.port).is_err(), "there is still a listener");
+    let left =
+        host.sh("find /run/bro /run/user/*/bro -name '*.sock' -path '*/adopt/*' 2>/dev/null || true")?;
+    ensure!(left.is_empty(), "a socket is left: {left}");
+    Ok(())
+}
+
+/// Clients that ask without a pause; how often each was answered, and what went wrong.
+fn under_load(site: &Site<'_>, work: impl FnOnce() -> Result<()>) -> Result<(usize, Vec<String>)> {
+    let (over, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let address: SocketAddr = ([127, 0, 0, 1], site.port).into();
+    let client = || {
+        let mut failures = Vec::new();
+        while !over.load(Ordering::Relaxed) {
+            let ask = || -> std::io::Result<bool> {
+                let mut client = TcpStream::connect(address)?;
+                client.set_read_timeout(Some(PATIENCE))?;
+                client.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+                let mut answer = String::new();
+                client.read_to_string(&mut answer)?;
+                Ok(answer.ends_with("127.0.0.1"))
+            };
+            match ask() {
+                Ok(true) => {
+                    answered.fetch_add(1, Ordering::Relaxed);
+                }
+                other => failures.push(format!("{other:?}")),
+            }
+        }
+        failures
+    };
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..4).map(|_| scope.spawn(|| site.host.in_network(|| Ok(client())))).collect();
+        let worked = work();
+        over.store(true, Ordering::Relaxed);
+        let mut failures = Vec::new();
+        for client in clients {
+            failures.extend(client.join().expect("a client does not panic")?);
+        }
+        worked?;
+        Ok((answered.load(Ordering::Relaxed), failures))
+    })
+}
+
+/// nginx lets its clients finish, and those that come meanwhile wait at systemd's socket.
+pub fn restarted_under_load(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    expect_adopted(&site)?;
+    let (answered, failures) = under_load(&site, || {
+        for _ in 0..3 {
+            manager.systemctl(host, &["restart", "adopted.service"])?;
+            expect_adopted(&site)?;
+        }
+        Ok(())
+    })?;
+    ensure!(
+        answered > 100 && failures.is_empty(),
+        "{answered} answered, and {failures:?}\n{}",
+        site.journals()
+    );
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
+/// No client notices, and what the container asks meanwhile is answered by the next one.
+pub fn forwarder_killed(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    expect_adopted(&site)?;
+    let first = site.forwarder_show("MainPID")?;
+    let (answered, failures) = under_load(&site, || {
+        host.run(&["kill", "-KILL", &first])?;
+        host.wait_until("the next forwarder", PATIENCE, || {
+            Ok(site.forwarder_show("ActiveState")? == "active" && site.forwarder_show("MainPID")? != first)
+        })
+    })?;
+    ensure!(
+        answered > 10 && failures.is_empty(),
+        "{answered} answered, and {failures:?}\n{}",
+        site.journals()
+    );
+    // It reloads: its new workers ask for what the dead one was asked for, and the next one answers.
+    manager.run(host, &["podman", "exec", "systemd-adopted", "nginx", "-s", "reload"])?;
+    expect_adopted(&site)?;
+    manager.run(host, &["bro", "sleep", "adopted"])?;
+    site.await_container_gone()?;
+    expect_adopted(&site)?;
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
+/// The container's runtime finds the agent, and starts it.
+pub fn started_by_hand(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    manager.systemctl(host, &["start", "adopted.service"])?;
+    expect_adopted(&site)?;
+    ensure!(site.forwarder_show("ActiveState")? == "active", "the forwarder was not started");
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
+/// Without `--adopt` again: the leftover files go, and clients are forwarded.
+pub fn off_again(host: &Host, manager: Manager) -> Result<()> {
+    let plan = nginx(host, manager)?;
+    let site = Site::activated(host, manager, "adopted", &plan, &[])?;
+    let forwarded = tree(host, manager)?;
+    let plain = seen(&site)?;
+    ensure!(plain != "127.0.0.5", "{plain} without a kernel relay that shows it");
+    // A running container has the profile from its next start on.
+    let ran = activate(host, manager, "adopted --adopt")?;
+    let agent = || manager.journal(host, "adopted-activator-seccomp.socket").unwrap_or_default();
+    ensure!(ran.success(), "{ran:?}\n{}\n{}", agent(), site.journals());
+    manager.systemctl(host, &["restart", "adopted.service"])?;
+    expect_adopted(&site)?;
+    let ran = activate(host, manager, "adopted --adopt=off")?;
+    ensure!(ran.success() && ran.stdout.contains("adopted.service was stopped"), "{ran:?}");
+    ensure!(tree(host, manager)? == forwarded, "something is left:\n{:#?}", tree(host, manager)?);
+    ensure!(seen(&site)? == plain, "it is still adopted");
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
+/// The profile is as old as its source was.
+pub fn older_profile(host: &Host, manager: Manager) -> Result<()> {
+    let plan = nginx(host, manager)?;
+    let files = folder(host, manager, "seen")?;
+    let source = format!("{files}/seccomp.json");
+    host.run(&["cp", "/usr/share/containers/seccomp.json", &source])?;
+    let own = Plan { container: format!("{}\nSeccompProfile={source}", plan.container), ..plan };
+    let site = Site::activated(host, manager, "adopted", &own, &["--adopt"])?;
+    expect_adopted(&site)?;
+    host.sh(&format!("sed -i 's/\"accept4\",/\"accept4\", \"brk\",/' {source}"))?;
+    let said = complaints(&site)?;
+    ensure!(said.contains("seccomp profile") && said.contains(&source), "{said}");
+    let ran = activate(host, manager, "adopted")?;
+    ensure!(ran.success() && ran.stdout.contains("adopted-activator-seccomp.json"), "{ran:?}");
+    let said = complaints(&site)?;
+    ensure!(!said.contains("seccomp profile"), "{said}");
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
+/// Services with sockets of other kinds.
+pub fn other_services(host: &Host, manager: Manager) -> Result<()> {
+    manager.import_image(host, "redis", "docker.io/library/redis")?;
+    let plan = Plan::new("Image=docker.io/library/redis", "", "");
+    plan.write_quadlet(host, manager, "cache")?;
+    let refused =
+        activate(host, manager, "cache --adopt --external-port 127.0.0.1:6380 --internal-port 6379")?;
+    ensure!(refused.code == 2 && refused.stderr.contains("--trust-loopback"), "{refused:?}");
+    let options = ["--adopt", "--trust-loopback", "--internal-port", "6379", "--exit-idle-time", "1s"];
+    let site = Site::activated(host, manager, "cache", &plan, &options)?;
+    let port = site.port.to_string();
+    for _ in 0..2 {
+        let clients =
+            host.run(&["redis-cli", "-p", &port, "client", "list"]).with_context(|| site.journals())?;
+        ensure!(clients.contains("addr=127.0.0.1:"), "{clients}\n{}", site.journals());
+        let report =
+            host.run(&["redis-benchmark", "-p", &port, "-q", "-n", "5000", "-P", "8", "-t", "set,get"])?;
+        ensure!(!report.contains("Error"), "{report}");
+        expect_asleep(&site).with_context(|| site.journals())?;
+    }
+    ensure!(activate(host, manager, "cache --remove")?.success());
+
+    // asyncio, over TCP; then a second port at a unix socket.
+    let plan = Plan::service(manager, 0.2, "");
+    let site = Site::activated(host, manager, "echo", &plan, &["--adopt", "--exit-idle-time", "1s"])?;
+    for _ in 0..2 {
+        site.check_echo().with_context(|| site.journals())?;
+        expect_asleep(&site).with_context(|| site.journals())?;
+    }
+    ensure!(site.ended(0).is_ok(), "a client was forwarded: {}", site.journals());
+    ensure!(activate(host, manager, "echo --remove")?.success());
+    Ok(())
+}
+
+/// The system listens for a user's container, and its forwarder, which may nearly nothing, has its sockets adopted there.
+pub fn for_a_user(host: &Host) -> Result<()> {
+    let owner = Manager::User("test");
+    let plan = nginx(host, owner)?;
+    let before = tree(host, Manager::System)?;
+    let served = Served::new(host, owner, "adopted", &plan, "--adopt --exit-idle-time 1s")?;
+    for _ in 0..2 {
+        expect_adopted(&served.0)?;
+        let page = ["podman", "exec", "systemd-adopted", "wget", "-q", "-O-", "http://127.0.0.1:7/"];
+        ensure!(!owner.run(host, &page)?.is_empty(), "it does not answer inside");
+        let complaints = complaints(&served.0)?;
+        ensure!(!complaints.contains("BAD"), "{complaints}");
+        expect_asleep(&served.0).with_context(|| served.0.journals())?;
+    }
+    expect_removed(&served.0, &before)
+}
+
+/// How long a request takes, the service awake: nothing of bro's is in the way.
+pub fn looked_after(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    expect_adopted(&site)?;
+    let began = Instant::now();
+    manager.systemctl(host, &["restart", "adopted-activator.service"])?;
+    expect_adopted(&site)?;
+    ensure!(
+        began.elapsed() < Duration::from_secs(20),
+        "a restart of the forwarder took {:?}",
+        began.elapsed()
+    );
+    manager.systemctl(host, &["reload", "adopted-activator.service"])?;
+    expect_adopted(&site)?;
+    manager.run(host, &["podman", "exec", "systemd-adopted", "echo"])?;
+    // A second port of a service that runs.
+    let second = host.free_port()?;
+    let words = format!("adopted --service-name more --external-port 0.0.0.0:{second} --internal-port 7");
+    let ran = activate(host, manager, &words)?;
+    ensure!(ran.success(), "{ran:?}");
+    let page = host.sh(&format!("curl --silent --fail --max-time 20 http://127.0.0.1:{second}/"));
+    ensure!(page.with_context(|| site.journals())?.len() > 3);
+    expect_adopted(&site)?;
+    ensure!(activate(host, manager, "adopted --service-name more --remove")?.success());
+    expect_adopted(&site)?;
+    manager.run(host, &["bro", "sleep", "adopted"])?;
+    site.await_container_gone().with_context(|| site.journals())?;
+    let status = manager.run(host, &["bro", "status", "adopted"])?;
+    ensure!(status.contains("adopted"), "{status}");
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
