@@ -698,8 +698,11 @@ fn streams_and_messages_are_not_mixed() -> Result<()> {
 
 #[test]
 fn a_name_with_two_addresses_leads_to_the_one_that_is_bound() -> Result<()> {
+    use std::net::ToSocketAddrs as _;
     require_namespaces!();
-    for ipv6 in [false, true] {
+    // Not every host's own name table has the second.
+    let families: Vec<bool> = ("localhost", 0).to_socket_addrs()?.map(|address| address.is_ipv6()).collect();
+    for ipv6 in families {
         for ready in ["auto", "none"] {
             let scene = UdpScene::new(ipv6)?;
             let _echo = scene.echo()?;
