@@ -931,10 +931,7 @@ impl ServiceStarter {
             Ready::Unchecked => {}
             // No service says over UDP that it is ready, so that the socket is what can be seen.
             Ready::Auto | Ready::Listen | Ready::Connect | Ready::Says(_) if !udp.is_empty() => {
-                if let Some(bound) = readiness::bound(place, &udp).await? {
-                    // A datagram is not refused before it is sent, so there is no second address to try.
-                    *addresses = vec![Address::Udp(bound)];
-                }
+                let _which = readiness::bound(place, &udp).await?;
             }
             Ready::Auto | Ready::Listen | Ready::Says(_) if !tcp.is_empty() => {
                 if !self.ready.asks_elsewhere() {
@@ -957,6 +954,13 @@ impl ServiceStarter {
                 self.succeeding(&["podman", "healthcheck", "run", name].map(str::to_owned)).await;
             }
             Ready::Exec(line) => self.succeeding(&run_command::shell(line)).await,
+        }
+        // A datagram is not refused before it is sent, so there is no second address to try.
+        if addresses.len() > 1
+            && !udp.is_empty()
+            && let Ok(Some(bound)) = readiness::bound_now(place, &udp).await
+        {
+            *addresses = vec![Address::Udp(bound)];
         }
         Ok(())
     }

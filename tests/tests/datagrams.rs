@@ -695,3 +695,58 @@ fn streams_and_messages_are_not_mixed() -> Result<()> {
     ensure!(closing.reason == "refused", "{closing:?}");
     Ok(())
 }
+
+#[test]
+fn a_name_with_two_addresses_leads_to_the_one_that_is_bound() -> Result<()> {
+    use std::net::ToSocketAddrs as _;
+    require_namespaces!();
+    // Not every host's own name table has the second.
+    let families: Vec<bool> = ("localhost", 0).to_socket_addrs()?.map(|address| address.is_ipv6()).collect();
+    for ipv6 in families {
+        for ready in ["auto", "none"] {
+            let scene = UdpScene::new(ipv6)?;
+            let _echo = scene.echo()?;
+            let socket = scene.front.as_fd().try_clone_to_owned()?;
+            let _forwarder = bro_tests::forwarder::Setup::new()
+                .pid(&scene.namespace)
+                .descriptor(socket, "dns")
+                .args([format!("--ready={ready}"), format!("localhost:{}", scene.target.port())])
+                .start()?;
+            expect_echo(&scene.client()?, b"ping")
+                .with_context(|| format!("IPv6 {ipv6}, --ready={ready}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn by_bytes_a_flow_that_is_silent_keeps_nothing_awake() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let mut forwarder = scene.setup()?.args(["--idle-by=bytes", "--exit-idle-time=700ms"]).start()?;
+    let client = scene.client()?;
+    for _ in 0..15 {
+        expect_echo(&client, b"ping")?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(forwarder.is_running()?, "it left between datagrams");
+    forwarder.expect_exit(0)
+}
+
+#[test]
+fn who_is_ignored_wakes_nothing_and_keeps_nothing_awake() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let mut forwarder = scene
+        .setup()?
+        .args(["--wake-ignore=127.0.0.0/8", "--idle-ignore=127.0.0.0/8", "--exit-idle-time=1s"])
+        .start()?;
+    let client = scene.client()?;
+    let _sent = client.send(b"nothing to wake for")?;
+    let ignored = || dropped(&forwarder, "wake-ignored").is_ok_and(|count| count == 1);
+    ensure!(process::eventually(PATIENCE, ignored), "{:?}", tally(&forwarder)?);
+    ensure!(tally(&forwarder)?.flows == 0, "{:?}", tally(&forwarder)?);
+    forwarder.expect_exit(0)
+}

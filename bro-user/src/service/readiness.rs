@@ -216,11 +216,11 @@ pub async fn bound(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<Opt
             return Ok(None);
         }
     }
-    let table = Table::open(place).await?;
     let start = Instant::now();
     loop {
-        let sockets = match table.datagram_sockets() {
-            Ok(sockets) => sockets,
+        match bound_now(place, addresses).await {
+            Ok(Some(found)) => return Ok(Some(found)),
+            Ok(None) => {}
             // CONFIG_INET_UDP_DIAG is a module, and may be missing.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
                 tracing::warn!(
@@ -230,13 +230,18 @@ pub async fn bound(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<Opt
                 return Ok(None);
             }
             Err(error) => return Err(error),
-        };
-        let found = addresses.iter().find(|address| sockets.iter().any(|socket| socket.serves(**address)));
-        if let Some(found) = found {
-            return Ok(Some(*found));
         }
         sleep(listen_step(start.elapsed())).await;
     }
+}
+
+/// The first of `addresses` at which there is a UDP socket now.
+///
+/// # Errors
+/// ENOENT where this kernel has no such table, or when the namespace cannot be asked.
+pub async fn bound_now(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<Option<SocketAddr>> {
+    let sockets = Table::open(place).await?.datagram_sockets()?;
+    Ok(addresses.iter().find(|address| sockets.iter().any(|socket| socket.serves(**address))).copied())
 }
 
 /// Waits until a connection to one of `addresses` succeeds; it is closed at once.
