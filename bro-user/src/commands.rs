@@ -8,6 +8,7 @@ pub mod forward;
 pub mod helper;
 pub mod loader;
 pub mod metrics;
+pub mod oci_runtime;
 pub mod status;
 pub mod top;
 pub mod wake_sleep;

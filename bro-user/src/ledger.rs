@@ -14,9 +14,9 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 use serde::{Deserialize, Serialize};
 
-use crate::commands::forward::adoption::FallbackKind;
 use crate::control_socket;
 use crate::exit::on_one_line;
+use crate::fallback::FallbackKind;
 use crate::installed::Installed;
 use crate::service::failed_wake;
 use bro_relay::stats::Tally;

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod commands;
 pub mod control_socket;
 pub mod exit;
+pub mod fallback;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod installed;

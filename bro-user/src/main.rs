@@ -10,12 +10,19 @@ use std::process::ExitCode;
 use bro_user::cli::{self, Cli, Command};
 use bro_user::commands::forward::handover::Predecessor;
 use bro_user::commands::{
-    activate, after_upgrade, doctor, fence, forward, helper, loader, metrics, status, top, wake_sleep,
+    activate, after_upgrade, doctor, fence, forward, helper, loader, metrics, oci_runtime, status, top,
+    wake_sleep,
 };
 use bro_user::systemd::listen_fds;
 use bro_user::{exit, logging};
 
 fn main() -> ExitCode {
+    let words: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    if words.first().is_some_and(|program| oci_runtime::is_called(program)) {
+        let Err(error) = oci_runtime::run(&words);
+        complain(&error);
+        return exit::code_of(&error);
+    }
     let cli = match Cli::read(command_line()) {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),

@@ -1,14 +1,14 @@
 //! Sockets inside another network namespace: the forwarder's end of its [agent](bro_relay::netns::agent).
 
 pub mod addresses;
+pub mod agent_process;
 pub mod sock_diag;
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use agent_process::{AgentProcess, SpareAgent};
 use bro_relay::netns::identity::Identity;
 use bro_relay::netns::wire::{Address, AgentAnswer, AgentRequest, TargetAddresses};
 use nix::errno::Errno;
@@ -36,7 +36,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 pub struct Namespace {
     /// One request at a time; the answer belongs to the last one.
     channel: Mutex<AsyncFd<OwnedFd>>,
-    agent: Mutex<tokio::process::Child>,
+    agent: Mutex<AgentProcess>,
 }
 
 /// The agent has ended: the administrator killed it, or the kernel for want of memory. Another one can be started.
@@ -56,8 +56,8 @@ impl AgentEnded {
 }
 
 impl Namespace {
-    /// Starts an agent in `netns`, which connects to unix sockets as `identity`; `process` is the folder in /proc of the process
-    /// with those ids, `root` is where its unix paths start.
+    /// Starts an agent in `netns`, or has the spare one go there; it connects to unix sockets as `identity`. `process` is the folder
+    /// in /proc of the process with those ids, `root` is where its unix paths start.
     ///
     /// # Errors
     /// [`Failure::NotPermitted`] when this user may not enter it.
@@ -66,21 +66,10 @@ impl Namespace {
         process: OwnedFd,
         root: Option<OwnedFd>,
         identity: Identity,
+        spare: &SpareAgent,
     ) -> anyhow::Result<Self> {
-        let (ours, theirs) = pair()?;
-        let agent = tokio::process::Command::new("/proc/self/exe")
-            .arg("netns-agent")
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(Stdio::inherit())
-            .kill_on_drop(true)
-            .spawn()
-            .context("cannot start the process that makes sockets in the target's network namespace")?;
-        let both = tokio::io::Interest::READABLE | tokio::io::Interest::WRITABLE;
-        let namespace =
-            Self { channel: Mutex::new(crate::sys::watch(ours, both)?), agent: Mutex::new(agent) };
+        let (agent, channel) = AgentProcess::start(spare)?;
+        let namespace = Self { channel: Mutex::new(channel), agent: Mutex::new(agent) };
         let mut descriptors = vec![netns.as_fd(), process.as_fd()];
         descriptors.extend(root.as_ref().map(|root| root.as_fd()));
         match namespace.ask(&AgentRequest::Join(identity), &descriptors).await? {
@@ -100,7 +89,8 @@ impl Namespace {
     /// # Errors
     /// As [`Namespace::enter`].
     pub async fn look_into(netns: OwnedFd) -> anyhow::Result<Self> {
-        Self::enter(netns, folder_of(std::process::id())?, None, Identity::default()).await
+        let process = folder_of(std::process::id())?;
+        Self::enter(netns, process, None, Identity::default(), &SpareAgent::default()).await
     }
 
     /// Makes `count` sockets in the namespace, non-blocking.
@@ -187,7 +177,7 @@ impl Namespace {
     #[must_use]
     pub fn has_ended(&self) -> bool {
         // A task that holds it is waiting for the agent's end.
-        self.agent.try_lock().is_ok_and(|mut agent| matches!(agent.try_wait(), Ok(Some(_))))
+        self.agent.try_lock().is_ok_and(|mut agent| agent.has_ended())
     }
 
     async fn ask(&self, request: &AgentRequest, descriptors: &[BorrowedFd<'_>]) -> io::Result<AgentAnswer> {

@@ -36,6 +36,7 @@ use wakes::Wakes;
 use whereabouts::Whereabouts;
 
 use crate::exit::Failure;
+use crate::netns::agent_process::SpareAgent;
 use crate::netns::{self, AgentEnded, Namespace, NetnsRef};
 use crate::podman::container::{self, Inspected};
 use crate::podman::rootless_netns;
@@ -92,6 +93,8 @@ pub struct ServiceStarter {
     current: std::sync::Mutex<Option<Arc<ContainerNetns>>>,
     /// Held during a search for the namespace: that may take as long as a start.
     searching: Mutex<()>,
+    /// The first agent, if it was made in advance.
+    spare: SpareAgent,
     /// The agent in the forwarder's own namespace, for targets that are there.
     own: Mutex<Option<Arc<Namespace>>>,
     /// Held for as long as this process uses the unit.
@@ -192,12 +195,19 @@ impl ServiceStarter {
             bus: Mutex::default(),
             current: std::sync::Mutex::default(),
             searching: Mutex::default(),
+            spare: SpareAgent::default(),
             own: Mutex::default(),
             in_use: std::sync::Mutex::default(),
             programs: OnceLock::new(),
             wakes: OnceLock::new(),
             listening: tokio::sync::watch::Sender::new(0),
         }
+    }
+
+    /// Has its first agent be this one.
+    #[must_use]
+    pub fn with_agent(self, spare: SpareAgent) -> Self {
+        Self { spare, ..self }
     }
 
     /// Has the kernel relay's programs watch every service that is woken from now on.
@@ -415,6 +425,7 @@ impl ServiceStarter {
         // Before the look at the unit: from here on no other forwarder stops it.
         self.begin_use(unit).await;
         let bus = self.bus().await?;
+        self.follow_runs(&bus, unit).await?;
         let before = loop {
             let mut turn = self.runs.turn().await;
             let look = bus.look(unit).await?;
@@ -434,7 +445,6 @@ impl ServiceStarter {
                 self.runs.order(&look);
             }
             drop(turn);
-            self.follow_runs(&bus).await;
             if !look.is_active() {
                 break look;
             }
@@ -564,7 +574,7 @@ impl ServiceStarter {
         }
         let here = std::fs::File::open("/proc/self/ns/net")?;
         let process = netns::folder_of(std::process::id())?;
-        let entered = Namespace::enter(here.into(), process, None, self.identity).await?;
+        let entered = Namespace::enter(here.into(), process, None, self.identity, &self.spare).await?;
         Ok(own.insert(Arc::new(entered)).clone())
     }
 
@@ -604,17 +614,18 @@ impl ServiceStarter {
         drop(self.in_use().take());
     }
 
-    /// Follows the unit's runs from now on.
-    async fn follow_runs(&self, bus: &SystemdManager) {
+    /// Follows the unit's runs from now on. A look that comes after this misses no step.
+    async fn follow_runs(&self, bus: &SystemdManager, unit: &str) -> anyhow::Result<()> {
         let mut following = self.following.lock().await;
         while following.try_join_next().is_some() {}
         if following.is_empty() {
-            let (runs, bus) = (self.runs.clone(), bus.clone());
+            let (runs, bus, changes) = (self.runs.clone(), bus.clone(), bus.changes(unit).await?);
             following.spawn(async move {
-                let Err(error) = runs.follow(&bus).await;
+                let Err(error) = runs.follow(&bus, changes).await;
                 tracing::debug!(%error, "the unit's runs are not followed any more");
             });
         }
+        Ok(())
     }
 
     /// Notes which run of the unit is a forwarder's, for a forwarder that takes over from this one.
@@ -765,7 +776,7 @@ impl ServiceStarter {
         }
         let fresh = Arc::new(match &self.place {
             NetnsSource::Own => unreachable!("the own namespace is not entered"),
-            NetnsSource::Pid(pid) => ContainerNetns::of_process(*pid, self.identity).await?,
+            NetnsSource::Pid(pid) => ContainerNetns::of_process(*pid, self.identity, &self.spare).await?,
             NetnsSource::Netns(path) => self.enter_file(path).await?,
             NetnsSource::Container(name) => self.enter_container(name).await?,
         });
@@ -782,7 +793,7 @@ impl ServiceStarter {
                     }
                     sleep(LOOK).await;
                 }
-                Ok(file) => return ContainerNetns::of_file(file.into(), self.identity).await,
+                Ok(file) => return ContainerNetns::of_file(file.into(), self.identity, &self.spare).await,
                 // A unit may be about to make it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.unit.is_some() => {
                     sleep(LOOK).await
@@ -800,7 +811,7 @@ impl ServiceStarter {
         let reachable = rootless_netns::reachable(path).ok_or_else(none)?;
         match std::fs::File::open(&reachable) {
             Ok(file) if bro_relay::sys::is_network_namespace(file.as_fd()) => {
-                let mut found = ContainerNetns::of_file(file.into(), self.identity).await?;
+                let mut found = ContainerNetns::of_file(file.into(), self.identity, &self.spare).await?;
                 found.path = Some(reachable);
                 Ok(Some(found))
             }
@@ -838,7 +849,7 @@ impl ServiceStarter {
                 asked = tokio::time::Instant::now();
             }
             if let Some(pid) = pid {
-                match ContainerNetns::of_process(pid, self.identity).await {
+                match ContainerNetns::of_process(pid, self.identity, &self.spare).await {
                     // The container was just leaving; the next one will come.
                     Err(error) if matches!(error.downcast_ref(), Some(Failure::NotFound(_))) => {}
                     result => return result,
@@ -920,10 +931,7 @@ impl ServiceStarter {
             Ready::Unchecked => {}
             // No service says over UDP that it is ready, so that the socket is what can be seen.
             Ready::Auto | Ready::Listen | Ready::Connect | Ready::Says(_) if !udp.is_empty() => {
-                if let Some(bound) = readiness::bound(place, &udp).await? {
-                    // A datagram is not refused before it is sent, so there is no second address to try.
-                    *addresses = vec![Address::Udp(bound)];
-                }
+                let _which = readiness::bound(place, &udp).await?;
             }
             Ready::Auto | Ready::Listen | Ready::Says(_) if !tcp.is_empty() => {
                 if !self.ready.asks_elsewhere() {
@@ -946,6 +954,13 @@ impl ServiceStarter {
                 self.succeeding(&["podman", "healthcheck", "run", name].map(str::to_owned)).await;
             }
             Ready::Exec(line) => self.succeeding(&run_command::shell(line)).await,
+        }
+        // A datagram is not refused before it is sent, so there is no second address to try.
+        if addresses.len() > 1
+            && !udp.is_empty()
+            && let Ok(Some(bound)) = readiness::bound_now(place, &udp).await
+        {
+            *addresses = vec![Address::Udp(bound)];
         }
         Ok(())
     }
@@ -1020,14 +1035,14 @@ fn opening(what: &str, error: &std::io::Error) -> Failure {
 
 impl ContainerNetns {
     /// A namespace that a file names. There, unix paths and ids are this process's own.
-    async fn of_file(netns: OwnedFd, identity: Identity) -> anyhow::Result<Self> {
+    async fn of_file(netns: OwnedFd, identity: Identity, spare: &SpareAgent) -> anyhow::Result<Self> {
         let stat = nix::sys::stat::fstat(&netns)?;
         let own = netns::folder_of(std::process::id())?;
-        let namespace = Arc::new(Namespace::enter(netns, own, None, identity).await?);
+        let namespace = Arc::new(Namespace::enter(netns, own, None, identity, spare).await?);
         Ok(Self { namespace, pid: None, process: None, file: (stat.st_dev, stat.st_ino), path: None })
     }
 
-    async fn of_process(pid: i32, identity: Identity) -> anyhow::Result<Self> {
+    async fn of_process(pid: i32, identity: Identity, spare: &SpareAgent) -> anyhow::Result<Self> {
         let what = format!("process {pid}");
         let open = |path: String, flags: i32| {
             use std::os::unix::fs::OpenOptionsExt as _;
@@ -1046,7 +1061,7 @@ impl ContainerNetns {
             return Err(Failure::NotFound(format!("{what} has exited")).into());
         }
         let stat = nix::sys::stat::fstat(&netns)?;
-        let namespace = Arc::new(Namespace::enter(netns, folder, root, identity).await?);
+        let namespace = Arc::new(Namespace::enter(netns, folder, root, identity, spare).await?);
         let process = Some(crate::sys::watch(process, tokio::io::Interest::READABLE)?);
         Ok(Self { namespace, pid: Some(pid), process, file: (stat.st_dev, stat.st_ino), path: None })
     }

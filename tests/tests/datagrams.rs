@@ -1,9 +1,10 @@
-//! Datagrams: each client's flow, whole and in order, answered from where it wrote to, and within bounds.
+//! Datagrams: each client's flow, whole and in order, answered from where it wrote to, and within bounds; and messages of connections
+//! that keep them apart.
 //!
-//! Needs: a network namespace. Takes: seconds.
+//! Needs: a network namespace; dnsmasq for one test. Takes: seconds.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,10 +13,16 @@ use bro_tests::forwarder::Forwarder;
 use bro_tests::notify::Notify;
 use bro_tests::peers::{Conn, Family, Here, Listener, PATIENCE};
 use bro_tests::scene::expect_relayed;
+use bro_tests::tier::{Need, met};
 use bro_tests::udp::{Echo, UdpScene, bound, client, expect, expect_echo, loopback};
 use bro_tests::{process, require_namespaces};
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
+use nix::sys::socket::{
+    self, AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrStorage, UnixAddr,
+    recvmsg, setsockopt, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 
 /// Long enough to see that something does not happen.
 const MOMENT: Duration = Duration::from_millis(300);
@@ -375,7 +382,6 @@ fn hears_ecn(socket: &UdpSocket, ipv6: bool) -> Result<()> {
 
 /// The class of the next datagram, and its sender.
 fn receive_ecn(socket: &UdpSocket) -> Result<(u8, Option<SocketAddr>)> {
-    use std::os::fd::AsRawFd as _;
     let (mut buffer, mut space) = ([0; 64], vec![0; 256]);
     let mut parts = [std::io::IoSliceMut::new(&mut buffer)];
     let message =
@@ -483,4 +489,264 @@ fn what_cannot_be_forwarded_is_named() -> Result<()> {
     refused(bare().descriptor(udp()?, "dns").arg("/run/x"), "the socket “dns” (127.0.0.1:")?;
     let tcp = Listener::new(&Here, &Family::Tcp4.loopback().context("TCP has one")?)?;
     refused(bare().named(&tcp, "web").arg("127.0.0.1:53/udp"), "the socket “web” (127.0.0.1:")
+}
+
+/// A real name server, asked by many clients at once; each question is a flow.
+#[test]
+fn a_name_server_answers_every_question() -> Result<()> {
+    require_namespaces!();
+    if !met("a_name_server_answers_every_question", &[Need::Program("dnsmasq", "dnsmasq-base")]) {
+        return Ok(());
+    }
+    const CLIENTS: u16 = 8;
+    const QUESTIONS: u16 = 500;
+    let scene = UdpScene::new(false)?;
+    let folder = bro_tests::scratch::Scratch::new()?;
+    let program = bro_tests::tier::find_program("dnsmasq").context("it is there")?;
+    let (program, port) = (program.display().to_string(), format!("--port={}", scene.target.port()));
+    let pid_file = format!("--pid-file={}", folder.join("pid").display());
+    let words = [
+        program.as_str(),
+        "--keep-in-foreground",
+        "--conf-file=/dev/null",
+        "--no-resolv",
+        "--no-hosts",
+        "--user=root",
+        &pid_file,
+        &port,
+        "--address=/example.test/10.1.2.3",
+        "--listen-address=127.0.0.1",
+        "--bind-interfaces",
+    ];
+    let mut server =
+        bro_tests::process::Session(bro_tests::street::command(&scene.namespace, &words).spawn()?);
+    let forwarder = scene.setup()?.arg("--flows-max=256").start()?;
+    let address = scene.address()?;
+    let asked = std::thread::scope(|threads| -> Result<()> {
+        let all: Vec<_> = (0..CLIENTS)
+            .map(|client| {
+                threads.spawn(move || (0..QUESTIONS).try_for_each(|n| ask(address, client * QUESTIONS + n)))
+            })
+            .collect();
+        all.into_iter().try_for_each(|one| one.join().map_err(|_| anyhow::anyhow!("a client failed"))?)
+    });
+    ensure!(server.0.try_wait()?.is_none(), "dnsmasq has ended");
+    asked.with_context(|| format!("{:?}", forwarder.report().map(|report| report.total.datagrams)))?;
+    let tally = tally(&forwarder)?;
+    ensure!(tally.to_service.datagrams >= u64::from(CLIENTS * QUESTIONS), "{tally:?}");
+    ensure!(tally.evicted > 0 && tally.open <= 256, "{tally:?}");
+    forwarder.expect_no_panic()
+}
+
+/// Asks for a name's address from a port of its own, again if nothing comes within a second, as resolvers do.
+fn ask(server: SocketAddr, id: u16) -> Result<()> {
+    let mut question = Vec::from(id.to_be_bytes());
+    question.extend(b"\x01\0\0\x01\0\0\0\0\0\0");
+    let host = format!("h{id}");
+    for label in [host.as_str(), "example", "test", ""] {
+        question.push(u8::try_from(label.len())?);
+        question.extend(label.as_bytes());
+    }
+    question.extend(b"\0\x01\0\x01");
+    let socket = client(server, None)?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    for _ in 0..20 {
+        let _sent = socket.send(&question)?;
+        let mut answer = [0; 512];
+        let Ok(length) = socket.recv(&mut answer) else { continue };
+        ensure!(
+            answer[..2] == question[..2] && answer[12..question.len()] == question[12..],
+            "to another question"
+        );
+        ensure!(answer[..length].ends_with(&[0, 4, 10, 1, 2, 3]), "{:?}", &answer[..length]);
+        return Ok(());
+    }
+    anyhow::bail!("no answer to {host}")
+}
+
+/// A connected pair through a forwarder, of sockets that keep messages apart.
+struct Packets {
+    client: OwnedFd,
+    service: OwnedFd,
+    forwarder: Forwarder,
+    _folder: bro_tests::scratch::Scratch,
+    _namespace: bro_tests::netns::Namespace,
+}
+
+fn packet_socket() -> Result<OwnedFd> {
+    Ok(socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+fn packet_listener(path: &std::path::Path) -> Result<OwnedFd> {
+    let listener = packet_socket()?;
+    socket::bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
+    socket::listen(&listener, socket::Backlog::new(16)?)?;
+    setsockopt(&listener, sockopt::ReceiveTimeout, &TimeVal::seconds(20))?;
+    Ok(listener)
+}
+
+fn packets() -> Result<Packets> {
+    let (folder, namespace) = (bro_tests::scratch::Scratch::new()?, bro_tests::netns::Namespace::new()?);
+    let (front, back) = (folder.join("front"), folder.join("back"));
+    let (listener, serving) = (packet_listener(&front)?, packet_listener(&back)?);
+    let forwarder = bro_tests::forwarder::Setup::new()
+        .netns(&namespace)
+        .descriptor(listener, "bus")
+        .arg(back.display().to_string())
+        .start()?;
+    let client = packet_socket()?;
+    socket::connect(client.as_raw_fd(), &UnixAddr::new(&front)?)?;
+    // SAFETY: accept has just made this descriptor for us and nothing else knows it.
+    let service = unsafe { OwnedFd::from_raw_fd(socket::accept(serving.as_raw_fd())?) };
+    for end in [&client, &service] {
+        setsockopt(end, sockopt::ReceiveTimeout, &TimeVal::seconds(20))?;
+        setsockopt(end, sockopt::SendTimeout, &TimeVal::seconds(20))?;
+    }
+    Ok(Packets { client, service, forwarder, _folder: folder, _namespace: namespace })
+}
+
+fn send_packet(to: &OwnedFd, bytes: &[u8]) -> nix::Result<usize> {
+    socket::send(to.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)
+}
+
+fn expect_packet(from: &OwnedFd, bytes: &[u8]) -> Result<()> {
+    let mut buffer = vec![0; 1 << 18];
+    let length = socket::recv(from.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+    ensure!(buffer[..length] == *bytes, "{length} bytes came for {}", bytes.len());
+    Ok(())
+}
+
+#[test]
+fn messages_of_a_connection_stay_apart() -> Result<()> {
+    require_namespaces!();
+    let Packets { client, service, forwarder, _folder, _namespace } = packets()?;
+    // One of more than a shared buffer, and one that is empty, among others; all sent before the first is read.
+    let lengths = [1, 3, 0, 8192, 150_000, 0, 2];
+    for (from, to) in [(&client, &service), (&service, &client)] {
+        for length in lengths {
+            let _sent =
+                send_packet(from, &bytes(length, length)).with_context(|| format!("sending {length}"))?;
+        }
+        for length in lengths {
+            expect_packet(to, &bytes(length, length)).with_context(|| format!("of {length}"))?;
+        }
+    }
+    // More than all buffers on the way hold: the reader is slower, and nothing is lost or joined.
+    std::thread::scope(|threads| -> Result<()> {
+        let sending =
+            threads.spawn(|| (0..2000).try_for_each(|n| send_packet(&client, &bytes(n % 5000, n)).map(drop)));
+        std::thread::sleep(MOMENT);
+        (0..2000).try_for_each(|n| {
+            expect_packet(&service, &bytes(n % 5000, n)).with_context(|| format!("number {n}"))
+        })?;
+        sending.join().map_err(|_| anyhow::anyhow!("the sender failed"))??;
+        Ok(())
+    })?;
+    // The end of one direction is no end of the other.
+    socket::shutdown(client.as_raw_fd(), socket::Shutdown::Write)?;
+    expect_packet(&service, b"").context("the end")?;
+    let _sent = send_packet(&service, b"goodbye")?;
+    expect_packet(&client, b"goodbye")?;
+    drop(service);
+    expect_packet(&client, b"").context("the end of the other")?;
+    drop(client);
+    let closing = forwarder.closing()?;
+    ensure!(closing.reason == "eof", "{closing:?}");
+    forwarder.expect_no_panic()
+}
+
+#[test]
+fn descriptors_among_messages_are_not_lost_in_silence() -> Result<()> {
+    require_namespaces!();
+    let Packets { client, service, forwarder, _folder, _namespace } = packets()?;
+    let _sent = send_packet(&client, b"before")?;
+    expect_packet(&service, b"before")?;
+    let (number, parts) = ([client.as_raw_fd()], [std::io::IoSlice::new(b"with one")]);
+    let rights = [socket::ControlMessage::ScmRights(&number)];
+    match socket::sendmsg::<()>(client.as_raw_fd(), &parts, &rights, MsgFlags::MSG_NOSIGNAL, None) {
+        // The kernel refuses them, and the connection goes on.
+        Err(Errno::EPERM) => {
+            let _sent = send_packet(&client, b"after")?;
+            expect_packet(&service, b"after")
+        }
+        Ok(_) => {
+            let closing = forwarder.closing()?;
+            ensure!(closing.reason == "descriptors", "{closing:?}");
+            Ok(())
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+#[test]
+fn streams_and_messages_are_not_mixed() -> Result<()> {
+    require_namespaces!();
+    let (folder, namespace) = (bro_tests::scratch::Scratch::new()?, bro_tests::netns::Namespace::new()?);
+    let (front, back) = (folder.join("front"), folder.join("back"));
+    let (listener, _serving) = (packet_listener(&front)?, std::os::unix::net::UnixListener::bind(&back)?);
+    let forwarder = bro_tests::forwarder::Setup::new()
+        .netns(&namespace)
+        .descriptor(listener, "bus")
+        .arg(back.display().to_string())
+        .start()?;
+    let client = packet_socket()?;
+    socket::connect(client.as_raw_fd(), &UnixAddr::new(&front)?)?;
+    let closing = forwarder.closing()?;
+    ensure!(closing.reason == "refused", "{closing:?}");
+    Ok(())
+}
+
+#[test]
+fn a_name_with_two_addresses_leads_to_the_one_that_is_bound() -> Result<()> {
+    use std::net::ToSocketAddrs as _;
+    require_namespaces!();
+    // Not every host's own name table has the second.
+    let families: Vec<bool> = ("localhost", 0).to_socket_addrs()?.map(|address| address.is_ipv6()).collect();
+    for ipv6 in families {
+        for ready in ["auto", "none"] {
+            let scene = UdpScene::new(ipv6)?;
+            let _echo = scene.echo()?;
+            let socket = scene.front.as_fd().try_clone_to_owned()?;
+            let _forwarder = bro_tests::forwarder::Setup::new()
+                .pid(&scene.namespace)
+                .descriptor(socket, "dns")
+                .args([format!("--ready={ready}"), format!("localhost:{}", scene.target.port())])
+                .start()?;
+            expect_echo(&scene.client()?, b"ping")
+                .with_context(|| format!("IPv6 {ipv6}, --ready={ready}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn by_bytes_a_flow_that_is_silent_keeps_nothing_awake() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let mut forwarder = scene.setup()?.args(["--idle-by=bytes", "--exit-idle-time=700ms"]).start()?;
+    let client = scene.client()?;
+    for _ in 0..15 {
+        expect_echo(&client, b"ping")?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(forwarder.is_running()?, "it left between datagrams");
+    forwarder.expect_exit(0)
+}
+
+#[test]
+fn who_is_ignored_wakes_nothing_and_keeps_nothing_awake() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let mut forwarder = scene
+        .setup()?
+        .args(["--wake-ignore=127.0.0.0/8", "--idle-ignore=127.0.0.0/8", "--exit-idle-time=1s"])
+        .start()?;
+    let client = scene.client()?;
+    let _sent = client.send(b"nothing to wake for")?;
+    let ignored = || dropped(&forwarder, "wake-ignored").is_ok_and(|count| count == 1);
+    ensure!(process::eventually(PATIENCE, ignored), "{:?}", tally(&forwarder)?);
+    ensure!(tally(&forwarder)?.flows == 0, "{:?}", tally(&forwarder)?);
+    forwarder.expect_exit(0)
 }

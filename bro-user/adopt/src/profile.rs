@@ -22,6 +22,8 @@ const AROUND: [&str; 4] = ["socketcall", "io_uring_enter", "io_uring_register", 
 const FASTOPEN: u32 = 0x2000_0000;
 const SENDS: [(&str, u32); 3] = [("sendmmsg", 3), ("sendmsg", 2), ("sendto", 3)];
 
+const CONNECT: &str = "connect";
+
 const ALLOW: &str = "SCMP_ACT_ALLOW";
 const LOG: &str = "SCMP_ACT_LOG";
 const ERRNO: &str = "SCMP_ACT_ERRNO";
@@ -46,6 +48,16 @@ pub struct WantedProfile<'a> {
     pub wait_killable: bool,
 }
 
+/// May the container's processes connect?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Connecting {
+    /// As in the other profile.
+    AsBefore,
+    /// Not at all, not even to a unix socket or to another of its own services: connect(2) fails with EPERM. Then no socket of the host's is
+    /// dissolved or led elsewhere, and it takes no right to forbid that.
+    Never,
+}
+
 /// Why no profile can be made.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unfit {
@@ -65,11 +77,19 @@ pub enum Unfit {
     Notifies,
 }
 
-/// The profile. The same text is made of the same.
+/// The profile of a container that connects as before. The same text is made of the same.
 ///
 /// # Errors
 /// [`Unfit`].
 pub fn profile(wanted: &WantedProfile<'_>) -> Result<String, Unfit> {
+    profile_with(wanted, Connecting::AsBefore)
+}
+
+/// The profile.
+///
+/// # Errors
+/// [`Unfit`].
+pub fn profile_with(wanted: &WantedProfile<'_>, connecting: Connecting) -> Result<String, Unfit> {
     let mut profile: Map<String, Value> = serde_json::from_str(wanted.source).map_err(unreadable)?;
     let mut rules = Rules::of(&mut profile)?;
     // Without a listener such rules fail; with one, the agent would allow what they are about.
@@ -83,6 +103,14 @@ pub fn profile(wanted: &WantedProfile<'_>) -> Result<String, Unfit> {
     }
     notify_shutdown(&mut rules)?;
     refuse_fast_open(&mut rules)?;
+    if connecting == Connecting::Never {
+        rules.forget(CONNECT);
+        // Runtimes refuse a rule that says what is so by default; the default error is EPERM.
+        let number = profile.get("defaultErrnoRet").and_then(Value::as_u64).unwrap_or(1);
+        if (rules.default.as_str(), number) != (ERRNO, 1) {
+            rules.add(json!({ "names": [CONNECT], "action": ERRNO, "errnoRet": 1, "errno": "EPERM" }));
+        }
+    }
     for name in AROUND {
         rules.forget(name);
     }
@@ -392,6 +420,26 @@ mod tests {
         assert_eq!(flags("null", false), Value::Null);
         let without = profile(&WantedProfile { wait_killable: false, ..wanted(SOURCE) }).unwrap();
         assert!(!without.contains("flags"), "{without}");
+    }
+
+    #[test]
+    fn a_container_that_never_connects_has_one_rule_for_it() {
+        let with = SOURCE.replace("\"accept\", ", "\"accept\", \"connect\", ");
+        let allowing = r#"{"defaultAction": "SCMP_ACT_ALLOW"}"#;
+        for source in [with.as_str(), SOURCE, allowing] {
+            let text = profile_with(&wanted(source), Connecting::Never).unwrap();
+            let made: Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(actions(&made, CONNECT, [0; 4], true), [ERRNO]);
+            let rules = made["syscalls"].as_array().unwrap();
+            let rule = rules.iter().find(|rule| names(rule).any(|name| name == CONNECT)).unwrap();
+            assert_eq!((&rule["errnoRet"], names(rule).count()), (&json!(1), 1));
+            // All else is as it was.
+            check(&serde_json::from_str(source).unwrap(), &made).unwrap();
+        }
+        assert_eq!(actions(&made(&with), CONNECT, [0; 4], false), [ALLOW]);
+        // Where that is the default there is none.
+        let text = profile_with(&wanted(&with.replace("38", "1")), Connecting::Never).unwrap();
+        assert!(!text.contains("\"connect\""), "{text}");
     }
 
     #[test]

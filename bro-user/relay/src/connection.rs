@@ -425,7 +425,7 @@ impl Connection {
             _ if self.by_lanes() > 0 => "sockmap",
             Method::Splice if ours > 0 && ours == copied => "copy",
             Method::Splice => "splice",
-            Method::Copy => "copy",
+            Method::Copy | Method::Messages => "copy",
         }
     }
 

@@ -10,6 +10,8 @@ use nix::sys::socket::{self, SockaddrStorage};
 pub enum Kind {
     /// They connect, and are accepted.
     Stream,
+    /// The same, and what they send is messages (unix(7) SOCK_SEQPACKET).
+    SeqPacket,
     /// They send datagrams.
     Datagram,
 }
@@ -35,6 +37,7 @@ impl Kind {
     fn of(socket: &OwnedFd) -> nix::Result<Self> {
         match socket::getsockopt(socket, socket::sockopt::SockType)? {
             socket::SockType::Datagram => Ok(Self::Datagram),
+            socket::SockType::SeqPacket => Ok(Self::SeqPacket),
             _ => Ok(Self::Stream),
         }
     }

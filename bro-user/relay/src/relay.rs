@@ -24,6 +24,9 @@ pub enum Method {
     Splice,
     /// Through a buffer.
     Copy,
+    /// Through a buffer, each message as a whole (unix sockets of SOCK_SEQPACKET). One counts as a byte more than it has, so that an
+    /// empty one is something to pass on as well.
+    Messages,
 }
 
 /// One end of a connection.
@@ -181,7 +184,7 @@ impl Direction {
     /// Puts our own bytes in front of the source's first one. Nothing is read before they are written.
     pub fn precede(&mut self, bytes: Vec<u8>) {
         self.preceding = bytes.len();
-        self.half.read(bytes.len());
+        self.half.read(bytes.len() + usize::from(self.method == Method::Messages));
         self.held = Held::Bytes(Box::new(bytes.into()));
     }
 
@@ -356,6 +359,9 @@ impl Direction {
         sink: BorrowedFd<'_>,
         tools: &mut Tools,
     ) -> Result<Option<usize>, Broken> {
+        if self.method == Method::Messages {
+            return self.fill_message(source, sink, tools);
+        }
         let read = match self.guard {
             DescriptorGuard::Needless => copy::read(source, &mut tools.scratch),
             DescriptorGuard::Backlog | DescriptorGuard::Always => {
@@ -391,6 +397,51 @@ impl Direction {
         Ok(Some(count))
     }
 
+    /// One message, however long. A message that is longer than the sink's buffer breaks the connection.
+    fn fill_message(
+        &mut self,
+        source: BorrowedFd<'_>,
+        sink: BorrowedFd<'_>,
+        tools: &mut Tools,
+    ) -> Result<Option<usize>, Broken> {
+        let mut long = Vec::new();
+        let read = copy::message_length(source).and_then(|length| {
+            if length > copy::LONGEST_MESSAGE {
+                return Err(Errno::EMSGSIZE);
+            }
+            long.resize(if length > tools.scratch.len() { length } else { 0 }, 0);
+            let buffer = if long.is_empty() { &mut tools.scratch[..] } else { &mut long[..] };
+            copy::read_guarded(source, buffer, MsgFlags::empty())
+        });
+        let count = match read {
+            Ok(count) => count,
+            Err(Errno::EAGAIN) => {
+                if self.guard == DescriptorGuard::Backlog {
+                    self.guard = DescriptorGuard::Needless;
+                }
+                return Ok(None);
+            }
+            Err(errno) => return Err(self.broke(errno)),
+        };
+        if count == 0 && crate::sys::has_finished(source) {
+            self.half.ended();
+            return Ok(Some(0));
+        }
+        self.half.read(count + 1);
+        let message = if long.is_empty() { &tools.scratch[..count] } else { &long[..count] };
+        match copy::write(message, sink) {
+            Ok(written) => {
+                self.half.wrote(1);
+                self.wrote(written, sink);
+                self.copied += written as u64;
+                tools.copied += written as u64;
+            }
+            Err(Errno::EAGAIN) => self.held = Held::Bytes(Box::new(Bytes::copy_from_slice(message))),
+            Err(errno) => return Err(Broken { side: self.sink(), errno }),
+        }
+        Ok(Some(count))
+    }
+
     /// Writes what waits; true when nothing waits any more.
     fn flush(&mut self, sink: BorrowedFd<'_>, tools: &mut Tools) -> Result<bool, Broken> {
         while self.half.wants_write() {
@@ -402,6 +453,9 @@ impl Direction {
                     let counted = n.saturating_sub(self.preceding) as u64;
                     self.copied += counted;
                     tools.copied += counted;
+                    if self.method == Method::Messages {
+                        self.half.wrote(1);
+                    }
                 }),
                 Held::Nothing => unreachable!("bytes are held, and by nothing"),
             };

@@ -140,6 +140,16 @@ pub fn stirs(socket: BorrowedFd<'_>) -> bool {
     poll(&mut [PollFd::new(socket, PollFlags::POLLIN)], PollTimeout::ZERO) != Ok(0)
 }
 
+/// Has the other end of this socket finished sending?
+#[must_use]
+pub fn has_finished(socket: BorrowedFd<'_>) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let finished = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    let mut polled = [PollFd::new(socket, finished)];
+    // Not to know is no reason to read on for ever.
+    poll(&mut polled, PollTimeout::ZERO) != Ok(0)
+}
+
 /// How many clients wait to be accepted: over TCP their number (tcp(7): `tcpi_unacked` of a listening socket), else at least one or
 /// none.
 ///
@@ -414,6 +424,28 @@ pub fn duplicate(descriptor: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedF
 pub fn close_in_child(descriptor: BorrowedFd<'_>) {
     // SAFETY: a plain number; the child ends by [`exit_now`], without the destructor that would close it again.
     unsafe { libc::close(descriptor.as_raw_fd()) };
+}
+
+/// Closes, after [`fork`] and in the child, every descriptor from `first` on (close_range(2); one by one where a filter or an old
+/// kernel forbids that). Values of the child that own one may neither be used nor dropped afterwards.
+///
+/// # Errors
+/// When it cannot be seen which are open.
+pub fn close_all_in_child(first: RawFd) -> io::Result<()> {
+    let (from, last): (libc::c_ulong, libc::c_ulong) = (first.unsigned_abs().into(), u32::MAX.into());
+    // SAFETY: plain numbers; the child ends by [`exit_now`], without the destructors that would close them again.
+    if unsafe { libc::syscall(libc::SYS_close_range, from, last, NOTHING) } == 0 {
+        return Ok(());
+    }
+    let open: Vec<RawFd> = std::fs::read_dir("/proc/self/fd")?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    for number in open.into_iter().filter(|&number| number >= first) {
+        // SAFETY: as above; that of the folder itself is closed already.
+        unsafe { libc::close(number) };
+    }
+    Ok(())
 }
 
 /// Lets no program that is executed from now on have a descriptor of this process's beyond the first three (close_range(2), of

@@ -4,11 +4,11 @@
 //! Its parts: the life cycle of the service (`lifecycle.rs`), the data plane (`data_plane.rs`), sockets that the service has itself
 //! (`adoption.rs`), reload (`reload.rs`), what callers ask (`requests.rs`); `control.rs` is the loop that hears of everything, and gives it to the part that it is for.
 
-pub mod adoption;
 pub mod freeze;
 pub mod handover;
 pub mod inhibit;
 
+mod adoption;
 mod control;
 mod data_plane;
 mod drain;
@@ -27,7 +27,7 @@ mod wake;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use adoption::{Adoption, Reserved};
+use adoption::{Reserved, SocketAdoption};
 use control::Control;
 use data_plane::{DataPlane, RelayProcess};
 use handover::{Predecessor, Program};
@@ -40,6 +40,7 @@ use routes::Routes;
 use crate::cli::Forward;
 use crate::exit::Failure;
 use crate::metrics;
+use crate::netns::agent_process::SpareAgent;
 use crate::systemd::listen_fds::{self, Passed};
 use crate::systemd::notify;
 
@@ -66,12 +67,13 @@ pub fn run(
     let mut private: Vec<BorrowedFd<'_>> = predecessor.iter().map(Predecessor::descriptor).collect();
     private.extend(reserved.iter().flat_map(Reserved::descriptors));
     let relay = RelayProcess::fork(&settings, &routes, &private)?;
-    // After the fork: the relay process may not have this either.
+    // After that fork: the relay process may have neither the channel to the agent nor what a predecessor has left.
+    let agent = SpareAgent::fork();
     let bequest = predecessor.as_ref().and_then(Predecessor::bequest);
     let Routes { listeners, targets } = routes;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let starter = settings::service_starter(options, &listeners);
+        let starter = settings::service_starter(options, &listeners).with_agent(agent);
         starter.check(&targets).await?;
         if options.idle.freeze {
             starter.check_freezing().await?;
@@ -79,7 +81,7 @@ pub fn run(
         }
         let keep_awake = KeepAwake::of(&options.idle.keep_awake).await?;
         let plane = DataPlane::start(options, relay, local_clients, bequest)?;
-        let adoption = reserved.map(|reserved| Adoption::new(reserved, &listeners, &targets, &plane));
+        let adoption = reserved.map(|reserved| SocketAdoption::new(reserved, &listeners, &targets, &plane));
         let adoption = adoption.transpose()?;
         let life = Lifecycle::new(options, targets, Arc::new(starter), keep_awake, &plane);
         let reload = Reload::new(program, &listeners);

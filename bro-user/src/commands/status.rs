@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 use bro_relay::stats::Tally;
 use serde::{Deserialize, Serialize};
 
-use crate::commands::forward::adoption::FallbackKind;
 use crate::control_socket::{self, Request};
 use crate::exit::{self, Failure};
+use crate::fallback::FallbackKind;
 use crate::ledger::Own;
 use crate::service::failed_wake::FailedWake;
 use crate::service::wakes::Rhythm;

@@ -11,9 +11,9 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::commands::forward::adoption::FallbackKind;
 use crate::commands::status::list::ListedService;
 use crate::commands::status::{AdoptionReport, ServiceState};
+use crate::fallback::FallbackKind;
 use crate::ledger::Counts;
 use bro_relay::flows::Amounts;
 use bro_relay::stats::{Tally, Times};

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -93,7 +94,9 @@ pub fn running_in(residence: &Residence, name: &str) -> Option<i32> {
 /// The processes in a unit's cgroup and in those right below it: with --cgroups=split conmon has one beside the container's; the
 /// container may make as many as it likes below its own.
 fn processes_in(cgroup: &Path) -> BTreeSet<i32> {
-    let below = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
+    // The kernel counts folders below as links, and to list one takes longer than all the rest of a look.
+    let is_split = std::fs::metadata(cgroup).is_ok_and(|metadata| metadata.nlink() > 2);
+    let below = is_split.then(|| std::fs::read_dir(cgroup)).into_iter().flatten().flatten().flatten();
     let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).take(CGROUPS);
     let mut pids = BTreeSet::new();
     for folder in std::iter::once(cgroup.to_owned()).chain(below.map(|entry| entry.path())) {

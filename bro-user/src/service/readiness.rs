@@ -162,13 +162,16 @@ const ASK_STEP: Duration = Duration::from_millis(250);
 /// Between two looks at the table although the programs would tell.
 const GUARD: Duration = Duration::from_secs(1);
 
-/// Between two looks at the table of listeners: soon at first, when services usually come up, then with more patience.
+/// Between two looks at the table of listeners: this part of the time that was waited so far, within these bounds. So a service that
+/// is up at once is served at once, and the forwarders of thirty that are started in the same moment leave the processors to these.
+const PART: u32 = 32;
+const SHORTEST: Duration = Duration::from_millis(1);
+const LONGEST: Duration = Duration::from_millis(10);
+/// The same for a service that takes half a minute.
+const PATIENT: Duration = Duration::from_millis(20);
+
 fn listen_step(waited: Duration) -> Duration {
-    match waited.as_millis() {
-        0..5_000 => Duration::from_millis(1),
-        5_000..30_000 => Duration::from_millis(5),
-        _ => Duration::from_millis(20),
-    }
+    if waited < Duration::from_secs(30) { (waited / PART).clamp(SHORTEST, LONGEST) } else { PATIENT }
 }
 
 /// Waits until one of `addresses` has a listener in the table of the namespace at `place`. An address that is not the namespace's
@@ -213,11 +216,11 @@ pub async fn bound(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<Opt
             return Ok(None);
         }
     }
-    let table = Table::open(place).await?;
     let start = Instant::now();
     loop {
-        let sockets = match table.datagram_sockets() {
-            Ok(sockets) => sockets,
+        match bound_now(place, addresses).await {
+            Ok(Some(found)) => return Ok(Some(found)),
+            Ok(None) => {}
             // CONFIG_INET_UDP_DIAG is a module, and may be missing.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
                 tracing::warn!(
@@ -227,13 +230,18 @@ pub async fn bound(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<Opt
                 return Ok(None);
             }
             Err(error) => return Err(error),
-        };
-        let found = addresses.iter().find(|address| sockets.iter().any(|socket| socket.serves(**address)));
-        if let Some(found) = found {
-            return Ok(Some(*found));
         }
         sleep(listen_step(start.elapsed())).await;
     }
+}
+
+/// The first of `addresses` at which there is a UDP socket now.
+///
+/// # Errors
+/// ENOENT where this kernel has no such table, or when the namespace cannot be asked.
+pub async fn bound_now(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<Option<SocketAddr>> {
+    let sockets = Table::open(place).await?.datagram_sockets()?;
+    Ok(addresses.iter().find(|address| sockets.iter().any(|socket| socket.serves(**address))).copied())
 }
 
 /// Waits until a connection to one of `addresses` succeeds; it is closed at once.

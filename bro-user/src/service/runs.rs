@@ -4,7 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::use_lock;
-use crate::systemd::manager::{SystemdManager, UnitState};
+use crate::systemd::manager::{Changes, SystemdManager, UnitState};
 
 /// The owner of the unit's present run, as far as was seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,15 +118,30 @@ impl Runs {
         use_lock::forget(&self.unit);
     }
 
-    /// Looks at each step of the unit, for as long as the bus exists.
+    /// Looks at each step of the unit that `changes` tells of from now on, for as long as the bus exists.
     ///
     /// # Errors
     /// When the bus is gone.
-    pub async fn follow(&self, bus: &SystemdManager) -> anyhow::Result<std::convert::Infallible> {
-        let mut changes = bus.changes(&self.unit).await?;
+    pub async fn follow(
+        &self,
+        bus: &SystemdManager,
+        mut changes: Changes,
+    ) -> anyhow::Result<std::convert::Infallible> {
         loop {
-            self.look(bus).await?;
             changes.next_step().await?;
+            if self.is_news(&changes) {
+                self.look(bus).await?;
+            }
+        }
+    }
+
+    /// May what systemd has told change whose the run is? That the run goes on which was known before does not; of any other run,
+    /// what was told may be old by now, so that takes a look.
+    fn is_news(&self, changes: &Changes) -> bool {
+        match &*self.whose.lock().unwrap_or_else(PoisonError::into_inner) {
+            Whose::Ordered { before } => !changes.told_of(before),
+            Whose::Ours { run, .. } => !changes.told_of(run) || changes.told_job() != Some(0),
+            Whose::Others => true,
         }
     }
 }

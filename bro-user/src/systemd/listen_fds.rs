@@ -219,12 +219,24 @@ fn inherited(passed: Passed, shared: bool) -> anyhow::Result<Listener> {
     let kind =
         socket::getsockopt(&socket, sockopt::SockType).map_err(|_| refuse("is not a socket".into()))?;
     if kind == SockType::Datagram {
+        if shared {
+            bail!(refuse(
+                "takes datagrams, and --adopt is for sockets of streams: leave it to another forwarder"
+                    .into()
+            ));
+        }
         return for_datagrams(socket, name.clone(), &refuse);
     }
-    if kind != SockType::Stream {
+    if !matches!(kind, SockType::Stream | SockType::SeqPacket) {
         bail!(refuse(format!(
-            "is of type {kind:?}: use ListenStream= with a TCP or unix address, or ListenDatagram= with a UDP address"
+            "is of type {kind:?}: use ListenStream= with a TCP or unix address, ListenSequentialPacket=, or ListenDatagram= with a UDP \
+             address"
         )));
+    }
+    if shared && kind == SockType::SeqPacket {
+        bail!(refuse(
+            "takes messages, and --adopt is for sockets of streams: leave it to another forwarder".into()
+        ));
     }
     if !socket::getsockopt(&socket, sockopt::AcceptConn)? {
         bail!(refuse(

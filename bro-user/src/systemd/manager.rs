@@ -4,11 +4,12 @@
 mod transient;
 mod unit_files;
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -82,9 +83,6 @@ trait Systemd {
 
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Unit", default_service = "org.freedesktop.systemd1")]
 trait Unit {
-    /// Its first name.
-    #[zbus(property(emits_changed_signal = "false"))]
-    fn id(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn active_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
@@ -302,6 +300,18 @@ impl Changes {
         }
     }
 
+    /// Did the last step tell of this run?
+    #[must_use]
+    pub fn told_of(&self, run: &str) -> bool {
+        self.step.invocation.as_ref().is_some_and(|id| hexadecimal(id) == run)
+    }
+
+    /// The number of the unit's job that the last step told of, if it told of that; 0 while there is none.
+    #[must_use]
+    pub const fn told_job(&self) -> Option<u32> {
+        self.step.job
+    }
+
     async fn next_told(&mut self) -> anyhow::Result<zbus::fdo::PropertiesChanged> {
         let mut last = self.signals.next().await.ok_or(Closed)?;
         while let Some(next) = poll_once(self.signals.next()).await {
@@ -315,6 +325,9 @@ impl Changes {
 #[derive(Debug, Clone)]
 pub struct SystemdManager {
     systemd: SystemdProxy<'static>,
+    /// The objects of units' first names, by whichever name was asked for. A unit that gets another first name while this
+    /// connection lives is looked at from time to time, as one that is not told of.
+    objects: Arc<Mutex<HashMap<String, OwnedObjectPath>>>,
 }
 
 impl SystemdManager {
@@ -341,7 +354,7 @@ impl SystemdManager {
         };
         let systemd = SystemdProxy::new(&connection).await?;
         systemd.subscribe().await.context("no systemd answers on the bus")?;
-        Ok(Self { systemd })
+        Ok(Self { systemd, objects: Arc::default() })
     }
 
     /// Connects to the service manager of `owner`, as that user; a caller other than root can only be that user.
@@ -368,7 +381,7 @@ impl SystemdManager {
         };
         let systemd = SystemdProxy::new(&connection).await?;
         systemd.subscribe().await.context("no systemd answers on the bus")?;
-        Ok(Self { systemd })
+        Ok(Self { systemd, objects: Arc::default() })
     }
 
     /// The connection itself, for calls that this type does not make.
@@ -409,7 +422,7 @@ impl SystemdManager {
     /// When the bus fails.
     pub async fn invocation(&self, unit: &str) -> anyhow::Result<String> {
         let id = self.unit(unit).await?.invocation_id().await?;
-        Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hexadecimal(&id))
     }
 
     /// What the unit is doing.
@@ -422,14 +435,17 @@ impl SystemdManager {
         // one to start it. Other units than services have no restarts.
         let (job, invocation, state, restarts) =
             tokio::join!(unit.job(), unit.invocation_id(), unit.active_state(), service.n_restarts());
+        let state = state?;
         let kind = match job? {
             (0, _) => None,
+            // A job to restart what does not run is one to start it.
+            _ if matches!(state.as_str(), "inactive" | "failed") => None,
             // It may have ended since.
             (_, job) => self.job(job).await?.job_type().await.ok(),
         };
         Ok(UnitState {
-            state: state?,
-            invocation: invocation?.iter().map(|byte| format!("{byte:02x}")).collect(),
+            state,
+            invocation: hexadecimal(&invocation?),
             restarts: restarts.unwrap_or(0),
             is_restarting: kind.is_some_and(|kind| kind.ends_with("restart")),
         })
@@ -496,7 +512,7 @@ impl SystemdManager {
     /// # Errors
     /// When the bus fails.
     pub async fn changes(&self, unit: &str) -> anyhow::Result<Changes> {
-        let path = self.systemd.load_unit(unit).await?;
+        let path = self.first_object(unit).await?;
         let properties = zbus::fdo::PropertiesProxy::builder(self.connection());
         let properties = properties.destination("org.freedesktop.systemd1").path(path).build().await?;
         // systemd tells of the unit whenever it tells of the service that it is.
@@ -532,6 +548,17 @@ impl SystemdManager {
         Ok(ended_how(&result, code, service.exec_main_status().await?))
     }
 
+    /// The object of the unit's first name, from which its signals come; systemd is asked once.
+    async fn first_object(&self, unit: &str) -> anyhow::Result<OwnedObjectPath> {
+        let known = || self.objects.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(object) = known().get(unit) {
+            return Ok(object.clone());
+        }
+        let object = self.systemd.load_unit(unit).await?;
+        let _other_name = known().insert(unit.to_owned(), object.clone());
+        Ok(object)
+    }
+
     async fn unit(&self, unit: &str) -> anyhow::Result<UnitProxy<'static>> {
         let builder = UnitProxy::builder(self.connection()).path(object_of(unit)?);
         Ok(builder.cache_properties(CacheProperties::No).build().await?)
@@ -556,7 +583,7 @@ impl SystemdManager {
     /// When systemd refuses, with its own words.
     pub async fn start_telling(&self, unit: &str, ordered: impl FnOnce()) -> anyhow::Result<String> {
         // Of this unit's jobs alone: where many are started at once, each forwarder would hear of all of them.
-        let id = self.unit(unit).await?.id().await?;
+        let id = name_of(&self.first_object(unit).await?);
         let mut removed = self.systemd.receive_job_removed_with_args(&[(2, &id)]).await?;
         let job = self.systemd.start_unit(unit, "replace").await.map_err(plain)?;
         ordered();
@@ -810,6 +837,14 @@ impl SystemdManager {
     }
 }
 
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        // Writing to a String cannot fail.
+        write!(text, "{byte:02x}").ok();
+        text
+    })
+}
+
 /// Where all cgroups are: looked for once, since the table of mounts may be long.
 fn cgroups() -> Option<&'static Path> {
     static MOUNT_POINT: OnceLock<Option<PathBuf>> = OnceLock::new();
@@ -851,6 +886,27 @@ fn object_of(unit: &str) -> anyhow::Result<OwnedObjectPath> {
         }
     }
     Ok(OwnedObjectPath::try_from(path)?)
+}
+
+/// The name of the unit whose object that is.
+fn name_of(object: &OwnedObjectPath) -> String {
+    let escaped = object.as_str().rsplit('/').next().unwrap_or_default();
+    let mut bytes = Vec::with_capacity(escaped.len());
+    let mut rest = escaped.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        let code = after.get(..2).and_then(|code| std::str::from_utf8(code).ok());
+        match code.and_then(|code| u8::from_str_radix(code, 16).ok()).filter(|_| byte == b'_') {
+            Some(code) => {
+                bytes.push(code);
+                rest = &after[2..];
+            }
+            None => {
+                bytes.push(byte);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// A unit for one command. Dropping it has systemd end the command, if it runs, and forget the unit.
@@ -993,6 +1049,7 @@ mod tests {
         {
             let path = object_of(unit).unwrap();
             assert_eq!(path.as_str(), format!("/org/freedesktop/systemd1/unit/{object}"));
+            assert_eq!(name_of(&path), unit);
         }
     }
 

@@ -4,9 +4,11 @@ use super::*;
 
 /// The process of `forwarder` that makes its sockets in the target's namespace.
 fn agent(forwarder: &Forwarder) -> Result<i32> {
+    // The first one is forked, those after it are executed.
     let is_agent = |pid: &i32| {
-        std::fs::read(format!("/proc/{pid}/cmdline"))
-            .is_ok_and(|line| line.split(|byte| *byte == 0).any(|word| word == b"netns-agent"))
+        process::name(*pid).as_deref() == Some("bro-agent")
+            || std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.split(|byte| *byte == 0).any(|word| word == b"netns-agent"))
     };
     process::children(forwarder.pid()).into_iter().find(is_agent).context("it has no agent")
 }

@@ -281,7 +281,7 @@ pub fn for_a_user(host: &Host) -> Result<()> {
     expect_removed(&served.0, &before)
 }
 
-/// How long a request takes, the service awake: nothing of bro's is in the way.
+/// The forwarder is restarted, reloaded and told to put it to sleep while it is awake.
 pub fn looked_after(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
     expect_adopted(&site)?;
@@ -296,16 +296,6 @@ pub fn looked_after(host: &Host, manager: Manager) -> Result<()> {
     manager.systemctl(host, &["reload", "adopted-activator.service"])?;
     expect_adopted(&site)?;
     manager.run(host, &["podman", "exec", "systemd-adopted", "echo"])?;
-    // A second port of a service that runs.
-    let second = host.free_port()?;
-    let words = format!("adopted --service-name more --external-port 0.0.0.0:{second} --internal-port 7");
-    let ran = activate(host, manager, &words)?;
-    ensure!(ran.success(), "{ran:?}");
-    let page = host.sh(&format!("curl --silent --fail --max-time 20 http://127.0.0.1:{second}/"));
-    ensure!(page.with_context(|| site.journals())?.len() > 3);
-    expect_adopted(&site)?;
-    ensure!(activate(host, manager, "adopted --service-name more --remove")?.success());
-    expect_adopted(&site)?;
     manager.run(host, &["bro", "sleep", "adopted"])?;
     site.await_container_gone().with_context(|| site.journals())?;
     let status = manager.run(host, &["bro", "status", "adopted"])?;

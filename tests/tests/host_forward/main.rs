@@ -12,6 +12,7 @@ mod places;
 mod services;
 mod sharing;
 mod site;
+mod thirty;
 mod unix_socket;
 mod users;
 mod waking;
@@ -35,6 +36,7 @@ const BOTH: &[Case] = &[
     ("two sockets with targets of their own", places::two_sockets),
     ("sockets of IPv6 and unix", places::other_listeners),
     ("a hundred clients in the first millisecond", waking::hundred_clients),
+    ("thirty services woken in one moment", thirty::woken_at_once),
     ("clients around the moment of the idle exit", waking::clients_around_idle_exit),
     ("readiness: healthy, exec, connect", waking::other_readiness),
     ("a container that restarts under a running forwarder", life::container_restarts),

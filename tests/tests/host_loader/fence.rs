@@ -70,6 +70,58 @@ pub fn of_a_socket_unit(host: &Host) -> Result<()> {
     Ok(())
 }
 
+/// Without root: the OCI runtime of the container restricts it, by Landlock.
+pub fn of_a_container(host: &Host) -> Result<()> {
+    for manager in [Manager::User("test"), Manager::System] {
+        let hidden = host.in_network(|| Ok(TcpListener::bind("127.0.0.1:0")?))?;
+        let port = hidden.local_addr()?.port();
+        // nc ends with the connection.
+        std::thread::spawn(move || hidden.incoming().map(drop).last());
+        let folder = if manager == Manager::System { "/run/fence" } else { "/home/test/fence" };
+        let link = |ports: &str| -> Result<String> {
+            let runtime = format!("{folder}/tcp-{ports}/crun");
+            let script = format!("mkdir -p {folder}/tcp-{ports} && ln -sfn /usr/bin/bro {runtime}");
+            manager.run(host, &["sh", "-euc", &script])?;
+            Ok(runtime)
+        };
+        // With the host's network a container is where a socket of the host's would lead it.
+        let run = |runtime: &str, script: &str| {
+            let image = "localhost/busybox";
+            let words =
+                ["podman", "--runtime", runtime, "run", "--rm", "--network=host", image, "sh", "-c", script];
+            manager.try_run(host, &words)
+        };
+        let connect = format!("nc -w 2 127.0.0.1 {port} </dev/null && echo connected");
+        for (runtime, connects) in
+            [("crun".to_owned(), true), (link("none")?, false), (link(&format!("1,{port}"))?, true)]
+        {
+            let ran = run(&runtime, &connect)?;
+            ensure!(ran.stdout.contains("connected") == connects, "{runtime}: {ran:?}");
+            ensure!(connects || ran.stderr.contains("Permission denied"), "{runtime}: {ran:?}");
+        }
+        // Commands that are executed inside are restricted too.
+        let runtime = link("none")?;
+        let words = [
+            "podman",
+            "--runtime",
+            &runtime,
+            "run",
+            "--rm",
+            "--detach",
+            "--name=fence",
+            "--network=host",
+            "localhost/busybox",
+            "sleep",
+            "60",
+        ];
+        manager.run(host, &words)?;
+        let ran = manager.try_run(host, &["podman", "exec", "fence", "sh", "-c", &connect])?;
+        ensure!(ran.stderr.contains("Permission denied"), "{ran:?}");
+        manager.run(host, &["podman", "rm", "--force", "--time=0", "fence"])?;
+    }
+    Ok(())
+}
+
 pub fn of_a_user(host: &Host) -> Result<()> {
     let user = Manager::User("test");
     let unit = format!("bro-fence@{}.service", host.uid("test")?);

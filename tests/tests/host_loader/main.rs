@@ -26,6 +26,7 @@ const CASES: &[OneCase] = &[
     ("a process inside a container gets nowhere", crossing::inside_a_container),
     ("the loader's unit is a hard one", security),
     ("a fence around a socket unit", fence::of_a_socket_unit),
+    ("a fence around a container", fence::of_a_container),
     ("a fence around a user's sockets", fence::of_a_user),
 ];
 

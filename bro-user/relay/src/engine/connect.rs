@@ -6,15 +6,16 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
+use nix::sys::socket::{SockType, SockaddrStorage, getpeername, getsockopt, sockopt};
 
 use super::Engine;
 use super::agent_link::{AT_ONCE, Answered, Attempt, out_of_descriptors};
 use super::socket_options::set_options;
 use super::targets::{Frozen, slot};
 use crate::connection::{Connection, End, Stage};
+use crate::listener::Kind;
 use crate::netns::wire;
-use crate::relay::{DescriptorGuard, Direction, Side};
+use crate::relay::{DescriptorGuard, Direction, Method, Side};
 use crate::source;
 
 /// How often the kernel is asked whether there is a source port again.
@@ -176,8 +177,17 @@ impl Engine {
     fn start_relay(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let Stage::Connecting { service, address } = connection.stage() else { return };
-        let method = self.settings.method;
+        let mut method = self.settings.method;
         let address = self.targets[connection.target].address(*address);
+        if address.is_none() {
+            let messages = self.listeners.kind(connection.listener) == Kind::SeqPacket;
+            // The agent connects to whichever kind listens there.
+            let same = messages == (getsockopt(service, sockopt::SockType) == Ok(SockType::SeqPacket));
+            if !same {
+                return self.finish(index, End::Refused(Errno::EPROTOTYPE));
+            }
+            method = if messages { Method::Messages } else { method };
+        }
         set_options(service, address.map(|address| address.ip().to_canonical()), self.settings.keepalive);
         let (mut up, mut down) =
             (Direction::new(Side::Client, method), Direction::new(Side::Service, method));

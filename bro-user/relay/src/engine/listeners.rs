@@ -86,12 +86,12 @@ impl Listeners {
     }
 
     fn is_watched(&self, listener: usize) -> bool {
-        let is_open = match self.all[listener].0.kind {
-            Kind::Stream => self.accepting == Accepting::Open,
+        let accepts = match self.all[listener].0.kind {
+            Kind::Stream | Kind::SeqPacket => self.accepting == Accepting::Open,
             // The limits on connections are none on datagrams.
             Kind::Datagram => self.accepting != Accepting::Closed,
         };
-        is_open && self.uses[listener] != ListenerUse::LeaveAlone
+        accepts && self.uses[listener] != ListenerUse::LeaveAlone
     }
 
     /// Has epoll watch it if it is to now and was not, and the other way round.
@@ -141,6 +141,10 @@ impl Listeners {
     /// Is it a socket for datagrams, on which there is nothing to accept?
     pub(super) fn takes_datagrams(&self, listener: usize) -> bool {
         self.all[listener].0.kind == Kind::Datagram
+    }
+
+    pub(super) fn kind(&self, listener: usize) -> Kind {
+        self.all[listener].0.kind
     }
 
     pub(super) fn socket(&self, listener: usize) -> BorrowedFd<'_> {

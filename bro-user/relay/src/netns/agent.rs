@@ -288,8 +288,20 @@ fn datagram(domain: i32, binding: Binding) -> nix::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// A connection to whichever kind of socket listens there: a path has one, and an abstract name may have one of each, of which streams come
+/// first.
 fn dial_unix(address: &UnixAddr) -> nix::Result<OwnedFd> {
-    let socket = stream(nix::libc::AF_UNIX, Binding::Unbound)?;
+    match dial_unix_of(nix::libc::SOCK_STREAM, address) {
+        // Of an abstract name the kernel looks only for sockets of the same kind.
+        Err(stream @ (Errno::EPROTOTYPE | Errno::ECONNREFUSED)) => {
+            dial_unix_of(nix::libc::SOCK_SEQPACKET, address).map_err(|_| stream)
+        }
+        dialled => dialled,
+    }
+}
+
+fn dial_unix_of(kind: i32, address: &UnixAddr) -> nix::Result<OwnedFd> {
+    let socket = sys::socket(nix::libc::AF_UNIX, kind, 0).map_err(|error| sys::errno_of(&error))?;
     // Before the service can send any. Where the kernel cannot refuse them, the relay looks.
     sys::refuse_descriptors(socket.as_fd()).ok();
     connect(socket.as_raw_fd(), address)?;

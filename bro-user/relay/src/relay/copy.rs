@@ -24,6 +24,23 @@ pub fn read(source: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<usize> {
     }
 }
 
+/// The longest message that is looked for room for. The kernel's own default for a socket is some 200 KiB.
+pub const LONGEST_MESSAGE: usize = 1024 * 1024;
+
+/// The length of the message that waits (MSG_TRUNC says all of it), or 0 at the end.
+///
+/// # Errors
+/// As [`read()`].
+pub fn message_length(source: BorrowedFd<'_>) -> nix::Result<usize> {
+    loop {
+        let how = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC | MsgFlags::MSG_DONTWAIT;
+        match recv(source.as_raw_fd(), &mut [], how) {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
 /// What [`read_guarded`] fails with when descriptors came along. No socket fails with it by itself.
 pub const DESCRIPTORS: Errno = Errno::EMULTIHOP;
 

@@ -44,6 +44,7 @@ pub const SET: &[Option] = &[
 pub const GET: &[Option] = &[
     (libc::SOL_SOCKET, libc::SO_ERROR),
     (libc::SOL_SOCKET, libc::SO_PEERCRED),
+    (libc::SOL_SOCKET, libc::SO_TYPE),
     (libc::SOL_SOCKET, SO_PASSRIGHTS),
     (libc::SOL_SOCKET, SO_MEMINFO),
     (libc::SOL_SOCKET, SO_NETNS_COOKIE),

@@ -2,8 +2,9 @@
 
 use super::hints::ManagerOwner;
 use super::{Check, listens, settings};
-use crate::commands::status::{Report, Waiting};
+use crate::commands::status::{AdoptionReport, ListenerReport, Report, Waiting};
 use crate::control_socket::{self, Request};
+use crate::fallback::FallbackKind;
 use crate::installed::Installed;
 use crate::systemd::manager::SystemdManager;
 use crate::systemd::scope::RuntimeScope;
@@ -65,10 +66,14 @@ pub(super) async fn check(installed: &Installed, service: &str, systemd: &System
             format!("`{systemctl} restart {service}`; before that, `{journal}` may say why"),
         );
     }
-    if let ForwarderAnswer::Report(report) = answer
-        && let Some(waiting) = &report.waiting
-    {
-        return Check::bad(NAME, format!("{service} is full: {waiting}"), room(installed, service, waiting));
+    if let ForwarderAnswer::Report(report) = answer {
+        if let Some(waiting) = &report.waiting {
+            let finding = format!("{service} is full: {waiting}");
+            return Check::bad(NAME, finding, room(installed, service, waiting));
+        }
+        if let Some(check) = report.listeners.iter().find_map(|listener| not_adopted(installed, listener)) {
+            return check;
+        }
     }
     if found.needs_reload {
         return Check::less(
@@ -89,6 +94,46 @@ pub(super) async fn check(installed: &Installed, service: &str, systemd: &System
         );
     }
     Check::ok(NAME, format!("{service} is {}", found.active))
+}
+
+/// A socket that the service was to have itself, and has not.
+fn not_adopted(installed: &Installed, listener: &ListenerReport) -> Option<Check> {
+    let (name, address) = (&listener.name, &listener.address);
+    let manager = ManagerOwner::front(installed);
+    let port = installed.listeners.iter().find(|port| port.service == *name);
+    let socket = port.map_or("its socket unit", |port| &port.socket.name);
+    let anew = format!(
+        "stop the forwarder and start the socket anew, while no client is connected: `{0} stop {socket}`, `{0} start {socket}`",
+        manager.systemctl()
+    );
+    match listener.adoption.as_ref()? {
+        AdoptionReport::Waiting | AdoptionReport::Adopted { .. } => None,
+        AdoptionReport::Broken { why } => {
+            Some(Check::bad(NAME, format!("{name} ({address}) is of no use: {why}"), anew))
+        }
+        AdoptionReport::Relayed { reason, why } => {
+            let again = || format!("{} {}", listens::activate(installed), installed.name);
+            let fix = match reason {
+                FallbackKind::NoProfile => format!(
+                    "restart {}: its container may be older than its profile; if that does not help, `{}` writes the profile anew",
+                    installed.unit,
+                    again()
+                ),
+                FallbackKind::Family | FallbackKind::NoneFits => format!(
+                    "have it listen where the service does, IPv4 at an IPv4 address: `{} --adopt --external-port 0.0.0.0:PORT`",
+                    again()
+                ),
+                FallbackKind::StartTimeout => {
+                    format!("`{} --start-timeout SPAN` gives it more time", again())
+                }
+                FallbackKind::Damaged => anew,
+                FallbackKind::Refused => {
+                    "its clients are served all the same; the kernel's reason is above".to_owned()
+                }
+            };
+            Some(Check::less(NAME, format!("{name} ({address}) is relayed, not adopted: {why}"), fix))
+        }
+    }
 }
 
 /// What lets the waiting clients in.

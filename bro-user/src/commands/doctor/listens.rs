@@ -13,6 +13,7 @@ use nix::libc;
 use super::podman::{self, PodmanAnswer};
 use super::{Check, direct};
 use crate::installed::{Adoption, Installed, InstalledPort, Mode};
+use crate::netns::agent_process::SpareAgent;
 use crate::netns::sock_diag::{ListeningSocket, Table};
 use crate::netns::{self, Namespace, NetnsRef};
 use crate::podman::container;
@@ -124,7 +125,8 @@ async fn unix(installed: &Installed, container: &str, pid: i32, address: Address
         let root = opening.read(true).custom_flags(path).open(format!("/proc/{pid}/root"))?;
         let netns = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
         let process = netns::folder_of(pid.unsigned_abs())?;
-        let namespace = Namespace::enter(netns.into(), process, Some(root.into()), wish).await?;
+        let namespace =
+            Namespace::enter(netns.into(), process, Some(root.into()), wish, &SpareAgent::default()).await?;
         anyhow::Ok(namespace.dial(address).await?)
     };
     match connecting.await {

@@ -38,9 +38,9 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
 use super::data_plane::DataPlane;
+use crate::fallback::FallbackKind;
 use crate::relay_handle::Handle;
 
-pub use fallback::FallbackKind;
 pub(super) use guests::Guests;
 pub(super) use options::check;
 use passed::{HERITAGE, SECCOMP};
@@ -85,7 +85,7 @@ enum ListenerHolder {
 #[derive(Debug)]
 enum AgentState {
     /// It has not begun, for a predecessor's may still answer.
-    ToCome(passed::Before),
+    ToCome(passed::LeftBehind),
     Answers(AgentThread),
     /// It has stopped, and a successor is to get this.
     Bequeathed {
@@ -97,7 +97,7 @@ enum AgentState {
 
 /// All of it.
 #[derive(Debug)]
-pub(super) struct Adoption {
+pub(super) struct SocketAdoption {
     listeners: Vec<OfferedListener>,
     seccomp: OwnedFd,
     agent: AgentState,
@@ -106,6 +106,8 @@ pub(super) struct Adoption {
     news: (UnboundedSender<AgentNews>, UnboundedReceiver<AgentNews>),
     /// How many containers the agent answers for.
     containers: usize,
+    /// When the last one ended.
+    ended: Option<Instant>,
     /// Targets that were found to listen, and when it is to be decided about their listeners.
     decisions: BTreeMap<usize, Instant>,
     /// When to look next who is connected.
@@ -129,7 +131,7 @@ pub(super) enum AdoptionNews {
 }
 
 /// What happens next; for ever nothing without `--adopt`. Nothing is lost when this is cancelled.
-pub(super) async fn news(adoption: &mut Option<Adoption>) -> AdoptionNews {
+pub(super) async fn news(adoption: &mut Option<SocketAdoption>) -> AdoptionNews {
     let Some(adoption) = adoption else { return std::future::pending().await };
     let decision = adoption.decisions.iter().map(|(target, at)| (*at, AdoptionNews::Decide(*target)));
     let look = adoption.look_at.map(|at| (at, AdoptionNews::Look));
@@ -150,7 +152,7 @@ pub(super) async fn news(adoption: &mut Option<Adoption>) -> AdoptionNews {
     }
 }
 
-impl Adoption {
+impl SocketAdoption {
     /// Nothing has begun yet.
     ///
     /// # Errors
@@ -182,6 +184,7 @@ impl Adoption {
             engine: plane.engine().clone(),
             news: unbounded_channel(),
             containers: 0,
+            ended: None,
             decisions: BTreeMap::new(),
             look_at: None,
             blind: false,
@@ -196,8 +199,8 @@ impl Adoption {
             return Ok(());
         };
         let stored = match before {
-            passed::Before::Stored(stored) => stored,
-            passed::Before::Heritage(way) => {
+            passed::LeftBehind::Stored(stored) => stored,
+            passed::LeftBehind::Heritage(way) => {
                 tokio::task::spawn_blocking(move || heritage::receive(&way)).await??
             }
         };
@@ -367,8 +370,12 @@ impl Adoption {
         }
     }
 
-    /// A target's service listens: it is decided soon which of its listeners it has.
-    pub(super) fn target_found(&mut self, target: usize) {
+    /// A target's service listens, which was looked for since then: it is decided soon which of its listeners it has.
+    pub(super) fn target_found(&mut self, target: usize, since: Instant) {
+        if self.containers == 0 && self.ended.is_some_and(|ended| ended >= since) {
+            // What was found has ended meanwhile. A client that waits has it looked for again.
+            return self.target_gone(target);
+        }
         let grace = if self.containers == 0 { Duration::ZERO } else { GRACE };
         self.decisions.insert(target, Instant::now() + grace);
     }

@@ -9,7 +9,7 @@ use bro_relay::stats::Stats;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until};
 
-use super::adoption::{self, Adoption, Guests};
+use super::adoption::{self, Guests, SocketAdoption};
 use super::data_plane::{DataPlane, PlaneNews};
 use super::drain;
 use super::handover::Predecessor;
@@ -38,7 +38,7 @@ pub(super) struct Control<'a> {
     /// The relay process and the kernel relay.
     pub(super) plane: DataPlane<'a>,
     /// `--adopt`: who accepts at the listeners.
-    pub(super) adoption: Option<Adoption>,
+    pub(super) adoption: Option<SocketAdoption>,
     /// Its successor and its predecessor.
     pub(super) reload: Reload<'a>,
     /// What callers ask it.
@@ -61,7 +61,10 @@ struct Signals {
 
 /// What has become of a target.
 enum Fate {
-    Found,
+    /// It listens. It was looked for since then.
+    Found {
+        since: Instant,
+    },
     Gone,
 }
 
@@ -154,7 +157,7 @@ impl<'a> Control<'a> {
         options: &'a Forward,
         life: Lifecycle<'a>,
         plane: DataPlane<'a>,
-        adoption: Option<Adoption>,
+        adoption: Option<SocketAdoption>,
         reload: Reload<'a>,
         requests: Requests,
         limit: Limit,
@@ -273,7 +276,11 @@ impl<'a> Control<'a> {
     /// What a background task of the life cycle has found.
     fn changed(&mut self, change: LifeChange) -> ControlFlow<()> {
         let of = match &change {
-            LifeChange::Woken(target, Ok(_)) => Some((*target, Fate::Found)),
+            LifeChange::Woken(target, Ok(_)) => {
+                let waking = self.life.targets[*target].waking();
+                let since = waking.map_or_else(Instant::now, |waking| waking.since);
+                Some((*target, Fate::Found { since }))
+            }
             LifeChange::NetnsGone(target) => Some((*target, Fate::Gone)),
             // Whether the idle time is over shows only now.
             LifeChange::Busy(None) => {
@@ -287,7 +294,7 @@ impl<'a> Control<'a> {
             self.begin_drain("The process that --pid names has exited");
         }
         match (of, &mut self.adoption) {
-            (Some((target, Fate::Found)), Some(adoption)) => adoption.target_found(target),
+            (Some((target, Fate::Found { since })), Some(adoption)) => adoption.target_found(target, since),
             (Some((target, Fate::Gone)), Some(adoption)) => adoption.target_gone(target),
             _ => {}
         }

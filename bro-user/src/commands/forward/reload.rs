@@ -9,7 +9,7 @@ use bro_relay::stats::Stats;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
-use super::adoption::Adoption;
+use super::adoption::SocketAdoption;
 use super::control::{self, Control};
 use super::handover::{
     Born, Ending, Predecessor, Program, Stopper, Successor, SuccessorFinds, SuccessorWord, Telling,
@@ -147,8 +147,12 @@ impl Control<'_> {
         let passed = all.iter().map(|(listener, _)| listener).filter(|listener| !listener.is_own());
         let listeners: Vec<&Listener> = passed.collect();
         let bequest = self.plane.bequest(self.reload.has_predecessor()).await;
-        let more =
-            self.adoption.as_mut().map(Adoption::for_successor).transpose().map(Option::unwrap_or_default);
+        let more = self
+            .adoption
+            .as_mut()
+            .map(SocketAdoption::for_successor)
+            .transpose()
+            .map(Option::unwrap_or_default);
         let started = if listeners.len() == all.len() {
             more.and_then(|more| self.reload.program.start_successor(&listeners, &more, bequest.as_ref()))
         } else {
@@ -236,7 +240,7 @@ impl Control<'_> {
         self.requests.leave_metrics();
         self.keep_counts().await;
         // From now on no agent answers; the successor's does, once it has all that this one has.
-        if let Err(error) = self.adoption.as_mut().map_or(Ok(()), Adoption::bequeath) {
+        if let Err(error) = self.adoption.as_mut().map_or(Ok(()), SocketAdoption::bequeath) {
             return self.adoption_fails(error);
         }
         // Before the successor says anything: systemd listens to the main process alone.
@@ -248,7 +252,7 @@ impl Control<'_> {
                 self.life.counts.failed_reloads += 1;
                 self.requests.serve_metrics(self.options.metrics.as_ref());
                 notify::succeeded_by(std::process::id());
-                if let Err(error) = self.adoption.as_mut().map_or(Ok(()), Adoption::goes_on) {
+                if let Err(error) = self.adoption.as_mut().map_or(Ok(()), SocketAdoption::goes_on) {
                     self.adoption_fails(error);
                 }
                 return;

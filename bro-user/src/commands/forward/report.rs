@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use bro_relay::stats::{Stats, Tally};
 
-use super::adoption::Adoption;
+use super::adoption::SocketAdoption;
 use super::control::Control;
 use super::lifecycle::Phase;
 use crate::commands::status;
@@ -35,7 +35,7 @@ impl Control<'_> {
                     plural(held.max(1))
                 )
             }
-            _ if life.has_sockets => self.adoption.as_ref().map(Adoption::said).unwrap_or_default(),
+            _ if life.has_sockets => self.adoption.as_ref().map(SocketAdoption::said).unwrap_or_default(),
             _ => format!("{open} connection{}{and_flows} now, {served} since the start", plural(open)),
         };
         let said = match self.limit.waiting().filter(|_| life.phase == Phase::Serving) {

@@ -68,6 +68,10 @@ fn of_its_kind(target: &Target, listener: &Listener) -> Result<Target, Failure> 
         (Kind::Stream, Target::Udp { .. }) => Err(Failure::Usage(format!(
             "{socket} takes streams, and its target {target} is a UDP port; leave /udp out, or use ListenDatagram= for it"
         ))),
+        (Kind::SeqPacket, Target::Tcp { .. } | Target::Udp { .. }) => Err(Failure::Usage(format!(
+            "{socket} takes messages (ListenSequentialPacket=), and its target {target} is no unix socket; give --target {}=/PATH",
+            listener.name
+        ))),
         _ => Ok(target.clone()),
     }
 }

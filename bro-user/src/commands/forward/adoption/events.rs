@@ -18,7 +18,7 @@ const ENDS_WITHIN: Duration = Duration::from_secs(3);
 
 /// Whether a listener that is adopted was so before this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Found {
+enum AdoptedWhen {
     Now,
     TakenOver,
 }
@@ -30,7 +30,7 @@ impl Control<'_> {
         adoption.start_agent().await?;
         while let Some(Ok(news)) = self.adoption.as_mut().map(|adoption| adoption.news.1.try_recv()) {
             match news {
-                AgentNews::Event(event) => self.agent_says(event, Found::TakenOver),
+                AgentNews::Event(event) => self.agent_says(event, AdoptedWhen::TakenOver),
                 AgentNews::Failed(errno) => return Err(errno.into()),
             }
         }
@@ -43,7 +43,7 @@ impl Control<'_> {
     /// What there is to hear of, or to do.
     pub(in super::super) fn adoption_news(&mut self, news: AdoptionNews) -> ControlFlow<()> {
         match news {
-            AdoptionNews::Agent(AgentNews::Event(event)) => self.agent_says(event, Found::Now),
+            AdoptionNews::Agent(AgentNews::Event(event)) => self.agent_says(event, AdoptedWhen::Now),
             AdoptionNews::Agent(AgentNews::Failed(errno)) => {
                 let error =
                     anyhow::anyhow!("the calls of the container are not answered any more: {}", errno.desc());
@@ -71,7 +71,7 @@ impl Control<'_> {
         }
     }
 
-    fn agent_says(&mut self, event: Event, found: Found) {
+    fn agent_says(&mut self, event: Event, found: AdoptedWhen) {
         let Some(adoption) = &mut self.adoption else { return };
         match event {
             Event::Started => {
@@ -80,6 +80,7 @@ impl Control<'_> {
             }
             Event::Stopped => {
                 adoption.containers = adoption.containers.saturating_sub(1);
+                adoption.ended = Some(Instant::now());
                 if adoption.containers == 0 {
                     // What was found has ended before it was decided about.
                     adoption.decisions.clear();
@@ -95,12 +96,12 @@ impl Control<'_> {
                     tracing::warn!(%socket, %error, "clients inside the container do not reach the service any more");
                 }
                 if !matches!(listener.holder, ListenerHolder::Service { .. }) {
-                    let again = if found == Found::TakenOver { ", as before this process" } else { "" };
+                    let again = if found == AdoptedWhen::TakenOver { ", as before this process" } else { "" };
                     tracing::info!(%socket, %address, "adopted: the service accepts the clients of this socket itself{again}");
                     listener.holder = ListenerHolder::Service { since: SystemTime::now() };
                     adoption.look_at = Some(Instant::now());
                     adoption.use_so(index, ListenerUse::LeaveAlone);
-                    if found == Found::Now {
+                    if found == AdoptedWhen::Now {
                         self.life.counts.adoptions += 1;
                     }
                 }
@@ -193,7 +194,7 @@ impl Control<'_> {
     /// The container's unit is stopped: its sockets are as they were when its last process is gone.
     pub(in super::super) async fn let_containers_end(&mut self) {
         let deadline = Instant::now() + ENDS_WITHIN;
-        while self.adoption.as_ref().is_some_and(super::Adoption::is_adopted) {
+        while self.adoption.as_ref().is_some_and(super::SocketAdoption::is_adopted) {
             match timeout_at(deadline, super::news(&mut self.adoption)).await {
                 Ok(news) => drop(self.adoption_news(news)),
                 Err(_) => {
@@ -214,7 +215,7 @@ impl Control<'_> {
 
     /// This process is about to leave: may it, while a container has its sockets? Only one that ends with it may.
     pub(in super::super) async fn why_the_container_goes_on(&self) -> Option<String> {
-        let adopted = self.adoption.as_ref().is_some_and(super::Adoption::is_adopted);
+        let adopted = self.adoption.as_ref().is_some_and(super::SocketAdoption::is_adopted);
         if adopted && self.life.phase == Phase::Leaving {
             self.life.activator.why_it_goes_on().await
         } else {

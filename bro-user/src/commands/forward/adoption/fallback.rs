@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use bro_adopt::Misfit;
 use bro_adopt::health::Damage;
-use serde::{Deserialize, Serialize};
+
+use crate::fallback::FallbackKind;
 
 /// The reason.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -28,36 +29,6 @@ pub(super) enum Fallback {
     Damaged(#[from] Damage),
 }
 
-/// The reason in a word, for metrics.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FallbackKind {
-    /// The container was created without the profile.
-    NoProfile,
-    /// No socket of the service fits.
-    NoneFits,
-    /// It did not listen in time.
-    StartTimeout,
-    /// Its socket is of another family.
-    Family,
-    /// The listener is damaged.
-    Damaged,
-    /// The kernel refused a step.
-    Refused,
-}
-
-impl FallbackKind {
-    /// All of them, with their words.
-    pub const ALL: [(Self, &str); 6] = [
-        (Self::NoProfile, "no-profile"),
-        (Self::NoneFits, "none-fits"),
-        (Self::StartTimeout, "start-timeout"),
-        (Self::Family, "family"),
-        (Self::Damaged, "damaged"),
-        (Self::Refused, "refused"),
-    ];
-}
-
 impl Fallback {
     pub(super) const fn kind(&self) -> FallbackKind {
         match self {
@@ -79,13 +50,5 @@ impl From<&Misfit> for Fallback {
             Misfit::Options(_) | Misfit::Epoll(_) | Misfit::Replacing(_) => FallbackKind::Refused,
         };
         Self::Misfit(kind, misfit.to_string())
-    }
-}
-
-impl FallbackKind {
-    /// Its word.
-    #[must_use]
-    pub fn word(self) -> &'static str {
-        Self::ALL.iter().find(|(kind, _)| *kind == self).map_or("", |(_, word)| word)
     }
 }

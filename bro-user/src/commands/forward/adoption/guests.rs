@@ -6,7 +6,7 @@ use std::time::Duration;
 use bro_adopt::clients::{self, Counting, Uncountable};
 use tokio::time::Instant;
 
-use super::{Adoption, ListenerHolder};
+use super::{ListenerHolder, SocketAdoption};
 
 /// The shortest time between two looks, and the longest.
 const SHORTEST: Duration = Duration::from_secs(1);
@@ -28,7 +28,7 @@ pub(in super::super) enum Guests {
     None,
 }
 
-impl Adoption {
+impl SocketAdoption {
     /// Looks who is connected to services, or waits to be.
     pub(super) fn look(&mut self, idle_time: Duration) -> Guests {
         let is_adopted = |holder: &ListenerHolder| matches!(holder, ListenerHolder::Service { .. });

@@ -22,12 +22,12 @@ pub(in super::super) const HERITAGE: &str = "adopt-heritage";
 pub(in super::super) struct Reserved {
     /// The socket at `listenerPath`.
     pub(super) seccomp: OwnedFd,
-    pub(super) before: Before,
+    pub(super) before: LeftBehind,
 }
 
 /// What there was before this process.
 #[derive(Debug)]
-pub(super) enum Before {
+pub(super) enum LeftBehind {
     /// What the service manager has kept; nothing where it is the first.
     Stored(Vec<Stored>),
     /// What a predecessor is about to send.
@@ -38,8 +38,8 @@ impl Reserved {
     /// All descriptors, which are this process's alone.
     pub(in super::super) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let before: Vec<BorrowedFd<'_>> = match &self.before {
-            Before::Stored(stored) => stored.iter().map(|stored| stored.descriptor.as_fd()).collect(),
-            Before::Heritage(way) => vec![way.as_fd()],
+            LeftBehind::Stored(stored) => stored.iter().map(|stored| stored.descriptor.as_fd()).collect(),
+            LeftBehind::Heritage(way) => vec![way.as_fd()],
         };
         std::iter::once(self.seccomp.as_fd()).chain(before).collect()
     }
@@ -64,7 +64,7 @@ pub(in super::super) fn take(
     }
     match (adopt, seccomp) {
         (true, Some(seccomp)) => {
-            let before = heritage.map_or(Before::Stored(stored), Before::Heritage);
+            let before = heritage.map_or(LeftBehind::Stored(stored), LeftBehind::Heritage);
             Ok((Some(Reserved { seccomp, before }), rest))
         }
         (true, None) => bail!(Failure::Usage(format!(

@@ -2,10 +2,10 @@
 
 use std::time::SystemTime;
 
-use super::{Adoption, ListenerHolder};
+use super::{ListenerHolder, SocketAdoption};
 use crate::commands::status::AdoptionReport;
 
-impl Adoption {
+impl SocketAdoption {
     /// Of one listener.
     pub(in super::super) fn report(&self, index: usize) -> Option<AdoptionReport> {
         let listener = self.listeners.get(index)?;
