@@ -77,8 +77,13 @@ pub fn run(args: &Args) -> Result<()> {
     let alone = runs.windows(2).all(|pair| pair[0].lane() == pair[1].lane());
     let lane_of = |tier: &Tier| if alone { Lane::Front } else { tier.lane() };
     let in_lane = |lane| runs.iter().copied().filter(|tier| lane_of(tier) == lane).collect::<Vec<&Tier>>();
-    let lanes = Lanes::new()?;
     let mut summary = Summary::default();
+    if runs.is_empty() {
+        // No program is needed.
+        run_one(Tier::Lint.name(), &mut summary, lint::run)?;
+        return summary.close(args.quick);
+    }
+    let lanes = Lanes::new()?;
     let bro = build(&chosen, &mut summary)?;
     let runner = Runner::new(bro)?;
     let beside = [Lane::Hosts, Lane::Computing].map(|lane| (lane, in_lane(lane)));

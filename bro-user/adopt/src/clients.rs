@@ -7,7 +7,7 @@
 //! Neither takes a right. Both have to be asked in the network namespace of the listeners, and fail elsewhere rather than answer with
 //! that one's clients: a unit with `PrivateNetwork=` cannot ask.
 //!
-//! **Which connections are clients** ([`tcp`]): those that the service holds a descriptor of and that are not over.
+//! **Which connections are clients** (`clients/tcp.rs`): those that the service holds a descriptor of and that are not over.
 //!
 //! | state | counts, because |
 //! |---|---|

@@ -7,8 +7,8 @@ mod tally;
 
 use std::net::{IpAddr, SocketAddr};
 
-pub use held::{Held, HeldDatagram};
-pub use table::{FlowTable, Made};
+pub use held::{HeldDatagram, HeldDatagrams};
+pub use table::{FlowTable, NewFlow};
 pub use tally::{Amounts, DatagramTally, DropCounts, Dropped};
 
 /// The address of this host's that a client wrote to, and that it has to be answered from.
@@ -22,7 +22,7 @@ pub struct LocalAddress {
 
 /// What tells flows apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct FlowKey {
+pub struct FlowEnds {
     /// The listener's number.
     pub listener: usize,
     /// The client, as the listener's family writes it.

@@ -7,7 +7,7 @@ use nix::sys::socket::{self, SockaddrStorage};
 
 /// How clients come to a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum SocketKind {
     /// They connect, and are accepted.
     Stream,
     /// The same, and what they send is messages (unix(7) SOCK_SEQPACKET).
@@ -26,14 +26,14 @@ pub struct Listener {
     /// Its address, for people.
     pub address: String,
     /// How clients come to it.
-    pub kind: Kind,
+    pub kind: SocketKind,
     /// Made by `--listen`.
     own: bool,
     /// The path to remove at the end, for a unix socket of our own.
     unlink: Option<PathBuf>,
 }
 
-impl Kind {
+impl SocketKind {
     fn of(socket: &OwnedFd) -> nix::Result<Self> {
         match socket::getsockopt(socket, socket::sockopt::SockType)? {
             socket::SockType::Datagram => Ok(Self::Datagram),
@@ -62,7 +62,7 @@ impl Listener {
     /// fcntl(2)'s.
     pub fn passed(socket: OwnedFd, name: String, address: &SockaddrStorage) -> nix::Result<Self> {
         set_flags(&socket)?;
-        let kind = Kind::of(&socket)?;
+        let kind = SocketKind::of(&socket)?;
         Ok(Self { address: kind.describe(address), socket, name, kind, own: false, unlink: None })
     }
 
@@ -73,7 +73,7 @@ impl Listener {
     /// fcntl(2)'s.
     pub fn shared(socket: OwnedFd, name: String, address: &SockaddrStorage) -> nix::Result<Self> {
         close_on_exec(&socket)?;
-        let kind = Kind::of(&socket)?;
+        let kind = SocketKind::of(&socket)?;
         Ok(Self { address: kind.describe(address), socket, name, kind, own: false, unlink: None })
     }
 
@@ -91,7 +91,7 @@ impl Listener {
     /// fcntl(2)'s and getsockname(2)'s.
     pub fn own(socket: OwnedFd, name: String, unlink: Option<PathBuf>) -> nix::Result<Self> {
         set_flags(&socket)?;
-        let kind = Kind::of(&socket)?;
+        let kind = SocketKind::of(&socket)?;
         let address = kind.describe(&socket::getsockname::<SockaddrStorage>(socket.as_raw_fd())?);
         Ok(Self { socket, name, address, kind, own: true, unlink })
     }

@@ -15,7 +15,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
 
 use crate::engine::{Engine, Settings, protocol};
-use crate::listener::{Kind, Listener};
+use crate::listener::{Listener, SocketKind};
 use crate::sandbox;
 use crate::stats::Stats;
 use crate::sys::{self, AddressBook};
@@ -98,7 +98,7 @@ fn serve(
     }
     prctl::set_name(c"bro-relay")?;
     let (listeners, numbers) = in_a_row(listeners)?;
-    let datagrams = listeners.iter().any(|(listener, _)| listener.kind == Kind::Datagram);
+    let datagrams = listeners.iter().any(|(listener, _)| listener.kind == SocketKind::Datagram);
     let addresses = addresses.for_relay();
     let addresses = addresses.inspect_err(|error| tracing::debug!(%error, "the agents connect")).ok();
     let place = addresses.as_ref().map(AddressBook::place);

@@ -19,10 +19,10 @@ use tokio::io::unix::AsyncFd;
 
 /// An agent that is in no other namespace yet, if there is one: it waits at its channel until it is told where to go.
 #[derive(Debug, Default)]
-pub struct SpareAgent(Mutex<Option<Waiting>>);
+pub struct SpareAgent(Mutex<Option<WaitingAgent>>);
 
 #[derive(Debug)]
-struct Waiting {
+struct WaitingAgent {
     process: ForkedAgent,
     channel: OwnedFd,
 }
@@ -38,12 +38,12 @@ impl SpareAgent {
         Self(Mutex::new(forked.ok()))
     }
 
-    fn try_fork() -> anyhow::Result<Waiting> {
+    fn try_fork() -> anyhow::Result<WaitingAgent> {
         let (ours, theirs) = super::pair()?;
         let null = std::fs::OpenOptions::new().write(true).open("/dev/null")?;
         if let Some(pid) = bro_relay::sys::fork()? {
             let process = ForkedAgent::new(pid)?;
-            return Ok(Waiting { process, channel: ours });
+            return Ok(WaitingAgent { process, channel: ours });
         }
         // Descriptors that the log has are not this process's any more: their numbers are going to be others'.
         let _no_log = tracing::subscriber::set_default(tracing::subscriber::NoSubscriber::default());
@@ -52,7 +52,7 @@ impl SpareAgent {
     }
 
     /// The agent, once.
-    fn take(&self) -> Option<Waiting> {
+    fn take(&self) -> Option<WaitingAgent> {
         let waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         waiting.filter(|waiting| !bro_relay::sys::exited(&waiting.process.pidfd))
     }
@@ -148,7 +148,7 @@ impl AgentProcess {
     /// When no process can be made.
     pub fn start(spare: &SpareAgent) -> anyhow::Result<(Self, AsyncFd<OwnedFd>)> {
         let (process, channel) = match spare.take() {
-            Some(Waiting { process, channel }) => (Self::Forked(process), channel),
+            Some(WaitingAgent { process, channel }) => (Self::Forked(process), channel),
             None => Self::execute()?,
         };
         Ok((process, crate::sys::watch(channel, Interest::READABLE | Interest::WRITABLE)?))

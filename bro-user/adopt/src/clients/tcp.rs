@@ -94,7 +94,7 @@ pub(super) fn queued(listener: BorrowedFd<'_>) -> io::Result<u32> {
 }
 
 /// Listeners of one family and port, which one question is about.
-struct Asked {
+struct PortQuestion {
     family: u8,
     port: u16,
     /// Their places among all, with their cookies.
@@ -109,7 +109,7 @@ pub(super) fn served(
     counting: &Counting<'_>,
     each: &mut dyn FnMut(usize, u64) -> ControlFlow<()>,
 ) -> Result<ControlFlow<()>, Uncountable> {
-    let mut asked: Vec<Asked> = Vec::new();
+    let mut asked: Vec<PortQuestion> = Vec::new();
     for (index, listener) in listeners.iter().enumerate() {
         let Some((Place::Tcp(address), seen)) = Place::of(*listener).zip(socket::look(*listener)) else {
             continue;
@@ -124,7 +124,7 @@ pub(super) fn served(
             same.bound.push(own);
         } else {
             let (listeners, port) = (vec![(index, seen.cookie)], address.port());
-            asked.push(Asked { family, port, listeners, bound: vec![own] });
+            asked.push(PortQuestion { family, port, listeners, bound: vec![own] });
         }
     }
     for mut asked in asked {
@@ -136,7 +136,7 @@ pub(super) fn served(
     Ok(ControlFlow::Continue(()))
 }
 
-impl Asked {
+impl PortQuestion {
     fn ask(
         &mut self,
         listeners: &[BorrowedFd<'_>],

@@ -13,7 +13,7 @@ use super::agent_link::{AT_ONCE, Answered, Attempt, out_of_descriptors};
 use super::socket_options::set_options;
 use super::targets::{Frozen, slot};
 use crate::connection::{Connection, End, Stage};
-use crate::listener::Kind;
+use crate::listener::SocketKind;
 use crate::netns::wire;
 use crate::relay::{DescriptorGuard, Direction, Method, Side};
 use crate::source;
@@ -180,7 +180,7 @@ impl Engine {
         let mut method = self.settings.method;
         let address = self.targets[connection.target].address(*address);
         if address.is_none() {
-            let messages = self.listeners.kind(connection.listener) == Kind::SeqPacket;
+            let messages = self.listeners.kind(connection.listener) == SocketKind::SeqPacket;
             // The agent connects to whichever kind listens there.
             let same = messages == (getsockopt(service, sockopt::SockType) == Ok(SockType::SeqPacket));
             if !same {

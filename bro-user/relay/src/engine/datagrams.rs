@@ -20,12 +20,12 @@ use super::token::Token;
 use super::{Engine, RETRY, TICK};
 use crate::ancillary::Ancillary;
 use crate::engine::protocol::EngineEvent;
-use crate::flows::{DatagramTally, Dropped, FlowId, FlowKey, FlowTable, Held, HeldDatagram};
+use crate::flows::{DatagramTally, Dropped, FlowEnds, FlowId, FlowTable, HeldDatagram, HeldDatagrams};
 use crate::netns::wire;
 use crate::peer::{Peer, Source};
 use crate::proxy_protocol::Trusted;
 use crate::source::Origin;
-use crate::sys::messages::{Message, Messages};
+use crate::sys::messages::{Messages, ReceivedDatagram};
 
 /// Datagrams that are received at a time; a buffer for each is kept.
 const BATCH: usize = 16;
@@ -111,7 +111,7 @@ impl FlowEnd {
 #[derive(Debug)]
 pub(super) struct Datagrams {
     flows: FlowTable<Flow>,
-    held: Held,
+    held: HeldDatagrams,
     /// Made for the first datagram.
     messages: Option<Messages>,
     idle: Duration,
@@ -131,7 +131,7 @@ impl Datagrams {
     pub(super) fn new(most: usize, per_source: Option<u32>, idle: Duration) -> Self {
         Self {
             flows: FlowTable::new(most, per_source.map(|most| most as usize)),
-            held: Held::new(HELD, HELD_BYTES),
+            held: HeldDatagrams::new(HELD, HELD_BYTES),
             messages: None,
             idle,
             next_generation: 0,
@@ -220,7 +220,7 @@ pub fn prepare(socket: &OwnedFd) -> nix::Result<()> {
 }
 
 /// The client's address, as the socket's family writes it.
-fn client_of(message: &Message<'_>) -> Option<SocketAddr> {
+fn client_of(message: &ReceivedDatagram<'_>) -> Option<SocketAddr> {
     let from = message.from?;
     if let Some(v4) = from.as_sockaddr_in() {
         return Some(std::net::SocketAddrV4::from(*v4).into());
@@ -263,9 +263,15 @@ impl Engine {
     }
 
     /// A client has sent a datagram.
-    fn client_sent(&mut self, listener: usize, client: SocketAddr, message: &Message<'_>, now: Instant) {
+    fn client_sent(
+        &mut self,
+        listener: usize,
+        client: SocketAddr,
+        message: &ReceivedDatagram<'_>,
+        now: Instant,
+    ) {
         let Ancillary { local, ecn } = Ancillary::read(message.control);
-        let key = FlowKey { listener, client, local };
+        let key = FlowEnds { listener, client, local };
         let index = match self.datagrams.flows.find(&key) {
             Some(index) => {
                 self.datagrams.flows.touch(index, now);
@@ -280,7 +286,7 @@ impl Engine {
     }
 
     /// A flow begins, unless its client is none to wake a service that sleeps.
-    fn admit_flow(&mut self, key: FlowKey, now: Instant) -> Option<usize> {
+    fn admit_flow(&mut self, key: FlowEnds, now: Instant) -> Option<usize> {
         let (peer, target) = (peer_of(key.client), self.listeners.target(key.listener));
         let is_one_of = |these: &[Trusted]| these.iter().any(|one| one.is(&peer));
         let ready = self.targets[target].is_ready() && self.targets.frozen == Frozen::No;
@@ -609,7 +615,7 @@ impl Engine {
     }
 
     /// A flow is not in the table any more.
-    fn flow_ended(&mut self, index: usize, key: &FlowKey, flow: Flow, end: FlowEnd) {
+    fn flow_ended(&mut self, index: usize, key: &FlowEnds, flow: Flow, end: FlowEnd) {
         let id = FlowId { index, generation: flow.generation };
         if !matches!(flow.stage, FlowStage::Open(_)) {
             self.datagrams.waiting -= 1;

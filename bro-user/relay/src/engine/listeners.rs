@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::accept_batch::AcceptBatch;
 use super::token::Token;
-use crate::listener::{Kind, Listener};
+use crate::listener::{Listener, SocketKind};
 use crate::peer::Source;
 
 /// Whether new clients are accepted.
@@ -87,9 +87,9 @@ impl Listeners {
 
     fn is_watched(&self, listener: usize) -> bool {
         let accepts = match self.all[listener].0.kind {
-            Kind::Stream | Kind::SeqPacket => self.accepting == Accepting::Open,
+            SocketKind::Stream | SocketKind::SeqPacket => self.accepting == Accepting::Open,
             // The limits on connections are none on datagrams.
-            Kind::Datagram => self.accepting != Accepting::Closed,
+            SocketKind::Datagram => self.accepting != Accepting::Closed,
         };
         accepts && self.uses[listener] != ListenerUse::LeaveAlone
     }
@@ -140,10 +140,10 @@ impl Listeners {
 
     /// Is it a socket for datagrams, on which there is nothing to accept?
     pub(super) fn takes_datagrams(&self, listener: usize) -> bool {
-        self.all[listener].0.kind == Kind::Datagram
+        self.all[listener].0.kind == SocketKind::Datagram
     }
 
-    pub(super) fn kind(&self, listener: usize) -> Kind {
+    pub(super) fn kind(&self, listener: usize) -> SocketKind {
         self.all[listener].0.kind
     }
 

@@ -21,14 +21,14 @@ pub struct HeldDatagram {
 
 /// Datagrams in the order in which they came.
 #[derive(Debug)]
-pub struct Held {
+pub struct HeldDatagrams {
     most: usize,
     most_bytes: usize,
     waiting: VecDeque<HeldDatagram>,
     bytes: usize,
 }
 
-impl Held {
+impl HeldDatagrams {
     /// Room for so many datagrams and, in all of them together, bytes.
     #[must_use]
     pub const fn new(most: usize, most_bytes: usize) -> Self {
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn the_oldest_of_the_greedy_source_goes() {
-        let mut held = Held::new(4, 1 << 20);
+        let mut held = HeldDatagrams::new(4, 1 << 20);
         assert!(held.push(datagram(1, 1, 10, 0)).is_empty());
         for mark in 0..50 {
             drop(held.push(datagram(2, 2, 10, mark)));
@@ -120,7 +120,7 @@ mod tests {
         #[test]
         fn is_bounded_and_keeps_order(pushed in proptest::collection::vec((0u32..3, 0usize..3, 0usize..40), 0..80),
                                       most in 1usize..10, most_bytes in 1usize..100) {
-            let mut held = Held::new(most, most_bytes);
+            let mut held = HeldDatagrams::new(most, most_bytes);
             let mut dropped = 0;
             for (mark, (user, flow, length)) in (0u8..).zip(&pushed) {
                 // A flow has one source.

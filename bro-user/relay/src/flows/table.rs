@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use slab::Slab;
 
-use super::FlowKey;
+use super::FlowEnds;
 use crate::peer::Source;
 
 /// How many of the least recently used flows are looked at for one whose source has more than its share.
@@ -48,8 +48,8 @@ enum Which {
 }
 
 #[derive(Debug)]
-struct Entry<T> {
-    key: FlowKey,
+struct FlowSlot<T> {
+    key: FlowEnds,
     /// The place of its source.
     source: usize,
     used: Instant,
@@ -63,8 +63,8 @@ struct Entry<T> {
 pub struct FlowTable<T> {
     limit: usize,
     per_source: Option<usize>,
-    entries: Slab<Entry<T>>,
-    places: HashMap<FlowKey, usize>,
+    entries: Slab<FlowSlot<T>>,
+    places: HashMap<FlowEnds, usize>,
     all: Chain,
     sources: Slab<(Source, Chain)>,
     source_places: HashMap<Source, usize>,
@@ -72,11 +72,11 @@ pub struct FlowTable<T> {
 
 /// What came of a new flow.
 #[derive(Debug)]
-pub struct Made<T> {
+pub struct NewFlow<T> {
     /// Its place.
     pub index: usize,
     /// The flow whose place it took, with that one's place and whether its own source's limit was the reason.
-    pub instead_of: Option<(usize, FlowKey, T)>,
+    pub instead_of: Option<(usize, FlowEnds, T)>,
 }
 
 impl<T> FlowTable<T> {
@@ -108,23 +108,23 @@ impl<T> FlowTable<T> {
 
     /// The place of a flow.
     #[must_use]
-    pub fn find(&self, key: &FlowKey) -> Option<usize> {
+    pub fn find(&self, key: &FlowEnds) -> Option<usize> {
         self.places.get(key).copied()
     }
 
     /// The flow at a place.
     #[must_use]
-    pub fn get(&self, index: usize) -> Option<(&FlowKey, &T)> {
+    pub fn get(&self, index: usize) -> Option<(&FlowEnds, &T)> {
         self.entries.get(index).map(|entry| (&entry.key, &entry.value))
     }
 
     /// The same, to be changed.
-    pub fn get_mut(&mut self, index: usize) -> Option<(&FlowKey, &mut T)> {
+    pub fn get_mut(&mut self, index: usize) -> Option<(&FlowEnds, &mut T)> {
         self.entries.get_mut(index).map(|entry| (&entry.key, &mut entry.value))
     }
 
     /// Every flow with its place, the least recently used one first, and when it was used.
-    pub fn iter(&self) -> impl Iterator<Item = (usize, &FlowKey, Instant, &T)> {
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &FlowEnds, Instant, &T)> {
         let mut next = self.all.first;
         std::iter::from_fn(move || {
             let (index, entry) = (next, self.entries.get(next)?);
@@ -147,7 +147,7 @@ impl<T> FlowTable<T> {
 
     /// A new flow, which is not in the table yet. Another one gives up its place to it where the table is full, or its source has as
     /// many as it may have.
-    pub fn insert(&mut self, key: FlowKey, source: Source, value: T, now: Instant) -> Made<T> {
+    pub fn insert(&mut self, key: FlowEnds, source: Source, value: T, now: Instant) -> NewFlow<T> {
         let gone = self.gives_way(source);
         let instead_of = gone.and_then(|index| self.remove(index).map(|(key, value)| (index, key, value)));
         let source_place = match self.source_places.get(&source) {
@@ -158,7 +158,7 @@ impl<T> FlowTable<T> {
                 place
             }
         };
-        let index = self.entries.insert(Entry {
+        let index = self.entries.insert(FlowSlot {
             key,
             source: source_place,
             used: now,
@@ -169,11 +169,11 @@ impl<T> FlowTable<T> {
         let _none = self.places.insert(key, index);
         self.append(Which::All, index);
         self.append(Which::Source, index);
-        Made { index, instead_of }
+        NewFlow { index, instead_of }
     }
 
     /// The flow at a place ends.
-    pub fn remove(&mut self, index: usize) -> Option<(FlowKey, T)> {
+    pub fn remove(&mut self, index: usize) -> Option<(FlowEnds, T)> {
         if !self.entries.contains(index) {
             return None;
         }
@@ -266,22 +266,22 @@ mod tests {
     use std::net::{IpAddr, Ipv4Addr, SocketAddr};
     use std::time::Duration;
 
-    fn key(host: u8, port: u16) -> FlowKey {
-        FlowKey {
+    fn key(host: u8, port: u16) -> FlowEnds {
+        FlowEnds {
             listener: 0,
             client: SocketAddr::new(Ipv4Addr::new(10, 0, 0, host).into(), port),
             local: None,
         }
     }
 
-    fn source(key: &FlowKey) -> Source {
+    fn source(key: &FlowEnds) -> Source {
         Source::Address(IpAddr::V4(match key.client {
             SocketAddr::V4(address) => *address.ip(),
             SocketAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
         }))
     }
 
-    fn insert(table: &mut FlowTable<u32>, key: FlowKey, now: Instant) -> Option<FlowKey> {
+    fn insert(table: &mut FlowTable<u32>, key: FlowEnds, now: Instant) -> Option<FlowEnds> {
         table.insert(key, source(&key), 0, now).instead_of.map(|(_, key, _)| key)
     }
 
@@ -330,7 +330,7 @@ mod tests {
             let start = Instant::now();
             let mut table: FlowTable<u32> = FlowTable::new(limit, per_source);
             // The same as a plain list, the least recently used one first.
-            let mut list: Vec<FlowKey> = Vec::new();
+            let mut list: Vec<FlowEnds> = Vec::new();
             for (number, step) in (0u32..).zip(steps) {
                 let now = start + Duration::from_millis(number.into());
                 match step {
@@ -347,7 +347,7 @@ mod tests {
                             table.touch(index, now);
                             list.retain(|known| *known != key);
                         } else {
-                            let own: Vec<FlowKey> = list.iter().filter(|known| source(known) == source(&key)).copied().collect();
+                            let own: Vec<FlowEnds> = list.iter().filter(|known| source(known) == source(&key)).copied().collect();
                             let made = table.insert(key, source(&key), number, now);
                             if let Some((_, gone, _)) = made.instead_of {
                                 let over = per_source.is_some_and(|most| own.len() >= most);

@@ -14,16 +14,16 @@ const ROOM: usize = 64 * 1024;
 /// Room for what comes along with one: an address and a traffic class take 72 bytes.
 const CONTROL: usize = 128;
 
-/// Control messages begin where a size_t may.
+/// ControlBuffer messages begin where a size_t may.
 #[derive(Clone, Copy)]
 #[repr(align(8))]
-struct Control([u8; CONTROL]);
+struct ControlBuffer([u8; CONTROL]);
 
 /// Room for some datagrams.
 pub struct Messages {
     bytes: Box<[u8]>,
     names: Vec<libc::sockaddr_storage>,
-    controls: Vec<Control>,
+    controls: Vec<ControlBuffer>,
     /// Of each that was received: the lengths of its bytes, its name and its control messages.
     lengths: Vec<[usize; 3]>,
 }
@@ -36,7 +36,7 @@ impl std::fmt::Debug for Messages {
 
 /// One that was received.
 #[derive(Debug, Clone, Copy)]
-pub struct Message<'a> {
+pub struct ReceivedDatagram<'a> {
     /// All of its bytes.
     pub bytes: &'a [u8],
     /// Its sender.
@@ -54,7 +54,7 @@ impl Messages {
         Self {
             bytes: vec![0; count * ROOM].into_boxed_slice(),
             names: vec![name; count],
-            controls: vec![Control([0; CONTROL]); count],
+            controls: vec![ControlBuffer([0; CONTROL]); count],
             lengths: Vec::with_capacity(count),
         }
     }
@@ -91,7 +91,7 @@ impl Messages {
 
     /// The one with this number, of those that were received last.
     #[must_use]
-    pub fn get(&self, number: usize) -> Option<Message<'_>> {
+    pub fn get(&self, number: usize) -> Option<ReceivedDatagram<'_>> {
         let [bytes, name, control] = *self.lengths.get(number)?;
         let start = number * ROOM;
         let length = libc::socklen_t::try_from(name).ok().filter(|length| *length > 0);
@@ -99,7 +99,7 @@ impl Messages {
         // SAFETY: the kernel has written `length` bytes of an address there, which fit, and the rest is integers too.
         let from = length.and_then(|length| unsafe { SockaddrStorage::from_raw(place.cast(), Some(length)) });
         let bytes = self.bytes.get(start..start + bytes.min(ROOM))?;
-        Some(Message { bytes, from, control: self.controls[number].0.get(..control)? })
+        Some(ReceivedDatagram { bytes, from, control: self.controls[number].0.get(..control)? })
     }
 
     /// Sends those with the numbers `which` on: to `to`, with `control` (or, without both, to where the socket is connected). Says how
@@ -114,7 +114,7 @@ impl Messages {
         to: &SockaddrStorage,
         control: &[u8],
     ) -> nix::Result<usize> {
-        let mut shared = Control([0; CONTROL]);
+        let mut shared = ControlBuffer([0; CONTROL]);
         let Some(room) = shared.0.get_mut(..control.len()) else { return Err(Errno::EINVAL) };
         room.copy_from_slice(control);
         let first = which.start;

@@ -1,6 +1,6 @@
 //! Which target the clients of each listener are connected to.
 
-use bro_relay::listener::{Kind, Listener};
+use bro_relay::listener::{Listener, SocketKind};
 use bro_relay::target::Target;
 
 use crate::cli::Forward;
@@ -60,15 +60,17 @@ impl Routes {
 fn of_its_kind(target: &Target, listener: &Listener) -> Result<Target, Failure> {
     let socket = format!("the socket “{}” ({})", listener.name, listener.address);
     match (listener.kind, target) {
-        (Kind::Datagram, Target::Tcp { host, port }) => Ok(Target::Udp { host: host.clone(), port: *port }),
-        (Kind::Datagram, Target::Unix(_) | Target::Abstract(_)) => Err(Failure::Usage(format!(
+        (SocketKind::Datagram, Target::Tcp { host, port }) => {
+            Ok(Target::Udp { host: host.clone(), port: *port })
+        }
+        (SocketKind::Datagram, Target::Unix(_) | Target::Abstract(_)) => Err(Failure::Usage(format!(
             "{socket} takes UDP datagrams, and its target {target} is a unix socket; give --target {}=HOST:PORT",
             listener.name
         ))),
-        (Kind::Stream, Target::Udp { .. }) => Err(Failure::Usage(format!(
+        (SocketKind::Stream, Target::Udp { .. }) => Err(Failure::Usage(format!(
             "{socket} takes streams, and its target {target} is a UDP port; leave /udp out, or use ListenDatagram= for it"
         ))),
-        (Kind::SeqPacket, Target::Tcp { .. } | Target::Udp { .. }) => Err(Failure::Usage(format!(
+        (SocketKind::SeqPacket, Target::Tcp { .. } | Target::Udp { .. }) => Err(Failure::Usage(format!(
             "{socket} takes messages (ListenSequentialPacket=), and its target {target} is no unix socket; give --target {}=/PATH",
             listener.name
         ))),

@@ -3,7 +3,7 @@
 
 use std::os::fd::AsFd as _;
 
-use bro_relay::listener::{Kind, Listener};
+use bro_relay::listener::{Listener, SocketKind};
 
 use crate::commands::status::Waiting;
 
@@ -50,9 +50,11 @@ impl Limit {
 
 fn backlog((listener, _): &(Listener, usize)) -> u64 {
     match listener.kind {
-        Kind::Stream | Kind::SeqPacket => bro_relay::sys::backlog(listener.socket.as_fd()).unwrap_or(0),
+        SocketKind::Stream | SocketKind::SeqPacket => {
+            bro_relay::sys::backlog(listener.socket.as_fd()).unwrap_or(0)
+        }
         // They are no connections, and do not wait for one to end.
-        Kind::Datagram => 0,
+        SocketKind::Datagram => 0,
     }
 }
 
