@@ -1,4 +1,4 @@
-//! Counting the clients of listeners that services accept at: who counts, in which state of a connection, and by which listener it came.
+//! Counting the clients of listeners that services accept at: who counts, in which state of a connection, by which listener it came, and who has gone.
 //!
 //! Needs: nothing; a network namespace for two tests. Takes: seconds.
 
@@ -9,13 +9,14 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use bro_adopt::clients::{AdoptedClients, Counting, Uncountable, any, count, queued};
+use anyhow::{Context as _, Result, ensure};
+use bro_adopt::clients::{AdoptedClients, Counting, EndedClients, Uncountable, any, count, queued};
 use bro_tests::netns::Namespace;
 use bro_tests::peers::{Family, PATIENCE, Place as _};
 use bro_tests::process::eventually;
 use bro_tests::require_namespaces;
 use bro_tests::scratch::Scratch;
+use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, UnixAddr, bind, connect, listen, setsockopt,
@@ -252,5 +253,124 @@ fn nothing_is_said_of_another_namespaces_listener() -> Result<()> {
     }
     ensure!(eventually(PATIENCE, || matches!(queued(listener.as_fd()), Ok(1))), "it waits");
     ensure!(any(&[listener.as_fd()], &Counting::ALL)?, "it waits");
+    Ok(())
+}
+
+/// Comes, is accepted and goes.
+fn visit(listener: &TcpListener, to: IpAddr) -> Result<()> {
+    let client = TcpStream::connect((to, listener.local_addr()?.port()))?;
+    let served = listener.accept()?;
+    drop(client);
+    drop(served);
+    Ok(())
+}
+
+fn is_told(ended: &EndedClients, listener: &TcpListener) -> Result<()> {
+    let told = || ended.any(&[listener.as_fd()]).unwrap_or(false);
+    ensure!(eventually(PATIENCE, told), "a client of {:?} was not told of", listener.local_addr()?);
+    Ok(())
+}
+
+#[test]
+fn a_client_that_came_and_went_is_told_of_once_and_one_that_is_there_is_not() -> Result<()> {
+    let (fourth, sixth) = (IpAddr::V4(Ipv4Addr::LOCALHOST), "::1".parse()?);
+    for (address, to) in [
+        ("127.0.0.1:0", fourth),
+        ("0.0.0.0:0", fourth),
+        ("[::1]:0", sixth),
+        ("[::]:0", sixth),
+        ("[::]:0", fourth),
+    ] {
+        let listener = TcpListener::bind(address)?;
+        let ended = EndedClients::of(&[listener.as_fd()])?.context("a TCP listener")?;
+        let stays = (TcpStream::connect((to, listener.local_addr()?.port()))?, listener.accept()?);
+        ensure!(!ended.any(&[listener.as_fd()])?, "{address}: one that is there");
+        visit(&listener, to)?;
+        is_told(&ended, &listener)?;
+        ensure!(!ended.any(&[listener.as_fd()])?, "{address}: twice");
+        drop(stays);
+        is_told(&ended, &listener)?;
+        // Nor does a reset by the service hide one.
+        let client = TcpStream::connect((to, listener.local_addr()?.port()))?;
+        let (served, _) = listener.accept()?;
+        setsockopt(&served, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+        drop(served);
+        is_told(&ended, &listener)?;
+        drop(client);
+    }
+    Ok(())
+}
+
+#[test]
+fn clients_of_other_listeners_are_not_told_of_however_many() -> Result<()> {
+    // Another port, the same port at another address and in the other family; a more exact listener takes them from one at any address.
+    let any_address = TcpListener::bind("0.0.0.0:0")?;
+    let port = any_address.local_addr()?.port();
+    let own = TcpListener::bind("127.0.0.1:0")?;
+    let own_port = own.local_addr()?.port();
+    let elsewhere: [(TcpListener, IpAddr); 4] = [
+        (any_address, Ipv4Addr::LOCALHOST.into()),
+        (TcpListener::bind(("127.0.0.2", own_port))?, "127.0.0.2".parse()?),
+        (TcpListener::bind(("::1", own_port))?, "::1".parse()?),
+        (TcpListener::bind(("::1", port))?, "::1".parse()?),
+    ];
+    let ended = EndedClients::of(&[own.as_fd()])?.context("a TCP listener")?;
+    // More than the buffer holds.
+    for _ in 0..200 {
+        for (listener, to) in &elsewhere {
+            visit(listener, *to)?;
+        }
+    }
+    // The kernel tells about in order, so that nearly all of those were told of before this one.
+    let all = EndedClients::of(&[elsewhere[0].0.as_fd()])?.context("a TCP listener")?;
+    visit(&elsewhere[0].0, Ipv4Addr::LOCALHOST.into())?;
+    is_told(&all, &elsewhere[0].0)?;
+    ensure!(!ended.any(&[own.as_fd()])?, "clients of others were told of");
+    visit(&own, Ipv4Addr::LOCALHOST.into())?;
+    is_told(&ended, &own)
+}
+
+#[test]
+fn a_client_that_a_more_exact_listener_took_is_not_one_of_any_address() -> Result<()> {
+    let reused = |address: Ipv4Addr, port: u16| -> Result<TcpListener> {
+        let made = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&made, sockopt::ReusePort, &true)?;
+        bind(made.as_raw_fd(), &SockaddrIn::from(std::net::SocketAddrV4::new(address, port)))?;
+        listen(&made, Backlog::new(64)?)?;
+        Ok(made.into())
+    };
+    let all = reused(Ipv4Addr::UNSPECIFIED, 0)?;
+    let narrow = reused(Ipv4Addr::LOCALHOST, all.local_addr()?.port())?;
+    let of_all = EndedClients::of(&[all.as_fd()])?.context("a TCP listener")?;
+    let of_narrow = EndedClients::of(&[narrow.as_fd()])?.context("a TCP listener")?;
+    visit(&narrow, Ipv4Addr::LOCALHOST.into())?;
+    is_told(&of_narrow, &narrow)?;
+    ensure!(!of_all.any(&[all.as_fd()])?, "it was the other's");
+    let client = TcpStream::connect(("127.0.0.2", all.local_addr()?.port()))?;
+    drop((client, all.accept()?));
+    is_told(&of_all, &all)?;
+    ensure!(!of_narrow.any(&[narrow.as_fd()])?, "it was the other's");
+    Ok(())
+}
+
+#[test]
+fn more_clients_than_the_buffer_holds_are_clients_all_the_same() -> Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let ended = EndedClients::of(&[listener.as_fd()])?.context("a TCP listener")?;
+    for _ in 0..1000 {
+        visit(&listener, Ipv4Addr::LOCALHOST.into())?;
+    }
+    is_told(&ended, &listener)?;
+    // It goes on hearing after some were lost, and is not busy for ever.
+    ensure!(eventually(PATIENCE, || matches!(ended.any(&[listener.as_fd()]), Ok(false))), "without end");
+    visit(&listener, Ipv4Addr::LOCALHOST.into())?;
+    is_told(&ended, &listener)
+}
+
+#[test]
+fn unix_listeners_alone_are_not_heard_of() -> Result<()> {
+    let folder = Scratch::new()?;
+    let listener = UnixListener::bind(folder.join("service"))?;
+    ensure!(EndedClients::of(&[listener.as_fd()])?.is_none(), "the kernel tells of no unix socket");
     Ok(())
 }

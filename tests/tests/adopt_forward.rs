@@ -6,7 +6,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::adopt::{Adoption, Profile, Program};
@@ -288,8 +288,11 @@ fn a_client_of_the_service_counts_although_nothing_of_it_passes() -> Result<()> 
     service.says("accepted")?;
     let connected =
         |report: &AdoptionReport| matches!(report, AdoptionReport::Adopted { connections: 1, .. });
-    let report = eventually(&forwarder, connected)?;
-    ensure!(report.state == "Adopted, 1 connection now", "{}", report.state);
+    eventually(&forwarder, connected)?;
+    // The service is found to listen a moment after it has accepted.
+    let so = |report: &Report| report.state == "Adopted, 1 connection now";
+    let is_said = process::eventually(PATIENCE, || forwarder.report().as_ref().is_ok_and(so));
+    ensure!(is_said, "{}", forwarder.report()?.state);
     let idle = || forwarder.log().lines().iter().any(|line| line.contains("the idle time is over"));
     ensure!(!process::eventually(Duration::from_secs(2), idle), "the client did not count");
     service.input.as_mut().context("an input")?.write_all(b"now\n")?;
@@ -297,6 +300,28 @@ fn a_client_of_the_service_counts_although_nothing_of_it_passes() -> Result<()> 
     client.read_to_string(&mut said)?;
     ensure!(said == client.local_addr()?.to_string(), "{said}");
     drop(client);
+    says(&forwarder, "the idle time is over")?;
+    Ok(())
+}
+
+#[test]
+fn clients_that_come_and_go_between_two_looks_keep_a_service_awake() -> Result<()> {
+    require_namespaces!();
+    // It is looked at once a second.
+    const IDLE_TIME: Duration = Duration::from_secs(1);
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&["--exit-idle-time=1s"])?;
+    let early = stage.client()?;
+    let _service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_own_address(early)?;
+    eventually(&forwarder, is_adopted)?;
+    let is_over = || forwarder.log().lines().iter().any(|line| line.contains("the idle time is over"));
+    let started = Instant::now();
+    while started.elapsed() < 4 * IDLE_TIME {
+        expect_own_address(stage.client()?)?;
+        let over = process::eventually(Duration::from_millis(300), is_over);
+        ensure!(!over, "the idle time was over after {:?} of short clients", started.elapsed());
+    }
     says(&forwarder, "the idle time is over")?;
     Ok(())
 }

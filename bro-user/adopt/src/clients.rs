@@ -21,8 +21,12 @@
 //! | LAST_ACK, CLOSING, TIME_WAIT | both sides have said their last |
 //! | SYN_RECV | there is no client yet that could be told from a forged packet; it comes to the accept queue |
 //!
+//! Clients that come and go between two questions are in no answer. Of TCP's the kernel tells by itself when their sockets are destroyed
+//! ([`EndedClients`]).
+//!
 //! A service that forgets to close a connection whose client has gone stays awake by it (CLOSE_WAIT), as it would behind the relay.
 
+mod ended;
 mod tcp;
 mod unix;
 
@@ -37,6 +41,8 @@ use nix::libc;
 
 use crate::family::Family;
 use crate::{socket, sys};
+
+pub use ended::EndedClients;
 
 /// One listener's clients.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

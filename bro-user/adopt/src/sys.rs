@@ -1,4 +1,4 @@
-//! Adoption's unsafe code: the ioctls of seccomp_unotify(2), descriptors of other processes, socket options as bytes, and the record
+//! Adoption's unsafe code: the ioctls of seccomp_unotify(2), descriptors of other processes, socket options as bytes, socket filters, and the record
 //! that the kernel writes into memory that outlives this process.
 #![allow(unsafe_code, reason = "this is the one place for it in adoption; every block says why it is sound")]
 
@@ -308,6 +308,22 @@ pub fn set_option(socket: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -
     // SAFETY: the value is valid for reading for as long as the call lasts.
     let set = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.as_ptr().cast(), length) };
     check(set).map(drop)
+}
+
+/// SO_ATTACH_FILTER (socket(7)): the kernel queues only what this classic BPF program returns more than zero for.
+///
+/// # Errors
+/// EINVAL for a program that is empty, longer than 4096 instructions (BPF_MAXINSNS) or wrong; ENOMEM.
+pub fn attach_filter(socket: BorrowedFd<'_>, program: &mut [libc::sock_filter]) -> io::Result<()> {
+    let length = program.len().try_into().map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };
+    let size = size_of::<libc::sock_fprog>() as libc::socklen_t;
+    let place = (&raw const program).cast();
+    // SAFETY: the kernel copies as many instructions as the slice has, which outlives the call, and checks the program.
+    let attached = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, place, size)
+    };
+    check(attached).map(drop)
 }
 
 /// Has `replacement` watched in `epoll` instead of `watched`, both as descriptor `number` of another process.

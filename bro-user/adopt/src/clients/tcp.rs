@@ -9,7 +9,7 @@
 use std::io;
 use std::net::IpAddr;
 use std::ops::ControlFlow;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use netlink_packet_core::Nla as _;
 use netlink_packet_sock_diag::SockDiagMessage;
@@ -31,7 +31,7 @@ struct Bound {
 
 /// What listeners and their connections have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct LocalEnd {
+pub(super) struct LocalEnd {
     address: IpAddr,
     /// SO_BINDTODEVICE (`BindToDevice=`); 0 without.
     interface: u32,
@@ -40,7 +40,7 @@ struct LocalEnd {
 }
 
 impl LocalEnd {
-    fn of(response: &InetResponse) -> Self {
+    pub(super) fn of(response: &InetResponse) -> Self {
         const INET_DIAG_CGROUP_ID: u16 = 21;
         let group = response.nlas.iter().find(|nla| nla.kind() == INET_DIAG_CGROUP_ID);
         let cgroup = group.filter(|nla| nla.value_len() == 8).map(|nla| {
@@ -103,12 +103,8 @@ struct PortQuestion {
     bound: Vec<Bound>,
 }
 
-/// As [`super::served`].
-pub(super) fn served(
-    listeners: &[BorrowedFd<'_>],
-    counting: &Counting<'_>,
-    each: &mut dyn FnMut(usize, u64) -> ControlFlow<()>,
-) -> Result<ControlFlow<()>, Uncountable> {
+/// What is to be asked about these listeners; nothing about those that are not TCP's.
+fn questions(listeners: &[BorrowedFd<'_>]) -> Vec<PortQuestion> {
     let mut asked: Vec<PortQuestion> = Vec::new();
     for (index, listener) in listeners.iter().enumerate() {
         let Some((Place::Tcp(address), seen)) = Place::of(*listener).zip(socket::look(*listener)) else {
@@ -127,7 +123,40 @@ pub(super) fn served(
             asked.push(PortQuestion { family, port, listeners, bound: vec![own] });
         }
     }
-    for mut asked in asked {
+    asked
+}
+
+/// Did one of these connections, of this family and at this local port, come by one of the listeners?
+pub(super) fn is_client(
+    listeners: &[BorrowedFd<'_>],
+    connections: &[(u8, u16, LocalEnd)],
+) -> Result<bool, Uncountable> {
+    for mut asked in questions(listeners) {
+        let (family, port) = (asked.family, asked.port);
+        let mut at_port = connections
+            .iter()
+            .filter(|(its, at, _)| (*its, *at) == (family, port))
+            .map(|(_, _, end)| end)
+            .peekable();
+        if at_port.peek().is_none() {
+            continue;
+        }
+        asked.learn_of_others(&super::table(listeners)?)?;
+        let is_ours = |cookie: &u64| asked.listeners.iter().any(|(_, its)| its == cookie);
+        if at_port.any(|end| came_by(&asked.bound, end).iter().any(is_ours)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// As [`super::served`].
+pub(super) fn served(
+    listeners: &[BorrowedFd<'_>],
+    counting: &Counting<'_>,
+    each: &mut dyn FnMut(usize, u64) -> ControlFlow<()>,
+) -> Result<ControlFlow<()>, Uncountable> {
+    for mut asked in questions(listeners) {
         let heard = asked.ask(listeners, counting, each)?;
         if heard.is_break() {
             return Ok(heard);
@@ -144,18 +173,7 @@ impl PortQuestion {
         each: &mut dyn FnMut(usize, u64) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, Uncountable> {
         let table = super::table(listeners)?;
-        let mut found = Vec::new();
-        let request = self.request(StateFlags::LISTEN, ExtensionFlags::empty());
-        let _all = super::dump(&table, request, |answer| {
-            if let SockDiagMessage::InetResponse(response) = answer {
-                let cookie = u64::from_ne_bytes(response.header.socket_id.cookie);
-                found.push(Bound { cookie, end: LocalEnd::of(&response) });
-            }
-            ControlFlow::Continue(())
-        })?;
-        self.bound.retain(|own| !found.iter().any(|found| found.cookie == own.cookie));
-        self.bound.append(&mut found);
-
+        self.learn_of_others(&table)?;
         let states =
             StateFlags::ESTABLISHED | StateFlags::CLOSE_WAIT | StateFlags::FIN_WAIT1 | StateFlags::FIN_WAIT2;
         let extensions = if counting.bytes { ExtensionFlags::INFO } else { ExtensionFlags::empty() };
@@ -175,6 +193,22 @@ impl PortQuestion {
             }
             ControlFlow::Continue(())
         })
+    }
+
+    /// Asks which listeners there are.
+    fn learn_of_others(&mut self, table: &OwnedFd) -> Result<(), Uncountable> {
+        let mut found = Vec::new();
+        let request = self.request(StateFlags::LISTEN, ExtensionFlags::empty());
+        let _all = super::dump(table, request, |answer| {
+            if let SockDiagMessage::InetResponse(response) = answer {
+                let cookie = u64::from_ne_bytes(response.header.socket_id.cookie);
+                found.push(Bound { cookie, end: LocalEnd::of(&response) });
+            }
+            ControlFlow::Continue(())
+        })?;
+        self.bound.retain(|own| !found.iter().any(|found| found.cookie == own.cookie));
+        self.bound.append(&mut found);
+        Ok(())
     }
 
     /// The kernel tells of sockets with this local port alone (`inet_diag_dump_icsk`), and so of none that is somewhere else.

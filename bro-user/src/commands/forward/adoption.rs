@@ -42,6 +42,7 @@ use crate::fallback::FallbackKind;
 use crate::relay_handle::Handle;
 
 pub(super) use guests::Guests;
+use guests::ShortGuests;
 pub(super) use options::check;
 use passed::{HERITAGE, SECCOMP};
 pub(super) use passed::{Reserved, take};
@@ -112,6 +113,8 @@ pub(super) struct SocketAdoption {
     decisions: BTreeMap<usize, Instant>,
     /// When to look next who is connected.
     look_at: Option<Instant>,
+    /// Those whom no look sees.
+    short_guests: ShortGuests,
     /// A look has failed, and it was said.
     blind: bool,
     /// Why listeners are relayed, of those that were not counted yet.
@@ -187,6 +190,7 @@ impl SocketAdoption {
             ended: None,
             decisions: BTreeMap::new(),
             look_at: None,
+            short_guests: ShortGuests::NotHeard,
             blind: false,
             fell_back: Vec::new(),
             way: None,

@@ -1,9 +1,10 @@
-//! The clients of a service that accepts them itself: they are not seen coming, so the kernel is asked from time to time.
+//! The clients of a service that accepts them itself: they are not seen coming, so the kernel is asked from time to time who is there, and tells
+//! of those that came and went meanwhile.
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
 
-use bro_adopt::clients::{self, Counting, Uncountable};
+use bro_adopt::clients::{self, Counting, EndedClients, Uncountable};
 use tokio::time::Instant;
 
 use super::{ListenerHolder, SocketAdoption};
@@ -22,10 +23,64 @@ fn step(idle_time: Duration) -> Duration {
 pub(in super::super) enum Guests {
     /// A client, or it cannot be seen.
     There,
-    /// None any more: the last one has left since the look before.
+    /// None any more: the last one has left since the look before, which may not have seen it.
     Left,
     /// None, as at the look before.
     None,
+}
+
+/// How it is heard of clients that come and go between two looks.
+#[derive(Debug)]
+pub(super) enum ShortGuests {
+    /// No service has a listener.
+    NotHeard,
+    /// Of these listeners, by their places.
+    Heard { of: Vec<usize>, ended: EndedClients },
+    /// Of these it is not heard: the kernel does not tell, or none is TCP's.
+    Silent { of: Vec<usize> },
+}
+
+impl ShortGuests {
+    /// Those of these listeners, from now on.
+    fn hear_of(&mut self, adopted: &[usize], sockets: &[BorrowedFd<'_>]) {
+        let (Self::Heard { of, .. } | Self::Silent { of }) = self else {
+            if !adopted.is_empty() {
+                *self = Self::begin(adopted, sockets);
+            }
+            return;
+        };
+        if adopted.is_empty() {
+            *self = Self::NotHeard;
+        } else if of != adopted {
+            *self = Self::begin(adopted, sockets);
+        }
+    }
+
+    fn begin(adopted: &[usize], sockets: &[BorrowedFd<'_>]) -> Self {
+        let of = adopted.to_vec();
+        match EndedClients::of(sockets) {
+            Ok(Some(ended)) => Self::Heard { of, ended },
+            Ok(None) => Self::Silent { of },
+            Err(error) => Self::fails(of, &error),
+        }
+    }
+
+    fn fails(of: Vec<usize>, error: &Uncountable) -> Self {
+        tracing::debug!("clients that come and go between two looks are not seen: {error}");
+        Self::Silent { of }
+    }
+
+    /// Has one gone since the last time?
+    fn any(&mut self, sockets: &[BorrowedFd<'_>]) -> bool {
+        let Self::Heard { of, ended } = self else { return false };
+        match ended.any(sockets) {
+            Ok(any) => any,
+            Err(error) => {
+                *self = Self::fails(std::mem::take(of), &error);
+                false
+            }
+        }
+    }
 }
 
 impl SocketAdoption {
@@ -38,13 +93,16 @@ impl SocketAdoption {
         let sockets: Vec<BorrowedFd<'_>> =
             adopted.iter().map(|index| self.listeners[*index].socket.as_fd()).collect();
         let before = self.guests();
+        // Before it is counted: one that is there in between is counted.
+        self.short_guests.hear_of(&adopted, &sockets);
+        let gone = self.short_guests.any(&sockets);
         match count(&sockets) {
             Ok(counts) => {
                 for (index, count) in adopted.into_iter().zip(&counts) {
                     self.listeners[index].guests = *count;
                 }
                 match counts.iter().sum() {
-                    0 if before == 0 => Guests::None,
+                    0 if before == 0 && !gone => Guests::None,
                     0 => Guests::Left,
                     _ => Guests::There,
                 }
