@@ -239,6 +239,44 @@ fn a_forwarder_that_is_killed_is_followed_by_one_that_goes_on() -> Result<()> {
     Ok(())
 }
 
+/// A port more, for the same place in the container, while the service has the first one: it makes no listen(2) for that, and is found by the socket
+/// that it had made itself.
+#[test]
+fn a_listener_that_comes_later_for_the_same_target_is_relayed() -> Result<()> {
+    require_namespaces!();
+    for number in [0, 1] {
+        let mut stage = Stage::new()?;
+        let forwarder = stage.forwarder(&[])?;
+        let early = stage.client()?;
+        let service = stage.service(Profile::Notifies, &["epoll", INSIDE])?;
+        expect_own_address(early)?;
+        eventually(&forwarder, is_adopted)?;
+        forwarder.signal(Signal::SIGKILL)?;
+        drop(forwarder);
+        let (more, passed) = listener("127.0.0.1:0")?;
+        stage.adoption.insert(number, passed, INSIDE);
+        let next = stage.forwarder(&[])?;
+        says(&next, "as before this process")?;
+        let later = || -> Result<TcpStream> {
+            let client = TcpStream::connect(more.local_addr()?)?;
+            client.set_read_timeout(Some(PATIENCE))?;
+            Ok(client)
+        };
+        expect_relayed(later()?).with_context(|| format!("the new one is number {number}"))?;
+        expect_own_address(stage.client()?)?;
+        next.signal(Signal::SIGHUP)?;
+        let main = stage.adoption.main_process(next.pid())?;
+        ensure!(process::ends(next.pid(), PATIENCE)?, "the predecessor stays");
+        expect_relayed(later()?)
+            .with_context(|| format!("after a reload; the new one is number {number}"))?;
+        expect_own_address(stage.client()?)?;
+        end(service)?;
+        kill(Pid::from_raw(main), Signal::SIGTERM)?;
+        ensure!(process::ends(main, PATIENCE)?, "the successor stays");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_successor_answers_for_the_container() -> Result<()> {
     require_namespaces!();
