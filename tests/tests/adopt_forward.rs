@@ -15,7 +15,7 @@ use bro_tests::netns::Namespace;
 use bro_tests::peers::PATIENCE;
 use bro_tests::process;
 use bro_tests::require_namespaces;
-use bro_user::commands::status::{AdoptionReport, Report};
+use bro_user::commands::status::{AdoptionReport, Report, ServiceState};
 use bro_user::fallback::FallbackKind;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -147,6 +147,10 @@ fn a_first_client_wakes_a_service_that_accepts_it_itself() -> Result<()> {
             for _ in 0..3 {
                 expect_own_address(stage.client()?)?;
             }
+            // Or the next client finds a wake that goes on, of which no line is written.
+            let found =
+                || forwarder.report().is_ok_and(|report| report.activity.state == ServiceState::Awake);
+            ensure!(process::eventually(PATIENCE, found), "{kind}: the service is not found");
             end(service)?;
             eventually(&forwarder, is_waiting)?;
             forwarder.log().forget();

@@ -45,6 +45,18 @@ fn complaints(site: &Site<'_>) -> Result<String> {
     Ok(doctor.stdout.lines().filter(|line| !line.starts_with("ok ")).collect::<Vec<_>>().join("\n"))
 }
 
+/// What `bro doctor` says of the fence around the service's sockets: that of the unit, or how root puts up a user's.
+fn expect_fence(site: &Site<'_>) -> Result<()> {
+    let doctor = site.front.try_run(site.host, &["bro", "doctor", &site.name])?.stdout;
+    let line = doctor.lines().find(|line| line.contains("fence")).with_context(|| doctor.clone())?;
+    let wanted = match site.front {
+        Manager::System => line.starts_with("ok ") && line.contains("around the sockets of"),
+        Manager::User(_) => line.starts_with("less") && doctor.contains("bro-fence@"),
+    };
+    ensure!(wanted, "{doctor}");
+    Ok(())
+}
+
 /// Adopted, and soon asleep.
 const SOON: [&str; 3] = ["--adopt", "--exit-idle-time", "1s"];
 
@@ -67,6 +79,7 @@ pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
         expect_asleep(&site).with_context(|| site.journals())?;
     }
     ensure!(site.errors()?.is_empty(), "{:?}", site.errors()?);
+    expect_fence(&site)?;
     let again = activate(host, manager, "adopted")?;
     ensure!(again.success() && again.stdout.contains("nothing to do"), "{again:?}");
     expect_adopted(&site)?;
@@ -278,6 +291,7 @@ pub fn for_a_user(host: &Host) -> Result<()> {
         ensure!(!complaints.contains("BAD"), "{complaints}");
         expect_asleep(&served.0).with_context(|| served.0.journals())?;
     }
+    expect_fence(&served.0)?;
     expect_removed(&served.0, &before)
 }
 

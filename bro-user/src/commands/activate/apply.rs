@@ -289,7 +289,11 @@ impl Plan {
                 installed.listeners.iter().find(|before| before.socket == listener.socket)
             });
             // Only what the kernel's socket is made of: no other change in the file needs a new socket.
-            before != Some(listener) && before.is_none_or(|before| !same_socket(before, listener))
+            // A fence is put up before it: one that is there stays up to the next start.
+            before != Some(listener)
+                && before.is_none_or(|before| {
+                    !same_socket(before, listener) || (before.fence.is_none() && listener.fence.is_some())
+                })
         };
         let (mut restart, mut unread) = (Vec::new(), false);
         for listener in &wanted.listeners {
