@@ -223,6 +223,38 @@ pub fn off_again(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// A new socket while the container has the old one: with a fence where there was none, and with another backlog.
+pub fn another_socket(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    if manager == Manager::System {
+        host.sh("sed -i '/^ExecStartPre=/d' /etc/systemd/system/adopted-activator.socket")?;
+        host.sh("systemctl daemon-reload; systemctl restart adopted-activator.socket")?;
+        expect_adopted(&site)?;
+        let doctor = host.try_run(&["bro", "doctor", "adopted"])?.stdout;
+        ensure!(doctor.contains("adopted-activator.socket has none"), "{doctor}");
+        let ran = activate(host, manager, "adopted")?;
+        ensure!(ran.success() && ran.stdout.contains("it held the socket"), "{ran:?}\n{}", site.journals());
+    }
+    expect_adopted(&site)?;
+    expect_fence(&site)?;
+    let ran = activate(host, manager, "adopted --backlog 77")?;
+    ensure!(ran.success() && ran.stdout.contains("it held the socket"), "{ran:?}\n{}", site.journals());
+    expect_adopted(&site)?;
+    expect_fence(&site)?;
+    if manager == Manager::System {
+        // As on a host that is a container without the right to load programs: it listens all the same.
+        let without =
+            ["setpriv", "--bounding-set", "-bpf,-sys_admin", "bro", "activate", "adopted", "--backlog"];
+        let ran = host.try_run(&[&without[..], &["78"]].concat())?;
+        ensure!(ran.success() && ran.stderr.contains("there is no fence around the sockets"), "{ran:?}");
+        expect_adopted(&site)?;
+        let doctor = host.try_run(&["bro", "doctor", "adopted"])?.stdout;
+        ensure!(doctor.contains("adopted-activator.socket has none"), "{doctor}");
+    }
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
 /// The profile is as old as its source was.
 pub fn older_profile(host: &Host, manager: Manager) -> Result<()> {
     let plan = nginx(host, manager)?;

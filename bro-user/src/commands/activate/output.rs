@@ -74,8 +74,8 @@ pub(super) fn activated(
     }
     if outcome == Applied::Stopped {
         match &wanted.mode {
-            Mode::Direct(_) => stopped(&mut out, &wanted.unit)?,
-            Mode::Forward(_) | Mode::Adopt(_) => {
+            Mode::Direct(_) | Mode::Adopt(_) => stopped(&mut out, &wanted.unit)?,
+            Mode::Forward(_) => {
                 writeln!(out, "{} was stopped: its seccomp profile was one that adopts", wanted.unit)?;
             }
         }
