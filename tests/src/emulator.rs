@@ -48,6 +48,7 @@ pub fn pack() -> Result<Initramfs> {
     // As in a target folder: helpers lie one above the tests, where the harness looks for them.
     files.program(bro::binary(), inside::BRO)?;
     files.program(&bro::helper(), "/bro/peer")?;
+    files.program(&bro::adopt(), "/bro/adopt")?;
     files.program(&bro::helper().with_file_name("emulated"), inside::INIT)?;
     for (name, suite) in SUITES.iter().zip(suites()?) {
         files.program(&suite, &format!("{}/{name}", inside::SUITES))?;

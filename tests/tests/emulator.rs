@@ -1,6 +1,8 @@
 //! The kernel relay on other kernels than this machine's: Debian's 5.10, 6.1, 6.12 and its newest, each booted in an emulator
 //! with the very `bro` that is under test.
 //!
+//! On each of them a service adopts the forwarder's socket, with the harness as the OCI runtime.
+//!
 //! Gated on behaviour, not on versions: where the programs load and pass their self-test, real bytes have to take the lanes and
 //! the suites of the relay's programs have to pass; where they do not, bro says why and splices.
 //!
@@ -63,11 +65,27 @@ fn expect_relayed(facts: &Value, relay: Option<&str>) -> Result<()> {
     Ok(())
 }
 
+/// A service that is started under a filter which notifies has the forwarder's socket, and sees its clients: none of these kernels lacks what that
+/// takes (before Linux 5.14 a socket does not tell its namespace, which is only needed to refuse one of another).
+fn expect_adoption(report: &Report) -> Result<()> {
+    let facts = report.step("adopt")?;
+    ensure!(facts["adoption"]["state"] == "adopted" && facts["accepted"] == 0, "not adopted: {facts:#}");
+    let none = Vec::new();
+    let seen = facts["seen"].as_array().unwrap_or(&none);
+    ensure!(
+        seen.len() == CONNECTIONS && seen.iter().all(|one| one["own"] == one["told"]),
+        "whom did it see: {facts:#}"
+    );
+    println!("adopted: the service saw {CONNECTIONS} clients as they are");
+    Ok(())
+}
+
 /// What holds on a kernel that has all the relay needs.
 fn expect_lanes(report: &Report) -> Result<()> {
     let doctor = &report.step("doctor")?["kernel relay"];
     let finding = doctor["finding"].as_str().unwrap_or_default();
     ensure!(finding.starts_with("loaded and tested"), "bro doctor says {doctor:#}");
+    expect_adoption(report)?;
     // On a kernel that answers FIONREAD wrongly, only who insists has lanes.
     let careful = finding.contains("FIONREAD");
     for (step, relay) in [("auto", if careful { "splice" } else { "sockmap" }), ("sockmap", "sockmap")] {
@@ -109,6 +127,7 @@ fn expect_splice(report: &Report) -> Result<()> {
     let asked = report.step("sockmap")?;
     ensure!(asked["exit"] == 1, "--relay=sockmap did not fail: {asked:#}");
     println!("{finding}; {}", doctor["fix"]);
+    expect_adoption(report)?;
     report.step("end").map(drop)
 }
 

@@ -430,8 +430,8 @@ impl Bench {
         let servers = program.start(&self.scene, self.present.len())?;
         let mut up = Vec::new();
         for (place, contender) in self.present.clone().into_iter().enumerate() {
-            // The unix reference is this task's own service.
-            if contender.way == contenders::Way::Unix {
+            // The unix reference is this task's own service; a service adopts only what it was started for.
+            if matches!(contender.way, contenders::Way::Unix | contenders::Way::Adopted) {
                 continue;
             }
             match self.start_for(&contender, place, program) {

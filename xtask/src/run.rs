@@ -3,11 +3,13 @@
 //! The task plays systemd, a process in a namespace plays the container, and a client in this process plays the world.
 //! Everything printed was measured in the run that prints it.
 
+mod adoption;
 mod client;
 mod compare;
 mod keep;
 pub mod namespace;
 pub mod process;
+pub mod runtime;
 mod service;
 mod stream;
 mod systemd;
@@ -20,6 +22,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::Subcommand;
 use nix::sys::signal::SigSet;
 
+use client::Answer;
 use namespace::{Container, SERVICE};
 use systemd::{Forwarder, Socket};
 
@@ -38,10 +41,15 @@ pub enum Part {
     Container,
     /// Serve HTTP
     Service { addresses: Vec<String> },
+    /// Become the service in the namespaces of a process, as an OCI runtime with bro's seccomp profile makes a container
+    Runtime { container: i32, listener_path: String, address: String },
     /// Measure, and print the figures
     Client { address: String },
     /// Become the program that systemd would start with the socket that is stdin
     Forwarder {
+        /// Stdout is the socket at a seccomp profile's listenerPath
+        #[arg(long)]
+        adopt: bool,
         #[arg(last = true)]
         command: Vec<String>,
     },
@@ -55,7 +63,10 @@ pub fn part(part: Part) -> Result<()> {
         Part::Container => namespace::main(),
         Part::Service { addresses } => service::main(&addresses),
         Part::Client { address } => client::main(&address),
-        Part::Forwarder { command } => systemd::become_forwarder(&command),
+        Part::Forwarder { adopt, command } => systemd::become_forwarder(adopt, &command),
+        Part::Runtime { container, listener_path, address } => {
+            adoption::main(container, &listener_path, &address)
+        }
     }
 }
 
@@ -77,7 +88,9 @@ pub fn run(args: &Args) -> Result<()> {
 
     let forwarder = tell_first_connection(&bro, &mut container, &socket, args)?;
     println!();
-    compare::table(&bro, &mut container)?;
+    let adopted = adoption::tell(&bro, &container);
+    println!();
+    compare::table(&bro, &mut container, adopted)?;
     println!();
 
     match interrupts {
@@ -97,13 +110,15 @@ fn tell_first_connection(
     if args.keep {
         forward.push(format!("--exit-idle-time={}s", keep::IDLE.as_secs()));
     }
-    let mut woken = wake(bro, container, socket, &forward, SERVICE)?;
+    let line = forward_line(container, &forward, SERVICE);
+    let activate = || socket.activate(bro, &line, None);
+    let (mut woken, ()) = wake(socket, activate, || container.start_service())?;
     let ms = |since_request: Duration| format!("{:8.1} ms", since_request.as_secs_f64() * 1e3);
     println!("client      GET http://{}/", socket.address);
     println!("{}   systemd's part sees the client, and starts bro and the service:", ms(woken.activated));
-    println!("{:8}      bro {}", "", forward_line(container, &forward, SERVICE).join(" "));
+    println!("{:8}      bro {}", "", line.join(" "));
     println!("{}   the service listens on {SERVICE} in its namespace", ms(woken.listening));
-    let (status, page) = &woken.answer;
+    let Answer { status, page, .. } = &woken.answer;
     println!("{}   the client has its answer: {status}, {} bytes, as sent", ms(woken.answered), page.len());
 
     let end = woken.forwarder.next_end()?;
@@ -141,17 +156,15 @@ struct Woken {
     activated: Duration,
     listening: Duration,
     answered: Duration,
-    answer: (String, String),
+    answer: Answer,
 }
 
-/// Lets a client connect to `socket`, and does for it what systemd does. Starts the service unless it runs already.
-fn wake(
-    bro: &Path,
-    container: &mut Container,
+/// Lets a client connect to `socket`, and does for it what systemd does: it starts bro, and the service, which listens when its start returns.
+fn wake<S>(
     socket: &Socket,
-    options: &[String],
-    target: &str,
-) -> Result<Woken> {
+    activate: impl FnOnce() -> Result<Forwarder>,
+    start_service: impl FnOnce() -> Result<S>,
+) -> Result<(Woken, S)> {
     let address = socket.address.to_string();
     let (sender, answers) = channel();
     // The client is a thread; the processes are started by this one, which they must not outlive.
@@ -162,8 +175,8 @@ fn wake(
     });
     socket.wait_for_client(Duration::from_secs(10))?;
     let activated = Instant::now();
-    let mut forwarder = socket.activate(bro, &forward_line(container, options, target))?;
-    container.start_service()?;
+    let mut forwarder = activate()?;
+    let service = start_service()?;
     let listening = Instant::now();
 
     let (begin, answered, answer) = loop {
@@ -177,12 +190,7 @@ fn wake(
     };
     let answer =
         answer.with_context(|| format!("the client got no answer; bro's log: {}", forwarder.story()))?;
-    ensure!(answer.1 == service::PAGE, "the client got another page than the service sent");
-    Ok(Woken {
-        forwarder,
-        activated: activated.duration_since(begin),
-        listening: listening.duration_since(begin),
-        answered,
-        answer,
-    })
+    ensure!(answer.page == service::PAGE, "the client got another page than the service sent");
+    let (activated, listening) = (activated.duration_since(begin), listening.duration_since(begin));
+    Ok((Woken { forwarder, activated, listening, answered, answer }, service))
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask run` itself: it shows the main job, ends by itself and leaves nothing behind, even when it is killed.
+//! `cargo xtask run` itself: it shows the main job, with a relay and by adoption, ends by itself and leaves nothing behind, even when it is killed.
 //!
 //! Needs: user namespaces; root and kernel BTF for one test. Takes: seconds.
 
@@ -44,9 +44,20 @@ fn shows_a_cold_start_and_every_relay_and_ends() {
     for wanted in ["cold start", "200 OK", "relay       splice"] {
         assert!(said.contains(wanted), "no `{wanted}` in:\n{said}");
     }
+    expect_adoption(&said);
     for label in ["direct, both inside", "bro, splice", "bro, copy"] {
         assert!(!row(&said, label).contains("kernel"), "{said}");
     }
+}
+
+/// A service with systemd's own socket: its cold start, whom it saw, and its figures.
+fn expect_adoption(said: &str) {
+    let line = said.lines().position(|line| line.starts_with("adoption    "));
+    let line = line.unwrap_or_else(|| panic!("no word of adoption in:\n{said}"));
+    let told: Vec<&str> = said.lines().skip(line).take(2).collect();
+    assert!(told[0].contains(" ms for the first client"), "{said}");
+    assert!(told[1].contains("127.0.0.1:") && told[1].ends_with("the client's own address"), "{said}");
+    assert!(row(said, "bro, adopted").contains("none by bro"), "{said}");
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //! a line, on the second serial port. The judging is left to the test outside.
 
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -14,7 +15,9 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::termios::{SetArg, cfmakeraw, tcdrain, tcgetattr, tcsetattr};
 use serde_json::{Value, json};
 
+use crate::adopt::{Adoption, Profile};
 use crate::forwarder::Forwarder;
+use crate::netns::Namespace;
 use crate::pattern::Pattern;
 use crate::peers::{Conn, End, PATIENCE};
 use crate::process;
@@ -31,6 +34,9 @@ pub const SUITES: &str = "/bro/deps";
 pub const BYTES: u64 = 4 * 1024 * 1024;
 /// Connections of one forwarder, one after another: the first teaches it what kind of sockets the service uses.
 pub const CONNECTIONS: usize = 2;
+
+/// Where the service listens whose socket is adopted.
+const ADOPTED: &str = "127.0.0.1:8080";
 
 /// For a program that ends by itself.
 const SHORT: Duration = Duration::from_secs(40);
@@ -98,6 +104,7 @@ impl Port {
         self.report("doctor", doctor)?;
         self.report("auto", relay(&["--relay=auto"]))?;
         self.report("sockmap", relay(&["--relay=sockmap", "--local-clients=on"]))?;
+        self.report("adopt", adopt())?;
         // On another kernel every one of their tests would say the same.
         if fit {
             for name in super::SUITES {
@@ -175,6 +182,42 @@ fn relay(options: &[&str]) -> Result<Value> {
     Ok(
         json!({ "verdict": verdict, "connections": connections, "relay": status["relay"], "total": status["total"] }),
     )
+}
+
+/// A service that has the forwarder's own socket: whom it saw, and what the forwarder says of that. It is started first: what finds a service that
+/// was started for a client, the kernel's table of listeners, is left out here (see [`relay`]).
+fn adopt() -> Result<Value> {
+    let host = TcpListener::bind("127.0.0.1:0")?;
+    let adoption = Adoption::new(vec![(host.try_clone()?.into(), ADOPTED.into())])?;
+    let namespace = Namespace::new()?;
+    let forwarder = adoption.forwarder(&namespace)?.start()?;
+    forwarder.log().line(PATIENCE, |line| line.contains("listening"))?;
+    let service = adoption.service_in(&namespace, Profile::Notifies, &["epoll", ADOPTED])?;
+    service.says("ready")?;
+    let mut seen = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let mut client = TcpStream::connect(host.local_addr()?)?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        let mut told = String::new();
+        if let Err(error) = client.read_to_string(&mut told) {
+            told = error.to_string();
+        }
+        seen.push(json!({ "own": client.local_addr()?.to_string(), "told": told }));
+    }
+    // The forwarder hears of it after the service does.
+    let decided = |listener: &Value| listener["adoption"]["state"] != "waiting";
+    let mut report = Value::Null;
+    process::eventually(PATIENCE, || {
+        report = status(&forwarder).unwrap_or_default();
+        decided(&report["listeners"][0])
+    });
+    let log = forwarder.log().lines();
+    let facts = json!({ "seen": seen, "adoption": report["listeners"][0]["adoption"], "accepted": report["total"]["accepted"],
+        "said": log });
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(service.pid()), nix::sys::signal::Signal::SIGKILL)?;
+    service.wait()?;
+    forwarder.stop()?;
+    Ok(facts)
 }
 
 fn status(forwarder: &Forwarder) -> Result<Value> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use nix::poll::{PollFd, PollFlags};
 
-use super::contenders::{Contender, Way, bro_args};
+use super::contenders::{AdoptedStart, Contender, Way, bro_args, expect_adopted};
 use super::launch::Launch;
 use super::load::{self, Figures};
 use super::scene::Scene;
@@ -22,7 +22,7 @@ const STARTUP_MS: u64 = 50;
 
 /// Who of the contenders is started by a socket.
 pub fn takes_part(contender: &Contender) -> bool {
-    matches!(contender.way, Way::Bro { inside: false, .. } | Way::Proxyd)
+    matches!(contender.way, Way::Bro { inside: false, .. } | Way::Adopted | Way::Proxyd)
 }
 
 /// When the service is started.
@@ -71,15 +71,24 @@ pub fn start(scene: &Scene, contender: &Contender, order: Order, port: u16) -> R
             Way::Proxyd => {
                 let program =
                     tools::find("systemd-socket-proxyd").context("systemd-socket-proxyd is gone")?;
-                let launch = Launch { socket, inside: scene.inside(true), user: None };
+                let launch = Launch { socket, inside: scene.inside(true), ..Launch::default() };
                 launch.start(&program, std::slice::from_ref(&target), &log("forwarder"))
             }
             _ => bail!("{} is not started by a socket", contender.label),
         }
     };
-    let starting =
-        || Scene::starting_service(scene.inside(true), vec![target.clone()], STARTUP_MS, &log("service"));
+    let starting = || {
+        let launch = Launch { inside: scene.inside(true), ..Launch::default() };
+        Scene::starting_service(launch, vec![target.clone()], STARTUP_MS, &log("service"))
+    };
     let (_forwarder, _service, listening, lines) = match order {
+        Order::Together if contender.way == Way::Adopted => {
+            let starts = AdoptedStart { scene, target, startup_ms: STARTUP_MS };
+            let (forwarder, (service, lines)) =
+                starts.both(socket.try_clone()?, &log("forwarder"), &log("service"))?;
+            let listening = stamp(&lines, "listening")?;
+            (forwarder, service, listening, lines)
+        }
         Order::Together => {
             let forwarder = forwarder()?;
             let (service, lines) = starting()?;
@@ -95,6 +104,9 @@ pub fn start(scene: &Scene, contender: &Contender, order: Order, port: u16) -> R
     let (began, answered, answer) =
         answers.recv_timeout(ANSWERS_WITHIN).context("the client got no answer")?;
     answer.context("the client that came while the service was not listening yet")?;
+    if contender.way == Way::Adopted {
+        expect_adopted(&log("forwarder"))?;
+    }
     let accepted = stamp(&lines, "accepted")?;
     let between = |from: u64, to: u64| (to as f64 - from as f64) / 1e9;
     Ok([

@@ -21,6 +21,8 @@ use super::scene::Scene;
 use super::service;
 use super::stream::Address;
 use super::tools::{self, Missing};
+use crate::run::process::Lines;
+use crate::run::runtime::ListenerPath;
 
 /// The most connections that any contender is allowed.
 const CONNECTIONS: u32 = 20_000;
@@ -44,7 +46,13 @@ pub struct Contender {
 pub enum Way {
     Direct,
     Unix,
-    Bro { options: &'static [&'static str], lanes: Lanes, inside: bool },
+    Bro {
+        options: &'static [&'static str],
+        lanes: Lanes,
+        inside: bool,
+    },
+    /// The service has the listening socket itself; bro is beside it.
+    Adopted,
     Proxyd,
     Socat,
     Haproxy,
@@ -75,7 +83,7 @@ const fn bro(
 }
 
 /// Everyone, in the order of the tables.
-pub const ALL: [Contender; 15] = [
+pub const ALL: [Contender; 16] = [
     Contender {
         key: "direct",
         label: "direct (no forwarder)",
@@ -105,6 +113,13 @@ pub const ALL: [Contender; 15] = [
     ),
     bro("bro-splice", "bro, splice", &["--relay=splice"], Lanes::None, "splice(2) both ways"),
     bro("bro-copy", "bro, copy", &["--relay=copy"], Lanes::None, "recv and send both ways"),
+    Contender {
+        key: "bro-adopted",
+        label: "bro, adopted",
+        way: Way::Adopted,
+        how: "--adopt: the service accepts at the host's listening socket, and bro moves no byte; a service of its own, started as by \
+              an OCI runtime with a seccomp filter that notifies (Linux 5.9)",
+    },
     Contender {
         key: "systemd-socket-proxyd",
         label: "systemd-socket-proxyd",
@@ -161,9 +176,14 @@ pub struct Running {
     pub address: Address,
     /// Whether its clients are inside the namespace.
     pub inside: bool,
+    /// The service that has adopted the socket, which ends before its forwarder.
+    _adopter: Option<Adopter>,
     process: Option<Launched>,
     log: PathBuf,
 }
+
+/// A service of a contender's own.
+pub type Adopter = (Launched, Lines);
 
 impl Contender {
     /// Why it cannot be had here.
@@ -180,6 +200,14 @@ impl Contender {
         match self.way {
             Way::Direct | Way::Unix => None,
             Way::Bro { lanes: Lanes::None, .. } => None,
+            Way::Adopted => {
+                let known = std::fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail");
+                let notifies =
+                    known.is_ok_and(|known| known.split_whitespace().any(|action| action == "user_notif"));
+                (!notifies).then(|| {
+                    "the kernel has no seccomp notifications (CONFIG_SECCOMP_FILTER, Linux 5.9)".into()
+                })
+            }
             Way::Bro { .. } => (!root).then(|| {
                 "the kernel relay takes capabilities: `sudo --preserve-env=PATH,HOME cargo xtask bench`"
                     .into()
@@ -202,7 +230,7 @@ impl Contender {
         let of = |program: &str, flag: &str| tools::version(&tools::find(program)?, flag);
         match self.way {
             Way::Direct | Way::Unix => None,
-            Way::Bro { .. } => tools::version(&scene.bro, "-V"),
+            Way::Bro { .. } | Way::Adopted => tools::version(&scene.bro, "-V"),
             Way::Proxyd => of("systemd-socket-proxyd", "--version"),
             Way::Socat => of("socat", "-V").map(|line| line.chars().take(60).collect()),
             Way::Haproxy => of("haproxy", "-v"),
@@ -217,6 +245,9 @@ impl Contender {
     pub fn start(&self, scene: &Scene, port: u16) -> Result<Running> {
         let mut running = self.launch(scene, port).with_context(|| format!("starting {}", self.label))?;
         running.wait_until_up(scene, "P").with_context(|| format!("starting {}", self.label))?;
+        if self.way == Way::Adopted {
+            expect_adopted(&running.log)?;
+        }
         Ok(running)
     }
 
@@ -236,11 +267,12 @@ impl Contender {
         let log = scene.folder.path(&format!("{files}.log"));
         let run = |place: Place, program: &Path, args: Vec<String>| -> Result<Running> {
             let (socket, address, inside) = place;
-            let launch = Launch { inside: scene.inside(inside), socket, user: None };
+            let launch = Launch { inside: scene.inside(inside), socket, ..Launch::default() };
             let process = Some(launch.start(program, &args, &log)?);
-            Ok(Running { address, inside: false, process, log: log.clone() })
+            Ok(Running { address, inside: false, _adopter: None, process, log: log.clone() })
         };
-        let bare = |address, inside| Running { address, inside, process: None, log: log.clone() };
+        let bare =
+            |address, inside| Running { address, inside, _adopter: None, process: None, log: log.clone() };
         match self.way {
             Way::Direct => Ok(bare(Address::Tcp(target.parse()?), true)),
             Way::Unix => Ok(bare(scene.unix(), false)),
@@ -260,6 +292,16 @@ impl Contender {
                 let mut running = run(own(port + 20_000, true), &scene.bro, args)?;
                 running.inside = true;
                 Ok(running)
+            }
+            Way::Adopted => {
+                let (socket, address, _) = passed(false)?;
+                let socket = socket.context("a socket was made")?;
+                // The scene's service listens at the port itself.
+                let target = format!("127.0.0.1:{}", port + 30_000);
+                let starts = AdoptedStart { scene, target, startup_ms: 0 };
+                let (process, adopter) =
+                    starts.both(socket, &log, &scene.folder.path(&format!("{files}-service.log")))?;
+                Ok(Running { address, inside: false, _adopter: Some(adopter), process: Some(process), log })
             }
             Way::Proxyd => {
                 let args = vec![format!("--connections-max={CONNECTIONS}"), target];
@@ -321,6 +363,48 @@ impl Contender {
                 run((None, Address::Tcp(host), false), Path::new("/bin/sh"), vec!["-c".into(), script])
             }
         }
+    }
+}
+
+/// A forwarder with `--adopt`, and the service that takes its socket.
+pub struct AdoptedStart<'a> {
+    pub scene: &'a Scene,
+    /// Where the service listens inside.
+    pub target: String,
+    pub startup_ms: u64,
+}
+
+impl AdoptedStart<'_> {
+    /// Starts both, the forwarder first; the service's lines tell when it listens.
+    pub fn both(&self, socket: OwnedFd, log: &Path, service_log: &Path) -> Result<(Launched, Adopter)> {
+        let listener_path = ListenerPath::listen(local_address(&socket)?.port())?;
+        let mut args = bro_args(self.scene, &["--adopt"]);
+        args.push(self.target.clone());
+        let launch =
+            Launch { socket: Some(socket), adopt: Some(listener_path.passed()?), ..Launch::default() };
+        let forwarder = launch.start(&self.scene.bro, &args, log)?;
+        let launch = Launch {
+            inside: self.scene.inside(true),
+            notified: Some(&listener_path.name),
+            ..Launch::default()
+        };
+        let addresses = vec![self.target.clone()];
+        let service = Scene::starting_service(launch, addresses, self.startup_ms, service_log)?;
+        Ok((forwarder, service))
+    }
+}
+
+/// A socket that is relayed would answer as well: the forwarder's log tells, a moment after its first client has its answer.
+pub fn expect_adopted(log: &Path) -> Result<()> {
+    let deadline = Instant::now() + START;
+    loop {
+        let said = std::fs::read_to_string(log)?;
+        if said.contains("adopted: the service accepts") {
+            return Ok(());
+        }
+        let refusal = said.lines().find(|line| line.contains("not adopted"));
+        ensure!(refusal.is_none() && Instant::now() < deadline, "{}", refusal.unwrap_or(last_line(&said)));
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -506,7 +590,9 @@ impl Running {
         status.shutdown(std::net::Shutdown::Write).ok()?;
         let report: serde_json::Value = serde_json::from_reader(status).ok()?;
         let of = |way: &str| report["total"][way].as_u64().unwrap_or(0);
-        Some(Moved { kernel: of("kernel"), spliced: of("spliced"), copied: of("copied") })
+        let moved = Moved { kernel: of("kernel"), spliced: of("spliced"), copied: of("copied") };
+        // One whose service has the socket has none to tell of.
+        (moved.kernel + moved.spliced + moved.copied > 0).then_some(moved)
     }
 }
 

@@ -11,12 +11,14 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, User};
 
 use super::memory;
+use crate::run::namespace;
 use crate::run::process::{PARENT, die_with_parent};
+use crate::run::runtime::{Runtime, SECCOMP};
 
 /// What the part is told.
 #[derive(Debug, clap::Args)]
@@ -27,6 +29,12 @@ pub struct Args {
     /// Stdin is a listening socket: pass it on as descriptor 3, as systemd does and as nginx does to its successor
     #[arg(long)]
     socket: bool,
+    /// Stdout is the socket at a seccomp profile's listenerPath: pass it on as descriptor 4
+    #[arg(long)]
+    adopt: bool,
+    /// Have that filter, and send its notification descriptor to this socket, as an OCI runtime does
+    #[arg(long, value_name = "LISTENER-PATH")]
+    notified: Option<String>,
     /// Become this user
     #[arg(long)]
     user: Option<String>,
@@ -50,6 +58,16 @@ pub fn main(args: &Args) -> Result<()> {
         command.env("LISTEN_PID", std::process::id().to_string()).env("LISTEN_FDS", "1");
         command.env("LISTEN_FDNAMES", "bench.socket").env("NGINX", "3;");
     }
+    if args.adopt {
+        // SAFETY: as above, for descriptor 4.
+        let socket =
+            unsafe { nix::unistd::dup2_raw(std::io::stdout(), 4) }.context("dup2 to descriptor 4")?;
+        std::mem::forget(socket);
+        nix::unistd::dup2_stdout(std::io::stderr()).context("stdout to where stderr leads")?;
+        command.env("LISTEN_FDS", "2").env("LISTEN_FDNAMES", format!("bench.socket:{SECCOMP}"));
+    }
+    // On the host, to which the socket belongs.
+    let runtime = args.notified.as_deref().map(Runtime::connect).transpose()?;
     if let Some(container) = args.inside {
         enter(container)?;
     }
@@ -61,21 +79,16 @@ pub fn main(args: &Args) -> Result<()> {
     }
     // Last: a change of credentials makes the kernel forget the request.
     die_with_parent(Signal::SIGTERM)?;
+    if let Some(runtime) = runtime {
+        runtime.notify()?;
+    }
     Err(command.exec()).with_context(|| format!("cannot run {}", args.command[0]))
 }
 
-/// Enters the namespaces of the container, its user namespace first if that is another.
+/// Enters the namespaces of the container, and is the same user there.
 fn enter(container: i32) -> Result<()> {
-    let namespace = |kind: &str| File::open(format!("/proc/{container}/ns/{kind}"));
-    let own = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user"));
-    let rootless = own("self")? != own(&container.to_string())?;
     let (user, group) = (nix::unistd::geteuid(), nix::unistd::getegid());
-    let network = namespace("net").context("the container's network namespace")?;
-    if rootless {
-        setns(namespace("user")?, CloneFlags::CLONE_NEWUSER)
-            .context("entering the container's user namespace")?;
-    }
-    setns(network, CloneFlags::CLONE_NEWNET).context("entering the container's network namespace")?;
+    let rootless = namespace::enter(container)?;
     if rootless {
         // There one is root, which some programs refuse to be and others try to cease to be: back to who one was.
         unshare(CloneFlags::CLONE_NEWUSER).context("a user namespace in the container's")?;
@@ -93,11 +106,15 @@ pub struct Launch<'a> {
     pub inside: Option<u32>,
     /// With this listening socket.
     pub socket: Option<OwnedFd>,
+    /// With the socket at a seccomp profile's `listenerPath`, too.
+    pub adopt: Option<OwnedFd>,
+    /// As an OCI runtime starts a program with that profile, whose `listenerPath` this is.
+    pub notified: Option<&'a str>,
     pub user: Option<&'a str>,
 }
 
 impl Launch<'_> {
-    /// The command; stdin is the socket or nothing.
+    /// The command; stdin is the socket or nothing. Its stdout is the caller's affair.
     pub fn command(self, program: &Path, args: &[String]) -> Result<Command> {
         // Whatever is started may have as many descriptors as this user is allowed.
         memory::more_descriptors();
@@ -108,6 +125,12 @@ impl Launch<'_> {
         }
         if let Some(user) = self.user {
             command.arg(format!("--user={user}"));
+        }
+        if self.adopt.is_some() {
+            command.arg("--adopt");
+        }
+        if let Some(listener_path) = self.notified {
+            command.arg(format!("--notified={listener_path}"));
         }
         match self.socket {
             Some(socket) => command.arg("--socket").stdin(Stdio::from(socket)),
@@ -120,8 +143,10 @@ impl Launch<'_> {
     /// Starts it; what it says goes to `log`.
     pub fn start(self, program: &Path, args: &[String], log: &Path) -> Result<Launched> {
         let file = File::create(log).context("a log file")?;
+        let adopt = self.adopt.as_ref().map(OwnedFd::try_clone).transpose()?;
         let mut command = self.command(program, args)?;
-        let child = command.stdout(file.try_clone()?).stderr(file).spawn();
+        let stdout = adopt.map_or_else(|| file.try_clone().map(Stdio::from), |socket| Ok(socket.into()))?;
+        let child = command.stdout(stdout).stderr(file).spawn();
         Ok(Launched(child.with_context(|| format!("cannot start {}", program.display()))?))
     }
 

@@ -276,7 +276,7 @@ impl Servers {
 
 fn start(scene: &Scene, program: &str, args: Vec<String>, user: Option<&str>, log: &str) -> Result<Launched> {
     let path = tools::find(program).with_context(|| format!("{program} is gone"))?;
-    let launch = Launch { inside: scene.inside(true), socket: None, user };
+    let launch = Launch { inside: scene.inside(true), user, ..Launch::default() };
     launch.start(&path, &args, &scene.folder.path(log))
 }
 

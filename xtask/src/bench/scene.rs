@@ -47,21 +47,22 @@ impl Scene {
         startup_ms: u64,
         log: &Path,
     ) -> Result<(Launched, Lines)> {
-        let (launched, lines) = Self::starting_service(inside, addresses, startup_ms, log)?;
+        let launch = Launch { inside, ..Launch::default() };
+        let (launched, lines) = Self::starting_service(launch, addresses, startup_ms, log)?;
         lines.until(Duration::from_secs(10), &mut Vec::new(), |line| line.starts_with("listening"))?;
         Ok((launched, lines))
     }
 
     /// Starts a service; its lines tell when it listens and when the first client came.
     pub fn starting_service(
-        inside: Option<u32>,
+        launch: Launch<'_>,
         addresses: Vec<String>,
         startup_ms: u64,
         log: &Path,
     ) -> Result<(Launched, Lines)> {
         let mut args = vec!["bench".into(), "service".into(), format!("--startup-ms={startup_ms}")];
         args.extend(addresses);
-        let mut command = Launch { inside, ..Launch::default() }.command(this_task(), &args)?;
+        let mut command = launch.command(this_task(), &args)?;
         let log = std::fs::File::create(log).context("a log file")?;
         let mut launched = Launched(command.stdout(Stdio::piped()).stderr(log).spawn()?);
         let lines = Lines::of(launched.stdout()?);

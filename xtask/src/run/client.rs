@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::process::die_with_parent;
-use super::service::{pattern, read_head};
+use super::service::{SEEN_AS, pattern, read_head};
 use super::stream::Stream;
 
 /// One round of measuring: this download, then as many round trips of 64 bytes.
@@ -51,12 +51,29 @@ pub fn main(address: &str) -> Result<()> {
     Ok(())
 }
 
-/// `GET /`: the status line and the body.
-pub fn get_page(address: &str) -> Result<(String, String)> {
+/// What came of `GET /`.
+pub struct Answer {
+    /// The status line.
+    pub status: String,
+    pub page: String,
+    /// The client's own address.
+    pub own: String,
+    /// What the service takes for it.
+    pub seen_as: String,
+}
+
+/// `GET /`.
+pub fn get_page(address: &str) -> Result<Answer> {
     let (mut stream, head) = request(address, "/")?;
-    let mut body = String::new();
-    stream.read_to_string(&mut body).context("the page")?;
-    Ok((head.lines().next().unwrap_or_default().to_owned(), body))
+    let mut page = String::new();
+    stream.read_to_string(&mut page).context("the page")?;
+    let seen_as = head.lines().find_map(|line| line.strip_prefix(SEEN_AS));
+    Ok(Answer {
+        status: head.lines().next().unwrap_or_default().to_owned(),
+        page,
+        own: stream.local_address()?.to_string(),
+        seen_as: seen_as.context("the service does not tell whom it sees")?.to_owned(),
+    })
 }
 
 /// One round of figures.

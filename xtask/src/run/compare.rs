@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use super::adoption::{self, Adopted};
 use super::client::{self, Figures, median};
 use super::namespace::{Container, service_for};
 use super::systemd::{Forwarder, Socket};
@@ -71,10 +72,31 @@ enum Through {
     Nothing,
     /// The client outside, at this socket; the forwarder lives as long as the row.
     Bro(Socket, Forwarder),
+    /// The same, and the service has the socket.
+    Adopted(Adopted),
+}
+
+impl Through {
+    /// Where clients outside connect.
+    fn outside(&self) -> Option<String> {
+        match self {
+            Self::Nothing => None,
+            Self::Bro(socket, _) => Some(socket.address.to_string()),
+            Self::Adopted(adopted) => Some(adopted.address().to_string()),
+        }
+    }
+
+    fn moved(&self) -> String {
+        match self {
+            Self::Nothing => String::new(),
+            Self::Bro(_, forwarder) => forwarder.shares().unwrap_or_default(),
+            Self::Adopted(_) => "none by bro".into(),
+        }
+    }
 }
 
 /// Measures and prints.
-pub fn table(bro: &Path, container: &mut Container) -> Result<()> {
+pub fn table(bro: &Path, container: &mut Container, adopted: Option<Adopted>) -> Result<()> {
     let root = nix::unistd::geteuid().is_root();
     let (shown, left_out): (Vec<&Relay>, Vec<&Relay>) =
         RELAYS.iter().partition(|relay| root || !relay.needs_root);
@@ -86,19 +108,23 @@ pub fn table(bro: &Path, container: &mut Container) -> Result<()> {
         // Number 0 is the direct connection's.
         let target = service_for(number + 1);
         let options: Vec<String> = relay.options.iter().map(ToString::to_string).collect();
-        match super::wake(bro, container, &socket, &options, &target) {
-            Ok(woken) => {
+        let line = super::forward_line(container, &options, &target);
+        match super::wake(&socket, || socket.activate(bro, &line, None), || container.start_service()) {
+            Ok((woken, ())) => {
                 let through = Through::Bro(socket, woken.forwarder);
                 rows.push(Row { label: relay.label, through, rounds: Vec::new() });
             }
             Err(error) => failures.push(format!("{}: not to be had here: {error:#}", relay.label)),
         }
     }
+    if let Some(adopted) = adopted {
+        rows.push(Row { label: adoption::LABEL, through: Through::Adopted(adopted), rounds: Vec::new() });
+    }
     for _ in 0..ROUNDS {
         for row in &mut rows {
-            row.rounds.push(match &row.through {
-                Through::Nothing => container.measure_inside(&service_for(0))?,
-                Through::Bro(socket, _) => client::measure(&socket.address.to_string())?,
+            row.rounds.push(match row.through.outside() {
+                None => container.measure_inside(&service_for(0))?,
+                Some(address) => client::measure(&address)?,
             });
         }
     }
@@ -121,10 +147,6 @@ fn print(rows: &[Row]) {
     let rate = |row: &Row| median(row.rounds.iter().map(|f| f.bytes_per_second).collect(), f64::total_cmp);
     let trip = |row: &Row| median(row.rounds.iter().map(|f| f.round_trip).collect(), Duration::cmp);
     let micros = |row: &Row| trip(row).as_secs_f64() * 1e6;
-    let shares = |row: &Row| match &row.through {
-        Through::Nothing => String::new(),
-        Through::Bro(_, forwarder) => forwarder.shares().unwrap_or_default(),
-    };
 
     let download = format!("download {} MiB", client::BULK >> 20);
     println!(
@@ -140,7 +162,7 @@ fn print(rows: &[Row]) {
             rate(row) / rate(direct),
             micros(row),
             micros(row) / micros(direct),
-            shares(row),
+            row.through.moved(),
         );
     }
 }

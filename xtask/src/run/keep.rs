@@ -66,7 +66,7 @@ pub fn stay_up(
             let options = [format!("--exit-idle-time={}s", IDLE.as_secs())];
             let line = super::forward_line(container, &options, SERVICE);
             println!("  a client came: bro and the service are started");
-            awake = Some(socket.activate(bro, &line)?);
+            awake = Some(socket.activate(bro, &line, None)?);
             container.start_service()?;
         }
         if let Some(forwarder) = &mut awake {

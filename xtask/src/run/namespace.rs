@@ -1,6 +1,7 @@
 //! What stands for a `Network=none` container: a process that holds a network namespace of its own with nothing but lo,
 //! and starts what it is told to start inside.
 
+use std::fs::File;
 use std::io::{BufRead as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::process::{ChildStdin, Stdio};
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::Signal;
 
 use super::client::Figures;
@@ -146,6 +147,20 @@ fn enter_new_namespace() -> Result<bool> {
     map("uid_map", format!("0 {uid} 1"))?;
     map("gid_map", format!("0 {gid} 1"))?;
     Ok(true)
+}
+
+/// Enters the namespaces of a container, its user namespace first if that is another, in which one is root then; whether it is.
+pub fn enter(container: i32) -> Result<bool> {
+    let namespace = |kind: &str| File::open(format!("/proc/{container}/ns/{kind}"));
+    let own = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user"));
+    let rootless = own("self")? != own(&container.to_string())?;
+    let network = namespace("net").context("the container's network namespace")?;
+    if rootless {
+        setns(namespace("user")?, CloneFlags::CLONE_NEWUSER)
+            .context("entering the container's user namespace")?;
+    }
+    setns(network, CloneFlags::CLONE_NEWNET).context("entering the container's network namespace")?;
+    Ok(rootless)
 }
 
 /// One sentence: what the host refuses, and the line that mends it.

@@ -42,6 +42,7 @@ impl Drop for Guarded {
 }
 
 /// What a child writes, line by line, each waited for until a deadline.
+#[derive(Debug)]
 pub struct Lines(Receiver<String>);
 
 impl Lines {

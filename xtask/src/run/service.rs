@@ -15,6 +15,9 @@ pub const PAGE: &str = "<!doctype html>\n<title>bro</title>\n<h1>It woke up.</h1
     service for you and relays this connection.</p>\n\
     <p><a href=\"/bulk?bytes=104857600\">100 MiB</a></p>\n";
 
+/// How the line of an answer's head begins that tells the client its address, as the service sees it.
+pub const SEEN_AS: &str = "Client-Address: ";
+
 /// The service process. It ends when the container process ends it.
 pub fn main(addresses: &[String]) -> Result<()> {
     die_with_parent(Signal::SIGKILL)?;
@@ -33,22 +36,25 @@ fn accept(listener: TcpListener) -> Result<()> {
     for client in listener.incoming() {
         let client = client?;
         // A client that goes away is no failure of the service.
-        std::thread::spawn(move || serve(Stream::accepted(client)?));
+        std::thread::spawn(move || {
+            let seen_as = client.peer_addr()?.to_string();
+            serve(Stream::accepted(client)?, &seen_as)
+        });
     }
     Ok(())
 }
 
-fn serve(mut client: Stream) -> Result<()> {
+fn serve(mut client: Stream, seen_as: &str) -> Result<()> {
     let head = read_head(&mut client)?;
     let path = head.split(' ').nth(1).unwrap_or("/");
     match path.split_once('?').unwrap_or((path, "")) {
-        ("/", _) => answer(&mut client, "200 OK", PAGE),
+        ("/", _) => answer(&mut client, "200 OK", PAGE, seen_as),
         ("/bulk", query) => {
             let bytes = query.strip_prefix("bytes=").and_then(|n| n.parse().ok()).unwrap_or(0);
             bulk(&mut client, bytes)
         }
         ("/echo", _) => echo(&mut client),
-        _ => answer(&mut client, "404 Not Found", "There is /, /bulk?bytes=N and /echo.\n"),
+        _ => answer(&mut client, "404 Not Found", "There is /, /bulk?bytes=N and /echo.\n", seen_as),
     }
 }
 
@@ -64,10 +70,11 @@ pub fn read_head(stream: &mut Stream) -> Result<String> {
     Ok(String::from_utf8_lossy(&head).into_owned())
 }
 
-fn answer(client: &mut Stream, status: &str, body: &str) -> Result<()> {
+fn answer(client: &mut Stream, status: &str, body: &str, seen_as: &str) -> Result<()> {
     let length = body.len();
     let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/html\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+        "HTTP/1.1 {status}\r\nContent-Type: text/html\r\nContent-Length: {length}\r\n{SEEN_AS}{seen_as}\r\n\
+         Connection: close\r\n\r\n"
     );
     client.write_all((head + body).as_bytes())?;
     Ok(())

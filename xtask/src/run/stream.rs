@@ -33,6 +33,11 @@ impl Stream {
         Self::accepted(socket)
     }
 
+    /// Its own address.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
     /// Takes over what a listener gave.
     pub fn accepted(socket: TcpStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;

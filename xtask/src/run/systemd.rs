@@ -17,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::process::{Guarded, Lines, die_with_parent, part};
+use super::runtime::{ListenerPath, SECCOMP};
 
 /// A socket unit.
 pub struct Socket {
@@ -53,12 +54,25 @@ impl Socket {
         }
     }
 
-    /// Starts `bro ARGS` with this socket.
-    pub fn activate(&self, bro: &Path, args: &[String]) -> Result<Forwarder> {
-        // The socket travels as stdin: the part moves it to descriptor 3 just before it becomes bro.
+    /// Starts `bro ARGS` with this socket, and with the one at a profile's `listenerPath`.
+    pub fn activate(
+        &self,
+        bro: &Path,
+        args: &[String],
+        listener_path: Option<&ListenerPath>,
+    ) -> Result<Forwarder> {
+        // The sockets travel as stdin and stdout: the part moves them to descriptors 3 and 4 just before it becomes bro.
         let passed = OwnedFd::from(self.listener.try_clone()?);
         let bro = bro.to_str().context("the path of bro is no UTF-8")?;
-        let mut child = part(&["forwarder", "--", bro])
+        let mut command = match listener_path {
+            Some(listener_path) => {
+                let mut command = part(&["forwarder", "--adopt", "--", bro]);
+                command.stdout(Stdio::from(listener_path.passed()?));
+                command
+            }
+            None => part(&["forwarder", "--", bro]),
+        };
+        let mut child = command
             .args(args)
             .stdin(Stdio::from(passed))
             .stderr(Stdio::piped())
@@ -102,6 +116,13 @@ impl Forwarder {
     pub fn story(&mut self) -> String {
         self.new_lines();
         if self.seen.is_empty() { "(nothing logged)".into() } else { self.seen.join("\n  ") }
+    }
+
+    /// What it says of why it relays what it was to have adopted.
+    pub fn on_what_it_relays(&mut self) -> Option<String> {
+        self.new_lines();
+        let line = self.seen.iter().find(|line| line.contains("not adopted"))?;
+        Some(line.split_once(" WARN ").map_or(line.as_str(), |(_, said)| said.trim()).to_owned())
     }
 
     /// What it says of the kernel relay: that it has one, or why not and how to mend that.
@@ -186,7 +207,7 @@ impl Fields {
 
 /// What happens between fork and exec of an activated program. LISTEN_PID must be the program's own, which is known
 /// only here; exec keeps it.
-pub fn become_forwarder(command: &[String]) -> Result<()> {
+pub fn become_forwarder(adopt: bool, command: &[String]) -> Result<()> {
     // Not SIGKILL: bro has a runtime directory to remove. It ends soon, for the service and the client go as well.
     die_with_parent(Signal::SIGTERM)?;
     let (program, args) = command.split_first().context("a program to become")?;
@@ -195,11 +216,19 @@ pub fn become_forwarder(command: &[String]) -> Result<()> {
     // Without close-on-exec, which is the point; from here on the program owns it.
     std::mem::forget(socket);
     nix::unistd::dup2_stdin(std::fs::File::open("/dev/null")?).context("stdin from /dev/null")?;
+    if adopt {
+        // SAFETY: as above, for descriptor 4.
+        let socket =
+            unsafe { nix::unistd::dup2_raw(std::io::stdout(), 4) }.context("dup2 to descriptor 4")?;
+        std::mem::forget(socket);
+        nix::unistd::dup2_stdout(std::io::stderr()).context("stdout to where stderr leads")?;
+    }
+    let names = if adopt { format!("demo.socket:{SECCOMP}") } else { "demo.socket".into() };
     let failed = Command::new(program)
         .args(args)
         .env("LISTEN_PID", std::process::id().to_string())
-        .env("LISTEN_FDS", "1")
-        .env("LISTEN_FDNAMES", "demo.socket")
+        .env("LISTEN_FDS", if adopt { "2" } else { "1" })
+        .env("LISTEN_FDNAMES", names)
         // What an outer service manager said is not meant for it.
         .env_remove("NOTIFY_SOCKET")
         .env_remove("WATCHDOG_PID")

@@ -59,7 +59,8 @@ fn reading(report: &Report, text: &mut String) -> std::fmt::Result {
         text,
         "Medians of up to {} rounds that take turns, {} s each ({} s for real programs; {} cold starts); in small print the lowest \
          and the highest round and how many there were. **Bold** is the best forwarder of a column, and every one that this \
-         run cannot tell from it: their rounds overlap. The direct connection and the unix socket are no forwarders.\n",
+         run cannot tell from it: their rounds overlap. The direct connection, the unix socket and \
+         the service that has adopted the listening socket are no forwarders.\n",
         most(|plan| plan.rounds),
         plan.seconds,
         plan.wrk_seconds,
@@ -88,7 +89,7 @@ fn is_bro(contender: &Contender) -> bool {
 }
 
 fn is_forwarder(contender: &Contender) -> bool {
-    !matches!(contender.way, Way::Direct | Way::Unix)
+    !matches!(contender.way, Way::Direct | Way::Unix | Way::Adopted)
 }
 
 /// Whether one is better than the other, beyond what the rounds leave open.
