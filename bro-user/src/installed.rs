@@ -76,6 +76,19 @@ pub struct InstalledPort {
     pub backlog: Option<u32>,
     /// BindToDevice=, if set.
     pub device: Option<String>,
+    /// The bro that puts a fence up before it listens, if one is to stand.
+    pub fence: Option<PathBuf>,
+}
+
+impl InstalledPort {
+    /// Is it one of those that a container can lead elsewhere? What is dissolved of a unix socket leads nowhere.
+    #[must_use]
+    pub const fn is_tcp(&self) -> bool {
+        match self.external {
+            External::Port(_) | External::Address(_) => true,
+            External::Path(_) | External::Abstract(_) => false,
+        }
+    }
 }
 
 /// One activated service.
@@ -470,6 +483,13 @@ fn program(file: &UnitFile) -> PathBuf {
     command.first().map(|program| program.replace("%%", "%").into()).unwrap_or_default()
 }
 
+/// The program that puts the socket's fence up.
+fn fence(file: &UnitFile) -> Option<PathBuf> {
+    let command = file.words("Socket", "ExecStartPre");
+    let (program, rest) = command.split_first()?;
+    (rest == ["fence"]).then(|| program.replace("%%", "%").into())
+}
+
 /// The options that the notes hold.
 fn options(file: &UnitFile) -> impl Iterator<Item = (&str, &str)> {
     file.values(SECTION, "Option").into_iter().filter_map(|option| option.split_once('='))
@@ -503,6 +523,7 @@ fn listener(path: &Path, file: &UnitFile) -> Option<InstalledPort> {
         internal: file.value(SECTION, "Internal").map(str::parse).transpose().ok()?,
         backlog: file.value("Socket", "Backlog").and_then(|number| number.parse().ok()),
         device: file.value("Socket", "BindToDevice").map(str::to_owned),
+        fence: fence(file),
     })
 }
 
@@ -585,6 +606,15 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
         assert_eq!(rest.missing, ["web-activator.socket"]);
         assert!(in_part(&rest).to_string().contains("web-activator.socket is gone"));
         std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn a_fence_is_known_by_its_command() {
+        let fence = |line: &str| fence(&UnitFile::parse(&format!("[Socket]\n{line}\n")));
+        assert_eq!(fence("ExecStartPre=/usr/bin/bro fence"), Some("/usr/bin/bro".into()));
+        assert_eq!(fence("ExecStartPre=\"/opt/b %%x/bro\" fence"), Some("/opt/b %x/bro".into()));
+        assert_eq!(fence("ExecStartPre=/usr/bin/bro fence --this-host"), None);
+        assert_eq!(fence("ListenStream=80"), None);
     }
 
     #[test]

@@ -190,6 +190,11 @@ impl Adoption {
         Ok(Self { scratch, listeners, seccomp: seccomp.into(), store, program, uid })
     }
 
+    /// One listener more, from the next agent or forwarder on; `number` says before which of the others.
+    pub fn insert(&mut self, number: usize, listener: OwnedFd, target: &str) {
+        self.listeners.insert(number, (listener, target.to_owned()));
+    }
+
     fn launch(&self) -> Command {
         let mut command = Command::new(bro::helper());
         command.arg("launch");

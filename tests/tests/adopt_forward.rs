@@ -15,7 +15,7 @@ use bro_tests::netns::Namespace;
 use bro_tests::peers::PATIENCE;
 use bro_tests::process;
 use bro_tests::require_namespaces;
-use bro_user::commands::status::{AdoptionReport, Report};
+use bro_user::commands::status::{AdoptionReport, Report, ServiceState};
 use bro_user::fallback::FallbackKind;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -147,6 +147,10 @@ fn a_first_client_wakes_a_service_that_accepts_it_itself() -> Result<()> {
             for _ in 0..3 {
                 expect_own_address(stage.client()?)?;
             }
+            // Or the next client finds a wake that goes on, of which no line is written.
+            let found =
+                || forwarder.report().is_ok_and(|report| report.activity.state == ServiceState::Awake);
+            ensure!(process::eventually(PATIENCE, found), "{kind}: the service is not found");
             end(service)?;
             eventually(&forwarder, is_waiting)?;
             forwarder.log().forget();
@@ -235,6 +239,44 @@ fn a_forwarder_that_is_killed_is_followed_by_one_that_goes_on() -> Result<()> {
         let _service = stage.service(Profile::Notifies, &[kind, INSIDE])?;
         expect_own_address(client)?;
         next.stop()?;
+    }
+    Ok(())
+}
+
+/// A port more, for the same place in the container, while the service has the first one: it makes no listen(2) for that, and is found by the socket
+/// that it had made itself.
+#[test]
+fn a_listener_that_comes_later_for_the_same_target_is_relayed() -> Result<()> {
+    require_namespaces!();
+    for number in [0, 1] {
+        let mut stage = Stage::new()?;
+        let forwarder = stage.forwarder(&[])?;
+        let early = stage.client()?;
+        let service = stage.service(Profile::Notifies, &["epoll", INSIDE])?;
+        expect_own_address(early)?;
+        eventually(&forwarder, is_adopted)?;
+        forwarder.signal(Signal::SIGKILL)?;
+        drop(forwarder);
+        let (more, passed) = listener("127.0.0.1:0")?;
+        stage.adoption.insert(number, passed, INSIDE);
+        let next = stage.forwarder(&[])?;
+        says(&next, "as before this process")?;
+        let later = || -> Result<TcpStream> {
+            let client = TcpStream::connect(more.local_addr()?)?;
+            client.set_read_timeout(Some(PATIENCE))?;
+            Ok(client)
+        };
+        expect_relayed(later()?).with_context(|| format!("the new one is number {number}"))?;
+        expect_own_address(stage.client()?)?;
+        next.signal(Signal::SIGHUP)?;
+        let main = stage.adoption.main_process(next.pid())?;
+        ensure!(process::ends(next.pid(), PATIENCE)?, "the predecessor stays");
+        expect_relayed(later()?)
+            .with_context(|| format!("after a reload; the new one is number {number}"))?;
+        expect_own_address(stage.client()?)?;
+        end(service)?;
+        kill(Pid::from_raw(main), Signal::SIGTERM)?;
+        ensure!(process::ends(main, PATIENCE)?, "the successor stays");
     }
     Ok(())
 }

@@ -139,12 +139,17 @@ fn a_socket_of_the_hosts_is_led_nowhere_else() -> Result<()> {
     if !met("a_socket_of_the_hosts_is_led_nowhere_else", &NEEDS) {
         return Ok(());
     }
+    bro_sockmap::fence::check()?;
     let container = Namespace::new()?;
     for family in ["127.0.0.1:0", "[::1]:0"] {
         let secret = secret(family)?;
         for fenced in [false, true] {
             let unit = Unit::new()?;
             let listener = unit.listen(family, fenced.then_some(&[]))?;
+            ensure!(
+                bro_sockmap::fence::stands(&unit.group)? == fenced,
+                "{family} {fenced}: not as it stands"
+            );
             let tries = |steps: &str, expected: [&str; 2]| -> Result<()> {
                 let (client, served) = accepted(&listener)?;
                 let said = intruder(&container, served.into(), steps, secret)?;

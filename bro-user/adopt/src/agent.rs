@@ -201,6 +201,8 @@ impl<S: Surroundings> Agent<S> {
             .filter(|(kind, ..)| matches!(kind, Kind::Notifier(_)))
             .map(|(_, number, _)| *number)
             .collect();
+        let (originals, kept): (Vec<_>, Vec<_>) =
+            kept.into_iter().partition(|(kind, ..)| matches!(kind, Kind::Original));
         for (kind, number, descriptor) in kept {
             match kind {
                 Kind::Notifier(role) if receiver::tells_of_calls(&descriptor) => {
@@ -218,11 +220,14 @@ impl<S: Surroundings> Agent<S> {
                     self.surroundings.forget(&kind.name(number))
                 }
                 Kind::Arriving => self.take_connection(number, descriptor),
-                Kind::Original => self.take_over_original(kind.name(number), descriptor),
-                Kind::Notifier(_) | Kind::Record => {}
+                Kind::Notifier(_) | Kind::Original | Kind::Record => {}
             }
         }
         self.take_over_listeners();
+        // By now it is known which listener was put in the place of each.
+        for (kind, number, descriptor) in originals {
+            self.take_over_original(kind.name(number), descriptor);
+        }
         if let Some((notification, decided)) = self.record.pending() {
             let waiting = |answered: &&AnsweredNotifier| {
                 sys::is_waiting(answered.notifier.notify.as_fd(), notification.id)
@@ -299,19 +304,21 @@ impl<S: Surroundings> Agent<S> {
     }
 
     /// Which listener a service that is bound at `place` gets: `None` when no listener is for that place, and otherwise
-    /// the one that fits, or one that it is for and that does not fit.
+    /// the one that fits, or one that it is for and that does not fit. Of several that fit it is the one that a service has already: one that came
+    /// later must not get what was made for that one.
     fn choose(&self, place: &Place, family: Family) -> Option<Result<usize, usize>> {
-        let meant: Vec<(usize, Family)> = self
-            .listeners
-            .iter()
-            .enumerate()
-            .filter(|(_, listener)| place.serves(&listener.target))
-            .map(|(index, listener)| (index, listener.seen.family))
-            .collect();
-        let families: Vec<Family> = meant.iter().map(|(_, family)| *family).collect();
-        let (first, _) = meant.first()?;
-        let fitting = family.choose(&families).and_then(|at| meant.get(at));
-        Some(fitting.map_or(Err(*first), |(index, _)| Ok(*index)))
+        let meant = |(_, listener): &(usize, &Adoptable)| place.serves(&listener.target);
+        let (first, _) = self.listeners.iter().enumerate().find(meant)?;
+        let best = |is_one: fn(&Adoptable) -> bool| {
+            let these = self.listeners.iter().enumerate().filter(meant);
+            let (indices, families): (Vec<usize>, Vec<Family>) = these
+                .filter(|(_, listener)| is_one(listener))
+                .map(|(index, listener)| (index, listener.seen.family))
+                .unzip();
+            family.choose(&families).and_then(|at| indices.get(at).copied())
+        };
+        let fitting = best(|listener| matches!(listener.state, ListenerState::Adopted { .. }));
+        Some(fitting.or_else(|| best(|_| true)).ok_or(first))
     }
 
     /// Answers until `stop` is readable or hung up.

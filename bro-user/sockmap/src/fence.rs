@@ -72,10 +72,7 @@ pub fn put_up(group: &Path, told: &Told) -> Result<(), Unfenced> {
     let folder = std::fs::File::open(group).map_err(failed)?;
     // A control group's number is its folder's.
     let home = folder.metadata().map_err(failed)?.ino();
-    if !crate::capabilities::may_load_programs() {
-        let error = io::Error::from_raw_os_error(nix::libc::EPERM);
-        return Err(Unavailable::NotPermitted("load BPF programs", error).into());
-    }
+    may_load()?;
     let (v4, v6) = told.this_host.unwrap_or((Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED));
     let peers = told.this_host.is_some().then_some(PEERS);
     let first = WALL.into_iter().chain(peers.into_iter().flatten()).collect::<Vec<_>>();
@@ -94,6 +91,46 @@ pub fn put_up(group: &Path, told: &Told) -> Result<(), Unfenced> {
         }
     }
     Ok(())
+}
+
+/// Whether this kernel takes the programs that [`put_up`] attaches without anything to tell services, from this process. Takes the same
+/// capabilities. A control group may still refuse them.
+///
+/// # Errors
+/// Why it does not.
+pub fn check() -> Result<(), Unavailable> {
+    may_load()?;
+    let constants = Constants { home: 0, this_host_v4: 0, this_host_v6: [0; 4], external: 0, internal: 0 };
+    let mut programs = constants.open()?;
+    for (name, _) in WALL {
+        load::program::<CgroupSockAddr>(&mut programs, name)?
+            .load()
+            .map_err(|error| load::refused(name, error))?;
+    }
+    Ok(())
+}
+
+/// Whether a fence, or what takes its place, stands around the sockets of a control group: programs are attached to it for each of the four calls.
+/// Takes CAP_NET_ADMIN or CAP_BPF, by the kernel's version.
+///
+/// # Errors
+/// bpf(2)'s, and those of opening the group.
+pub fn stands(group: &Path) -> io::Result<bool> {
+    let folder = std::fs::File::open(group)?;
+    for (_, place) in WALL {
+        if sys::attached(folder.as_fd(), place)? == 0 {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn may_load() -> Result<(), Unavailable> {
+    if crate::capabilities::may_load_programs() {
+        return Ok(());
+    }
+    let error = io::Error::from_raw_os_error(nix::libc::EPERM);
+    Err(Unavailable::NotPermitted("load BPF programs", error))
 }
 
 fn words(address: Ipv6Addr) -> [u32; 4] {

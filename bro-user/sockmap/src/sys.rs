@@ -283,6 +283,32 @@ pub fn leave_attached(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, place: u3
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// How many programs are attached to a cgroup's folder at `place` (bpf(2), `BPF_PROG_QUERY`), its ancestors' not among them.
+///
+/// # Errors
+/// EPERM without CAP_NET_ADMIN or, on newer kernels, CAP_BPF.
+pub fn attached(cgroup: BorrowedFd<'_>, place: u32) -> io::Result<u32> {
+    const BPF_PROG_QUERY: libc::c_int = 16;
+    /// The part of `union bpf_attr` that every kernel with this command reads and writes.
+    #[repr(C)]
+    struct QueryAttributes {
+        target: u32,
+        place: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        padding: u32,
+    }
+    let target = cgroup.as_raw_fd() as u32;
+    let mut query =
+        QueryAttributes { target, place, query_flags: 0, attach_flags: 0, programs: 0, count: 0, padding: 0 };
+    // SAFETY: `query` is readable and writable for its size; without room for their numbers the kernel writes how many there are.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<QueryAttributes>()) };
+    if result == 0 { Ok(query.count) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Pins what is behind a descriptor at `path` (bpf(2), `BPF_OBJ_PIN`).
 ///
 /// # Errors

@@ -10,6 +10,7 @@ mod asked_at;
 mod backoff;
 mod difference;
 pub(crate) mod executable;
+pub(crate) mod fence;
 mod output;
 pub(crate) mod plan;
 mod preflight;

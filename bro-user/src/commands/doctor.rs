@@ -4,6 +4,7 @@
 mod adoption;
 mod confinement;
 mod direct;
+mod fence;
 mod forwarder;
 mod forwarders;
 mod health;

@@ -38,5 +38,6 @@ pub(crate) fn port(external: &str, internal: Option<&str>) -> InstalledPort {
         internal: internal.map(|target| target.parse().unwrap()),
         backlog: None,
         device: None,
+        fence: None,
     }
 }

@@ -466,6 +466,19 @@ impl SystemdManager {
         Ok((Residence { main, cgroup }, state?))
     }
 
+    /// The folder of a socket unit's own control group; none where it has none, as while it does not listen.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn group_of_socket(&self, unit: &str) -> anyhow::Result<Option<PathBuf>> {
+        const KIND: &str = "org.freedesktop.systemd1.Socket";
+        let path = self.unit(unit).await?.inner().path().to_owned();
+        let socket = zbus::Proxy::new(self.connection(), "org.freedesktop.systemd1", path, KIND).await?;
+        let group: String = socket.get_property("ControlGroup").await?;
+        let below = group.strip_prefix('/').filter(|below| !below.is_empty());
+        Ok(below.and_then(|below| Some(cgroups()?.join(below))))
+    }
+
     /// How far the unit's start is.
     ///
     /// # Errors

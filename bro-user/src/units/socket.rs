@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::address::External;
 use crate::installed::{Installed, InstalledPort, Mode, SECTION};
+use crate::systemd::unit_file::quote_word;
 
 pub(super) fn text(installed: &Installed, listener: &InstalledPort, root: Option<&Path>) -> String {
     let mut text = super::heading(installed, Some(&listener.socket.name));
@@ -18,6 +19,11 @@ pub(super) fn text(installed: &Installed, listener: &InstalledPort, root: Option
         writeln!(text, "# The forwarder is started at the times of --keep-awake too.\nWants={timer}").ok();
     }
     text.push_str("\n[Socket]\n");
+    if let Some(program) = &listener.fence {
+        let program = quote_word(&program.display().to_string());
+        text.push_str("# What is in the container leads a socket of this one nowhere else. Without that it does not listen.\n");
+        writeln!(text, "ExecStartPre={program} fence").ok();
+    }
     for line in listening(listener) {
         writeln!(text, "{line}").ok();
     }

@@ -39,11 +39,12 @@ pub(super) fn check(installed: &Installed, drop_in: Option<&DropIn>) -> Result<(
         texts.push(name.into());
         paths.push(home);
     }
-    for InstalledPort { service, socket, external, internal, backlog: _, device } in listeners {
+    for InstalledPort { service, socket, external, internal, backlog: _, device, fence } in listeners {
         let SocketUnit { name, file } = socket;
         texts.extend([service.into(), name.into(), external.to_string().into()]);
         texts.extend(internal.as_ref().map(|target| target.to_string().into()));
         texts.extend(device.as_deref().map(Cow::from));
+        paths.extend(fence.as_deref());
         paths.push(file);
     }
     if let Some(DropIn { no_network: _, sockets, nginx: _, never_notifies: _, profile }) = drop_in {

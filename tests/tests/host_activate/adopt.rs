@@ -45,6 +45,18 @@ fn complaints(site: &Site<'_>) -> Result<String> {
     Ok(doctor.stdout.lines().filter(|line| !line.starts_with("ok ")).collect::<Vec<_>>().join("\n"))
 }
 
+/// What `bro doctor` says of the fence around the service's sockets: that of the unit, or how root puts up a user's.
+fn expect_fence(site: &Site<'_>) -> Result<()> {
+    let doctor = site.front.try_run(site.host, &["bro", "doctor", &site.name])?.stdout;
+    let line = doctor.lines().find(|line| line.contains("fence")).with_context(|| doctor.clone())?;
+    let wanted = match site.front {
+        Manager::System => line.starts_with("ok ") && line.contains("around the sockets of"),
+        Manager::User(_) => line.starts_with("less") && doctor.contains("bro-fence@"),
+    };
+    ensure!(wanted, "{doctor}");
+    Ok(())
+}
+
 /// Adopted, and soon asleep.
 const SOON: [&str; 3] = ["--adopt", "--exit-idle-time", "1s"];
 
@@ -67,6 +79,7 @@ pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
         expect_asleep(&site).with_context(|| site.journals())?;
     }
     ensure!(site.errors()?.is_empty(), "{:?}", site.errors()?);
+    expect_fence(&site)?;
     let again = activate(host, manager, "adopted")?;
     ensure!(again.success() && again.stdout.contains("nothing to do"), "{again:?}");
     expect_adopted(&site)?;
@@ -210,6 +223,38 @@ pub fn off_again(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// A new socket while the container has the old one: with a fence where there was none, and with another backlog.
+pub fn another_socket(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    if manager == Manager::System {
+        host.sh("sed -i '/^ExecStartPre=/d' /etc/systemd/system/adopted-activator.socket")?;
+        host.sh("systemctl daemon-reload; systemctl restart adopted-activator.socket")?;
+        expect_adopted(&site)?;
+        let doctor = host.try_run(&["bro", "doctor", "adopted"])?.stdout;
+        ensure!(doctor.contains("adopted-activator.socket has none"), "{doctor}");
+        let ran = activate(host, manager, "adopted")?;
+        ensure!(ran.success() && ran.stdout.contains("it held the socket"), "{ran:?}\n{}", site.journals());
+    }
+    expect_adopted(&site)?;
+    expect_fence(&site)?;
+    let ran = activate(host, manager, "adopted --backlog 77")?;
+    ensure!(ran.success() && ran.stdout.contains("it held the socket"), "{ran:?}\n{}", site.journals());
+    expect_adopted(&site)?;
+    expect_fence(&site)?;
+    if manager == Manager::System {
+        // As on a host that is a container without the right to load programs: it listens all the same.
+        let without =
+            ["setpriv", "--bounding-set", "-bpf,-sys_admin", "bro", "activate", "adopted", "--backlog"];
+        let ran = host.try_run(&[&without[..], &["78"]].concat())?;
+        ensure!(ran.success() && ran.stderr.contains("there is no fence around the sockets"), "{ran:?}");
+        expect_adopted(&site)?;
+        let doctor = host.try_run(&["bro", "doctor", "adopted"])?.stdout;
+        ensure!(doctor.contains("adopted-activator.socket has none"), "{doctor}");
+    }
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
 /// The profile is as old as its source was.
 pub fn older_profile(host: &Host, manager: Manager) -> Result<()> {
     let plan = nginx(host, manager)?;
@@ -278,6 +323,7 @@ pub fn for_a_user(host: &Host) -> Result<()> {
         ensure!(!complaints.contains("BAD"), "{complaints}");
         expect_asleep(&served.0).with_context(|| served.0.journals())?;
     }
+    expect_fence(&served.0)?;
     expect_removed(&served.0, &before)
 }
 

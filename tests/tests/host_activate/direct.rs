@@ -43,6 +43,8 @@ pub fn nginx(host: &Host, manager: Manager) -> Result<()> {
         ensure!(interfaces.lines().count() == 1 && interfaces.contains(": lo:"), "{interfaces}");
         let doctor = manager.try_run(host, &["bro", "doctor", "taken"])?;
         ensure!(doctor.success() && doctor.stdout.contains("systemd-taken has taken"), "{doctor:?}");
+        let fenced = doctor.stdout.contains("around the sockets of taken.socket");
+        ensure!(fenced == (manager == Manager::System), "{doctor:?}");
         // It is stopped as any container is, and its next client wakes it.
         manager.systemctl(host, &["stop", "taken.service"])?;
         ensure!(manager.show(host, "taken.socket", "ActiveState")? == "active", "the socket stopped with it");

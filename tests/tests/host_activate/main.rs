@@ -58,6 +58,7 @@ const BOTH: &[Case] = &[
     ("adopt: off again", adopt::off_again),
     ("adopt: a profile that is older than its source", adopt::older_profile),
     ("adopt: looked after", adopt::looked_after),
+    ("adopt: another socket", adopt::another_socket),
     ("adopt: other services", adopt::other_services),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),

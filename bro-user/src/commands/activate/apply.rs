@@ -33,7 +33,8 @@ pub(super) enum Applied {
     OldForwarder,
     /// The running forwarder had its old settings, had no client, and was started anew.
     Restarted,
-    /// The same; with `--direct` the container ran, and was stopped: it held the sockets. With `--adopt=off` too: what it asks would have no answer.
+    /// The same; with `--direct` or `--adopt` the container ran, and was stopped: it held the sockets. With `--adopt=off` too: what it asks would have no
+    /// answer.
     Stopped,
     /// Written below another root; nothing was started.
     Written,
@@ -289,7 +290,11 @@ impl Plan {
                 installed.listeners.iter().find(|before| before.socket == listener.socket)
             });
             // Only what the kernel's socket is made of: no other change in the file needs a new socket.
-            before != Some(listener) && before.is_none_or(|before| !same_socket(before, listener))
+            // A fence is put up before it: one that is there stays up to the next start.
+            before != Some(listener)
+                && before.is_none_or(|before| {
+                    !same_socket(before, listener) || (before.fence.is_none() && listener.fence.is_some())
+                })
         };
         let (mut restart, mut unread) = (Vec::new(), false);
         for listener in &wanted.listeners {
@@ -378,12 +383,13 @@ async fn take_up(
 ) -> anyhow::Result<Applied> {
     let Plan { restart, runner, timer, .. } = plan;
     let running = systemd.is_active(runner).await;
-    let (mut listening, mut stopped) = (false, false);
+    let (mut listening, mut stopped, mut held) = (false, false, false);
     for unit in restart {
         listening |= systemd.is_active(unit).await;
     }
     // The sockets may listen without being known, after a first run that was killed.
     if !restart.is_empty() && (installed.is_some() || listening) {
+        held = stop_holder(systemd, installed, restart).await?;
         // systemd refuses to start a socket while its service runs, and the service keeps the sockets it was started with.
         if running || systemd.is_stopping(runner).await {
             stop(systemd, runner).await?;
@@ -443,7 +449,7 @@ async fn take_up(
         } else {
             Applied::OldForwarder
         }
-    } else if stopped && (plan.unadopted.is_some() || matches!(wanted.mode, Mode::Direct(_))) {
+    } else if held || (stopped && (plan.unadopted.is_some() || matches!(wanted.mode, Mode::Direct(_)))) {
         Applied::Stopped
     } else {
         Applied::Listening
@@ -454,6 +460,27 @@ async fn take_up(
         anyhow::ensure!(result == "done", "starting {timer} ended with “{result}”");
     }
     Ok(applied)
+}
+
+/// Stops a container that has one of these sockets by adoption, while the forwarder is there to answer it: nothing else could listen there. Whether
+/// there was one.
+async fn stop_holder(
+    systemd: &Managers,
+    installed: Option<&Installed>,
+    restart: &[String],
+) -> anyhow::Result<bool> {
+    let Some(installed) = installed.filter(|installed| {
+        installed.adoption().is_some()
+            && installed.listeners.iter().any(|listener| restart.contains(&listener.socket.name))
+    }) else {
+        return Ok(false);
+    };
+    let container = systemd.container().context("the container's service manager is gone")?;
+    let runs = container.is_active(&installed.unit).await;
+    if runs {
+        stop(container, &installed.unit).await?;
+    }
+    Ok(runs)
 }
 
 /// The listener as it was, if there was one: systemd may have taken that up.

@@ -7,7 +7,7 @@ use super::plan::Paths;
 use super::transaction::Change;
 use crate::address::External;
 use crate::exit::on_one_line;
-use crate::installed::{Installed, Mode};
+use crate::installed::{Installed, InstalledPort, Mode};
 use crate::run_as;
 use crate::systemd::scope::RuntimeScope;
 use crate::units::File;
@@ -74,8 +74,8 @@ pub(super) fn activated(
     }
     if outcome == Applied::Stopped {
         match &wanted.mode {
-            Mode::Direct(_) => stopped(&mut out, &wanted.unit)?,
-            Mode::Forward(_) | Mode::Adopt(_) => {
+            Mode::Direct(_) | Mode::Adopt(_) => stopped(&mut out, &wanted.unit)?,
+            Mode::Forward(_) => {
                 writeln!(out, "{} was stopped: its seccomp profile was one that adopts", wanted.unit)?;
             }
         }
@@ -104,6 +104,17 @@ pub(super) fn activated(
     }
     if wanted.adoption().is_some() {
         adopted(&mut out, wanted)?;
+    }
+    if super::fence::concerns(wanted)
+        && wanted.scope == RuntimeScope::User
+        && wanted.listeners.iter().any(InstalledPort::is_tcp)
+    {
+        writeln!(
+            out,
+            "root can put a fence around what {} accepts, which is then led nowhere else: systemctl enable --now bro-fence@{}",
+            wanted.unit,
+            nix::unistd::geteuid()
+        )?;
     }
     if let Mode::Direct(_) = wanted.mode {
         writeln!(

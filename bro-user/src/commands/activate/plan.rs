@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use bro_relay::target::Target;
 use clap::ValueEnum;
 
-use super::{adopt, executable};
+use super::{adopt, executable, fence};
 use crate::address::{External, Internal};
 use crate::cli::{self, Activate};
 use crate::exit::Failure;
@@ -164,6 +164,7 @@ pub(super) fn wanted(
     check_ready(&wanted, quadlet, &mut warnings)?;
     check_freeze(&wanted, quadlet, &mut warnings)?;
     adopt::check_rest(&wanted, quadlet, &mut warnings)?;
+    fence::plan(&mut wanted, places, &mut warnings)?;
     check_host_network(&wanted, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
     let drop_in = drop_in(quadlet, &wanted, &network, places.root.as_deref());
     if !drop_in.is_empty() {
@@ -410,6 +411,8 @@ fn listeners(
             .bind_to_device
             .clone()
             .or_else(|| before.as_ref().and_then(|before| before.device.clone())),
+        // Decided for all of them at once.
+        fence: None,
         service,
     };
     if let (Some(device), External::Path(_) | External::Abstract(_)) = (&listener.device, &external) {

@@ -117,8 +117,6 @@ async fn graceful(installed: &Installed, quadlet: &Quadlet) -> Option<Check> {
     ))
 }
 
-// A check of the fences around the sockets belongs here.
-
 #[cfg(test)]
 mod tests {
     use super::*;

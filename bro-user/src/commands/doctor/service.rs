@@ -2,7 +2,8 @@
 
 use super::hints::ManagerOwner;
 use super::{
-    Check, adoption, confinement, forwarder, health, host, image, listens, ports, seen, selinux, versions,
+    Check, adoption, confinement, fence, forwarder, health, host, image, listens, ports, seen, selinux,
+    versions,
 };
 use crate::cli::Doctor;
 use crate::cli::wake_sleep::Whom;
@@ -57,6 +58,7 @@ pub(super) async fn checks(name: &str, options: &Doctor) -> anyhow::Result<Vec<C
             }
             checks.extend(agent(&installed, &systemd).await);
             checks.extend(timer(&installed, &systemd).await);
+            checks.extend(fence::checks(&installed, &systemd).await);
             if let Some(service) = installed.service() {
                 checks.push(forwarder::check(&installed, &service, &systemd).await);
                 checks.extend(confinement::check(&installed, &service, &systemd).await);
