@@ -252,7 +252,11 @@ fn who_is_told_to_stop_leaves_everything_as_it_was() -> Result<()> {
         // It waits for this one, which never ends.
         let locked = std::fs::File::open(tree.path("etc/systemd/system"))?;
         locked.lock()?;
-        let mut command = tree.command(&["web", "--external-port", "80", "--system"]);
+        let bro = tree.command(&["web", "--external-port", "80", "--system"]);
+        // What started this test may ignore them, as nohup does, and so would its children.
+        let mut command = std::process::Command::new("env");
+        command.arg("--default-signal=INT,TERM,HUP").arg(bro.get_program()).args(bro.get_args());
+        command.envs(bro.get_envs().filter_map(|(name, value)| Some((name, value?))));
         let child =
             command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn()?;
         let status = format!("/proc/{}/status", child.id());

@@ -103,8 +103,12 @@ fn expect_removed(site: &Site<'_>, before: &[String]) -> Result<()> {
     }
     ensure!(manager.show(host, &site.unit(), "ActiveState")? == "inactive", "the container runs on");
     ensure!(host.connect(site.port).is_err(), "there is still a listener");
-    let left =
-        host.sh("find /run/bro /run/user/*/bro -name '*.sock' -path '*/adopt/*' 2>/dev/null || true")?;
+    // The other manager's case runs at the same time.
+    let runtime = match site.front {
+        Manager::System => "/run/bro",
+        Manager::User(_) => "/run/user/*/bro",
+    };
+    let left = host.sh(&format!("find {runtime} -name '*.sock' -path '*/adopt/*' 2>/dev/null || true"))?;
     ensure!(left.is_empty(), "a socket is left: {left}");
     Ok(())
 }
@@ -250,6 +254,26 @@ pub fn another_socket(host: &Host, manager: Manager) -> Result<()> {
         expect_adopted(&site)?;
         let doctor = host.try_run(&["bro", "doctor", "adopted"])?.stdout;
         ensure!(doctor.contains("adopted-activator.socket has none"), "{doctor}");
+    }
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
+/// A port more for the same place in the container, while the service has the first one: its clients are relayed there.
+pub fn second_port(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    expect_adopted(&site)?;
+    let port = host.free_port()?;
+    // Its name comes before the first one's.
+    let more = format!("adopted --service-name a --external-port 0.0.0.0:{port} --internal-port 7");
+    let ran = activate(host, manager, &more)?;
+    ensure!(ran.success(), "{ran:?}");
+    let url = format!("http://127.0.0.1:{port}/");
+    for _ in 0..2 {
+        let page = host.run(&["curl", "--silent", "--fail", "--max-time", "20", &url]);
+        page.with_context(|| site.journals())?;
+        expect_adopted(&site)?;
+        manager.systemctl(host, &["reload-or-restart", "adopted-activator.service"])?;
     }
     ensure!(activate(host, manager, "adopted --remove")?.success());
     Ok(())
