@@ -13,7 +13,7 @@ pub struct Fence {
     #[arg(long)]
     pub this_host: bool,
 
-    /// Have services see the external port as the internal one; some answer nobody otherwise
+    /// Have services see the external port as the internal one; some answer no client otherwise
     #[arg(long, value_name = "EXTERNAL:INTERNAL", value_parser = ports)]
     pub port: Vec<(u16, u16)>,
 }

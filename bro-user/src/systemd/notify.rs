@@ -72,7 +72,7 @@ fn barrier() -> io::Result<()> {
 }
 
 /// Sends with descriptors, which the library does not know how to send to an abstract socket; nothing where there is no service manager. Unlike
-/// [`tell`] it is never mute: whoever has the container's descriptors is the service's main process.
+/// [`tell`] it is never mute: the process that has the container's descriptors is the service's main process.
 fn send(message: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     use std::os::linux::net::SocketAddrExt as _;
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };

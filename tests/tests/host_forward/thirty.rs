@@ -88,7 +88,7 @@ impl<'h> Crowd<'h> {
     /// Stops forwarders and services.
     fn asleep(&self) -> Result<()> {
         self.systemctl(&["stop"], &["-in.service", ".service"])?;
-        // Whoever is killed has failed.
+        // A client that is killed has failed.
         self.systemctl(&["reset-failed"], &[".service"]).ok();
         for number in 0..self.ports.len() {
             std::fs::remove_file(self.marks.join(name(number))).ok();
