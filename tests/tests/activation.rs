@@ -105,19 +105,19 @@ fn a_socket_that_was_not_passed_leaves_the_others_served() -> Result<()> {
 }
 
 #[test]
-fn a_datagram_socket_is_refused() -> Result<()> {
-    if !can_run("a_datagram_socket_is_refused") {
+fn a_unix_socket_for_datagrams_is_refused() -> Result<()> {
+    if !can_run("a_unix_socket_for_datagrams_is_refused") {
         return Ok(());
     }
     let scene = Scene::new()?;
     let mut arguments = netns(&scene);
     arguments.push(scene.target());
-    let (mut forwarder, addresses) = start(&[loopback(Family::Tcp4)?], &["--datagram"], &arguments)?;
-    let Address::Tcp(address) = addresses[0] else { anyhow::bail!("{addresses:?}") };
-    std::net::UdpSocket::bind("127.0.0.1:0")?.send_to(b"x", address)?;
+    let path = scene.folder().join("front");
+    let (mut forwarder, _) = start(&[Address::Unix(path.clone())], &["--datagram"], &arguments)?;
+    std::os::unix::net::UnixDatagram::unbound()?.send_to(b"x", path)?;
     forwarder.expect_exit(3)?;
     let lines = forwarder.log().lines();
     let said: Vec<_> = lines.iter().filter(|line| line.starts_with("bro: ")).collect();
-    ensure!(said.len() == 1 && said[0].contains("stream"), "{lines:?}");
+    ensure!(said.len() == 1 && said[0].contains("datagrams over a unix address"), "{lines:?}");
     Ok(())
 }
