@@ -230,6 +230,10 @@ calls! {
     fn setpgid(process: pid_t, group: pid_t) -> c_int = SYS_setpgid;
     fn getgroups(count: c_int, groups: *mut gid_t) -> c_int = SYS_getgroups;
     fn setns(namespace: c_int, kind: c_int) -> c_int = SYS_setns;
+    fn unshare(what: c_int) -> c_int = SYS_unshare;
+    fn process_vm_readv(
+        process: pid_t, to: *const iovec, to_count: c_ulong, from: *const iovec, from_count: c_ulong, flags: c_ulong
+    ) -> ssize_t = SYS_process_vm_readv;
     // For the calling thread alone, where glibc includes all threads: the calling process has no other (`netns/identity.rs`).
     fn setresuid(real: uid_t, effective: uid_t, saved: uid_t) -> c_int = SYS_setresuid;
     fn setresgid(real: gid_t, effective: gid_t, saved: gid_t) -> c_int = SYS_setresgid;

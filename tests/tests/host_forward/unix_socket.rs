@@ -30,10 +30,15 @@ pub fn who_connects(host: &Host, manager: Manager) -> Result<()> {
         Manager::System => &[""],
         Manager::User(_) => &["", "UserNS=keep-id"],
     };
-    let write = |mode: &str| host.write("/srv/who.py", SERVICE.replace("MODE", mode));
+    // The other manager's case runs beside this one, and with another mode at times.
+    let script = match manager {
+        Manager::System => "/srv/who.py",
+        Manager::User(_) => "/srv/who-rootless.py",
+    };
+    let write = |mode: &str| host.write(script, SERVICE.replace("MODE", mode));
     let plan = |line: &str, identity: &str| {
         let container = format!(
-            "Rootfs={}:O\nVolume=/srv/who.py:/srv/who.py:ro\nTmpfs=/tmp\nStopSignal=SIGKILL\n{line}\nExec=/usr/bin/python3 /srv/who.py",
+            "Rootfs={}:O\nVolume={script}:/srv/who.py:ro\nTmpfs=/tmp\nStopSignal=SIGKILL\n{line}\nExec=/usr/bin/python3 /srv/who.py",
             manager.image()
         );
         Plan::new(&container, &format!("--exit-idle-time 300ms {identity}"), "/tmp/who.sock")
