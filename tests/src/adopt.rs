@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -307,4 +308,26 @@ impl Adoption {
     pub fn stored(&self) -> Vec<String> {
         self.store.kept.lock().expect("no holder of this lock panics").keys().cloned().collect()
     }
+}
+
+/// A client of this listener.
+pub fn client(host: &TcpListener) -> Result<TcpStream> {
+    let client = TcpStream::connect(host.local_addr()?)?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    Ok(client)
+}
+
+/// All that a client is told until the end.
+pub fn told(mut client: TcpStream) -> Result<String> {
+    let mut said = String::new();
+    client.read_to_string(&mut said)?;
+    Ok(said)
+}
+
+/// The service tells a client, which was there before it or comes now, its own address: it has accepted the client itself.
+pub fn expect_greeted(client: TcpStream) -> Result<()> {
+    let own = client.local_addr()?.to_string();
+    let said = told(client)?;
+    ensure!(said == own, "the client {own} was told {said:?}");
+    Ok(())
 }

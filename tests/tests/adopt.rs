@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bro_tests::adopt::{Adoption, Program};
+use bro_tests::adopt::{Adoption, Program, client, expect_greeted, told};
 use bro_tests::peers::PATIENCE;
 use bro_tests::process::{self, NOBODY};
 use bro_tests::require_namespaces;
@@ -34,26 +34,6 @@ fn listener(address: &str) -> Result<(TcpListener, OwnedFd)> {
 fn v4() -> Result<(TcpListener, Adoption)> {
     let (host, passed) = listener("127.0.0.1:0")?;
     Ok((host, Adoption::new(vec![(passed, INSIDE.into())])?))
-}
-
-fn client(host: &TcpListener) -> Result<TcpStream> {
-    let client = TcpStream::connect(host.local_addr()?)?;
-    client.set_read_timeout(Some(PATIENCE))?;
-    Ok(client)
-}
-
-fn told(mut client: TcpStream) -> Result<String> {
-    let mut said = String::new();
-    client.read_to_string(&mut said)?;
-    Ok(said)
-}
-
-/// A client that was there before the service, or comes now, is told its own address by the service.
-fn expect_greeted(client: TcpStream) -> Result<()> {
-    let own = client.local_addr()?.to_string();
-    let said = told(client)?;
-    ensure!(said == own, "the client {own} was told {said:?}");
-    Ok(())
 }
 
 /// A client inside the container reaches the service.

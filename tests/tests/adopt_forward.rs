@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_tests::adopt::{Adoption, Profile, Program};
+use bro_tests::adopt::{self, Adoption, Profile, Program, expect_greeted, told};
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::peers::PATIENCE;
@@ -64,24 +64,8 @@ impl Stage {
     }
 
     fn client(&self) -> Result<TcpStream> {
-        let client = TcpStream::connect(self.host.local_addr()?)?;
-        client.set_read_timeout(Some(PATIENCE))?;
-        Ok(client)
+        adopt::client(&self.host)
     }
-}
-
-fn told(mut client: TcpStream) -> Result<String> {
-    let mut said = String::new();
-    client.read_to_string(&mut said)?;
-    Ok(said)
-}
-
-/// The service tells it its own address: it has accepted the client itself.
-fn expect_own_address(client: TcpStream) -> Result<()> {
-    let own = client.local_addr()?.to_string();
-    let said = told(client)?;
-    ensure!(said == own, "the client {own} was told {said:?}");
-    Ok(())
 }
 
 /// The service tells it another address: it was relayed.
@@ -142,10 +126,10 @@ fn a_first_client_wakes_a_service_that_accepts_it_itself() -> Result<()> {
             says(&forwarder, "for its first client")?;
             let service = stage.service(Profile::Notifies, &[kind, INSIDE])?;
             service.says("ready")?;
-            expect_own_address(early).with_context(|| format!("{kind}, round {round}"))?;
+            expect_greeted(early).with_context(|| format!("{kind}, round {round}"))?;
             eventually(&forwarder, is_adopted)?;
             for _ in 0..3 {
-                expect_own_address(stage.client()?)?;
+                expect_greeted(stage.client()?)?;
             }
             // Or the next client finds a wake that goes on, of which no line is written.
             let found =
@@ -218,11 +202,11 @@ fn a_forwarder_that_is_killed_is_followed_by_one_that_goes_on() -> Result<()> {
         let forwarder = stage.forwarder(&[])?;
         let early = stage.client()?;
         let service = stage.service(Profile::Notifies, &[kind, INSIDE])?;
-        expect_own_address(early)?;
+        expect_greeted(early)?;
         eventually(&forwarder, is_adopted)?;
         forwarder.signal(Signal::SIGKILL)?;
         drop(forwarder);
-        expect_own_address(stage.client()?)?;
+        expect_greeted(stage.client()?)?;
         let stored = stage.adoption.stored();
         ensure!(stored.iter().any(|name| name.starts_with("adopt-container-")), "{stored:?}");
         let next = stage.forwarder(&[])?;
@@ -231,13 +215,13 @@ fn a_forwarder_that_is_killed_is_followed_by_one_that_goes_on() -> Result<()> {
         // Which is the service's, and not systemd's.
         let flags = OFlag::from_bits_retain(fcntl(&stage.host, FcntlArg::F_GETFL)?);
         ensure!(flags.contains(OFlag::O_NONBLOCK) == (kind == "epoll"), "{kind}: {flags:?}");
-        expect_own_address(stage.client()?)?;
+        expect_greeted(stage.client()?)?;
         ensure!(next.report()?.total.accepted == 0, "the relay has accepted");
         end(service)?;
         eventually(&next, is_waiting)?;
         let client = stage.client()?;
         let _service = stage.service(Profile::Notifies, &[kind, INSIDE])?;
-        expect_own_address(client)?;
+        expect_greeted(client)?;
         next.stop()?;
     }
     Ok(())
@@ -253,7 +237,7 @@ fn a_listener_that_comes_later_for_the_same_target_is_relayed() -> Result<()> {
         let forwarder = stage.forwarder(&[])?;
         let early = stage.client()?;
         let service = stage.service(Profile::Notifies, &["epoll", INSIDE])?;
-        expect_own_address(early)?;
+        expect_greeted(early)?;
         eventually(&forwarder, is_adopted)?;
         forwarder.signal(Signal::SIGKILL)?;
         drop(forwarder);
@@ -267,13 +251,13 @@ fn a_listener_that_comes_later_for_the_same_target_is_relayed() -> Result<()> {
             Ok(client)
         };
         expect_relayed(later()?).with_context(|| format!("the new one is number {number}"))?;
-        expect_own_address(stage.client()?)?;
+        expect_greeted(stage.client()?)?;
         next.signal(Signal::SIGHUP)?;
         let main = stage.adoption.main_process(next.pid())?;
         ensure!(process::ends(next.pid(), PATIENCE)?, "the predecessor stays");
         expect_relayed(later()?)
             .with_context(|| format!("after a reload; the new one is number {number}"))?;
-        expect_own_address(stage.client()?)?;
+        expect_greeted(stage.client()?)?;
         end(service)?;
         kill(Pid::from_raw(main), Signal::SIGTERM)?;
         ensure!(process::ends(main, PATIENCE)?, "the successor stays");
@@ -288,19 +272,19 @@ fn a_successor_answers_for_the_container() -> Result<()> {
     let forwarder = stage.forwarder(&[])?;
     let early = stage.client()?;
     let service = stage.service(Profile::Notifies, &["epoll", INSIDE])?;
-    expect_own_address(early)?;
+    expect_greeted(early)?;
     eventually(&forwarder, is_adopted)?;
     forwarder.signal(Signal::SIGHUP)?;
     let main = stage.adoption.main_process(forwarder.pid())?;
     says(&forwarder, "as before this process")?;
-    expect_own_address(stage.client()?)?;
+    expect_greeted(stage.client()?)?;
     ensure!(process::ends(forwarder.pid(), PATIENCE)?, "the predecessor stays");
     ensure!(first(&forwarder.report()?).is_some_and(is_adopted));
     end(service)?;
     eventually(&forwarder, is_waiting)?;
     let client = stage.client()?;
     let _service = stage.service(Profile::Notifies, &["epoll", INSIDE])?;
-    expect_own_address(client)?;
+    expect_greeted(client)?;
     kill(Pid::from_raw(main), Signal::SIGTERM)?;
     ensure!(process::ends(main, PATIENCE)?, "the successor stays");
     Ok(())
@@ -313,7 +297,7 @@ fn it_stays_while_a_container_has_its_socket_and_leaves_when_idle() -> Result<()
     let mut forwarder = stage.forwarder(&["--exit-idle-time=500ms"])?;
     let early = stage.client()?;
     let service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
-    expect_own_address(early)?;
+    expect_greeted(early)?;
     says(&forwarder, "there is no --unit to stop")?;
     ensure!(forwarder.is_running()?, "it left a container behind");
     end(service)?;
@@ -354,12 +338,12 @@ fn clients_that_come_and_go_between_two_looks_keep_a_service_awake() -> Result<(
     let forwarder = stage.forwarder(&["--exit-idle-time=1s"])?;
     let early = stage.client()?;
     let _service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
-    expect_own_address(early)?;
+    expect_greeted(early)?;
     eventually(&forwarder, is_adopted)?;
     let is_over = || forwarder.log().lines().iter().any(|line| line.contains("the idle time is over"));
     let started = Instant::now();
     while started.elapsed() < 4 * IDLE_TIME {
-        expect_own_address(stage.client()?)?;
+        expect_greeted(stage.client()?)?;
         let over = process::eventually(Duration::from_millis(300), is_over);
         ensure!(!over, "the idle time was over after {:?} of short clients", started.elapsed());
     }

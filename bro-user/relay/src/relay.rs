@@ -353,6 +353,20 @@ impl Direction {
         Ok(None)
     }
 
+    /// How much a read has taken, if there was anything. Where there was nothing, all that came before the guard has been read.
+    fn received(&mut self, read: nix::Result<usize>) -> Result<Option<usize>, Broken> {
+        match read {
+            Ok(count) => Ok(Some(count)),
+            Err(Errno::EAGAIN) => {
+                if self.guard == DescriptorGuard::Backlog {
+                    self.guard = DescriptorGuard::Needless;
+                }
+                Ok(None)
+            }
+            Err(errno) => Err(self.broke(errno)),
+        }
+    }
+
     fn fill_by_copy(
         &mut self,
         source: BorrowedFd<'_>,
@@ -368,16 +382,7 @@ impl Direction {
                 copy::read_guarded(source, &mut tools.scratch, MsgFlags::empty())
             }
         };
-        let count = match read {
-            Ok(count) => count,
-            Err(Errno::EAGAIN) => {
-                if self.guard == DescriptorGuard::Backlog {
-                    self.guard = DescriptorGuard::Needless;
-                }
-                return Ok(None);
-            }
-            Err(errno) => return Err(self.broke(errno)),
-        };
+        let Some(count) = self.received(read)? else { return Ok(None) };
         if count == 0 {
             self.half.ended();
             return Ok(Some(0));
@@ -413,16 +418,7 @@ impl Direction {
             let buffer = if long.is_empty() { &mut tools.scratch[..] } else { &mut long[..] };
             copy::read_guarded(source, buffer, MsgFlags::empty())
         });
-        let count = match read {
-            Ok(count) => count,
-            Err(Errno::EAGAIN) => {
-                if self.guard == DescriptorGuard::Backlog {
-                    self.guard = DescriptorGuard::Needless;
-                }
-                return Ok(None);
-            }
-            Err(errno) => return Err(self.broke(errno)),
-        };
+        let Some(count) = self.received(read)? else { return Ok(None) };
         if count == 0 && crate::sys::has_finished(source) {
             self.half.ended();
             return Ok(Some(0));
