@@ -59,6 +59,10 @@ pub struct Args {
     /// Keep what earlier runs have left in the folder of --out of other workloads, for those who measure a few at a time
     #[arg(long)]
     add: bool,
+    /// Clients on another host: a network namespace at the far end of a veth(4) pair. Takes root, and leaves out who has its
+    /// clients in the container
+    #[arg(long, conflicts_with_all = ["publish", "add"])]
+    from_another_host: bool,
     /// Only these contenders and workloads, by the names that --list prints
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     only: Vec<String>,
@@ -189,11 +193,20 @@ fn bench(args: &Args) -> Result<()> {
         (_, true) => Plan::full(),
         _ => Plan::usual(),
     };
-    let plan = match args.rounds {
+    let mut plan = match args.rounds {
         Some(rounds) => plan.with_rounds(rounds.into()),
         None => plan,
     };
-    let choice = Choice::of(&args.only)?;
+    plan.from_another_host = args.from_another_host;
+    let mut choice = Choice::of(&args.only)?;
+    if plan.from_another_host {
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "--from-another-host takes root, for the veth pair: `sudo --preserve-env=PATH,HOME cargo xtask bench --from-another-host`"
+        );
+        choice.contenders.retain(Contender::is_reached_from_outside);
+        choice.workloads.retain(|workload| workload != COLD);
+    }
     let earlier = if args.add { Some(report::Report::read(&args.out)?) } else { None };
     let bro = crate::program::bro()?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
@@ -204,7 +217,7 @@ fn bench(args: &Args) -> Result<()> {
     for lack in &missing {
         say(&clock, &format!("missing: {}: {}", lack.name, lack.why));
     }
-    let scene = Scene::set(bro, &present)?;
+    let scene = Scene::set(bro, &present, plan.from_another_host)?;
     let mut bench = Bench { scene, plan, clock, present, choice, results: Results::default() };
     // One contender after the other is taken out here if it cannot be started at all.
     bench.try_everyone(&mut missing);

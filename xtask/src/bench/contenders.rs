@@ -201,6 +201,11 @@ impl Contender {
         Some(Missing { name: self.label.to_owned(), why })
     }
 
+    /// Has its clients outside of the container, so that they may as well be on another host.
+    pub fn is_reached_from_outside(&self) -> bool {
+        !matches!(self.way, Way::Direct | Way::Unix | Way::Socat | Way::Bro { inside: true, .. })
+    }
+
     fn lack(&self, root: bool) -> Option<String> {
         let install = |program: &str, package: &str| {
             let line = || format!("{program} is not installed: `sudo apt-get install {package}`");
@@ -266,7 +271,7 @@ impl Contender {
             Way::Unix => None,
             Way::HostNetwork => Some(Server { inside: false, filter: Filter::Allowing, forwarder: None }),
             Way::Adopted => {
-                let (socket, address, inside) = passed(false)?;
+                let (socket, address, inside) = passed(scene, false)?;
                 let log = scene.folder.path(&format!("{}-{port}.log", self.key));
                 let starts = AdoptedStart { scene, target: format!("127.0.0.1:{port}"), startup_ms: 0 };
                 let (process, listener_path) =
@@ -290,7 +295,7 @@ impl Contender {
                 Ok(forwarder)
             }
             (Way::HostNetwork, _) => Ok(Running {
-                address: Address::Tcp((Ipv4Addr::LOCALHOST, port).into()),
+                address: Address::Tcp((scene.front(), port).into()),
                 inside: false,
                 _service: None,
                 process: None,
@@ -321,7 +326,7 @@ impl Contender {
         match self.way {
             Way::Direct => Ok(bare(Address::Tcp(target.parse()?), true)),
             Way::HostNetwork => {
-                let address = free_port()?;
+                let address = free_port(scene)?;
                 let launch = Launch { filter: Filter::Allowing, ..Launch::default() };
                 let service = Scene::starting_service(launch, vec![address.to_string()], 0, &log)?;
                 Ok(Running { _service: Some(service), ..bare(Address::Tcp(address), false) })
@@ -330,7 +335,7 @@ impl Contender {
             Way::Bro { options, inside: false, .. } => {
                 let mut args = bro_args(scene, options);
                 args.push(target);
-                run(passed(false)?, &scene.bro, args)
+                run(passed(scene, false)?, &scene.bro, args)
             }
             Way::Bro { options, .. } => {
                 let mut args = vec!["forward".to_owned(), format!("--connections-max={CONNECTIONS}")];
@@ -345,7 +350,7 @@ impl Contender {
                 Ok(running)
             }
             Way::Adopted => {
-                let (socket, address, _) = passed(false)?;
+                let (socket, address, _) = passed(scene, false)?;
                 let socket = socket.context("a socket was made")?;
                 // The scene's service listens at the port itself.
                 let target = format!("127.0.0.1:{}", port + 30_000);
@@ -356,7 +361,7 @@ impl Contender {
             }
             Way::Proxyd => {
                 let args = vec![format!("--connections-max={CONNECTIONS}"), target];
-                run(passed(true)?, &program("systemd-socket-proxyd")?, args)
+                run(passed(scene, true)?, &program("systemd-socket-proxyd")?, args)
             }
             Way::Socat => {
                 let listen = format!(
@@ -375,13 +380,13 @@ impl Contender {
                 let config = scene.folder.path(&format!("{files}.cfg"));
                 std::fs::write(&config, haproxy_config(&target))?;
                 run(
-                    passed(true)?,
+                    passed(scene, true)?,
                     &program("haproxy")?,
                     vec!["-db".into(), "-f".into(), config.display().to_string()],
                 )
             }
             Way::Nginx => {
-                let place = passed(true)?;
+                let place = passed(scene, true)?;
                 let config = scene.folder.path(&format!("{files}.conf"));
                 std::fs::write(&config, nginx_config(&place.1, &target, &config.with_extension("pid"))?)?;
                 let log = log.display().to_string();
@@ -389,12 +394,12 @@ impl Contender {
                 run(place, &program("nginx")?, args.to_vec())
             }
             Way::Pasta => {
-                let host = free_port()?;
+                let host = free_port(scene)?;
                 let place = (None, Address::Tcp(host), false);
                 run(place, Path::new("/bin/sh"), vec!["-c".into(), pasta_script(scene, host, port)?])
             }
             Way::Slirp => {
-                let host = free_port()?;
+                let host = free_port(scene)?;
                 let api = scene.folder.path(&format!("{files}.api"));
                 let args = ["--configure", "--mtu=65520", "--disable-host-loopback"].map(str::to_owned);
                 let mut args = args.to_vec();
@@ -405,7 +410,7 @@ impl Contender {
                 Ok(running)
             }
             Way::Rootlessport => {
-                let host = free_port()?;
+                let host = free_port(scene)?;
                 let base = scene.folder.path(&files);
                 // Each start has a fresh one.
                 std::fs::remove_dir_all(&base).ok();
@@ -473,8 +478,8 @@ pub fn expect_adopted(log: &Path) -> Result<()> {
 type Place = (Option<OwnedFd>, Address, bool);
 
 /// A socket made outside.
-fn passed(inside: bool) -> Result<Place> {
-    let socket = service::bound(&Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))))?;
+fn passed(scene: &Scene, inside: bool) -> Result<Place> {
+    let socket = service::bound(&Address::Tcp((scene.front(), 0).into()))?;
     let address = Address::Tcp(local_address(&socket)?);
     Ok((Some(socket), address, inside))
 }
@@ -493,8 +498,8 @@ pub fn local_address(socket: &OwnedFd) -> Result<SocketAddr> {
 }
 
 /// A port of the kernel's choice for those that cannot be given a socket.
-fn free_port() -> Result<SocketAddr> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+fn free_port(scene: &Scene) -> Result<SocketAddr> {
+    Ok(std::net::TcpListener::bind((scene.front(), 0))?.local_addr()?)
 }
 
 fn program(name: &str) -> Result<PathBuf> {
@@ -625,7 +630,7 @@ impl Running {
 
     /// Runs a part of this task as its client: where its clients are.
     pub fn client(&self, scene: &Scene, args: &[String], limit: Duration) -> Result<String> {
-        let launch = Launch { inside: scene.inside(self.inside), ..Launch::default() };
+        let launch = Launch { inside: scene.clients(self.inside), ..Launch::default() };
         launch.output(this_task(), &[vec!["bench".to_owned()], args.to_vec()].concat(), limit)
     }
 

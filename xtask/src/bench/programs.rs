@@ -145,7 +145,7 @@ impl Program {
             let path = tools::find(program).context("a client program")?;
             let args: Vec<String> = args.iter().map(ToString::to_string).collect();
             let meter = Meter::start(running.group())?;
-            let launch = Launch { inside: scene.inside(running.inside), ..Launch::default() };
+            let launch = Launch { inside: scene.clients(running.inside), ..Launch::default() };
             let said = launch
                 .output(&path, &args, plan.program_limit())
                 .with_context(|| format!("running {program}"))?;

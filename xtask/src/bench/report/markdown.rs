@@ -67,6 +67,12 @@ fn reading(report: &Report, text: &mut String) -> std::fmt::Result {
         plan.wrk_seconds,
         most(|plan| plan.cold_rounds)
     )?;
+    if plan.from_another_host {
+        writeln!(
+            text,
+            "Clients were on another host: a network namespace of their own at the far end of a veth(4) pair.\n"
+        )?;
+    }
     for left_out in &report.results.left_out {
         writeln!(text, "Left out for want of time: {left_out}.\n")?;
     }
