@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Subcommand;
 
-use contenders::{Contender, Running};
+use contenders::{Contender, Running, Server};
 use environment::Environment;
 use load::{Figures, Load};
 use plan::{Clock, Plan};
@@ -427,14 +427,14 @@ impl Bench {
     }
 
     fn program(&mut self, program: Program, up_to: f64) -> Result<()> {
-        let servers = program.start(&self.scene, self.present.len())?;
+        let started = self.present.iter().enumerate();
+        let wanted = started.map(|(place, contender)| contender.server(&self.scene, program.port(place)));
+        let mut wanted = wanted.collect::<Result<Vec<_>>>()?;
+        let servers = program.start(&self.scene, &wanted)?;
         let mut up = Vec::new();
         for (place, contender) in self.present.clone().into_iter().enumerate() {
-            // The unix reference is this task's own service; a service adopts only what it was started for.
-            if matches!(contender.way, contenders::Way::Unix | contenders::Way::Adopted) {
-                continue;
-            }
-            match self.start_for(&contender, place, program) {
+            let Some(server) = wanted[place].take() else { continue };
+            match self.start_for(&contender, place, program, server) {
                 Ok(running) => up.push((contender, running)),
                 Err(error) => self.results.fail(&contender, program.key(), &error),
             }
@@ -473,8 +473,14 @@ impl Bench {
         Ok(())
     }
 
-    fn start_for(&self, contender: &Contender, place: usize, program: Program) -> Result<Running> {
-        let running = contender.start_for(&self.scene, program.port(place), program)?;
+    fn start_for(
+        &self,
+        contender: &Contender,
+        place: usize,
+        program: Program,
+        server: Server,
+    ) -> Result<Running> {
+        let running = contender.start_for(&self.scene, program.port(place), program, server)?;
         program.warm(&self.scene, &running)?;
         Ok(running)
     }
