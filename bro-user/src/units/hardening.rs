@@ -24,11 +24,11 @@ use std::path::PathBuf;
 use bro_relay::netns::identity::Identity;
 use bro_relay::target::Target;
 
-use crate::address::External;
 use crate::installed::{Forwarder, Installed};
 use crate::metrics::endpoint::Endpoint;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::quote_word;
+use crate::targets::Targets;
 
 /// What it does not call: priorities, devices, mounts, other users' ids and the like; and of what is in no group, what is not in @system-service
 /// either. Together that is whatever systemd (257) knows and @system-service leaves out, and more. It is a list of what is forbidden because
@@ -205,12 +205,8 @@ fn network(installed: &Installed, forwarder: &Forwarder, say: &mut impl FnMut(&s
     }
     if installed.adoption().is_some() {
         // What a client inside the container writes goes to the host's own socket.
-        let outside = installed.listeners.iter().filter_map(|listener| match &listener.external {
-            External::Address(address) if !address.ip().is_loopback() && !address.ip().is_unspecified() => {
-                Some(address.ip().to_string())
-            }
-            _ => None,
-        });
+        let outside = installed.listeners.iter().filter_map(|listener| listener.external.ip());
+        let outside = outside.filter(|ip| !ip.is_loopback() && !ip.is_unspecified()).map(|ip| ip.to_string());
         addresses.extend(outside);
         addresses.sort();
         addresses.dedup();
@@ -240,7 +236,7 @@ fn network(installed: &Installed, forwarder: &Forwarder, say: &mut impl FnMut(&s
 }
 
 fn targets(installed: &Installed) -> impl Iterator<Item = &Target> {
-    installed.listeners.iter().filter_map(|listener| listener.internal.as_ref())
+    installed.listeners.iter().filter_map(|listener| listener.internal.as_ref().map(Targets::first))
 }
 
 #[cfg(test)]
