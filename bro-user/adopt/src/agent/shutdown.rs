@@ -7,7 +7,7 @@ use nix::sys::socket::Shutdown;
 
 use super::Agent;
 use crate::caller::Caller;
-use crate::inside::connect_to;
+use crate::inside::{ClientPlace, connect_to};
 use crate::notification::{Answer, Raw};
 use crate::options::{is_nonblocking, set_nonblocking};
 use crate::surroundings::{Event, Surroundings};
@@ -62,7 +62,7 @@ impl<S: Surroundings> Agent<S> {
             return Answer::Done;
         }
         let answer = shut(&original.socket, how);
-        if let Err(error) = connect_to(listener.socket.as_fd()) {
+        if let Err(error) = connect_to(listener.socket.as_fd(), ClientPlace::Here) {
             tracing::debug!(%error, "whatever waits in accept(2) goes on waiting");
         }
         self.let_go(vec![original]);
