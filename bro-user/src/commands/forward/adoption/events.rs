@@ -63,6 +63,8 @@ impl Control<'_> {
             AdoptionNews::Look => {
                 let _told_in_the_status = self.look_for_guests();
             }
+            AdoptionNews::Mend => self.mend(),
+            AdoptionNews::Mending(asked) => self.mending_asked(asked),
         }
         self.count_fallbacks();
         ControlFlow::Continue(())
@@ -94,6 +96,7 @@ impl Control<'_> {
                         // Nothing has come of what it was left to.
                         adoption.watch_the_rest();
                     }
+                    adoption.watch_what_was_closed(0..adoption.listeners.len());
                 }
             }
             Event::Adopted { listener: index, options_refused, inside } => {
@@ -132,8 +135,15 @@ impl Control<'_> {
             }
             Event::GivenBack { listener } => {
                 if let Some(listener) = adoption.listeners.get(listener) {
-                    tracing::warn!(socket = %listener.name, address = %listener.address, "the service has shut the adopted socket down; clients wait until it listens again, or the next instance does");
+                    tracing::warn!(socket = %listener.name, address = %listener.address, "the service has shut the adopted socket down");
                 }
+            }
+            Event::Closed { listener: index } => {
+                if let Some(listener) = adoption.listeners.get(index) {
+                    tracing::warn!(socket = %listener.name, address = %listener.address, "the service has closed the adopted socket; clients are reset until it listens again, or the next instance does");
+                }
+                adoption.refuse(index);
+                self.life.has_sockets = adoption.is_adopted();
             }
             Event::Ended { listener: index } => {
                 if let Some(listener) = adoption.listeners.get(index) {
@@ -167,6 +177,11 @@ impl Control<'_> {
             // A service that accepts itself was frozen, and cannot now.
             ListenerHolder::Service { .. } if self.life.freezing.is_frozen() => {
                 self.life.thaw_for(A_CLIENT.to_owned());
+            }
+            ListenerHolder::Closed => {
+                if let Some(adoption) = &mut self.adoption {
+                    adoption.refuse(index);
+                }
             }
             _ => {}
         }
