@@ -226,7 +226,9 @@ pub struct Forward {
     /// of theirs passes here. It takes one more passed socket, with FileDescriptorName=seccomp: the unix socket that the profile's
     /// listenerPath names; and, so that a crash of this process loses nothing, FileDescriptorStoreMax= in its unit. A socket that the service cannot have, for
     /// it listens at one of another family or not within --start-timeout, is relayed until the container ends; `bro status` and the log say why.
-    /// Options about a client that this process has accepted (--proxy-protocol, --wake-on=data and others) do not go with it.
+    /// What only a process can do that accepts a client (--proxy-protocol, --accept-proxy, --connections-per-source, --local-clients) does not go with it;
+    /// --connections-max holds for clients that are relayed alone. For the idle time all clients count but two kinds of a unix socket's: those that come and go between
+    /// two looks (a second to ten), and those that connect from another network namespace.
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
     pub adopt: bool,
 

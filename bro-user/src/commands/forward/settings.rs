@@ -39,6 +39,11 @@ pub(super) fn check(options: &Forward, targets: &[Target]) -> Result<(), Failure
     }
     if options.adopt {
         super::adoption::check(options, targets)?;
+        if let Some(most) = options.connections_max {
+            tracing::warn!(
+                "--connections-max={most} bounds the clients that are forwarded; those of a service that has its socket (--adopt) its own limit bounds, and the socket's Backlog= those that wait"
+            );
+        }
     }
     if options.accept_proxy && options.trusted.is_empty() {
         return Err(Failure::Usage(
