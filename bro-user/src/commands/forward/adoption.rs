@@ -5,12 +5,13 @@
 //! - `events.rs`: what happens to them, as the control process's loop hears of it
 //! - `agent_thread.rs`: the agent's thread; `claims.rs`: what it and the control process agree on
 //! - `fallback.rs`: why a listener is relayed
-//! - `guests.rs`: who is connected to a service that accepts itself
+//! - `guests.rs`: who is connected to a service that accepts itself; `datagrams.rs`: what has come to one that has a socket for datagrams
 //! - `passed.rs`, `options.rs`: what is passed for it; what does not go with it
 //! - `heritage.rs`: what a successor gets; `report.rs`: what is said of all that
 
 mod agent_thread;
 mod claims;
+mod datagrams;
 mod events;
 mod fallback;
 mod guests;
@@ -30,14 +31,16 @@ use bro_adopt::socket::Place;
 use bro_adopt::{HostListener, Stored, health};
 use bro_relay::engine::listeners::ListenerUse;
 use bro_relay::engine::protocol::Plain;
-use bro_relay::listener::Listener;
+use bro_relay::listener::{Listener, SocketKind};
 use bro_relay::target::Target;
 use claims::Claims;
+use datagrams::SeenDatagrams;
 use fallback::Fallback;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
 use super::data_plane::DataPlane;
+use crate::cli::Forward;
 use crate::fallback::FallbackKind;
 use crate::relay_handle::Handle;
 
@@ -63,6 +66,8 @@ pub(super) struct OfferedListener {
     misfit: Option<Fallback>,
     /// The clients of the service that has it, at the last look.
     guests: u64,
+    /// What has come to it, if it is for datagrams.
+    datagrams: Option<SeenDatagrams>,
 }
 
 /// Who accepts at it.
@@ -72,6 +77,8 @@ enum ListenerHolder {
     Watched,
     /// Nothing yet: a client waits, and the service is being looked for.
     Called,
+    /// The relay, from the start: it is of a kind that `--adopt` does not name.
+    NotOffered,
     /// The service.
     Service { since: SystemTime },
     /// The relay.
@@ -115,6 +122,8 @@ pub(super) struct SocketAdoption {
     look_at: Option<Instant>,
     /// Those whom no look sees.
     short_guests: ShortGuests,
+    /// How long a datagram counts as a client (`--flow-timeout`).
+    flow_timeout: Duration,
     /// A look has failed, and it was said.
     blind: bool,
     /// Why listeners are relayed, of those that were not counted yet.
@@ -162,25 +171,33 @@ impl SocketAdoption {
     /// A target that no socket can be compared with; EMFILE.
     pub(super) fn new(
         reserved: Reserved,
+        options: &Forward,
         routes: &[(Listener, usize)],
         targets: &[Target],
         plane: &DataPlane<'_>,
     ) -> anyhow::Result<Self> {
         let mut listeners = Vec::with_capacity(routes.len());
-        for (listener, target) in routes {
+        let claims = Claims::new(routes.len());
+        for (index, (listener, target)) in routes.iter().enumerate() {
+            let is_offered = options.adopt.offers(listener.kind);
+            if !is_offered {
+                // For good.
+                let _first = claims.take_for_relay(index);
+            }
             listeners.push(OfferedListener {
                 name: listener.name.clone(),
                 address: listener.address.clone(),
                 target: *target,
                 socket: listener.socket.try_clone()?,
                 place: options::place(&targets[*target])?,
-                holder: ListenerHolder::Watched,
+                holder: if is_offered { ListenerHolder::Watched } else { ListenerHolder::NotOffered },
                 misfit: None,
                 guests: 0,
+                datagrams: (listener.kind == SocketKind::Datagram).then(SeenDatagrams::default),
             });
         }
         Ok(Self {
-            claims: Arc::new(Claims::new(listeners.len())),
+            claims: Arc::new(claims),
             listeners,
             seccomp: reserved.seccomp,
             agent: AgentState::ToCome(reserved.before),
@@ -191,6 +208,7 @@ impl SocketAdoption {
             decisions: BTreeMap::new(),
             look_at: None,
             short_guests: ShortGuests::NotHeard,
+            flow_timeout: options.flow_timeout.or_forever(),
             blind: false,
             fell_back: Vec::new(),
             way: None,
@@ -294,13 +312,17 @@ impl SocketAdoption {
         let Some(listener) = self.listeners.get_mut(index) else { return };
         listener.guests = 0;
         listener.misfit = None;
+        if let Some(datagrams) = &mut listener.datagrams {
+            *datagrams = SeenDatagrams::default();
+            datagrams::note_where_they_come_in(&listener.socket);
+        }
         match health::check(listener.socket.as_fd()) {
             Ok(()) => {
                 listener.holder = ListenerHolder::Watched;
                 self.use_so(index, ListenerUse::WakeOnly);
             }
-            Err(health::Damage::NotListening) => {
-                let why = Fallback::Damaged(health::Damage::NotListening);
+            Err(damage @ (health::Damage::NotListening | health::Damage::ShutDown)) => {
+                let why = Fallback::Damaged(damage);
                 tracing::error!(socket = %listener.name, address = %listener.address, "nothing can be accepted at the socket: {why}");
                 listener.holder = ListenerHolder::Broken(why);
                 self.use_so(index, ListenerUse::LeaveAlone);
@@ -312,11 +334,13 @@ impl SocketAdoption {
         }
     }
 
-    /// Watches, for a first client, what the agent did not find adopted.
+    /// Watches, for a first client, what the agent did not find adopted, and relays what it is not to have.
     fn watch_the_rest(&mut self) {
         for index in 0..self.listeners.len() {
-            if matches!(self.listeners[index].holder, ListenerHolder::Watched) {
-                self.watch(index);
+            match self.listeners[index].holder {
+                ListenerHolder::Watched => self.watch(index),
+                ListenerHolder::NotOffered => self.use_so(index, ListenerUse::Relay),
+                _ => {}
             }
         }
     }
@@ -326,6 +350,9 @@ impl SocketAdoption {
         let Some(listener) = self.listeners.get_mut(index) else { return };
         tracing::warn!(socket = %listener.name, address = %listener.address, reason = why.kind().word(), "the socket is relayed, not adopted, until the container ends: {why}");
         self.fell_back.push(why.kind());
+        if listener.datagrams.is_some() {
+            datagrams::note_where_they_come_in(&listener.socket);
+        }
         if let Err(errno) = set_nonblocking(&listener.socket) {
             tracing::error!(error = errno.desc(), socket = %listener.name, "the socket cannot be relayed either");
             listener.holder = ListenerHolder::Broken(why);
@@ -335,14 +362,19 @@ impl SocketAdoption {
         self.use_so(index, ListenerUse::Relay);
     }
 
-    /// Resets all that wait at a target's listeners: the service could not be started for them.
+    /// Resets all that wait at a target's listeners, and drops their datagrams: the service could not be started for them.
     pub(super) fn turn_away(&mut self, target: usize) {
         for index in self.of_target(target) {
             if !matches!(self.listeners[index].holder, ListenerHolder::Called) {
                 continue;
             }
             if self.claims.take_for_relay(index) {
-                reset_all(&self.listeners[index].socket);
+                let listener = &self.listeners[index];
+                if listener.datagrams.is_some() {
+                    bro_adopt::datagrams::drop_what_waits(listener.socket.as_fd(), MOST_RESET);
+                } else {
+                    reset_all(&listener.socket);
+                }
                 self.claims.leave_as_relay(index);
                 self.watch(index);
             }

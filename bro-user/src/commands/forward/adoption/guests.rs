@@ -1,5 +1,5 @@
 //! The clients of a service that accepts them itself: they are not seen coming, so the kernel is asked from time to time who is there, and tells
-//! of those that came and went meanwhile.
+//! of those that came and went meanwhile. A socket for datagrams has no clients, and is asked when one came.
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
@@ -90,6 +90,9 @@ impl SocketAdoption {
         let adopted: Vec<usize> =
             (0..self.listeners.len()).filter(|index| is_adopted(&self.listeners[*index].holder)).collect();
         self.look_at = (!adopted.is_empty()).then(|| Instant::now() + step(idle_time));
+        let (had_come, come) = self.look_for_datagrams(&adopted);
+        let adopted: Vec<usize> =
+            adopted.into_iter().filter(|index| self.listeners[*index].datagrams.is_none()).collect();
         let sockets: Vec<BorrowedFd<'_>> =
             adopted.iter().map(|index| self.listeners[*index].socket.as_fd()).collect();
         let before = self.guests();
@@ -101,10 +104,12 @@ impl SocketAdoption {
                 for (index, count) in adopted.into_iter().zip(&counts) {
                     self.listeners[index].guests = *count;
                 }
-                match counts.iter().sum() {
-                    0 if before == 0 && !gone => Guests::None,
-                    0 => Guests::Left,
-                    _ => Guests::There,
+                if come || counts.iter().any(|count| *count > 0) {
+                    Guests::There
+                } else if before > 0 || gone || had_come {
+                    Guests::Left
+                } else {
+                    Guests::None
                 }
             }
             Err(error) => {
