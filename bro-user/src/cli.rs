@@ -22,6 +22,7 @@ pub use helper::Helper;
 pub use loader::Loader;
 
 use crate::systemd::time_span::TimeSpan;
+use crate::targets::Targets;
 use bro_relay::netns::identity::Identity;
 use bro_relay::proxy_protocol::{self, Trusted};
 use bro_relay::target::Target;
@@ -143,9 +144,9 @@ pub struct Forward {
     #[arg(value_name = "TARGET")]
     pub target: Option<Target>,
 
-    /// The target of the sockets whose FileDescriptorName= is NAME (repeatable)
-    #[arg(long = "target", value_name = "NAME=ADDR", value_parser = bro_relay::target::parse_named)]
-    pub targets: Vec<(String, Target)>,
+    /// The target of the sockets whose FileDescriptorName= is NAME, or HOST:FIRST-LAST: a port for each of theirs (repeatable)
+    #[arg(long = "target", value_name = "NAME=ADDR", value_parser = crate::targets::parse_named)]
+    pub targets: Vec<(String, Targets)>,
 
     /// Only warn of a --target whose socket was not passed, such as one whose port was taken at boot, and serve the others
     #[arg(long)]

@@ -2,6 +2,7 @@
 //!
 //! It holds the listeners and never accepts at them.
 
+mod abandoned;
 mod bind;
 mod datagrams;
 mod listen;
@@ -11,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use abandoned::{Looks, Queue};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -48,6 +50,7 @@ struct Adoptable {
     target: Place,
     seen: Seen,
     state: ListenerState,
+    queue: Queue,
 }
 
 impl Adoptable {
@@ -106,6 +109,7 @@ pub struct Agent<S> {
     /// The last number that something in the store was given.
     last: u64,
     flags: FlagLooks,
+    looks: Looks,
 }
 
 /// When to look whether a service has changed O_NONBLOCK of what it has adopted, which no call tells of: some set it a moment after listen(2), and later
@@ -166,7 +170,8 @@ impl<S: Surroundings> Agent<S> {
         let mut adoptable = Vec::new();
         for (index, HostListener { socket, target }) in listeners.into_iter().enumerate() {
             let seen = look(socket.as_fd()).ok_or(Unusable::Listener(index))?;
-            adoptable.push(Adoptable { socket, target, seen, state: ListenerState::Free });
+            let (state, queue) = (ListenerState::Free, Queue::default());
+            adoptable.push(Adoptable { socket, target, seen, state, queue });
         }
         let (mut record, mut kept) = (None, Vec::new());
         for Stored { name, descriptor } in stored {
@@ -195,6 +200,7 @@ impl<S: Surroundings> Agent<S> {
             record,
             last: kept.iter().map(|(_, number, _)| *number).max().unwrap_or(0),
             flags: FlagLooks::default(),
+            looks: Looks::default(),
         };
         agent.take_over(kept);
         Ok(agent)
@@ -370,17 +376,22 @@ impl<S: Surroundings> Agent<S> {
             if self.flags.is_due(Instant::now()) && self.has_adopted() {
                 self.note();
             }
+            if self.looks.is_due(Instant::now()) {
+                self.look_who_has_it(Instant::now());
+            }
         }
     }
 
     /// Waits for something to do; each source once.
     fn wait(&mut self, stop: BorrowedFd<'_>) -> nix::Result<Vec<(ReadySource, PollFlags)>> {
         let now = Instant::now();
-        let mut rest: Option<Duration> = [self.receiver.until(now), self.flags.next]
-            .into_iter()
-            .flatten()
-            .min()
-            .map(|until| until.saturating_duration_since(now));
+        let any = self.listeners.iter().any(Adoptable::is_held);
+        let mut rest: Option<Duration> =
+            [self.receiver.until(now), self.flags.next, self.looks.next(any, now)]
+                .into_iter()
+                .flatten()
+                .min()
+                .map(|until| until.saturating_duration_since(now));
         let mut polled = vec![(ReadySource::Stop, PollFd::new(stop, PollFlags::POLLIN))];
         if self.notifiers.len() < MOST_NOTIFIERS {
             let receiver = self.receiver.polled().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -619,6 +630,7 @@ impl<S: Surroundings> Agent<S> {
     /// No service has this listener: it is as it was, and its originals are nothing to keep.
     fn release(&mut self, index: usize) {
         let Some(listener) = self.listeners.get_mut(index) else { return };
+        listener.queue = Queue::default();
         if let ListenerState::Adopted { before, .. } =
             std::mem::replace(&mut listener.state, ListenerState::Free)
         {

@@ -79,19 +79,21 @@ impl<'a> Caller<'a> {
         Ok(flags.ok_or(io::ErrorKind::InvalidData)? & libc::O_CLOEXEC != 0)
     }
 
-    /// Its epoll instances: descriptor and registrations, each as a line that begins with `tfd:`. Of as many as are looked at.
+    /// Its epoll instances: descriptor and registrations, each as a line that begins with `tfd:`. Of as many as are looked at, and without those that watch
+    /// nothing.
+    ///
+    /// Not by what /proc/PID/fd leads to: that folder is open to its process's user alone, and one in a container may be another than the one that the container
+    /// belongs to. Who may trace the process may read fdinfo (Linux 5.14).
     ///
     /// # Errors
     /// When they cannot be listed, or the caller no longer waits.
     pub fn epolls(&self, most: usize) -> io::Result<Vec<(RawFd, String)>> {
         let mut found = Vec::new();
-        for entry in fs::read_dir(format!("/proc/{}/fd", self.thread))? {
-            let Ok(entry) = entry else { continue };
-            let is_epoll =
-                fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == "anon_inode:[eventpoll]");
-            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            if let Some(number) = number.filter(|_| is_epoll)
+        for entry in fs::read_dir(format!("/proc/{}/fdinfo", self.thread))? {
+            let number = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+            if let Some(number) = number
                 && let Ok(text) = self.information(number)
+                && text.lines().any(|line| line.starts_with("tfd:"))
             {
                 found.push((number, text));
             }

@@ -63,6 +63,12 @@ pub enum Event {
         /// Which.
         listener: usize,
     },
+    /// Clients wait at the listener, and no process of a container has it any more: the service has closed it, or shut it down. The listener is as it
+    /// was before, and its next listen(2) gets it again.
+    Closed {
+        /// Which.
+        listener: usize,
+    },
     /// The container that had the listener has ended. The listener is as it was before.
     Ended {
         /// Which.

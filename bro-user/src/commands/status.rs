@@ -221,6 +221,8 @@ pub enum AdoptionReport {
         /// Why.
         why: String,
     },
+    /// Nothing: the service has closed it, and lives on. Who connects is reset, as without adoption.
+    Closed,
     /// Nothing: the socket is broken.
     Broken {
         /// What is wrong, and what to do.
@@ -271,6 +273,7 @@ impl std::fmt::Display for AdoptionReport {
                 }
             }
             Self::Relayed { why, .. } => write!(f, "relayed, not adopted: {why}"),
+            Self::Closed => f.write_str("closed by the service: clients are reset until it listens again"),
             Self::Broken { why } => write!(f, "of no use: {why}"),
         }
     }

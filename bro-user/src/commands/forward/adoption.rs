@@ -4,18 +4,20 @@
 //!
 //! - `events.rs`: what happens to them, as the control process's loop hears of it
 //! - `agent_thread.rs`: the agent's thread; `claims.rs`: what it and the control process agree on
-//! - `fallback.rs`: why a listener is relayed
+//! - `fallback.rs`: why a listener is relayed; `closed.rs`: one that its service has closed; `mend.rs`: one that is damaged
 //! - `guests.rs`: who is connected to a service that accepts itself; `datagrams.rs`: what has come to one that has a socket for datagrams
 //! - `passed.rs`, `options.rs`: what is passed for it; what does not go with it
 //! - `heritage.rs`: what a successor gets; `report.rs`: what is said of all that
 
 mod agent_thread;
 mod claims;
+mod closed;
 mod datagrams;
 mod events;
 mod fallback;
 mod guests;
 mod heritage;
+mod mend;
 mod options;
 mod passed;
 mod report;
@@ -36,6 +38,7 @@ use bro_relay::target::Target;
 use claims::Claims;
 use datagrams::SeenDatagrams;
 use fallback::Fallback;
+use mend::Mending;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
@@ -83,6 +86,8 @@ enum ListenerHolder {
     Service { since: SystemTime },
     /// The relay.
     Relay(Fallback),
+    /// Nothing: the service has closed it. Who connects is reset.
+    Closed,
     /// The engine is about to accept no more at it.
     Returning,
     /// Nothing: it is broken.
@@ -130,6 +135,7 @@ pub(super) struct SocketAdoption {
     fell_back: Vec<FallbackKind>,
     /// The way to the successor that is being started.
     way: Option<OwnedFd>,
+    mending: Mending,
 }
 
 /// What it hears of, or has to do.
@@ -140,6 +146,10 @@ pub(super) enum AdoptionNews {
     Decide(usize),
     /// It is time to look who is connected.
     Look,
+    /// It is time to look whether what is damaged can be mended.
+    Mend,
+    /// What systemd has said to that.
+    Mending(anyhow::Result<mend::Asked>),
 }
 
 /// What happens next; for ever nothing without `--adopt`. Nothing is lost when this is cancelled.
@@ -147,7 +157,16 @@ pub(super) async fn news(adoption: &mut Option<SocketAdoption>) -> AdoptionNews 
     let Some(adoption) = adoption else { return std::future::pending().await };
     let decision = adoption.decisions.iter().map(|(target, at)| (*at, AdoptionNews::Decide(*target)));
     let look = adoption.look_at.map(|at| (at, AdoptionNews::Look));
-    let due = decision.chain(look).min_by_key(|(at, _)| *at);
+    let mend = adoption.mending.next.filter(|_| adoption.mending.asking.is_none());
+    let mend = mend.map(|at| (at, AdoptionNews::Mend));
+    let due = decision.chain(look).chain(mend).min_by_key(|(at, _)| *at);
+    let asking = &mut adoption.mending.asking;
+    let asked = async {
+        match asking {
+            Some(asking) => asking.await.unwrap_or_else(|ended| Err(ended.into())),
+            None => std::future::pending().await,
+        }
+    };
     let clock = async {
         match due {
             Some((at, news)) => {
@@ -160,6 +179,7 @@ pub(super) async fn news(adoption: &mut Option<SocketAdoption>) -> AdoptionNews 
     tokio::select! {
         biased;
         Some(news) = adoption.news.1.recv() => AdoptionNews::Agent(news),
+        asked = asked => AdoptionNews::Mending(asked),
         news = clock => news,
     }
 }
@@ -212,6 +232,7 @@ impl SocketAdoption {
             blind: false,
             fell_back: Vec::new(),
             way: None,
+            mending: Mending::default(),
         })
     }
 
@@ -321,12 +342,6 @@ impl SocketAdoption {
                 listener.holder = ListenerHolder::Watched;
                 self.use_so(index, ListenerUse::WakeOnly);
             }
-            Err(damage @ (health::Damage::NotListening | health::Damage::ShutDown)) => {
-                let why = Fallback::Damaged(damage);
-                tracing::error!(socket = %listener.name, address = %listener.address, "nothing can be accepted at the socket: {why}");
-                listener.holder = ListenerHolder::Broken(why);
-                self.use_so(index, ListenerUse::LeaveAlone);
-            }
             Err(damage) => {
                 let _taken = self.claims.take_for_relay(index);
                 self.relay(index, damage.into());
@@ -334,12 +349,20 @@ impl SocketAdoption {
         }
     }
 
-    /// Watches, for a first client, what the agent did not find adopted, and relays what it is not to have.
+    /// Watches, for a first client, what the agent did not find adopted, and relays what it is not to have. Where it could not be seen who is connected to a
+    /// service, there is to be none that accepts its clients itself: it would never be idle.
     fn watch_the_rest(&mut self) {
+        let sockets: Vec<_> = self.listeners.iter().map(|listener| listener.socket.as_fd()).collect();
+        let uncountable = guests::count(&sockets).err().map(|error| error.to_string());
         for index in 0..self.listeners.len() {
-            match self.listeners[index].holder {
-                ListenerHolder::Watched => self.watch(index),
-                ListenerHolder::NotOffered => self.use_so(index, ListenerUse::Relay),
+            match (&self.listeners[index].holder, &uncountable) {
+                (ListenerHolder::NotOffered, _) => self.use_so(index, ListenerUse::Relay),
+                (ListenerHolder::Watched, Some(why))
+                    if self.listeners[index].datagrams.is_none() && self.claims.take_for_relay(index) =>
+                {
+                    self.relay(index, Fallback::Uncountable(why.clone()));
+                }
+                (ListenerHolder::Watched, _) => self.watch(index),
                 _ => {}
             }
         }
@@ -347,7 +370,15 @@ impl SocketAdoption {
 
     /// Relays what comes to it, which was claimed for that.
     fn relay(&mut self, index: usize, why: Fallback) {
+        if matches!(why, Fallback::Damaged(_)) {
+            self.mend_soon();
+        }
         let Some(listener) = self.listeners.get_mut(index) else { return };
+        if matches!(why, Fallback::Damaged(health::Damage::NotListening | health::Damage::ShutDown)) {
+            tracing::error!(socket = %listener.name, address = %listener.address, "nothing can be accepted at the socket: {why}");
+            listener.holder = ListenerHolder::Broken(why);
+            return self.use_so(index, ListenerUse::LeaveAlone);
+        }
         tracing::warn!(socket = %listener.name, address = %listener.address, reason = why.kind().word(), "the socket is relayed, not adopted, until the container ends: {why}");
         self.fell_back.push(why.kind());
         if listener.datagrams.is_some() {
@@ -369,12 +400,7 @@ impl SocketAdoption {
                 continue;
             }
             if self.claims.take_for_relay(index) {
-                let listener = &self.listeners[index];
-                if listener.datagrams.is_some() {
-                    bro_adopt::datagrams::drop_what_waits(listener.socket.as_fd(), MOST_RESET);
-                } else {
-                    reset_all(&listener.socket);
-                }
+                reset_all(&self.listeners[index]);
                 self.claims.leave_as_relay(index);
                 self.watch(index);
             }
@@ -386,8 +412,8 @@ impl SocketAdoption {
         self.decisions.remove(&target);
         for index in self.of_target(target) {
             match self.listeners[index].holder {
-                ListenerHolder::Called => self.watch(index),
-                ListenerHolder::Relay(Fallback::Damaged(_)) => {}
+                ListenerHolder::Called | ListenerHolder::Closed => self.watch(index),
+                ListenerHolder::Relay(Fallback::Damaged(_) | Fallback::Uncountable(_)) => {}
                 ListenerHolder::Relay(_) => {
                     self.listeners[index].holder = ListenerHolder::Returning;
                     self.use_so(index, ListenerUse::WakeOnly);
@@ -421,7 +447,13 @@ impl SocketAdoption {
         self.decisions.remove(&target);
         for index in self.of_target(target) {
             let listener = &mut self.listeners[index];
-            if !matches!(listener.holder, ListenerHolder::Watched | ListenerHolder::Called) {
+            let is_undecided = match listener.holder {
+                ListenerHolder::Watched | ListenerHolder::Called => true,
+                // The service listens at another one now.
+                ListenerHolder::Closed => listener.misfit.is_some(),
+                _ => false,
+            };
+            if !is_undecided {
                 continue;
             }
             let why = match listener.misfit.take() {
@@ -463,10 +495,13 @@ fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
 /// The most that are reset at once: more than a backlog holds by default.
 const MOST_RESET: usize = 8192;
 
-/// Accepts what waits, and resets it (SO_LINGER).
-fn reset_all(listener: &OwnedFd) {
+/// Accepts what waits, and resets it (SO_LINGER). A datagram is dropped.
+fn reset_all(OfferedListener { socket: listener, datagrams, .. }: &OfferedListener) {
     use nix::libc::linger;
     use nix::sys::socket::{setsockopt, sockopt};
+    if datagrams.is_some() {
+        return bro_adopt::datagrams::drop_what_waits(listener.as_fd(), MOST_RESET);
+    }
     if set_nonblocking(listener).is_err() {
         return;
     }

@@ -233,6 +233,7 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "workers" => workers(place),
         "slow" => slow(place),
         "shut" => shut(place),
+        "closes" => closes(place),
         "options" => options(place),
         "lies" => lies(place),
         "flood" => flood(place),
@@ -337,6 +338,26 @@ fn shut(place: &str) -> Result<()> {
     say(&format!("accept {errno:?}"))?;
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
+}
+
+/// Closes its listener when it is told to, and listens again when it is told so once more.
+fn closes(place: &str) -> Result<()> {
+    let mut lines = std::io::stdin().lines();
+    loop {
+        let listener = bound(place, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+        listen(&listener, Backlog::new(16)?)?;
+        say("ready")?;
+        let word = lines.next();
+        // All that are there are served before.
+        while let Ok(client) = taken(listener.as_fd()) {
+            greet(&client)?;
+        }
+        drop(listener);
+        say("closed")?;
+        if word.is_none() || lines.next().is_none() {
+            return Ok(());
+        }
+    }
 }
 
 /// Sets options before it listens, and says what its clients' sockets have of them.
