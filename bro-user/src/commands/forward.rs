@@ -59,7 +59,7 @@ pub fn run(
     // A predecessor speaks for the service until this process has taken over.
     notify::mute(predecessor.is_some());
     let program = Program::own()?;
-    let (reserved, passed) = adoption::take(options.adopt, passed?)?;
+    let (reserved, passed) = adoption::take(options.adopt.is_any(), passed?)?;
     let routes = Routes::of(options, listen_fds::listeners(passed, &options.listen, options.adopt)?)?;
     settings::check(options, &routes.targets)?;
     let local_clients = settings::local_clients(options)?;

@@ -61,6 +61,9 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
 pub(super) fn is_wanted(options: &Activate, installed: Option<&Installed>) -> anyhow::Result<bool> {
     match options.adopt {
         Some(cli::Adopt::On) => Ok(true),
+        Some(cli::Adopt::All) => Err(usage(
+            "--adopt=all: sockets of UDP are not adopted yet; --adopt adopts those of TCP and unix sockets",
+        )),
         Some(cli::Adopt::Off) => Ok(false),
         Some(cli::Adopt::Udp) => Err(usage(
             "--adopt=udp: sockets of UDP are not adopted yet; --adopt adopts those of TCP and unix sockets",
