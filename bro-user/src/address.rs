@@ -137,7 +137,9 @@ impl FromStr for External {
                     Self::Path(path)
                 }
                 Target::Abstract(name) => Self::Abstract(name),
-                Target::Tcp { .. } | Target::Udp { .. } => unreachable!("it begins with / or @"),
+                Target::Tcp { .. } | Target::Udp { .. } | Target::Datagrams(_) => {
+                    unreachable!("it begins with / or @")
+                }
             });
         }
         if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -152,7 +154,9 @@ impl FromStr for External {
         let (host, port) = match text.parse::<Target>()? {
             Target::Tcp { host, port } => (host, port),
             Target::Udp { .. } => return Err(InvalidAddress::Udp(text.to_owned())),
-            Target::Unix(_) | Target::Abstract(_) => unreachable!("no unix target begins so"),
+            Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_) => {
+                unreachable!("no unix target begins so")
+            }
         };
         if !text.ends_with(&format!(":{port}")) {
             return Err(InvalidAddress::NoPort(text.to_owned()));

@@ -230,7 +230,7 @@ fn inherited(passed: Passed, shared: bool) -> anyhow::Result<Listener> {
     if !matches!(kind, SockType::Stream | SockType::SeqPacket) {
         bail!(refuse(format!(
             "is of type {kind:?}: use ListenStream= with a TCP or unix address, ListenSequentialPacket=, or ListenDatagram= with a UDP \
-             address"
+             or unix address"
         )));
     }
     if shared && kind == SockType::SeqPacket {
@@ -263,12 +263,9 @@ fn for_datagrams(
 ) -> anyhow::Result<Listener> {
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd())?;
     match socket::SockaddrLike::family(&address) {
-        Some(AddressFamily::Inet | AddressFamily::Inet6) => {}
-        Some(AddressFamily::Unix) => bail!(refuse(
-            "takes datagrams over a unix address: bro forwards datagrams over UDP alone; use ListenStream= if the service can".into()
-        )),
+        Some(AddressFamily::Inet | AddressFamily::Inet6 | AddressFamily::Unix) => {}
         family => bail!(refuse(format!(
-            "takes datagrams and is of family {family:?}: bro forwards datagrams over UDP alone"
+            "takes datagrams and is of family {family:?}: bro forwards datagrams over UDP and unix sockets"
         ))),
     }
     if socket::getpeername::<SockaddrStorage>(socket.as_raw_fd()).is_ok() {
@@ -302,6 +299,7 @@ fn bind(spec: &ListenSpec) -> anyhow::Result<Listener> {
             let listener = std::os::unix::net::UnixListener::bind_addr(&address);
             (listener.with_context(|| format!("cannot listen on @{name}"))?.into(), None)
         }
+        Target::Datagrams(_) => unreachable!("--listen has no word for one"),
     };
     Ok(Listener::own(socket, name, unlink)?)
 }

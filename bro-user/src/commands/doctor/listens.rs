@@ -77,7 +77,7 @@ pub(super) async fn check(
     let wish = forwarder.options.unix_identity();
     let (host, port) = match target.clone() {
         Target::Tcp { host, port } => (host, port),
-        Target::Udp { .. } => {
+        Target::Udp { .. } | Target::Datagrams(_) => {
             return Check::ok(NAME, format!("{target} takes datagrams, so it was not checked"));
         }
         Target::Unix(path) => return unix(installed, container, pid, Address::Inside(path), wish).await,
@@ -117,6 +117,7 @@ async fn unix(installed: &Installed, container: &str, pid: i32, address: Address
         Address::Abstract(name) => format!("@{}", String::from_utf8_lossy(name)),
         Address::Tcp(address) => address.to_string(),
         Address::Udp(address) => format!("{address}/udp"),
+        Address::Datagrams(_) => return Check::ok(NAME, "it takes datagrams, so it was not checked"),
     };
     let connecting = async {
         use std::os::unix::fs::OpenOptionsExt as _;

@@ -63,10 +63,19 @@ fn of_its_kind(target: &Target, listener: &Listener) -> Result<Target, Failure> 
         (SocketKind::Datagram, Target::Tcp { host, port }) => {
             Ok(Target::Udp { host: host.clone(), port: *port })
         }
-        (SocketKind::Datagram, Target::Unix(_) | Target::Abstract(_)) => Err(Failure::Usage(format!(
-            "{socket} takes UDP datagrams, and its target {target} is a unix socket; give --target {}=HOST:PORT",
+        (SocketKind::UnixDatagram, Target::Unix(_) | Target::Abstract(_)) => {
+            Ok(Target::Datagrams(Box::new(target.clone())))
+        }
+        (SocketKind::UnixDatagram, _) => Err(Failure::Usage(format!(
+            "{socket} takes datagrams over a unix socket, and its target {target} is none; give --target {}=/PATH",
             listener.name
         ))),
+        (SocketKind::Datagram, Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_)) => {
+            Err(Failure::Usage(format!(
+                "{socket} takes UDP datagrams, and its target {target} is a unix socket; give --target {}=HOST:PORT",
+                listener.name
+            )))
+        }
         (SocketKind::Stream, Target::Udp { .. }) => Err(Failure::Usage(format!(
             "{socket} takes streams, and its target {target} is a UDP port; leave /udp out, or use ListenDatagram= for it"
         ))),

@@ -59,7 +59,7 @@ pub(super) fn place(target: &Target) -> Result<Place, Failure> {
                 ))
             })
         }
-        Target::Udp { .. } => Err(Failure::Usage(format!(
+        Target::Udp { .. } | Target::Datagrams(_) => Err(Failure::Usage(format!(
             "--adopt is for sockets that listen, and {target} is for datagrams: forward it by a unit of its own"
         ))),
         Target::Unix(path) => Ok(Place::Path(path.as_os_str().as_encoded_bytes().to_owned())),
