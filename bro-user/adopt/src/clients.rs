@@ -31,6 +31,7 @@
 
 mod ended;
 mod tcp;
+mod udp;
 mod unix;
 
 use std::io;
@@ -46,6 +47,7 @@ use crate::family::Family;
 use crate::{socket, sys};
 
 pub use ended::{EndedClient, EndedClients};
+pub(crate) use udp::is_shut_down;
 
 /// A client's own end of its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -127,7 +129,8 @@ pub fn queued(listener: BorrowedFd<'_>) -> Result<u32, Uncountable> {
 }
 
 /// Looks at the clients of these listeners: hands over each that is served, and returns how many wait at each, in their order. What is no stream socket has
-/// none. Any process of the listeners' network namespace may ask. It keeps nothing: the kernel's answer is read in parts of 32 KiB.
+/// none: datagrams have no connection ([`crate::datagrams`]). Any process of the listeners' network namespace may ask. It keeps nothing: the kernel's answer is
+/// read in parts of 32 KiB.
 ///
 /// # Errors
 /// [`Uncountable`].

@@ -162,8 +162,12 @@ pub enum ClientPlace {
 
 impl ClientPlace {
     fn of(client: BorrowedFd<'_>) -> Self {
-        let peer = getpeername::<SockaddrStorage>(client.as_raw_fd()).ok();
-        let address = peer.as_ref().and_then(bro_relay::sockaddr::tcp);
+        Self::of_address(getpeername::<SockaddrStorage>(client.as_raw_fd()).ok().as_ref())
+    }
+
+    /// Of a client with this address; of one of the kernel's other families, this host.
+    pub fn of_address(client: Option<&SockaddrStorage>) -> Self {
+        let address = client.and_then(bro_relay::sockaddr::tcp);
         let here = address.is_none_or(|address| address.ip().to_canonical().is_loopback());
         if here { Self::Here } else { Self::Elsewhere }
     }

@@ -20,7 +20,7 @@ use zbus::proxy::CacheProperties;
 use zbus::{OwnedObjectPath, Variant};
 
 pub use transient::{Ended, Properties};
-pub(crate) use unit_files::SocketState;
+pub(crate) use unit_files::{LiveAddress, SocketState};
 
 use super::progress::Start;
 use super::restart::Restarting;

@@ -6,12 +6,14 @@
 //! - `agent_thread.rs`: the agent's thread; `claims.rs`: what it and the control process agree on
 //! - `fallback.rs`: why a listener is relayed; `closed.rs`: one that its service has closed; `mend.rs`: one that is damaged
 //! - `guests.rs`, `traffic.rs`: who is connected to a service that accepts itself, and who of them keeps it awake; `relayed_inside.rs`: who is not the host's client
+//! - `datagrams.rs`: what has come to a service that has a socket for datagrams
 //! - `passed.rs`, `options.rs`: what is passed for it; what does not go with it
 //! - `heritage.rs`: what a successor gets; `report.rs`: what is said of all that
 
 mod agent_thread;
 mod claims;
 mod closed;
+mod datagrams;
 mod events;
 mod fallback;
 mod guests;
@@ -37,6 +39,7 @@ use bro_relay::engine::protocol::Plain;
 use bro_relay::listener::{Listener, SocketKind};
 use bro_relay::target::Target;
 use claims::Claims;
+use datagrams::SeenDatagrams;
 use fallback::Fallback;
 use mend::Mending;
 use relayed_inside::RelayedInside;
@@ -72,6 +75,8 @@ pub(super) struct OfferedListener {
     misfit: Option<Fallback>,
     /// The clients of the service that has it, at the last look.
     guests: u64,
+    /// What has come to it, if it is for datagrams.
+    datagrams: Option<SeenDatagrams>,
 }
 
 /// Who accepts at it.
@@ -86,6 +91,8 @@ enum ListenerHolder {
     Yielding { called: bool },
     /// Nothing yet: a client waits, and the service is being looked for.
     Called,
+    /// The relay, from the start: it is of a kind that `--adopt` does not name.
+    NotOffered,
     /// The service.
     Service { since: SystemTime },
     /// The relay.
@@ -171,6 +178,8 @@ pub(super) struct SocketAdoption {
     frozen: Frozen,
     /// Not every client wakes the service.
     sifts: bool,
+    /// How long a datagram counts as a client (`--flow-timeout`).
+    flow_timeout: Duration,
     /// A look has failed, and it was said.
     blind: bool,
     /// Why listeners are relayed, of those that were not counted yet.
@@ -239,7 +248,13 @@ impl SocketAdoption {
         plane: &DataPlane<'_>,
     ) -> anyhow::Result<Self> {
         let mut listeners = Vec::with_capacity(routes.len());
-        for (listener, target) in routes {
+        let claims = Claims::new(routes.len());
+        for (index, (listener, target)) in routes.iter().enumerate() {
+            let is_offered = options.adopt.offers(listener.kind);
+            if !is_offered {
+                // For good.
+                let _first = claims.take_for_relay(index);
+            }
             listeners.push(OfferedListener {
                 name: listener.name.clone(),
                 address: listener.address.clone(),
@@ -247,13 +262,14 @@ impl SocketAdoption {
                 socket: listener.socket.try_clone()?,
                 kind: listener.kind,
                 place: options::place(&targets[*target])?,
-                holder: ListenerHolder::Watched,
+                holder: if is_offered { ListenerHolder::Watched } else { ListenerHolder::NotOffered },
                 misfit: None,
                 guests: 0,
+                datagrams: (listener.kind == SocketKind::Datagram).then(SeenDatagrams::default),
             });
         }
         Ok(Self {
-            claims: Arc::new(Claims::new(listeners.len())),
+            claims: Arc::new(claims),
             inside: Arc::default(),
             listeners,
             seccomp: reserved.seccomp,
@@ -270,6 +286,7 @@ impl SocketAdoption {
             stirred: false,
             frozen: Frozen::No,
             sifts: options.idle.wake_on == WakeOn::Data || !options.idle.wake_ignore.is_empty(),
+            flow_timeout: options.flow_timeout.or_forever(),
             blind: false,
             fell_back: Vec::new(),
             way: None,
@@ -406,6 +423,10 @@ impl SocketAdoption {
         let Some(listener) = self.listeners.get_mut(index) else { return };
         listener.guests = 0;
         listener.misfit = None;
+        if let Some(datagrams) = &mut listener.datagrams {
+            *datagrams = SeenDatagrams::default();
+            datagrams::note_where_they_come_in(&listener.socket);
+        }
         match health::check(listener.socket.as_fd()) {
             // Where the agent is about to have it adopted, it is left to that.
             Ok(()) if self.sifts && listener.kind == SocketKind::Stream => {
@@ -456,20 +477,21 @@ impl SocketAdoption {
         self.use_so(index, ListenerUse::Relay);
     }
 
-    /// Watches, for a first client, what the agent did not find adopted. Where it could not be seen who is connected to a service, there is to be none that
-    /// accepts its clients itself: it would never be idle.
+    /// Watches, for a first client, what the agent did not find adopted, and relays what it is not to have. Where it could not be seen who is connected to a
+    /// service, there is to be none that accepts its clients itself: it would never be idle.
     fn watch_the_rest(&mut self) {
         let sockets: Vec<_> = self.listeners.iter().map(|listener| listener.socket.as_fd()).collect();
         let uncountable = guests::are_countable(&sockets).err().map(|error| error.to_string());
         for index in 0..self.listeners.len() {
-            if !matches!(self.listeners[index].holder, ListenerHolder::Watched) {
-                continue;
-            }
-            match &uncountable {
-                Some(why) if self.claims.take_for_relay(index) => {
+            match (&self.listeners[index].holder, &uncountable) {
+                (ListenerHolder::NotOffered, _) => self.use_so(index, ListenerUse::Relay),
+                (ListenerHolder::Watched, Some(why))
+                    if self.listeners[index].datagrams.is_none() && self.claims.take_for_relay(index) =>
+                {
                     self.relay(index, Fallback::Uncountable(why.clone()));
                 }
-                _ => self.watch(index),
+                (ListenerHolder::Watched, _) => self.watch(index),
+                _ => {}
             }
         }
     }
@@ -480,13 +502,16 @@ impl SocketAdoption {
             self.mend_soon();
         }
         let Some(listener) = self.listeners.get_mut(index) else { return };
-        if matches!(why, Fallback::Damaged(health::Damage::NotListening)) {
+        if matches!(why, Fallback::Damaged(health::Damage::NotListening | health::Damage::ShutDown)) {
             tracing::error!(socket = %listener.name, address = %listener.address, "nothing can be accepted at the socket: {why}");
             listener.holder = ListenerHolder::Broken(why);
             return self.use_so(index, ListenerUse::LeaveAlone);
         }
         tracing::warn!(socket = %listener.name, address = %listener.address, reason = why.kind().word(), "the socket is relayed, not adopted, until the container ends: {why}");
         self.fell_back.push(why.kind());
+        if listener.datagrams.is_some() {
+            datagrams::note_where_they_come_in(&listener.socket);
+        }
         if let Err(errno) = set_nonblocking(&listener.socket) {
             tracing::error!(error = errno.desc(), socket = %listener.name, "the socket cannot be relayed either");
             listener.holder = ListenerHolder::Broken(why);
@@ -496,7 +521,7 @@ impl SocketAdoption {
         self.use_so(index, ListenerUse::Relay);
     }
 
-    /// Resets all that wait at a target's listeners: the service could not be started for them.
+    /// Resets all that wait at a target's listeners, and drops their datagrams: the service could not be started for them.
     pub(super) fn turn_away(&mut self, target: usize) {
         for index in self.of_target(target) {
             match self.listeners[index].holder {
@@ -509,7 +534,7 @@ impl SocketAdoption {
                 _ => continue,
             }
             if self.claims.take_for_relay(index) {
-                reset_all(&self.listeners[index].socket);
+                reset_all(&self.listeners[index]);
                 self.claims.leave_as_relay(index);
                 self.watch(index);
             }
@@ -623,10 +648,13 @@ fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
 /// The most that are reset at once: more than a backlog holds by default.
 const MOST_RESET: usize = 8192;
 
-/// Accepts what waits, and resets it (SO_LINGER).
-fn reset_all(listener: &OwnedFd) {
+/// Accepts what waits, and resets it (SO_LINGER). A datagram is dropped.
+fn reset_all(OfferedListener { socket: listener, datagrams, .. }: &OfferedListener) {
     use nix::libc::linger;
     use nix::sys::socket::{setsockopt, sockopt};
+    if datagrams.is_some() {
+        return bro_adopt::datagrams::drop_what_waits(listener.as_fd(), MOST_RESET);
+    }
     if set_nonblocking(listener).is_err() {
         return;
     }

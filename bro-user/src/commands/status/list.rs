@@ -279,7 +279,7 @@ async fn look(
         match systemd.live(&listener.socket.name).await {
             // The file was changed, or there is a drop-in: systemd's word counts.
             Ok(live) if !live.listen.is_empty() && !drift::listens_there(listener, &live) => {
-                addresses.extend(live.listen);
+                addresses.extend(live.listen.iter().map(ToString::to_string));
             }
             _ => addresses.push(listener.external.to_string()),
         }

@@ -1,5 +1,5 @@
 //! The clients of a service that accepts them itself: they are not seen coming, so the kernel is asked from time to time who is there, and tells
-//! of those that came and went meanwhile.
+//! of those that came and went meanwhile. A socket for datagrams has no clients, and is asked when one came.
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
@@ -95,6 +95,10 @@ impl SocketAdoption {
         let is_adopted = |holder: &ListenerHolder| matches!(holder, ListenerHolder::Service { .. });
         let adopted: Vec<usize> =
             (0..self.listeners.len()).filter(|index| is_adopted(&self.listeners[*index].holder)).collect();
+        let any = !adopted.is_empty();
+        let (had_come, come) = self.look_for_datagrams(&adopted);
+        let adopted: Vec<usize> =
+            adopted.into_iter().filter(|index| self.listeners[*index].datagrams.is_none()).collect();
         let sockets: Vec<BorrowedFd<'_>> =
             adopted.iter().map(|index| self.listeners[*index].socket.as_fd()).collect();
         let (before, now) = (self.present, Instant::now());
@@ -122,16 +126,20 @@ impl SocketAdoption {
         };
         let next = step.max(now.elapsed() * ONE_PART_OF);
         self.looked = Some(now);
-        self.look_at = (!adopted.is_empty()).then(|| Instant::now() + next);
+        self.look_at = any.then(|| Instant::now() + next);
         match waiting {
             Ok(waiting) => {
                 for ((index, count), waiting) in adopted.into_iter().zip(counts).zip(waiting) {
                     self.listeners[index].guests = count + u64::from(waiting);
                     seen.wait(waiting);
                 }
-                self.present = Some(seen.present);
-                self.stirred = seen.stirs;
-                what(&seen, self.traffic.counts_bytes(), before.unwrap_or(0), gone)
+                self.present = Some(seen.present + u64::from(come));
+                self.stirred = seen.stirs || come;
+                match what(&seen, self.traffic.counts_bytes(), before.unwrap_or(0), gone) {
+                    _ if come => Guests::There,
+                    Guests::None if had_come => Guests::Left,
+                    found => found,
+                }
             }
             Err(error) => {
                 (self.present, self.stirred) = (None, false);

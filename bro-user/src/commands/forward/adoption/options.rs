@@ -43,18 +43,20 @@ pub(in super::super) fn check(options: &Forward, targets: &[Target]) -> Result<(
 /// Where a service listens for clients of this target, as it says so inside.
 pub(super) fn place(target: &Target) -> Result<Place, Failure> {
     match target {
-        Target::Tcp { host, port } => {
+        Target::Tcp { host, port } | Target::Udp { host, port } => {
             let address =
                 if host == "localhost" { Ok(std::net::Ipv4Addr::LOCALHOST.into()) } else { host.parse() };
-            address.map(|ip| Place::Tcp(SocketAddr::new(ip, *port))).map_err(|_| {
+            let is_udp = matches!(target, Target::Udp { .. });
+            let place = |ip| {
+                let address = SocketAddr::new(ip, *port);
+                if is_udp { Place::Udp(address) } else { Place::Tcp(address) }
+            };
+            address.map(place).map_err(|_| {
                 Failure::Usage(format!(
                     "--adopt compares addresses, and “{host}” is a name: write the target {target} with an address"
                 ))
             })
         }
-        Target::Udp { .. } => Err(Failure::Usage(format!(
-            "--adopt is for sockets that listen, and {target} is for datagrams: forward it by a unit of its own"
-        ))),
         Target::Unix(path) => Ok(Place::Path(path.as_os_str().as_encoded_bytes().to_owned())),
         Target::Abstract(name) => Ok(Place::Abstract(name.as_bytes().to_owned())),
     }
