@@ -10,7 +10,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_adopt::clients::{EndedClient, EndedClients, ServedClient, Uncountable, WithBytes, look, queued};
+use bro_adopt::clients::{
+    ClientEnd, EndedClient, EndedClients, ServedClient, Uncountable, WithBytes, look, queued,
+};
 use bro_tests::netns::Namespace;
 use bro_tests::peers::{Family, PATIENCE, Place as _};
 use bro_tests::process::eventually;
@@ -157,7 +159,7 @@ fn bytes_are_those_of_both_directions_and_ends_are_none() -> Result<()> {
     accepted.write_all(&[0; 500])?;
     ensure!(eventually(PATIENCE, || matches!(bytes(), Ok(Some(1500)))), "{:?}", bytes()?);
     // A client of an IPv6 listener that comes by IPv4 has its IPv4 address.
-    ensure!(served(&listener)?[0].address == Some(Ipv4Addr::LOCALHOST.into()), "{:?}", served(&listener)?);
+    ensure!(served(&listener)?[0].end == ClientEnd::Tcp(client.local_addr()?), "{:?}", served(&listener)?);
     let number = served(&listener)?[0].number;
     // Each side's end is acknowledged, and is no byte.
     client.shutdown(Shutdown::Write)?;
@@ -220,7 +222,10 @@ fn clients_of_unix_sockets_are_told_by_the_file_and_by_the_name() -> Result<()> 
     let counted = count(&[first.as_fd(), named.as_fd(), second.as_fd()])?;
     ensure!(counted.iter().all(|clients| clients.served == 1), "{counted:?}");
     let all = served(&first)?;
-    ensure!(all.iter().all(|client| (client.bytes, client.address) == (None, None)), "{all:?}");
+    ensure!(
+        all.iter().all(|client| client.bytes.is_none() && matches!(client.end, ClientEnd::Unix(1..))),
+        "{all:?}"
+    );
     // It is gone when the service closes it.
     drop(client);
     expect(&first, 0, 1)?;
@@ -325,6 +330,7 @@ fn what_a_client_had_sent_is_told_when_it_has_gone() -> Result<()> {
         let number = served(&listener)?[0].number;
         client.write_all(&vec![0; sent])?;
         accepted.read_exact(&mut vec![0; sent])?;
+        let end = ClientEnd::Tcp(client.local_addr()?);
         drop((client, accepted));
         let mut told: Vec<EndedClient> = Vec::new();
         let came = eventually(PATIENCE, || {
@@ -337,7 +343,7 @@ fn what_a_client_had_sent_is_told_when_it_has_gone() -> Result<()> {
         });
         let [gone] = told[..] else { anyhow::bail!("{told:?}") };
         let bytes = gone.bytes.context("the kernel tells bytes")?;
-        ensure!(came && gone.number == number && gone.address == Ipv4Addr::LOCALHOST, "{gone:?}");
+        ensure!(came && gone.number == number && gone.end == end, "{gone:?}");
         ensure!((sent as u64..=sent as u64 + 2).contains(&bytes), "{bytes} of {sent}");
     }
     // Such a one does not count where it is not to.

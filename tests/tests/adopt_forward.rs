@@ -440,6 +440,39 @@ fn ignored_clients_of_an_adopted_service_keep_nothing_awake_however_they_come() 
     Ok(())
 }
 
+/// As a health check is, and a command that is executed in the container.
+#[test]
+fn clients_inside_the_container_keep_nothing_awake_and_are_not_counted() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&["--exit-idle-time=1s"])?;
+    let early = stage.client()?;
+    let _service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_greeted(early)?;
+    eventually(&forwarder, is_adopted)?;
+    let began = Instant::now();
+    while !is_over(&forwarder) {
+        ensure!(began.elapsed() < PATIENCE, "checks keep it awake");
+        let check = Conn::bound_to(&stage.namespace, &Address::Tcp(INSIDE.parse()?), None)?;
+        ensure!(!check.read_to_end()?.0.is_empty(), "a client inside was told nothing");
+        process::eventually(Duration::from_millis(100), || is_over(&forwarder));
+    }
+    // Nor one that stays.
+    let stage = Stage::new()?;
+    let (forwarder, client, mut service) = served(&stage, &["--exit-idle-time=1s"])?;
+    service.input.as_mut().context("an input")?.write_all(b"now\n")?;
+    told(client)?;
+    end(service)?;
+    eventually(&forwarder, is_waiting)?;
+    let service = stage.service(Profile::Notifies, &["slow", INSIDE])?;
+    eventually(&forwarder, is_adopted)?;
+    let _check = Conn::bound_to(&stage.namespace, &Address::Tcp(INSIDE.parse()?), None)?;
+    service.says("accepted")?;
+    let report = forwarder.report()?;
+    ensure!(report.connections() == 0, "{report:?}");
+    says(&forwarder, "the idle time is over").map(drop)
+}
+
 /// Says something, and is told its address as the service sees it.
 fn speak(mut client: TcpStream) -> Result<(String, String)> {
     client.write_all(b"?")?;

@@ -702,7 +702,12 @@ impl<S: Surroundings> Agent<S> {
         let Some(listener) = self.listeners.get(original.listener) else { return };
         match original.accept() {
             Ok(client) => match Inside::new(client, listener.socket.as_fd()) {
-                Ok(inside) => self.inside.push(inside),
+                Ok(inside) => {
+                    if let Some(end) = inside.end() {
+                        self.surroundings.relays(end);
+                    }
+                    self.inside.push(inside);
+                }
                 Err(error) => tracing::debug!(%error, "a client inside the container is not relayed"),
             },
             Err(error)
@@ -722,7 +727,10 @@ impl<S: Surroundings> Agent<S> {
 
     fn move_inside(&mut self, index: usize) {
         if self.inside.get_mut(index).is_some_and(|inside| inside.turn() == Then::Over) {
-            self.inside.swap_remove(index);
+            let over = self.inside.swap_remove(index);
+            if let Some(end) = over.end() {
+                self.surroundings.relays_no_more(end);
+            }
         }
     }
 

@@ -35,18 +35,49 @@ mod udp;
 mod unix;
 
 use std::io;
-use std::net::IpAddr;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_sock_diag::SockDiagMessage;
 use nix::libc;
+use nix::sys::socket::{SockaddrStorage, getsockname};
 
 use crate::family::Family;
 use crate::{socket, sys};
 
 pub use ended::{EndedClient, EndedClients};
 pub(crate) use udp::is_shut_down;
+
+/// A client's own end of its connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ClientEnd {
+    /// Its address, an IPv4 one also where it came to an IPv6 listener, with its port.
+    Tcp(SocketAddr),
+    /// The inode of its unix socket; 0 where that is gone.
+    Unix(u32),
+}
+
+impl ClientEnd {
+    /// The end of a connection that this socket is.
+    pub(crate) fn of(socket: BorrowedFd<'_>) -> Option<Self> {
+        let own = getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok()?;
+        if let Some(address) = bro_relay::sockaddr::tcp(&own) {
+            return Some(Self::Tcp(address));
+        }
+        // The kernel numbers sockets with 32 bits (`get_next_ino`).
+        nix::sys::stat::fstat(socket).ok().map(|stat| Self::Unix(stat.st_ino as u32))
+    }
+
+    /// The address, if it has one.
+    #[must_use]
+    pub const fn ip(&self) -> Option<IpAddr> {
+        match self {
+            Self::Tcp(address) => Some(address.ip()),
+            Self::Unix(_) => None,
+        }
+    }
+}
 
 /// A client that a service serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,8 +86,8 @@ pub struct ServedClient {
     pub listener: usize,
     /// The connection's own number: its socket's cookie, or of a unix socket its inode.
     pub number: u64,
-    /// The address that it connects from, an IPv4 address also where it came to an IPv6 listener; none of a unix socket's.
-    pub address: Option<IpAddr>,
+    /// Where it connects from.
+    pub end: ClientEnd,
     /// How many bytes have come from it and how many it has acknowledged, in all (`tcpi_bytes_received`, `tcpi_bytes_acked`), ends (FIN) not among them.
     /// None where they were not asked for, and of a unix socket's, of which the kernel counts none.
     pub bytes: Option<u64>,

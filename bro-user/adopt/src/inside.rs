@@ -11,6 +11,7 @@ use nix::sys::socket::{
     shutdown,
 };
 
+use crate::clients::ClientEnd;
 use crate::socket;
 use nix::libc;
 
@@ -22,6 +23,8 @@ const PART: usize = 16 * 1024;
 pub struct Inside {
     client: OwnedFd,
     host: OwnedFd,
+    /// What the host's tables know it by.
+    end: Option<ClientEnd>,
     connected: bool,
     to_host: InsideWay,
     to_client: InsideWay,
@@ -100,12 +103,18 @@ impl Inside {
     pub fn new(client: OwnedFd, listener: BorrowedFd<'_>) -> io::Result<Self> {
         let host = connect_to(listener, ClientPlace::of(client.as_fd()))?;
         Ok(Self {
+            end: ClientEnd::of(host.as_fd()),
             client,
             host,
             connected: false,
             to_host: InsideWay::default(),
             to_client: InsideWay::default(),
         })
+    }
+
+    /// Its end towards the host's listener.
+    pub const fn end(&self) -> Option<ClientEnd> {
+        self.end
     }
 
     /// What to poll, and for what. A side that nothing is wanted of is not polled: its end would be told again and again.

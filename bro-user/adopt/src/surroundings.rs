@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use crate::clients::ClientEnd;
 use crate::health::Damage;
 use crate::notification::Call;
 
@@ -20,6 +21,10 @@ pub trait Surroundings {
     }
     /// No service has it any more, and it is as it was.
     fn unclaim(&mut self, _listener: usize) {}
+    /// A connection from inside a container is relayed to one of the listeners, with this end: it is not the host's client.
+    fn relays(&mut self, _end: ClientEnd) {}
+    /// It is over, as far as this agent is concerned: its service may still have it.
+    fn relays_no_more(&mut self, _end: ClientEnd) {}
     /// Something has happened.
     fn tell(&mut self, event: Event);
     /// A step is done. For tests, which end the agent there.

@@ -18,8 +18,8 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{MsgFlags, NetlinkAddr, bind, recv, setsockopt, sockopt};
 
-use super::Uncountable;
 use super::tcp::{self, LocalEnd};
+use super::{ClientEnd, Uncountable};
 use crate::socket::Place;
 use crate::sys;
 
@@ -40,8 +40,8 @@ const ADDRESS_AT: u32 = 24;
 pub struct EndedClient {
     /// The connection's cookie.
     pub number: u64,
-    /// The address that it came from; the one that its listener is bound to, where the service has reset it.
-    pub address: IpAddr,
+    /// Where it came from; not any more where the service has reset it.
+    pub end: ClientEnd,
     /// How many bytes there were in all, as [`super::ServedClient::bytes`], with one more for each side's end.
     pub bytes: Option<u64>,
 }
@@ -92,8 +92,8 @@ impl EndedClients {
                 Ok(length) => {
                     let _one = bro_relay::netns::netlink::messages(&buffer[..length], &mut |message| {
                         let SockDiagMessage::InetResponse(response) = message else { return };
-                        let (number, address) = tcp::who(&response);
-                        if !counts(&EndedClient { number, address, bytes: tcp::bytes(&response) }) {
+                        let (number, end) = tcp::who(&response);
+                        if !counts(&EndedClient { number, end, bytes: tcp::bytes(&response) }) {
                             return;
                         }
                         let (family, port) = (response.header.family, response.header.socket_id.source_port);

@@ -7,7 +7,7 @@
 //! unit's sockets in one of its own. Where not even that does, it counts for each of them: it is better to keep a service awake.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use netlink_packet_core::Nla as _;
@@ -17,7 +17,7 @@ use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
 use nix::libc;
 
-use super::{ServedClient, Uncountable, WithBytes};
+use super::{ClientEnd, ServedClient, Uncountable, WithBytes};
 use crate::socket::{self, Place};
 use crate::sys;
 
@@ -178,11 +178,11 @@ impl PortQuestion {
             if response.header.inode == 0 {
                 return;
             }
-            let (number, address) = who(&response);
+            let (number, end) = who(&response);
             let bytes = bytes(&response).filter(|_| with_bytes == WithBytes::Yes);
             for cookie in came_by(&self.bound, &LocalEnd::of(&response)) {
                 for (index, _) in self.listeners.iter().filter(|(_, its)| *its == cookie) {
-                    each(&ServedClient { listener: *index, number, address: Some(address), bytes });
+                    each(&ServedClient { listener: *index, number, end, bytes });
                 }
             }
         })
@@ -216,10 +216,11 @@ impl PortQuestion {
     }
 }
 
-/// A connection's cookie, and the address of its client.
-pub(super) fn who(response: &InetResponse) -> (u64, IpAddr) {
+/// A connection's cookie, and its client's end.
+pub(super) fn who(response: &InetResponse) -> (u64, ClientEnd) {
     let id = &response.header.socket_id;
-    (u64::from_ne_bytes(id.cookie), id.destination_address.to_canonical())
+    let address = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);
+    (u64::from_ne_bytes(id.cookie), ClientEnd::Tcp(address))
 }
 
 /// tcpi_bytes_acked and tcpi_bytes_received (Linux 4.1) together. An end takes one place in the sequence, and is no byte.

@@ -10,7 +10,7 @@ use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::unix::nlas::{Nla, UnixDiagName, Vfs};
 use netlink_packet_sock_diag::unix::{ShowFlags, StateFlags, UnixRequest, UnixResponse};
 
-use super::{ServedClient, Uncountable};
+use super::{ClientEnd, ServedClient, Uncountable};
 use crate::family::Family;
 use crate::socket;
 
@@ -88,15 +88,18 @@ pub(super) fn served(
     let request = UnixRequest {
         state_flags: StateFlags::ESTABLISHED,
         inode: 0,
-        show_flags: ShowFlags::NAME | ShowFlags::VFS,
+        show_flags: ShowFlags::NAME | ShowFlags::VFS | ShowFlags::PEER,
         cookie: [0xff; 8],
     };
     super::dump(&super::table(listeners)?, SockDiagMessage::UnixRequest(request), |answer| {
         let SockDiagMessage::UnixResponse(response) = answer else { return };
         let Some(client) = UnixName::read(&response) else { return };
+        let peer =
+            response.nlas.iter().find_map(|nla| if let Nla::Peer(peer) = nla { Some(*peer) } else { None });
+        let end = ClientEnd::Unix(peer.unwrap_or(0));
         for (listener, _) in names.iter().filter(|(_, name)| name.is_of(&client)) {
             let number = response.header.inode.into();
-            each(&ServedClient { listener: *listener, number, address: None, bytes: None });
+            each(&ServedClient { listener: *listener, number, end, bytes: None });
         }
     })
 }

@@ -5,7 +5,7 @@
 //! - `events.rs`: what happens to them, as the control process's loop hears of it
 //! - `agent_thread.rs`: the agent's thread; `claims.rs`: what it and the control process agree on
 //! - `fallback.rs`: why a listener is relayed; `closed.rs`: one that its service has closed; `mend.rs`: one that is damaged
-//! - `guests.rs`, `traffic.rs`: who is connected to a service that accepts itself, and who of them keeps it awake
+//! - `guests.rs`, `traffic.rs`: who is connected to a service that accepts itself, and who of them keeps it awake; `relayed_inside.rs`: who is not the host's client
 //! - `datagrams.rs`: what has come to a service that has a socket for datagrams
 //! - `passed.rs`, `options.rs`: what is passed for it; what does not go with it
 //! - `heritage.rs`: what a successor gets; `report.rs`: what is said of all that
@@ -21,6 +21,7 @@ mod heritage;
 mod mend;
 mod options;
 mod passed;
+mod relayed_inside;
 mod report;
 mod traffic;
 
@@ -41,6 +42,7 @@ use claims::Claims;
 use datagrams::SeenDatagrams;
 use fallback::Fallback;
 use mend::Mending;
+use relayed_inside::RelayedInside;
 use tokio::time::Instant;
 use traffic::Traffic;
 
@@ -152,6 +154,7 @@ pub(super) struct SocketAdoption {
     seccomp: OwnedFd,
     agent: AgentState,
     claims: Arc<Claims>,
+    inside: Arc<RelayedInside>,
     engine: Arc<Handle>,
     /// How many containers the agent answers for.
     containers: usize,
@@ -267,6 +270,7 @@ impl SocketAdoption {
         }
         Ok(Self {
             claims: Arc::new(claims),
+            inside: Arc::default(),
             listeners,
             seccomp: reserved.seccomp,
             agent: AgentState::ToCome(reserved.before),
@@ -309,8 +313,8 @@ impl SocketAdoption {
         for OfferedListener { socket, place, .. } in &self.listeners {
             listeners.push(HostListener { socket: socket.try_clone()?, target: place.clone() });
         }
-        let (seccomp, claims) = (self.seccomp.try_clone()?, self.claims.clone());
-        let thread = AgentThread::start(listeners, seccomp, stored, claims, unheard)?;
+        let (seccomp, shared) = (self.seccomp.try_clone()?, (self.claims.clone(), self.inside.clone()));
+        let thread = AgentThread::start(listeners, seccomp, stored, shared, unheard)?;
         self.agent = AgentState::Answers(thread);
         Ok(())
     }

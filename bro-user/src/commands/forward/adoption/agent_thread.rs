@@ -3,14 +3,16 @@
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use bro_adopt::clients::ClientEnd;
 use bro_adopt::{Agent, Event, HostListener, Stored, Surroundings, store};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::claims::Claims;
+use super::relayed_inside::RelayedInside;
 use crate::systemd::notify;
 
 /// What the thread says.
@@ -39,6 +41,7 @@ const UNHEARD: usize = 1024;
 #[derive(Debug)]
 struct InForwarder {
     claims: Arc<Claims>,
+    inside: Arc<RelayedInside>,
     news: Sender<AgentNews>,
 }
 
@@ -70,6 +73,14 @@ impl Surroundings for InForwarder {
         self.claims.leave_as_service(listener);
     }
 
+    fn relays(&mut self, end: ClientEnd) {
+        self.inside.begins(end);
+    }
+
+    fn relays_no_more(&mut self, end: ClientEnd) {
+        self.inside.is_over(end, Instant::now());
+    }
+
     fn tell(&mut self, event: Event) {
         tell(&self.news, AgentNews::Event(event));
     }
@@ -95,12 +106,12 @@ impl AgentThread {
         listeners: Vec<HostListener>,
         seccomp: OwnedFd,
         stored: Vec<Stored>,
-        claims: Arc<Claims>,
+        (claims, inside): (Arc<Claims>, Arc<RelayedInside>),
         mut unheard: Vec<AgentNews>,
     ) -> anyhow::Result<Self> {
         let (news, hears) = channel(UNHEARD + store::MOST + listeners.len());
         unheard.reverse();
-        let surroundings = InForwarder { claims, news: news.clone() };
+        let surroundings = InForwarder { claims, inside, news: news.clone() };
         let mut agent = Agent::new(listeners, seccomp, stored, surroundings).context("--adopt")?;
         let (stopped, stop) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         let answering = move || {
@@ -178,7 +189,8 @@ mod tests {
         let said = Arc::new(AtomicUsize::new(0));
         let counted = said.clone();
         let agent = std::thread::spawn(move || {
-            let mut surroundings = InForwarder { claims: Arc::new(Claims::new(0)), news };
+            let mut surroundings =
+                InForwarder { claims: Arc::new(Claims::new(0)), inside: Arc::default(), news };
             for listener in 0..3 * ROOM {
                 surroundings.tell(Event::Ended { listener });
                 counted.fetch_add(1, Ordering::SeqCst);

@@ -104,15 +104,20 @@ impl SocketAdoption {
         let (before, now) = (self.present, Instant::now());
         // Before it is counted: one that is there in between is counted.
         self.short_guests.hear_of(&adopted, &sockets);
-        let traffic = &mut self.traffic;
-        let gone = self.short_guests.any(&sockets, &mut |gone| traffic.counts_gone(gone, now.into_std()));
+        let (traffic, inside, std_now) = (&mut self.traffic, &self.inside, now.into_std());
+        let gone = self
+            .short_guests
+            .any(&sockets, &mut |gone| !inside.has(gone.end, std_now) && traffic.counts_gone(gone, std_now));
         let mut counts = vec![0_u64; adopted.len()];
         let mut seen = traffic.begin();
         let waiting = clients::look(&sockets, traffic.with_bytes(), &mut |client| {
+            if inside.has(client.end, std_now) {
+                return;
+            }
             if let Some(count) = counts.get_mut(client.listener) {
                 *count += 1;
             }
-            traffic.served(client, &mut seen, now.into_std(), idle_time);
+            traffic.served(client, &mut seen, std_now, idle_time);
         });
         traffic.end();
         let step = match traffic.step(idle_time) {
@@ -129,7 +134,7 @@ impl SocketAdoption {
                     seen.wait(waiting);
                 }
                 self.present = Some(seen.present + u64::from(come));
-                self.stirred = seen.stirs;
+                self.stirred = seen.stirs || come;
                 match what(&seen, self.traffic.counts_bytes(), before.unwrap_or(0), gone) {
                     _ if come => Guests::There,
                     Guests::None if had_come => Guests::Left,

@@ -2,10 +2,9 @@
 //! of the relay's. What the relay sees pass, the kernel tells here of each connection (TCP_INFO), at each look.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use bro_adopt::clients::{EndedClient, ServedClient, WithBytes};
+use bro_adopt::clients::{ClientEnd, EndedClient, ServedClient, WithBytes};
 use bro_relay::peer::Peer;
 use bro_relay::proxy_protocol::Trusted;
 use bro_relay::rate::{Meter, Rate};
@@ -103,10 +102,10 @@ impl Traffic {
         TrafficSeen::default()
     }
 
-    fn ignores(&self, address: Option<std::net::IpAddr>) -> bool {
-        let peer = match address {
-            Some(ip) => Peer::Tcp(SocketAddr::new(ip, 0)),
-            None => Peer::Unix { uid: u32::MAX, pid: 0 },
+    fn ignores(&self, client: ClientEnd) -> bool {
+        let peer = match client {
+            ClientEnd::Tcp(address) => Peer::Tcp(address),
+            ClientEnd::Unix(_) => Peer::Unix { uid: u32::MAX, pid: 0 },
         };
         self.ignores.iter().any(|ignored| ignored.is(&peer))
     }
@@ -119,7 +118,7 @@ impl Traffic {
         now: Instant,
         idle_time: Duration,
     ) {
-        if self.ignores(client.address) {
+        if self.ignores(client.end) {
             return;
         }
         seen.present += 1;
@@ -164,7 +163,7 @@ impl Traffic {
 
     /// Does a client that has gone since the last look move the idle time?
     pub(super) fn counts_gone(&mut self, gone: &EndedClient, now: Instant) -> bool {
-        if self.ignores(Some(gone.address)) {
+        if self.ignores(gone.end) {
             return false;
         }
         let (TrafficCounting::Bytes { below, traced }, Some(bytes)) = (&mut self.counting, gone.bytes) else {
@@ -187,6 +186,7 @@ impl Traffic {
 mod tests {
     use super::*;
     use clap::Parser;
+    use std::net::SocketAddr;
 
     #[derive(Parser)]
     struct Given {
@@ -201,8 +201,12 @@ mod tests {
         Traffic::of(&Given::try_parse_from(words).unwrap().idle)
     }
 
+    fn end(address: &str) -> ClientEnd {
+        address.parse().map_or(ClientEnd::Unix(1), |ip| ClientEnd::Tcp(SocketAddr::new(ip, 1)))
+    }
+
     fn client(number: u64, address: &str, bytes: Option<u64>) -> ServedClient {
-        ServedClient { listener: 0, number, address: address.parse().ok(), bytes }
+        ServedClient { listener: 0, number, end: end(address), bytes }
     }
 
     fn look(traffic: &mut Traffic, clients: &[ServedClient], now: Instant) -> TrafficSeen {
@@ -222,7 +226,7 @@ mod tests {
         assert_eq!(look(&mut traffic, &[monitor], now), TrafficSeen::default());
         let seen = look(&mut traffic, &[monitor, client(2, "192.0.2.1", None)], now);
         assert!(seen.keeps_awake && seen.present == 1, "{seen:?}");
-        let gone = |address: &str| EndedClient { number: 3, address: address.parse().unwrap(), bytes: None };
+        let gone = |address: &str| EndedClient { number: 3, end: end(address), bytes: None };
         assert!(!traffic.counts_gone(&gone("10.0.0.1"), now) && traffic.counts_gone(&gone("11.0.0.1"), now));
         // Who waits to be accepted is not known.
         let mut seen = traffic.begin();
@@ -259,7 +263,7 @@ mod tests {
         let seen = look(&mut traffic, &of(1), at(2000));
         assert!(seen.keeps_awake && seen.stirs, "{seen:?}");
         assert!(!look(&mut traffic, &of(1), at(3000)).keeps_awake);
-        let gone = |number, bytes| EndedClient { number, address: [192, 0, 2, 1].into(), bytes: Some(bytes) };
+        let gone = |number, bytes| EndedClient { number, end: end("192.0.2.1"), bytes: Some(bytes) };
         for (number, bytes, counts) in [(7, 3, false), (7, 4, true), (8, 2, false), (8, 3, true)] {
             assert_eq!(traffic.counts_gone(&gone(number, bytes), at(3000)), counts, "{number} {bytes}");
         }
