@@ -489,6 +489,43 @@ fn streams_and_datagrams_by_one_name() -> Result<()> {
     Ok(())
 }
 
+/// By the sockets' own ports, whatever the order in which they are passed.
+#[test]
+fn each_port_of_a_range_has_its_own_target() -> Result<()> {
+    require_namespaces!();
+    let namespace = bro_tests::netns::Namespace::new()?;
+    let first = 40_000;
+    let services =
+        [bound(&namespace, loopback(false, first))?, bound(&namespace, loopback(false, first + 1))?];
+    let stream = |port| bro_tests::peers::Address::Tcp(loopback(false, port));
+    let listeners = [first, first + 1].map(|port| Listener::new(&namespace, &stream(port)));
+    // The same number over both protocols: one that the kernel gives for the one may be another program's over the other.
+    let pair = || -> Result<(UdpSocket, Listener)> {
+        let front = UdpSocket::bind("127.0.0.4:0")?;
+        let listener = Listener::new(&Here, &bro_tests::peers::Address::Tcp(front.local_addr()?))?;
+        Ok((front, listener))
+    };
+    let mut fronts = [pair()?, pair()?];
+    fronts
+        .sort_by_key(|(front, _)| std::cmp::Reverse(front.local_addr().map_or(0, |address| address.port())));
+    let mut setup = bro_tests::forwarder::Setup::new()
+        .netns(&namespace)
+        .arg(format!("--target=web=127.0.0.1:{first}-{}", first + 1));
+    for (front, listener) in &fronts {
+        setup = setup.named(listener, "web").descriptor(front.as_fd().try_clone_to_owned()?, "web");
+    }
+    let _forwarder = setup.start()?;
+    for (number, (front, listener)) in fronts.iter().rev().enumerate() {
+        let client = client(front.local_addr()?, None)?;
+        let _sent = client.send(&[number as u8])?;
+        expect(&services[number], &[number as u8])?;
+        let connection = Conn::new(&Here, listener.address())?;
+        let service = listeners[number].as_ref().map_err(|error| anyhow::anyhow!("{error:#}"))?.accept()?;
+        expect_relayed(&connection, &service)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_socket_of_its_own() -> Result<()> {
     require_namespaces!();

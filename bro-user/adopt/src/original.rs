@@ -3,9 +3,9 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{Backlog, listen};
+use nix::sys::socket::{Backlog, Shutdown, listen, setsockopt, shutdown, sockopt};
 
 use crate::family::Family;
 use crate::options::set_nonblocking;
@@ -35,13 +35,15 @@ pub struct Original {
 }
 
 impl Original {
-    /// Listens at it from now on. It becomes non-blocking: whatever it is shared with has a listener of the host's instead.
+    /// Listens at it from now on, or has its datagrams. It becomes non-blocking: whatever it is shared with has a listener of the host's instead.
     ///
     /// # Errors
     /// listen(2)'s: EADDRINUSE when another one listens there.
     pub fn open(&mut self) -> io::Result<()> {
         set_nonblocking(self.socket.as_fd(), true)?;
-        listen(&self.socket, Backlog::new(BACKLOG)?)?;
+        if !self.seen.family.is_datagrams() {
+            listen(&self.socket, Backlog::new(BACKLOG)?)?;
+        }
         self.open = true;
         Ok(())
     }
@@ -59,13 +61,27 @@ impl Original {
         self.socket.as_fd()
     }
 
+    /// Has its address free for a socket with SO_REUSEADDR, although others have this one open still: the service manager closes what it keeps no longer in
+    /// a thread of its own, at any later time. Two such sockets may have one address as long as none of them listens there (socket(7), `inet_bind_conflict`).
+    pub fn make_way(&self) {
+        if matches!(self.place, Place::Tcp(_)) {
+            // It listens no more, and keeps its address. ENOTCONN: it did not listen.
+            shutdown(self.socket.as_raw_fd(), Shutdown::Both).ok();
+            if let Err(error) = setsockopt(&self.socket, sockopt::ReuseAddr, &true) {
+                tracing::debug!(%error, "an address inside is not free until all have closed its socket");
+            }
+        }
+    }
+
     /// Would a bind(2) of a socket of this family at this address find it in the way? (`inet_rcv_saddr_equal`)
     #[must_use]
     pub fn is_in_the_way_of(&self, family: Family, wanted: SocketAddr) -> bool {
-        let Place::Tcp(here) = self.place else { return false };
-        let v6 = |family| matches!(family, Family::V6Only | Family::Dual);
-        let same_version =
-            v6(self.seen.family) == v6(family) || [self.seen.family, family].contains(&Family::Dual);
+        let (Place::Tcp(here) | Place::Udp(here)) = self.place else { return false };
+        if self.seen.family.is_datagrams() != family.is_datagrams() {
+            return false;
+        }
+        let same_version = self.seen.family.is_v6() == family.is_v6()
+            || [self.seen.family, family].into_iter().any(Family::is_dual);
         let (one, other) = (here.ip().to_canonical(), wanted.ip().to_canonical());
         here.port() == wanted.port()
             && same_version
@@ -78,10 +94,37 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_socket_that_is_open_elsewhere_makes_way_for_the_next() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, socket};
+        let first = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = first.local_addr().unwrap();
+        let elsewhere = first.try_clone().unwrap();
+        let seen = Seen { cookie: 1, family: Family::V4 };
+        let place = Place::Tcp(address);
+        let original =
+            Original { socket: first.into(), place, seen, listener: 0, name: String::new(), open: true };
+        let next = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let bound = || bind(next.as_raw_fd(), &SockaddrStorage::from(address));
+        assert_eq!(bound(), Err(nix::errno::Errno::EADDRINUSE));
+        setsockopt(&next, sockopt::ReuseAddr, &true).unwrap();
+        assert_eq!(bound(), Err(nix::errno::Errno::EADDRINUSE));
+        original.make_way();
+        drop(original);
+        bound().unwrap();
+        listen(&next, Backlog::new(1).unwrap()).unwrap();
+        assert_eq!(elsewhere.local_addr().unwrap(), address);
+        let _client = std::net::TcpStream::connect(address).unwrap();
+    }
+
+    #[test]
     fn an_address_is_taken_by_its_own_kind_alone() {
-        let original = |family, place: &str| Original {
+        let original = |family: Family, place: &str| Original {
             socket: std::fs::File::open("/dev/null").unwrap().into(),
-            place: Place::Tcp(place.parse().unwrap()),
+            place: if family.is_datagrams() {
+                Place::Udp(place.parse().unwrap())
+            } else {
+                Place::Tcp(place.parse().unwrap())
+            },
             seen: Seen { cookie: 1, family },
             listener: 0,
             name: String::new(),
@@ -96,6 +139,11 @@ mod tests {
             (Family::V4, "0.0.0.0:80", Family::V6Only, "[::]:80", false),
             (Family::V4, "0.0.0.0:80", Family::Dual, "[::]:80", true),
             (Family::Dual, "[::]:80", Family::V4, "0.0.0.0:80", true),
+            // TCP's ports are not UDP's.
+            (Family::V4, "0.0.0.0:53", Family::UdpV4, "0.0.0.0:53", false),
+            (Family::UdpV4, "0.0.0.0:53", Family::UdpV4, "0.0.0.0:53", true),
+            (Family::UdpV4, "0.0.0.0:53", Family::UdpV6Only, "[::]:53", false),
+            (Family::UdpV4, "0.0.0.0:53", Family::UdpDual, "[::]:53", true),
         ] {
             let found = original(here, at).is_in_the_way_of(family, wanted.parse().unwrap());
             assert_eq!(found, expected, "{here:?} {at} and {family:?} {wanted}");

@@ -11,7 +11,7 @@ pub trait Surroundings {
     /// Keeps a descriptor beyond this process's end, under a name of its own (sd_notify(3), FDSTORE=1 with FDNAME=; FDPOLL=0 where `polled` is false:
     /// it is not to be dropped because it polls as hung up).
     fn store(&mut self, name: &str, descriptor: BorrowedFd<'_>, polled: bool);
-    /// Keeps it no longer (FDSTOREREMOVE=1), and returns when that is so (BARRIER=1): a socket that is kept still has its address.
+    /// Keeps it no longer (FDSTOREREMOVE=1), and returns when that was heard (BARRIER=1): it is closed then, or soon.
     fn forget(&mut self, name: &str);
     /// May a service have this listener now? From a yes on nothing else accepts at it, until [`Surroundings::unclaim`]; its flags and options are the
     /// service's.
@@ -42,7 +42,7 @@ pub enum Event {
     Started,
     /// Such a container has ended.
     Stopped,
-    /// A service has the listener: it is ready, and accepts its clients itself.
+    /// A service has the listener: it is ready, and accepts its clients, or has their datagrams, itself.
     Adopted {
         /// Which.
         listener: usize,
@@ -51,7 +51,7 @@ pub enum Event {
         /// Why clients inside the container do not find the service any more.
         inside: Option<io::Error>,
     },
-    /// A service listens at a socket of its own, and its clients have to be relayed.
+    /// A service listens at a socket of its own, or has bound one, and its clients have to be relayed.
     NotAdopted {
         /// Which.
         listener: usize,
@@ -60,6 +60,12 @@ pub enum Event {
     },
     /// A service has shut the listener down, as it thinks. It has its own socket again.
     GivenBack {
+        /// Which.
+        listener: usize,
+    },
+    /// Clients wait at the listener, and no process of a container has it any more: the service has closed it, or shut it down. The listener is as it
+    /// was before, and its next listen(2) gets it again.
+    Closed {
         /// Which.
         listener: usize,
     },
@@ -108,6 +114,8 @@ pub enum Step {
     Carried,
     /// Epoll watches the listener.
     Watched,
+    /// The service's own socket for datagrams is bound.
+    Bound,
     /// The original is in the store.
     Kept,
     /// The listener is in its place.

@@ -36,7 +36,7 @@ pub enum InvalidTarget {
     #[error("a target is missing; write HOST:PORT, a /unix/path or an @abstract name")]
     Empty,
     /// Not a port.
-    #[error("“{0}” is not a TCP port; write a number from 1 to 65535")]
+    #[error("“{0}” is not a port; write a number from 1 to 65535")]
     Port(String),
     /// An IPv6 address with a last group that could be a port.
     #[error("“{0}” is ambiguous; write an IPv6 address in brackets: [{0}]:PORT")]
@@ -146,17 +146,6 @@ impl fmt::Display for Target {
     }
 }
 
-/// `--target NAME=ADDR`.
-///
-/// # Errors
-/// When there is no name, or ADDR is not a target.
-pub fn parse_named(text: &str) -> Result<(String, Target), InvalidTarget> {
-    match text.split_once('=') {
-        Some((name, address)) if !name.is_empty() => Ok((name.to_owned(), address.parse()?)),
-        _ => Err(InvalidTarget::NoName(text.to_owned())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -197,7 +186,6 @@ mod tests {
         assert_eq!(refused("a b:80"), InvalidTarget::Host("a b:80".into()));
         assert_eq!(refused(":80"), InvalidTarget::Host(":80".into()));
         assert!(matches!(refused(&format!("/{}", "x".repeat(107))), InvalidTarget::TooLong(_)));
-        assert!(matches!(parse_named("127.0.0.1:80"), Err(InvalidTarget::NoName(_))));
     }
 
     proptest! {

@@ -41,7 +41,7 @@ impl Contender {
         let (socket, address, inside, path, args) = match self.way {
             Way::Direct => {
                 let address = Address::Tcp(target.parse()?);
-                return Ok(Running { address, inside: true, _adopter: None, process: None, log });
+                return Ok(Running { address, inside: true, _service: None, process: None, log });
             }
             Way::Bro { .. } => {
                 let (socket, address) = passed()?;
@@ -77,7 +77,7 @@ impl Contender {
         let process = Some(launch.start(&path, &args, &log)?);
         // socat's clients are inside with it.
         let inside = self.way == Way::Socat;
-        Ok(Running { address, inside, _adopter: None, process, log })
+        Ok(Running { address, inside, _service: None, process, log })
     }
 }
 
