@@ -382,6 +382,24 @@ fn flows_count_as_connections() -> Result<()> {
 }
 
 #[test]
+fn a_flow_that_waited_for_the_service_has_its_time_for_the_answer() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let forwarder = scene.setup()?.arg("--flow-timeout=400ms").start()?;
+    let client = scene.client()?;
+    let _sent = client.send(b"ping")?;
+    let waits = || tally(&forwarder).is_ok_and(|tally| tally.held == 1);
+    ensure!(process::eventually(PATIENCE, waits), "{:?}", tally(&forwarder)?);
+    // The service is slower than a flow may be silent for, which is what is tested and no wait for anything.
+    std::thread::sleep(Duration::from_millis(600));
+    let service = scene.service()?;
+    let (_, from) = service.recv_from(&mut [0; 8])?;
+    std::thread::sleep(Duration::from_millis(150));
+    let _sent = service.send_to(b"answer", from)?;
+    expect(&client, b"answer")
+}
+
+#[test]
 fn ecn_is_passed_on_both_ways() -> Result<()> {
     require_namespaces!();
     for ipv6 in [false, true] {

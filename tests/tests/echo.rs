@@ -48,9 +48,9 @@ impl Service {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let mut command = bro_tests::street::command(&namespace, &words);
         let mut process = Session(command.stdout(std::process::Stdio::piped()).spawn()?);
-        let mut said = [0; 5];
+        let mut said = [0; 6];
         process.0.stdout.take().context("a pipe")?.read_exact(&mut said).context("the service ended")?;
-        ensure!(said == *b"ready");
+        ensure!(said == *b"ready\n");
         Ok(Self { namespace, folder, _process: process })
     }
 

@@ -112,23 +112,28 @@ pub fn looked_after(host: &Host, manager: Manager) -> Result<()> {
     is(&site, "running")
 }
 
-/// A flow of datagrams keeps the service as it is for its own time, and the next datagram has it go on.
+/// A service of TCP and UDP is frozen once both have been asked and no flow is left, and the next datagram has it go on.
 pub fn goes_on_for_a_datagram(host: &Host, manager: Manager) -> Result<()> {
     let options = "--exit-idle-time=300ms --flow-timeout=500ms --freeze";
     let site = Site::new(host, manager, "icy3", &Plan::service(manager, 0.0, options))?;
     let port = site.port;
     site.change_socket(&format!("ListenStream=0.0.0.0:{port}\nListenDatagram=0.0.0.0:{port}"))?;
-    let (run, _) = site.who()?;
-    // From one port, so that it is one client's flow that ends and comes again.
-    let ask = "import socket, sys\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.settimeout(20)\n\
-               s.bind(('127.0.0.1', 7777))\ns.sendto(b'who', ('127.0.0.1', int(sys.argv[1])))\nprint(s.recv(99).decode())";
+    // The first time over TCP too.
+    let ask = "import socket, sys\nat = ('127.0.0.1', int(sys.argv[1]))\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+               s.settimeout(20)\ns.sendto(b'who', at)\nprint(s.recv(99).decode())\n\
+               if sys.argv[2:]: socket.create_connection(at).sendall(b'x')";
+    let port = port.to_string();
+    let run_of = |more: &[&str]| -> Result<String> {
+        let said =
+            host.run(&[&["python3", "-c", ask, &port], more].concat()).with_context(|| site.journals())?;
+        Ok(said.split_whitespace().next().context("no word")?.to_owned())
+    };
+    let run = run_of(&["both"])?;
     for _ in 0..2 {
         is(&site, "frozen")?;
-        let said = host.run(&["python3", "-c", ask, &port.to_string()]).with_context(|| site.journals())?;
-        ensure!(said.split_whitespace().next() == Some(run.as_str()), "{said}: {}", site.journals());
+        ensure!(run_of(&[])? == run, "another run of the service answers: {}", site.journals());
     }
-    is(&site, "frozen")?;
-    site.check_echo()
+    is(&site, "frozen")
 }
 
 /// What was started by hand or by another unit is not frozen either.

@@ -506,6 +506,8 @@ impl Engine {
             return self.end_flow(id.index, FlowEnd::Descriptors);
         }
         self.datagrams.set_stage(id.index, FlowStage::Open(socket));
+        // The service has the whole time for its answer, however long it was waited for.
+        self.datagrams.flows.touch(id.index, Instant::now());
         self.send_held(id);
         self.publish_held();
     }
