@@ -227,7 +227,9 @@ pub struct Forward {
     /// of theirs passes here. It takes one more passed socket, with FileDescriptorName=seccomp: the unix socket that the profile's
     /// listenerPath names; and, so that a crash of this process loses nothing, FileDescriptorStoreMax= in its unit. A socket that the service cannot have, for
     /// it listens at one of another family or not within --start-timeout, is relayed until the container ends; `bro status` and the log say why.
-    /// Options about a client that this process has accepted (--proxy-protocol, --wake-on=data and others) do not go with it.
+    /// What only a process can do that accepts a client (--proxy-protocol, --accept-proxy, --connections-per-source, --local-clients) does not go with it;
+    /// --connections-max holds for clients that are relayed alone. For the idle time all clients count but two kinds of a unix socket's: those that come and go between
+    /// two looks (a second to ten), and those that connect from another network namespace.
     /// With `udp` it is the passed sockets for datagrams that the service has, from its bind(2) on, and with `all` both. What the container then sends from that
     /// port goes to whatever this host reaches, and no fence holds it (SECURITY.md). A datagram waits in the socket's own buffer until the service is there. The
     /// service has to have a socket of the same family: 0.0.0.0:53 for one of IPv4, and [::]:53 with BindIPv6Only=both for one of both. The other passed sockets are

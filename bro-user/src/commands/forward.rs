@@ -84,7 +84,7 @@ pub fn run(
         let keep_awake = KeepAwake::of(&options.idle.keep_awake).await?;
         let plane = DataPlane::start(options, relay, local_clients, bequest)?;
         let adoption =
-            reserved.map(|reserved| SocketAdoption::new(reserved, options, &listeners, &targets, &plane));
+            reserved.map(|reserved| SocketAdoption::new(reserved, &listeners, &targets, options, &plane));
         let adoption = adoption.transpose()?;
         let life = Lifecycle::new(options, targets, Arc::new(starter), keep_awake, &plane);
         let reload = Reload::new(program, &listeners);

@@ -73,6 +73,17 @@ impl Report {
     pub fn starts(&self, unit: &str, by: RuntimeScope) -> bool {
         self.unit.as_deref() == Some(unit) && self.manager.is_none_or(|manager| manager == by)
     }
+
+    /// Connections and flows now, of all its sockets: those that are forwarded, and those of a service that accepts itself. What predecessors finish is not
+    /// among them.
+    #[must_use]
+    pub fn connections(&self) -> u64 {
+        let adopted = |listener: &ListenerReport| match &listener.adoption {
+            Some(AdoptionReport::Adopted { connections, .. }) => *connections,
+            _ => 0,
+        };
+        self.total.guests() + self.listeners.iter().map(adopted).sum::<u64>()
+    }
 }
 
 /// Clients that wait in the kernel's backlog.
@@ -492,6 +503,11 @@ mod tests {
             report.starts("web.service", RuntimeScope::User)
                 && !report.starts("web.service", RuntimeScope::System)
         );
+        let mut adopted = report.clone();
+        adopted.listeners[0].adoption =
+            Some(AdoptionReport::Adopted { since: 0, connections: 14, datagrams: None });
+        assert_eq!(adopted.connections(), report.total.guests() + 14);
+        assert_eq!(list::alone(adopted).connections, report.total.guests() + 14);
         let text = describe(&[report]);
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");
         assert!(text.contains("bytes 7 kernel"), "{text}");

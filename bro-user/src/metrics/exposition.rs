@@ -12,7 +12,7 @@ use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::commands::status::list::ListedService;
-use crate::commands::status::{AdoptionReport, DatagramsReport, ServiceState};
+use crate::commands::status::{AdoptionReport, DatagramsReport, Report, ServiceState};
 use crate::fallback::FallbackKind;
 use crate::ledger::Counts;
 use bro_relay::flows::Amounts;
@@ -62,7 +62,7 @@ impl Exposed {
             }
             _ => None,
         });
-        let told: u64 = now.iter().map(|(_, tally)| tally.guests()).sum();
+        let told: u64 = service.forwarders.iter().map(Report::connections).sum();
         // The same name as a forwarder of it gives itself, and none with a process' number in it.
         let own = || service.forwarders.iter().find_map(|report| report.service.as_deref());
         let name = service.unit.as_deref().or_else(own).unwrap_or(NAMELESS);
@@ -226,8 +226,14 @@ const FAMILIES: [MetricFamily; 32] = [
         name: "bro_connections",
         unit: None,
         kind: MetricType::Gauge,
-        help: "Connections now, held ones included",
-        samples: |exposed, take| now(exposed, take, |tally| tally.open),
+        help: "Connections now, held ones and those of a service that accepts them itself included",
+        samples: |exposed, take| {
+            exposed.now.iter().try_for_each(|(name, tally)| {
+                let adopted =
+                    exposed.adopted.iter().filter(|(its, _)| its == name).map(|(_, clients)| clients);
+                take(&[("listener", name)], tally.open + adopted.sum::<u64>())
+            })
+        },
     },
     MetricFamily {
         name: "bro_replaced_connections",
@@ -621,6 +627,7 @@ mod tests {
             r#"bro_waiting_clients{service="web"} 2"#,
             r#"bro_adopted_listeners{service="web"} 1"#,
             r#"bro_adopted_connections{service="web",listener="http"} 14"#,
+            r#"bro_connections{service="web",listener="http"} 15"#,
             r#"bro_adopted_last_datagram_timestamp_seconds{service="web",listener="dns"} 1700000000"#,
             r#"bro_adoption_fallbacks_total{service="web",reason="family"} 0"#,
         ] {

@@ -5,21 +5,14 @@ use std::net::SocketAddr;
 use bro_adopt::socket::Place;
 use bro_relay::target::Target;
 
-use crate::cli::idle::WakeOn;
 use crate::cli::{Forward, LocalClients};
 use crate::exit::Failure;
 use crate::service::readiness::Ready;
 
 /// Refuses what cannot hold for a client that this process does not accept.
 pub(in super::super) fn check(options: &Forward, targets: &[Target]) -> Result<(), Failure> {
-    let idle = &options.idle;
     let cases = [
         (!options.listen.is_empty(), "--listen", "only sockets that systemd passes can be adopted"),
-        (idle.wake_on == WakeOn::Data, "--wake-on=data", "the first byte comes after a client was accepted"),
-        (!idle.wake_ignore.is_empty(), "--wake-ignore", "who a client is shows when it was accepted"),
-        (!idle.idle_ignore.is_empty(), "--idle-ignore", "the service accepts its clients itself"),
-        (idle.counts_bytes(), "--idle-by=bytes and --idle-below", "no byte passes this process"),
-        (idle.freeze, "--freeze", "nothing would see a client of a frozen service"),
         (
             options.connections_per_source.is_some(),
             "--connections-per-source",
@@ -64,6 +57,8 @@ pub(super) fn place(target: &Target) -> Result<Place, Failure> {
                 ))
             })
         }
+        // Such a socket is not offered to the service.
+        Target::Datagrams(at) => place(at),
         Target::Unix(path) => Ok(Place::Path(path.as_os_str().as_encoded_bytes().to_owned())),
         Target::Abstract(name) => Ok(Place::Abstract(name.as_bytes().to_owned())),
     }

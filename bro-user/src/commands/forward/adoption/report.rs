@@ -19,9 +19,11 @@ impl SocketAdoption {
         let listener = self.listeners.get(index)?;
         Some(match &listener.holder {
             ListenerHolder::NotOffered => return None,
-            ListenerHolder::Watched | ListenerHolder::Called | ListenerHolder::Returning => {
-                AdoptionReport::Waiting
-            }
+            ListenerHolder::Watched
+            | ListenerHolder::Sifted
+            | ListenerHolder::Yielding { .. }
+            | ListenerHolder::Called
+            | ListenerHolder::Returning => AdoptionReport::Waiting,
             ListenerHolder::Service { since } => AdoptionReport::Adopted {
                 since: since.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |span| span.as_secs()),
                 connections: listener.guests,
