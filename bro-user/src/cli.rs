@@ -16,11 +16,12 @@ use std::path::PathBuf;
 
 use clap::{Args, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
-pub use activate::{Activate, Adopt, Direct};
+pub use activate::{Activate, Direct};
 pub use fence::Fence;
 pub use helper::Helper;
 pub use loader::Loader;
 
+use crate::adopt::Adopt;
 use crate::systemd::time_span::TimeSpan;
 use crate::targets::Targets;
 use bro_relay::netns::identity::Identity;

@@ -21,6 +21,7 @@ pub use mode::{Adoption, Forwarder, Mode, Takeover, Way};
 pub use options::ForwardOptions;
 
 use crate::address::{self, External, is_straight};
+use crate::adopt::Adopt;
 use crate::exit::Failure;
 use crate::paths::unit_directory;
 use crate::run_as::RunAsUser;
@@ -37,6 +38,9 @@ pub const RESTRICTED: &str = "restrict-network";
 
 /// How `--adopt` is noted: with the profile that the container's own is made of.
 pub const ADOPTS: &str = "Adopt";
+
+/// How it is noted which sockets that concerns, unless it is those of streams.
+pub const ADOPTS_WHAT: &str = "AdoptWhat";
 
 /// How `--trust-loopback` is noted.
 pub const TRUSTS_LOOPBACK: &str = "TrustLoopback";
@@ -335,6 +339,7 @@ impl WrittenUnits {
             };
             match adopted_by(file) {
                 Some(source) => Mode::Adopt(Adoption {
+                    what: file.value(SECTION, ADOPTS_WHAT).and_then(Adopt::of).unwrap_or(Adopt::On),
                     trusts_loopback: file.boolean(SECTION, TRUSTS_LOOPBACK).unwrap_or(false),
                     ..Adoption::new(name, forwarder, source, &self.directory)
                 }),

@@ -4,6 +4,7 @@
 //! forwarder's life); ARCHITECTURE.md is the map.
 
 pub mod address;
+pub mod adopt;
 pub mod cli;
 pub mod commands;
 pub mod control_socket;

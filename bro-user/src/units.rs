@@ -17,8 +17,11 @@ pub use agent::{DESCRIPTOR as AGENT_DESCRIPTOR, listener_path};
 pub use drop_in::DropIn;
 pub use profile::{MadeProfile, profile_text, wrote as wrote_profile};
 
+use crate::adopt::Adopt;
 use crate::exit::Failure;
-use crate::installed::{ADOPTS, Adoption, Forwarder, Installed, Mode, RESTRICTED, TRUSTS_LOOPBACK};
+use crate::installed::{
+    ADOPTS, ADOPTS_WHAT, Adoption, Forwarder, Installed, Mode, RESTRICTED, TRUSTS_LOOPBACK,
+};
 use crate::paths::unrooted;
 use crate::systemd::unit_file::MARKER;
 
@@ -106,9 +109,10 @@ fn notes(installed: &Installed, root: Option<&Path>) -> Vec<(&'static str, Strin
     };
     match &installed.mode {
         Mode::Forward(forwarder) => note_forwarder(forwarder),
-        Mode::Adopt(Adoption { forwarder, source, trusts_loopback, .. }) => {
+        Mode::Adopt(Adoption { forwarder, what, source, trusts_loopback, .. }) => {
             note_forwarder(forwarder);
             notes.push((ADOPTS, source.display().to_string()));
+            notes.extend((*what != Adopt::On).then(|| (ADOPTS_WHAT, what.word().to_owned())));
             notes.extend(trusts_loopback.then(|| (TRUSTS_LOOPBACK, "yes".to_owned())));
         }
         Mode::Direct(takeover) => {

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use bro_relay::listener::SocketKind;
 use bro_relay::netns::identity::Identity;
 use bro_relay::proxy_protocol::Trusted;
 use clap::{Args, ValueEnum};
@@ -10,6 +9,7 @@ use clap::{Args, ValueEnum};
 use super::idle::{IdleBy, WakeOn};
 use super::{LocalClients, ProxyVersion, RelayChoice};
 use crate::address::{External, Internal, Named};
+use crate::adopt::Adopt;
 use crate::service::readiness::Ready;
 use crate::service::sources::Choice;
 use crate::systemd::calendar::DailySpans;
@@ -90,8 +90,10 @@ pub struct Activate {
     /// As the container starts, its listen(2) is reported to the forwarder (by a seccomp profile, which is written and named in the quadlet's drop-in),
     /// and the forwarder puts systemd's socket in the place of the service's own. Until then, and where a socket does not fit, clients are forwarded as
     /// without this option. Needs a .container that is not on the host's network, Podman 5.0 with crun 0.19 or runc 1.1, Linux 5.14 and systemd 254.
-    /// A service that listens on IPv4 only is adopted at an IPv4 address only: --external-port 0.0.0.0:8080.
-    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", conflicts_with = "direct")]
+    /// A service that listens on IPv4 only is adopted at an IPv4 address only: --external-port 0.0.0.0:8080. `on` is for sockets of TCP and unix sockets. With
+    /// `udp` the service has its sockets for UDP datagrams from its bind(2) on, and with `all` both; what is not named is forwarded. A container that has a
+    /// socket of UDP sends from it to whatever this host reaches, and no fence holds that.
+    #[arg(long, value_name = "on|udp|all|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", conflicts_with = "direct")]
     pub adopt: Option<Adopt>,
 
     /// With --adopt: the service may see this host's clients as 127.0.0.1, though its image is known to trust that address
@@ -307,37 +309,4 @@ pub enum Direct {
     Nginx,
     /// The program reads LISTEN_FDS (sd_listen_fds(3))
     ListenFds,
-}
-
-/// `--adopt=`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Adopt {
-    /// Those of TCP, and unix sockets
-    #[value(alias = "true")]
-    On,
-    /// Those of UDP
-    Udp,
-    /// All of these
-    All,
-    /// None
-    #[value(alias = "false")]
-    Off,
-}
-
-impl Adopt {
-    /// Is there any that a service may have?
-    #[must_use]
-    pub const fn is_any(self) -> bool {
-        !matches!(self, Self::Off)
-    }
-
-    /// May a service have a socket of this kind?
-    #[must_use]
-    pub const fn offers(self, kind: SocketKind) -> bool {
-        match kind {
-            SocketKind::Stream | SocketKind::SeqPacket => matches!(self, Self::On | Self::All),
-            SocketKind::Datagram => matches!(self, Self::Udp | Self::All),
-            SocketKind::UnixDatagram => false,
-        }
-    }
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::SocketUnit;
 use super::options::ForwardOptions;
+use crate::adopt::Adopt;
 
 /// How the service gets its clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub struct Forwarder {
 pub struct Adoption {
     /// The forwarder.
     pub forwarder: Forwarder,
+    /// Which of its sockets.
+    pub what: Adopt,
     /// The container's seccomp profile, by which the forwarder hears of its listen(2).
     pub profile: PathBuf,
     /// The profile that it is made of.
@@ -53,6 +56,7 @@ impl Adoption {
     pub fn new(name: &str, forwarder: Forwarder, source: PathBuf, directory: &Path) -> Self {
         Self {
             forwarder,
+            what: Adopt::On,
             profile: directory.join(profile_of(name)),
             source,
             agent: SocketUnit::new(agent_of(name), directory),

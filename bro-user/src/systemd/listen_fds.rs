@@ -11,7 +11,7 @@ use bro_relay::target::{self, Target};
 use nix::sys::socket;
 use nix::sys::socket::{AddressFamily, SockType, SockaddrStorage, sockopt};
 
-use crate::cli::Adopt;
+use crate::adopt::Adopt;
 use crate::exit::Failure;
 
 /// The first descriptor that systemd passes (`SD_LISTEN_FDS_START`).

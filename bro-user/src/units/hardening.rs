@@ -21,6 +21,7 @@
 
 use std::path::PathBuf;
 
+use bro_relay::listener::SocketKind;
 use bro_relay::netns::identity::Identity;
 use bro_relay::target::Target;
 
@@ -72,8 +73,14 @@ pub(super) fn lines(installed: &Installed, forwarder: &Forwarder, is_here: bool)
                 (false, false) => "",
             };
             let becoming = if becomes_another(installed, forwarder) { " CAP_SETGID CAP_SETUID" } else { "" };
+            let binding = if binds_a_low_port(installed) {
+                say("# To bind the service's own socket for datagrams in its place, CAP_NET_BIND_SERVICE.");
+                " CAP_NET_BIND_SERVICE"
+            } else {
+                ""
+            };
             say(&format!(
-                "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}{becoming}\nRestrictNamespaces=net"
+                "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}{becoming}{binding}\nRestrictNamespaces=net"
             ));
         }
         RunsAs::Owner(_) => say("CapabilityBoundingSet=\nRestrictNamespaces=user net"),
@@ -115,6 +122,14 @@ pub(super) fn lines(installed: &Installed, forwarder: &Forwarder, is_here: bool)
         network(installed, forwarder, &mut say);
     }
     text
+}
+
+/// Does its agent make a service's bind(2) to a port below 1024?
+fn binds_a_low_port(installed: &Installed) -> bool {
+    installed.adoption().is_some_and(|adoption| adoption.what.offers(SocketKind::Datagram))
+        && targets(installed).any(
+            |target| matches!(target, Target::Udp { port, .. } | Target::Tcp { port, .. } if *port < 1024),
+        )
 }
 
 /// Does it connect to a unix socket, and not as its own user?

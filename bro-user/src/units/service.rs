@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use crate::adopt::Adopt;
 use crate::installed::{Forwarder, Installed, SECTION};
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::quote_word;
@@ -120,8 +121,10 @@ fn command(installed: &Installed, forwarder: &Forwarder) -> Vec<String> {
         let target = listener.internal.as_ref().map(ToString::to_string).unwrap_or_default();
         option("target", &format!("{}={target}", listener.service));
     }
-    if installed.adoption().is_some() {
-        words.push("--adopt".to_owned());
+    match installed.adoption().map(|adoption| adoption.what) {
+        Some(Adopt::On) => words.push("--adopt".to_owned()),
+        Some(what) => words.push(format!("--adopt={}", what.word())),
+        None => {}
     }
     if installed.listeners.len() > 1 {
         words.push("--allow-missing-sockets".to_owned());

@@ -6,6 +6,7 @@ use std::path::Path;
 use bro_relay::listener::SocketKind;
 
 use crate::address::External;
+use crate::adopt::Adopt;
 use crate::installed::{Installed, InstalledPort, Mode, SECTION};
 use crate::systemd::unit_file::quote_word;
 
@@ -39,6 +40,10 @@ pub(super) fn text(installed: &Installed, listener: &InstalledPort, root: Option
     text.push_str(
         "# However often clients come: no limit is to end the listening.\nTriggerLimitIntervalSec=0\n",
     );
+    let what = installed.adoption().map_or(Adopt::Off, |adoption| adoption.what);
+    if what.offers(SocketKind::Datagram) && listener.external.is_udp() {
+        text.push_str("# The kernel notes where a datagram came in as it comes: the service finds that beside the first one too.\nPassPacketInfo=yes\n");
+    }
     let direct = match installed.mode {
         Mode::Direct(_) => true,
         Mode::Forward(_) | Mode::Adopt(_) => false,

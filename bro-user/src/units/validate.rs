@@ -18,7 +18,7 @@ pub(super) fn check(installed: &Installed, drop_in: Option<&DropIn>) -> Result<(
     let mut paths: Vec<&Path> = vec![quadlet];
     let forwarder = match mode {
         Mode::Forward(forwarder) => Some(forwarder),
-        Mode::Adopt(Adoption { forwarder, profile, source, agent, trusts_loopback: _ }) => {
+        Mode::Adopt(Adoption { forwarder, what: _, profile, source, agent, trusts_loopback: _ }) => {
             let SocketUnit { name, file } = agent;
             texts.push(name.into());
             paths.extend([profile.as_path(), source, file]);

@@ -110,6 +110,69 @@ pub fn name_server(host: &Host, manager: Manager) -> Result<()> {
     names.await_container_gone()
 }
 
+/// Asks from an address that no forwarder has.
+fn ask_as_another(host: &Host, port: u16, id: u16) -> Result<()> {
+    let client = host.in_network(|| Ok(UdpSocket::bind("127.0.0.5:0")?))?;
+    client.connect(("127.0.0.1", port))?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    let _sent = client.send(&question(id))?;
+    let mut answer = [0; 512];
+    let length = client.recv(&mut answer).context("no answer")?;
+    ensure!(answer[..length].ends_with(&ANSWER), "{:?}", &answer[..length]);
+    Ok(())
+}
+
+/// It has seen the client, and one inside finds it by the socket that it had made itself.
+fn expect_adopted(namer: &Site<'_>) -> Result<()> {
+    let inside = |command: &[&str]| {
+        let words = [&["podman", "exec", "systemd-namer"], command].concat();
+        namer.manager.run(namer.host, &words)
+    };
+    let said = inside(&["cat", "/tmp/queries"])?;
+    ensure!(said.contains("query[A] www.test from 127.0.0.5"), "{said}");
+    let hex: String = question(3).iter().map(|byte| format!("{byte:02x}")).collect();
+    let asks = format!(
+        "import socket; s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.settimeout(20); \
+         s.sendto(bytes.fromhex('{hex}'),('127.0.0.1',53)); print(s.recv(512)[-4:].hex())"
+    );
+    let said = inside(&["python3", "-c", &asks])?;
+    ensure!(said.trim() == "c0000235", "inside it is told {said}");
+    let status = namer.manager.run(namer.host, &["bro", "status", "namer"])?;
+    ensure!(status.contains("adopted since") && status.contains("last datagram"), "{status}");
+    let doctor = namer.manager.try_run(namer.host, &["bro", "doctor", "namer"])?;
+    ensure!(!doctor.stdout.contains("BAD"), "{doctor:?}");
+    Ok(())
+}
+
+/// The name server has systemd's socket for UDP and sees its clients, sleeps, and is woken again by a datagram that it receives itself; over TCP it is forwarded to.
+pub fn adopted(host: &Host, manager: Manager) -> Result<()> {
+    let given = plan(manager);
+    let plan = Plan {
+        container: given
+            .container
+            .replace("--no-daemon", "--no-daemon --log-queries --log-facility=/tmp/queries"),
+        ..given
+    };
+    plan.write_quadlet(host, manager, "namer")?;
+    let port = host.free_port()?;
+    let options = "--internal-port 53 --exit-idle-time 2s --flow-timeout 500ms --adopt=udp";
+    let activated =
+        activate(host, manager, &format!("namer --external-port 127.0.0.1:{port}/tcp+udp {options}"))?;
+    ensure!(activated.success(), "{activated:?}");
+    let namer = site(host, manager, "namer", port);
+    expect_asleep(&namer)?;
+    ask_as_another(host, port, 1).with_context(|| namer.journals())?;
+    expect_adopted(&namer).with_context(|| namer.journals())?;
+    expect_asleep(&namer)?;
+    ask_as_another(host, port, 2).with_context(|| namer.journals())?;
+    ask_over_tcp(host, port, 3).with_context(|| namer.journals())?;
+    ensure!(namer.errors()?.is_empty(), "{:?}", namer.errors()?);
+    manager.run(host, &["bro", "sleep", "--force", "namer"])?;
+    let removed = activate(host, manager, "namer --remove")?;
+    ensure!(removed.success(), "{removed:?}");
+    namer.await_container_gone()
+}
+
 /// Says at which port it was asked.
 const WHICH: &str = r"import select,socket
 def bound(port):

@@ -77,6 +77,7 @@ const BOTH: &[Case] = &[
     ("unix_socket: whom a service sees through a confined forwarder", unix_socket::who_connects),
     ("unix_socket: whom a service sees in a user namespace of its own", unix_socket::mapped),
     ("datagrams: a name server, over UDP and TCP", datagrams::name_server),
+    ("datagrams: a name server that has its socket itself", datagrams::adopted),
     ("datagrams: a range of ports", datagrams::range),
     ("status and doctor", doctor::status_and_doctor),
     ("metrics: counted over stops and reloads", metrics::counted_over_stops_and_reloads),

@@ -128,7 +128,7 @@ impl<S: Surroundings> Agent<S> {
         self.surroundings.reached(Step::Replaced);
 
         self.is_held_by(index, by);
-        let mut inside = None;
+        let mut inside = (!is_bound).then(|| std::io::Error::from(nix::errno::Errno::EACCES));
         if may_keep {
             let mut original = Original { socket, place, seen, listener: index, name, open: false };
             inside = original.open().err();

@@ -8,7 +8,8 @@ use bro_relay::target::Target;
 
 use super::plan::{FoundQuadlet, Paths};
 use super::root_dir;
-use crate::cli::{self, Activate};
+use crate::adopt::Adopt;
+use crate::cli::Activate;
 use crate::exit::Failure;
 use crate::installed::{Adoption, Forwarder, Installed};
 use crate::paths::below;
@@ -57,24 +58,15 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
     Failure::Usage(text.into()).into()
 }
 
-/// Is it to be adopted? What is installed stays so until `--adopt=off`.
-pub(super) fn is_wanted(options: &Activate, installed: Option<&Installed>) -> anyhow::Result<bool> {
-    match options.adopt {
-        Some(cli::Adopt::On) => Ok(true),
-        Some(cli::Adopt::All) => Err(usage(
-            "--adopt=all: sockets of UDP are not adopted yet; --adopt adopts those of TCP and unix sockets",
-        )),
-        Some(cli::Adopt::Off) => Ok(false),
-        Some(cli::Adopt::Udp) => Err(usage(
-            "--adopt=udp: sockets of UDP are not adopted yet; --adopt adopts those of TCP and unix sockets",
-        )),
-        None => Ok(installed.is_some_and(|installed| installed.adoption().is_some())),
-    }
+/// What is to be adopted? What is installed stays so until another is given.
+pub(super) fn wanted(options: &Activate, installed: Option<&Installed>) -> Adopt {
+    let before = || installed.and_then(Installed::adoption).map_or(Adopt::Off, |adoption| adoption.what);
+    options.adopt.unwrap_or_else(before)
 }
 
 /// The adoption of this quadlet's service.
 pub(super) fn adoption(
-    forwarder: Forwarder,
+    (what, forwarder): (Adopt, Forwarder),
     options: &Activate,
     FoundQuadlet { quadlet, pod }: &FoundQuadlet,
     installed: Option<&Installed>,
@@ -101,6 +93,7 @@ pub(super) fn adoption(
     let source = source(quadlet, owner, places.root.as_deref())?;
     let trusted = installed.and_then(Installed::adoption).is_some_and(|adoption| adoption.trusts_loopback);
     Ok(Adoption {
+        what,
         trusts_loopback: options.trust_loopback || trusted,
         ..Adoption::new(name, forwarder, source, &places.units)
     })
@@ -270,6 +263,14 @@ pub(super) fn check_rest(
             "the service accepts its clients from listen(2) on",
         );
     }
+    let what = adoption.what;
+    let mut sockets = wanted.listeners.iter().flat_map(|listener| listener.external.sockets());
+    if !sockets.any(|socket| what.offers(socket.kind)) {
+        return Err(usage(match what {
+            Adopt::Udp => "--adopt=udp: no port is one of UDP; give --external-port PORT/udp, or --adopt",
+            _ => "--adopt is for sockets of streams, and there is none; for those of UDP give --adopt=udp",
+        }));
+    }
     for listener in &wanted.listeners {
         if !listener.is_tcp()
             && !listener.external.is_udp()
@@ -280,7 +281,8 @@ pub(super) fn check_rest(
                 listener.external
             )));
         }
-        if let Some(Target::Tcp { host, port }) = listener.internal.as_ref().map(Targets::first)
+        if let Some(Target::Tcp { host, port } | Target::Udp { host, port }) =
+            listener.internal.as_ref().map(Targets::first)
             && host != "localhost"
             && host.parse::<std::net::IpAddr>().is_err()
         {
@@ -303,7 +305,8 @@ pub(super) fn check_rest(
         ));
     }
     match trusting(quadlet)
-        .filter(|_| !adoption.trusts_loopback && wanted.listeners.iter().any(serves_this_host))
+        .filter(|_| what.offers(SocketKind::Stream) && !adoption.trusts_loopback)
+        .filter(|_| wanted.listeners.iter().any(serves_this_host))
     {
         None => Ok(()),
         Some((image, how)) => Err(usage(format!(

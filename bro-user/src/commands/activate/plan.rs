@@ -130,7 +130,8 @@ pub(super) fn wanted(
     let mode = match way {
         Some(way) => Mode::Direct(taken_over(way, options, quadlet, installed, places, &network)?),
         None => {
-            let adopts = adopt::is_wanted(options, installed)?;
+            let what = adopt::wanted(options, installed);
+            let adopts = what.is_any();
             if options.trust_loopback && !adopts {
                 return Err(usage(
                     "--trust-loopback is for --adopt: without it a service does not see this host's clients as 127.0.0.1",
@@ -138,7 +139,14 @@ pub(super) fn wanted(
             }
             let forwarder = forwarder(options, quadlet, installed, places, &network, adopts)?;
             if adopts {
-                Mode::Adopt(adopt::adoption(forwarder, options, found, installed, run_as.as_ref(), places)?)
+                Mode::Adopt(adopt::adoption(
+                    (what, forwarder),
+                    options,
+                    found,
+                    installed,
+                    run_as.as_ref(),
+                    places,
+                )?)
             } else {
                 Mode::Forward(forwarder)
             }

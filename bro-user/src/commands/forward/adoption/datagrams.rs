@@ -40,13 +40,13 @@ impl SeenDatagrams {
         self.come
     }
 
-    /// For a status.
-    pub(super) fn report(&self) -> DatagramsReport {
+    /// For a status, which asks anew: looks are seconds apart.
+    pub(super) fn report(&self, socket: &OwnedFd) -> DatagramsReport {
         let seconds = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |at| at.as_secs());
-        match self.last {
-            _ if self.blind => DatagramsReport::Unseen,
-            Some(at) => DatagramsReport::Last { at: seconds(at) },
-            None => DatagramsReport::None,
+        match traffic(socket.as_fd()).map(|traffic| traffic.received) {
+            Ok(LastReceived::At(at)) if !self.blind => DatagramsReport::Last { at: seconds(at) },
+            Ok(LastReceived::Never) if !self.blind => DatagramsReport::None,
+            _ => DatagramsReport::Unseen,
         }
     }
 }
@@ -77,7 +77,8 @@ impl SocketAdoption {
 }
 
 /// Has the kernel note of each datagram where it came in, from now on. That is for whatever receives it later: it is noted as it comes, so a service that asks only
-/// after its bind(2) would learn nothing of those that have woken it (`ipv4_pktinfo_prepare`).
+/// after its bind(2) would learn nothing of those that have woken it (`ipv4_pktinfo_prepare`). One that has started this process came before; for that there is
+/// `PassPacketInfo=` in its socket unit.
 pub(super) fn note_where_they_come_in(socket: &OwnedFd) {
     if let Err(error) = bro_relay::engine::datagrams::prepare(socket) {
         tracing::warn!(%error, "the socket does not tell to which address a datagram was sent");

@@ -2,10 +2,16 @@
 
 use std::time::SystemTime;
 
-use super::datagrams::SeenDatagrams;
 use super::fallback::Fallback;
-use super::{ListenerHolder, SocketAdoption};
+use super::{ListenerHolder, OfferedListener, SocketAdoption};
 use crate::commands::status::{AdoptionReport, DatagramsReport};
+
+impl OfferedListener {
+    /// What has come to it, if it is for datagrams.
+    fn datagrams(&self) -> Option<DatagramsReport> {
+        self.datagrams.as_ref().map(|seen| seen.report(&self.socket))
+    }
+}
 
 impl SocketAdoption {
     /// Of one listener.
@@ -21,7 +27,7 @@ impl SocketAdoption {
             ListenerHolder::Service { since } => AdoptionReport::Adopted {
                 since: since.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |span| span.as_secs()),
                 connections: listener.guests,
-                datagrams: listener.datagrams.as_ref().map(SeenDatagrams::report),
+                datagrams: listener.datagrams(),
             },
             ListenerHolder::Relay(why) => {
                 AdoptionReport::Relayed { reason: why.kind(), why: self.with_refusal(why) }
@@ -48,9 +54,7 @@ impl SocketAdoption {
             self.listeners.iter().filter(|listener| matches!(listener.holder, ListenerHolder::Service { .. }))
         };
         // The latest of all.
-        let datagrams =
-            adopted().filter_map(|listener| listener.datagrams.as_ref()).map(SeenDatagrams::report);
-        let datagrams: Option<DatagramsReport> = datagrams.max();
+        let datagrams = adopted().filter_map(OfferedListener::datagrams).max();
         let plural = if connections == 1 { "" } else { "s" };
         let relayed = self.listeners.iter().filter_map(|listener| match &listener.holder {
             ListenerHolder::Relay(why) => Some(format!("; {} is relayed: {why}", listener.name)),

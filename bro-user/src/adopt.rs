@@ -1,0 +1,54 @@
+//! `--adopt`: which sockets a service has itself.
+
+use bro_relay::listener::SocketKind;
+use clap::ValueEnum;
+
+/// `--adopt=`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Adopt {
+    /// Those of TCP, and unix sockets
+    #[value(alias = "true")]
+    On,
+    /// Those of UDP
+    Udp,
+    /// All of these
+    All,
+    /// None
+    #[value(alias = "false")]
+    Off,
+}
+
+impl Adopt {
+    /// Is there any that a service may have?
+    #[must_use]
+    pub const fn is_any(self) -> bool {
+        !matches!(self, Self::Off)
+    }
+
+    /// May a service have a socket of this kind?
+    #[must_use]
+    pub const fn offers(self, kind: SocketKind) -> bool {
+        match kind {
+            SocketKind::Stream | SocketKind::SeqPacket => matches!(self, Self::On | Self::All),
+            SocketKind::Datagram => matches!(self, Self::Udp | Self::All),
+            SocketKind::UnixDatagram => false,
+        }
+    }
+
+    /// As it is written after `--adopt=`, and noted in a unit.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Udp => "udp",
+            Self::All => "all",
+            Self::Off => "off",
+        }
+    }
+
+    /// By that word.
+    #[must_use]
+    pub fn of(word: &str) -> Option<Self> {
+        Self::value_variants().iter().copied().find(|adopt| adopt.word() == word)
+    }
+}
