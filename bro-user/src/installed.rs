@@ -27,6 +27,7 @@ use crate::run_as::RunAsUser;
 use crate::systemd::calendar::DailySpans;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::{MARKER, UnitFile};
+use crate::targets::{self, Targets};
 
 /// The section of its own.
 pub const SECTION: &str = "X-Bro";
@@ -71,7 +72,7 @@ pub struct InstalledPort {
     /// Where clients connect.
     pub external: External,
     /// Where the service listens, as `bro forward --target` takes it; none where the container takes the socket over.
-    pub internal: Option<Target>,
+    pub internal: Option<Targets>,
     /// Backlog=, if set.
     pub backlog: Option<u32>,
     /// BindToDevice=, if set.
@@ -83,11 +84,30 @@ pub struct InstalledPort {
 impl InstalledPort {
     /// Is it one of those that a container can lead elsewhere? What is dissolved of a unix socket leads nowhere.
     #[must_use]
-    pub const fn is_tcp(&self) -> bool {
-        match self.external {
-            External::Port(_) | External::Address(_) => true,
-            External::Path(_) | External::Abstract(_) => false,
+    pub fn is_tcp(&self) -> bool {
+        self.external.is_tcp()
+    }
+
+    /// Are there sockets for datagrams, of whichever family?
+    #[must_use]
+    pub fn takes_datagrams(&self) -> bool {
+        self.external.sockets().any(|socket| socket.kind.takes_datagrams())
+    }
+
+    /// Where the service listens for each of its sockets, as their kinds make it, without repetition.
+    #[must_use]
+    pub fn targets(&self) -> Vec<Target> {
+        let Some(internal) = &self.internal else { return Vec::new() };
+        let first = self.external.ports().map_or(0, |ports| ports.first);
+        let mut all: Vec<Target> = Vec::new();
+        for socket in self.external.sockets() {
+            let number = socket.place.port().map_or(0, |port| port - first);
+            let target = targets::of_kind(socket.kind, internal.nth(number));
+            if !all.contains(&target) {
+                all.push(target);
+            }
         }
+        all
     }
 }
 

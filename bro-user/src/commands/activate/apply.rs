@@ -517,7 +517,7 @@ pub(super) async fn taken(
     systemd: Option<&Managers>,
 ) -> String {
     let unit = match systemd {
-        Some(systemd) => systemd.socket_at(&holder.address).await,
+        Some(systemd) => systemd.socket_at(holder.kind, &holder.address).await,
         None => None,
     };
     format!("{external} is taken {}", holder.who(unit.as_deref()))

@@ -8,10 +8,10 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use bro_proc::cgroup;
+use bro_relay::listener::SocketKind;
 use bro_sockmap::fence;
 
 use super::{Check, listens};
-use crate::address::External;
 use crate::commands::activate::fence::{concerns, impossible};
 use crate::installed::{Installed, InstalledPort};
 use crate::netns::sock_diag::Table;
@@ -111,12 +111,10 @@ fn made_elsewhere(listener: &InstalledPort, fence: &str) -> Check {
 
 /// Is what listens there of another control group than this one, by the kernel's table? Not where the kernel does not say, or nothing listens.
 fn is_elsewhere(listener: &InstalledPort, group: &Path) -> bool {
-    let wanted = match &listener.external {
-        External::Port(port) => (None, *port),
-        External::Address(address) => (Some(address.ip()), address.port()),
-        External::Path(_) | External::Abstract(_) => return false,
-    };
-    listens_within(wanted, group) == Some(false)
+    let streams = listener.external.sockets().filter(|socket| socket.kind == SocketKind::Stream);
+    streams
+        .filter_map(|socket| socket.place.port())
+        .any(|port| listens_within((listener.external.ip(), port), group) == Some(false))
 }
 
 /// Was a TCP listener of this namespace, at this address, or at any with this port, made in this control group? `None` where there is none, or this kernel (before
