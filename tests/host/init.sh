@@ -77,6 +77,10 @@ init() {
     # it for an ordinary user.)
     mkdir -p "$disk/merged/srv/image"
     mount --bind "$run/root" "$disk/merged/srv/image"
+    # The machine's own programs, for services that the host itself does not have (src/host/machine.rs).
+    mkdir -p "$disk/merged/srv/machine"
+    mount --bind /usr "$disk/merged/srv/machine"
+    mount -o remount,bind,ro "$disk/merged/srv/machine"
     notify=$run/notify
     cd "$disk/merged"
 

@@ -11,6 +11,7 @@
 
 pub mod cases;
 mod inside;
+pub mod machine;
 mod manager;
 mod root;
 pub mod site;

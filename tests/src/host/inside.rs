@@ -213,7 +213,7 @@ impl Host {
     }
 }
 
-fn collect(command: &mut Command) -> Result<Ran> {
+pub(super) fn collect(command: &mut Command) -> Result<Ran> {
     let output = command.output().context("cannot run a command in the host")?;
     Ok(Ran {
         code: output.status.code().unwrap_or(-1),
@@ -222,7 +222,7 @@ fn collect(command: &mut Command) -> Result<Ran> {
     })
 }
 
-fn expect(args: &[&str], ran: Ran) -> Result<String> {
+pub(super) fn expect(args: &[&str], ran: Ran) -> Result<String> {
     ensure!(
         ran.success(),
         "`{}` exited with {} in the host: {}",

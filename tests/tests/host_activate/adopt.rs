@@ -14,7 +14,7 @@ use crate::activated::{activate, expect_asleep, tree};
 use crate::run_as::Served;
 
 /// nginx that answers with the address of its client and the number of its own start, on IPv4 only.
-fn nginx(host: &Host, manager: Manager) -> Result<Plan> {
+pub fn nginx(host: &Host, manager: Manager) -> Result<Plan> {
     manager.import_image(host, "nginx", "docker.io/library/nginx")?;
     let files = folder(host, manager, "seen")?;
     host.write(
@@ -34,7 +34,7 @@ fn seen(site: &Site<'_>) -> Result<String> {
     site.host.run(&curl).with_context(|| site.journals())
 }
 
-fn expect_adopted(site: &Site<'_>) -> Result<()> {
+pub fn expect_adopted(site: &Site<'_>) -> Result<()> {
     let seen = seen(site)?;
     ensure!(seen == "127.0.0.5", "it sees {seen}, so it was not adopted:\n{}", site.journals());
     Ok(())
@@ -115,7 +115,7 @@ fn expect_removed(site: &Site<'_>, before: &[String]) -> Result<()> {
 }
 
 /// Clients that ask without a pause; how often each was answered, and what went wrong.
-fn under_load(site: &Site<'_>, work: impl FnOnce() -> Result<()>) -> Result<(usize, Vec<String>)> {
+pub fn under_load(site: &Site<'_>, work: impl FnOnce() -> Result<()>) -> Result<(usize, Vec<String>)> {
     let (over, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
     let address: SocketAddr = ([127, 0, 0, 1], site.port).into();
     let client = || {

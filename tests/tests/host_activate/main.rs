@@ -2,10 +2,11 @@
 //! services in real containers; what breaks them; and every example of the documentation. `BRO_CASE=part` runs the cases so
 //! named.
 //!
-//! Needs: root, mmdebstrap. Takes: 5 min.
+//! Needs: root, mmdebstrap, the services that `.ci/run` installs. Takes: 6 min.
 
 mod activated;
 mod adopt;
+mod adopt_services;
 mod clients;
 mod crossover;
 mod datagrams;
@@ -64,6 +65,8 @@ const BOTH: &[Case] = &[
     ("adopt: a socket that the container has broken", adopt::damaged),
     ("adopt: a second port for the same place", adopt::second_port),
     ("adopt: other services", adopt::other_services),
+    ("adopt: a table of services", adopt_services::each),
+    ("adopt: in a pod", adopt_services::in_a_pod),
     ("PostgreSQL and pgbench", services::postgresql),
     ("redis and redis-benchmark", services::redis),
     ("clients of PostgreSQL in other containers", clients::postgresql),
@@ -113,6 +116,7 @@ const OTHERS: &[OtherCase] = &[
     ("the disk is full", faults::disk_full),
     ("the system listens for an ordinary user's container", run_as::from_quadlet_to_service),
     ("adopt: the system listens for an ordinary user's container", adopt::for_a_user),
+    ("adopt: systemd is executed anew, and bro is upgraded", adopt_services::upgraded),
     ("the system's forwarder for a user, with commands of the user's", run_as::owners_commands),
     ("the system's forwarder for a user, looked after", run_as::looked_after),
     ("what the system's forwarder for a user may and others may not", run_as::lines_that_are_not_crossed),

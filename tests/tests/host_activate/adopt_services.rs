@@ -1,0 +1,238 @@
+//! `--adopt` with services as they are, many of them side by side: each is woken by its first client, sees that client's own address, goes on
+//! doing so over what its administrator does to it, sleeps, and is woken again.
+
+mod table;
+
+use std::net::TcpStream;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::host::machine::programs;
+use bro_tests::host::site::{ACTIVATOR, PATIENCE, Plan, Site, ask, folder};
+use bro_tests::host::{Host, Manager};
+use bro_tests::tier::met;
+use table::{FILES, Inside, Outside, SERVICES, Service, http, services};
+
+use crate::activated::expect_asleep;
+use crate::adopt::{expect_adopted as expect_seen, nginx, under_load};
+
+/// Clients come to, and so from, this address of the host (`networks::outside`): no forwarder has it.
+const CLIENT: &str = "192.0.2.1";
+
+/// How many are looked after at once.
+const AT_ONCE: usize = 8;
+
+fn prepare(host: &Host, manager: Manager) -> Result<()> {
+    manager.import_machine(host)?;
+    let files = folder(host, manager, "whom")?;
+    for (name, text) in FILES {
+        host.write(&format!("{files}/{name}"), text)?;
+    }
+    folder(host, manager, "whom/log")?;
+    if manager != Manager::System {
+        let (into, source) = (host.path(&files), host.path(&format!("{files}/Whom.java")));
+        let (into, source) = (into.display().to_string(), source.display().to_string());
+        host.client_program(&["/usr/bin/javac", "-d", &into, &source])?;
+    }
+    let key = format!("{files}/key");
+    host.client_program(&[
+        "ssh-keygen",
+        "-q",
+        "-t",
+        "ed25519",
+        "-N",
+        "",
+        "-f",
+        &host.path(&key).display().to_string(),
+    ])?;
+    Ok(())
+}
+
+fn activate<'h>(host: &'h Host, manager: Manager, service: &Service) -> Result<Site<'h>> {
+    let port = host.free_port()?;
+    let site = Site { host, manager, name: service.name.into(), port, front: manager, suffix: ACTIVATOR };
+    let lines = service.lines.replace("{port}", &port.to_string()).replace("{files}", &services(manager));
+    let plan = Plan::new(
+        &format!("{}\nLogDriver=passthrough\nVolume={}:/services:ro\n{lines}", programs(), services(manager)),
+        "",
+        "",
+    );
+    plan.write_quadlet(host, manager, service.name)?;
+    let inside = match service.inside {
+        Inside::Port(inside) => inside,
+        Inside::Same => port,
+    };
+    let external =
+        if service.outside == Outside::Dual { port.to_string() } else { format!("0.0.0.0:{port}") };
+    let args = [
+        "bro",
+        "activate",
+        service.name,
+        "--adopt",
+        "--trust-loopback",
+        "--exit-idle-time",
+        "2s",
+        "--external-port",
+        &external,
+    ];
+    manager.run(host, &[&args[..], &["--internal-port", &inside.to_string()]].concat())?;
+    if let Outside::Unix(inside) = service.outside {
+        let external = format!("{}/log/.s.PGSQL.5432", services(manager));
+        let args = ["bro", "activate", service.name, "--service-name", "unix", "--external-port", &external];
+        manager.run(host, &[&args[..], &["--internal-port", inside]].concat())?;
+    }
+    Ok(site)
+}
+
+/// Of one that runs all the time.
+fn expect_adopted_once(site: &Site<'_>) -> Result<()> {
+    let said = site.journal();
+    ensure!(!said.contains("relayed, not adopted"), "{said}");
+    ensure!(site.errors()?.is_empty(), "{:?}", site.errors()?);
+    site.ended(0)?;
+    Ok(())
+}
+
+/// In a network of its own a relayed client has its own address too: what is said tells the two apart.
+fn expect_adopted(site: &Site<'_>) -> Result<()> {
+    let said = site.journal();
+    let adopted = said.matches("adopted: the service accepts the clients of this socket itself").count();
+    ensure!(adopted >= 2, "it was adopted {adopted} times");
+    expect_adopted_once(site)
+}
+
+/// From the first client to the second sleep.
+fn one(host: &Host, manager: Manager, service: &Service) -> Result<()> {
+    let site = activate(host, manager, service)?;
+    let expect_client = || -> Result<()> {
+        let said = (service.ask)(&site)?;
+        ensure!(said.contains(CLIENT), "it sees another client: {said}");
+        Ok(())
+    };
+    let both_times = || -> Result<()> {
+        expect_client().context("the first client")?;
+        (service.awake)(&site)?;
+        expect_client().context("a client afterwards")?;
+        expect_asleep(&site)?;
+        expect_client().context("the client that wakes it again")?;
+        expect_asleep(&site)?;
+        expect_adopted(&site)
+    };
+    both_times().with_context(|| site.journals())
+}
+
+pub fn each(host: &Host, manager: Manager) -> Result<()> {
+    prepare(host, manager)?;
+    let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let tried: Vec<&Service> = SERVICES
+        .iter()
+        .filter(|service| service.is_for(manager) && met(service.name, service.needs))
+        .collect();
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(service) = tried.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(error) = one(host, manager, service) {
+                        let mut failed = failed.lock().expect("no thread panics");
+                        failed.push(format!("{}: {error:#}", service.name));
+                    }
+                }
+            });
+        }
+    });
+    let failed = failed.into_inner().expect("no thread panics");
+    ensure!(failed.is_empty(), "{} of {} services:\n{}", failed.len(), tried.len(), failed.join("\n\n"));
+    Ok(())
+}
+
+/// A container of a pod is adopted, and the pod's other containers find it where it was.
+pub fn in_a_pod(host: &Host, manager: Manager) -> Result<()> {
+    manager.import_machine(host)?;
+    let files = folder(host, manager, "podded")?;
+    host.write(&format!("{files}/whom.py"), include_str!("../../services/whom/whom.py"))?;
+    manager.quadlet(host, "berth.pod", "[Pod]\nNetwork=none\n")?;
+    let lines = format!(
+        "{}\nVolume={files}:/services:ro\nExec=/usr/bin/python3 /services/whom.py 80\nStopSignal=SIGKILL",
+        programs()
+    );
+    let whom = Plan { network: "Pod=berth.pod", ..Plan::new(&lines, "", "") };
+    let other = Plan { network: "Pod=berth.pod", ..Plan::busybox("exec sleep 1000", "") };
+    other.write_quadlet(host, manager, "beside")?;
+    // The pod of a quadlet starts all its containers.
+    let options = ["--adopt", "--internal-port", "80"];
+    let site = Site::activated(host, manager, "podded", &whom, &options)?;
+    let seen = || -> Result<()> {
+        let answer = http(&site)?;
+        ensure!(answer.ends_with(CLIENT), "{answer}");
+        let page = ["podman", "exec", "systemd-beside", "wget", "-q", "-O-", "http://127.0.0.1:80/"];
+        let answer = manager.run(host, &page)?;
+        ensure!(answer == "127.0.0.1", "{answer}");
+        Ok(())
+    };
+    let both_times = || -> Result<()> {
+        seen()?;
+        manager.run(host, &["bro", "sleep", "podded"])?;
+        site.await_container_gone()?;
+        seen()?;
+        expect_adopted(&site)
+    };
+    let said = both_times().with_context(|| site.journals());
+    manager.systemctl(host, &["stop", "berth-pod.service"])?;
+    said
+}
+
+/// systemd is executed anew, forwarders are reloaded, and bro itself is replaced: no client of an adopted service notices.
+pub fn upgraded(host: &Host) -> Result<()> {
+    let managers = [Manager::System, Manager::User("test")];
+    let mut sites = Vec::new();
+    for manager in managers {
+        let site = Site::activated(host, manager, "upgraded", &nginx(host, manager)?, &["--adopt"])?;
+        expect_seen(&site)?;
+        sites.push(site);
+    }
+    let change = || -> Result<()> {
+        for site in &sites {
+            let mut mains = vec![site.forwarder_show("MainPID")?];
+            let mut await_next = || {
+                let mut main = String::new();
+                host.wait_until("the next forwarder", PATIENCE, || {
+                    main = site.forwarder_show("MainPID")?;
+                    let active = site.forwarder_show("ActiveState")? == "active";
+                    Ok(active && main != "0" && !mains.contains(&main))
+                })?;
+                mains.push(main);
+                anyhow::Ok(())
+            };
+            site.manager.systemctl(host, &["daemon-reexec"])?;
+            expect_seen(site)?;
+            site.manager.systemctl(host, &["reload", &site.forwarder()])?;
+            await_next()?;
+            expect_seen(site)?;
+            host.sh("cp /usr/local/bin/bro /usr/local/bin/bro.next; mv /usr/local/bin/bro.next /usr/local/bin/bro")?;
+            let scope: &[&str] = if site.manager == Manager::System { &[] } else { &["--user"] };
+            site.manager.run(host, &[&["bro", "after-upgrade"], scope].concat())?;
+            await_next()?;
+            expect_seen(site)?;
+        }
+        Ok(())
+    };
+    let held: Vec<TcpStream> = sites.iter().map(Site::client).collect::<Result<_>>()?;
+    // Each under load while both are changed.
+    let (system, user) = (&sites[0], &sites[1]);
+    let mut of_user = (0, Vec::new());
+    let (answered, failures) = under_load(system, || {
+        of_user = under_load(user, change)?;
+        Ok(())
+    })?;
+    for (site, (answered, failures)) in sites.iter().zip([(answered, failures), of_user]) {
+        let well = answered > 10 && failures.is_empty();
+        ensure!(well, "{answered} answered, and {failures:?}\n{}", site.journals());
+        expect_adopted_once(site)?;
+    }
+    for client in held {
+        let answer = ask(client, b"GET / HTTP/1.0\r\n\r\n")?;
+        ensure!(answer.ends_with(b"127.0.0.1"), "the held client got {answer:?}");
+    }
+    Ok(())
+}

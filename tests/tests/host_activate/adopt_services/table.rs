@@ -1,0 +1,517 @@
+//! The services: how each is run and asked, and what is done to it.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+
+use anyhow::{Context as _, Result, ensure};
+use bro_tests::host::Manager;
+use bro_tests::host::site::{PATIENCE, Site, ask};
+use bro_tests::process::eventually;
+use bro_tests::tier::Need;
+
+use super::CLIENT;
+
+/// What services run, by the name that it has in their containers below /services.
+pub(super) const FILES: &[(&str, &str)] = &[
+    ("Whom.java", include_str!("../../../services/whom/Whom.java")),
+    ("apache.conf", include_str!("../../../services/whom/apache.conf")),
+    ("haproxy.cfg", include_str!("../../../services/whom/haproxy.cfg")),
+    ("nginx.conf", include_str!("../../../services/whom/nginx.conf")),
+    ("prometheus.yml", include_str!("../../../services/whom/prometheus.yml")),
+    ("whom.js", include_str!("../../../services/whom/whom.js")),
+    ("whom.sql", "create user if not exists whom;\n"),
+    ("whom.py", include_str!("../../../services/whom/whom.py")),
+];
+
+/// Where a service listens inside.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Inside {
+    Port(u16),
+    /// At the very port that its clients come to, `{port}` in its lines.
+    Same,
+}
+
+/// Where its clients come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outside {
+    V4,
+    /// The same of IPv6 and IPv4.
+    Dual,
+    /// And a unix socket, for this one of the service's.
+    Unix(&'static str),
+}
+
+/// Whose containers it is tried in: what a runtime does with its sockets is the same in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Managers {
+    Both,
+    Users,
+}
+
+/// A service as it is, in a container.
+pub(super) struct Service {
+    /// The host masks the services that it has itself.
+    pub(super) name: &'static str,
+    pub(super) needs: &'static [Need],
+    managers: Managers,
+    /// `[Container]` lines.
+    pub(super) lines: &'static str,
+    pub(super) inside: Inside,
+    pub(super) outside: Outside,
+    /// Asks it as a client does; what it says, in its answer or its log, of where the client comes from.
+    pub(super) ask: fn(&Site<'_>) -> Result<String>,
+    /// What is done to it while it is awake.
+    pub(super) awake: fn(&Site<'_>) -> Result<()>,
+}
+
+pub(super) const SERVICES: &[Service] = &[
+    Service {
+        name: "whom-java-httpserver",
+        needs: &[
+            Need::Program("java", "default-jdk-headless"),
+            Need::Program("javac", "default-jdk-headless"),
+        ],
+        managers: Managers::Users,
+        lines: "Exec=/usr/bin/java -XX:TieredStopAtLevel=1 -cp /services Whom httpserver 80",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: nothing,
+    },
+    Service {
+        name: "whom-java-nio",
+        needs: &[
+            Need::Program("java", "default-jdk-headless"),
+            Need::Program("javac", "default-jdk-headless"),
+        ],
+        managers: Managers::Users,
+        lines: "Exec=/usr/bin/java -XX:TieredStopAtLevel=1 -cp /services Whom nio 80",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: nothing,
+    },
+    Service {
+        name: "whom-mariadb",
+        needs: &[
+            Need::Program("mariadbd", "mariadb-server-core"),
+            Need::Program("mariadb-install-db", "mariadb-server-core"),
+            Need::Program("mariadb", "mariadb-client-core"),
+        ],
+        managers: Managers::Both,
+        lines: "User=daemon\nVolume={name}:/data:U\nExec=sh -c \"test -d /data/mysql || \
+                mariadb-install-db --no-defaults --datadir=/data --skip-test-db >/dev/null; \
+                exec mariadbd --no-defaults --datadir=/data --socket=/tmp/s --pid-file=/tmp/p --skip-name-resolve \
+                --init-file=/services/whom.sql\"",
+        inside: Inside::Port(3306),
+        outside: Outside::V4,
+        ask: mariadb,
+        awake: nothing,
+    },
+    Service {
+        name: "whom-postgresql",
+        needs: &[
+            Need::Program("initdb", "postgresql"),
+            Need::Program("psql", "postgresql-client"),
+            Need::Program("pgbench", "postgresql"),
+        ],
+        managers: Managers::Both,
+        lines: "User=postgres\nVolume={name}:/data:U\nExec=sh -c \"cd /usr/lib/postgresql/*/bin; test -s /data/pg/PG_VERSION || \
+                { ./initdb --pgdata /data/pg --auth trust --no-sync >/dev/null; echo host all all all trust >>/data/pg/pg_hba.conf; }; \
+                exec ./postgres -D /data/pg -c unix_socket_directories=/tmp -c listen_addresses=0.0.0.0\"",
+        inside: Inside::Port(5432),
+        outside: Outside::Unix("/tmp/.s.PGSQL.5432"),
+        ask: postgresql,
+        awake: |site| {
+            pgbench(site)?;
+            by_other_ways(site)
+        },
+    },
+    Service {
+        name: "whom-nginx",
+        needs: &[
+            Need::Program("nginx", "nginx-light"),
+            Need::Program("wrk", "wrk"),
+            Need::Program("pgrep", "procps"),
+        ],
+        managers: Managers::Both,
+        lines: "Exec=nginx -c /services/nginx.conf -g \"daemon off;\"\nStopSignal=SIGQUIT",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: |site| {
+            wrk(site)?;
+            renewed(site, "HUP")
+        },
+    },
+    Service {
+        name: "whom-nginx-upgrade",
+        needs: &[Need::Program("nginx", "nginx-light")],
+        managers: Managers::Both,
+        lines: "Exec=sh -c \"/usr/sbin/nginx -c /services/nginx.conf; trap 'kill -QUIT $$(cat /tmp/nginx.pid); exit 0' TERM; \
+                sleep infinity & wait\"",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: nginx_upgrade,
+    },
+    Service {
+        name: "whom-haproxy",
+        needs: &[Need::Program("haproxy", "haproxy"), Need::Program("pgrep", "procps")],
+        managers: Managers::Both,
+        lines: "Exec=haproxy -W -db -f /services/haproxy.cfg\nStopSignal=SIGUSR1",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: |site| renewed(site, "USR2"),
+    },
+    Service {
+        name: "whom-apache",
+        needs: &[Need::Program("apache2", "apache2-bin"), Need::Program("pgrep", "procps")],
+        managers: Managers::Users,
+        lines: "Exec=apache2 -DFOREGROUND -f /services/apache.conf\nStopSignal=SIGWINCH",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: |site| renewed(site, "USR1"),
+    },
+    Service {
+        name: "whom-gunicorn",
+        needs: &[Need::Program("gunicorn", "gunicorn"), Need::Program("pgrep", "procps")],
+        managers: Managers::Users,
+        lines: "Exec=/usr/bin/python3 -m gunicorn --chdir /services -w 3 -b 0.0.0.0:80 whom",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: |site| renewed(site, "HUP"),
+    },
+    Service {
+        name: "whom-uvicorn",
+        needs: &[Need::Program("uvicorn", "uvicorn")],
+        managers: Managers::Users,
+        lines: "Exec=/usr/bin/python3 -m uvicorn --app-dir /services --host 0.0.0.0 --port 80 --workers 2 whom:asgi",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: nothing,
+    },
+    Service {
+        name: "whom-asyncio",
+        needs: &[Need::Program("python3", "python3")],
+        managers: Managers::Both,
+        lines: "Exec=sh -c \"trap 'exit 0' TERM; while :; do /usr/bin/python3 /services/whom.py 80 & wait; done\"",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: supervised,
+    },
+    Service {
+        name: "whom-node",
+        needs: &[Need::Program("node", "nodejs")],
+        managers: Managers::Users,
+        lines: "Exec=/usr/bin/node /services/whom.js 80\nStopSignal=SIGKILL",
+        inside: Inside::Port(80),
+        outside: Outside::Dual,
+        ask: http,
+        awake: |site| {
+            let answer = ask(
+                site.host.connect_to(format!("[::1]:{}", site.port).parse()?)?,
+                b"GET / HTTP/1.0\r\n\r\n",
+            )?;
+            ensure!(answer.ends_with(b"::1\n"), "{}", String::from_utf8_lossy(&answer));
+            Ok(())
+        },
+    },
+    Service {
+        name: "whom-node-cluster",
+        needs: &[Need::Program("node", "nodejs")],
+        managers: Managers::Users,
+        lines: "Exec=/usr/bin/node /services/whom.js {port} 2\nStopSignal=SIGKILL",
+        inside: Inside::Same,
+        outside: Outside::V4,
+        ask: http,
+        awake: nothing,
+    },
+    Service {
+        name: "whom-prometheus",
+        needs: &[Need::Program("prometheus", "prometheus")],
+        managers: Managers::Users,
+        lines: "Volume={files}/log:/log\nExec=prometheus --config.file=/services/prometheus.yml --storage.tsdb.path=/tmp/data",
+        inside: Inside::Port(9090),
+        outside: Outside::V4,
+        ask: prometheus,
+        awake: |site| signal(site, "HUP"),
+    },
+    Service {
+        name: "whom-sshd",
+        needs: &[Need::Program("sshd", "openssh-server"), Need::Program("ssh", "openssh-client")],
+        managers: Managers::Both,
+        lines: "Exec=sh -c \"mkdir -p /run/sshd; echo root:*::::::: >/etc/shadow; \
+                ssh-keygen -q -t ed25519 -N '' -f /tmp/host; \
+                exec /usr/sbin/sshd -D -e -o HostKey=/tmp/host -o StrictModes=no -o AuthorizedKeysFile=/services/key.pub -o PidFile=/tmp/sshd.pid -f /dev/null\"",
+        inside: Inside::Port(22),
+        outside: Outside::V4,
+        ask: ssh,
+        awake: |site| signal(site, "HUP"),
+    },
+    Service {
+        name: "whom-memcached",
+        needs: &[Need::Program("memcached", "memcached")],
+        managers: Managers::Users,
+        lines: "Exec=memcached -u root -l 0.0.0.0 -U 0",
+        inside: Inside::Port(11211),
+        outside: Outside::V4,
+        ask: |site| talk(site, b"stats conns\r\n", "END\r\n"),
+        awake: nothing,
+    },
+    Service {
+        name: "whom-redis",
+        needs: &[
+            Need::Program("redis-server", "redis-server"),
+            Need::Program("redis-benchmark", "redis-tools"),
+        ],
+        managers: Managers::Users,
+        lines: "Exec=redis-server --protected-mode no --save \"\" --dir /tmp",
+        inside: Inside::Port(6379),
+        outside: Outside::V4,
+        ask: |site| talk(site, b"CLIENT LIST\r\nQUIT\r\n", "+OK\r\n"),
+        awake: redis_benchmark,
+    },
+    Service {
+        name: "whom-mosquitto",
+        needs: &[Need::Program("mosquitto", "mosquitto")],
+        managers: Managers::Users,
+        lines: "Volume={files}/log:/log\nExec=sh -c \"printf 'listener 1883\\nallow_anonymous true\\nuser root\\nlog_dest file /log/mosquitto\\n' >/tmp/c; exec mosquitto -c /tmp/c\"",
+        inside: Inside::Port(1883),
+        outside: Outside::V4,
+        ask: mosquitto,
+        awake: |site| signal(site, "HUP"),
+    },
+    Service {
+        name: "whom-dnsmasq",
+        needs: &[Need::Program("dnsmasq", "dnsmasq-base")],
+        managers: Managers::Users,
+        lines: "Exec=dnsmasq -k -u root -C /dev/null --no-resolv --no-hosts --bind-interfaces --pid-file=/tmp/p \
+                --address=/whom.test/192.0.2.9 --log-facility=- --log-queries=extra",
+        inside: Inside::Port(53),
+        outside: Outside::V4,
+        ask: dnsmasq,
+        awake: nothing,
+    },
+];
+
+impl Service {
+    pub(super) fn is_for(&self, manager: Manager) -> bool {
+        self.managers == Managers::Both || manager != Manager::System
+    }
+}
+
+/// A connected client that comes from [`CLIENT`].
+fn connect(site: &Site<'_>) -> Result<TcpStream> {
+    site.host.connect_to(format!("{CLIENT}:{}", site.port).parse()?)
+}
+
+/// Says `question`; what comes back, up to `end` or the end.
+pub(super) fn talk(site: &Site<'_>, question: &[u8], end: &str) -> Result<String> {
+    let mut client = connect(site)?;
+    client.write_all(question)?;
+    let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
+    loop {
+        let text = String::from_utf8_lossy(&answer);
+        if !end.is_empty() && text.ends_with(end) {
+            return Ok(text.into_owned());
+        }
+        match client.read(&mut piece).with_context(|| format!("after {text:?}"))? {
+            0 => return Ok(text.into_owned()),
+            length => answer.extend_from_slice(&piece[..length]),
+        }
+    }
+}
+
+pub(super) fn http(site: &Site<'_>) -> Result<String> {
+    talk(site, b"GET / HTTP/1.0\r\nHost: whom\r\n\r\n", "")
+}
+
+/// A line that it has logged, with the client's address.
+fn logged(read: impl Fn() -> String, what: &str) -> Result<String> {
+    let mut found = String::new();
+    let there = eventually(PATIENCE, || {
+        let log = read();
+        let line = log.lines().rev().find(|line| line.contains(what) && line.contains(CLIENT));
+        line.unwrap_or_default().clone_into(&mut found);
+        !found.is_empty()
+    });
+    ensure!(there, "no line with {what} and {CLIENT} in its log: {}", read());
+    Ok(found)
+}
+
+/// What it has written into a file of the folder that it has for that.
+fn log_file(site: &Site<'_>, name: &str) -> String {
+    let path = site.host.path(&format!("{}/log/{name}", services(site.manager)));
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+fn mariadb(site: &Site<'_>) -> Result<String> {
+    let port = site.port.to_string();
+    let query = "--execute=select user()";
+    site.host.client_program(&["mariadb", "--no-defaults", "-h", CLIENT, "-P", &port, "-u", "whom", query])
+}
+
+fn postgresql(site: &Site<'_>) -> Result<String> {
+    let port = site.port.to_string();
+    let query = "select inet_client_addr()";
+    let psql = ["psql", "--no-psqlrc", "-At", "-h", CLIENT, "-p", &port, "-U", "postgres", "-c", query];
+    // It listens before it is ready, and says so.
+    let mut said = site.host.client_program(&psql);
+    let starts = |said: &Result<String>| {
+        said.as_ref().is_err_and(|error| format!("{error:#}").contains("is starting up"))
+    };
+    ensure!(
+        eventually(PATIENCE, || {
+            if starts(&said) {
+                said = site.host.client_program(&psql);
+            }
+            !starts(&said)
+        }),
+        "{said:?}"
+    );
+    said
+}
+
+/// The client is in a query's log line, but the log is of queries alone.
+fn prometheus(site: &Site<'_>) -> Result<String> {
+    let ask = || talk(site, b"GET /api/v1/query?query=1 HTTP/1.0\r\n\r\n", "");
+    // It listens before it is ready, and says so.
+    ensure!(eventually(PATIENCE, || ask().is_ok_and(|answer| answer.contains(" 200 OK"))), "{:?}", ask());
+    logged(|| log_file(site, "queries"), "clientIP")
+}
+
+fn ssh(site: &Site<'_>) -> Result<String> {
+    let key = site.host.path(&format!("{}/key", services(site.manager)));
+    let (port, key) = (site.port.to_string(), key.display().to_string());
+    let options = ["-F", "none", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"];
+    let login = ["-o", "BatchMode=yes", "-i", &key, "-p", &port, "-l", "root", CLIENT, "echo $SSH_CLIENT"];
+    site.host.client_program(&[&["ssh"], &options[..], &login[..]].concat())
+}
+
+fn mosquitto(site: &Site<'_>) -> Result<String> {
+    // CONNECT of MQTT 3.1.1 without a name; its answer is CONNACK.
+    let answer = talk(site, b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x3c\x00\x00", "\0\0")?;
+    ensure!(answer == " \u{2}\0\0", "{answer:?}");
+    logged(|| log_file(site, "mosquitto"), "New connection from")
+}
+
+fn dnsmasq(site: &Site<'_>) -> Result<String> {
+    let question =
+        b"\x00\x1b\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04whom\x04test\x00\x00\x01\x00\x01";
+    let mut client = connect(site)?;
+    client.write_all(question)?;
+    let mut answer = [0; 45];
+    client.read_exact(&mut answer).context("no answer to a question over TCP")?;
+    ensure!(answer.ends_with(&[192, 0, 2, 9]), "{answer:?}");
+    logged(|| site.manager.journal(site.host, &site.unit()).unwrap_or_default(), "query[A]")
+}
+
+fn nothing(_: &Site<'_>) -> Result<()> {
+    Ok(())
+}
+
+/// To its first process.
+fn signal(site: &Site<'_>, name: &str) -> Result<()> {
+    site.manager.run(site.host, &["podman", "kill", "--signal", name, &format!("systemd-{}", site.name)])?;
+    Ok(())
+}
+
+/// The same, and those that were its children then have made room for others.
+fn renewed(site: &Site<'_>, name: &str) -> Result<()> {
+    let script = format!(
+        "old=$(pgrep -P 1); kill -{name} 1; for pid in $old; do while kill -0 $pid; do sleep 0.05; done; done 2>/dev/null"
+    );
+    inside(site, &script)?;
+    Ok(())
+}
+
+fn inside(site: &Site<'_>, script: &str) -> Result<String> {
+    let name = format!("systemd-{}", site.name);
+    site.manager.run(site.host, &["podman", "exec", &name, "sh", "-euc", script])
+}
+
+/// The documentation's own way to put another program into a running nginx.
+fn nginx_upgrade(site: &Site<'_>) -> Result<()> {
+    inside(
+        site,
+        "old=$(cat /tmp/nginx.pid); kill -USR2 $old; until test -s /tmp/nginx.pid.oldbin -a -s /tmp/nginx.pid; do sleep 0.05; done; \
+         kill -QUIT $old; while kill -0 $old 2>/dev/null; do sleep 0.05; done; kill -0 $(cat /tmp/nginx.pid)",
+    )?;
+    Ok(())
+}
+
+/// The process ends and its supervisor starts another one: clients meanwhile wait.
+fn supervised(site: &Site<'_>) -> Result<()> {
+    for _ in 0..3 {
+        let ended = talk(site, b"GET /end HTTP/1.0\r\n\r\n", "");
+        ensure!(ended.as_ref().map_or(true, String::is_empty), "{ended:?}");
+        let answer = http(site)?;
+        ensure!(answer.contains(CLIENT), "{answer}");
+    }
+    Ok(())
+}
+
+fn wrk(site: &Site<'_>) -> Result<()> {
+    let url = format!("http://{CLIENT}:{}/", site.port);
+    let report = site.host.client_program(&["wrk", "-t", "1", "-c", "16", "-d", "1s", &url])?;
+    ensure!(!report.contains("Socket errors") && !report.contains("Non-2xx"), "{report}");
+    Ok(())
+}
+
+fn redis_benchmark(site: &Site<'_>) -> Result<()> {
+    let port = site.port.to_string();
+    let args = ["redis-benchmark", "-h", CLIENT, "-p", &port, "-q", "-n", "5000", "-P", "8", "-t", "set,get"];
+    let report = site.host.client_program(&args)?;
+    ensure!(!report.contains("rror"), "{report}");
+    Ok(())
+}
+
+fn pgbench(site: &Site<'_>) -> Result<()> {
+    let port = site.port.to_string();
+    let bench = |args: &[&str]| {
+        let whom = ["pgbench", "-h", CLIENT, "-p", &port, "-U", "postgres"];
+        site.host.client_program(&[&whom, args, &["postgres"]].concat())
+    };
+    bench(&["--initialize", "--scale", "1", "--quiet"])?;
+    for how in [
+        &["--client", "4", "--transactions", "100"][..],
+        &["--connect", "--select-only", "--transactions", "50"],
+    ] {
+        let report = bench(how)?;
+        ensure!(report.contains("number of failed transactions: 0 "), "{report}");
+    }
+    Ok(())
+}
+
+/// Over the unix socket, which is adopted too, and from inside, where both are where they were.
+fn by_other_ways(site: &Site<'_>) -> Result<()> {
+    let query = "select inet_client_addr()";
+    let folder = site.host.path(&format!("{}/log", services(site.manager))).display().to_string();
+    let unix = ["psql", "--no-psqlrc", "-At", "-h", &folder, "-U", "postgres", "-c", query];
+    ensure!(site.host.client_program(&unix)?.is_empty(), "it sees another client than one of a unix socket");
+    for (host, address) in [("/tmp", ""), ("127.0.0.1", "127.0.0.1")] {
+        let seen =
+            inside(site, &format!("/usr/bin/psql --no-psqlrc -At -h {host} -U postgres -c '{query}'"))?;
+        ensure!(seen.starts_with(address) && seen.is_empty() == address.is_empty(), "by {host}: {seen}");
+    }
+    let said = site.journal();
+    ensure!(
+        said.contains("accepts the clients of this socket itself socket=unix"),
+        "the unix socket is not adopted: {said}"
+    );
+    Ok(())
+}
+
+/// The folder with [`FILES`].
+pub(super) fn services(manager: Manager) -> String {
+    match manager {
+        Manager::System => "/srv/whom".into(),
+        Manager::User(user) => format!("/home/{user}/whom"),
+    }
+}
