@@ -34,8 +34,8 @@ pub(crate) struct Exposed {
     replaced: u64,
     /// The present state, by socket.
     now: Vec<(String, Tally)>,
-    /// The sockets that the service has itself, and how many clients each has.
-    adopted: Vec<(String, u64)>,
+    /// How many sockets of a name the service has itself, and how many clients those have.
+    adopted: Vec<(String, u64, u64)>,
     counts: Counts,
 }
 
@@ -48,11 +48,15 @@ impl Exposed {
                 None => now.push((listener.name.clone(), listener.tally.clone())),
             }
         }
-        let listeners = service.forwarders.iter().flat_map(|report| &report.listeners);
-        let adopted = listeners.filter_map(|listener| match listener.adoption {
-            Some(AdoptionReport::Adopted { connections, .. }) => Some((listener.name.clone(), connections)),
-            _ => None,
-        });
+        let mut adopted: Vec<(String, u64, u64)> = Vec::new();
+        for listener in service.forwarders.iter().flat_map(|report| &report.listeners) {
+            let Some(AdoptionReport::Adopted { connections, .. }) = listener.adoption else { continue };
+            // The ports of a range have one name.
+            match adopted.iter_mut().find(|(name, ..)| *name == listener.name) {
+                Some((_, sockets, clients)) => (*sockets, *clients) = (*sockets + 1, *clients + connections),
+                None => adopted.push((listener.name.clone(), 1, connections)),
+            }
+        }
         let told: u64 = now.iter().map(|(_, tally)| tally.guests()).sum();
         // The same name as a forwarder of it gives itself, and none with a process' number in it.
         let own = || service.forwarders.iter().find_map(|report| report.service.as_deref());
@@ -70,7 +74,7 @@ impl Exposed {
             waiting: service.waiting.as_ref().map_or(0, |waiting| waiting.clients),
             forwarders: forwarders.collect(),
             replaced: service.connections.saturating_sub(told),
-            adopted: adopted.collect(),
+            adopted,
             now,
             counts: service.counts.clone(),
         }
@@ -406,7 +410,7 @@ const FAMILIES: [MetricFamily; 31] = [
         unit: None,
         kind: MetricType::Gauge,
         help: "Sockets at which the service accepts its clients itself now (--adopt)",
-        samples: |exposed, take| take(&[], exposed.adopted.len() as u64),
+        samples: |exposed, take| take(&[], exposed.adopted.iter().map(|(_, sockets, _)| sockets).sum()),
     },
     MetricFamily {
         name: "bro_adopted_connections",
@@ -414,7 +418,7 @@ const FAMILIES: [MetricFamily; 31] = [
         kind: MetricType::Gauge,
         help: "Clients of such a socket at the last look, those that wait to be accepted included",
         samples: |exposed, take| {
-            exposed.adopted.iter().try_for_each(|(name, clients)| take(&[("listener", name)], *clients))
+            exposed.adopted.iter().try_for_each(|(name, _, clients)| take(&[("listener", name)], *clients))
         },
     },
     MetricFamily {
@@ -570,7 +574,7 @@ mod tests {
             now: vec![("http".into(), tally.clone())],
             counts: Counts { idle_stops: 5, ..Counts::default() }.with([("http", &tally)]),
             failed_wake: Some(8),
-            adopted: vec![("http".into(), 14)],
+            adopted: vec![("http".into(), 2, 14)],
             ..Exposed::of(&service)
         }
     }
@@ -599,7 +603,7 @@ mod tests {
             r#"bro_cold_start_duration_seconds_sum{service="web",listener="http"} 0.3"#,
             r#"bro_forwarder_info{service="web",version="0.1",relay="splice"} 1"#,
             r#"bro_waiting_clients{service="web"} 2"#,
-            r#"bro_adopted_listeners{service="web"} 1"#,
+            r#"bro_adopted_listeners{service="web"} 2"#,
             r#"bro_adopted_connections{service="web",listener="http"} 14"#,
             r#"bro_adoption_fallbacks_total{service="web",reason="family"} 0"#,
         ] {

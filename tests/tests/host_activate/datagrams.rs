@@ -122,16 +122,8 @@ while True:
 
 /// Each port of a range leads to its own, and a datagram at any of them wakes the service.
 pub fn range(host: &Host, manager: Manager) -> Result<()> {
-    let (script, first) = match manager {
-        Manager::System => ("/srv/which.py", 21_000),
-        Manager::User(_) => ("/srv/which-of-a-user.py", 22_000),
-    };
-    host.write(script, WHICH)?;
-    let container = format!(
-        "Rootfs={}:O\nVolume={script}:/srv/which.py:ro\nStopSignal=SIGKILL\nExec=/usr/bin/python3 /srv/which.py",
-        manager.image()
-    );
-    Plan::new(&container, "", "").write_quadlet(host, manager, "ranged")?;
+    let first = if manager == Manager::System { 21_000 } else { 22_000 };
+    scripted(host, manager, "ranged", WHICH)?;
     let ports = format!("{first}-{}/udp", first + 2);
     let activated = activate(
         host,
@@ -151,6 +143,72 @@ pub fn range(host: &Host, manager: Manager) -> Result<()> {
     let removed = activate(host, manager, "ranged --remove")?;
     ensure!(removed.success(), "{removed:?}");
     ranged.await_container_gone()
+}
+
+/// Takes what systemd passes: a socket for datagrams.
+const PASSED: &str = r"import socket
+s=socket.socket(fileno=3)
+while True:
+    data,client=s.recvfrom(2048); s.sendto(b'passed '+data,client)
+";
+
+/// Keeps messages apart.
+const MESSAGES: &str = r"import os,socket
+s=socket.socket(socket.AF_UNIX,socket.SOCK_SEQPACKET); s.bind('/tmp/in.sock'); os.chmod('/tmp/in.sock',0o666); s.listen()
+while True:
+    c,_=s.accept()
+    while data:=c.recv(2048): c.send(b'%d '%len(data)+data)
+    c.close()
+";
+
+/// A container whose program is a script of Python, which this manager's host file holds.
+fn scripted(host: &Host, manager: Manager, name: &str, script: &str) -> Result<()> {
+    let file = match manager {
+        Manager::System => format!("/srv/{name}.py"),
+        Manager::User(user) => format!("/srv/{name}-of-{user}.py"),
+    };
+    host.write(&file, script)?;
+    let container = format!(
+        "Rootfs={}:O\nVolume={file}:/srv/script.py:ro\nTmpfs=/tmp\nStopSignal=SIGKILL\nExec=/usr/bin/python3 /srv/script.py",
+        manager.image()
+    );
+    Plan::new(&container, "", "").write_quadlet(host, manager, name)
+}
+
+/// The container's program takes a socket for datagrams over; and messages over a unix socket are forwarded as they are.
+pub fn passed_and_messages(host: &Host, manager: Manager) -> Result<()> {
+    scripted(host, manager, "passed", PASSED)?;
+    let port = host.free_port()?;
+    let activated =
+        activate(host, manager, &format!("passed --direct --external-port 127.0.0.1:{port}/udp"))?;
+    ensure!(activated.success() && activated.stderr.contains("can send datagrams from it"), "{activated:?}");
+    let answer = exchange(host, port, b"word").context("the first datagram wakes it, and is kept")?;
+    ensure!(answer == b"passed word", "{answer:?}");
+    let doctor = manager.try_run(host, &["bro", "doctor", "passed"])?;
+    ensure!(doctor.stdout.contains(&format!("has taken 127.0.0.1:{port}/udp over")), "{doctor:?}");
+    let removed = activate(host, manager, "passed --remove")?;
+    ensure!(removed.success(), "{removed:?}");
+
+    scripted(host, manager, "messages", MESSAGES)?;
+    let socket = match manager {
+        Manager::System => "/run/messages.sock".to_owned(),
+        Manager::User(user) => format!("/run/user/{}/messages.sock", host.uid(user)?),
+    };
+    let words = format!("messages --external-port seqpacket:{socket} --internal-port /tmp/in.sock");
+    let activated = activate(host, manager, &words)?;
+    ensure!(activated.success() && activated.stderr.is_empty(), "{activated:?}");
+    let client = format!(
+        "import socket; s=socket.socket(socket.AF_UNIX,socket.SOCK_SEQPACKET); s.settimeout(20); s.connect('{socket}')\n\
+         for data in (b'one',b'two!'): s.send(data)\nprint(s.recv(99),s.recv(99))"
+    );
+    let said = manager.run(host, &["python3", "-c", &client])?;
+    ensure!(said.trim() == "b'3 one' b'4 two!'", "{said}");
+    let doctor = manager.try_run(host, &["bro", "doctor", "messages"])?;
+    ensure!(doctor.stdout.contains("listens at /tmp/in.sock, and lets"), "{doctor:?}");
+    manager.run(host, &["bro", "sleep", "--force", "messages"])?;
+    let removed = activate(host, manager, "messages --remove")?;
+    ensure!(removed.success(), "{removed:?}");
+    Ok(())
 }
 
 /// The port of name servers, for an ordinary user's container.
