@@ -18,17 +18,20 @@ pub enum FallbackKind {
     Damaged,
     /// The kernel refused a step.
     Refused,
+    /// The kernel does not tell of clients that the service would accept itself.
+    Uncountable,
 }
 
 impl FallbackKind {
     /// All of them, with their words.
-    pub const ALL: [(Self, &str); 6] = [
+    pub const ALL: [(Self, &str); 7] = [
         (Self::NoProfile, "no-profile"),
         (Self::NoneFits, "none-fits"),
         (Self::StartTimeout, "start-timeout"),
         (Self::Family, "family"),
         (Self::Damaged, "damaged"),
         (Self::Refused, "refused"),
+        (Self::Uncountable, "uncountable"),
     ];
 }
 

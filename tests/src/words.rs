@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use nix::libc::{self, c_long};
-use seccompiler::{BpfProgram, sock_filter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    sock_filter,
+};
 
 /// The system calls that have arguments of 32 bits, as the kernel or libc declares them: the number, and which arguments.
 #[must_use]
@@ -18,6 +21,22 @@ pub fn calls() -> BTreeMap<&'static str, (c_long, &'static [usize])> {
 /// all ones. New privileges are out of its reach as well, as seccomp(2) wants it.
 pub fn be_strict() -> Result<()> {
     Ok(seccompiler::apply_filter(&filter())?)
+}
+
+/// Takes one protocol of AF_NETLINK from this process and all that come of it, as a kernel does that was built without it.
+pub fn lack_netlink(protocol: u64) -> Result<()> {
+    let is = |argument, value: i32| {
+        let value = u64::from(value.cast_unsigned());
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+    };
+    let rule = SeccompRule::new(vec![is(0, libc::AF_NETLINK)?, is(2, i32::try_from(protocol)?)?])?;
+    let filter = SeccompFilter::new(
+        [(libc::SYS_socket, vec![rule])].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EPROTONOSUPPORT.cast_unsigned()),
+        std::env::consts::ARCH.try_into()?,
+    )?;
+    Ok(seccompiler::apply_filter(&BpfProgram::try_from(filter)?)?)
 }
 
 /// For each group of arguments: whose they are, and then the check.

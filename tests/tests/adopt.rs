@@ -470,6 +470,36 @@ fn redis_answers_and_restarts() -> Result<()> {
     Ok(())
 }
 
+/// Its clients of before are served, and the next one would wait for ever.
+#[test]
+fn redis_that_goes_to_another_port_has_given_the_listener_up() -> Result<()> {
+    if !needs(&[Need::Program("redis-server", "redis-server")]) {
+        return Ok(());
+    }
+    let (host, adoption) = v4()?;
+    let agent = adoption.agent(None)?;
+    let redis = [&program("redis-server")?, "--port", "8080", "--bind", "127.0.0.1", "--save", ""];
+    let mut first = client(&host)?;
+    let _service = adoption.container(&redis)?;
+    agent.says("Adopted")?;
+    let mut tell = |command: &str| -> Result<()> {
+        first.write_all(command.as_bytes())?;
+        let mut said = [0; 5];
+        first.read_exact(&mut said)?;
+        ensure!(&said == b"+OK\r\n", "{command}: {}", String::from_utf8_lossy(&said));
+        Ok(())
+    };
+    tell("CONFIG SET port 8081\r\n")?;
+    let mut waiting = client(&host)?;
+    agent.says("Closed { listener: 0 }")?;
+    // The address inside is free again.
+    tell("CONFIG SET port 8080\r\n")?;
+    agent.says("Adopted { listener: 0, options_refused: 0, inside: None }")?;
+    waiting.write_all(b"QUIT\r\n")?;
+    ensure!(told(waiting)? == "+OK\r\n");
+    Ok(())
+}
+
 #[test]
 fn nginx_reloads_under_its_clients() -> Result<()> {
     if !needs(&[Need::Program("nginx", "nginx")]) {

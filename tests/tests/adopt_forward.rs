@@ -3,9 +3,9 @@
 //!
 //! Needs: a network namespace. Takes: seconds.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -73,6 +73,13 @@ fn expect_relayed(client: TcpStream) -> Result<()> {
     let own = client.local_addr()?.to_string();
     let said = told(client)?;
     ensure!(!said.is_empty() && said != own, "the client {own} was told {said:?}");
+    Ok(())
+}
+
+fn expect_reset(mut client: TcpStream) -> Result<()> {
+    let ended = client.read(&mut [0]);
+    let is_reset = ended.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset);
+    ensure!(is_reset, "not reset: {ended:?}");
     Ok(())
 }
 
@@ -349,6 +356,108 @@ fn clients_that_come_and_go_between_two_looks_keep_a_service_awake() -> Result<(
     }
     says(&forwarder, "the idle time is over")?;
     Ok(())
+}
+
+/// Without adoption they would be refused.
+#[test]
+fn clients_of_a_service_that_has_closed_its_listener_are_reset_until_it_listens_again() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&[])?;
+    let early = stage.client()?;
+    let mut service = stage.service(Profile::Notifies, &["closes", INSIDE])?;
+    service.says("ready")?;
+    eventually(&forwarder, is_adopted)?;
+    let mut input = service.input.take().context("an input")?;
+    let mut tell = |reader: &Program, answer: &str| -> Result<()> {
+        input.write_all(b"now\n")?;
+        reader.says(answer).map(drop)
+    };
+    // It is slow to accept, and is not taken for one that has closed it.
+    let slow = process::eventually(Duration::from_millis(2200), || {
+        forwarder.report().is_ok_and(|report| first(&report) == Some(&AdoptionReport::Closed))
+    });
+    ensure!(!slow, "a service that has a listener and does not accept is taken for one that has closed it");
+    tell(&service, "closed")?;
+    expect_greeted(early)?;
+    expect_reset(stage.client()?)?;
+    eventually(&forwarder, |report| *report == AdoptionReport::Closed)?;
+    // At once, by now.
+    for _ in 0..3 {
+        expect_reset(stage.client()?)?;
+    }
+    tell(&service, "ready")?;
+    eventually(&forwarder, is_adopted)?;
+    let client = stage.client()?;
+    tell(&service, "closed")?;
+    expect_greeted(client)?;
+    ensure!(forwarder.report()?.total.accepted == 0, "the relay has accepted");
+    forwarder.stop().map(drop)
+}
+
+/// And where it ends meanwhile, the next client wakes it.
+#[test]
+fn a_service_that_has_closed_its_listener_and_ends_is_woken_again() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&[])?;
+    let early = stage.client()?;
+    let mut service = stage.service(Profile::Notifies, &["closes", INSIDE])?;
+    service.says("ready")?;
+    eventually(&forwarder, is_adopted)?;
+    service.input.as_mut().context("an input")?.write_all(b"now\n")?;
+    service.says("closed")?;
+    expect_greeted(early)?;
+    expect_reset(stage.client()?)?;
+    end(service)?;
+    eventually(&forwarder, is_waiting)?;
+    let client = stage.client()?;
+    let _next = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_greeted(client)?;
+    forwarder.stop().map(drop)
+}
+
+/// Before its first client is touched. Who listens it is not told either, and finds out by connecting.
+#[test]
+fn without_the_kernels_tables_it_is_relayed() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let setup = stage.setup()?.launch(format!("netlink-without={}", nix::libc::NETLINK_SOCK_DIAG));
+    let forwarder = setup.arg("--exit-idle-time=1s").start()?;
+    eventually(&forwarder, is_relayed(FallbackKind::Uncountable))?;
+    let early = stage.client()?;
+    let service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_relayed(early)?;
+    expect_relayed(stage.client()?)?;
+    says(&forwarder, "this kernel does not say who listens")?;
+    // With its container the reason does not go.
+    end(service)?;
+    eventually(&forwarder, is_relayed(FallbackKind::Uncountable))?;
+    says(&forwarder, "exiting").map(drop)
+}
+
+/// Here is no systemd that could start its socket unit anew; with one that is tried on a host.
+#[test]
+fn a_damaged_listener_is_said_with_why_it_stays_so() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&[])?;
+    let early = stage.client()?;
+    let service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_greeted(early)?;
+    eventually(&forwarder, is_adopted)?;
+    nix::sys::socket::shutdown(stage.host.as_raw_fd(), nix::sys::socket::Shutdown::Both)?;
+    end(service)?;
+    let is_said = |report: &AdoptionReport| match report {
+        AdoptionReport::Broken { why } => {
+            why.contains("it does not listen any more, and its socket unit cannot")
+        }
+        _ => false,
+    };
+    eventually(&forwarder, is_said)?;
+    says(&forwarder, "nothing can be accepted at the socket")?;
+    says(&forwarder, "the damaged socket cannot be started anew from here")?;
+    forwarder.stop().map(drop)
 }
 
 #[test]

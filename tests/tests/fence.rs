@@ -16,6 +16,7 @@ use bro_tests::netns::Namespace;
 use bro_tests::peers::{Family, PATIENCE, Place as _};
 use bro_tests::process::eventually;
 use bro_tests::tier::{Need, met};
+use bro_user::commands::doctor::fence::listens_within;
 
 const NEEDS: [Need; 3] = [Need::Root, Need::Bpf, Need::Program("python3", "python3")];
 
@@ -320,6 +321,36 @@ fn the_external_port_is_the_internal_one_to_the_service() -> Result<()> {
         let (_client, (served, _)) = (TcpStream::connect(to)?, listener.accept()?);
         let said = intruder(&container, served.into(), "name", free)?;
         ensure!(said == "name 80", "{address}: {said}");
+    }
+    Ok(())
+}
+
+/// A systemd that makes the listener itself, in its own control group, as it does without a BPF firewall.
+#[test]
+fn a_fence_around_nothing_is_told_from_one_around_the_listener() -> Result<()> {
+    if !met("a_fence_around_nothing_is_told_from_one_around_the_listener", &NEEDS) {
+        return Ok(());
+    }
+    let container = Namespace::new()?;
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let secret = secret(address)?;
+        let unit = Unit::new()?;
+        let within = unit.listen(address, Some(&[]))?;
+        let elsewhere = TcpListener::bind(address)?;
+        for (listener, stands, expected) in [
+            (&within, true, "dissolve done, connect EPERM"),
+            (&elsewhere, false, "dissolve done, connect done"),
+        ] {
+            let at = listener.local_addr()?;
+            let said = listens_within((Some(at.ip()), at.port()), &unit.group);
+            ensure!(said == Some(stands), "{at}: {said:?}");
+            ensure!(listens_within((None, at.port()), &unit.group) == Some(stands), "{at} by its port");
+            let (_client, served) = accepted(listener)?;
+            let said = intruder(&container, served.into(), "dissolve,connect", secret)?;
+            ensure!(said == expected, "{at}: {said}");
+        }
+        let free = TcpListener::bind(address)?.local_addr()?;
+        ensure!(listens_within((Some(free.ip()), free.port()), &unit.group).is_none(), "nothing listens");
     }
     Ok(())
 }

@@ -2,7 +2,9 @@
 //!
 //! It holds the listeners and never accepts at them.
 
+mod abandoned;
 mod bind;
+mod datagrams;
 mod listen;
 mod shutdown;
 
@@ -10,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use abandoned::{Looks, Queue};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -18,6 +21,7 @@ use crate::caller::Caller;
 use crate::family::Family;
 use crate::in_flight::{InFlight, Note};
 use crate::inside::{Inside, Then};
+use crate::inside_datagrams::InsideFlows;
 use crate::notification::{Answer, Call, Meant, Raw};
 use crate::options::{self, Before};
 use crate::original::{self, Original};
@@ -30,12 +34,12 @@ use crate::sys;
 /// The most connections from inside.
 const MOST_INSIDE: usize = 256;
 
-/// A listening socket of systemd's, and where in the container its service is to be found.
+/// A listening socket of systemd's, or one for datagrams, and where in the container its service is to be found.
 #[derive(Debug)]
 pub struct HostListener {
     /// The socket.
     pub socket: OwnedFd,
-    /// Where the service listens, seen from inside.
+    /// Where the service listens, or has its datagrams from, seen from inside.
     pub target: Place,
 }
 
@@ -46,6 +50,7 @@ struct Adoptable {
     target: Place,
     seen: Seen,
     state: ListenerState,
+    queue: Queue,
 }
 
 impl Adoptable {
@@ -86,6 +91,8 @@ enum ReadySource {
     Original(usize),
     /// By its place.
     Inside(usize),
+    /// By its place.
+    InsideFlow(usize),
 }
 
 /// One service's agent.
@@ -97,10 +104,12 @@ pub struct Agent<S> {
     notifiers: Vec<AnsweredNotifier>,
     originals: Vec<Original>,
     inside: Vec<Inside>,
+    flows: InsideFlows,
     record: InFlight,
     /// The last number that something in the store was given.
     last: u64,
     flags: FlagLooks,
+    looks: Looks,
 }
 
 /// When to look whether a service has changed O_NONBLOCK of what it has adopted, which no call tells of: some set it a moment after listen(2), and later
@@ -140,7 +149,7 @@ impl FlagLooks {
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
     /// A listener that no service can adopt.
-    #[error("listener {0} is no stream socket")]
+    #[error("listener {0} is neither a stream socket nor one for UDP")]
     Listener(usize),
     /// The record, the seccomp socket.
     #[error("{0}")]
@@ -161,7 +170,8 @@ impl<S: Surroundings> Agent<S> {
         let mut adoptable = Vec::new();
         for (index, HostListener { socket, target }) in listeners.into_iter().enumerate() {
             let seen = look(socket.as_fd()).ok_or(Unusable::Listener(index))?;
-            adoptable.push(Adoptable { socket, target, seen, state: ListenerState::Free });
+            let (state, queue) = (ListenerState::Free, Queue::default());
+            adoptable.push(Adoptable { socket, target, seen, state, queue });
         }
         let (mut record, mut kept) = (None, Vec::new());
         for Stored { name, descriptor } in stored {
@@ -186,9 +196,11 @@ impl<S: Surroundings> Agent<S> {
             notifiers: Vec::new(),
             originals: Vec::new(),
             inside: Vec::new(),
+            flows: InsideFlows::default(),
             record,
             last: kept.iter().map(|(_, number, _)| *number).max().unwrap_or(0),
             flags: FlagLooks::default(),
+            looks: Looks::default(),
         };
         agent.take_over(kept);
         Ok(agent)
@@ -337,8 +349,13 @@ impl<S: Surroundings> Agent<S> {
                 }
             }
             for (source, _) in &ready {
+                if let ReadySource::InsideFlow(index) = source {
+                    self.flows.answer(*index, &self.originals);
+                }
+            }
+            for (source, _) in &ready {
                 if let ReadySource::Original(index) = source {
-                    self.accept_inside(*index);
+                    self.take_inside(*index);
                 }
             }
             for (source, events) in ready {
@@ -359,17 +376,22 @@ impl<S: Surroundings> Agent<S> {
             if self.flags.is_due(Instant::now()) && self.has_adopted() {
                 self.note();
             }
+            if self.looks.is_due(Instant::now()) {
+                self.look_who_has_it(Instant::now());
+            }
         }
     }
 
     /// Waits for something to do; each source once.
     fn wait(&mut self, stop: BorrowedFd<'_>) -> nix::Result<Vec<(ReadySource, PollFlags)>> {
         let now = Instant::now();
-        let mut rest: Option<Duration> = [self.receiver.until(now), self.flags.next]
-            .into_iter()
-            .flatten()
-            .min()
-            .map(|until| until.saturating_duration_since(now));
+        let any = self.listeners.iter().any(Adoptable::is_held);
+        let mut rest: Option<Duration> =
+            [self.receiver.until(now), self.flags.next, self.looks.next(any, now)]
+                .into_iter()
+                .flatten()
+                .min()
+                .map(|until| until.saturating_duration_since(now));
         let mut polled = vec![(ReadySource::Stop, PollFd::new(stop, PollFlags::POLLIN))];
         if self.notifiers.len() < MOST_NOTIFIERS {
             let receiver = self.receiver.polled().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -384,9 +406,19 @@ impl<S: Surroundings> Agent<S> {
                 PollFd::new(answered.notifier.notify.as_fd(), events),
             ));
         }
-        if self.inside.len() < MOST_INSIDE {
+        self.flows.keep(&self.originals);
+        polled.extend(
+            self.flows
+                .polled()
+                .map(|(index, fd)| (ReadySource::InsideFlow(index), PollFd::new(fd, PollFlags::POLLIN))),
+        );
+        {
+            let is_full = self.inside.len() >= MOST_INSIDE;
             // One that does not listen polls as hung up.
-            let originals = self.originals.iter().enumerate().filter(|(_, original)| original.open);
+            let originals =
+                self.originals.iter().enumerate().filter(|(_, original)| {
+                    original.open && (!is_full || original.seen.family.is_datagrams())
+                });
             polled.extend(originals.map(|(index, original)| {
                 (ReadySource::Original(index), PollFd::new(original.polled(), PollFlags::POLLIN))
             }));
@@ -551,7 +583,7 @@ impl<S: Surroundings> Agent<S> {
             }
         };
         match call {
-            Call::Bind => self.bind(&caller, notification),
+            Call::Bind => self.bind((number, role), &caller, notification),
             Call::Listen if role == Role::Container => self.listen(number, &caller, notification),
             // One that it was passed is systemd's still: it listens.
             Call::Listen => self.listen_again(&caller, notification),
@@ -598,9 +630,13 @@ impl<S: Surroundings> Agent<S> {
     /// No service has this listener: it is as it was, and its originals are nothing to keep.
     fn release(&mut self, index: usize) {
         let Some(listener) = self.listeners.get_mut(index) else { return };
+        listener.queue = Queue::default();
         if let ListenerState::Adopted { before, .. } =
             std::mem::replace(&mut listener.state, ListenerState::Free)
         {
+            if listener.seen.family.is_datagrams() {
+                crate::datagrams::dissolve(listener.socket.as_fd());
+            }
             before.put_back(listener.socket.as_fd());
             self.note();
         }
@@ -644,6 +680,17 @@ impl<S: Surroundings> Agent<S> {
             let name = original.name.clone();
             drop(original);
             self.surroundings.forget(&name);
+        }
+    }
+
+    /// A client inside has come, or a datagram of one.
+    fn take_inside(&mut self, index: usize) {
+        let Some(original) = self.originals.get(index) else { return };
+        match self.listeners.get(original.listener) {
+            Some(listener) if original.seen.family.is_datagrams() => {
+                self.flows.take(original, listener.socket.as_fd());
+            }
+            _ => self.accept_inside(index),
         }
     }
 

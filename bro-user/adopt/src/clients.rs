@@ -28,6 +28,7 @@
 
 mod ended;
 mod tcp;
+mod udp;
 mod unix;
 
 use std::io;
@@ -43,6 +44,7 @@ use crate::family::Family;
 use crate::{socket, sys};
 
 pub use ended::EndedClients;
+pub(crate) use udp::is_shut_down;
 
 /// One listener's clients.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -118,7 +120,7 @@ pub fn queued(listener: BorrowedFd<'_>) -> Result<u32, Uncountable> {
     }
 }
 
-/// The clients of each of these listeners, in their order. What is no stream socket has none.
+/// The clients of each of these listeners, in their order. What is no stream socket has none: datagrams have no connection ([`crate::datagrams`]).
 ///
 /// # Errors
 /// [`Uncountable`].
@@ -156,8 +158,7 @@ pub fn any(listeners: &[BorrowedFd<'_>], counting: &Counting<'_>) -> Result<bool
 }
 
 fn is_tcp(listener: BorrowedFd<'_>) -> bool {
-    socket::look(listener)
-        .is_some_and(|seen| matches!(seen.family, Family::V4 | Family::V6Only | Family::Dual))
+    socket::look(listener).is_some_and(|seen| seen.family.is_tcp())
 }
 
 /// Hands over each served client, as its listener's place with its bytes.

@@ -4,6 +4,8 @@
 //! needs of that kind: the agents connect, to addresses that the control process has named, and the control process does the
 //! rest.
 
+pub mod new_calls;
+
 mod options;
 
 use std::collections::BTreeMap;

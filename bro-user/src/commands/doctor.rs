@@ -4,7 +4,7 @@
 mod adoption;
 mod confinement;
 mod direct;
-mod fence;
+pub mod fence;
 mod forwarder;
 mod forwarders;
 mod health;

@@ -43,6 +43,7 @@ use crate::metrics;
 use crate::netns::agent_process::SpareAgent;
 use crate::systemd::listen_fds::{self, Passed};
 use crate::systemd::notify;
+use crate::systemd::run_command;
 
 /// Runs a forwarder until it is idle, told to stop, or fails. `passed` is what systemd passed, or the forwarder that this one takes
 /// over from.
@@ -54,6 +55,7 @@ pub fn run(
     passed: Result<Vec<Passed>, Failure>,
     predecessor: Option<Predecessor>,
 ) -> anyhow::Result<()> {
+    confine_further();
     // A predecessor speaks for the service until this process has taken over.
     notify::mute(predecessor.is_some());
     let program = Program::own()?;
@@ -90,4 +92,14 @@ pub fn run(
         let requests = Requests::start(endpoint.map(metrics::MetricsServer::start).transpose()?);
         Control::new(options, life, plane, adoption, reload, requests, limit).run(predecessor).await
     })
+}
+
+/// In a confined service, refuses what its list of forbidden system calls cannot name. A child that this process starts where the service
+/// manager does not start it would be under that too; without such a service it has to be free.
+fn confine_further() {
+    if run_command::is_confined()
+        && let Err(error) = bro_relay::sandbox::new_calls::refuse()
+    {
+        tracing::warn!(%error, "new system calls are not refused");
+    }
 }

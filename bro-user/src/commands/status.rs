@@ -218,6 +218,8 @@ pub enum AdoptionReport {
         /// Why.
         why: String,
     },
+    /// Nothing: the service has closed it, and lives on. Who connects is reset, as without adoption.
+    Closed,
     /// Nothing: the socket is broken.
     Broken {
         /// What is wrong, and what to do.
@@ -236,6 +238,7 @@ impl std::fmt::Display for AdoptionReport {
                 write!(f, "adopted since {}, {connections} connection{plural} now", time_span::roughly(ago))
             }
             Self::Relayed { why, .. } => write!(f, "relayed, not adopted: {why}"),
+            Self::Closed => f.write_str("closed by the service: clients are reset until it listens again"),
             Self::Broken { why } => write!(f, "of no use: {why}"),
         }
     }

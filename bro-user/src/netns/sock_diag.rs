@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 
 use bro_relay::netns::netlink;
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, Nla as _};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
@@ -27,6 +27,8 @@ pub struct ListeningSocket {
     pub address: SocketAddr,
     /// An IPv6 listener that takes no IPv4 client.
     pub v6_only: bool,
+    /// The number of the control group that it was made in (Linux 5.9): its folder's.
+    pub group: Option<u64>,
 }
 
 impl ListeningSocket {
@@ -54,6 +56,15 @@ impl Table {
     /// socket(2)'s; the kernel may lack INET_DIAG.
     pub async fn open(place: &NetnsRef) -> io::Result<Self> {
         Ok(Self { socket: place.socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_SOCK_DIAG).await? })
+    }
+
+    /// Opens the table of this process's own namespace.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn here() -> io::Result<Self> {
+        let socket = bro_relay::sys::socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_SOCK_DIAG)?;
+        Ok(Self { socket })
     }
 
     /// Every TCP listener.
@@ -96,10 +107,20 @@ impl Table {
     }
 }
 
+/// INET_DIAG_CGROUP_ID, which the library has no name for.
+fn group(response: &InetResponse) -> Option<u64> {
+    const INET_DIAG_CGROUP_ID: u16 = 21;
+    let nla = response.nlas.iter().find(|nla| nla.kind() == INET_DIAG_CGROUP_ID && nla.value_len() == 8)?;
+    let mut value = [0; 8];
+    nla.emit_value(&mut value);
+    Some(u64::from_ne_bytes(value))
+}
+
 fn read(response: &InetResponse) -> ListeningSocket {
     let id = &response.header.socket_id;
     ListeningSocket {
         address: SocketAddr::new(id.source_address, id.source_port),
+        group: group(response),
         v6_only: response.nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true))),
     }
 }
@@ -109,7 +130,7 @@ mod tests {
     use super::*;
 
     fn listening(address: &str, v6_only: bool) -> ListeningSocket {
-        ListeningSocket { address: address.parse().unwrap(), v6_only }
+        ListeningSocket { address: address.parse().unwrap(), v6_only, group: None }
     }
 
     #[test]

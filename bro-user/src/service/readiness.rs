@@ -5,6 +5,7 @@ pub mod protocol;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use std::{fmt, io};
 
@@ -176,7 +177,8 @@ fn listen_step(waited: Duration) -> Duration {
 
 /// Waits until one of `addresses` has a listener in the table of the namespace at `place`. An address that is not the namespace's
 /// own is in no table of it: then the first client's own connection is the test. Where the kernel relay's programs report listeners
-/// (`heard`), nothing is polled; a rare look guards against an event that was lost.
+/// (`heard`), nothing is polled; a rare look guards against an event that was lost. Where this kernel has no such table, connections of bro's own are the
+/// test ([`connectable`]).
 ///
 /// # Errors
 /// When the table cannot be read.
@@ -190,10 +192,16 @@ pub async fn listening(
             return Ok(());
         }
     }
-    let table = Table::open(place).await?;
     let start = Instant::now();
+    let table = match Table::open(place).await {
+        Ok(table) => table,
+        Err(error) => return without_table(place, addresses, error).await,
+    };
     loop {
-        let listeners = table.listeners()?;
+        let listeners = match table.listeners() {
+            Ok(listeners) => listeners,
+            Err(error) => return without_table(place, addresses, error).await,
+        };
         if addresses.iter().any(|address| listeners.iter().any(|listener| listener.serves(*address))) {
             return Ok(());
         }
@@ -203,6 +211,20 @@ pub async fn listening(
             None => sleep(listen_step(start.elapsed())).await,
         }
     }
+}
+
+async fn without_table(place: &NetnsRef, addresses: &[SocketAddr], error: io::Error) -> io::Result<()> {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    // CONFIG_INET_DIAG, which may be a module; and with no table at all there is no such protocol.
+    if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EPROTONOSUPPORT)) {
+        return Err(error);
+    }
+    if !SAID.swap(true, Ordering::Relaxed) {
+        tracing::warn!(
+            "this kernel does not say who listens (CONFIG_INET_DIAG): the service is ready when it takes a connection of bro's own (--ready=connect)"
+        );
+    }
+    connectable(place, addresses).await
 }
 
 /// Waits until one of `addresses` has a UDP socket in the table of the namespace at `place`, and says which. None is named where one

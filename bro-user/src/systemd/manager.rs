@@ -330,6 +330,16 @@ pub struct SystemdManager {
     objects: Arc<Mutex<HashMap<String, OwnedObjectPath>>>,
 }
 
+/// A socket unit, as the service that it starts knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SocketOfService {
+    pub name: String,
+    /// FileDescriptorName=
+    pub descriptor: String,
+    /// Since its last start.
+    pub listens_for: Duration,
+}
+
 impl SystemdManager {
     /// Connects.
     ///
@@ -477,6 +487,28 @@ impl SystemdManager {
         let group: String = socket.get_property("ControlGroup").await?;
         let below = group.strip_prefix('/').filter(|below| !below.is_empty());
         Ok(below.and_then(|below| Some(cgroups()?.join(below))))
+    }
+
+    /// The socket units whose service this is.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub(crate) async fn sockets_of(&self, service: &str) -> anyhow::Result<Vec<SocketOfService>> {
+        const UNIT: &str = "org.freedesktop.systemd1.Unit";
+        const SOCKET: &str = "org.freedesktop.systemd1.Socket";
+        let proxy = |path, kind| zbus::Proxy::new(self.connection(), "org.freedesktop.systemd1", path, kind);
+        let unit = proxy(self.unit(service).await?.inner().path().to_owned(), UNIT).await?;
+        let triggers: Vec<String> = unit.get_property("TriggeredBy").await?;
+        let now = Duration::from(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?);
+        let mut sockets = Vec::new();
+        for name in triggers.into_iter().filter(|name| name.ends_with(".socket")) {
+            let unit = self.unit(&name).await?;
+            let started = Duration::from_micros(unit.inactive_exit_timestamp_monotonic().await?);
+            let socket = proxy(unit.inner().path().to_owned(), SOCKET).await?;
+            let descriptor = socket.get_property("FileDescriptorName").await?;
+            sockets.push(SocketOfService { name, descriptor, listens_for: now.saturating_sub(started) });
+        }
+        Ok(sockets)
     }
 
     /// How far the unit's start is.
@@ -743,6 +775,22 @@ impl SystemdManager {
         let mut removed = self.systemd.receive_job_removed().await?;
         let job = self.systemd.stop_unit(unit, "replace").await.map_err(plain)?;
         wait(&mut removed, &job).await
+    }
+
+    /// Has the unit stopped, and does not wait for that.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub(crate) async fn order_stop(&self, unit: &str) -> anyhow::Result<()> {
+        self.systemd.stop_unit(unit, "replace").await.map(drop).map_err(plain)
+    }
+
+    /// Has the unit stopped and started again, and what is PartOf= it too, and does not wait for that.
+    ///
+    /// # Errors
+    /// When systemd refuses, with its own words.
+    pub(crate) async fn order_restart(&self, unit: &str) -> anyhow::Result<()> {
+        self.systemd.restart_unit(unit, "replace").await.map(drop).map_err(plain)
     }
 
     /// Stops the unit, starts it again, and waits for the end of the job.

@@ -81,7 +81,7 @@ fn launch(arguments: Vec<String>) -> Result<()> {
     let mut command = std::process::Command::new(&arguments[split + 1]);
     command.args(&arguments[split + 2..]);
     let own_pid = std::process::id().to_string();
-    let mut uid = None;
+    let (mut uid, mut without) = (None, None);
     for option in &arguments[..split] {
         let (name, value) = option.split_once('=').context("options are NAME=VALUE")?;
         match name {
@@ -102,6 +102,7 @@ fn launch(arguments: Vec<String>) -> Result<()> {
                 setrlimit(Resource::RLIMIT_NOFILE, soft.parse()?, hard.parse()?)?;
             }
             "uid" => uid = Some(value.parse()?),
+            "netlink-without" => without = Some(value.parse()?),
             _ => bail!("no such option: {option}"),
         }
     }
@@ -109,6 +110,9 @@ fn launch(arguments: Vec<String>) -> Result<()> {
         nix::unistd::setgroups(&[])?;
         nix::unistd::setresgid(Gid::from_raw(uid), Gid::from_raw(uid), Gid::from_raw(uid))?;
         nix::unistd::setresuid(Uid::from_raw(uid), Uid::from_raw(uid), Uid::from_raw(uid))?;
+    }
+    if let Some(protocol) = without {
+        bro_tests::words::lack_netlink(protocol)?;
     }
     // A session of its own: whatever the program starts can be found, and ended, by its session. After the change of
     // user, which clears the death signal.

@@ -259,6 +259,53 @@ pub fn another_socket(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// What a container does to a listener that it has: it is taken from the forwarder here, whose descriptor is of the same socket.
+const BREAKS: &str = r#"
+import ctypes, os, socket, sys
+libc, pid, port = ctypes.CDLL(None), int(sys.argv[1]), int(sys.argv[2])
+of = os.pidfd_open(pid)
+for number in os.listdir(f"/proc/{pid}/fd"):
+    mine = libc.syscall(438, of, int(number), 0)
+    try: found = socket.socket(fileno=mine)
+    except OSError: continue
+    if found.family == socket.AF_INET and found.getsockname()[1] == port and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        found.shutdown(socket.SHUT_RDWR)
+        print("broken", flush=True)
+"#;
+
+/// Its socket unit is started anew: by a forwarder that stays, and by one that leaves.
+pub fn damaged(host: &Host, manager: Manager) -> Result<()> {
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    let breaks = || -> Result<()> {
+        let (forwarder, port) = (site.forwarder_show("MainPID")?, site.port.to_string());
+        let said = host.run(&["python3", "-c", BREAKS, &forwarder, &port])?;
+        ensure!(said == "broken" && host.connect(site.port).is_err(), "it still listens: {said}");
+        Ok(())
+    };
+    let listens_again = || {
+        host.wait_until("the socket to listen again", PATIENCE, || Ok(host.connect(site.port).is_ok()))
+            .with_context(|| site.journals())
+    };
+    expect_adopted(&site)?;
+    breaks()?;
+    manager.systemctl(host, &["restart", "adopted.service"])?;
+    listens_again()?;
+    // The service may have started meanwhile, and listen already.
+    seen(&site)?;
+    manager.run(host, &["bro", "sleep", "adopted"])?;
+    expect_adopted(&site)?;
+    breaks()?;
+    manager.run(host, &["bro", "sleep", "adopted"])?;
+    listens_again()?;
+    expect_adopted(&site)?;
+    let journal = site.journal();
+    ensure!(journal.matches("the damaged socket is started anew").count() == 2, "{journal}");
+    let complaints = complaints(&site)?;
+    ensure!(!complaints.contains("BAD"), "{complaints}");
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
 /// A port more for the same place in the container, while the service has the first one: its clients are relayed there.
 pub fn second_port(host: &Host, manager: Manager) -> Result<()> {
     let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;

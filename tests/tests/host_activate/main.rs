@@ -60,6 +60,7 @@ const BOTH: &[Case] = &[
     ("adopt: a profile that is older than its source", adopt::older_profile),
     ("adopt: looked after", adopt::looked_after),
     ("adopt: another socket", adopt::another_socket),
+    ("adopt: a socket that the container has broken", adopt::damaged),
     ("adopt: a second port for the same place", adopt::second_port),
     ("adopt: other services", adopt::other_services),
     ("PostgreSQL and pgbench", services::postgresql),

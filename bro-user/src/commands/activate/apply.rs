@@ -146,7 +146,7 @@ pub(super) async fn network_warning(systemd: &SystemdManager, waits: bool) -> Op
 pub(super) async fn check_freezing(systemd: &SystemdManager, wanted: &Installed) -> anyhow::Result<()> {
     let freezes = wanted.forwarder().is_some_and(|forwarder| forwarder.options.freezes());
     if freezes && !systemd.can_freeze(&wanted.unit).await? {
-        bail!(Failure::Usage(crate::service::cannot_freeze(&wanted.unit)));
+        bail!(Failure::Usage(crate::service::freeze::cannot_freeze(&wanted.unit)));
     }
     Ok(())
 }

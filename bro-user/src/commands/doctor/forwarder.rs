@@ -108,6 +108,14 @@ fn not_adopted(installed: &Installed, listener: &ListenerReport) -> Option<Check
     );
     match listener.adoption.as_ref()? {
         AdoptionReport::Waiting | AdoptionReport::Adopted { .. } => None,
+        AdoptionReport::Closed => {
+            let finding = format!(
+                "{name} ({address}): the service has closed the socket that it listened at, and runs on; clients are reset until it listens again"
+            );
+            let fix =
+                format!("see why it does not listen; `{} restart {}`", manager.systemctl(), installed.unit);
+            Some(Check::less(NAME, finding, fix))
+        }
         AdoptionReport::Broken { why } => {
             Some(Check::bad(NAME, format!("{name} ({address}) is of no use: {why}"), anew))
         }
@@ -127,6 +135,7 @@ fn not_adopted(installed: &Installed, listener: &ListenerReport) -> Option<Check
                     format!("`{} --start-timeout SPAN` gives it more time", again())
                 }
                 FallbackKind::Damaged => anew,
+                FallbackKind::Uncountable => "use a kernel with CONFIG_INET_DIAG=y or m and CONFIG_UNIX_DIAG=y or m, or `--adopt=off`; its clients are served all the same".to_owned(),
                 FallbackKind::Refused => {
                     "its clients are served all the same; the kernel's reason is above".to_owned()
                 }

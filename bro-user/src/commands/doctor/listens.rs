@@ -336,7 +336,7 @@ mod tests {
     use crate::installed::example;
 
     fn listening(address: &str, v6_only: bool) -> ListeningSocket {
-        ListeningSocket { address: address.parse().unwrap(), v6_only }
+        ListeningSocket { address: address.parse().unwrap(), v6_only, group: None }
     }
 
     #[test]

@@ -4,17 +4,19 @@
 //!
 //! - `events.rs`: what happens to them, as the control process's loop hears of it
 //! - `agent_thread.rs`: the agent's thread; `claims.rs`: what it and the control process agree on
-//! - `fallback.rs`: why a listener is relayed
+//! - `fallback.rs`: why a listener is relayed; `closed.rs`: one that its service has closed; `mend.rs`: one that is damaged
 //! - `guests.rs`: who is connected to a service that accepts itself
 //! - `passed.rs`, `options.rs`: what is passed for it; what does not go with it
 //! - `heritage.rs`: what a successor gets; `report.rs`: what is said of all that
 
 mod agent_thread;
 mod claims;
+mod closed;
 mod events;
 mod fallback;
 mod guests;
 mod heritage;
+mod mend;
 mod options;
 mod passed;
 mod report;
@@ -34,6 +36,7 @@ use bro_relay::listener::Listener;
 use bro_relay::target::Target;
 use claims::Claims;
 use fallback::Fallback;
+use mend::Mending;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
@@ -76,6 +79,8 @@ enum ListenerHolder {
     Service { since: SystemTime },
     /// The relay.
     Relay(Fallback),
+    /// Nothing: the service has closed it. Who connects is reset.
+    Closed,
     /// The engine is about to accept no more at it.
     Returning,
     /// Nothing: it is broken.
@@ -121,6 +126,7 @@ pub(super) struct SocketAdoption {
     fell_back: Vec<FallbackKind>,
     /// The way to the successor that is being started.
     way: Option<OwnedFd>,
+    mending: Mending,
 }
 
 /// What it hears of, or has to do.
@@ -131,6 +137,10 @@ pub(super) enum AdoptionNews {
     Decide(usize),
     /// It is time to look who is connected.
     Look,
+    /// It is time to look whether what is damaged can be mended.
+    Mend,
+    /// What systemd has said to that.
+    Mending(anyhow::Result<mend::Asked>),
 }
 
 /// What happens next; for ever nothing without `--adopt`. Nothing is lost when this is cancelled.
@@ -138,7 +148,16 @@ pub(super) async fn news(adoption: &mut Option<SocketAdoption>) -> AdoptionNews 
     let Some(adoption) = adoption else { return std::future::pending().await };
     let decision = adoption.decisions.iter().map(|(target, at)| (*at, AdoptionNews::Decide(*target)));
     let look = adoption.look_at.map(|at| (at, AdoptionNews::Look));
-    let due = decision.chain(look).min_by_key(|(at, _)| *at);
+    let mend = adoption.mending.next.filter(|_| adoption.mending.asking.is_none());
+    let mend = mend.map(|at| (at, AdoptionNews::Mend));
+    let due = decision.chain(look).chain(mend).min_by_key(|(at, _)| *at);
+    let asking = &mut adoption.mending.asking;
+    let asked = async {
+        match asking {
+            Some(asking) => asking.await.unwrap_or_else(|ended| Err(ended.into())),
+            None => std::future::pending().await,
+        }
+    };
     let clock = async {
         match due {
             Some((at, news)) => {
@@ -151,6 +170,7 @@ pub(super) async fn news(adoption: &mut Option<SocketAdoption>) -> AdoptionNews 
     tokio::select! {
         biased;
         Some(news) = adoption.news.1.recv() => AdoptionNews::Agent(news),
+        asked = asked => AdoptionNews::Mending(asked),
         news = clock => news,
     }
 }
@@ -194,6 +214,7 @@ impl SocketAdoption {
             blind: false,
             fell_back: Vec::new(),
             way: None,
+            mending: Mending::default(),
         })
     }
 
@@ -299,12 +320,6 @@ impl SocketAdoption {
                 listener.holder = ListenerHolder::Watched;
                 self.use_so(index, ListenerUse::WakeOnly);
             }
-            Err(health::Damage::NotListening) => {
-                let why = Fallback::Damaged(health::Damage::NotListening);
-                tracing::error!(socket = %listener.name, address = %listener.address, "nothing can be accepted at the socket: {why}");
-                listener.holder = ListenerHolder::Broken(why);
-                self.use_so(index, ListenerUse::LeaveAlone);
-            }
             Err(damage) => {
                 let _taken = self.claims.take_for_relay(index);
                 self.relay(index, damage.into());
@@ -312,18 +327,35 @@ impl SocketAdoption {
         }
     }
 
-    /// Watches, for a first client, what the agent did not find adopted.
+    /// Watches, for a first client, what the agent did not find adopted. Where it could not be seen who is connected to a service, there is to be none that
+    /// accepts its clients itself: it would never be idle.
     fn watch_the_rest(&mut self) {
+        let sockets: Vec<_> = self.listeners.iter().map(|listener| listener.socket.as_fd()).collect();
+        let uncountable = guests::count(&sockets).err().map(|error| error.to_string());
         for index in 0..self.listeners.len() {
-            if matches!(self.listeners[index].holder, ListenerHolder::Watched) {
-                self.watch(index);
+            if !matches!(self.listeners[index].holder, ListenerHolder::Watched) {
+                continue;
+            }
+            match &uncountable {
+                Some(why) if self.claims.take_for_relay(index) => {
+                    self.relay(index, Fallback::Uncountable(why.clone()));
+                }
+                _ => self.watch(index),
             }
         }
     }
 
     /// Relays what comes to it, which was claimed for that.
     fn relay(&mut self, index: usize, why: Fallback) {
+        if matches!(why, Fallback::Damaged(_)) {
+            self.mend_soon();
+        }
         let Some(listener) = self.listeners.get_mut(index) else { return };
+        if matches!(why, Fallback::Damaged(health::Damage::NotListening)) {
+            tracing::error!(socket = %listener.name, address = %listener.address, "nothing can be accepted at the socket: {why}");
+            listener.holder = ListenerHolder::Broken(why);
+            return self.use_so(index, ListenerUse::LeaveAlone);
+        }
         tracing::warn!(socket = %listener.name, address = %listener.address, reason = why.kind().word(), "the socket is relayed, not adopted, until the container ends: {why}");
         self.fell_back.push(why.kind());
         if let Err(errno) = set_nonblocking(&listener.socket) {
@@ -354,8 +386,8 @@ impl SocketAdoption {
         self.decisions.remove(&target);
         for index in self.of_target(target) {
             match self.listeners[index].holder {
-                ListenerHolder::Called => self.watch(index),
-                ListenerHolder::Relay(Fallback::Damaged(_)) => {}
+                ListenerHolder::Called | ListenerHolder::Closed => self.watch(index),
+                ListenerHolder::Relay(Fallback::Damaged(_) | Fallback::Uncountable(_)) => {}
                 ListenerHolder::Relay(_) => {
                     self.listeners[index].holder = ListenerHolder::Returning;
                     self.use_so(index, ListenerUse::WakeOnly);
@@ -389,7 +421,13 @@ impl SocketAdoption {
         self.decisions.remove(&target);
         for index in self.of_target(target) {
             let listener = &mut self.listeners[index];
-            if !matches!(listener.holder, ListenerHolder::Watched | ListenerHolder::Called) {
+            let is_undecided = match listener.holder {
+                ListenerHolder::Watched | ListenerHolder::Called => true,
+                // The service listens at another one now.
+                ListenerHolder::Closed => listener.misfit.is_some(),
+                _ => false,
+            };
+            if !is_undecided {
                 continue;
             }
             let why = match listener.misfit.take() {

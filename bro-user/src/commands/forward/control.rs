@@ -389,6 +389,9 @@ impl<'a> Control<'a> {
             drop(tokio::time::timeout(REMEMBER, self.life.activator.thaw()).await);
         }
         self.keep_counts().await;
+        if self.life.phase == Phase::Leaving {
+            self.mend_on_the_way_out().await;
+        }
         // Which ends the agent: what goes on is in the service manager's store.
         drop(self.adoption.take());
         self.plane.stop().await?;

@@ -14,10 +14,11 @@ use nix::sys::socket::{SockaddrStorage, getsockname};
 use crate::cli::idle::WakeOn;
 use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::exit::Failure;
+use crate::service::ServiceStarter;
+use crate::service::incarnation::NetnsSource;
 use crate::service::readiness::Ready;
 use crate::service::sources::{Choice, WantedSource};
 use crate::service::wakes::Limits;
-use crate::service::{NetnsSource, ServiceStarter};
 use crate::systemd::scope::RuntimeScope;
 
 /// Descriptors that connections may not use up: waking a service takes some (the bus, the agent, pidfds), as do pipes and the

@@ -14,7 +14,8 @@ use super::lifecycle::{LifeChange, Lifecycle, Phase};
 use super::target_state::{TargetState, Turned, Wakefulness, Waking};
 use crate::control_socket::{Asker, Reply};
 use crate::exit::Failure;
-use crate::service::{Awake, NetnsSource};
+use crate::service::Awake;
+use crate::service::incarnation::NetnsSource;
 use crate::systemd::time_span;
 
 /// How long a unit that systemd calls started may be without being ready, when no client waits for it any more. (How long it may

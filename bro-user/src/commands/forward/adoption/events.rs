@@ -57,6 +57,8 @@ impl Control<'_> {
             AdoptionNews::Look => {
                 let _told_in_the_status = self.look_for_guests();
             }
+            AdoptionNews::Mend => self.mend(),
+            AdoptionNews::Mending(asked) => self.mending_asked(asked),
         }
         self.count_fallbacks();
         ControlFlow::Continue(())
@@ -84,6 +86,7 @@ impl Control<'_> {
                 if adoption.containers == 0 {
                     // What was found has ended before it was decided about.
                     adoption.decisions.clear();
+                    adoption.watch_what_was_closed(0..adoption.listeners.len());
                 }
             }
             Event::Adopted { listener: index, options_refused, inside } => {
@@ -122,8 +125,15 @@ impl Control<'_> {
             }
             Event::GivenBack { listener } => {
                 if let Some(listener) = adoption.listeners.get(listener) {
-                    tracing::warn!(socket = %listener.name, address = %listener.address, "the service has shut the adopted socket down; clients wait until it listens again, or the next instance does");
+                    tracing::warn!(socket = %listener.name, address = %listener.address, "the service has shut the adopted socket down");
                 }
+            }
+            Event::Closed { listener: index } => {
+                if let Some(listener) = adoption.listeners.get(index) {
+                    tracing::warn!(socket = %listener.name, address = %listener.address, "the service has closed the adopted socket; clients are reset until it listens again, or the next instance does");
+                }
+                adoption.refuse(index);
+                self.life.has_sockets = adoption.is_adopted();
             }
             Event::Ended { listener: index } => {
                 if let Some(listener) = adoption.listeners.get(index) {
@@ -144,10 +154,18 @@ impl Control<'_> {
         else {
             return tracing::error!(index, "the relay process tells of a socket that there is not");
         };
-        if matches!(listener.holder, ListenerHolder::Watched) {
-            listener.holder = ListenerHolder::Called;
-            let target = listener.target;
-            self.life.called(target);
+        match listener.holder {
+            ListenerHolder::Watched => {
+                listener.holder = ListenerHolder::Called;
+                let target = listener.target;
+                self.life.called(target);
+            }
+            ListenerHolder::Closed => {
+                if let Some(adoption) = &mut self.adoption {
+                    adoption.refuse(index);
+                }
+            }
+            _ => {}
         }
     }
 

@@ -24,8 +24,11 @@ pub(super) enum Fallback {
     /// It listens at one that does not fit.
     #[error("{1}")]
     Misfit(FallbackKind, String),
+    /// Nothing would tell of the service's clients, and so when it is idle.
+    #[error("{0}: it could not be seen who is connected to a service that accepts its clients itself")]
+    Uncountable(String),
     /// The listener is broken.
-    #[error("{0}; restart its socket unit while no client is connected")]
+    #[error("{0}; its socket unit is started anew when no client is connected")]
     Damaged(#[from] Damage),
 }
 
@@ -36,6 +39,7 @@ impl Fallback {
             Self::NoneFits => FallbackKind::NoneFits,
             Self::StartTimeout(_) => FallbackKind::StartTimeout,
             Self::Misfit(kind, _) => *kind,
+            Self::Uncountable(_) => FallbackKind::Uncountable,
             Self::Damaged(_) => FallbackKind::Damaged,
         }
     }

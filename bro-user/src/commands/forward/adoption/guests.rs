@@ -125,7 +125,7 @@ impl SocketAdoption {
 }
 
 /// How many each has: those that are served, and those that wait for that.
-fn count(listeners: &[BorrowedFd<'_>]) -> Result<Vec<u64>, Uncountable> {
+pub(super) fn count(listeners: &[BorrowedFd<'_>]) -> Result<Vec<u64>, Uncountable> {
     let counts = clients::count(listeners, &Counting::ALL)?;
     Ok(counts.into_iter().map(|clients| clients.served + u64::from(clients.queued)).collect())
 }

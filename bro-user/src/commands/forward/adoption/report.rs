@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use super::fallback::Fallback;
 use super::{ListenerHolder, SocketAdoption};
 use crate::commands::status::AdoptionReport;
 
@@ -18,10 +19,21 @@ impl SocketAdoption {
                 connections: listener.guests,
             },
             ListenerHolder::Relay(why) => {
-                AdoptionReport::Relayed { reason: why.kind(), why: why.to_string() }
+                AdoptionReport::Relayed { reason: why.kind(), why: self.with_refusal(why) }
             }
-            ListenerHolder::Broken(why) => AdoptionReport::Broken { why: why.to_string() },
+            ListenerHolder::Closed => AdoptionReport::Closed,
+            ListenerHolder::Broken(why) => AdoptionReport::Broken { why: self.with_refusal(why) },
         })
+    }
+
+    /// Damage, with why it cannot be mended from here.
+    fn with_refusal(&self, why: &Fallback) -> String {
+        match (why, &self.mending.refused) {
+            (Fallback::Damaged(damage), Some(refused)) => {
+                format!("{damage}, and its socket unit cannot be started anew from here: {refused}")
+            }
+            _ => why.to_string(),
+        }
     }
 
     /// In one line, while a service has a listener.
