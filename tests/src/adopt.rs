@@ -257,8 +257,13 @@ impl Adoption {
 
     /// A forwarder in the agent's place, towards services in this namespace: with the listeners, the seccomp socket and all that is in the store.
     pub fn forwarder(&self, namespace: &Namespace) -> Result<Setup> {
+        self.forwarder_that("--adopt", namespace)
+    }
+
+    /// The same with another form of that option.
+    pub fn forwarder_that(&self, adopts: &str, namespace: &Namespace) -> Result<Setup> {
         self.store.settle()?;
-        let mut setup = Setup::new().arg("--adopt").netns(namespace);
+        let mut setup = Setup::new().arg(adopts).netns(namespace);
         setup = setup.env("NOTIFY_SOCKET", self.scratch.join("notify"));
         for (number, (socket, target)) in self.listeners.iter().enumerate() {
             let name = format!("socket-{number}");

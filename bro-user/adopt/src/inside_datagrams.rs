@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, recv, recvfrom, send, sendto};
 
-use crate::inside::connect_to;
+use crate::inside::{ClientPlace, connect_to};
 use crate::original::Original;
 
 /// The most clients; the one that was heard longest ago makes room.
@@ -80,7 +80,7 @@ impl InsideFlows {
         let at = if let Some(known) = known {
             known
         } else {
-            let socket = connect_to(host)
+            let socket = connect_to(host, ClientPlace::of_address(Some(&client)))
                 .inspect_err(|error| tracing::debug!(%error, "a client inside the container is not relayed"));
             let new = InsideFlow { original, client, host: socket.ok()?, used };
             if self.flows.len() == MOST {

@@ -207,9 +207,6 @@ impl Engine {
                     Token::Connection { index, generation, side } => {
                         self.connection_event(index, generation, side, event.events());
                     }
-                    Token::Listener(index) if self.listeners.takes_datagrams(index) => {
-                        self.receive_datagrams(index);
-                    }
                     Token::Listener(index) => self.client_waits(index)?,
                     Token::Flow { index, generation } => self.flow_event(index, generation),
                     Token::Agent(target) => self.agent_answered(target),
@@ -368,9 +365,13 @@ impl Engine {
         Ok(())
     }
 
-    /// A listener has a client.
+    /// A listener has a client, or a datagram.
     fn client_waits(&mut self, listener: usize) -> anyhow::Result<()> {
         match self.listeners.used(listener) {
+            ListenerUse::Relay if self.listeners.takes_datagrams(listener) => {
+                self.receive_datagrams(listener);
+                Ok(())
+            }
             ListenerUse::Relay => self.accept_some(listener),
             ListenerUse::WakeOnly => {
                 self.listeners.set_use(&self.epoll, listener, ListenerUse::LeaveAlone)?;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bro_relay::listener::SocketKind;
 use bro_relay::netns::identity::Identity;
 use bro_relay::proxy_protocol::Trusted;
 use clap::{Args, ValueEnum};
@@ -311,11 +312,31 @@ pub enum Direct {
 /// `--adopt=`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Adopt {
-    /// Sockets of TCP and unix sockets
+    /// Those of TCP, and unix sockets
+    #[value(alias = "true")]
     On,
-    /// None any more
-    Off,
-    /// Those of UDP: not yet
-    #[value(hide = true)]
+    /// Those of UDP
     Udp,
+    /// All of these
+    All,
+    /// None
+    #[value(alias = "false")]
+    Off,
+}
+
+impl Adopt {
+    /// Is there any that a service may have?
+    #[must_use]
+    pub const fn is_any(self) -> bool {
+        !matches!(self, Self::Off)
+    }
+
+    /// May a service have a socket of this kind?
+    #[must_use]
+    pub const fn offers(self, kind: SocketKind) -> bool {
+        match kind {
+            SocketKind::Stream | SocketKind::SeqPacket => matches!(self, Self::On | Self::All),
+            SocketKind::Datagram => matches!(self, Self::Udp | Self::All),
+        }
+    }
 }

@@ -59,7 +59,7 @@ pub fn run(
     // A predecessor speaks for the service until this process has taken over.
     notify::mute(predecessor.is_some());
     let program = Program::own()?;
-    let (reserved, passed) = adoption::take(options.adopt, passed?)?;
+    let (reserved, passed) = adoption::take(options.adopt.is_any(), passed?)?;
     let routes = Routes::of(options, listen_fds::listeners(passed, &options.listen, options.adopt)?)?;
     settings::check(options, &routes.targets)?;
     let local_clients = settings::local_clients(options)?;
@@ -83,7 +83,8 @@ pub fn run(
         }
         let keep_awake = KeepAwake::of(&options.idle.keep_awake).await?;
         let plane = DataPlane::start(options, relay, local_clients, bequest)?;
-        let adoption = reserved.map(|reserved| SocketAdoption::new(reserved, &listeners, &targets, &plane));
+        let adoption =
+            reserved.map(|reserved| SocketAdoption::new(reserved, &listeners, &targets, options, &plane));
         let adoption = adoption.transpose()?;
         let life = Lifecycle::new(options, targets, Arc::new(starter), keep_awake, &plane);
         let reload = Reload::new(program, &listeners);

@@ -59,6 +59,7 @@ const BOTH: &[Case] = &[
     ("adopt: off again", adopt::off_again),
     ("adopt: a profile that is older than its source", adopt::older_profile),
     ("adopt: looked after", adopt::looked_after),
+    ("adopt: frozen without bytes", adopt::frozen_without_bytes),
     ("adopt: another socket", adopt::another_socket),
     ("adopt: a socket that the container has broken", adopt::damaged),
     ("adopt: a second port for the same place", adopt::second_port),

@@ -7,7 +7,7 @@ use nix::sys::socket::Shutdown;
 
 use super::Agent;
 use crate::caller::Caller;
-use crate::inside::connect_to;
+use crate::inside::{ClientPlace, connect_to};
 use crate::notification::{Answer, Raw};
 use crate::options::{is_nonblocking, set_nonblocking};
 use crate::surroundings::{Event, Surroundings};
@@ -65,7 +65,7 @@ impl<S: Surroundings> Agent<S> {
         }
         let answer = shut(&original.socket, how);
         // What waits for a datagram goes on waiting for the next: one that is sent for it would stay and wake the service again if nothing waits.
-        if !is_datagrams && let Err(error) = connect_to(listener.socket.as_fd()) {
+        if !is_datagrams && let Err(error) = connect_to(listener.socket.as_fd(), ClientPlace::Here) {
             tracing::debug!(%error, "whatever waits in accept(2) goes on waiting");
         }
         self.let_go(vec![original]);

@@ -1,6 +1,5 @@
 //! A socket for datagrams in the kernel's table: of its clients that knows nothing.
 
-use std::ops::ControlFlow;
 use std::os::fd::BorrowedFd;
 
 use netlink_packet_sock_diag::SockDiagMessage;
@@ -29,13 +28,12 @@ pub fn is_shut_down(socket: BorrowedFd<'_>) -> Result<bool, Uncountable> {
         socket_id: SocketId { source_port: address.port(), ..any },
     };
     let mut found = false;
-    let _all = super::dump(&super::table(&[socket])?, SockDiagMessage::InetRequest(request), |answer| {
+    super::dump(&super::table(&[socket])?, SockDiagMessage::InetRequest(request), |answer| {
         if let SockDiagMessage::InetResponse(response) = answer
             && u64::from_ne_bytes(response.header.socket_id.cookie) == cookie
         {
             found |= response.nlas.iter().any(|nla| matches!(nla, Nla::Shutdown(how) if *how != 0));
         }
-        ControlFlow::Continue(())
     })?;
     Ok(found)
 }

@@ -32,9 +32,9 @@ pub(super) enum Accepting {
 pub enum ListenerUse {
     /// Accepts its clients. The listener is non-blocking.
     Relay,
-    /// Says when a client waits, once, and accepts none: whatever is to have the listener finds the client in its queue.
+    /// Says when a client waits, or a datagram, once, and takes none: whatever is to have the listener finds it in its queue.
     WakeOnly,
-    /// Nothing: a service accepts at it, or is about to.
+    /// Nothing: a service has what comes to it, or is about to.
     LeaveAlone,
 }
 

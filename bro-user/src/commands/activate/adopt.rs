@@ -43,17 +43,11 @@ const TRUSTING: [(&str, &str); 10] = [
 
 /// Options that cannot hold for a client that the forwarder does not accept, as `bro forward --adopt` refuses them: the option, the values of it
 /// that are refused (with none, all but `false`), and why.
-const NOT_WITH_IT: [(&str, &[&str], &str); 10] = [
-    ("wake-on", &["data"], "the first byte comes after a client was accepted"),
-    ("wake-ignore", &[], "who a client is shows when it was accepted"),
-    ("idle-ignore", &[], "the service accepts its clients itself"),
-    ("idle-by", &["bytes"], "no byte passes the forwarder"),
-    ("idle-below", &[], "no byte passes the forwarder"),
-    ("freeze", &[], "nothing would see a client of a frozen service"),
-    ("connections-per-source", &[], "the service accepts its clients itself"),
-    ("proxy-protocol", &[], "the service sees its clients' own addresses"),
-    ("accept-proxy", &[], "the service accepts its clients itself"),
-    ("local-clients", &[], "no lane leads to an adopted connection"),
+const NOT_WITH_IT: [(&str, &str); 4] = [
+    ("connections-per-source", "the service accepts its clients itself"),
+    ("proxy-protocol", "the service sees its clients' own addresses"),
+    ("accept-proxy", "the service accepts its clients itself"),
+    ("local-clients", "no lane leads to an adopted connection"),
 ];
 
 /// Options that hold only for clients that are forwarded.
@@ -67,6 +61,9 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
 pub(super) fn is_wanted(options: &Activate, installed: Option<&Installed>) -> anyhow::Result<bool> {
     match options.adopt {
         Some(cli::Adopt::On) => Ok(true),
+        Some(cli::Adopt::All) => Err(usage(
+            "--adopt=all: sockets of UDP are not adopted yet; --adopt adopts those of TCP and unix sockets",
+        )),
         Some(cli::Adopt::Off) => Ok(false),
         Some(cli::Adopt::Udp) => Err(usage(
             "--adopt=udp: sockets of UDP are not adopted yet; --adopt adopts those of TCP and unix sockets",
@@ -262,11 +259,8 @@ pub(super) fn check_rest(
     let refuse = |option: &str, why: &str| {
         Err(usage(format!("--{option} does not go with --adopt: {why}; leave one of them out")))
     };
-    for (name, values, why) in NOT_WITH_IT {
-        let Some(value) = wanted.option(name).filter(|value| !["false", "off"].contains(value)) else {
-            continue;
-        };
-        if values.is_empty() || values.contains(&value) {
+    for (name, why) in NOT_WITH_IT {
+        if wanted.option(name).is_some_and(|value| !["false", "off"].contains(&value)) {
             return refuse(name, why);
         }
     }

@@ -40,8 +40,13 @@ pub(super) fn check(options: &Forward, targets: &[Target]) -> Result<(), Failure
     if let Some(refusal) = targets.iter().find_map(|target| options.ready.refusal(target)) {
         return Err(Failure::Usage(refusal));
     }
-    if options.adopt {
+    if options.adopt.is_any() {
         super::adoption::check(options, targets)?;
+        if let Some(most) = options.connections_max {
+            tracing::warn!(
+                "--connections-max={most} bounds the clients that are forwarded; those of a service that has its socket (--adopt) its own limit bounds, and the socket's Backlog= those that wait"
+            );
+        }
     }
     if options.accept_proxy && options.trusted.is_empty() {
         return Err(Failure::Usage(
@@ -92,7 +97,7 @@ pub(super) fn engine(options: &Forward, listeners: &[(Listener, usize)]) -> Sett
         flow_timeout: options.flow_timeout.or_forever(),
         hold_limit: options.start_timeout.or_forever(),
         hold_refused: options.ready != Ready::Unchecked,
-        adopts: options.adopt,
+        adopts: options.adopt.is_any(),
     }
 }
 

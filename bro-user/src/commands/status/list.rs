@@ -127,7 +127,7 @@ impl ListedService {
         let connections = |report: &Report| {
             // A predecessor with its own socket has answered itself.
             let before = report.predecessor.as_ref().filter(|predecessor| !answers(predecessor.pid));
-            report.total.guests() + before.and_then(|predecessor| predecessor.connections).unwrap_or(0)
+            report.connections() + before.and_then(|predecessor| predecessor.connections).unwrap_or(0)
         };
         self.connections = self.forwarders.iter().map(connections).sum();
     }

@@ -232,6 +232,7 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "epoll" | "epoll-edge" => watched(place, kind == "epoll-edge"),
         "workers" => workers(place),
         "slow" => slow(place),
+        "asked" => asked(place),
         "shut" => shut(place),
         "closes" => closes(place),
         "options" => options(place),
@@ -266,6 +267,22 @@ fn slow(place: &str) -> Result<()> {
     drop(client);
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
+}
+
+/// Answers each client when that has said something.
+fn asked(place: &str) -> Result<()> {
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    listen(&listener, Backlog::new(16)?)?;
+    say("ready")?;
+    loop {
+        let client = taken(listener.as_fd())?;
+        std::thread::spawn(move || -> Result<()> {
+            let mut stream = std::net::TcpStream::from(client.try_clone()?);
+            stream.set_nonblocking(false)?;
+            stream.read_exact(&mut [0])?;
+            greet(&client)
+        });
+    }
 }
 
 /// Two processes that listen at a socket which their parent has bound.
