@@ -13,7 +13,6 @@ mod options;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use bro_relay::listener::SocketKind;
 use bro_relay::read_bounded::{self, Link};
 use bro_relay::target::Target;
 
@@ -92,7 +91,7 @@ impl InstalledPort {
     /// Are there sockets for datagrams, of whichever family?
     #[must_use]
     pub fn takes_datagrams(&self) -> bool {
-        self.external.sockets().any(|socket| socket.kind == SocketKind::Datagram)
+        self.external.sockets().any(|socket| socket.kind.takes_datagrams())
     }
 
     /// Where the service listens for each of its sockets, as their kinds make it, without repetition.

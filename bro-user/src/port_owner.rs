@@ -119,7 +119,7 @@ const fn socket_type(kind: SocketKind) -> SockType {
     match kind {
         SocketKind::Stream => SockType::Stream,
         SocketKind::SeqPacket => SockType::SeqPacket,
-        SocketKind::Datagram => SockType::Datagram,
+        SocketKind::Datagram | SocketKind::UnixDatagram => SockType::Datagram,
     }
 }
 

@@ -166,7 +166,7 @@ impl ServiceStarter {
     /// # Errors
     /// [`Failure::NotFound`] or [`Failure::NotPermitted`].
     pub async fn check(&self, targets: &[Target]) -> anyhow::Result<()> {
-        let unix = targets.iter().any(|target| matches!(target, Target::Unix(_) | Target::Abstract(_)));
+        let unix = targets.iter().any(|target| target.is_unix());
         if unix
             && self.place == NetnsSource::Own
             && self.identity != Identity::Forwarder

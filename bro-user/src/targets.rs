@@ -26,7 +26,7 @@ impl Targets {
     pub fn range(first: Target, beyond: u16) -> Option<Self> {
         let fits = match &first {
             Target::Tcp { port, .. } | Target::Udp { port, .. } => port.checked_add(beyond).is_some(),
-            Target::Unix(_) | Target::Abstract(_) => beyond == 0,
+            Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_) => beyond == 0,
         };
         fits.then_some(Self { first, beyond })
     }
@@ -65,6 +65,9 @@ impl Targets {
 pub fn of_kind(kind: SocketKind, target: Target) -> Target {
     match (kind, target) {
         (SocketKind::Datagram, Target::Tcp { host, port }) => Target::Udp { host, port },
+        (SocketKind::UnixDatagram, unix @ (Target::Unix(_) | Target::Abstract(_))) => {
+            Target::Datagrams(Box::new(unix))
+        }
         (_, target) => target,
     }
 }
@@ -104,7 +107,7 @@ impl FromStr for Targets {
         let last = target::port(last)?;
         let beyond = match &first {
             Target::Tcp { port, .. } | Target::Udp { port, .. } => last.checked_sub(*port),
-            Target::Unix(_) | Target::Abstract(_) => None,
+            Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_) => None,
         };
         beyond.map(|beyond| Self { first, beyond }).ok_or_else(|| InvalidTarget::Host(text.to_owned()))
     }

@@ -63,7 +63,12 @@ impl Store {
                 let name = text.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or_default();
                 let mut kept = to.lock().expect("no holder of this lock panics");
                 if text.contains("FDSTOREREMOVE=1") {
-                    kept.remove(name);
+                    let removed = kept.remove(name);
+                    // systemd has a thread of its own close it (`asynchronous_close`), and so at any time later.
+                    std::thread::spawn(move || {
+                        std::thread::sleep(Duration::from_millis(200));
+                        drop(removed);
+                    });
                 } else if text.contains("FDSTORE=1") {
                     kept.extend(descriptors.into_iter().map(|descriptor| (name.to_owned(), descriptor)));
                 } else {

@@ -11,6 +11,8 @@ mod clock;
 mod cold;
 mod contenders;
 mod cpu;
+mod datagram_service;
+mod datagrams;
 mod environment;
 mod launch;
 mod load;
@@ -91,6 +93,12 @@ enum Part {
     /// Make load, and print the figures
     #[command(hide = true)]
     Load(load::Args),
+    /// Serve datagrams
+    #[command(hide = true)]
+    DatagramService(datagram_service::Args),
+    /// Make load of datagrams, and print the figures
+    #[command(hide = true)]
+    DatagramLoad(load::datagrams::Args),
     /// Speak to a service until it answers
     #[command(hide = true)]
     Poke(poke::Args),
@@ -110,6 +118,8 @@ pub fn run(args: &Args) -> Result<()> {
         Some(Part::Launch(args)) => launch::main(args),
         Some(Part::Service(args)) => service::main(args),
         Some(Part::Load(args)) => load::main(args),
+        Some(Part::DatagramService(args)) => datagram_service::main(args),
+        Some(Part::DatagramLoad(args)) => load::datagrams::main(args),
         Some(Part::Poke(args)) => poke::main(args),
         Some(Part::Check(args)) => check::main(args),
         None if args.list => list(),
@@ -120,6 +130,7 @@ pub fn run(args: &Args) -> Result<()> {
 fn workloads() -> Vec<String> {
     let mut names = vec![COLD.to_owned(), IDLE.into(), CHECK.into()];
     names.extend(Load::TIMED.map(Load::name));
+    names.push(datagrams::DATAGRAMS.into());
     names.extend(Program::ALL.map(|program| program.key().to_owned()));
     names
 }
@@ -225,6 +236,7 @@ fn bench(args: &Args) -> Result<()> {
     bench.cold_starts();
     bench.idle();
     bench.rounds();
+    bench.datagrams();
     bench.programs();
     let Bench { scene, plan, clock, present, results, choice } = bench;
     let versions = versions(&scene, &present);

@@ -678,6 +678,7 @@ impl<S: Surroundings> Agent<S> {
     fn let_go(&mut self, originals: Vec<Original>) {
         for original in originals {
             let name = original.name.clone();
+            original.make_way();
             drop(original);
             self.surroundings.forget(&name);
         }

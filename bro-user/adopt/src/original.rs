@@ -3,9 +3,9 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{Backlog, listen};
+use nix::sys::socket::{Backlog, Shutdown, listen, setsockopt, shutdown, sockopt};
 
 use crate::family::Family;
 use crate::options::set_nonblocking;
@@ -61,6 +61,18 @@ impl Original {
         self.socket.as_fd()
     }
 
+    /// Has its address free for a socket with SO_REUSEADDR, although others have this one open still: the service manager closes what it keeps no longer in
+    /// a thread of its own, at any later time. Two such sockets may have one address as long as none of them listens there (socket(7), `inet_bind_conflict`).
+    pub fn make_way(&self) {
+        if matches!(self.place, Place::Tcp(_)) {
+            // It listens no more, and keeps its address. ENOTCONN: it did not listen.
+            shutdown(self.socket.as_raw_fd(), Shutdown::Both).ok();
+            if let Err(error) = setsockopt(&self.socket, sockopt::ReuseAddr, &true) {
+                tracing::debug!(%error, "an address inside is not free until all have closed its socket");
+            }
+        }
+    }
+
     /// Would a bind(2) of a socket of this family at this address find it in the way? (`inet_rcv_saddr_equal`)
     #[must_use]
     pub fn is_in_the_way_of(&self, family: Family, wanted: SocketAddr) -> bool {
@@ -80,6 +92,29 @@ impl Original {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_that_is_open_elsewhere_makes_way_for_the_next() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, socket};
+        let first = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = first.local_addr().unwrap();
+        let elsewhere = first.try_clone().unwrap();
+        let seen = Seen { cookie: 1, family: Family::V4 };
+        let place = Place::Tcp(address);
+        let original =
+            Original { socket: first.into(), place, seen, listener: 0, name: String::new(), open: true };
+        let next = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let bound = || bind(next.as_raw_fd(), &SockaddrStorage::from(address));
+        assert_eq!(bound(), Err(nix::errno::Errno::EADDRINUSE));
+        setsockopt(&next, sockopt::ReuseAddr, &true).unwrap();
+        assert_eq!(bound(), Err(nix::errno::Errno::EADDRINUSE));
+        original.make_way();
+        drop(original);
+        bound().unwrap();
+        listen(&next, Backlog::new(1).unwrap()).unwrap();
+        assert_eq!(elsewhere.local_addr().unwrap(), address);
+        let _client = std::net::TcpStream::connect(address).unwrap();
+    }
 
     #[test]
     fn an_address_is_taken_by_its_own_kind_alone() {

@@ -11,7 +11,7 @@ pub trait Surroundings {
     /// Keeps a descriptor beyond this process's end, under a name of its own (sd_notify(3), FDSTORE=1 with FDNAME=; FDPOLL=0 where `polled` is false:
     /// it is not to be dropped because it polls as hung up).
     fn store(&mut self, name: &str, descriptor: BorrowedFd<'_>, polled: bool);
-    /// Keeps it no longer (FDSTOREREMOVE=1), and returns when that is so (BARRIER=1): a socket that is kept still has its address.
+    /// Keeps it no longer (FDSTOREREMOVE=1), and returns when that was heard (BARRIER=1): it is closed then, or soon.
     fn forget(&mut self, name: &str);
     /// May a service have this listener now? From a yes on nothing else accepts at it, until [`Surroundings::unclaim`]; its flags and options are the
     /// service's.

@@ -18,6 +18,7 @@ pub mod idle;
 mod introductions;
 pub mod lanes;
 pub mod listeners;
+mod outgoing;
 pub mod protocol;
 pub mod report;
 pub mod socket_options;
@@ -208,7 +209,9 @@ impl Engine {
                         self.connection_event(index, generation, side, event.events());
                     }
                     Token::Listener(index) => self.client_waits(index)?,
-                    Token::Flow { index, generation } => self.flow_event(index, generation),
+                    Token::Flow { index, generation } => {
+                        self.flow_event(index, generation, event.events());
+                    }
                     Token::Agent(target) => self.agent_answered(target),
                     Token::Kernel => self.kernel_events(),
                     Token::Mailbox => {

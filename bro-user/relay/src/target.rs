@@ -25,6 +25,8 @@ pub enum Target {
     Unix(PathBuf),
     /// A unix stream socket's abstract name, without the `@`.
     Abstract(String),
+    /// A unix socket for datagrams, at one of the two above.
+    Datagrams(Box<Self>),
 }
 
 /// Why a text is not a target.
@@ -122,6 +124,14 @@ impl FromStr for Target {
     }
 }
 
+impl Target {
+    /// Is it a unix socket?
+    #[must_use]
+    pub const fn is_unix(&self) -> bool {
+        matches!(self, Self::Unix(_) | Self::Abstract(_) | Self::Datagrams(_))
+    }
+}
+
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -131,6 +141,7 @@ impl fmt::Display for Target {
             Self::Udp { host, port } => write!(f, "{host}:{port}{UDP}"),
             Self::Unix(path) => write!(f, "{}", path.display()),
             Self::Abstract(name) => write!(f, "@{name}"),
+            Self::Datagrams(at) => write!(f, "{at} (datagrams)"),
         }
     }
 }

@@ -12,7 +12,7 @@ use super::{InvalidAddress, Ports, plain};
 
 /// In front of a unix path or name whose socket is no stream.
 const KINDS: [(&str, SocketKind); 2] =
-    [("seqpacket:", SocketKind::SeqPacket), ("dgram:", SocketKind::Datagram)];
+    [("seqpacket:", SocketKind::SeqPacket), ("dgram:", SocketKind::UnixDatagram)];
 
 /// As systemd begins it too.
 const VSOCK: &str = "vsock:";
@@ -291,7 +291,7 @@ mod tests {
             read("seqpacket:/run/x.sock"),
             External::Path(SocketKind::SeqPacket, "/run/x.sock".into())
         );
-        assert_eq!(read("dgram:@x"), External::Abstract(SocketKind::Datagram, "x".into()));
+        assert_eq!(read("dgram:@x"), External::Abstract(SocketKind::UnixDatagram, "x".into()));
         assert_eq!(read("/run/x.sock/udp"), External::Path(SocketKind::Stream, "/run/x.sock/udp".into()));
     }
 

@@ -337,6 +337,7 @@ impl Adopt {
         match kind {
             SocketKind::Stream | SocketKind::SeqPacket => matches!(self, Self::On | Self::All),
             SocketKind::Datagram => matches!(self, Self::Udp | Self::All),
+            SocketKind::UnixDatagram => false,
         }
     }
 }

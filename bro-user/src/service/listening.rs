@@ -31,12 +31,23 @@ impl ServiceStarter {
                 let found = found.await.with_context(|| format!("cannot look up the target {target}"))?;
                 found.take(TargetAddresses::MOST).map(|found| Address::Udp(reached(found))).collect()
             }
-            Target::Abstract(name) => vec![Address::Abstract(name.as_bytes().to_vec())],
-            Target::Unix(path) => match self.place {
-                NetnsSource::Container(_) | NetnsSource::Pid(_) => vec![Address::Inside(path.clone())],
-                NetnsSource::Own | NetnsSource::Netns(_) => vec![Address::Unix(path.clone())],
-            },
+            Target::Unix(_) | Target::Abstract(_) => self.unix(target).into_iter().collect(),
+            Target::Datagrams(at) => {
+                self.unix(at).map(|at| Address::Datagrams(Box::new(at))).into_iter().collect()
+            }
         })
+    }
+
+    /// Where a unix target is.
+    fn unix(&self, target: &Target) -> Option<Address> {
+        match target {
+            Target::Abstract(name) => Some(Address::Abstract(name.as_bytes().to_vec())),
+            Target::Unix(path) => Some(match self.place {
+                NetnsSource::Container(_) | NetnsSource::Pid(_) => Address::Inside(path.clone()),
+                NetnsSource::Own | NetnsSource::Netns(_) => Address::Unix(path.clone()),
+            }),
+            Target::Tcp { .. } | Target::Udp { .. } | Target::Datagrams(_) => None,
+        }
     }
 
     /// Has the kernel relay's programs watch the service, where there are any and it is on this host: they then report its first

@@ -220,12 +220,12 @@ fn inherited(passed: Passed, adopt: Adopt) -> anyhow::Result<Listener> {
     let kind =
         socket::getsockopt(&socket, sockopt::SockType).map_err(|_| refuse("is not a socket".into()))?;
     if kind == SockType::Datagram {
-        return for_datagrams(socket, name.clone(), adopt.offers(SocketKind::Datagram), &refuse);
+        return for_datagrams(socket, name.clone(), adopt, &refuse);
     }
     if !matches!(kind, SockType::Stream | SockType::SeqPacket) {
         bail!(refuse(format!(
             "is of type {kind:?}: use ListenStream= with a TCP or unix address, ListenSequentialPacket=, or ListenDatagram= with a UDP \
-             address"
+             or unix address"
         )));
     }
     let shared = adopt.offers(SocketKind::Stream);
@@ -255,24 +255,22 @@ fn inherited(passed: Passed, adopt: Adopt) -> anyhow::Result<Listener> {
 fn for_datagrams(
     socket: OwnedFd,
     name: String,
-    shared: bool,
+    adopt: Adopt,
     refuse: &dyn Fn(String) -> Failure,
 ) -> anyhow::Result<Listener> {
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd())?;
-    match socket::SockaddrLike::family(&address) {
-        Some(AddressFamily::Inet | AddressFamily::Inet6) => {}
-        Some(AddressFamily::Unix) => bail!(refuse(
-            "takes datagrams over a unix address: bro forwards datagrams over UDP alone; use ListenStream= if the service can".into()
-        )),
+    let kind = match socket::SockaddrLike::family(&address) {
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => SocketKind::Datagram,
+        Some(AddressFamily::Unix) => SocketKind::UnixDatagram,
         family => bail!(refuse(format!(
-            "takes datagrams and is of family {family:?}: bro forwards datagrams over UDP alone"
+            "takes datagrams and is of family {family:?}: bro forwards datagrams over UDP and unix sockets"
         ))),
-    }
+    };
     if socket::getpeername::<SockaddrStorage>(socket.as_raw_fd()).is_ok() {
         bail!(refuse("is connected to one peer, and so is no socket for clients".into()));
     }
     // A service may have it already, and what comes beside its datagrams is for that one to choose.
-    if shared {
+    if adopt.offers(kind) {
         return Ok(Listener::shared(socket, name, &address)?);
     }
     datagrams::prepare(&socket)?;
@@ -303,6 +301,7 @@ fn bind(spec: &ListenSpec) -> anyhow::Result<Listener> {
             let listener = std::os::unix::net::UnixListener::bind_addr(&address);
             (listener.with_context(|| format!("cannot listen on @{name}"))?.into(), None)
         }
+        Target::Datagrams(_) => unreachable!("--listen has no word for one"),
     };
     Ok(Listener::own(socket, name, unlink)?)
 }

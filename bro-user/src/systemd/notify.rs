@@ -50,7 +50,7 @@ pub fn store(name: &str, descriptor: BorrowedFd<'_>, polled: bool) {
     }
 }
 
-/// Has it kept no longer (FDSTOREREMOVE=1), and waits until that is so: a socket that is kept still has its address.
+/// Has it kept no longer (FDSTOREREMOVE=1), and waits until that was heard: systemd closes it in a thread of its own then.
 pub fn forget(name: &str) {
     let told = send(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), &[]);
     if let Err(error) = told.and_then(|()| barrier()) {
@@ -58,7 +58,7 @@ pub fn forget(name: &str) {
     }
 }
 
-/// Waits until the service manager has dealt with all that it was told (sd_notify_barrier(3)): it closes the descriptor then.
+/// Waits until the service manager has dealt with all that it was told (sd_notify_barrier(3)): it closes the barrier's descriptor then.
 fn barrier() -> io::Result<()> {
     use std::io::Read as _;
     if std::env::var_os("NOTIFY_SOCKET").is_none() {

@@ -120,7 +120,7 @@ pub(super) fn lines(installed: &Installed, forwarder: &Forwarder, is_here: bool)
 /// Does it connect to a unix socket, and not as its own user?
 fn becomes_another(installed: &Installed, forwarder: &Forwarder) -> bool {
     forwarder.options.unix_identity() != Identity::Forwarder
-        && targets(installed).any(|target| matches!(target, Target::Unix(_) | Target::Abstract(_)))
+        && targets(installed).any(|target| target.is_unix())
 }
 
 /// Is a service's unix socket in the files of a container?

@@ -67,7 +67,7 @@ fn listening(listener: &InstalledPort) -> Vec<String> {
         let directive = match socket.kind {
             SocketKind::Stream => "ListenStream",
             SocketKind::SeqPacket => "ListenSequentialPacket",
-            SocketKind::Datagram => "ListenDatagram",
+            SocketKind::Datagram | SocketKind::UnixDatagram => "ListenDatagram",
         };
         format!("{directive}={}", socket.place)
     });

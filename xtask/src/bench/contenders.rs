@@ -4,6 +4,8 @@
 //! by themselves. systemd-socket-proxyd, HAProxy and nginx cannot, but take over a listening socket: theirs is made
 //! outside, they run inside. socat can neither; it listens inside, with the clients inside too, and so does one bro.
 
+mod datagrams;
+
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;

@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd as _, RawFd};
 
+use nix::sys::socket::{setsockopt, sockopt};
+
 use super::Agent;
 use crate::caller::Caller;
 use crate::notification::{Answer, Raw};
@@ -31,7 +33,12 @@ impl<S: Surroundings> Agent<S> {
             return self.bind_datagrams(by, caller, notification, (socket, seen));
         }
         if let Some(address) = caller.address_at(address, length) {
-            self.clear_the_way(&seen, address);
+            // Most services set it themselves, since they would not be started twice in a minute without (tcp(7), TIME_WAIT).
+            if self.clear_the_way(&seen, address)
+                && let Err(error) = setsockopt(&socket, sockopt::ReuseAddr, &true)
+            {
+                tracing::debug!(%error, "an address may still be taken when the service binds it");
+            }
         }
         Some(Answer::Continue)
     }

@@ -46,7 +46,7 @@ impl<S: Surroundings> Agent<S> {
         }
         let seen = Seen { family: family_when_bound(seen.family, address), ..seen };
         let chosen = self.choose(&Place::Udp(address), seen.family);
-        self.clear_the_way(&seen, address);
+        let _any = self.clear_the_way(&seen, address);
         let index = match chosen {
             None => return Some(Answer::Continue),
             Some(Err(listener)) => return Some(self.not_adopted(listener, Misfit::Family)),
@@ -101,14 +101,16 @@ impl<S: Surroundings> Agent<S> {
         if self.listeners.get(index).is_some_and(is_meant) { Ok(place) } else { Err(Errno::EINVAL) }
     }
 
-    /// An original of another socket at this address would be in the way of the next.
-    pub(super) fn clear_the_way(&mut self, seen: &Seen, address: SocketAddr) {
+    /// An original of another socket at this address would be in the way of the next. Says whether there was one.
+    pub(super) fn clear_the_way(&mut self, seen: &Seen, address: SocketAddr) -> bool {
         let (in_the_way, kept) =
             std::mem::take(&mut self.originals).into_iter().partition(|original: &Original| {
                 original.seen.cookie != seen.cookie && original.is_in_the_way_of(seen.family, address)
             });
         self.originals = kept;
+        let any = !in_the_way.is_empty();
         self.let_go(in_the_way);
+        any
     }
 
     fn leave(&mut self, index: usize) {

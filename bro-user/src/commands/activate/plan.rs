@@ -537,7 +537,7 @@ fn check_host_network(wanted: &Installed, network: &Network) -> anyhow::Result<(
             targets.iter().any(|target| match target {
                 Target::Tcp { port, .. } => socket.is_at(SocketKind::Stream, *port),
                 Target::Udp { port, .. } => socket.is_at(SocketKind::Datagram, *port),
-                Target::Unix(_) | Target::Abstract(_) => false,
+                Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_) => false,
             })
         };
         if let Some(port) = listener.external.sockets().find(its_own).and_then(|socket| socket.place.port()) {

@@ -77,6 +77,7 @@ pub(super) async fn check(
     let wish = forwarder.options.unix_identity();
     match internal.first() {
         Target::Tcp { .. } | Target::Udp { .. } => ip(installed, listener, container, pid).await,
+        Target::Datagrams(_) => Check::ok(NAME, format!("{internal} takes datagrams, so it was not checked")),
         Target::Unix(_) | Target::Abstract(_) if listener.takes_datagrams() => {
             Check::ok(NAME, format!("{internal} takes datagrams, so it was not checked"))
         }
@@ -157,6 +158,7 @@ async fn unix(installed: &Installed, container: &str, pid: i32, address: Address
         Address::Abstract(name) => format!("@{}", String::from_utf8_lossy(name)),
         Address::Tcp(address) => address.to_string(),
         Address::Udp(address) => format!("{address}/udp"),
+        Address::Datagrams(_) => return Check::ok(NAME, "it takes datagrams, so it was not checked"),
     };
     let connecting = async {
         use std::os::unix::fs::OpenOptionsExt as _;

@@ -101,10 +101,16 @@ fn port(listener: &Listener) -> Option<u16> {
 fn of_its_kind(target: Target, listener: &Listener) -> Result<Target, Failure> {
     let socket = format!("the socket “{}” ({})", listener.name, listener.address);
     match (listener.kind, &target) {
-        (SocketKind::Datagram, Target::Unix(_) | Target::Abstract(_)) => Err(Failure::Usage(format!(
-            "{socket} takes UDP datagrams, and its target {target} is a unix socket; give --target {}=HOST:PORT",
+        (SocketKind::UnixDatagram, Target::Tcp { .. } | Target::Udp { .. }) => Err(Failure::Usage(format!(
+            "{socket} takes datagrams over a unix socket, and its target {target} is none; give --target {}=/PATH",
             listener.name
         ))),
+        (SocketKind::Datagram, Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_)) => {
+            Err(Failure::Usage(format!(
+                "{socket} takes UDP datagrams, and its target {target} is a unix socket; give --target {}=HOST:PORT",
+                listener.name
+            )))
+        }
         (SocketKind::Stream, Target::Udp { .. }) => Err(Failure::Usage(format!(
             "{socket} takes streams, and its target {target} is a UDP port; leave /udp out, or use ListenDatagram= for it"
         ))),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use bro_relay::engine::Settings;
 use bro_relay::engine::socket_options::Keepalive;
-use bro_relay::listener::{Listener, SocketKind};
+use bro_relay::listener::Listener;
 use bro_relay::relay::{Method, pipes};
 use bro_relay::target::Target;
 use nix::sys::socket::{SockaddrStorage, getsockname};
@@ -62,7 +62,7 @@ pub(super) fn engine(options: &Forward, listeners: &[(Listener, usize)]) -> Sett
     let descriptors = descriptors_for_connections();
     // What is left to others has room for a few sockets, and not for those of a range of ports.
     let descriptors = descriptors.saturating_sub(listeners.len().saturating_sub(FEW_LISTENERS));
-    let takes_datagrams = listeners.iter().any(|(listener, _)| listener.kind == SocketKind::Datagram);
+    let takes_datagrams = listeners.iter().any(|(listener, _)| listener.kind.takes_datagrams());
     let flows_max = if takes_datagrams { flows(descriptors, options.flows_max) } else { 0 };
     let (connections_max, pipes) = fitting(descriptors - flows_max, asked.unwrap_or(usize::MAX));
     if let Some(asked) = asked.filter(|&asked| connections_max < asked) {

@@ -41,6 +41,7 @@ impl LiveAddress {
     fn read((kind, address): (String, String)) -> Self {
         let kind = match kind.as_str() {
             "Stream" => Some(SocketKind::Stream),
+            "Datagram" if address.starts_with(['/', '@']) => Some(SocketKind::UnixDatagram),
             "Datagram" => Some(SocketKind::Datagram),
             "SequentialPacket" => Some(SocketKind::SeqPacket),
             _ => None,
@@ -52,9 +53,8 @@ impl LiveAddress {
 /// As an external address is written.
 impl std::fmt::Display for LiveAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let is_unix = self.address.starts_with(['/', '@']);
         match self.kind {
-            Some(SocketKind::Datagram) if is_unix => write!(f, "dgram:{}", self.address),
+            Some(SocketKind::UnixDatagram) => write!(f, "dgram:{}", self.address),
             Some(SocketKind::Datagram) => write!(f, "{}/udp", self.address),
             Some(SocketKind::SeqPacket) => write!(f, "seqpacket:{}", self.address),
             Some(SocketKind::Stream) | None => f.write_str(&self.address),

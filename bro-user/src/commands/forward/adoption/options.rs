@@ -57,6 +57,8 @@ pub(super) fn place(target: &Target) -> Result<Place, Failure> {
                 ))
             })
         }
+        // Such a socket is not offered to the service.
+        Target::Datagrams(at) => place(at),
         Target::Unix(path) => Ok(Place::Path(path.as_os_str().as_encoded_bytes().to_owned())),
         Target::Abstract(name) => Ok(Place::Abstract(name.as_bytes().to_owned())),
     }
