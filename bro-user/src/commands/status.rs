@@ -379,6 +379,9 @@ async fn named(options: &crate::cli::Status) -> anyhow::Result<(String, String)>
     Ok((asleep + &describe(&reports), exit::json(&json)?))
 }
 
+/// With more sockets than this, of a range of ports, those without a client are only counted.
+const MANY: usize = 16;
+
 pub(crate) fn describe(reports: &[Report]) -> String {
     let mut text = String::new();
     for report in reports {
@@ -405,7 +408,10 @@ pub(crate) fn describe(reports: &[Report]) -> String {
         }
         let reason = report.relay.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
         writeln!(text, "  relay {}{reason}, up {} s", report.relay.name, report.uptime_s).ok();
-        for listener in &report.listeners {
+        let silent = |listener: &&ListenerReport| {
+            report.listeners.len() > MANY && listener.adoption.is_none() && listener.tally == Tally::default()
+        };
+        for listener in report.listeners.iter().filter(|listener| !silent(listener)) {
             writeln!(text, "  {} {} -> {}", listener.name, listener.address, listener.target).ok();
             if let Some(adoption) = &listener.adoption {
                 writeln!(text, "    {adoption}").ok();
@@ -414,6 +420,10 @@ pub(crate) fn describe(reports: &[Report]) -> String {
                 writeln!(text, "    the service sees clients {seen}").ok();
             }
             figures(&mut text, &listener.tally);
+        }
+        let left_out = report.listeners.iter().filter(silent).count();
+        if left_out > 0 {
+            writeln!(text, "  and {left_out} sockets that no client has come to").ok();
         }
         if report.listeners.len() > 1 {
             writeln!(text, "  in total").ok();
@@ -518,5 +528,16 @@ mod tests {
                 || text.contains("h ago, of 127.0.0.1:80: no image"),
             "{text}"
         );
+        // Of a range only those ports are shown at which there was a client.
+        let Ok(mut report) = serde_json::from_str::<Report>(&json) else { panic!("it is one") };
+        let mut silent =
+            ListenerReport { adoption: None, tally: Tally::default(), ..report.listeners[0].clone() };
+        for number in 0..20 {
+            silent.address = format!("[::]:{}", 9000 + number);
+            report.listeners.push(silent.clone());
+        }
+        let text = describe(&[report]);
+        assert!(text.contains("http [::]:80") && !text.contains("[::]:90"), "{text}");
+        assert!(text.contains("and 20 sockets that no client has come to"), "{text}");
     }
 }

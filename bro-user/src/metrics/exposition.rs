@@ -34,9 +34,9 @@ pub(crate) struct Exposed {
     replaced: u64,
     /// The present state, by socket.
     now: Vec<(String, Tally)>,
-    /// The sockets that the service has itself, and how many clients each has.
-    adopted: Vec<(String, u64)>,
-    /// When the last datagram came to each of them that is for such, in seconds since 1970.
+    /// How many sockets of a name the service has itself, and how many clients those have.
+    adopted: Vec<(String, u64, u64)>,
+    /// When the last datagram came to those of a name that are for such, in seconds since 1970.
     last_datagrams: Vec<(String, u64)>,
     counts: Counts,
 }
@@ -50,18 +50,24 @@ impl Exposed {
                 None => now.push((listener.name.clone(), listener.tally.clone())),
             }
         }
-        let listeners = service.forwarders.iter().flat_map(|report| &report.listeners);
-        let adopted = listeners.filter_map(|listener| match listener.adoption {
-            Some(AdoptionReport::Adopted { connections, .. }) => Some((listener.name.clone(), connections)),
-            _ => None,
-        });
-        let listeners = service.forwarders.iter().flat_map(|report| &report.listeners);
-        let last_datagrams = listeners.filter_map(|listener| match listener.adoption {
-            Some(AdoptionReport::Adopted { datagrams: Some(DatagramsReport::Last { at }), .. }) => {
-                Some((listener.name.clone(), at))
+        let mut adopted: Vec<(String, u64, u64)> = Vec::new();
+        let mut last_datagrams: Vec<(String, u64)> = Vec::new();
+        for listener in service.forwarders.iter().flat_map(|report| &report.listeners) {
+            let Some(AdoptionReport::Adopted { connections, datagrams, .. }) = &listener.adoption else {
+                continue;
+            };
+            // The ports of a range have one name.
+            match adopted.iter_mut().find(|(name, ..)| *name == listener.name) {
+                Some((_, sockets, clients)) => (*sockets, *clients) = (*sockets + 1, *clients + connections),
+                None => adopted.push((listener.name.clone(), 1, *connections)),
             }
-            _ => None,
-        });
+            if let Some(DatagramsReport::Last { at }) = datagrams {
+                match last_datagrams.iter_mut().find(|(name, _)| *name == listener.name) {
+                    Some((_, last)) => *last = (*last).max(*at),
+                    None => last_datagrams.push((listener.name.clone(), *at)),
+                }
+            }
+        }
         let told: u64 = service.forwarders.iter().map(Report::connections).sum();
         // The same name as a forwarder of it gives itself, and none with a process' number in it.
         let own = || service.forwarders.iter().find_map(|report| report.service.as_deref());
@@ -79,8 +85,8 @@ impl Exposed {
             waiting: service.waiting.as_ref().map_or(0, |waiting| waiting.clients),
             forwarders: forwarders.collect(),
             replaced: service.connections.saturating_sub(told),
-            adopted: adopted.collect(),
-            last_datagrams: last_datagrams.collect(),
+            adopted,
+            last_datagrams,
             now,
             counts: service.counts.clone(),
         }
@@ -230,7 +236,7 @@ const FAMILIES: [MetricFamily; 32] = [
         samples: |exposed, take| {
             exposed.now.iter().try_for_each(|(name, tally)| {
                 let adopted =
-                    exposed.adopted.iter().filter(|(its, _)| its == name).map(|(_, clients)| clients);
+                    exposed.adopted.iter().filter(|(its, ..)| its == name).map(|(_, _, clients)| clients);
                 take(&[("listener", name)], tally.open + adopted.sum::<u64>())
             })
         },
@@ -422,7 +428,7 @@ const FAMILIES: [MetricFamily; 32] = [
         unit: None,
         kind: MetricType::Gauge,
         help: "Sockets at which the service accepts its clients itself now (--adopt)",
-        samples: |exposed, take| take(&[], exposed.adopted.len() as u64),
+        samples: |exposed, take| take(&[], exposed.adopted.iter().map(|(_, sockets, _)| sockets).sum()),
     },
     MetricFamily {
         name: "bro_adopted_connections",
@@ -430,7 +436,7 @@ const FAMILIES: [MetricFamily; 32] = [
         kind: MetricType::Gauge,
         help: "Clients of such a socket at the last look, those that wait to be accepted included",
         samples: |exposed, take| {
-            exposed.adopted.iter().try_for_each(|(name, clients)| take(&[("listener", name)], *clients))
+            exposed.adopted.iter().try_for_each(|(name, _, clients)| take(&[("listener", name)], *clients))
         },
     },
     MetricFamily {
@@ -595,7 +601,7 @@ mod tests {
             now: vec![("http".into(), tally.clone())],
             counts: Counts { idle_stops: 5, ..Counts::default() }.with([("http", &tally)]),
             failed_wake: Some(8),
-            adopted: vec![("http".into(), 14)],
+            adopted: vec![("http".into(), 2, 14)],
             last_datagrams: vec![("dns".into(), 1_700_000_000)],
             ..Exposed::of(&service)
         }
@@ -625,7 +631,7 @@ mod tests {
             r#"bro_cold_start_duration_seconds_sum{service="web",listener="http"} 0.3"#,
             r#"bro_forwarder_info{service="web",version="0.1",relay="splice"} 1"#,
             r#"bro_waiting_clients{service="web"} 2"#,
-            r#"bro_adopted_listeners{service="web"} 1"#,
+            r#"bro_adopted_listeners{service="web"} 2"#,
             r#"bro_adopted_connections{service="web",listener="http"} 14"#,
             r#"bro_connections{service="web",listener="http"} 15"#,
             r#"bro_adopted_last_datagram_timestamp_seconds{service="web",listener="dns"} 1700000000"#,

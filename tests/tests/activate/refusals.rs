@@ -59,6 +59,7 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "seqpacket:/run/x", "--internal-port", "80"], 2, "--internal-port /PATH"),
     (&["web", "--external-port", "seqpacket:x", "--internal-port", "/run/y"], 2, "neither a path"),
     (&["web", "--external-port", "dgram:/run/x"], 2, "--internal-port"),
+    (&["web", "--external-port", "dgram:/run/x", "--internal-port", "80"], 2, "--internal-port /PATH"),
     (&["web", "--external-port", "vsock:5000"], 2, "vsock:CID:PORT"),
     (&["web", "--external-port", "vsock::5000", "--internal-port", "80"], 2, "takes no clients of vsock"),
     (

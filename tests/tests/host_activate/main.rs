@@ -82,6 +82,10 @@ const BOTH: &[Case] = &[
     ("datagrams: a name server, over UDP and TCP", datagrams::name_server),
     ("datagrams: a name server that has its socket itself", datagrams::adopted),
     ("datagrams: a range of ports", datagrams::range),
+    (
+        "datagrams: passed on to the container; and messages over a unix socket",
+        datagrams::passed_and_messages,
+    ),
     ("status and doctor", doctor::status_and_doctor),
     ("metrics: counted over stops and reloads", metrics::counted_over_stops_and_reloads),
     ("metrics: over a unix socket", metrics::over_a_unix_socket),

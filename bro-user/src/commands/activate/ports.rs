@@ -256,7 +256,9 @@ fn check_kinds(external: &External, targets: Targets) -> anyhow::Result<Targets>
             "clients send datagrams over UDP to {external}, and {targets} is a unix socket: give --internal-port [ADDR:]PORT"
         )));
     }
-    let takes_messages = external.sockets().any(|socket| socket.kind == SocketKind::SeqPacket);
+    let takes_messages = external
+        .sockets()
+        .any(|socket| matches!(socket.kind, SocketKind::SeqPacket | SocketKind::UnixDatagram));
     if takes_messages && !is_unix {
         return Err(usage(format!(
             "clients send messages to {external}, which only a unix socket passes on as they are: give --internal-port /PATH"

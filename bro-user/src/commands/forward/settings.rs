@@ -25,6 +25,9 @@ use crate::systemd::scope::RuntimeScope;
 /// kernel relay's maps.
 const RESERVED_DESCRIPTORS: u64 = 128;
 
+/// How many sockets for clients are among those.
+const FEW_LISTENERS: usize = 16;
+
 /// For how many connections the kernel relay has lanes without `--connections-max`: more are spliced. Lanes take memory from the
 /// start, connections only when they come.
 const LANES: u32 = 256;
@@ -57,6 +60,8 @@ pub(super) fn check(options: &Forward, targets: &[Target]) -> Result<(), Failure
 pub(super) fn engine(options: &Forward, listeners: &[(Listener, usize)]) -> Settings {
     let asked = options.connections_max.map(|most| most as usize);
     let descriptors = descriptors_for_connections();
+    // What is left to others has room for a few sockets, and not for those of a range of ports.
+    let descriptors = descriptors.saturating_sub(listeners.len().saturating_sub(FEW_LISTENERS));
     let takes_datagrams = listeners.iter().any(|(listener, _)| listener.kind.takes_datagrams());
     let flows_max = if takes_datagrams { flows(descriptors, options.flows_max) } else { 0 };
     let (connections_max, pipes) = fitting(descriptors - flows_max, asked.unwrap_or(usize::MAX));
