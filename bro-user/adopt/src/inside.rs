@@ -9,7 +9,8 @@ use nix::sys::socket::{
     MsgFlags, Shutdown, SockaddrLike as _, SockaddrStorage, connect, getsockname, recv, send, shutdown,
 };
 
-use crate::socket;
+use crate::bound;
+use crate::socket::{self, Place};
 use nix::libc;
 
 /// The most that one direction holds.
@@ -147,7 +148,10 @@ impl Inside {
 pub fn connect_to(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let number = |name| socket::number(listener, libc::SOL_SOCKET, name);
     let host = bro_relay::sys::socket(number(libc::SO_DOMAIN)?, number(libc::SO_TYPE)?, 0)?;
-    let address = getsockname::<SockaddrStorage>(listener.as_raw_fd())?;
+    let address = match bound::place(listener) {
+        Some(Place::Tcp(address)) => SockaddrStorage::from(address),
+        _ => getsockname::<SockaddrStorage>(listener.as_raw_fd())?,
+    };
     let connected = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
         (Some(v4), _) if v4.ip().is_unspecified() => {
             let here = std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, v4.port());

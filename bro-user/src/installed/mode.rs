@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::SocketUnit;
+use super::connects::Connects;
 use super::options::ForwardOptions;
 
 /// How the service gets its clients.
@@ -45,6 +46,8 @@ pub struct Adoption {
     pub agent: SocketUnit,
     /// `--trust-loopback`: the service may take clients of this host for its own users.
     pub trusts_loopback: bool,
+    /// `--adopt-connect`, where it was given.
+    pub connects: Option<Connects>,
 }
 
 impl Adoption {
@@ -57,6 +60,7 @@ impl Adoption {
             source,
             agent: SocketUnit::new(agent_of(name), directory),
             trusts_loopback: false,
+            connects: None,
         }
     }
 }

@@ -1,11 +1,12 @@
 //! Which sockets get a fence of their units' own: those that a container gets, of the system's manager, and of TCP.
 
 use bro_proc::cgroup;
+use bro_relay::target::Target;
 use bro_sockmap::fence;
 
 use super::executable;
 use super::plan::Paths;
-use crate::installed::{Installed, InstalledPort, Mode};
+use crate::installed::{Installed, InstalledPort, Mode, SocketFence, SocketNames};
 use crate::systemd::scope::RuntimeScope;
 
 /// Does the container get systemd's own listeners?
@@ -22,13 +23,25 @@ pub(super) fn plan(wanted: &mut Installed, places: &Paths, warnings: &mut Vec<St
     let refusal =
         if wants && wanted.listeners.iter().any(InstalledPort::is_tcp) { refusal(places) } else { None };
     let program = if wants && refusal.is_none() { Some(executable::path(places)?) } else { None };
+    let adoption = wanted.adoption().map(|adoption| adoption.trusts_loopback);
     for listener in &mut wanted.listeners {
-        listener.fence = program.clone().filter(|_| listener.is_tcp());
+        let told = adoption.map_or_else(SocketNames::default, |trusts| told(listener, trusts));
+        let program = program.clone().filter(|_| listener.is_tcp());
+        listener.fence = program.map(|program| SocketFence { program, told });
     }
     warnings.extend(refusal.map(|why| {
         format!("there is no fence around the sockets of {}: {why}; see SECURITY.md", wanted.unit)
     }));
     Ok(())
+}
+
+/// What a service that knows nothing of being adopted is told, so that it finds what it would find behind a forwarder.
+fn told(listener: &InstalledPort, trusts_loopback: bool) -> SocketNames {
+    let ports = match (&listener.internal, listener.external.port()) {
+        (Some(Target::Tcp { port, .. }), Some(external)) if external != *port => Some((external, *port)),
+        _ => None,
+    };
+    SocketNames { this_host: !trusts_loopback && super::adopt::serves_this_host(listener), ports }
 }
 
 /// Why this host's kernel has none. That of an image's tree is not here; and an ordinary user, for whom nothing is written, cannot tell.

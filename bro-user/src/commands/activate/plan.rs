@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use bro_relay::target::Target;
 use clap::ValueEnum;
 
-use super::{adopt, executable, fence};
+use super::{adopt, connects, executable, fence};
 use crate::address::{External, Internal};
 use crate::cli::{self, Activate};
 use crate::exit::Failure;
@@ -132,6 +132,11 @@ pub(super) fn wanted(
                     "--trust-loopback is for --adopt: without it a service does not see this host's clients as 127.0.0.1",
                 ));
             }
+            if options.adopt_connect.is_some() && !adopts {
+                return Err(usage(
+                    "--adopt-connect is for --adopt: without it no process of the container has a socket of the host's",
+                ));
+            }
             let forwarder = forwarder(options, quadlet, installed, places, &network, adopts)?;
             if adopts {
                 Mode::Adopt(adopt::adoption(forwarder, options, found, installed, run_as.as_ref(), places)?)
@@ -163,10 +168,11 @@ pub(super) fn wanted(
     check_local_clients(&wanted)?;
     check_ready(&wanted, quadlet, &mut warnings)?;
     check_freeze(&wanted, quadlet, &mut warnings)?;
-    adopt::check_rest(&wanted, quadlet, &mut warnings)?;
     fence::plan(&mut wanted, places, &mut warnings)?;
+    adopt::check_rest(&wanted, quadlet, &mut warnings)?;
     check_host_network(&wanted, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
-    let drop_in = drop_in(quadlet, &wanted, &network, places.root.as_deref());
+    let mut drop_in = drop_in(quadlet, &wanted, &network, places.root.as_deref());
+    drop_in.runtime = connects::runtime(&wanted, found, network == Network::None, places, &mut warnings)?;
     if !drop_in.is_empty() {
         let directory = quadlet::drop_in_directory(
             quadlet,
@@ -672,6 +678,7 @@ fn drop_in(quadlet: &Quadlet, wanted: &Installed, network: &Network, root: Optio
                 nginx,
                 never_notifies: nginx && quadlet.value("Notify").is_some_and(|notify| notify != "healthy"),
                 profile: None,
+                runtime: None,
             }
         }
     }
