@@ -1,72 +1,49 @@
 //! What `bro activate` reads from its command line: addresses of both sides, names, and text that ends up in a unit file.
 
-use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+mod external;
+mod internal;
+mod named;
+mod ports;
+
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use bro_relay::target::{self, Target};
+use bro_relay::target;
 
-/// Where clients connect.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum External {
-    /// Every address, IPv4 and IPv6.
-    Port(u16),
-    /// One address.
-    Address(SocketAddr),
-    /// A unix socket.
-    Path(PathBuf),
-    /// A unix socket's abstract name, without the `@`.
-    Abstract(String),
-}
-
-impl External {
-    /// The port, of TCP.
-    #[must_use]
-    pub fn port(&self) -> Option<u16> {
-        match self {
-            Self::Port(port) => Some(*port),
-            Self::Address(address) => Some(address.port()),
-            Self::Path(_) | Self::Abstract(_) => None,
-        }
-    }
-
-    /// An address at which a client on this host reaches it.
-    #[must_use]
-    pub fn local(&self) -> Option<SocketAddr> {
-        let address = match self {
-            Self::Port(port) => return Some((Ipv4Addr::LOCALHOST, *port).into()),
-            Self::Address(address) => *address,
-            Self::Path(_) | Self::Abstract(_) => return None,
-        };
-        let ip = match address.ip() {
-            IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-            ip => ip,
-        };
-        Some(SocketAddr::new(ip, address.port()))
-    }
-}
-
-impl fmt::Display for External {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Port(port) => write!(f, "{port}"),
-            Self::Address(address) => write!(f, "{address}"),
-            Self::Path(path) => write!(f, "{}", path.display()),
-            Self::Abstract(name) => write!(f, "@{name}"),
-        }
-    }
-}
+pub use external::{External, ExternalSocket, SocketPlace};
+pub use internal::Internal;
+pub use named::Named;
+pub use ports::{Ports, Protocol};
 
 /// Why a text is not an external address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidAddress {
-    /// A UDP port.
+    /// Something else than tcp and udp after the slash.
+    #[error("“{0}” ends in neither /tcp, /udp nor /tcp+udp; a port alone is of TCP")]
+    Protocol(String),
+    /// A range that ends before it begins.
+    #[error("“{0}” is no range of ports: write the lower one first")]
+    Range(String),
+    /// A range of too many ports.
+    #[error("“{text}” are {count} ports, and {most} is the most of one range; give the rest a name of their own: --external-port NAME=…", most = ports::MOST)]
+    LongRange {
+        /// The range.
+        text: String,
+        /// How many.
+        count: u32,
+    },
+    /// No vsock address.
     #[error(
-        "“{0}” is a UDP port, which bro activate does not set up: write a socket unit with ListenDatagram= for bro forward"
+        "“{0}” is no vsock address; write vsock::PORT, or vsock:CID:PORT for one context identifier alone"
     )]
-    Udp(String),
+    Vsock(String),
+    /// After `seqpacket:` or `dgram:`.
+    #[error(
+        "“{0}” is neither a path that begins with / nor an abstract name that begins with @, of a unix socket"
+    )]
+    NotUnix(String),
+    /// A name in front of an address that cannot be one.
+    #[error("{0}")]
+    Name(String),
     /// A port, an address or a path.
     #[error(transparent)]
     Target(#[from] target::InvalidTarget),
@@ -105,94 +82,10 @@ pub enum InvalidAddress {
     NoPort(String),
 }
 
-/// `[IP:]HOST:CONTAINER`, as Podman and Docker write a published port: the port that clients connect to, and the container's.
-fn published(text: &str) -> Option<(String, String)> {
-    let (external, internal) = text.rsplit_once(':')?;
-    let both = [external.rsplit_once(':').map_or(external, |(_, port)| port), internal];
-    let is_port = |text: &&str| text.parse::<u16>().is_ok_and(|port| port > 0);
-    let ip = external
-        .rsplit_once(':')
-        .is_none_or(|(ip, _)| ip.parse::<Ipv4Addr>().is_ok() || ip.starts_with('[') && ip.ends_with(']'));
-    (ip && both.iter().all(is_port)).then(|| (external.to_owned(), internal.to_owned()))
-}
-
 /// Unix paths and abstract names go into unit files as they are.
 fn plain(text: &str) -> Result<(), InvalidAddress> {
     let bad = |c: char| c.is_whitespace() || c.is_control() || "%\"'\\;#".contains(c);
     if text.contains(bad) { Err(InvalidAddress::Characters(text.escape_debug().to_string())) } else { Ok(()) }
-}
-
-impl FromStr for External {
-    type Err = InvalidAddress;
-
-    fn from_str(text: &str) -> Result<Self, InvalidAddress> {
-        if text.starts_with(['/', '@']) {
-            plain(text)?;
-            return Ok(match text.parse::<Target>()? {
-                Target::Unix(path) => {
-                    let mut parts = text.split('/').skip(1);
-                    if parts.any(|part| matches!(part, "" | "." | "..")) {
-                        return Err(InvalidAddress::Path(text.to_owned()));
-                    }
-                    Self::Path(path)
-                }
-                Target::Abstract(name) => Self::Abstract(name),
-                Target::Tcp { .. } | Target::Udp { .. } => unreachable!("it begins with / or @"),
-            });
-        }
-        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Ok(Self::Port(target::port(text)?));
-        }
-        if text.parse::<IpAddr>().is_ok() {
-            return Err(InvalidAddress::NoPort(text.to_owned()));
-        }
-        if let Some((external, internal)) = published(text) {
-            return Err(InvalidAddress::Published { text: text.to_owned(), external, internal });
-        }
-        let (host, port) = match text.parse::<Target>()? {
-            Target::Tcp { host, port } => (host, port),
-            Target::Udp { .. } => return Err(InvalidAddress::Udp(text.to_owned())),
-            Target::Unix(_) | Target::Abstract(_) => unreachable!("no unix target begins so"),
-        };
-        if !text.ends_with(&format!(":{port}")) {
-            return Err(InvalidAddress::NoPort(text.to_owned()));
-        }
-        let ip = host.parse::<IpAddr>().map_err(|_| InvalidAddress::NotAnIp(host))?;
-        Ok(Self::Address(SocketAddr::new(ip, port)))
-    }
-}
-
-/// Where the service listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Internal {
-    /// A port; the network decides of which address.
-    Port(u16),
-    /// All of it.
-    Target(Target),
-}
-
-impl FromStr for Internal {
-    type Err = InvalidAddress;
-
-    fn from_str(text: &str) -> Result<Self, InvalidAddress> {
-        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Ok(Self::Port(target::port(text)?));
-        }
-        let target: Target = text.parse()?;
-        if matches!(target, Target::Udp { .. }) {
-            return Err(InvalidAddress::Udp(text.to_owned()));
-        }
-        if let Target::Tcp { port, .. } = &target
-            && !text.ends_with(&format!(":{port}"))
-        {
-            return Err(InvalidAddress::NoPort(text.to_owned()));
-        }
-        plain(text)?;
-        if matches!(target, Target::Unix(_)) && matches!(text.rsplit('/').next(), Some("" | "." | "..")) {
-            return Err(InvalidAddress::NoSocket(text.to_owned()));
-        }
-        Ok(Self::Target(target))
-    }
 }
 
 /// A word that is part of a unit's name and a socket's FileDescriptorName=.
@@ -264,18 +157,21 @@ pub(crate) fn one_line(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use bro_relay::listener::SocketKind;
+
     use super::*;
     use proptest::prelude::*;
 
     #[test]
     fn reads_every_form() {
-        assert_eq!("8080".parse(), Ok(External::Port(8080)));
-        assert_eq!("127.0.0.1:80".parse(), Ok(External::Address(([127, 0, 0, 1], 80).into())));
-        assert_eq!("[::1]:80".parse(), Ok(External::Address((Ipv6Addr::LOCALHOST, 80).into())));
-        assert_eq!("/run/web.sock".parse(), Ok(External::Path("/run/web.sock".into())));
-        assert_eq!("@web".parse(), Ok(External::Abstract("web".into())));
-        assert_eq!("80".parse(), Ok(Internal::Port(80)));
-        assert_eq!("10.0.0.2:80".parse(), Ok(Internal::Target("10.0.0.2:80".parse().unwrap())));
+        let tcp = |port| Ports { first: port, last: port, protocol: Protocol::Tcp };
+        assert_eq!("8080".parse(), Ok(External::Ports(tcp(8080))));
+        assert_eq!("127.0.0.1:80".parse(), Ok(External::At(Ipv4Addr::LOCALHOST.into(), tcp(80))));
+        assert_eq!("[::1]:80".parse(), Ok(External::At(Ipv6Addr::LOCALHOST.into(), tcp(80))));
+        assert_eq!("/run/web.sock".parse(), Ok(External::Path(SocketKind::Stream, "/run/web.sock".into())));
+        assert_eq!("@web".parse(), Ok(External::Abstract(SocketKind::Stream, "web".into())));
     }
 
     #[test]
@@ -289,8 +185,8 @@ mod tests {
         assert!(refused("127.0.0.1").contains("no port"));
         assert!(refused("::1").contains("no port"));
         assert!(refused("[::1]").contains("no port"));
-        assert!(refused("0").contains("not a TCP port"));
-        assert!(refused("127.0.0.1:http").contains("not a TCP port"));
+        assert!(refused("0").contains("not a port"));
+        assert!(refused("127.0.0.1:http").contains("not a port"));
         assert!(refused("").contains("missing"));
         assert!(refused("/run/a b").contains("characters"));
         assert!(refused("@%h").contains("characters"));

@@ -22,6 +22,7 @@ pub use helper::Helper;
 pub use loader::Loader;
 
 use crate::systemd::time_span::TimeSpan;
+use crate::targets::Targets;
 use bro_relay::netns::identity::Identity;
 use bro_relay::proxy_protocol::{self, Trusted};
 use bro_relay::target::Target;
@@ -143,9 +144,9 @@ pub struct Forward {
     #[arg(value_name = "TARGET")]
     pub target: Option<Target>,
 
-    /// The target of the sockets whose FileDescriptorName= is NAME (repeatable)
-    #[arg(long = "target", value_name = "NAME=ADDR", value_parser = bro_relay::target::parse_named)]
-    pub targets: Vec<(String, Target)>,
+    /// The target of the sockets whose FileDescriptorName= is NAME, or HOST:FIRST-LAST: a port for each of theirs (repeatable)
+    #[arg(long = "target", value_name = "NAME=ADDR", value_parser = crate::targets::parse_named)]
+    pub targets: Vec<(String, Targets)>,
 
     /// Only warn of a --target whose socket was not passed, such as one whose port was taken at boot, and serve the others
     #[arg(long)]
@@ -225,9 +226,15 @@ pub struct Forward {
     /// of theirs passes here. It takes one more passed socket, with FileDescriptorName=seccomp: the unix socket that the profile's
     /// listenerPath names; and, so that a crash of this process loses nothing, FileDescriptorStoreMax= in its unit. A socket that the service cannot have, for
     /// it listens at one of another family or not within --start-timeout, is relayed until the container ends; `bro status` and the log say why.
-    /// Options about a client that this process has accepted (--proxy-protocol, --wake-on=data and others) do not go with it.
-    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
-    pub adopt: bool,
+    /// What only a process can do that accepts a client (--proxy-protocol, --accept-proxy, --connections-per-source, --local-clients) does not go with it;
+    /// --connections-max holds for clients that are relayed alone. For the idle time all clients count but two kinds of a unix socket's: those that come and go between
+    /// two looks (a second to ten), and those that connect from another network namespace.
+    /// With `udp` it is the passed sockets for datagrams that the service has, from its bind(2) on, and with `all` both. What the container then sends from that
+    /// port goes to whatever this host reaches, and no fence holds it (SECURITY.md). A datagram waits in the socket's own buffer until the service is there. The
+    /// service has to have a socket of the same family: 0.0.0.0:53 for one of IPv4, and [::]:53 with BindIPv6Only=both for one of both. The other passed sockets are
+    /// relayed from the start.
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "on|udp|all|off", value_enum, default_value = "off", default_missing_value = "on")]
+    pub adopt: Adopt,
 
     /// How many connections at once; further clients wait in the kernel's backlog (default: as many as the limit on descriptors allows)
     #[arg(short = 'c', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]

@@ -7,13 +7,13 @@ use bro_proc::cgroup;
 use bro_relay::engine::protocol;
 use bro_relay::netns::{netlink, wire};
 use bro_relay::proxy_protocol::{Bad, Incoming, Introduction, LONGEST, Version};
-use bro_relay::target::{self, Target};
+use bro_relay::target::Target;
 use bro_sockmap::btf::Offsets;
 use clap::Parser as _;
 
 use crate::address::{self, External, Internal};
 use crate::cli::{Cli, LocalClients};
-use crate::commands::activate::plan;
+use crate::commands::activate::publish_port::PublishedPorts;
 use crate::commands::status;
 use crate::installed::{SECTION, WrittenUnits};
 use crate::podman::container;
@@ -23,7 +23,7 @@ use crate::systemd::listen_fds::{self, Environment};
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::time_span::TimeSpan;
 use crate::systemd::unit_file::{UnitFile, quote_word, split_words};
-use crate::{control_socket, port_owner};
+use crate::{control_socket, port_owner, targets};
 
 /// Takes an answer that is not looked at further, so that the optimizer leaves no reader out.
 fn used<T>(answer: T) {
@@ -75,7 +75,7 @@ pub fn quadlet(text: &str) {
             };
             let _nginx: bool = quadlet.is_nginx();
             for publish in quadlet.values("PublishPort") {
-                plan::published(publish);
+                used(PublishedPorts::read(publish));
             }
         }
     }
@@ -91,7 +91,7 @@ pub fn target(text: &str) {
         assert_eq!(external.to_string().parse::<External>(), Ok(external.clone()));
         used(external.local());
     }
-    used((target::parse_named(text).is_ok(), listen_fds::parse_listen(text).is_ok()));
+    used((targets::parse_named(text).is_ok(), listen_fds::parse_listen(text).is_ok()));
     used((
         text.parse::<Internal>().is_ok(),
         text.parse::<Ready>().is_ok(),

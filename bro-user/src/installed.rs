@@ -29,6 +29,7 @@ use crate::run_as::RunAsUser;
 use crate::systemd::calendar::DailySpans;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::{MARKER, UnitFile};
+use crate::targets::{self, Targets};
 
 /// The section of its own.
 pub const SECTION: &str = "X-Bro";
@@ -76,12 +77,12 @@ pub struct SocketFence {
 }
 
 /// What a service that accepts at systemd's socket itself is told instead of what is there.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SocketNames {
     /// Clients of this host's loopback interface are none of the service's own host.
     pub this_host: bool,
-    /// The external port, and the internal one in the place of which the service sees it.
-    pub ports: Option<(u16, u16)>,
+    /// External ports, each with the internal one in the place of which the service sees it.
+    pub ports: Vec<(u16, u16)>,
 }
 
 /// One port of an activated service.
@@ -94,7 +95,7 @@ pub struct InstalledPort {
     /// Where clients connect.
     pub external: External,
     /// Where the service listens, as `bro forward --target` takes it; none where the container takes the socket over.
-    pub internal: Option<Target>,
+    pub internal: Option<Targets>,
     /// Backlog=, if set.
     pub backlog: Option<u32>,
     /// BindToDevice=, if set.
@@ -106,11 +107,30 @@ pub struct InstalledPort {
 impl InstalledPort {
     /// Is it one of those that a container can lead elsewhere? What is dissolved of a unix socket leads nowhere.
     #[must_use]
-    pub const fn is_tcp(&self) -> bool {
-        match self.external {
-            External::Port(_) | External::Address(_) => true,
-            External::Path(_) | External::Abstract(_) => false,
+    pub fn is_tcp(&self) -> bool {
+        self.external.is_tcp()
+    }
+
+    /// Are there sockets for datagrams, of whichever family?
+    #[must_use]
+    pub fn takes_datagrams(&self) -> bool {
+        self.external.sockets().any(|socket| socket.kind.takes_datagrams())
+    }
+
+    /// Where the service listens for each of its sockets, as their kinds make it, without repetition.
+    #[must_use]
+    pub fn targets(&self) -> Vec<Target> {
+        let Some(internal) = &self.internal else { return Vec::new() };
+        let first = self.external.ports().map_or(0, |ports| ports.first);
+        let mut all: Vec<Target> = Vec::new();
+        for socket in self.external.sockets() {
+            let number = socket.place.port().map_or(0, |port| port - first);
+            let target = targets::of_kind(socket.kind, internal.nth(number));
+            if !all.contains(&target) {
+                all.push(target);
+            }
         }
+        all
     }
 }
 
@@ -518,7 +538,7 @@ fn fence(file: &UnitFile) -> Option<SocketFence> {
     let mut told = SocketNames::default();
     for option in options {
         match option.strip_prefix("--port=").and_then(|ports| ports.split_once(':')) {
-            Some((external, internal)) => told.ports = external.parse().ok().zip(internal.parse().ok()),
+            Some((external, internal)) => told.ports.extend(external.parse().ok().zip(internal.parse().ok())),
             None => told.this_host = option == "--this-host",
         }
     }
@@ -649,14 +669,14 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
         let of = |program: &str, this_host, ports| {
             Some(SocketFence { program: program.into(), told: SocketNames { this_host, ports } })
         };
-        assert_eq!(fence("ExecStartPre=/usr/bin/bro fence"), of("/usr/bin/bro", false, None));
-        assert_eq!(fence("ExecStartPre=\"/opt/b %%x/bro\" fence"), of("/opt/b %x/bro", false, None));
-        assert_eq!(fence("ExecStartPre=/bro fence --this-host"), of("/bro", true, None));
+        assert_eq!(fence("ExecStartPre=/usr/bin/bro fence"), of("/usr/bin/bro", false, vec![]));
+        assert_eq!(fence("ExecStartPre=\"/opt/b %%x/bro\" fence"), of("/opt/b %x/bro", false, vec![]));
+        assert_eq!(fence("ExecStartPre=/bro fence --this-host"), of("/bro", true, vec![]));
         assert_eq!(
             fence("ExecStartPre=/bro fence --this-host --port=8080:80"),
-            of("/bro", true, Some((8080, 80)))
+            of("/bro", true, vec![(8080, 80)])
         );
-        assert_eq!(fence("ExecStartPre=/bro fence --port=8080:80"), of("/bro", false, Some((8080, 80))));
+        assert_eq!(fence("ExecStartPre=/bro fence --port=8080:80"), of("/bro", false, vec![(8080, 80)]));
         assert_eq!(fence("ExecStartPre=/bro status"), None);
         assert_eq!(fence("ListenStream=80"), None);
     }

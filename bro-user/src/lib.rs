@@ -26,5 +26,6 @@ pub mod run_as;
 pub mod service;
 pub mod sys;
 pub mod systemd;
+pub mod targets;
 mod unassigned_address;
 pub mod units;

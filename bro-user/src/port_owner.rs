@@ -5,12 +5,13 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
+use bro_relay::listener::SocketKind;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, setsockopt, socket, sockopt,
 };
 
-use crate::address::External;
+use crate::address::{External, ExternalSocket, SocketPlace};
 use crate::installed::{Installed, InstalledPort};
 use crate::systemd::scope::RuntimeScope;
 
@@ -28,6 +29,8 @@ pub(crate) enum AddressTrouble {
 /// The process that listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct AddressHolder {
+    /// Of which kind the socket is.
+    pub kind: SocketKind,
     /// The address, as systemd would write it.
     pub address: String,
     /// `nginx (pid 77, unit nginx.service)`; none when it is hidden from this user.
@@ -41,9 +44,15 @@ pub(crate) struct AddressHolder {
 }
 
 impl AddressHolder {
+    /// The address, for people.
+    fn shown(&self) -> String {
+        let udp = self.kind == SocketKind::Datagram && self.address.parse::<SocketAddr>().is_ok();
+        format!("{}{}", self.address, if udp { "/udp" } else { "" })
+    }
+
     /// Which process has the address, and where to see more; `unit` is the socket unit, if it is known.
     pub fn who(&self, unit: Option<&str>) -> String {
-        let address = &self.address;
+        let address = &self.shown();
         match (unit, &self.process, self.user) {
             (Some(unit), _, _) => format!("by {unit} at {address}"),
             (None, Some(process), _) if self.is_systemd => {
@@ -67,62 +76,81 @@ impl AddressHolder {
     }
 }
 
-/// Tries whether systemd could listen at `external`: bind(2) without listen(2), so that no client is ever let in.
+/// Tries whether systemd could listen at each socket of `external`, and says of the first at which it could not.
 pub(crate) fn look(external: &External) -> Option<AddressTrouble> {
-    if let External::Path(path) = external
+    external.sockets().find_map(|socket| look_at(&socket))
+}
+
+/// Tries whether systemd could listen there: bind(2) without listen(2), so that no client is ever let in.
+pub(crate) fn look_at(socket: &ExternalSocket) -> Option<AddressTrouble> {
+    if let SocketPlace::Path(path) = &socket.place
         && let Some(what) = in_the_way_at(path)
     {
         return Some(AddressTrouble::InTheWay(what));
     }
-    let error = match external {
-        External::Port(port) => try_tcp((Ipv6Addr::UNSPECIFIED, *port).into(), false)
+    let kind = socket.kind;
+    let error = match &socket.place {
+        SocketPlace::Port(port) => try_ip(kind, (Ipv6Addr::UNSPECIFIED, *port).into(), false)
             // Without IPv6 systemd takes IPv4.
             .or_else(|error| {
                 if error == Errno::EAFNOSUPPORT {
-                    try_tcp((Ipv4Addr::UNSPECIFIED, *port).into(), true)
+                    try_ip(kind, (Ipv4Addr::UNSPECIFIED, *port).into(), true)
                 } else {
                     Err(error)
                 }
             }),
-        External::Address(address) => try_tcp(*address, true),
-        External::Abstract(name) => try_abstract(name),
+        SocketPlace::Address(address) => try_ip(kind, *address, true),
+        SocketPlace::Abstract(name) => try_abstract(kind, name),
         // systemd removes everything at the path, also a socket with a listener.
-        External::Path(path) if socket_at_path(path).is_some() => Err(Errno::EADDRINUSE),
-        External::Path(_) => Ok(()),
+        SocketPlace::Path(path) if socket_at_path(path).is_some() => Err(Errno::EADDRINUSE),
+        // No table of vsock's is at hand that would say who has it.
+        SocketPlace::Path(_) | SocketPlace::Vsock(..) => Ok(()),
     }
     .err()?;
     match error {
-        Errno::EADDRINUSE => Some(AddressTrouble::Taken(holder(external))),
-        Errno::EACCES => Some(AddressTrouble::Forbidden(forbidden(external))),
+        Errno::EADDRINUSE => Some(AddressTrouble::Taken(holder(socket))),
+        Errno::EACCES => Some(AddressTrouble::Forbidden(forbidden(socket))),
         // Any other error (of an address that is not there yet) is for systemd to report.
         _ => None,
     }
 }
 
-fn try_tcp(address: SocketAddr, v6_only: bool) -> nix::Result<()> {
+const fn socket_type(kind: SocketKind) -> SockType {
+    match kind {
+        SocketKind::Stream => SockType::Stream,
+        SocketKind::SeqPacket => SockType::SeqPacket,
+        SocketKind::Datagram | SocketKind::UnixDatagram => SockType::Datagram,
+    }
+}
+
+fn try_ip(kind: SocketKind, address: SocketAddr, v6_only: bool) -> nix::Result<()> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    let socket = socket(family, socket_type(kind), SockFlag::SOCK_CLOEXEC, None)?;
+    // With it two sockets for datagrams could have the port, and only one of them the datagrams.
+    if kind != SocketKind::Datagram {
+        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    }
     if address.is_ipv6() {
         setsockopt(&socket, sockopt::Ipv6V6Only, &(v6_only && address.ip().is_unspecified()))?;
     }
     bind(socket.as_raw_fd(), &SockaddrStorage::from(address))
 }
 
-fn try_abstract(name: &str) -> nix::Result<()> {
-    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+fn try_abstract(kind: SocketKind, name: &str) -> nix::Result<()> {
+    let socket = socket(AddressFamily::Unix, socket_type(kind), SockFlag::SOCK_CLOEXEC, None)?;
     bind(socket.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)
 }
 
-fn forbidden(external: &External) -> String {
-    let port = external.port().unwrap_or_default();
+fn forbidden(socket: &ExternalSocket) -> String {
     let lowest = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap_or_default();
+    let port = socket.place.port().unwrap_or_default();
     format!("an ordinary user may not listen on port {port}, only from {} on", lowest.trim())
 }
 
 /// What to do about a port on which an ordinary user may not listen.
 pub(crate) fn instead(installed: &Installed, listener: &InstalledPort) -> String {
-    let (port, name) = (listener.external.port().unwrap_or_default(), &installed.name);
+    let port = listener.external.ports().map_or(0, |ports| ports.first);
+    let name = &installed.name;
     let sysctl = format!("`sudo sysctl net.ipv4.ip_unprivileged_port_start={port}`");
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
     match (&listener.internal, user) {
@@ -138,13 +166,15 @@ pub(crate) fn instead(installed: &Installed, listener: &InstalledPort) -> String
     }
 }
 
-fn holder(external: &External) -> AddressHolder {
-    let Some(Socket { address, inode, user }) = found(external) else {
-        let address = external.to_string();
-        return AddressHolder { address, process: None, is_systemd: false, user: None, is_seen: false };
+fn holder(socket: &ExternalSocket) -> AddressHolder {
+    let kind = socket.kind;
+    let Some(Socket { address, inode, user }) = found(socket) else {
+        let address = socket.place.to_string();
+        return AddressHolder { kind, address, process: None, is_systemd: false, user: None, is_seen: false };
     };
     let process = process_of(inode);
     AddressHolder {
+        kind,
         address,
         is_systemd: process.as_ref().is_some_and(|(comm, _)| comm == "systemd"),
         process: process.map(|(comm, pid)| {
@@ -156,9 +186,9 @@ fn holder(external: &External) -> AddressHolder {
     }
 }
 
-/// The inode number of the listener at this address.
-pub(crate) fn inode_at(external: &External) -> Option<u64> {
-    found(external).map(|socket| socket.inode)
+/// The inode number of the socket at this address.
+pub(crate) fn inode_at(socket: &ExternalSocket) -> Option<u64> {
+    found(socket).map(|socket| socket.inode)
 }
 
 /// How many clients wait at the TCP listener of that number to be accepted.
@@ -177,24 +207,29 @@ struct Socket {
     user: Option<u32>,
 }
 
-fn found(external: &External) -> Option<Socket> {
-    match external {
-        External::Path(path) => socket_at_path(path),
-        External::Abstract(name) => unix_socket(|bound| bound.strip_prefix('@') == Some(name)),
-        External::Port(_) | External::Address(_) => tcp_socket(external),
+fn found(socket: &ExternalSocket) -> Option<Socket> {
+    match &socket.place {
+        SocketPlace::Path(path) => socket_at_path(path),
+        SocketPlace::Abstract(name) => unix_socket(|bound| bound.strip_prefix('@') == Some(name)),
+        SocketPlace::Port(port) => ip_socket(socket.kind, None, *port),
+        SocketPlace::Address(address) => ip_socket(socket.kind, Some(address.ip()), address.port()),
+        SocketPlace::Vsock(..) => None,
     }
 }
 
-/// The socket that stands in the way: a listener before a socket that has come of it, or has only bound the port.
-fn tcp_socket(external: &External) -> Option<Socket> {
-    let port = external.port()?;
+/// The socket that stands in the way, at that address or any: a listener before a socket that has come of it, or has only bound the port.
+fn ip_socket(kind: SocketKind, wanted: Option<IpAddr>, port: u16) -> Option<Socket> {
+    let tables = if kind == SocketKind::Datagram {
+        ["/proc/net/udp6", "/proc/net/udp"]
+    } else {
+        ["/proc/net/tcp6", "/proc/net/tcp"]
+    };
     let mut best: Option<SocketRow> = None;
-    for table in ["/proc/net/tcp6", "/proc/net/tcp"] {
+    for table in tables {
         let text = std::fs::read_to_string(table).unwrap_or_default();
         for row in text.lines().skip(1).filter_map(row) {
             // A socket that only waits for its time to pass has no owner.
-            let is_it =
-                row.inode != 0 && row.address.port() == port && in_the_way(external, row.address.ip());
+            let is_it = row.inode != 0 && row.address.port() == port && in_the_way(wanted, row.address.ip());
             if is_it && best.is_none_or(|best| row.listens && !best.listens) {
                 best = Some(row);
             }
@@ -204,22 +239,19 @@ fn tcp_socket(external: &External) -> Option<Socket> {
     Some(Socket { address: address.to_string(), inode, user: Some(user) })
 }
 
-fn in_the_way(external: &External, other: IpAddr) -> bool {
-    match external {
-        External::Address(address) => {
-            let ip = address.ip();
-            ip == other
-                || (other.is_unspecified() && (ip.is_ipv4() || other.is_ipv6()))
-                || (ip.is_unspecified() && ip.is_ipv4() == other.is_ipv4())
-        }
-        _ => true,
-    }
+fn in_the_way(wanted: Option<IpAddr>, other: IpAddr) -> bool {
+    wanted.is_none_or(|ip| {
+        ip == other
+            || (other.is_unspecified() && (ip.is_ipv4() || other.is_ipv6()))
+            || (ip.is_unspecified() && ip.is_ipv4() == other.is_ipv4())
+    })
 }
 
-/// A line of /proc/net/tcp{,6} (proc_net(5)).
+/// A line of /proc/net/tcp{,6} or udp{,6} (proc_net(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SocketRow {
     pub address: SocketAddr,
+    /// Clients come there: it listens, or, of UDP, has no peer.
     pub listens: bool,
     /// How many bytes wait to be read; of a listener, how many clients to be accepted.
     pub waiting: u32,
@@ -229,7 +261,8 @@ pub(crate) struct SocketRow {
 
 /// Reads one row.
 pub(crate) fn row(line: &str) -> Option<SocketRow> {
-    const LISTEN: &str = "0A";
+    /// `TCP_LISTEN`, and `TCP_CLOSE`, which is the state of a UDP socket without a peer. Of a TCP socket the latter is in no table.
+    const OPEN: [&str; 2] = ["0A", "07"];
     let fields: Vec<&str> = line.split_whitespace().collect();
     let (ip, port) = fields.get(1)?.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
@@ -244,7 +277,7 @@ pub(crate) fn row(line: &str) -> Option<SocketRow> {
     };
     Some(SocketRow {
         address: SocketAddr::new(ip, port),
-        listens: *fields.get(3)? == LISTEN,
+        listens: OPEN.contains(fields.get(3)?),
         waiting: u32::from_str_radix(fields.get(4)?.split_once(':')?.1, 16).ok()?,
         user: fields.get(7)?.parse().ok()?,
         inode: fields.get(9)?.parse().ok()?,
@@ -337,29 +370,46 @@ mod tests {
 
     use super::*;
 
+    fn at(address: SocketAddr) -> External {
+        address.to_string().parse().unwrap()
+    }
+
+    #[test]
+    fn a_port_of_udp_is_another_than_that_of_tcp() {
+        // At an address of its own, where no other test takes the port of TCP.
+        let bound = std::net::UdpSocket::bind("127.0.0.3:0").unwrap();
+        let address = bound.local_addr().unwrap();
+        let udp = |text: String| format!("{text}/udp").parse().unwrap();
+        for wanted in [udp(address.to_string()), udp(address.port().to_string())] {
+            let Some(AddressTrouble::Taken(holder)) = look(&wanted) else { panic!("{wanted} is taken") };
+            assert!(holder.is_seen && holder.who(None).ends_with(&format!("at {address}/udp")), "{holder:?}");
+            assert!(holder.process.unwrap().contains(&format!("pid {}", std::process::id())));
+        }
+        assert_eq!(look(&udp(format!("127.0.0.2:{}", address.port()))), None);
+        assert_eq!(look(&at(address)), None);
+    }
+
     #[test]
     fn finds_this_process_as_the_owner() {
         let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listening.local_addr().unwrap();
-        let Some(AddressTrouble::Taken(holder)) = look(&External::Address(address)) else {
-            panic!("{address} is taken")
-        };
+        let Some(AddressTrouble::Taken(holder)) = look(&at(address)) else { panic!("{address} is taken") };
         assert_eq!(holder.address, address.to_string());
         assert!(
             holder.process.as_ref().unwrap().contains(&format!("pid {}", std::process::id())),
             "{holder:?}"
         );
         // The same port of every address is taken too; that of another address is not.
-        assert!(matches!(look(&External::Port(address.port())), Some(AddressTrouble::Taken(_))));
-        assert_eq!(look(&External::Address(([127, 0, 0, 2], address.port()).into())), None);
+        assert!(matches!(look(&address.port().to_string().parse().unwrap()), Some(AddressTrouble::Taken(_))));
+        assert_eq!(look(&at(([127, 0, 0, 2], address.port()).into())), None);
         drop(listening);
-        assert_eq!(look(&External::Address(address)), None);
+        assert_eq!(look(&at(address)), None);
     }
 
     #[test]
     fn finds_unix_sockets() {
         let name = format!("bro-taken-{}", std::process::id());
-        let external = External::Abstract(name.clone());
+        let external = External::Abstract(SocketKind::Stream, name.clone());
         assert_eq!(look(&external), None);
         let address = std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap();
         let listening = std::os::unix::net::UnixListener::bind_addr(&address).unwrap();
@@ -371,7 +421,7 @@ mod tests {
     #[test]
     fn a_path_is_the_same_by_another_way_and_no_file_is_given_away() {
         let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-taken-XXXXXX")).unwrap();
-        let at = |name: &str| External::Path(folder.join(name));
+        let at = |name: &str| External::Path(SocketKind::Stream, folder.join(name));
         std::fs::create_dir(folder.join("run")).unwrap();
         std::os::unix::fs::symlink("run", folder.join("var-run")).unwrap();
         let listening = std::os::unix::net::UnixListener::bind(folder.join("run/x.sock")).unwrap();
@@ -406,6 +456,7 @@ mod tests {
     #[test]
     fn says_whose_it_is_as_far_as_it_is_known() {
         let holder = AddressHolder {
+            kind: SocketKind::Stream,
             address: "127.0.0.1:80".into(),
             process: None,
             is_systemd: false,
@@ -426,12 +477,12 @@ mod tests {
         let bound = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
         bind(bound.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
         let name: nix::sys::socket::SockaddrIn = nix::sys::socket::getsockname(bound.as_raw_fd()).unwrap();
-        let address = External::Address(([127, 0, 0, 1], name.port()).into());
+        let address = at(([127, 0, 0, 1], name.port()).into());
         let Some(AddressTrouble::Taken(holder)) = look(&address) else { panic!("{address} is taken") };
         assert!(!holder.is_seen && holder.who(None).contains("does not listen"), "{holder:?}");
         let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let client = std::net::TcpStream::connect(listening.local_addr().unwrap()).unwrap();
-        let address = External::Address(client.local_addr().unwrap());
+        let address = at(client.local_addr().unwrap());
         let Some(AddressTrouble::Taken(holder)) = look(&address) else { panic!("{address} is taken") };
         assert!(holder.process.unwrap().contains(&format!("pid {}", std::process::id())));
     }

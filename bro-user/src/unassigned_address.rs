@@ -1,7 +1,7 @@
 //! Is an address one of this host's? systemd listens at any (FreeBind=), since it may come later than the sockets do at boot; a
 //! mistyped one would never be noticed.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd as _;
 
 use nix::errno::Errno;
@@ -11,20 +11,19 @@ use crate::address::External;
 
 /// The sentence about an address that no network interface has now.
 pub(crate) fn sentence(external: &External) -> Option<String> {
-    let External::Address(address) = external else { return None };
-    is_nowhere(*address).then(|| {
-        format!("no network interface has the address {} now, so no client can connect there", address.ip())
-    })
+    let ip = external.ip()?;
+    is_nowhere(ip)
+        .then(|| format!("no network interface has the address {ip} now, so no client can connect there"))
 }
 
 /// What to do about that.
 pub(crate) const MEND: &str = "`ip address` shows those there are";
 
-fn is_nowhere(address: SocketAddr) -> bool {
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+fn is_nowhere(ip: IpAddr) -> bool {
+    let family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let Ok(socket) = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None) else { return false };
     // Any port will do. Where foreign addresses may be bound (net.ipv4.ip_nonlocal_bind), this cannot find out.
-    let anywhere = SockaddrStorage::from(SocketAddr::new(address.ip(), 0));
+    let anywhere = SockaddrStorage::from(SocketAddr::new(ip, 0));
     bind(socket.as_raw_fd(), &anywhere) == Err(Errno::EADDRNOTAVAIL)
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -217,7 +217,12 @@ impl Adoption {
         descriptors.extend(self.listeners.iter().map(|(socket, _)| socket.as_fd()));
         descriptors.extend(stored.iter().map(|(_, descriptor)| descriptor.as_fd()));
         let mut command = self.launch();
-        command.arg("agent").args(self.listeners.iter().map(|(_, target)| target)).arg("--");
+        let target = |(socket, target): &(OwnedFd, String)| match bro_adopt::socket::Place::of(socket.as_fd())
+        {
+            Some(bro_adopt::socket::Place::Udp(_)) => format!("udp:{target}"),
+            _ => target.clone(),
+        };
+        command.arg("agent").args(self.listeners.iter().map(target)).arg("--");
         command.args(stored.iter().map(|(name, _)| name)).env("NOTIFY_SOCKET", self.scratch.join("notify"));
         if let Some(step) = dies_at {
             command.env("DIES_AT", step);
@@ -252,8 +257,13 @@ impl Adoption {
 
     /// A forwarder in the agent's place, towards services in this namespace: with the listeners, the seccomp socket and all that is in the store.
     pub fn forwarder(&self, namespace: &Namespace) -> Result<Setup> {
+        self.forwarder_that("--adopt", namespace)
+    }
+
+    /// The same with another form of that option.
+    pub fn forwarder_that(&self, adopts: &str, namespace: &Namespace) -> Result<Setup> {
         self.store.settle()?;
-        let mut setup = Setup::new().arg("--adopt").netns(namespace);
+        let mut setup = Setup::new().arg(adopts).netns(namespace);
         setup = setup.env("NOTIFY_SOCKET", self.scratch.join("notify"));
         for (number, (socket, target)) in self.listeners.iter().enumerate() {
             let name = format!("socket-{number}");
@@ -308,6 +318,39 @@ impl Adoption {
     pub fn stored(&self) -> Vec<String> {
         self.store.kept.lock().expect("no holder of this lock panics").keys().cloned().collect()
     }
+}
+
+/// A socket for datagrams of the host's, and what is passed of it, at this address and a port of the kernel's choice: bound to that by its number, as
+/// systemd's is.
+pub fn datagrams(address: &str) -> Result<(UdpSocket, OwnedFd)> {
+    let free = UdpSocket::bind(address)?.local_addr()?;
+    let host = UdpSocket::bind(free)?;
+    let passed = host.try_clone()?.into();
+    Ok((host, passed))
+}
+
+/// A client of this socket for datagrams, which has said something.
+pub fn says_hello(host: &UdpSocket) -> Result<UdpSocket> {
+    let at = host.local_addr()?;
+    let client = UdpSocket::bind(if at.is_ipv6() { "[::1]:0" } else { "127.0.0.1:0" })?;
+    client.connect(at)?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    let _sent = client.send(b"hello")?;
+    Ok(client)
+}
+
+/// What the client gets.
+pub fn answered(client: &UdpSocket) -> Result<String> {
+    let mut answer = [0; 512];
+    let length = client.recv(&mut answer).context("there is no answer")?;
+    Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
+}
+
+/// The service tells the client its own address: it has received the datagram itself.
+pub fn expect_answered(client: &UdpSocket) -> Result<()> {
+    let (own, said) = (client.local_addr()?.to_string(), answered(client)?);
+    ensure!(said == own, "the client {own} was told {said:?}");
+    Ok(())
 }
 
 /// A client of this listener.

@@ -40,7 +40,7 @@ pub fn helper() -> PathBuf {
     profile().join("peer")
 }
 
-/// The program of the adoption suite (`src/bin/adopt.rs`): an agent, an OCI runtime and small services.
+/// The program of the adoption suite (`src/bin/adopt`): an agent, an OCI runtime and small services.
 #[must_use]
 pub fn adopt() -> PathBuf {
     profile().join("adopt")

@@ -108,6 +108,11 @@ impl Namespace {
         self.ask(if ipv6 { b"e" } else { b"d" })
     }
 
+    /// A unix socket for datagrams made there.
+    pub fn unix_datagram_socket(&self) -> io::Result<OwnedFd> {
+        self.ask(b"g")
+    }
+
     fn ask(&self, request: &[u8; 1]) -> io::Result<OwnedFd> {
         let control = self.control.lock().expect("no holder of this lock panics");
         send(control.as_raw_fd(), request, MsgFlags::MSG_NOSIGNAL)?;

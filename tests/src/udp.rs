@@ -24,6 +24,11 @@ pub fn socket(ipv6: bool) -> io::Result<OwnedFd> {
     Ok(socket::socket(domain, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
 }
 
+/// A unix socket for datagrams in the network namespace of the calling thread, to which its abstract names belong.
+pub fn unix_socket() -> io::Result<OwnedFd> {
+    Ok(socket::socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
 /// The loopback address with this port.
 #[must_use]
 pub fn loopback(ipv6: bool, port: u16) -> SocketAddr {

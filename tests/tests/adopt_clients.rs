@@ -10,7 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bro_adopt::clients::{AdoptedClients, Counting, EndedClients, Uncountable, any, count, queued};
+use bro_adopt::clients::{EndedClient, EndedClients, ServedClient, Uncountable, WithBytes, look, queued};
 use bro_tests::netns::Namespace;
 use bro_tests::peers::{Family, PATIENCE, Place as _};
 use bro_tests::process::eventually;
@@ -23,24 +23,39 @@ use nix::sys::socket::{
     socket, sockopt,
 };
 
-fn of(listener: impl std::os::fd::AsFd) -> Result<AdoptedClients> {
-    one(listener.as_fd(), &Counting::ALL)
+/// How many wait at a listener, and how many are served.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Clients {
+    queued: u32,
+    served: u64,
 }
 
-fn one(listener: BorrowedFd<'_>, counting: &Counting<'_>) -> Result<AdoptedClients> {
-    Ok(count(&[listener], counting)?[0])
+fn count(listeners: &[BorrowedFd<'_>]) -> Result<Vec<Clients>> {
+    let mut served = vec![0; listeners.len()];
+    let queued = look(listeners, WithBytes::No, &mut |client| served[client.listener] += 1)?;
+    Ok(queued.into_iter().zip(served).map(|(queued, served)| Clients { queued, served }).collect())
+}
+
+fn of(listener: impl std::os::fd::AsFd) -> Result<Clients> {
+    Ok(count(&[listener.as_fd()])?[0])
+}
+
+/// Those that are served, with their bytes.
+fn served(listener: &impl std::os::fd::AsFd) -> Result<Vec<ServedClient>> {
+    let mut all = Vec::new();
+    let _waiting = look(&[listener.as_fd()], WithBytes::Yes, &mut |client| all.push(*client))?;
+    Ok(all)
 }
 
 /// As many wait, and as many are served, as soon as the kernel is that far.
 fn expect(listener: impl std::os::fd::AsFd, queued: u32, served: u64) -> Result<()> {
-    let expected = AdoptedClients { queued, served, bytes: None };
+    let expected = Clients { queued, served };
     let mut last = None;
     let came = eventually(PATIENCE, || {
         last = of(&listener).ok();
         last == Some(expected)
     });
     ensure!(came, "{last:?} instead of {expected:?}");
-    ensure!(any(&[listener.as_fd()], &Counting::ALL)? != expected.is_empty(), "any() says otherwise");
     Ok(())
 }
 
@@ -98,8 +113,8 @@ fn another_programs_connections_at_the_same_port_are_not_counted() -> Result<()>
     }
     expect(&loopback, 0, 0)?;
     kept.push((TcpStream::connect(("127.0.0.1", port))?, loopback.accept()?));
-    let counted = count(&[sixth.as_fd(), loopback.as_fd(), other.as_fd()], &Counting::ALL)?;
-    ensure!(counted == [AdoptedClients { served: 1, ..AdoptedClients::default() }; 3], "{counted:?}");
+    let counted = count(&[sixth.as_fd(), loopback.as_fd(), other.as_fd()])?;
+    ensure!(counted == [Clients { queued: 0, served: 1 }; 3], "{counted:?}");
     // Nor is the other end of a connection, which has the port as the one that it goes to.
     let away = TcpStream::connect(("127.0.0.2", port))?;
     ensure!(of(&loopback)?.served == 1 && away.peer_addr()?.port() == port, "an outgoing one");
@@ -131,30 +146,36 @@ fn before_any_address_there_are_those_whom_no_other_listener_takes() -> Result<(
 }
 
 #[test]
-fn bytes_are_those_of_both_directions_and_ignored_clients_have_none() -> Result<()> {
+fn bytes_are_those_of_both_directions_and_ends_are_none() -> Result<()> {
     let listener = TcpListener::bind("[::]:0")?;
     let port = listener.local_addr()?.port();
     let mut client = TcpStream::connect(("127.0.0.1", port))?;
     let (mut accepted, _) = listener.accept()?;
-    let bytes = || -> Result<u64> {
-        Ok(one(listener.as_fd(), &Counting { bytes: true, ..Counting::ALL })?.bytes.unwrap_or(0))
-    };
-    let before = bytes()?;
-    ensure!(bytes()? == before, "bytes without bytes");
+    let bytes = || -> Result<Option<u64>> { Ok(served(&listener)?[0].bytes) };
+    ensure!(bytes()? == Some(0), "{:?} without bytes", bytes()?);
     client.write_all(&[0; 1000])?;
     accepted.write_all(&[0; 500])?;
-    ensure!(
-        eventually(PATIENCE, || bytes().is_ok_and(|now| now == before + 1500)),
-        "{} more",
-        bytes()? - before
-    );
-    ensure!(of(&listener)?.bytes.is_none(), "not asked for");
+    ensure!(eventually(PATIENCE, || matches!(bytes(), Ok(Some(1500)))), "{:?}", bytes()?);
     // A client of an IPv6 listener that comes by IPv4 has its IPv4 address.
-    let local = |ip: IpAddr| ip == IpAddr::V4(Ipv4Addr::LOCALHOST);
-    let counted = one(listener.as_fd(), &Counting { bytes: true, ignores: &local, ..Counting::ALL })?;
-    ensure!((counted.served, counted.bytes) == (0, Some(0)), "{counted:?}");
-    let sixth = (TcpStream::connect(("::1", port))?, listener.accept()?);
-    ensure!(one(listener.as_fd(), &Counting { ignores: &local, ..Counting::ALL })?.served == 1, "{sixth:?}");
+    ensure!(served(&listener)?[0].address == Some(Ipv4Addr::LOCALHOST.into()), "{:?}", served(&listener)?);
+    let number = served(&listener)?[0].number;
+    // Each side's end is acknowledged, and is no byte.
+    client.shutdown(Shutdown::Write)?;
+    accepted.set_read_timeout(Some(PATIENCE))?;
+    let mut rest = Vec::new();
+    accepted.read_to_end(&mut rest)?;
+    ensure!(bytes()? == Some(1500), "{:?} with the client's end", bytes()?);
+    drop((client, accepted));
+    ensure!(eventually(PATIENCE, || served(&listener).is_ok_and(|all| all.is_empty())), "it stays");
+    // The service's alone.
+    let client = TcpStream::connect(("::1", port))?;
+    let (accepted, _) = listener.accept()?;
+    accepted.shutdown(Shutdown::Write)?;
+    ensure!((&client).read(&mut [0])? == 0, "no end");
+    ensure!(bytes()? == Some(0) && served(&listener)?[0].number != number, "{:?}", served(&listener)?);
+    let mut none = Vec::new();
+    let _waiting = look(&[listener.as_fd()], WithBytes::No, &mut |client| none.push(client.bytes))?;
+    ensure!(none == [None], "not asked for: {none:?}");
     Ok(())
 }
 
@@ -168,15 +189,11 @@ fn a_thousand_clients_are_counted_in_time() -> Result<()> {
     for _ in 0..1000 {
         kept.push((TcpStream::connect(address)?, listener.accept()?));
     }
-    let counting = Counting { bytes: true, ..Counting::ALL };
     let started = Instant::now();
-    let clients = one(listener.as_fd(), &counting)?;
+    let clients = served(&listener)?;
     let whole = started.elapsed();
-    let started = Instant::now();
-    ensure!(any(&[listener.as_fd()], &counting)?, "there is one");
-    let first = started.elapsed();
-    ensure!(clients.served == 1000, "{clients:?}");
-    println!("1000 clients with their bytes in {whole:?}, the first of them in {first:?}");
+    ensure!(clients.len() == 1000, "{}", clients.len());
+    println!("1000 clients with their bytes in {whole:?}");
     // Milliseconds, even of an unoptimised program; a busy machine takes longer.
     ensure!(whole < Duration::from_secs(2), "{whole:?}");
     Ok(())
@@ -192,7 +209,7 @@ fn clients_of_unix_sockets_are_told_by_the_file_and_by_the_name() -> Result<()> 
     expect(&first, 0, 0)?;
     let client = UnixStream::connect(&path)?;
     expect(&first, 1, 0)?;
-    let served = first.accept()?;
+    let accepted = first.accept()?;
     expect(&first, 0, 1)?;
     // Another one at the same path is another one.
     std::fs::remove_file(&path)?;
@@ -200,18 +217,19 @@ fn clients_of_unix_sockets_are_told_by_the_file_and_by_the_name() -> Result<()> 
     expect(&second, 0, 0)?;
     let _other = (UnixStream::connect(&path)?, second.accept()?);
     let _named = (UnixStream::connect_addr(&address)?, named.accept()?);
-    let counted =
-        count(&[first.as_fd(), named.as_fd(), second.as_fd()], &Counting { bytes: true, ..Counting::ALL })?;
-    ensure!(counted.iter().all(|clients| (clients.served, clients.bytes) == (1, None)), "{counted:?}");
+    let counted = count(&[first.as_fd(), named.as_fd(), second.as_fd()])?;
+    ensure!(counted.iter().all(|clients| clients.served == 1), "{counted:?}");
+    let all = served(&first)?;
+    ensure!(all.iter().all(|client| (client.bytes, client.address) == (None, None)), "{all:?}");
     // It is gone when the service closes it.
     drop(client);
     expect(&first, 0, 1)?;
-    drop(served);
+    drop(accepted);
     expect(&first, 0, 0)
 }
 
 #[test]
-fn a_unix_client_of_another_namespace_is_found_at_the_services_descriptors() -> Result<()> {
+fn a_unix_client_of_another_namespace_is_seen_only_while_it_waits() -> Result<()> {
     require_namespaces!();
     let (folder, elsewhere) = (Scratch::new()?, Namespace::new()?);
     let path = folder.join("service");
@@ -220,15 +238,8 @@ fn a_unix_client_of_another_namespace_is_found_at_the_services_descriptors() -> 
     connect(client.as_raw_fd(), &UnixAddr::new(&path)?)?;
     ensure!(queued(listener.as_fd())? == 1, "it waits");
     let _served = listener.accept()?;
-    let own = [std::process::id().cast_signed()];
-    let here = of(&listener)?;
-    let counting = Counting { processes: &own, ..Counting::ALL };
-    let everywhere = one(listener.as_fd(), &counting)?;
-    ensure!((here.served, everywhere.served) == (0, 1), "{here:?}, {everywhere:?}");
-    // One that is in this namespace's table is the same one at a descriptor.
-    let _other = (UnixStream::connect(&path)?, listener.accept()?);
-    ensure!(one(listener.as_fd(), &counting)?.served == 2, "{:?}", one(listener.as_fd(), &counting)?);
-    ensure!(any(&[listener.as_fd()], &counting)?, "one of them");
+    // As the manual says: the kernel has it in the other namespace's table.
+    ensure!(of(&listener)? == Clients::default(), "{:?}", of(&listener)?);
     Ok(())
 }
 
@@ -243,7 +254,7 @@ fn nothing_is_said_of_another_namespaces_listener() -> Result<()> {
     let listener = TcpListener::from(made);
     let SocketAddr::V4(address) = listener.local_addr()? else { anyhow::bail!("no IPv4 listener") };
     ensure!(
-        matches!(count(&[listener.as_fd()], &Counting::ALL), Err(Uncountable::Elsewhere)),
+        matches!(look(&[listener.as_fd()], WithBytes::No, &mut |_| ()), Err(Uncountable::Elsewhere)),
         "it was counted"
     );
     // But for who waits, whom the listener itself tells of.
@@ -252,7 +263,6 @@ fn nothing_is_said_of_another_namespaces_listener() -> Result<()> {
         Err(errno) => return Err(errno.into()),
     }
     ensure!(eventually(PATIENCE, || matches!(queued(listener.as_fd()), Ok(1))), "it waits");
-    ensure!(any(&[listener.as_fd()], &Counting::ALL)?, "it waits");
     Ok(())
 }
 
@@ -265,8 +275,12 @@ fn visit(listener: &TcpListener, to: IpAddr) -> Result<()> {
     Ok(())
 }
 
+fn is_heard_of(ended: &EndedClients, listener: &TcpListener) -> Result<bool> {
+    Ok(ended.any(&[listener.as_fd()], &mut |_| true)?)
+}
+
 fn is_told(ended: &EndedClients, listener: &TcpListener) -> Result<()> {
-    let told = || ended.any(&[listener.as_fd()]).unwrap_or(false);
+    let told = || is_heard_of(ended, listener).unwrap_or(false);
     ensure!(eventually(PATIENCE, told), "a client of {:?} was not told of", listener.local_addr()?);
     Ok(())
 }
@@ -284,10 +298,10 @@ fn a_client_that_came_and_went_is_told_of_once_and_one_that_is_there_is_not() ->
         let listener = TcpListener::bind(address)?;
         let ended = EndedClients::of(&[listener.as_fd()])?.context("a TCP listener")?;
         let stays = (TcpStream::connect((to, listener.local_addr()?.port()))?, listener.accept()?);
-        ensure!(!ended.any(&[listener.as_fd()])?, "{address}: one that is there");
+        ensure!(!is_heard_of(&ended, &listener)?, "{address}: one that is there");
         visit(&listener, to)?;
         is_told(&ended, &listener)?;
-        ensure!(!ended.any(&[listener.as_fd()])?, "{address}: twice");
+        ensure!(!is_heard_of(&ended, &listener)?, "{address}: twice");
         drop(stays);
         is_told(&ended, &listener)?;
         // Nor does a reset by the service hide one.
@@ -298,6 +312,45 @@ fn a_client_that_came_and_went_is_told_of_once_and_one_that_is_there_is_not() ->
         is_told(&ended, &listener)?;
         drop(client);
     }
+    Ok(())
+}
+
+#[test]
+fn what_a_client_had_sent_is_told_when_it_has_gone() -> Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let ended = EndedClients::of(&[listener.as_fd()])?.context("a TCP listener")?;
+    for sent in [0, 7] {
+        let mut client = TcpStream::connect(listener.local_addr()?)?;
+        let (mut accepted, _) = listener.accept()?;
+        let number = served(&listener)?[0].number;
+        client.write_all(&vec![0; sent])?;
+        accepted.read_exact(&mut vec![0; sent])?;
+        drop((client, accepted));
+        let mut told: Vec<EndedClient> = Vec::new();
+        let came = eventually(PATIENCE, || {
+            ended
+                .any(&[listener.as_fd()], &mut |gone| {
+                    told.push(*gone);
+                    true
+                })
+                .unwrap_or(false)
+        });
+        let [gone] = told[..] else { anyhow::bail!("{told:?}") };
+        let bytes = gone.bytes.context("the kernel tells bytes")?;
+        ensure!(came && gone.number == number && gone.address == Ipv4Addr::LOCALHOST, "{gone:?}");
+        ensure!((sent as u64..=sent as u64 + 2).contains(&bytes), "{bytes} of {sent}");
+    }
+    // Such a one does not count where it is not to.
+    visit(&listener, Ipv4Addr::LOCALHOST.into())?;
+    let mut asked = false;
+    let deaf = || {
+        let counted = ended.any(&[listener.as_fd()], &mut |_| {
+            asked = true;
+            false
+        });
+        asked || counted.unwrap_or(true)
+    };
+    ensure!(eventually(PATIENCE, deaf) && asked, "it was not told of");
     Ok(())
 }
 
@@ -325,7 +378,7 @@ fn clients_of_other_listeners_are_not_told_of_however_many() -> Result<()> {
     let all = EndedClients::of(&[elsewhere[0].0.as_fd()])?.context("a TCP listener")?;
     visit(&elsewhere[0].0, Ipv4Addr::LOCALHOST.into())?;
     is_told(&all, &elsewhere[0].0)?;
-    ensure!(!ended.any(&[own.as_fd()])?, "clients of others were told of");
+    ensure!(!is_heard_of(&ended, &own)?, "clients of others were told of");
     visit(&own, Ipv4Addr::LOCALHOST.into())?;
     is_told(&ended, &own)
 }
@@ -345,11 +398,11 @@ fn a_client_that_a_more_exact_listener_took_is_not_one_of_any_address() -> Resul
     let of_narrow = EndedClients::of(&[narrow.as_fd()])?.context("a TCP listener")?;
     visit(&narrow, Ipv4Addr::LOCALHOST.into())?;
     is_told(&of_narrow, &narrow)?;
-    ensure!(!of_all.any(&[all.as_fd()])?, "it was the other's");
+    ensure!(!is_heard_of(&of_all, &all)?, "it was the other's");
     let client = TcpStream::connect(("127.0.0.2", all.local_addr()?.port()))?;
     drop((client, all.accept()?));
     is_told(&of_all, &all)?;
-    ensure!(!of_narrow.any(&[narrow.as_fd()])?, "it was the other's");
+    ensure!(!is_heard_of(&of_narrow, &narrow)?, "it was the other's");
     Ok(())
 }
 
@@ -362,7 +415,7 @@ fn more_clients_than_the_buffer_holds_are_clients_all_the_same() -> Result<()> {
     }
     is_told(&ended, &listener)?;
     // It goes on hearing after some were lost, and is not busy for ever.
-    ensure!(eventually(PATIENCE, || matches!(ended.any(&[listener.as_fd()]), Ok(false))), "without end");
+    ensure!(eventually(PATIENCE, || matches!(is_heard_of(&ended, &listener), Ok(false))), "without end");
     visit(&listener, Ipv4Addr::LOCALHOST.into())?;
     is_told(&ended, &listener)
 }

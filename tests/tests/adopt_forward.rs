@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use bro_tests::adopt::{self, Adoption, Profile, Program, expect_greeted, told};
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
-use bro_tests::peers::PATIENCE;
+use bro_tests::peers::{Address, Conn, End, Here, PATIENCE};
 use bro_tests::process;
 use bro_tests::require_namespaces;
 use bro_user::commands::status::{AdoptionReport, Report, ServiceState};
@@ -358,6 +358,186 @@ fn clients_that_come_and_go_between_two_looks_keep_a_service_awake() -> Result<(
     Ok(())
 }
 
+/// Is it said that the idle time is over? The forwarder stays, for it has not started the service.
+fn is_over(forwarder: &Forwarder) -> bool {
+    forwarder.log().lines().iter().any(|line| line.contains("the idle time is over"))
+}
+
+/// A client that the service serves, which is then left alone.
+fn served(stage: &Stage, options: &[&str]) -> Result<(Forwarder, TcpStream, Program)> {
+    let forwarder = stage.forwarder(options)?;
+    let client = stage.client()?;
+    let service = stage.service(Profile::Notifies, &["slow", INSIDE])?;
+    service.says("accepted")?;
+    eventually(&forwarder, is_adopted)?;
+    Ok((forwarder, client, service))
+}
+
+#[test]
+fn bytes_keep_an_adopted_service_awake_and_connections_do_not() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let (forwarder, mut client, _service) = served(&stage, &["--idle-by=bytes", "--exit-idle-time=1s"])?;
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(3) {
+        client.write_all(b".")?;
+        let over = process::eventually(Duration::from_millis(300), || is_over(&forwarder));
+        ensure!(!over, "bytes did not count, after {:?}", began.elapsed());
+    }
+    let silent = Instant::now();
+    says(&forwarder, "the idle time is over")?;
+    ensure!(silent.elapsed() > Duration::from_millis(600), "after {:?}", silent.elapsed());
+    // It is there all the same, for whoever asks.
+    let report = forwarder.report()?;
+    ensure!(matches!(first(&report), Some(AdoptionReport::Adopted { connections: 1, .. })), "{report:?}");
+    ensure!(report.connections() == 1 && report.total.open == 0, "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn a_heartbeat_of_an_adopted_service_keeps_nothing_awake() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let (forwarder, mut client, _service) =
+        served(&stage, &["--idle-below=1K/1s", "--exit-idle-time=600ms"])?;
+    // More than that, and then less.
+    for _ in 0..10 {
+        client.write_all(&[0; 1024])?;
+        let over = process::eventually(Duration::from_millis(200), || is_over(&forwarder));
+        ensure!(!over, "so many bytes did not count");
+    }
+    let began = Instant::now();
+    while !is_over(&forwarder) {
+        ensure!(began.elapsed() < PATIENCE, "a heartbeat keeps it awake");
+        client.write_all(b"beat")?;
+        process::eventually(Duration::from_millis(100), || is_over(&forwarder));
+    }
+    Ok(())
+}
+
+#[test]
+fn ignored_clients_of_an_adopted_service_keep_nothing_awake_however_they_come() -> Result<()> {
+    require_namespaces!();
+    let options = ["--idle-ignore=10.0.0.0/8,127.0.0.1", "--exit-idle-time=1s"];
+    let stage = Stage::new()?;
+    let (forwarder, _client, _service) = served(&stage, &options)?;
+    says(&forwarder, "the idle time is over")?;
+    let report = forwarder.report()?;
+    ensure!(report.connections() == 1, "it is not seen at all: {report:?}");
+    // Checks that come and go.
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&options)?;
+    let check = stage.client()?;
+    let _service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_greeted(check)?;
+    eventually(&forwarder, is_adopted)?;
+    let began = Instant::now();
+    while !is_over(&forwarder) {
+        ensure!(began.elapsed() < PATIENCE, "checks keep it awake");
+        expect_greeted(stage.client()?)?;
+        process::eventually(Duration::from_millis(100), || is_over(&forwarder));
+    }
+    Ok(())
+}
+
+/// Says something, and is told its address as the service sees it.
+fn speak(mut client: TcpStream) -> Result<(String, String)> {
+    client.write_all(b"?")?;
+    Ok((client.local_addr()?.to_string(), told(client)?))
+}
+
+#[test]
+fn a_first_byte_wakes_and_those_who_come_later_are_the_services() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&["--wake-on=data"])?;
+    let wakes = || forwarder.log().lines().iter().any(|line| line.contains("for its first client"));
+    for round in 1..=2 {
+        let silent = stage.client()?;
+        ensure!(!process::eventually(Duration::from_millis(300), wakes), "a silent client has woken it");
+        let mut talks = stage.client()?;
+        talks.write_all(b"?")?;
+        says(&forwarder, "for its first client")?;
+        // From now on nothing is accepted by the forwarder.
+        let accepted = forwarder.report()?.total.accepted;
+        let later = stage.client()?;
+        let service = stage.service(Profile::Notifies, &["asked", INSIDE])?;
+        service.says("ready")?;
+        let (own, said) = (talks.local_addr()?.to_string(), told(talks)?);
+        ensure!(!said.is_empty() && said != own, "round {round}: {own} was told {said:?}");
+        let (own, said) = speak(later)?;
+        ensure!(own == said, "round {round}: one that came later, {own}, was told {said:?}");
+        let (own, said) = speak(silent)?;
+        ensure!(!said.is_empty() && own != said, "round {round}: the silent one, {own}, was told {said:?}");
+        eventually(&forwarder, is_adopted)?;
+        let (own, said) = speak(stage.client()?)?;
+        ensure!(own == said, "round {round}: {own} was told {said:?}");
+        ensure!(accepted == 2 * round && forwarder.report()?.total.accepted == accepted, "{accepted}");
+        let found = || forwarder.report().is_ok_and(|report| report.activity.state == ServiceState::Awake);
+        ensure!(process::eventually(PATIENCE, found), "the service is not found");
+        end(service)?;
+        eventually(&forwarder, is_waiting)?;
+        forwarder.log().forget();
+    }
+    forwarder.stop().map(drop)
+}
+
+#[test]
+fn whom_it_does_not_wake_for_is_reset_while_it_sleeps_and_served_while_it_is_awake() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&["--wake-ignore=127.0.0.2"])?;
+    let scanner = || -> Result<String> {
+        let scanner =
+            Conn::bound_to(&Here, &Address::Tcp(stage.host.local_addr()?), Some("127.0.0.2".parse()?))?;
+        let (said, end) = scanner.read_to_end()?;
+        Ok(if end == End::Eof { String::from_utf8(said)? } else { "a reset".into() })
+    };
+    for _ in 0..3 {
+        ensure!(scanner()? == "a reset", "a scanner waits, or is served");
+    }
+    ensure!(!forwarder.log().lines().iter().any(|line| line.contains("first client")), "it was woken");
+    let early = stage.client()?;
+    says(&forwarder, "for its first client")?;
+    let _service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_relayed(early)?;
+    eventually(&forwarder, is_adopted)?;
+    ensure!(scanner()?.starts_with("127.0.0.2:"), "it is not served");
+    expect_greeted(stage.client()?)?;
+    forwarder.stop().map(drop)
+}
+
+/// Its listen(2) waits until the forwarder accepts no more.
+#[test]
+fn a_service_that_starts_by_itself_gets_a_listener_at_which_clients_are_sifted() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let forwarder = stage.forwarder(&["--wake-on=data"])?;
+    let silent = stage.client()?;
+    let accepted = || forwarder.report().is_ok_and(|report| report.total.accepted == 1);
+    ensure!(process::eventually(PATIENCE, accepted), "the forwarder does not sift");
+    for kind in ["asked", "epoll"] {
+        let service = stage.service(Profile::Notifies, &[kind, INSIDE])?;
+        service.says("ready")?;
+        eventually(&forwarder, is_adopted)?;
+        if kind == "asked" {
+            let (own, said) = speak(stage.client()?)?;
+            ensure!(own == said, "{own} was told {said:?}");
+        } else {
+            expect_greeted(stage.client()?)?;
+        }
+        end(service)?;
+        eventually(&forwarder, is_waiting)?;
+    }
+    ensure!(forwarder.report()?.own.counts.fallbacks.is_empty(), "something was relayed");
+    drop(silent);
+    // And sifts again.
+    let _silent = stage.client()?;
+    let accepted = || forwarder.report().is_ok_and(|report| report.total.accepted == 2);
+    ensure!(process::eventually(PATIENCE, accepted), "the forwarder does not sift again");
+    forwarder.stop().map(drop)
+}
+
 /// Without adoption they would be refused.
 #[test]
 fn clients_of_a_service_that_has_closed_its_listener_are_reset_until_it_listens_again() -> Result<()> {
@@ -465,7 +645,8 @@ fn what_does_not_go_together_is_said_at_once() -> Result<()> {
     require_namespaces!();
     let stage = Stage::new()?;
     for (option, expected) in [
-        ("--wake-on=data", "--wake-on=data does not go with --adopt"),
+        ("--accept-proxy", "--accept-proxy does not go with --adopt"),
+        ("--connections-per-source=3", "--connections-per-source does not go with --adopt"),
         ("--proxy-protocol=v2", "--proxy-protocol does not go with --adopt"),
         ("--ready=connect", "--ready other than auto or listen does not go with --adopt"),
         ("--target=socket-1=localhost:80", "matches no socket"),

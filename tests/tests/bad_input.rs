@@ -90,6 +90,14 @@ fn what_was_passed_is_no_socket_for_clients() -> Result<()> {
 }
 
 #[test]
+fn a_range_of_targets_for_another_number_of_ports() -> Result<()> {
+    let setup = Setup::new().named(&listener()?, "web").arg("--target=web=127.0.0.1:80-82");
+    refused(setup, USAGE, &["--target web=127.0.0.1:80-82 has 3 ports", "the sockets named web have 1"])?;
+    let setup = Setup::new().named(&listener()?, "web").arg("--target=web=127.0.0.1:82-80");
+    refused(setup, USAGE, &["127.0.0.1:82-80"]).map(drop)
+}
+
+#[test]
 fn no_target() -> Result<()> {
     refused(Setup::new().socket(&listener()?), USAGE, &["TARGET"])?;
     let setup = Setup::new().named(&listener()?, "http").arg("--target=metrics=127.0.0.1:80");

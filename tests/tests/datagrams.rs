@@ -5,6 +5,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -67,6 +68,50 @@ fn every_length_comes_back_whole() -> Result<()> {
             ensure!(echo.stop() == count, "nothing is sent that was not received");
             drop(forwarder.stop()?);
         }
+    }
+    Ok(())
+}
+
+/// What goes through the kernel as one arrives as it was sent, also where the way is less wide than one of them.
+#[test]
+fn many_at_once_arrive_apart_and_in_order() -> Result<()> {
+    require_namespaces!();
+    for (mtu, ipv6) in [(65_536, false), (65_536, true), (1500, false), (1500, true)] {
+        let scene = UdpScene::new(ipv6)?;
+        let _said = bro_tests::street::inside(
+            &scene.namespace,
+            &["ip", "link", "set", "lo", "mtu", &mtu.to_string()],
+        )?;
+        let service = scene.service()?;
+        setsockopt(&service.as_fd(), sockopt::RcvBuf, &(1 << 20)).ok();
+        let forwarder = scene.setup()?.start()?;
+        let client = scene.client()?;
+        let _sent = client.send(b"first")?;
+        let (_, from) = service.recv_from(&mut [0; 8])?;
+        // Runs of one length, shorter ones in between and empty ones; less than a socket's buffer has room for.
+        let lengths = [[1200; 8], [1200, 1200, 7, 1200, 0, 0, 1200, 1200], [64; 8], [4096; 8]].concat();
+        for (number, length) in lengths.iter().enumerate() {
+            let _sent = client.send(&bytes(*length, number))?;
+        }
+        for (number, length) in lengths.iter().enumerate() {
+            let of = || format!("number {number}, MTU {mtu}, IPv6 {ipv6}");
+            expect(&service, &bytes(*length, number)).with_context(of)?;
+            let _sent = service.send_to(&bytes(*length, number), from)?;
+        }
+        for (number, length) in lengths.iter().enumerate() {
+            let of = || format!("answer {number}, MTU {mtu}, IPv6 {ipv6}");
+            expect(&client, &bytes(*length, number)).with_context(of)?;
+        }
+        // A service that sends several as one itself, as servers of QUIC do.
+        setsockopt(&service.as_fd(), sockopt::UdpGsoSegment, &1000)?;
+        let sent = bytes(9500, 3);
+        let _sent = service.send_to(&sent, from)?;
+        for part in sent.chunks(1000) {
+            expect(&client, part).with_context(|| format!("MTU {mtu}, IPv6 {ipv6}"))?;
+        }
+        let tally = tally(&forwarder)?;
+        ensure!(tally.dropped.total() == 0, "{tally:?}");
+        ensure!(tally.to_clients.datagrams == lengths.len() as u64 + 10, "{tally:?}");
     }
     Ok(())
 }
@@ -301,6 +346,11 @@ fn a_service_that_is_not_bound_any_more_is_waited_for() -> Result<()> {
                 "IPv6 {ipv6}, {source}: {:?}",
                 tally(&forwarder)?
             );
+            // Nor is the client told: only the kernel may send it “port unreachable”.
+            client.set_read_timeout(Some(MOMENT))?;
+            let heard = client.recv(&mut [0; 8]).map_err(|error| error.kind());
+            ensure!(heard == Err(std::io::ErrorKind::WouldBlock), "{heard:?}");
+            client.set_read_timeout(Some(PATIENCE))?;
             let _sent = client.send(b"waits")?;
             let waits = || tally(&forwarder).is_ok_and(|tally| tally.held == 1);
             ensure!(process::eventually(PATIENCE, waits), "{:?}", tally(&forwarder)?);
@@ -421,6 +471,43 @@ fn streams_and_datagrams_by_one_name() -> Result<()> {
     Ok(())
 }
 
+/// By the sockets' own ports, whatever the order in which they are passed.
+#[test]
+fn each_port_of_a_range_has_its_own_target() -> Result<()> {
+    require_namespaces!();
+    let namespace = bro_tests::netns::Namespace::new()?;
+    let first = 40_000;
+    let services =
+        [bound(&namespace, loopback(false, first))?, bound(&namespace, loopback(false, first + 1))?];
+    let stream = |port| bro_tests::peers::Address::Tcp(loopback(false, port));
+    let listeners = [first, first + 1].map(|port| Listener::new(&namespace, &stream(port)));
+    // The same number over both protocols: one that the kernel gives for the one may be another program's over the other.
+    let pair = || -> Result<(UdpSocket, Listener)> {
+        let front = UdpSocket::bind("127.0.0.4:0")?;
+        let listener = Listener::new(&Here, &bro_tests::peers::Address::Tcp(front.local_addr()?))?;
+        Ok((front, listener))
+    };
+    let mut fronts = [pair()?, pair()?];
+    fronts
+        .sort_by_key(|(front, _)| std::cmp::Reverse(front.local_addr().map_or(0, |address| address.port())));
+    let mut setup = bro_tests::forwarder::Setup::new()
+        .netns(&namespace)
+        .arg(format!("--target=web=127.0.0.1:{first}-{}", first + 1));
+    for (front, listener) in &fronts {
+        setup = setup.named(listener, "web").descriptor(front.as_fd().try_clone_to_owned()?, "web");
+    }
+    let _forwarder = setup.start()?;
+    for (number, (front, listener)) in fronts.iter().rev().enumerate() {
+        let client = client(front.local_addr()?, None)?;
+        let _sent = client.send(&[number as u8])?;
+        expect(&services[number], &[number as u8])?;
+        let connection = Conn::new(&Here, listener.address())?;
+        let service = listeners[number].as_ref().map_err(|error| anyhow::anyhow!("{error:#}"))?.accept()?;
+        expect_relayed(&connection, &service)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_socket_of_its_own() -> Result<()> {
     require_namespaces!();
@@ -473,7 +560,7 @@ fn what_cannot_be_forwarded_is_named() -> Result<()> {
     require_namespaces!();
     let scene = UdpScene::new(false)?;
     let folder = bro_tests::scratch::Scratch::new()?;
-    let unix = std::os::unix::net::UnixDatagram::bind(folder.join("log"))?;
+    let unix = || UnixDatagram::bind(folder.join("log"));
     let refused = |setup: bro_tests::forwarder::Setup, words: &str| -> Result<()> {
         let mut forwarder = setup.start()?;
         drop(forwarder.log().line(PATIENCE, |line| line.contains(words)).with_context(|| words.to_owned())?);
@@ -482,8 +569,13 @@ fn what_cannot_be_forwarded_is_named() -> Result<()> {
     };
     let bare = || bro_tests::forwarder::Setup::new().netns(&scene.namespace);
     refused(
-        bare().descriptor(unix.into(), "log").arg("127.0.0.1:1"),
-        "descriptor 3 (log) takes datagrams over a unix",
+        bare().descriptor(unix()?.into(), "log").arg("127.0.0.1:1"),
+        "takes datagrams over a unix socket, and its target 127.0.0.1:1 is none",
+    )?;
+    let raw = socket::socket(AddressFamily::Netlink, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    refused(
+        bare().descriptor(raw, "kernel").arg("127.0.0.1:1"),
+        "descriptor 3 (kernel) takes datagrams and is of family",
     )?;
     let udp = || scene.front.as_fd().try_clone_to_owned();
     refused(bare().descriptor(udp()?, "dns").arg("/run/x"), "the socket “dns” (127.0.0.1:")?;
@@ -499,7 +591,7 @@ fn a_name_server_answers_every_question() -> Result<()> {
         return Ok(());
     }
     const CLIENTS: u16 = 8;
-    const QUESTIONS: u16 = 500;
+    const QUESTIONS: u16 = 1250;
     let scene = UdpScene::new(false)?;
     let program = bro_tests::tier::find_program("dnsmasq").context("it is there")?;
     let (program, port) = (program.display().to_string(), format!("--port={}", scene.target.port()));

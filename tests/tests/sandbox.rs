@@ -13,7 +13,7 @@ use bro_relay::netns::wire;
 use bro_relay::netns::wire::AgentRequest;
 use bro_tests::hijack::{Argument, Hijacked, rights};
 use bro_tests::netns::{Namespace, Owner};
-use bro_tests::peers::Family;
+use bro_tests::peers::{Family, PATIENCE};
 use bro_tests::scene::Scene;
 use bro_tests::{process, require_namespaces, sys};
 use nix::errno::Errno;
@@ -59,6 +59,38 @@ fn the_relay_process_holds_no_rights() -> Result<()> {
     }
     drop(pair);
     forwarder.stop().map(drop)
+}
+
+/// What is newer than the list that its service manager has, the control process refuses to itself where it is confined.
+#[test]
+fn a_confined_control_process_makes_no_new_call_that_it_has_no_need_of() -> Result<()> {
+    require_namespaces!();
+    for confined in [true, false] {
+        let mut scene = Scene::new()?;
+        let service = scene.serve()?;
+        let setup = scene.setup().arg(scene.target());
+        let forwarder = if confined { setup.strict() } else { setup }.start()?;
+        let served = (scene.client()?, service.accept()?);
+        let waits = || {
+            let call = std::fs::read_to_string(format!("/proc/{}/syscall", forwarder.pid()));
+            call.is_ok_and(|call| call.split(' ').next() == Some(&libc::SYS_epoll_pwait.to_string()))
+        };
+        ensure!(process::eventually(PATIENCE, waits), "it does not come to rest");
+        let mut hijacked = Hijacked::new(forwarder.pid())?;
+        let own = [Argument::Number(forwarder.pid().unsigned_abs().into()), Argument::Number(0)];
+        ensure!(hijacked.call(libc::SYS_pidfd_open, &own)?.is_ok(), "no descriptor of itself");
+        let nowhere = [Argument::Number(u64::from(u32::MAX)), Argument::Number(0)];
+        let answer = hijacked.call(libc::SYS_mount_setattr, &nowhere)?;
+        ensure!((answer == Err(Errno::ENOSYS)) == confined, "{confined}: {answer:?}");
+        // The kernel may not have these, or may forbid them.
+        for call in [libc::SYS_io_uring_setup, libc::SYS_memfd_secret, 1000] {
+            let answer = hijacked.call(call, &nowhere)?;
+            ensure!(!confined || answer == Err(Errno::ENOSYS), "{call}: {answer:?}");
+        }
+        drop((hijacked, served));
+        forwarder.stop()?;
+    }
+    Ok(())
 }
 
 #[test]

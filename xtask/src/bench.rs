@@ -11,6 +11,8 @@ mod clock;
 mod cold;
 mod contenders;
 mod cpu;
+mod datagram_service;
+mod datagrams;
 mod environment;
 mod launch;
 mod load;
@@ -34,7 +36,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Subcommand;
 
-use contenders::{Contender, Running};
+use contenders::{Contender, Running, Server};
 use environment::Environment;
 use load::{Figures, Load};
 use plan::{Clock, Plan};
@@ -59,6 +61,10 @@ pub struct Args {
     /// Keep what earlier runs have left in the folder of --out of other workloads, for those who measure a few at a time
     #[arg(long)]
     add: bool,
+    /// Clients on another host: a network namespace at the far end of a veth(4) pair. Takes root, and leaves out who has its
+    /// clients in the container
+    #[arg(long, conflicts_with_all = ["publish", "add"])]
+    from_another_host: bool,
     /// Only these contenders and workloads, by the names that --list prints
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     only: Vec<String>,
@@ -87,6 +93,12 @@ enum Part {
     /// Make load, and print the figures
     #[command(hide = true)]
     Load(load::Args),
+    /// Serve datagrams
+    #[command(hide = true)]
+    DatagramService(datagram_service::Args),
+    /// Make load of datagrams, and print the figures
+    #[command(hide = true)]
+    DatagramLoad(load::datagrams::Args),
     /// Speak to a service until it answers
     #[command(hide = true)]
     Poke(poke::Args),
@@ -106,6 +118,8 @@ pub fn run(args: &Args) -> Result<()> {
         Some(Part::Launch(args)) => launch::main(args),
         Some(Part::Service(args)) => service::main(args),
         Some(Part::Load(args)) => load::main(args),
+        Some(Part::DatagramService(args)) => datagram_service::main(args),
+        Some(Part::DatagramLoad(args)) => load::datagrams::main(args),
         Some(Part::Poke(args)) => poke::main(args),
         Some(Part::Check(args)) => check::main(args),
         None if args.list => list(),
@@ -116,6 +130,7 @@ pub fn run(args: &Args) -> Result<()> {
 fn workloads() -> Vec<String> {
     let mut names = vec![COLD.to_owned(), IDLE.into(), CHECK.into()];
     names.extend(Load::TIMED.map(Load::name));
+    names.push(datagrams::DATAGRAMS.into());
     names.extend(Program::ALL.map(|program| program.key().to_owned()));
     names
 }
@@ -189,11 +204,20 @@ fn bench(args: &Args) -> Result<()> {
         (_, true) => Plan::full(),
         _ => Plan::usual(),
     };
-    let plan = match args.rounds {
+    let mut plan = match args.rounds {
         Some(rounds) => plan.with_rounds(rounds.into()),
         None => plan,
     };
-    let choice = Choice::of(&args.only)?;
+    plan.from_another_host = args.from_another_host;
+    let mut choice = Choice::of(&args.only)?;
+    if plan.from_another_host {
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "--from-another-host takes root, for the veth pair: `sudo --preserve-env=PATH,HOME cargo xtask bench --from-another-host`"
+        );
+        choice.contenders.retain(Contender::is_reached_from_outside);
+        choice.workloads.retain(|workload| workload != COLD);
+    }
     let earlier = if args.add { Some(report::Report::read(&args.out)?) } else { None };
     let bro = crate::program::bro()?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
@@ -204,7 +228,7 @@ fn bench(args: &Args) -> Result<()> {
     for lack in &missing {
         say(&clock, &format!("missing: {}: {}", lack.name, lack.why));
     }
-    let scene = Scene::set(bro, &present)?;
+    let scene = Scene::set(bro, &present, plan.from_another_host)?;
     let mut bench = Bench { scene, plan, clock, present, choice, results: Results::default() };
     // One contender after the other is taken out here if it cannot be started at all.
     bench.try_everyone(&mut missing);
@@ -212,6 +236,7 @@ fn bench(args: &Args) -> Result<()> {
     bench.cold_starts();
     bench.idle();
     bench.rounds();
+    bench.datagrams();
     bench.programs();
     let Bench { scene, plan, clock, present, results, choice } = bench;
     let versions = versions(&scene, &present);
@@ -427,14 +452,14 @@ impl Bench {
     }
 
     fn program(&mut self, program: Program, up_to: f64) -> Result<()> {
-        let servers = program.start(&self.scene, self.present.len())?;
+        let started = self.present.iter().enumerate();
+        let wanted = started.map(|(place, contender)| contender.server(&self.scene, program.port(place)));
+        let mut wanted = wanted.collect::<Result<Vec<_>>>()?;
+        let servers = program.start(&self.scene, &wanted)?;
         let mut up = Vec::new();
         for (place, contender) in self.present.clone().into_iter().enumerate() {
-            // The unix reference is this task's own service; a service adopts only what it was started for.
-            if matches!(contender.way, contenders::Way::Unix | contenders::Way::Adopted) {
-                continue;
-            }
-            match self.start_for(&contender, place, program) {
+            let Some(server) = wanted[place].take() else { continue };
+            match self.start_for(&contender, place, program, server) {
                 Ok(running) => up.push((contender, running)),
                 Err(error) => self.results.fail(&contender, program.key(), &error),
             }
@@ -473,8 +498,14 @@ impl Bench {
         Ok(())
     }
 
-    fn start_for(&self, contender: &Contender, place: usize, program: Program) -> Result<Running> {
-        let running = contender.start_for(&self.scene, program.port(place), program)?;
+    fn start_for(
+        &self,
+        contender: &Contender,
+        place: usize,
+        program: Program,
+        server: Server,
+    ) -> Result<Running> {
+        let running = contender.start_for(&self.scene, program.port(place), program, server)?;
         program.warm(&self.scene, &running)?;
         Ok(running)
     }

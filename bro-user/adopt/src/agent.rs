@@ -4,6 +4,7 @@
 
 mod abandoned;
 mod bind;
+mod datagrams;
 mod listen;
 mod shutdown;
 
@@ -20,6 +21,7 @@ use crate::caller::Caller;
 use crate::family::Family;
 use crate::in_flight::{InFlight, Note};
 use crate::inside::{Inside, Then};
+use crate::inside_datagrams::InsideFlows;
 use crate::notification::{Answer, Call, Meant, Raw};
 use crate::options::{self, Before};
 use crate::original::{self, Original};
@@ -32,12 +34,12 @@ use crate::sys;
 /// The most connections from inside.
 const MOST_INSIDE: usize = 256;
 
-/// A listening socket of systemd's, and where in the container its service is to be found.
+/// A listening socket of systemd's, or one for datagrams, and where in the container its service is to be found.
 #[derive(Debug)]
 pub struct HostListener {
     /// The socket.
     pub socket: OwnedFd,
-    /// Where the service listens, seen from inside.
+    /// Where the service listens, or has its datagrams from, seen from inside.
     pub target: Place,
 }
 
@@ -89,6 +91,8 @@ enum ReadySource {
     Original(usize),
     /// By its place.
     Inside(usize),
+    /// By its place.
+    InsideFlow(usize),
 }
 
 /// One service's agent.
@@ -100,6 +104,7 @@ pub struct Agent<S> {
     notifiers: Vec<AnsweredNotifier>,
     originals: Vec<Original>,
     inside: Vec<Inside>,
+    flows: InsideFlows,
     record: InFlight,
     /// The last number that something in the store was given.
     last: u64,
@@ -144,7 +149,7 @@ impl FlagLooks {
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
     /// A listener that no service can adopt.
-    #[error("listener {0} is no stream socket")]
+    #[error("listener {0} is neither a stream socket nor one for UDP")]
     Listener(usize),
     /// The record, the seccomp socket.
     #[error("{0}")]
@@ -191,6 +196,7 @@ impl<S: Surroundings> Agent<S> {
             notifiers: Vec::new(),
             originals: Vec::new(),
             inside: Vec::new(),
+            flows: InsideFlows::default(),
             record,
             last: kept.iter().map(|(_, number, _)| *number).max().unwrap_or(0),
             flags: FlagLooks::default(),
@@ -343,8 +349,13 @@ impl<S: Surroundings> Agent<S> {
                 }
             }
             for (source, _) in &ready {
+                if let ReadySource::InsideFlow(index) = source {
+                    self.flows.answer(*index, &self.originals);
+                }
+            }
+            for (source, _) in &ready {
                 if let ReadySource::Original(index) = source {
-                    self.accept_inside(*index);
+                    self.take_inside(*index);
                 }
             }
             for (source, events) in ready {
@@ -395,9 +406,19 @@ impl<S: Surroundings> Agent<S> {
                 PollFd::new(answered.notifier.notify.as_fd(), events),
             ));
         }
-        if self.inside.len() < MOST_INSIDE {
+        self.flows.keep(&self.originals);
+        polled.extend(
+            self.flows
+                .polled()
+                .map(|(index, fd)| (ReadySource::InsideFlow(index), PollFd::new(fd, PollFlags::POLLIN))),
+        );
+        {
+            let is_full = self.inside.len() >= MOST_INSIDE;
             // One that does not listen polls as hung up.
-            let originals = self.originals.iter().enumerate().filter(|(_, original)| original.open);
+            let originals =
+                self.originals.iter().enumerate().filter(|(_, original)| {
+                    original.open && (!is_full || original.seen.family.is_datagrams())
+                });
             polled.extend(originals.map(|(index, original)| {
                 (ReadySource::Original(index), PollFd::new(original.polled(), PollFlags::POLLIN))
             }));
@@ -562,7 +583,7 @@ impl<S: Surroundings> Agent<S> {
             }
         };
         match call {
-            Call::Bind => self.bind(&caller, notification),
+            Call::Bind => self.bind((number, role), &caller, notification),
             Call::Listen if role == Role::Container => self.listen(number, &caller, notification),
             // One that it was passed is systemd's still: it listens.
             Call::Listen => self.listen_again(&caller, notification),
@@ -613,6 +634,9 @@ impl<S: Surroundings> Agent<S> {
         if let ListenerState::Adopted { before, .. } =
             std::mem::replace(&mut listener.state, ListenerState::Free)
         {
+            if listener.seen.family.is_datagrams() {
+                crate::datagrams::dissolve(listener.socket.as_fd());
+            }
             before.put_back(listener.socket.as_fd());
             self.note();
         }
@@ -656,6 +680,17 @@ impl<S: Surroundings> Agent<S> {
             let name = original.name.clone();
             drop(original);
             self.surroundings.forget(&name);
+        }
+    }
+
+    /// A client inside has come, or a datagram of one.
+    fn take_inside(&mut self, index: usize) {
+        let Some(original) = self.originals.get(index) else { return };
+        match self.listeners.get(original.listener) {
+            Some(listener) if original.seen.family.is_datagrams() => {
+                self.flows.take(original, listener.socket.as_fd());
+            }
+            _ => self.accept_inside(index),
         }
     }
 

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::ops::ControlFlow;
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
 
@@ -52,21 +51,15 @@ fn in_table(cookie: u64, is_v4: bool) -> Option<SocketAddr> {
         socket_id,
     };
     let mut found = None;
-    let asked = netlink::ask_until(
-        &table,
-        NLM_F_REQUEST | NLM_F_DUMP,
-        SockDiagMessage::InetRequest(request),
-        |answer| match answer {
-            SockDiagMessage::InetResponse(response)
-                if u64::from_ne_bytes(response.header.socket_id.cookie) == cookie =>
+    let asked =
+        netlink::ask(&table, NLM_F_REQUEST | NLM_F_DUMP, SockDiagMessage::InetRequest(request), |answer| {
+            if let SockDiagMessage::InetResponse(response) = answer
+                && u64::from_ne_bytes(response.header.socket_id.cookie) == cookie
             {
                 let id = &response.header.socket_id;
                 found = Some(SocketAddr::new(id.source_address, id.source_port));
-                ControlFlow::Break(())
             }
-            _ => ControlFlow::Continue(()),
-        },
-    );
+        });
     asked.ok().and(found)
 }
 

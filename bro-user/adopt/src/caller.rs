@@ -79,19 +79,21 @@ impl<'a> Caller<'a> {
         Ok(flags.ok_or(io::ErrorKind::InvalidData)? & libc::O_CLOEXEC != 0)
     }
 
-    /// Its epoll instances: descriptor and registrations, each as a line that begins with `tfd:`. Of as many as are looked at.
+    /// Its epoll instances: descriptor and registrations, each as a line that begins with `tfd:`. Of as many as are looked at, and without those that watch
+    /// nothing.
+    ///
+    /// Not by what /proc/PID/fd leads to: that folder is open to its process's user alone, and one in a container may be another than the one that the container
+    /// belongs to. Who may trace the process may read fdinfo (Linux 5.14).
     ///
     /// # Errors
     /// When they cannot be listed, or the caller no longer waits.
     pub fn epolls(&self, most: usize) -> io::Result<Vec<(RawFd, String)>> {
         let mut found = Vec::new();
-        for entry in fs::read_dir(format!("/proc/{}/fd", self.thread))? {
-            let Ok(entry) = entry else { continue };
-            let is_epoll =
-                fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == "anon_inode:[eventpoll]");
-            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            if let Some(number) = number.filter(|_| is_epoll)
+        for entry in fs::read_dir(format!("/proc/{}/fdinfo", self.thread))? {
+            let number = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+            if let Some(number) = number
                 && let Ok(text) = self.information(number)
+                && text.lines().any(|line| line.starts_with("tfd:"))
             {
                 found.push((number, text));
             }
@@ -113,12 +115,17 @@ impl<'a> Caller<'a> {
         Ok(text)
     }
 
-    /// A `sockaddr_in` or `sockaddr_in6` of the caller's. It may change it at any time: it is good for a hint that costs nothing but
-    /// the hint if it is wrong.
+    /// A `sockaddr_in` or `sockaddr_in6` of the caller's, as bind(2) takes it; `None` of one that it would not take. The caller may change it at any
+    /// time: a wrong one must cost the caller alone.
     #[must_use]
     pub fn address_at(&self, address: u64, length: u64) -> Option<SocketAddr> {
         let mut bytes = [0; 28];
-        let length = usize::try_from(length).ok()?.min(bytes.len());
+        // An int, of which the kernel bears no more than a `sockaddr_storage`.
+        let length = usize::try_from(length as u32 as i32).ok()?;
+        if length > size_of::<libc::sockaddr_storage>() {
+            return None;
+        }
+        let length = length.min(bytes.len());
         let place = bytes.get_mut(..length)?;
         let remote = RemoteIoVec { base: address.try_into().ok()?, len: length };
         let got =
@@ -131,6 +138,11 @@ impl<'a> Caller<'a> {
 /// `struct sockaddr_in` (ip(7)), `struct sockaddr_in6` (ipv6(7)).
 fn internet_address(bytes: &[u8]) -> Option<SocketAddr> {
     let family = i32::from(u16::from_ne_bytes(*bytes.first_chunk()?));
+    // Shorter ones are no addresses to bind(2) either (`inet_bind`, `inet6_bind`).
+    let shortest = if family == libc::AF_INET { size_of::<libc::sockaddr_in>() } else { 24 };
+    if bytes.len() < shortest {
+        return None;
+    }
     let port = u16::from_be_bytes(*bytes.get(2..)?.first_chunk()?);
     let ip: IpAddr = match family {
         libc::AF_INET => bytes.get(4..)?.first_chunk::<4>().copied()?.into(),
@@ -155,12 +167,13 @@ mod tests {
     fn an_address_is_read_from_bytes_and_a_cut_off_one_is_not() {
         let mut v4 = Vec::from((libc::AF_INET as u16).to_ne_bytes());
         v4.extend([0, 80, 127, 0, 0, 1]);
+        v4.extend([0; 8]);
         let mut v6 = Vec::from((libc::AF_INET6 as u16).to_ne_bytes());
         v6.extend([1, 0, 0, 0, 0, 0]);
         v6.extend(std::net::Ipv6Addr::LOCALHOST.octets());
         assert_eq!(internet_address(&v4), Some("127.0.0.1:80".parse().unwrap()));
         assert_eq!(internet_address(&v6), Some("[::1]:256".parse().unwrap()));
-        for short in [&v4[..7], &v6[..23], &v4[..1], &[]] {
+        for short in [&v4[..15], &v6[..23], &v4[..1], &[]] {
             assert_eq!(internet_address(short), None);
         }
         v4[..2].copy_from_slice(&(libc::AF_UNIX as u16).to_ne_bytes());

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use nix::libc;
 
-use crate::{socket, sys};
+use crate::{datagrams, socket, sys};
 
 /// What is wrong with a listener. Its socket unit has to be started anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -13,6 +13,12 @@ pub enum Damage {
     /// SO_ACCEPTCONN is off.
     #[error("it does not listen any more")]
     NotListening,
+    /// It has a peer, and so no datagrams of any other.
+    #[error("it is connected to one client")]
+    Connected,
+    /// shutdown(2), of a socket for datagrams.
+    #[error("it was shut down")]
+    ShutDown,
     /// SO_ATTACH_FILTER.
     #[error("a filter is attached to it")]
     Filtered,
@@ -27,7 +33,14 @@ pub enum Damage {
 /// What is wrong.
 pub fn check(listener: BorrowedFd<'_>) -> Result<(), Damage> {
     let number = |name| socket::number(listener, libc::SOL_SOCKET, name);
-    if number(libc::SO_ACCEPTCONN).unwrap_or(0) == 0 {
+    if number(libc::SO_TYPE).is_ok_and(|kind| kind == libc::SOCK_DGRAM) {
+        if datagrams::is_connected(listener) {
+            return Err(Damage::Connected);
+        }
+        if datagrams::is_shut_down(listener) {
+            return Err(Damage::ShutDown);
+        }
+    } else if number(libc::SO_ACCEPTCONN).unwrap_or(0) == 0 {
         return Err(Damage::NotListening);
     }
     // SO_GET_FILTER answers with how many instructions there are, where there is no room for one, and with EACCES of a filter that is no
@@ -56,6 +69,13 @@ mod tests {
         let shut = listener();
         nix::sys::socket::shutdown(shut.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap();
         assert_eq!(check(shut.as_fd()), Err(Damage::NotListening));
+        let datagrams = || std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let (whole, connected, shut) = (datagrams(), datagrams(), datagrams());
+        connected.connect(whole.local_addr().unwrap()).unwrap();
+        // ENOTCONN, and done all the same.
+        nix::sys::socket::shutdown(shut.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap_err();
+        let found = [&whole, &connected, &shut].map(|socket| check(socket.as_fd()));
+        assert_eq!(found, [Ok(()), Err(Damage::Connected), Err(Damage::ShutDown)]);
         let locked = listener();
         sys::set_option(locked.as_fd(), libc::SOL_SOCKET, libc::SO_LOCK_FILTER, &1i32.to_ne_bytes()).unwrap();
         assert_eq!(check(locked.as_fd()), Err(Damage::Locked));

@@ -1,12 +1,14 @@
 //! A connection from inside a container to the service there, which no longer listens there: relayed to the host's listener.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{
-    MsgFlags, Shutdown, SockaddrLike as _, SockaddrStorage, connect, getsockname, recv, send, shutdown,
+    MsgFlags, Shutdown, SockaddrLike as _, SockaddrStorage, connect, getpeername, getsockname, recv, send,
+    shutdown,
 };
 
 use crate::bound;
@@ -97,7 +99,7 @@ impl Inside {
     /// # Errors
     /// When that cannot be connected to; a full queue of a unix socket is one.
     pub fn new(client: OwnedFd, listener: BorrowedFd<'_>) -> io::Result<Self> {
-        let host = connect_to(listener)?;
+        let host = connect_to(listener, ClientPlace::of(client.as_fd()))?;
         Ok(Self {
             client,
             host,
@@ -141,25 +143,68 @@ impl Inside {
     }
 }
 
+/// Where a client is, seen from where it was accepted. What a service grants its own host it is to grant those alone that are there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClientPlace {
+    /// At the loopback interface, or at a unix socket.
+    Here,
+    /// At another one: beside the container in its network, or it is a forwarder, for a client that may be anywhere.
+    Elsewhere,
+}
+
+impl ClientPlace {
+    fn of(client: BorrowedFd<'_>) -> Self {
+        Self::of_address(getpeername::<SockaddrStorage>(client.as_raw_fd()).ok().as_ref())
+    }
+
+    /// Of a client with this address; of one of the kernel's other families, this host.
+    pub fn of_address(client: Option<&SockaddrStorage>) -> Self {
+        let address = client.and_then(bro_relay::sockaddr::tcp);
+        let here = address.is_none_or(|address| address.ip().to_canonical().is_loopback());
+        if here { Self::Here } else { Self::Elsewhere }
+    }
+
+    /// The address of this host's at which one of its listeners at any address is connected to; the connection comes from the same one.
+    fn own_address(self, loopback: IpAddr) -> IpAddr {
+        let fits = |ip: &IpAddr| {
+            let is_link_local = match ip {
+                IpAddr::V4(ip) => ip.is_link_local(),
+                IpAddr::V6(ip) => ip.is_unicast_link_local(),
+            };
+            ip.is_ipv4() == loopback.is_ipv4() && !ip.is_loopback() && !is_link_local
+        };
+        let own = || {
+            let all = nix::ifaddrs::getifaddrs().ok()?.filter_map(|interface| interface.address);
+            all.filter_map(|address| Some(bro_relay::sockaddr::tcp(&address)?.ip())).find(fits)
+        };
+        match self {
+            Self::Here => loopback,
+            // A host without another one has no client that is elsewhere.
+            Self::Elsewhere => own().unwrap_or(loopback),
+        }
+    }
+}
+
 /// A non-blocking connection, perhaps still on its way, to where this socket of the host's listens.
 ///
 /// # Errors
 /// connect(2)'s.
-pub fn connect_to(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+pub fn connect_to(listener: BorrowedFd<'_>, client: ClientPlace) -> io::Result<OwnedFd> {
     let number = |name| socket::number(listener, libc::SOL_SOCKET, name);
     let host = bro_relay::sys::socket(number(libc::SO_DOMAIN)?, number(libc::SO_TYPE)?, 0)?;
     let address = match bound::place(listener) {
         Some(Place::Tcp(address)) => SockaddrStorage::from(address),
         _ => getsockname::<SockaddrStorage>(listener.as_raw_fd())?,
     };
-    let connected = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
-        (Some(v4), _) if v4.ip().is_unspecified() => {
-            let here = std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, v4.port());
-            connect(host.as_raw_fd(), &nix::sys::socket::SockaddrIn::from(here))
-        }
-        (_, Some(v6)) if v6.ip().is_unspecified() => {
-            let here = std::net::SocketAddrV6::new(std::net::Ipv6Addr::LOCALHOST, v6.port(), 0, 0);
-            connect(host.as_raw_fd(), &nix::sys::socket::SockaddrIn6::from(here))
+    let any = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+        (Some(v4), _) if v4.ip().is_unspecified() => Some((Ipv4Addr::LOCALHOST.into(), v4.port())),
+        (_, Some(v6)) if v6.ip().is_unspecified() => Some((Ipv6Addr::LOCALHOST.into(), v6.port())),
+        _ => None,
+    };
+    let connected = match any {
+        Some((loopback, port)) => {
+            let here = SocketAddr::new(client.own_address(loopback), port);
+            connect(host.as_raw_fd(), &SockaddrStorage::from(here))
         }
         _ if address.len() == 0 => Err(Errno::EADDRNOTAVAIL),
         _ => connect(host.as_raw_fd(), &address),
@@ -167,5 +212,43 @@ pub fn connect_to(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     match connected {
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(host),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn one_that_is_elsewhere_does_not_come_from_the_loopback_interface() {
+        for any in ["0.0.0.0:0", "[::]:0"] {
+            let Ok(listener) = TcpListener::bind(any) else { continue };
+            let loopback: IpAddr =
+                if any.starts_with('0') { [127, 0, 0, 1].into() } else { Ipv6Addr::LOCALHOST.into() };
+            for place in [ClientPlace::Here, ClientPlace::Elsewhere] {
+                let own = place.own_address(loopback);
+                let Ok(_client) = connect_to(listener.as_fd(), place) else { continue };
+                let (_accepted, seen) = listener.accept().unwrap();
+                assert_eq!(seen.ip(), own, "{place:?}");
+                assert!(place == ClientPlace::Elsewhere || own == loopback, "{place:?} {own}");
+            }
+        }
+    }
+
+    #[test]
+    fn where_a_client_is_shows_by_its_address() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        assert_eq!(ClientPlace::of(accepted.as_fd()), ClientPlace::Here);
+        let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert_eq!(ClientPlace::of(unix.as_fd()), ClientPlace::Here);
+        let own = ClientPlace::Elsewhere.own_address(Ipv4Addr::LOCALHOST.into());
+        if !own.is_loopback() {
+            let listener = TcpListener::bind((own, 0)).unwrap();
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            assert_eq!(ClientPlace::of(listener.accept().unwrap().0.as_fd()), ClientPlace::Elsewhere);
+        }
     }
 }

@@ -11,16 +11,18 @@ use nix::libc;
 use serde::{Deserialize, Serialize};
 
 use crate::family::Family;
-use crate::{socket, sys};
+use crate::{datagram_options, socket, sys};
 
 /// An option by level and name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Name {
+pub struct Name {
     level: i32,
     name: i32,
 }
 
-const fn at(level: i32, name: i32) -> Name {
+/// The option of this level and name.
+#[must_use]
+pub const fn at(level: i32, name: i32) -> Name {
     Name { level, name }
 }
 
@@ -72,16 +74,29 @@ const TCP: [Name; 12] = [
 
 /// Those that a socket of this family has.
 fn names(family: Family) -> impl Iterator<Item = Name> {
-    let (v6, tcp) = (
-        matches!(family, Family::V6Only | Family::Dual),
-        !matches!(family, Family::Unix | Family::UnixPackets),
-    );
+    let (v6, tcp, udp) = (family.is_v6(), family.is_tcp(), family.is_datagrams());
     let pick = |all: &'static [Name], wanted: bool| if wanted { all } else { &[] }.iter().copied();
     pick(&ANY, true)
-        .chain(pick(&UNIX, !tcp))
-        .chain(pick(&IP, tcp))
+        .chain(pick(&UNIX, !tcp && !udp))
+        .chain(pick(&IP, tcp || udp))
         .chain(pick(&IPV6, v6))
         .chain(pick(&TCP, tcp))
+        .chain(pick(&datagram_options::CARRIED, udp))
+        .chain(pick(&datagram_options::CARRIED_V6, udp && v6))
+}
+
+/// What comes beside datagrams, of a socket for them.
+fn beside(family: Family) -> impl Iterator<Item = Name> {
+    let (udp, v6) = (family.is_datagrams(), family.is_v6());
+    let pick = |all: &'static [Name], wanted: bool| if wanted { all } else { &[] }.iter().copied();
+    pick(&datagram_options::BESIDE, udp).chain(pick(&datagram_options::BESIDE_V6, udp && v6))
+}
+
+/// What is not carried over, and put back all the same.
+fn only_put_back(family: Family) -> impl Iterator<Item = Name> {
+    let (udp, v6) = (family.is_datagrams(), family.is_v6());
+    let pick = |all: &'static [Name], wanted: bool| if wanted { all } else { &[] }.iter().copied();
+    pick(&datagram_options::PUT_BACK, udp).chain(pick(&datagram_options::PUT_BACK_V6, udp && v6))
 }
 
 /// Wide enough for a `timeval` and for the name of a congestion control.
@@ -113,7 +128,8 @@ impl Before {
     pub fn of(listener: BorrowedFd<'_>, family: Family) -> nix::Result<Self> {
         let buffers = BUFFERS.iter().map(|(name, _)| *name);
         // The lock last: setting a size sets it.
-        let all = names(family).chain(buffers).chain([BUFFER_LOCK]);
+        let others = beside(family).chain(only_put_back(family));
+        let all = names(family).chain(others).chain(buffers).chain([BUFFER_LOCK]);
         let values = all.filter_map(|name| Some((name, get(listener, name)?))).collect();
         Ok(Self { values, nonblocking: is_nonblocking(listener)? })
     }
@@ -150,6 +166,12 @@ pub fn carry(service: BorrowedFd<'_>, family: Family, listener: BorrowedFd<'_>) 
             continue;
         }
         refused += usize::from(!set(name, &wanted));
+    }
+    for name in beside(family) {
+        if let Some(wanted) = get(service, name).filter(|wanted| get(listener, name).as_ref() != Some(wanted))
+        {
+            refused += usize::from(!set(name, &wanted));
+        }
     }
     let locked =
         get(service, BUFFER_LOCK).and_then(|value| value.try_into().ok()).map_or(0, i32::from_ne_bytes);
@@ -241,6 +263,39 @@ mod tests {
         assert_eq!(number(&host, libc::SOL_TCP, libc::TCP_KEEPCNT), 4);
         assert_eq!(number(&host, libc::SOL_SOCKET, libc::SO_RCVBUF), untouched);
         assert_eq!(get(host.as_fd(), BUFFER_LOCK), get(listener().as_fd(), BUFFER_LOCK));
+    }
+
+    #[test]
+    fn what_comes_beside_a_datagram_is_what_the_service_wants() {
+        let udp = |address: &str| std::net::UdpSocket::bind(address).unwrap();
+        let value = |socket: &std::net::UdpSocket, (level, name): (i32, i32)| {
+            socket::number(socket.as_fd(), level, name).unwrap()
+        };
+        let set = |socket: &std::net::UdpSocket, (level, name): (i32, i32)| {
+            sys::set_option(socket.as_fd(), level, name, &1i32.to_ne_bytes()).unwrap();
+        };
+        let (pktinfo, tos) = ((libc::SOL_IP, libc::IP_PKTINFO), (libc::SOL_IP, libc::IP_RECVTOS));
+        let (broadcast, reuse) =
+            ((libc::SOL_SOCKET, libc::SO_BROADCAST), (libc::SOL_SOCKET, libc::SO_REUSEADDR));
+        let (service, host) = (udp("127.0.0.1:0"), udp("127.0.0.1:0"));
+        [pktinfo, broadcast].into_iter().for_each(|name| set(&host, name));
+        [tos, broadcast, reuse].into_iter().for_each(|name| set(&service, name));
+        let before = Before::of(host.as_fd(), Family::UdpV4).unwrap();
+        assert_eq!(carry(service.as_fd(), Family::UdpV4, host.as_fd()).unwrap(), 0);
+        let all = || [pktinfo, tos, broadcast, reuse].map(|name| value(&host, name));
+        assert_eq!(all(), [0, 1, 1, 0]);
+        // After bind(2) it is systemd's socket that the service sets options on.
+        set(&host, reuse);
+        before.put_back(host.as_fd());
+        assert_eq!(all(), [1, 0, 1, 0]);
+        let (service, host) = (udp("[::1]:0"), udp("[::1]:0"));
+        let info = (libc::SOL_IPV6, libc::IPV6_RECVPKTINFO);
+        set(&service, info);
+        let before = Before::of(host.as_fd(), Family::UdpDual).unwrap();
+        assert_eq!(carry(service.as_fd(), Family::UdpDual, host.as_fd()).unwrap(), 0);
+        assert_eq!(value(&host, info), 1);
+        before.put_back(host.as_fd());
+        assert_eq!(value(&host, info), 0);
     }
 
     #[test]

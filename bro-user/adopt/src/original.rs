@@ -35,13 +35,15 @@ pub struct Original {
 }
 
 impl Original {
-    /// Listens at it from now on. It becomes non-blocking: whatever it is shared with has a listener of the host's instead.
+    /// Listens at it from now on, or has its datagrams. It becomes non-blocking: whatever it is shared with has a listener of the host's instead.
     ///
     /// # Errors
     /// listen(2)'s: EADDRINUSE when another one listens there.
     pub fn open(&mut self) -> io::Result<()> {
         set_nonblocking(self.socket.as_fd(), true)?;
-        listen(&self.socket, Backlog::new(BACKLOG)?)?;
+        if !self.seen.family.is_datagrams() {
+            listen(&self.socket, Backlog::new(BACKLOG)?)?;
+        }
         self.open = true;
         Ok(())
     }
@@ -62,10 +64,12 @@ impl Original {
     /// Would a bind(2) of a socket of this family at this address find it in the way? (`inet_rcv_saddr_equal`)
     #[must_use]
     pub fn is_in_the_way_of(&self, family: Family, wanted: SocketAddr) -> bool {
-        let Place::Tcp(here) = self.place else { return false };
-        let v6 = |family| matches!(family, Family::V6Only | Family::Dual);
-        let same_version =
-            v6(self.seen.family) == v6(family) || [self.seen.family, family].contains(&Family::Dual);
+        let (Place::Tcp(here) | Place::Udp(here)) = self.place else { return false };
+        if self.seen.family.is_datagrams() != family.is_datagrams() {
+            return false;
+        }
+        let same_version = self.seen.family.is_v6() == family.is_v6()
+            || [self.seen.family, family].into_iter().any(Family::is_dual);
         let (one, other) = (here.ip().to_canonical(), wanted.ip().to_canonical());
         here.port() == wanted.port()
             && same_version
@@ -79,9 +83,13 @@ mod tests {
 
     #[test]
     fn an_address_is_taken_by_its_own_kind_alone() {
-        let original = |family, place: &str| Original {
+        let original = |family: Family, place: &str| Original {
             socket: std::fs::File::open("/dev/null").unwrap().into(),
-            place: Place::Tcp(place.parse().unwrap()),
+            place: if family.is_datagrams() {
+                Place::Udp(place.parse().unwrap())
+            } else {
+                Place::Tcp(place.parse().unwrap())
+            },
             seen: Seen { cookie: 1, family },
             listener: 0,
             name: String::new(),
@@ -96,6 +104,11 @@ mod tests {
             (Family::V4, "0.0.0.0:80", Family::V6Only, "[::]:80", false),
             (Family::V4, "0.0.0.0:80", Family::Dual, "[::]:80", true),
             (Family::Dual, "[::]:80", Family::V4, "0.0.0.0:80", true),
+            // TCP's ports are not UDP's.
+            (Family::V4, "0.0.0.0:53", Family::UdpV4, "0.0.0.0:53", false),
+            (Family::UdpV4, "0.0.0.0:53", Family::UdpV4, "0.0.0.0:53", true),
+            (Family::UdpV4, "0.0.0.0:53", Family::UdpV6Only, "[::]:53", false),
+            (Family::UdpV4, "0.0.0.0:53", Family::UdpDual, "[::]:53", true),
         ] {
             let found = original(here, at).is_in_the_way_of(family, wanted.parse().unwrap());
             assert_eq!(found, expected, "{here:?} {at} and {family:?} {wanted}");

@@ -15,6 +15,8 @@ use crate::sys;
 pub enum Place {
     /// A TCP address.
     Tcp(SocketAddr),
+    /// A UDP address.
+    Udp(SocketAddr),
     /// A unix socket's path, as it was given to bind(2).
     Path(Vec<u8>),
     /// An abstract name, without its zero byte.
@@ -26,11 +28,10 @@ impl Place {
     #[must_use]
     pub fn of(socket: BorrowedFd<'_>) -> Option<Self> {
         let name = getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok()?;
-        if let Some(v4) = name.as_sockaddr_in() {
-            return Some(Self::Tcp(SocketAddr::V4((*v4).into())));
-        }
-        if let Some(v6) = name.as_sockaddr_in6() {
-            return Some(Self::Tcp(SocketAddr::V6((*v6).into())));
+        let v4 = name.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
+        if let Some(address) = v4.or_else(|| name.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into()))) {
+            let kind = number(socket, libc::SOL_SOCKET, libc::SO_TYPE).ok()?;
+            return Some(if kind == libc::SOCK_DGRAM { Self::Udp(address) } else { Self::Tcp(address) });
         }
         let unix = name.as_unix_addr()?;
         match (unix.path(), unix.as_abstract()) {
@@ -44,14 +45,26 @@ impl Place {
     /// address what is meant by another one.
     #[must_use]
     pub fn serves(&self, target: &Self) -> bool {
-        let (Self::Tcp(here), Self::Tcp(target)) = (self, target) else { return self == target };
+        let ((Self::Tcp(here), Self::Tcp(target)) | (Self::Udp(here), Self::Udp(target))) = (self, target)
+        else {
+            return self == target;
+        };
         let (ip, wanted) = (here.ip().to_canonical(), target.ip().to_canonical());
         here.port() == target.port()
             && (ip.is_unspecified() || ip == wanted || (ip.is_loopback() && wanted.is_loopback()))
     }
+
+    /// Is it the place of a socket that was bound? An internet address without a port is none.
+    #[must_use]
+    pub const fn is_bound(&self) -> bool {
+        match self {
+            Self::Tcp(address) | Self::Udp(address) => address.port() != 0,
+            Self::Path(_) | Self::Abstract(_) => true,
+        }
+    }
 }
 
-/// A stream socket that could be adopted, or that is there to be.
+/// A socket that could be adopted, or that is there to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
     /// SO_COOKIE: one number for each socket that this kernel has ever had, however many descriptors lead to it.
@@ -60,7 +73,7 @@ pub struct Seen {
     pub family: Family,
 }
 
-/// What is at this descriptor; `None` when it is no stream socket of a family that can be adopted.
+/// What is at this descriptor; `None` when it is neither a stream socket of a family that can be adopted nor UDP's.
 #[must_use]
 pub fn look(socket: BorrowedFd<'_>) -> Option<Seen> {
     // MPTCP (262), which Go asks for: its clients are plain TCP's then.
@@ -75,10 +88,18 @@ pub fn look(socket: BorrowedFd<'_>) -> Option<Seen> {
         {
             return None;
         }
+        // An ICMP socket for echo requests is one of datagrams too (icmp(7)).
+        (_, libc::SOCK_DGRAM) if number(libc::SO_PROTOCOL)? != libc::IPPROTO_UDP => return None,
         (libc::AF_INET, libc::SOCK_STREAM) => Family::V4,
-        (libc::AF_INET6, libc::SOCK_STREAM) => {
-            let only = self::number(socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY).ok()?;
-            if only == 0 { Family::Dual } else { Family::V6Only }
+        (libc::AF_INET, libc::SOCK_DGRAM) => Family::UdpV4,
+        (libc::AF_INET6, libc::SOCK_STREAM | libc::SOCK_DGRAM) => {
+            let only = self::number(socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY).ok()? != 0;
+            match (kind == libc::SOCK_DGRAM, only) {
+                (false, false) => Family::Dual,
+                (false, true) => Family::V6Only,
+                (true, false) => Family::UdpDual,
+                (true, true) => Family::UdpV6Only,
+            }
         }
         _ => return None,
     };
@@ -134,6 +155,11 @@ mod tests {
         let path = Place::Path(b"/run/a".to_vec());
         assert!(path.serves(&path.clone()));
         assert!(!path.serves(&Place::Abstract(b"/run/a".to_vec())) && !path.serves(&tcp("0.0.0.0:80")));
+        let udp = |text: &str| Place::Udp(text.parse().unwrap());
+        assert!(udp("0.0.0.0:53").serves(&udp("127.0.0.1:53")));
+        assert!(
+            !udp("0.0.0.0:53").serves(&tcp("127.0.0.1:53")) && !tcp("0.0.0.0:53").serves(&udp("0.0.0.0:53"))
+        );
     }
 
     #[test]
@@ -147,9 +173,15 @@ mod tests {
     }
 
     #[test]
-    fn datagrams_and_files_are_none() {
-        let datagrams = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    fn datagrams_are_their_own_kind_and_files_and_pipes_are_none() {
+        let datagrams = |address: &str| std::net::UdpSocket::bind(address).unwrap();
+        for (address, family) in [("127.0.0.1:0", Family::UdpV4), ("[::]:0", Family::UdpDual)] {
+            let socket = datagrams(address);
+            assert_eq!(look(socket.as_fd()).map(|seen| seen.family), Some(family));
+            assert_eq!(Place::of(socket.as_fd()), Some(Place::Udp(socket.local_addr().unwrap())));
+        }
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert_eq!((look(datagrams.as_fd()), look(file.as_fd())), (None, None));
+        let unix = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        assert_eq!((look(unix.as_fd()), look(file.as_fd())), (None, None));
     }
 }

@@ -42,7 +42,7 @@ pub enum Event {
     Started,
     /// Such a container has ended.
     Stopped,
-    /// A service has the listener: it is ready, and accepts its clients itself.
+    /// A service has the listener: it is ready, and accepts its clients, or has their datagrams, itself.
     Adopted {
         /// Which.
         listener: usize,
@@ -51,7 +51,7 @@ pub enum Event {
         /// Why clients inside the container do not find the service any more.
         inside: Option<io::Error>,
     },
-    /// A service listens at a socket of its own, and its clients have to be relayed.
+    /// A service listens at a socket of its own, or has bound one, and its clients have to be relayed.
     NotAdopted {
         /// Which.
         listener: usize,
@@ -114,6 +114,8 @@ pub enum Step {
     Carried,
     /// Epoll watches the listener.
     Watched,
+    /// The service's own socket for datagrams is bound.
+    Bound,
     /// The original is in the store.
     Kept,
     /// The listener is in its place.

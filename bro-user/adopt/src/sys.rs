@@ -310,6 +310,32 @@ pub fn set_option(socket: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -
     check(set).map(drop)
 }
 
+/// SIOCGSTAMPNS (socket(7), `sock_gettstamp`): when the last datagram that was received had come, since 1970. The first question has the kernel take down
+/// such times from then on.
+///
+/// # Errors
+/// ENOENT when none was received since then.
+pub fn last_received(socket: BorrowedFd<'_>) -> io::Result<std::time::Duration> {
+    /// Its older form, whose `timespec` is this architecture's.
+    const SIOCGSTAMPNS: libc::Ioctl = 0x8907;
+    let mut at = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one `timespec`, which outlives the call.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSTAMPNS, &raw mut at) })?;
+    let (seconds, rest) = (u64::try_from(at.tv_sec), u32::try_from(at.tv_nsec));
+    Ok(std::time::Duration::new(seconds.unwrap_or(0), rest.unwrap_or(0)))
+}
+
+/// connect(2) with AF_UNSPEC: a socket for datagrams has no peer any more.
+///
+/// # Errors
+/// connect(2)'s.
+pub fn dissolve(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let none = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: the kernel reads one `sockaddr`, which outlives the call.
+    check(unsafe { libc::connect(socket.as_raw_fd(), &raw const none, length) }).map(drop)
+}
+
 /// SO_ATTACH_FILTER (socket(7)): the kernel queues only what this classic BPF program returns more than zero for.
 ///
 /// # Errors

@@ -18,6 +18,7 @@ pub mod idle;
 mod introductions;
 pub mod lanes;
 pub mod listeners;
+mod outgoing;
 pub mod protocol;
 pub mod report;
 pub mod socket_options;
@@ -207,11 +208,10 @@ impl Engine {
                     Token::Connection { index, generation, side } => {
                         self.connection_event(index, generation, side, event.events());
                     }
-                    Token::Listener(index) if self.listeners.takes_datagrams(index) => {
-                        self.receive_datagrams(index);
-                    }
                     Token::Listener(index) => self.client_waits(index)?,
-                    Token::Flow { index, generation } => self.flow_event(index, generation),
+                    Token::Flow { index, generation } => {
+                        self.flow_event(index, generation, event.events());
+                    }
                     Token::Agent(target) => self.agent_answered(target),
                     Token::Kernel => self.kernel_events(),
                     Token::Mailbox => {
@@ -368,9 +368,13 @@ impl Engine {
         Ok(())
     }
 
-    /// A listener has a client.
+    /// A listener has a client, or a datagram.
     fn client_waits(&mut self, listener: usize) -> anyhow::Result<()> {
         match self.listeners.used(listener) {
+            ListenerUse::Relay if self.listeners.takes_datagrams(listener) => {
+                self.receive_datagrams(listener);
+                Ok(())
+            }
             ListenerUse::Relay => self.accept_some(listener),
             ListenerUse::WakeOnly => {
                 self.listeners.set_use(&self.epoll, listener, ListenerUse::LeaveAlone)?;

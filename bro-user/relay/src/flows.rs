@@ -2,12 +2,17 @@
 //! addresses, and a socket in the service's namespace that is its own. All in here is pure; `engine/datagrams.rs` has the sockets.
 
 mod held;
+mod runs;
 mod table;
 mod tally;
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use nix::sys::socket::UnixAddr;
 
 pub use held::{HeldDatagram, HeldDatagrams};
+pub use runs::{Piece, together};
 pub use table::{FlowTable, NewFlow};
 pub use tally::{Amounts, DatagramTally, DropCounts, Dropped};
 
@@ -20,13 +25,24 @@ pub struct LocalAddress {
     pub interface: u32,
 }
 
+/// Where a client sends from, and is answered.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum FlowClient {
+    /// A UDP address, as the listener's family writes it.
+    Inet(SocketAddr),
+    /// A unix socket that is bound to this path or abstract name.
+    Unix(Arc<UnixAddr>),
+    /// A unix socket that is bound to nothing. All of them are one client, for they cannot be told apart, and none can be answered.
+    Unbound,
+}
+
 /// What tells flows apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct FlowEnds {
     /// The listener's number.
     pub listener: usize,
-    /// The client, as the listener's family writes it.
-    pub client: SocketAddr,
+    /// The client.
+    pub client: FlowClient,
     /// The address that it wrote to; none where the kernel did not say.
     pub local: Option<LocalAddress>,
 }

@@ -12,8 +12,10 @@ pub enum SocketKind {
     Stream,
     /// The same, and what they send is messages (unix(7) SOCK_SEQPACKET).
     SeqPacket,
-    /// They send datagrams.
+    /// They send datagrams over UDP.
     Datagram,
+    /// The same, over a unix socket.
+    UnixDatagram,
 }
 
 /// One socket for clients, close-on-exec and, unless a service is to have it too, non-blocking.
@@ -36,15 +38,23 @@ pub struct Listener {
 impl SocketKind {
     fn of(socket: &OwnedFd) -> nix::Result<Self> {
         match socket::getsockopt(socket, socket::sockopt::SockType)? {
-            socket::SockType::Datagram => Ok(Self::Datagram),
+            socket::SockType::Datagram => {
+                let name: SockaddrStorage = socket::getsockname(socket.as_raw_fd())?;
+                Ok(if name.as_unix_addr().is_some() { Self::UnixDatagram } else { Self::Datagram })
+            }
             socket::SockType::SeqPacket => Ok(Self::SeqPacket),
             _ => Ok(Self::Stream),
         }
     }
 
+    /// There is nothing to accept.
+    #[must_use]
+    pub const fn takes_datagrams(self) -> bool {
+        matches!(self, Self::Datagram | Self::UnixDatagram)
+    }
+
     fn describe(self, address: &SockaddrStorage) -> String {
-        let is_inet = address.as_sockaddr_in().is_some() || address.as_sockaddr_in6().is_some();
-        let suffix = if self == Self::Datagram && is_inet { "/udp" } else { "" };
+        let suffix = if self == Self::Datagram { "/udp" } else { "" };
         format!("{}{suffix}", describe(address))
     }
 }

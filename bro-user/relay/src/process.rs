@@ -98,7 +98,8 @@ fn serve(
     }
     prctl::set_name(c"bro-relay")?;
     let (listeners, numbers) = in_a_row(listeners)?;
-    let datagrams = listeners.iter().any(|(listener, _)| listener.kind == SocketKind::Datagram);
+    let answers_unix = listeners.iter().any(|(listener, _)| listener.kind == SocketKind::UnixDatagram);
+    let datagrams = listeners.iter().any(|(listener, _)| listener.kind.takes_datagrams());
     let addresses = addresses.for_relay();
     let addresses = addresses.inspect_err(|error| tracing::debug!(%error, "the agents connect")).ok();
     let place = addresses.as_ref().map(AddressBook::place);
@@ -107,9 +108,9 @@ fn serve(
     let engine = Engine::new(settings.clone(), listeners, names, addresses, stats, ends)?;
     let ports = targets.iter().filter_map(|target| match target {
         Target::Tcp { port, .. } => Some(*port),
-        Target::Udp { .. } | Target::Unix(_) | Target::Abstract(_) => None,
+        Target::Udp { .. } | Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_) => None,
     });
-    for missing in sandbox::enter(place, ports, numbers, settings.binds, datagrams)? {
+    for missing in sandbox::enter(place, ports, numbers, settings.binds, datagrams, answers_unix)? {
         tracing::info!("the relay process runs without a part of its sandbox: {missing}");
     }
     engine.run()

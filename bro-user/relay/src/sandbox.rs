@@ -4,6 +4,8 @@
 //! needs of that kind: the agents connect, to addresses that the control process has named, and the control process does the
 //! rest.
 
+pub mod new_calls;
+
 mod options;
 
 use std::collections::BTreeMap;
@@ -28,7 +30,8 @@ const LANDLOCK: ABI = ABI::V6;
 
 /// Enters the sandbox, for the calling thread and all it will start; `addresses` is where the [`AddressBook`] is, `ports` are the
 /// targets' ports, `listeners` the descriptors of the listeners, which other processes have too, and `binds` says whether
-/// connections to the targets have clients' addresses. Returns what this kernel does not offer.
+/// connections to the targets have clients' addresses. `datagrams`: some take datagrams; `answers_unix`: over unix sockets. Returns what
+/// this kernel does not offer.
 ///
 /// # Errors
 /// When something is refused that every supported kernel has.
@@ -38,11 +41,12 @@ pub fn enter(
     listeners: Range<RawFd>,
     binds: bool,
     datagrams: bool,
+    answers_unix: bool,
 ) -> anyhow::Result<Vec<String>> {
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
     drop_capabilities()?;
     let mut missing = Vec::new();
-    missing.extend(restrict_files(ports, binds));
+    missing.extend(restrict_files(ports, binds, answers_unix));
     missing.extend(filter_system_calls(addresses, listeners, binds, datagrams));
     Ok(missing)
 }
@@ -57,14 +61,16 @@ fn drop_capabilities() -> anyhow::Result<()> {
 }
 
 /// Landlock with no rule but for the targets' ports: no file, no other port, no signal to another process. Says what is missing.
-fn restrict_files(ports: impl IntoIterator<Item = u16>, binds: bool) -> Option<String> {
+fn restrict_files(ports: impl IntoIterator<Item = u16>, binds: bool, answers_unix: bool) -> Option<String> {
+    // An answer goes to the abstract name that its client is bound to.
+    let scope = if answers_unix { Scope::Signal.into() } else { Scope::AbstractUnixSocket | Scope::Signal };
     // A client may have any port.
     let net = if binds { AccessNet::ConnectTcp.into() } else { AccessNet::BindTcp | AccessNet::ConnectTcp };
     let restricted = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK))
         .and_then(|rules| rules.handle_access(net))
-        .and_then(|rules| rules.scope(Scope::AbstractUnixSocket | Scope::Signal))
+        .and_then(|rules| rules.scope(scope))
         .and_then(landlock::Ruleset::create)
         .and_then(|rules| {
             rules.add_rules(

@@ -25,6 +25,8 @@ pub enum Target {
     Unix(PathBuf),
     /// A unix stream socket's abstract name, without the `@`.
     Abstract(String),
+    /// A unix socket for datagrams, at one of the two above.
+    Datagrams(Box<Self>),
 }
 
 /// Why a text is not a target.
@@ -34,7 +36,7 @@ pub enum InvalidTarget {
     #[error("a target is missing; write HOST:PORT, a /unix/path or an @abstract name")]
     Empty,
     /// Not a port.
-    #[error("“{0}” is not a TCP port; write a number from 1 to 65535")]
+    #[error("“{0}” is not a port; write a number from 1 to 65535")]
     Port(String),
     /// An IPv6 address with a last group that could be a port.
     #[error("“{0}” is ambiguous; write an IPv6 address in brackets: [{0}]:PORT")]
@@ -122,6 +124,14 @@ impl FromStr for Target {
     }
 }
 
+impl Target {
+    /// Is it a unix socket?
+    #[must_use]
+    pub const fn is_unix(&self) -> bool {
+        matches!(self, Self::Unix(_) | Self::Abstract(_) | Self::Datagrams(_))
+    }
+}
+
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -131,18 +141,8 @@ impl fmt::Display for Target {
             Self::Udp { host, port } => write!(f, "{host}:{port}{UDP}"),
             Self::Unix(path) => write!(f, "{}", path.display()),
             Self::Abstract(name) => write!(f, "@{name}"),
+            Self::Datagrams(at) => write!(f, "{at} (datagrams)"),
         }
-    }
-}
-
-/// `--target NAME=ADDR`.
-///
-/// # Errors
-/// When there is no name, or ADDR is not a target.
-pub fn parse_named(text: &str) -> Result<(String, Target), InvalidTarget> {
-    match text.split_once('=') {
-        Some((name, address)) if !name.is_empty() => Ok((name.to_owned(), address.parse()?)),
-        _ => Err(InvalidTarget::NoName(text.to_owned())),
     }
 }
 
@@ -186,7 +186,6 @@ mod tests {
         assert_eq!(refused("a b:80"), InvalidTarget::Host("a b:80".into()));
         assert_eq!(refused(":80"), InvalidTarget::Host(":80".into()));
         assert!(matches!(refused(&format!("/{}", "x".repeat(107))), InvalidTarget::TooLong(_)));
-        assert!(matches!(parse_named("127.0.0.1:80"), Err(InvalidTarget::NoName(_))));
     }
 
     proptest! {

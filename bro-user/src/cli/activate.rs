@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
+use bro_relay::listener::SocketKind;
 use bro_relay::netns::identity::Identity;
 use bro_relay::proxy_protocol::Trusted;
 use clap::{Args, ValueEnum};
 
 use super::idle::{IdleBy, WakeOn};
 use super::{LocalClients, ProxyVersion, RelayChoice};
-use crate::address::{External, Internal};
+use crate::address::{External, Internal, Named};
 use crate::installed::Connects;
 use crate::service::readiness::Ready;
 use crate::service::sources::Choice;
@@ -28,6 +29,10 @@ Examples:
   A second port of the same container, through the same forwarder:
     bro activate web --service-name metrics --external-port 9100
     bro activate web --service-name metrics --remove
+
+  A name server, over UDP and TCP; and two ports at once, the second one called metrics:
+    bro activate dns --external-port 53/tcp+udp
+    bro activate web --external-port 443/tcp+udp --external-port metrics=127.0.0.1:9100
 
   nginx takes the socket over itself: no forwarder, no idle stop, the client's own address:
     bro activate web --direct --external-port 0.0.0.0:8080
@@ -52,16 +57,21 @@ pub struct Activate {
     #[arg(value_name = "NAME")]
     pub name: String,
 
-    /// Where clients connect: PORT (of every address, IPv4 and IPv6), ADDR:PORT, a /unix/path or an @abstract name
+    /// Where clients connect: PORT (of every address, IPv4 and IPv6), ADDR:PORT, a /unix/path, an @abstract name or vsock::PORT (repeatable)
     ///
     /// systemd listens there from now on, also after a reboot. Prefer an address to a bare port where not the whole network
-    /// is meant: 127.0.0.1:8080.
-    #[arg(long, value_name = "[ADDR:]PORT")]
-    pub external_port: Option<External>,
+    /// is meant: 127.0.0.1:8080. A port is of TCP; 53/udp is one of UDP, and 443/tcp+udp is both (HTTP/3). 30000-30009/udp is a range, of 256
+    /// ports at most: each goes to the same port inside, or to one of as many from --internal-port on. seqpacket:/unix/path has clients that
+    /// send messages (ListenSequentialPacket=), dgram:/unix/path datagrams. vsock:CID:PORT is one context identifier's alone. NAME= in front
+    /// names a further port, as --service-name does: several can be given at once.
+    #[arg(long, value_name = "[NAME=][ADDR:]PORT")]
+    pub external_port: Vec<Named<External>>,
 
-    /// Where the service listens inside the container (default: 127.0.0.1 and the same port)
-    #[arg(long, value_name = "[ADDR:]PORT", conflicts_with = "direct")]
-    pub internal_port: Option<Internal>,
+    /// Where the service listens inside the container (default: 127.0.0.1, and the port behind it in PublishPort=, or the same port; repeatable)
+    ///
+    /// TCP or UDP is as outside. Of a range of external ports, the first one inside. NAME= in front as in --external-port.
+    #[arg(long, value_name = "[NAME=][ADDR:]PORT", conflicts_with = "direct")]
+    pub internal_port: Vec<Named<Internal>>,
 
     /// A name for this port, to give one container several: one forwarder serves them all
     #[arg(long, value_name = "SERVICE", value_parser = crate::address::service_name)]
@@ -207,6 +217,14 @@ pub struct Activate {
     #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub connections_per_source: Option<u32>,
 
+    /// How many clients' datagrams at once are told apart (default: 4096, as in bro forward)
+    #[arg(long, value_name = "N", conflicts_with = "direct", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub flows_max: Option<u32>,
+
+    /// End a client's flow of datagrams after SPAN without one in either direction (default: 60s)
+    #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::limit)]
+    pub flow_timeout: Option<TimeSpan>,
+
     /// TCP keepalive on both legs: time without traffic before the first probe (default: 60s)
     #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::keepalive)]
     pub keepalive_time: Option<TimeSpan>,
@@ -282,7 +300,7 @@ pub struct Activate {
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
         "backlog", "exit_idle_time", "exit_idle_time_max", "wakes_per_hour", "freeze", "freeze_time", "idle_by", "idle_ignore", "idle_below", "wake_on", "wake_ignore", "min_uptime", "keep_awake", "busy_file", "busy_exec", "ready", "start_timeout",
-        "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "keepalive_time", "keepalive_interval",
+        "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "flows_max", "flow_timeout", "keepalive_time", "keepalive_interval",
         "keepalive_probes", "user_timeout", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
         "blocking_sockets", "metrics", "run_as", "restrict_network", "adopt", "trust_loopback", "adopt_connect"])]
     pub remove: bool,
@@ -306,11 +324,32 @@ pub enum Direct {
 /// `--adopt=`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Adopt {
-    /// Sockets of TCP and unix sockets
+    /// Those of TCP, and unix sockets
+    #[value(alias = "true")]
     On,
-    /// None any more
-    Off,
-    /// Those of UDP: not yet
-    #[value(hide = true)]
+    /// Those of UDP
     Udp,
+    /// All of these
+    All,
+    /// None
+    #[value(alias = "false")]
+    Off,
+}
+
+impl Adopt {
+    /// Is there any that a service may have?
+    #[must_use]
+    pub const fn is_any(self) -> bool {
+        !matches!(self, Self::Off)
+    }
+
+    /// May a service have a socket of this kind?
+    #[must_use]
+    pub const fn offers(self, kind: SocketKind) -> bool {
+        match kind {
+            SocketKind::Stream | SocketKind::SeqPacket => matches!(self, Self::On | Self::All),
+            SocketKind::Datagram => matches!(self, Self::Udp | Self::All),
+            SocketKind::UnixDatagram => false,
+        }
+    }
 }

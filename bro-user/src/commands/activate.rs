@@ -14,6 +14,7 @@ pub(crate) mod executable;
 pub(crate) mod fence;
 mod output;
 pub(crate) mod plan;
+mod ports;
 mod preflight;
 mod present;
 pub(crate) mod publish_port;
@@ -23,6 +24,7 @@ mod signals;
 mod transaction;
 mod waits;
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -32,7 +34,6 @@ use present::{Contents, Present};
 use signals::Interrupt;
 use transaction::{Change, DirectoryLock, Made};
 
-use crate::address::External;
 use crate::cli::Activate;
 use crate::commands::doctor::{image, oci_runtime::OciRuntime, versions};
 use crate::exit::Failure;
@@ -304,19 +305,20 @@ async fn check_listeners(
             anyhow::bail!("{why} (nothing was changed)");
         }
         // Held by the socket that is to stay, or to be replaced.
-        let mut before = installed.iter().flat_map(|installed| &installed.listeners);
-        if before.any(|before| before.external == *external) {
-            continue;
-        }
-        match port_owner::look(external) {
-            None | Some(port_owner::AddressTrouble::InTheWay(_)) => {}
-            Some(port_owner::AddressTrouble::Forbidden(why)) => {
-                let text = format!("{why}; {}", port_owner::instead(wanted, listener));
-                return Err(Failure::NotPermitted(text).into());
-            }
-            Some(port_owner::AddressTrouble::Taken(holder)) if ours(&holder, installed, systemd).await => {}
-            Some(port_owner::AddressTrouble::Taken(holder)) => {
-                anyhow::bail!("{}", apply::taken(external, &holder, systemd).await)
+        let before = installed.iter().flat_map(|installed| &installed.listeners);
+        let before: Vec<_> = before.flat_map(|before| before.external.sockets()).collect();
+        for socket in external.sockets().filter(|socket| !before.contains(socket)) {
+            match port_owner::look_at(&socket) {
+                None | Some(port_owner::AddressTrouble::InTheWay(_)) => {}
+                Some(port_owner::AddressTrouble::Forbidden(why)) => {
+                    let text = format!("{why}; {}", port_owner::instead(wanted, listener));
+                    return Err(Failure::NotPermitted(text).into());
+                }
+                Some(port_owner::AddressTrouble::Taken(holder))
+                    if ours(&holder, installed, systemd).await => {}
+                Some(port_owner::AddressTrouble::Taken(holder)) => {
+                    anyhow::bail!("{}", apply::taken(external, &holder, systemd).await)
+                }
             }
         }
     }
@@ -332,13 +334,14 @@ async fn ours(
     let Some(installed) = installed else { return false };
     match systemd {
         Some(systemd) => {
-            let unit = systemd.socket_at(&holder.address).await;
+            let unit = systemd.socket_at(holder.kind, &holder.address).await;
             unit.is_some_and(|unit| installed.listeners.iter().any(|before| before.socket.name == unit))
         }
         // A dry run asks no service manager; the port says enough.
         None => {
-            let taken = holder.address.parse::<External>().ok().and_then(|taken| taken.port());
-            taken.is_some() && installed.listeners.iter().any(|before| before.external.port() == taken)
+            let Ok(taken) = holder.address.parse::<SocketAddr>() else { return false };
+            let mut before = installed.listeners.iter().flat_map(|before| before.external.sockets());
+            before.any(|socket| socket.is_at(holder.kind, taken.port()))
         }
     }
 }

@@ -43,6 +43,7 @@ use crate::metrics;
 use crate::netns::agent_process::SpareAgent;
 use crate::systemd::listen_fds::{self, Passed};
 use crate::systemd::notify;
+use crate::systemd::run_command;
 
 /// Runs a forwarder until it is idle, told to stop, or fails. `passed` is what systemd passed, or the forwarder that this one takes
 /// over from.
@@ -54,12 +55,13 @@ pub fn run(
     passed: Result<Vec<Passed>, Failure>,
     predecessor: Option<Predecessor>,
 ) -> anyhow::Result<()> {
+    confine_further();
     // A predecessor speaks for the service until this process has taken over.
     notify::mute(predecessor.is_some());
     let program = Program::own()?;
-    let (reserved, passed) = adoption::take(options.adopt, passed?)?;
+    let (reserved, passed) = adoption::take(options.adopt.is_any(), passed?)?;
     let mut routes = Routes::of(options, listen_fds::listeners(passed, &options.listen, options.adopt)?)?;
-    if options.adopt {
+    if options.adopt.is_any() {
         adoption::name_as_clients_know_them(&mut routes.listeners);
     }
     settings::check(options, &routes.targets)?;
@@ -84,7 +86,8 @@ pub fn run(
         }
         let keep_awake = KeepAwake::of(&options.idle.keep_awake).await?;
         let plane = DataPlane::start(options, relay, local_clients, bequest)?;
-        let adoption = reserved.map(|reserved| SocketAdoption::new(reserved, &listeners, &targets, &plane));
+        let adoption =
+            reserved.map(|reserved| SocketAdoption::new(reserved, &listeners, &targets, options, &plane));
         let adoption = adoption.transpose()?;
         let life = Lifecycle::new(options, targets, Arc::new(starter), keep_awake, &plane);
         let reload = Reload::new(program, &listeners);
@@ -93,4 +96,14 @@ pub fn run(
         let requests = Requests::start(endpoint.map(metrics::MetricsServer::start).transpose()?);
         Control::new(options, life, plane, adoption, reload, requests, limit).run(predecessor).await
     })
+}
+
+/// In a confined service, refuses what its list of forbidden system calls cannot name. A child that this process starts where the service
+/// manager does not start it would be under that too; without such a service it has to be free.
+fn confine_further() {
+    if run_command::is_confined()
+        && let Err(error) = bro_relay::sandbox::new_calls::refuse()
+    {
+        tracing::warn!(%error, "new system calls are not refused");
+    }
 }

@@ -73,6 +73,17 @@ impl Report {
     pub fn starts(&self, unit: &str, by: RuntimeScope) -> bool {
         self.unit.as_deref() == Some(unit) && self.manager.is_none_or(|manager| manager == by)
     }
+
+    /// Connections and flows now, of all its sockets: those that are forwarded, and those of a service that accepts itself. What predecessors finish is not
+    /// among them.
+    #[must_use]
+    pub fn connections(&self) -> u64 {
+        let adopted = |listener: &ListenerReport| match &listener.adoption {
+            Some(AdoptionReport::Adopted { connections, .. }) => *connections,
+            _ => 0,
+        };
+        self.total.guests() + self.listeners.iter().map(adopted).sum::<u64>()
+    }
 }
 
 /// Clients that wait in the kernel's backlog.
@@ -210,6 +221,9 @@ pub enum AdoptionReport {
         since: u64,
         /// How many clients are connected, or wait to be accepted by it.
         connections: u64,
+        /// Of a socket for datagrams: what has come to it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        datagrams: Option<DatagramsReport>,
     },
     /// The forwarder, until the container ends.
     Relayed {
@@ -227,15 +241,47 @@ pub enum AdoptionReport {
     },
 }
 
+/// What has come to a socket for datagrams that the service has, as far as that is seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(tag = "seen", rename_all = "lowercase")]
+pub enum DatagramsReport {
+    /// None that the service has received.
+    None,
+    /// One.
+    Last {
+        /// When the last one that the service has received came, in seconds since 1970.
+        at: u64,
+    },
+    /// The service has the times itself (SO_TIMESTAMP).
+    Unseen,
+}
+
+impl std::fmt::Display for DatagramsReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => f.write_str("no datagram yet"),
+            Self::Last { at } => {
+                let at = SystemTime::UNIX_EPOCH + Duration::from_secs(*at);
+                let ago = SystemTime::now().duration_since(at).unwrap_or_default();
+                write!(f, "last datagram {} ago", time_span::roughly(ago))
+            }
+            Self::Unseen => f.write_str("datagrams are not seen (SO_TIMESTAMP)"),
+        }
+    }
+}
+
 impl std::fmt::Display for AdoptionReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Waiting => f.write_str("adopted by the service when that listens"),
-            Self::Adopted { since, connections } => {
+            Self::Adopted { since, connections, datagrams } => {
                 let since = SystemTime::UNIX_EPOCH + Duration::from_secs(*since);
                 let ago = SystemTime::now().duration_since(since).unwrap_or_default();
-                let plural = if *connections == 1 { "" } else { "s" };
-                write!(f, "adopted since {}, {connections} connection{plural} now", time_span::roughly(ago))
+                let (ago, plural) = (time_span::roughly(ago), if *connections == 1 { "" } else { "s" });
+                match datagrams {
+                    Some(datagrams) => write!(f, "adopted since {ago}, {datagrams}"),
+                    None => write!(f, "adopted since {ago}, {connections} connection{plural} now"),
+                }
             }
             Self::Relayed { why, .. } => write!(f, "relayed, not adopted: {why}"),
             Self::Closed => f.write_str("closed by the service: clients are reset until it listens again"),
@@ -457,6 +503,11 @@ mod tests {
             report.starts("web.service", RuntimeScope::User)
                 && !report.starts("web.service", RuntimeScope::System)
         );
+        let mut adopted = report.clone();
+        adopted.listeners[0].adoption =
+            Some(AdoptionReport::Adopted { since: 0, connections: 14, datagrams: None });
+        assert_eq!(adopted.connections(), report.total.guests() + 14);
+        assert_eq!(list::alone(adopted).connections, report.total.guests() + 14);
         let text = describe(&[report]);
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");
         assert!(text.contains("bytes 7 kernel"), "{text}");

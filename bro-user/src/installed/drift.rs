@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use super::InstalledPort;
-use crate::address::External;
-use crate::systemd::manager::{SocketState, SystemdManager};
+use crate::address::{ExternalSocket, SocketPlace};
+use crate::systemd::manager::{LiveAddress, SocketState, SystemdManager};
 
 /// How a socket unit's state compares with its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,26 +43,32 @@ fn serves(listener: &InstalledPort, live: &SocketState) -> bool {
             && listener.device.as_deref().unwrap_or_default() == live.device)
 }
 
-/// Does it listen where the file has its clients connect? It may also listen elsewhere.
+/// Does it listen everywhere where the file has its clients connect? It may also listen elsewhere.
 pub(crate) fn listens_there(listener: &InstalledPort, live: &SocketState) -> bool {
-    live.listen.iter().any(|address| is_at(&listener.external, address))
+    listener.external.sockets().all(|socket| live.listen.iter().any(|there| is_at(&socket, there)))
 }
 
-/// Does systemd write the address this way?
-fn is_at(external: &External, live: &str) -> bool {
-    let any = |ip: IpAddr, port: u16| live.parse() == Ok(SocketAddr::new(ip, port));
-    match external {
+/// Is it this one, as systemd writes it?
+fn is_at(socket: &ExternalSocket, live: &LiveAddress) -> bool {
+    let written = &live.address;
+    let any = |ip: IpAddr, port: u16| written.parse() == Ok(SocketAddr::new(ip, port));
+    let same_place = match &socket.place {
         // Without IPv6 systemd takes IPv4.
-        External::Port(port) => {
+        SocketPlace::Port(port) => {
             any(Ipv6Addr::UNSPECIFIED.into(), *port) || any(Ipv4Addr::UNSPECIFIED.into(), *port)
         }
-        External::Address(address) => live.parse() == Ok(*address),
-        External::Path(_) | External::Abstract(_) => live == external.to_string(),
-    }
+        SocketPlace::Address(address) => written.parse() == Ok(*address),
+        SocketPlace::Vsock(..) | SocketPlace::Path(_) | SocketPlace::Abstract(_) => {
+            *written == socket.place.to_string()
+        }
+    };
+    live.kind == Some(socket.kind) && same_place
 }
 
 #[cfg(test)]
 mod tests {
+    use bro_relay::listener::SocketKind;
+
     use super::*;
     use crate::installed::example::port;
 
@@ -71,8 +77,12 @@ mod tests {
     }
 
     fn live(address: &str) -> SocketState {
+        live_as(SocketKind::Stream, address)
+    }
+
+    fn live_as(kind: SocketKind, address: &str) -> SocketState {
         SocketState {
-            listen: vec![address.into()],
+            listen: vec![LiveAddress { kind: Some(kind), address: address.into() }],
             backlog: 4096,
             device: String::new(),
             has_drop_ins: false,
@@ -100,6 +110,13 @@ mod tests {
         backlog.backlog = Some(5);
         assert!(!serves(&backlog, &live("[::]:80")));
         assert!(serves(&backlog, &SocketState { backlog: 5, ..live("[::]:80") }));
+        let datagrams = live_as(SocketKind::Datagram, "[::]:53");
+        assert!(serves(&listener("53/udp"), &datagrams) && !serves(&listener("53/udp"), &live("[::]:53")));
+        // Every one of them has to be there.
+        let both = SocketState { listen: [datagrams.listen, live("[::]:53").listen].concat(), ..live("") };
+        assert!(serves(&listener("53/tcp+udp"), &both) && !serves(&listener("53-54"), &both));
+        assert!(serves(&listener("vsock::7"), &live("vsock::7")));
+        assert!(serves(&listener("seqpacket:/run/x"), &live_as(SocketKind::SeqPacket, "/run/x")));
         // A drop-in may change any of that.
         assert!(serves(&backlog, &SocketState { has_drop_ins: true, ..live("[::]:9090") }));
     }

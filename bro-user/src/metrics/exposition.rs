@@ -12,7 +12,7 @@ use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::commands::status::list::ListedService;
-use crate::commands::status::{AdoptionReport, ServiceState};
+use crate::commands::status::{AdoptionReport, DatagramsReport, Report, ServiceState};
 use crate::fallback::FallbackKind;
 use crate::ledger::Counts;
 use bro_relay::flows::Amounts;
@@ -36,6 +36,8 @@ pub(crate) struct Exposed {
     now: Vec<(String, Tally)>,
     /// The sockets that the service has itself, and how many clients each has.
     adopted: Vec<(String, u64)>,
+    /// When the last datagram came to each of them that is for such, in seconds since 1970.
+    last_datagrams: Vec<(String, u64)>,
     counts: Counts,
 }
 
@@ -53,7 +55,14 @@ impl Exposed {
             Some(AdoptionReport::Adopted { connections, .. }) => Some((listener.name.clone(), connections)),
             _ => None,
         });
-        let told: u64 = now.iter().map(|(_, tally)| tally.guests()).sum();
+        let listeners = service.forwarders.iter().flat_map(|report| &report.listeners);
+        let last_datagrams = listeners.filter_map(|listener| match listener.adoption {
+            Some(AdoptionReport::Adopted { datagrams: Some(DatagramsReport::Last { at }), .. }) => {
+                Some((listener.name.clone(), at))
+            }
+            _ => None,
+        });
+        let told: u64 = service.forwarders.iter().map(Report::connections).sum();
         // The same name as a forwarder of it gives itself, and none with a process' number in it.
         let own = || service.forwarders.iter().find_map(|report| report.service.as_deref());
         let name = service.unit.as_deref().or_else(own).unwrap_or(NAMELESS);
@@ -71,6 +80,7 @@ impl Exposed {
             forwarders: forwarders.collect(),
             replaced: service.connections.saturating_sub(told),
             adopted: adopted.collect(),
+            last_datagrams: last_datagrams.collect(),
             now,
             counts: service.counts.clone(),
         }
@@ -176,7 +186,7 @@ fn ways(exposed: &Exposed, take: Take<'_>, number: fn(&Amounts) -> u64) -> fmt::
 }
 
 /// All but the histogram, and the forwarders' versions.
-const FAMILIES: [MetricFamily; 31] = [
+const FAMILIES: [MetricFamily; 32] = [
     MetricFamily {
         name: "bro_service_state",
         unit: None,
@@ -216,8 +226,14 @@ const FAMILIES: [MetricFamily; 31] = [
         name: "bro_connections",
         unit: None,
         kind: MetricType::Gauge,
-        help: "Connections now, held ones included",
-        samples: |exposed, take| now(exposed, take, |tally| tally.open),
+        help: "Connections now, held ones and those of a service that accepts them itself included",
+        samples: |exposed, take| {
+            exposed.now.iter().try_for_each(|(name, tally)| {
+                let adopted =
+                    exposed.adopted.iter().filter(|(its, _)| its == name).map(|(_, clients)| clients);
+                take(&[("listener", name)], tally.open + adopted.sum::<u64>())
+            })
+        },
     },
     MetricFamily {
         name: "bro_replaced_connections",
@@ -418,6 +434,15 @@ const FAMILIES: [MetricFamily; 31] = [
         },
     },
     MetricFamily {
+        name: "bro_adopted_last_datagram_timestamp",
+        unit: Some(Unit::Seconds),
+        kind: MetricType::Gauge,
+        help: "When the last datagram came that the service has received by such a socket itself, in seconds since 1970",
+        samples: |exposed, take| {
+            exposed.last_datagrams.iter().try_for_each(|(name, at)| take(&[("listener", name)], *at))
+        },
+    },
+    MetricFamily {
         name: "bro_adoptions",
         unit: None,
         kind: MetricType::Counter,
@@ -571,6 +596,7 @@ mod tests {
             counts: Counts { idle_stops: 5, ..Counts::default() }.with([("http", &tally)]),
             failed_wake: Some(8),
             adopted: vec![("http".into(), 14)],
+            last_datagrams: vec![("dns".into(), 1_700_000_000)],
             ..Exposed::of(&service)
         }
     }
@@ -601,6 +627,8 @@ mod tests {
             r#"bro_waiting_clients{service="web"} 2"#,
             r#"bro_adopted_listeners{service="web"} 1"#,
             r#"bro_adopted_connections{service="web",listener="http"} 14"#,
+            r#"bro_connections{service="web",listener="http"} 15"#,
+            r#"bro_adopted_last_datagram_timestamp_seconds{service="web",listener="dns"} 1700000000"#,
             r#"bro_adoption_fallbacks_total{service="web",reason="family"} 0"#,
         ] {
             assert!(text.lines().any(|other| other == line), "{line} is not in\n{text}");

@@ -12,7 +12,7 @@ use bro_relay::engine::protocol::EngineCommand;
 use bro_sockmap::{Bequest, Config, Descriptors, Kernel, Programs, Share, Unavailable};
 use tokio::sync::oneshot;
 
-use super::kernel_defect;
+use super::kernel_defect::{self, Knowledge};
 use crate::netns::Namespace;
 use crate::relay_handle::Handle;
 
@@ -75,12 +75,23 @@ pub fn load(
 
 /// The kernel relay, without lasting use of memory: reading the kernel's types takes megabytes for a moment.
 fn obtain(config: &Config, bequest: Option<Bequest>) -> Result<Kernel, Unavailable> {
-    if !config.bear_fionread && bequest.is_none() && kernel_defect::is_noted() {
-        return Err(Unavailable::FionreadLies);
-    }
+    let looker = if config.bear_fionread || bequest.is_some() {
+        None
+    } else {
+        match kernel_defect::knowledge(bro_sockmap::capabilities::may_load_programs()) {
+            Knowledge::Lies => return Err(Unavailable::FionreadLies),
+            Knowledge::Looking(looker) => Some(looker),
+            Knowledge::Right | Knowledge::Unknown => None,
+        }
+    };
     let kernel = Kernel::obtain(config, bequest);
-    if matches!(kernel, Err(Unavailable::FionreadLies)) {
-        kernel_defect::note();
+    if let Some(looker) = looker {
+        match &kernel {
+            Ok(kernel) => looker.found(kernel.fionread_lies()),
+            Err(Unavailable::FionreadLies) => looker.found(true),
+            // It did not come to that.
+            Err(_) => drop(looker),
+        }
     }
     bro_relay::sys::return_freed_memory();
     kernel

@@ -65,7 +65,7 @@ impl Ready {
     /// Why this way cannot be used with this target.
     #[must_use]
     pub fn refusal(&self, target: &Target) -> Option<String> {
-        let asks = matches!(self, Self::Says(_)) && matches!(target, Target::Unix(_) | Target::Abstract(_));
+        let asks = matches!(self, Self::Says(_)) && target.is_unix();
         asks.then(|| {
             format!(
                 "--ready={self} asks over TCP, and the target {target} is a unix socket; use --ready=exec:COMMAND or --ready=listen"

@@ -4,7 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::use_lock;
-use crate::systemd::manager::{Changes, SystemdManager, UnitState};
+use crate::systemd::manager::{self, Changes, SystemdManager, UnitState};
 
 /// The owner of the unit's present run, as far as was seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,19 +18,22 @@ enum Whose {
         run: String,
         /// It is being stopped only to be started again.
         restarting: bool,
+        /// Its job when it was last looked at.
+        job: u32,
     },
 }
 
 impl Whose {
     /// The owner after a look at the unit. `noted` is the run that a forwarder has noted, perhaps one before this.
     fn after(self, look: &UnitState, noted: Option<&str>) -> Self {
-        let ours = || Self::Ours { run: look.invocation.clone(), restarting: look.is_restarting };
+        let ours =
+            || Self::Ours { run: look.invocation.clone(), restarting: look.is_restarting, job: look.job };
         match self {
             Self::Ordered { before } if look.invocation == before => Self::Ordered { before },
             // It may have failed already.
             Self::Ordered { .. } => ours(),
-            Self::Ours { run, restarting } if run == look.invocation => {
-                Self::Ours { run, restarting: restarting || look.is_restarting }
+            Self::Ours { run, restarting, .. } if run == look.invocation => {
+                Self::Ours { run, restarting: restarting || look.is_restarting, job: look.job }
             }
             // A start by another process resets systemd's count of its own restarts.
             Self::Ours { restarting, .. } if restarting || look.restarts > 0 => ours(),
@@ -140,7 +143,13 @@ impl Runs {
     fn is_news(&self, changes: &Changes) -> bool {
         match &*self.whose.lock().unwrap_or_else(PoisonError::into_inner) {
             Whose::Ordered { before } => !changes.told_of(before),
-            Whose::Ours { run, .. } => !changes.told_of(run) || changes.told_job() != Some(0),
+            Whose::Ours { run, job, .. } => {
+                // The job that was looked at becomes one to restart the unit when such an order comes, and stops it then.
+                let goes_on = || {
+                    changes.told_job() == Some(*job) && changes.told_state().is_some_and(manager::is_running)
+                };
+                !changes.told_of(run) || !(changes.told_job() == Some(0) || goes_on())
+            }
             Whose::Others => true,
         }
     }
@@ -151,7 +160,13 @@ mod tests {
     use super::*;
 
     fn look(state: &str, invocation: &str) -> UnitState {
-        UnitState { state: state.into(), invocation: invocation.into(), restarts: 0, is_restarting: false }
+        UnitState {
+            state: state.into(),
+            invocation: invocation.into(),
+            restarts: 0,
+            is_restarting: false,
+            job: 0,
+        }
     }
 
     fn ordered(before: &str) -> Whose {

@@ -55,7 +55,18 @@ impl Whereabouts {
     }
 
     async fn ask(&mut self) {
-        if let Ok((residence, state)) = self.bus.residence(&self.unit).await {
+        // Before the question, which may be answered for a later moment: of what happens after a step another one tells.
+        let told = self.changes.as_ref().and_then(Changes::told_state).map(str::to_owned);
+        let asked = async {
+            let (residence, state) = tokio::join!(self.bus.residence(&self.unit), async {
+                match told {
+                    Some(told) => Ok(told),
+                    None => self.bus.active_state(&self.unit).await,
+                }
+            });
+            anyhow::Ok((residence?, state?))
+        };
+        if let Ok((residence, state)) = asked.await {
             // Until the unit has a cgroup there is nothing to look at. It gets one when it begins to start, which is a step that is
             // told of; it may have to wait for that, as one of many.
             let at_any_moment = residence.cgroup.is_none() && self.changes.is_none();

@@ -5,12 +5,13 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use anyhow::{Context as _, bail};
 use bro_relay::engine::datagrams;
-use bro_relay::listener::Listener;
+use bro_relay::listener::{Listener, SocketKind};
 use bro_relay::sys;
 use bro_relay::target::{self, Target};
 use nix::sys::socket;
 use nix::sys::socket::{AddressFamily, SockType, SockaddrStorage, sockopt};
 
+use crate::cli::Adopt;
 use crate::exit::Failure;
 
 /// The first descriptor that systemd passes (`SD_LISTEN_FDS_START`).
@@ -191,14 +192,14 @@ pub fn take_passed(from: From) -> Result<Vec<Passed>, Failure> {
     adopted.into_iter().collect()
 }
 
-/// The sockets to accept from: those passed, and those of `--listen`. With `shared` a service may have the passed ones too.
+/// The sockets to accept from: those passed, which a service may have too as far as `adopt` says so, and those of `--listen`.
 ///
 /// # Errors
 /// None at all, or one that is no listening stream socket.
-pub fn listeners(passed: Vec<Passed>, specs: &[ListenSpec], shared: bool) -> anyhow::Result<Vec<Listener>> {
+pub fn listeners(passed: Vec<Passed>, specs: &[ListenSpec], adopt: Adopt) -> anyhow::Result<Vec<Listener>> {
     let mut listeners = Vec::with_capacity(passed.len() + specs.len());
     for passed in passed {
-        listeners.push(inherited(passed, shared)?);
+        listeners.push(inherited(passed, adopt)?);
     }
     for spec in specs {
         listeners.push(bind(spec)?);
@@ -213,26 +214,21 @@ pub fn listeners(passed: Vec<Passed>, specs: &[ListenSpec], shared: bool) -> any
     Ok(listeners)
 }
 
-fn inherited(passed: Passed, shared: bool) -> anyhow::Result<Listener> {
+fn inherited(passed: Passed, adopt: Adopt) -> anyhow::Result<Listener> {
     let Passed { descriptor: socket, number, name } = passed;
     let refuse = |why: String| Failure::NoSocket(format!("descriptor {number} ({name}) {why}"));
     let kind =
         socket::getsockopt(&socket, sockopt::SockType).map_err(|_| refuse("is not a socket".into()))?;
     if kind == SockType::Datagram {
-        if shared {
-            bail!(refuse(
-                "takes datagrams, and --adopt is for sockets of streams: leave it to another forwarder"
-                    .into()
-            ));
-        }
-        return for_datagrams(socket, name.clone(), &refuse);
+        return for_datagrams(socket, name.clone(), adopt, &refuse);
     }
     if !matches!(kind, SockType::Stream | SockType::SeqPacket) {
         bail!(refuse(format!(
             "is of type {kind:?}: use ListenStream= with a TCP or unix address, ListenSequentialPacket=, or ListenDatagram= with a UDP \
-             address"
+             or unix address"
         )));
     }
+    let shared = adopt.offers(SocketKind::Stream);
     if shared && kind == SockType::SeqPacket {
         bail!(refuse(
             "takes messages, and --adopt is for sockets of streams: leave it to another forwarder".into()
@@ -259,20 +255,23 @@ fn inherited(passed: Passed, shared: bool) -> anyhow::Result<Listener> {
 fn for_datagrams(
     socket: OwnedFd,
     name: String,
+    adopt: Adopt,
     refuse: &dyn Fn(String) -> Failure,
 ) -> anyhow::Result<Listener> {
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd())?;
-    match socket::SockaddrLike::family(&address) {
-        Some(AddressFamily::Inet | AddressFamily::Inet6) => {}
-        Some(AddressFamily::Unix) => bail!(refuse(
-            "takes datagrams over a unix address: bro forwards datagrams over UDP alone; use ListenStream= if the service can".into()
-        )),
+    let kind = match socket::SockaddrLike::family(&address) {
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => SocketKind::Datagram,
+        Some(AddressFamily::Unix) => SocketKind::UnixDatagram,
         family => bail!(refuse(format!(
-            "takes datagrams and is of family {family:?}: bro forwards datagrams over UDP alone"
+            "takes datagrams and is of family {family:?}: bro forwards datagrams over UDP and unix sockets"
         ))),
-    }
+    };
     if socket::getpeername::<SockaddrStorage>(socket.as_raw_fd()).is_ok() {
         bail!(refuse("is connected to one peer, and so is no socket for clients".into()));
+    }
+    // A service may have it already, and what comes beside its datagrams is for that one to choose.
+    if adopt.offers(kind) {
+        return Ok(Listener::shared(socket, name, &address)?);
     }
     datagrams::prepare(&socket)?;
     Ok(Listener::passed(socket, name, &address)?)
@@ -302,6 +301,7 @@ fn bind(spec: &ListenSpec) -> anyhow::Result<Listener> {
             let listener = std::os::unix::net::UnixListener::bind_addr(&address);
             (listener.with_context(|| format!("cannot listen on @{name}"))?.into(), None)
         }
+        Target::Datagrams(_) => unreachable!("--listen has no word for one"),
     };
     Ok(Listener::own(socket, name, unlink)?)
 }

@@ -20,7 +20,7 @@ use zbus::proxy::CacheProperties;
 use zbus::{OwnedObjectPath, Variant};
 
 pub use transient::{Ended, Properties};
-pub(crate) use unit_files::SocketState;
+pub(crate) use unit_files::{LiveAddress, SocketState};
 
 use super::progress::Start;
 use super::restart::Restarting;
@@ -41,7 +41,7 @@ const ANSWER: Duration = Duration::from_secs(90);
 /// What syslog(3) calls a warning: systemd's own lines about a unit below that level are not kept.
 const LOG_WARNING: i32 = 4;
 
-/// `(ssssssouso)`: a unit as ListUnits describes it; the first is its name, the seventh its object.
+/// `(ssssssouso)`: a unit as ListUnits describes it: its name, four more (the fourth is its ActiveState), its object, its job's number, kind and object.
 type Listed = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 /// Kind, link and destination of each change that enabling or disabling made.
@@ -76,6 +76,7 @@ trait Systemd {
     fn disable_unit_files(&self, files: &[&str], runtime: bool) -> zbus::Result<Links>;
     fn get_unit_file_state(&self, file: &str) -> zbus::Result<String>;
     fn list_units_by_patterns(&self, states: &[&str], patterns: &[&str]) -> zbus::Result<Vec<Listed>>;
+    fn list_units_by_names(&self, names: &[&str]) -> zbus::Result<Vec<Listed>>;
 
     #[zbus(signal)]
     fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String) -> zbus::Result<()>;
@@ -194,6 +195,8 @@ pub struct UnitState {
     pub restarts: u32,
     /// It is being stopped only to be started again.
     pub is_restarting: bool,
+    /// The number of its job; 0 while there is none.
+    pub job: u32,
 }
 
 impl UnitState {
@@ -304,6 +307,12 @@ impl Changes {
     #[must_use]
     pub fn told_of(&self, run: &str) -> bool {
         self.step.invocation.as_ref().is_some_and(|id| hexadecimal(id) == run)
+    }
+
+    /// The ActiveState that the last step told of, if it told of that.
+    #[must_use]
+    pub fn told_state(&self) -> Option<&str> {
+        self.step.state.as_deref()
     }
 
     /// The number of the unit's job that the last step told of, if it told of that; 0 while there is none.
@@ -441,39 +450,39 @@ impl SystemdManager {
     /// When the bus fails.
     pub async fn look(&self, name: &str) -> anyhow::Result<UnitState> {
         let (unit, service) = (self.unit(name).await?, self.service(name).await?);
-        // All at once, since a first client waits for the answers. The job first: once a restart has stopped the unit, its job is
-        // one to start it. Other units than services have no restarts.
-        let (job, invocation, state, restarts) =
-            tokio::join!(unit.job(), unit.invocation_id(), unit.active_state(), service.n_restarts());
-        let state = state?;
-        let kind = match job? {
-            (0, _) => None,
-            // A job to restart what does not run is one to start it.
-            _ if matches!(state.as_str(), "inactive" | "failed") => None,
-            // It may have ended since.
-            (_, job) => self.job(job).await?.job_type().await.ok(),
-        };
+        // All at once, since a first client waits for the answers. The first before the others: once a restart has stopped the unit,
+        // its job is one to start it. Other units than services have no restarts.
+        let names = [name];
+        let (listed, invocation, restarts) = tokio::join!(
+            self.systemd.list_units_by_names(&names),
+            unit.invocation_id(),
+            service.n_restarts()
+        );
+        let (_, _, _, state, _, _, _, job, kind, _) =
+            listed?.into_iter().next().with_context(|| format!("systemd does not list {name}"))?;
+        // A job to restart what does not run is one to start it.
+        let runs = !matches!(state.as_str(), "inactive" | "failed");
         Ok(UnitState {
             state,
             invocation: hexadecimal(&invocation?),
             restarts: restarts.unwrap_or(0),
-            is_restarting: kind.is_some_and(|kind| kind.ends_with("restart")),
+            is_restarting: runs && kind.ends_with("restart"),
+            job,
         })
     }
 
-    /// Where the unit's processes are, and its ActiveState.
+    /// Where the unit's processes are.
     ///
     /// # Errors
     /// When the bus fails.
-    pub async fn residence(&self, unit: &str) -> anyhow::Result<(Residence, String)> {
-        let (unit, service) = (self.unit(unit).await?, self.service(unit).await?);
-        let (state, main, cgroup) =
-            tokio::join!(unit.active_state(), service.main_pid(), service.control_group());
+    pub async fn residence(&self, unit: &str) -> anyhow::Result<Residence> {
+        let service = self.service(unit).await?;
+        let (main, cgroup) = tokio::join!(service.main_pid(), service.control_group());
         // Other units than services have no processes.
         let (main, cgroup) = (main.unwrap_or(0), cgroup.unwrap_or_default());
         let cgroup = cgroup.strip_prefix('/').filter(|below| !below.is_empty());
         let cgroup = cgroup.and_then(|below| Some(cgroups()?.join(below)));
-        Ok((Residence { main, cgroup }, state?))
+        Ok(Residence { main, cgroup })
     }
 
     /// The folder of a socket unit's own control group; none where it has none, as while it does not listen.

@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use bro_relay::listener::SocketKind;
+
 use crate::address::External;
 use crate::installed::{Installed, InstalledPort, Mode, SECTION, SocketFence, SocketNames};
 use crate::systemd::unit_file::quote_word;
@@ -25,11 +27,12 @@ pub(super) fn text(installed: &Installed, listener: &InstalledPort, root: Option
         if *this_host {
             text.push_str("# Clients of this host are not clients of the container's own: as behind a forwarder it sees them by 169.254.1.2 or fd62:726f::2.\n");
         }
-        if ports.is_some() {
+        if !ports.is_empty() {
             text.push_str("# The service sees the port that it listens at inside.\n");
         }
         let this_host = if *this_host { " --this-host" } else { "" };
-        let ports = ports.map(|(outside, inside)| format!(" --port={outside}:{inside}")).unwrap_or_default();
+        let ports: String =
+            ports.iter().map(|(outside, inside)| format!(" --port={outside}:{inside}")).collect();
         writeln!(text, "ExecStartPre={program} fence{this_host}{ports}").ok();
     }
     for line in listening(listener) {
@@ -68,20 +71,34 @@ pub(super) fn text(installed: &Installed, listener: &InstalledPort, root: Option
 
 /// Where, and what goes with it.
 fn listening(listener: &InstalledPort) -> Vec<String> {
-    let stream = format!("ListenStream={}", listener.external);
-    match &listener.external {
+    let external = &listener.external;
+    let listen = external.sockets().map(|socket| {
+        let directive = match socket.kind {
+            SocketKind::Stream => "ListenStream",
+            SocketKind::SeqPacket => "ListenSequentialPacket",
+            SocketKind::Datagram | SocketKind::UnixDatagram => "ListenDatagram",
+        };
+        format!("{directive}={}", socket.place)
+    });
+    let mut lines: Vec<String> = listen.collect();
+    let mut say = |line: &str| lines.push(line.to_owned());
+    match external {
         // By default sysctl net.ipv6.bindv6only decides whether IPv4 clients are served too.
-        External::Port(_) => vec![stream, "BindIPv6Only=both".into(), "NoDelay=yes".into()],
-        External::Address(socket) => {
-            let mut lines = vec![stream, "NoDelay=yes".into()];
-            if socket.ip().is_ipv6() && socket.ip().is_unspecified() {
-                lines.push("BindIPv6Only=ipv6-only".into());
-            } else if !socket.ip().is_unspecified() && !socket.ip().is_loopback() {
-                lines.push("# The address may come later than the sockets do at boot.\nFreeBind=yes".into());
-            }
-            lines
-        }
-        External::Path(_) => vec![stream, "RemoveOnStop=yes".into()],
-        External::Abstract(_) => vec![stream],
+        External::Ports(_) => say("BindIPv6Only=both"),
+        External::At(..) | External::Vsock { .. } | External::Path(..) | External::Abstract(..) => {}
     }
+    // systemd would complain of each socket for datagrams, which cannot have it.
+    if external.is_tcp() && !external.is_udp() {
+        say("NoDelay=yes");
+    }
+    match external {
+        External::At(ip, _) if ip.is_ipv6() && ip.is_unspecified() => say("BindIPv6Only=ipv6-only"),
+        External::At(ip, _) if !ip.is_unspecified() && !ip.is_loopback() => {
+            say("# The address may come later than the sockets do at boot.");
+            say("FreeBind=yes");
+        }
+        External::Path(..) => say("RemoveOnStop=yes"),
+        External::Ports(_) | External::At(..) | External::Vsock { .. } | External::Abstract(..) => {}
+    }
+    lines
 }

@@ -70,12 +70,14 @@ pub(super) fn check(installed: &Installed, drop_in: Option<&DropIn>) -> Result<(
 
 #[cfg(test)]
 mod tests {
+    use bro_relay::listener::SocketKind;
     use bro_relay::target::Target;
 
     use super::*;
     use crate::address::External;
     use crate::installed::{ForwardOptions, Way, example};
     use crate::systemd::scope::RuntimeScope;
+    use crate::targets::Targets;
 
     fn web() -> Installed {
         Installed {
@@ -123,8 +125,8 @@ mod tests {
             |all| forwarder(all).program = BAD.into(),
             |all| all.listeners[0].service = BAD.into(),
             |all| all.listeners[0].socket.name = BAD.into(),
-            |all| all.listeners[0].external = External::Abstract(BAD.into()),
-            |all| all.listeners[0].internal = Some(Target::Unix(BAD.into())),
+            |all| all.listeners[0].external = External::Abstract(SocketKind::Stream, BAD.into()),
+            |all| all.listeners[0].internal = Some(Targets::one(Target::Unix(BAD.into()))),
             |all| all.listeners[0].device = Some(BAD.into()),
             |all| {
                 forwarder(all).options = ForwardOptions::from_iter([("ready".to_owned(), BAD.to_owned())]);

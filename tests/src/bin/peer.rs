@@ -66,6 +66,7 @@ fn hold(kind: Option<&str>) -> Result<()> {
             b'4' => Family::Tcp4.socket()?,
             b'6' => Family::Tcp6.socket()?,
             b'd' => bro_tests::udp::socket(false)?,
+            b'g' => bro_tests::udp::unix_socket()?,
             b'e' => bro_tests::udp::socket(true)?,
             _ => Family::Unix.socket()?,
         };

@@ -23,8 +23,8 @@ const CASES: &[Case] = &[
     (&["web@", "--external-port", "80"], 2, "which instance"),
     (&["tpl", "--external-port", "80"], 4, "is a template"),
     (&["data.volume", "--external-port", "80"], 2, "no service"),
-    (&["web", "--external-port", "0"], 2, "not a TCP port"),
-    (&["web", "--external-port", "65536"], 2, "not a TCP port"),
+    (&["web", "--external-port", "0"], 2, "not a port"),
+    (&["web", "--external-port", "65536"], 2, "not a port"),
     (&["web", "--external-port", "-1"], 2, "unexpected argument '-1'"),
     (&["web", "--external-port", "localhost:80"], 2, "not an IP address"),
     (&["web", "--external-port", "127.0.0.1"], 2, "no port"),
@@ -36,8 +36,39 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "/tmp/../tmp/x.sock", "--internal-port", "80"], 2, "no path at which"),
     (&["web", "--external-port", LONG, "--internal-port", "80"], 2, "107 bytes"),
     (&["web", "--external-port", "80", "--internal-port", "http"], 2, "no port"),
-    (&["web", "--external-port", "80", "--internal-port", "10.0.0.1:0"], 2, "not a TCP port"),
+    (&["web", "--external-port", "80", "--internal-port", "10.0.0.1:0"], 2, "not a port"),
     (&["web", "--external-port", "80", "--service-name", "metrics"], 2, "not activated yet"),
+    (&["web", "--external-port", "metrics=80"], 2, "not activated yet"),
+    (&["web", "--external-port", "53/sctp"], 2, "neither /tcp, /udp nor /tcp+udp"),
+    (&["web", "--external-port", "0/udp"], 2, "not a port"),
+    (&["web", "--external-port", "90-80/udp"], 2, "write the lower one first"),
+    (&["web", "--external-port", "1000-1256"], 2, "are 257 ports, and 256 is the most"),
+    (&["web", "--external-port", "53:53/udp"], 2, "--external-port 53/udp --internal-port 53"),
+    (&["web", "--external-port", "80", "--external-port", "443"], 2, "given twice for “web”"),
+    (
+        &["web", "--external-port", "80", "--external-port", "x=80-81"],
+        2,
+        "80 is the address of “web” already",
+    ),
+    (&["web", "--external-port", "80", "--internal-port", "x=81"], 2, "--external-port x=[ADDR:]PORT"),
+    (&["web", "--external-port", "a b=80"], 2, "unit's name"),
+    (&["web", "--external-port", "80-81", "--internal-port", "90-92"], 2, "has 3 ports, and 80-81 has 2"),
+    (&["web", "--external-port", "80-89", "--internal-port", "65530"], 2, "are 10 ports, and from 65530 on"),
+    (&["web", "--external-port", "53/udp", "--internal-port", "53/tcp"], 2, "is of another protocol"),
+    (&["web", "--external-port", "53/udp", "--internal-port", "/run/x"], 2, "and /run/x is a unix socket"),
+    (&["web", "--external-port", "seqpacket:/run/x", "--internal-port", "80"], 2, "--internal-port /PATH"),
+    (&["web", "--external-port", "seqpacket:x", "--internal-port", "/run/y"], 2, "neither a path"),
+    (&["web", "--external-port", "dgram:/run/x"], 2, "--internal-port"),
+    (&["web", "--external-port", "vsock:5000"], 2, "vsock:CID:PORT"),
+    (&["web", "--external-port", "vsock::5000", "--internal-port", "80"], 2, "takes no clients of vsock"),
+    (
+        &["web", "--external-port", "seqpacket:/run/x", "--internal-port", "/run/y", "--adopt"],
+        2,
+        "takes no streams",
+    ),
+    (&["web", "--external-port", "53/udp", "--flows-max", "0"], 2, "--flows-max"),
+    (&["web", "--external-port", "53/udp", "--flow-timeout", "0"], 2, "--flow-timeout"),
+    (&["web", "--external-port", "53/udp", "--direct", "--flows-max", "9"], 2, "cannot be used with"),
     (&["web", "--external-port", "80", "--service-name", "a/b"], 2, "unit's name"),
     (&["web", "--external-port", "80", "--direct=magic"], 2, "--direct"),
     (&["web", "--external-port", "80", "--direct", "--exit-idle-time", "5"], 2, "cannot be used with"),
@@ -158,9 +189,12 @@ const CASES: &[Case] = &[
         2,
         "does not go with --adopt",
     ),
-    (&["web", "--external-port", "80", "--adopt", "--freeze"], 2, "does not go with --adopt"),
-    (&["web", "--external-port", "80", "--adopt", "--wake-on", "data"], 2, "does not go with --adopt"),
-    (&["web", "--external-port", "80", "--adopt", "--idle-by", "bytes"], 2, "does not go with --adopt"),
+    (&["web", "--external-port", "80", "--adopt", "--local-clients", "on"], 2, "does not go with --adopt"),
+    (
+        &["web", "--external-port", "80", "--adopt", "--connections-per-source", "9"],
+        2,
+        "--connections-per-source does not go with --adopt",
+    ),
     (&["web", "--external-port", "80", "--adopt", "--ready", "connect"], 2, "does not go with --adopt"),
     (&["web", "--external-port", "80", "--adopt", "--internal-port", "db:80"], 2, "is a name"),
     (&["app.pod", "--external-port", "80", "--adopt"], 2, "not yet for app.pod"),
@@ -479,6 +513,17 @@ fn a_port_already_taken_is_said_with_its_owner() -> Result<()> {
     let expected = format!("{address} is taken by ");
     ensure!(answer.code == 0 && answer.stderr.contains(&expected), "{answer:?}");
     ensure!(answer.stderr.contains(&format!("(pid {}", std::process::id())), "{answer:?}");
+    // Of a range, over UDP, each is looked at.
+    let bound = std::net::UdpSocket::bind("127.0.0.6:0")?;
+    let port = bound.local_addr()?.port();
+    let range = format!("127.0.0.6:{}-{port}/udp", port - 1);
+    let mut command = Command::new(bro_tests::bro::binary());
+    command.args(["activate", "web", "--user", "--dry-run", "--external-port", &range]);
+    environment(&mut command);
+    let answer = said(command.env("XDG_CONFIG_HOME", tree.path("home/.config")))?;
+    let expected = format!("{range} is taken by ");
+    ensure!(answer.code == 0 && answer.stderr.contains(&expected), "{answer:?}");
+    ensure!(answer.stderr.contains(&format!("at 127.0.0.6:{port}/udp")), "{answer:?}");
     Ok(())
 }
 

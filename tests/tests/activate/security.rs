@@ -20,7 +20,7 @@ const CASES: &[(&str, &[&str], u32)] = &[
     (
         "rootful, a container's address",
         &["net", "--system", "--network", "lan", "--bind-to-device", "lo"],
-        20,
+        21,
     ),
     // As another user to the service's socket, which openat2(2) finds: RestrictSUIDSGID= (0.2) forbids that.
     ("rootful, a unix target", &["web", "--system", "--internal-port", "/run/x"], 24),

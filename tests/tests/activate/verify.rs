@@ -57,7 +57,10 @@ fn systemd_has_nothing_to_complain_of() -> Result<()> {
         ],
         &["web", "--service-name", "abstract", "--external-port", "@web", "--internal-port", "80"],
         &["tpl@one", "--external-port", "127.0.0.1:8081"],
-        &["nginx", "--direct", "--external-port", "8082"],
+        &["web", "--external-port", "names=53/tcp+udp", "--external-port", "voice=192.0.2.1:30000-30009/udp"],
+        &["web", "--external-port", "bus=seqpacket:/run/bus", "--internal-port", "bus=/run/in"],
+        &["web", "--external-port", "log=dgram:@log", "--internal-port", "log=/run/log"],
+        &["nginx", "--direct", "--external-port", "8082", "--external-port", "vm=vsock:2:5000"],
     ];
     for run in runs {
         let answer = tree.run(run)?;

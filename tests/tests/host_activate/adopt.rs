@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use bro_tests::host::cases::note;
 use bro_tests::host::site::{PATIENCE, Plan, Site, folder};
 use bro_tests::host::{Host, Manager};
 
@@ -477,6 +478,69 @@ pub fn older_profile(host: &Host, manager: Manager) -> Result<()> {
     ensure!(ran.success() && ran.stdout.contains("adopted-activator-seccomp.json"), "{ran:?}");
     let said = complaints(&site)?;
     ensure!(!said.contains("seccomp profile"), "{said}");
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
+/// Asks over this connection, which stays.
+fn ask(mut client: &TcpStream) -> Result<()> {
+    client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"127.0.0.1") {
+        let mut part = [0; 512];
+        let length = client.read(&mut part)?;
+        ensure!(length > 0, "the end after {:?}", String::from_utf8_lossy(&answer));
+        answer.extend_from_slice(&part[..length]);
+    }
+    Ok(())
+}
+
+/// A client that says nothing does not keep it from being frozen; the next one has it go on at once, and so does the silent one's next request.
+pub fn frozen_without_bytes(host: &Host, manager: Manager) -> Result<()> {
+    const ROUNDS: usize = 5;
+    let options = ["--adopt", "--exit-idle-time", "1s", "--idle-by", "bytes", "--freeze"];
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &options)?;
+    let address: SocketAddr = ([127, 0, 0, 1], site.port).into();
+    let client = || -> Result<TcpStream> {
+        host.in_network(|| {
+            let client = TcpStream::connect(address)?;
+            client.set_read_timeout(Some(PATIENCE))?;
+            Ok(client)
+        })
+    };
+    let is_frozen = || {
+        let frozen = host.wait_until("it is frozen", PATIENCE, || {
+            Ok(manager.show(host, "adopted.service", "FreezerState")? == "frozen")
+        });
+        frozen.with_context(|| site.journals())
+    };
+    let run = || manager.show(host, "adopted.service", "InvocationID");
+    let silent = client()?;
+    ask(&silent).with_context(|| site.journals())?;
+    let first = run()?;
+    let mut spans = Vec::new();
+    for _ in 0..ROUNDS {
+        is_frozen()?;
+        let began = Instant::now();
+        ask(&client()?).with_context(|| site.journals())?;
+        spans.push(began.elapsed());
+    }
+    spans.sort_unstable();
+    note(&format!(
+        "{manager:?}: an adopted service thawed and answered within {:?} (median)",
+        spans[ROUNDS / 2]
+    ));
+    // The shortest: what others do on the machine at the same time is no fault. A look would take up to a second.
+    ensure!(spans[0] < Duration::from_millis(50), "{spans:?}");
+    is_frozen()?;
+    ask(&silent).with_context(|| site.journals())?;
+    is_frozen()?;
+    expect_adopted(&site)?;
+    ensure!(run()? == first, "it was started again:\n{}", site.journals());
+    is_frozen()?;
+    manager.run(host, &["bro", "sleep", "adopted", "--force"])?;
+    site.await_container_gone().with_context(|| site.journals())?;
+    expect_adopted(&site)?;
     ensure!(activate(host, manager, "adopted --remove")?.success());
     Ok(())
 }

@@ -8,6 +8,7 @@ mod activated;
 mod adopt;
 mod clients;
 mod crossover;
+mod datagrams;
 mod direct;
 mod doctor;
 mod examples;
@@ -58,6 +59,7 @@ const BOTH: &[Case] = &[
     ("adopt: off again", adopt::off_again),
     ("adopt: a profile that is older than its source", adopt::older_profile),
     ("adopt: looked after", adopt::looked_after),
+    ("adopt: frozen without bytes", adopt::frozen_without_bytes),
     ("adopt: another socket", adopt::another_socket),
     ("adopt: a socket that the container has broken", adopt::damaged),
     ("adopt: to where its container connects", adopt::connects),
@@ -75,6 +77,8 @@ const BOTH: &[Case] = &[
     ("a command in the container's network", helper::by_its_owner),
     ("unix_socket: whom a service sees through a confined forwarder", unix_socket::who_connects),
     ("unix_socket: whom a service sees in a user namespace of its own", unix_socket::mapped),
+    ("datagrams: a name server, over UDP and TCP", datagrams::name_server),
+    ("datagrams: a range of ports", datagrams::range),
     ("status and doctor", doctor::status_and_doctor),
     ("metrics: counted over stops and reloads", metrics::counted_over_stops_and_reloads),
     ("metrics: over a unix socket", metrics::over_a_unix_socket),
@@ -115,6 +119,7 @@ const OTHERS: &[OtherCase] = &[
     ("what the system's forwarder for a user may and others may not", run_as::lines_that_are_not_crossed),
     ("doctor and the system's forwarder for a user that is confined too much", run_as::confined),
     ("unix_socket: whom a user's service sees through the system's forwarder", unix_socket::of_a_user),
+    ("datagrams: the system listens at port 53 for an ordinary user's container", datagrams::of_a_user),
     ("what root has a user's Podman do", run_as::podman_has_nothing_of_roots),
     ("metrics: of the system's forwarder for a user", metrics::of_the_systems_forwarder_for_a_user),
     ("the system's forwarder for a user who is not logged in", run_as::not_logged_in),

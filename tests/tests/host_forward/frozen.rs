@@ -112,6 +112,25 @@ pub fn looked_after(host: &Host, manager: Manager) -> Result<()> {
     is(&site, "running")
 }
 
+/// A flow of datagrams keeps the service as it is for its own time, and the next datagram has it go on.
+pub fn goes_on_for_a_datagram(host: &Host, manager: Manager) -> Result<()> {
+    let options = "--exit-idle-time=300ms --flow-timeout=500ms --freeze";
+    let site = Site::new(host, manager, "icy3", &Plan::service(manager, 0.0, options))?;
+    let port = site.port;
+    site.change_socket(&format!("ListenStream=0.0.0.0:{port}\nListenDatagram=0.0.0.0:{port}"))?;
+    let (run, _) = site.who()?;
+    // From one port, so that it is one client's flow that ends and comes again.
+    let ask = "import socket, sys\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.settimeout(20)\n\
+               s.bind(('127.0.0.1', 7777))\ns.sendto(b'who', ('127.0.0.1', int(sys.argv[1])))\nprint(s.recv(99).decode())";
+    for _ in 0..2 {
+        is(&site, "frozen")?;
+        let said = host.run(&["python3", "-c", ask, &port.to_string()]).with_context(|| site.journals())?;
+        ensure!(said.split_whitespace().next() == Some(run.as_str()), "{said}: {}", site.journals());
+    }
+    is(&site, "frozen")?;
+    site.check_echo()
+}
+
 /// What was started by hand or by another unit is not frozen either.
 pub fn others_are_not(host: &Host, manager: Manager) -> Result<()> {
     let site =

@@ -69,6 +69,7 @@ const BOTH: &[Case] = &[
     ("frozen: goes on at once, and is stopped in the end", frozen::goes_on_at_once),
     ("frozen: looked after by others", frozen::looked_after),
     ("frozen: not what was started by others", frozen::others_are_not),
+    ("frozen: goes on for a datagram", frozen::goes_on_for_a_datagram),
     ("often: the same client again and again", often::the_same_client_again_and_again),
     ("often: a container that was started too often", often::started_too_often),
     ("often: clients that wake nothing", often::who_wakes_nothing),

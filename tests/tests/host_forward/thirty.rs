@@ -21,6 +21,9 @@ const SLOWEST: f64 = 6.0;
 /// The same for a debug build, which takes several times the processor time.
 const SLOWEST_DEBUG: f64 = 12.0;
 
+/// What a forwarder says that has tried whether the kernel can have the kernel relay.
+const LOOKED: &str = "tried whether this kernel can have the kernel relay";
+
 /// Thirty web servers with the units that wake them, confined as `bro activate` confines a forwarder's. Dropping it stops them.
 struct Crowd<'h> {
     host: &'h Host,
@@ -61,7 +64,8 @@ impl<'h> Crowd<'h> {
             let name = name(number);
             plan.write_quadlet(host, manager, &name)?;
             let service = format!(
-                "[Unit]\nStartLimitIntervalSec=0\n[Service]\nType=notify\nExecStart=/usr/local/bin/bro forward {}\n{confinement}\n",
+                "[Unit]\nStartLimitIntervalSec=0\n[Service]\nType=notify\nExecStart=/usr/local/bin/bro forward {}\nRuntimeDirectory=bro/%N\n\
+                 {confinement}\n",
                 plan.forward.replace("{name}", &name)
             );
             manager.unit(host, &format!("{name}-in.service"), &service)?;
@@ -150,6 +154,13 @@ impl<'h> Crowd<'h> {
         Ok(Duration::from_micros(total / count))
     }
 
+    /// How many forwarders have tried whether the kernel can have the kernel relay.
+    fn looks(&self) -> Result<usize> {
+        let said = (0..self.ports.len())
+            .map(|number| self.manager.journal(self.host, &format!("{}-in.service", name(number))));
+        Ok(said.collect::<Result<Vec<String>>>()?.iter().filter(|said| said.contains(LOOKED)).count())
+    }
+
     /// The errors of the forwarders, and the end of what the first of them said.
     fn complaints(&self) -> String {
         let said = (0..self.ports.len()).map(|number| {
@@ -201,6 +212,10 @@ pub fn woken_at_once(host: &Host, manager: Manager) -> Result<()> {
     let crowd = Crowd::new(host, manager)?;
     let started = crowd.start()?;
     crowd.asleep()?;
+    if manager == Manager::System {
+        // As on a host that has just booted: none of the forwarders before has left word of what the kernel can.
+        std::fs::remove_file(host.path("/run/bro/fionread")).ok();
+    }
     let (last, median) = crowd.wake()?;
     let ratio = last.as_secs_f64() / started.as_secs_f64();
     note(&format!(
@@ -211,6 +226,9 @@ pub fn woken_at_once(host: &Host, manager: Manager) -> Result<()> {
         median.as_secs_f64(),
         crowd.forwarders_time()?.as_secs_f64() * 1e3,
     ));
+    // None where the programs cannot be loaded at all: a user's forwarder has no right to that.
+    let looks = crowd.looks()?;
+    ensure!(looks <= 1, "{looks} forwarders have tried the kernel at once");
     let slowest = if bro::is_packaged() { SLOWEST } else { SLOWEST_DEBUG };
     ensure!(
         ratio <= slowest,

@@ -4,6 +4,8 @@
 //! by themselves. systemd-socket-proxyd, HAProxy and nginx cannot, but take over a listening socket: theirs is made
 //! outside, they run inside. socat can neither; it listens inside, with the clients inside too, and so does one bro.
 
+mod datagrams;
+
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -14,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
-use super::launch::{Launch, Launched, last_line, this_task};
+use super::launch::{Filter, Launch, Launched, last_line, this_task};
 use super::memory;
 use super::programs::Program;
 use super::scene::Scene;
@@ -45,6 +47,8 @@ pub struct Contender {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
     Direct,
+    /// The service with a container's seccomp filter, in the clients' own network namespace.
+    HostNetwork,
     Unix,
     Bro {
         options: &'static [&'static str],
@@ -83,12 +87,19 @@ const fn bro(
 }
 
 /// Everyone, in the order of the tables.
-pub const ALL: [Contender; 16] = [
+pub const ALL: [Contender; 17] = [
     Contender {
         key: "direct",
         label: "direct (no forwarder)",
         way: Way::Direct,
         how: "client and service in the namespace: the ceiling",
+    },
+    Contender {
+        key: "host-network",
+        label: "host network (no forwarder)",
+        way: Way::HostNetwork,
+        how: "a service as of a container with Network=host: with the seccomp filter of an adopted one, of which nothing is notified, and \
+              beside its clients; what adoption is to be compared with",
     },
     Contender {
         key: "unix",
@@ -176,14 +187,14 @@ pub struct Running {
     pub address: Address,
     /// Whether its clients are inside the namespace.
     pub inside: bool,
-    /// The service that has adopted the socket, which ends before its forwarder.
-    _adopter: Option<Adopter>,
+    /// A service of its own, which ends before its forwarder.
+    _service: Option<OwnService>,
     process: Option<Launched>,
     log: PathBuf,
 }
 
 /// A service of a contender's own.
-pub type Adopter = (Launched, Lines);
+pub type OwnService = (Launched, Lines);
 
 impl Contender {
     /// Why it cannot be had here.
@@ -192,13 +203,18 @@ impl Contender {
         Some(Missing { name: self.label.to_owned(), why })
     }
 
+    /// Has its clients outside of the container, so that they may as well be on another host.
+    pub fn is_reached_from_outside(&self) -> bool {
+        !matches!(self.way, Way::Direct | Way::Unix | Way::Socat | Way::Bro { inside: true, .. })
+    }
+
     fn lack(&self, root: bool) -> Option<String> {
         let install = |program: &str, package: &str| {
             let line = || format!("{program} is not installed: `sudo apt-get install {package}`");
             tools::find(program).is_none().then(line)
         };
         match self.way {
-            Way::Direct | Way::Unix => None,
+            Way::Direct | Way::HostNetwork | Way::Unix => None,
             Way::Bro { lanes: Lanes::None, .. } => None,
             Way::Adopted => {
                 let known = std::fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail");
@@ -229,7 +245,7 @@ impl Contender {
     pub fn version(&self, scene: &Scene) -> Option<String> {
         let of = |program: &str, flag: &str| tools::version(&tools::find(program)?, flag);
         match self.way {
-            Way::Direct | Way::Unix => None,
+            Way::Direct | Way::HostNetwork | Way::Unix => None,
             Way::Bro { .. } | Way::Adopted => tools::version(&scene.bro, "-V"),
             Way::Proxyd => of("systemd-socket-proxyd", "--version"),
             Way::Socat => of("socat", "-V").map(|line| line.chars().take(60).collect()),
@@ -251,9 +267,45 @@ impl Contender {
         Ok(running)
     }
 
-    /// The same towards a real program, which answers another word.
-    pub fn start_for(&self, scene: &Scene, port: u16, program: Program) -> Result<Running> {
-        let mut running = self.launch(scene, port).with_context(|| format!("starting {}", self.label))?;
+    /// Where and how a real program has to be started for this contender; none where it has no use for one.
+    pub fn server(&self, scene: &Scene, port: u16) -> Result<Option<Server>> {
+        Ok(match self.way {
+            Way::Unix => None,
+            Way::HostNetwork => Some(Server { inside: false, filter: Filter::Allowing, forwarder: None }),
+            Way::Adopted => {
+                let (socket, address, inside) = passed(scene, false)?;
+                let log = scene.folder.path(&format!("{}-{port}.log", self.key));
+                let starts = AdoptedStart { scene, target: format!("127.0.0.1:{port}"), startup_ms: 0 };
+                let (process, listener_path) =
+                    starts.forwarder(socket.context("a socket was made")?, &log)?;
+                let forwarder = Running { address, inside, _service: None, process: Some(process), log };
+                Some(Server {
+                    inside: true,
+                    filter: Filter::Notifying(listener_path),
+                    forwarder: Some(forwarder),
+                })
+            }
+            _ => Some(Server { inside: true, filter: Filter::None, forwarder: None }),
+        })
+    }
+
+    /// The same as [`Contender::start`] towards a real program, which answers another word.
+    pub fn start_for(&self, scene: &Scene, port: u16, program: Program, server: Server) -> Result<Running> {
+        let running = match (self.way, server.forwarder) {
+            (Way::Adopted, Some(forwarder)) => {
+                expect_adopted(&forwarder.log)?;
+                Ok(forwarder)
+            }
+            (Way::HostNetwork, _) => Ok(Running {
+                address: Address::Tcp((scene.front(), port).into()),
+                inside: false,
+                _service: None,
+                process: None,
+                log: scene.folder.path("service.log"),
+            }),
+            _ => self.launch(scene, port),
+        };
+        let mut running = running.with_context(|| format!("starting {}", self.label))?;
         running
             .wait_until_up(scene, program.greeting())
             .with_context(|| format!("starting {}", self.label))?;
@@ -269,17 +321,23 @@ impl Contender {
             let (socket, address, inside) = place;
             let launch = Launch { inside: scene.inside(inside), socket, ..Launch::default() };
             let process = Some(launch.start(program, &args, &log)?);
-            Ok(Running { address, inside: false, _adopter: None, process, log: log.clone() })
+            Ok(Running { address, inside: false, _service: None, process, log: log.clone() })
         };
         let bare =
-            |address, inside| Running { address, inside, _adopter: None, process: None, log: log.clone() };
+            |address, inside| Running { address, inside, _service: None, process: None, log: log.clone() };
         match self.way {
             Way::Direct => Ok(bare(Address::Tcp(target.parse()?), true)),
+            Way::HostNetwork => {
+                let address = free_port(scene)?;
+                let launch = Launch { filter: Filter::Allowing, ..Launch::default() };
+                let service = Scene::starting_service(launch, vec![address.to_string()], 0, &log)?;
+                Ok(Running { _service: Some(service), ..bare(Address::Tcp(address), false) })
+            }
             Way::Unix => Ok(bare(scene.unix(), false)),
             Way::Bro { options, inside: false, .. } => {
                 let mut args = bro_args(scene, options);
                 args.push(target);
-                run(passed(false)?, &scene.bro, args)
+                run(passed(scene, false)?, &scene.bro, args)
             }
             Way::Bro { options, .. } => {
                 let mut args = vec!["forward".to_owned(), format!("--connections-max={CONNECTIONS}")];
@@ -294,18 +352,18 @@ impl Contender {
                 Ok(running)
             }
             Way::Adopted => {
-                let (socket, address, _) = passed(false)?;
+                let (socket, address, _) = passed(scene, false)?;
                 let socket = socket.context("a socket was made")?;
                 // The scene's service listens at the port itself.
                 let target = format!("127.0.0.1:{}", port + 30_000);
                 let starts = AdoptedStart { scene, target, startup_ms: 0 };
-                let (process, adopter) =
+                let (process, service) =
                     starts.both(socket, &log, &scene.folder.path(&format!("{files}-service.log")))?;
-                Ok(Running { address, inside: false, _adopter: Some(adopter), process: Some(process), log })
+                Ok(Running { address, inside: false, _service: Some(service), process: Some(process), log })
             }
             Way::Proxyd => {
                 let args = vec![format!("--connections-max={CONNECTIONS}"), target];
-                run(passed(true)?, &program("systemd-socket-proxyd")?, args)
+                run(passed(scene, true)?, &program("systemd-socket-proxyd")?, args)
             }
             Way::Socat => {
                 let listen = format!(
@@ -324,13 +382,13 @@ impl Contender {
                 let config = scene.folder.path(&format!("{files}.cfg"));
                 std::fs::write(&config, haproxy_config(&target))?;
                 run(
-                    passed(true)?,
+                    passed(scene, true)?,
                     &program("haproxy")?,
                     vec!["-db".into(), "-f".into(), config.display().to_string()],
                 )
             }
             Way::Nginx => {
-                let place = passed(true)?;
+                let place = passed(scene, true)?;
                 let config = scene.folder.path(&format!("{files}.conf"));
                 std::fs::write(&config, nginx_config(&place.1, &target, &config.with_extension("pid"))?)?;
                 let log = log.display().to_string();
@@ -338,12 +396,12 @@ impl Contender {
                 run(place, &program("nginx")?, args.to_vec())
             }
             Way::Pasta => {
-                let host = free_port()?;
+                let host = free_port(scene)?;
                 let place = (None, Address::Tcp(host), false);
                 run(place, Path::new("/bin/sh"), vec!["-c".into(), pasta_script(scene, host, port)?])
             }
             Way::Slirp => {
-                let host = free_port()?;
+                let host = free_port(scene)?;
                 let api = scene.folder.path(&format!("{files}.api"));
                 let args = ["--configure", "--mtu=65520", "--disable-host-loopback"].map(str::to_owned);
                 let mut args = args.to_vec();
@@ -354,7 +412,7 @@ impl Contender {
                 Ok(running)
             }
             Way::Rootlessport => {
-                let host = free_port()?;
+                let host = free_port(scene)?;
                 let base = scene.folder.path(&files);
                 // Each start has a fresh one.
                 std::fs::remove_dir_all(&base).ok();
@@ -366,6 +424,14 @@ impl Contender {
     }
 }
 
+/// Where and how a real program is started for a contender.
+pub struct Server {
+    pub inside: bool,
+    pub filter: Filter,
+    /// What has to run before it.
+    forwarder: Option<Running>,
+}
+
 /// A forwarder with `--adopt`, and the service that takes its socket.
 pub struct AdoptedStart<'a> {
     pub scene: &'a Scene,
@@ -375,19 +441,21 @@ pub struct AdoptedStart<'a> {
 }
 
 impl AdoptedStart<'_> {
-    /// Starts both, the forwarder first; the service's lines tell when it listens.
-    pub fn both(&self, socket: OwnedFd, log: &Path, service_log: &Path) -> Result<(Launched, Adopter)> {
+    /// Starts the forwarder, and says at which `listenerPath` it awaits the service.
+    fn forwarder(&self, socket: OwnedFd, log: &Path) -> Result<(Launched, String)> {
         let listener_path = ListenerPath::listen(local_address(&socket)?.port())?;
         let mut args = bro_args(self.scene, &["--adopt"]);
         args.push(self.target.clone());
         let launch =
             Launch { socket: Some(socket), adopt: Some(listener_path.passed()?), ..Launch::default() };
-        let forwarder = launch.start(&self.scene.bro, &args, log)?;
-        let launch = Launch {
-            inside: self.scene.inside(true),
-            notified: Some(&listener_path.name),
-            ..Launch::default()
-        };
+        Ok((launch.start(&self.scene.bro, &args, log)?, listener_path.name))
+    }
+
+    /// Starts both, the forwarder first; the service's lines tell when it listens.
+    pub fn both(&self, socket: OwnedFd, log: &Path, service_log: &Path) -> Result<(Launched, OwnService)> {
+        let (forwarder, listener_path) = self.forwarder(socket, log)?;
+        let filter = Filter::Notifying(listener_path);
+        let launch = Launch { inside: self.scene.inside(true), filter, ..Launch::default() };
         let addresses = vec![self.target.clone()];
         let service = Scene::starting_service(launch, addresses, self.startup_ms, service_log)?;
         Ok((forwarder, service))
@@ -412,8 +480,8 @@ pub fn expect_adopted(log: &Path) -> Result<()> {
 type Place = (Option<OwnedFd>, Address, bool);
 
 /// A socket made outside.
-fn passed(inside: bool) -> Result<Place> {
-    let socket = service::bound(&Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))))?;
+fn passed(scene: &Scene, inside: bool) -> Result<Place> {
+    let socket = service::bound(&Address::Tcp((scene.front(), 0).into()))?;
     let address = Address::Tcp(local_address(&socket)?);
     Ok((Some(socket), address, inside))
 }
@@ -432,8 +500,8 @@ pub fn local_address(socket: &OwnedFd) -> Result<SocketAddr> {
 }
 
 /// A port of the kernel's choice for those that cannot be given a socket.
-fn free_port() -> Result<SocketAddr> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+fn free_port(scene: &Scene) -> Result<SocketAddr> {
+    Ok(std::net::TcpListener::bind((scene.front(), 0))?.local_addr()?)
 }
 
 fn program(name: &str) -> Result<PathBuf> {
@@ -564,7 +632,7 @@ impl Running {
 
     /// Runs a part of this task as its client: where its clients are.
     pub fn client(&self, scene: &Scene, args: &[String], limit: Duration) -> Result<String> {
-        let launch = Launch { inside: scene.inside(self.inside), ..Launch::default() };
+        let launch = Launch { inside: scene.clients(self.inside), ..Launch::default() };
         launch.output(this_task(), &[vec!["bench".to_owned()], args.to_vec()].concat(), limit)
     }
 

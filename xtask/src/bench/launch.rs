@@ -18,7 +18,7 @@ use nix::unistd::{Pid, User};
 use super::memory;
 use crate::run::namespace;
 use crate::run::process::{PARENT, die_with_parent};
-use crate::run::runtime::{Runtime, SECCOMP};
+use crate::run::runtime::{self, Runtime, SECCOMP};
 
 /// What the part is told.
 #[derive(Debug, clap::Args)]
@@ -32,9 +32,12 @@ pub struct Args {
     /// Stdout is the socket at a seccomp profile's listenerPath: pass it on as descriptor 4
     #[arg(long)]
     adopt: bool,
-    /// Have that filter, and send its notification descriptor to this socket, as an OCI runtime does
+    /// Have the filter of such a profile, and send its notification descriptor to this socket, as an OCI runtime does
     #[arg(long, value_name = "LISTENER-PATH")]
     notified: Option<String>,
+    /// Have that filter, and nothing notified
+    #[arg(long, conflicts_with = "notified")]
+    filtered: bool,
     /// Become this user
     #[arg(long)]
     user: Option<String>,
@@ -82,6 +85,9 @@ pub fn main(args: &Args) -> Result<()> {
     if let Some(runtime) = runtime {
         runtime.notify()?;
     }
+    if args.filtered {
+        runtime::only_filter()?;
+    }
     Err(command.exec()).with_context(|| format!("cannot run {}", args.command[0]))
 }
 
@@ -99,6 +105,17 @@ fn enter(container: i32) -> Result<()> {
     Ok(())
 }
 
+/// The seccomp filter that a program is started with.
+#[derive(Debug, Clone, Default)]
+pub enum Filter {
+    #[default]
+    None,
+    /// One that allows everything: what a container's filter costs.
+    Allowing,
+    /// As an OCI runtime does it with a profile whose `listenerPath` this is.
+    Notifying(String),
+}
+
 /// How to start a program.
 #[derive(Debug, Default)]
 pub struct Launch<'a> {
@@ -108,8 +125,7 @@ pub struct Launch<'a> {
     pub socket: Option<OwnedFd>,
     /// With the socket at a seccomp profile's `listenerPath`, too.
     pub adopt: Option<OwnedFd>,
-    /// As an OCI runtime starts a program with that profile, whose `listenerPath` this is.
-    pub notified: Option<&'a str>,
+    pub filter: Filter,
     pub user: Option<&'a str>,
 }
 
@@ -129,8 +145,10 @@ impl Launch<'_> {
         if self.adopt.is_some() {
             command.arg("--adopt");
         }
-        if let Some(listener_path) = self.notified {
-            command.arg(format!("--notified={listener_path}"));
+        match self.filter {
+            Filter::None => {}
+            Filter::Allowing => drop(command.arg("--filtered")),
+            Filter::Notifying(listener_path) => drop(command.arg(format!("--notified={listener_path}"))),
         }
         match self.socket {
             Some(socket) => command.arg("--socket").stdin(Stdio::from(socket)),

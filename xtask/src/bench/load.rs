@@ -3,6 +3,7 @@
 
 mod bulk;
 mod connections;
+pub mod datagrams;
 mod flows;
 mod idle;
 mod requests;

@@ -15,6 +15,8 @@ pub enum Unit {
     PerSecond,
     /// Bytes, as KiB.
     KiB,
+    /// A part of all, in percent.
+    Percent,
 }
 
 impl Unit {
@@ -26,6 +28,7 @@ impl Unit {
             Self::Millis => value * 1e3,
             Self::Seconds | Self::PerSecond => value,
             Self::KiB => value / 1024.0,
+            Self::Percent => value * 100.0,
         }
     }
 
@@ -38,6 +41,7 @@ impl Unit {
             Self::Seconds => "CPU s",
             Self::PerSecond => "/s",
             Self::KiB => "KiB",
+            Self::Percent => "%",
         }
     }
 
@@ -175,6 +179,64 @@ pub const SECTIONS: &[Section] = &[
             less("idle1000.kernel_bytes", "1,000: kernel", Unit::KiB),
             less("idle9000.process_bytes", "9,000: process", Unit::KiB),
             less("idle9000.kernel_bytes", "9,000: kernel", Unit::KiB),
+        ],
+    },
+    Section {
+        title: "Datagrams",
+        note: "UDP, one client, with as many datagrams on their way as a socket's buffer of the usual size holds, counted where they arrive; and 64 \
+            clients that each ask when they are answered. HAProxy, systemd-socket-proxyd and lanes are for streams.",
+        metrics: &[
+            more("datagrams64.up_per_second", "to service, 64 B", Unit::PerSecond),
+            more("datagrams1200.up_per_second", "to service, 1,200 B", Unit::PerSecond),
+            more("datagrams8192.up_per_second", "to service, 8 KiB", Unit::PerSecond),
+            more("datagrams64.down_per_second", "to client, 64 B", Unit::PerSecond),
+            more("datagrams1200.down_per_second", "to client, 1,200 B", Unit::PerSecond),
+            more("datagrams8192.down_per_second", "to client, 8 KiB", Unit::PerSecond),
+            more("datagrams64.clients_per_second", "64 clients, 64 B", Unit::PerSecond),
+        ],
+    },
+    Section {
+        title: "A flood of datagrams",
+        note: "UDP, a sender that waits for nothing: how many arrive, and which part of those that were sent is lost.",
+        metrics: &[
+            more("datagrams64.flood_per_second", "64 B", Unit::PerSecond),
+            less("datagrams64.flood_lost", "64 B lost", Unit::Percent),
+            more("datagrams1200.flood_per_second", "1,200 B", Unit::PerSecond),
+            less("datagrams1200.flood_lost", "1,200 B lost", Unit::Percent),
+            more("datagrams8192.flood_per_second", "8 KiB", Unit::PerSecond),
+            less("datagrams8192.flood_lost", "8 KiB lost", Unit::Percent),
+        ],
+    },
+    Section {
+        title: "Round trips of datagrams",
+        note: "UDP, one client, a datagram and its echo at a time; awake as above.",
+        metrics: &[
+            less("datagrams64.trip_awake.p50", "64 B p50, awake", Unit::Micros),
+            less("datagrams64.trip.p50", "64 B p50", Unit::Micros),
+            less("datagrams64.trip.p99", "64 B p99", Unit::Micros),
+            less("datagrams1200.trip_awake.p50", "1,200 B p50, awake", Unit::Micros),
+            less("datagrams1200.trip.p50", "1,200 B p50", Unit::Micros),
+            less("datagrams1200.trip.p99", "1,200 B p99", Unit::Micros),
+            less("datagrams8192.trip_awake.p50", "8 KiB p50, awake", Unit::Micros),
+            less("datagrams8192.trip.p50", "8 KiB p50", Unit::Micros),
+            less("datagrams8192.trip.p99", "8 KiB p99", Unit::Micros),
+        ],
+    },
+    Section {
+        title: "CPU per datagram",
+        note: "Processor time of the forwarder's own processes, and of the whole system with client and service, for a datagram; of 64 clients, for one and its answer.",
+        metrics: &[
+            less("datagrams64.own_cpu", "to service, 64 B, own", Unit::Micros),
+            less("datagrams64.system_cpu", "system", Unit::Micros),
+            less("datagrams64.down_own_cpu", "to client, 64 B, own", Unit::Micros),
+            less("datagrams1200.own_cpu", "to service, 1,200 B, own", Unit::Micros),
+            less("datagrams1200.system_cpu", "system", Unit::Micros),
+            less("datagrams1200.down_own_cpu", "to client, 1,200 B, own", Unit::Micros),
+            less("datagrams8192.own_cpu", "to service, 8 KiB, own", Unit::Micros),
+            less("datagrams8192.system_cpu", "system", Unit::Micros),
+            less("datagrams8192.down_own_cpu", "to client, 8 KiB, own", Unit::Micros),
+            less("datagrams64.clients_own_cpu", "64 clients, question and answer, own", Unit::Micros),
+            less("datagrams64.clients_system_cpu", "system", Unit::Micros),
         ],
     },
     Section {

@@ -17,6 +17,9 @@ pub struct Plan {
     pub transactions: u32,
     pub redis_requests: u32,
     pub wrk_seconds: u32,
+    /// Clients are on another host, at the far end of a pair of interfaces.
+    #[serde(default)]
+    pub from_another_host: bool,
     /// The whole run, if it is limited: rounds beyond the first are left out when they would not fit.
     #[serde(skip)]
     pub limit: Option<Duration>,
@@ -57,6 +60,7 @@ impl Plan {
             transactions: 300,
             redis_requests: 5000,
             wrk_seconds: 1,
+            from_another_host: false,
             limit: Some(Duration::from_secs(160)),
         }
     }
@@ -74,6 +78,7 @@ impl Plan {
             transactions: 1000,
             redis_requests: 20_000,
             wrk_seconds: 1,
+            from_another_host: false,
             limit: None,
         }
     }
@@ -91,6 +96,7 @@ impl Plan {
             transactions: 3000,
             redis_requests: 60_000,
             wrk_seconds: 3,
+            from_another_host: false,
             limit: None,
         }
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use nix::unistd::User;
 
-use super::contenders::{self, Running};
+use super::contenders::{self, Running, Server};
 use super::cpu::Meter;
 use super::launch::{Launch, Launched, this_task};
 use super::load::Figures;
@@ -115,15 +115,20 @@ impl Program {
         }
     }
 
-    /// Starts it as often as it takes.
-    pub fn start(self, scene: &Scene, places: usize) -> Result<Servers> {
+    /// Starts it where and as each contender wants it.
+    pub fn start(self, scene: &Scene, wanted: &[Option<Server>]) -> Result<Servers> {
+        let wanted = wanted.iter().enumerate();
+        let places: Vec<_> = wanted
+            .filter_map(|(number, server)| Some(Place { scene, number, server: server.as_ref()? }))
+            .collect();
         let servers = match self {
-            Self::Postgres => postgres(scene, places),
-            Self::Redis => redis(scene, places),
-            Self::Nginx | Self::Http2 => nginx(scene, self, places),
-            Self::Iperf | Self::Sockperf => network_tool(scene, self, places),
+            Self::Postgres => postgres(scene, &places),
+            Self::Redis => places.iter().map(redis).collect(),
+            Self::Nginx | Self::Http2 => places.iter().map(|place| nginx(self, place)).collect(),
+            Self::Iperf | Self::Sockperf => places.iter().map(|place| network_tool(self, place)).collect(),
         };
-        servers.with_context(|| format!("starting what {} needs", self.key()))
+        let servers: Result<Vec<_>> = servers;
+        servers.map(Servers).with_context(|| format!("starting what {} needs", self.key()))
     }
 
     /// A few words with it, so that everything is awake.
@@ -140,7 +145,7 @@ impl Program {
             let path = tools::find(program).context("a client program")?;
             let args: Vec<String> = args.iter().map(ToString::to_string).collect();
             let meter = Meter::start(running.group())?;
-            let launch = Launch { inside: scene.inside(running.inside), ..Launch::default() };
+            let launch = Launch { inside: scene.clients(running.inside), ..Launch::default() };
             let said = launch
                 .output(&path, &args, plan.program_limit())
                 .with_context(|| format!("running {program}"))?;
@@ -274,17 +279,34 @@ impl Servers {
     }
 }
 
-fn start(scene: &Scene, program: &str, args: Vec<String>, user: Option<&str>, log: &str) -> Result<Launched> {
-    let path = tools::find(program).with_context(|| format!("{program} is gone"))?;
-    let launch = Launch { inside: scene.inside(true), user, ..Launch::default() };
-    launch.start(&path, &args, &scene.folder.path(log))
+/// A server for one contender.
+struct Place<'a> {
+    scene: &'a Scene,
+    /// The contender's number.
+    number: usize,
+    server: &'a Server,
 }
 
-/// Waits until a server inside answers.
-fn await_answer(scene: &Scene, port: u16, program: Program) -> Result<()> {
-    let args = ["bench".into(), "poke".into(), format!("127.0.0.1:{port}"), program.greeting().into()];
-    let launch = Launch { inside: scene.inside(true), ..Launch::default() };
-    launch.output(this_task(), &args, START).map(drop)
+impl Place<'_> {
+    fn start(&self, program: &str, args: Vec<String>, user: Option<&str>, log: &str) -> Result<Launched> {
+        let path = tools::find(program).with_context(|| format!("{program} is gone"))?;
+        let filter = self.server.filter.clone();
+        let launch =
+            Launch { inside: self.scene.inside(self.server.inside), user, filter, ..Launch::default() };
+        launch.start(&path, &args, &self.scene.folder.path(log))
+    }
+
+    /// Waits until the server answers, beside it.
+    fn await_answer(&self, program: Program) -> Result<()> {
+        let port = program.port(self.number);
+        let args = ["bench".into(), "poke".into(), format!("127.0.0.1:{port}"), program.greeting().into()];
+        self.beside().output(this_task(), &args, START).map(drop)
+    }
+
+    /// Where the server is.
+    fn beside(&self) -> Launch<'static> {
+        Launch { inside: self.scene.inside(self.server.inside), ..Launch::default() }
+    }
 }
 
 /// PostgreSQL does not run as root.
@@ -293,7 +315,7 @@ fn database_user() -> Option<&'static str> {
     root.then(|| if matches!(User::from_name("postgres"), Ok(Some(_))) { "postgres" } else { "nobody" })
 }
 
-fn postgres(scene: &Scene, places: usize) -> Result<Servers> {
+fn postgres(scene: &Scene, places: &[Place<'_>]) -> Result<Vec<Launched>> {
     let user = database_user();
     let base = scene.folder.path("postgres");
     std::fs::create_dir(&base)?;
@@ -312,12 +334,13 @@ fn postgres(scene: &Scene, places: usize) -> Result<Servers> {
     let rules = base.join("0/pg_hba.conf");
     let known = std::fs::read_to_string(&rules)?;
     std::fs::write(&rules, known + "host all all 0.0.0.0/0 trust\n")?;
-    for number in 1..places {
-        let copy = ["-a".to_owned(), data(0), data(number)];
+    for place in places.iter().filter(|place| place.number != 0) {
+        let copy = ["-a".to_owned(), data(0), data(place.number)];
         outside(&tools::find("cp").context("cp is gone")?, &copy)?;
     }
     let mut servers = Vec::new();
-    for number in 0..places {
+    for place in places {
+        let number = place.number;
         let port = Program::Postgres.port(number).to_string();
         let mut args: Vec<String> = ["-D", &data(number), "-p", &port].map(str::to_owned).to_vec();
         for setting in [
@@ -330,73 +353,46 @@ fn postgres(scene: &Scene, places: usize) -> Result<Servers> {
         ] {
             args.extend(["-c".to_owned(), setting.to_owned()]);
         }
-        servers.push(start(scene, "postgres", args, user, &format!("postgres-{number}.log"))?);
-        await_answer(scene, Program::Postgres.port(number), Program::Postgres)?;
+        servers.push(place.start("postgres", args, user, &format!("postgres-{number}.log"))?);
+        place.await_answer(Program::Postgres)?;
         let fill = ["-i", "-q", "-s", "1", "-h", "127.0.0.1", "-p", &port, "-U", "bench", "postgres"]
             .map(str::to_owned);
-        let launch = Launch { inside: scene.inside(true), ..Launch::default() };
-        launch
+        place
+            .beside()
             .output(&tools::find("pgbench").context("pgbench is gone")?, &fill, START)
             .context("filling the database")?;
     }
-    Ok(Servers(servers))
+    Ok(servers)
 }
 
-fn redis(scene: &Scene, places: usize) -> Result<Servers> {
-    let mut servers = Vec::new();
-    for number in 0..places {
-        let port = Program::Redis.port(number).to_string();
-        let folder = scene.folder.path("").display().to_string();
-        let args = [
-            "--port",
-            &port,
-            "--bind",
-            "0.0.0.0",
-            "--protected-mode",
-            "no",
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            "--dir",
-            &folder,
-        ];
-        servers.push(start(
-            scene,
-            "redis-server",
-            args.map(str::to_owned).to_vec(),
-            None,
-            &format!("redis-{number}.log"),
-        )?);
-        await_answer(scene, Program::Redis.port(number), Program::Redis)?;
-    }
-    Ok(Servers(servers))
+fn redis(place: &Place<'_>) -> Result<Launched> {
+    let port = Program::Redis.port(place.number).to_string();
+    let folder = place.scene.folder.path("").display().to_string();
+    let args = ["--port", &port, "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""];
+    let args = [&args[..], &["--appendonly", "no", "--dir", &folder]].concat();
+    let args = args.into_iter().map(str::to_owned).collect();
+    let server = place.start("redis-server", args, None, &format!("redis-{}.log", place.number))?;
+    place.await_answer(Program::Redis)?;
+    Ok(server)
 }
 
-/// Servers that come with the client that measures.
-fn network_tool(scene: &Scene, tool: Program, places: usize) -> Result<Servers> {
-    let mut servers = Vec::new();
-    for place in 0..places {
-        let port = tool.port(place).to_string();
-        let (program, args) = match tool {
-            Program::Sockperf => ("sockperf", ["sr", "--tcp", "-p", &port].to_vec()),
-            _ => ("iperf3", ["-s", "-p", &port].to_vec()),
-        };
-        let args = args.into_iter().map(str::to_owned).collect();
-        servers.push(start(scene, program, args, None, &format!("{program}-{place}.log"))?);
-        await_answer(scene, tool.port(place), tool)?;
-    }
-    Ok(Servers(servers))
+/// A server that comes with the client that measures.
+fn network_tool(tool: Program, place: &Place<'_>) -> Result<Launched> {
+    let port = tool.port(place.number).to_string();
+    let (program, args) = match tool {
+        Program::Sockperf => ("sockperf", ["sr", "--tcp", "-p", &port].to_vec()),
+        _ => ("iperf3", ["-s", "-p", &port].to_vec()),
+    };
+    let args = args.into_iter().map(str::to_owned).collect();
+    let server = place.start(program, args, None, &format!("{program}-{}.log", place.number))?;
+    place.await_answer(tool)?;
+    Ok(server)
 }
 
-/// An nginx for each, of one process, as a service that is one has.
-fn nginx(scene: &Scene, speaks: Program, places: usize) -> Result<Servers> {
-    (0..places).map(|place| one_nginx(scene, speaks, place)).collect::<Result<_>>().map(Servers)
-}
-
-fn one_nginx(scene: &Scene, speaks: Program, place: usize) -> Result<Launched> {
-    let port = speaks.port(place);
-    let folder = scene.folder.path(&format!("nginx-http-{port}"));
+/// An nginx of one process, as a service that is one has.
+fn nginx(speaks: Program, place: &Place<'_>) -> Result<Launched> {
+    let port = speaks.port(place.number);
+    let folder = place.scene.folder.path(&format!("nginx-http-{port}"));
     std::fs::create_dir(&folder)?;
     let listen = format!("        listen {port}{};\n", if speaks == Program::Http2 { " http2" } else { "" });
     let paths: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
@@ -413,8 +409,8 @@ fn one_nginx(scene: &Scene, speaks: Program, place: usize) -> Result<Launched> {
     std::fs::write(&file, config)?;
     let log = folder.join("error.log").display().to_string();
     let args = ["-e", &log, "-c", &file.display().to_string()].map(str::to_owned);
-    let server = start(scene, "nginx", args.to_vec(), None, &format!("nginx-http-{port}.log"))?;
-    await_answer(scene, port, speaks)?;
+    let server = place.start("nginx", args.to_vec(), None, &format!("nginx-http-{port}.log"))?;
+    place.await_answer(speaks)?;
     Ok(server)
 }
 

@@ -18,26 +18,53 @@ use crate::run::process::Lines;
 /// contender, for a socket can be in the care of one kernel relay only.
 const FIRST_PORT: u16 = 9000;
 
+/// This host and the other one, of a network for documentation (RFC 5737).
+const THIS_HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+const OTHER_HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+
+/// A network namespace that stands for another host, at the far end of a veth(4) pair, which goes with it.
+fn other_host() -> Result<Container> {
+    let other = Container::create()?;
+    let pid = other.pid();
+    let near = format!("bench{pid}");
+    let ip = |inside: Option<u32>, line: &str| {
+        let program =
+            super::tools::find("ip").context("ip is not installed: `sudo apt-get install iproute2`")?;
+        let args: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        let launch = Launch { inside, ..Launch::default() };
+        launch.output(&program, &args, Duration::from_secs(10)).with_context(|| format!("ip {line}"))
+    };
+    ip(None, &format!("link add {near} type veth peer name eth0 netns {pid}"))?;
+    ip(None, &format!("addr add {THIS_HOST}/30 dev {near}"))?;
+    ip(None, &format!("link set {near} up"))?;
+    ip(Some(pid), &format!("addr add {OTHER_HOST}/30 dev eth0"))?;
+    ip(Some(pid), "link set eth0 up")?;
+    Ok(other)
+}
+
 /// The stage.
 pub struct Scene {
     pub container: Container,
     pub bro: PathBuf,
     pub folder: Folder,
+    /// Where the clients are, if not here.
+    other_host: Option<Container>,
     _service: Launched,
     _reference: Launched,
 }
 
 impl Scene {
-    /// Makes a container with the service, and the same service on a unix socket outside.
-    pub fn set(bro: PathBuf, contenders: &[Contender]) -> Result<Self> {
+    /// Makes a container with the service, and the same service on a unix socket outside; on demand, another host for the clients.
+    pub fn set(bro: PathBuf, contenders: &[Contender], from_another_host: bool) -> Result<Self> {
         let container = Container::create()?;
+        let other_host = from_another_host.then(other_host).transpose()?;
         let folder = Folder::create()?;
         let ports =
             (0..contenders.len()).map(|place| format!("{}:{}", Ipv4Addr::UNSPECIFIED, port_of(place)));
         let service = Self::service(Some(container.pid()), ports.collect(), 0, &folder.path("service.log"))?;
         let unix = folder.path("service.sock").display().to_string();
         let reference = Self::service(None, vec![unix], 0, &folder.path("reference.log"))?;
-        Ok(Self { container, bro, folder, _service: service.0, _reference: reference.0 })
+        Ok(Self { container, bro, folder, other_host, _service: service.0, _reference: reference.0 })
     }
 
     /// Starts a service and waits until it listens; its further lines.
@@ -72,6 +99,16 @@ impl Scene {
     /// The namespaces to enter for what belongs inside.
     pub fn inside(&self, inside: bool) -> Option<u32> {
         inside.then(|| self.container.pid())
+    }
+
+    /// The namespaces to enter for clients.
+    pub fn clients(&self, inside: bool) -> Option<u32> {
+        self.inside(inside).or(self.other_host.as_ref().map(Container::pid))
+    }
+
+    /// Where clients reach what listens outside of the container.
+    pub fn front(&self) -> Ipv4Addr {
+        if self.other_host.is_some() { THIS_HOST } else { Ipv4Addr::LOCALHOST }
     }
 
     /// Where the unix reference listens.

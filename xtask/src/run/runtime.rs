@@ -63,6 +63,14 @@ impl Runtime {
     }
 }
 
+/// Has this process, and what it becomes, pass the same filter at each call, of which nothing is notified.
+///
+/// # Errors
+/// Where the kernel has no seccomp filters.
+pub fn only_filter() -> Result<()> {
+    install(&mut filter(libc::SECCOMP_RET_ALLOW), 0).map(drop).map_err(refused)
+}
+
 /// One sentence: what the host lacks or refuses.
 fn refused(error: io::Error) -> anyhow::Error {
     let why = match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
@@ -83,6 +91,15 @@ fn install_filter() -> io::Result<OwnedFd> {
     const NEW_LISTENER: libc::c_ulong = 1 << 3;
     /// Linux 5.19; it spares a program EINTR when a signal comes while bro answers.
     const WAIT_KILLABLE: libc::c_ulong = 1 << 5;
+    let mut filter = filter(libc::SECCOMP_RET_USER_NOTIF);
+    let made = install(&mut filter, NEW_LISTENER | WAIT_KILLABLE)
+        .or_else(|_older_kernel| install(&mut filter, NEW_LISTENER))?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(made) })
+}
+
+/// The filter, with the answer to the calls that it picks out.
+fn filter(picked_out: u32) -> [libc::sock_filter; 8] {
     let step = |code: u32, then: u8, or: u8, value: u32| libc::sock_filter {
         code: code as u16,
         jt: then,
@@ -94,29 +111,25 @@ fn install_filter() -> io::Result<OwnedFd> {
     let answer = |value: u32| step(libc::BPF_RET | libc::BPF_K, 0, 0, value);
     // struct seccomp_data has the number at 0, and at 24 the lower half of the second argument. This program and what it becomes make
     // calls of one architecture only.
-    let mut program = [
+    [
         load(0),
         equal(Call::Bind.number() as u32, 4, 0),
         equal(Call::Listen.number() as u32, 3, 0),
         equal(Call::Shutdown.number() as u32, 0, 3),
         load(24),
         equal(libc::SHUT_WR as u32, 1, 0),
-        answer(libc::SECCOMP_RET_USER_NOTIF),
+        answer(picked_out),
         answer(libc::SECCOMP_RET_ALLOW),
-    ];
+    ]
+}
+
+/// Puts a filter up; what the kernel answers, which is a descriptor where that was asked for.
+fn install(program: &mut [libc::sock_filter], flags: libc::c_ulong) -> io::Result<libc::c_int> {
     let program = libc::sock_fprog { len: program.len() as libc::c_ushort, filter: program.as_mut_ptr() };
     // Without it only root may have a filter.
     nix::sys::prctl::set_no_new_privs()?;
-    let install = |flags: libc::c_ulong| {
-        // SAFETY: the kernel reads the program, which outlives the call.
-        let made = unsafe {
-            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
-        };
-        if made < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel has just made this descriptor for us.
-        Ok(unsafe { OwnedFd::from_raw_fd(made as libc::c_int) })
-    };
-    install(NEW_LISTENER | WAIT_KILLABLE).or_else(|_older_kernel| install(NEW_LISTENER))
+    // SAFETY: the kernel reads the program, which outlives the call.
+    let made =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
+    if made < 0 { Err(io::Error::last_os_error()) } else { Ok(made as libc::c_int) }
 }

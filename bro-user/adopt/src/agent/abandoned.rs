@@ -4,6 +4,8 @@
 //! A listener at which clients wait at two looks in a row, and that no process of another network namespace has, is given up. Only the
 //! socket's own number is looked for: what the container says of itself has no part in it.
 
+use std::fs::{read_dir, read_link, read_to_string};
+use std::io::ErrorKind;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -90,29 +92,63 @@ impl Adoptable {
             return false;
         }
         let Ok(inode) = fstat(&self.socket).map(|status| status.st_ino) else { return false };
-        let link = format!("socket:[{inode}]");
-        let leads_there =
-            |path: &Path| std::fs::read_link(path).is_ok_and(|target| target.as_os_str() == link.as_str());
-        if !self.queue.holder.as_deref().is_some_and(leads_there) {
-            self.queue.holder = elsewhere(leads_there);
+        if !self.queue.holder.as_deref().is_some_and(|path| leads_to(path, inode)) {
+            self.queue.holder = elsewhere(inode);
         }
         self.queue.holder.is_none()
     }
 }
 
-/// A descriptor for which `is_it` holds, of a process in another network namespace than this one. What may not be looked at is none: an agent that
-/// could not look at the container's processes could not have given them the listener either (ptrace(2), PTRACE_MODE_READ_FSCREDS).
-fn elsewhere(is_it: impl Fn(&Path) -> bool) -> Option<PathBuf> {
-    let here = std::fs::read_link("/proc/self/ns/net").ok()?;
+/// A descriptor of this socket, of a process in another network namespace than this one: its file in fd or fdinfo, or the process's folder where the kernel does
+/// not tell. A process whose namespace may not be looked at is none: the agent could not have given it the listener (ptrace(2), PTRACE_MODE_READ_FSCREDS).
+fn elsewhere(inode: u64) -> Option<PathBuf> {
+    let here = read_link("/proc/self/ns/net").ok()?;
     bro_proc::processes()
-        .filter(|(_, process)| std::fs::read_link(process.join("ns/net")).is_ok_and(|its| its != here))
-        .flat_map(|(_, process)| std::fs::read_dir(process.join("fd")).into_iter().flatten().flatten())
-        .map(|descriptor| descriptor.path())
-        .find(|path| is_it(path))
+        .map(|(_, process)| process)
+        .filter(|process| read_link(process.join("ns/net")).is_ok_and(|its| its != here))
+        .find_map(|process| match read_dir(process.join("fd")) {
+            Ok(all) => all.flatten().map(|descriptor| descriptor.path()).find(|path| leads_to(path, inode)),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => by_information(&process, inode),
+            // It has ended.
+            Err(_) => None,
+        })
+}
+
+/// The same of a process of another user than the one whom the container belongs to, whose descriptors are not for others to follow.
+fn by_information(process: &Path, inode: u64) -> Option<PathBuf> {
+    let all = match read_dir(process.join("fdinfo")) {
+        Ok(all) => all.flatten().map(|descriptor| descriptor.path()),
+        Err(error) => return (error.kind() == ErrorKind::PermissionDenied).then(|| process.to_owned()),
+    };
+    for path in all {
+        match number_of(&path) {
+            Ok(Some(number)) if number == inode => return Some(path),
+            // Linux before 5.14 does not tell.
+            Ok(None) => return Some(process.to_owned()),
+            Ok(Some(_)) | Err(_) => {}
+        }
+    }
+    None
+}
+
+/// The number of what a file in fdinfo is about (`seq_show` in fs/proc/fd.c).
+fn number_of(information: &Path) -> std::io::Result<Option<u64>> {
+    let text = read_to_string(information)?;
+    Ok(text.lines().find_map(|line| line.strip_prefix("ino:")?.trim().parse().ok()))
+}
+
+/// Is this file in fd or fdinfo about that socket?
+fn leads_to(path: &Path, inode: u64) -> bool {
+    match read_link(path) {
+        Ok(target) => target.as_os_str() == format!("socket:[{inode}]").as_str(),
+        Err(_) => number_of(path).is_ok_and(|number| number == Some(inode)),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd as _;
+
     use super::*;
 
     #[test]
@@ -129,8 +165,28 @@ mod tests {
     #[test]
     fn what_this_namespace_has_counts_for_nothing() {
         let own = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let link = format!("socket:[{}]", fstat(&own).unwrap().st_ino);
-        let is_it = |path: &Path| std::fs::read_link(path).is_ok_and(|it| it.as_os_str() == link.as_str());
-        assert_eq!(elsewhere(is_it), None);
+        assert_eq!(elsewhere(fstat(&own).unwrap().st_ino), None);
+    }
+
+    #[test]
+    fn a_descriptor_is_found_by_either_folder() {
+        let own = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let inode = fstat(&own).unwrap().st_ino;
+        let process = Path::new("/proc/self");
+        let of = |folder: &str| process.join(folder).join(own.as_raw_fd().to_string());
+        assert!(leads_to(&of("fd"), inode) && leads_to(&of("fdinfo"), inode));
+        assert!(!leads_to(&of("fd"), inode + 1) && !leads_to(&of("fdinfo"), inode + 1));
+        assert_eq!(by_information(process, inode), Some(of("fdinfo")));
+        drop(own);
+        assert_eq!(by_information(process, inode), None);
+    }
+
+    #[test]
+    fn where_the_kernel_does_not_tell_the_service_is_taken_to_have_it() {
+        let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("bro-fdinfo-XXXXXX")).unwrap();
+        std::fs::create_dir(folder.join("fdinfo")).unwrap();
+        std::fs::write(folder.join("fdinfo/3"), "pos:\t0\nflags:\t02\nmnt_id:\t9\n").unwrap();
+        assert_eq!(by_information(&folder, 1), Some(folder.clone()));
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

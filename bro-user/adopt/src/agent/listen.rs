@@ -26,6 +26,10 @@ impl<S: Surroundings> Agent<S> {
         }
         let bound = Place::of(socket.as_fd()).zip(look(socket.as_fd()));
         let Some((place, seen)) = bound else { return Some(Answer::Continue) };
+        // The kernel says that such a socket does not listen.
+        if seen.family.is_datagrams() {
+            return Some(Answer::Continue);
+        }
         let index = match self.choose(&place, seen.family) {
             None => return Some(Answer::Continue),
             Some(Err(listener)) => return Some(self.not_adopted(listener, Misfit::Family)),
@@ -55,13 +59,13 @@ impl<S: Surroundings> Agent<S> {
         Some(if listener.is_some() { Answer::Done } else { Answer::Continue })
     }
 
-    fn not_adopted(&mut self, listener: usize, why: Misfit) -> Answer {
+    pub(super) fn not_adopted(&mut self, listener: usize, why: Misfit) -> Answer {
         self.surroundings.tell(Event::NotAdopted { listener, why });
         Answer::Continue
     }
 
     /// Puts listener `index` in the place of the caller's descriptor. Everything before that may be done again, and is without effect if it is the last.
-    fn adopt(
+    pub(super) fn adopt(
         &mut self,
         index: usize,
         caller: &Caller<'_>,
@@ -72,7 +76,8 @@ impl<S: Surroundings> Agent<S> {
         let last = self.last + 1;
         // A predecessor may have stored it before it was killed.
         let known = self.originals.iter().any(|original| original.seen.cookie == seen.cookie);
-        let may_keep = self.may_keep() && seen.family != Family::UnixPackets && !known;
+        let is_bound = Place::of(socket.as_fd()).is_some_and(|place| place.is_bound());
+        let may_keep = self.may_keep() && seen.family != Family::UnixPackets && !known && is_bound;
         let Some(listener) = self.listeners.get_mut(index) else { return Ok(()) };
         health::check(listener.socket.as_fd())?;
         let close_on_exec = caller.closes_on_exec(number).map_err(Misfit::Replacing)?;

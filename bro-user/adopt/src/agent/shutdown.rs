@@ -7,7 +7,7 @@ use nix::sys::socket::Shutdown;
 
 use super::Agent;
 use crate::caller::Caller;
-use crate::inside::connect_to;
+use crate::inside::{ClientPlace, connect_to};
 use crate::notification::{Answer, Raw};
 use crate::options::{is_nonblocking, set_nonblocking};
 use crate::surroundings::{Event, Surroundings};
@@ -46,8 +46,10 @@ impl<S: Surroundings> Agent<S> {
         how: Shutdown,
     ) -> Answer {
         let Some(listener) = self.listeners.get(index) else { return Answer::Done };
+        let is_datagrams = listener.seen.family.is_datagrams();
         let Some(at) = self.originals.iter().position(|original| original.listener == index) else {
-            return Answer::Done;
+            // What the kernel says of a socket without a peer.
+            return if is_datagrams { Answer::Failed(Errno::ENOTCONN) } else { Answer::Done };
         };
         let original = self.originals.remove(at);
         let flag = is_nonblocking(listener.socket.as_fd())
@@ -62,7 +64,8 @@ impl<S: Surroundings> Agent<S> {
             return Answer::Done;
         }
         let answer = shut(&original.socket, how);
-        if let Err(error) = connect_to(listener.socket.as_fd()) {
+        // What waits for a datagram goes on waiting for the next: one that is sent for it would stay and wake the service again if nothing waits.
+        if !is_datagrams && let Err(error) = connect_to(listener.socket.as_fd(), ClientPlace::Here) {
             tracing::debug!(%error, "whatever waits in accept(2) goes on waiting");
         }
         self.let_go(vec![original]);

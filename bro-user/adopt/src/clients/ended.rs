@@ -36,6 +36,17 @@ const FAMILY_AT: u32 = 16;
 const PORT_AT: u32 = 20;
 const ADDRESS_AT: u32 = 24;
 
+/// A client that has gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndedClient {
+    /// The connection's cookie.
+    pub number: u64,
+    /// The address that it came from; the one that its listener is bound to, where the service has reset it.
+    pub address: IpAddr,
+    /// How many bytes there were in all, as [`super::ServedClient::bytes`], with one more for each side's end.
+    pub bytes: Option<u64>,
+}
+
 /// Hears of TCP clients that have gone.
 #[derive(Debug)]
 pub struct EndedClients {
@@ -64,12 +75,17 @@ impl EndedClients {
         Ok(Some(Self { messages }))
     }
 
-    /// Has a client of these listeners gone since the last call? They are to be some of those that it was made for. Does not wait; the kernel tells
-    /// some moments after the client has gone.
+    /// Has a client of these listeners gone since the last call that `counts`? They are to be some of those that it was made for. Does not wait; the
+    /// kernel tells some moments after the client has gone. `counts` is asked about clients of other listeners with such an address too, and not about
+    /// those that the kernel had no room to tell of: they count.
     ///
     /// # Errors
     /// [`Uncountable`].
-    pub fn any(&self, listeners: &[BorrowedFd<'_>]) -> Result<bool, Uncountable> {
+    pub fn any(
+        &self,
+        listeners: &[BorrowedFd<'_>],
+        counts: &mut dyn FnMut(&EndedClient) -> bool,
+    ) -> Result<bool, Uncountable> {
         let (mut gone, mut lost) = (Vec::new(), false);
         let mut buffer = [0; 4096];
         for _ in 0..MOST {
@@ -77,6 +93,10 @@ impl EndedClients {
                 Ok(length) => {
                     let _one = bro_relay::netns::netlink::messages(&buffer[..length], &mut |message| {
                         let SockDiagMessage::InetResponse(response) = message else { return };
+                        let (number, address) = tcp::who(&response);
+                        if !counts(&EndedClient { number, address, bytes: tcp::bytes(&response) }) {
+                            return;
+                        }
                         let (family, port) = (response.header.family, response.header.socket_id.source_port);
                         let ended = (family, port, LocalEnd::of(&response));
                         if !gone.contains(&ended) {

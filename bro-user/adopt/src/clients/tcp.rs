@@ -8,7 +8,6 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::ops::ControlFlow;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use netlink_packet_core::Nla as _;
@@ -18,7 +17,7 @@ use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
 use nix::libc;
 
-use super::{Counting, Uncountable};
+use super::{ServedClient, Uncountable, WithBytes};
 use crate::bound;
 use crate::socket::{self, Place};
 use crate::sys;
@@ -151,48 +150,42 @@ pub(super) fn is_client(
     Ok(false)
 }
 
-/// As [`super::served`].
+/// Hands over each that is served.
 pub(super) fn served(
     listeners: &[BorrowedFd<'_>],
-    counting: &Counting<'_>,
-    each: &mut dyn FnMut(usize, u64) -> ControlFlow<()>,
-) -> Result<ControlFlow<()>, Uncountable> {
-    for mut asked in questions(listeners) {
-        let heard = asked.ask(listeners, counting, each)?;
-        if heard.is_break() {
-            return Ok(heard);
-        }
-    }
-    Ok(ControlFlow::Continue(()))
+    bytes: WithBytes,
+    each: &mut dyn FnMut(&ServedClient),
+) -> Result<(), Uncountable> {
+    questions(listeners).iter_mut().try_for_each(|asked| asked.ask(listeners, bytes, each))
 }
 
 impl PortQuestion {
     fn ask(
         &mut self,
         listeners: &[BorrowedFd<'_>],
-        counting: &Counting<'_>,
-        each: &mut dyn FnMut(usize, u64) -> ControlFlow<()>,
-    ) -> Result<ControlFlow<()>, Uncountable> {
+        with_bytes: WithBytes,
+        each: &mut dyn FnMut(&ServedClient),
+    ) -> Result<(), Uncountable> {
         let table = super::table(listeners)?;
         self.learn_of_others(&table)?;
         let states =
             StateFlags::ESTABLISHED | StateFlags::CLOSE_WAIT | StateFlags::FIN_WAIT1 | StateFlags::FIN_WAIT2;
-        let extensions = if counting.bytes { ExtensionFlags::INFO } else { ExtensionFlags::empty() };
+        let extensions = match with_bytes {
+            WithBytes::Yes => ExtensionFlags::INFO,
+            WithBytes::No => ExtensionFlags::empty(),
+        };
         super::dump(&table, self.request(states, extensions), |answer| {
-            let SockDiagMessage::InetResponse(response) = answer else { return ControlFlow::Continue(()) };
-            let client = response.header.socket_id.destination_address.to_canonical();
-            if response.header.inode == 0 || (counting.ignores)(client) {
-                return ControlFlow::Continue(());
+            let SockDiagMessage::InetResponse(response) = answer else { return };
+            if response.header.inode == 0 {
+                return;
             }
-            let bytes = bytes(&response);
+            let (number, address) = who(&response);
+            let bytes = bytes(&response).filter(|_| with_bytes == WithBytes::Yes);
             for cookie in came_by(&self.bound, &LocalEnd::of(&response)) {
                 for (index, _) in self.listeners.iter().filter(|(_, its)| *its == cookie) {
-                    if each(*index, bytes).is_break() {
-                        return ControlFlow::Break(());
-                    }
+                    each(&ServedClient { listener: *index, number, address: Some(address), bytes });
                 }
             }
-            ControlFlow::Continue(())
         })
     }
 
@@ -200,12 +193,11 @@ impl PortQuestion {
     fn learn_of_others(&mut self, table: &OwnedFd) -> Result<(), Uncountable> {
         let mut found = Vec::new();
         let request = self.request(StateFlags::LISTEN, ExtensionFlags::empty());
-        let _all = super::dump(table, request, |answer| {
+        super::dump(table, request, |answer| {
             if let SockDiagMessage::InetResponse(response) = answer {
                 let cookie = u64::from_ne_bytes(response.header.socket_id.cookie);
                 found.push(Bound { cookie, end: LocalEnd::of(&response) });
             }
-            ControlFlow::Continue(())
         })?;
         self.bound.retain(|own| !found.iter().any(|found| found.cookie == own.cookie));
         self.bound.append(&mut found);
@@ -225,17 +217,26 @@ impl PortQuestion {
     }
 }
 
-/// tcpi_bytes_acked and tcpi_bytes_received (Linux 4.1).
-fn bytes(response: &InetResponse) -> u64 {
+/// A connection's cookie, and the address of its client.
+pub(super) fn who(response: &InetResponse) -> (u64, IpAddr) {
+    let id = &response.header.socket_id;
+    (u64::from_ne_bytes(id.cookie), id.destination_address.to_canonical())
+}
+
+/// tcpi_bytes_acked and tcpi_bytes_received (Linux 4.1) together. An end takes one place in the sequence, and is no byte.
+pub(super) fn bytes(response: &InetResponse) -> Option<u64> {
+    const TCP_FIN_WAIT2: u8 = 5;
+    const TCP_CLOSE_WAIT: u8 = 8;
     let info = response.nlas.iter().find_map(|nla| match nla {
         Nla::TcpInfo(info) => Some(info),
         _ => None,
-    });
+    })?;
     let number = |at: usize| {
-        let bytes: [u8; 8] = info?.get(at..at + 8)?.try_into().ok()?;
+        let bytes: [u8; 8] = info.get(at..at + 8)?.try_into().ok()?;
         Some(u64::from_ne_bytes(bytes))
     };
-    number(120).unwrap_or(0).wrapping_add(number(128).unwrap_or(0))
+    let ends = u64::from([TCP_FIN_WAIT2, TCP_CLOSE_WAIT].contains(&response.header.state));
+    Some(number(120)?.wrapping_add(number(128)?).saturating_sub(ends))
 }
 
 #[cfg(test)]

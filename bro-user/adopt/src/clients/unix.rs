@@ -1,22 +1,18 @@
 //! Unix clients, by the kernel's table of sockets: an accepted socket has the name of its listener, and the file.
 //!
 //! It is in the table of its *client's* network namespace (`unix_stream_connect`), although it is the service's: one container's clients of another's
-//! socket, by a path that is mounted in both, are not in this one. They are found at the descriptors of the service's processes.
+//! socket, by a path that is mounted in both, are not in this one.
 
-use std::collections::HashSet;
-use std::ops::ControlFlow;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use netlink_packet_core::NLM_F_REQUEST;
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::unix::nlas::{Nla, UnixDiagName, Vfs};
 use netlink_packet_sock_diag::unix::{ShowFlags, StateFlags, UnixRequest, UnixResponse};
-use nix::libc;
 
-use super::Uncountable;
+use super::{ServedClient, Uncountable};
 use crate::family::Family;
-use crate::socket::{self, Place};
-use crate::sys;
+use crate::socket;
 
 /// What a listener and the sockets that were accepted at it have in common.
 #[derive(Debug)]
@@ -74,74 +70,33 @@ impl UnixName {
     }
 }
 
-/// As [`super::served`]; the kernel counts no bytes.
+/// Hands over each that is served; the kernel counts no bytes.
 pub(super) fn served(
     listeners: &[BorrowedFd<'_>],
-    processes: &[i32],
-    each: &mut dyn FnMut(usize, u64) -> ControlFlow<()>,
-) -> Result<ControlFlow<()>, Uncountable> {
-    let (mut names, mut places) = (Vec::new(), Vec::new());
+    each: &mut dyn FnMut(&ServedClient),
+) -> Result<(), Uncountable> {
+    let mut names = Vec::new();
     for (index, listener) in listeners.iter().enumerate() {
         let family = socket::look(*listener).map(|seen| seen.family);
-        if let Some(family @ (Family::Unix | Family::UnixPackets)) = family {
+        if let Some(Family::Unix | Family::UnixPackets) = family {
             names.extend(UnixName::of(*listener)?.map(|name| (index, name)));
-            places.extend(Place::of(*listener).map(|place| (index, (place, family))));
         }
     }
     if names.is_empty() {
-        return Ok(ControlFlow::Continue(()));
+        return Ok(());
     }
-    let mut told = HashSet::new();
-    let mut tell = |inode: u64, mine: &mut dyn Iterator<Item = usize>| {
-        for index in mine {
-            if told.insert(inode) && each(index, 0).is_break() {
-                return ControlFlow::Break(());
-            }
-        }
-        ControlFlow::Continue(())
-    };
     let request = UnixRequest {
         state_flags: StateFlags::ESTABLISHED,
         inode: 0,
         show_flags: ShowFlags::NAME | ShowFlags::VFS,
         cookie: [0xff; 8],
     };
-    let heard = super::dump(&super::table(listeners)?, SockDiagMessage::UnixRequest(request), |answer| {
-        let SockDiagMessage::UnixResponse(response) = answer else { return ControlFlow::Continue(()) };
-        let Some(client) = UnixName::read(&response) else { return ControlFlow::Continue(()) };
-        let mine = names.iter().filter(|(_, name)| name.is_of(&client)).map(|(index, _)| *index);
-        tell(response.header.inode.into(), &mut { mine })
-    })?;
-    if heard.is_break() {
-        return Ok(heard);
-    }
-    for process in processes {
-        for (inode, place) in accepted(*process) {
-            let mine = places.iter().filter(|(_, listens)| *listens == place).map(|(index, _)| *index);
-            if tell(inode, &mut { mine }).is_break() {
-                return Ok(ControlFlow::Break(()));
-            }
+    super::dump(&super::table(listeners)?, SockDiagMessage::UnixRequest(request), |answer| {
+        let SockDiagMessage::UnixResponse(response) = answer else { return };
+        let Some(client) = UnixName::read(&response) else { return };
+        for (listener, _) in names.iter().filter(|(_, name)| name.is_of(&client)) {
+            let number = response.header.inode.into();
+            each(&ServedClient { listener: *listener, number, address: None, bytes: None });
         }
-    }
-    Ok(ControlFlow::Continue(()))
-}
-
-/// The connected sockets with a name that a process has, by their inodes.
-fn accepted(process: i32) -> Vec<(u64, (Place, Family))> {
-    let (Ok(handle), Ok(entries)) =
-        (bro_relay::sys::pidfd_open(process), std::fs::read_dir(format!("/proc/{process}/fd")))
-    else {
-        return Vec::new();
-    };
-    let look = |entry: std::fs::DirEntry| {
-        let link = std::fs::read_link(entry.path()).ok()?;
-        let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()?;
-        let number = entry.file_name().to_str()?.parse().ok()?;
-        // What has this number by now may be another socket, which is then as good as the first.
-        let socket = sys::descriptor_of(handle.as_fd(), number).ok()?;
-        let family = socket::look(socket.as_fd())?.family;
-        let listens = socket::number(socket.as_fd(), libc::SOL_SOCKET, libc::SO_ACCEPTCONN).ok()? != 0;
-        (!listens).then_some((inode, (Place::of(socket.as_fd())?, family)))
-    };
-    entries.flatten().filter_map(look).collect()
+    })
 }

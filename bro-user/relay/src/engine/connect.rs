@@ -289,7 +289,7 @@ impl Engine {
         for index in held {
             self.hold(index, refused);
         }
-        self.flows_lost(target);
+        self.flows_lost(target, refused);
     }
 
     /// Nothing is bound at a target for datagrams any more.

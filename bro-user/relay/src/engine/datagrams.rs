@@ -6,21 +6,27 @@
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use nix::sys::socket::{MsgFlags, SockaddrStorage, send, setsockopt, sockopt};
+use nix::sys::socket::{SockaddrLike, SockaddrStorage, setsockopt, sockopt};
 
 use super::agent_link::out_of_descriptors;
 use super::connect::nothing_listens;
+use super::outgoing::{Outgoing, Segments, cannot_be_taken_apart};
 use super::report::{Figures, MOST_PEERS};
 use super::targets::{Found, Frozen};
 use super::token::Token;
 use super::{Engine, RETRY, TICK};
 use crate::ancillary::Ancillary;
 use crate::engine::protocol::EngineEvent;
-use crate::flows::{DatagramTally, Dropped, FlowEnds, FlowId, FlowTable, HeldDatagram, HeldDatagrams};
+use crate::flows::{
+    DatagramTally, Dropped, FlowClient, FlowEnds, FlowId, FlowTable, HeldDatagram, HeldDatagrams, Piece,
+    together,
+};
+use crate::listener::SocketKind;
 use crate::netns::wire;
 use crate::peer::{Peer, Source};
 use crate::proxy_protocol::Trusted;
@@ -29,6 +35,9 @@ use crate::sys::messages::{Messages, ReceivedDatagram};
 
 /// Datagrams that are received at a time; a buffer for each is kept.
 const BATCH: usize = 16;
+
+/// As many answers are looked for at the first one: that there is no second one is then said by the same system call.
+const FEW: usize = 2;
 
 /// How often in a row one socket is read before others have their turn.
 const ROUNDS: usize = 4;
@@ -60,11 +69,28 @@ struct Flow {
     stage: FlowStage,
     /// The ECN bits with which its socket sends.
     ecn: u8,
+    /// How its socket takes apart what is sent to the service.
+    segments: Segments,
+    /// The service's buffer is full, over a unix socket: what comes waits until there is room, as the client would.
+    is_full: bool,
+    /// How many answers are received at a time: twice as many as there were last.
+    answers_at_once: usize,
+    /// The longest datagrams of which several go to the client as one.
+    longest_answer: usize,
     /// It keeps nothing awake (`--idle-ignore`).
     ignored: bool,
     opened: Instant,
     to_service: u64,
     to_client: u64,
+}
+
+/// A datagram that a client has sent.
+#[derive(Debug, Clone)]
+struct Arrived {
+    ends: FlowEnds,
+    flow: FlowId,
+    ecn: u8,
+    piece: Piece,
 }
 
 /// Why a flow ended.
@@ -122,6 +148,8 @@ pub(super) struct Datagrams {
     keeping: usize,
     /// Targets whose agent is to be asked for sockets.
     to_ask: Vec<usize>,
+    /// It was said that descriptors are not passed on.
+    descriptors_announced: bool,
     /// It was said that flows take each other's places.
     full_announced: bool,
 }
@@ -138,6 +166,7 @@ impl Datagrams {
             waiting: 0,
             keeping: 0,
             to_ask: Vec::new(),
+            descriptors_announced: false,
             full_announced: false,
         }
     }
@@ -184,6 +213,11 @@ impl Datagrams {
         self.flows.iter().all(|(_, _, used, flow)| sleeps(used, flow))
     }
 
+    /// The flow that is there now.
+    fn id(&self, index: usize) -> Option<FlowId> {
+        self.flows.get(index).map(|(_, flow)| FlowId { index, generation: flow.generation })
+    }
+
     /// The flow, if it still is the one.
     fn is_there(&self, id: FlowId) -> bool {
         self.flows.get(id.index).is_some_and(|(_, flow)| flow.generation == id.generation)
@@ -209,6 +243,9 @@ impl Datagrams {
 /// setsockopt(2)'s.
 pub fn prepare(socket: &OwnedFd) -> nix::Result<()> {
     let name: SockaddrStorage = nix::sys::socket::getsockname(socket.as_raw_fd())?;
+    if name.as_unix_addr().is_some() {
+        return Ok(());
+    }
     if name.as_sockaddr_in6().is_some() {
         setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &true)?;
         setsockopt(socket, sockopt::Ipv6RecvTClass, &true)?;
@@ -219,8 +256,17 @@ pub fn prepare(socket: &OwnedFd) -> nix::Result<()> {
     setsockopt(socket, sockopt::IpRecvTos, &true)
 }
 
-/// The client's address, as the socket's family writes it.
-fn client_of(message: &ReceivedDatagram<'_>) -> Option<SocketAddr> {
+/// The client, as the socket's family writes it.
+fn client_of(message: &ReceivedDatagram<'_>, kind: SocketKind) -> Option<FlowClient> {
+    if kind == SocketKind::UnixDatagram {
+        let name = message.from.and_then(|from| from.as_unix_addr().copied());
+        let named = name.filter(|name| name.path().is_some() || name.as_abstract().is_some());
+        return Some(named.map_or(FlowClient::Unbound, |name| FlowClient::Unix(Arc::new(name))));
+    }
+    inet_of(message).map(FlowClient::Inet)
+}
+
+fn inet_of(message: &ReceivedDatagram<'_>) -> Option<SocketAddr> {
     let from = message.from?;
     if let Some(v4) = from.as_sockaddr_in() {
         return Some(std::net::SocketAddrV4::from(*v4).into());
@@ -229,17 +275,29 @@ fn client_of(message: &ReceivedDatagram<'_>) -> Option<SocketAddr> {
     Some(std::net::SocketAddrV6::new(*v6.ip(), v6.port(), 0, v6.scope_id()).into())
 }
 
+/// The first of these, up to those of which several go as one.
+fn apart(pieces: &[Piece], longest: usize) -> &[Piece] {
+    let alone = (0..pieces.len()).take_while(|at| together(&pieces[*at..], longest) == 1);
+    &pieces[..alone.count()]
+}
+
 /// The same as people and limits know it.
-fn peer_of(client: SocketAddr) -> Peer {
-    Peer::Tcp(SocketAddr::new(client.ip().to_canonical(), client.port()))
+fn peer_of(client: &FlowClient) -> Peer {
+    match client {
+        FlowClient::Inet(client) => Peer::Tcp(SocketAddr::new(client.ip().to_canonical(), client.port())),
+        // A datagram does not say whose it is, unless its socket is asked for that, which would be systemd's socket too.
+        FlowClient::Unix(_) | FlowClient::Unbound => Peer::Unix { uid: u32::MAX, pid: 0 },
+    }
 }
 
 impl Engine {
     /// Takes what waits on a listener for datagrams.
     pub(super) fn receive_datagrams(&mut self, listener: usize) {
         let mut messages = self.datagrams.messages.take().unwrap_or_else(|| Messages::new(BATCH));
+        let mut arrived: Vec<Arrived> = Vec::with_capacity(BATCH);
+        let kind = self.listeners.kind(listener);
         for _ in 0..ROUNDS {
-            let received = match messages.receive(self.listeners.socket(listener)) {
+            let received = match messages.receive(self.listeners.socket(listener), BATCH) {
                 Ok(received) => received,
                 Err(Errno::EAGAIN | Errno::EINTR) => break,
                 Err(errno) => {
@@ -248,11 +306,30 @@ impl Engine {
                 }
             };
             let now = Instant::now();
-            for message in (0..received).filter_map(|number| messages.get(number)) {
-                if let Some(client) = client_of(&message) {
-                    self.client_sent(listener, client, &message, now);
+            for number in 0..received {
+                let Some(message) = messages.get(number) else { break };
+                let Some(client) = client_of(&message, kind) else { continue };
+                let Ancillary { local, ecn, segment, descriptors } = Ancillary::read(message.control);
+                if descriptors {
+                    self.descriptors_refused(listener);
+                    continue;
                 }
+                let (ends, length) = (FlowEnds { listener, client, local }, message.bytes.len());
+                // One client often sends several in a row.
+                let last = arrived.last().filter(|last| last.ends == ends);
+                let flow = match last.map(|last| last.flow).or_else(|| self.used_flow(&ends, now)) {
+                    Some(flow) => flow,
+                    None => {
+                        // A new one may take the place of one of those.
+                        self.pass_to_service(&mut arrived, &mut messages, now);
+                        let Some(flow) = self.admit_flow(ends.clone(), now) else { continue };
+                        flow
+                    }
+                };
+                let pieces = Piece::of(number, length, segment.into());
+                arrived.extend(pieces.map(|piece| Arrived { ends: ends.clone(), flow, ecn, piece }));
             }
+            self.pass_to_service(&mut arrived, &mut messages, now);
             if received < BATCH {
                 break;
             }
@@ -262,36 +339,53 @@ impl Engine {
         self.ask_for_flows();
     }
 
-    /// A client has sent a datagram.
-    fn client_sent(
-        &mut self,
-        listener: usize,
-        client: SocketAddr,
-        message: &ReceivedDatagram<'_>,
-        now: Instant,
-    ) {
-        let Ancillary { local, ecn } = Ancillary::read(message.control);
-        let key = FlowEnds { listener, client, local };
-        let index = match self.datagrams.flows.find(&key) {
-            Some(index) => {
-                self.datagrams.flows.touch(index, now);
-                index
+    /// The flow between these ends, which has just been used.
+    fn used_flow(&mut self, ends: &FlowEnds, now: Instant) -> Option<FlowId> {
+        let index = self.datagrams.flows.find(ends)?;
+        self.datagrams.flows.touch(index, now);
+        self.datagrams.id(index)
+    }
+
+    /// Passes on what clients have sent, each flow's in order and as much of it at once as can be.
+    fn pass_to_service(&mut self, arrived: &mut Vec<Arrived>, messages: &mut Messages, now: Instant) {
+        arrived.sort_by_key(|one| one.flow.index);
+        let mut pieces = Vec::with_capacity(arrived.len());
+        for of_flow in arrived.chunk_by(|one, next| (one.flow, one.ecn) == (next.flow, next.ecn)) {
+            let Arrived { ends, flow, ecn, .. } = &of_flow[0];
+            pieces.clear();
+            pieces.extend(of_flow.iter().map(|one| one.piece));
+            let mut left = &pieces[..];
+            while !left.is_empty() {
+                // One before it may have ended the flow.
+                let there = Some(*flow).filter(|flow| self.datagrams.is_there(*flow));
+                let there = there
+                    .or_else(|| self.used_flow(ends, now))
+                    .or_else(|| self.admit_flow(ends.clone(), now));
+                let Some((_, at)) = there.and_then(|flow| self.datagrams.flows.get(flow.index)) else {
+                    break;
+                };
+                let (run, rest) = left.split_at(together(left, at.segments.longest()));
+                let outgoing = match run {
+                    [one] => Outgoing::One(messages.bytes_of(one)),
+                    several => Outgoing::Several(several, messages),
+                };
+                if let Some(flow) = there {
+                    self.send_to_service(flow.index, outgoing, *ecn);
+                }
+                left = rest;
             }
-            None => match self.admit_flow(key, now) {
-                Some(index) => index,
-                None => return,
-            },
-        };
-        self.send_to_service(index, message.bytes, ecn);
+        }
+        arrived.clear();
     }
 
     /// A flow begins, unless its client is none to wake a service that sleeps.
-    fn admit_flow(&mut self, key: FlowEnds, now: Instant) -> Option<usize> {
-        let (peer, target) = (peer_of(key.client), self.listeners.target(key.listener));
+    fn admit_flow(&mut self, key: FlowEnds, now: Instant) -> Option<FlowId> {
+        let (peer, listener) = (peer_of(&key.client), key.listener);
+        let target = self.listeners.target(listener);
         let is_one_of = |these: &[Trusted]| these.iter().any(|one| one.is(&peer));
         let ready = self.targets[target].is_ready() && self.targets.frozen == Frozen::No;
         if !ready && is_one_of(&self.settings.wake_ignore) {
-            self.datagram_tally(key.listener).dropped.add(Dropped::WakeIgnored, 1);
+            self.datagram_tally(listener).dropped.add(Dropped::WakeIgnored, 1);
             return None;
         }
         let ignored = is_one_of(&self.settings.idle_ignore);
@@ -304,6 +398,14 @@ impl Engine {
             target,
             stage: FlowStage::Held,
             ecn: 0,
+            segments: if matches!(key.client, FlowClient::Inet(_)) {
+                Segments::default()
+            } else {
+                Segments::never()
+            },
+            is_full: false,
+            answers_at_once: FEW,
+            longest_answer: if matches!(key.client, FlowClient::Inet(_)) { usize::MAX } else { 0 },
             ignored,
             opened: now,
             to_service: 0,
@@ -312,7 +414,7 @@ impl Engine {
         let made = self.datagrams.flows.insert(key, source, flow, now);
         self.datagrams.waiting += 1;
         self.datagrams.keeping += usize::from(!ignored);
-        self.datagram_tally(key.listener).flows += 1;
+        self.datagram_tally(listener).flows += 1;
         if let Some((index, key, flow)) = made.instead_of {
             self.datagram_tally(key.listener).evicted += 1;
             if !std::mem::replace(&mut self.datagrams.full_announced, true) {
@@ -328,23 +430,23 @@ impl Engine {
         if ready {
             self.dial_flow(made.index)
         } else {
-            self.flow_waits(made.index)
+            self.flow_waits(made.index, false)
         }
         self.publish_open();
         self.publish_held();
-        Some(made.index)
+        Some(FlowId { index: made.index, generation })
     }
 
     /// A flow waits for the service, which is woken where it sleeps.
-    fn flow_waits(&mut self, index: usize) {
+    fn flow_waits(&mut self, index: usize, refused: bool) {
         self.datagrams.set_stage(index, FlowStage::Held);
         let Some((key, flow)) = self.datagrams.flows.get(index) else { return };
-        let (peer, target, listener) = (peer_of(key.client).to_string(), flow.target, key.listener);
+        let (peer, target, listener) = (peer_of(&key.client).to_string(), flow.target, key.listener);
         let source = Some(flow.source.to_string());
         match self.targets[target].stir() {
             Found::Asleep => {
                 self.tallies[listener].cold_starts += 1;
-                self.outbox.tell(&EngineEvent::Wake { target, peer, source, refused: false });
+                self.outbox.tell(&EngineEvent::Wake { target, peer, source, refused });
             }
             Found::Ready if self.targets.frozen == Frozen::Yes => self.ask_to_thaw(&peer),
             Found::Ready | Found::Unknown | Found::Waking => {}
@@ -356,9 +458,12 @@ impl Engine {
         self.datagrams.set_stage(index, FlowStage::Dialling);
         let Some((key, flow)) = self.datagrams.flows.get(index) else { return };
         let (target, id) = (flow.target, FlowId { index, generation: flow.generation });
-        let Some(link) = self.targets[target].link() else { return self.flow_waits(index) };
+        let Some(link) = self.targets[target].link() else { return self.flow_waits(index, false) };
         let address = link.ready.addresses.first().copied().flatten();
-        let source = address.and_then(|address| link.source(Origin::at(key.client), address, false));
+        let source = match (&key.client, address) {
+            (FlowClient::Inet(client), Some(address)) => link.source(Origin::at(*client), address, false),
+            _ => None,
+        };
         link.dial_flow(id, source);
         if !self.datagrams.to_ask.contains(&target) {
             self.datagrams.to_ask.push(target);
@@ -384,6 +489,11 @@ impl Engine {
             // This flow, and each one after it, is served in the namespace that the file names now.
             Err(wire::STALE) => return self.target_gone(target),
             Err(errno) if out_of_descriptors(errno) => return self.end_flow(id.index, FlowEnd::Descriptors),
+            // A unix socket that is not there yet: no table shows it, so that this is how it is waited for.
+            Err(errno) if nothing_listens(errno) && self.settings.hold_refused => {
+                self.datagrams.set_stage(id.index, FlowStage::Held);
+                return self.target_refused(target);
+            }
             Ok(None) => return self.end_flow(id.index, FlowEnd::Unsendable),
             Err(errno) => {
                 let target = &self.targets[target].name;
@@ -396,16 +506,47 @@ impl Engine {
             return self.end_flow(id.index, FlowEnd::Descriptors);
         }
         self.datagrams.set_stage(id.index, FlowStage::Open(socket));
-        for datagram in self.datagrams.held.take(id) {
-            self.send_to_service(id.index, &datagram.bytes, datagram.ecn);
-        }
+        self.send_held(id);
         self.publish_held();
     }
 
-    /// Sends a datagram to the service, or has it wait until that can be done.
-    fn send_to_service(&mut self, index: usize, bytes: &[u8], ecn: u8) {
+    /// Sends what has waited.
+    fn send_held(&mut self, id: FlowId) {
+        for datagram in self.datagrams.held.take(id) {
+            self.send_to_service(id.index, Outgoing::One(&datagram.bytes), datagram.ecn);
+        }
+    }
+
+    /// Descriptors have come along with a datagram (unix(7) SCM_RIGHTS).
+    fn descriptors_refused(&mut self, listener: usize) {
+        self.datagram_tally(listener).dropped.add(Dropped::Unsendable, 1);
+        if !std::mem::replace(&mut self.datagrams.descriptors_announced, true) {
+            tracing::warn!("datagrams with descriptors are dropped: bro passes none on");
+        }
+    }
+
+    /// The service's buffer is full, or has room again. Over a unix socket nothing is lost by that: the client waits where it sends.
+    fn set_full(&mut self, index: usize, is_full: bool) {
         let Some((key, flow)) = self.datagrams.flows.get_mut(index) else { return };
-        let FlowStage::Open(socket) = &flow.stage else { return self.hold_datagram(index, bytes, ecn) };
+        let FlowStage::Open(socket) = &flow.stage else { return };
+        if std::mem::replace(&mut flow.is_full, is_full) == is_full {
+            return;
+        }
+        let events = if is_full { EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
+        let token = Token::Flow { index, generation: flow.generation };
+        let told = self.epoll.modify(socket, &mut EpollEvent::new(events, token.into()));
+        let told = told.and_then(|()| self.listeners.pause(&self.epoll, key.listener, is_full));
+        if let Err(errno) = told {
+            tracing::debug!(error = errno.desc(), "a full socket cannot be watched");
+        }
+    }
+
+    /// Sends datagrams to the service, or has them wait until that can be done.
+    fn send_to_service(&mut self, index: usize, mut outgoing: Outgoing<'_>, ecn: u8) {
+        let Some((key, flow)) = self.datagrams.flows.get_mut(index) else { return };
+        let (FlowStage::Open(socket), false) = (&flow.stage, flow.is_full) else {
+            return outgoing.each().for_each(|bytes| self.hold_datagram(index, bytes, ecn));
+        };
         if flow.ecn != ecn {
             let ipv6 = self.targets[flow.target].address(0).is_some_and(|address| address.is_ipv6());
             let set = if ipv6 {
@@ -415,7 +556,8 @@ impl Engine {
             };
             flow.ecn = if set.is_ok() { ecn } else { flow.ecn };
         }
-        let once = || send(socket.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+        let segments = &mut flow.segments;
+        let mut once = || outgoing.send(socket.as_fd(), segments);
         let tally = &mut self.tallies[key.listener].datagrams;
         let sent = once().or_else(|errno| match errno {
             Errno::EINTR => once(),
@@ -426,24 +568,33 @@ impl Engine {
             }
             errno => Err(errno),
         });
+        let (count, bytes) = outgoing.amount();
         match sent {
-            Ok(_) => {
-                tally.to_service.add(bytes.len());
-                flow.to_service += bytes.len() as u64;
+            Ok(()) => {
+                tally.to_service.add_several(count, bytes);
+                flow.to_service += bytes;
+            }
+            Err(errno) if count > 1 && cannot_be_taken_apart(errno) => {
+                segments.refuse(errno, outgoing.segment());
+                outgoing.each().for_each(|bytes| self.send_to_service(index, Outgoing::One(bytes), ecn));
+            }
+            Err(Errno::EAGAIN) if !matches!(key.client, FlowClient::Inet(_)) => {
+                outgoing.each().for_each(|bytes| self.hold_datagram(index, bytes, ecn));
+                self.set_full(index, true);
             }
             Err(Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM) => {
-                tally.dropped.add(Dropped::ServiceBuffer, 1)
+                tally.dropped.add(Dropped::ServiceBuffer, count);
             }
-            Err(Errno::EMSGSIZE) => tally.dropped.add(Dropped::TooLong, 1),
+            Err(Errno::EMSGSIZE) => tally.dropped.add(Dropped::TooLong, count),
             Err(errno) if nothing_listens(errno) && self.settings.hold_refused => {
                 // The one before this was refused, and this one waits until something is bound there again.
                 tally.dropped.add(Dropped::Refused, 1);
                 let target = flow.target;
                 self.datagrams.set_stage(index, FlowStage::Held);
-                self.hold_datagram(index, bytes, ecn);
+                outgoing.each().for_each(|bytes| self.hold_datagram(index, bytes, ecn));
                 self.target_refused(target);
             }
-            Err(_) => tally.dropped.add(Dropped::Unsendable, 1),
+            Err(_) => tally.dropped.add(Dropped::Unsendable, count),
         }
     }
 
@@ -459,9 +610,14 @@ impl Engine {
     }
 
     /// The service has answered a client, or the kernel for it.
-    pub(super) fn flow_event(&mut self, index: usize, generation: u32) {
-        if !self.datagrams.is_there(FlowId { index, generation }) {
+    pub(super) fn flow_event(&mut self, index: usize, generation: u32, events: EpollFlags) {
+        let id = FlowId { index, generation };
+        if !self.datagrams.is_there(id) {
             return;
+        }
+        if events.contains(EpollFlags::EPOLLOUT) {
+            self.set_full(index, false);
+            self.send_held(id);
         }
         let mut messages = self.datagrams.messages.take().unwrap_or_else(|| Messages::new(BATCH));
         let error = self.answer_client(index, &mut messages);
@@ -469,7 +625,7 @@ impl Engine {
         self.datagrams_moved();
         if let Some(errno) = error {
             let Some((key, flow)) = self.datagrams.flows.get(index) else { return };
-            tracing::debug!(peer = %peer_of(key.client), error = errno.desc(), "the service's side says");
+            tracing::debug!(peer = %peer_of(&key.client), error = errno.desc(), "the service's side says");
             if !nothing_listens(errno) {
                 return;
             }
@@ -488,7 +644,8 @@ impl Engine {
         for _ in 0..ROUNDS {
             let (key, flow) = self.datagrams.flows.get_mut(index)?;
             let FlowStage::Open(socket) = &flow.stage else { return None };
-            let received = match messages.receive(socket.as_fd()) {
+            let most = flow.answers_at_once;
+            let received = match messages.receive(socket.as_fd(), most) {
                 Ok(received) => received,
                 Err(Errno::EAGAIN) => break,
                 Err(Errno::EINTR) => continue,
@@ -498,41 +655,80 @@ impl Engine {
                     continue;
                 }
             };
-            let (to, listener) = (SockaddrStorage::from(key.client), self.listeners.socket(key.listener));
+            let listener = self.listeners.socket(key.listener);
             let tally = &mut self.tallies[key.listener].datagrams;
-            let ecn = |messages: &Messages, number| {
-                messages.get(number).map_or(0, |message| Ancillary::read(message.control).ecn)
+            let inet;
+            let to: &dyn SockaddrLike = match &key.client {
+                FlowClient::Inet(client) => {
+                    inet = SockaddrStorage::from(*client);
+                    &inet
+                }
+                FlowClient::Unix(name) => &**name,
+                FlowClient::Unbound => {
+                    tally.dropped.add(Dropped::Unsendable, received as u64);
+                    continue;
+                }
             };
-            let mut next = 0;
-            while next < received {
-                let bits = ecn(messages, next);
-                let end =
-                    (next + 1..received).find(|number| ecn(messages, *number) != bits).unwrap_or(received);
-                let control = Ancillary { local: key.local, ecn: bits }.write(key.client.ip());
-                match messages.send_on(next..end, listener, &to, &control) {
-                    Ok(sent) => {
-                        for message in (next..next + sent).filter_map(|number| messages.get(number)) {
-                            tally.to_clients.add(message.bytes.len());
-                            flow.to_client += message.bytes.len() as u64;
+            let mut answers = Vec::with_capacity(received);
+            for number in 0..received {
+                let Some(message) = messages.get(number) else { break };
+                let Ancillary { ecn, segment, descriptors, .. } = Ancillary::read(message.control);
+                if descriptors {
+                    tally.dropped.add(Dropped::Unsendable, 1);
+                    continue;
+                }
+                answers
+                    .extend(Piece::of(number, message.bytes.len(), segment.into()).map(|piece| (ecn, piece)));
+            }
+            for alike in answers.chunk_by(|(one, _), (next, _)| one == next) {
+                let ecn = alike[0].0;
+                let pieces: Vec<Piece> = alike.iter().map(|(_, piece)| *piece).collect();
+                let mut left = &pieces[..];
+                while let Some(first) = left.first() {
+                    let count = together(left, flow.longest_answer);
+                    let mut control = Ancillary { local: key.local, ecn, ..Ancillary::default() };
+                    let sent = if count > 1 {
+                        control.segment = first.length.try_into().unwrap_or(0);
+                        let control = control.write(&key.client);
+                        messages.send_together(&left[..count], listener, to, &control).map(|()| count)
+                    } else {
+                        messages.send_apart(
+                            apart(left, flow.longest_answer),
+                            listener,
+                            to,
+                            &control.write(&key.client),
+                        )
+                    };
+                    let gone = match sent {
+                        Ok(sent) => {
+                            let bytes = left[..sent].iter().map(|piece| piece.length as u64).sum();
+                            tally.to_clients.add_several(sent as u64, bytes);
+                            flow.to_client += bytes;
+                            sent
                         }
-                        next += sent;
-                    }
-                    Err(Errno::EINTR) => {}
-                    Err(Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM) => {
-                        tally.dropped.add(Dropped::ClientBuffer, (received - next) as u64);
-                        next = received;
-                    }
-                    // Of the first one alone.
-                    Err(errno) => {
-                        let why =
-                            if errno == Errno::EMSGSIZE { Dropped::TooLong } else { Dropped::Unsendable };
-                        tally.dropped.add(why, 1);
-                        next += 1;
-                    }
+                        Err(Errno::EINTR) => 0,
+                        Err(errno) if count > 1 && cannot_be_taken_apart(errno) => {
+                            flow.longest_answer = first.length - 1;
+                            0
+                        }
+                        Err(Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM) => {
+                            tally.dropped.add(Dropped::ClientBuffer, left.len() as u64);
+                            left.len()
+                        }
+                        // Of the first one alone, or of all that were to go as one.
+                        Err(errno) => {
+                            let too_long = errno == Errno::EMSGSIZE;
+                            let why = if too_long { Dropped::TooLong } else { Dropped::Unsendable };
+                            tally.dropped.add(why, count as u64);
+                            count
+                        }
+                    };
+                    left = &left[gone..];
                 }
             }
+            flow.answers_at_once = (2 * received).clamp(FEW, BATCH);
             self.datagrams.flows.touch(index, Instant::now());
-            if received < BATCH {
+            if received < most {
                 break;
             }
         }
@@ -560,14 +756,14 @@ impl Engine {
     }
 
     /// The target listens no more: flows end, and those that wait wake it again.
-    pub(super) fn flows_lost(&mut self, target: usize) {
+    pub(super) fn flows_lost(&mut self, target: usize, refused: bool) {
         if self.datagrams.is_empty() {
             return;
         }
         for index in self.datagrams.of_target(target) {
             match self.datagrams.flows.get(index).map(|(_, flow)| &flow.stage) {
                 Some(FlowStage::Open(_)) => self.end_flow(index, FlowEnd::Lost),
-                Some(FlowStage::Held | FlowStage::Dialling) => self.flow_waits(index),
+                Some(FlowStage::Held | FlowStage::Dialling) => self.flow_waits(index, refused),
                 None => {}
             }
         }
@@ -626,7 +822,7 @@ impl Engine {
         let left = self.datagrams.held.take(id).len() as u64;
         self.datagram_tally(key.listener).dropped.add(end.dropped(), left);
         tracing::debug!(
-            peer = %peer_of(key.client),
+            peer = %peer_of(&key.client),
             target = %self.targets[flow.target].name,
             to_service = flow.to_service,
             to_client = flow.to_client,
@@ -641,6 +837,9 @@ impl Engine {
             if self.keeping + self.datagrams.keeping == 0 && self.settings.idle_by_bytes.is_none() {
                 self.stats.now_idle();
             }
+        }
+        if flow.is_full {
+            self.listeners.pause(&self.epoll, key.listener, false).ok();
         }
         // The kernel takes a closed socket out of epoll.
         drop(flow);
@@ -660,7 +859,7 @@ impl Engine {
             tally.open += 1;
             tally.held += u64::from(!matches!(flow.stage, FlowStage::Open(_)));
             if !flow.ignored && figures.peers.len() < MOST_PEERS {
-                figures.peers.push(peer_of(key.client).to_string());
+                figures.peers.push(peer_of(&key.client).to_string());
             }
         }
     }

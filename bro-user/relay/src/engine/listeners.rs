@@ -32,9 +32,9 @@ pub(super) enum Accepting {
 pub enum ListenerUse {
     /// Accepts its clients. The listener is non-blocking.
     Relay,
-    /// Says when a client waits, once, and accepts none: whatever is to have the listener finds the client in its queue.
+    /// Says when a client waits, or a datagram, once, and takes none: whatever is to have the listener finds it in its queue.
     WakeOnly,
-    /// Nothing: a service accepts at it, or is about to.
+    /// Nothing: a service has what comes to it, or is about to.
     LeaveAlone,
 }
 
@@ -46,6 +46,8 @@ pub(super) struct Listeners {
     uses: Vec<ListenerUse>,
     /// How many clients each had of late.
     batches: Vec<AcceptBatch>,
+    /// How many flows of each have a service that takes no more now.
+    pauses: Vec<u32>,
     /// Counts the times that epoll had something to tell.
     turn: u64,
     accepting: Accepting,
@@ -62,6 +64,7 @@ impl Listeners {
         let first = if adopts { ListenerUse::LeaveAlone } else { ListenerUse::Relay };
         Self {
             batches: vec![AcceptBatch::default(); all.len()],
+            pauses: vec![0; all.len()],
             uses: vec![first; all.len()],
             all,
             turn: 0,
@@ -72,6 +75,14 @@ impl Listeners {
     /// What is done with this one.
     pub(super) fn used(&self, listener: usize) -> ListenerUse {
         self.uses[listener]
+    }
+
+    /// Has one more reason, or one less, to leave what is there where it is.
+    pub(super) fn pause(&mut self, epoll: &Epoll, listener: usize, pause: bool) -> nix::Result<()> {
+        let was = self.is_watched(listener);
+        let reasons = &mut self.pauses[listener];
+        *reasons = if pause { *reasons + 1 } else { reasons.saturating_sub(1) };
+        self.watch(epoll, listener, was)
     }
 
     /// Uses one so from now on; whether there is one of this number.
@@ -89,9 +100,9 @@ impl Listeners {
         let accepts = match self.all[listener].0.kind {
             SocketKind::Stream | SocketKind::SeqPacket => self.accepting == Accepting::Open,
             // The limits on connections are none on datagrams.
-            SocketKind::Datagram => self.accepting != Accepting::Closed,
+            SocketKind::Datagram | SocketKind::UnixDatagram => self.accepting != Accepting::Closed,
         };
-        accepts && self.uses[listener] != ListenerUse::LeaveAlone
+        accepts && self.pauses[listener] == 0 && self.uses[listener] != ListenerUse::LeaveAlone
     }
 
     /// Has epoll watch it if it is to now and was not, and the other way round.
@@ -140,7 +151,7 @@ impl Listeners {
 
     /// Is it a socket for datagrams, on which there is nothing to accept?
     pub(super) fn takes_datagrams(&self, listener: usize) -> bool {
-        self.all[listener].0.kind == SocketKind::Datagram
+        self.all[listener].0.kind.takes_datagrams()
     }
 
     pub(super) fn kind(&self, listener: usize) -> SocketKind {

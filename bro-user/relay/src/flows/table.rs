@@ -159,7 +159,7 @@ impl<T> FlowTable<T> {
             }
         };
         let index = self.entries.insert(FlowSlot {
-            key,
+            key: key.clone(),
             source: source_place,
             used: now,
             all: Neighbours::NONE,
@@ -262,6 +262,7 @@ impl<T> FlowTable<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flows::FlowClient;
     use proptest::prelude::*;
     use std::net::{IpAddr, Ipv4Addr, SocketAddr};
     use std::time::Duration;
@@ -269,20 +270,21 @@ mod tests {
     fn key(host: u8, port: u16) -> FlowEnds {
         FlowEnds {
             listener: 0,
-            client: SocketAddr::new(Ipv4Addr::new(10, 0, 0, host).into(), port),
+            client: FlowClient::Inet(SocketAddr::new(Ipv4Addr::new(10, 0, 0, host).into(), port)),
             local: None,
         }
     }
 
     fn source(key: &FlowEnds) -> Source {
-        Source::Address(IpAddr::V4(match key.client {
-            SocketAddr::V4(address) => *address.ip(),
-            SocketAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
-        }))
+        match &key.client {
+            FlowClient::Inet(SocketAddr::V4(address)) => Source::Address(IpAddr::V4(*address.ip())),
+            _ => Source::User(0),
+        }
     }
 
     fn insert(table: &mut FlowTable<u32>, key: FlowEnds, now: Instant) -> Option<FlowEnds> {
-        table.insert(key, source(&key), 0, now).instead_of.map(|(_, key, _)| key)
+        let source = source(&key);
+        table.insert(key, source, 0, now).instead_of.map(|(_, key, _)| key)
     }
 
     #[test]
@@ -337,18 +339,19 @@ mod tests {
                     Step::End(host, port) => {
                         let key = key(host, port);
                         let removed = table.find(&key).and_then(|index| table.remove(index));
-                        prop_assert_eq!(removed.map(|(key, _)| key), list.contains(&key).then_some(key));
+                        let known = list.contains(&key).then(|| key.clone());
+                        prop_assert_eq!(removed.map(|(key, _)| key), known);
                         list.retain(|known| *known != key);
                     }
                     Step::Use(host, port) => {
                         let key = key(host, port);
                         if let Some(index) = table.find(&key) {
-                            prop_assert_eq!(*table.get(index).unwrap().0, key);
+                            prop_assert_eq!(table.get(index).unwrap().0, &key);
                             table.touch(index, now);
                             list.retain(|known| *known != key);
                         } else {
-                            let own: Vec<FlowEnds> = list.iter().filter(|known| source(known) == source(&key)).copied().collect();
-                            let made = table.insert(key, source(&key), number, now);
+                            let own: Vec<FlowEnds> = list.iter().filter(|known| source(known) == source(&key)).cloned().collect();
+                            let made = table.insert(key.clone(), source(&key), number, now);
                             if let Some((_, gone, _)) = made.instead_of {
                                 let over = per_source.is_some_and(|most| own.len() >= most);
                                 prop_assert!(over || list.len() == limit, "nothing had to go");
@@ -369,7 +372,7 @@ mod tests {
                 }
                 prop_assert!(list.len() <= limit);
                 prop_assert_eq!(table.len(), list.len());
-                prop_assert_eq!(table.iter().map(|(_, key, ..)| *key).collect::<Vec<_>>(), list.clone());
+                prop_assert_eq!(table.iter().map(|(_, key, ..)| key.clone()).collect::<Vec<_>>(), list.clone());
                 let used: Vec<Instant> = table.iter().map(|(_, _, used, _)| used).collect();
                 prop_assert!(used.is_sorted());
                 let mut hosts: Vec<Source> = list.iter().map(source).collect();

@@ -65,10 +65,10 @@ pub struct Amounts {
 }
 
 impl Amounts {
-    /// One more, of so many bytes.
-    pub const fn add(&mut self, length: usize) {
-        self.datagrams += 1;
-        self.bytes += length as u64;
+    /// So many more, of so many bytes in all.
+    pub const fn add_several(&mut self, datagrams: u64, bytes: u64) {
+        self.datagrams += datagrams;
+        self.bytes += bytes;
     }
 }
 

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::socket::{SockaddrStorage, UnixAddr, connect, setsockopt, sockopt};
+use nix::sys::socket::{SockaddrStorage, UnixAddr, bind, connect, setsockopt, sockopt};
 use nix::sys::stat::fstat;
 
 use super::identity::{self, Actor, Identity};
@@ -220,13 +220,26 @@ impl AgentPlace {
                 let socket = datagram(domain_of(*address), binding)?;
                 dial_inet(&socket, *address, source).map(|()| socket)
             }
-            Address::Unix(path) => self.dial_unix(|| dial_unix(&UnixAddr::new(path)?)),
-            Address::Abstract(name) => self.dial_unix(|| dial_unix(&UnixAddr::new_abstract(name)?)),
+            Address::Datagrams(at) => self.dial_at(at, dial_datagrams),
+            Address::Unix(_) | Address::Abstract(_) | Address::Inside(_) => self.dial_at(address, dial_unix),
+        }
+    }
+
+    /// A socket that `dial` connects to the unix socket at `address`.
+    fn dial_at(
+        &self,
+        address: &Address,
+        dial: fn(&UnixAddr) -> nix::Result<OwnedFd>,
+    ) -> nix::Result<OwnedFd> {
+        match address {
+            Address::Unix(path) => self.dial_unix(|| dial(&UnixAddr::new(path)?)),
+            Address::Abstract(name) => self.dial_unix(|| dial(&UnixAddr::new_abstract(name)?)),
+            Address::Tcp(_) | Address::Udp(_) | Address::Datagrams(_) => Err(Errno::EINVAL),
             Address::Inside(path) => self.dial_unix(|| {
                 let root = self.root.as_ref().ok_or(Errno::ENOENT)?;
                 let file = sys::open_in_root(root.as_fd(), path).map_err(|error| sys::errno_of(&error))?;
                 // Through the descriptor: no symlink of the container can lead outside, and no path is too long for sun_path.
-                dial_unix(&UnixAddr::new(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str())?)
+                dial(&UnixAddr::new(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str())?)
             }),
         }
     }
@@ -285,6 +298,8 @@ fn datagram(domain: i32, binding: Binding) -> nix::Result<OwnedFd> {
     } else {
         setsockopt(&socket, sockopt::IpRecvTos, &true).ok();
     }
+    // Datagrams that the service sends as one may come as one (Linux 5.0).
+    setsockopt(&socket, sockopt::UdpGroSegment, &true).ok();
     Ok(socket)
 }
 
@@ -298,6 +313,17 @@ fn dial_unix(address: &UnixAddr) -> nix::Result<OwnedFd> {
         }
         dialled => dialled,
     }
+}
+
+/// A socket for datagrams with a name of its own, which the kernel chooses (unix(7), autobind), so that the service can answer; it hears
+/// that one socket alone.
+fn dial_datagrams(address: &UnixAddr) -> nix::Result<OwnedFd> {
+    let socket = sys::socket(nix::libc::AF_UNIX, nix::libc::SOCK_DGRAM, 0);
+    let socket = socket.map_err(|error| sys::errno_of(&error))?;
+    sys::refuse_descriptors(socket.as_fd()).ok();
+    bind(socket.as_raw_fd(), &UnixAddr::new_unnamed())?;
+    connect(socket.as_raw_fd(), address)?;
+    Ok(socket)
 }
 
 fn dial_unix_of(kind: i32, address: &UnixAddr) -> nix::Result<OwnedFd> {

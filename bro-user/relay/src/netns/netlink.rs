@@ -1,7 +1,6 @@
 //! Questions to the kernel over netlink(7), and its answers.
 
 use std::io;
-use std::ops::ControlFlow;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
 use netlink_packet_core::{
@@ -22,27 +21,6 @@ pub fn ask<T>(socket: &OwnedFd, flags: u16, message: T, mut each: impl FnMut(T))
 where
     T: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<T>>,
 {
-    let _ended = ask_until(socket, flags, message, |answer| {
-        each(answer);
-        ControlFlow::Continue(())
-    })?;
-    Ok(())
-}
-
-/// The same, until `each` has heard enough: then the datagram that it heard it in is the last one that is read. More may lie in the socket,
-/// which is of no use for another question.
-///
-/// # Errors
-/// As [`ask`].
-pub fn ask_until<T>(
-    socket: &OwnedFd,
-    flags: u16,
-    message: T,
-    mut each: impl FnMut(T) -> ControlFlow<()>,
-) -> io::Result<ControlFlow<()>>
-where
-    T: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<T>>,
-{
     let mut header = NetlinkHeader::default();
     header.flags = flags;
     let mut packet = NetlinkMessage::new(header, message.into());
@@ -51,20 +29,14 @@ where
     packet.serialize(&mut bytes);
     let _sent = send(socket.as_raw_fd(), &bytes, MsgFlags::empty())?;
     let mut buffer = vec![0; 32 * 1024];
-    let mut heard = ControlFlow::Continue(());
     loop {
         let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
         if poll(&mut polled, PollTimeout::from(ANSWER_LIMIT_MS))? == 0 {
             return Err(io::ErrorKind::TimedOut.into());
         }
         let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        let more = messages(&buffer[..length], &mut |answer| {
-            if heard.is_continue() {
-                heard = each(answer);
-            }
-        })?;
-        if !more || heard.is_break() {
-            return Ok(heard);
+        if !messages(&buffer[..length], &mut each)? {
+            return Ok(());
         }
     }
 }

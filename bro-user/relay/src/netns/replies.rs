@@ -65,7 +65,9 @@ pub fn keep(target: &Address) -> nix::Result<()> {
             let unreachable = RuleAttribute::DestinationPortRange(range(kind));
             add(&socket, RouteNetlinkMessage::NewRule(rule(ip, Some(ip), protocol, unreachable, table)))
         }
-        Address::Unix(_) | Address::Abstract(_) | Address::Inside(_) => Err(Errno::EINVAL),
+        Address::Unix(_) | Address::Abstract(_) | Address::Inside(_) | Address::Datagrams(_) => {
+            Err(Errno::EINVAL)
+        }
     }
 }
 

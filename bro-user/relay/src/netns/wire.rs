@@ -81,6 +81,8 @@ pub enum Address {
     Abstract(Vec<u8>),
     /// A unix path inside the container.
     Inside(PathBuf),
+    /// A unix socket for datagrams, at one of those three.
+    Datagrams(Box<Self>),
 }
 
 impl Address {
@@ -89,7 +91,7 @@ impl Address {
     pub const fn tcp(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(address) => Some(*address),
-            Self::Udp(_) | Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) => None,
+            Self::Udp(_) | Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) | Self::Datagrams(_) => None,
         }
     }
 
@@ -98,7 +100,7 @@ impl Address {
     pub const fn udp(&self) -> Option<SocketAddr> {
         match self {
             Self::Udp(address) => Some(*address),
-            Self::Tcp(_) | Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) => None,
+            Self::Tcp(_) | Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) | Self::Datagrams(_) => None,
         }
     }
 
@@ -107,7 +109,7 @@ impl Address {
     pub const fn inet(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(address) | Self::Udp(address) => Some(*address),
-            Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) => None,
+            Self::Unix(_) | Self::Abstract(_) | Self::Inside(_) | Self::Datagrams(_) => None,
         }
     }
 }

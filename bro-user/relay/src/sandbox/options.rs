@@ -32,6 +32,7 @@ pub const SET: &[Option] = &[
     (libc::SOL_SOCKET, SO_PASSPIDFD),
     (libc::IPPROTO_IP, libc::IP_TOS),
     (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+    (libc::SOL_UDP, libc::UDP_SEGMENT),
     (libc::IPPROTO_TCP, libc::TCP_NODELAY),
     (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
     (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),

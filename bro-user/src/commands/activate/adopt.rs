@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_relay::listener::SocketKind;
 use bro_relay::read_bounded::{self, Link};
 use bro_relay::target::Target;
 
 use super::plan::{FoundQuadlet, Paths};
 use super::root_dir;
-use crate::address::External;
 use crate::cli::{self, Activate};
 use crate::exit::Failure;
 use crate::installed::{Adoption, Forwarder, Installed, InstalledPort};
@@ -15,6 +15,7 @@ use crate::paths::below;
 use crate::podman::quadlet::{Quadlet, QuadletKind};
 use crate::run_as::RunAsUser;
 use crate::systemd::scope::RuntimeScope;
+use crate::targets::Targets;
 use crate::units::{self, File};
 
 /// Where Podman looks for the profile of containers that name none, the first before the second (containers-common).
@@ -42,17 +43,11 @@ const TRUSTING: [(&str, &str); 10] = [
 
 /// Options that cannot hold for a client that the forwarder does not accept, as `bro forward --adopt` refuses them: the option, the values of it
 /// that are refused (with none, all but `false`), and why.
-const NOT_WITH_IT: [(&str, &[&str], &str); 10] = [
-    ("wake-on", &["data"], "the first byte comes after a client was accepted"),
-    ("wake-ignore", &[], "who a client is shows when it was accepted"),
-    ("idle-ignore", &[], "the service accepts its clients itself"),
-    ("idle-by", &["bytes"], "no byte passes the forwarder"),
-    ("idle-below", &[], "no byte passes the forwarder"),
-    ("freeze", &[], "nothing would see a client of a frozen service"),
-    ("connections-per-source", &[], "the service accepts its clients itself"),
-    ("proxy-protocol", &[], "the service sees its clients' own addresses"),
-    ("accept-proxy", &[], "the service accepts its clients itself"),
-    ("local-clients", &[], "no lane leads to an adopted connection"),
+const NOT_WITH_IT: [(&str, &str); 4] = [
+    ("connections-per-source", "the service accepts its clients itself"),
+    ("proxy-protocol", "the service sees its clients' own addresses"),
+    ("accept-proxy", "the service accepts its clients itself"),
+    ("local-clients", "no lane leads to an adopted connection"),
 ];
 
 /// Options that hold only for clients that are forwarded.
@@ -66,6 +61,9 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
 pub(super) fn is_wanted(options: &Activate, installed: Option<&Installed>) -> anyhow::Result<bool> {
     match options.adopt {
         Some(cli::Adopt::On) => Ok(true),
+        Some(cli::Adopt::All) => Err(usage(
+            "--adopt=all: sockets of UDP are not adopted yet; --adopt adopts those of TCP and unix sockets",
+        )),
         Some(cli::Adopt::Off) => Ok(false),
         Some(cli::Adopt::Udp) => Err(usage(
             "--adopt=udp: sockets of UDP are not adopted yet; --adopt adopts those of TCP and unix sockets",
@@ -263,11 +261,8 @@ pub(super) fn check_rest(
     let refuse = |option: &str, why: &str| {
         Err(usage(format!("--{option} does not go with --adopt: {why}; leave one of them out")))
     };
-    for (name, values, why) in NOT_WITH_IT {
-        let Some(value) = wanted.option(name).filter(|value| !["false", "off"].contains(value)) else {
-            continue;
-        };
-        if values.is_empty() || values.contains(&value) {
+    for (name, why) in NOT_WITH_IT {
+        if wanted.option(name).is_some_and(|value| !["false", "off"].contains(&value)) {
             return refuse(name, why);
         }
     }
@@ -278,7 +273,16 @@ pub(super) fn check_rest(
         );
     }
     for listener in &wanted.listeners {
-        if let Some(Target::Tcp { host, port }) = &listener.internal
+        if !listener.is_tcp()
+            && !listener.external.is_udp()
+            && listener.external.sockets().any(|socket| socket.kind != SocketKind::Stream)
+        {
+            return Err(usage(format!(
+                "{} takes no streams, and --adopt is for sockets of streams: leave one of them out",
+                listener.external
+            )));
+        }
+        if let Some(Target::Tcp { host, port }) = listener.internal.as_ref().map(Targets::first)
             && host != "localhost"
             && host.parse::<std::net::IpAddr>().is_err()
         {
@@ -314,11 +318,7 @@ pub(super) fn check_rest(
 
 /// May a client come from 127.0.0.1 or `::1`?
 pub(super) fn serves_this_host(listener: &InstalledPort) -> bool {
-    match &listener.external {
-        External::Port(_) => true,
-        External::Address(address) => address.ip().is_unspecified() || address.ip().is_loopback(),
-        External::Path(_) | External::Abstract(_) => false,
-    }
+    listener.is_tcp() && listener.external.ip().is_none_or(|ip| ip.is_unspecified() || ip.is_loopback())
 }
 
 /// Does the service see such a client as it is?

@@ -146,7 +146,7 @@ pub(super) async fn network_warning(systemd: &SystemdManager, waits: bool) -> Op
 pub(super) async fn check_freezing(systemd: &SystemdManager, wanted: &Installed) -> anyhow::Result<()> {
     let freezes = wanted.forwarder().is_some_and(|forwarder| forwarder.options.freezes());
     if freezes && !systemd.can_freeze(&wanted.unit).await? {
-        bail!(Failure::Usage(crate::service::cannot_freeze(&wanted.unit)));
+        bail!(Failure::Usage(crate::service::freeze::cannot_freeze(&wanted.unit)));
     }
     Ok(())
 }
@@ -293,7 +293,8 @@ impl Plan {
             // A fence is put up before it: one that is there stays up to the next start, and so does what services are told.
             before != Some(listener)
                 && before.is_none_or(|before| {
-                    let told = |listener: &InstalledPort| listener.fence.as_ref().map(|fence| fence.told);
+                    let told =
+                        |listener: &InstalledPort| listener.fence.as_ref().map(|fence| fence.told.clone());
                     let is_other = told(listener).is_some_and(|wanted| told(before) != Some(wanted));
                     !same_socket(before, listener) || is_other
                 })
@@ -519,7 +520,7 @@ pub(super) async fn taken(
     systemd: Option<&Managers>,
 ) -> String {
     let unit = match systemd {
-        Some(systemd) => systemd.socket_at(&holder.address).await,
+        Some(systemd) => systemd.socket_at(holder.kind, &holder.address).await,
         None => None,
     };
     format!("{external} is taken {}", holder.who(unit.as_deref()))

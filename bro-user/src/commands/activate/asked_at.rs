@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
+use bro_relay::listener::SocketKind;
+
 use super::plan::Paths;
 use super::present::Present;
-use crate::address::External;
+use crate::address::{External, ExternalSocket, SocketPlace};
 use crate::exit::Failure;
 use crate::installed;
 use crate::installed::Installed;
@@ -46,14 +48,14 @@ pub(super) fn check(
     if installed.is_some_and(|installed| installed.option("metrics") == Some(text)) {
         return Ok(());
     }
-    let external = match &endpoint {
-        Endpoint::Tcp(address) => External::Address(*address),
+    let place = match &endpoint {
+        Endpoint::Tcp(address) => SocketPlace::Address(*address),
         Endpoint::Unix(path) => {
             folder(path)?;
-            External::Path(path.clone())
+            SocketPlace::Path(path.clone())
         }
     };
-    match port_owner::look(&external) {
+    match port_owner::look_at(&ExternalSocket { kind: SocketKind::Stream, place }) {
         None => Ok(()),
         Some(AddressTrouble::Forbidden(why)) => {
             Err(Failure::NotPermitted(format!("--metrics: {why}")).into())
@@ -96,12 +98,14 @@ fn same(endpoint: &Endpoint, other: &Endpoint) -> bool {
 }
 
 fn clashes(endpoint: &Endpoint, external: &External) -> bool {
-    match (endpoint, external) {
-        (Endpoint::Tcp(address), External::Port(port)) => address.port() == *port,
-        (_, External::Address(other)) => same(endpoint, &Endpoint::Tcp(*other)),
-        (Endpoint::Unix(path), External::Path(other)) => path == other,
+    external.sockets().any(|socket| match (endpoint, socket.place) {
+        // The same port of UDP is another.
+        (Endpoint::Tcp(_), _) if socket.kind == SocketKind::Datagram => false,
+        (Endpoint::Tcp(address), SocketPlace::Port(port)) => address.port() == port,
+        (_, SocketPlace::Address(other)) => same(endpoint, &Endpoint::Tcp(other)),
+        (Endpoint::Unix(path), SocketPlace::Path(other)) => *path == other,
         _ => false,
-    }
+    })
 }
 
 #[cfg(test)]
@@ -114,7 +118,9 @@ mod tests {
             |endpoint: &str, external: &str| clashes(&endpoint.parse().unwrap(), &external.parse().unwrap());
         assert!(clash("127.0.0.1:80", "80") && clash("127.0.0.1:80", "127.0.0.1:80"));
         assert!(clash("127.0.0.1:80", "0.0.0.0:80") && clash("0.0.0.0:80", "127.0.0.1:80"));
-        assert!(clash("/run/x", "/run/x"));
+        assert!(
+            clash("/run/x", "/run/x") && clash("127.0.0.1:81", "80-82") && !clash("127.0.0.1:81", "81/udp")
+        );
         assert!(!clash("127.0.0.1:81", "80") && !clash("127.0.0.2:80", "127.0.0.1:80"));
         assert!(!clash("/run/x", "/run/y") && !clash("/run/x", "80") && !clash("127.0.0.1:80", "@x"));
         assert!(!clash("127.0.0.1:0", "127.0.0.1:1"));

@@ -69,8 +69,9 @@ pub(super) fn runtime(
 
 /// The ports at which its service listens.
 fn its_own(wanted: &Installed) -> Vec<u16> {
-    let inside = wanted.listeners.iter().filter_map(|listener| match listener.internal {
-        Some(Target::Tcp { port, .. }) => Some(port),
+    let targets = wanted.listeners.iter().flat_map(crate::installed::InstalledPort::targets);
+    let inside = targets.filter_map(|target| match target {
+        Target::Tcp { port, .. } => Some(port),
         _ => None,
     });
     let mut ports: Vec<u16> = inside.collect();

@@ -1,6 +1,7 @@
 //! Which sockets get a fence of their units' own: those that a container gets, of the system's manager, and of TCP.
 
 use bro_proc::cgroup;
+use bro_relay::listener::SocketKind;
 use bro_relay::target::Target;
 use bro_sockmap::fence;
 
@@ -8,6 +9,9 @@ use super::executable;
 use super::plan::Paths;
 use crate::installed::{Installed, InstalledPort, Mode, SocketFence, SocketNames};
 use crate::systemd::scope::RuntimeScope;
+
+/// Each takes programs of its own, of which the kernel bears 64 in a control group.
+const MOST_PORTS: usize = 30;
 
 /// Does the container get systemd's own listeners?
 pub(crate) const fn concerns(installed: &Installed) -> bool {
@@ -37,10 +41,17 @@ pub(super) fn plan(wanted: &mut Installed, places: &Paths, warnings: &mut Vec<St
 
 /// What a service that knows nothing of being adopted is told, so that it finds what it would find behind a forwarder.
 fn told(listener: &InstalledPort, trusts_loopback: bool) -> SocketNames {
-    let ports = match (&listener.internal, listener.external.port()) {
-        (Some(Target::Tcp { port, .. }), Some(external)) if external != *port => Some((external, *port)),
+    let streams = listener.external.sockets().filter(|socket| socket.kind == SocketKind::Stream);
+    let first = listener.external.ports().map_or(0, |ports| ports.first);
+    let pair = |external: u16| match listener.internal.as_ref()?.nth(external - first) {
+        Target::Tcp { port, .. } if port != external => Some((external, port)),
         _ => None,
     };
+    let mut ports: Vec<(u16, u16)> =
+        streams.filter_map(|socket| socket.place.port()).filter_map(pair).collect();
+    if ports.len() > MOST_PORTS {
+        ports.clear();
+    }
     SocketNames { this_host: !trusts_loopback && super::adopt::serves_this_host(listener), ports }
 }
 

@@ -2,6 +2,8 @@
 
 use std::io::Write as _;
 
+use bro_relay::listener::SocketKind;
+
 use super::apply::{Applied, Left};
 use super::plan::Paths;
 use super::transaction::Change;
@@ -156,21 +158,24 @@ fn adopted(
 ) -> std::io::Result<()> {
     let unit = &wanted.unit;
     writeln!(out, "{unit} accepts there itself, from its next start on")?;
-    let both_families = wanted.listeners.iter().filter(|listener| match &listener.external {
-        External::Port(_) => true,
-        External::Address(address) => address.is_ipv6(),
-        External::Path(_) | External::Abstract(_) => false,
-    });
+    let both_families = wanted
+        .listeners
+        .iter()
+        .filter(|listener| listener.is_tcp() && listener.external.ip().is_none_or(|ip| ip.is_ipv6()));
     for listener in both_families {
         write!(
             out,
             "a service that listens on IPv4 only is not adopted at {}, which is a socket of IPv6, and is forwarded to",
             listener.external
         )?;
-        match listener.external.port() {
-            Some(port) => writeln!(out, "; at 0.0.0.0:{port} it is adopted")?,
+        match listener.external.ports() {
+            Some(ports) => writeln!(out, "; at 0.0.0.0:{ports} it is adopted")?,
             None => writeln!(out)?,
         }
+    }
+    for listener in wanted.listeners.iter().filter(|listener| listener.external.is_udp()) {
+        let external = &listener.external;
+        writeln!(out, "datagrams to {external} are forwarded: only what listens is adopted")?;
     }
     if let Some(RuntimeLink { ports, .. }) = runtime {
         let to = match ports.as_slice() {
@@ -196,12 +201,16 @@ fn stopped(out: &mut impl std::io::Write, unit: &str) -> std::io::Result<()> {
 }
 
 fn tries(wanted: &Installed) -> Vec<String> {
-    let try_one = |external: &External| {
-        Some(match external {
-            External::Path(path) => format!("curl --unix-socket {} http://localhost/", path.display()),
-            External::Abstract(name) => format!("curl --abstract-unix-socket {name} http://localhost/"),
-            tcp => format!("curl http://{}/", tcp.local()?),
-        })
+    let try_one = |external: &External| match external {
+        External::Path(SocketKind::Stream, path) => {
+            Some(format!("curl --unix-socket {} http://localhost/", path.display()))
+        }
+        External::Abstract(SocketKind::Stream, name) => {
+            Some(format!("curl --abstract-unix-socket {name} http://localhost/"))
+        }
+        tcp if tcp.is_tcp() => Some(format!("curl http://{}/", tcp.local()?)),
+        // What such a service is asked in is for its owner to know.
+        _ => None,
     };
     wanted.listeners.iter().filter_map(|listener| try_one(&listener.external)).collect()
 }

@@ -2,15 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
+use bro_relay::listener::SocketKind;
 use bro_relay::target::Target;
 use clap::ValueEnum;
 
-use super::{adopt, connects, executable, fence};
-use crate::address::{External, Internal};
+use super::ports::PortPlan;
+use super::{adopt, connects, executable, fence, ports};
+use crate::address::ExternalSocket;
 use crate::cli::{self, Activate};
 use crate::exit::Failure;
 use crate::installed::{
-    ForwardOptions, Forwarder, Installed, InstalledPort, Mode, SocketUnit, Takeover, Way, pause_unit_of,
+    ForwardOptions, Forwarder, Installed, InstalledPort, Mode, Takeover, Way, pause_unit_of,
 };
 use crate::paths;
 use crate::podman::quadlet::{self, Quadlet, QuadletKind};
@@ -28,7 +30,7 @@ const IDLE: &str = "5min";
 pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options that are handed on to `bro forward`, in the order in which they are written.
-pub(crate) const HANDED_ON: [HandedOn; 33] = [
+pub(crate) const HANDED_ON: [HandedOn; 35] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(word)),
@@ -51,6 +53,8 @@ pub(crate) const HANDED_ON: [HandedOn; 33] = [
     ("idle-timeout", |options| options.idle_timeout.map(written)),
     ("connections-max", |options| options.connections_max.map(|most| most.to_string())),
     ("connections-per-source", |options| options.connections_per_source.map(|most| most.to_string())),
+    ("flows-max", |options| options.flows_max.map(|most| most.to_string())),
+    ("flow-timeout", |options| options.flow_timeout.map(written)),
     ("keepalive-time", |options| options.keepalive_time.map(written)),
     ("keepalive-interval", |options| options.keepalive_interval.map(written)),
     ("keepalive-probes", |options| options.keepalive_probes.map(|probes| probes.to_string())),
@@ -87,7 +91,7 @@ pub(super) struct Paths {
     pub has_steps: bool,
 }
 
-fn usage(text: impl Into<String>) -> anyhow::Error {
+pub(super) fn usage(text: impl Into<String>) -> anyhow::Error {
     Failure::Usage(text.into()).into()
 }
 
@@ -147,7 +151,7 @@ pub(super) fn wanted(
     };
     let mut wanted = Installed {
         run_as,
-        listeners: listeners(options, quadlet, installed, places, &network, way)?,
+        listeners: PortPlan { options, quadlet, installed, places, network: &network, way }.listeners()?,
         made: installed.map(|installed| installed.made.clone()).unwrap_or_default(),
         ..Installed::new(
             &*quadlet.name,
@@ -159,6 +163,7 @@ pub(super) fn wanted(
     };
     if let Some(way) = way {
         check_direct(quadlet, way, &mut warnings)?;
+        warnings.extend(ports::way_out(&wanted));
     }
     if wanted.option("accept-proxy") == Some("true") && wanted.option("trusted").is_none() {
         return Err(usage(
@@ -219,7 +224,7 @@ fn takeover(
             return Ok(None);
         }
         Some(Installed { name, mode: Mode::Direct(takeover), .. }) => {
-            let forwarders_own = options.internal_port.is_some()
+            let forwarders_own = !options.internal_port.is_empty()
                 || options.container.is_some()
                 || options.network.is_some()
                 || options.adopt.is_some()
@@ -365,126 +370,9 @@ fn handed_on(
     HANDED_ON.iter().filter_map(value).collect()
 }
 
-/// The ports that were there, with what the command line says of one of them.
-fn listeners(
-    options: &Activate,
-    quadlet: &Quadlet,
-    installed: Option<&Installed>,
-    places: &Paths,
-    network: &Network,
-    way: Option<Way>,
-) -> anyhow::Result<Vec<InstalledPort>> {
-    let name = &quadlet.name;
-    let service = options.service_name.clone().unwrap_or_else(|| name.clone());
-    let mut listeners = installed.map(|installed| installed.listeners.clone()).unwrap_or_default();
-    if installed.is_none() && service != *name {
-        return Err(usage(format!(
-            "{name} is not activated yet; do that first, without --service-name, and then add “{service}”"
-        )));
-    }
-    let before = listeners.iter().find(|listener| listener.service == service).cloned();
-    let external = match (&options.external_port, &before) {
-        (Some(external), _) => external.clone(),
-        (None, Some(before)) => before.external.clone(),
-        (None, None) => {
-            return Err(usage("say where clients are to connect: --external-port [ADDR:]PORT"));
-        }
-    };
-    let external = match external {
-        // nginx's `listen 80;` is IPv4 only, and nginx takes over only a socket of exactly its address.
-        External::Port(port) if way == Some(Way::Nginx) => {
-            External::Address((std::net::Ipv4Addr::UNSPECIFIED, port).into())
-        }
-        external => external,
-    };
-    let internal = match way {
-        Some(_) => None,
-        None => Some(internal(options, before.as_ref(), &external, quadlet, network)?),
-    };
-    let stem = quadlet.unit.strip_suffix(".service").unwrap_or(&quadlet.unit);
-    let socket = match (way.is_some(), service == *name) {
-        (false, true) => format!("{name}-activator.socket"),
-        (false, false) => format!("{name}-{service}-activator.socket"),
-        (true, true) => format!("{stem}.socket"),
-        (true, false) => format!("{stem}-{service}.socket"),
-    };
-    let listener = InstalledPort {
-        socket: SocketUnit::new(socket, &places.units),
-        external: external.clone(),
-        internal,
-        backlog: options.backlog.or_else(|| before.as_ref().and_then(|before| before.backlog)),
-        device: options
-            .bind_to_device
-            .clone()
-            .or_else(|| before.as_ref().and_then(|before| before.device.clone())),
-        // Decided for all of them at once.
-        fence: None,
-        service,
-    };
-    if let (Some(device), External::Path(_) | External::Abstract(_)) = (&listener.device, &external) {
-        return Err(usage(if options.bind_to_device.is_some() {
-            format!(
-                "{external} is a unix socket, which is on no network interface: leave --bind-to-device {device} out"
-            )
-        } else {
-            format!(
-                "“{}” is bound to the network interface {device}, where {external}, a unix socket, cannot be: remove that port or \
-                 all of {name} first (--remove)",
-                listener.service
-            )
-        }));
-    }
-    if let Some(other) = listeners
-        .iter()
-        .find(|other| other.service != listener.service && other.external == listener.external)
-    {
-        return Err(usage(format!(
-            "{} is the address of “{}” already; give “{}” another --external-port",
-            other.external, other.service, listener.service
-        )));
-    }
-    match listeners.iter_mut().find(|installed| installed.service == listener.service) {
-        Some(installed) => *installed = listener,
-        None => listeners.push(listener),
-    }
-    // In the order in which they are read back.
-    listeners.sort_by_key(|listener| (listener.service != *name, listener.service.clone()));
-    Ok(listeners)
-}
-
-fn internal(
-    options: &Activate,
-    before: Option<&InstalledPort>,
-    external: &External,
-    quadlet: &Quadlet,
-    network: &Network,
-) -> anyhow::Result<Target> {
-    let host = match &options.network {
-        Some(name) => Some(network.address(name, quadlet)?),
-        None => None,
-    };
-    let at = |port: u16| Target::Tcp { host: host.clone().unwrap_or_else(|| "127.0.0.1".to_owned()), port };
-    Ok(match (&options.internal_port, before) {
-        (Some(Internal::Target(target)), _) => target.clone(),
-        (Some(Internal::Port(port)), _) => at(*port),
-        (None, Some(InstalledPort { internal: Some(before), .. })) => match (&host, before) {
-            (Some(_), Target::Tcp { port, .. }) => at(*port),
-            _ => before.clone(),
-        },
-        (None, _) => match external.port() {
-            Some(port) => at(port),
-            None => {
-                return Err(usage(
-                    "clients connect to a unix socket, so say where the service listens: --internal-port [ADDR:]PORT",
-                ));
-            }
-        },
-    })
-}
-
 /// The kind of network that the container has.
 #[derive(Debug, PartialEq, Eq)]
-enum Network {
+pub(super) enum Network {
     /// `Network=none`.
     None,
     /// `Network=host`.
@@ -509,7 +397,7 @@ impl Network {
     }
 
     /// The container's address on the network that `--network` names.
-    fn address(&self, name: &str, quadlet: &Quadlet) -> anyhow::Result<String> {
+    pub(super) fn address(&self, name: &str, quadlet: &Quadlet) -> anyhow::Result<String> {
         let file = quadlet.file_name();
         let has = match self {
             Self::None => "none".to_owned(),
@@ -613,8 +501,8 @@ fn check_ready(wanted: &Installed, quadlet: &Quadlet, warnings: &mut Vec<String>
     let Some(forwarder) = wanted.forwarder() else { return Ok(()) };
     let ready = forwarder.options.ready();
     if let Some(way) = &ready {
-        let targets = wanted.listeners.iter().filter_map(|listener| listener.internal.as_ref());
-        if let Some(refusal) = targets.filter_map(|target| way.refusal(target)).next() {
+        let mut targets = wanted.listeners.iter().flat_map(InstalledPort::targets);
+        if let Some(refusal) = targets.find_map(|target| way.refusal(&target)) {
             return Err(usage(refusal));
         }
     }
@@ -649,9 +537,16 @@ fn check_host_network(wanted: &Installed, network: &Network) -> anyhow::Result<(
     if *network != Network::Host || wanted.forwarder().is_none() {
         return Ok(());
     }
-    for InstalledPort { external, internal, .. } in &wanted.listeners {
-        let Some(Target::Tcp { port, .. }) = internal else { continue };
-        if external.port() == Some(*port) {
+    for listener in &wanted.listeners {
+        let targets = listener.targets();
+        let its_own = |socket: &ExternalSocket| {
+            targets.iter().any(|target| match target {
+                Target::Tcp { port, .. } => socket.is_at(SocketKind::Stream, *port),
+                Target::Udp { port, .. } => socket.is_at(SocketKind::Datagram, *port),
+                Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_) => false,
+            })
+        };
+        if let Some(port) = listener.external.sockets().find(its_own).and_then(|socket| socket.place.port()) {
             return Err(usage(format!(
                 "the container uses the host's network, so its service itself takes port {port}; give another --external-port, \
                  or another network to the container"
@@ -688,10 +583,10 @@ fn warn_of_ports(quadlet: &Quadlet, wanted: &Installed, warnings: &mut Vec<Strin
     let file = quadlet.file_name();
     for publish in quadlet.values("PublishPort") {
         let mut taken = wanted.listeners.iter().map(|listener| &listener.external);
-        let clash = taken.find(|external| super::publish_port::clashes(publish, external));
-        warnings.push(match clash.and_then(External::port) {
-            Some(port) => {
-                format!("{}; remove that line", super::publish_port::sentence(publish, port, quadlet))
+        let clash = taken.find_map(|external| super::publish_port::clash(publish, external));
+        warnings.push(match clash {
+            Some(ports) => {
+                format!("{}; remove that line", super::publish_port::sentence(publish, ports, quadlet))
             }
             None => format!(
                 "PublishPort={publish} in {file} is a way in past bro: it wakes nothing, and who comes that way is cut off by the \
@@ -699,19 +594,6 @@ fn warn_of_ports(quadlet: &Quadlet, wanted: &Installed, warnings: &mut Vec<Strin
             ),
         });
     }
-}
-
-/// The host's TCP ports of `[[IP:][HOST]:]CONTAINER[/PROTOCOL]`.
-pub(crate) fn published(text: &str) -> Option<std::ops::RangeInclusive<u16>> {
-    let text = match text.split_once('/') {
-        Some((ports, "tcp")) => ports,
-        Some(_) => return None,
-        None => text,
-    };
-    let (rest, _container) = text.rsplit_once(':')?;
-    let host = rest.rsplit_once(':').map_or(rest, |(_, host)| host);
-    let (first, last) = host.split_once('-').unwrap_or((host, host));
-    Some(first.parse().ok()?..=last.parse().ok()?)
 }
 
 fn warn_of_install(quadlet: &Quadlet, warnings: &mut Vec<String>) {
@@ -733,12 +615,9 @@ mod tests {
     use super::*;
 
     /// What `bro forward` has only for units written, or commands run, by hand: `bro activate` decides these.
-    const BY_HAND: [&str; 14] = [
+    const BY_HAND: [&str; 12] = [
         // What goes with it is a way of its own (`Mode::Adopt`).
         "adopt",
-        // No unit of its own has a socket for datagrams.
-        "flows-max",
-        "flow-timeout",
         "target",
         "targets",
         "allow-missing-sockets",
@@ -784,15 +663,5 @@ mod tests {
         for span in ["5min", "1h", "90s", "infinity", "0ns", "1.5s", "250ms"] {
             assert_eq!(written(span.parse().unwrap()), span);
         }
-    }
-
-    #[test]
-    fn reads_published_ports() {
-        assert_eq!(published("8080:80"), Some(8080..=8080));
-        assert_eq!(published("127.0.0.1:8080:80/tcp"), Some(8080..=8080));
-        assert_eq!(published("[::1]:8000-8010:80-90"), Some(8000..=8010));
-        assert_eq!(published("80"), None);
-        assert_eq!(published("127.0.0.1::80"), None);
-        assert_eq!(published("53:53/udp"), None);
     }
 }

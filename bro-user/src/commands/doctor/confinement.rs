@@ -19,6 +19,7 @@ use crate::run_as::Gaining;
 use crate::systemd::manager::SystemdManager;
 use crate::systemd::manager::{Ended, Properties};
 use crate::systemd::scope::RuntimeScope;
+use crate::targets::Targets;
 
 const NAME: &str = "confinement";
 
@@ -92,7 +93,9 @@ pub(super) async fn check(installed: &Installed, service: &str, systemd: &System
 fn words(installed: &Installed, forwarder: &Forwarder, program: &str, pid: Option<i32>) -> Vec<String> {
     let mut words = vec![program.to_owned(), "try-wake".to_owned()];
     words.extend(pid.map(|pid| format!("--pid={pid}")));
-    let targets = installed.listeners.iter().filter_map(|listener| listener.internal.as_ref());
+    // The ports of a range need the same.
+    let targets =
+        installed.listeners.iter().filter_map(|listener| listener.internal.as_ref().map(Targets::first));
     words.extend(targets.map(|target| format!("--target={target}")));
     let relay = forwarder.options.may_use_kernel_relay();
     let loads = installed.scope == RuntimeScope::System && installed.run_as.is_none();

@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bro_relay::listener::SocketKind;
+
 use super::Check;
 use super::listens::{NAME, activate, is_paused, listeners, running, written};
 use crate::installed::{Installed, InstalledPort, Way};
@@ -36,10 +38,11 @@ pub(super) async fn check(
             format!("`podman unpause {container}`"),
         );
     }
-    let inode = port_owner::inode_at(&listener.external);
-    let Some(inode) = inode else {
+    let sockets = listener.external.sockets().map(|socket| (port_owner::inode_at(&socket), socket.kind));
+    let there: Vec<(u64, SocketKind)> = sockets.filter_map(|(inode, kind)| Some((inode?, kind))).collect();
+    if there.is_empty() {
         return Check::ok(NAME, format!("nothing listens at {address}, so there is nothing to take over"));
-    };
+    }
     let mend = match way {
         Way::Nginx => {
             format!("`listen {}` in nginx's configuration has to be exactly that", as_nginx(&address))
@@ -54,34 +57,42 @@ pub(super) async fn check(
         Ok(found) if !found.is_empty() => format!("; it listens at {}", written(&found)),
         _ => String::new(),
     };
-    match hold(&members(pid), inode) {
-        // A process that has it open may only have inherited it.
-        Some(true) => match left_waiting(inode).await {
-            0 => Check::ok(NAME, format!("{container} has taken {address} over")),
-            1 => Check::bad(
-                NAME,
-                format!(
-                    "{container} runs and has {address}, and a client waits there to be accepted{elsewhere}"
-                ),
-                mend,
-            ),
-            clients => Check::bad(
-                NAME,
-                format!(
-                    "{container} runs and has {address}, and {clients} clients wait there to be accepted{elsewhere}"
-                ),
-                mend,
-            ),
-        },
-        None => Check::ok(
+    let members = members(pid);
+    let mut clients = 0;
+    for (inode, kind) in there {
+        match hold(&members, inode) {
+            // A process that has it open may only have inherited it. Nothing waits to be accepted where there are datagrams.
+            Some(true) if kind == SocketKind::Stream => clients += left_waiting(inode).await,
+            Some(true) => {}
+            None => {
+                return Check::ok(
+                    NAME,
+                    format!(
+                        "the container takes {address} over itself; that was not checked, for want of the right to"
+                    ),
+                );
+            }
+            Some(false) => {
+                return Check::bad(
+                    NAME,
+                    format!("{container} runs, and no process in it has taken {address} over{elsewhere}"),
+                    mend,
+                );
+            }
+        }
+    }
+    match clients {
+        0 => Check::ok(NAME, format!("{container} has taken {address} over")),
+        1 => Check::bad(
+            NAME,
+            format!("{container} runs and has {address}, and a client waits there to be accepted{elsewhere}"),
+            mend,
+        ),
+        clients => Check::bad(
             NAME,
             format!(
-                "the container takes {address} over itself; that was not checked, for want of the right to"
+                "{container} runs and has {address}, and {clients} clients wait there to be accepted{elsewhere}"
             ),
-        ),
-        Some(false) => Check::bad(
-            NAME,
-            format!("{container} runs, and no process in it has taken {address} over{elsewhere}"),
             mend,
         ),
     }
@@ -136,7 +147,10 @@ mod tests {
     #[test]
     fn finds_who_has_a_socket_open() {
         let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let external = listening.local_addr().unwrap().to_string().parse().unwrap();
+        let external = crate::address::ExternalSocket {
+            kind: SocketKind::Stream,
+            place: crate::address::SocketPlace::Address(listening.local_addr().unwrap()),
+        };
         let inode = port_owner::inode_at(&external).unwrap();
         let me = PathBuf::from(format!("/proc/{}", std::process::id()));
         assert!(members(std::process::id() as i32).contains(&me));

@@ -8,10 +8,10 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use bro_proc::cgroup;
+use bro_relay::listener::SocketKind;
 use bro_relay::read_bounded::{self, Link};
 
 use super::{Check, listens};
-use crate::address::External;
 use crate::commands::activate::fence::{concerns, impossible};
 use crate::installed::{Connects, Installed, InstalledPort, SocketFence};
 use crate::netns::sock_diag::Table;
@@ -78,7 +78,8 @@ async fn of_unit(installed: &Installed, listener: &InstalledPort, systemd: &Syst
 fn told(SocketFence { told, .. }: &SocketFence) -> String {
     let this_host =
         told.this_host.then(|| "clients of this host are seen by 169.254.1.2 or fd62:726f::2".to_owned());
-    let ports = told.ports.map(|(external, internal)| format!("port {external} is seen as {internal}"));
+    let ports =
+        told.ports.iter().map(|(external, internal)| format!("port {external} is seen as {internal}"));
     let said: Vec<String> = this_host.into_iter().chain(ports).collect();
     if said.is_empty() { String::new() } else { format!("; {}", said.join(", ")) }
 }
@@ -158,12 +159,10 @@ fn made_elsewhere(listener: &InstalledPort, fence: &str) -> Check {
 
 /// Is what listens there of another control group than this one, by the kernel's table? Not where the kernel does not say, or nothing listens.
 fn is_elsewhere(listener: &InstalledPort, group: &Path) -> bool {
-    let wanted = match &listener.external {
-        External::Port(port) => (None, *port),
-        External::Address(address) => (Some(address.ip()), address.port()),
-        External::Path(_) | External::Abstract(_) => return false,
-    };
-    listens_within(wanted, group) == Some(false)
+    let streams = listener.external.sockets().filter(|socket| socket.kind == SocketKind::Stream);
+    streams
+        .filter_map(|socket| socket.place.port())
+        .any(|port| listens_within((listener.external.ip(), port), group) == Some(false))
 }
 
 /// Was a TCP listener of this namespace, at this address, or at any with this port, made in this control group? `None` where there is none, or this kernel (before

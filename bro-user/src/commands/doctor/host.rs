@@ -200,7 +200,7 @@ pub(super) fn cgroup() -> Check {
 /// What the relay process gives up, tried on a thread that ends then.
 pub(super) fn sandbox() -> Check {
     const NAME: &str = "sandbox";
-    let tried = std::thread::spawn(|| bro_relay::sandbox::enter(None, [], 0..0, false, false)).join();
+    let tried = std::thread::spawn(|| bro_relay::sandbox::enter(None, [], 0..0, false, false, false)).join();
     match tried {
         Ok(Ok(missing)) if missing.is_empty() => {
             Check::ok(NAME, "the relay process gets by without capabilities, files and new sockets")

@@ -34,7 +34,7 @@ pub(super) async fn check(
         Mode::Forward(forwarder) | Mode::Adopt(Adoption { forwarder, .. }) => forwarder,
         Mode::Direct(takeover) => return direct::check(installed, takeover.way, listener, container).await,
     };
-    let Some(target) = &listener.internal else {
+    let Some(internal) = &listener.internal else {
         return Check::bad(
             NAME,
             format!("{} does not say where the service listens", listener.socket.name),
@@ -42,7 +42,7 @@ pub(super) async fn check(
         );
     };
     let Some(container) = &forwarder.container else {
-        return Check::ok(NAME, format!("{target} is in no container of its own, so it was not checked"));
+        return Check::ok(NAME, format!("{internal} is in no container of its own, so it was not checked"));
     };
     let pid = match running(installed, container) {
         Some(pid) => pid,
@@ -53,7 +53,7 @@ pub(super) async fn check(
         None => {
             return Check::ok(
                 NAME,
-                format!("{container} is asleep, so {target} was not checked (--wake looks)"),
+                format!("{container} is asleep, so {internal} was not checked (--wake looks)"),
             );
         }
     };
@@ -63,51 +63,92 @@ pub(super) async fn check(
         return Check::ok(
             NAME,
             format!(
-                "{container} is frozen, so {target} was not checked; the next client has it go on (--wake looks)"
+                "{container} is frozen, so {internal} was not checked; the next client has it go on (--wake looks)"
             ),
         );
     }
     if is_paused(pid) {
         return Check::bad(
             NAME,
-            format!("{container} is paused, so nothing answers at {target}"),
+            format!("{container} is paused, so nothing answers at {internal}"),
             format!("`podman unpause {container}`"),
         );
     }
     let wish = forwarder.options.unix_identity();
-    let (host, port) = match target.clone() {
-        Target::Tcp { host, port } => (host, port),
-        Target::Udp { .. } => {
-            return Check::ok(NAME, format!("{target} takes datagrams, so it was not checked"));
+    match internal.first() {
+        Target::Tcp { .. } | Target::Udp { .. } => ip(installed, listener, container, pid).await,
+        Target::Datagrams(_) => Check::ok(NAME, format!("{internal} takes datagrams, so it was not checked")),
+        Target::Unix(_) | Target::Abstract(_) if listener.takes_datagrams() => {
+            Check::ok(NAME, format!("{internal} takes datagrams, so it was not checked"))
         }
-        Target::Unix(path) => return unix(installed, container, pid, Address::Inside(path), wish).await,
+        Target::Unix(path) => unix(installed, container, pid, Address::Inside(path.clone()), wish).await,
         Target::Abstract(name) => {
-            return unix(installed, container, pid, Address::Abstract(name.into_bytes()), wish).await;
-        }
-    };
-    let ip = if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() };
-    let Ok(ip) = ip else {
-        return Check::ok(NAME, format!("{target} has a name, so it was not checked"));
-    };
-    let wanted = SocketAddr::new(ip, port);
-    match listeners(pid).await {
-        Ok(found) if found.iter().any(|listening| listening.serves(wanted)) => {
-            Check::ok(NAME, format!("{container} listens at {target}"))
-        }
-        Ok(found) => {
-            let (there, fix) = match nearest(&found, port) {
-                None => ("nothing listens there at all".to_owned(), "see the service's own log".to_owned()),
-                Some(best) => (
-                    format!("it listens at {}", written(&found)),
-                    format!("`{}`, or change the service", lead_to(installed, listener, &internal(best))),
-                ),
-            };
-            Check::bad(NAME, format!("nothing listens at {target} in {container}; {there}"), fix)
-        }
-        Err(error) => {
-            Check::bad(NAME, format!("cannot look into {container}: {error:#}"), "see `bro doctor`")
+            unix(installed, container, pid, Address::Abstract(name.clone().into_bytes()), wish).await
         }
     }
+}
+
+/// Does the kernel's table have what clients are led to: something that listens, or has a socket for datagrams?
+async fn ip(installed: &Installed, listener: &InstalledPort, container: &str, pid: i32) -> Check {
+    let targets = listener.targets();
+    let (datagrams, streams): (Vec<&Target>, Vec<&Target>) =
+        targets.iter().partition(|target| matches!(target, Target::Udp { .. }));
+    let mut there = Vec::new();
+    for (targets, verb) in [(streams, "listens"), (datagrams, "takes datagrams")] {
+        let (Some(first), Some(last)) = (targets.first(), targets.last()) else { continue };
+        let wanted: Option<Vec<SocketAddr>> = targets.iter().map(|target| address(target)).collect();
+        let Some(wanted) = wanted else {
+            return Check::ok(NAME, format!("{first} has a name, so it was not checked"));
+        };
+        let found = match verb {
+            "listens" => listeners(pid).await,
+            _ => datagram_sockets(pid).await,
+        };
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                return Check::bad(
+                    NAME,
+                    format!("cannot look into {container}: {error:#}"),
+                    "see `bro doctor`",
+                );
+            }
+        };
+        let served = |address: &&SocketAddr| found.iter().any(|socket| socket.serves(**address));
+        match wanted.iter().filter(served).count() {
+            0 => return nothing(installed, listener, (container, verb), first, &found),
+            all if all == wanted.len() && all == 1 => there.push(format!("{verb} at {first}")),
+            // A service may open the ports of a range as it needs them.
+            some => there.push(format!("{verb} at {some} of {} ports from {first} to {last}", wanted.len())),
+        }
+    }
+    Check::ok(NAME, format!("{container} {}", there.join(" and ")))
+}
+
+/// The check of a port where nothing is.
+fn nothing(
+    installed: &Installed,
+    listener: &InstalledPort,
+    (container, verb): (&str, &str),
+    target: &Target,
+    found: &[ListeningSocket],
+) -> Check {
+    let port = address(target).map_or(0, |address| address.port());
+    let (there, fix) = match nearest(found, port) {
+        None => (format!("nothing {verb} there at all"), "see the service's own log".to_owned()),
+        Some(best) => (
+            format!("it {verb} at {}", written(found)),
+            format!("`{}`, or change the service", lead_to(installed, listener, &internal_port(best))),
+        ),
+    };
+    Check::bad(NAME, format!("nothing {verb} at {target} in {container}; {there}"), fix)
+}
+
+/// The address of a target that is no name.
+fn address(target: &Target) -> Option<SocketAddr> {
+    let (Target::Tcp { host, port } | Target::Udp { host, port }) = target else { return None };
+    let ip = if host == "localhost" { Some(Ipv4Addr::LOCALHOST.into()) } else { host.parse().ok() };
+    ip.map(|ip: IpAddr| SocketAddr::new(ip, *port))
 }
 
 /// Does the unix socket take a connection of the user that the forwarder connects as?
@@ -117,6 +158,7 @@ async fn unix(installed: &Installed, container: &str, pid: i32, address: Address
         Address::Abstract(name) => format!("@{}", String::from_utf8_lossy(name)),
         Address::Tcp(address) => address.to_string(),
         Address::Udp(address) => format!("{address}/udp"),
+        Address::Datagrams(_) => return Check::ok(NAME, "it takes datagrams, so it was not checked"),
     };
     let connecting = async {
         use std::os::unix::fs::OpenOptionsExt as _;
@@ -219,9 +261,18 @@ pub(super) fn is_paused(pid: i32) -> bool {
 
 /// All listeners in the container's network namespace.
 pub(super) async fn listeners(pid: i32) -> anyhow::Result<Vec<ListeningSocket>> {
+    Ok(table(pid).await?.listeners()?)
+}
+
+/// All sockets there that take any client's datagrams of UDP.
+pub(super) async fn datagram_sockets(pid: i32) -> anyhow::Result<Vec<ListeningSocket>> {
+    Ok(table(pid).await?.datagram_sockets()?)
+}
+
+async fn table(pid: i32) -> anyhow::Result<Table> {
     let netns = OwnedFd::from(std::fs::File::open(format!("/proc/{pid}/ns/net"))?);
     let place = NetnsRef::Entered(Arc::new(Namespace::look_into(netns).await?));
-    Ok(Table::open(&place).await?.listeners()?)
+    Ok(Table::open(&place).await?)
 }
 
 /// Their addresses.
@@ -239,7 +290,7 @@ fn nearest(found: &[ListeningSocket], port: u16) -> Option<ListeningSocket> {
 }
 
 /// The `--internal-port` that leads clients to this listener: a port alone means 127.0.0.1.
-fn internal(listening: ListeningSocket) -> String {
+fn internal_port(listening: ListeningSocket) -> String {
     let port = listening.address.port();
     if listening.serves((Ipv4Addr::LOCALHOST, port).into()) {
         return port.to_string();
@@ -319,7 +370,7 @@ mod tests {
             ("[fd00::2]:80", false, "[fd00::2]:80"),
         ] {
             let there = listening(address, v6_only);
-            assert_eq!(internal(there), advised, "{address}");
+            assert_eq!(internal_port(there), advised, "{address}");
             let target: SocketAddr =
                 advised.parse().unwrap_or_else(|_| (Ipv4Addr::LOCALHOST, advised.parse().unwrap()).into());
             assert!(there.serves(target), "{address}");

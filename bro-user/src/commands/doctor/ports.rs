@@ -24,12 +24,12 @@ pub(super) fn check(installed: &Installed, quadlet: Option<&Quadlet>) -> Vec<Che
         }
         if let Some(finding) = unassigned_address::sentence(external) {
             let service = listens::service_name(installed, listener);
-            let port = external.port().unwrap_or_default();
+            let ports = external.ports().map(|ports| ports.to_string()).unwrap_or_default();
             checks.push(Check::bad(
                 NAME,
                 finding,
                 format!(
-                    "{}; `{} {}{service} --external-port {port}` listens at all of them",
+                    "{}; `{} {}{service} --external-port {ports}` listens at all of them",
                     unassigned_address::MEND,
                     listens::activate(installed),
                     installed.name

@@ -284,7 +284,7 @@ async fn socket(installed: &Installed, listener: &InstalledPort, systemd: &Syste
         UnitInfo { active, .. } if active != "active" => {
             let owner = match port_owner::look(address) {
                 Some(AddressTrouble::Taken(holder)) => {
-                    let by = systemd.socket_at(&holder.address).await;
+                    let by = systemd.socket_at(holder.kind, &holder.address).await;
                     return Check::bad(
                         NAME,
                         format!("{unit} is {active}: {address} is taken {}", holder.who(by.as_deref())),
@@ -382,7 +382,7 @@ async fn as_the_file_says(
             return Check::bad(NAME, format!("{unit}: {error:#}"), format!("see `{systemctl} status`"));
         }
     };
-    let there = live.listen.join(", ");
+    let there = live.listen.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     if !drift::listens_there(listener, &live) {
         let finding = format!("{unit} listens at {there}, and not at {address}, as bro activate wrote it");
         let anew = format!("`{}`", listens::anew(installed, listener));

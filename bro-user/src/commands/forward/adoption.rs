@@ -5,13 +5,15 @@
 //! - `events.rs`: what happens to them, as the control process's loop hears of it
 //! - `agent_thread.rs`: the agent's thread; `claims.rs`: what it and the control process agree on
 //! - `fallback.rs`: why a listener is relayed; `closed.rs`: one that its service has closed; `mend.rs`: one that is damaged
-//! - `guests.rs`: who is connected to a service that accepts itself
+//! - `guests.rs`, `traffic.rs`: who is connected to a service that accepts itself, and who of them keeps it awake
+//! - `datagrams.rs`: what has come to a service that has a socket for datagrams
 //! - `passed.rs`, `options.rs`: what is passed for it; what does not go with it
 //! - `heritage.rs`: what a successor gets; `report.rs`: what is said of all that
 
 mod agent_thread;
 mod claims;
 mod closed;
+mod datagrams;
 mod events;
 mod fallback;
 mod guests;
@@ -20,8 +22,9 @@ mod mend;
 mod options;
 mod passed;
 mod report;
+mod traffic;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -32,15 +35,18 @@ use bro_adopt::socket::Place;
 use bro_adopt::{HostListener, Stored, health};
 use bro_relay::engine::listeners::ListenerUse;
 use bro_relay::engine::protocol::Plain;
-use bro_relay::listener::Listener;
+use bro_relay::listener::{Listener, SocketKind};
 use bro_relay::target::Target;
 use claims::Claims;
+use datagrams::SeenDatagrams;
 use fallback::Fallback;
 use mend::Mending;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
+use traffic::Traffic;
 
 use super::data_plane::DataPlane;
+use crate::cli::Forward;
+use crate::cli::idle::WakeOn;
 use crate::fallback::FallbackKind;
 use crate::relay_handle::Handle;
 
@@ -60,12 +66,15 @@ pub(super) struct OfferedListener {
     address: String,
     target: usize,
     socket: OwnedFd,
+    kind: SocketKind,
     place: Place,
     holder: ListenerHolder,
     /// Why the service did not get it at its last listen(2), if it did not.
     misfit: Option<Fallback>,
     /// The clients of the service that has it, at the last look.
     guests: u64,
+    /// What has come to it, if it is for datagrams.
+    datagrams: Option<SeenDatagrams>,
 }
 
 /// Who accepts at it.
@@ -73,8 +82,15 @@ pub(super) struct OfferedListener {
 enum ListenerHolder {
     /// Nothing: a service that is not awake. The engine says when a client waits.
     Watched,
+    /// The relay, while the service is not awake: not every client wakes it (`--wake-on=data`, `--wake-ignore`), and which one does shows only when it was
+    /// accepted. Those that were are relayed for as long as they stay.
+    Sifted,
+    /// The engine is about to accept no more there: it is called for a client or, without one, only watched.
+    Yielding { called: bool },
     /// Nothing yet: a client waits, and the service is being looked for.
     Called,
+    /// The relay, from the start: it is of a kind that `--adopt` does not name.
+    NotOffered,
     /// The service.
     Service { since: SystemTime },
     /// The relay.
@@ -87,6 +103,14 @@ enum ListenerHolder {
     Broken(Fallback),
 }
 
+/// Whether the service that has the listeners is frozen (`--freeze`). Nothing accepts at them then: the engine says when a client waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Frozen {
+    No,
+    /// It is, or is about to be.
+    Yes,
+}
+
 /// How far the agent is.
 #[derive(Debug)]
 enum AgentState {
@@ -97,8 +121,28 @@ enum AgentState {
     Bequeathed {
         stored: Vec<Stored>,
         way: OwnedFd,
+        /// What it had said and was not heard yet.
+        unheard: Vec<AgentNews>,
     },
     Over,
+}
+
+impl AgentState {
+    /// What it says next; for ever nothing where none answers.
+    async fn news(&mut self) -> AgentNews {
+        match self {
+            Self::Answers(thread) => thread.news().await,
+            Self::ToCome(_) | Self::Bequeathed { .. } | Self::Over => std::future::pending().await,
+        }
+    }
+
+    /// What it has said already.
+    fn said_already(&mut self) -> Option<AgentNews> {
+        match self {
+            Self::Answers(thread) => thread.said_already(),
+            Self::ToCome(_) | Self::Bequeathed { .. } | Self::Over => None,
+        }
+    }
 }
 
 /// All of it.
@@ -109,7 +153,6 @@ pub(super) struct SocketAdoption {
     agent: AgentState,
     claims: Arc<Claims>,
     engine: Arc<Handle>,
-    news: (UnboundedSender<AgentNews>, UnboundedReceiver<AgentNews>),
     /// How many containers the agent answers for.
     containers: usize,
     /// When the last one ended.
@@ -118,8 +161,22 @@ pub(super) struct SocketAdoption {
     decisions: BTreeMap<usize, Instant>,
     /// When to look next who is connected.
     look_at: Option<Instant>,
+    /// When that was done last.
+    looked: Option<Instant>,
     /// Those whom no look sees.
     short_guests: ShortGuests,
+    /// Who of those that are there keeps the service awake.
+    traffic: Traffic,
+    /// How many that are not ignored were there at the last look; none where it could not be seen.
+    present: Option<u64>,
+    /// Since the look before, one has come, or a byte.
+    stirred: bool,
+    /// Whether the service is frozen.
+    frozen: Frozen,
+    /// Not every client wakes the service.
+    sifts: bool,
+    /// How long a datagram counts as a client (`--flow-timeout`).
+    flow_timeout: Duration,
     /// A look has failed, and it was said.
     blind: bool,
     /// Why listeners are relayed, of those that were not counted yet.
@@ -169,7 +226,7 @@ pub(super) async fn news(adoption: &mut Option<SocketAdoption>) -> AdoptionNews 
     };
     tokio::select! {
         biased;
-        Some(news) = adoption.news.1.recv() => AdoptionNews::Agent(news),
+        news = adoption.agent.news() => AdoptionNews::Agent(news),
         asked = asked => AdoptionNews::Mending(asked),
         news = clock => news,
     }
@@ -184,33 +241,48 @@ impl SocketAdoption {
         reserved: Reserved,
         routes: &[(Listener, usize)],
         targets: &[Target],
+        options: &Forward,
         plane: &DataPlane<'_>,
     ) -> anyhow::Result<Self> {
         let mut listeners = Vec::with_capacity(routes.len());
-        for (listener, target) in routes {
+        let claims = Claims::new(routes.len());
+        for (index, (listener, target)) in routes.iter().enumerate() {
+            let is_offered = options.adopt.offers(listener.kind);
+            if !is_offered {
+                // For good.
+                let _first = claims.take_for_relay(index);
+            }
             listeners.push(OfferedListener {
                 name: listener.name.clone(),
                 address: listener.address.clone(),
                 target: *target,
                 socket: listener.socket.try_clone()?,
+                kind: listener.kind,
                 place: options::place(&targets[*target])?,
-                holder: ListenerHolder::Watched,
+                holder: if is_offered { ListenerHolder::Watched } else { ListenerHolder::NotOffered },
                 misfit: None,
                 guests: 0,
+                datagrams: (listener.kind == SocketKind::Datagram).then(SeenDatagrams::default),
             });
         }
         Ok(Self {
-            claims: Arc::new(Claims::new(listeners.len())),
+            claims: Arc::new(claims),
             listeners,
             seccomp: reserved.seccomp,
             agent: AgentState::ToCome(reserved.before),
             engine: plane.engine().clone(),
-            news: unbounded_channel(),
             containers: 0,
             ended: None,
             decisions: BTreeMap::new(),
             look_at: None,
+            looked: None,
             short_guests: ShortGuests::NotHeard,
+            traffic: Traffic::of(&options.idle),
+            present: Some(0),
+            stirred: false,
+            frozen: Frozen::No,
+            sifts: options.idle.wake_on == WakeOn::Data || !options.idle.wake_ignore.is_empty(),
+            flow_timeout: options.flow_timeout.or_forever(),
             blind: false,
             fell_back: Vec::new(),
             way: None,
@@ -229,16 +301,16 @@ impl SocketAdoption {
                 tokio::task::spawn_blocking(move || heritage::receive(&way)).await??
             }
         };
-        self.answer(stored)
+        self.answer(stored, Vec::new())
     }
 
-    fn answer(&mut self, stored: Vec<Stored>) -> anyhow::Result<()> {
+    fn answer(&mut self, stored: Vec<Stored>, unheard: Vec<AgentNews>) -> anyhow::Result<()> {
         let mut listeners = Vec::with_capacity(self.listeners.len());
         for OfferedListener { socket, place, .. } in &self.listeners {
             listeners.push(HostListener { socket: socket.try_clone()?, target: place.clone() });
         }
         let (seccomp, claims) = (self.seccomp.try_clone()?, self.claims.clone());
-        let thread = AgentThread::start(listeners, seccomp, stored, claims, self.news.0.clone())?;
+        let thread = AgentThread::start(listeners, seccomp, stored, claims, unheard)?;
         self.agent = AgentState::Answers(thread);
         Ok(())
     }
@@ -263,15 +335,20 @@ impl SocketAdoption {
         else {
             bail!("no successor can get what is known of containers");
         };
-        let stored = thread.bequeath().context("handing over what is known of containers")?;
-        self.agent = AgentState::Bequeathed { stored, way };
+        let (stored, unheard) = thread.bequeath().context("handing over what is known of containers")?;
+        self.agent = AgentState::Bequeathed { stored, way, unheard };
         Ok(())
     }
 
     /// The successor is gone: the agent goes on.
     pub(super) fn goes_on(&mut self) -> anyhow::Result<()> {
         match std::mem::replace(&mut self.agent, AgentState::Over) {
-            AgentState::Bequeathed { stored, .. } => self.answer(stored),
+            AgentState::Bequeathed { stored, mut unheard, .. } => {
+                // The new one tells of each container there is.
+                self.containers = 0;
+                unheard.retain(|news| !news.counts_containers());
+                self.answer(stored, unheard)
+            }
             other => {
                 self.agent = other;
                 Ok(())
@@ -281,7 +358,7 @@ impl SocketAdoption {
 
     /// Neither the agent nor the engine touches a listener any more: the successor may have what is known.
     pub(super) fn hand_over(&mut self) {
-        if let AgentState::Bequeathed { stored, way } = &self.agent {
+        if let AgentState::Bequeathed { stored, way, .. } = &self.agent {
             if let Err(error) = heritage::send(way, stored) {
                 // It is restarted, with what is in the store.
                 tracing::error!(%error, "the successor does not take what is known of containers");
@@ -295,6 +372,12 @@ impl SocketAdoption {
         self.listeners.iter().any(|listener| matches!(listener.holder, ListenerHolder::Service { .. }))
     }
 
+    /// The targets of those that a service has.
+    pub(super) fn adopted_targets(&self) -> BTreeSet<usize> {
+        let has = |listener: &&OfferedListener| matches!(listener.holder, ListenerHolder::Service { .. });
+        self.listeners.iter().filter(has).map(|listener| listener.target).collect()
+    }
+
     fn of_target(&self, target: usize) -> impl Iterator<Item = usize> + use<> {
         let these: Vec<usize> = self
             .listeners
@@ -306,6 +389,27 @@ impl SocketAdoption {
         these.into_iter()
     }
 
+    /// What the engine does with a listener that a service has.
+    const fn use_of_adopted(&self) -> ListenerUse {
+        match self.frozen {
+            Frozen::No => ListenerUse::LeaveAlone,
+            Frozen::Yes => ListenerUse::WakeOnly,
+        }
+    }
+
+    /// The service is frozen, or goes on.
+    pub(super) fn set_frozen(&mut self, is: bool) {
+        let now = if is { Frozen::Yes } else { Frozen::No };
+        if std::mem::replace(&mut self.frozen, now) == now {
+            return;
+        }
+        for index in 0..self.listeners.len() {
+            if matches!(self.listeners[index].holder, ListenerHolder::Service { .. }) {
+                self.use_so(index, self.use_of_adopted());
+            }
+        }
+    }
+
     fn use_so(&self, listener: usize, how: ListenerUse) {
         self.engine.send(Plain::Use { listener, how });
     }
@@ -315,11 +419,24 @@ impl SocketAdoption {
         let Some(listener) = self.listeners.get_mut(index) else { return };
         listener.guests = 0;
         listener.misfit = None;
+        if let Some(datagrams) = &mut listener.datagrams {
+            *datagrams = SeenDatagrams::default();
+            datagrams::note_where_they_come_in(&listener.socket);
+        }
         match health::check(listener.socket.as_fd()) {
-            Ok(()) => {
-                listener.holder = ListenerHolder::Watched;
-                self.use_so(index, ListenerUse::WakeOnly);
+            // Where the agent is about to have it adopted, it is left to that.
+            Ok(()) if self.sifts && listener.kind == SocketKind::Stream => {
+                let sifts = self.claims.take_for_sieve(index)
+                    && set_nonblocking(&self.listeners[index].socket).is_ok();
+                if sifts {
+                    self.listeners[index].holder = ListenerHolder::Sifted;
+                    self.use_so(index, ListenerUse::Relay);
+                } else {
+                    self.claims.leave_as_sieve(index);
+                    self.watch_all_comers(index);
+                }
             }
+            Ok(()) => self.watch_all_comers(index),
             Err(damage) => {
                 let _taken = self.claims.take_for_relay(index);
                 self.relay(index, damage.into());
@@ -327,20 +444,50 @@ impl SocketAdoption {
         }
     }
 
-    /// Watches, for a first client, what the agent did not find adopted. Where it could not be seen who is connected to a service, there is to be none that
-    /// accepts its clients itself: it would never be idle.
+    /// Has the engine say when a client waits at it, whoever that is.
+    fn watch_all_comers(&mut self, index: usize) {
+        self.listeners[index].holder = ListenerHolder::Watched;
+        self.use_so(index, ListenerUse::WakeOnly);
+    }
+
+    /// The service is being woken, or listens: the relay accepts no more where it only sifts, of this target or at this listener.
+    fn yield_sieve(&mut self, index: usize, called: bool) {
+        if let Some(listener) = self.listeners.get_mut(index)
+            && matches!(listener.holder, ListenerHolder::Sifted)
+        {
+            listener.holder = ListenerHolder::Yielding { called };
+            self.use_so(index, ListenerUse::LeaveAlone);
+        }
+    }
+
+    /// A client has come that wakes this target: those that come from now on are the service's.
+    pub(super) fn target_called(&mut self, target: usize) {
+        for index in self.of_target(target) {
+            self.yield_sieve(index, true);
+        }
+    }
+
+    /// The service is not woken after all.
+    fn sift_again(&mut self, index: usize) {
+        self.listeners[index].holder = ListenerHolder::Sifted;
+        self.use_so(index, ListenerUse::Relay);
+    }
+
+    /// Watches, for a first client, what the agent did not find adopted, and relays what it is not to have. Where it could not be seen who is connected to a
+    /// service, there is to be none that accepts its clients itself: it would never be idle.
     fn watch_the_rest(&mut self) {
         let sockets: Vec<_> = self.listeners.iter().map(|listener| listener.socket.as_fd()).collect();
-        let uncountable = guests::count(&sockets).err().map(|error| error.to_string());
+        let uncountable = guests::are_countable(&sockets).err().map(|error| error.to_string());
         for index in 0..self.listeners.len() {
-            if !matches!(self.listeners[index].holder, ListenerHolder::Watched) {
-                continue;
-            }
-            match &uncountable {
-                Some(why) if self.claims.take_for_relay(index) => {
+            match (&self.listeners[index].holder, &uncountable) {
+                (ListenerHolder::NotOffered, _) => self.use_so(index, ListenerUse::Relay),
+                (ListenerHolder::Watched, Some(why))
+                    if self.listeners[index].datagrams.is_none() && self.claims.take_for_relay(index) =>
+                {
                     self.relay(index, Fallback::Uncountable(why.clone()));
                 }
-                _ => self.watch(index),
+                (ListenerHolder::Watched, _) => self.watch(index),
+                _ => {}
             }
         }
     }
@@ -351,13 +498,16 @@ impl SocketAdoption {
             self.mend_soon();
         }
         let Some(listener) = self.listeners.get_mut(index) else { return };
-        if matches!(why, Fallback::Damaged(health::Damage::NotListening)) {
+        if matches!(why, Fallback::Damaged(health::Damage::NotListening | health::Damage::ShutDown)) {
             tracing::error!(socket = %listener.name, address = %listener.address, "nothing can be accepted at the socket: {why}");
             listener.holder = ListenerHolder::Broken(why);
             return self.use_so(index, ListenerUse::LeaveAlone);
         }
         tracing::warn!(socket = %listener.name, address = %listener.address, reason = why.kind().word(), "the socket is relayed, not adopted, until the container ends: {why}");
         self.fell_back.push(why.kind());
+        if listener.datagrams.is_some() {
+            datagrams::note_where_they_come_in(&listener.socket);
+        }
         if let Err(errno) = set_nonblocking(&listener.socket) {
             tracing::error!(error = errno.desc(), socket = %listener.name, "the socket cannot be relayed either");
             listener.holder = ListenerHolder::Broken(why);
@@ -367,14 +517,20 @@ impl SocketAdoption {
         self.use_so(index, ListenerUse::Relay);
     }
 
-    /// Resets all that wait at a target's listeners: the service could not be started for them.
+    /// Resets all that wait at a target's listeners, and drops their datagrams: the service could not be started for them.
     pub(super) fn turn_away(&mut self, target: usize) {
         for index in self.of_target(target) {
-            if !matches!(self.listeners[index].holder, ListenerHolder::Called) {
-                continue;
+            match self.listeners[index].holder {
+                ListenerHolder::Called => {}
+                // The client was accepted, and the engine resets it.
+                ListenerHolder::Yielding { .. } => {
+                    self.sift_again(index);
+                    continue;
+                }
+                _ => continue,
             }
             if self.claims.take_for_relay(index) {
-                reset_all(&self.listeners[index].socket);
+                reset_all(&self.listeners[index]);
                 self.claims.leave_as_relay(index);
                 self.watch(index);
             }
@@ -387,6 +543,8 @@ impl SocketAdoption {
         for index in self.of_target(target) {
             match self.listeners[index].holder {
                 ListenerHolder::Called | ListenerHolder::Closed => self.watch(index),
+                ListenerHolder::Watched if self.sifts => self.watch(index),
+                ListenerHolder::Yielding { .. } => self.sift_again(index),
                 ListenerHolder::Relay(Fallback::Damaged(_) | Fallback::Uncountable(_)) => {}
                 ListenerHolder::Relay(_) => {
                     self.listeners[index].holder = ListenerHolder::Returning;
@@ -400,9 +558,22 @@ impl SocketAdoption {
     /// The engine uses a listener so from now on.
     pub(super) fn engine_uses(&mut self, index: usize, how: ListenerUse) {
         let Some(listener) = self.listeners.get(index) else { return };
-        if how != ListenerUse::Relay && matches!(listener.holder, ListenerHolder::Returning) {
-            self.claims.leave_as_relay(index);
-            self.watch(index);
+        match listener.holder {
+            _ if how == ListenerUse::Relay => {}
+            ListenerHolder::Returning => {
+                self.claims.leave_as_relay(index);
+                self.watch(index);
+            }
+            ListenerHolder::Yielding { called } => {
+                if called {
+                    self.listeners[index].holder = ListenerHolder::Called;
+                } else {
+                    self.watch_all_comers(index);
+                }
+                // Only now: the agent may be waiting for it.
+                self.claims.leave_as_sieve(index);
+            }
+            _ => {}
         }
     }
 
@@ -422,9 +593,13 @@ impl SocketAdoption {
         for index in self.of_target(target) {
             let listener = &mut self.listeners[index];
             let is_undecided = match listener.holder {
-                ListenerHolder::Watched | ListenerHolder::Called => true,
+                ListenerHolder::Watched | ListenerHolder::Called | ListenerHolder::Sifted => true,
                 // The service listens at another one now.
                 ListenerHolder::Closed => listener.misfit.is_some(),
+                ListenerHolder::Yielding { .. } => {
+                    self.decisions.insert(target, Instant::now() + GRACE);
+                    false
+                }
                 _ => false,
             };
             if !is_undecided {
@@ -478,10 +653,13 @@ fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
 /// The most that are reset at once: more than a backlog holds by default.
 const MOST_RESET: usize = 8192;
 
-/// Accepts what waits, and resets it (SO_LINGER).
-fn reset_all(listener: &OwnedFd) {
+/// Accepts what waits, and resets it (SO_LINGER). A datagram is dropped.
+fn reset_all(OfferedListener { socket: listener, datagrams, .. }: &OfferedListener) {
     use nix::libc::linger;
     use nix::sys::socket::{setsockopt, sockopt};
+    if datagrams.is_some() {
+        return bro_adopt::datagrams::drop_what_waits(listener.as_fd(), MOST_RESET);
+    }
     if set_nonblocking(listener).is_err() {
         return;
     }

@@ -12,6 +12,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until};
 use super::adoption::{self, Guests, SocketAdoption};
 use super::data_plane::{DataPlane, PlaneNews};
 use super::drain;
+use super::freeze::FreezeDone;
 use super::handover::Predecessor;
 use super::lifecycle::{Due, LifeChange, Lifecycle, Phase};
 use super::reload::Reload;
@@ -245,6 +246,9 @@ impl<'a> Control<'a> {
         match event {
             EngineEvent::Wake { target, peer, source, refused } => {
                 self.life.wanted(target, peer, source.as_deref(), refused);
+                if let Some(adoption) = &mut self.adoption {
+                    adoption.target_called(target);
+                }
             }
             EngineEvent::Knock { target, peer } => self.life.knocked_for(target, peer),
             EngineEvent::Frozen(frozen) => self.life.engine_froze(frozen),
@@ -270,11 +274,14 @@ impl<'a> Control<'a> {
             // Answers, which the handle has already taken.
             EngineEvent::Watching { .. } | EngineEvent::Tallies(_) | EngineEvent::Peers(_) => {}
         }
+        self.guard_what_is_frozen();
         ControlFlow::Continue(())
     }
 
     /// What a background task of the life cycle has found.
     fn changed(&mut self, change: LifeChange) -> ControlFlow<()> {
+        let cannot_thaw = matches!(&change, LifeChange::Freeze(FreezeDone::Thawed(Err(_))));
+        let has_frozen = matches!(&change, LifeChange::Freeze(FreezeDone::Froze(Ok(true))));
         let of = match &change {
             LifeChange::Woken(target, Ok(_)) => {
                 let waking = self.life.targets[*target].waking();
@@ -284,7 +291,7 @@ impl<'a> Control<'a> {
             LifeChange::NetnsGone(target) => Some((*target, Fate::Gone)),
             // Whether the idle time is over shows only now.
             LifeChange::Busy(None) => {
-                self.look_for_guests();
+                let _told_in_the_life_cycle = self.look_for_guests();
                 None
             }
             _ => None,
@@ -299,7 +306,25 @@ impl<'a> Control<'a> {
             _ => {}
         }
         self.turn_away();
+        self.guard_what_is_frozen();
+        if cannot_thaw {
+            // No client of a service that accepts itself would have it looked for.
+            for target in self.adoption.as_ref().map(SocketAdoption::adopted_targets).unwrap_or_default() {
+                self.life.started_by_itself(target);
+            }
+        }
+        if has_frozen {
+            // A client may have come in meanwhile.
+            let _told_in_the_life_cycle = self.look_for_guests();
+        }
         ControlFlow::Continue(())
+    }
+
+    /// Has the engine tell of clients of a service that is frozen and cannot accept them.
+    fn guard_what_is_frozen(&mut self) {
+        if let Some(adoption) = &mut self.adoption {
+            adoption.set_frozen(self.life.freezing.is_frozen());
+        }
     }
 
     /// What a signal asks for.
@@ -367,15 +392,34 @@ impl<'a> Control<'a> {
     /// What a caller asks.
     fn asked(&mut self, question: CallerRequest) -> ControlFlow<()> {
         match question {
-            CallerRequest::Status(asker) => self.report(asker),
-            CallerRequest::Metrics(asker) => self.tell_metrics(asker),
+            CallerRequest::Status(asker) => {
+                self.look_again_where_stale();
+                self.report(asker);
+            }
+            CallerRequest::Metrics(asker) => {
+                self.look_again_where_stale();
+                self.tell_metrics(asker);
+            }
             CallerRequest::Wake(asker) => self.life.told_to_wake(asker),
-            CallerRequest::Sleep { force, asker } if !force && self.look_for_guests() == Guests::There => {
+            CallerRequest::Sleep { force, asker } if !force && self.has_guests() => {
                 asker.answer(Reply::refused("clients are connected".to_owned()));
             }
             CallerRequest::Sleep { force, asker } => self.life.told_to_sleep(force, asker, &self.reload),
         }
         ControlFlow::Continue(())
+    }
+
+    /// Is a client connected to a service that accepts itself?
+    fn has_guests(&mut self) -> bool {
+        let _told_in_the_life_cycle = self.look_for_guests();
+        self.adoption.as_ref().is_some_and(SocketAdoption::has_guests)
+    }
+
+    /// What is said of clients that nothing of this process accepts is a second old at most.
+    fn look_again_where_stale(&mut self) {
+        if self.adoption.as_ref().is_some_and(SocketAdoption::is_stale) {
+            let _told_in_the_life_cycle = self.look_for_guests();
+        }
     }
 
     /// No connection is left, or none may be.

@@ -76,7 +76,7 @@ impl Inhibitors {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::service::NetnsSource;
+    use crate::service::incarnation::NetnsSource;
     use crate::service::readiness::Ready;
     use crate::service::sources::WantedSource;
     use crate::systemd::scope::RuntimeScope;

@@ -1,10 +1,15 @@
 //! Which target the clients of each listener are connected to.
 
+use std::collections::{BTreeSet, HashMap};
+use std::os::fd::AsRawFd as _;
+
 use bro_relay::listener::{Listener, SocketKind};
 use bro_relay::target::Target;
+use nix::sys::socket::{SockaddrIn, SockaddrIn6, SockaddrStorage, getsockname};
 
 use crate::cli::Forward;
 use crate::exit::Failure;
+use crate::targets;
 
 /// The listeners with their targets.
 #[derive(Debug)]
@@ -36,10 +41,11 @@ impl Routes {
         }
         let mut targets: Vec<Target> = Vec::new();
         let mut routes = Vec::with_capacity(listeners.len());
-        for listener in listeners {
-            let named =
-                options.targets.iter().find(|(name, _)| *name == listener.name).map(|(_, target)| target);
-            let Some(target) = named.or(options.target.as_ref()) else {
+        let numbers = numbers(options, &listeners)?;
+        for (listener, number) in listeners.into_iter().zip(numbers) {
+            let named = options.targets.iter().find(|(name, _)| *name == listener.name);
+            let named = named.map(|(_, targets)| targets.nth(number));
+            let Some(target) = named.or_else(|| options.target.clone()) else {
                 return Err(Failure::Usage(format!(
                     "the socket “{}” ({}) has no target; give TARGET, or --target {}=ADDR",
                     listener.name, listener.address, listener.name
@@ -56,17 +62,55 @@ impl Routes {
     }
 }
 
-/// The target as the kind of socket makes it: the same HOST:PORT means TCP for a socket of streams, and UDP for one of datagrams.
-fn of_its_kind(target: &Target, listener: &Listener) -> Result<Target, Failure> {
-    let socket = format!("the socket “{}” ({})", listener.name, listener.address);
-    match (listener.kind, target) {
-        (SocketKind::Datagram, Target::Tcp { host, port }) => {
-            Ok(Target::Udp { host: host.clone(), port: *port })
+/// Which port each listener has among those of its name, from the lowest on: the target's port is as far from the first one of a range.
+fn numbers(options: &Forward, listeners: &[Listener]) -> Result<Vec<u16>, Failure> {
+    let ports: Vec<Option<u16>> = listeners.iter().map(port).collect();
+    let all_of = |name: &str| -> BTreeSet<u16> {
+        let of_name = listeners.iter().zip(&ports).filter(|(listener, _)| listener.name == name);
+        of_name.filter_map(|(_, port)| *port).collect()
+    };
+    let mut of_ranges: HashMap<&str, BTreeSet<u16>> = HashMap::new();
+    for (name, targets) in &options.targets {
+        let Some(wanted) = targets.ports() else { continue };
+        let there = all_of(name);
+        // None at all is a socket that was not passed, of which is told elsewhere.
+        if there.len() != wanted && listeners.iter().any(|listener| listener.name == *name) {
+            return Err(Failure::Usage(format!(
+                "--target {name}={targets} has {wanted} ports, and the sockets named {name} have {}; give as many, or one target for all",
+                there.len()
+            )));
         }
-        (SocketKind::Datagram, Target::Unix(_) | Target::Abstract(_)) => Err(Failure::Usage(format!(
-            "{socket} takes UDP datagrams, and its target {target} is a unix socket; give --target {}=HOST:PORT",
+        of_ranges.insert(name, there);
+    }
+    let number = |(listener, port): (&Listener, &Option<u16>)| {
+        let before = of_ranges.get(listener.name.as_str()).zip(*port);
+        let before = before.map_or(0, |(all, port)| all.range(..port).count());
+        u16::try_from(before).unwrap_or(u16::MAX)
+    };
+    Ok(listeners.iter().zip(&ports).map(number).collect())
+}
+
+/// The port of an IP socket.
+fn port(listener: &Listener) -> Option<u16> {
+    let address: SockaddrStorage = getsockname(listener.socket.as_raw_fd()).ok()?;
+    let v4 = address.as_sockaddr_in().map(SockaddrIn::port);
+    v4.or_else(|| address.as_sockaddr_in6().map(SockaddrIn6::port))
+}
+
+/// The target as the kind of socket makes it, where it can be that socket's.
+fn of_its_kind(target: Target, listener: &Listener) -> Result<Target, Failure> {
+    let socket = format!("the socket “{}” ({})", listener.name, listener.address);
+    match (listener.kind, &target) {
+        (SocketKind::UnixDatagram, Target::Tcp { .. } | Target::Udp { .. }) => Err(Failure::Usage(format!(
+            "{socket} takes datagrams over a unix socket, and its target {target} is none; give --target {}=/PATH",
             listener.name
         ))),
+        (SocketKind::Datagram, Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_)) => {
+            Err(Failure::Usage(format!(
+                "{socket} takes UDP datagrams, and its target {target} is a unix socket; give --target {}=HOST:PORT",
+                listener.name
+            )))
+        }
         (SocketKind::Stream, Target::Udp { .. }) => Err(Failure::Usage(format!(
             "{socket} takes streams, and its target {target} is a UDP port; leave /udp out, or use ListenDatagram= for it"
         ))),
@@ -74,6 +118,6 @@ fn of_its_kind(target: &Target, listener: &Listener) -> Result<Target, Failure> 
             "{socket} takes messages (ListenSequentialPacket=), and its target {target} is no unix socket; give --target {}=/PATH",
             listener.name
         ))),
-        _ => Ok(target.clone()),
+        _ => Ok(targets::of_kind(listener.kind, target)),
     }
 }

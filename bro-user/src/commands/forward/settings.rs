@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use bro_relay::engine::Settings;
 use bro_relay::engine::socket_options::Keepalive;
-use bro_relay::listener::{Listener, SocketKind};
+use bro_relay::listener::Listener;
 use bro_relay::relay::{Method, pipes};
 use bro_relay::target::Target;
 use nix::sys::socket::{SockaddrStorage, getsockname};
@@ -14,10 +14,11 @@ use nix::sys::socket::{SockaddrStorage, getsockname};
 use crate::cli::idle::WakeOn;
 use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::exit::Failure;
+use crate::service::ServiceStarter;
+use crate::service::incarnation::NetnsSource;
 use crate::service::readiness::Ready;
 use crate::service::sources::{Choice, WantedSource};
 use crate::service::wakes::Limits;
-use crate::service::{NetnsSource, ServiceStarter};
 use crate::systemd::scope::RuntimeScope;
 
 /// Descriptors that connections may not use up: waking a service takes some (the bus, the agent, pidfds), as do pipes and the
@@ -36,8 +37,13 @@ pub(super) fn check(options: &Forward, targets: &[Target]) -> Result<(), Failure
     if let Some(refusal) = targets.iter().find_map(|target| options.ready.refusal(target)) {
         return Err(Failure::Usage(refusal));
     }
-    if options.adopt {
+    if options.adopt.is_any() {
         super::adoption::check(options, targets)?;
+        if let Some(most) = options.connections_max {
+            tracing::warn!(
+                "--connections-max={most} bounds the clients that are forwarded; those of a service that has its socket (--adopt) its own limit bounds, and the socket's Backlog= those that wait"
+            );
+        }
     }
     if options.accept_proxy && options.trusted.is_empty() {
         return Err(Failure::Usage(
@@ -51,7 +57,7 @@ pub(super) fn check(options: &Forward, targets: &[Target]) -> Result<(), Failure
 pub(super) fn engine(options: &Forward, listeners: &[(Listener, usize)]) -> Settings {
     let asked = options.connections_max.map(|most| most as usize);
     let descriptors = descriptors_for_connections();
-    let takes_datagrams = listeners.iter().any(|(listener, _)| listener.kind == SocketKind::Datagram);
+    let takes_datagrams = listeners.iter().any(|(listener, _)| listener.kind.takes_datagrams());
     let flows_max = if takes_datagrams { flows(descriptors, options.flows_max) } else { 0 };
     let (connections_max, pipes) = fitting(descriptors - flows_max, asked.unwrap_or(usize::MAX));
     if let Some(asked) = asked.filter(|&asked| connections_max < asked) {
@@ -86,7 +92,7 @@ pub(super) fn engine(options: &Forward, listeners: &[(Listener, usize)]) -> Sett
         flow_timeout: options.flow_timeout.or_forever(),
         hold_limit: options.start_timeout.or_forever(),
         hold_refused: options.ready != Ready::Unchecked,
-        adopts: options.adopt,
+        adopts: options.adopt.is_any(),
     }
 }
 

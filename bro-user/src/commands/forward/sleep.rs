@@ -14,7 +14,7 @@ use super::lifecycle::{LifeChange, Lifecycle, Phase};
 use super::reload::Reload;
 use super::requests::CallerRequest;
 use crate::control_socket::{Asker, Reply};
-use crate::service::Stopped;
+use crate::service::stop::Stopped;
 use crate::systemd::notify;
 
 /// The unit's own limit for this stop is longer by default; a slower unit stops without the forwarder.

@@ -7,7 +7,7 @@ use bro_relay::target::Target;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use crate::service::ContainerNetns;
+use crate::service::incarnation::ContainerNetns;
 
 /// A target.
 #[derive(Debug)]

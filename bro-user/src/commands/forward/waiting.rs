@@ -54,7 +54,7 @@ fn backlog((listener, _): &(Listener, usize)) -> u64 {
             bro_relay::sys::backlog(listener.socket.as_fd()).unwrap_or(0)
         }
         // They are no connections, and do not wait for one to end.
-        SocketKind::Datagram => 0,
+        SocketKind::Datagram | SocketKind::UnixDatagram => 0,
     }
 }
 

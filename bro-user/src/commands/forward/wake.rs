@@ -14,7 +14,8 @@ use super::lifecycle::{LifeChange, Lifecycle, Phase};
 use super::target_state::{TargetState, Turned, Wakefulness, Waking};
 use crate::control_socket::{Asker, Reply};
 use crate::exit::Failure;
-use crate::service::{Awake, NetnsSource};
+use crate::service::Awake;
+use crate::service::incarnation::NetnsSource;
 use crate::systemd::time_span;
 
 /// How long a unit that systemd calls started may be without being ready, when no client waits for it any more. (How long it may
@@ -33,7 +34,7 @@ pub(super) struct RunState {
 }
 
 /// A client that nothing has accepted.
-const A_CLIENT: &str = "a client";
+pub(super) const A_CLIENT: &str = "a client";
 
 /// What is found awake without having been woken here.
 const BY_ITSELF: &str = "its container";
@@ -410,6 +411,11 @@ impl Lifecycle<'_> {
     /// A target has lost its namespace.
     pub(super) fn gone(&mut self, target: usize) {
         tracing::info!(target = %self.targets[target].target, "the service's namespace is gone; the next client wakes it again");
+        self.is_gone(target);
+    }
+
+    /// A target's service has ended: it sleeps.
+    pub(super) fn is_gone(&mut self, target: usize) {
         if self.targets[target].is_awake() {
             self.targets[target].wakefulness = Wakefulness::Asleep;
         }

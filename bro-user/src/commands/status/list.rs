@@ -127,7 +127,7 @@ impl ListedService {
         let connections = |report: &Report| {
             // A predecessor with its own socket has answered itself.
             let before = report.predecessor.as_ref().filter(|predecessor| !answers(predecessor.pid));
-            report.total.guests() + before.and_then(|predecessor| predecessor.connections).unwrap_or(0)
+            report.connections() + before.and_then(|predecessor| predecessor.connections).unwrap_or(0)
         };
         self.connections = self.forwarders.iter().map(connections).sum();
     }
@@ -279,7 +279,7 @@ async fn look(
         match systemd.live(&listener.socket.name).await {
             // The file was changed, or there is a drop-in: systemd's word counts.
             Ok(live) if !live.listen.is_empty() && !drift::listens_there(listener, &live) => {
-                addresses.extend(live.listen);
+                addresses.extend(live.listen.iter().map(ToString::to_string));
             }
             _ => addresses.push(listener.external.to_string()),
         }

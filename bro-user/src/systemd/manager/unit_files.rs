@@ -1,6 +1,7 @@
 //! What `bro activate` asks of systemd beyond starting and stopping: enable, reload, which unit a socket belongs to.
 
 use anyhow::Context as _;
+use bro_relay::listener::SocketKind;
 use zbus::proxy::CacheProperties;
 
 use super::{SystemdManager, is_running};
@@ -19,12 +20,46 @@ trait Listening {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SocketState {
     /// Its addresses.
-    pub listen: Vec<String>,
+    pub listen: Vec<LiveAddress>,
     pub backlog: u32,
     /// Empty where it is bound to none.
     pub device: String,
     /// Drop-ins have a say in it besides its file.
     pub has_drop_ins: bool,
+}
+
+/// One of its sockets, as systemd says it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LiveAddress {
+    /// `None`: one of another kind than those that bro writes, such as a FIFO.
+    pub kind: Option<SocketKind>,
+    pub address: String,
+}
+
+impl LiveAddress {
+    /// An element of the property Listen (org.freedesktop.systemd1(5)).
+    fn read((kind, address): (String, String)) -> Self {
+        let kind = match kind.as_str() {
+            "Stream" => Some(SocketKind::Stream),
+            "Datagram" if address.starts_with(['/', '@']) => Some(SocketKind::UnixDatagram),
+            "Datagram" => Some(SocketKind::Datagram),
+            "SequentialPacket" => Some(SocketKind::SeqPacket),
+            _ => None,
+        };
+        Self { kind, address }
+    }
+}
+
+/// As an external address is written.
+impl std::fmt::Display for LiveAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.kind {
+            Some(SocketKind::UnixDatagram) => write!(f, "dgram:{}", self.address),
+            Some(SocketKind::Datagram) => write!(f, "{}/udp", self.address),
+            Some(SocketKind::SeqPacket) => write!(f, "seqpacket:{}", self.address),
+            Some(SocketKind::Stream) | None => f.write_str(&self.address),
+        }
+    }
 }
 
 impl SystemdManager {
@@ -105,7 +140,7 @@ impl SystemdManager {
         let builder = ListeningProxy::builder(self.connection()).path(super::object_of(unit)?);
         let socket = builder.cache_properties(CacheProperties::No).build().await?;
         Ok(SocketState {
-            listen: socket.listen().await?.into_iter().map(|(_, address)| address).collect(),
+            listen: socket.listen().await?.into_iter().map(LiveAddress::read).collect(),
             backlog: socket.backlog().await?,
             device: socket.bind_to_device().await?,
             has_drop_ins: !self.unit(unit).await?.drop_in_paths().await?.is_empty(),
@@ -124,13 +159,15 @@ impl SystemdManager {
         self.systemd.reset_failed_unit(unit).await.ok();
     }
 
-    /// The socket unit of this manager that listens at `address`, as systemd writes it.
-    pub(crate) async fn socket_at(&self, address: &str) -> Option<String> {
+    /// The socket unit of this manager with a socket of that kind at `address`, as systemd writes it.
+    pub(crate) async fn socket_at(&self, kind: SocketKind, address: &str) -> Option<String> {
         let sockets = self.systemd.list_units_by_patterns(&["active"], &["*.socket"]).await.ok()?;
         for (name, .., path, _, _, _) in sockets {
             let builder = ListeningProxy::builder(self.systemd.inner().connection()).path(path);
             let Ok(socket) = builder.cache_properties(CacheProperties::No).build().await else { continue };
-            if socket.listen().await.is_ok_and(|all| all.iter().any(|(_, listening)| listening == address)) {
+            let Ok(all) = socket.listen().await else { continue };
+            let mut all = all.into_iter().map(LiveAddress::read);
+            if all.any(|live| live.kind == Some(kind) && live.address == address) {
                 return Some(name);
             }
         }

@@ -31,6 +31,7 @@ fn write(report: &Report, plots: &str, text: &mut String) -> std::fmt::Result {
     doubts(report, text)?;
     reading(report, text)?;
     verdict(report, text)?;
+    adoption(report, text)?;
     for section in SECTIONS {
         table(report, section, text)?;
         for plot in plots::names_for(report, section.title) {
@@ -59,13 +60,19 @@ fn reading(report: &Report, text: &mut String) -> std::fmt::Result {
         text,
         "Medians of up to {} rounds that take turns, {} s each ({} s for real programs; {} cold starts); in small print the lowest \
          and the highest round and how many there were. **Bold** is the best forwarder of a column, and every one that this \
-         run cannot tell from it: their rounds overlap. The direct connection, the unix socket and \
+         run cannot tell from it: their rounds overlap. The direct connection, the unix socket, the host network and \
          the service that has adopted the listening socket are no forwarders.\n",
         most(|plan| plan.rounds),
         plan.seconds,
         plan.wrk_seconds,
         most(|plan| plan.cold_rounds)
     )?;
+    if plan.from_another_host {
+        writeln!(
+            text,
+            "Clients were on another host: a network namespace of their own at the far end of a veth(4) pair.\n"
+        )?;
+    }
     for left_out in &report.results.left_out {
         writeln!(text, "Left out for want of time: {left_out}.\n")?;
     }
@@ -89,7 +96,7 @@ fn is_bro(contender: &Contender) -> bool {
 }
 
 fn is_forwarder(contender: &Contender) -> bool {
-    !matches!(contender.way, Way::Direct | Way::Unix | Way::Adopted)
+    !matches!(contender.way, Way::Direct | Way::HostNetwork | Way::Unix | Way::Adopted)
 }
 
 /// Whether one is better than the other, beyond what the rounds leave open.
@@ -196,35 +203,65 @@ fn against_splice(report: &Report, text: &mut String) -> std::fmt::Result {
     let is_splice = |contender: &&Contender| contender.key == "bro-splice";
     let Some(splice) = report.present.iter().find(is_splice) else { return Ok(()) };
     for bro in report.present.iter().filter(with_lanes) {
-        let (mut ahead, mut even, mut behind) = (0, 0, Vec::new());
-        for metric in metrics::all() {
-            let (Some(ours), Some(spliced)) =
-                (report.results.get(bro, metric), report.results.get(splice, metric))
-            else {
-                continue;
-            };
-            if beats(metric, &ours, &spliced) {
-                ahead += 1;
-            } else if beats(metric, &spliced, &ours) {
-                behind.push(format!(
-                    "`{}` {} (against {})",
-                    metric.key,
-                    plain(metric, &ours),
-                    plain(metric, &spliced)
-                ));
-            } else {
-                even += 1;
-            }
-        }
-        let rows = if behind.is_empty() { String::new() } else { format!(": {}", behind.join("; ")) };
-        let (label, behind) = (bro.label, behind.len());
-        writeln!(
-            text,
-            "- **{label}** against {}: ahead in {ahead}, not to be told apart in {even}, behind in {behind}{rows}",
-            splice.label
-        )?;
+        writeln!(text, "{}", compared(report, bro, splice))?;
     }
     writeln!(text)
+}
+
+/// The service that has the socket, against the same service beside its clients.
+fn adoption(report: &Report, text: &mut String) -> std::fmt::Result {
+    let of = |way: Way| report.present.iter().find(|contender| contender.way == way);
+    let (Some(adopted), Some(native)) = (of(Way::Adopted), of(Way::HostNetwork)) else { return Ok(()) };
+    let ratios = metrics::all().filter_map(|metric| {
+        let (ours, theirs) = (report.results.get(adopted, metric)?, report.results.get(native, metric)?);
+        let ratio =
+            if metric.higher_is_better { ours.median / theirs.median } else { theirs.median / ours.median };
+        ratio.is_finite().then_some(ratio)
+    });
+    let mut ratios: Vec<f64> = ratios.collect();
+    ratios.sort_by(f64::total_cmp);
+    let Some(median) = ratios.get(ratios.len() / 2) else { return Ok(()) };
+    writeln!(text, "## Adopted\n")?;
+    writeln!(text, "{}", compared(report, adopted, native))?;
+    writeln!(
+        text,
+        "- As parts of what the host network does, where more is better: {:.2} in the median of {} figures, {:.2} to {:.2} from the first \
+         quarter to the third\n",
+        median,
+        ratios.len(),
+        ratios[ratios.len() / 4],
+        ratios[ratios.len() * 3 / 4]
+    )
+}
+
+/// One line: in how many figures one is ahead of the other, and in which it is behind.
+fn compared(report: &Report, who: &Contender, other: &Contender) -> String {
+    let (mut ahead, mut even, mut behind) = (0, 0, Vec::new());
+    for metric in metrics::all() {
+        let (Some(ours), Some(theirs)) = (report.results.get(who, metric), report.results.get(other, metric))
+        else {
+            continue;
+        };
+        if beats(metric, &ours, &theirs) {
+            ahead += 1;
+        } else if beats(metric, &theirs, &ours) {
+            behind.push(format!(
+                "`{}` {} (against {})",
+                metric.key,
+                plain(metric, &ours),
+                plain(metric, &theirs)
+            ));
+        } else {
+            even += 1;
+        }
+    }
+    let rows = if behind.is_empty() { String::new() } else { format!(": {}", behind.join("; ")) };
+    format!(
+        "- **{}** against {}: ahead in {ahead}, not to be told apart in {even}, behind in {}{rows}",
+        who.label,
+        other.label,
+        behind.len()
+    )
 }
 
 fn number(metric: &Metric, value: f64) -> String {

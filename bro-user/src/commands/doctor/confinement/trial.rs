@@ -155,7 +155,9 @@ fn families(targets: &[Target]) -> Vec<(TrialStep, i32)> {
                 Some(_) => vec![(TrialStep::Inet, libc::AF_INET)],
                 None => vec![(TrialStep::Inet, libc::AF_INET), (TrialStep::Inet6, libc::AF_INET6)],
             },
-            Target::Unix(_) | Target::Abstract(_) => vec![(TrialStep::Unix, libc::AF_UNIX)],
+            Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_) => {
+                vec![(TrialStep::Unix, libc::AF_UNIX)]
+            }
         });
     }
     families.sort_by_key(|(_, domain)| *domain);

@@ -12,7 +12,7 @@ impl SocketAdoption {
         if self.claims.take_for_relay(index) {
             listener.holder = ListenerHolder::Closed;
             listener.guests = 0;
-            reset_all(&listener.socket);
+            reset_all(listener);
             self.claims.leave_as_relay(index);
             self.use_so(index, ListenerUse::WakeOnly);
         }

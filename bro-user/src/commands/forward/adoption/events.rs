@@ -4,7 +4,6 @@ use std::ops::ControlFlow;
 use std::time::{Duration, SystemTime};
 
 use bro_adopt::{Event, Misfit};
-use bro_relay::engine::listeners::ListenerUse;
 use tokio::time::{Instant, timeout_at};
 
 use super::agent_thread::AgentNews;
@@ -12,6 +11,7 @@ use super::guests::Guests;
 use super::{AdoptionNews, GRACE, ListenerHolder};
 use crate::commands::forward::control::Control;
 use crate::commands::forward::lifecycle::Phase;
+use crate::commands::forward::wake::A_CLIENT;
 
 /// How long a container's last process may take to be gone when its unit is stopped.
 const ENDS_WITHIN: Duration = Duration::from_secs(3);
@@ -28,9 +28,10 @@ impl Control<'_> {
     pub(in super::super) async fn begin_adoption(&mut self) -> anyhow::Result<()> {
         let Some(adoption) = &mut self.adoption else { return Ok(()) };
         adoption.start_agent().await?;
-        while let Some(Ok(news)) = self.adoption.as_mut().map(|adoption| adoption.news.1.try_recv()) {
+        while let Some(news) = self.adoption.as_mut().and_then(|adoption| adoption.agent.said_already()) {
             match news {
                 AgentNews::Event(event) => self.agent_says(event, AdoptedWhen::TakenOver),
+                AgentNews::Wanted(_) => {}
                 AgentNews::Failed(errno) => return Err(errno.into()),
             }
         }
@@ -44,6 +45,11 @@ impl Control<'_> {
     pub(in super::super) fn adoption_news(&mut self, news: AdoptionNews) -> ControlFlow<()> {
         match news {
             AdoptionNews::Agent(AgentNews::Event(event)) => self.agent_says(event, AdoptedWhen::Now),
+            AdoptionNews::Agent(AgentNews::Wanted(index)) => {
+                if let Some(adoption) = &mut self.adoption {
+                    adoption.yield_sieve(index, false);
+                }
+            }
             AdoptionNews::Agent(AgentNews::Failed(errno)) => {
                 let error =
                     anyhow::anyhow!("the calls of the container are not answered any more: {}", errno.desc());
@@ -86,6 +92,10 @@ impl Control<'_> {
                 if adoption.containers == 0 {
                     // What was found has ended before it was decided about.
                     adoption.decisions.clear();
+                    if adoption.sifts {
+                        // Nothing has come of what it was left to.
+                        adoption.watch_the_rest();
+                    }
                     adoption.watch_what_was_closed(0..adoption.listeners.len());
                 }
             }
@@ -103,7 +113,7 @@ impl Control<'_> {
                     tracing::info!(%socket, %address, "adopted: the service accepts the clients of this socket itself{again}");
                     listener.holder = ListenerHolder::Service { since: SystemTime::now() };
                     adoption.look_at = Some(Instant::now());
-                    adoption.use_so(index, ListenerUse::LeaveAlone);
+                    adoption.use_so(index, adoption.use_of_adopted());
                     if found == AdoptedWhen::Now {
                         self.life.counts.adoptions += 1;
                     }
@@ -139,6 +149,10 @@ impl Control<'_> {
                 if let Some(listener) = adoption.listeners.get(index) {
                     tracing::info!(socket = %listener.name, address = %listener.address, "the container that had the socket has ended; the next client wakes it again");
                 }
+                // Before a client is accepted there: its namespace may stay, as a pod's does, and such a client would be connected into the void.
+                if let Some(listener) = adoption.listeners.get(index).filter(|_| adoption.sifts) {
+                    self.life.is_gone(listener.target);
+                }
                 adoption.watch(index);
                 self.life.has_sockets = adoption.is_adopted();
             }
@@ -160,6 +174,10 @@ impl Control<'_> {
                 let target = listener.target;
                 self.life.called(target);
             }
+            // A service that accepts itself was frozen, and cannot now.
+            ListenerHolder::Service { .. } if self.life.freezing.is_frozen() => {
+                self.life.thaw_for(A_CLIENT.to_owned());
+            }
             ListenerHolder::Closed => {
                 if let Some(adoption) = &mut self.adoption {
                     adoption.refuse(index);
@@ -174,8 +192,17 @@ impl Control<'_> {
         let Some(adoption) = self.adoption.as_mut() else { return Guests::None };
         let guests = adoption.look(self.life.history.idle_time());
         // The idle time counts from the first look that finds none: it is never shorter than asked for.
-        if guests != Guests::None {
-            self.life.guests_seen = Instant::now();
+        let limit = self.life.history.idle_time();
+        let seen = match guests {
+            Guests::There | Guests::Left => Some(Instant::now()),
+            // Not before that, and no later for it.
+            Guests::Fresh(until) => until.checked_sub(limit),
+            Guests::None => None,
+        };
+        self.life.guests_seen = self.life.guests_seen.max(seen.unwrap_or(self.life.guests_seen));
+        if adoption.stirred && self.life.freezing.is_frozen() {
+            // It came before the service was frozen, or says something on a connection that it had.
+            self.life.thaw_for(A_CLIENT.to_owned());
         }
         guests
     }

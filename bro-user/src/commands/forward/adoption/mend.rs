@@ -117,7 +117,10 @@ impl Control<'_> {
         let Some(adoption) = &mut self.adoption else { return };
         let names = adoption.damaged();
         let urgent = adoption.listeners.iter().any(|listener| {
-            matches!(listener.holder, ListenerHolder::Broken(Fallback::Damaged(Damage::NotListening)))
+            matches!(
+                listener.holder,
+                ListenerHolder::Broken(Fallback::Damaged(Damage::NotListening | Damage::ShutDown))
+            )
         });
         if names.is_empty() {
             adoption.mending = Mending::default();

@@ -5,21 +5,14 @@ use std::net::SocketAddr;
 use bro_adopt::socket::Place;
 use bro_relay::target::Target;
 
-use crate::cli::idle::WakeOn;
 use crate::cli::{Forward, LocalClients};
 use crate::exit::Failure;
 use crate::service::readiness::Ready;
 
 /// Refuses what cannot hold for a client that this process does not accept.
 pub(in super::super) fn check(options: &Forward, targets: &[Target]) -> Result<(), Failure> {
-    let idle = &options.idle;
     let cases = [
         (!options.listen.is_empty(), "--listen", "only sockets that systemd passes can be adopted"),
-        (idle.wake_on == WakeOn::Data, "--wake-on=data", "the first byte comes after a client was accepted"),
-        (!idle.wake_ignore.is_empty(), "--wake-ignore", "who a client is shows when it was accepted"),
-        (!idle.idle_ignore.is_empty(), "--idle-ignore", "the service accepts its clients itself"),
-        (idle.counts_bytes(), "--idle-by=bytes and --idle-below", "no byte passes this process"),
-        (idle.freeze, "--freeze", "nothing would see a client of a frozen service"),
         (
             options.connections_per_source.is_some(),
             "--connections-per-source",
@@ -50,18 +43,22 @@ pub(in super::super) fn check(options: &Forward, targets: &[Target]) -> Result<(
 /// Where a service listens for clients of this target, as it says so inside.
 pub(super) fn place(target: &Target) -> Result<Place, Failure> {
     match target {
-        Target::Tcp { host, port } => {
+        Target::Tcp { host, port } | Target::Udp { host, port } => {
             let address =
                 if host == "localhost" { Ok(std::net::Ipv4Addr::LOCALHOST.into()) } else { host.parse() };
-            address.map(|ip| Place::Tcp(SocketAddr::new(ip, *port))).map_err(|_| {
+            let is_udp = matches!(target, Target::Udp { .. });
+            let place = |ip| {
+                let address = SocketAddr::new(ip, *port);
+                if is_udp { Place::Udp(address) } else { Place::Tcp(address) }
+            };
+            address.map(place).map_err(|_| {
                 Failure::Usage(format!(
                     "--adopt compares addresses, and “{host}” is a name: write the target {target} with an address"
                 ))
             })
         }
-        Target::Udp { .. } => Err(Failure::Usage(format!(
-            "--adopt is for sockets that listen, and {target} is for datagrams: forward it by a unit of its own"
-        ))),
+        // Such a socket is not offered to the service.
+        Target::Datagrams(at) => place(at),
         Target::Unix(path) => Ok(Place::Path(path.as_os_str().as_encoded_bytes().to_owned())),
         Target::Abstract(name) => Ok(Place::Abstract(name.as_bytes().to_owned())),
     }

@@ -2,21 +2,26 @@
 
 use std::time::SystemTime;
 
+use super::datagrams::SeenDatagrams;
 use super::fallback::Fallback;
 use super::{ListenerHolder, SocketAdoption};
-use crate::commands::status::AdoptionReport;
+use crate::commands::status::{AdoptionReport, DatagramsReport};
 
 impl SocketAdoption {
     /// Of one listener.
     pub(in super::super) fn report(&self, index: usize) -> Option<AdoptionReport> {
         let listener = self.listeners.get(index)?;
         Some(match &listener.holder {
-            ListenerHolder::Watched | ListenerHolder::Called | ListenerHolder::Returning => {
-                AdoptionReport::Waiting
-            }
+            ListenerHolder::NotOffered => return None,
+            ListenerHolder::Watched
+            | ListenerHolder::Sifted
+            | ListenerHolder::Yielding { .. }
+            | ListenerHolder::Called
+            | ListenerHolder::Returning => AdoptionReport::Waiting,
             ListenerHolder::Service { since } => AdoptionReport::Adopted {
                 since: since.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |span| span.as_secs()),
                 connections: listener.guests,
+                datagrams: listener.datagrams.as_ref().map(SeenDatagrams::report),
             },
             ListenerHolder::Relay(why) => {
                 AdoptionReport::Relayed { reason: why.kind(), why: self.with_refusal(why) }
@@ -39,12 +44,25 @@ impl SocketAdoption {
     /// In one line, while a service has a listener.
     pub(in super::super) fn said(&self) -> String {
         let connections = self.guests();
+        let adopted = || {
+            self.listeners.iter().filter(|listener| matches!(listener.holder, ListenerHolder::Service { .. }))
+        };
+        // The latest of all.
+        let datagrams =
+            adopted().filter_map(|listener| listener.datagrams.as_ref()).map(SeenDatagrams::report);
+        let datagrams: Option<DatagramsReport> = datagrams.max();
         let plural = if connections == 1 { "" } else { "s" };
         let relayed = self.listeners.iter().filter_map(|listener| match &listener.holder {
             ListenerHolder::Relay(why) => Some(format!("; {} is relayed: {why}", listener.name)),
             _ => None,
         });
-        let said = format!("Adopted, {connections} connection{plural} now");
+        let mut said = "Adopted".to_owned();
+        if datagrams.is_none() || adopted().any(|listener| listener.datagrams.is_none()) {
+            said += &format!(", {connections} connection{plural} now");
+        }
+        if let Some(datagrams) = datagrams {
+            said += &format!(", {datagrams}");
+        }
         relayed.fold(said, |said, one| said + &one)
     }
 }

@@ -5,10 +5,12 @@
 //! - `adopt executed PID PATH PROGRAM ARGS`: the same in the namespaces of PID, as `podman exec` does
 //! - `adopt joined PID PATH PROGRAM ARGS`: as `run`, in the network namespace of PID
 //! - `adopt serve KIND PLACE`: a small service that says to each client what address it has, and on its output what happens
-//! - `adopt ask ADDRESS`: connects, and prints what it is told
+//! - `adopt ask ADDRESS`: connects, and prints what it is told; `adopt hello ADDRESS`: the same by a datagram
+
+mod datagrams;
 
 use std::io::{BufRead as _, IoSlice, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt as _;
@@ -43,7 +45,17 @@ fn main() -> Result<()> {
             set_pdeathsig(Signal::SIGKILL)?;
             become_notified(path, "creating", program, rest)
         }
-        ["serve", kind, place] => serve(kind, place),
+        ["serve", kind, place] => match kind.strip_prefix("datagrams") {
+            Some(kind) => datagrams::serve(kind, place),
+            None => serve(kind, place),
+        },
+        ["hello", address] => {
+            let socket = UdpSocket::bind("0.0.0.0:0")?;
+            let _sent = socket.send_to(b"hello", address)?;
+            let mut said = [0; 64];
+            let (length, from) = socket.recv_from(&mut said)?;
+            say(&format!("told {} by {from}", String::from_utf8_lossy(&said[..length])))
+        }
         ["ask", address] => {
             let mut said = String::new();
             TcpStream::connect(address)?.read_to_string(&mut said)?;
@@ -98,6 +110,9 @@ impl Surroundings for Manager {
 }
 
 fn target(text: &str) -> Place {
+    if let Some(address) = text.strip_prefix("udp:").and_then(|text| text.parse().ok()) {
+        return Place::Udp(address);
+    }
     match (text.strip_prefix('@'), text.parse::<SocketAddr>()) {
         (Some(name), _) => Place::Abstract(name.into()),
         (None, Ok(address)) => Place::Tcp(address),
@@ -217,6 +232,7 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "epoll" | "epoll-edge" => watched(place, kind == "epoll-edge"),
         "workers" => workers(place),
         "slow" => slow(place),
+        "asked" => asked(place),
         "shut" => shut(place),
         "closes" => closes(place),
         "options" => options(place),
@@ -251,6 +267,22 @@ fn slow(place: &str) -> Result<()> {
     drop(client);
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
+}
+
+/// Answers each client when that has said something.
+fn asked(place: &str) -> Result<()> {
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    listen(&listener, Backlog::new(16)?)?;
+    say("ready")?;
+    loop {
+        let client = taken(listener.as_fd())?;
+        std::thread::spawn(move || -> Result<()> {
+            let mut stream = std::net::TcpStream::from(client.try_clone()?);
+            stream.set_nonblocking(false)?;
+            stream.read_exact(&mut [0])?;
+            greet(&client)
+        });
+    }
 }
 
 /// Two processes that listen at a socket which their parent has bound.
