@@ -3,6 +3,7 @@
 //! Each of its files begins with [`MARKER`] and has a section `[X-Bro]`, which systemd leaves alone. In a socket's file it says
 //! which activation the socket belongs to and where its clients end up; in the service's (with `--direct`, the socket's), the rest.
 
+mod connects;
 pub(crate) mod drift;
 #[cfg(test)]
 pub(crate) mod example;
@@ -16,6 +17,7 @@ use anyhow::Context as _;
 use bro_relay::read_bounded::{self, Link};
 use bro_relay::target::Target;
 
+pub use connects::{Connects, InvalidConnects};
 pub(crate) use mode::agent_of;
 pub use mode::{Adoption, Forwarder, Mode, Takeover, Way};
 pub use options::ForwardOptions;
@@ -45,6 +47,9 @@ pub const ADOPTS_WHAT: &str = "AdoptWhat";
 /// How `--trust-loopback` is noted.
 pub const TRUSTS_LOOPBACK: &str = "TrustLoopback";
 
+/// How `--adopt-connect` is noted.
+pub const CONNECTS: &str = "AdoptConnect";
+
 /// The longest unit file that is read; those that `bro activate` writes stay far below.
 const LONGEST: u64 = 1 << 20;
 
@@ -66,6 +71,24 @@ impl SocketUnit {
     }
 }
 
+/// The fence of a socket unit of the system's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SocketFence {
+    /// The bro that puts it up.
+    pub program: PathBuf,
+    /// What the service is told of addresses.
+    pub told: SocketNames,
+}
+
+/// What a service that accepts at systemd's socket itself is told instead of what is there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SocketNames {
+    /// Clients of this host's loopback interface are none of the service's own host.
+    pub this_host: bool,
+    /// External ports, each with the internal one in the place of which the service sees it.
+    pub ports: Vec<(u16, u16)>,
+}
+
 /// One port of an activated service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InstalledPort {
@@ -81,8 +104,8 @@ pub struct InstalledPort {
     pub backlog: Option<u32>,
     /// BindToDevice=, if set.
     pub device: Option<String>,
-    /// The bro that puts a fence up before it listens, if one is to stand.
-    pub fence: Option<PathBuf>,
+    /// The fence that is put up before it listens, if one is to stand.
+    pub fence: Option<SocketFence>,
 }
 
 impl InstalledPort {
@@ -341,6 +364,7 @@ impl WrittenUnits {
                 Some(source) => Mode::Adopt(Adoption {
                     what: file.value(SECTION, ADOPTS_WHAT).and_then(Adopt::of).unwrap_or(Adopt::On),
                     trusts_loopback: file.boolean(SECTION, TRUSTS_LOOPBACK).unwrap_or(false),
+                    connects: file.value(SECTION, CONNECTS).and_then(|text| text.parse().ok()),
                     ..Adoption::new(name, forwarder, source, &self.directory)
                 }),
                 None => Mode::Forward(forwarder),
@@ -508,11 +532,22 @@ fn program(file: &UnitFile) -> PathBuf {
     command.first().map(|program| program.replace("%%", "%").into()).unwrap_or_default()
 }
 
-/// The program that puts the socket's fence up.
-fn fence(file: &UnitFile) -> Option<PathBuf> {
+/// The socket's fence.
+fn fence(file: &UnitFile) -> Option<SocketFence> {
     let command = file.words("Socket", "ExecStartPre");
     let (program, rest) = command.split_first()?;
-    (rest == ["fence"]).then(|| program.replace("%%", "%").into())
+    let (name, options) = rest.split_first()?;
+    if name != "fence" {
+        return None;
+    }
+    let mut told = SocketNames::default();
+    for option in options {
+        match option.strip_prefix("--port=").and_then(|ports| ports.split_once(':')) {
+            Some((external, internal)) => told.ports.extend(external.parse().ok().zip(internal.parse().ok())),
+            None => told.this_host = option == "--this-host",
+        }
+    }
+    Some(SocketFence { program: program.replace("%%", "%").into(), told })
 }
 
 /// The options that the notes hold.
@@ -636,9 +671,18 @@ Also=/etc/containers/systemd/web.container.d/50-bro-activator.conf
     #[test]
     fn a_fence_is_known_by_its_command() {
         let fence = |line: &str| fence(&UnitFile::parse(&format!("[Socket]\n{line}\n")));
-        assert_eq!(fence("ExecStartPre=/usr/bin/bro fence"), Some("/usr/bin/bro".into()));
-        assert_eq!(fence("ExecStartPre=\"/opt/b %%x/bro\" fence"), Some("/opt/b %x/bro".into()));
-        assert_eq!(fence("ExecStartPre=/usr/bin/bro fence --this-host"), None);
+        let of = |program: &str, this_host, ports| {
+            Some(SocketFence { program: program.into(), told: SocketNames { this_host, ports } })
+        };
+        assert_eq!(fence("ExecStartPre=/usr/bin/bro fence"), of("/usr/bin/bro", false, vec![]));
+        assert_eq!(fence("ExecStartPre=\"/opt/b %%x/bro\" fence"), of("/opt/b %x/bro", false, vec![]));
+        assert_eq!(fence("ExecStartPre=/bro fence --this-host"), of("/bro", true, vec![]));
+        assert_eq!(
+            fence("ExecStartPre=/bro fence --this-host --port=8080:80"),
+            of("/bro", true, vec![(8080, 80)])
+        );
+        assert_eq!(fence("ExecStartPre=/bro fence --port=8080:80"), of("/bro", false, vec![(8080, 80)]));
+        assert_eq!(fence("ExecStartPre=/bro status"), None);
         assert_eq!(fence("ListenStream=80"), None);
     }
 

@@ -6,6 +6,7 @@ mod drop_in;
 mod hardening;
 mod namespaces;
 mod profile;
+mod runtime;
 mod service;
 mod socket;
 mod timer;
@@ -17,10 +18,12 @@ pub use agent::{DESCRIPTOR as AGENT_DESCRIPTOR, listener_path};
 pub use drop_in::DropIn;
 pub use profile::{MadeProfile, profile_text, wrote as wrote_profile};
 
+pub use runtime::RuntimeLink;
+
 use crate::adopt::Adopt;
 use crate::exit::Failure;
 use crate::installed::{
-    ADOPTS, ADOPTS_WHAT, Adoption, Forwarder, Installed, Mode, RESTRICTED, TRUSTS_LOOPBACK,
+    ADOPTS, ADOPTS_WHAT, Adoption, CONNECTS, Forwarder, Installed, Mode, RESTRICTED, TRUSTS_LOOPBACK,
 };
 use crate::paths::unrooted;
 use crate::systemd::unit_file::MARKER;
@@ -109,11 +112,12 @@ fn notes(installed: &Installed, root: Option<&Path>) -> Vec<(&'static str, Strin
     };
     match &installed.mode {
         Mode::Forward(forwarder) => note_forwarder(forwarder),
-        Mode::Adopt(Adoption { forwarder, what, source, trusts_loopback, .. }) => {
+        Mode::Adopt(Adoption { forwarder, what, source, trusts_loopback, connects, .. }) => {
             note_forwarder(forwarder);
             notes.push((ADOPTS, source.display().to_string()));
             notes.extend((*what != Adopt::On).then(|| (ADOPTS_WHAT, what.word().to_owned())));
             notes.extend(trusts_loopback.then(|| (TRUSTS_LOOPBACK, "yes".to_owned())));
+            notes.extend(connects.iter().map(|connects| (CONNECTS, connects.to_string())));
         }
         Mode::Direct(takeover) => {
             notes.push(option(("direct", takeover.way.word())));

@@ -5,7 +5,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -314,6 +314,12 @@ fn the_external_port_is_the_internal_one_to_the_service() -> Result<()> {
         let listener = unit.listen(&free.to_string(), Some(&options))?;
         let said = intruder(&container, listener.try_clone()?.into(), "name", free)?;
         ensure!(said == "name 80", "{address}: {said}");
+        // It is told to all, and bro knows better.
+        let known = bro_adopt::bound::place(listener.as_fd());
+        ensure!(
+            listener.local_addr()?.port() == 80 && known == Some(bro_adopt::socket::Place::Tcp(free)),
+            "{known:?}"
+        );
         let to = SocketAddr::new(
             if address == "[::1]:0" { "::1".parse()? } else { "127.0.0.1".parse()? },
             free.port(),

@@ -11,8 +11,9 @@ use nix::sys::socket::{
     shutdown,
 };
 
+use crate::bound;
 use crate::clients::ClientEnd;
-use crate::socket;
+use crate::socket::{self, Place};
 use nix::libc;
 
 /// The most that one direction holds.
@@ -200,7 +201,10 @@ impl ClientPlace {
 pub fn connect_to(listener: BorrowedFd<'_>, client: ClientPlace) -> io::Result<OwnedFd> {
     let number = |name| socket::number(listener, libc::SOL_SOCKET, name);
     let host = bro_relay::sys::socket(number(libc::SO_DOMAIN)?, number(libc::SO_TYPE)?, 0)?;
-    let address = getsockname::<SockaddrStorage>(listener.as_raw_fd())?;
+    let address = match bound::place(listener) {
+        Some(Place::Tcp(address)) => SockaddrStorage::from(address),
+        _ => getsockname::<SockaddrStorage>(listener.as_raw_fd())?,
+    };
     let any = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
         (Some(v4), _) if v4.ip().is_unspecified() => Some((Ipv4Addr::LOCALHOST.into(), v4.port())),
         (_, Some(v6)) if v6.ip().is_unspecified() => Some((Ipv6Addr::LOCALHOST.into(), v6.port())),

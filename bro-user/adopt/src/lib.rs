@@ -11,6 +11,7 @@
 //! by their SO_COOKIE, and a call that must not be made is answered and never continued.
 
 pub mod agent;
+pub mod bound;
 mod budget;
 mod caller;
 pub mod clients;

@@ -10,6 +10,7 @@ use super::idle::{IdleBy, WakeOn};
 use super::{LocalClients, ProxyVersion, RelayChoice};
 use crate::address::{External, Internal, Named};
 use crate::adopt::Adopt;
+use crate::installed::Connects;
 use crate::service::readiness::Ready;
 use crate::service::sources::Choice;
 use crate::systemd::calendar::DailySpans;
@@ -96,9 +97,20 @@ pub struct Activate {
     #[arg(long, value_name = "on|udp|all|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", conflicts_with = "direct")]
     pub adopt: Option<Adopt>,
 
-    /// With --adopt: the service may see this host's clients as 127.0.0.1, though its image is known to trust that address
+    /// With --adopt: the service sees this host's clients as 127.0.0.1, also where its image is known to trust that address
+    ///
+    /// A system's socket unit shows them to the service by 169.254.1.2 or fd62:726f::2 otherwise, as a forwarder does.
     #[arg(long, conflicts_with = "direct")]
     pub trust_loopback: bool,
+
+    /// With --adopt: to where the container's processes may connect: any, none, never or PORT,... over TCP
+    ///
+    /// They have sockets of the host's network, which they could lead to whatever listens on the host. “none” and ports hold for TCP, of every
+    /// network: the container is started by a runtime that bro restricts by Landlock (Linux 6.7), and connects to unix sockets as before. “never” refuses
+    /// connect(2) altogether, by the seccomp profile, on any kernel. Default: “any”, where a fence of root's stands around the sockets of a system's unit, or the
+    /// container has a network; else, for a user's container with Network=none and no pod, the ports that its service listens at.
+    #[arg(long, value_name = "WHERE", conflicts_with = "direct")]
+    pub adopt_connect: Option<Connects>,
 
     /// With --direct and Network=none: neither the container nor Podman, which starts it, can make a socket of the network
     ///
@@ -292,7 +304,7 @@ pub struct Activate {
         "backlog", "exit_idle_time", "exit_idle_time_max", "wakes_per_hour", "freeze", "freeze_time", "idle_by", "idle_ignore", "idle_below", "wake_on", "wake_ignore", "min_uptime", "keep_awake", "busy_file", "busy_exec", "ready", "start_timeout",
         "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "flows_max", "flow_timeout", "keepalive_time", "keepalive_interval",
         "keepalive_probes", "user_timeout", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
-        "blocking_sockets", "metrics", "run_as", "restrict_network", "adopt", "trust_loopback"])]
+        "blocking_sockets", "metrics", "run_as", "restrict_network", "adopt", "trust_loopback", "adopt_connect"])]
     pub remove: bool,
 
     /// Read and write below DIR, such as the root of an image, and start nothing

@@ -8,6 +8,7 @@ pub(crate) mod adopt;
 mod apply;
 mod asked_at;
 mod backoff;
+mod connects;
 mod difference;
 pub(crate) mod executable;
 pub(crate) mod fence;
@@ -103,7 +104,7 @@ async fn activate(options: &Activate, places: &Paths, interrupt: &mut Interrupt)
             .await?;
     transaction::finished(&unfinished);
     made.keep();
-    output::activated(&wanted.service, &changes, outcome, places)
+    output::activated(&wanted.service, wanted.drop_in.runtime.as_ref(), &changes, outcome, places)
 }
 
 /// What a run is to do, and what it was decided from.
@@ -140,9 +141,10 @@ async fn decide(options: &Activate, places: &Paths, made: &[PathBuf]) -> anyhow:
     let missing: Vec<PathBuf> =
         directories.iter().flat_map(|directory| transaction::missing(directory)).collect();
     note_made(&mut wanted.service, made.iter().chain(&missing), &present, places);
+    let adopts = wanted.service.adoption().is_some();
+    let wait_killable = if adopts { check_runtime(&mut wanted, places).await? } else { false };
     let mut files = units::files(&wanted.service, Some(&wanted.drop_in), (root, places.has_steps))?;
     if let Some(adoption) = wanted.service.adoption() {
-        let wait_killable = check_runtime(&wanted, places).await?;
         let uid = nix::unistd::geteuid().as_raw();
         let listener = units::listener_path(&wanted.service.name, places.scope, uid);
         files.push(adopt::profile(&wanted.service, adoption, &listener, wait_killable, root)?);
@@ -155,7 +157,7 @@ async fn decide(options: &Activate, places: &Paths, made: &[PathBuf]) -> anyhow:
 
 /// Is all of this host new enough for adoption? Then: does a profile's flag for calls that no signal breaks off work? It is left out where that is
 /// unknown, as in an image's tree.
-async fn check_runtime(wanted: &Wanted, places: &Paths) -> anyhow::Result<bool> {
+async fn check_runtime(wanted: &mut Wanted, places: &Paths) -> anyhow::Result<bool> {
     if places.root.is_some() {
         return Ok(false);
     }
@@ -166,6 +168,9 @@ async fn check_runtime(wanted: &Wanted, places: &Paths) -> anyhow::Result<bool> 
     let runtime = OciRuntime::find(wanted.service.run_as.as_ref()).await;
     if let Some(refusal) = runtime.as_ref().and_then(OciRuntime::refusal) {
         return Err(Failure::Usage(format!("--adopt: {refusal}")).into());
+    }
+    if let (Some(link), Some(runtime)) = (&mut wanted.drop_in.runtime, &runtime) {
+        runtime.name().clone_into(&mut link.name);
     }
     // A runtime of the container's own is another than the one that Podman has told of.
     let own = ["PodmanArgs", "GlobalArgs"]

@@ -60,7 +60,10 @@ pub fn run(
     notify::mute(predecessor.is_some());
     let program = Program::own()?;
     let (reserved, passed) = adoption::take(options.adopt.is_any(), passed?)?;
-    let routes = Routes::of(options, listen_fds::listeners(passed, &options.listen, options.adopt)?)?;
+    let mut routes = Routes::of(options, listen_fds::listeners(passed, &options.listen, options.adopt)?)?;
+    if options.adopt.is_any() {
+        adoption::name_as_clients_know_them(&mut routes.listeners);
+    }
     settings::check(options, &routes.targets)?;
     let local_clients = settings::local_clients(options)?;
     let settings = settings::engine(options, &routes.listeners);

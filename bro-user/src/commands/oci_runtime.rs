@@ -12,7 +12,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use landlock::{
     AccessNet, CompatLevel, Compatible as _, NetPort, Ruleset, RulesetAttr as _, RulesetCreatedAttr as _,
     RulesetError,
@@ -24,8 +24,9 @@ use crate::exit::Failure;
 const NAMES: [&str; 2] = ["crun", "runc"];
 const FOLDERS: [&str; 5] =
     ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/podman"];
-/// What makes processes of containers.
-const MAKING: [&str; 4] = ["create", "exec", "restore", "run"];
+/// What makes containers. A command that is executed in one later (`exec`) cannot be restricted likewise: a runtime in another Landlock domain than the container's
+/// processes may not look at them (`hook_ptrace_access_check`), and none can enter theirs.
+const MAKING: [&str; 3] = ["create", "restore", "run"];
 
 /// Was the program called so?
 #[must_use]
@@ -74,6 +75,22 @@ fn ports(program: &Path) -> anyhow::Result<Vec<u16>> {
     })
 }
 
+/// Whether this kernel restricts connections over TCP. Nothing is restricted by asking.
+///
+/// # Errors
+/// Why it does not.
+pub fn check() -> anyhow::Result<()> {
+    let made = Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessNet::ConnectTcp)
+        .and_then(Ruleset::create);
+    made.map(drop).map_err(unrestricted)
+}
+
+fn unrestricted(error: RulesetError) -> anyhow::Error {
+    anyhow::anyhow!("Landlock does not restrict connections here (it takes Linux 6.7): {error}")
+}
+
 fn restrict(ports: &[u16]) -> anyhow::Result<()> {
     let rules = ports.iter().map(|port| Ok::<_, RulesetError>(NetPort::new(*port, AccessNet::ConnectTcp)));
     let restricted = Ruleset::default()
@@ -82,10 +99,7 @@ fn restrict(ports: &[u16]) -> anyhow::Result<()> {
         .and_then(Ruleset::create)
         .and_then(|made| made.add_rules(rules))
         .and_then(|made| made.no_new_privs(false).restrict_self());
-    match restricted {
-        Ok(_) => Ok(()),
-        Err(error) => bail!("Landlock does not restrict connections here (it takes Linux 6.7): {error}"),
-    }
+    restricted.map(drop).map_err(unrestricted)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::SocketUnit;
+use super::connects::Connects;
 use super::options::ForwardOptions;
 use crate::adopt::Adopt;
 
@@ -48,6 +49,8 @@ pub struct Adoption {
     pub agent: SocketUnit,
     /// `--trust-loopback`: the service may take clients of this host for its own users.
     pub trusts_loopback: bool,
+    /// `--adopt-connect`, where it was given.
+    pub connects: Option<Connects>,
 }
 
 impl Adoption {
@@ -61,6 +64,7 @@ impl Adoption {
             source,
             agent: SocketUnit::new(agent_of(name), directory),
             trusts_loopback: false,
+            connects: None,
         }
     }
 }

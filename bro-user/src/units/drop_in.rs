@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use super::RuntimeLink;
 use crate::installed::{Installed, Mode, pause_unit_of};
 use crate::systemd::unit_file::UnitFile;
 
@@ -20,6 +21,8 @@ pub struct DropIn {
     pub never_notifies: bool,
     /// With `--adopt`: the profile by which the forwarder hears of the container's listen(2).
     pub profile: Option<PathBuf>,
+    /// With `--adopt`: the runtime that keeps the container from connecting.
+    pub runtime: Option<RuntimeLink>,
 }
 
 impl DropIn {
@@ -38,6 +41,7 @@ impl DropIn {
             nginx: file.value("Container", "Environment").is_some(),
             never_notifies: file.value("Container", "Notify").is_some(),
             profile: file.value("Container", "SeccompProfile").map(|path| path.replace("%%", "%").into()),
+            runtime: RuntimeLink::read(file),
         }
     }
 
@@ -85,6 +89,9 @@ impl DropIn {
             )
             .ok();
         }
+        if let Some(runtime) = &self.runtime {
+            container.push_str(&runtime.container());
+        }
         if self.nginx {
             // sd_listen_fds(3): passed descriptors begin with 3.
             let descriptors: String =
@@ -106,7 +113,7 @@ impl DropIn {
         if !container.is_empty() {
             sections.push(format!("[Container]\n{container}"));
         }
-        let mut service = String::new();
+        let mut service = self.runtime.as_ref().map(RuntimeLink::service).unwrap_or_default();
         // The socket with the container unit's name belongs to it without a word.
         if self.sockets.len() > 1 {
             writeln!(service, "Sockets={}", self.sockets.join(" ")).ok();

@@ -4,10 +4,10 @@
 
 use std::path::Path;
 
-use bro_adopt::profile::{Unfit, WantedProfile, profile};
+use bro_adopt::profile::{Connecting, Unfit, WantedProfile, profile_with};
 use serde_json::{Value, json};
 
-use crate::installed::Installed;
+use crate::installed::{Connects, Installed};
 
 /// The start of each of them.
 const START: &str = "{\n  \"bro\": \"Written by bro activate for ";
@@ -34,7 +34,8 @@ pub fn profile_text(
         listener_metadata: &installed.unit,
         wait_killable,
     };
-    let text = profile(&wanted)?;
+    let never = installed.adoption().is_some_and(|adoption| adoption.connects == Some(Connects::Never));
+    let text = profile_with(&wanted, if never { Connecting::Never } else { Connecting::AsBefore })?;
     let rest = text.strip_prefix('{').unwrap_or(&text);
     let note = json!(format!(
         "Written by bro activate for {quadlet}, and written anew by each further run. To undo everything: bro activate {name} --remove"

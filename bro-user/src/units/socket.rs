@@ -7,7 +7,7 @@ use bro_relay::listener::SocketKind;
 
 use crate::address::External;
 use crate::adopt::Adopt;
-use crate::installed::{Installed, InstalledPort, Mode, SECTION};
+use crate::installed::{Installed, InstalledPort, Mode, SECTION, SocketFence, SocketNames};
 use crate::systemd::unit_file::quote_word;
 
 pub(super) fn text(installed: &Installed, listener: &InstalledPort, root: Option<&Path>) -> String {
@@ -22,10 +22,19 @@ pub(super) fn text(installed: &Installed, listener: &InstalledPort, root: Option
         writeln!(text, "# The forwarder is started at the times of --keep-awake too.\nWants={timer}").ok();
     }
     text.push_str("\n[Socket]\n");
-    if let Some(program) = &listener.fence {
+    if let Some(SocketFence { program, told: SocketNames { this_host, ports } }) = &listener.fence {
         let program = quote_word(&program.display().to_string());
         text.push_str("# What is in the container leads a socket of this one nowhere else. Without that it does not listen.\n");
-        writeln!(text, "ExecStartPre={program} fence").ok();
+        if *this_host {
+            text.push_str("# Clients of this host are not clients of the container's own: as behind a forwarder it sees them by 169.254.1.2 or fd62:726f::2.\n");
+        }
+        if !ports.is_empty() {
+            text.push_str("# The service sees the port that it listens at inside.\n");
+        }
+        let this_host = if *this_host { " --this-host" } else { "" };
+        let ports: String =
+            ports.iter().map(|(outside, inside)| format!(" --port={outside}:{inside}")).collect();
+        writeln!(text, "ExecStartPre={program} fence{this_host}{ports}").ok();
     }
     for line in listening(listener) {
         writeln!(text, "{line}").ok();

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use super::DropIn;
+use super::{DropIn, RuntimeLink};
 use crate::exit::Failure;
 use crate::installed::{Adoption, Forwarder, Installed, InstalledPort, Mode, SocketUnit, Takeover};
 use crate::run_as::RunAsUser;
@@ -18,7 +18,15 @@ pub(super) fn check(installed: &Installed, drop_in: Option<&DropIn>) -> Result<(
     let mut paths: Vec<&Path> = vec![quadlet];
     let forwarder = match mode {
         Mode::Forward(forwarder) => Some(forwarder),
-        Mode::Adopt(Adoption { forwarder, what: _, profile, source, agent, trusts_loopback: _ }) => {
+        Mode::Adopt(Adoption {
+            forwarder,
+            what: _,
+            profile,
+            source,
+            agent,
+            trusts_loopback: _,
+            connects: _,
+        }) => {
             let SocketUnit { name, file } = agent;
             texts.push(name.into());
             paths.extend([profile.as_path(), source, file]);
@@ -44,12 +52,16 @@ pub(super) fn check(installed: &Installed, drop_in: Option<&DropIn>) -> Result<(
         texts.extend([service.into(), name.into(), external.to_string().into()]);
         texts.extend(internal.as_ref().map(|target| target.to_string().into()));
         texts.extend(device.as_deref().map(Cow::from));
-        paths.extend(fence.as_deref());
+        paths.extend(fence.as_ref().map(|fence| fence.program.as_path()));
         paths.push(file);
     }
-    if let Some(DropIn { no_network: _, sockets, nginx: _, never_notifies: _, profile }) = drop_in {
+    if let Some(DropIn { no_network: _, sockets, nginx: _, never_notifies: _, profile, runtime }) = drop_in {
         texts.extend(sockets.iter().map(Cow::from));
         paths.extend(profile.as_deref());
+        if let Some(RuntimeLink { program, name, ports: _ }) = runtime {
+            paths.push(program);
+            texts.push(name.into());
+        }
     }
     let bad = texts.into_iter().find(|text| !holds(text)).map(Cow::into_owned);
     let bad = bad.or_else(|| {

@@ -178,6 +178,14 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "80/udp", "--adopt=udp", "--internal-port", "db:80"], 2, "is a name"),
     (&["web", "--external-port", "80", "--adopt", "--direct"], 2, "cannot be used with"),
     (&["web", "--external-port", "80", "--trust-loopback"], 2, "is for --adopt"),
+    (&["web", "--external-port", "80", "--adopt-connect=none"], 2, "is for --adopt"),
+    (
+        &["web", "--external-port", "80", "--adopt", "--adopt-connect=80-90"],
+        2,
+        "is not any, none, never or a list",
+    ),
+    (&["web", "--external-port", "80", "--direct", "--adopt-connect=none"], 2, "cannot be used with"),
+    (&["web", "--remove", "--adopt-connect=none"], 2, "cannot be used with"),
     (&["web", "--external-port", "80", "--adopt", "--proxy-protocol", "v2"], 2, "does not go with --adopt"),
     (
         &["web", "--external-port", "80", "--adopt", "--accept-proxy", "--trusted", "10.0.0.1"],
@@ -206,8 +214,6 @@ const CASES: &[Case] = &[
     (&["mighty", "--external-port", "80", "--adopt"], 2, "PodmanArgs=--privileged in mighty.container"),
     (&["admin", "--external-port", "80", "--adopt"], 2, "AddCapability=NET_ADMIN in admin.container"),
     (&["seccomp", "--external-port", "80", "--adopt"], 2, "another name"),
-    (&["pg", "--external-port", "80", "--adopt"], 2, "--trust-loopback"),
-    (&["pg", "--external-port", "127.0.0.1:80", "--adopt"], 2, "pg_hba.conf"),
     (&["mine", "--external-port", "80", "--user", "--adopt"], 2, "cannot be used with"),
     (&["web", "--remove", "--adopt"], 2, "cannot be used with"),
     (&["web", "--remove"], 4, "nothing to remove"),

@@ -46,20 +46,24 @@ fn complaints(site: &Site<'_>) -> Result<String> {
     Ok(doctor.stdout.lines().filter(|line| !line.starts_with("ok ")).collect::<Vec<_>>().join("\n"))
 }
 
-/// What `bro doctor` says of the fence around the service's sockets: that of the unit, or how root puts up a user's.
+/// What `bro doctor` says of the fence around the service's sockets: that of the unit, or what stands for one around a user's container.
 fn expect_fence(site: &Site<'_>) -> Result<()> {
     let doctor = site.front.try_run(site.host, &["bro", "doctor", &site.name])?.stdout;
     let line = doctor.lines().find(|line| line.contains("fence")).with_context(|| doctor.clone())?;
     let wanted = match site.front {
         Manager::System => line.starts_with("ok ") && line.contains("around the sockets of"),
-        Manager::User(_) => line.starts_with("less") && doctor.contains("bro-fence@"),
+        // All that it connects to is the service itself.
+        Manager::User(_) => line.starts_with("ok ") && line.ends_with("(Landlock): 7"),
     };
     ensure!(wanted, "{doctor}");
     Ok(())
 }
 
 /// Adopted, and soon asleep.
-const SOON: [&str; 3] = ["--adopt", "--exit-idle-time", "1s"];
+const SOON: [&str; 4] = ["--adopt", "--trust-loopback", "--exit-idle-time", "1s"];
+
+/// Adopted, and seeing clients of this host as they are, which tells it from a relayed one.
+const SEEING: [&str; 2] = ["--adopt", "--trust-loopback"];
 
 /// From the quadlet to an adopted service and back; nothing is left.
 pub fn from_quadlet_to_service(host: &Host, manager: Manager) -> Result<()> {
@@ -153,7 +157,7 @@ pub fn under_load(site: &Site<'_>, work: impl FnOnce() -> Result<()>) -> Result<
 
 /// nginx lets its clients finish, and those that come meanwhile wait at systemd's socket.
 pub fn restarted_under_load(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &SEEING)?;
     expect_adopted(&site)?;
     let (answered, failures) = under_load(&site, || {
         for _ in 0..3 {
@@ -173,7 +177,7 @@ pub fn restarted_under_load(host: &Host, manager: Manager) -> Result<()> {
 
 /// No client notices, and what the container asks meanwhile is answered by the next one.
 pub fn forwarder_killed(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &SEEING)?;
     expect_adopted(&site)?;
     let first = site.forwarder_show("MainPID")?;
     let (answered, failures) = under_load(&site, || {
@@ -199,7 +203,7 @@ pub fn forwarder_killed(host: &Host, manager: Manager) -> Result<()> {
 
 /// The container's runtime finds the agent, and starts it.
 pub fn started_by_hand(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &SEEING)?;
     manager.systemctl(host, &["start", "adopted.service"])?;
     expect_adopted(&site)?;
     ensure!(site.forwarder_show("ActiveState")? == "active", "the forwarder was not started");
@@ -215,7 +219,7 @@ pub fn off_again(host: &Host, manager: Manager) -> Result<()> {
     let plain = seen(&site)?;
     ensure!(plain != "127.0.0.5", "{plain} without a kernel relay that shows it");
     // A running container has the profile from its next start on.
-    let ran = activate(host, manager, "adopted --adopt")?;
+    let ran = activate(host, manager, "adopted --adopt --trust-loopback")?;
     let agent = || manager.journal(host, "adopted-activator-seccomp.socket").unwrap_or_default();
     ensure!(ran.success(), "{ran:?}\n{}\n{}", agent(), site.journals());
     manager.systemctl(host, &["restart", "adopted.service"])?;
@@ -230,7 +234,7 @@ pub fn off_again(host: &Host, manager: Manager) -> Result<()> {
 
 /// A new socket while the container has the old one: with a fence where there was none, and with another backlog.
 pub fn another_socket(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &SEEING)?;
     if manager == Manager::System {
         host.sh("sed -i '/^ExecStartPre=/d' /etc/systemd/system/adopted-activator.socket")?;
         host.sh("systemctl daemon-reload; systemctl restart adopted-activator.socket")?;
@@ -260,26 +264,157 @@ pub fn another_socket(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// A service that has been taken over: it leads a client's socket elsewhere, and says to the next one what came of that and of connections of its own.
+const LEADS: &str = r#"
+import ctypes, errno, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+listener, led = socket.create_server(("0.0.0.0", 7)), ""
+def tries(what):
+    try: what()
+    except OSError as error: return errno.errorcode.get(error.errno, str(error))
+    return "done"
+def to(port): socket.socket().connect(("127.0.0.1", port))
+def dissolve(client):
+    if libc.connect(client.fileno(), bytes(16), 16): raise OSError(ctypes.get_errno(), "")
+while True:
+    client, _ = listener.accept()
+    word = client.recv(64).decode().split()
+    if not word: continue
+    port = int(word[1])
+    if word[0] == "lead":
+        led = tries(lambda: dissolve(client)) + " " + tries(lambda: client.connect(("127.0.0.1", port)))
+        continue
+    own, other = tries(lambda: to(7)), tries(lambda: to(9))
+    path = tries(lambda: socket.socket(socket.AF_UNIX).connect("/nothing"))
+    fast = tries(lambda: socket.socket().sendto(b"x", 0x20000000, ("127.0.0.1", port)))
+    client.sendall(f"own {own}, other {other}, path {path}, fast {fast}, led {led}".encode())
+    client.close()
+"#;
+
+/// By a fence, by Landlock and by the profile, and what no one of them hinders.
+pub fn connects(host: &Host, manager: Manager) -> Result<()> {
+    let program = format!("{}/leads.py", folder(host, manager, "seen")?);
+    host.write(&program, LEADS)?;
+    let lines = format!(
+        "Rootfs={}:O\nStopSignal=SIGKILL\nVolume={program}:{program}:ro\nExec=/usr/bin/python3 {program}",
+        manager.image()
+    );
+    let site = Site::activated(host, manager, "adopted", &Plan::new(&lines, "", ""), &["--adopt"])?;
+    let tell = |word: &str| -> Result<String> {
+        let (mut said, mut client) = (String::new(), site.client()?);
+        client.set_read_timeout(Some(PATIENCE))?;
+        client.write_all(format!("{word} {}", site.port).as_bytes())?;
+        if word == "ask" {
+            client.read_to_string(&mut said).with_context(|| site.journals())?;
+        } else {
+            // It is another one's now, and so ends nothing here: the next client says what came of it.
+            std::mem::forget(client);
+        }
+        Ok(said)
+    };
+    let without = "own done, other ECONNREFUSED, path ENOENT, fast ENOTSUP, led done";
+    let ports = "own done, other EACCES, path ENOENT, fast ENOTSUP, led done EACCES";
+    let never = "own EPERM, other EPERM, path EPERM, fast ENOTSUP, led EPERM EPERM";
+    let (default, any, doctor) = match manager {
+        Manager::System => (format!("{without} EPERM"), format!("{without} EPERM"), "around the sockets of"),
+        Manager::User(_) => {
+            (ports.to_owned(), format!("{without} done"), "these ports alone, by its runtime (Landlock): 7")
+        }
+    };
+    for (option, expected) in [
+        ("", &*default),
+        ("7", ports),
+        ("none", &ports.replace("own done", "own EACCES")),
+        ("any", &any),
+        ("never", never),
+    ] {
+        if !option.is_empty() {
+            let ran = activate(host, manager, &format!("adopted --adopt-connect {option}"))?;
+            ensure!(ran.success(), "{ran:?}");
+            // Its own connections may still be there.
+            manager.run(host, &["bro", "sleep", "--force", "adopted"])?;
+            site.await_container_gone()?;
+        }
+        tell("lead")?;
+        let said = tell("ask")?;
+        ensure!(said == expected, "“{option}”: {said}, and not {expected}\n{}", site.journals());
+        if option.is_empty() {
+            let said = site.front.try_run(host, &["bro", "doctor", "adopted"])?.stdout;
+            ensure!(said.contains(doctor), "{said}");
+        }
+    }
+    let status = manager.run(host, &["bro", "status", "adopted"])?;
+    ensure!(status.contains("adopted since"), "{status}");
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
+/// A service that listens at no port but the one that it has bound, as Node's cluster module and dnsmasq do, and tells its client what it sees.
+const PARTICULAR: &str = r#"
+import socket
+listener = socket.create_server(("0.0.0.0", 7))
+if listener.getsockname()[1] != 7: raise SystemExit("EADDRINUSE")
+while True:
+    client, peer = listener.accept()
+    client.sendall(f"{peer[0]} {client.getpeername()[0]} {client.getsockname()[1]}".encode())
+    client.close()
+"#;
+
+/// What a service of the system's is told of addresses without a word, and what it sees with `--trust-loopback`.
+pub fn told(host: &Host) -> Result<()> {
+    let manager = Manager::System;
+    let program = format!("{}/particular.py", folder(host, manager, "seen")?);
+    host.write(&program, PARTICULAR)?;
+    let lines = format!(
+        "Rootfs={}:O\nStopSignal=SIGKILL\nVolume={program}:{program}:ro\nExec=/usr/bin/python3 {program}",
+        manager.image()
+    );
+    let site = Site::activated(host, manager, "adopted", &Plan::new(&lines, "", ""), &["--adopt"])?;
+    let asks = || -> Result<String> {
+        let mut said = String::new();
+        let mut client = site.client()?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        client.read_to_string(&mut said).with_context(|| site.journals())?;
+        Ok(said)
+    };
+    let said = asks()?;
+    ensure!(said == "169.254.1.2 169.254.1.2 7", "{said}\n{}", site.journals());
+    let status = host.run(&["bro", "status", "adopted"])?;
+    ensure!(status.contains("adopted since"), "{status}");
+    let doctor = host.try_run(&["bro", "doctor", "adopted"])?.stdout;
+    ensure!(doctor.contains("clients of this host are seen by 169.254.1.2"), "{doctor}");
+    ensure!(doctor.contains("is seen as 7"), "{doctor}");
+    // What it is told is a matter of the socket's start, which it is given.
+    let ran = activate(host, manager, "adopted --trust-loopback")?;
+    ensure!(ran.success() && ran.stdout.contains("it held the socket"), "{ran:?}");
+    let said = asks()?;
+    ensure!(said == "127.0.0.1 127.0.0.1 7", "{said}\n{}", site.journals());
+    ensure!(activate(host, manager, "adopted --remove")?.success());
+    Ok(())
+}
+
 /// What a container does to a listener that it has: it is taken from the forwarder here, whose descriptor is of the same socket.
 const BREAKS: &str = r#"
 import ctypes, os, socket, sys
-libc, pid, port = ctypes.CDLL(None), int(sys.argv[1]), int(sys.argv[2])
+namespace = lambda of: of.getsockopt(socket.SOL_SOCKET, 71, 8)
+here = namespace(socket.socket())
+libc, pid = ctypes.CDLL(None), int(sys.argv[1])
 of = os.pidfd_open(pid)
 for number in os.listdir(f"/proc/{pid}/fd"):
     mine = libc.syscall(438, of, int(number), 0)
     try: found = socket.socket(fileno=mine)
     except OSError: continue
-    if found.family == socket.AF_INET and found.getsockname()[1] == port and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    if found.family == socket.AF_INET and namespace(found) == here and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         found.shutdown(socket.SHUT_RDWR)
         print("broken", flush=True)
 "#;
 
 /// Its socket unit is started anew: by a forwarder that stays, and by one that leaves.
 pub fn damaged(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &SEEING)?;
     let breaks = || -> Result<()> {
-        let (forwarder, port) = (site.forwarder_show("MainPID")?, site.port.to_string());
-        let said = host.run(&["python3", "-c", BREAKS, &forwarder, &port])?;
+        let forwarder = site.forwarder_show("MainPID")?;
+        let said = host.run(&["python3", "-c", BREAKS, &forwarder])?;
         ensure!(said == "broken" && host.connect(site.port).is_err(), "it still listens: {said}");
         Ok(())
     };
@@ -309,7 +444,7 @@ pub fn damaged(host: &Host, manager: Manager) -> Result<()> {
 
 /// A port more for the same place in the container, while the service has the first one: its clients are relayed there.
 pub fn second_port(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &SEEING)?;
     expect_adopted(&site)?;
     let port = host.free_port()?;
     // Its name comes before the first one's.
@@ -334,7 +469,7 @@ pub fn older_profile(host: &Host, manager: Manager) -> Result<()> {
     let source = format!("{files}/seccomp.json");
     host.run(&["cp", "/usr/share/containers/seccomp.json", &source])?;
     let own = Plan { container: format!("{}\nSeccompProfile={source}", plan.container), ..plan };
-    let site = Site::activated(host, manager, "adopted", &own, &["--adopt"])?;
+    let site = Site::activated(host, manager, "adopted", &own, &SEEING)?;
     expect_adopted(&site)?;
     host.sh(&format!("sed -i 's/\"accept4\",/\"accept4\", \"brk\",/' {source}"))?;
     let said = complaints(&site)?;
@@ -412,9 +547,19 @@ pub fn other_services(host: &Host, manager: Manager) -> Result<()> {
     manager.import_image(host, "redis", "docker.io/library/redis")?;
     let plan = Plan::new("Image=docker.io/library/redis", "", "");
     plan.write_quadlet(host, manager, "cache")?;
-    let refused =
+    let careless =
         activate(host, manager, "cache --adopt --external-port 127.0.0.1:6380 --internal-port 6379")?;
-    ensure!(refused.code == 2 && refused.stderr.contains("--trust-loopback"), "{refused:?}");
+    match manager {
+        // It is told of no client of its own host.
+        Manager::System => {
+            let said = host.run(&["redis-cli", "-p", "6380", "client", "list"])?;
+            ensure!(careless.success() && said.contains("addr=169.254.1.2:"), "{careless:?} {said}");
+            ensure!(activate(host, manager, "cache --remove")?.success());
+        }
+        Manager::User(_) => {
+            ensure!(careless.code == 2 && careless.stderr.contains("--trust-loopback"), "{careless:?}");
+        }
+    }
     let options = ["--adopt", "--trust-loopback", "--internal-port", "6379", "--exit-idle-time", "1s"];
     let site = Site::activated(host, manager, "cache", &plan, &options)?;
     let port = site.port.to_string();
@@ -446,7 +591,7 @@ pub fn for_a_user(host: &Host) -> Result<()> {
     let owner = Manager::User("test");
     let plan = nginx(host, owner)?;
     let before = tree(host, Manager::System)?;
-    let served = Served::new(host, owner, "adopted", &plan, "--adopt --exit-idle-time 1s")?;
+    let served = Served::new(host, owner, "adopted", &plan, "--adopt --trust-loopback --exit-idle-time 1s")?;
     for _ in 0..2 {
         expect_adopted(&served.0)?;
         let page = ["podman", "exec", "systemd-adopted", "wget", "-q", "-O-", "http://127.0.0.1:7/"];
@@ -461,7 +606,7 @@ pub fn for_a_user(host: &Host) -> Result<()> {
 
 /// The forwarder is restarted, reloaded and told to put it to sleep while it is awake.
 pub fn looked_after(host: &Host, manager: Manager) -> Result<()> {
-    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &["--adopt"])?;
+    let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &SEEING)?;
     expect_adopted(&site)?;
     let began = Instant::now();
     manager.systemctl(host, &["restart", "adopted-activator.service"])?;

@@ -20,6 +20,7 @@ use nix::sys::socket::{MsgFlags, NetlinkAddr, bind, recv, setsockopt, sockopt};
 
 use super::tcp::{self, LocalEnd};
 use super::{ClientEnd, Uncountable};
+use crate::bound;
 use crate::socket::Place;
 use crate::sys;
 
@@ -58,7 +59,7 @@ impl EndedClients {
     /// # Errors
     /// [`Uncountable`]: also with more listeners than a filter has room for, which are some hundreds.
     pub fn of(listeners: &[BorrowedFd<'_>]) -> Result<Option<Self>, Uncountable> {
-        let tcp = |listener: &BorrowedFd<'_>| match Place::of(*listener) {
+        let tcp = |listener: &BorrowedFd<'_>| match bound::place(*listener) {
             Some(Place::Tcp(address)) => Some(address),
             _ => None,
         };

@@ -18,6 +18,7 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, 
 use nix::libc;
 
 use super::{ClientEnd, ServedClient, Uncountable, WithBytes};
+use crate::bound;
 use crate::socket::{self, Place};
 use crate::sys;
 
@@ -106,7 +107,7 @@ struct PortQuestion {
 fn questions(listeners: &[BorrowedFd<'_>]) -> Vec<PortQuestion> {
     let mut asked: Vec<PortQuestion> = Vec::new();
     for (index, listener) in listeners.iter().enumerate() {
-        let Some((Place::Tcp(address), seen)) = Place::of(*listener).zip(socket::look(*listener)) else {
+        let Some((Place::Tcp(address), seen)) = bound::place(*listener).zip(socket::look(*listener)) else {
             continue;
         };
         let family = if address.is_ipv4() { AF_INET } else { AF_INET6 };

@@ -11,7 +11,7 @@ use super::root_dir;
 use crate::adopt::Adopt;
 use crate::cli::Activate;
 use crate::exit::Failure;
-use crate::installed::{Adoption, Forwarder, Installed};
+use crate::installed::{Adoption, Forwarder, Installed, InstalledPort};
 use crate::paths::below;
 use crate::podman::quadlet::{Quadlet, QuadletKind};
 use crate::run_as::RunAsUser;
@@ -92,9 +92,11 @@ pub(super) fn adoption(
     }
     let source = source(quadlet, owner, places.root.as_deref())?;
     let trusted = installed.and_then(Installed::adoption).is_some_and(|adoption| adoption.trusts_loopback);
+    let before = installed.and_then(Installed::adoption).and_then(|adoption| adoption.connects.clone());
     Ok(Adoption {
         what,
         trusts_loopback: options.trust_loopback || trusted,
+        connects: options.adopt_connect.clone().or(before),
         ..Adoption::new(name, forwarder, source, &places.units)
     })
 }
@@ -306,7 +308,7 @@ pub(super) fn check_rest(
     }
     match trusting(quadlet)
         .filter(|_| what.offers(SocketKind::Stream) && !adoption.trusts_loopback)
-        .filter(|_| wanted.listeners.iter().any(serves_this_host))
+        .filter(|_| wanted.listeners.iter().any(shows_this_host))
     {
         None => Ok(()),
         Some((image, how)) => Err(usage(format!(
@@ -318,8 +320,13 @@ pub(super) fn check_rest(
 }
 
 /// May a client come from 127.0.0.1 or `::1`?
-pub(super) fn serves_this_host(listener: &crate::installed::InstalledPort) -> bool {
+pub(super) fn serves_this_host(listener: &InstalledPort) -> bool {
     listener.is_tcp() && listener.external.ip().is_none_or(|ip| ip.is_unspecified() || ip.is_loopback())
+}
+
+/// Does the service see such a client as it is?
+pub(super) fn shows_this_host(listener: &InstalledPort) -> bool {
+    serves_this_host(listener) && !listener.fence.as_ref().is_some_and(|fence| fence.told.this_host)
 }
 
 /// Which service it runs that trusts 127.0.0.1, and how, as far as names tell.

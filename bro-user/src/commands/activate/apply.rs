@@ -290,10 +290,13 @@ impl Plan {
                 installed.listeners.iter().find(|before| before.socket == listener.socket)
             });
             // Only what the kernel's socket is made of: no other change in the file needs a new socket.
-            // A fence is put up before it: one that is there stays up to the next start.
+            // A fence is put up before it: one that is there stays up to the next start, and so does what services are told.
             before != Some(listener)
                 && before.is_none_or(|before| {
-                    !same_socket(before, listener) || (before.fence.is_none() && listener.fence.is_some())
+                    let told =
+                        |listener: &InstalledPort| listener.fence.as_ref().map(|fence| fence.told.clone());
+                    let is_other = told(listener).is_some_and(|wanted| told(before) != Some(wanted));
+                    !same_socket(before, listener) || is_other
                 })
         };
         let (mut restart, mut unread) = (Vec::new(), false);

@@ -9,10 +9,11 @@ use super::plan::Paths;
 use super::transaction::Change;
 use crate::address::External;
 use crate::exit::on_one_line;
-use crate::installed::{Installed, InstalledPort, Mode};
+use crate::installed::{Connects, Installed, InstalledPort, Mode};
 use crate::run_as;
 use crate::systemd::scope::RuntimeScope;
 use crate::units::File;
+use crate::units::RuntimeLink;
 
 pub(super) fn warnings(warnings: &[String]) -> anyhow::Result<()> {
     let mut err = std::io::stderr().lock();
@@ -51,6 +52,7 @@ fn list(out: &mut impl std::io::Write, changes: &[Change]) -> std::io::Result<()
 
 pub(super) fn activated(
     wanted: &Installed,
+    runtime: Option<&RuntimeLink>,
     changes: &[Change],
     outcome: Applied,
     places: &Paths,
@@ -105,7 +107,7 @@ pub(super) fn activated(
         )?;
     }
     if wanted.adoption().is_some() {
-        adopted(&mut out, wanted)?;
+        adopted(&mut out, wanted, runtime)?;
     }
     if super::fence::concerns(wanted)
         && wanted.scope == RuntimeScope::User
@@ -149,7 +151,11 @@ pub(super) fn activated(
 }
 
 /// What differs for an adopted service from one that clients are forwarded to.
-fn adopted(out: &mut impl std::io::Write, wanted: &Installed) -> std::io::Result<()> {
+fn adopted(
+    out: &mut impl std::io::Write,
+    wanted: &Installed,
+    runtime: Option<&RuntimeLink>,
+) -> std::io::Result<()> {
     let unit = &wanted.unit;
     writeln!(out, "{unit} accepts there itself, from its next start on")?;
     let both_families = wanted
@@ -171,7 +177,17 @@ fn adopted(out: &mut impl std::io::Write, wanted: &Installed) -> std::io::Result
         let external = &listener.external;
         writeln!(out, "datagrams to {external} are forwarded: only what listens is adopted")?;
     }
-    if wanted.listeners.iter().any(super::adopt::serves_this_host) {
+    if let Some(RuntimeLink { ports, .. }) = runtime {
+        let to = match ports.as_slice() {
+            [] => "nothing".to_owned(),
+            ports => format!("port {} alone", Connects::Ports(ports.to_vec())),
+        };
+        writeln!(
+            out,
+            "{unit} connects over TCP to {to}, since its sockets could lead it elsewhere on this host (--adopt-connect)"
+        )?;
+    }
+    if wanted.listeners.iter().any(super::adopt::shows_this_host) {
         writeln!(
             out,
             "{unit} sees this host's own clients as 127.0.0.1: nothing in it may trust that address"

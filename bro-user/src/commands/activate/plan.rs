@@ -7,7 +7,7 @@ use bro_relay::target::Target;
 use clap::ValueEnum;
 
 use super::ports::PortPlan;
-use super::{adopt, executable, fence, ports};
+use super::{adopt, connects, executable, fence, ports};
 use crate::address::ExternalSocket;
 use crate::cli::{self, Activate};
 use crate::exit::Failure;
@@ -137,6 +137,11 @@ pub(super) fn wanted(
                     "--trust-loopback is for --adopt: without it a service does not see this host's clients as 127.0.0.1",
                 ));
             }
+            if options.adopt_connect.is_some() && !adopts {
+                return Err(usage(
+                    "--adopt-connect is for --adopt: without it no process of the container has a socket of the host's",
+                ));
+            }
             let forwarder = forwarder(options, quadlet, installed, places, &network, adopts)?;
             if adopts {
                 Mode::Adopt(adopt::adoption(
@@ -176,10 +181,11 @@ pub(super) fn wanted(
     check_local_clients(&wanted)?;
     check_ready(&wanted, quadlet, &mut warnings)?;
     check_freeze(&wanted, quadlet, &mut warnings)?;
-    adopt::check_rest(&wanted, quadlet, &mut warnings)?;
     fence::plan(&mut wanted, places, &mut warnings)?;
+    adopt::check_rest(&wanted, quadlet, &mut warnings)?;
     check_host_network(&wanted, &pod.as_ref().map_or_else(|| Network::of(quadlet), Network::of))?;
-    let drop_in = drop_in(quadlet, &wanted, &network, places.root.as_deref());
+    let mut drop_in = drop_in(quadlet, &wanted, &network, places.root.as_deref());
+    drop_in.runtime = connects::runtime(&wanted, found, network == Network::None, places, &mut warnings)?;
     if !drop_in.is_empty() {
         let directory = quadlet::drop_in_directory(
             quadlet,
@@ -575,6 +581,7 @@ fn drop_in(quadlet: &Quadlet, wanted: &Installed, network: &Network, root: Optio
                 nginx,
                 never_notifies: nginx && quadlet.value("Notify").is_some_and(|notify| notify != "healthy"),
                 profile: None,
+                runtime: None,
             }
         }
     }

@@ -52,6 +52,11 @@ impl OciRuntime {
         KNOWN.into_iter().find(|known| known.name == self.name)
     }
 
+    /// As Podman calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Why no socket of its containers can be adopted.
     pub fn refusal(&self) -> Option<String> {
         let Self { name, version } = self;

@@ -639,6 +639,15 @@ impl SocketAdoption {
     }
 }
 
+/// By the addresses that clients connect to, whatever a service of theirs is told (`bro fence --port`).
+pub(super) fn name_as_clients_know_them(listeners: &mut [(Listener, usize)]) {
+    for (listener, _) in listeners {
+        if let Some(Place::Tcp(address)) = bro_adopt::bound::place(listener.socket.as_fd()) {
+            listener.address = address.to_string();
+        }
+    }
+}
+
 fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
