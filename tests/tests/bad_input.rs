@@ -77,7 +77,6 @@ fn what_was_passed_is_no_socket_for_clients() -> Result<()> {
     let connected: OwnedFd = std::os::unix::net::UnixStream::connect(scratch.join("u"))?.into();
     for (what, fd, word) in [
         ("a UDP socket with a peer", datagram.into(), "connected"),
-        ("a unix datagram socket", unix_datagram, "UDP"),
         ("a socket that does not listen", unbound, "listen"),
         ("a connected socket, as Accept=yes passes it", connected, "Accept=no"),
         ("a file", file, "socket"),
@@ -85,6 +84,8 @@ fn what_was_passed_is_no_socket_for_clients() -> Result<()> {
         let setup = Setup::new().descriptor(fd, "odd").arg("127.0.0.1:80");
         refused(setup, NO_SOCKET, &[word, "odd"]).context(what)?;
     }
+    let setup = Setup::new().descriptor(unix_datagram, "odd").arg("127.0.0.1:80");
+    refused(setup, USAGE, &["datagrams over a unix socket", "odd"])?;
     drop(unix);
     Ok(())
 }

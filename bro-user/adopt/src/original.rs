@@ -64,12 +64,13 @@ impl Original {
     /// Has its address free for a socket with SO_REUSEADDR, although others have this one open still: the service manager closes what it keeps no longer in
     /// a thread of its own, at any later time. Two such sockets may have one address as long as none of them listens there (socket(7), `inet_bind_conflict`).
     pub fn make_way(&self) {
-        if matches!(self.place, Place::Tcp(_)) {
-            // It listens no more, and keeps its address. ENOTCONN: it did not listen.
-            shutdown(self.socket.as_raw_fd(), Shutdown::Both).ok();
-            if let Err(error) = setsockopt(&self.socket, sockopt::ReuseAddr, &true) {
-                tracing::debug!(%error, "an address inside is not free until all have closed its socket");
-            }
+        if !matches!(self.place, Place::Tcp(_) | Place::Udp(_)) {
+            return;
+        }
+        // It listens no more, and keeps its address. ENOTCONN: it did not listen, or is for datagrams, and is shut down all the same (`inet_shutdown`).
+        shutdown(self.socket.as_raw_fd(), Shutdown::Both).ok();
+        if let Err(error) = setsockopt(&self.socket, sockopt::ReuseAddr, &true) {
+            tracing::debug!(%error, "an address inside is not free until all have closed its socket");
         }
     }
 

@@ -75,7 +75,7 @@ impl Table {
         self.all(IPPROTO_TCP, &StateFlags::LISTEN)
     }
 
-    /// Every UDP socket that takes datagrams of any sender (one that is connected does not).
+    /// Every UDP socket that takes datagrams of any sender (one that is connected does not, nor one that was shut down).
     ///
     /// # Errors
     /// As above; ENOENT where the kernel lacks INET_UDP_DIAG.
@@ -93,7 +93,11 @@ impl Table {
                 states: states.clone(),
                 socket_id,
             };
-            self.ask(NLM_F_REQUEST | NLM_F_DUMP, request, |response| found.push(read(response)))?;
+            self.ask(NLM_F_REQUEST | NLM_F_DUMP, request, |response| {
+                if !is_shut_down(response) {
+                    found.push(read(response));
+                }
+            })?;
         }
         Ok(found)
     }
@@ -105,6 +109,12 @@ impl Table {
             }
         })
     }
+}
+
+/// Both directions: such a socket for datagrams is in the table until all have closed it.
+fn is_shut_down(response: &InetResponse) -> bool {
+    const BOTH: u8 = 3;
+    response.nlas.iter().any(|nla| matches!(nla, Nla::Shutdown(BOTH)))
 }
 
 /// INET_DIAG_CGROUP_ID, which the library has no name for.

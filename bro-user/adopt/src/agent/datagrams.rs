@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{SockaddrStorage, bind};
+use nix::sys::socket::{SockaddrStorage, bind, getsockopt, setsockopt, sockopt};
 
 use super::{Adoptable, Agent};
 use crate::caller::Caller;
@@ -91,7 +91,18 @@ impl<S: Surroundings> Agent<S> {
 
     /// Binds the service's socket, where that was not done before; where it is.
     fn bind_itself(&self, index: usize, socket: &OwnedFd, address: SocketAddr) -> nix::Result<Place> {
-        match bind(socket.as_raw_fd(), &SockaddrStorage::from(address)) {
+        let bind = || bind(socket.as_raw_fd(), &SockaddrStorage::from(address));
+        let bound = match bind() {
+            // Perhaps by one that this agent has let go, and that the service manager closes later ([`Original::make_way`]).
+            Err(Errno::EADDRINUSE) if !getsockopt(socket, sockopt::ReuseAddr)? => {
+                setsockopt(socket, sockopt::ReuseAddr, &true)?;
+                let bound = bind();
+                setsockopt(socket, sockopt::ReuseAddr, &false)?;
+                bound
+            }
+            bound => bound,
+        };
+        match bound {
             // By this agent or its predecessor, if it is for this listener.
             Ok(()) | Err(Errno::EINVAL) => {}
             Err(errno) => return Err(errno),

@@ -30,7 +30,9 @@ pub(super) fn plan(wanted: &mut Installed, places: &Paths, warnings: &mut Vec<St
         |listener: &InstalledPort| listener.is_tcp() || (gets_datagrams && listener.external.is_udp());
     let refusal = if wants && wanted.listeners.iter().any(concerns) { refusal(places) } else { None };
     let program = if wants && refusal.is_none() { Some(executable::path(places)?) } else { None };
-    let adoption = wanted.adoption().map(|adoption| adoption.trusts_loopback);
+    // What is forwarded is told by the forwarder.
+    let adoption = wanted.adoption().filter(|adoption| adoption.what.offers(SocketKind::Stream));
+    let adoption = adoption.map(|adoption| adoption.trusts_loopback);
     for listener in &mut wanted.listeners {
         let told = adoption.map_or_else(SocketNames::default, |trusts| told(listener, trusts));
         let program = program.clone().filter(|_| concerns(listener));
