@@ -566,7 +566,8 @@ fn a_service_that_starts_by_itself_gets_a_listener_at_which_clients_are_sifted()
     drop(silent);
     // And sifts again.
     let _silent = stage.client()?;
-    let accepted = || forwarder.report().is_ok_and(|report| report.total.accepted == 2);
+    // The silent one was led to the service, and may be accepted once more where that has ended before it did.
+    let accepted = || forwarder.report().is_ok_and(|report| report.total.accepted >= 2);
     ensure!(process::eventually(PATIENCE, accepted), "the forwarder does not sift again");
     forwarder.stop().map(drop)
 }
