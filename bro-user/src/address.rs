@@ -11,8 +11,8 @@ use bro_relay::target;
 
 pub use external::{External, ExternalSocket, SocketPlace};
 pub use internal::Internal;
-pub use named::Named;
-pub use ports::{Ports, Protocol};
+pub use named::NamedAddress;
+pub use ports::{PortProtocol, Ports};
 
 /// Why a text is not an external address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn reads_every_form() {
-        let tcp = |port| Ports { first: port, last: port, protocol: Protocol::Tcp };
+        let tcp = |port| Ports { first: port, last: port, protocol: PortProtocol::Tcp };
         assert_eq!("8080".parse(), Ok(External::Ports(tcp(8080))));
         assert_eq!("127.0.0.1:80".parse(), Ok(External::At(Ipv4Addr::LOCALHOST.into(), tcp(80))));
         assert_eq!("[::1]:80".parse(), Ok(External::At(Ipv6Addr::LOCALHOST.into(), tcp(80))));

@@ -23,7 +23,7 @@ pub use loader::Loader;
 
 use crate::adopt::Adopt;
 use crate::systemd::time_span::TimeSpan;
-use crate::targets::Targets;
+use crate::targets::TargetRange;
 use bro_relay::netns::identity::Identity;
 use bro_relay::proxy_protocol::{self, Trusted};
 use bro_relay::target::Target;
@@ -147,7 +147,7 @@ pub struct Forward {
 
     /// The target of the sockets whose FileDescriptorName= is NAME, or HOST:FIRST-LAST: a port for each of theirs (repeatable)
     #[arg(long = "target", value_name = "NAME=ADDR", value_parser = crate::targets::parse_named)]
-    pub targets: Vec<(String, Targets)>,
+    pub targets: Vec<(String, TargetRange)>,
 
     /// Only warn of a --target whose socket was not passed, such as one whose port was taken at boot, and serve the others
     #[arg(long)]
@@ -232,7 +232,7 @@ pub struct Forward {
     /// two looks (a second to ten), and those that connect from another network namespace.
     /// With `udp` it is the passed sockets for datagrams that the service has, from its bind(2) on, and with `all` both. What the container then sends from that
     /// port goes to whatever this host reaches, and no fence holds it (SECURITY.md). A datagram waits in the socket's own buffer until the service is there. The
-    /// service has to have a socket of the same family: 0.0.0.0:53 for one of IPv4, and [::]:53 with BindIPv6Only=both for one of both. The other passed sockets are
+    /// service has to have a socket of the same family: 0.0.0.0:53 for one of IPv4, and `[::]:53` with BindIPv6Only=both for one of both. The other passed sockets are
     /// relayed from the start.
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "on|udp|all|off", value_enum, default_value = "off", default_missing_value = "on")]
     pub adopt: Adopt,

@@ -23,7 +23,7 @@ use crate::systemd::listen_fds::{self, Environment};
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::time_span::TimeSpan;
 use crate::systemd::unit_file::{UnitFile, quote_word, split_words};
-use crate::targets::Targets;
+use crate::targets::TargetRange;
 use crate::{control_socket, port_owner, targets};
 
 /// Takes an answer that is not looked at further, so that the optimizer leaves no reader out.
@@ -92,8 +92,8 @@ pub fn target(text: &str) {
         assert_eq!(external.to_string().parse::<External>(), Ok(external.clone()));
         used(external.local());
     }
-    if let Ok(targets) = text.parse::<Targets>() {
-        assert_eq!(targets.to_string().parse::<Targets>(), Ok(targets.clone()));
+    if let Ok(targets) = text.parse::<TargetRange>() {
+        assert_eq!(targets.to_string().parse::<TargetRange>(), Ok(targets.clone()));
         used(targets.all().count());
     }
     used((targets::parse_named(text).is_ok(), listen_fds::parse_listen(text).is_ok()));

@@ -30,7 +30,7 @@ use crate::run_as::RunAsUser;
 use crate::systemd::calendar::DailySpans;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::{MARKER, UnitFile};
-use crate::targets::{self, Targets};
+use crate::targets::{self, TargetRange};
 
 /// The section of its own.
 pub const SECTION: &str = "X-Bro";
@@ -99,7 +99,7 @@ pub struct InstalledPort {
     /// Where clients connect.
     pub external: External,
     /// Where the service listens, as `bro forward --target` takes it; none where the container takes the socket over.
-    pub internal: Option<Targets>,
+    pub internal: Option<TargetRange>,
     /// Backlog=, if set.
     pub backlog: Option<u32>,
     /// BindToDevice=, if set.

@@ -8,13 +8,13 @@ use bro_relay::target::{self, InvalidTarget, Target};
 
 /// One target, or as many as there are ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Targets {
+pub struct TargetRange {
     first: Target,
     /// How many ports lie beyond the first one's; none of a unix socket.
     beyond: u16,
 }
 
-impl Targets {
+impl TargetRange {
     /// The one target of all sockets.
     #[must_use]
     pub const fn one(target: Target) -> Self {
@@ -72,7 +72,7 @@ pub fn of_kind(kind: SocketKind, target: Target) -> Target {
     }
 }
 
-impl fmt::Display for Targets {
+impl fmt::Display for TargetRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let written = self.first.to_string();
         match (&self.first, self.beyond) {
@@ -86,7 +86,7 @@ impl fmt::Display for Targets {
     }
 }
 
-impl FromStr for Targets {
+impl FromStr for TargetRange {
     type Err = InvalidTarget;
 
     fn from_str(text: &str) -> Result<Self, InvalidTarget> {
@@ -117,7 +117,7 @@ impl FromStr for Targets {
 ///
 /// # Errors
 /// When there is no name, or ADDR is not a target.
-pub fn parse_named(text: &str) -> Result<(String, Targets), InvalidTarget> {
+pub fn parse_named(text: &str) -> Result<(String, TargetRange), InvalidTarget> {
     match text.split_once('=') {
         Some((name, address)) if !name.is_empty() => Ok((name.to_owned(), address.parse()?)),
         _ => Err(InvalidTarget::NoName(text.to_owned())),
@@ -131,25 +131,25 @@ mod tests {
 
     #[test]
     fn a_range_is_as_many_targets() {
-        let targets: Targets = "10.0.0.2:30000-30002/udp".parse().unwrap();
+        let targets: TargetRange = "10.0.0.2:30000-30002/udp".parse().unwrap();
         let all: Vec<String> = targets.all().map(|target| target.to_string()).collect();
         assert_eq!(all, ["10.0.0.2:30000/udp", "10.0.0.2:30001/udp", "10.0.0.2:30002/udp"]);
         assert_eq!((targets.ports(), targets.nth(9)), (Some(3), targets.nth(2)));
-        assert_eq!("80-81".parse::<Targets>().unwrap().to_string(), "127.0.0.1:80-81");
-        assert_eq!("[::1]:80-80".parse::<Targets>().unwrap().to_string(), "[::1]:80");
-        assert_eq!("my-host:80".parse(), Ok(Targets::one("my-host:80".parse().unwrap())));
-        assert_eq!("/run/1-2".parse(), Ok(Targets::one("/run/1-2".parse().unwrap())));
-        assert!("x:81-80".parse::<Targets>().is_err() && "x:80-70000".parse::<Targets>().is_err());
-        assert_eq!(Targets::range("x:65535".parse().unwrap(), 1), None);
-        assert_eq!(Targets::range("/run/x".parse().unwrap(), 1), None);
+        assert_eq!("80-81".parse::<TargetRange>().unwrap().to_string(), "127.0.0.1:80-81");
+        assert_eq!("[::1]:80-80".parse::<TargetRange>().unwrap().to_string(), "[::1]:80");
+        assert_eq!("my-host:80".parse(), Ok(TargetRange::one("my-host:80".parse().unwrap())));
+        assert_eq!("/run/1-2".parse(), Ok(TargetRange::one("/run/1-2".parse().unwrap())));
+        assert!("x:81-80".parse::<TargetRange>().is_err() && "x:80-70000".parse::<TargetRange>().is_err());
+        assert_eq!(TargetRange::range("x:65535".parse().unwrap(), 1), None);
+        assert_eq!(TargetRange::range("/run/x".parse().unwrap(), 1), None);
         assert!(matches!(parse_named("127.0.0.1:80"), Err(InvalidTarget::NoName(_))));
     }
 
     proptest! {
         #[test]
         fn never_panics_and_prints_what_it_reads(text in "\\PC{0,40}") {
-            if let Ok(targets) = text.parse::<Targets>() {
-                prop_assert_eq!(targets.to_string().parse::<Targets>(), Ok(targets));
+            if let Ok(targets) = text.parse::<TargetRange>() {
+                prop_assert_eq!(targets.to_string().parse::<TargetRange>(), Ok(targets));
             }
         }
     }

@@ -387,7 +387,7 @@ fn bytes_keep_an_adopted_service_awake_and_connections_do_not() -> Result<()> {
     let silent = Instant::now();
     says(&forwarder, "the idle time is over")?;
     ensure!(silent.elapsed() > Duration::from_millis(600), "after {:?}", silent.elapsed());
-    // It is there all the same, for whoever asks.
+    // It is there all the same in a report.
     let report = forwarder.report()?;
     ensure!(matches!(first(&report), Some(AdoptionReport::Adopted { connections: 1, .. })), "{report:?}");
     ensure!(report.connections() == 1 && report.total.open == 0, "{report:?}");

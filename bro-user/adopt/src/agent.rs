@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use abandoned::{Looks, Queue};
+use abandoned::{Queue, QueueLooks};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -109,7 +109,7 @@ pub struct Agent<S> {
     /// The last number that something in the store was given.
     last: u64,
     flags: FlagLooks,
-    looks: Looks,
+    looks: QueueLooks,
 }
 
 /// When to look whether a service has changed O_NONBLOCK of what it has adopted, which no call tells of: some set it a moment after listen(2), and later
@@ -200,7 +200,7 @@ impl<S: Surroundings> Agent<S> {
             record,
             last: kept.iter().map(|(_, number, _)| *number).max().unwrap_or(0),
             flags: FlagLooks::default(),
-            looks: Looks::default(),
+            looks: QueueLooks::default(),
         };
         agent.take_over(kept);
         Ok(agent)

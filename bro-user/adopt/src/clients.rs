@@ -115,7 +115,7 @@ pub enum Uncountable {
     Elsewhere,
 }
 
-/// How many wait in the accept queue, whoever they are. Of a TCP listener in any namespace, of a unix one in this process's.
+/// How many wait in the accept queue, of whatever client. Of a TCP listener in any namespace, of a unix one in this process's.
 ///
 /// # Errors
 /// [`Uncountable`]; a socket that is no listener has none.

@@ -3,7 +3,7 @@
 
 use nix::libc;
 
-use crate::options::{Name, at};
+use crate::option_name::{Name, at};
 
 /// What comes beside a datagram. The socket gets exactly what the service has, on and off: one that has no room for more would be told that something is
 /// missing (MSG_CTRUNC).

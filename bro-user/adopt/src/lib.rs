@@ -24,6 +24,7 @@ mod in_flight;
 mod inside;
 mod inside_datagrams;
 mod notification;
+mod option_name;
 mod options;
 mod original;
 pub mod profile;

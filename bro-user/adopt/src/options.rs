@@ -11,20 +11,8 @@ use nix::libc;
 use serde::{Deserialize, Serialize};
 
 use crate::family::Family;
+use crate::option_name::{Name, at};
 use crate::{datagram_options, socket, sys};
-
-/// An option by level and name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Name {
-    level: i32,
-    name: i32,
-}
-
-/// The option of this level and name.
-#[must_use]
-pub const fn at(level: i32, name: i32) -> Name {
-    Name { level, name }
-}
 
 /// SO_BUF_LOCK (Linux 5.14): which buffer sizes were set by hand (`SOCK_SNDBUF_LOCK`, `SOCK_RCVBUF_LOCK`).
 const BUFFER_LOCK: Name = at(libc::SOL_SOCKET, 72);

@@ -267,22 +267,22 @@ fn published(text: &str) -> Option<(String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::address::Protocol;
+    use crate::address::PortProtocol;
 
-    fn ports(first: u16, last: u16, protocol: Protocol) -> Ports {
+    fn ports(first: u16, last: u16, protocol: PortProtocol) -> Ports {
         Ports { first, last, protocol }
     }
 
     #[test]
     fn reads_every_kind_of_socket() {
         let read = |text: &str| text.parse::<External>().unwrap();
-        assert_eq!(read("53/udp"), External::Ports(ports(53, 53, Protocol::Udp)));
-        assert_eq!(read("443/udp+tcp"), External::Ports(ports(443, 443, Protocol::Both)));
+        assert_eq!(read("53/udp"), External::Ports(ports(53, 53, PortProtocol::Udp)));
+        assert_eq!(read("443/udp+tcp"), External::Ports(ports(443, 443, PortProtocol::Both)));
         assert_eq!(read("443/tcp+udp").to_string(), "443/tcp+udp");
         assert_eq!(read("80/tcp").to_string(), "80");
         assert_eq!(
             read("[::1]:8000-8003/udp"),
-            External::At(Ipv6Addr::LOCALHOST.into(), ports(8000, 8003, Protocol::Udp))
+            External::At(Ipv6Addr::LOCALHOST.into(), ports(8000, 8003, PortProtocol::Udp))
         );
         assert_eq!(read("127.0.0.1:80-80").to_string(), "127.0.0.1:80");
         assert_eq!(read("vsock::5000"), External::Vsock { cid: None, port: 5000 });

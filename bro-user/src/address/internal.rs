@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use bro_relay::target::Target;
 
-use super::ports::{Ports, Protocol};
+use super::ports::{PortProtocol, Ports};
 use super::{InvalidAddress, plain};
 
 /// Where the service listens.
@@ -38,7 +38,7 @@ impl FromStr for Internal {
         let (host, ports) = Ports::split(text)?;
         let ports = ports.ok_or_else(|| InvalidAddress::NoPort(text.to_owned()))?;
         plain(text)?;
-        let says_protocol = Protocol::split(text)?.1.is_some();
+        let says_protocol = PortProtocol::split(text)?.1.is_some();
         Ok(Self::Ports { host, ports, says_protocol })
     }
 }
@@ -52,13 +52,13 @@ mod tests {
         let ports = |first, last, protocol| Ports { first, last, protocol };
         assert_eq!(
             "80".parse(),
-            Ok(Internal::Ports { host: None, ports: ports(80, 80, Protocol::Tcp), says_protocol: false })
+            Ok(Internal::Ports { host: None, ports: ports(80, 80, PortProtocol::Tcp), says_protocol: false })
         );
         assert_eq!(
             "10.0.0.2:53-55/udp".parse(),
             Ok(Internal::Ports {
                 host: Some("10.0.0.2".into()),
-                ports: ports(53, 55, Protocol::Udp),
+                ports: ports(53, 55, PortProtocol::Udp),
                 says_protocol: true
             })
         );

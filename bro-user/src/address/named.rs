@@ -6,14 +6,14 @@ use super::{InvalidAddress, service_name};
 
 /// A value that may have the name of a port in front.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Named<T> {
+pub struct NamedAddress<T> {
     /// As `--service-name` takes it.
     pub name: Option<String>,
     /// What is said of that port.
     pub value: T,
 }
 
-impl<T: FromStr<Err = InvalidAddress>> FromStr for Named<T> {
+impl<T: FromStr<Err = InvalidAddress>> FromStr for NamedAddress<T> {
     type Err = InvalidAddress;
 
     fn from_str(text: &str) -> Result<Self, InvalidAddress> {
@@ -35,7 +35,7 @@ mod tests {
     #[test]
     fn a_name_stands_before_an_address_and_not_in_a_path() {
         let read = |text: &str| {
-            let named: Named<External> = text.parse().unwrap();
+            let named: NamedAddress<External> = text.parse().unwrap();
             (named.name, named.value.to_string())
         };
         assert_eq!(read("metrics=9100"), (Some("metrics".to_owned()), "9100".to_owned()));
@@ -43,6 +43,9 @@ mod tests {
         assert_eq!(read("/run/a=b"), (None, "/run/a=b".to_owned()));
         assert_eq!(read("seqpacket:/run/a=b"), (None, "seqpacket:/run/a=b".to_owned()));
         assert_eq!(read("x=/run/a=b"), (Some("x".to_owned()), "/run/a=b".to_owned()));
-        assert!("=80".parse::<Named<External>>().is_err() && "a b=80".parse::<Named<External>>().is_err());
+        assert!(
+            "=80".parse::<NamedAddress<External>>().is_err()
+                && "a b=80".parse::<NamedAddress<External>>().is_err()
+        );
     }
 }

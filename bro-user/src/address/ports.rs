@@ -12,7 +12,7 @@ pub const MOST: u16 = 256;
 
 /// What clients of a port speak.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Protocol {
+pub enum PortProtocol {
     /// They connect.
     Tcp,
     /// They send datagrams.
@@ -22,14 +22,14 @@ pub enum Protocol {
 }
 
 /// After a port, as Podman writes the first two.
-const SUFFIXES: [(&str, Protocol); 4] = [
-    ("udp", Protocol::Udp),
-    ("tcp+udp", Protocol::Both),
-    ("udp+tcp", Protocol::Both),
-    ("tcp", Protocol::Tcp),
+const SUFFIXES: [(&str, PortProtocol); 4] = [
+    ("udp", PortProtocol::Udp),
+    ("tcp+udp", PortProtocol::Both),
+    ("udp+tcp", PortProtocol::Both),
+    ("tcp", PortProtocol::Tcp),
 ];
 
-impl Protocol {
+impl PortProtocol {
     /// The kinds of sockets.
     #[must_use]
     pub const fn kinds(self) -> &'static [SocketKind] {
@@ -71,7 +71,7 @@ pub struct Ports {
     /// The last, which is not below the first.
     pub last: u16,
     /// What clients speak there.
-    pub protocol: Protocol,
+    pub protocol: PortProtocol,
 }
 
 impl Ports {
@@ -95,8 +95,8 @@ impl Ports {
 
     /// Takes `[HOST:]PORT[-PORT][/PROTOCOL]` apart: the host, if one is said, and the ports, unless there is only a host.
     pub(super) fn split(text: &str) -> Result<(Option<String>, Option<Self>), InvalidAddress> {
-        let (rest, protocol) = Protocol::split(text)?;
-        let protocol = protocol.unwrap_or(Protocol::Tcp);
+        let (rest, protocol) = PortProtocol::split(text)?;
+        let protocol = protocol.unwrap_or(PortProtocol::Tcp);
         let (single, last) = of_range(rest);
         let first_and = |first: u16| -> Result<Self, InvalidAddress> {
             let last = match last {

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 
 use super::idle::{IdleBy, WakeOn};
 use super::{LocalClients, ProxyVersion, RelayChoice};
-use crate::address::{External, Internal, Named};
+use crate::address::{External, Internal, NamedAddress};
 use crate::adopt::Adopt;
 use crate::installed::Connects;
 use crate::service::readiness::Ready;
@@ -65,13 +65,13 @@ pub struct Activate {
     /// send messages (ListenSequentialPacket=), dgram:/unix/path datagrams. vsock:CID:PORT is one context identifier's alone. NAME= in front
     /// names a further port, as --service-name does: several can be given at once.
     #[arg(long, value_name = "[NAME=][ADDR:]PORT")]
-    pub external_port: Vec<Named<External>>,
+    pub external_port: Vec<NamedAddress<External>>,
 
     /// Where the service listens inside the container (default: 127.0.0.1, and the port behind it in PublishPort=, or the same port; repeatable)
     ///
     /// TCP or UDP is as outside. Of a range of external ports, the first one inside. NAME= in front as in --external-port.
     #[arg(long, value_name = "[NAME=][ADDR:]PORT", conflicts_with = "direct")]
-    pub internal_port: Vec<Named<Internal>>,
+    pub internal_port: Vec<NamedAddress<Internal>>,
 
     /// A name for this port, to give one container several: one forwarder serves them all
     #[arg(long, value_name = "SERVICE", value_parser = crate::address::service_name)]

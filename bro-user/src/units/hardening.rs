@@ -29,7 +29,7 @@ use crate::installed::{Forwarder, Installed};
 use crate::metrics::endpoint::Endpoint;
 use crate::systemd::scope::RuntimeScope;
 use crate::systemd::unit_file::quote_word;
-use crate::targets::Targets;
+use crate::targets::TargetRange;
 
 /// What it does not call: priorities, devices, mounts, other users' ids and the like; and of what is in no group, what is not in @system-service
 /// either. Together that is whatever systemd (257) knows and @system-service leaves out, and more. It is a list of what is forbidden because
@@ -251,7 +251,7 @@ fn network(installed: &Installed, forwarder: &Forwarder, say: &mut impl FnMut(&s
 }
 
 fn targets(installed: &Installed) -> impl Iterator<Item = &Target> {
-    installed.listeners.iter().filter_map(|listener| listener.internal.as_ref().map(Targets::first))
+    installed.listeners.iter().filter_map(|listener| listener.internal.as_ref().map(TargetRange::first))
 }
 
 #[cfg(test)]

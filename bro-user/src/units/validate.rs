@@ -85,7 +85,7 @@ mod tests {
     use crate::address::External;
     use crate::installed::{ForwardOptions, Way, example};
     use crate::systemd::scope::RuntimeScope;
-    use crate::targets::Targets;
+    use crate::targets::TargetRange;
 
     fn web() -> Installed {
         Installed {
@@ -134,7 +134,7 @@ mod tests {
             |all| all.listeners[0].service = BAD.into(),
             |all| all.listeners[0].socket.name = BAD.into(),
             |all| all.listeners[0].external = External::Abstract(SocketKind::Stream, BAD.into()),
-            |all| all.listeners[0].internal = Some(Targets::one(Target::Unix(BAD.into()))),
+            |all| all.listeners[0].internal = Some(TargetRange::one(Target::Unix(BAD.into()))),
             |all| all.listeners[0].device = Some(BAD.into()),
             |all| {
                 forwarder(all).options = ForwardOptions::from_iter([("ready".to_owned(), BAD.to_owned())]);

@@ -24,9 +24,9 @@ const PATIENCE: Duration = STEP;
 
 /// When to look next.
 #[derive(Debug, Default)]
-pub(super) struct Looks(Option<Instant>);
+pub(super) struct QueueLooks(Option<Instant>);
 
-impl Looks {
+impl QueueLooks {
     /// For as long as a service has a listener.
     pub(super) fn next(&mut self, any: bool, now: Instant) -> Option<Instant> {
         self.0 = any.then(|| self.0.unwrap_or(now + STEP));
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn looks_go_on_while_there_is_something_to_look_at() {
-        let (mut looks, now) = (Looks::default(), Instant::now());
+        let (mut looks, now) = (QueueLooks::default(), Instant::now());
         assert_eq!(looks.next(false, now), None);
         assert_eq!(looks.next(true, now), Some(now + STEP));
         assert_eq!(looks.next(true, now + STEP / 2), Some(now + STEP));

@@ -16,7 +16,7 @@ use crate::paths::below;
 use crate::podman::quadlet::{Quadlet, QuadletKind};
 use crate::run_as::RunAsUser;
 use crate::systemd::scope::RuntimeScope;
-use crate::targets::Targets;
+use crate::targets::TargetRange;
 use crate::units::{self, File};
 
 /// Where Podman looks for the profile of containers that name none, the first before the second (containers-common).
@@ -284,7 +284,7 @@ pub(super) fn check_rest(
             )));
         }
         if let Some(Target::Tcp { host, port } | Target::Udp { host, port }) =
-            listener.internal.as_ref().map(Targets::first)
+            listener.internal.as_ref().map(TargetRange::first)
             && host != "localhost"
             && host.parse::<std::net::IpAddr>().is_err()
         {

@@ -5,11 +5,11 @@ use bro_relay::target::Target;
 
 use super::plan::{Network, Paths, usage};
 use super::publish_port;
-use crate::address::{External, Internal, Named, Ports, Protocol};
+use crate::address::{External, Internal, NamedAddress, PortProtocol, Ports};
 use crate::cli::Activate;
 use crate::installed::{Installed, InstalledPort, Mode, SocketUnit, Way};
 use crate::podman::quadlet::Quadlet;
-use crate::targets::Targets;
+use crate::targets::TargetRange;
 
 /// The most sockets of a service: fewer than `bro forward` takes of systemd.
 const MOST_SOCKETS: usize = 1000;
@@ -148,7 +148,7 @@ impl PortPlan<'_> {
         wish: &PortWish<'_>,
         before: Option<&InstalledPort>,
         external: &External,
-    ) -> anyhow::Result<Targets> {
+    ) -> anyhow::Result<TargetRange> {
         if let External::Vsock { .. } = external {
             return Err(usage(format!(
                 "{external}: a forwarder takes no clients of vsock; --direct leaves that socket to the container's own program"
@@ -163,8 +163,8 @@ impl PortPlan<'_> {
             at_ports(external, host, port)
         };
         let before = before.and_then(|before| before.internal.as_ref());
-        let targets = match (wish.internal, before.map(Targets::first)) {
-            (Some(Internal::Unix(target)), _) => Targets::one(target.clone()),
+        let targets = match (wish.internal, before.map(TargetRange::first)) {
+            (Some(Internal::Unix(target)), _) => TargetRange::one(target.clone()),
             (Some(Internal::Ports { host: said, ports, says_protocol }), _) => {
                 check_ports(external, *ports, *says_protocol)?;
                 at(said.as_deref(), ports.first)?
@@ -172,7 +172,7 @@ impl PortPlan<'_> {
             (None, Some(Target::Tcp { host: said, port } | Target::Udp { host: said, port })) => {
                 at(Some(host.as_deref().unwrap_or(said)), *port)?
             }
-            (None, Some(unix)) => Targets::one(unix.clone()),
+            (None, Some(unix)) => TargetRange::one(unix.clone()),
             (None, None) => match external.ports() {
                 Some(ports) => {
                     let behind = publish_port::behind(self.quadlet, external);
@@ -190,13 +190,13 @@ impl PortPlan<'_> {
 }
 
 /// The names in front of values.
-fn names<T>(all: &[Named<T>]) -> impl Iterator<Item = Option<&str>> {
+fn names<T>(all: &[NamedAddress<T>]) -> impl Iterator<Item = Option<&str>> {
     all.iter().map(|named| named.name.as_deref())
 }
 
 /// The only value of a port; one without a name is of the port `unnamed`.
 fn one_of<'a, T: std::fmt::Debug>(
-    all: &'a [Named<T>],
+    all: &'a [NamedAddress<T>],
     service: &str,
     unnamed: &str,
     option: &str,
@@ -212,16 +212,16 @@ fn one_of<'a, T: std::fmt::Debug>(
 }
 
 /// As many ports from this one on as the external address has.
-fn at_ports(external: &External, host: &str, port: u16) -> anyhow::Result<Targets> {
+fn at_ports(external: &External, host: &str, port: u16) -> anyhow::Result<TargetRange> {
     let host = host.to_owned();
     let ports = external.ports();
     let first = match ports.map(|ports| ports.protocol) {
-        Some(Protocol::Udp) => Target::Udp { host, port },
+        Some(PortProtocol::Udp) => Target::Udp { host, port },
         // Of both, the forwarder makes the one that a socket needs.
-        Some(Protocol::Tcp | Protocol::Both) | None => Target::Tcp { host, port },
+        Some(PortProtocol::Tcp | PortProtocol::Both) | None => Target::Tcp { host, port },
     };
     let beyond = ports.map_or(0, Ports::beyond_first);
-    Targets::range(first, beyond).ok_or_else(|| {
+    TargetRange::range(first, beyond).ok_or_else(|| {
         usage(format!(
             "{external} are {} ports, and from {port} on there are fewer inside: give a lower --internal-port",
             u32::from(beyond) + 1
@@ -249,7 +249,7 @@ fn check_ports(external: &External, ports: Ports, says_protocol: bool) -> anyhow
 }
 
 /// Refuses a target that the forwarder would refuse for sockets of that kind.
-fn check_kinds(external: &External, targets: Targets) -> anyhow::Result<Targets> {
+fn check_kinds(external: &External, targets: TargetRange) -> anyhow::Result<TargetRange> {
     let is_unix = matches!(targets.first(), Target::Unix(_) | Target::Abstract(_));
     if external.is_udp() && is_unix {
         return Err(usage(format!(

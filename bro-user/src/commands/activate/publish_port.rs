@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use crate::address::{External, Ports, Protocol};
+use crate::address::{External, PortProtocol, Ports};
 use crate::podman::quadlet::Quadlet;
 
 /// A published port, or a range, as far as it names the host's: `[IP:]HOST:CONTAINER[/PROTOCOL]`.
@@ -18,7 +18,7 @@ pub(crate) struct PublishedPorts {
 impl PublishedPorts {
     /// Reads it. `None`: Podman chooses the host's port, or it is of another protocol than TCP and UDP.
     pub(crate) fn read(text: &str) -> Option<Self> {
-        let (text, protocol) = Protocol::split(text).ok()?;
+        let (text, protocol) = PortProtocol::split(text).ok()?;
         let (rest, container) = text.rsplit_once(':')?;
         let (ip, host) = rest.rsplit_once(':').map_or((None, rest), |(ip, host)| (Some(ip), host));
         let (first, last) = host.split_once('-').unwrap_or((host, host));
@@ -26,7 +26,7 @@ impl PublishedPorts {
         Some(Self {
             // An IPv6 address stands in brackets.
             ip: ip.and_then(|ip| ip.trim_start_matches('[').trim_end_matches(']').parse().ok()),
-            host: Ports { first, last, protocol: protocol.unwrap_or(Protocol::Tcp) },
+            host: Ports { first, last, protocol: protocol.unwrap_or(PortProtocol::Tcp) },
             container: container.split_once('-').map_or(container, |(first, _)| first).parse().ok()?,
         })
         .filter(|published| published.host.first <= published.host.last)
@@ -35,7 +35,7 @@ impl PublishedPorts {
     /// The ports that both need.
     fn clash(&self, external: &External) -> Option<Ports> {
         let ports = external.ports()?;
-        let protocol = if ports.protocol == Protocol::Both { self.host.protocol } else { ports.protocol };
+        let protocol = if ports.protocol == PortProtocol::Both { self.host.protocol } else { ports.protocol };
         let both =
             Ports { first: ports.first.max(self.host.first), last: ports.last.min(self.host.last), protocol };
         (ports.overlap(self.host) && overlap(self.ip, external.ip())).then_some(both)

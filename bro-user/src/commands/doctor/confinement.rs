@@ -19,7 +19,7 @@ use crate::run_as::Gaining;
 use crate::systemd::manager::SystemdManager;
 use crate::systemd::manager::{Ended, Properties};
 use crate::systemd::scope::RuntimeScope;
-use crate::targets::Targets;
+use crate::targets::TargetRange;
 
 const NAME: &str = "confinement";
 
@@ -95,7 +95,7 @@ fn words(installed: &Installed, forwarder: &Forwarder, program: &str, pid: Optio
     words.extend(pid.map(|pid| format!("--pid={pid}")));
     // The ports of a range need the same.
     let targets =
-        installed.listeners.iter().filter_map(|listener| listener.internal.as_ref().map(Targets::first));
+        installed.listeners.iter().filter_map(|listener| listener.internal.as_ref().map(TargetRange::first));
     words.extend(targets.map(|target| format!("--target={target}")));
     let relay = forwarder.options.may_use_kernel_relay();
     let loads = installed.scope == RuntimeScope::System && installed.run_as.is_none();

@@ -44,7 +44,7 @@ use fallback::Fallback;
 use mend::Mending;
 use relayed_inside::RelayedInside;
 use tokio::time::Instant;
-use traffic::Traffic;
+use traffic::GuestTraffic;
 
 use super::data_plane::DataPlane;
 use crate::cli::Forward;
@@ -107,7 +107,7 @@ enum ListenerHolder {
 
 /// Whether the service that has the listeners is frozen (`--freeze`). Nothing accepts at them then: the engine says when a client waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Frozen {
+enum FrozenService {
     No,
     /// It is, or is about to be.
     Yes,
@@ -169,13 +169,13 @@ pub(super) struct SocketAdoption {
     /// Those whom no look sees.
     short_guests: ShortGuests,
     /// Who of those that are there keeps the service awake.
-    traffic: Traffic,
+    traffic: GuestTraffic,
     /// How many that are not ignored were there at the last look; none where it could not be seen.
     present: Option<u64>,
     /// Since the look before, one has come, or a byte.
     stirred: bool,
     /// Whether the service is frozen.
-    frozen: Frozen,
+    frozen: FrozenService,
     /// Not every client wakes the service.
     sifts: bool,
     /// How long a datagram counts as a client (`--flow-timeout`).
@@ -200,7 +200,7 @@ pub(super) enum AdoptionNews {
     /// It is time to look whether what is damaged can be mended.
     Mend,
     /// What systemd has said to that.
-    Mending(anyhow::Result<mend::Asked>),
+    Mending(anyhow::Result<mend::MendAnswer>),
 }
 
 /// What happens next; for ever nothing without `--adopt`. Nothing is lost when this is cancelled.
@@ -281,10 +281,10 @@ impl SocketAdoption {
             look_at: None,
             looked: None,
             short_guests: ShortGuests::NotHeard,
-            traffic: Traffic::of(&options.idle),
+            traffic: GuestTraffic::of(&options.idle),
             present: Some(0),
             stirred: false,
-            frozen: Frozen::No,
+            frozen: FrozenService::No,
             sifts: options.idle.wake_on == WakeOn::Data || !options.idle.wake_ignore.is_empty(),
             flow_timeout: options.flow_timeout.or_forever(),
             blind: false,
@@ -396,14 +396,14 @@ impl SocketAdoption {
     /// What the engine does with a listener that a service has.
     const fn use_of_adopted(&self) -> ListenerUse {
         match self.frozen {
-            Frozen::No => ListenerUse::LeaveAlone,
-            Frozen::Yes => ListenerUse::WakeOnly,
+            FrozenService::No => ListenerUse::LeaveAlone,
+            FrozenService::Yes => ListenerUse::WakeOnly,
         }
     }
 
     /// The service is frozen, or goes on.
     pub(super) fn set_frozen(&mut self, is: bool) {
-        let now = if is { Frozen::Yes } else { Frozen::No };
+        let now = if is { FrozenService::Yes } else { FrozenService::No };
         if std::mem::replace(&mut self.frozen, now) == now {
             return;
         }
@@ -448,7 +448,7 @@ impl SocketAdoption {
         }
     }
 
-    /// Has the engine say when a client waits at it, whoever that is.
+    /// Has the engine say when a client waits at it, of whatever address.
     fn watch_all_comers(&mut self, index: usize) {
         self.listeners[index].holder = ListenerHolder::Watched;
         self.use_so(index, ListenerUse::WakeOnly);

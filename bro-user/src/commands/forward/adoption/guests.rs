@@ -8,7 +8,7 @@ use bro_adopt::clients::{self, EndedClient, EndedClients, Uncountable, WithBytes
 use tokio::time::Instant;
 
 use super::traffic::TrafficSeen;
-use super::{Frozen, ListenerHolder, SocketAdoption};
+use super::{FrozenService, ListenerHolder, SocketAdoption};
 
 /// The shortest time between two looks, and the longest.
 const SHORTEST: Duration = Duration::from_secs(1);
@@ -121,7 +121,7 @@ impl SocketAdoption {
         });
         traffic.end();
         let step = match traffic.step(idle_time) {
-            Some(step) if self.frozen == Frozen::No => step,
+            Some(step) if self.frozen == FrozenService::No => step,
             _ => step(idle_time),
         };
         let next = step.max(now.elapsed() * ONE_PART_OF);

@@ -43,7 +43,7 @@ pub(super) struct Mending {
     /// When to look next.
     pub(super) next: Option<Instant>,
     /// systemd is being asked.
-    pub(super) asking: Option<JoinHandle<anyhow::Result<Asked>>>,
+    pub(super) asking: Option<JoinHandle<anyhow::Result<MendAnswer>>>,
     tries: u32,
     /// Why it was refused last.
     pub(super) refused: Option<String>,
@@ -51,7 +51,7 @@ pub(super) struct Mending {
 
 /// What systemd has said.
 #[derive(Debug)]
-pub(in super::super) enum Asked {
+pub(in super::super) enum MendAnswer {
     /// It is done: this process is about to be told to stop.
     Ordered,
     /// Not before then.
@@ -128,7 +128,7 @@ impl Control<'_> {
             // A forwarder that leaves asks for it on the way out, and one that drains is being stopped.
             adoption.mending.next = Some(Instant::now() + STEP);
         } else if adoption.mending.may(others, urgent, Instant::now()) {
-            adoption.mending.asking = Some(tokio::spawn(ask(names, Forwarder::Serves)));
+            adoption.mending.asking = Some(tokio::spawn(ask(names, Itself::Serves)));
         }
     }
 
@@ -138,17 +138,17 @@ impl Control<'_> {
     }
 
     /// What systemd has said to that.
-    pub(super) fn mending_asked(&mut self, asked: anyhow::Result<Asked>) {
+    pub(super) fn mending_asked(&mut self, asked: anyhow::Result<MendAnswer>) {
         let Some(adoption) = &mut self.adoption else { return };
         let (now, mending) = (Instant::now(), &mut adoption.mending);
         mending.asking = None;
         match asked {
             // Where that does not come to pass it is tried again.
-            Ok(Asked::Ordered) => {
+            Ok(MendAnswer::Ordered) => {
                 tracing::info!("the damaged socket is started anew, and with it this forwarder");
                 mending.is_refused(now);
             }
-            Ok(Asked::TooSoon(wait)) => mending.next = Some(now + wait),
+            Ok(MendAnswer::TooSoon(wait)) => mending.next = Some(now + wait),
             Err(error) => {
                 let said = format!("{error:#}");
                 if mending.refused.as_ref() != Some(&said) {
@@ -166,7 +166,7 @@ impl Control<'_> {
         if names.is_empty() || self.reload.is_replaced() {
             return;
         }
-        match ask(names, Forwarder::Leaves).await {
+        match ask(names, Itself::Leaves).await {
             Ok(_) => tracing::info!("the damaged socket is started anew"),
             Err(error) => tracing::error!("the damaged socket cannot be started anew from here: {error:#}"),
         }
@@ -175,17 +175,17 @@ impl Control<'_> {
 
 /// What this process is about to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Forwarder {
+enum Itself {
     Serves,
     Leaves,
 }
 
 /// Has systemd start the socket units of these descriptors anew.
-async fn ask(names: Vec<String>, forwarder: Forwarder) -> anyhow::Result<Asked> {
+async fn ask(names: Vec<String>, forwarder: Itself) -> anyhow::Result<MendAnswer> {
     timeout(ANSWERS_WITHIN, order(names, forwarder)).await.context("systemd does not answer")?
 }
 
-async fn order(names: Vec<String>, forwarder: Forwarder) -> anyhow::Result<Asked> {
+async fn order(names: Vec<String>, forwarder: Itself) -> anyhow::Result<MendAnswer> {
     let group = bro_proc::cgroup::shown(Path::new("/proc/self")).unwrap_or_default();
     let unit = own_unit::own_unit().context("this process is no service of systemd's")?;
     // Of a user's manager is what lies below that.
@@ -195,15 +195,15 @@ async fn order(names: Vec<String>, forwarder: Forwarder) -> anyhow::Result<Asked
     for socket in systemd.sockets_of(&unit).await? {
         if names.contains(&socket.descriptor) {
             // One that is left broken would fail, and stay so.
-            let rest = REST.checked_sub(socket.listens_for).filter(|_| forwarder == Forwarder::Serves);
+            let rest = REST.checked_sub(socket.listens_for).filter(|_| forwarder == Itself::Serves);
             if let Some(wait) = rest {
-                return Ok(Asked::TooSoon(wait + Duration::from_millis(1)));
+                return Ok(MendAnswer::TooSoon(wait + Duration::from_millis(1)));
             }
             sockets.push(socket.name);
         }
     }
     ensure!(!sockets.is_empty(), "no socket unit of {unit} has the name {}", names.join(", "));
-    if forwarder == Forwarder::Leaves {
+    if forwarder == Itself::Leaves {
         // A stop that goes on, which the jobs of the sockets then wait for: a service that is leaving by itself has none, and a socket that is started
         // meanwhile fails.
         systemd.order_stop(&unit).await?;
@@ -213,7 +213,7 @@ async fn order(names: Vec<String>, forwarder: Forwarder) -> anyhow::Result<Asked
             format!("root has to do that, `systemctl restart {socket}`, where the forwarder runs as a user")
         })?;
     }
-    Ok(Asked::Ordered)
+    Ok(MendAnswer::Ordered)
 }
 
 #[cfg(test)]

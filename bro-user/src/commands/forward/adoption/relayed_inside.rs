@@ -90,6 +90,7 @@ mod tests {
             inside.is_over(end(port), start);
         }
         assert!(inside.has(end(1), start) && !inside.has(end(2), start) && inside.has(end(3), start));
-        assert_eq!((inside.lock().ends.len(), inside.lock().over.len()), (MOST_OVER + 1, MOST_OVER));
+        let inside = inside.lock();
+        assert_eq!((inside.ends.len(), inside.over.len()), (MOST_OVER + 1, MOST_OVER));
     }
 }

@@ -22,7 +22,7 @@ const ENDS: u64 = 2;
 
 /// What keeps the service awake, and what is remembered for that.
 #[derive(Debug)]
-pub(super) struct Traffic {
+pub(super) struct GuestTraffic {
     ignores: Vec<Trusted>,
     counting: TrafficCounting,
     /// Counts looks.
@@ -60,7 +60,7 @@ pub(super) struct TrafficSeen {
 }
 
 impl TrafficSeen {
-    /// So many wait to be accepted. They wait for the service, whoever they are.
+    /// So many wait to be accepted. They wait for the service, and their addresses are not known.
     pub(super) fn wait(&mut self, waiting: u32) {
         self.present += u64::from(waiting);
         self.keeps_awake |= waiting > 0;
@@ -68,7 +68,7 @@ impl TrafficSeen {
     }
 }
 
-impl Traffic {
+impl GuestTraffic {
     pub(super) fn of(idle: &Idle) -> Self {
         let by_bytes = idle.counts_bytes() && idle.exit_idle_time.finite().is_some();
         let counting = if by_bytes {
@@ -196,9 +196,9 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(60);
 
-    fn traffic(options: &[&str]) -> Traffic {
+    fn traffic(options: &[&str]) -> GuestTraffic {
         let words = ["bro", "--exit-idle-time=1min"].into_iter().chain(options.iter().copied());
-        Traffic::of(&Given::try_parse_from(words).unwrap().idle)
+        GuestTraffic::of(&Given::try_parse_from(words).unwrap().idle)
     }
 
     fn end(address: &str) -> ClientEnd {
@@ -209,7 +209,7 @@ mod tests {
         ServedClient { listener: 0, number, end: end(address), bytes }
     }
 
-    fn look(traffic: &mut Traffic, clients: &[ServedClient], now: Instant) -> TrafficSeen {
+    fn look(traffic: &mut GuestTraffic, clients: &[ServedClient], now: Instant) -> TrafficSeen {
         let mut seen = traffic.begin();
         for client in clients {
             traffic.served(client, &mut seen, now, LIMIT);
