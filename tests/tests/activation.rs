@@ -103,21 +103,3 @@ fn a_socket_that_was_not_passed_leaves_the_others_served() -> Result<()> {
     ensure!(lines.iter().any(|line| line.contains("--target lost=") && line.contains("WARN")), "{lines:?}");
     forwarder.stop().map(drop)
 }
-
-#[test]
-fn a_unix_socket_for_datagrams_is_refused() -> Result<()> {
-    if !can_run("a_unix_socket_for_datagrams_is_refused") {
-        return Ok(());
-    }
-    let scene = Scene::new()?;
-    let mut arguments = netns(&scene);
-    arguments.push(scene.target());
-    let path = scene.folder().join("front");
-    let (mut forwarder, _) = start(&[Address::Unix(path.clone())], &["--datagram"], &arguments)?;
-    std::os::unix::net::UnixDatagram::unbound()?.send_to(b"x", path)?;
-    forwarder.expect_exit(3)?;
-    let lines = forwarder.log().lines();
-    let said: Vec<_> = lines.iter().filter(|line| line.starts_with("bro: ")).collect();
-    ensure!(said.len() == 1 && said[0].contains("datagrams over a unix address"), "{lines:?}");
-    Ok(())
-}

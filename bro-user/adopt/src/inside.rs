@@ -7,8 +7,8 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{
-    MsgFlags, Shutdown, SockaddrLike as _, SockaddrStorage, connect, getpeername, getsockname, recv, send,
-    shutdown,
+    MsgFlags, Shutdown, SockaddrLike as _, SockaddrStorage, bind, connect, getpeername, getsockname, recv,
+    send, shutdown,
 };
 
 use crate::bound;
@@ -173,7 +173,7 @@ impl ClientPlace {
         if here { Self::Here } else { Self::Elsewhere }
     }
 
-    /// The address of this host's at which one of its listeners at any address is connected to; the connection comes from the same one.
+    /// The address of this host's that a connection to one of its listeners at any address comes from.
     fn own_address(self, loopback: IpAddr) -> IpAddr {
         let fits = |ip: &IpAddr| {
             let is_link_local = match ip {
@@ -211,9 +211,12 @@ pub fn connect_to(listener: BorrowedFd<'_>, client: ClientPlace) -> io::Result<O
         _ => None,
     };
     let connected = match any {
+        // To the loopback address in either case: to another one the forwarder's service may not send (IPAddressDeny=).
         Some((loopback, port)) => {
-            let here = SocketAddr::new(client.own_address(loopback), port);
-            connect(host.as_raw_fd(), &SockaddrStorage::from(here))
+            let from = SocketAddr::new(client.own_address(loopback), 0);
+            bind(host.as_raw_fd(), &SockaddrStorage::from(from)).and_then(|()| {
+                connect(host.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(loopback, port)))
+            })
         }
         _ if address.len() == 0 => Err(Errno::EADDRNOTAVAIL),
         _ => connect(host.as_raw_fd(), &address),

@@ -146,6 +146,14 @@ pub fn each(host: &Host, manager: Manager) -> Result<()> {
     Ok(())
 }
 
+/// As whom a service sees clients of this host, and those inside.
+const fn this_host(manager: Manager) -> &'static str {
+    match manager {
+        Manager::System => "169.254.1.2",
+        Manager::User(_) => "127.0.0.1",
+    }
+}
+
 /// A container of a pod is adopted, and the pod's other containers find it where it was.
 pub fn in_a_pod(host: &Host, manager: Manager) -> Result<()> {
     manager.import_machine(host)?;
@@ -167,7 +175,7 @@ pub fn in_a_pod(host: &Host, manager: Manager) -> Result<()> {
         ensure!(answer.ends_with(CLIENT), "{answer}");
         let page = ["podman", "exec", "systemd-beside", "wget", "-q", "-O-", "http://127.0.0.1:80/"];
         let answer = manager.run(host, &page)?;
-        ensure!(answer == "127.0.0.1", "{answer}");
+        ensure!(answer == this_host(manager), "{answer}");
         Ok(())
     };
     let both_times = || -> Result<()> {
@@ -230,9 +238,9 @@ pub fn upgraded(host: &Host) -> Result<()> {
         ensure!(well, "{answered} answered, and {failures:?}\n{}", site.journals());
         expect_adopted_once(site)?;
     }
-    for client in held {
+    for (client, manager) in held.into_iter().zip(managers) {
         let answer = ask(client, b"GET / HTTP/1.0\r\n\r\n")?;
-        ensure!(answer.ends_with(b"127.0.0.1"), "the held client got {answer:?}");
+        ensure!(answer.ends_with(this_host(manager).as_bytes()), "the held client got {answer:?}");
     }
     Ok(())
 }
