@@ -293,7 +293,7 @@ fn another_commands_network() -> Result<()> {
 const LEFT_TO_GLIBC: &[&str] = &[
     // No system call, or one that has nothing of the caller's in it.
     "__errno_location __gcc_personality_v0 __libc_current_sigrtmax __res_init __stack_chk_fail __tls_get_addr \
-     __umodti3 __udivti3 __xpg_strerror_r bcmp calloc dl_iterate_phdr dlsym environ free freeaddrinfo gai_strerror getauxval getenv \
+     __umodti3 __udivti3 __xpg_strerror_r bcmp calloc dl_iterate_phdr dlsym environ free freeaddrinfo freeifaddrs gai_strerror getauxval getenv \
      gnu_get_libc_version malloc malloc_trim posix_memalign realloc setenv sigaddset sigemptyset strlen sysconf unsetenv \
      __gmon_start__",
     "__libc_start_main abort fork getegid geteuid getgid getpid getppid gettid getuid pause sched_yield setsid",
@@ -301,7 +301,7 @@ const LEFT_TO_GLIBC: &[&str] = &[
     "chdir chroot execvp getcwd getxattr lstat64 mount munmap opendir readlink realpath rename rmdir setgroups sigaltstack stat stat64 \
      statfs64 symlink uname unlink",
     // With the descriptor that they have opened themselves.
-    "closedir dirfd readdir64",
+    "closedir dirfd getifaddrs readdir64",
     // The names of hosts and users: by sockets and files of their own.
     "getaddrinfo getgrouplist getpwnam_r getpwuid_r initgroups",
     // The time comes without a system call.

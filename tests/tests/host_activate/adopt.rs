@@ -502,7 +502,8 @@ fn ask(mut client: &TcpStream) -> Result<()> {
 /// A client that says nothing does not keep it from being frozen; the next one has it go on at once, and so does the silent one's next request.
 pub fn frozen_without_bytes(host: &Host, manager: Manager) -> Result<()> {
     const ROUNDS: usize = 3;
-    let options = ["--adopt", "--exit-idle-time", "300ms", "--idle-by", "bytes", "--freeze"];
+    let options =
+        ["--adopt", "--trust-loopback", "--exit-idle-time", "300ms", "--idle-by", "bytes", "--freeze"];
     let site = Site::activated(host, manager, "adopted", &nginx(host, manager)?, &options)?;
     let address: SocketAddr = ([127, 0, 0, 1], site.port).into();
     let client = || -> Result<TcpStream> {
