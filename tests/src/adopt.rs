@@ -15,6 +15,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::forwarder::Setup;
 use crate::netns::Namespace;
@@ -157,6 +159,15 @@ impl Program {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.session.0.id().cast_signed()
+    }
+
+    /// Ends it at once, and with it the container that it is the first process of.
+    ///
+    /// # Errors
+    /// kill(2)'s; when it does not end.
+    pub fn end(self) -> Result<()> {
+        kill(Pid::from_raw(self.pid()), Signal::SIGKILL)?;
+        self.wait().map(drop)
     }
 
     /// Waits for its end, however that comes.

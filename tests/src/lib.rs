@@ -3,6 +3,7 @@
 pub mod aborts;
 pub mod activation;
 pub mod adopt;
+pub mod adopt_reports;
 pub mod behaviours;
 pub mod bro;
 mod debian;

@@ -47,8 +47,7 @@ fn expect_greeted_inside(adoption: &Adoption, container: &Program, address: &str
 }
 
 fn end(container: Program, agent: &Program) -> Result<()> {
-    kill(Pid::from_raw(container.pid()), Signal::SIGKILL)?;
-    container.wait()?;
+    container.end()?;
     agent.says("Ended { listener: 0 }")?;
     Ok(())
 }

@@ -37,8 +37,7 @@ fn expect_answered_inside(adoption: &Adoption, container: &Program) -> Result<()
 }
 
 fn end(container: Program, agent: &Program) -> Result<()> {
-    kill(Pid::from_raw(container.pid()), Signal::SIGKILL)?;
-    container.wait()?;
+    container.end()?;
     agent.says("Ended { listener: 0 }")?;
     Ok(())
 }

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::adopt::{self, Adoption, Profile, Program, expect_greeted, told};
+use bro_tests::adopt_reports::{eventually, first, is_adopted, is_relayed, says};
 use bro_tests::forwarder::{Forwarder, Setup};
 use bro_tests::netns::Namespace;
 use bro_tests::peers::{Address, Conn, End, Here, PATIENCE};
 use bro_tests::process;
 use bro_tests::require_namespaces;
-use bro_user::commands::status::{AdoptionReport, Report, ServiceState};
+use bro_user::commands::status::{AdoptionReport, ServiceState};
 use bro_user::fallback::FallbackKind;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -83,42 +84,8 @@ fn expect_reset(mut client: TcpStream) -> Result<()> {
     Ok(())
 }
 
-fn end(container: Program) -> Result<()> {
-    kill(Pid::from_raw(container.pid()), Signal::SIGKILL)?;
-    container.wait()?;
-    Ok(())
-}
-
-fn says(forwarder: &Forwarder, text: &str) -> Result<String> {
-    forwarder
-        .log()
-        .line(PATIENCE, |line| line.contains(text))
-        .with_context(|| format!("waiting for “{text}”"))
-}
-
-fn first(report: &Report) -> Option<&AdoptionReport> {
-    report.listeners.first()?.adoption.as_ref()
-}
-
-/// Waits until the report says so of the first listener.
-fn eventually(forwarder: &Forwarder, wanted: impl Fn(&AdoptionReport) -> bool) -> Result<Report> {
-    let so = |report: &Report| first(report).is_some_and(&wanted);
-    let found = process::eventually(PATIENCE, || forwarder.report().as_ref().is_ok_and(so));
-    let report = forwarder.report()?;
-    ensure!(found, "{:?}", first(&report));
-    Ok(report)
-}
-
-fn is_adopted(report: &AdoptionReport) -> bool {
-    matches!(report, AdoptionReport::Adopted { .. })
-}
-
 fn is_waiting(report: &AdoptionReport) -> bool {
     *report == AdoptionReport::Waiting
-}
-
-fn is_relayed(wanted: FallbackKind) -> impl Fn(&AdoptionReport) -> bool {
-    move |report| matches!(report, AdoptionReport::Relayed { reason, .. } if *reason == wanted)
 }
 
 #[test]
@@ -142,7 +109,7 @@ fn a_first_client_wakes_a_service_that_accepts_it_itself() -> Result<()> {
             let found =
                 || forwarder.report().is_ok_and(|report| report.activity.state == ServiceState::Awake);
             ensure!(process::eventually(PATIENCE, found), "{kind}: the service is not found");
-            end(service)?;
+            service.end()?;
             eventually(&forwarder, is_waiting)?;
             forwarder.log().forget();
         }
@@ -169,7 +136,7 @@ fn a_service_that_the_listener_does_not_fit_is_relayed_until_its_end() -> Result
     let report = eventually(&forwarder, is_relayed(FallbackKind::Family))?;
     ensure!(report.own.counts.fallbacks.get(&FallbackKind::Family) == Some(&1), "{:?}", report.own);
     expect_relayed(stage.client()?)?;
-    end(service)?;
+    service.end()?;
     // The namespace stays, so that the relay's next client finds out.
     forwarder.stop().map(drop)
 }
@@ -224,7 +191,7 @@ fn a_forwarder_that_is_killed_is_followed_by_one_that_goes_on() -> Result<()> {
         ensure!(flags.contains(OFlag::O_NONBLOCK) == (kind == "epoll"), "{kind}: {flags:?}");
         expect_greeted(stage.client()?)?;
         ensure!(next.report()?.total.accepted == 0, "the relay has accepted");
-        end(service)?;
+        service.end()?;
         eventually(&next, is_waiting)?;
         let client = stage.client()?;
         let _service = stage.service(Profile::Notifies, &[kind, INSIDE])?;
@@ -265,7 +232,7 @@ fn a_listener_that_comes_later_for_the_same_target_is_relayed() -> Result<()> {
         expect_relayed(later()?)
             .with_context(|| format!("after a reload; the new one is number {number}"))?;
         expect_greeted(stage.client()?)?;
-        end(service)?;
+        service.end()?;
         kill(Pid::from_raw(main), Signal::SIGTERM)?;
         ensure!(process::ends(main, PATIENCE)?, "the successor stays");
     }
@@ -287,7 +254,7 @@ fn a_successor_answers_for_the_container() -> Result<()> {
     expect_greeted(stage.client()?)?;
     ensure!(process::ends(forwarder.pid(), PATIENCE)?, "the predecessor stays");
     ensure!(first(&forwarder.report()?).is_some_and(is_adopted));
-    end(service)?;
+    service.end()?;
     eventually(&forwarder, is_waiting)?;
     let client = stage.client()?;
     let _service = stage.service(Profile::Notifies, &["epoll", INSIDE])?;
@@ -307,7 +274,7 @@ fn it_stays_while_a_container_has_its_socket_and_leaves_when_idle() -> Result<()
     expect_greeted(early)?;
     says(&forwarder, "there is no --unit to stop")?;
     ensure!(forwarder.is_running()?, "it left a container behind");
-    end(service)?;
+    service.end()?;
     forwarder.expect_exit(0)
 }
 
@@ -462,7 +429,7 @@ fn clients_inside_the_container_keep_nothing_awake_and_are_not_counted() -> Resu
     let (forwarder, client, mut service) = served(&stage, &["--exit-idle-time=1s"])?;
     service.input.as_mut().context("an input")?.write_all(b"now\n")?;
     told(client)?;
-    end(service)?;
+    service.end()?;
     eventually(&forwarder, is_waiting)?;
     let service = stage.service(Profile::Notifies, &["slow", INSIDE])?;
     eventually(&forwarder, is_adopted)?;
@@ -508,7 +475,7 @@ fn a_first_byte_wakes_and_those_who_come_later_are_the_services() -> Result<()> 
         ensure!(accepted == 2 * round && forwarder.report()?.total.accepted == accepted, "{accepted}");
         let found = || forwarder.report().is_ok_and(|report| report.activity.state == ServiceState::Awake);
         ensure!(process::eventually(PATIENCE, found), "the service is not found");
-        end(service)?;
+        service.end()?;
         eventually(&forwarder, is_waiting)?;
         forwarder.log().forget();
     }
@@ -560,7 +527,7 @@ fn a_service_that_starts_by_itself_gets_a_listener_at_which_clients_are_sifted()
         } else {
             expect_greeted(stage.client()?)?;
         }
-        end(service)?;
+        service.end()?;
         eventually(&forwarder, is_waiting)?;
     }
     ensure!(forwarder.report()?.own.counts.fallbacks.is_empty(), "something was relayed");
@@ -624,7 +591,7 @@ fn a_service_that_has_closed_its_listener_and_ends_is_woken_again() -> Result<()
     service.says("closed")?;
     expect_greeted(early)?;
     expect_reset(stage.client()?)?;
-    end(service)?;
+    service.end()?;
     eventually(&forwarder, is_waiting)?;
     let client = stage.client()?;
     let _next = stage.service(Profile::Notifies, &["plain", INSIDE])?;
@@ -646,7 +613,7 @@ fn without_the_kernels_tables_it_is_relayed() -> Result<()> {
     expect_relayed(stage.client()?)?;
     says(&forwarder, "this kernel does not say who listens")?;
     // With its container the reason does not go.
-    end(service)?;
+    service.end()?;
     eventually(&forwarder, is_relayed(FallbackKind::Uncountable))?;
     says(&forwarder, "exiting").map(drop)
 }
@@ -662,7 +629,7 @@ fn a_damaged_listener_is_said_with_why_it_stays_so() -> Result<()> {
     expect_greeted(early)?;
     eventually(&forwarder, is_adopted)?;
     nix::sys::socket::shutdown(stage.host.as_raw_fd(), nix::sys::socket::Shutdown::Both)?;
-    end(service)?;
+    service.end()?;
     let is_said = |report: &AdoptionReport| match report {
         AdoptionReport::Broken { why } => {
             why.contains("it does not listen any more, and its socket unit cannot")

@@ -10,12 +10,13 @@ use anyhow::{Context as _, Result, ensure};
 use bro_tests::adopt::{
     self, Adoption, Profile, Program, answered, datagrams, expect_answered, expect_greeted, says_hello,
 };
+use bro_tests::adopt_reports::{eventually, first, is_adopted, is_relayed, says};
 use bro_tests::forwarder::Forwarder;
 use bro_tests::netns::Namespace;
 use bro_tests::peers::PATIENCE;
 use bro_tests::process;
 use bro_tests::require_namespaces;
-use bro_user::commands::status::{AdoptionReport, DatagramsReport, Report, ServiceState};
+use bro_user::commands::status::{AdoptionReport, DatagramsReport, ServiceState};
 use bro_user::fallback::FallbackKind;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -63,40 +64,8 @@ fn expect_relayed(client: &UdpSocket) -> Result<()> {
     Ok(())
 }
 
-fn end(container: Program) -> Result<()> {
-    kill(Pid::from_raw(container.pid()), Signal::SIGKILL)?;
-    container.wait()?;
-    Ok(())
-}
-
-fn says(forwarder: &Forwarder, text: &str) -> Result<String> {
-    let line = forwarder.log().line(PATIENCE, |line| line.contains(text));
-    line.with_context(|| format!("waiting for “{text}”"))
-}
-
-fn first(report: &Report) -> Option<&AdoptionReport> {
-    report.listeners.first()?.adoption.as_ref()
-}
-
-/// Waits until the report says so of the first socket.
-fn eventually(forwarder: &Forwarder, wanted: impl Fn(&AdoptionReport) -> bool) -> Result<Report> {
-    let so = |report: &Report| first(report).is_some_and(&wanted);
-    let found = process::eventually(PATIENCE, || forwarder.report().as_ref().is_ok_and(so));
-    let report = forwarder.report()?;
-    ensure!(found, "{:?}", first(&report));
-    Ok(report)
-}
-
-fn is_adopted(report: &AdoptionReport) -> bool {
-    matches!(report, AdoptionReport::Adopted { .. })
-}
-
 fn has_seen(report: &AdoptionReport) -> bool {
     matches!(report, AdoptionReport::Adopted { datagrams: Some(DatagramsReport::Last { .. }), .. })
-}
-
-fn is_relayed(wanted: FallbackKind) -> impl Fn(&AdoptionReport) -> bool {
-    move |report| matches!(report, AdoptionReport::Relayed { reason, .. } if *reason == wanted)
 }
 
 #[test]
@@ -121,7 +90,7 @@ fn a_first_datagram_wakes_a_service_that_receives_it_itself() -> Result<()> {
             ensure!(process::eventually(PATIENCE, found), "{kind}: the service is not found");
             let said = forwarder.report()?.state;
             ensure!(said.starts_with("Adopted, last datagram ") && !said.contains("connection"), "{said}");
-            end(service)?;
+            service.end()?;
             eventually(&forwarder, |report| *report == AdoptionReport::Waiting)?;
             forwarder.log().forget();
         }
@@ -224,7 +193,7 @@ fn one_that_is_killed_or_reloaded_is_followed_by_one_that_goes_on() -> Result<()
     says(&next, "as before this process")?;
     ensure!(process::ends(next.pid(), PATIENCE)?, "the predecessor stays");
     expect_answered(&says_hello(&stage.host)?)?;
-    end(service)?;
+    service.end()?;
     let client = says_hello(&stage.host)?;
     let _service = stage.service(&["datagrams-epoll", INSIDE])?;
     expect_answered(&client)?;
