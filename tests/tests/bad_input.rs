@@ -231,6 +231,7 @@ fn bad_words_about_waking_and_sleeping() -> Result<()> {
     for (option, others) in [
         ("--wake-on=anything", ["connect", "data"]),
         ("--wake-on=", ["connect", "data"]),
+        ("--wake-on=data:0", ["1 to 16384", "data:64"]),
         ("--idle-by=packets", ["connections", "bytes"]),
         ("--idle-by=BYTES", ["connections", "bytes"]),
     ] {

@@ -75,8 +75,8 @@ pub struct Settings {
     pub proxy_protocol: Option<Version>,
     /// `--trusted`, with `--accept-proxy`: the peers that may send a header.
     pub trusted: Vec<Trusted>,
-    /// `--wake-on=data`
-    pub wake_on_data: bool,
+    /// `--wake-on=data:BYTES`; 0 with `--wake-on=connect`.
+    pub wake_on_bytes: u16,
     /// `--idle-by=bytes` or `--idle-below`: the idle time.
     pub idle_by_bytes: Option<Duration>,
     /// `--idle-ignore`

@@ -132,6 +132,31 @@ pub fn look(socket: BorrowedFd<'_>) -> Peeked {
     }
 }
 
+/// Do so many bytes wait to be read? `bytes` is a few thousand at most: they are looked at, see [`look`].
+#[must_use]
+pub fn has_received(socket: BorrowedFd<'_>, bytes: u16) -> bool {
+    use nix::sys::socket::recv;
+    let mut room = vec![0; usize::from(bytes)];
+    recv(socket.as_raw_fd(), &mut room, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) == Ok(room.len())
+}
+
+/// Has poll(2) call this TCP socket readable once so many bytes have come, or all that will come (socket(7), SO_RCVLOWAT). A unix
+/// socket's poll(2) does not heed it.
+pub fn stir_from(socket: BorrowedFd<'_>, bytes: u16) {
+    let bytes = libc::c_int::from(bytes);
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the value is valid for reading for as long as the call lasts.
+    let _refused = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            length,
+        )
+    };
+}
+
 /// Whether anything waits to be read: a byte, the end, or an abort, which is still there afterwards.
 #[must_use]
 pub fn stirs(socket: BorrowedFd<'_>) -> bool {

@@ -159,8 +159,8 @@ pub struct Activate {
     #[arg(long, value_name = "BYTES/TIME", value_parser = crate::rate::rate, conflicts_with = "direct")]
     pub idle_below: Option<Rate>,
 
-    /// What wakes the container: a connection, or the first byte of one (as in bro forward)
-    #[arg(long, value_name = "connect|data", conflicts_with = "direct")]
+    /// What wakes the container: a connection, its first byte (data), or its first BYTES (data:BYTES; as in bro forward)
+    #[arg(long, value_name = "connect|data[:BYTES]", conflicts_with = "direct")]
     pub wake_on: Option<WakeOn>,
 
     /// Whose connections do not wake the container: addresses, networks, or unix (repeatable, as in bro forward)

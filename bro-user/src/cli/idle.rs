@@ -1,6 +1,8 @@
 //! The options of `bro forward` about waking and sleeping.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 
@@ -42,8 +44,12 @@ pub struct Idle {
     #[arg(long, value_name = "BYTES/TIME", value_parser = crate::rate::rate)]
     pub idle_below: Option<Rate>,
 
-    /// What wakes a sleeping service: a connection, or a connection's first byte
-    #[arg(long, value_name = "WHAT", default_value = "connect")]
+    /// What wakes a sleeping service: a connection, its first byte (data), or its first BYTES (data:BYTES)
+    ///
+    /// With data, a port scan or a health check that sends nothing wakes nothing, and with data:BYTES neither does one that sends less
+    /// (1 to 16384; over a unix socket the first byte wakes). Not for protocols in which the service speaks first (MySQL, SSH, SMTP): their
+    /// clients would wait for ever.
+    #[arg(long, value_name = "connect|data[:BYTES]", default_value = "connect")]
     pub wake_on: WakeOn,
 
     /// Whose connections do not wake the service, such as a scanner's: addresses, networks (10.0.0.0/8), or unix (repeatable)
@@ -114,11 +120,78 @@ pub enum IdleBy {
 }
 
 /// `--wake-on=`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WakeOn {
-    /// A client that connects
+    /// A client that connects.
     Connect,
-    /// A client that sends a byte: a port scan or a health check that sends nothing wakes nothing. Not for protocols in which the
-    /// service speaks first (MySQL, SSH, SMTP): their clients would wait for ever
-    Data,
+    /// A client that has sent so many bytes, 1 or more.
+    Data(u16),
+}
+
+/// The most bytes that a client may have to send: they wait in its socket, which has room for as many by default.
+const MOST: u16 = 16 * 1024;
+
+/// Why a text is none of what can wake.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidWakeOn {
+    /// Neither.
+    #[error("“{0}” is neither connect nor data nor data:BYTES")]
+    Form(String),
+    /// Behind the colon.
+    #[error("“{0}” is not a number of bytes from 1 to {MOST}, as in data:64")]
+    Bytes(String),
+}
+
+impl WakeOn {
+    /// How many bytes of a client's wake.
+    #[must_use]
+    pub fn bytes(self) -> u16 {
+        match self {
+            Self::Connect => 0,
+            Self::Data(bytes) => bytes,
+        }
+    }
+}
+
+impl FromStr for WakeOn {
+    type Err = InvalidWakeOn;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bytes = match text {
+            "connect" => return Ok(Self::Connect),
+            "data" => return Ok(Self::Data(1)),
+            _ => text.strip_prefix("data:").ok_or_else(|| InvalidWakeOn::Form(text.to_owned()))?,
+        };
+        // parse() would take a sign.
+        let digits = bytes.starts_with(|c: char| c.is_ascii_digit());
+        let number = bytes.parse().ok().filter(|number| digits && (1..=MOST).contains(number));
+        number.map(Self::Data).ok_or_else(|| InvalidWakeOn::Bytes(bytes.to_owned()))
+    }
+}
+
+impl fmt::Display for WakeOn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Connect => f.write_str("connect"),
+            Self::Data(1) => f.write_str("data"),
+            Self::Data(bytes) => write!(f, "data:{bytes}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_wakes_is_read_as_it_is_written() {
+        for text in ["connect", "data", "data:2", "data:16384"] {
+            assert_eq!(text.parse::<WakeOn>().unwrap().to_string(), text);
+        }
+        assert_eq!("data:1".parse(), Ok(WakeOn::Data(1)));
+        assert_eq!("bytes".parse::<WakeOn>(), Err(InvalidWakeOn::Form("bytes".into())));
+        for bad in ["", "0", "+1", "-1", "16385", "1K", "99999999999"] {
+            assert_eq!(format!("data:{bad}").parse::<WakeOn>(), Err(InvalidWakeOn::Bytes(bad.into())));
+        }
+    }
 }

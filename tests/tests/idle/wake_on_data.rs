@@ -127,6 +127,46 @@ fn a_byte_and_a_fin_wake() -> Result<()> {
     Ok(())
 }
 
+/// Fewer bytes wake nothing, and what is fewer is passed on at once as soon as the service is awake.
+#[test]
+fn so_many_bytes_wake() -> Result<()> {
+    require_namespaces!();
+    for family in [Family::Tcp4, Family::Tcp6] {
+        let mut scene = Scene::of(family)?;
+        let forwarder = scene.start(&["--wake-on=data:8", "--relay=splice"])?;
+        let (scans, waits, speaks) = (scene.client()?, scene.client()?, scene.client()?);
+        for client in [&scans, &waits, &speaks] {
+            client.send(b"1234567")?;
+        }
+        scene.expect_held(&forwarder, 3)?;
+        forwarder.expect_no_spin(2 * MOMENT).context("with clients that have sent too little")?;
+        scans.close_writing()?;
+        ensure!(forwarder.closing()?.reason == "client-left", "{:?}", forwarder.closing());
+        ensure!(wakes(&forwarder) == 0, "{family:?}: seven bytes woke the service");
+
+        speaks.send(b"8")?;
+        forwarder.log().line(PATIENCE, |line| line.contains("waking the service"))?;
+        let service = scene.serve()?;
+        let (first, second) = (service.accept()?, service.accept()?);
+        for served in [&first, &second] {
+            let mut came = [0; 7];
+            served.recv_exact(&mut came)?;
+            ensure!(came == *b"1234567", "{came:?}");
+        }
+        // The one whose client has sent seven gets its eighth alone.
+        waits.send(b"8")?;
+        for served in [&first, &second] {
+            let mut came = [0; 1];
+            served.recv_exact(&mut came)?;
+            ensure!(came == *b"8", "{came:?}");
+        }
+        drop((scans, waits, speaks, first, second));
+        forwarder.closings(2)?;
+        forwarder.stop()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn silence_has_an_end() -> Result<()> {
     require_namespaces!();

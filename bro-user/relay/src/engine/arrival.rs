@@ -18,7 +18,7 @@ use crate::peer::Peer;
 use crate::proxy_protocol::Trusted;
 use crate::rate::Meter;
 use crate::stats::Stats;
-use crate::sys::{Peeked, look};
+use crate::sys::{Peeked, has_finished, has_received, look, stir_from};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 /// The first pause after EMFILE and its like; it doubles up to the last.
@@ -188,36 +188,63 @@ impl Engine {
             }
         }
         if !connection.wakes_nothing && self.are_bytes_to_wake() {
-            return self.wait_for_a_byte(index);
+            return self.wait_for_bytes(index);
         }
         self.hold(index, false);
     }
 
-    /// Is a client to wait for its first byte (`--wake-on=data`)? Not when the container is awake, or about to be: then nothing is
+    /// Is a client to wait for its first bytes (`--wake-on=data`)? Not when the container is awake, or about to be: then nothing is
     /// saved, and a service that speaks first may speak.
     fn are_bytes_to_wake(&self) -> bool {
-        self.settings.wake_on_data && (self.targets.frozen == Frozen::Yes || self.targets.all_sleep())
+        self.settings.wake_on_bytes > 0 && (self.targets.frozen == Frozen::Yes || self.targets.all_sleep())
     }
 
-    /// Has the client wait for its first byte, which may be there already, as its end may.
-    fn wait_for_a_byte(&mut self, index: usize) {
+    /// How many bytes of this client's wake. Its first one over a unix socket: whether it has sent more cannot be waited for.
+    fn bytes_to_wake(&self, index: usize) -> u16 {
+        if self.connections[index].peer.ip().is_some() { self.settings.wake_on_bytes } else { 1 }
+    }
+
+    /// Has the client wait for its first bytes, which may be there already, as its end may.
+    fn wait_for_bytes(&mut self, index: usize) {
+        let bytes = self.bytes_to_wake(index);
         let connection = &mut self.connections[index];
         connection.set_stage(&mut self.census, |_| Stage::Silent);
         self.silent.insert(connection.peer.source(), connection.number, index);
+        if bytes > 1 {
+            stir_from(connection.client.as_fd(), bytes);
+        }
         self.register(index);
         self.silent_client_stirred(index);
     }
 
-    /// A silent client has sent, finished or reset.
+    /// A silent client has sent enough, finished or reset.
     pub(super) fn silent_client_stirred(&mut self, index: usize) {
-        let Some(connection) = self.connections.get_mut(index) else { return };
-        match look(connection.client.as_fd()) {
+        if self.connections.get(index).is_none() {
+            return;
+        }
+        let bytes = self.bytes_to_wake(index);
+        let connection = &mut self.connections[index];
+        let client = connection.client.as_fd();
+        match look(client) {
+            Peeked::Byte if bytes > 1 && !has_received(client, bytes) => {
+                if has_finished(client) {
+                    self.finish(index, End::ClientLeft);
+                }
+            }
             Peeked::Byte => {
                 self.silent.remove(connection.peer.source(), connection.number);
+                self.heard(index);
                 self.hold(index, false);
             }
             Peeked::Nothing => {}
             Peeked::End | Peeked::Abort(_) => self.finish(index, End::ClientLeft),
+        }
+    }
+
+    /// Whatever a client that was silent sends stirs its socket again.
+    fn heard(&self, index: usize) {
+        if self.bytes_to_wake(index) > 1 {
+            stir_from(self.connections[index].client.as_fd(), 1);
         }
     }
 
@@ -287,6 +314,7 @@ impl Engine {
             self.place(index);
         }
         for index in self.silent.take() {
+            self.heard(index);
             self.place(index);
         }
     }

@@ -33,7 +33,7 @@ pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 pub(crate) const HANDED_ON: [HandedOn; 35] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
-    ("wake-on", |options| options.wake_on.map(word)),
+    ("wake-on", |options| options.wake_on.map(|what| what.to_string())),
     ("wake-ignore", |options| (!options.wake_ignore.is_empty()).then(|| listed(&options.wake_ignore))),
     ("exit-idle-time", |options| options.exit_idle_time.map(written)),
     ("exit-idle-time-max", |options| options.exit_idle_time_max.map(written)),

@@ -285,7 +285,7 @@ impl SocketAdoption {
             present: Some(0),
             stirred: false,
             frozen: FrozenService::No,
-            sifts: options.idle.wake_on == WakeOn::Data || !options.idle.wake_ignore.is_empty(),
+            sifts: options.idle.wake_on != WakeOn::Connect || !options.idle.wake_ignore.is_empty(),
             flow_timeout: options.flow_timeout.or_forever(),
             blind: false,
             fell_back: Vec::new(),

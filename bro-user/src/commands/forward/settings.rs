@@ -11,7 +11,6 @@ use bro_relay::relay::{Method, pipes};
 use bro_relay::target::Target;
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
-use crate::cli::idle::WakeOn;
 use crate::cli::{Forward, LocalClients, RelayChoice};
 use crate::exit::Failure;
 use crate::service::ServiceStarter;
@@ -88,7 +87,7 @@ pub(super) fn engine(options: &Forward, listeners: &[(Listener, usize)]) -> Sett
         idle_timeout: options.idle_timeout.finite(),
         proxy_protocol: options.proxy_protocol.map(Into::into),
         trusted: if options.accept_proxy { options.trusted.clone() } else { Vec::new() },
-        wake_on_data: options.idle.wake_on == WakeOn::Data,
+        wake_on_bytes: options.idle.wake_on.bytes(),
         idle_by_bytes: options.idle.exit_idle_time.finite().filter(|_| options.idle.counts_bytes()),
         idle_ignore: options.idle.idle_ignore.clone(),
         idle_below: options.idle.idle_below,
