@@ -32,6 +32,7 @@ use crate::peer::{Peer, Source};
 use crate::proxy_protocol::Trusted;
 use crate::source::Origin;
 use crate::sys::messages::{Messages, ReceivedDatagram};
+use crate::unreachable::{Undelivered, UnreachableLimit};
 
 /// Datagrams that are received at a time; a buffer for each is kept.
 const BATCH: usize = 16;
@@ -152,6 +153,8 @@ pub(super) struct Datagrams {
     descriptors_announced: bool,
     /// It was said that flows take each other's places.
     full_announced: bool,
+    /// How many clients may still be told that a datagram was not received.
+    undelivered: UnreachableLimit,
 }
 
 impl Datagrams {
@@ -168,6 +171,7 @@ impl Datagrams {
             to_ask: Vec::new(),
             descriptors_announced: false,
             full_announced: false,
+            undelivered: UnreachableLimit::default(),
         }
     }
 
@@ -558,6 +562,7 @@ impl Engine {
             };
             flow.ecn = if set.is_ok() { ecn } else { flow.ecn };
         }
+        let mut refused = false;
         let segments = &mut flow.segments;
         let mut once = || outgoing.send(socket.as_fd(), segments);
         let tally = &mut self.tallies[key.listener].datagrams;
@@ -566,6 +571,7 @@ impl Engine {
             // Of an earlier one: this one has not been sent.
             errno if nothing_listens(errno) && !self.settings.hold_refused => {
                 tally.dropped.add(Dropped::Refused, 1);
+                refused = true;
                 once()
             }
             errno => Err(errno),
@@ -592,11 +598,31 @@ impl Engine {
                 // The one before this was refused, and this one waits until something is bound there again.
                 tally.dropped.add(Dropped::Refused, 1);
                 let target = flow.target;
+                refused = true;
                 self.datagrams.set_stage(index, FlowStage::Held);
                 outgoing.each().for_each(|bytes| self.hold_datagram(index, bytes, ecn));
                 self.target_refused(target);
             }
             Err(_) => tally.dropped.add(Dropped::Unsendable, count),
+        }
+        if refused && let Some((key, _)) = self.datagrams.flows.get(index) {
+            let key = key.clone();
+            self.tell_undelivered(&key);
+        }
+    }
+
+    /// A client may be told that what it sent was not received (`--icmp-port-unreachable`). Not while it
+    /// waits, and not of one that was for several hosts.
+    fn tell_undelivered(&mut self, key: &FlowEnds) {
+        let (FlowClient::Inet(client), Some(local)) = (&key.client, key.local) else { return };
+        if !self.settings.tells_undelivered || local.group || self.outbox.is_behind() {
+            return;
+        }
+        let source = peer_of(&key.client).source();
+        if self.datagrams.undelivered.allows(source, Instant::now()) {
+            let (client, listener) = (*client, key.listener);
+            let about = Undelivered { listener, client, local: local.ip, interface: local.interface };
+            self.outbox.tell(&EngineEvent::Undelivered(about));
         }
     }
 
@@ -631,8 +657,9 @@ impl Engine {
             if !nothing_listens(errno) {
                 return;
             }
-            let target = flow.target;
+            let (key, target) = (key.clone(), flow.target);
             self.tallies[key.listener].datagrams.dropped.add(Dropped::Refused, 1);
+            self.tell_undelivered(&key);
             if self.settings.hold_refused {
                 self.end_flow(index, FlowEnd::Refused);
                 self.target_refused(target);
@@ -823,6 +850,9 @@ impl Engine {
         }
         let left = self.datagrams.held.take(id).len() as u64;
         self.datagram_tally(key.listener).dropped.add(end.dropped(), left);
+        if left > 0 && end.dropped() == Dropped::StartFailed {
+            self.tell_undelivered(key);
+        }
         tracing::debug!(
             peer = %peer_of(&key.client),
             target = %self.targets[flow.target].name,
