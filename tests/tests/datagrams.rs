@@ -946,13 +946,23 @@ fn by_bytes_a_flow_that_is_silent_keeps_nothing_awake() -> Result<()> {
     require_namespaces!();
     let scene = UdpScene::new(false)?;
     let _echo = scene.echo()?;
-    let mut forwarder = scene.setup()?.args(["--idle-by=bytes", "--exit-idle-time=700ms"]).start()?;
+    let options = ["--idle-by=bytes", "--exit-idle-time=700ms", "--idle-ignore=127.0.0.9"];
+    let mut forwarder = scene.setup()?.args(options).start()?;
     let client = scene.client()?;
     for _ in 0..15 {
         expect_echo(&client, b"ping")?;
         std::thread::sleep(Duration::from_millis(100));
     }
     ensure!(forwarder.is_running()?, "it left between datagrams");
+    // Nor does one that is not silent, of a client that is ignored.
+    let monitor = bro_tests::udp::client(scene.address()?, Some("127.0.0.9:0".parse()?))?;
+    expect_echo(&monitor, b"ping")?;
+    let start = Instant::now();
+    while forwarder.is_running()? {
+        ensure!(start.elapsed() < PATIENCE, "it is kept awake");
+        let _sent = monitor.send(b"ping")?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
     forwarder.expect_exit(0)
 }
 

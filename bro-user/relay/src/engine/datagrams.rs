@@ -147,6 +147,8 @@ pub(super) struct Datagrams {
     waiting: usize,
     /// Flows that are not ignored.
     keeping: usize,
+    /// A datagram of one that is not ignored has come since this was looked at.
+    moved: bool,
     /// Targets whose agent is to be asked for sockets.
     to_ask: Vec<usize>,
     /// It was said that descriptors are not passed on.
@@ -168,6 +170,7 @@ impl Datagrams {
             next_generation: 0,
             waiting: 0,
             keeping: 0,
+            moved: false,
             to_ask: Vec::new(),
             descriptors_announced: false,
             full_announced: false,
@@ -347,6 +350,7 @@ impl Engine {
     fn used_flow(&mut self, ends: &FlowEnds, now: Instant) -> Option<FlowId> {
         let index = self.datagrams.flows.find(ends)?;
         self.datagrams.flows.touch(index, now);
+        self.datagrams.moved |= self.datagrams.flows.get(index).is_some_and(|(_, flow)| !flow.ignored);
         self.datagrams.id(index)
     }
 
@@ -418,6 +422,7 @@ impl Engine {
         let made = self.datagrams.flows.insert(key, source, flow, now);
         self.datagrams.waiting += 1;
         self.datagrams.keeping += usize::from(!ignored);
+        self.datagrams.moved |= !ignored;
         self.datagram_tally(listener).flows += 1;
         if let Some((index, key, flow)) = made.instead_of {
             self.datagram_tally(key.listener).evicted += 1;
@@ -756,6 +761,7 @@ impl Engine {
                 }
             }
             flow.answers_at_once = (2 * received).clamp(FEW, BATCH);
+            self.datagrams.moved |= !flow.ignored;
             self.datagrams.flows.touch(index, Instant::now());
             if received < most {
                 break;
@@ -764,9 +770,9 @@ impl Engine {
         error
     }
 
-    /// By bytes, what has just moved counts.
-    fn datagrams_moved(&self) {
-        if self.settings.idle_by_bytes.is_some() {
+    /// By bytes, what has just moved counts, unless it is of a client that is ignored.
+    fn datagrams_moved(&mut self) {
+        if std::mem::take(&mut self.datagrams.moved) && self.settings.idle_by_bytes.is_some() {
             self.stats.now_idle();
         }
     }
