@@ -254,6 +254,15 @@ pub struct Forward {
     #[arg(long, value_name = "SPAN", default_value = "60", value_parser = crate::systemd::time_span::limit)]
     pub flow_timeout: TimeSpan,
 
+    /// Tell a client over UDP by ICMP that its datagram was not received: nothing is bound at the target, or the service cannot be started
+    ///
+    /// Of a program on this host the kernel says so itself. A client whose socket is connected gets ECONNREFUSED; it is told of a datagram that is lost, not
+    /// of one that waits for the service. Six messages at once and then one a second go to one source (as --connections-per-source counts), 1000 a second to all;
+    /// none about a datagram for several hosts. It takes CAP_NET_RAW over the network that clients come by, to make sockets that only send; then it is given
+    /// up. Where that cannot be had the forwarder does not start.
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub icmp_port_unreachable: bool,
+
     /// How bytes are moved: auto, sockmap, splice or copy
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub relay: RelayChoice,

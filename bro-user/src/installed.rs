@@ -194,6 +194,13 @@ impl Installed {
         }
     }
 
+    /// Has it clients over UDP?
+    #[must_use]
+    pub fn has_udp(&self) -> bool {
+        let mut targets = self.listeners.iter().filter_map(|listener| listener.internal.as_ref());
+        targets.any(|range| matches!(range.first(), Target::Udp { .. }))
+    }
+
     /// Its adoption, if its service accepts at systemd's sockets without knowing of it.
     #[must_use]
     pub const fn adoption(&self) -> Option<&Adoption> {

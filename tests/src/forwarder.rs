@@ -132,6 +132,13 @@ impl Setup {
         self
     }
 
+    /// Runs it by a command, which becomes it.
+    #[must_use]
+    pub fn through(mut self, words: [&str; 2]) -> Self {
+        self.through = words.map(Into::into).into();
+        self
+    }
+
     /// Runs it without a capability that its user has otherwise, as `CapabilityBoundingSet=` does. Needs root.
     #[must_use]
     pub fn without(mut self, capability: &str) -> Self {

@@ -361,6 +361,97 @@ fn a_service_that_is_not_bound_any_more_is_waited_for() -> Result<()> {
     Ok(())
 }
 
+/// A client whose socket is connected hears of what was not received, and no other does; not while it waits.
+#[test]
+fn who_sent_what_was_not_received_is_told() -> Result<()> {
+    require_namespaces!();
+    bro_tests::require_or_ok!(Need::Root);
+    let told = |client: &UdpSocket| {
+        let heard = client.recv(&mut [0; 8]).map_err(|error| error.kind());
+        ensure!(heard == Err(std::io::ErrorKind::ConnectionRefused), "{heard:?}");
+        Ok(())
+    };
+    for (at, front) in [("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1"), ("[::]:0", "127.0.0.1")] {
+        let scene = UdpScene::at(at.parse()?, false)?;
+        let mut notify = Notify::new()?;
+        let setup = scene.setup()?.env("NOTIFY_SOCKET", notify.name());
+        // As in a service: what was given up does not come back.
+        let setup = setup.through(["setpriv", "--no-new-privs"]).arg("--icmp-port-unreachable");
+        let forwarder = setup.start()?;
+        notify.wait(PATIENCE, |line| line == "READY=1")?;
+        let front = SocketAddr::new(front.parse()?, scene.address()?.port());
+        let (one, other) = (client(front, None)?, client(front, None)?);
+        let refused_once = || -> Result<()> {
+            let echo = scene.echo()?;
+            expect_echo(&one, b"ping")?;
+            expect_echo(&other, b"ping")?;
+            drop(echo);
+            let _sent = one.send(b"lost")?;
+            told(&one).context("the one")?;
+            let heard = other.take_error()?;
+            ensure!(heard.is_none(), "the other: {heard:?}");
+            let _sent = one.send(b"waits")?;
+            let _echo = scene.echo()?;
+            expect(&one, b"waits").context("what waits is not lost")
+        };
+        refused_once().with_context(|| at.to_owned())?;
+        // The right is given up, and what it was for is not the relay process's.
+        let status = std::fs::read_to_string(format!("/proc/{}/status", forwarder.pid()))?;
+        let held = status.lines().find_map(|line| line.strip_prefix("CapPrm:\t")).context("CapPrm")?;
+        ensure!(u64::from_str_radix(held, 16)? & 1 << 13 == 0, "CAP_NET_RAW in {held}");
+        let raw = |pid| -> Result<usize> {
+            let kind = |socket: &OwnedFd| socket::getsockopt(socket, sockopt::SockType);
+            let sockets = process::sockets(pid)?;
+            Ok(sockets.iter().filter(|socket| kind(socket) == Ok(SockType::Raw)).count())
+        };
+        let wanted = if at.starts_with('[') { 2 } else { 1 };
+        ensure!((raw(forwarder.pid())?, raw(forwarder.relay())?) == (wanted, 0), "{at}: whose it is");
+        if at != "[::]:0" {
+            continue;
+        }
+        let main = forwarder.pid();
+        forwarder.signal(Signal::SIGHUP)?;
+        let line = notify.wait(PATIENCE, |line| {
+            line.strip_prefix("MAINPID=").is_some_and(|pid| pid != main.to_string())
+        })?;
+        ensure!(process::ends(main, PATIENCE)?, "the old process does not end");
+        refused_once().context("after a reload")?;
+        let successor = line.trim_start_matches("MAINPID=").parse()?;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(successor), Signal::SIGTERM)?;
+        ensure!(process::ends(successor, PATIENCE)?, "the successor does not end");
+    }
+    // Of each where refusals are not waited out; and where the service does not come in time.
+    for option in ["--ready=none", "--start-timeout=300ms"] {
+        let scene = UdpScene::new(false)?;
+        let _forwarder = scene.setup()?.args(["--icmp-port-unreachable", option]).start()?;
+        let client = scene.client()?;
+        let _sent = client.send(b"lost")?;
+        told(&client).context(option)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn who_may_not_tell_clients_says_so() -> Result<()> {
+    require_namespaces!();
+    let scene = UdpScene::new(false)?;
+    let refused = |setup: bro_tests::forwarder::Setup, words: &str| -> Result<()> {
+        let mut forwarder = setup.arg("--icmp-port-unreachable").start()?;
+        drop(forwarder.log().line(PATIENCE, |line| line.contains(words)).with_context(|| words.to_owned())?);
+        forwarder.expect_exit(5)
+    };
+    if nix::unistd::geteuid().is_root() {
+        refused(scene.setup()?.without("net_raw"), "takes CAP_NET_RAW")?;
+        // Clients of another network than its own.
+        let socket = bound(&scene.namespace, loopback(false, 0))?;
+        let elsewhere =
+            bro_tests::forwarder::Setup::new().descriptor(socket.into(), "dns").arg("127.0.0.1:53");
+        refused(elsewhere, "PrivateNetwork=")
+    } else {
+        refused(scene.setup()?, "takes CAP_NET_RAW")
+    }
+}
+
 #[test]
 fn flows_count_as_connections() -> Result<()> {
     require_namespaces!();
@@ -534,6 +625,8 @@ fn a_socket_of_its_own() -> Result<()> {
     let forwarder = bro_tests::forwarder::Setup::new()
         .netns(&scene.namespace)
         .args(["--listen=127.0.0.1:0/udp".to_owned(), scene.target.to_string()])
+        // Any datagram is data.
+        .arg("--wake-on=data")
         .start()?;
     let address = || forwarder.report().ok().map(|report| report.listeners[0].address.clone());
     ensure!(process::eventually(PATIENCE, || address().is_some()), "no report");
@@ -571,6 +664,28 @@ fn a_reload_loses_no_flow() -> Result<()> {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(successor), Signal::SIGTERM)?;
     ensure!(process::ends(successor, PATIENCE)?, "the successor does not end");
     forwarder.expect_no_panic()
+}
+
+#[test]
+fn what_was_asked_before_a_stop_is_answered() -> Result<()> {
+    require_namespaces!();
+    let mut notify = Notify::new()?;
+    let scene = UdpScene::new(false)?;
+    let service = scene.service()?;
+    let mut forwarder = scene.setup()?.env("NOTIFY_SOCKET", notify.name()).start()?;
+    let client = scene.client()?;
+    let _sent = client.send(b"before")?;
+    let (_, from) = service.recv_from(&mut [0; 64])?;
+    forwarder.signal(Signal::SIGTERM)?;
+    notify.wait(PATIENCE, |line| line == "STOPPING=1")?;
+    let _sent = service.send_to(b"late", from)?;
+    expect(&client, b"late")?;
+    // What is sent now is the next forwarder's.
+    let _sent = client.send(b"after")?;
+    forwarder.expect_exit(0)?;
+    service.set_nonblocking(true)?;
+    ensure!(service.recv(&mut [0; 64]).is_err(), "it takes datagrams while it leaves");
+    Ok(())
 }
 
 #[test]
@@ -831,13 +946,23 @@ fn by_bytes_a_flow_that_is_silent_keeps_nothing_awake() -> Result<()> {
     require_namespaces!();
     let scene = UdpScene::new(false)?;
     let _echo = scene.echo()?;
-    let mut forwarder = scene.setup()?.args(["--idle-by=bytes", "--exit-idle-time=700ms"]).start()?;
+    let options = ["--idle-by=bytes", "--exit-idle-time=700ms", "--idle-ignore=127.0.0.9"];
+    let mut forwarder = scene.setup()?.args(options).start()?;
     let client = scene.client()?;
     for _ in 0..15 {
         expect_echo(&client, b"ping")?;
         std::thread::sleep(Duration::from_millis(100));
     }
     ensure!(forwarder.is_running()?, "it left between datagrams");
+    // Nor does one that is not silent, of a client that is ignored.
+    let monitor = bro_tests::udp::client(scene.address()?, Some("127.0.0.9:0".parse()?))?;
+    expect_echo(&monitor, b"ping")?;
+    let start = Instant::now();
+    while forwarder.is_running()? {
+        ensure!(start.elapsed() < PATIENCE, "it is kept awake");
+        let _sent = monitor.send(b"ping")?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
     forwarder.expect_exit(0)
 }
 

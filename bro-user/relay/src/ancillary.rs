@@ -41,15 +41,18 @@ impl Ancillary {
                     let address = |at: usize| Some(Ipv4Addr::from(*data.get(at..)?.first_chunk::<4>()?));
                     let is_one =
                         |ip: &Ipv4Addr| !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast());
-                    let ip = address(4).filter(is_one).or_else(|| address(8).filter(is_one));
-                    read.local = ip.map(|ip| LocalAddress { ip: ip.into(), interface: 0 });
+                    let (chosen, packets) = (address(4).filter(is_one), address(8));
+                    let ip = chosen.or_else(|| packets.filter(is_one));
+                    let another = |packets: Ipv4Addr| Some(packets) != chosen && !packets.is_unspecified();
+                    let group = chosen.is_some() && packets.is_some_and(another);
+                    read.local = ip.map(|ip| LocalAddress { ip: ip.into(), interface: 0, group });
                 }
                 (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                     if let (Some(octets), Some(interface)) = (data.first_chunk::<16>(), number(data, 16)) {
                         let ip = Ipv6Addr::from(*octets);
                         let needed = ip.is_unicast_link_local() || ip.is_multicast();
                         let interface = if needed { interface.cast_unsigned() } else { 0 };
-                        read.local = Some(LocalAddress { ip: ip.into(), interface });
+                        read.local = Some(LocalAddress { ip: ip.into(), interface, group: false });
                     }
                 }
                 (libc::IPPROTO_IP, libc::IP_TOS) => read.ecn = data.first().copied().unwrap_or(0) & ECN,
@@ -141,7 +144,7 @@ mod tests {
             for ip in [IpAddr::V4(v4), IpAddr::V6(v6)] {
                 prop_assume!(!ip.is_multicast() && !ip.is_unspecified() && ip != IpAddr::V4(Ipv4Addr::BROADCAST));
                 let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
-                let local = LocalAddress { ip, interface: if link_local { 7 } else { 0 } };
+                let local = LocalAddress { ip, interface: if link_local { 7 } else { 0 }, group: false };
                 let ancillary = Ancillary { local: Some(local), ecn, ..Ancillary::default() };
                 prop_assert_eq!(Ancillary::read(&ancillary.write(&client)), ancillary);
             }
@@ -172,6 +175,15 @@ mod tests {
             let local = Ancillary::read(&control).local.map(|local| local.ip);
             let is_one = !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast());
             prop_assert_eq!(local, is_one.then_some(ip.into()));
+        }
+
+        #[test]
+        fn knows_what_was_for_several(ip: Ipv4Addr, packets: Ipv4Addr) {
+            let mut control = Vec::new();
+            append(&mut control, libc::IPPROTO_IP, libc::IP_PKTINFO, &[[0; 4], ip.octets(), packets.octets()].concat());
+            let Some(local) = Ancillary::read(&control).local else { return Ok(()) };
+            let is_one = |ip: Ipv4Addr| !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast());
+            prop_assert_eq!(local.group, is_one(ip) && ip != packets && !packets.is_unspecified());
         }
 
         #[test]

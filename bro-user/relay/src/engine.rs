@@ -91,6 +91,8 @@ pub struct Settings {
     pub flow_timeout: Duration,
     /// Whether a refused connection means “not ready yet” (every `--ready` but `none`).
     pub hold_refused: bool,
+    /// `--icmp-port-unreachable`
+    pub tells_undelivered: bool,
     /// `--adopt`: each listener is left alone until [`Plain::Use`] says otherwise.
     pub adopts: bool,
 }

@@ -23,6 +23,8 @@ pub struct LocalAddress {
     pub ip: IpAddr,
     /// The interface, where the address alone does not say it (an IPv6 link-local one); else 0.
     pub interface: u32,
+    /// It is not the one that was written to, which was several hosts' (multicast, broadcast).
+    pub group: bool,
 }
 
 /// Where a client sends from, and is answered.

@@ -23,3 +23,4 @@ pub mod source;
 pub mod stats;
 pub mod sys;
 pub mod target;
+pub mod unreachable;

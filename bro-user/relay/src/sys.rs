@@ -201,6 +201,28 @@ pub fn backlog(listener: BorrowedFd<'_>) -> io::Result<u64> {
     }
 }
 
+/// Has nothing be received any more at a socket that is for sending alone (socket(7) SO_ATTACH_FILTER), whatever else is done to it.
+///
+/// # Errors
+/// setsockopt(2)'s.
+pub fn receive_nothing(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let mut nothing = libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut nothing };
+    let (value, length) = ((&raw const program).cast(), size_of::<libc::sock_fprog>() as libc::socklen_t);
+    // SAFETY: the program and its one instruction are valid for reading for as long as the call lasts.
+    let done = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, value, length)
+    };
+    check(done)?;
+    let yes: libc::c_int = 1;
+    let (value, length) = ((&raw const yes).cast(), size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: the value is valid for reading for as long as the call lasts.
+    let done = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LOCK_FILTER, value, length)
+    };
+    check(done).map(drop)
+}
+
 /// SO_PASSRIGHTS (Linux 6.16): whether descriptors may be passed to this socket.
 const SO_PASSRIGHTS: libc::c_int = 83;
 

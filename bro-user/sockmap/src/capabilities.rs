@@ -21,14 +21,18 @@ pub fn may_load_programs() -> bool {
 /// except what its agents need then. A thread that never had them loses nothing.
 pub fn drop_the_kernel_relays(shows_clients: bool) {
     let kept = shows_clients && nix::unistd::geteuid().is_root();
-    for capability in
-        KERNEL_RELAY.into_iter().filter(|capability| !(kept && *capability == CLIENTS_ADDRESSES))
-    {
-        // Ambient first: it must stay within the permitted set.
-        for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
-            if let Err(error) = caps::drop(None, set, capability) {
-                tracing::debug!(%error, %capability, "cannot give up a capability");
-            }
+    KERNEL_RELAY
+        .into_iter()
+        .filter(|capability| !(kept && *capability == CLIENTS_ADDRESSES))
+        .for_each(give_up);
+}
+
+/// Gives one up, for the calling thread and the children it will have.
+pub fn give_up(capability: Capability) {
+    // Ambient first: it must stay within the permitted set.
+    for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
+        if let Err(error) = caps::drop(None, set, capability) {
+            tracing::debug!(%error, %capability, "cannot give up a capability");
         }
     }
 }

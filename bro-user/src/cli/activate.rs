@@ -227,6 +227,10 @@ pub struct Activate {
     #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::limit)]
     pub flow_timeout: Option<TimeSpan>,
 
+    /// Tell a client over UDP by ICMP that its datagram was not received (as in bro forward; for the system, since it takes CAP_NET_RAW)
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_missing_value = "true", conflicts_with = "direct")]
+    pub icmp_port_unreachable: Option<bool>,
+
     /// TCP keepalive on both legs: time without traffic before the first probe (default: 60s)
     #[arg(long, value_name = "SPAN", conflicts_with = "direct", value_parser = crate::systemd::time_span::keepalive)]
     pub keepalive_time: Option<TimeSpan>,
@@ -302,7 +306,7 @@ pub struct Activate {
     /// Undo it: stop listening, remove what bro activate wrote and nothing else (with --service-name: that port only)
     #[arg(long, conflicts_with_all = ["external_port", "internal_port", "direct", "network", "container", "bind_to_device",
         "backlog", "exit_idle_time", "exit_idle_time_max", "wakes_per_hour", "freeze", "freeze_time", "idle_by", "idle_ignore", "idle_below", "wake_on", "wake_ignore", "min_uptime", "keep_awake", "busy_file", "busy_exec", "ready", "start_timeout",
-        "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "flows_max", "flow_timeout", "keepalive_time", "keepalive_interval",
+        "drain_timeout", "idle_timeout", "connections_max", "connections_per_source", "flows_max", "flow_timeout", "icmp_port_unreachable", "keepalive_time", "keepalive_interval",
         "keepalive_probes", "user_timeout", "unix_identity", "proxy_protocol", "accept_proxy", "trusted", "relay", "source", "local_clients",
         "blocking_sockets", "metrics", "run_as", "restrict_network", "adopt", "trust_loopback", "adopt_connect"])]
     pub remove: bool,

@@ -21,6 +21,7 @@ mod routes;
 mod settings;
 mod sleep;
 mod target_state;
+mod undelivered;
 mod waiting;
 mod wake;
 
@@ -36,6 +37,7 @@ use lifecycle::Lifecycle;
 use reload::Reload;
 use requests::Requests;
 use routes::Routes;
+use undelivered::Teller;
 
 use crate::cli::Forward;
 use crate::exit::Failure;
@@ -59,7 +61,8 @@ pub fn run(
     // A predecessor speaks for the service until this process has taken over.
     notify::mute(predecessor.is_some());
     let program = Program::own()?;
-    let (reserved, passed) = adoption::take(options.adopt.is_any(), passed?)?;
+    let (left, passed) = undelivered::take(predecessor.is_some(), passed?);
+    let (reserved, passed) = adoption::take(options.adopt.is_any(), passed)?;
     let mut routes = Routes::of(options, listen_fds::listeners(passed, &options.listen, options.adopt)?)?;
     if options.adopt.is_any() {
         adoption::name_as_clients_know_them(&mut routes.listeners);
@@ -67,10 +70,12 @@ pub fn run(
     settings::check(options, &routes.targets)?;
     let local_clients = settings::local_clients(options)?;
     let settings = settings::engine(options, &routes.listeners);
+    let teller = Teller::new(options, &routes.listeners, left)?;
     let limit = waiting::Limit::new(options.connections_max, settings.connections_max);
     // Before the first thread.
     let mut private: Vec<BorrowedFd<'_>> = predecessor.iter().map(Predecessor::descriptor).collect();
     private.extend(reserved.iter().flat_map(Reserved::descriptors));
+    private.extend(teller.iter().flat_map(Teller::descriptors));
     let relay = RelayProcess::fork(&settings, &routes, &private)?;
     // After that fork: the relay process may have neither the channel to the agent nor what a predecessor has left.
     let agent = SpareAgent::fork();
@@ -85,7 +90,7 @@ pub fn run(
             starter.thaw_what_was_left().await;
         }
         let keep_awake = KeepAwake::of(&options.idle.keep_awake).await?;
-        let plane = DataPlane::start(options, relay, local_clients, bequest)?;
+        let plane = DataPlane::start(options, relay, teller, local_clients, bequest)?;
         let adoption =
             reserved.map(|reserved| SocketAdoption::new(reserved, &listeners, &targets, options, &plane));
         let adoption = adoption.transpose()?;

@@ -60,6 +60,12 @@ impl ForwardOptions {
         self.get("unix-identity").and_then(|text| text.parse().ok()).unwrap_or_default()
     }
 
+    /// `--icmp-port-unreachable`.
+    #[must_use]
+    pub fn tells_undelivered(&self) -> bool {
+        self.get("icmp-port-unreachable") == Some("true")
+    }
+
     /// `--freeze`.
     #[must_use]
     pub fn freezes(&self) -> bool {

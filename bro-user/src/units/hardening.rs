@@ -79,10 +79,20 @@ pub(super) fn lines(installed: &Installed, forwarder: &Forwarder, is_here: bool)
             } else {
                 ""
             };
+            let telling = if tells_undelivered(installed, forwarder) {
+                say("# To tell clients over UDP that a datagram was not received, CAP_NET_RAW.");
+                " CAP_NET_RAW"
+            } else {
+                ""
+            };
             say(&format!(
-                "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}{becoming}{binding}\nRestrictNamespaces=net"
+                "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE{relay}{becoming}{binding}{telling}\nRestrictNamespaces=net"
             ));
         }
+        RunsAs::Owner(_) if tells_undelivered(installed, forwarder) => say(
+            "# To tell clients over UDP that a datagram was not received, and given up once the sockets for that are made.\n\
+             AmbientCapabilities=CAP_NET_RAW\nCapabilityBoundingSet=CAP_NET_RAW\nRestrictNamespaces=user net",
+        ),
         RunsAs::Owner(_) => say("CapabilityBoundingSet=\nRestrictNamespaces=user net"),
         RunsAs::User => {
             say(
@@ -122,6 +132,11 @@ pub(super) fn lines(installed: &Installed, forwarder: &Forwarder, is_here: bool)
         network(installed, forwarder, &mut say);
     }
     text
+}
+
+/// Does it send to clients by itself?
+fn tells_undelivered(installed: &Installed, forwarder: &Forwarder) -> bool {
+    forwarder.options.tells_undelivered() && installed.has_udp()
 }
 
 /// Does its agent make a service's bind(2) to a port below 1024?
@@ -230,6 +245,12 @@ fn network(installed: &Installed, forwarder: &Forwarder, say: &mut impl FnMut(&s
         Some(Endpoint::Tcp(address)) => Some(address),
         Some(Endpoint::Unix(_)) | None => None,
     };
+    if tells_undelivered(installed, forwarder) {
+        // Which hosts its clients are is not known here.
+        return say(
+            "# No PrivateNetwork= and no IPAddressDeny=: clients are told that a datagram was not received.",
+        );
+    }
     if installed.adoption().is_some() {
         say(
             "# No PrivateNetwork=: the table of the host's sockets shows who is connected to an adopted one.",
@@ -310,6 +331,30 @@ mod tests {
         }
         let user = lines_with(RuntimeScope::User, false, "/usr/bin/bro", Some("127.0.0.1:9464"));
         assert_eq!(user, lines_of(RuntimeScope::User, false, "/usr/bin/bro"), "nothing is closed there");
+    }
+
+    #[test]
+    fn only_who_tells_clients_over_udp_something_has_the_right_and_the_network() {
+        let dns = |run_as: bool, options: &[(&str, &str)], target: &str| {
+            let owner = RunAsUser { name: "test".into(), uid: 7, gid: 7, home: "/home/test".into() };
+            let mut dns = example::forwarded(Some("systemd-dns"), options);
+            dns.listeners = vec![example::port("53", Some(target))];
+            let dns = Installed { scope: RuntimeScope::System, run_as: run_as.then_some(owner), ..dns };
+            lines(&dns, dns.forwarder().unwrap(), true)
+        };
+        for run_as in [false, true] {
+            let without = [
+                dns(run_as, &[], "127.0.0.1:53/udp"),
+                dns(run_as, &[("icmp-port-unreachable", "false")], "127.0.0.1:53/udp"),
+                dns(run_as, &[("icmp-port-unreachable", "true")], "127.0.0.1:53"),
+            ];
+            for lines in without {
+                assert!(!lines.contains("NET_RAW") && lines.contains("\nPrivateNetwork=yes\n"), "{lines}");
+            }
+            let with = dns(run_as, &[("icmp-port-unreachable", "true")], "127.0.0.1:53/udp");
+            assert!(!with.contains("\nPrivateNetwork=") && !with.contains("\nIPAddressDeny="), "{with}");
+            assert_eq!(with.matches("CAP_NET_RAW\n").count(), if run_as { 2 } else { 1 }, "{with}");
+        }
     }
 
     #[test]

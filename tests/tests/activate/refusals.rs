@@ -70,6 +70,7 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "53/udp", "--flows-max", "0"], 2, "--flows-max"),
     (&["web", "--external-port", "53/udp", "--flow-timeout", "0"], 2, "--flow-timeout"),
     (&["web", "--external-port", "53/udp", "--direct", "--flows-max", "9"], 2, "cannot be used with"),
+    (&["web", "--external-port", "53", "--icmp-port-unreachable"], 2, "no port of theirs"),
     (&["web", "--external-port", "80", "--service-name", "a/b"], 2, "unit's name"),
     (&["web", "--external-port", "80", "--direct=magic"], 2, "--direct"),
     (&["web", "--external-port", "80", "--direct", "--exit-idle-time", "5"], 2, "cannot be used with"),
@@ -334,6 +335,18 @@ fn every_option_has_its_bad_input() -> Result<()> {
     let answer =
         said(Command::new(bro_tests::bro::binary()).args(["activate", "web", "--root", "relative"]))?;
     ensure!(answer.code == 2 && answer.stderr.contains("not an absolute path"), "{answer:?}");
+    Ok(())
+}
+
+#[test]
+fn a_users_service_cannot_have_the_right_to_tell_clients() -> Result<()> {
+    let quadlet = "home/test/.config/containers/systemd/dns.container";
+    let tree = Tree::new(&[(quadlet, "[Container]\nImage=localhost/dns\nNetwork=none\n")])?;
+    let before = tree.listing()?;
+    let words = ["dns", "--user", "--external-port", "53/udp", "--icmp-port-unreachable"];
+    let answer = said(&mut tree.command(&words))?;
+    let refused = answer.code == 2 && answer.stderr.contains("no service of a user's manager can have");
+    ensure!(refused && tree.listing()? == before, "{answer:?}");
     Ok(())
 }
 

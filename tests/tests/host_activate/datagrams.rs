@@ -113,20 +113,36 @@ pub fn name_server(host: &Host, manager: Manager) -> Result<()> {
     ensure!(doctor.stdout.contains(here), "{doctor:?}");
 
     let moved = host.free_port()?;
-    let changed = activate(
-        host,
-        manager,
-        &format!("names --external-port 127.0.0.1:{moved}/udp --exit-idle-time 500ms"),
-    )?;
+    // A user's service cannot have what that takes.
+    let tells = if manager == Manager::System { "--icmp-port-unreachable" } else { "" };
+    let words = format!("names --external-port 127.0.0.1:{moved}/udp --exit-idle-time 500ms {tells}");
+    let changed = activate(host, manager, &words)?;
     ensure!(changed.success(), "{changed:?}");
     ask(host, moved, 5).with_context(|| names.journals())?;
     ensure!(host.connect(moved).is_err() && host.connect(port).is_err(), "it listens over TCP still");
     let status = manager.try_run(host, &["bro", "status", "--json"])?;
     ensure!(status.stdout.contains(&format!("\"127.0.0.1:{moved}/udp\"")), "{status:?}");
     manager.run(host, &["bro", "sleep", "--force", "names"])?;
+    if manager == Manager::System {
+        expect_told(host, manager, "names", moved).with_context(|| names.journals())?;
+    }
     let removed = activate(host, manager, "names --remove")?;
     ensure!(removed.success(), "{removed:?}");
     names.await_container_gone()
+}
+
+/// A client hears that its datagram was not received, for its service cannot be started.
+fn expect_told(host: &Host, manager: Manager, name: &str, port: u16) -> Result<()> {
+    let unit = format!("{name}.service");
+    manager.systemctl(host, &["mask", "--runtime", &unit])?;
+    let client = host.in_network(|| Ok(UdpSocket::bind("127.0.0.1:0")?))?;
+    client.connect(("127.0.0.1", port))?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    let _sent = client.send(&question(9))?;
+    let heard = client.recv(&mut [0; 512]).map_err(|error| error.kind());
+    manager.systemctl(host, &["unmask", "--runtime", &unit])?;
+    ensure!(heard == Err(std::io::ErrorKind::ConnectionRefused), "{heard:?}");
+    Ok(())
 }
 
 /// Asks from an address that no forwarder has.
@@ -297,15 +313,17 @@ pub fn passed_and_messages(host: &Host, manager: Manager) -> Result<()> {
 pub fn of_a_user(host: &Host) -> Result<()> {
     let manager = Manager::User("test");
     plan(manager).write_quadlet(host, manager, "resolver")?;
-    let words = "resolver --system --run-as test --external-port 127.0.0.1:53/udp --exit-idle-time 1min";
+    let words = "resolver --system --run-as test --external-port 127.0.0.1:53/udp --exit-idle-time 1min --icmp-port-unreachable";
     let activated = activate(host, Manager::System, words)?;
     ensure!(activated.success(), "{activated:?}");
     let mut resolver = site(host, manager, "resolver", 53);
     resolver.front = Manager::System;
     let asked = ask(host, 53, 7).with_context(|| resolver.journals());
+    manager.systemctl(host, &["stop", "resolver.service"])?;
+    let told = expect_told(host, manager, "resolver", 53).with_context(|| resolver.journals());
     let removed = activate(host, Manager::System, "resolver --system --remove")?;
     asked?;
+    told?;
     ensure!(removed.success(), "{removed:?}");
-    manager.systemctl(host, &["stop", "resolver.service"])?;
     Ok(())
 }

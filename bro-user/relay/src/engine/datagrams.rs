@@ -32,6 +32,7 @@ use crate::peer::{Peer, Source};
 use crate::proxy_protocol::Trusted;
 use crate::source::Origin;
 use crate::sys::messages::{Messages, ReceivedDatagram};
+use crate::unreachable::{Undelivered, UnreachableLimit};
 
 /// Datagrams that are received at a time; a buffer for each is kept.
 const BATCH: usize = 16;
@@ -146,12 +147,16 @@ pub(super) struct Datagrams {
     waiting: usize,
     /// Flows that are not ignored.
     keeping: usize,
+    /// A datagram of one that is not ignored has come since this was looked at.
+    moved: bool,
     /// Targets whose agent is to be asked for sockets.
     to_ask: Vec<usize>,
     /// It was said that descriptors are not passed on.
     descriptors_announced: bool,
     /// It was said that flows take each other's places.
     full_announced: bool,
+    /// How many clients may still be told that a datagram was not received.
+    undelivered: UnreachableLimit,
 }
 
 impl Datagrams {
@@ -165,9 +170,11 @@ impl Datagrams {
             next_generation: 0,
             waiting: 0,
             keeping: 0,
+            moved: false,
             to_ask: Vec::new(),
             descriptors_announced: false,
             full_announced: false,
+            undelivered: UnreachableLimit::default(),
         }
     }
 
@@ -343,6 +350,7 @@ impl Engine {
     fn used_flow(&mut self, ends: &FlowEnds, now: Instant) -> Option<FlowId> {
         let index = self.datagrams.flows.find(ends)?;
         self.datagrams.flows.touch(index, now);
+        self.datagrams.moved |= self.datagrams.flows.get(index).is_some_and(|(_, flow)| !flow.ignored);
         self.datagrams.id(index)
     }
 
@@ -414,6 +422,7 @@ impl Engine {
         let made = self.datagrams.flows.insert(key, source, flow, now);
         self.datagrams.waiting += 1;
         self.datagrams.keeping += usize::from(!ignored);
+        self.datagrams.moved |= !ignored;
         self.datagram_tally(listener).flows += 1;
         if let Some((index, key, flow)) = made.instead_of {
             self.datagram_tally(key.listener).evicted += 1;
@@ -558,6 +567,7 @@ impl Engine {
             };
             flow.ecn = if set.is_ok() { ecn } else { flow.ecn };
         }
+        let mut refused = false;
         let segments = &mut flow.segments;
         let mut once = || outgoing.send(socket.as_fd(), segments);
         let tally = &mut self.tallies[key.listener].datagrams;
@@ -566,6 +576,7 @@ impl Engine {
             // Of an earlier one: this one has not been sent.
             errno if nothing_listens(errno) && !self.settings.hold_refused => {
                 tally.dropped.add(Dropped::Refused, 1);
+                refused = true;
                 once()
             }
             errno => Err(errno),
@@ -592,11 +603,31 @@ impl Engine {
                 // The one before this was refused, and this one waits until something is bound there again.
                 tally.dropped.add(Dropped::Refused, 1);
                 let target = flow.target;
+                refused = true;
                 self.datagrams.set_stage(index, FlowStage::Held);
                 outgoing.each().for_each(|bytes| self.hold_datagram(index, bytes, ecn));
                 self.target_refused(target);
             }
             Err(_) => tally.dropped.add(Dropped::Unsendable, count),
+        }
+        if refused && let Some((key, _)) = self.datagrams.flows.get(index) {
+            let key = key.clone();
+            self.tell_undelivered(&key);
+        }
+    }
+
+    /// A client may be told that what it sent was not received (`--icmp-port-unreachable`). Not while it
+    /// waits, and not of one that was for several hosts.
+    fn tell_undelivered(&mut self, key: &FlowEnds) {
+        let (FlowClient::Inet(client), Some(local)) = (&key.client, key.local) else { return };
+        if !self.settings.tells_undelivered || local.group || self.outbox.is_behind() {
+            return;
+        }
+        let source = peer_of(&key.client).source();
+        if self.datagrams.undelivered.allows(source, Instant::now()) {
+            let (client, listener) = (*client, key.listener);
+            let about = Undelivered { listener, client, local: local.ip, interface: local.interface };
+            self.outbox.tell(&EngineEvent::Undelivered(about));
         }
     }
 
@@ -631,8 +662,9 @@ impl Engine {
             if !nothing_listens(errno) {
                 return;
             }
-            let target = flow.target;
+            let (key, target) = (key.clone(), flow.target);
             self.tallies[key.listener].datagrams.dropped.add(Dropped::Refused, 1);
+            self.tell_undelivered(&key);
             if self.settings.hold_refused {
                 self.end_flow(index, FlowEnd::Refused);
                 self.target_refused(target);
@@ -729,6 +761,7 @@ impl Engine {
                 }
             }
             flow.answers_at_once = (2 * received).clamp(FEW, BATCH);
+            self.datagrams.moved |= !flow.ignored;
             self.datagrams.flows.touch(index, Instant::now());
             if received < most {
                 break;
@@ -737,9 +770,9 @@ impl Engine {
         error
     }
 
-    /// By bytes, what has just moved counts.
-    fn datagrams_moved(&self) {
-        if self.settings.idle_by_bytes.is_some() {
+    /// By bytes, what has just moved counts, unless it is of a client that is ignored.
+    fn datagrams_moved(&mut self) {
+        if std::mem::take(&mut self.datagrams.moved) && self.settings.idle_by_bytes.is_some() {
             self.stats.now_idle();
         }
     }
@@ -823,6 +856,9 @@ impl Engine {
         }
         let left = self.datagrams.held.take(id).len() as u64;
         self.datagram_tally(key.listener).dropped.add(end.dropped(), left);
+        if left > 0 && end.dropped() == Dropped::StartFailed {
+            self.tell_undelivered(key);
+        }
         tracing::debug!(
             peer = %peer_of(&key.client),
             target = %self.targets[flow.target].name,

@@ -22,6 +22,7 @@ use crate::engine::report::Figures;
 use crate::source::Sources;
 use crate::stats::Tally;
 use crate::sys;
+use crate::unreachable::Undelivered;
 
 /// What the control process tells the engine.
 #[derive(Debug)]
@@ -170,6 +171,8 @@ pub enum EngineEvent {
         /// Whether they will.
         watching: bool,
     },
+    /// A client may be told that its datagram was not received (`--icmp-port-unreachable`); never while another event waits.
+    Undelivered(Undelivered),
     /// A part of the answer to [`Plain::Report`]: some listeners' tallies, in order.
     Tallies(Vec<Tally>),
     /// The rest of it.

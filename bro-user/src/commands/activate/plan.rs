@@ -30,7 +30,7 @@ const IDLE: &str = "5min";
 pub(crate) type HandedOn = (&'static str, fn(&Activate) -> Option<String>);
 
 /// Options that are handed on to `bro forward`, in the order in which they are written.
-pub(crate) const HANDED_ON: [HandedOn; 35] = [
+pub(crate) const HANDED_ON: [HandedOn; 36] = [
     ("ready", |options| options.ready.as_ref().map(Ready::to_string)),
     ("start-timeout", |options| options.start_timeout.map(written)),
     ("wake-on", |options| options.wake_on.map(|what| what.to_string())),
@@ -55,6 +55,7 @@ pub(crate) const HANDED_ON: [HandedOn; 35] = [
     ("connections-per-source", |options| options.connections_per_source.map(|most| most.to_string())),
     ("flows-max", |options| options.flows_max.map(|most| most.to_string())),
     ("flow-timeout", |options| options.flow_timeout.map(written)),
+    ("icmp-port-unreachable", |options| options.icmp_port_unreachable.map(|yes| yes.to_string())),
     ("keepalive-time", |options| options.keepalive_time.map(written)),
     ("keepalive-interval", |options| options.keepalive_interval.map(written)),
     ("keepalive-probes", |options| options.keepalive_probes.map(|probes| probes.to_string())),
@@ -179,6 +180,7 @@ pub(super) fn wanted(
         ));
     }
     check_local_clients(&wanted)?;
+    check_unreachable(options, &wanted)?;
     check_ready(&wanted, quadlet, &mut warnings)?;
     check_freeze(&wanted, quadlet, &mut warnings)?;
     fence::plan(&mut wanted, places, &mut warnings)?;
@@ -481,6 +483,22 @@ fn check_local_clients(wanted: &Installed) -> anyhow::Result<()> {
     if asked && matches!(wanted.option("relay"), Some("splice" | "copy")) {
         return Err(usage(
             "--local-clients is part of the kernel relay: use --relay=auto or sockmap with it",
+        ));
+    }
+    Ok(())
+}
+
+/// Where clients can be told that a datagram was not received.
+fn check_unreachable(options: &Activate, wanted: &Installed) -> anyhow::Result<()> {
+    if options.icmp_port_unreachable == Some(true) && !wanted.has_udp() {
+        return Err(usage(
+            "--icmp-port-unreachable is for clients over UDP, and there is no port of theirs; give one, such as --external-port 53/udp",
+        ));
+    }
+    if wanted.scope == RuntimeScope::User && wanted.option("icmp-port-unreachable") == Some("true") {
+        return Err(usage(
+            "--icmp-port-unreachable takes CAP_NET_RAW over this host's network, which no service of a user's manager can have; activate it for \
+             the system (as root, with --system, or --run-as for a user's container)",
         ));
     }
     Ok(())

@@ -266,6 +266,7 @@ impl<'a> Control<'a> {
                 }
             }
             EngineEvent::Drained => return self.reload.is_drained(),
+            EngineEvent::Undelivered(about) => self.plane.undelivered(&about),
             EngineEvent::Pong => notify::alive(),
             EngineEvent::Listening { netns, port } => {
                 tracing::debug!(netns, port, "the kernel says that there is a listener");

@@ -12,12 +12,14 @@ use bro_relay::engine::{ReadyTarget, Settings, slot};
 use bro_relay::process::{self, Process};
 use bro_relay::stats::Stats;
 use bro_relay::sys::AddressBook;
+use bro_relay::unreachable::Undelivered;
 use bro_sockmap::{Bequest, Foreign, ForeignNews, Unavailable};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
 use super::routes::Routes;
 use super::settings;
+use super::undelivered::Teller;
 use crate::cli::{Forward, RelayChoice};
 use crate::commands::status;
 use crate::exit::Failure;
@@ -89,6 +91,8 @@ pub(super) enum PlaneNews {
 pub(super) struct DataPlane<'a> {
     options: &'a Forward,
     process: Process,
+    /// What tells clients that a datagram was not received, where that is wanted.
+    teller: Option<Teller>,
     engine: Arc<Handle>,
     events: UnboundedReceiver<EngineEvent>,
     /// The addresses that the relay process may connect to.
@@ -106,6 +110,7 @@ impl<'a> DataPlane<'a> {
     pub(super) fn start(
         options: &'a Forward,
         relay: RelayProcess,
+        teller: Option<Teller>,
         local_clients: Option<PathBuf>,
         bequest: Option<Bequest>,
     ) -> anyhow::Result<Self> {
@@ -118,7 +123,18 @@ impl<'a> DataPlane<'a> {
             KernelRelay::Unwanted
         };
         let watching = Arc::new(Watching::new(engine.clone()));
-        Ok(Self { options, process, engine, events, addresses, stats, kernel, watching, local_clients })
+        Ok(Self {
+            options,
+            process,
+            teller,
+            engine,
+            events,
+            addresses,
+            stats,
+            kernel,
+            watching,
+            local_clients,
+        })
     }
 
     /// The engine, to be told.
@@ -155,6 +171,21 @@ impl<'a> DataPlane<'a> {
             }
         }
         self.engine.send(EngineCommand::Ready { target, ready });
+    }
+
+    /// The engine says that a client's datagram was not received.
+    pub(super) fn undelivered(&mut self, about: &Undelivered) {
+        if let Some(teller) = &mut self.teller {
+            teller.tell(about);
+        }
+    }
+
+    /// What a successor gets to tell clients by.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub(super) fn teller_for_successor(&self) -> std::io::Result<Vec<(&'static str, OwnedFd)>> {
+        self.teller.as_ref().map_or(Ok(Vec::new()), Teller::for_successor)
     }
 
     /// Waits for the kernel relay alone.

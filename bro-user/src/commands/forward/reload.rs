@@ -153,6 +153,10 @@ impl Control<'_> {
             .map(SocketAdoption::for_successor)
             .transpose()
             .map(Option::unwrap_or_default);
+        let more = more.and_then(|mut more| {
+            more.extend(self.plane.teller_for_successor()?);
+            Ok(more)
+        });
         let started = if listeners.len() == all.len() {
             more.and_then(|more| self.reload.program.start_successor(&listeners, &more, bequest.as_ref()))
         } else {

@@ -96,6 +96,7 @@ pub(super) fn engine(options: &Forward, listeners: &[(Listener, usize)]) -> Sett
         flow_timeout: options.flow_timeout.or_forever(),
         hold_limit: options.start_timeout.or_forever(),
         hold_refused: options.ready != Ready::Unchecked,
+        tells_undelivered: options.icmp_port_unreachable,
         adopts: options.adopt.is_any(),
     }
 }
