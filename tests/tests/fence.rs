@@ -4,7 +4,7 @@
 //! Needs: root, kernel BTF, cgroup v2; python3. Takes: seconds.
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -81,12 +81,16 @@ impl Unit {
 
     /// `ExecStartPre=`, and then the listener.
     fn listen(&self, address: &str, fence: Option<&[&str]>) -> Result<TcpListener> {
+        self.made(fence, || Ok(TcpListener::bind(address)?))
+    }
+
+    fn made<T>(&self, fence: Option<&[&str]>, make: impl FnOnce() -> Result<T>) -> Result<T> {
         self.within(|| {
             if let Some(options) = fence {
                 let ran = Command::new(bro_tests::bro::binary()).arg("fence").args(options).output()?;
                 ensure!(ran.status.success(), "bro fence: {}", String::from_utf8_lossy(&ran.stderr));
             }
-            Ok(TcpListener::bind(address)?)
+            make()
         })
     }
 }
@@ -190,6 +194,25 @@ fn a_socket_of_the_hosts_is_led_nowhere_else() -> Result<()> {
             let said = intruder(&container, duplicate, "dissolve,connect", secret)?;
             let expected = ["dissolve done, connect done", "dissolve done, connect EPERM"];
             ensure!(said == expected[usize::from(fenced)], "{family} {fenced} listener: {said}");
+        }
+    }
+    Ok(())
+}
+
+/// To one peer, whose datagrams alone it would have then.
+#[test]
+fn a_socket_for_datagrams_is_connected_to_no_peer() -> Result<()> {
+    if !met("a_socket_for_datagrams_is_connected_to_no_peer", &NEEDS) {
+        return Ok(());
+    }
+    let container = Namespace::new()?;
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let peer = UdpSocket::bind(address)?.local_addr()?;
+        for (fence, expected) in [(None, "connect done"), (Some(&[][..]), "connect EPERM")] {
+            let unit = Unit::new()?;
+            let socket = unit.made(fence, || Ok(UdpSocket::bind(address)?))?;
+            let said = intruder(&container, socket.into(), "connect", peer)?;
+            ensure!(said == expected, "{address}: {said}");
         }
     }
     Ok(())

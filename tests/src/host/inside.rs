@@ -3,6 +3,7 @@
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sched::CloneFlags;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, socket};
 
 use super::Host;
 
@@ -164,6 +166,20 @@ impl Host {
         })
     }
 
+    /// The same from one of the host's own addresses.
+    pub fn connect_between(&self, from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
+        self.in_network(|| {
+            let family = if from.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            let made = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+            bind(made.as_raw_fd(), &SockaddrStorage::from(from))?;
+            nix::sys::socket::connect(made.as_raw_fd(), &SockaddrStorage::from(to))
+                .with_context(|| format!("cannot connect from {from} to {to} in the host"))?;
+            let stream = TcpStream::from(made);
+            stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+            Ok(stream)
+        })
+    }
+
     /// A TCP port that is not used in the host, another one each time. Not the kernel's choice: that may fall on one which a
     /// client's own end takes a moment later. The host's network is the test's alone, so counting does.
     pub fn free_port(&self) -> Result<u16> {
@@ -185,11 +201,15 @@ impl Host {
         mut done: impl FnMut() -> Result<bool>,
     ) -> Result<()> {
         let deadline = Instant::now() + limit;
-        while !done()? {
+        loop {
+            let asked = Instant::now();
+            if done()? {
+                return Ok(());
+            }
             ensure!(Instant::now() < deadline, "waited {limit:?} in vain: {what}");
-            std::thread::sleep(Duration::from_millis(25));
+            // Half of the time at most goes into asking, which may take processes of its own.
+            std::thread::sleep(asked.elapsed().clamp(Duration::from_millis(25), Duration::from_millis(100)));
         }
-        Ok(())
     }
 
     fn make_folders(&self, inside: &str) -> Result<()> {

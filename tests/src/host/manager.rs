@@ -1,11 +1,14 @@
 //! One of the host's service managers: the system's, or a user's. What differs between a rootful and a rootless set-up is here.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use super::{Host, Ran};
+
+/// How often systemd is asked about a unit that has processes, and so has not ended.
+const SELDOM: Duration = Duration::from_secs(1);
 
 /// Whose systemd and whose Podman.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,13 +84,45 @@ impl Manager {
         limit: Duration,
     ) -> Result<()> {
         let mut last = String::new();
+        let is_an_end = property == "ActiveState" && ["inactive", "failed"].contains(&value);
+        let mut asked = Instant::now();
         host.wait_until(&format!("{property}={value} of {unit}"), limit, || {
+            if is_an_end && asked.elapsed() < SELDOM && self.has_group(host, unit)? {
+                return Ok(false);
+            }
+            asked = Instant::now();
             last = self.show(host, unit, property)?;
             Ok(last == value)
         })
         .with_context(|| {
             format!("{property} of {unit} is {last}\n{}", self.journal(host, unit).unwrap_or_default())
         })
+    }
+
+    /// Waits until a unit is "inactive" or "failed".
+    pub fn await_end(self, host: &Host, unit: &str, limit: Duration) -> Result<()> {
+        let mut asked = Instant::now();
+        host.wait_until(&format!("the end of {unit}"), limit, || {
+            if asked.elapsed() < SELDOM && self.has_group(host, unit)? {
+                return Ok(false);
+            }
+            asked = Instant::now();
+            let state = self.show(host, unit, "ActiveState")?;
+            Ok(matches!(state.as_str(), "inactive" | "failed"))
+        })
+    }
+
+    /// Whether a unit has a control group where its manager makes them, as it has for as long as something of it runs. A look at a folder: to ask
+    /// systemd takes half a dozen processes, and those who wait are many.
+    fn has_group(self, host: &Host, unit: &str) -> Result<bool> {
+        let slice = match self {
+            Self::System => "system.slice".into(),
+            Self::User(user) => {
+                let uid = host.uid(user)?;
+                format!("user.slice/user-{uid}.slice/user@{uid}.service/app.slice")
+            }
+        };
+        Ok(host.path(&format!("/sys/fs/cgroup/{slice}/{unit}")).exists())
     }
 
     /// The messages a unit and systemd logged about it, one a line, oldest first.

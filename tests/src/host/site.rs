@@ -270,10 +270,7 @@ impl<'h> Site<'h> {
     /// The container's unit is stopped, and podman knows no such container any more.
     pub fn await_container_gone(&self) -> Result<()> {
         // A container that had to be killed leaves its unit "failed"; it is gone all the same.
-        self.host.wait_until("the end of the container's unit", PATIENCE, || {
-            let state = self.manager.show(self.host, &self.unit(), "ActiveState")?;
-            Ok(matches!(state.as_str(), "inactive" | "failed"))
-        })?;
+        self.manager.await_end(self.host, &self.unit(), PATIENCE)?;
         let exists = ["podman", "container", "exists", &format!("systemd-{}", self.name)].map(str::to_owned);
         let exists: Vec<&str> = exists.iter().map(String::as_str).collect();
         ensure!(!self.manager.try_run(self.host, &exists)?.success(), "the container is still there");

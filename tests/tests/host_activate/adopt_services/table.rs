@@ -1,6 +1,6 @@
 //! The services: how each is run and asked, and what is done to it.
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 
 use anyhow::{Context as _, Result, ensure};
@@ -13,22 +13,33 @@ use super::CLIENT;
 
 /// What services run, by the name that it has in their containers below /services.
 pub(super) const FILES: &[(&str, &str)] = &[
-    ("Whom.java", include_str!("../../../services/whom/Whom.java")),
+    ("Caddyfile", include_str!("../../../services/whom/Caddyfile")),
     ("apache.conf", include_str!("../../../services/whom/apache.conf")),
+    ("dovecot.conf", include_str!("../../../services/whom/dovecot.conf")),
     ("haproxy.cfg", include_str!("../../../services/whom/haproxy.cfg")),
+    ("lighttpd.conf", include_str!("../../../services/whom/lighttpd.conf")),
     ("nginx.conf", include_str!("../../../services/whom/nginx.conf")),
     ("prometheus.yml", include_str!("../../../services/whom/prometheus.yml")),
+    ("vsftpd.conf", include_str!("../../../services/whom/vsftpd.conf")),
     ("whom.js", include_str!("../../../services/whom/whom.js")),
     ("whom.sql", "create user if not exists whom;\n"),
     ("whom.py", include_str!("../../../services/whom/whom.py")),
+    ("whom.shtml", "<!--#echo var=\"REMOTE_ADDR\" -->\n"),
+];
+
+/// What is built once for all managers, and in their containers below /built.
+pub(super) const SOURCES: &[(&str, &str)] = &[
+    ("Whom.java", include_str!("../../../services/whom/Whom.java")),
+    ("whom.go", include_str!("../../../services/whom/whom.go")),
 ];
 
 /// Where a service listens inside.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Inside {
     Port(u16),
-    /// At the very port that its clients come to, `{port}` in its lines.
-    Same,
+    /// At this one, `{port}` in its lines, by whose number it tells its own clients from others (getsockname(2)): a fence of the system's tells it
+    /// that. A user's service has to have the very port that its clients come to.
+    Compared(u16),
 }
 
 /// Where its clients come to.
@@ -41,19 +52,11 @@ pub(super) enum Outside {
     Unix(&'static str),
 }
 
-/// Whose containers it is tried in: what a runtime does with its sockets is the same in all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Managers {
-    Both,
-    Users,
-}
-
 /// A service as it is, in a container.
 pub(super) struct Service {
     /// The host masks the services that it has itself.
     pub(super) name: &'static str,
     pub(super) needs: &'static [Need],
-    managers: Managers,
     /// `[Container]` lines.
     pub(super) lines: &'static str,
     pub(super) inside: Inside,
@@ -71,8 +74,7 @@ pub(super) const SERVICES: &[Service] = &[
             Need::Program("java", "default-jdk-headless"),
             Need::Program("javac", "default-jdk-headless"),
         ],
-        managers: Managers::Users,
-        lines: "Exec=/usr/bin/java -XX:TieredStopAtLevel=1 -cp /services Whom httpserver 80",
+        lines: "Exec=/usr/bin/java -XX:TieredStopAtLevel=1 -cp /built Whom httpserver 80",
         inside: Inside::Port(80),
         outside: Outside::V4,
         ask: http,
@@ -84,8 +86,7 @@ pub(super) const SERVICES: &[Service] = &[
             Need::Program("java", "default-jdk-headless"),
             Need::Program("javac", "default-jdk-headless"),
         ],
-        managers: Managers::Users,
-        lines: "Exec=/usr/bin/java -XX:TieredStopAtLevel=1 -cp /services Whom nio 80",
+        lines: "Exec=/usr/bin/java -XX:TieredStopAtLevel=1 -cp /built Whom nio 80",
         inside: Inside::Port(80),
         outside: Outside::V4,
         ask: http,
@@ -98,7 +99,6 @@ pub(super) const SERVICES: &[Service] = &[
             Need::Program("mariadb-install-db", "mariadb-server-core"),
             Need::Program("mariadb", "mariadb-client-core"),
         ],
-        managers: Managers::Both,
         lines: "User=daemon\nVolume={name}:/data:U\nExec=sh -c \"test -d /data/mysql || \
                 mariadb-install-db --no-defaults --datadir=/data --skip-test-db >/dev/null; \
                 exec mariadbd --no-defaults --datadir=/data --socket=/tmp/s --pid-file=/tmp/p --skip-name-resolve \
@@ -115,7 +115,6 @@ pub(super) const SERVICES: &[Service] = &[
             Need::Program("psql", "postgresql-client"),
             Need::Program("pgbench", "postgresql"),
         ],
-        managers: Managers::Both,
         lines: "User=postgres\nVolume={name}:/data:U\nExec=sh -c \"cd /usr/lib/postgresql/*/bin; test -s /data/pg/PG_VERSION || \
                 { ./initdb --pgdata /data/pg --auth trust --no-sync >/dev/null; echo host all all all trust >>/data/pg/pg_hba.conf; }; \
                 exec ./postgres -D /data/pg -c unix_socket_directories=/tmp -c listen_addresses=0.0.0.0\"",
@@ -134,7 +133,6 @@ pub(super) const SERVICES: &[Service] = &[
             Need::Program("wrk", "wrk"),
             Need::Program("pgrep", "procps"),
         ],
-        managers: Managers::Both,
         lines: "Exec=nginx -c /services/nginx.conf -g \"daemon off;\"\nStopSignal=SIGQUIT",
         inside: Inside::Port(80),
         outside: Outside::V4,
@@ -147,7 +145,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-nginx-upgrade",
         needs: &[Need::Program("nginx", "nginx-light")],
-        managers: Managers::Both,
         lines: "Exec=sh -c \"/usr/sbin/nginx -c /services/nginx.conf; trap 'kill -QUIT $$(cat /tmp/nginx.pid); exit 0' TERM; \
                 sleep infinity & wait\"",
         inside: Inside::Port(80),
@@ -158,7 +155,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-haproxy",
         needs: &[Need::Program("haproxy", "haproxy"), Need::Program("pgrep", "procps")],
-        managers: Managers::Both,
         lines: "Exec=haproxy -W -db -f /services/haproxy.cfg\nStopSignal=SIGUSR1",
         inside: Inside::Port(80),
         outside: Outside::V4,
@@ -166,9 +162,56 @@ pub(super) const SERVICES: &[Service] = &[
         awake: |site| renewed(site, "USR2"),
     },
     Service {
+        name: "whom-caddy",
+        needs: &[Need::Program("caddy", "caddy")],
+        lines: "Environment=HOME=/tmp\nExec=caddy run --config /services/Caddyfile --adapter caddyfile",
+        inside: Inside::Port(80),
+        outside: Outside::Dual,
+        ask: http,
+        awake: |site| {
+            inside(site, "caddy reload --force --config /services/Caddyfile --adapter caddyfile 2>&1")?;
+            Ok(())
+        },
+    },
+    Service {
+        name: "whom-lighttpd",
+        needs: &[Need::Program("lighttpd", "lighttpd")],
+        lines: "Exec=lighttpd -D -f /services/lighttpd.conf\nStopSignal=SIGINT",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: |site| signal(site, "USR1"),
+    },
+    Service {
+        name: "whom-go",
+        needs: &[Need::Program("go", "golang-go")],
+        lines: "Exec=/built/whom 80",
+        inside: Inside::Port(80),
+        outside: Outside::Dual,
+        ask: http,
+        awake: nothing,
+    },
+    Service {
+        name: "whom-vsftpd",
+        needs: &[Need::Program("vsftpd", "vsftpd")],
+        lines: "Exec=sh -c \"mkdir -p /srv/ftp; exec vsftpd /services/vsftpd.conf\"\nStopSignal=SIGKILL",
+        inside: Inside::Port(21),
+        outside: Outside::V4,
+        ask: ftp,
+        awake: |site| signal(site, "HUP"),
+    },
+    Service {
+        name: "whom-dovecot",
+        needs: &[Need::Program("dovecot", "dovecot-imapd")],
+        lines: "Volume={files}/log:/log\nExec=dovecot -F -c /services/dovecot.conf",
+        inside: Inside::Port(143),
+        outside: Outside::V4,
+        ask: imap,
+        awake: |site| signal(site, "HUP"),
+    },
+    Service {
         name: "whom-apache",
         needs: &[Need::Program("apache2", "apache2-bin"), Need::Program("pgrep", "procps")],
-        managers: Managers::Users,
         lines: "Exec=apache2 -DFOREGROUND -f /services/apache.conf\nStopSignal=SIGWINCH",
         inside: Inside::Port(80),
         outside: Outside::V4,
@@ -178,7 +221,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-gunicorn",
         needs: &[Need::Program("gunicorn", "gunicorn"), Need::Program("pgrep", "procps")],
-        managers: Managers::Users,
         lines: "Exec=/usr/bin/python3 -m gunicorn --chdir /services -w 3 -b 0.0.0.0:80 whom",
         inside: Inside::Port(80),
         outside: Outside::V4,
@@ -188,7 +230,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-uvicorn",
         needs: &[Need::Program("uvicorn", "uvicorn")],
-        managers: Managers::Users,
         lines: "Exec=/usr/bin/python3 -m uvicorn --app-dir /services --host 0.0.0.0 --port 80 --workers 2 whom:asgi",
         inside: Inside::Port(80),
         outside: Outside::V4,
@@ -198,7 +239,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-asyncio",
         needs: &[Need::Program("python3", "python3")],
-        managers: Managers::Both,
         lines: "Exec=sh -c \"trap 'exit 0' TERM; while :; do /usr/bin/python3 /services/whom.py 80 & wait; done\"",
         inside: Inside::Port(80),
         outside: Outside::V4,
@@ -208,7 +248,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-node",
         needs: &[Need::Program("node", "nodejs")],
-        managers: Managers::Users,
         lines: "Exec=/usr/bin/node /services/whom.js 80\nStopSignal=SIGKILL",
         inside: Inside::Port(80),
         outside: Outside::Dual,
@@ -225,9 +264,8 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-node-cluster",
         needs: &[Need::Program("node", "nodejs")],
-        managers: Managers::Users,
         lines: "Exec=/usr/bin/node /services/whom.js {port} 2\nStopSignal=SIGKILL",
-        inside: Inside::Same,
+        inside: Inside::Compared(80),
         outside: Outside::V4,
         ask: http,
         awake: nothing,
@@ -235,7 +273,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-prometheus",
         needs: &[Need::Program("prometheus", "prometheus")],
-        managers: Managers::Users,
         lines: "Volume={files}/log:/log\nExec=prometheus --config.file=/services/prometheus.yml --storage.tsdb.path=/tmp/data",
         inside: Inside::Port(9090),
         outside: Outside::V4,
@@ -245,7 +282,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-sshd",
         needs: &[Need::Program("sshd", "openssh-server"), Need::Program("ssh", "openssh-client")],
-        managers: Managers::Both,
         lines: "Exec=sh -c \"mkdir -p /run/sshd; echo root:*::::::: >/etc/shadow; \
                 ssh-keygen -q -t ed25519 -N '' -f /tmp/host; \
                 exec /usr/sbin/sshd -D -e -o HostKey=/tmp/host -o StrictModes=no -o AuthorizedKeysFile=/services/key.pub -o PidFile=/tmp/sshd.pid -f /dev/null\"",
@@ -257,7 +293,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-memcached",
         needs: &[Need::Program("memcached", "memcached")],
-        managers: Managers::Users,
         lines: "Exec=memcached -u root -l 0.0.0.0 -U 0",
         inside: Inside::Port(11211),
         outside: Outside::V4,
@@ -270,7 +305,6 @@ pub(super) const SERVICES: &[Service] = &[
             Need::Program("redis-server", "redis-server"),
             Need::Program("redis-benchmark", "redis-tools"),
         ],
-        managers: Managers::Users,
         lines: "Exec=redis-server --protected-mode no --save \"\" --dir /tmp",
         inside: Inside::Port(6379),
         outside: Outside::V4,
@@ -280,7 +314,6 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-mosquitto",
         needs: &[Need::Program("mosquitto", "mosquitto")],
-        managers: Managers::Users,
         lines: "Volume={files}/log:/log\nExec=sh -c \"printf 'listener 1883\\nallow_anonymous true\\nuser root\\nlog_dest file /log/mosquitto\\n' >/tmp/c; exec mosquitto -c /tmp/c\"",
         inside: Inside::Port(1883),
         outside: Outside::V4,
@@ -290,21 +323,14 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-dnsmasq",
         needs: &[Need::Program("dnsmasq", "dnsmasq-base")],
-        managers: Managers::Users,
-        lines: "Exec=dnsmasq -k -u root -C /dev/null --no-resolv --no-hosts --bind-interfaces --pid-file=/tmp/p \
+        lines: "Exec=dnsmasq -k -u root -C /dev/null --no-resolv --no-hosts --port={port} --pid-file=/tmp/p \
                 --address=/whom.test/192.0.2.9 --log-facility=- --log-queries=extra",
-        inside: Inside::Port(53),
+        inside: Inside::Compared(53),
         outside: Outside::V4,
         ask: dnsmasq,
         awake: nothing,
     },
 ];
-
-impl Service {
-    pub(super) fn is_for(&self, manager: Manager) -> bool {
-        self.managers == Managers::Both || manager != Manager::System
-    }
-}
 
 /// A connected client that comes from [`CLIENT`].
 fn connect(site: &Site<'_>) -> Result<TcpStream> {
@@ -313,7 +339,11 @@ fn connect(site: &Site<'_>) -> Result<TcpStream> {
 
 /// Says `question`; what comes back, up to `end` or the end.
 pub(super) fn talk(site: &Site<'_>, question: &[u8], end: &str) -> Result<String> {
-    let mut client = connect(site)?;
+    continued(&mut connect(site)?, question, end)
+}
+
+/// The same over a connection that stays.
+fn continued(client: &mut TcpStream, question: &[u8], end: &str) -> Result<String> {
     client.write_all(question)?;
     let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
     loop {
@@ -394,6 +424,29 @@ fn ssh(site: &Site<'_>) -> Result<String> {
     site.host.client_program(&[&["ssh"], &options[..], &login[..]].concat())
 }
 
+fn ftp(site: &Site<'_>) -> Result<String> {
+    let mut client = connect(site)?;
+    let welcome = continued(&mut client, b"", "\r\n")?;
+    let login = continued(&mut client, b"USER ftp\r\n", "\r\n")?;
+    ensure!(welcome.starts_with("220 ") && login.starts_with("230 "), "{welcome}{login}");
+    continued(&mut client, b"STAT\r\n", "211 End of status\r\n")
+}
+
+/// The log says from where a user has logged in.
+fn imap(site: &Site<'_>) -> Result<String> {
+    let mut client = connect(site)?;
+    let mut lines = BufReader::new(client.try_clone()?).lines();
+    for (question, answer) in
+        [("", "* OK [CAPABILITY"), ("a LOGIN whom whom\r\n", "a OK"), ("b LOGOUT\r\n", "b OK")]
+    {
+        client.write_all(question.as_bytes())?;
+        // Before it can be asked it may say that it waits for its other processes.
+        let said = lines.by_ref().map_while(Result::ok).find(|line| line.starts_with(answer));
+        ensure!(said.is_some(), "no “{answer}” to “{question}”");
+    }
+    logged(|| log_file(site, "dovecot"), "imap-login: Info: Login: user=<whom>")
+}
+
 fn mosquitto(site: &Site<'_>) -> Result<String> {
     // CONNECT of MQTT 3.1.1 without a name; its answer is CONNACK.
     let answer = talk(site, b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x3c\x00\x00", "\0\0")?;
@@ -401,10 +454,12 @@ fn mosquitto(site: &Site<'_>) -> Result<String> {
     logged(|| log_file(site, "mosquitto"), "New connection from")
 }
 
+/// It answers where the connection's own address and port are those of one of its interfaces: so it is asked at 127.0.0.1, the only one that it has.
 fn dnsmasq(site: &Site<'_>) -> Result<String> {
     let question =
         b"\x00\x1b\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04whom\x04test\x00\x00\x01\x00\x01";
-    let mut client = connect(site)?;
+    let (from, to) = (format!("{CLIENT}:0").parse()?, format!("127.0.0.1:{}", site.port).parse()?);
+    let mut client = site.host.connect_between(from, to)?;
     client.write_all(question)?;
     let mut answer = [0; 45];
     client.read_exact(&mut answer).context("no answer to a question over TCP")?;
