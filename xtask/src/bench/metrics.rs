@@ -193,6 +193,8 @@ pub const SECTIONS: &[Section] = &[
             more("datagrams1200.down_per_second", "to client, 1,200 B", Unit::PerSecond),
             more("datagrams8192.down_per_second", "to client, 8 KiB", Unit::PerSecond),
             more("datagrams64.clients_per_second", "64 clients, 64 B", Unit::PerSecond),
+            less("datagrams64.up_lost", "lost to service, 64 B", Unit::Percent),
+            less("datagrams64.down_lost", "lost to client, 64 B", Unit::Percent),
         ],
     },
     Section {

@@ -74,6 +74,7 @@ pub fn name_of(size: usize) -> String {
 struct Client {
     socket: UdpSocket,
     size: usize,
+    number: u32,
 }
 
 impl Client {
@@ -81,13 +82,16 @@ impl Client {
         let socket = UdpSocket::bind("127.0.0.1:0")?;
         socket.connect(to)?;
         socket.set_read_timeout(Some(LOST))?;
-        Ok(Self { socket, size })
+        // No other one has it: not of this process, and not of an earlier one.
+        let port = u32::from(socket.local_addr()?.port());
+        Ok(Self { socket, size, number: (std::process::id() << 16) | port })
     }
 
     /// A datagram of this kind, of the size that is measured.
     fn datagram(&self, word: Word, number: u32) -> Vec<u8> {
         let mut bytes = vec![0x5a; self.size];
         word.write(number, &mut bytes);
+        Word::write_client(self.number, &mut bytes);
         bytes
     }
 
@@ -121,32 +125,40 @@ impl Client {
         MOST.min(MOST_BYTES / self.size)
     }
 
-    /// To the service, with a window of datagrams on their way.
+    /// To the service, with a window of datagrams on their way. One that is lost leaves the window with the next ones that arrive, so that
+    /// a loss costs what was lost and no wait.
     fn windowed(&self, args: &Args, how_long: Duration, figures: &mut Figures) -> Result<()> {
-        let window = self.window();
+        let window = self.window() as u32;
         let portion = window / 4;
-        let bytes = self.datagram(Word::Noted, portion as u32);
+        let mut bytes = self.datagram(Word::Noted, portion);
         let before = self.ask(Word::Count, 0, LOST * 50)?;
-        let mut on_their_way = 0;
+        let (mut sent, mut gone) = (0u32, 0);
         let meter = Meter::start(args.group)?;
         let end = Instant::now() + how_long;
         while Instant::now() < end {
-            while on_their_way + portion <= window {
+            while sent - gone + portion <= window {
                 for _ in 0..portion {
+                    Word::write_place(sent, &mut bytes);
                     self.socket.send(&bytes).context("sending")?;
+                    sent += 1;
                 }
-                on_their_way += portion;
             }
-            // What was lost is not waited for again.
-            on_their_way = match self.socket.recv(&mut [0; 64]) {
-                Ok(_) => on_their_way - portion,
-                Err(_) => 0,
+            let mut answer = [0; 16];
+            gone = match self.socket.recv(&mut answer) {
+                Ok(16) => {
+                    let place = u64::from_le_bytes(answer[8..].try_into()?);
+                    gone.max(u32::try_from(place)? + 1)
+                }
+                // A count that comes late.
+                Ok(_) => gone,
+                Err(_) => sent,
             };
         }
         let spent = meter.stop()?;
         let arrived = (self.ask(Word::Count, 0, LOST * 50)? - before) as f64;
         ensure!(arrived > 0.0, "nothing arrived");
         figures.insert("up_per_second".into(), arrived / spent.elapsed);
+        figures.insert("up_lost".into(), (1.0 - arrived / f64::from(sent)).max(0.0));
         figures.insert("system_cpu".into(), spent.system / arrived);
         if let Some(own) = spent.group {
             figures.insert("own_cpu".into(), own / arrived);
@@ -172,35 +184,38 @@ impl Client {
         Ok(())
     }
 
-    /// To the client, which asks for the next ones while the last ones come.
+    /// To the client, which asks for the next ones while the last ones come, with a window as above.
     fn down(&self, args: &Args, how_long: Duration, figures: &mut Figures) -> Result<()> {
-        let portion = (self.window() / 4) as u32;
+        let window = self.window() as u32;
+        let portion = window / 4;
         let question = self.datagram(Word::Send, portion);
         let mut buffer = vec![0; 65_536];
-        let ask = |times: u32| (0..times).try_for_each(|_| self.socket.send(&question).map(drop));
-        ask(4).context("sending")?;
+        // Of the service's row: up to which one they came or were lost.
+        let (mut on_their_way, mut gone, mut arrived) = (0u32, 0u32, 0u64);
         let meter = Meter::start(args.group)?;
-        let (begin, mut arrived, mut of_portion) = (Instant::now(), 0u64, 0);
+        let begin = Instant::now();
         while begin.elapsed() < how_long {
+            while on_their_way + portion <= window {
+                self.socket.send(&question).context("sending")?;
+                on_their_way += portion;
+            }
             match self.socket.recv(&mut buffer) {
+                Ok(length) if length == self.size => {
+                    arrived += 1;
+                    let next = Word::place(&buffer[..length]).context("a short one")? + 1;
+                    on_their_way = on_their_way.saturating_sub(next.saturating_sub(gone));
+                    gone = gone.max(next);
+                }
                 // A count that comes late.
-                Ok(length) if length != self.size => {}
-                Ok(_) => {
-                    (arrived, of_portion) = (arrived + 1, of_portion + 1);
-                    if of_portion == portion {
-                        of_portion = 0;
-                        ask(1).context("sending")?;
-                    }
-                }
-                Err(_) => {
-                    of_portion = 0;
-                    ask(4).context("sending")?;
-                }
+                Ok(_) => {}
+                // The last ones were lost, or a question was.
+                Err(_) => on_their_way = 0,
             }
         }
         let spent = meter.stop()?;
         ensure!(arrived > 0, "nothing came");
         figures.insert("down_per_second".into(), arrived as f64 / spent.elapsed);
+        figures.insert("down_lost".into(), (1.0 - arrived as f64 / f64::from(gone)).max(0.0));
         if let Some(own) = spent.group {
             figures.insert("down_own_cpu".into(), own / arrived as f64);
         }
