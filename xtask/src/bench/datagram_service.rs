@@ -1,12 +1,16 @@
 //! The service inside the container that takes datagrams: a thread and a socket for each port, and a system call for each datagram.
 
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::io::IoSlice;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
 use super::contenders::OwnService;
 use super::launch::{Launch, Launched, this_task};
@@ -30,11 +34,18 @@ pub enum Word {
     Count,
     /// So many of this datagram's length, each with its place in the row of all that were sent to this client.
     Send,
+    /// The same with one system call, which the kernel takes apart (udp(7) UDP_SEGMENT), as servers of QUIC do.
+    SendAtOnce,
 }
 
 impl Word {
-    const ALL: [(Self, u8); 4] =
-        [(Self::Echo, b'E'), (Self::Noted, b'N'), (Self::Count, b'C'), (Self::Send, b'S')];
+    const ALL: [(Self, u8); 5] = [
+        (Self::Echo, b'E'),
+        (Self::Noted, b'N'),
+        (Self::Count, b'C'),
+        (Self::Send, b'S'),
+        (Self::SendAtOnce, b'A'),
+    ];
 
     /// Writes it, with the number, in front.
     pub fn write(self, number: u32, bytes: &mut [u8]) {
@@ -101,6 +112,29 @@ struct Row {
     sent: u32,
 }
 
+/// So many of these, one after another, with their places in the row.
+pub fn in_a_row(datagram: &[u8], count: u32, next: &mut u32) -> Vec<u8> {
+    let mut all = datagram.repeat(count as usize);
+    for one in all.chunks_exact_mut(datagram.len()) {
+        Word::write_place(*next, one);
+        *next += 1;
+    }
+    all
+}
+
+/// Sends datagrams of one length with one system call, to where the socket is connected or to `to`.
+pub fn send_at_once(
+    socket: &UdpSocket,
+    all: &[u8],
+    length: usize,
+    to: Option<SocketAddr>,
+) -> nix::Result<usize> {
+    let segment = u16::try_from(length).map_err(|_| Errno::EINVAL)?;
+    let (parts, along) = ([IoSlice::new(all)], [ControlMessage::UdpGsoSegments(&segment)]);
+    let to = to.map(SockaddrStorage::from);
+    sendmsg(socket.as_raw_fd(), &parts, &along, MsgFlags::empty(), to.as_ref())
+}
+
 fn serve(socket: &UdpSocket) -> Result<()> {
     let mut rows: HashMap<u32, Row> = HashMap::new();
     let mut buffer = vec![0; 65_536];
@@ -126,6 +160,10 @@ fn serve(socket: &UdpSocket) -> Result<()> {
                 }
             }
             Word::Count => answer(&row.counted.to_le_bytes()),
+            Word::SendAtOnce => {
+                let all = in_a_row(datagram, number, &mut row.sent);
+                let _sent = send_at_once(socket, &all, length, Some(from));
+            }
             Word::Send => {
                 for _ in 0..number {
                     Word::write_place(row.sent, datagram);
