@@ -116,6 +116,50 @@ fn many_at_once_arrive_apart_and_in_order() -> Result<()> {
     Ok(())
 }
 
+/// As many on their way as the sockets' buffers of the usual size hold, and no more, for a while: each comes, once and in order, and so does each
+/// answer.
+#[test]
+fn within_the_sockets_buffers_nothing_is_lost() -> Result<()> {
+    require_namespaces!();
+    const ROUNDS: usize = 200;
+    let scene = UdpScene::new(false)?;
+    let service = scene.service()?;
+    let forwarder = scene.setup()?.start()?;
+    let client = scene.client()?;
+    // A buffer counts what a datagram takes of the kernel's memory: at most 4 KiB for one of these.
+    const AT_ONCE: usize = 48;
+    let sizes = [64, 1200, 1200, 1, 700];
+    let mut numbers = (0u32..).map(u32::to_be_bytes);
+    for round in 0..ROUNDS {
+        let datagram =
+            |number: &[u8; 4], at: usize| [&number[..], &bytes(sizes[at % sizes.len()], at)].concat();
+        let those: Vec<Vec<u8>> =
+            numbers.by_ref().take(AT_ONCE).enumerate().map(|(at, number)| datagram(&number, at)).collect();
+        for one in &those {
+            let _sent = client.send(one)?;
+        }
+        let mut from = None;
+        let mut buffer = vec![0; 1 << 16];
+        for (at, one) in those.iter().enumerate() {
+            let of = || format!("round {round}, number {at}: {:?}", tally(&forwarder));
+            let (length, sender) = service.recv_from(&mut buffer).with_context(of)?;
+            ensure!(buffer[..length] == **one, "another one comes: {}", of());
+            from = Some(sender);
+        }
+        for one in &those {
+            let _sent = service.send_to(one, from.context("there was one")?)?;
+        }
+        for (at, one) in those.iter().enumerate() {
+            let of = || format!("round {round}, answer {at}: {:?}", tally(&forwarder));
+            expect(&client, one).with_context(of)?;
+        }
+    }
+    let (tally, count) = (tally(&forwarder)?, (ROUNDS * AT_ONCE) as u64);
+    ensure!((tally.to_service.datagrams, tally.to_clients.datagrams) == (count, count), "{tally:?}");
+    ensure!(tally.flows == 1 && tally.dropped.total() == 0, "{tally:?}");
+    Ok(())
+}
+
 #[test]
 fn a_service_at_every_address_answers_too() -> Result<()> {
     require_namespaces!();

@@ -2,6 +2,7 @@
 //! addresses, and a socket in the service's namespace that is its own. All in here is pure; `engine/datagrams.rs` has the sockets.
 
 mod held;
+mod queue;
 mod runs;
 mod table;
 mod tally;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use nix::sys::socket::UnixAddr;
 
 pub use held::{HeldDatagram, HeldDatagrams};
+pub use queue::FlowQueue;
 pub use runs::{Piece, together};
 pub use table::{FlowTable, NewFlow};
 pub use tally::{Amounts, DatagramTally, DropCounts, Dropped};
@@ -50,7 +52,7 @@ pub struct FlowEnds {
 }
 
 /// A flow's place in the table, and which of those that have had it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FlowId {
     /// The place.
     pub index: usize,

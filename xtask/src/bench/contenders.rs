@@ -398,26 +398,24 @@ impl Contender {
             Way::Pasta => {
                 let host = free_port(scene)?;
                 let place = (None, Address::Tcp(host), false);
-                run(place, Path::new("/bin/sh"), vec!["-c".into(), pasta_script(scene, host, port)?])
+                let script = pasta_script(scene, Published { host, port, protocol: "tcp" })?;
+                run(place, Path::new("/bin/sh"), vec!["-c".into(), script])
             }
             Way::Slirp => {
                 let host = free_port(scene)?;
                 let api = scene.folder.path(&format!("{files}.api"));
-                let args = ["--configure", "--mtu=65520", "--disable-host-loopback"].map(str::to_owned);
-                let mut args = args.to_vec();
-                args.extend(["--api-socket".into(), api.display().to_string()]);
-                args.extend([scene.container.pid().to_string(), "slirp0".into()]);
-                let running = run((None, Address::Tcp(host), false), &program("slirp4netns")?, args)?;
-                publish_by_slirp(&api, host, port)?;
+                let running = run(
+                    (None, Address::Tcp(host), false),
+                    &program("slirp4netns")?,
+                    slirp_args(scene, &api, true),
+                )?;
+                publish_by_slirp(&api, Published { host, port, protocol: "tcp" })?;
                 Ok(running)
             }
             Way::Rootlessport => {
                 let host = free_port(scene)?;
-                let base = scene.folder.path(&files);
-                // Each start has a fresh one.
-                std::fs::remove_dir_all(&base).ok();
-                std::fs::create_dir(&base)?;
-                let script = rootlessport_script(scene, &base, host, port)?;
+                let published = Published { host, port, protocol: "tcp" };
+                let script = rootlessport_script(scene, &scene.folder.path(&files), published)?;
                 run((None, Address::Tcp(host), false), Path::new("/bin/sh"), vec!["-c".into(), script])
             }
         }
@@ -442,9 +440,9 @@ pub struct AdoptedStart<'a> {
 
 impl AdoptedStart<'_> {
     /// Starts the forwarder, and says at which `listenerPath` it awaits the service.
-    fn forwarder(&self, socket: OwnedFd, log: &Path) -> Result<(Launched, String)> {
+    pub fn forwarder(&self, socket: OwnedFd, log: &Path) -> Result<(Launched, String)> {
         let listener_path = ListenerPath::listen(local_address(&socket)?.port())?;
-        let mut args = bro_args(self.scene, &["--adopt"]);
+        let mut args = bro_args(self.scene, &["--adopt=all"]);
         args.push(self.target.clone());
         let launch =
             Launch { socket: Some(socket), adopt: Some(listener_path.passed()?), ..Launch::default() };
@@ -567,9 +565,20 @@ fn nginx_config(listen: &Address, target: &str, pid: &Path) -> Result<String> {
     ))
 }
 
+/// A port of this host that leads to one of the container's.
+#[derive(Debug, Clone, Copy)]
+struct Published {
+    host: SocketAddr,
+    port: u16,
+    /// `tcp` or `udp`.
+    protocol: &'static str,
+}
+
 /// pasta gives up its privileges before it opens the namespace, so it is handed over open. Connections from loopback, as
 /// these are, never see the interface that it makes, so that one is left unconfigured.
-fn pasta_script(scene: &Scene, host: SocketAddr, port: u16) -> Result<String> {
+fn pasta_script(scene: &Scene, published: Published) -> Result<String> {
+    let Published { host, port, protocol } = published;
+    let (published, other) = if protocol == "tcp" { ("-t", "-u") } else { ("-u", "-t") };
     let container = scene.container.pid();
     let user = if scene.container.rootless {
         format!("--userns=/proc/{container}/ns/user")
@@ -577,7 +586,7 @@ fn pasta_script(scene: &Scene, host: SocketAddr, port: u16) -> Result<String> {
         "--netns-only --runas=0:0".into()
     };
     Ok(format!(
-        "exec {} --foreground --quiet -t {}/{}:{port} -u none -T none -U none -I pasta0 {user} --netns=/proc/self/fd/9 \
+        "exec {} --foreground --quiet {published} {}/{}:{port} {other} none -T none -U none -I pasta0 {user} --netns=/proc/self/fd/9 \
          9</proc/{container}/ns/net",
         program("pasta")?.display(),
         host.ip(),
@@ -585,7 +594,17 @@ fn pasta_script(scene: &Scene, host: SocketAddr, port: u16) -> Result<String> {
     ))
 }
 
-fn publish_by_slirp(api: &Path, host: SocketAddr, port: u16) -> Result<()> {
+/// `isolated`: as podman has it, the container reaches nothing on this host's loopback interface. So the answers do not that datagrams from
+/// there get.
+fn slirp_args(scene: &Scene, api: &Path, isolated: bool) -> Vec<String> {
+    let mut args = ["--configure", "--mtu=65520"].map(str::to_owned).to_vec();
+    args.extend(isolated.then(|| "--disable-host-loopback".into()));
+    args.extend(["--api-socket".into(), api.display().to_string()]);
+    args.extend([scene.container.pid().to_string(), "slirp0".into()]);
+    args
+}
+
+fn publish_by_slirp(api: &Path, Published { host, port, protocol }: Published) -> Result<()> {
     let deadline = Instant::now() + START;
     let mut socket = loop {
         match UnixStream::connect(api) {
@@ -595,7 +614,7 @@ fn publish_by_slirp(api: &Path, host: SocketAddr, port: u16) -> Result<()> {
         }
     };
     socket.set_read_timeout(Some(START))?;
-    let request = serde_json::json!({"execute": "add_hostfwd", "arguments": {"proto": "tcp",
+    let request = serde_json::json!({"execute": "add_hostfwd", "arguments": {"proto": protocol,
         "host_addr": host.ip().to_string(), "host_port": host.port(), "guest_addr": "10.0.2.100", "guest_port": port}});
     socket.write_all(request.to_string().as_bytes())?;
     socket.shutdown(std::net::Shutdown::Write)?;
@@ -606,9 +625,13 @@ fn publish_by_slirp(api: &Path, host: SocketAddr, port: u16) -> Result<()> {
 }
 
 /// Podman tells rootlessport what to do on stdin, and passes a pipe that ends it and one for when it is ready.
-fn rootlessport_script(scene: &Scene, base: &Path, host: SocketAddr, port: u16) -> Result<String> {
+/// In a folder of its own, `base`, which is fresh at each start.
+fn rootlessport_script(scene: &Scene, base: &Path, published: Published) -> Result<String> {
+    let Published { host, port, protocol } = published;
+    std::fs::remove_dir_all(base).ok();
+    std::fs::create_dir(base)?;
     let mapping = serde_json::json!({"host_ip": host.ip().to_string(), "host_port": host.port(),
-        "container_port": port, "range": 1, "protocol": "tcp"});
+        "container_port": port, "range": 1, "protocol": protocol});
     let config = serde_json::json!({"Mappings": [mapping], "ExitFD": 3, "ReadyFD": 4, "TmpDir": base,
         "NetNSPath": format!("/proc/{}/ns/net", scene.container.pid()), "ChildIP": "", "ContainerID": "bench",
         "RootlessCNI": false});

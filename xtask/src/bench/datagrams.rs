@@ -1,16 +1,15 @@
 //! The phase that measures datagrams: a service and a start of each contender of its own, then rounds that take turns.
 
-use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::contenders::{Contender, Running};
-use super::launch::{Launch, Launched, this_task};
+use super::datagram_service;
+use super::launch::Launch;
 use super::load::Figures;
 use super::load::datagrams::name_of;
 use super::{Bench, say};
-use crate::run::process::Lines;
 
 /// The workload's name.
 pub const DATAGRAMS: &str = "datagrams";
@@ -38,7 +37,14 @@ impl Bench {
         let those: Vec<Contender> =
             self.present.iter().filter(|contender| contender.relays_datagrams()).cloned().collect();
         let ports: Vec<u16> = (FIRST_PORT..).take(those.len()).collect();
-        let _service = self.datagram_service(&ports)?;
+        let shared: Vec<u16> = ports
+            .iter()
+            .zip(&those)
+            .filter(|(_, contender)| !contender.has_its_own_datagram_service())
+            .map(|(port, _)| *port)
+            .collect();
+        let launch = Launch { inside: self.scene.inside(true), ..Launch::default() };
+        let _service = datagram_service::start(launch, &shared)?;
         let mut up = Vec::new();
         for (contender, port) in those.into_iter().zip(ports) {
             match contender.start_for_datagrams(&self.scene, port) {
@@ -72,19 +78,6 @@ impl Bench {
             }
         }
         Ok(())
-    }
-
-    fn datagram_service(&self, ports: &[u16]) -> Result<Launched> {
-        let args: Vec<String> = ["bench".into(), "datagram-service".into()]
-            .into_iter()
-            .chain(ports.iter().map(u16::to_string))
-            .collect();
-        let launch = Launch { inside: self.scene.inside(true), ..Launch::default() };
-        let mut command = launch.command(this_task(), &args)?;
-        let mut launched = Launched(command.stdout(Stdio::piped()).spawn().context("starting the service")?);
-        let lines = Lines::of(launched.stdout()?);
-        lines.until(Duration::from_secs(10), &mut Vec::new(), |line| line == "bound")?;
-        Ok(launched)
     }
 
     fn datagram_load(&self, running: &Running, size: usize) -> Result<Figures> {

@@ -184,7 +184,8 @@ pub const SECTIONS: &[Section] = &[
     Section {
         title: "Datagrams",
         note: "UDP, one client, with as many datagrams on their way as a socket's buffer of the usual size holds, counted where they arrive; and 64 \
-            clients that each ask when they are answered. HAProxy, systemd-socket-proxyd and lanes are for streams.",
+            clients that each ask when they are answered, also with processors that are kept awake. HAProxy, systemd-socket-proxyd and lanes are for \
+            streams.",
         metrics: &[
             more("datagrams64.up_per_second", "to service, 64 B", Unit::PerSecond),
             more("datagrams1200.up_per_second", "to service, 1,200 B", Unit::PerSecond),
@@ -192,7 +193,27 @@ pub const SECTIONS: &[Section] = &[
             more("datagrams64.down_per_second", "to client, 64 B", Unit::PerSecond),
             more("datagrams1200.down_per_second", "to client, 1,200 B", Unit::PerSecond),
             more("datagrams8192.down_per_second", "to client, 8 KiB", Unit::PerSecond),
+            more("datagrams64.clients_awake_per_second", "64 clients, 64 B, awake", Unit::PerSecond),
             more("datagrams64.clients_per_second", "64 clients, 64 B", Unit::PerSecond),
+            less("datagrams64.up_lost", "lost to service, 64 B", Unit::Percent),
+            less("datagrams64.down_lost", "lost to client, 64 B", Unit::Percent),
+        ],
+    },
+    Section {
+        title: "Datagrams, senders that send many at once",
+        note: "The same with one system call for a quarter of those that are on their way (UDP_SEGMENT), as programs for QUIC send: with one for \
+            each, the sender takes as long as a forwarder and sets the pace.",
+        metrics: &[
+            more("datagrams64.at_once.up_per_second", "to service, 64 B", Unit::PerSecond),
+            more("datagrams1200.at_once.up_per_second", "to service, 1,200 B", Unit::PerSecond),
+            more("datagrams8192.at_once.up_per_second", "to service, 8 KiB", Unit::PerSecond),
+            more("datagrams64.at_once.down_per_second", "to client, 64 B", Unit::PerSecond),
+            more("datagrams1200.at_once.down_per_second", "to client, 1,200 B", Unit::PerSecond),
+            more("datagrams8192.at_once.down_per_second", "to client, 8 KiB", Unit::PerSecond),
+            less("datagrams64.at_once.own_cpu", "own CPU to service, 64 B", Unit::Micros),
+            less("datagrams64.at_once.down_own_cpu", "to client, 64 B", Unit::Micros),
+            less("datagrams1200.at_once.own_cpu", "to service, 1,200 B", Unit::Micros),
+            less("datagrams1200.at_once.down_own_cpu", "to client, 1,200 B", Unit::Micros),
         ],
     },
     Section {
@@ -235,6 +256,11 @@ pub const SECTIONS: &[Section] = &[
             less("datagrams8192.own_cpu", "to service, 8 KiB, own", Unit::Micros),
             less("datagrams8192.system_cpu", "system", Unit::Micros),
             less("datagrams8192.down_own_cpu", "to client, 8 KiB, own", Unit::Micros),
+            less(
+                "datagrams64.clients_awake_own_cpu",
+                "64 clients, question and answer, own, awake",
+                Unit::Micros,
+            ),
             less("datagrams64.clients_own_cpu", "64 clients, question and answer, own", Unit::Micros),
             less("datagrams64.clients_system_cpu", "system", Unit::Micros),
         ],

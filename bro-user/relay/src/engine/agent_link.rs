@@ -12,7 +12,7 @@ use slab::Slab;
 
 use super::targets::ReadyTarget;
 use crate::connection::Connection;
-use crate::flows::FlowId;
+use crate::flows::{FlowId, FlowQueue};
 use crate::netns::wire::{self, AgentAnswer, AgentRequest};
 use crate::source::{self, Origin};
 
@@ -77,7 +77,7 @@ pub(super) struct AgentLink {
     /// What is to be asked when it has answered.
     to_ask: VecDeque<Attempt>,
     /// Flows whose sockets are to be asked for, each with the address that it is to come from.
-    flows_to_ask: VecDeque<(FlowId, Option<SocketAddr>)>,
+    flows_to_ask: FlowQueue<Option<SocketAddr>>,
     /// Connections that wait for a socket.
     awaiting_socket: VecDeque<Attempt>,
     /// It has been said that the service's unix socket does not admit the connecting user.
@@ -90,13 +90,13 @@ pub(super) const fn out_of_descriptors(errno: Errno) -> bool {
 }
 
 impl AgentLink {
-    pub(super) const fn new(ready: ReadyTarget) -> Self {
+    pub(super) fn new(ready: ReadyTarget) -> Self {
         Self {
             ready,
             pool: [Vec::new(), Vec::new()],
             asked: VecDeque::new(),
             to_ask: VecDeque::new(),
-            flows_to_ask: VecDeque::new(),
+            flows_to_ask: FlowQueue::default(),
             awaiting_socket: VecDeque::new(),
             not_admitted: false,
         }
@@ -164,7 +164,7 @@ impl AgentLink {
             self.ask(&AgentRequest::Dial(number, source), AgentTask::Connect(attempt))?;
         }
         while self.asked.len() < AT_ONCE
-            && let Some((flow, source)) = self.flows_to_ask.pop_front()
+            && let Some((flow, source)) = self.flows_to_ask.pop()
         {
             self.ask(&AgentRequest::Dial(0, source), AgentTask::Flow(flow))?;
         }
@@ -173,12 +173,12 @@ impl AgentLink {
 
     /// Has the agent make a flow's socket, as soon as it may be asked.
     pub(super) fn dial_flow(&mut self, flow: FlowId, source: Option<SocketAddr>) {
-        self.flows_to_ask.push_back((flow, source));
+        self.flows_to_ask.push(flow, source);
     }
 
     /// A flow that may wait for its socket has ended.
     pub(super) fn forget_flow(&mut self, flow: FlowId) {
-        self.flows_to_ask.retain(|(waiting, _)| *waiting != flow);
+        self.flows_to_ask.forget(flow);
     }
 
     /// Has the agent hook a sender in its namespace, if it may be asked now. One that is not hooked is spliced.

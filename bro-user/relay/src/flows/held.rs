@@ -1,7 +1,7 @@
 //! Datagrams that wait for the service, or for their flow's socket: bounded in number and in bytes. Where there is no room the oldest
-//! makes it, and a source that has more than its share makes it itself.
+//! makes it, and a source that has more than its share makes it itself. Whatever a flood does with that takes (almost) constant time.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use super::FlowId;
 use crate::peer::Source;
@@ -19,20 +19,32 @@ pub struct HeldDatagram {
     pub ecn: u8,
 }
 
+/// What waits of one source.
+#[derive(Debug, Default)]
+struct Share {
+    numbers: BTreeSet<u64>,
+    bytes: usize,
+}
+
 /// Datagrams in the order in which they came.
 #[derive(Debug)]
 pub struct HeldDatagrams {
     most: usize,
     most_bytes: usize,
-    waiting: VecDeque<HeldDatagram>,
+    /// By their numbers, which grow.
+    waiting: BTreeMap<u64, HeldDatagram>,
+    flows: HashMap<FlowId, VecDeque<u64>>,
+    sources: HashMap<Source, Share>,
     bytes: usize,
+    next: u64,
 }
 
 impl HeldDatagrams {
     /// Room for so many datagrams and, in all of them together, bytes.
     #[must_use]
-    pub const fn new(most: usize, most_bytes: usize) -> Self {
-        Self { most, most_bytes, waiting: VecDeque::new(), bytes: 0 }
+    pub fn new(most: usize, most_bytes: usize) -> Self {
+        let (flows, sources) = (HashMap::new(), HashMap::new());
+        Self { most, most_bytes, waiting: BTreeMap::new(), flows, sources, bytes: 0, next: 0 }
     }
 
     /// How many wait.
@@ -49,42 +61,61 @@ impl HeldDatagrams {
 
     /// One more waits; returns the flows of those that made room for it, which may be its own.
     pub fn push(&mut self, datagram: HeldDatagram) -> Vec<FlowId> {
-        let (mut gone, source) = (Vec::new(), datagram.source);
+        let (mut gone, source, number) = (Vec::new(), datagram.source, self.next);
+        self.next += 1;
         self.bytes += datagram.bytes.len();
-        self.waiting.push_back(datagram);
+        self.flows.entry(datagram.flow).or_default().push_back(number);
+        let share = self.sources.entry(source).or_default();
+        share.bytes += datagram.bytes.len();
+        let _new = share.numbers.insert(number);
+        let _none = self.waiting.insert(number, datagram);
         while self.waiting.len() > self.most || self.bytes > self.most_bytes {
-            let Some(at) = self.makes_room(source) else { break };
-            if let Some(datagram) = self.waiting.remove(at) {
-                self.bytes -= datagram.bytes.len();
-                gone.push(datagram.flow);
+            let Some(datagram) = self.makes_room(source).and_then(|number| self.remove(number)) else {
+                break;
+            };
+            // A flow has one source, so that it is the flow's oldest too.
+            if let Some(numbers) = self.flows.get_mut(&datagram.flow) {
+                let _number = numbers.pop_front();
+                if numbers.is_empty() {
+                    let _empty = self.flows.remove(&datagram.flow);
+                }
             }
+            gone.push(datagram.flow);
         }
         gone
     }
 
-    /// Which one makes room: the oldest of the newcomer's source if no other source has as much as that one; else the oldest of all.
-    fn makes_room(&self, source: Source) -> Option<usize> {
-        let weight = |of: Source| -> (usize, usize) {
-            let those = self.waiting.iter().filter(|datagram| datagram.source == of);
-            those.fold((0, 0), |(count, bytes), datagram| (count + 1, bytes + datagram.bytes.len()))
+    /// Which one makes room: the oldest of the newcomer's source if that has more, with the newcomer, than the source of the oldest of all; else
+    /// that oldest.
+    fn makes_room(&self, source: Source) -> Option<u64> {
+        let (oldest, datagram) = self.waiting.first_key_value()?;
+        let (own, other) = (self.sources.get(&source)?, self.sources.get(&datagram.source)?);
+        let greedier = if self.bytes > self.most_bytes {
+            own.bytes > other.bytes
+        } else {
+            own.numbers.len() > other.numbers.len()
         };
-        let oldest = self.waiting.front()?.source;
-        let (own, other) = (weight(source), weight(oldest));
-        let greedier = if self.bytes > self.most_bytes { own.1 >= other.1 } else { own.0 >= other.0 };
-        let from = if greedier { source } else { oldest };
-        self.waiting.iter().position(|datagram| datagram.source == from)
+        if greedier { own.numbers.first().copied() } else { Some(*oldest) }
+    }
+
+    /// Takes one out, but for what its flow knows of it.
+    fn remove(&mut self, number: u64) -> Option<HeldDatagram> {
+        let datagram = self.waiting.remove(&number)?;
+        self.bytes -= datagram.bytes.len();
+        if let Some(share) = self.sources.get_mut(&datagram.source) {
+            share.bytes -= datagram.bytes.len();
+            let _was_there = share.numbers.remove(&number);
+            if share.numbers.is_empty() {
+                let _empty = self.sources.remove(&datagram.source);
+            }
+        }
+        Some(datagram)
     }
 
     /// Those of one flow, in order, which wait no more.
     pub fn take(&mut self, flow: FlowId) -> Vec<HeldDatagram> {
-        if self.waiting.is_empty() {
-            return Vec::new();
-        }
-        let all = std::mem::take(&mut self.waiting);
-        let (taken, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(|datagram| datagram.flow == flow);
-        self.waiting = rest.into();
-        self.bytes -= taken.iter().map(|datagram| datagram.bytes.len()).sum::<usize>();
-        taken
+        let numbers = self.flows.remove(&flow).unwrap_or_default();
+        numbers.into_iter().filter_map(|number| self.remove(number)).collect()
     }
 }
 
@@ -116,6 +147,15 @@ mod tests {
         assert_eq!((held.len(), held.bytes), (0, 0));
     }
 
+    #[test]
+    fn among_equals_the_oldest_goes() {
+        let mut held = HeldDatagrams::new(4, 1 << 20);
+        let gone: Vec<FlowId> =
+            (0u8..10).flat_map(|one| held.push(datagram(one.into(), one.into(), 10, one))).collect();
+        assert_eq!(gone.iter().map(|flow| flow.index).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(held.take(FlowId { index: 9, generation: 0 }).len(), 1);
+    }
+
     proptest! {
         #[test]
         fn is_bounded_and_keeps_order(pushed in proptest::collection::vec((0u32..3, 0usize..3, 0usize..40), 0..80),
@@ -126,7 +166,7 @@ mod tests {
                 // A flow has one source.
                 dropped += held.push(datagram(*user, *flow * 3 + *user as usize, *length, mark)).len();
                 prop_assert!(held.len() <= most && held.bytes <= most_bytes);
-                prop_assert_eq!(held.bytes, held.waiting.iter().map(|datagram| datagram.bytes.len()).sum::<usize>());
+                prop_assert_eq!(held.bytes, held.waiting.values().map(|datagram| datagram.bytes.len()).sum::<usize>());
             }
             prop_assert_eq!(held.len() + dropped, pushed.len());
             for flow in 0..9 {
@@ -134,7 +174,7 @@ mod tests {
                 let marks: Vec<u8> = taken.iter().filter_map(|datagram| datagram.bytes.first().copied()).collect();
                 prop_assert!(marks.is_sorted());
             }
-            prop_assert!(held.is_empty() && held.bytes == 0);
+            prop_assert!(held.is_empty() && held.bytes == 0 && held.flows.is_empty() && held.sources.is_empty());
         }
     }
 }

@@ -4,12 +4,13 @@ use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::Signal;
 
 use super::Figures;
 use crate::bench::awake::Awake;
 use crate::bench::cpu::Meter;
-use crate::bench::datagram_service::Word;
+use crate::bench::datagram_service::{Word, in_a_row, send_at_once};
 use crate::bench::statistics::Percentiles;
 use crate::run::process::die_with_parent;
 
@@ -50,9 +51,11 @@ pub fn main(args: &Args) -> Result<()> {
     let mut figures = Figures::new();
     if !args.poke {
         let how_long = Duration::from_secs_f64(args.seconds);
-        client.windowed(args, how_long, &mut figures)?;
+        for sends in [Sends::Each, Sends::AtOnce] {
+            client.windowed(args, sends, how_long, &mut figures)?;
+            client.down(args, sends, how_long, &mut figures)?;
+        }
         client.flood(how_long, &mut figures)?;
-        client.down(args, how_long, &mut figures)?;
         client.round_trips(how_long, &mut figures)?;
         if args.size == SMALL {
             many_clients(args, how_long, &mut figures)?;
@@ -70,10 +73,29 @@ pub fn name_of(size: usize) -> String {
     format!("datagrams{size}")
 }
 
+/// How the sender sends: with a system call for each, or for as many as there are to send. The latter shows what a forwarder takes more of,
+/// since a sender of its own pace takes as long as a forwarder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sends {
+    Each,
+    AtOnce,
+}
+
+impl Sends {
+    /// What its figures begin with.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Each => "",
+            Self::AtOnce => "at_once.",
+        }
+    }
+}
+
 /// A client with a port of its own.
 struct Client {
     socket: UdpSocket,
     size: usize,
+    number: u32,
 }
 
 impl Client {
@@ -81,13 +103,16 @@ impl Client {
         let socket = UdpSocket::bind("127.0.0.1:0")?;
         socket.connect(to)?;
         socket.set_read_timeout(Some(LOST))?;
-        Ok(Self { socket, size })
+        // No other one has it: not of this process, and not of an earlier one.
+        let port = u32::from(socket.local_addr()?.port());
+        Ok(Self { socket, size, number: (std::process::id() << 16) | port })
     }
 
     /// A datagram of this kind, of the size that is measured.
     fn datagram(&self, word: Word, number: u32) -> Vec<u8> {
         let mut bytes = vec![0x5a; self.size];
         word.write(number, &mut bytes);
+        Word::write_client(self.number, &mut bytes);
         bytes
     }
 
@@ -121,35 +146,51 @@ impl Client {
         MOST.min(MOST_BYTES / self.size)
     }
 
-    /// To the service, with a window of datagrams on their way.
-    fn windowed(&self, args: &Args, how_long: Duration, figures: &mut Figures) -> Result<()> {
-        let window = self.window();
+    /// To the service, with a window of datagrams on their way. One that is lost leaves the window with the next ones that arrive, so that
+    /// a loss costs what was lost and no wait.
+    fn windowed(&self, args: &Args, sends: Sends, how_long: Duration, figures: &mut Figures) -> Result<()> {
+        let window = self.window() as u32;
         let portion = window / 4;
-        let bytes = self.datagram(Word::Noted, portion as u32);
+        let mut bytes = self.datagram(Word::Noted, portion);
         let before = self.ask(Word::Count, 0, LOST * 50)?;
-        let mut on_their_way = 0;
+        let (mut sent, mut gone) = (0u32, 0);
         let meter = Meter::start(args.group)?;
         let end = Instant::now() + how_long;
         while Instant::now() < end {
-            while on_their_way + portion <= window {
-                for _ in 0..portion {
-                    self.socket.send(&bytes).context("sending")?;
+            while sent - gone + portion <= window {
+                if sends == Sends::AtOnce {
+                    let all = in_a_row(&bytes, portion, &mut sent);
+                    send_at_once(&self.socket, &all, self.size, None).context("sending")?;
+                    continue;
                 }
-                on_their_way += portion;
+                for _ in 0..portion {
+                    Word::write_place(sent, &mut bytes);
+                    self.socket.send(&bytes).context("sending")?;
+                    sent += 1;
+                }
             }
-            // What was lost is not waited for again.
-            on_their_way = match self.socket.recv(&mut [0; 64]) {
-                Ok(_) => on_their_way - portion,
-                Err(_) => 0,
+            let mut answer = [0; 16];
+            gone = match self.socket.recv(&mut answer) {
+                Ok(16) => {
+                    let place = u64::from_le_bytes(answer[8..].try_into()?);
+                    gone.max(u32::try_from(place)? + 1)
+                }
+                // A count that comes late.
+                Ok(_) => gone,
+                Err(_) => sent,
             };
         }
         let spent = meter.stop()?;
         let arrived = (self.ask(Word::Count, 0, LOST * 50)? - before) as f64;
         ensure!(arrived > 0.0, "nothing arrived");
-        figures.insert("up_per_second".into(), arrived / spent.elapsed);
-        figures.insert("system_cpu".into(), spent.system / arrived);
+        let mut figure = |name: &str, value| {
+            let _none = figures.insert(format!("{}{name}", sends.name()), value);
+        };
+        figure("up_per_second", arrived / spent.elapsed);
+        figure("up_lost", (1.0 - arrived / f64::from(sent)).max(0.0));
+        figure("system_cpu", spent.system / arrived);
         if let Some(own) = spent.group {
-            figures.insert("own_cpu".into(), own / arrived);
+            figure("own_cpu", own / arrived);
         }
         Ok(())
     }
@@ -172,37 +213,48 @@ impl Client {
         Ok(())
     }
 
-    /// To the client, which asks for the next ones while the last ones come.
-    fn down(&self, args: &Args, how_long: Duration, figures: &mut Figures) -> Result<()> {
-        let portion = (self.window() / 4) as u32;
-        let question = self.datagram(Word::Send, portion);
+    /// To the client, which asks for the next ones while the last ones come, with a window as above.
+    fn down(&self, args: &Args, sends: Sends, how_long: Duration, figures: &mut Figures) -> Result<()> {
+        let window = self.window() as u32;
+        let portion = window / 4;
+        let word = if sends == Sends::AtOnce { Word::SendAtOnce } else { Word::Send };
+        let question = self.datagram(word, portion);
         let mut buffer = vec![0; 65_536];
-        let ask = |times: u32| (0..times).try_for_each(|_| self.socket.send(&question).map(drop));
-        ask(4).context("sending")?;
+        // Of the service's row: where it begins for this figure, and up to which one they came or were lost.
+        let (mut on_their_way, mut first, mut gone, mut arrived) = (0u32, None, 0u32, 0u64);
         let meter = Meter::start(args.group)?;
-        let (begin, mut arrived, mut of_portion) = (Instant::now(), 0u64, 0);
+        let begin = Instant::now();
         while begin.elapsed() < how_long {
+            while on_their_way + portion <= window {
+                self.socket.send(&question).context("sending")?;
+                on_their_way += portion;
+            }
             match self.socket.recv(&mut buffer) {
-                // A count that comes late.
-                Ok(length) if length != self.size => {}
-                Ok(_) => {
-                    (arrived, of_portion) = (arrived + 1, of_portion + 1);
-                    if of_portion == portion {
-                        of_portion = 0;
-                        ask(1).context("sending")?;
+                Ok(length) if length == self.size => {
+                    arrived += 1;
+                    let place = Word::place(&buffer[..length]).context("a short one")?;
+                    if first.is_none() {
+                        (first, gone) = (Some(place), place);
                     }
+                    on_their_way = on_their_way.saturating_sub((place + 1).saturating_sub(gone));
+                    gone = gone.max(place + 1);
                 }
-                Err(_) => {
-                    of_portion = 0;
-                    ask(4).context("sending")?;
-                }
+                // A count that comes late.
+                Ok(_) => {}
+                // The last ones were lost, or a question was.
+                Err(_) => on_their_way = 0,
             }
         }
         let spent = meter.stop()?;
         ensure!(arrived > 0, "nothing came");
-        figures.insert("down_per_second".into(), arrived as f64 / spent.elapsed);
+        let of_row = f64::from(gone - first.unwrap_or(gone)).max(1.0);
+        let mut figure = |name: &str, value| {
+            let _none = figures.insert(format!("{}{name}", sends.name()), value);
+        };
+        figure("down_per_second", arrived as f64 / spent.elapsed);
+        figure("down_lost", (1.0 - arrived as f64 / of_row).max(0.0));
         if let Some(own) = spent.group {
-            figures.insert("down_own_cpu".into(), own / arrived as f64);
+            figure("down_own_cpu", own / arrived as f64);
         }
         // The last ones are still on their way.
         std::thread::sleep(LOST);
@@ -242,7 +294,6 @@ impl Client {
 
 /// Clients that each ask when they are answered.
 fn many_clients(args: &Args, how_long: Duration, figures: &mut Figures) -> Result<()> {
-    use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let clients: Vec<Client> =
         (0..CLIENTS).map(|_| Client::new(args.address, args.size)).collect::<Result<_>>()?;
@@ -252,8 +303,25 @@ fn many_clients(args: &Args, how_long: Duration, figures: &mut Figures) -> Resul
         client.socket.set_nonblocking(true)?;
         epoll.add(&client.socket, EpollEvent::new(EpollFlags::EPOLLIN, number as u64))?;
     }
+    clients_ask(&epoll, &clients, args, how_long, "clients", figures)?;
+    let _awake = Awake::keep()?;
+    clients_ask(&epoll, &clients, args, how_long, "clients_awake", figures)
+}
+
+fn clients_ask(
+    epoll: &Epoll,
+    clients: &[Client],
+    args: &Args,
+    how_long: Duration,
+    name: &str,
+    figures: &mut Figures,
+) -> Result<()> {
     let question = clients[0].datagram(Word::Echo, 0);
     let ask_all = || clients.iter().try_for_each(|client| client.socket.send(&question).map(drop));
+    // What has come since does not count.
+    for client in clients {
+        while client.socket.recv(&mut [0; 64]).is_ok() {}
+    }
     ask_all()?;
     let mut events = [EpollEvent::empty(); CLIENTS];
     let meter = Meter::start(args.group)?;
@@ -273,10 +341,10 @@ fn many_clients(args: &Args, how_long: Duration, figures: &mut Figures) -> Resul
     }
     let spent = meter.stop()?;
     ensure!(answered > 0, "no answer came");
-    figures.insert("clients_per_second".into(), answered as f64 / spent.elapsed);
-    figures.insert("clients_system_cpu".into(), spent.system / answered as f64);
+    figures.insert(format!("{name}_per_second"), answered as f64 / spent.elapsed);
+    figures.insert(format!("{name}_system_cpu"), spent.system / answered as f64);
     if let Some(own) = spent.group {
-        figures.insert("clients_own_cpu".into(), own / answered as f64);
+        figures.insert(format!("{name}_own_cpu"), own / answered as f64);
     }
     Ok(())
 }
