@@ -147,6 +147,7 @@ fn who_of_them_wakes_nothing() -> Result<()> {
             ensure!(forwarder.closing()?.reason == "wake-ignored", "{ignored}");
         } else {
             forwarder.log().line(PATIENCE, |line| line.contains("waking the service")).context(ignored)?;
+            client.abort()?;
         }
         forwarder.stop()?;
     }
