@@ -25,13 +25,14 @@ impl Adopt {
         !matches!(self, Self::Off)
     }
 
-    /// May a service have a socket of this kind?
+    /// May a service have a socket of this kind? The ports of vsock(7) belong to no network namespace: a service in a container cannot have the one
+    /// that systemd has.
     #[must_use]
     pub const fn offers(self, kind: SocketKind) -> bool {
         match kind {
-            SocketKind::Stream | SocketKind::SeqPacket => matches!(self, Self::On | Self::All),
+            SocketKind::Stream => matches!(self, Self::On | Self::All),
             SocketKind::Datagram => matches!(self, Self::Udp | Self::All),
-            SocketKind::UnixDatagram => false,
+            SocketKind::Vsock | SocketKind::SeqPacket | SocketKind::UnixDatagram => false,
         }
     }
 

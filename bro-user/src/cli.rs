@@ -309,8 +309,8 @@ pub struct Forward {
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
     pub accept_proxy: bool,
 
-    /// With --accept-proxy: whose headers are believed, addresses, networks (10.0.0.0/8), or unix for clients of a unix socket (repeatable)
-    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',')]
+    /// With --accept-proxy: whose headers are believed, addresses, networks (10.0.0.0/8), unix for clients of a unix socket, or vsock or vsock:CID (repeatable)
+    #[arg(long, value_name = "CIDR|unix|vsock", value_delimiter = ',')]
     pub trusted: Vec<Trusted>,
 
     /// TCP keepalive on both legs: time without traffic before the first probe, 1s to 32767s

@@ -20,11 +20,13 @@ pub enum FallbackKind {
     Refused,
     /// The kernel does not tell of clients that the service would accept itself.
     Uncountable,
+    /// It is of a kind that no service gets.
+    Kind,
 }
 
 impl FallbackKind {
     /// All of them, with their words.
-    pub const ALL: [(Self, &str); 7] = [
+    pub const ALL: [(Self, &str); 8] = [
         (Self::NoProfile, "no-profile"),
         (Self::NoneFits, "none-fits"),
         (Self::StartTimeout, "start-timeout"),
@@ -32,6 +34,7 @@ impl FallbackKind {
         (Self::Damaged, "damaged"),
         (Self::Refused, "refused"),
         (Self::Uncountable, "uncountable"),
+        (Self::Kind, "kind"),
     ];
 }
 

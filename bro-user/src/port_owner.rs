@@ -117,7 +117,7 @@ pub(crate) fn look_at(socket: &ExternalSocket) -> Option<AddressTrouble> {
 
 const fn socket_type(kind: SocketKind) -> SockType {
     match kind {
-        SocketKind::Stream => SockType::Stream,
+        SocketKind::Stream | SocketKind::Vsock => SockType::Stream,
         SocketKind::SeqPacket => SockType::SeqPacket,
         SocketKind::Datagram | SocketKind::UnixDatagram => SockType::Datagram,
     }

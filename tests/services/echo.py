@@ -1,5 +1,6 @@
 # Answers whatever comes with the same, at every address that is named: tcp:HOST:PORT, udp:HOST:PORT, and stream:PATH, datagrams:PATH
-# and messages:PATH, which are unix sockets. Says `ready` when it is at all of them.
+# and messages:PATH, which are unix sockets; and at every socket that the service manager has passed (sd_listen_fds(3)). Says `ready` when
+# it is at all of them.
 import os, socket, sys, threading
 
 
@@ -20,8 +21,7 @@ def answer(sock):
         sock.sendto(data, sender)
 
 
-threads = []
-for word in sys.argv[1:]:
+def named(word):
     kind, _, address = word.partition(":")
     if kind in ("tcp", "udp"):
         host, _, port = address.rpartition(":")
@@ -33,10 +33,16 @@ for word in sys.argv[1:]:
     sock.bind(address)
     if family == socket.AF_UNIX:
         os.chmod(address, 0o777)
-    work = answer if sock.type == socket.SOCK_DGRAM else accept
-    if work is accept:
+    if sock.type != socket.SOCK_DGRAM:
         sock.listen(64)
-    threads.append(threading.Thread(target=work, args=(sock,)))
+    return sock
+
+
+sockets = [named(word) for word in sys.argv[1:]]
+sockets += [socket.socket(fileno=3 + number) for number in range(int(os.environ.get("LISTEN_FDS", 0)))]
+threads = [
+    threading.Thread(target=answer if sock.type == socket.SOCK_DGRAM else accept, args=(sock,)) for sock in sockets
+]
 for thread in threads:
     thread.start()
 print("ready", flush=True)

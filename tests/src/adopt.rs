@@ -294,6 +294,17 @@ impl Adoption {
         Ok(setup)
     }
 
+    /// The same in a container whose network namespace this is.
+    pub fn container_in(&self, namespace: &Namespace, program: &[&str]) -> Result<Program> {
+        let mut command = self.launch();
+        command
+            .arg("joined")
+            .arg(namespace.pid().to_string())
+            .arg(self.scratch.join("seccomp"))
+            .args(program);
+        Program::start(&mut command)
+    }
+
     /// One of this program's small services in a container whose network namespace this is, or with `without_profile` in one that no filter was
     /// made for.
     pub fn service_in(&self, namespace: &Namespace, profile: Profile, arguments: &[&str]) -> Result<Program> {

@@ -27,12 +27,13 @@ use crate::tier::{Need, find_program};
 use crate::{bro, emulator};
 
 /// What it cannot do without, for `require!`.
-pub const NEEDS: [Need; 7] = [
+pub const NEEDS: [Need; 8] = [
     Need::Program("qemu-system-x86_64", "qemu-system-x86"),
     Need::Program("apt-get", "apt"),
     Need::Program("dpkg-deb", "dpkg"),
     Need::Program("ldd", "libc-bin"),
     Need::Program("strip", "binutils"),
+    Need::Program("xz", "xz-utils"),
     Need::Program("bpftool", "bpftool"),
     Need::Program("ip", "iproute2"),
 ];
@@ -40,6 +41,9 @@ pub const NEEDS: [Need; 7] = [
 /// The suites that also run inside, on each kernel that has the kernel relay: what the relay takes for granted about the
 /// kernel, and its programs at work.
 pub const SUITES: [&str; 2] = ["kernel_assumptions", "kernel_relay_programs"];
+
+/// The suite that runs inside on every kernel, for these have what this machine's may lack: vsock's loopback.
+pub const VSOCK: &str = "vsock";
 
 /// Everything that runs inside, packed.
 pub fn pack() -> Result<Initramfs> {
@@ -50,7 +54,7 @@ pub fn pack() -> Result<Initramfs> {
     files.program(&bro::helper(), "/bro/peer")?;
     files.program(&bro::adopt(), "/bro/adopt")?;
     files.program(&bro::helper().with_file_name("emulated"), inside::INIT)?;
-    for (name, suite) in SUITES.iter().zip(suites()?) {
+    for (name, suite) in all_suites().zip(built(all_suites())?) {
         files.program(&suite, &format!("{}/{name}", inside::SUITES))?;
     }
     for tool in ["bpftool", "ip"] {
@@ -59,15 +63,19 @@ pub fn pack() -> Result<Initramfs> {
     Ok(files)
 }
 
-/// The built test binaries of [`SUITES`].
-fn suites() -> Result<Vec<PathBuf>> {
+fn all_suites() -> impl Iterator<Item = &'static str> + Clone {
+    SUITES.into_iter().chain([VSOCK])
+}
+
+/// The test binaries of these suites, built if they are not.
+pub fn built(suites: impl Iterator<Item = &'static str> + Clone) -> Result<Vec<PathBuf>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let release = std::env::current_exe()?.components().any(|part| part.as_os_str() == "release");
     let output = Command::new(cargo)
         // The whole workspace: with one package cargo may choose other features, and build everything once more.
         .args(["test", "--quiet", "--workspace", "--no-run", "--message-format=json"])
         .args(release.then_some("--release"))
-        .args(SUITES.iter().flat_map(|suite| ["--test", suite]))
+        .args(suites.clone().flat_map(|suite| ["--test", suite]))
         .output()
         .context("cannot run cargo")?;
     if !output.status.success() {
@@ -77,12 +85,12 @@ fn suites() -> Result<Vec<PathBuf>> {
         .lines()
         .filter_map(|line| serde_json::from_str(line).ok())
         .collect();
-    let built = |suite: &&str| {
-        let mut found = messages.iter().filter(|message| message["target"]["name"] == **suite);
+    let executable = |suite: &str| {
+        let mut found = messages.iter().filter(|message| message["target"]["name"] == *suite);
         let path = found.find_map(|message| message["executable"].as_str());
         path.map(PathBuf::from).with_context(|| format!("cargo built no suite {suite}"))
     };
-    SUITES.iter().map(built).collect()
+    suites.map(executable).collect()
 }
 
 /// Boots `image`, lets everything run inside, and hands out what the guest reported.

@@ -33,4 +33,5 @@ pub mod torture;
 pub mod transcript;
 pub mod udp;
 pub mod vm;
+pub mod vsock;
 pub mod words;

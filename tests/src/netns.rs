@@ -98,6 +98,8 @@ impl Place for Namespace {
             Family::Tcp4 => b"4",
             Family::Tcp6 => b"6",
             Family::Unix => b"u",
+            // Its ports belong to no network namespace.
+            Family::Vsock => return family.socket(),
         })
     }
 }

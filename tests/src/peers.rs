@@ -1,4 +1,4 @@
-//! The two ends of a forwarded connection: sockets, over TCP and unix streams, whose every wait has a deadline.
+//! The two ends of a forwarded connection: sockets, over TCP, unix streams and vsock, whose every wait has a deadline.
 //!
 //! All sockets are non-blocking and wait with poll(2): that is what gives them deadlines, and what the kernel relay asks of
 //! sockets it may hook. The network namespace of a socket is the one it was *made* in, so a service that stands "inside the
@@ -14,16 +14,20 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
+use nix::libc::{VMADDR_CID_LOCAL, VMADDR_PORT_ANY};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     self, AddressFamily, Backlog, MsgFlags, Shutdown, SockFlag, SockType, SockaddrIn, SockaddrIn6,
-    SockaddrStorage, UnixAddr, sockopt,
+    SockaddrStorage, UnixAddr, VsockAddr, sockopt,
 };
 
 use crate::pattern::Pattern;
 
 /// How long any one wait may take before the test fails.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Between two attempts, where no event tells when the next one is worth it.
+const STEP: Duration = Duration::from_millis(50);
 
 /// What a socket is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,13 +38,15 @@ pub enum Family {
     Tcp6,
     /// A unix stream.
     Unix,
+    /// A stream of vsock(7).
+    Vsock,
 }
 
 impl Family {
     /// An abort of this kind of connection looks different from its end.
     #[must_use]
     pub const fn is_tcp(self) -> bool {
-        !matches!(self, Self::Unix)
+        matches!(self, Self::Tcp4 | Self::Tcp6)
     }
 
     /// The loopback address with a port of the kernel's choice.
@@ -50,6 +56,7 @@ impl Family {
             Self::Tcp4 => Some(Address::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0))),
             Self::Tcp6 => Some(Address::Tcp(SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0))),
             Self::Unix => None,
+            Self::Vsock => Some(Address::Vsock(VMADDR_CID_LOCAL, VMADDR_PORT_ANY)),
         }
     }
 
@@ -59,6 +66,7 @@ impl Family {
             Self::Tcp4 => AddressFamily::Inet,
             Self::Tcp6 => AddressFamily::Inet6,
             Self::Unix => AddressFamily::Unix,
+            Self::Vsock => AddressFamily::Vsock,
         };
         Ok(socket::socket(domain, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?)
     }
@@ -73,6 +81,8 @@ pub enum Address {
     Unix(PathBuf),
     /// A name without a file, of one network namespace.
     Abstract(String),
+    /// A context identifier and a port.
+    Vsock(u32, u32),
 }
 
 impl fmt::Display for Address {
@@ -81,6 +91,7 @@ impl fmt::Display for Address {
             Self::Tcp(address) => address.fmt(f),
             Self::Unix(path) => path.display().fmt(f),
             Self::Abstract(name) => write!(f, "@{name}"),
+            Self::Vsock(cid, port) => write!(f, "vsock:{cid}:{port}"),
         }
     }
 }
@@ -93,6 +104,7 @@ impl Address {
             Self::Tcp(SocketAddr::V4(_)) => Family::Tcp4,
             Self::Tcp(SocketAddr::V6(_)) => Family::Tcp6,
             Self::Unix(_) | Self::Abstract(_) => Family::Unix,
+            Self::Vsock(..) => Family::Vsock,
         }
     }
 
@@ -114,6 +126,9 @@ impl Address {
         }
         if let Some(v6) = name.as_sockaddr_in6() {
             return Some(Self::Tcp(SocketAddr::V6((*v6).into())));
+        }
+        if let Some(vsock) = name.as_vsock_addr() {
+            return Some(Self::Vsock(vsock.cid(), vsock.port()));
         }
         let unix = name.as_unix_addr()?;
         if let Some(path) = unix.path() {
@@ -138,6 +153,7 @@ impl Address {
             Self::Tcp(SocketAddr::V6(address)) => socket::bind(raw, &SockaddrIn6::from(*address)),
             Self::Unix(path) => socket::bind(raw, &UnixAddr::new(path.as_path())?),
             Self::Abstract(name) => socket::bind(raw, &UnixAddr::new_abstract(name.as_bytes())?),
+            Self::Vsock(cid, port) => socket::bind(raw, &VsockAddr::new(*cid, *port)),
         }?)
     }
 
@@ -148,6 +164,7 @@ impl Address {
             Self::Tcp(SocketAddr::V6(address)) => socket::connect(raw, &SockaddrIn6::from(*address)),
             Self::Unix(path) => socket::connect(raw, &UnixAddr::new(path.as_path())?),
             Self::Abstract(name) => socket::connect(raw, &UnixAddr::new_abstract(name.as_bytes())?),
+            Self::Vsock(cid, port) => socket::connect(raw, &VsockAddr::new(*cid, *port)),
         }
     }
 }
@@ -379,6 +396,8 @@ impl Conn {
             match socket::recv(self.fd.as_raw_fd(), buffer, MsgFlags::empty()) {
                 Ok(count) => return Ok(count),
                 Err(Errno::EINTR) => {}
+                // The kernel says so of one whose other end is closed, where both had finished sending.
+                Err(Errno::ENOTCONN) if self.family == Family::Vsock => return Ok(0),
                 Err(Errno::EAGAIN) => {
                     if self.wait(PollFlags::POLLIN, remaining(deadline))?.is_empty() {
                         return Err(io::Error::new(io::ErrorKind::TimedOut, "no byte came in time"));
@@ -413,6 +432,10 @@ impl Conn {
             match socket::send(self.fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
                 Ok(count) => return Ok(Some(count)),
                 Err(Errno::EINTR) => {}
+                // Whose other end is closed does not become writable for that, if something is left to be read here.
+                Err(Errno::EAGAIN) if self.family == Family::Vsock && Instant::now() < deadline => {
+                    let _events = self.wait(PollFlags::POLLOUT, remaining(deadline).min(STEP))?;
+                }
                 Err(Errno::EAGAIN) => {
                     if self.wait(PollFlags::POLLOUT, remaining(deadline))?.is_empty() {
                         return Ok(None);
@@ -446,7 +469,7 @@ impl Conn {
         Ok(socket::shutdown(self.fd.as_raw_fd(), Shutdown::Write)?)
     }
 
-    /// Ends the connection with a RST (over unix: by closing it).
+    /// Ends the connection with a RST (over unix and vsock: by closing it).
     pub fn abort(self) -> Result<()> {
         if self.family.is_tcp() {
             let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
@@ -553,7 +576,7 @@ impl Conn {
     /// Expects the connection to be aborted, after any bytes that were still under way.
     pub fn expect_abort(&self) -> Result<()> {
         let end = self.read_to_end()?.1;
-        // Over unix streams an abort cannot be told from an end (unless bytes were left unread).
+        // Over unix streams, and vsock, an abort cannot be told from an end (unless bytes were left unread).
         ensure!(end == End::Aborted || !self.family.is_tcp(), "the connection ended with a clean EOF");
         Ok(())
     }

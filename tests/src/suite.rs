@@ -98,6 +98,12 @@ impl Legs {
     pub const TCP_TO_UNIX: Self = Self { front: Family::Tcp4, back: Family::Unix };
     /// A unix client, a service on TCP.
     pub const UNIX_TO_TCP: Self = Self { front: Family::Unix, back: Family::Tcp4 };
+    /// Over vsock, to a service on TCP.
+    pub const VSOCK_TO_TCP: Self = Self { front: Family::Vsock, back: Family::Tcp4 };
+    /// Over vsock, to a service on a unix socket.
+    pub const VSOCK_TO_UNIX: Self = Self { front: Family::Vsock, back: Family::Unix };
+    /// Without a forwarder between them: no service is connected to over vsock.
+    pub const VSOCK: Self = Self { front: Family::Vsock, back: Family::Vsock };
 
     /// TCP all the way: the only kind on which an abort can be told from an end.
     #[must_use]
@@ -283,8 +289,9 @@ impl Rig {
         let closings = log.closings(clients, std::time::Duration::ZERO)?;
         ensure!(closings.len() == clients, "{} closing lines for {clients} clients", closings.len());
         for closing in &closings {
-            // A unix client that came before the forwarder may have sent descriptors, so what it sent first was looked at.
-            let first = self.legs.front == Family::Unix && closing.relay == "copy";
+            // A unix client that came before the forwarder may have sent descriptors, so what it sent first was looked at. What comes
+            // over vsock is copied.
+            let first = matches!(self.legs.front, Family::Unix | Family::Vsock) && closing.relay == "copy";
             let fits = first || self.lane.words().contains(&closing.relay.as_str());
             ensure!(fits, "relayed by {:?}: {closing:?}", closing.relay);
         }
@@ -346,8 +353,22 @@ macro_rules! relay_suite {
             $crate::relay_suite!(@common $lane $other_legs);
         })*
     };
-    (@common $lane:ident $legs:ident) => {
-        $crate::relay_suite!(@tests $lane $legs
+    (@common $lane:ident $legs:ident) => { $crate::relay_behaviours!(relay_suite @tests $lane $legs); };
+    (@tests $lane:ident $legs:ident $($behaviour:ident,)+) => {
+        $(#[test]
+        fn $behaviour() -> anyhow::Result<()> {
+            use $crate::suite::{Lane, Legs, run};
+            run(Lane::$lane, Legs::$legs, $crate::behaviours::$behaviour)
+        })+
+    };
+    (@list $($behaviour:ident,)+) => { [$((stringify!($behaviour), $crate::behaviours::$behaviour as fn(&$crate::suite::Rig) -> anyhow::Result<()>)),+] };
+}
+
+/// What every kind of connection is to do, handed to a macro.
+#[macro_export]
+macro_rules! relay_behaviours {
+    ($then:ident $($before:tt)*) => {
+        $crate::$then!($($before)*
             both_ends_at_once,
             answer_after_the_clients_half_close,
             service_closes_first,
@@ -380,12 +401,5 @@ macro_rules! relay_suite {
             descriptors_return_to_the_start,
             closing_line_counts_every_byte,
         );
-    };
-    (@tests $lane:ident $legs:ident $($behaviour:ident,)+) => {
-        $(#[test]
-        fn $behaviour() -> anyhow::Result<()> {
-            use $crate::suite::{Lane, Legs, run};
-            run(Lane::$lane, Legs::$legs, $crate::behaviours::$behaviour)
-        })+
     };
 }

@@ -333,3 +333,11 @@ pub fn ask_as_i386(call: i64, words: [i64; 2]) -> i64 {
     }
     i64::from(result as i32)
 }
+
+/// finit_module(2): loads a module of the running kernel's.
+pub fn load_module(file: BorrowedFd<'_>) -> io::Result<()> {
+    let none = c"";
+    // SAFETY: the parameters are an empty string, which outlives the call.
+    let done = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), none.as_ptr(), 0) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,5 +1,6 @@
 //! One activation with a socket of every kind that is relayed, and a service behind it that answers whatever comes with the same: TCP and
-//! UDP over both families, unix sockets of streams, datagrams and messages, and from one family of streams to the other.
+//! UDP over both families, unix sockets of streams, datagrams and messages, and from one family of streams to the other. And with the same service having
+//! all of them itself that can be adopted. (As it takes them from systemd: `host_activate`; over vsock: `vm`.)
 //!
 //! Needs: a network namespace, python3; MPTCP in the kernel for one test. Takes: seconds.
 
@@ -9,6 +10,8 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 
 use anyhow::{Context as _, Result, ensure};
+use bro_tests::adopt::{self, Adoption};
+use bro_tests::adopt_reports::{is_adopted, is_relayed, says};
 use bro_tests::forwarder::Setup;
 use bro_tests::netns::Namespace;
 use bro_tests::peers::PATIENCE;
@@ -16,6 +19,8 @@ use bro_tests::process::Session;
 use bro_tests::require_namespaces;
 use bro_tests::scratch::Scratch;
 use bro_tests::tier::{Need, find_program, met, skip};
+use bro_user::commands::status::{AdoptionReport, ListenerReport};
+use bro_user::fallback::FallbackKind;
 use nix::libc;
 use nix::sys::socket::{
     self, AddressFamily, Backlog, MsgFlags, SockFlag, SockType, SockaddrStorage, UnixAddr, setsockopt,
@@ -33,18 +38,24 @@ struct Service {
 /// The port of the service, as in the article that this goes back to.
 const PORT: u16 = 3000;
 
+/// The service's command line, with its unix sockets in this folder.
+fn words(folder: &Scratch) -> Result<Vec<String>> {
+    let program = find_program("python3").context("it is there")?.display().to_string();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/services/echo.py").to_owned();
+    let mut words = vec![program, script];
+    for host in ["127.0.0.1", "::1"] {
+        words.extend(["tcp", "udp"].map(|kind| format!("{kind}:{host}:{PORT}")));
+    }
+    for kind in ["stream", "datagrams", "messages"] {
+        words.push(format!("{kind}:{}", folder.join(kind).display()));
+    }
+    Ok(words)
+}
+
 impl Service {
     fn start() -> Result<Self> {
         let (namespace, folder) = (Namespace::new()?, Scratch::new()?);
-        let program = find_program("python3").context("it is there")?.display().to_string();
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/services/echo.py").to_owned();
-        let mut words = vec![program, script];
-        for host in ["127.0.0.1", "::1"] {
-            words.extend(["tcp", "udp"].map(|kind| format!("{kind}:{host}:{PORT}")));
-        }
-        for kind in ["stream", "datagrams", "messages"] {
-            words.push(format!("{kind}:{}", folder.join(kind).display()));
-        }
+        let words = words(&folder)?;
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let mut command = bro_tests::street::command(&namespace, &words);
         let mut process = Session(command.stdout(std::process::Stdio::piped()).spawn()?);
@@ -103,6 +114,44 @@ fn messages_socket() -> Result<OwnedFd> {
     Ok(socket)
 }
 
+fn expect_streams(addresses: &[SocketAddr], paths: &[String]) -> Result<()> {
+    for address in addresses {
+        expect_tcp(TcpStream::connect(address)?).with_context(|| format!("TCP at {address}"))?;
+    }
+    for path in paths {
+        expect_unix(UnixStream::connect(path)?).with_context(|| path.clone())?;
+    }
+    Ok(())
+}
+
+/// At these addresses, and at the unix sockets in this folder.
+fn expect_datagrams_and_messages(here: &Scratch, udp: &[SocketAddr]) -> Result<()> {
+    for address in udp {
+        let client = bro_tests::udp::client(*address, None)?;
+        for length in [0, 5, 60_000] {
+            bro_tests::udp::expect_echo(&client, &vec![7; length])
+                .with_context(|| format!("UDP at {address}"))?;
+        }
+    }
+    let client = UnixDatagram::bind(here.join("client"))?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    client.connect(here.join("datagrams"))?;
+    let mut buffer = vec![0; 1 << 18];
+    for length in [0, 5, 60_000] {
+        let _sent = client.send(&vec![7; length])?;
+        ensure!(client.recv(&mut buffer).context("a unix datagram")? == length);
+    }
+    let client = messages_socket()?;
+    socket::connect(client.as_raw_fd(), &UnixAddr::new(&here.join("messages"))?)?;
+    for length in [1, 5, 60_000] {
+        let _sent = socket::send(client.as_raw_fd(), &vec![7; length], MsgFlags::MSG_NOSIGNAL)?;
+        ensure!(
+            socket::recv(client.as_raw_fd(), &mut buffer, MsgFlags::empty()).context("a message")? == length
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn every_kind_of_socket_of_one_activation() -> Result<()> {
     require_namespaces!();
@@ -149,39 +198,63 @@ fn every_kind_of_socket_of_one_activation() -> Result<()> {
     let forwarder =
         setup.args(targets.iter().map(|(name, target)| format!("--target={name}={target}"))).start()?;
 
-    for address in [addresses[0], addresses[1], addresses[4]] {
-        expect_tcp(TcpStream::connect(address)?).with_context(|| format!("TCP at {address}"))?;
-    }
-    for name in ["stream", "to-tcp"] {
-        expect_unix(UnixStream::connect(path(name))?).with_context(|| name.to_owned())?;
-    }
-    for address in [addresses[2], addresses[3]] {
-        let client = bro_tests::udp::client(address, None)?;
-        for length in [0, 5, 60_000] {
-            bro_tests::udp::expect_echo(&client, &vec![7; length])
-                .with_context(|| format!("UDP at {address}"))?;
-        }
-    }
-    let client = UnixDatagram::bind(path("client"))?;
-    client.set_read_timeout(Some(PATIENCE))?;
-    client.connect(path("datagrams"))?;
-    let mut buffer = vec![0; 1 << 18];
-    for length in [0, 5, 60_000] {
-        let _sent = client.send(&vec![7; length])?;
-        ensure!(client.recv(&mut buffer).context("a unix datagram")? == length);
-    }
-    let client = messages_socket()?;
-    socket::connect(client.as_raw_fd(), &UnixAddr::new(path("messages").as_str())?)?;
-    for length in [1, 5, 60_000] {
-        let _sent = socket::send(client.as_raw_fd(), &vec![7; length], MsgFlags::MSG_NOSIGNAL)?;
-        ensure!(
-            socket::recv(client.as_raw_fd(), &mut buffer, MsgFlags::empty()).context("a message")? == length
-        );
-    }
+    expect_streams(&[addresses[0], addresses[1], addresses[4]], &[path("stream"), path("to-tcp")])?;
+    expect_datagrams_and_messages(&here, &addresses[2..4])?;
     let report = forwarder.report()?;
     ensure!((report.total.accepted, report.total.datagrams.flows) == (6, 3), "{report:?}");
     ensure!(report.total.datagrams.dropped.total() == 0, "{report:?}");
     forwarder.expect_no_panic()
+}
+
+/// The same service has all of them itself that `--adopt=all` gives it, from its listen(2) or bind(2) on; what no service gets is relayed beside them.
+#[test]
+fn every_kind_of_socket_adopted_as_far_as_it_can_be() -> Result<()> {
+    require_namespaces!();
+    let test = "every_kind_of_socket_adopted_as_far_as_it_can_be";
+    if !met(test, &[Need::Program("python3", "python3")]) {
+        return Ok(());
+    }
+    let (here, inside, namespace) = (Scratch::new()?, Scratch::new()?, Namespace::new()?);
+    let path = |kind: &str| here.join(kind).display().to_string();
+    let (tcp4, tcp6) = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("[::1]:0")?);
+    let ((udp4, udp4_passed), (udp6, udp6_passed)) =
+        (adopt::datagrams("127.0.0.1:0")?, adopt::datagrams("[::1]:0")?);
+    let streams = [tcp4.local_addr()?, tcp6.local_addr()?];
+    let datagrams = [udp4.local_addr()?, udp6.local_addr()?];
+    let (v4, v6) = (format!("127.0.0.1:{PORT}"), format!("[::1]:{PORT}"));
+    let within = |kind: &str| inside.join(kind).display().to_string();
+    let adoption = Adoption::new(vec![
+        (tcp4.into(), v4.clone()),
+        (tcp6.into(), v6.clone()),
+        (udp4_passed, v4),
+        (udp6_passed, v6),
+        (UnixListener::bind(path("stream"))?.into(), within("stream")),
+        // Those that no service gets.
+        (UnixDatagram::bind(path("datagrams"))?.into(), within("datagrams")),
+        (messages_listener(&path("messages"))?, within("messages")),
+    ])?;
+    let forwarder = adoption.forwarder_that("--adopt=all", &namespace)?.start()?;
+    says(&forwarder, "listening")?;
+    let early = TcpStream::connect(streams[0])?;
+    says(&forwarder, "for its first client")?;
+    let words = words(&inside)?;
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let service = adoption.container_in(&namespace, &words)?;
+    service.says("ready")?;
+    expect_tcp(early).context("the client that has woken it")?;
+    expect_streams(&streams, &[path("stream")])?;
+    expect_datagrams_and_messages(&here, &datagrams)?;
+    let report = forwarder.report()?;
+    let (adopted, relayed) = report.listeners.split_at(5);
+    let is = |listener: &ListenerReport, so: &dyn Fn(&AdoptionReport) -> bool| {
+        listener.adoption.as_ref().is_some_and(so)
+    };
+    ensure!(adopted.iter().all(|listener| is(listener, &is_adopted)), "{adopted:?}");
+    ensure!(relayed.iter().all(|listener| is(listener, &is_relayed(FallbackKind::Kind))), "{relayed:?}");
+    // Of the streams it had none, and of the datagrams those of the unix socket.
+    ensure!((report.total.accepted, report.total.datagrams.flows) == (1, 1), "{report:?}");
+    service.end()?;
+    forwarder.stop().map(drop)
 }
 
 /// `SocketProtocol=mptcp`: a listener whose clients may speak either, and whose connections no sockmap takes.

@@ -26,7 +26,7 @@ use crate::notification::{Answer, Call, Meant, Raw};
 use crate::options::{self, Before};
 use crate::original::{self, Original};
 use crate::receiver::{self, Notifier, Receiver, Role};
-use crate::socket::{Place, Seen, look};
+use crate::socket::{Place, Seen, cookie, look};
 use crate::store::{Kind, MOST_NOTIFIERS, RECORD};
 use crate::surroundings::{Event, Step, Stored, Surroundings};
 use crate::sys;
@@ -148,8 +148,8 @@ impl FlagLooks {
 /// Why there is no agent.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
-    /// A listener that no service can adopt.
-    #[error("listener {0} is neither a stream socket nor one for UDP")]
+    /// A listener that is none.
+    #[error("listener {0} is no socket")]
     Listener(usize),
     /// The record, the seccomp socket.
     #[error("{0}")]
@@ -169,7 +169,8 @@ impl<S: Surroundings> Agent<S> {
     ) -> Result<Self, Unusable> {
         let mut adoptable = Vec::new();
         for (index, HostListener { socket, target }) in listeners.into_iter().enumerate() {
-            let seen = look(socket.as_fd()).ok_or(Unusable::Listener(index))?;
+            let other = || Some(Seen { cookie: cookie(socket.as_fd()).ok()?, family: Family::Other });
+            let seen = look(socket.as_fd()).or_else(other).ok_or(Unusable::Listener(index))?;
             let (state, queue) = (ListenerState::Free, Queue::default());
             adoptable.push(Adoptable { socket, target, seen, state, queue });
         }

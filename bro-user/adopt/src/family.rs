@@ -23,6 +23,8 @@ pub enum Family {
     UdpV6Only,
     /// UDP over AF_INET6, IPv4 too.
     UdpDual,
+    /// Of a listener: one that fits no service's, and is forwarded.
+    Other,
 }
 
 impl Family {
@@ -63,6 +65,7 @@ impl Family {
             Self::UdpV4 => &[Self::UdpV4],
             Self::UdpV6Only => &[Self::UdpV6Only, Self::UdpDual],
             Self::UdpDual => &[Self::UdpDual],
+            Self::Other => &[],
         }
     }
 
@@ -75,11 +78,11 @@ impl Family {
 
 #[cfg(test)]
 mod tests {
-    use super::Family::{self, Dual, UdpDual, UdpV4, UdpV6Only, Unix, UnixPackets, V4, V6Only};
+    use super::Family::{self, Dual, Other, UdpDual, UdpV4, UdpV6Only, Unix, UnixPackets, V4, V6Only};
 
     #[test]
     fn the_best_fit_and_no_misfit() {
-        let cases: [(Family, &[Family], Option<usize>); 20] = [
+        let cases: [(Family, &[Family], Option<usize>); 21] = [
             (V4, &[Dual, V6Only, V4], Some(2)),
             (V4, &[Dual, V6Only], None),
             (V6Only, &[V4, Dual, V6Only], Some(2)),
@@ -100,6 +103,7 @@ mod tests {
             (UdpV6Only, &[UdpV4, UdpDual], Some(1)),
             (UdpDual, &[UdpV6Only, UdpV4, Dual], None),
             (Dual, &[UdpDual], None),
+            (Unix, &[Other, Unix], Some(1)),
         ];
         for (service, listeners, expected) in cases {
             assert_eq!(service.choose(listeners), expected, "{service:?} of {listeners:?}");

@@ -312,7 +312,7 @@ impl Connection {
         now: Instant,
     ) -> Self {
         let guard = match peer {
-            Peer::Tcp(_) => DescriptorGuard::Needless,
+            Peer::Tcp(_) | Peer::Vsock { .. } => DescriptorGuard::Needless,
             Peer::Unix { .. } => DescriptorGuard::of(client.as_fd()),
         };
         Self {
@@ -425,7 +425,7 @@ impl Connection {
             _ if self.by_lanes() > 0 => "sockmap",
             Method::Splice if ours > 0 && ours == copied => "copy",
             Method::Splice => "splice",
-            Method::Copy | Method::Messages => "copy",
+            Method::Copy | Method::Vsock | Method::Messages => "copy",
         }
     }
 
@@ -505,7 +505,10 @@ impl Connection {
         if up_ready {
             up.pump(self.client.as_fd(), service.as_fd(), tools)?;
         }
-        if down_ready {
+        // A socket of vsock whose other end is closed does not become writable for that, if anything was left to be read when it came
+        // to know (`vsock_poll`): what waits for it is tried once its end has been read.
+        let may_be_closed = up.is_from_vsock() && !up.half().is_open() && down.half().wants_write();
+        if down_ready || may_be_closed {
             down.pump(service.as_fd(), self.client.as_fd(), tools)?;
         }
         let finished = up.half() == Half::Finished && down.half() == Half::Finished;

@@ -3,13 +3,17 @@
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::path::PathBuf;
 
-use nix::sys::socket::{self, SockaddrStorage};
+use nix::sys::socket::{self, AddressFamily, SockaddrLike as _, SockaddrStorage};
+
+use crate::sockaddr;
 
 /// How clients come to a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SocketKind {
     /// They connect, and are accepted.
     Stream,
+    /// The same, over vsock(7): from virtual machines, or from their host.
+    Vsock,
     /// The same, and what they send is messages (unix(7) SOCK_SEQPACKET).
     SeqPacket,
     /// They send datagrams over UDP.
@@ -37,14 +41,14 @@ pub struct Listener {
 
 impl SocketKind {
     fn of(socket: &OwnedFd) -> nix::Result<Self> {
-        match socket::getsockopt(socket, socket::sockopt::SockType)? {
-            socket::SockType::Datagram => {
-                let name: SockaddrStorage = socket::getsockname(socket.as_raw_fd())?;
-                Ok(if name.as_unix_addr().is_some() { Self::UnixDatagram } else { Self::Datagram })
-            }
-            socket::SockType::SeqPacket => Ok(Self::SeqPacket),
-            _ => Ok(Self::Stream),
-        }
+        let name: SockaddrStorage = socket::getsockname(socket.as_raw_fd())?;
+        Ok(match (socket::getsockopt(socket, socket::sockopt::SockType)?, name.family()) {
+            (socket::SockType::Datagram, Some(AddressFamily::Unix)) => Self::UnixDatagram,
+            (socket::SockType::Datagram, _) => Self::Datagram,
+            (socket::SockType::SeqPacket, _) => Self::SeqPacket,
+            (_, Some(AddressFamily::Vsock)) => Self::Vsock,
+            _ => Self::Stream,
+        })
     }
 
     /// There is nothing to accept.
@@ -152,6 +156,9 @@ pub fn describe(address: &SockaddrStorage) -> String {
     }
     if let Some(v6) = address.as_sockaddr_in6() {
         return std::net::SocketAddrV6::from(*v6).to_string();
+    }
+    if let Some(vsock) = address.as_vsock_addr() {
+        return sockaddr::describe_vsock(vsock.cid(), vsock.port());
     }
     match address.as_unix_addr() {
         Some(unix) if unix.path().is_some() => {

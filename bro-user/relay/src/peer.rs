@@ -6,6 +6,8 @@ use std::os::fd::BorrowedFd;
 
 use nix::sys::socket::{SockaddrStorage, sockopt};
 
+use crate::sockaddr::describe_vsock;
+
 /// The other end of an accepted connection.
 #[derive(Debug, Clone)]
 pub enum Peer {
@@ -18,6 +20,13 @@ pub enum Peer {
         /// The process, as this pid namespace sees it.
         pid: i32,
     },
+    /// Over vsock(7).
+    Vsock {
+        /// The context identifier of its machine: a virtual one, 2 for the host of one, 1 for this very machine.
+        cid: u32,
+        /// Its port there.
+        port: u32,
+    },
 }
 
 /// What `--connections-per-source` counts by.
@@ -27,6 +36,8 @@ pub enum Source {
     Address(IpAddr),
     /// A user of this host.
     User(u32),
+    /// A machine, by its context identifier (vsock(7)).
+    Machine(u32),
 }
 
 impl fmt::Display for Source {
@@ -35,6 +46,7 @@ impl fmt::Display for Source {
             Self::Address(address @ IpAddr::V4(_)) => address.fmt(f),
             Self::Address(address @ IpAddr::V6(_)) => write!(f, "{address}/64"),
             Self::User(uid) => write!(f, "user {uid}"),
+            Self::Machine(cid) => write!(f, "vsock:{cid}"),
         }
     }
 }
@@ -45,6 +57,9 @@ impl Peer {
     pub fn of(socket: BorrowedFd<'_>, address: Option<SockaddrStorage>) -> Self {
         if let Some(address) = address.as_ref().and_then(crate::sockaddr::tcp) {
             return Self::Tcp(address);
+        }
+        if let Some(vsock) = address.as_ref().and_then(SockaddrStorage::as_vsock_addr) {
+            return Self::Vsock { cid: vsock.cid(), port: vsock.port() };
         }
         match nix::sys::socket::getsockopt(&socket, sockopt::PeerCredentials) {
             Ok(credentials) => Self::Unix { uid: credentials.uid(), pid: credentials.pid() },
@@ -57,7 +72,7 @@ impl Peer {
     pub const fn ip(&self) -> Option<IpAddr> {
         match self {
             Self::Tcp(address) => Some(address.ip()),
-            Self::Unix { .. } => None,
+            Self::Unix { .. } | Self::Vsock { .. } => None,
         }
     }
 
@@ -67,6 +82,7 @@ impl Peer {
         match self {
             Self::Tcp(address) => Source::Address(host(address.ip())),
             Self::Unix { uid, .. } => Source::User(*uid),
+            Self::Vsock { cid, .. } => Source::Machine(*cid),
         }
     }
 }
@@ -84,6 +100,7 @@ impl fmt::Display for Peer {
         match self {
             Self::Tcp(address) => address.fmt(f),
             Self::Unix { uid, pid } => write!(f, "unix:uid={uid},pid={pid}"),
+            Self::Vsock { cid, port } => f.write_str(&describe_vsock(*cid, *port)),
         }
     }
 }

@@ -65,6 +65,8 @@ pub enum Trusted {
     Net(IpNet),
     /// Peers that connect over a unix socket.
     Unix,
+    /// Peers that connect over vsock(7), from one machine alone where it is named.
+    Vsock(Option<u32>),
 }
 
 impl Trusted {
@@ -73,7 +75,8 @@ impl Trusted {
     pub fn is(&self, peer: &Peer) -> bool {
         match (self, peer) {
             (Self::Net(net), Peer::Tcp(address)) => net.contains(&address.ip()),
-            (Self::Unix, Peer::Unix { .. }) => true,
+            (Self::Unix, Peer::Unix { .. }) | (Self::Vsock(None), Peer::Vsock { .. }) => true,
+            (Self::Vsock(Some(machine)), Peer::Vsock { cid, .. }) => machine == cid,
             _ => false,
         }
     }
@@ -86,9 +89,19 @@ impl FromStr for Trusted {
         if text == "unix" {
             return Ok(Self::Unix);
         }
+        if let Some(machine) = text.strip_prefix("vsock") {
+            let cid = machine.strip_prefix(':').filter(|cid| cid.bytes().all(|byte| byte.is_ascii_digit()));
+            return match (machine, cid.and_then(|cid| cid.parse().ok())) {
+                ("", _) => Ok(Self::Vsock(None)),
+                (_, Some(cid)) => Ok(Self::Vsock(Some(cid))),
+                (_, None) => {
+                    Err(format!("“{text}” is no machine: write vsock:CID, or vsock for each of them"))
+                }
+            };
+        }
         let net = text.parse::<IpNet>().ok().or_else(|| Some(text.parse::<IpAddr>().ok()?.into()));
         let net = net.ok_or_else(|| {
-            format!("“{text}” is neither an address, a network such as 10.0.0.0/8 or fd00::/8, nor unix")
+            format!("“{text}” is neither an address, a network such as 10.0.0.0/8 or fd00::/8, nor unix, vsock or vsock:CID")
         })?;
         // Clients over IPv4 are known by their IPv4 address, however they come.
         let mapped =
@@ -105,6 +118,8 @@ impl fmt::Display for Trusted {
         match self {
             Self::Net(net) => net.fmt(f),
             Self::Unix => f.write_str("unix"),
+            Self::Vsock(None) => f.write_str("vsock"),
+            Self::Vsock(Some(cid)) => write!(f, "vsock:{cid}"),
         }
     }
 }
@@ -334,10 +349,29 @@ mod tests {
                 && !trusted("unix").is(&tcp("1.2.3.4:1"))
                 && !trusted("0.0.0.0/0").is(&unix)
         );
-        for wrong in ["", "10.0.0.0/33", "localhost", "10.0.0", "::ffff:10.0.0.0/104"] {
+        let machine = |cid| Peer::Vsock { cid, port: 1024 };
+        assert!(
+            trusted("vsock").is(&machine(3))
+                && !trusted("vsock").is(&unix)
+                && !trusted("unix").is(&machine(3))
+        );
+        assert!(trusted("vsock:3").is(&machine(3)) && !trusted("vsock:3").is(&machine(4)));
+        assert!(!trusted("0.0.0.0/0").is(&machine(3)) && !trusted("::/0").is(&machine(3)));
+        for wrong in [
+            "",
+            "vsock:",
+            "vsock:x",
+            "vsock:3:5",
+            "vsocks",
+            "vsock:+3",
+            "10.0.0.0/33",
+            "localhost",
+            "10.0.0",
+            "::ffff:10.0.0.0/104",
+        ] {
             assert!(wrong.parse::<Trusted>().is_err(), "{wrong}");
         }
-        for text in ["10.0.0.0/8", "fd00::/8", "unix"] {
+        for text in ["10.0.0.0/8", "fd00::/8", "unix", "vsock", "vsock:3"] {
             assert_eq!(trusted(text).to_string(), text);
         }
     }

@@ -24,6 +24,9 @@ pub enum Method {
     Splice,
     /// Through a buffer.
     Copy,
+    /// The same, from a socket of vsock(7), whose end the kernel tells otherwise. splice(2) would read from it into new pages, as many as the
+    /// pipe has room for, however little there is (`copy_splice_read`).
+    Vsock,
     /// Through a buffer, each message as a whole (unix sockets of SOCK_SEQPACKET). One counts as a byte more than it has, so that an
     /// empty one is something to pass on as well.
     Messages,
@@ -174,6 +177,12 @@ impl Direction {
     #[must_use]
     pub const fn dealt_with(&self) -> Option<u64> {
         if self.preceding == 0 { Some(self.kept + self.total) } else { None }
+    }
+
+    /// Is its source a socket of vsock(7)?
+    #[must_use]
+    pub const fn is_from_vsock(&self) -> bool {
+        matches!(self.method, Method::Vsock)
     }
 
     /// Descriptors may come from its source, a unix socket.
@@ -342,9 +351,17 @@ impl Direction {
         Broken { side: self.source, errno }
     }
 
+    /// One read, where no descriptors can come along.
+    fn read_bytes(&self, source: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<usize> {
+        match self.method {
+            Method::Vsock => copy::read_vsock(source, buffer),
+            Method::Splice | Method::Copy | Method::Messages => copy::read(source, buffer),
+        }
+    }
+
     /// One read of bytes that have no sink any more.
     fn throw_away(&mut self, source: BorrowedFd<'_>, tools: &mut Tools) -> Result<Option<usize>, Broken> {
-        match copy::read(source, &mut tools.scratch) {
+        match self.read_bytes(source, &mut tools.scratch) {
             Ok(0) => self.half.ended(),
             Ok(count) => return Ok(Some(count)),
             Err(Errno::EAGAIN) => {}
@@ -377,7 +394,7 @@ impl Direction {
             return self.fill_message(source, sink, tools);
         }
         let read = match self.guard {
-            DescriptorGuard::Needless => copy::read(source, &mut tools.scratch),
+            DescriptorGuard::Needless => self.read_bytes(source, &mut tools.scratch),
             DescriptorGuard::Backlog | DescriptorGuard::Always => {
                 copy::read_guarded(source, &mut tools.scratch, MsgFlags::empty())
             }
@@ -550,6 +567,18 @@ mod tests {
         source.write_all(b" and after").unwrap();
         direction.pump(near.as_fd(), far.as_fd(), &mut tools).unwrap();
         sink.read_exact(&mut [0; 16]).unwrap();
+    }
+
+    /// As a socket of vsock says it whose other end is closed, where this end had finished: no abort.
+    #[test]
+    fn not_connected_is_the_end_of_what_comes_over_vsock() {
+        let (_source, _near, far, mut sink, mut spliced, mut tools) = relay(DescriptorGuard::Needless);
+        let socket = crate::sys::socket(nix::libc::AF_INET, nix::libc::SOCK_STREAM, 0).unwrap();
+        let aborted = spliced.pump(socket.as_fd(), far.as_fd(), &mut tools);
+        assert_eq!(aborted, Err(Broken { side: Side::Client, errno: Errno::ENOTCONN }));
+        let mut direction = Direction::new(Side::Client, Method::Vsock);
+        direction.pump(socket.as_fd(), far.as_fd(), &mut tools).unwrap();
+        assert_eq!((direction.half(), sink.read(&mut [0]).unwrap()), (Half::Finished, 0));
     }
 
     /// What was sent before the kernel refused descriptors is looked at, and then nothing is any more.

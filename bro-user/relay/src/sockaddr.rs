@@ -3,9 +3,10 @@
 
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
+use nix::libc::VMADDR_CID_ANY;
 use nix::sys::socket::SockaddrStorage;
 
-/// The TCP address; `None` where it is a unix socket's.
+/// The TCP address; `None` where it is a unix socket's or one of vsock(7).
 #[must_use]
 pub fn tcp(address: &SockaddrStorage) -> Option<SocketAddr> {
     if let Some(v4) = address.as_sockaddr_in() {
@@ -13,6 +14,12 @@ pub fn tcp(address: &SockaddrStorage) -> Option<SocketAddr> {
     }
     let v6 = SocketAddrV6::from(*address.as_sockaddr_in6()?);
     Some(SocketAddr::new(v6.ip().to_canonical(), v6.port()))
+}
+
+/// An address of vsock(7) as systemd writes it: `vsock:CID:PORT`, and `vsock::PORT` for every context identifier.
+#[must_use]
+pub fn describe_vsock(cid: u32, port: u32) -> String {
+    if cid == VMADDR_CID_ANY { format!("vsock::{port}") } else { format!("vsock:{cid}:{port}") }
 }
 
 /// Is the peer of a socket with the address `own` on the same host?

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::libc::VMADDR_CID_LOCAL;
 use nix::sys::socket::{SockaddrIn, SockaddrIn6, bind};
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +29,8 @@ pub enum Origin {
     Address(SocketAddr),
     /// This host: a client on its loopback interface, with that port, or over a unix socket.
     ThisHost(u16),
+    /// Another machine, by its context identifier (vsock(7)): it has no address that the service could read.
+    Machine(u32),
 }
 
 impl Origin {
@@ -36,7 +39,8 @@ impl Origin {
     pub fn of(peer: &Peer) -> Self {
         match peer {
             Peer::Tcp(address) => Self::at(*address),
-            Peer::Unix { .. } => Self::ThisHost(0),
+            Peer::Unix { .. } | Peer::Vsock { cid: VMADDR_CID_LOCAL, .. } => Self::ThisHost(0),
+            Peer::Vsock { cid, .. } => Self::Machine(*cid),
         }
     }
 
@@ -55,6 +59,10 @@ impl Origin {
         let address = match self {
             Self::ThisHost(port) if ipv4 => return SocketAddr::new(THIS_HOST_V4.into(), port),
             Self::ThisHost(port) => return SocketAddr::new(THIS_HOST_V6.into(), port),
+            Self::Machine(cid) if ipv4 => {
+                return SocketAddr::new(v4_of(fold(&cid.to_be_bytes())).into(), 0);
+            }
+            Self::Machine(cid) => return SocketAddr::new(v6_of(fold(&cid.to_be_bytes())).into(), 0),
             Self::Address(address) => address,
         };
         let port = address.port();
@@ -98,7 +106,10 @@ fn translated(ip: Ipv4Addr) -> Ipv6Addr {
 /// In 240.0.0.0/4, which is no host's: one for each IPv6 network (its first 64 bits), as far as 28 bits can tell networks apart,
 /// and the same each time.
 fn stand_in_v4(ip: IpAddr) -> Ipv4Addr {
-    let sum = digest(ip);
+    v4_of(digest(ip))
+}
+
+fn v4_of(sum: u64) -> Ipv4Addr {
     let last = u32::try_from((sum ^ (sum >> 32)) & 0x0fff_ffff).unwrap_or(0);
     // Not the broadcast address.
     Ipv4Addr::from((0xf000_0000 | last).min(u32::MAX - 1))
@@ -106,7 +117,11 @@ fn stand_in_v4(ip: IpAddr) -> Ipv4Addr {
 
 /// In the same network as [`THIS_HOST_V6`].
 fn stand_in_v6(ip: IpAddr) -> Ipv6Addr {
-    let sum = digest(ip).to_be_bytes();
+    v6_of(digest(ip))
+}
+
+fn v6_of(sum: u64) -> Ipv6Addr {
+    let sum = sum.to_be_bytes();
     let pair = |at: usize| u16::from_be_bytes([sum[at], sum[at + 1]]);
     let [first, second, ..] = THIS_HOST_V6.segments();
     Ipv6Addr::new(first, second, 1, 0, pair(0), pair(2), pair(4), pair(6))
@@ -114,17 +129,18 @@ fn stand_in_v6(ip: IpAddr) -> Ipv6Addr {
 
 /// FNV-1a of what names a client: all of an IPv4 address, and of an IPv6 address what its owner does not choose.
 fn digest(ip: IpAddr) -> u64 {
-    let fold = |bytes: &[u8]| {
-        bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| {
-            (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-        })
-    };
     match ip {
         IpAddr::V4(ip) => fold(&ip.octets()),
         // All link-local addresses have the same 64 bits.
         IpAddr::V6(ip) if ip.is_unicast_link_local() => fold(&ip.octets()),
         IpAddr::V6(ip) => fold(&ip.octets()[..8]),
     }
+}
+
+fn fold(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// From which addresses a target's connections are made.
@@ -257,6 +273,20 @@ mod tests {
         assert_ne!(one, other);
         assert_eq!(one, seen("[2001:db8::6]:1", true), "of the same network");
         assert_ne!(seen("[fe80::1]:1", true), seen("[fe80::2]:1", true));
+    }
+
+    #[test]
+    fn each_machine_has_an_address_of_its_own() {
+        let seen = |cid, ipv4| Origin::of(&Peer::Vsock { cid, port: 70_000 }).seen(ipv4, &[]).to_string();
+        assert_eq!((seen(1, true), seen(1, false)), ("169.254.1.2:0".into(), "[fd62:726f::2]:0".into()));
+        for ipv4 in [true, false] {
+            let all = [2, 3, 4, 1000, u32::MAX - 1].map(|cid| seen(cid, ipv4));
+            for (index, one) in all.iter().enumerate() {
+                let start = if ipv4 { ["24", "25"] } else { ["[fd62:726f:1:", "[fd62:726f:1:"] };
+                assert!(start.iter().any(|start| one.starts_with(start)), "{one}");
+                assert!(all[..index].iter().all(|other| other != one), "{one} twice");
+            }
+        }
     }
 
     #[test]

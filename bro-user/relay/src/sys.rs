@@ -196,7 +196,8 @@ pub fn backlog(listener: BorrowedFd<'_>) -> io::Result<u64> {
     let errno = nix::errno::Errno::result(result);
     match errno {
         Ok(_) => Ok(u64::from(info.tcpi_unacked.max(1))),
-        Err(nix::errno::Errno::EOPNOTSUPP) => Ok(1),
+        // As a unix socket says it, and one of vsock(7).
+        Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOPROTOOPT) => Ok(1),
         Err(errno) => Err(errno.into()),
     }
 }

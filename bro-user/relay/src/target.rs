@@ -44,6 +44,12 @@ pub enum InvalidTarget {
     /// `[` without `]`, or something else after the bracket than `:PORT`.
     #[error("“{0}” is not an address; write [IPV6]:PORT")]
     BadBrackets(String),
+    /// An address of vsock(7).
+    #[error(
+        "“{0}”: bro forwards clients of vsock for whom systemd listens (ListenStream=vsock:CID:PORT), and neither listens nor connects there \
+         itself; write HOST:PORT, a /unix/path or an @abstract name"
+    )]
+    Vsock(String),
     /// Characters no host name has.
     #[error("“{0}” is not a host name; write HOST:PORT, a /unix/path or an @abstract name")]
     Host(String),
@@ -110,6 +116,9 @@ impl FromStr for Target {
                 }
             };
             return Ok(Self::Tcp { host: host.to_owned(), port });
+        }
+        if text.strip_prefix("vsock:").is_some_and(|rest| rest.contains(':')) {
+            return Err(InvalidTarget::Vsock(text.to_owned()));
         }
         let (host, port) = match text.rsplit_once(':') {
             Some((host, _)) if host.contains(':') => return Err(InvalidTarget::Brackets(text.to_owned())),
@@ -181,6 +190,8 @@ mod tests {
         assert_eq!(refused("70000"), InvalidTarget::Port("70000".into()));
         assert_eq!(refused("53/udp/udp"), InvalidTarget::Host("53/udp/udp".into()));
         assert_eq!(refused("::1"), InvalidTarget::Brackets("::1".into()));
+        assert_eq!(refused("vsock::80"), InvalidTarget::Vsock("vsock::80".into()));
+        assert_eq!("vsock:80".parse(), tcp("vsock", 80));
         assert_eq!(refused("[::1"), InvalidTarget::BadBrackets("[::1".into()));
         assert_eq!(refused("[host]:80"), InvalidTarget::BadBrackets("[host]:80".into()));
         assert_eq!(refused("a b:80"), InvalidTarget::Host("a b:80".into()));

@@ -104,7 +104,7 @@ impl External {
     pub fn sockets(&self) -> impl Iterator<Item = ExternalSocket> + '_ {
         let single = match self {
             Self::Ports(_) | Self::At(..) => None,
-            Self::Vsock { cid, port } => Some((SocketKind::Stream, SocketPlace::Vsock(*cid, *port))),
+            Self::Vsock { cid, port } => Some((SocketKind::Vsock, SocketPlace::Vsock(*cid, *port))),
             Self::Path(kind, path) => Some((*kind, SocketPlace::Path(path.clone()))),
             Self::Abstract(kind, name) => Some((*kind, SocketPlace::Abstract(name.clone()))),
         };

@@ -151,8 +151,8 @@ pub struct Activate {
     #[arg(long, value_name = "connections|bytes", conflicts_with = "direct")]
     pub idle_by: Option<IdleBy>,
 
-    /// Whose connections keep nothing awake: addresses, networks, or unix (repeatable, as in bro forward)
-    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',', conflicts_with = "direct")]
+    /// Whose connections keep nothing awake: addresses, networks, unix or vsock (repeatable, as in bro forward)
+    #[arg(long, value_name = "CIDR|unix|vsock", value_delimiter = ',', conflicts_with = "direct")]
     pub idle_ignore: Vec<Trusted>,
 
     /// A connection on which less moves than BYTES within TIME keeps nothing awake: 1K/1min (as in bro forward)
@@ -163,8 +163,8 @@ pub struct Activate {
     #[arg(long, value_name = "connect|data[:BYTES]", conflicts_with = "direct")]
     pub wake_on: Option<WakeOn>,
 
-    /// Whose connections do not wake the container: addresses, networks, or unix (repeatable, as in bro forward)
-    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',', conflicts_with = "direct")]
+    /// Whose connections do not wake the container: addresses, networks, unix or vsock (repeatable, as in bro forward)
+    #[arg(long, value_name = "CIDR|unix|vsock", value_delimiter = ',', conflicts_with = "direct")]
     pub wake_ignore: Vec<Trusted>,
 
     /// How often clients may have the container started within any 60 minutes (as in bro forward)
@@ -259,8 +259,8 @@ pub struct Activate {
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false", default_missing_value = "true", conflicts_with = "direct")]
     pub accept_proxy: Option<bool>,
 
-    /// With --accept-proxy: whose headers are believed, addresses, networks, or unix (repeatable, as in bro forward)
-    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',', conflicts_with = "direct")]
+    /// With --accept-proxy: whose headers are believed, addresses, networks, unix or vsock (repeatable, as in bro forward)
+    #[arg(long, value_name = "CIDR|unix|vsock", value_delimiter = ',', conflicts_with = "direct")]
     pub trusted: Vec<Trusted>,
 
     /// How bytes are moved: auto, sockmap, splice or copy

@@ -29,11 +29,11 @@ pub struct Idle {
     #[arg(long, value_name = "WHAT", default_value = "connections")]
     pub idle_by: IdleBy,
 
-    /// Whose connections keep nothing awake, such as a monitor's: addresses, networks (10.0.0.0/8), or unix (repeatable)
+    /// Whose connections keep nothing awake, such as a monitor's: addresses, networks (10.0.0.0/8), unix, or vsock or vsock:CID (repeatable)
     ///
     /// They are served as all others are while the service is awake, and wake it too (see --wake-ignore). At the idle exit they are
     /// closed.
-    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',')]
+    #[arg(long, value_name = "CIDR|unix|vsock", value_delimiter = ',')]
     pub idle_ignore: Vec<Peers>,
 
     /// A connection on which less moves than BYTES within TIME keeps nothing awake: 1K/1min (K, M and G of 1024 bytes)
@@ -52,11 +52,11 @@ pub struct Idle {
     #[arg(long, value_name = "connect|data[:BYTES]", default_value = "connect")]
     pub wake_on: WakeOn,
 
-    /// Whose connections do not wake the service, such as a scanner's: addresses, networks (10.0.0.0/8), or unix (repeatable)
+    /// Whose connections do not wake the service, such as a scanner's: addresses, networks (10.0.0.0/8), unix, or vsock or vsock:CID (repeatable)
     ///
     /// While it sleeps they are reset at once; while it is being started for another client they wait with that one, and while it is
     /// awake they are served.
-    #[arg(long, value_name = "CIDR|unix", value_delimiter = ',')]
+    #[arg(long, value_name = "CIDR|unix|vsock", value_delimiter = ',')]
     pub wake_ignore: Vec<Peers>,
 
     /// How often clients may have the service started within any 60 minutes; those who come beyond that while it sleeps are reset

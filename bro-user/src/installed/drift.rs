@@ -115,7 +115,7 @@ mod tests {
         // Every one of them has to be there.
         let both = SocketState { listen: [datagrams.listen, live("[::]:53").listen].concat(), ..live("") };
         assert!(serves(&listener("53/tcp+udp"), &both) && !serves(&listener("53-54"), &both));
-        assert!(serves(&listener("vsock::7"), &live("vsock::7")));
+        assert!(serves(&listener("vsock::7"), &live_as(SocketKind::Vsock, "vsock::7")));
         assert!(serves(&listener("seqpacket:/run/x"), &live_as(SocketKind::SeqPacket, "/run/x")));
         // A drop-in may change any of that.
         assert!(serves(&backlog, &SocketState { has_drop_ins: true, ..live("[::]:9090") }));

@@ -461,7 +461,9 @@ const FAMILIES: [MetricFamily; 32] = [
         kind: MetricType::Counter,
         help: "Times a socket that was to be adopted was relayed, by the reason",
         samples: |exposed, take| {
-            FallbackKind::ALL.iter().try_for_each(|(kind, word)| {
+            // What is never adopted has not fallen back.
+            let mut all = FallbackKind::ALL.iter().filter(|(kind, _)| *kind != FallbackKind::Kind);
+            all.try_for_each(|(kind, word)| {
                 let count = exposed.counts.fallbacks.get(kind).copied();
                 take(&[("reason", word)], count.unwrap_or(0))
             })

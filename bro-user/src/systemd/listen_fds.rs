@@ -224,15 +224,9 @@ fn inherited(passed: Passed, adopt: Adopt) -> anyhow::Result<Listener> {
     }
     if !matches!(kind, SockType::Stream | SockType::SeqPacket) {
         bail!(refuse(format!(
-            "is of type {kind:?}: use ListenStream= with a TCP or unix address, ListenSequentialPacket=, or ListenDatagram= with a UDP \
+            "is of type {kind:?}: use ListenStream= with a TCP, unix or vsock address, ListenSequentialPacket= with a unix one, or ListenDatagram= with a UDP \
              or unix address"
         )));
-    }
-    let shared = adopt.offers(SocketKind::Stream);
-    if shared && kind == SockType::SeqPacket {
-        bail!(refuse(
-            "takes messages, and --adopt is for sockets of streams: leave it to another forwarder".into()
-        ));
     }
     if !socket::getsockopt(&socket, sockopt::AcceptConn)? {
         bail!(refuse(
@@ -241,13 +235,21 @@ fn inherited(passed: Passed, adopt: Adopt) -> anyhow::Result<Listener> {
         ));
     }
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd())?;
-    match socket::SockaddrLike::family(&address) {
-        Some(AddressFamily::Inet | AddressFamily::Inet6 | AddressFamily::Unix) => {}
-        family => bail!(refuse(format!(
-            "is of family {family:?}: bro relays TCP over IPv4 or IPv6, and unix streams"
+    let kind = match (socket::SockaddrLike::family(&address), kind) {
+        (Some(AddressFamily::Unix), SockType::SeqPacket) => SocketKind::SeqPacket,
+        (Some(AddressFamily::Inet | AddressFamily::Inet6 | AddressFamily::Unix), SockType::Stream) => {
+            SocketKind::Stream
+        }
+        (Some(AddressFamily::Vsock), SockType::Stream) => SocketKind::Vsock,
+        (Some(AddressFamily::Vsock), _) => bail!(refuse(
+            "takes messages over vsock: bro forwards its streams (ListenStream=vsock:CID:PORT), and messages of unix sockets"
+                .into()
+        )),
+        (family, _) => bail!(refuse(format!(
+            "is of family {family:?}: bro forwards TCP over IPv4 or IPv6, and unix and vsock streams"
         ))),
-    }
-    let listener = if shared { Listener::shared } else { Listener::passed };
+    };
+    let listener = if adopt.offers(kind) { Listener::shared } else { Listener::passed };
     Ok(listener(socket, name, &address)?)
 }
 

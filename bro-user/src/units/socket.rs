@@ -79,7 +79,7 @@ fn listening(listener: &InstalledPort) -> Vec<String> {
     let external = &listener.external;
     let listen = external.sockets().map(|socket| {
         let directive = match socket.kind {
-            SocketKind::Stream => "ListenStream",
+            SocketKind::Stream | SocketKind::Vsock => "ListenStream",
             SocketKind::SeqPacket => "ListenSequentialPacket",
             SocketKind::Datagram | SocketKind::UnixDatagram => "ListenDatagram",
         };

@@ -52,15 +52,22 @@ impl Initramfs {
         Ok(())
     }
 
-    /// The whole archive, in a file that lives as long as this value.
-    pub fn write(&self) -> Result<PathBuf> {
+    /// The whole archive with these files besides, each at `/` and its own name, in a file that lives as long as this value.
+    pub fn write(&self, besides: &[PathBuf]) -> Result<PathBuf> {
         let path = self.scratch.join("initramfs");
-        let mut whole =
-            Self { bytes: Vec::new(), names: BTreeSet::new(), inode: 0, scratch: Scratch::new()? };
-        whole.entry("TRAILER!!!", 0, &[], (0, 0));
+        let mut rest = Self {
+            bytes: Vec::new(),
+            names: self.names.clone(),
+            inode: self.inode,
+            scratch: Scratch::new()?,
+        };
+        for file in besides {
+            rest.file(file, &Path::new("/").join(file.file_name().context("a file has a name")?))?;
+        }
+        rest.entry("TRAILER!!!", 0, &[], (0, 0));
         let mut file = std::fs::File::create(&path)?;
         file.write_all(&self.bytes)?;
-        file.write_all(&whole.bytes)?;
+        file.write_all(&rest.bytes)?;
         Ok(path)
     }
 
@@ -118,7 +125,7 @@ mod tests {
         assert_eq!(text.matches("a/b/c\0").count(), 1);
         assert_eq!(text.matches("\0a/b\0").count() + text.matches("a/b\0").count(), 1);
         assert_eq!(files.bytes.len() % 4, 0);
-        let whole = std::fs::read(files.write().unwrap()).unwrap();
+        let whole = std::fs::read(files.write(&[]).unwrap()).unwrap();
         assert!(whole.len() > files.bytes.len());
     }
 }

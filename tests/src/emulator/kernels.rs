@@ -41,7 +41,13 @@ pub struct Image {
     pub path: PathBuf,
     /// What the package is called.
     pub package: String,
+    /// Modules of it, as they are to be loaded.
+    pub modules: Vec<PathBuf>,
 }
+
+/// Those by which the kernel tells of sockets, and those that vsock's loopback consists of, each after what it needs.
+const MODULES: [&str; 6] =
+    ["inet_diag", "tcp_diag", "unix_diag", "vsock", "vmw_vsock_virtio_transport_common", "vsock_loopback"];
 
 /// Longer than any download: a server that does not answer is given up by apt itself much sooner.
 const FETCH_SECONDS: &str = "300";
@@ -55,17 +61,20 @@ impl Image {
         let fetching = lock_file(&cache, release.suite())?;
         lock(&fetching, File::try_lock)?;
         let kept = cache.join(release.suite());
-        if !kept.is_dir() {
+        // One that was fetched before modules were is fetched anew.
+        if !kept.join(MODULES_FOLDER).is_dir() {
             let suite = release.suite();
             let fresh = cache.join(format!("{suite}.fresh"));
             remove(&fresh)?;
             std::fs::create_dir_all(&fresh)?;
             fetch(suite, &fresh).with_context(|| format!("no kernel of Debian's release {suite}"))?;
+            remove(&kept)?;
             // The rename is what makes it whole.
             std::fs::rename(&fresh, &kept)?;
         }
         let package = std::fs::read_to_string(kept.join("package"))?;
-        Ok(Self { path: kept.join("vmlinuz"), package })
+        let modules = MODULES.map(|name| kept.join(MODULES_FOLDER).join(format!("{name}.ko"))).into();
+        Ok(Self { path: kept.join("vmlinuz"), package, modules })
     }
 
     /// Its version, first two numbers: they are in the package's name.
@@ -98,7 +107,10 @@ fn remove(folder: &Path) -> Result<()> {
     }
 }
 
-/// Puts `vmlinuz` and the name of its `package` into `folder`.
+/// Where its modules are kept.
+const MODULES_FOLDER: &str = "modules";
+
+/// Puts `vmlinuz`, `modules` and the name of its `package` into `folder`.
 fn fetch(suite: &str, folder: &Path) -> Result<()> {
     let apt = Apt::new(suite, folder)?;
     apt.run("apt-get", &["update"])?;
@@ -113,8 +125,13 @@ fn fetch(suite: &str, folder: &Path) -> Result<()> {
     let unpacked = folder.join("unpacked");
     let status = Command::new("dpkg-deb").arg("-x").args([&package, &unpacked]).status()?;
     ensure!(status.success(), "dpkg-deb cannot unpack {}", package.display());
-    let kernel = find_kernel(&unpacked)?.with_context(|| format!("{} holds no kernel", package.display()))?;
+    let kernel = find(&unpacked, &|name| name.starts_with("vmlinuz"))?;
+    let kernel = kernel.with_context(|| format!("{} holds no kernel", package.display()))?;
     std::fs::rename(kernel, folder.join("vmlinuz"))?;
+    std::fs::create_dir(folder.join(MODULES_FOLDER))?;
+    for name in MODULES {
+        keep_module(&unpacked, name, &folder.join(MODULES_FOLDER))?;
+    }
     std::fs::write(folder.join("package"), image)?;
     remove(&unpacked)?;
     remove(&folder.join("apt"))?;
@@ -125,13 +142,29 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect()
 }
 
-fn find_kernel(folder: &Path) -> Result<Option<PathBuf>> {
+/// A module, which is no longer compressed then.
+fn keep_module(unpacked: &Path, name: &str, folder: &Path) -> Result<()> {
+    let is_module =
+        |file: &str| file.strip_prefix(name).is_some_and(|rest| [".ko", ".ko.xz"].contains(&rest));
+    let found = find(unpacked, &is_module)?.with_context(|| format!("the package holds no module {name}"))?;
+    let kept = folder.join(format!("{name}.ko"));
+    if found.extension().is_some_and(|extension| extension == "ko") {
+        return Ok(std::fs::rename(found, kept)?);
+    }
+    let mut command = Command::new("xz");
+    let status =
+        command.args(["--decompress", "--stdout"]).arg(&found).stdout(File::create(kept)?).status()?;
+    ensure!(status.success(), "xz cannot unpack {}", found.display());
+    Ok(())
+}
+
+fn find(folder: &Path, is_wanted: &dyn Fn(&str) -> bool) -> Result<Option<PathBuf>> {
     for path in entries(folder)? {
         if path.is_dir() && !path.is_symlink() {
-            if let Some(found) = find_kernel(&path)? {
+            if let Some(found) = find(&path, is_wanted)? {
                 return Ok(Some(found));
             }
-        } else if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz")) {
+        } else if path.file_name().is_some_and(|name| is_wanted(&name.to_string_lossy())) {
             return Ok(Some(path));
         }
     }

@@ -9,13 +9,13 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::initramfs::Initramfs;
-use super::inside;
+use super::inside::{self, MODULES};
 use super::kernels::Image;
 use crate::process;
 use crate::scratch::Scratch;
 
 /// From qemu's start to its end. What the guest runs has deadlines of its own, which come first.
-const DEADLINE: Duration = Duration::from_secs(300);
+const DEADLINE: Duration = Duration::from_secs(500);
 /// From qemu's start to the first word of PID 1, which takes 3 s on an idle machine.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 /// Emulators have faults of their own (see [`processor`]). A guest that dies before PID 1 has said a word, and so before anything of
@@ -34,10 +34,12 @@ const fn processor(kernel: (u32, u32)) -> [&'static str; 4] {
 
 /// What the kernel is told: to leave out the checks of its clocks, which a busy machine's emulator fails. What the kernel does
 /// not know itself becomes the environment of PID 1.
-fn command_line() -> String {
+fn command_line(image: &Image) -> String {
     let (init, bro) = (inside::INIT, inside::BRO);
+    let modules: Vec<&str> = image.modules.iter().filter_map(|module| module.file_name()?.to_str()).collect();
     format!(
-        "console=ttyS0 panic=-1 quiet no_timer_check tsc=reliable rdinit={init} BRO_BIN={bro} PATH=/usr/sbin"
+        "console=ttyS0 panic=-1 quiet no_timer_check tsc=reliable rdinit={init} BRO_BIN={bro} PATH=/usr/sbin {MODULES}={}",
+        modules.join(",")
     )
 }
 
@@ -97,9 +99,9 @@ fn boot(image: &Image, files: &Initramfs) -> Result<Report> {
         .arg("-kernel")
         .arg(&image.path)
         .arg("-initrd")
-        .arg(files.write()?)
+        .arg(files.write(&image.modules)?)
         .arg("-append")
-        .arg(command_line())
+        .arg(command_line(image))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -61,11 +61,21 @@ const CASES: &[Case] = &[
     (&["web", "--external-port", "dgram:/run/x"], 2, "--internal-port"),
     (&["web", "--external-port", "dgram:/run/x", "--internal-port", "80"], 2, "--internal-port /PATH"),
     (&["web", "--external-port", "vsock:5000"], 2, "vsock:CID:PORT"),
-    (&["web", "--external-port", "vsock::5000", "--internal-port", "80"], 2, "takes no clients of vsock"),
+    (&["web", "--external-port", "vsock::5000"], 2, "say where the service listens"),
+    (
+        &["web", "--external-port", "vsock::5000", "--internal-port", "vsock::80"],
+        2,
+        "bro forwards clients of vsock",
+    ),
+    (
+        &["web", "--external-port", "vsock::5000", "--internal-port", "80", "--adopt"],
+        2,
+        "--adopt is for sockets",
+    ),
     (
         &["web", "--external-port", "seqpacket:/run/x", "--internal-port", "/run/y", "--adopt"],
         2,
-        "takes no streams",
+        "--adopt is for sockets of streams, and there is none",
     ),
     (&["web", "--external-port", "53/udp", "--flows-max", "0"], 2, "--flows-max"),
     (&["web", "--external-port", "53/udp", "--flow-timeout", "0"], 2, "--flow-timeout"),

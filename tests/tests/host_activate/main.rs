@@ -17,6 +17,7 @@ mod faults;
 mod haproxy;
 mod helper;
 mod honest;
+mod kinds;
 mod metrics;
 mod networks;
 mod power;
@@ -87,6 +88,8 @@ const BOTH: &[Case] = &[
         "datagrams: passed on to the container; and messages over a unix socket",
         datagrams::passed_and_messages,
     ),
+    ("kinds: an echo service takes a socket of every kind over", kinds::direct),
+    ("kinds: a unix socket for datagrams", kinds::unix_datagrams),
     ("status and doctor", doctor::status_and_doctor),
     ("metrics: counted over stops and reloads", metrics::counted_over_stops_and_reloads),
     ("metrics: over a unix socket", metrics::over_a_unix_socket),

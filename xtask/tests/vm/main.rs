@@ -2,11 +2,12 @@
 //! with dpkg, used by root and by an ordinary user, rebooted, upgraded under connected clients, removed. One machine serves all cases,
 //! which come in this order; `BRO_CASE=part` runs those so named and what they stand on.
 //!
-//! Needs: root, mmdebstrap, e2fsprogs, qemu. Takes: 6 min.
+//! Needs: root, mmdebstrap, e2fsprogs, qemu. Takes: 7 min.
 
 mod package;
 mod relays;
 mod site;
+mod vsock;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -31,7 +32,10 @@ fn the_debian_package_on_a_whole_debian() {
         });
         making.map(|one| one.join().expect("no panic").expect("the package is made"))
     });
-    let mut machine = Machine::boot(&[&packages[0], &packages[1]]).expect("the machine boots");
+    let besides = vsock::files(&scratch).expect("the suite is built");
+    let mut files: Vec<&Path> = packages.iter().map(PathBuf::as_path).collect();
+    files.extend(besides.iter().map(PathBuf::as_path));
+    let mut machine = Machine::boot(&files).expect("the machine boots");
     note(&format!("the machine booted in {:.0} s", machine.booted_in().as_secs_f64()));
     let names = packages.map(|path| {
         let name = path.file_name().expect("a package has a name");
@@ -60,6 +64,8 @@ fn everything(cases: &Cases, machine: &mut Machine, packages: &[String; 2]) {
         ("rootful, through splice", &|| told(shared, relays::splice(&Site::spliced(shared)))),
         ("rootless, without bro loader", &|| told(shared, relays::splice(&Site::rootless(shared)))),
     ]);
+    cases.case("vsock: what any relay does, and who clients are", || vsock::suite(machine));
+    cases.case("vsock: clients of systemd's sockets", || told(machine, vsock::activated(machine)));
     cases.case("bro doctor NAME", || relays::doctor(machine));
     if !cases.needed("bro loader is started", || relays::load(machine)) {
         return;

@@ -15,6 +15,7 @@ use super::targets::{Frozen, slot};
 use crate::connection::{Connection, End, Stage};
 use crate::listener::SocketKind;
 use crate::netns::wire;
+use crate::peer::Peer;
 use crate::relay::{DescriptorGuard, Direction, Method, Side};
 use crate::source;
 
@@ -189,8 +190,10 @@ impl Engine {
             method = if messages { Method::Messages } else { method };
         }
         set_options(service, address.map(|address| address.ip().to_canonical()), self.settings.keepalive);
+        let from_client =
+            if matches!(connection.neighbour(), Peer::Vsock { .. }) { Method::Vsock } else { method };
         let (mut up, mut down) =
-            (Direction::new(Side::Client, method), Direction::new(Side::Service, method));
+            (Direction::new(Side::Client, from_client), Direction::new(Side::Service, method));
         up.set_guard(connection.guard);
         if address.is_none() {
             down.set_guard(DescriptorGuard::of(service.as_fd()));

@@ -98,7 +98,9 @@ impl Listeners {
 
     fn is_watched(&self, listener: usize) -> bool {
         let accepts = match self.all[listener].0.kind {
-            SocketKind::Stream | SocketKind::SeqPacket => self.accepting == Accepting::Open,
+            SocketKind::Stream | SocketKind::Vsock | SocketKind::SeqPacket => {
+                self.accepting == Accepting::Open
+            }
             // The limits on connections are none on datagrams.
             SocketKind::Datagram | SocketKind::UnixDatagram => self.accepting != Accepting::Closed,
         };

@@ -33,7 +33,7 @@ impl Keepalive {
 }
 
 /// Sets the options of a socket. `peer` is its other end, where that is known. A failure is no reason to refuse a client, and a
-/// unix socket has none of the options but the first.
+/// unix socket, or one of vsock(7), has none of the options but the first.
 pub fn set_options(socket: &impl AsFd, peer: Option<IpAddr>, keepalive: Keepalive) {
     closing_aborts(socket, true);
     if setsockopt(socket, sockopt::TcpNoDelay, &true).is_err() {

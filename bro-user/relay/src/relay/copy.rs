@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use bytes::Bytes;
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, recvmsg, send};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, recvmsg, send, sockopt};
 
 /// The most that one recv takes, and so the most that one direction holds.
 pub const CHUNK: usize = 128 * 1024;
@@ -21,6 +21,22 @@ pub fn read(source: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<usize> {
             Err(Errno::EINTR) => {}
             result => return result,
         }
+    }
+}
+
+/// The same from a socket of vsock(7). One whose other end is closed altogether says that it is not connected, if this end has finished
+/// sending as well (`vsock_shutdown` takes SOCK_DONE away): that is the end like any other. One whose other end has vanished, as a virtual
+/// machine that is stopped, may seem to end, and has the reset beside that.
+///
+/// # Errors
+/// As [`read()`].
+pub fn read_vsock(source: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<usize> {
+    match read(source, buffer) {
+        Ok(0) | Err(Errno::ENOTCONN) => match getsockopt(&source, sockopt::SocketError)? {
+            0 => Ok(0),
+            code => Err(Errno::from_raw(code)),
+        },
+        read => read,
     }
 }
 

@@ -274,15 +274,6 @@ pub(super) fn check_rest(
         }));
     }
     for listener in &wanted.listeners {
-        if !listener.is_tcp()
-            && !listener.external.is_udp()
-            && listener.external.sockets().any(|socket| socket.kind != SocketKind::Stream)
-        {
-            return Err(usage(format!(
-                "{} takes no streams, and --adopt is for sockets of streams: leave one of them out",
-                listener.external
-            )));
-        }
         if let Some(Target::Tcp { host, port } | Target::Udp { host, port }) =
             listener.internal.as_ref().map(TargetRange::first)
             && host != "localhost"

@@ -149,11 +149,6 @@ impl PortPlan<'_> {
         before: Option<&InstalledPort>,
         external: &External,
     ) -> anyhow::Result<TargetRange> {
-        if let External::Vsock { .. } = external {
-            return Err(usage(format!(
-                "{external}: a forwarder takes no clients of vsock; --direct leaves that socket to the container's own program"
-            )));
-        }
         let host = match &self.options.network {
             Some(name) => Some(self.network.address(name, self.quadlet)?),
             None => None,

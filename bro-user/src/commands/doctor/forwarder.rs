@@ -107,7 +107,10 @@ fn not_adopted(installed: &Installed, listener: &ListenerReport) -> Option<Check
         manager.systemctl()
     );
     match listener.adoption.as_ref()? {
-        AdoptionReport::Waiting | AdoptionReport::Adopted { .. } => None,
+        // One of a kind that is never adopted is as it is to be.
+        AdoptionReport::Waiting
+        | AdoptionReport::Adopted { .. }
+        | AdoptionReport::Relayed { reason: FallbackKind::Kind, .. } => None,
         AdoptionReport::Closed => {
             let finding = format!(
                 "{name} ({address}): the service has closed the socket that it listened at, and runs on; clients are reset until it listens again"
@@ -136,7 +139,7 @@ fn not_adopted(installed: &Installed, listener: &ListenerReport) -> Option<Check
                 }
                 FallbackKind::Damaged => anew,
                 FallbackKind::Uncountable => "use a kernel with CONFIG_INET_DIAG=y or m and CONFIG_UNIX_DIAG=y or m, or `--adopt=off`; its clients are served all the same".to_owned(),
-                FallbackKind::Refused => {
+                FallbackKind::Refused | FallbackKind::Kind => {
                     "its clients are served all the same; the kernel's reason is above".to_owned()
                 }
             };

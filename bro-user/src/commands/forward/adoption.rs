@@ -484,7 +484,13 @@ impl SocketAdoption {
         let uncountable = guests::are_countable(&sockets).err().map(|error| error.to_string());
         for index in 0..self.listeners.len() {
             match (&self.listeners[index].holder, &uncountable) {
-                (ListenerHolder::NotOffered, _) => self.use_so(index, ListenerUse::Relay),
+                (ListenerHolder::NotOffered, _) => {
+                    let listener = &self.listeners[index];
+                    if let Some(why) = Fallback::never_adopted(listener.kind) {
+                        tracing::info!(socket = %listener.name, address = %listener.address, reason = why.kind().word(), "the socket is relayed, not adopted: {why}");
+                    }
+                    self.use_so(index, ListenerUse::Relay);
+                }
                 (ListenerHolder::Watched, Some(why))
                     if self.listeners[index].datagrams.is_none() && self.claims.take_for_relay(index) =>
                 {

@@ -111,7 +111,7 @@ fn of_its_kind(target: Target, listener: &Listener) -> Result<Target, Failure> {
                 listener.name
             )))
         }
-        (SocketKind::Stream, Target::Udp { .. }) => Err(Failure::Usage(format!(
+        (SocketKind::Stream | SocketKind::Vsock, Target::Udp { .. }) => Err(Failure::Usage(format!(
             "{socket} takes streams, and its target {target} is a UDP port; leave /udp out, or use ListenDatagram= for it"
         ))),
         (SocketKind::SeqPacket, Target::Tcp { .. } | Target::Udp { .. }) => Err(Failure::Usage(format!(

@@ -50,7 +50,7 @@ impl Limit {
 
 fn backlog((listener, _): &(Listener, usize)) -> u64 {
     match listener.kind {
-        SocketKind::Stream | SocketKind::SeqPacket => {
+        SocketKind::Stream | SocketKind::Vsock | SocketKind::SeqPacket => {
             bro_relay::sys::backlog(listener.socket.as_fd()).unwrap_or(0)
         }
         // They are no connections, and do not wait for one to end.

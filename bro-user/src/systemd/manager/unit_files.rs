@@ -40,6 +40,7 @@ impl LiveAddress {
     /// An element of the property Listen (org.freedesktop.systemd1(5)).
     fn read((kind, address): (String, String)) -> Self {
         let kind = match kind.as_str() {
+            "Stream" if address.starts_with("vsock:") => Some(SocketKind::Vsock),
             "Stream" => Some(SocketKind::Stream),
             "Datagram" if address.starts_with(['/', '@']) => Some(SocketKind::UnixDatagram),
             "Datagram" => Some(SocketKind::Datagram),
@@ -57,7 +58,7 @@ impl std::fmt::Display for LiveAddress {
             Some(SocketKind::UnixDatagram) => write!(f, "dgram:{}", self.address),
             Some(SocketKind::Datagram) => write!(f, "{}/udp", self.address),
             Some(SocketKind::SeqPacket) => write!(f, "seqpacket:{}", self.address),
-            Some(SocketKind::Stream) | None => f.write_str(&self.address),
+            Some(SocketKind::Stream | SocketKind::Vsock) | None => f.write_str(&self.address),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bro_adopt::Misfit;
 use bro_adopt::health::Damage;
+use bro_relay::listener::SocketKind;
 
 use crate::fallback::FallbackKind;
 
@@ -24,6 +25,9 @@ pub(super) enum Fallback {
     /// It listens at one that does not fit.
     #[error("{1}")]
     Misfit(FallbackKind, String),
+    /// It is of a kind that no `--adopt=` names.
+    #[error("{0} are not adopted")]
+    Kind(&'static str),
     /// Nothing would tell of the service's clients, and so when it is idle.
     #[error("{0}: it could not be seen who is connected to a service that accepts its clients itself")]
     Uncountable(String),
@@ -33,12 +37,25 @@ pub(super) enum Fallback {
 }
 
 impl Fallback {
+    /// Why no service ever gets a socket of this kind, if none does.
+    pub(super) const fn never_adopted(kind: SocketKind) -> Option<Self> {
+        match kind {
+            SocketKind::Stream | SocketKind::Datagram => None,
+            SocketKind::Vsock => {
+                Some(Self::Kind("sockets of vsock, whose ports no container has for itself,"))
+            }
+            SocketKind::SeqPacket => Some(Self::Kind("unix sockets of messages (ListenSequentialPacket=)")),
+            SocketKind::UnixDatagram => Some(Self::Kind("unix sockets for datagrams")),
+        }
+    }
+
     pub(super) const fn kind(&self) -> FallbackKind {
         match self {
             Self::NoProfile => FallbackKind::NoProfile,
             Self::NoneFits => FallbackKind::NoneFits,
             Self::StartTimeout(_) => FallbackKind::StartTimeout,
             Self::Misfit(kind, _) => *kind,
+            Self::Kind(_) => FallbackKind::Kind,
             Self::Uncountable(_) => FallbackKind::Uncountable,
             Self::Damaged(_) => FallbackKind::Damaged,
         }

@@ -18,7 +18,10 @@ impl SocketAdoption {
     pub(in super::super) fn report(&self, index: usize) -> Option<AdoptionReport> {
         let listener = self.listeners.get(index)?;
         Some(match &listener.holder {
-            ListenerHolder::NotOffered => return None,
+            ListenerHolder::NotOffered => {
+                let why = Fallback::never_adopted(listener.kind)?;
+                AdoptionReport::Relayed { reason: why.kind(), why: why.to_string() }
+            }
             ListenerHolder::Watched
             | ListenerHolder::Sifted
             | ListenerHolder::Yielding { .. }
