@@ -21,7 +21,7 @@ pub struct HeldDatagram {
 
 /// What waits of one source.
 #[derive(Debug, Default)]
-struct Share {
+struct SourceShare {
     numbers: BTreeSet<u64>,
     bytes: usize,
 }
@@ -34,7 +34,7 @@ pub struct HeldDatagrams {
     /// By their numbers, which grow.
     waiting: BTreeMap<u64, HeldDatagram>,
     flows: HashMap<FlowId, VecDeque<u64>>,
-    sources: HashMap<Source, Share>,
+    sources: HashMap<Source, SourceShare>,
     bytes: usize,
     next: u64,
 }

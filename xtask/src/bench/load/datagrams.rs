@@ -1,5 +1,6 @@
 //! Datagrams: how many arrive, with as many on their way as buffers hold and with a sender that does not care; and round trips.
 
+use std::cell::Cell;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -96,6 +97,8 @@ struct Client {
     socket: UdpSocket,
     size: usize,
     number: u32,
+    /// The place of the next datagram in its row of those that are counted.
+    next: Cell<u32>,
 }
 
 impl Client {
@@ -105,7 +108,7 @@ impl Client {
         socket.set_read_timeout(Some(LOST))?;
         // No other one has it: not of this process, and not of an earlier one.
         let port = u32::from(socket.local_addr()?.port());
-        Ok(Self { socket, size, number: (std::process::id() << 16) | port })
+        Ok(Self { socket, size, number: (std::process::id() << 16) | port, next: Cell::new(0) })
     }
 
     /// A datagram of this kind, of the size that is measured.
@@ -153,7 +156,9 @@ impl Client {
         let portion = window / 4;
         let mut bytes = self.datagram(Word::Noted, portion);
         let before = self.ask(Word::Count, 0, LOST * 50)?;
-        let (mut sent, mut gone) = (0u32, 0);
+        // Behind all those of before, so that no answer of theirs is taken for one of these.
+        let begin = self.next.get().next_multiple_of(portion);
+        let (mut sent, mut gone, mut answer) = (begin, begin, [0; 64]);
         let meter = Meter::start(args.group)?;
         let end = Instant::now() + how_long;
         while Instant::now() < end {
@@ -169,25 +174,26 @@ impl Client {
                     sent += 1;
                 }
             }
-            let mut answer = [0; 16];
             gone = match self.socket.recv(&mut answer) {
                 Ok(16) => {
-                    let place = u64::from_le_bytes(answer[8..].try_into()?);
-                    gone.max(u32::try_from(place)? + 1)
+                    let place = u32::try_from(u64::from_le_bytes(answer[8..16].try_into()?))?;
+                    ensure!(place < sent, "place {place} is answered, of {sent}");
+                    gone.max(place + 1)
                 }
-                // A count that comes late.
+                // One of before that comes late.
                 Ok(_) => gone,
                 Err(_) => sent,
             };
         }
         let spent = meter.stop()?;
+        self.next.set(sent);
         let arrived = (self.ask(Word::Count, 0, LOST * 50)? - before) as f64;
         ensure!(arrived > 0.0, "nothing arrived");
         let mut figure = |name: &str, value| {
             let _none = figures.insert(format!("{}{name}", sends.name()), value);
         };
         figure("up_per_second", arrived / spent.elapsed);
-        figure("up_lost", (1.0 - arrived / f64::from(sent)).max(0.0));
+        figure("up_lost", (1.0 - arrived / f64::from(sent - begin)).max(0.0));
         figure("system_cpu", spent.system / arrived);
         if let Some(own) = spent.group {
             figure("own_cpu", own / arrived);
