@@ -381,6 +381,12 @@ impl Forwarder {
         [self.pid(), self.relay()]
     }
 
+    /// What each of its processes has of its own, in KiB: the control process first.
+    pub fn private_kib(&self) -> Result<Vec<u64>> {
+        let pids = std::iter::once(self.pid()).chain(process::children(self.pid()));
+        pids.map(process::private_kib).collect()
+    }
+
     /// Memory of both of its processes in KiB.
     pub fn memory_kib(&self) -> Result<u64> {
         self.both().into_iter().map(process::memory_kib).sum()

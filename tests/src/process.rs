@@ -66,6 +66,16 @@ pub fn memory_kib(pid: i32) -> Result<u64> {
     Ok(line.split_whitespace().nth(1).context("RssAnon has no value")?.parse()?)
 }
 
+/// Pages that no other process has (proc_pid_smaps(5)), in KiB.
+pub fn private_kib(pid: i32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let values =
+        text.lines().filter(|line| line.starts_with("Private_Clean:") || line.starts_with("Private_Dirty:"));
+    values
+        .map(|line| line.split_whitespace().nth(1).context("a size")?.parse::<u64>().context("in KiB"))
+        .sum()
+}
+
 /// The processor time that `pid` has used, user and system together.
 pub fn cpu_time(pid: i32) -> Result<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;

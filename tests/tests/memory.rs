@@ -2,9 +2,8 @@
 //!
 //! Needs: a network namespace. Takes: a second.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use bro_tests::bro;
-use bro_tests::process;
 use bro_tests::require_namespaces;
 use bro_tests::scene::{Scene, expect_relayed};
 
@@ -14,16 +13,6 @@ const PACKAGED_KIB: u64 = 1536;
 
 /// A debug build has more of everything.
 const DEBUG_KIB: u64 = 4096;
-
-/// Pages that no other process has (proc_pid_smaps(5)).
-fn private_kib(pid: i32) -> Result<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let values =
-        text.lines().filter(|line| line.starts_with("Private_Clean:") || line.starts_with("Private_Dirty:"));
-    values
-        .map(|line| line.split_whitespace().nth(1).context("a size")?.parse::<u64>().context("in KiB"))
-        .sum()
-}
 
 #[test]
 fn a_forwarder_that_is_awake_has_little_of_its_own() -> Result<()> {
@@ -41,10 +30,8 @@ fn a_forwarder_that_is_awake_has_little_of_its_own() -> Result<()> {
     }
     let most = if bro::is_packaged() { PACKAGED_KIB } else { DEBUG_KIB };
     for (forwarder, ..) in &awake {
-        let pids: Vec<i32> =
-            std::iter::once(forwarder.pid()).chain(process::children(forwarder.pid())).collect();
-        ensure!(pids.len() == 3, "control process, relay process and agent: {pids:?}");
-        let each = pids.iter().map(|&pid| private_kib(pid)).collect::<Result<Vec<u64>>>()?;
+        let each = forwarder.private_kib()?;
+        ensure!(each.len() == 3, "control process, relay process and agent: {each:?}");
         let all: u64 = each.iter().sum();
         ensure!(all <= most, "{all} KiB in all, of {each:?} in each of its processes; at most {most} KiB");
     }

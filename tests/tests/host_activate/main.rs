@@ -124,6 +124,7 @@ const OTHERS: &[OtherCase] = &[
     ("the disk is full", faults::disk_full),
     ("the system listens for an ordinary user's container", run_as::from_quadlet_to_service),
     ("adopt: the system listens for an ordinary user's container", adopt::for_a_user),
+    ("adopt: a socket of the system's that a user's container has broken", adopt::damaged_for_a_user),
     ("adopt: systemd is executed anew, and bro is upgraded", adopt_services::upgraded),
     ("adopt: what a service is told of addresses", adopt::told),
     ("the system's forwarder for a user, with commands of the user's", run_as::owners_commands),

@@ -14,6 +14,7 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt as _;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bro_adopt::socket::Place;
@@ -236,6 +237,8 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "shut" => shut(place),
         "closes" => closes(place),
         "options" => options(place),
+        "keeps" => keeps(place),
+        "costs" => costs(place),
         "lies" => lies(place),
         "flood" => flood(place),
         #[cfg(target_arch = "x86_64")]
@@ -265,6 +268,45 @@ fn slow(place: &str) -> Result<()> {
     drop(std::io::stdin().lock().lines().next().transpose()?);
     greet(&client)?;
     drop(client);
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+/// Takes all clients, and keeps them.
+fn keeps(place: &str) -> Result<()> {
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    listen(&listener, Backlog::new(16)?)?;
+    say("ready")?;
+    let mut kept = Vec::new();
+    loop {
+        kept.push(taken(listener.as_fd())?);
+    }
+}
+
+/// Says how long calls took, in nanoseconds: bind(2) and listen(2) at sixteen ports from this one on, then shutdown(2) of a socket that no one waits at.
+fn costs(place: &str) -> Result<()> {
+    const CALLS: u32 = 10;
+    let first: SocketAddr = place.parse()?;
+    for number in 0..16 {
+        let made = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        let address = SockaddrStorage::from(SocketAddr::new(first.ip(), first.port() + number));
+        let began = Instant::now();
+        bind(made.as_raw_fd(), &address)?;
+        let bound = began.elapsed();
+        listen(&made, Backlog::new(16)?)?;
+        let listening = began.elapsed();
+        say(&format!("bind {}", bound.as_nanos()))?;
+        say(&format!("listen {}", (listening - bound).as_nanos()))?;
+    }
+    let (one, _other) = UnixStream::pair()?;
+    for _ in 0..300 {
+        let began = Instant::now();
+        for _ in 0..CALLS {
+            shutdown(one.as_raw_fd(), Shutdown::Both)?;
+        }
+        say(&format!("shutdown {}", (began.elapsed() / CALLS).as_nanos()))?;
+    }
+    say("done")?;
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
 }
