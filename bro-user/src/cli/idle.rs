@@ -47,7 +47,7 @@ pub struct Idle {
     /// What wakes a sleeping service: a connection, its first byte (data), or its first BYTES (data:BYTES)
     ///
     /// With data, a port scan or a health check that sends nothing wakes nothing, and with data:BYTES neither does one that sends less
-    /// (1 to 16384; over a unix socket the first byte wakes). Not for protocols in which the service speaks first (MySQL, SSH, SMTP): their
+    /// (1 to 16384; over unix and vsock sockets the first byte wakes). Not for protocols in which the service speaks first (MySQL, SSH, SMTP): their
     /// clients would wait for ever.
     #[arg(long, value_name = "connect|data[:BYTES]", default_value = "connect")]
     pub wake_on: WakeOn,

@@ -14,7 +14,7 @@ use crate::site::{INNER, PATIENCE, Plan, Site, folder};
 
 const COUNT: usize = 30;
 
-/// How many times longer waking them may take. Measured: 1.2 to 1.5. Other suites run beside this one, and may be busier in one of
+/// How many times longer waking them may take. Measured: 1.1 to 1.6. Other suites run beside this one, and may be busier in one of
 /// the two (2.9 was seen).
 const SLOWEST: f64 = 6.0;
 

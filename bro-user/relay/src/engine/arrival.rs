@@ -199,7 +199,7 @@ impl Engine {
         self.settings.wake_on_bytes > 0 && (self.targets.frozen == Frozen::Yes || self.targets.all_sleep())
     }
 
-    /// How many bytes of this client's wake. Its first one over a unix socket: whether it has sent more cannot be waited for.
+    /// How many bytes of this client's wake. Its first one where it has no IP address: whether a unix socket's has sent more cannot be waited for.
     fn bytes_to_wake(&self, index: usize) -> u16 {
         if self.connections[index].peer.ip().is_some() { self.settings.wake_on_bytes } else { 1 }
     }
