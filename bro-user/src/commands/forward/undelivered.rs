@@ -148,7 +148,7 @@ fn raw_socket(ipv6: bool) -> anyhow::Result<OwnedFd> {
     }
 }
 
-/// A socket of another network than the clients' would tell nobody, or others.
+/// A socket of another network than the clients' would reach none of them, or others.
 fn reaches_clients(socket: &OwnedFd, listener: &Listener) -> Result<(), Failure> {
     match (netns_cookie(socket.as_fd()), netns_cookie(listener.socket.as_fd())) {
         (Ok(own), Ok(clients)) if own != clients => Err(Failure::NotPermitted(format!(
