@@ -148,6 +148,8 @@ fn a_socket_of_the_hosts_is_led_nowhere_else() -> Result<()> {
     let container = Namespace::new()?;
     for family in ["127.0.0.1:0", "[::1]:0"] {
         let secret = secret(family)?;
+        // Some kernels (of two builds of Linux 6.18.44 one) let no socket listen that was connected, and none connect that has listened.
+        let mut listens = "done";
         for fenced in [false, true] {
             let unit = Unit::new()?;
             let listener = unit.listen(family, fenced.then_some(&[]))?;
@@ -179,9 +181,12 @@ fn a_socket_of_the_hosts_is_led_nowhere_else() -> Result<()> {
             let free = SocketAddr::new(secret.ip(), 0);
             let (client, served) = accepted(&listener)?;
             let said = intruder(&container, served.into(), "dissolve,bind,listen", free)?;
-            let expected =
-                ["dissolve done, bind done, listen done", "dissolve done, bind EPERM, listen done"];
-            ensure!(said == expected[usize::from(fenced)], "{family} {fenced} bind: {said}");
+            if !fenced && said.ends_with("listen EINVAL") {
+                listens = "EINVAL";
+            }
+            let bound = ["done", "EPERM"][usize::from(fenced)];
+            let expected = format!("dissolve done, bind {bound}, listen {listens}");
+            ensure!(said == expected, "{family} {fenced} bind: {said}, not {expected}");
             drop(client);
             // The service goes on as before.
             let (mut client, mut served) = accepted(&listener)?;
@@ -192,8 +197,13 @@ fn a_socket_of_the_hosts_is_led_nowhere_else() -> Result<()> {
             // The listener too can be dissolved, which ends its listening, and led nowhere else.
             let duplicate = listener.try_clone()?.into();
             let said = intruder(&container, duplicate, "dissolve,connect", secret)?;
-            let expected = ["dissolve done, connect done", "dissolve done, connect EPERM"];
-            ensure!(said == expected[usize::from(fenced)], "{family} {fenced} listener: {said}");
+            let expected = match fenced {
+                true => "EPERM",
+                false if listens == "EINVAL" => "EINVAL",
+                false => "done",
+            };
+            let expected = format!("dissolve done, connect {expected}");
+            ensure!(said == expected, "{family} {fenced} listener: {said}, not {expected}");
         }
     }
     Ok(())

@@ -47,10 +47,15 @@ fn intruder(host: &Host, manager: Manager, name: &str, socket: &str, file: &str)
     Ok(said)
 }
 
+/// Without a fence both are led elsewhere, or the client alone: some kernels let no socket connect that has listened.
+fn are_led(said: &str) -> bool {
+    ["127.0.0.1 connected connected", "127.0.0.1 connected EINVAL"].contains(&said)
+}
+
 pub fn of_a_socket_unit(host: &Host) -> Result<()> {
     let of = |name: &str, lines: &str| intruder(host, Manager::System, name, lines, "/run/intruder");
     let without = of("open", "")?;
-    ensure!(without == "127.0.0.1 connected connected", "{without}");
+    ensure!(are_led(&without), "{without}");
     // Again and again: the control group is another one each time, and the fence is there once.
     for turn in 0..3 {
         let fenced = of("fenced", "ExecStartPre=/usr/bin/bro fence --this-host")?;
@@ -126,7 +131,8 @@ pub fn of_a_user(host: &Host) -> Result<()> {
     let user = Manager::User("test");
     let unit = format!("bro-fence@{}.service", host.uid("test")?);
     let of = |name: &str| intruder(host, user, name, "", "/home/test/intruder");
-    ensure!(of("open")? == "127.0.0.1 connected connected", "without");
+    let without = of("open")?;
+    ensure!(are_led(&without), "{without}");
     host.run(&["systemctl", "start", &unit])?;
     let fenced = of("fenced")?;
     ensure!(fenced == "127.0.0.1 EPERM EPERM", "{fenced}: {}", Manager::System.journal(host, &unit)?);
