@@ -10,6 +10,7 @@ mod shutdown;
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use abandoned::{Queue, QueueLooks};
@@ -222,7 +223,7 @@ impl<S: Surroundings> Agent<S> {
                     if role == Role::Container {
                         self.surroundings.tell(Event::Started);
                     }
-                    let notifier = Notifier { notify: descriptor, role };
+                    let notifier = Notifier { notify: Arc::new(descriptor), role };
                     self.notifiers.push(AnsweredNotifier {
                         number,
                         notifier,
@@ -341,6 +342,9 @@ impl<S: Surroundings> Agent<S> {
     pub fn run(&mut self, stop: BorrowedFd<'_>) -> nix::Result<()> {
         loop {
             let ready = self.wait(stop)?;
+            // Most of the time only calls come, for each of which a look at the seccomp socket would be a system call more.
+            let is_sent_to = ready.iter().any(|(source, _)| matches!(source, ReadySource::Receiver))
+                || self.receiver.until(Instant::now()).is_some();
             // From the last one on, so that what goes does not move those that are to come.
             for (source, _) in ready.iter().rev() {
                 match source {
@@ -371,7 +375,7 @@ impl<S: Surroundings> Agent<S> {
                     _ => {}
                 }
             }
-            if self.notifiers.len() < MOST_NOTIFIERS {
+            if is_sent_to && self.notifiers.len() < MOST_NOTIFIERS {
                 self.take_notifiers();
             }
             if self.flags.is_due(Instant::now()) && self.has_adopted() {
@@ -565,13 +569,9 @@ impl<S: Surroundings> Agent<S> {
     /// What to answer; `None` when the caller waits no longer.
     fn decide(&mut self, number: u64, call: Call, notification: &Raw) -> Option<Answer> {
         let answered = self.notifiers.iter().find(|answered| answered.number == number)?;
-        // A duplicate, since the answer changes what the agent has.
-        let (notify, role) = (answered.notifier.notify.try_clone().ok(), answered.notifier.role);
-        let caller = match &notify {
-            Some(notify) => Caller::of(notify.as_fd(), notification),
-            None => Err(io::Error::from(Errno::EMFILE)),
-        };
-        let caller = match caller {
+        // Shared, since the answer changes what the agent has.
+        let (notify, role) = (Arc::clone(&answered.notifier.notify), answered.notifier.role);
+        let caller = match Caller::of(notify.as_fd(), notification) {
             Ok(caller) => caller,
             Err(error) if bro_relay::sys::errno_of(&error) == Errno::ESRCH => return None,
             // What it wants to shut down may be a listener.

@@ -109,10 +109,15 @@ impl<'a> Caller<'a> {
         use std::io::Read as _;
         /// An epoll instance may watch very many descriptors, a line of about 80 bytes each.
         const MOST: u64 = 4 << 20;
-        let file = fs::File::open(format!("/proc/{}/fdinfo/{number}", self.thread))?;
-        let mut text = String::new();
-        file.take(MOST).read_to_string(&mut text)?;
-        Ok(text)
+        let mut file = fs::File::open(format!("/proc/{}/fdinfo/{number}", self.thread))?;
+        let mut start = [0; 1024];
+        let length = file.read(&mut start)?;
+        let mut text = start.get(..length).unwrap_or_default().to_vec();
+        // The kernel makes it as a whole (`seq_read_iter`), so that a read that is not full has got all of it; almost every one is so short.
+        if length == start.len() {
+            let _length = file.take(MOST).read_to_end(&mut text)?;
+        }
+        String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
     /// A `sockaddr_in` or `sockaddr_in6` of the caller's, as bind(2) takes it; `None` of one that it would not take. The caller may change it at any

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -41,7 +42,7 @@ pub enum Role {
 #[derive(Debug)]
 pub struct Notifier {
     /// The notification descriptor.
-    pub notify: OwnedFd,
+    pub notify: Arc<OwnedFd>,
     /// Whose.
     pub role: Role,
 }
@@ -234,7 +235,7 @@ impl Arriving {
         if !tells_of_calls(&notify) {
             return Err(Refused::NoNotifications);
         }
-        Ok(Notifier { notify, role })
+        Ok(Notifier { notify: Arc::new(notify), role })
     }
 }
 
