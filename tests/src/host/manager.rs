@@ -83,32 +83,38 @@ impl Manager {
         value: &str,
         limit: Duration,
     ) -> Result<()> {
-        let mut last = String::new();
-        let is_an_end = property == "ActiveState" && ["inactive", "failed"].contains(&value);
-        let mut asked = Instant::now();
-        host.wait_until(&format!("{property}={value} of {unit}"), limit, || {
-            if is_an_end && asked.elapsed() < SELDOM && self.has_group(host, unit)? {
-                return Ok(false);
-            }
-            asked = Instant::now();
-            last = self.show(host, unit, property)?;
-            Ok(last == value)
-        })
-        .with_context(|| {
-            format!("{property} of {unit} is {last}\n{}", self.journal(host, unit).unwrap_or_default())
-        })
+        let ends = property == "ActiveState" && ["inactive", "failed"].contains(&value);
+        let what = format!("{property}={value} of {unit}");
+        self.wait_until(host, (unit, property), (&what, limit), ends, |now| now == value)
     }
 
     /// Waits until a unit is "inactive" or "failed".
     pub fn await_end(self, host: &Host, unit: &str, limit: Duration) -> Result<()> {
-        let mut asked = Instant::now();
-        host.wait_until(&format!("the end of {unit}"), limit, || {
-            if asked.elapsed() < SELDOM && self.has_group(host, unit)? {
+        let what = format!("the end of {unit}");
+        let has_ended = |now: &str| matches!(now, "inactive" | "failed");
+        self.wait_until(host, (unit, "ActiveState"), (&what, limit), true, has_ended)
+    }
+
+    /// Waits until a property of a unit is as wanted. `ends`: that is not so while anything of the unit runs.
+    fn wait_until(
+        self,
+        host: &Host,
+        (unit, property): (&str, &str),
+        (what, limit): (&str, Duration),
+        ends: bool,
+        is_wanted: impl Fn(&str) -> bool,
+    ) -> Result<()> {
+        let (mut last, mut asked) = (String::new(), Instant::now());
+        host.wait_until(what, limit, || {
+            if ends && asked.elapsed() < SELDOM && self.has_group(host, unit)? {
                 return Ok(false);
             }
             asked = Instant::now();
-            let state = self.show(host, unit, "ActiveState")?;
-            Ok(matches!(state.as_str(), "inactive" | "failed"))
+            last = self.show(host, unit, property)?;
+            Ok(is_wanted(&last))
+        })
+        .with_context(|| {
+            format!("{property} of {unit} is {last}\n{}", self.journal(host, unit).unwrap_or_default())
         })
     }
 
