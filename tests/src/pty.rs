@@ -77,6 +77,13 @@ impl Pty {
         find().with_context(|| format!("{what} is not shown:\n{}", self.lines().join("\n")))
     }
 
+    /// Waits until the whole screen is as wanted: a single line may be one of before.
+    pub fn expect_screen(&self, what: &str, wanted: impl Fn(&[String]) -> bool) -> Result<()> {
+        let shown = process::eventually(PATIENCE, || wanted(&self.lines()));
+        ensure!(shown, "{what} is not shown:\n{}", self.lines().join("\n"));
+        Ok(())
+    }
+
     /// Presses keys.
     pub fn press(&mut self, keys: &str) -> Result<()> {
         Ok(self.master.write_all(keys.as_bytes())?)
