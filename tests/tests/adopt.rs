@@ -277,6 +277,19 @@ fn a_service_that_shuts_its_listener_down_leaves_the_hosts_listening() -> Result
 }
 
 #[test]
+fn connections_are_shut_down_for_any_process_and_thread_that_comes_and_goes() -> Result<()> {
+    require_namespaces!();
+    let (host, adoption) = v4()?;
+    let agent = adoption.agent(None)?;
+    let service = adoption.service(&["callers", INSIDE])?;
+    service.says("ready")?;
+    agent.says("Adopted")?;
+    service.says("each its own")?;
+    expect_greeted(client(&host)?)?;
+    end(service, &agent)
+}
+
+#[test]
 fn calls_that_mean_nothing_fail_as_they_would_without_an_agent() -> Result<()> {
     require_namespaces!();
     let (host, adoption) = v4()?;

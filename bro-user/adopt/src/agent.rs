@@ -18,7 +18,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::budget::Budget;
-use crate::caller::Caller;
+use crate::caller::{Caller, LateCallers};
 use crate::family::Family;
 use crate::in_flight::{InFlight, Note};
 use crate::inside::{Inside, Then};
@@ -107,6 +107,7 @@ pub struct Agent<S> {
     inside: Vec<Inside>,
     flows: InsideFlows,
     record: InFlight,
+    late: LateCallers,
     /// The last number that something in the store was given.
     last: u64,
     flags: FlagLooks,
@@ -200,6 +201,7 @@ impl<S: Surroundings> Agent<S> {
             inside: Vec::new(),
             flows: InsideFlows::default(),
             record,
+            late: LateCallers::default(),
             last: kept.iter().map(|(_, number, _)| *number).max().unwrap_or(0),
             flags: FlagLooks::default(),
             looks: QueueLooks::default(),
@@ -571,24 +573,17 @@ impl<S: Surroundings> Agent<S> {
         let answered = self.notifiers.iter().find(|answered| answered.number == number)?;
         // Shared, since the answer changes what the agent has.
         let (notify, role) = (Arc::clone(&answered.notifier.notify), answered.notifier.role);
-        let caller = match Caller::of(notify.as_fd(), notification) {
-            Ok(caller) => caller,
-            Err(error) if bro_relay::sys::errno_of(&error) == Errno::ESRCH => return None,
-            // What it wants to shut down may be a listener.
-            Err(error) if call == Call::Shutdown => {
-                return Some(Answer::Failed(bro_relay::sys::errno_of(&error)));
-            }
-            Err(error) => {
-                tracing::debug!(%error, ?call, "the caller cannot be looked at");
-                return Some(Answer::Continue);
-            }
-        };
+        let notify = notify.as_fd();
         match call {
-            Call::Bind => self.bind((number, role), &caller, notification),
-            Call::Listen if role == Role::Container => self.listen(number, &caller, notification),
-            // One that it was passed is systemd's still: it listens.
-            Call::Listen => self.listen_again(&caller, notification),
-            Call::Shutdown => self.shutdown(&caller, notification),
+            Call::Shutdown => self.shutdown(notify, notification),
+            Call::Bind => with_caller(notify, notification, |caller| {
+                self.bind((number, role), caller, notification)
+            }),
+            Call::Listen => with_caller(notify, notification, |caller| match role {
+                Role::Container => self.listen(number, caller, notification),
+                // One that it was passed is systemd's still: it listens.
+                Role::Executed => self.listen_again(caller, notification),
+            }),
         }
     }
 
@@ -738,5 +733,21 @@ impl<S: Surroundings> Agent<S> {
     /// Is there room for one more original?
     const fn may_keep(&self) -> bool {
         self.originals.len() < original::MOST
+    }
+}
+
+/// The answer to a caller; the kernel's own where it cannot be looked at, and none where it waits no longer.
+fn with_caller<'a>(
+    notify: BorrowedFd<'a>,
+    notification: &Raw,
+    answer: impl FnOnce(&Caller<'a>) -> Option<Answer>,
+) -> Option<Answer> {
+    match Caller::of(notify, notification) {
+        Ok(caller) => answer(&caller),
+        Err(error) if bro_relay::sys::errno_of(&error) == Errno::ESRCH => None,
+        Err(error) => {
+            tracing::debug!(%error, "a caller cannot be looked at");
+            Some(Answer::Continue)
+        }
     }
 }

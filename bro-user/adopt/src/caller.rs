@@ -3,10 +3,12 @@
 //! A thread's number may be another one's as soon as it has ended, so everything that is looked up by it counts only if the call still
 //! waits *afterwards* (seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ID_VALID).
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use nix::libc;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -21,26 +23,67 @@ pub struct Caller<'a> {
     notify: BorrowedFd<'a>,
     id: u64,
     thread: i32,
-    process: OwnedFd,
+    process: Arc<OwnedFd>,
+}
+
+/// The threads that have called lately, by their own pidfds: a service's threads call again and again, and to look one up takes three system calls.
+///
+/// A pidfd leads to its own thread alone (pidfd_open(2)), whatever has the number later. As long as that thread is there, the number is its own, and a
+/// notification with that number is its call; as soon as it has ended, the pidfd is good for nothing (ESRCH).
+#[derive(Debug, Default)]
+pub struct LateCallers(VecDeque<(i32, Arc<OwnedFd>)>);
+
+/// As many as are kept, a descriptor each.
+pub const MOST_LATE: usize = 8;
+
+impl LateCallers {
+    /// The caller of this notification, if it has called lately. It may have ended since.
+    #[must_use]
+    pub fn of<'a>(&self, notify: BorrowedFd<'a>, notification: &Raw) -> Option<Caller<'a>> {
+        let thread = notification.thread;
+        let (_, process) = self.0.iter().find(|(known, _)| *known == thread)?;
+        Some(Caller { notify, id: notification.id, thread, process: process.clone() })
+    }
+
+    /// The same, looked up, and kept for its next call.
+    ///
+    /// # Errors
+    /// ESRCH when it no longer waits.
+    pub fn look_up<'a>(&mut self, notify: BorrowedFd<'a>, notification: &Raw) -> io::Result<Caller<'a>> {
+        let thread = notification.thread;
+        self.0.retain(|(known, _)| *known != thread);
+        let (caller, own) = Caller::find(notify, notification)?;
+        // A process's pidfd outlives the thread, and then the number may be another one's.
+        if own {
+            self.0.truncate(MOST_LATE - 1);
+            self.0.push_front((thread, caller.process.clone()));
+        }
+        Ok(caller)
+    }
 }
 
 impl<'a> Caller<'a> {
-    /// The one of this notification. A thread may have a table of descriptors of its own, so its own is asked for where the kernel
-    /// can (Linux 6.9), and else its process's.
+    /// The one of this notification.
     ///
     /// # Errors
     /// ESRCH when it no longer waits.
     pub fn of(notify: BorrowedFd<'a>, notification: &Raw) -> io::Result<Self> {
+        Self::find(notify, notification).map(|(caller, _)| caller)
+    }
+
+    /// And whether the pidfd is the thread's own. A thread may have a table of descriptors of its own, so its own pidfd is asked for where the kernel can
+    /// (Linux 6.9), and else its process's.
+    fn find(notify: BorrowedFd<'a>, notification: &Raw) -> io::Result<(Self, bool)> {
         let thread = notification.thread;
-        let process = sys::pidfd_of_thread(thread).or_else(|error| {
-            if error.raw_os_error() != Some(libc::EINVAL) {
-                return Err(error);
+        let (process, own) = match sys::pidfd_of_thread(thread) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                (bro_relay::sys::pidfd_open(process_of(thread)?)?, false)
             }
-            bro_relay::sys::pidfd_open(process_of(thread)?)
-        })?;
-        let caller = Self { notify, id: notification.id, thread, process };
+            found => (found?, true),
+        };
+        let caller = Self { notify, id: notification.id, thread, process: Arc::new(process) };
         caller.still_waits()?;
-        Ok(caller)
+        Ok((caller, own))
     }
 
     fn still_waits(&self) -> io::Result<()> {
@@ -167,6 +210,37 @@ fn process_of(thread: i32) -> io::Result<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_has_ended_is_not_taken_for_one_that_has_its_number() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            tell.send(nix::unistd::gettid().as_raw()).unwrap();
+            let _hung_up = ended.recv();
+        });
+        let number = told.recv().unwrap();
+        // Before Linux 6.9 there are no threads' own pidfds, and then none are kept.
+        let Ok(own) = sys::pidfd_of_thread(number) else { return };
+        let own = Arc::new(own);
+        let late = LateCallers(VecDeque::from([(number, own.clone())]));
+        let file = fs::File::open("/dev/null").unwrap();
+        let raw = Raw { id: 1, thread: number, arch: 0, number: 0, arguments: [0; 6] };
+        let open = std::os::fd::AsRawFd::as_raw_fd(&file);
+        let caller = late.of(file.as_fd(), &raw).unwrap();
+        caller.duplicate(open).unwrap();
+        let absent = caller.duplicate(100_000).unwrap_err();
+        assert_eq!(absent.raw_os_error(), Some(libc::EBADF));
+        drop(end);
+        thread.join().unwrap();
+        while !bro_relay::sys::exited(&own) {
+            std::thread::yield_now();
+        }
+        let gone = caller.duplicate(open).unwrap_err();
+        assert_eq!(gone.raw_os_error(), Some(libc::ESRCH));
+        let other = Raw { thread: number + 1, ..raw };
+        assert!(late.of(file.as_fd(), &other).is_none());
+    }
 
     #[test]
     fn an_address_is_read_from_bytes_and_a_cut_off_one_is_not() {

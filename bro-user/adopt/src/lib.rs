@@ -13,7 +13,7 @@
 pub mod agent;
 pub mod bound;
 mod budget;
-mod caller;
+pub mod caller;
 pub mod clients;
 mod datagram_options;
 pub mod datagrams;

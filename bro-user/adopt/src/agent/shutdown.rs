@@ -1,6 +1,7 @@
 //! shutdown(2): must not end systemd's listening for every later instance.
 
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::Shutdown;
@@ -14,8 +15,8 @@ use crate::surroundings::{Event, Surroundings};
 
 impl<S: Surroundings> Agent<S> {
     /// The agent shuts its own duplicate of the socket down, which is the same socket, and returns what comes of it. The call is never
-    /// continued: another thread could have put a listener at the descriptor by then.
-    pub(super) fn shutdown(&mut self, caller: &Caller<'_>, notification: &Raw) -> Option<Answer> {
+    /// continued: another thread could have put a listener at the descriptor by then. `None` when the caller waits no longer.
+    pub(super) fn shutdown(&mut self, notify: BorrowedFd<'_>, notification: &Raw) -> Option<Answer> {
         let [number, how, ..] = notification.arguments;
         let number = number as RawFd;
         let how = match how as i32 {
@@ -25,14 +26,40 @@ impl<S: Surroundings> Agent<S> {
             2 => Shutdown::Both,
             _ => return Some(Answer::Failed(Errno::EINVAL)),
         };
-        let socket = match caller.duplicate(number) {
+        let (caller, duplicate) = match self.duplicate_of(notify, notification, number) {
+            Ok(found) => found,
+            Err(error) => {
+                let errno = bro_relay::sys::errno_of(&error);
+                return (errno != Errno::ESRCH).then_some(Answer::Failed(errno));
+            }
+        };
+        let socket = match duplicate {
             Ok(socket) => socket,
             Err(error) => return Some(Answer::Failed(bro_relay::sys::errno_of(&error))),
         };
         Some(match self.listener_of(socket.as_fd()) {
-            Some(listener) => self.give_back(listener, caller, notification, number, how),
+            Some(listener) => self.give_back(listener, &caller, notification, number, how),
             None => shut(&socket, how),
         })
+    }
+
+    /// The caller, and a duplicate of its descriptor. A service shuts down each connection that it ends, so this is as short as can be.
+    fn duplicate_of<'a>(
+        &mut self,
+        notify: BorrowedFd<'a>,
+        notification: &Raw,
+        number: RawFd,
+    ) -> io::Result<(Caller<'a>, io::Result<OwnedFd>)> {
+        if let Some(caller) = self.late.of(notify, notification) {
+            let duplicate = caller.duplicate(number);
+            let has_ended = |error: &io::Error| bro_relay::sys::errno_of(error) == Errno::ESRCH;
+            if !duplicate.as_ref().is_err_and(has_ended) {
+                return Ok((caller, duplicate));
+            }
+        }
+        let caller = self.late.look_up(notify, notification)?;
+        let duplicate = caller.duplicate(number);
+        Ok((caller, duplicate))
     }
 
     /// The service gets its own socket again, shut down as it wants. A thread that is blocked in accept(2) at the listener is not woken by
@@ -56,7 +83,7 @@ impl<S: Surroundings> Agent<S> {
             .and_then(|nonblocking| set_nonblocking(original.socket.as_fd(), nonblocking));
         let close_on_exec = caller.closes_on_exec(number).unwrap_or(true);
         let replaced = flag
-            .map_err(std::io::Error::from)
+            .map_err(io::Error::from)
             .and_then(|()| caller.replace(original.socket.as_fd(), number, close_on_exec));
         if let Err(error) = replaced {
             tracing::debug!(%error, id = notification.id, "a service keeps the listener that it has shut down");

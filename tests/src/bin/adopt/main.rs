@@ -235,6 +235,7 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "slow" => slow(place),
         "asked" => asked(place),
         "shut" => shut(place),
+        "callers" => callers(place),
         "closes" => closes(place),
         "options" => options(place),
         "keeps" => keeps(place),
@@ -371,6 +372,45 @@ fn watched(place: &str, edge: bool) -> Result<()> {
             }
         }
     }
+}
+
+/// Has processes and threads, more than an agent remembers, shut connections down one after the other, each twice. The processes' sockets have one
+/// number, and are other sockets.
+fn callers(place: &str) -> Result<()> {
+    const EACH: usize = 2 * bro_adopt::caller::MOST_LATE;
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    listen(&listener, Backlog::new(16)?)?;
+    say("ready")?;
+    for _ in 0..EACH {
+        match bro_relay::sys::fork()? {
+            None => std::process::exit(i32::from(shuts_its_own().is_err())),
+            Some(child) => {
+                let ended = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(child), None)?;
+                ensure!(matches!(ended, nix::sys::wait::WaitStatus::Exited(_, 0)), "{ended:?}");
+            }
+        }
+    }
+    for _ in 0..EACH {
+        std::thread::spawn(shuts_its_own).join().map_err(|_panicked| anyhow::anyhow!("the thread panicked"))??;
+    }
+    say("each its own")?;
+    loop {
+        greet(&taken(listener.as_fd())?)?;
+    }
+}
+
+/// Shuts one end of each of two connections down, which the other end of that one sees.
+fn shuts_its_own() -> Result<()> {
+    for _ in 0..2 {
+        let (one, mut other) = UnixStream::pair()?;
+        other.set_nonblocking(true)?;
+        let before = other.read(&mut [0]).map_err(|error| error.kind());
+        ensure!(before == Err(std::io::ErrorKind::WouldBlock), "{before:?}");
+        shutdown(one.as_raw_fd(), Shutdown::Both)?;
+        let after = other.read(&mut [0]).map_err(|error| error.kind());
+        ensure!(after == Ok(0), "{after:?}");
+    }
+    Ok(())
 }
 
 /// Shuts its listener down while a thread waits in accept(2).
