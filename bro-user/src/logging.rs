@@ -4,23 +4,28 @@ mod journal;
 
 use std::os::fd::AsFd as _;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use tracing::level_filters::LevelFilter;
-use tracing::subscriber::DefaultGuard;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, fmt};
 
+/// Where lines go, if that is journald.
+static JOURNAL: OnceLock<journal::Journal> = OnceLock::new();
+
 /// Sets logging up: `-v` and `-vv` raise the level, `BRO_LOG` (a tracing filter) overrides both.
 pub fn init(verbose: u8) {
-    // Never changed again; a second call would be a mistake that changes nothing.
-    VERBOSE.set(verbose).ok();
     let filter = filter(verbose);
     let registry = tracing_subscriber::registry().with(filter);
     let journal = stderr_is_the_journal().then(journal::Journal::connect).and_then(Result::ok);
     match journal {
         // Fields become BRO_CONN=, BRO_PEER=, … (systemd.journal-fields(7)).
-        Some(journal) => registry.with(journal).init(),
+        Some(journal) => {
+            // Set once: a second call of this function would be a mistake that changes nothing.
+            JOURNAL.set(journal.clone()).ok();
+            registry.with(journal).init();
+        }
         None => {
             use std::io::IsTerminal as _;
             let text = fmt::layer().with_writer(std::io::stderr).with_target(false);
@@ -42,15 +47,12 @@ fn filter(verbose: u8) -> EnvFilter {
     EnvFilter::builder().parse(std::env::var("BRO_LOG").unwrap_or(default)).unwrap_or_default()
 }
 
-/// How often `-v` was given.
-static VERBOSE: OnceLock<u8> = OnceLock::new();
-
-/// Has this thread log without naming addresses, as long as the returned value lives: its sandbox allows none.
-#[must_use]
-pub fn without_addresses() -> Option<DefaultGuard> {
-    let journal = stderr_is_the_journal().then(journal::Journal::connect)?.ok()?;
-    let filter = filter(*VERBOSE.get()?);
-    Some(tracing::subscriber::set_default(tracing_subscriber::registry().with(filter).with(journal)))
+/// Waits until journald has read all lines of this process and of those that it has forked: it looks up a line's unit by the process that sent it, and
+/// `journalctl --unit` would not show what a process said last that was gone by then. For a quarter of a second at most.
+pub fn flush() {
+    if let Some(journal) = JOURNAL.get() {
+        journal.flush(Duration::from_millis(250));
+    }
 }
 
 /// systemd.exec(5): JOURNAL_STREAM names the device and inode of the stream it connected our standard error to.

@@ -71,13 +71,15 @@ fn main() -> ExitCode {
         Command::TryWake(options) => doctor::try_wake(&options),
         Command::NetnsAgent => bro_relay::netns::agent::run(),
     };
-    match exit::unless_reader_has_gone(result) {
+    let code = match exit::unless_reader_has_gone(result) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
             exit::code_of(&error)
         }
-    }
+    };
+    logging::flush();
+    code
 }
 
 /// The command line; called by one of the subcommands' names, as if that were said.

@@ -1,7 +1,7 @@
 //! System calls that only the control process and the commands make. The others are in [`bro_relay::sys`] and in `bro-sockmap`.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 
 use nix::libc;
 
@@ -12,6 +12,17 @@ use nix::libc;
 pub fn watch(fd: OwnedFd, interest: tokio::io::Interest) -> io::Result<tokio::io::unix::AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd keeps its descriptor open, and the same one, for as long as the AsyncFd that owns it exists.
     unsafe { tokio::io::unix::AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// How many bytes, with what the kernel adds, were sent at this unix socket and wait to be read (SIOCOUTQ, `unix_outq_len`).
+///
+/// # Errors
+/// ioctl(2)'s.
+pub fn unread(socket: BorrowedFd<'_>) -> io::Result<libc::c_int> {
+    let mut bytes = 0;
+    // SAFETY: the kernel writes one int, to where there is one.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
 }
 
 /// The type in the file's SELinux label (`bin_t` of `system_u:object_r:bin_t:s0`), where it has one.

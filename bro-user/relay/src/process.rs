@@ -24,9 +24,6 @@ use crate::target::Target;
 /// How long the relay process may take to end when it has been told to.
 const EXIT_LIMIT: Duration = Duration::from_secs(5);
 
-/// Has this thread log in a way that its sandbox allows (one that names no address), as long as the returned value lives.
-pub type Log = fn() -> Option<tracing::subscriber::DefaultGuard>;
-
 /// The relay process, as its parent sees it.
 #[derive(Debug)]
 pub struct Process {
@@ -46,7 +43,6 @@ pub fn start(
     addresses: &mut AddressBook,
     stats: &Arc<Stats>,
     private: &[BorrowedFd<'_>],
-    log: Log,
 ) -> anyhow::Result<(Process, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
@@ -62,7 +58,6 @@ pub fn start(
             for private in private {
                 sys::close_in_child(*private);
             }
-            let _logging = log();
             let served = serve(parent, settings, listeners, targets, addresses, stats.clone(), theirs);
             let code = served.map_or_else(
                 |error| {
@@ -148,17 +143,18 @@ impl Process {
         self.pid.as_raw()
     }
 
-    /// Waits for its end; it has been told to end, or has ended already.
+    /// Waits for its end; it has been told to end, or has ended already. What is done `before` it is reaped finds its number still its own.
     ///
     /// # Errors
     /// When it did not end well.
-    pub fn wait(self) -> anyhow::Result<()> {
+    pub fn wait(self, before: impl FnOnce()) -> anyhow::Result<()> {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         let patience = PollTimeout::try_from(EXIT_LIMIT).unwrap_or(PollTimeout::MAX);
         if poll(&mut polled, patience) == Ok(0) {
             kill(self.pid, Signal::SIGKILL).ok();
         }
+        before();
         match waitpid(self.pid, Some(WaitPidFlag::__WALL))? {
             WaitStatus::Exited(_, 0) => Ok(()),
             WaitStatus::Exited(_, code) => bail!("the relay process exited with status {code}"),

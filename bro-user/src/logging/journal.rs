@@ -4,13 +4,17 @@
 
 use std::fmt::{Debug, Write as _};
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer};
 
 use crate::exit::on_one_line;
+use crate::sys;
 
 /// Where journald listens (systemd-journald.service(8)).
 const SOCKET: &str = "/run/systemd/journal/socket";
@@ -19,9 +23,10 @@ const SOCKET: &str = "/run/systemd/journal/socket";
 const LONGEST: usize = 64 * 1024;
 
 /// Sends each event to journald, with its fields as BRO_….
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Journal {
-    socket: UnixDatagram,
+    /// Forked processes have it as well.
+    socket: Arc<UnixDatagram>,
 }
 
 impl Journal {
@@ -33,7 +38,19 @@ impl Journal {
         let socket = UnixDatagram::unbound()?;
         socket.connect(SOCKET)?;
         socket.set_nonblocking(true)?;
-        Ok(Self { socket })
+        Ok(Self { socket: Arc::new(socket) })
+    }
+
+    /// Waits until all that was sent has been read and dealt with, or for as long as is given.
+    pub fn flush(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        // journald takes one datagram after the other, and makes nothing of an empty one: when that is read, the ones before are dealt with.
+        if self.socket.send(&[]).is_err() {
+            return;
+        }
+        while sys::unread(self.socket.as_fd()).is_ok_and(|bytes| bytes > 0) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -110,5 +127,31 @@ impl Visit for Message {
         // Into memory: it cannot fail.
         write!(text, "{value:?}").ok();
         self.field(field, &text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_sent_is_waited_for_until_it_is_read_and_no_longer_than_is_given() {
+        let (ours, journald) = UnixDatagram::pair().unwrap();
+        let journal = Journal { socket: Arc::new(ours) };
+        journal.socket.send(b"a line").unwrap();
+        let began = Instant::now();
+        journal.flush(Duration::from_millis(20));
+        assert!(began.elapsed() >= Duration::from_millis(20));
+        let reader = std::thread::spawn(move || {
+            let mut lengths = Vec::new();
+            for _ in 0..3 {
+                lengths.push(journald.recv(&mut [0; 16]).unwrap());
+            }
+            (lengths, journald)
+        });
+        journal.flush(Duration::from_secs(60));
+        let (lengths, _journald) = reader.join().unwrap();
+        assert_eq!(lengths, [6, 0, 0]);
+        assert!(began.elapsed() < Duration::from_secs(30));
     }
 }

@@ -45,9 +45,8 @@ impl RelayProcess {
         let Routes { listeners, targets } = routes;
         let stats = Arc::new(Stats::new()?);
         let mut addresses = AddressBook::new(slot(targets.len(), 0))?;
-        let log = logging::without_addresses;
         let (process, channel) =
-            process::start(settings, listeners, targets, &mut addresses, &stats, private, log)?;
+            process::start(settings, listeners, targets, &mut addresses, &stats, private)?;
         Ok(Self { process, channel, addresses, stats })
     }
 }
@@ -278,7 +277,7 @@ impl<'a> DataPlane<'a> {
         self.engine.send(Plain::Stop);
         // The command goes out during this wait.
         let process = self.process;
-        let ended = tokio::task::spawn_blocking(move || process.wait()).await;
+        let ended = tokio::task::spawn_blocking(move || process.wait(logging::flush)).await;
         ended.unwrap_or_else(|error| Err(error.into()))
     }
 }
