@@ -46,8 +46,8 @@ pub const USER: &str = "test";
 
 /// From the start to the agents' first words. A machine with neighbours takes five times as long as an idle one.
 const BOOT_DEADLINE: Duration = Duration::from_secs(480);
-/// The same of a disk's first boot.
-const FIRST_BOOT_DEADLINE: Duration = Duration::from_secs(600);
+/// The same of a disk's first boot, which is done behind other tests.
+const FIRST_BOOT_DEADLINE: Duration = Duration::from_secs(1200);
 /// For `systemd-run --on-active`: a timer is late by up to a minute unless it says otherwise.
 const SOON: &str = "--timer-property=AccuracySec=100ms";
 /// Emulators have faults of their own: a machine whose kernel dies before systemd has started the agents is booted once more.
@@ -98,6 +98,11 @@ impl Machine {
             }
             boots += 1;
         }
+    }
+
+    /// Makes the disk unless it is there.
+    pub fn disk() -> Result<()> {
+        image::made().map(drop)
     }
 
     /// An orderly reboot.

@@ -144,6 +144,7 @@ impl Tier {
             Self::Suite { name, .. } => runner.suite(name, self.is_slow()),
             Self::Programs => programs::run(),
             Self::Fuzz => fuzz::run(),
+            Self::Disk => runner.run(&["--test", "vm", "--", "--exact", "the_disk_is_there"]),
             Self::OrdinaryUser => ordinary_user::run(runner, all),
         }
     }

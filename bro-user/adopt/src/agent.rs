@@ -576,9 +576,9 @@ impl<S: Surroundings> Agent<S> {
         let notify = notify.as_fd();
         match call {
             Call::Shutdown => self.shutdown(notify, notification),
-            Call::Bind => with_caller(notify, notification, |caller| {
-                self.bind((number, role), caller, notification)
-            }),
+            Call::Bind => {
+                with_caller(notify, notification, |caller| self.bind((number, role), caller, notification))
+            }
             Call::Listen => with_caller(notify, notification, |caller| match role {
                 Role::Container => self.listen(number, caller, notification),
                 // One that it was passed is systemd's still: it listens.

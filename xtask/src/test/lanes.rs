@@ -31,10 +31,16 @@ impl Lanes {
 
     /// Runs a lane's tiers one after another; `bro` is the binary under test.
     pub fn run(&self, lane: Lane, tiers: &[&Tier], bro: &Path) -> Result<Vec<Ran>> {
-        if lane == Lane::Computing && !tiers.is_empty() {
-            await_tools()?;
-        }
-        tiers.iter().map(|tier| self.one(lane, tier.name(), bro)).collect()
+        let one = |tier: &&Tier| {
+            if tier.needs_tools() {
+                await_tools()?;
+            }
+            self.one(lane, tier.name(), bro)
+        };
+        // Those go last, for the tools may not be there yet.
+        let mut tiers = tiers.to_vec();
+        tiers.sort_by_key(|tier| tier.needs_tools());
+        tiers.iter().map(one).collect()
     }
 
     fn one(&self, lane: Lane, tier: &str, bro: &Path) -> Result<Ran> {
@@ -67,7 +73,7 @@ impl Lanes {
     }
 }
 
-/// CI builds the tools of the computing lane while the other lanes begin, and holds a lock on the file that this variable names until
+/// CI builds the tools that cargo builds while the lanes begin, and holds a lock on the file that this variable names until
 /// they are there.
 const TOOLS: &str = "BRO_TOOLS_LOCK";
 

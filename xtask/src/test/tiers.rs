@@ -22,6 +22,8 @@ pub enum Tier {
     Programs,
     /// The fuzzers of `fuzz/`, a few seconds each.
     Fuzz,
+    /// The disk of the machine that is emulated, made before that machine has this one for itself.
+    Disk,
     /// As root: the suites once more, by a user who may do nothing.
     OrdinaryUser,
 }
@@ -57,6 +59,7 @@ impl Tier {
             Self::Suite { name, .. } => name,
             Self::Programs => "kernel-programs",
             Self::Fuzz => "fuzz",
+            Self::Disk => "vm-disk",
             Self::OrdinaryUser => "ordinary-user",
         }
     }
@@ -73,6 +76,7 @@ impl Tier {
             Self::Logic => ("the compiler".into(), "a minute".into()),
             Self::Programs => ("a compiler with library source, bpf-linker".into(), "a minute".into()),
             Self::Fuzz => ("g++, cargo-fuzz".into(), "4 min".into()),
+            Self::Disk => ("as vm".into(), "4 min, once".into()),
             Self::OrdinaryUser => ("root".into(), "3 min".into()),
             Self::Suite { package, name } => {
                 let header = Header::of(package, name)?;
@@ -90,15 +94,20 @@ impl Tier {
     pub fn is_slow(&self) -> bool {
         match self {
             Self::Suite { name, .. } => SLOW.iter().any(|slow| name.starts_with(slow)),
-            Self::Programs | Self::Fuzz | Self::OrdinaryUser => true,
+            Self::Programs | Self::Fuzz | Self::Disk | Self::OrdinaryUser => true,
             Self::Lint | Self::Licences | Self::Logic => false,
         }
+    }
+
+    /// Does it run programs that cargo installs?
+    pub fn needs_tools(&self) -> bool {
+        matches!(self, Self::Licences | Self::Programs | Self::Fuzz)
     }
 
     /// Where it runs.
     pub fn lane(&self) -> Lane {
         match self {
-            Self::Licences | Self::Programs | Self::Fuzz => Lane::Computing,
+            Self::Licences | Self::Programs | Self::Fuzz | Self::Disk => Lane::Computing,
             Self::Suite { name, .. } if name.starts_with("host") => Lane::Hosts,
             Self::Suite { name, .. } if name == "vm" => Lane::Alone,
             Self::Lint | Self::Logic | Self::Suite { .. } | Self::OrdinaryUser => Lane::Front,
@@ -112,7 +121,7 @@ impl Tier {
             suites.extend(suites_in(&workspace().join(folder))?.into_iter().map(|name| (package, name)));
         }
         suites.sort_by(|a, b| a.1.cmp(&b.1));
-        let mut tiers = vec![Self::Lint, Self::Licences, Self::Logic, Self::Programs, Self::Fuzz];
+        let mut tiers = vec![Self::Lint, Self::Licences, Self::Logic, Self::Disk, Self::Programs, Self::Fuzz];
         tiers.extend(suites.into_iter().map(|(package, name)| Self::Suite { package, name }));
         if nix::unistd::geteuid().is_root() {
             tiers.push(Self::OrdinaryUser);

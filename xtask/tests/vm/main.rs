@@ -19,6 +19,14 @@ use bro_tests::vm::{Machine, NEEDS, log};
 
 use site::Site;
 
+/// Made by a tier of its own, while other tiers run: its recipe waits for an archive, and its first boot for nothing.
+#[test]
+fn the_disk_is_there() {
+    if bro_tests::tier::met("the_disk_is_there", &NEEDS) {
+        Machine::disk().expect("the disk is made");
+    }
+}
+
 #[test]
 fn the_debian_package_on_a_whole_debian() {
     if !bro_tests::tier::met("the_debian_package_on_a_whole_debian", &NEEDS) {

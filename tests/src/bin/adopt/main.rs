@@ -391,7 +391,9 @@ fn callers(place: &str) -> Result<()> {
         }
     }
     for _ in 0..EACH {
-        std::thread::spawn(shuts_its_own).join().map_err(|_panicked| anyhow::anyhow!("the thread panicked"))??;
+        std::thread::spawn(shuts_its_own)
+            .join()
+            .map_err(|_panicked| anyhow::anyhow!("the thread panicked"))??;
     }
     say("each its own")?;
     loop {
