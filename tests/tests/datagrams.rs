@@ -17,6 +17,7 @@ use bro_tests::scene::expect_relayed;
 use bro_tests::tier::{Need, met};
 use bro_tests::udp::{Echo, UdpScene, bound, client, expect, expect_echo, loopback};
 use bro_tests::{process, require_namespaces};
+use bro_user::commands::status::UndeliveredReport;
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{
@@ -439,6 +440,8 @@ fn who_sent_what_was_not_received_is_told() -> Result<()> {
             expect(&one, b"waits").context("what waits is not lost")
         };
         refused_once().with_context(|| at.to_owned())?;
+        let said = forwarder.report()?.undelivered;
+        ensure!(said == Some(UndeliveredReport::Tells { told: 1, failed: None }), "{at}: {said:?}");
         // The right is given up, and what it was for is not the relay process's.
         let status = std::fs::read_to_string(format!("/proc/{}/status", forwarder.pid()))?;
         let held = status.lines().find_map(|line| line.strip_prefix("CapPrm:\t")).context("CapPrm")?;
@@ -473,6 +476,19 @@ fn who_sent_what_was_not_received_is_told() -> Result<()> {
         told(&client).context(option)?;
     }
     Ok(())
+}
+
+#[test]
+fn who_has_no_client_to_tell_says_so() -> Result<()> {
+    require_namespaces!();
+    let mut scene = bro_tests::scene::Scene::new()?;
+    let service = scene.serve()?;
+    let forwarder = scene.setup().arg("--icmp-port-unreachable").arg(scene.target()).start()?;
+    let served = (scene.client()?, service.accept()?);
+    let said = forwarder.report()?.undelivered;
+    ensure!(said == Some(UndeliveredReport::NoSocket), "{said:?}");
+    drop(served);
+    forwarder.stop().map(drop)
 }
 
 #[test]

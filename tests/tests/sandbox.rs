@@ -61,6 +61,32 @@ fn the_relay_process_holds_no_rights() -> Result<()> {
     forwarder.stop().map(drop)
 }
 
+/// Answers to datagrams are another thread's, which has to enter the sandbox by itself.
+#[test]
+fn each_thread_of_the_relay_process_holds_no_rights() -> Result<()> {
+    require_namespaces!();
+    let scene = bro_tests::udp::UdpScene::new(false)?;
+    let _echo = scene.echo()?;
+    let forwarder = scene.setup()?.start()?;
+    bro_tests::udp::expect_echo(&scene.client()?, b"ping")?;
+    let threads = std::fs::read_dir(format!("/proc/{}/task", forwarder.relay()))?;
+    let threads: Vec<i32> =
+        threads.flatten().filter_map(|thread| thread.file_name().to_str()?.parse().ok()).collect();
+    ensure!(threads.len() == 2, "there are {} threads", threads.len());
+    let own = rights(forwarder.relay())?;
+    ensure!(own.iter().any(|(name, value)| name == "Seccomp" && value == "2"), "{own:?}");
+    let filters = |thread: i32| -> Result<Option<String>> {
+        let status = std::fs::read_to_string(format!("/proc/{thread}/status"))?;
+        Ok(status.lines().find(|line| line.starts_with("Seccomp_filters:")).map(str::to_owned))
+    };
+    for thread in threads {
+        let (its, is_filtered) = (rights(thread)?, filters(thread)?);
+        ensure!(its == own, "thread {thread} has {its:?}, and not {own:?}");
+        ensure!(is_filtered == filters(forwarder.relay())?, "thread {thread}: {is_filtered:?}");
+    }
+    forwarder.stop().map(drop)
+}
+
 /// What is newer than the list that its service manager has, the control process refuses to itself where it is confined.
 #[test]
 fn a_confined_control_process_makes_no_new_call_that_it_has_no_need_of() -> Result<()> {

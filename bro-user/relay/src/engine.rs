@@ -25,6 +25,7 @@ pub mod socket_options;
 mod targets;
 mod token;
 mod wake_on_data;
+pub mod way_back;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,6 +39,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use slab::Slab;
 use targets::Targets;
 use token::Token;
+use way_back::WayBack;
 
 use crate::connection::{Census, Connection, End};
 use crate::engine::protocol::{EngineCommand, EngineEvent, Mailbox, Outbox, Plain, Received};
@@ -163,7 +165,17 @@ impl Engine {
         let tallies = vec![Tally::default(); listeners.len()];
         let answers = answers::Answers::new(settings.user_timeout);
         let per_source = settings.connections_per_source;
-        let datagrams = Datagrams::new(settings.flows_max, per_source, settings.flow_timeout);
+        let listeners: Vec<(Arc<Listener>, usize)> =
+            listeners.into_iter().map(|(listener, target)| (Arc::new(listener), target)).collect();
+        let way_back = if listeners.iter().any(|(listener, _)| listener.kind.takes_datagrams()) {
+            let all = listeners.iter().map(|(listener, _)| listener.clone()).collect();
+            let way_back = WayBack::new(all, stats.clone(), settings.idle_by_bytes.is_some())?;
+            epoll.add(way_back.wakes(), EpollEvent::new(EpollFlags::EPOLLIN, Token::WayBack.into()))?;
+            Some(Arc::new(way_back))
+        } else {
+            None
+        };
+        let datagrams = Datagrams::new(settings.flows_max, per_source, settings.flow_timeout, way_back);
         Ok(Self {
             per_source: PerSource::new(per_source),
             datagrams,
@@ -192,6 +204,12 @@ impl Engine {
         })
     }
 
+    /// What another thread has to run, where there are listeners for datagrams.
+    #[must_use]
+    pub fn way_back(&self) -> Option<Arc<WayBack>> {
+        self.datagrams.way_back()
+    }
+
     /// Runs until the control process is gone.
     ///
     /// # Errors
@@ -211,9 +229,8 @@ impl Engine {
                         self.connection_event(index, generation, side, event.events());
                     }
                     Token::Listener(index) => self.client_waits(index)?,
-                    Token::Flow { index, generation } => {
-                        self.flow_event(index, generation, event.events());
-                    }
+                    Token::Flow { index, generation } => self.flow_event(index, generation),
+                    Token::WayBack => self.flows_failed_on_their_way(),
                     Token::Agent(target) => self.agent_answered(target),
                     Token::Kernel => self.kernel_events(),
                     Token::Mailbox => {

@@ -14,6 +14,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
 
+use crate::engine::way_back::WayBack;
 use crate::engine::{Engine, Settings, protocol};
 use crate::listener::{Listener, SocketKind};
 use crate::sandbox;
@@ -105,10 +106,38 @@ fn serve(
         Target::Tcp { port, .. } => Some(*port),
         Target::Udp { .. } | Target::Unix(_) | Target::Abstract(_) | Target::Datagrams(_) => None,
     });
-    for missing in sandbox::enter(place, ports, numbers, settings.binds, datagrams, answers_unix)? {
+    let (ports, binds): (Vec<u16>, _) = (ports.collect(), settings.binds);
+    let confine = move || {
+        sandbox::enter(place.clone(), ports.iter().copied(), numbers.clone(), binds, datagrams, answers_unix)
+    };
+    if let Some(way_back) = engine.way_back() {
+        start_way_back(way_back, confine.clone())?;
+    }
+    for missing in confine()? {
         tracing::info!("the relay process runs without a part of its sandbox: {missing}");
     }
     engine.run()
+}
+
+/// Starts the thread that answers clients' datagrams, and returns once it is in the sandbox, which each thread enters for itself. The
+/// process ends with it.
+fn start_way_back(
+    way_back: Arc<WayBack>,
+    confine: impl FnOnce() -> anyhow::Result<Vec<String>> + Send + 'static,
+) -> anyhow::Result<()> {
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    let run = move || {
+        let confined = confine().map(drop);
+        let goes_on = confined.is_ok();
+        if tell.send(confined).is_err() || !goes_on {
+            return;
+        }
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| way_back.run()));
+        tracing::error!("the relay process fails: its answers to datagrams end with {ended:?}");
+        sys::exit_now(1)
+    };
+    let _thread = std::thread::Builder::new().name("bro-answers".into()).spawn(run)?;
+    told.recv().context("the thread for answers has ended")?
 }
 
 /// Each listener with the index of its target, and the numbers of their descriptors.

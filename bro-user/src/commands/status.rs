@@ -58,6 +58,9 @@ pub struct Report {
     pub predecessor: Option<PredecessorReport>,
     /// How bytes are moved, and why not better.
     pub relay: Relay,
+    /// Whether clients over UDP are told what was not received, where that is wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undelivered: Option<UndeliveredReport>,
     /// Its sockets.
     pub listeners: Vec<ListenerReport>,
     /// All of them together.
@@ -188,6 +191,38 @@ pub struct Relay {
     pub name: String,
     /// Why it is not a better one, if so.
     pub reason: Option<String>,
+}
+
+/// What comes of `--icmp-port-unreachable`. A forwarder that may not tell clients anything does not start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum UndeliveredReport {
+    /// Clients are told.
+    Tells {
+        /// How many messages were sent since the start.
+        told: u64,
+        /// Why the kernel did not send the last one.
+        failed: Option<String>,
+    },
+    /// There are no such clients.
+    NoSocket,
+}
+
+impl std::fmt::Display for UndeliveredReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tells { told, failed } => {
+                write!(
+                    f,
+                    "clients over UDP are told what is not received (--icmp-port-unreachable), {told} times so far"
+                )?;
+                failed.iter().try_for_each(|why| write!(f, "; the last message could not be sent: {why}"))
+            }
+            Self::NoSocket => {
+                f.write_str("--icmp-port-unreachable tells no client anything: no socket for UDP was passed")
+            }
+        }
+    }
 }
 
 /// One of a forwarder's sockets.
@@ -408,6 +443,9 @@ pub(crate) fn describe(reports: &[Report]) -> String {
         }
         let reason = report.relay.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
         writeln!(text, "  relay {}{reason}, up {} s", report.relay.name, report.uptime_s).ok();
+        if let Some(undelivered) = &report.undelivered {
+            writeln!(text, "  {undelivered}").ok();
+        }
         let silent = |listener: &&ListenerReport| {
             report.listeners.len() > MANY && listener.adoption.is_none() && listener.tally == Tally::default()
         };
@@ -493,6 +531,7 @@ mod tests {
             waiting: Some(Waiting { clients: 2, connections: 256, lets_in: "--connections-max=256".into() }),
             predecessor: None,
             relay: Relay { name: "splice".into(), reason: Some("no CAP_BPF".into()) },
+            undelivered: Some(UndeliveredReport::Tells { told: 2, failed: Some("no route".into()) }),
             listeners: vec![ListenerReport {
                 name: "http".into(),
                 address: "[::]:80".into(),
@@ -521,6 +560,9 @@ mod tests {
         let text = describe(&[report]);
         assert!(text.contains("http [::]:80 -> 127.0.0.1:80") && text.contains("no CAP_BPF"), "{text}");
         assert!(text.contains("bytes 7 kernel"), "{text}");
+        let told =
+            "(--icmp-port-unreachable), 2 times so far; the last message could not be sent: no route\n";
+        assert!(text.contains(told), "{text}");
         assert!(text.contains("\n    relayed, not adopted: no fit\n"), "{text}");
         assert!(text.contains("datagrams 0 to the service, 0 to clients, 2 dropped (queue)"), "{text}");
         assert!(

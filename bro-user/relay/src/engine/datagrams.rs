@@ -1,5 +1,5 @@
 //! A datagram's way, from top to bottom: it comes to a listener, its flow is found or made, it waits where the service sleeps or the
-//! flow has no socket yet, and goes to the service; what the service answers goes back from the address that the client wrote to.
+//! flow has no socket yet, and goes to the service; what the service answers goes back on another thread (`way_back.rs`).
 //! Then what may come in between: a service that refuses or is lost, flows that end, figures.
 //!
 //! Nothing is sent that was not received, and once only. What cannot be passed on is dropped, as any router would, and counted.
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use nix::sys::socket::{SockaddrLike, SockaddrStorage, setsockopt, sockopt};
+use nix::sys::socket::{SockaddrStorage, setsockopt, sockopt};
 
 use super::agent_link::out_of_descriptors;
 use super::connect::nothing_listens;
@@ -19,6 +19,7 @@ use super::outgoing::{Outgoing, Segments, cannot_be_taken_apart};
 use super::report::{Figures, MOST_PEERS};
 use super::targets::{Found, Frozen};
 use super::token::Token;
+use super::way_back::{FlowError, FlowSocket, WayBack};
 use super::{Engine, RETRY, TICK};
 use crate::ancillary::Ancillary;
 use crate::engine::protocol::EngineEvent;
@@ -37,9 +38,6 @@ use crate::unreachable::{Undelivered, UnreachableLimit};
 /// Datagrams that are received at a time; a buffer for each is kept.
 const BATCH: usize = 16;
 
-/// As many answers are looked for at the first one: that there is no second one is then said by the same system call.
-const FEW: usize = 2;
-
 /// How often in a row one socket is read before others have their turn.
 const ROUNDS: usize = 4;
 
@@ -57,8 +55,8 @@ enum FlowStage {
     Held,
     /// The agent is to make its socket.
     Dialling,
-    /// It has one, connected to the service.
-    Open(OwnedFd),
+    /// It has one, connected to the service, through which it is answered as well.
+    Open(Arc<FlowSocket>),
 }
 
 /// One client's datagrams with the service.
@@ -74,14 +72,11 @@ struct Flow {
     segments: Segments,
     /// The service's buffer is full, over a unix socket: what comes waits until there is room, as the client would.
     is_full: bool,
-    /// How many answers are received at a time: twice as many as there were last.
-    answers_at_once: usize,
-    /// The longest datagrams of which several go to the client as one.
-    longest_answer: usize,
     /// It keeps nothing awake (`--idle-ignore`).
     ignored: bool,
     opened: Instant,
     to_service: u64,
+    /// Through sockets that it has no more.
     to_client: u64,
 }
 
@@ -138,6 +133,8 @@ impl FlowEnd {
 #[derive(Debug)]
 pub(super) struct Datagrams {
     flows: FlowTable<Flow>,
+    /// None where no listener takes datagrams.
+    way_back: Option<Arc<WayBack>>,
     held: HeldDatagrams,
     /// Made for the first datagram.
     messages: Option<Messages>,
@@ -161,9 +158,15 @@ pub(super) struct Datagrams {
 
 impl Datagrams {
     /// Room for `most` flows, of one source `per_source`, that end after `idle` without a datagram.
-    pub(super) fn new(most: usize, per_source: Option<u32>, idle: Duration) -> Self {
+    pub(super) fn new(
+        most: usize,
+        per_source: Option<u32>,
+        idle: Duration,
+        way_back: Option<Arc<WayBack>>,
+    ) -> Self {
         Self {
             flows: FlowTable::new(most, per_source.map(|most| most as usize)),
+            way_back,
             held: HeldDatagrams::new(HELD, HELD_BYTES),
             messages: None,
             idle,
@@ -176,6 +179,10 @@ impl Datagrams {
             full_announced: false,
             undelivered: UnreachableLimit::default(),
         }
+    }
+
+    pub(super) fn way_back(&self) -> Option<Arc<WayBack>> {
+        self.way_back.clone()
     }
 
     pub(super) const fn is_empty(&self) -> bool {
@@ -215,9 +222,33 @@ impl Datagrams {
     /// Is each one ignored, or without a datagram for so long?
     pub(super) fn all_sleep(&self, limit: Duration) -> bool {
         let sleeps = |used: Instant, flow: &Flow| {
-            flow.ignored || (matches!(flow.stage, FlowStage::Open(_)) && used.elapsed() >= limit)
+            flow.ignored
+                || matches!(&flow.stage, FlowStage::Open(socket) if self.used(used, socket).elapsed() >= limit)
         };
         self.flows.iter().all(|(_, _, used, flow)| sleeps(used, flow))
+    }
+
+    /// When a datagram was last passed on, either way.
+    fn used(&self, sent: Instant, socket: &FlowSocket) -> Instant {
+        let answered = self.way_back.as_ref().and_then(|way_back| way_back.answered(socket));
+        answered.map_or(sent, |answered| answered.max(sent))
+    }
+
+    /// Takes note of which flows were answered.
+    fn look_back(&mut self) {
+        let Some(way_back) = self.way_back.clone() else { return };
+        for id in way_back.take_answered() {
+            let Some((_, Flow { stage: FlowStage::Open(socket), generation, .. })) = self.flows.get(id.index)
+            else {
+                continue;
+            };
+            if *generation == id.generation {
+                WayBack::looks_at(socket);
+                if let Some(answered) = way_back.answered(socket) {
+                    self.flows.touch(id.index, answered);
+                }
+            }
+        }
     }
 
     /// The flow that is there now.
@@ -238,7 +269,11 @@ impl Datagrams {
     fn set_stage(&mut self, index: usize, stage: FlowStage) {
         let Some((_, flow)) = self.flows.get_mut(index) else { return };
         let (was, is) = (!matches!(flow.stage, FlowStage::Open(_)), !matches!(stage, FlowStage::Open(_)));
-        flow.stage = stage;
+        if let FlowStage::Open(socket) = std::mem::replace(&mut flow.stage, stage) {
+            flow.to_client += socket.to_client();
+            let id = FlowId { index, generation: flow.generation };
+            self.way_back.iter().for_each(|way_back| way_back.close(id));
+        }
         self.waiting = self.waiting + usize::from(is) - usize::from(was);
     }
 }
@@ -282,12 +317,6 @@ fn inet_of(message: &ReceivedDatagram<'_>) -> Option<SocketAddr> {
     Some(std::net::SocketAddrV6::new(*v6.ip(), v6.port(), 0, v6.scope_id()).into())
 }
 
-/// The first of these, up to those of which several go as one.
-fn apart(pieces: &[Piece], longest: usize) -> &[Piece] {
-    let alone = (0..pieces.len()).take_while(|at| together(&pieces[*at..], longest) == 1);
-    &pieces[..alone.count()]
-}
-
 /// The same as people and limits know it.
 fn peer_of(client: &FlowClient) -> Peer {
     match client {
@@ -303,6 +332,7 @@ impl Engine {
         let mut messages = self.datagrams.messages.take().unwrap_or_else(|| Messages::new(BATCH));
         let mut arrived: Vec<Arrived> = Vec::with_capacity(BATCH);
         let kind = self.listeners.kind(listener);
+        self.datagrams.look_back();
         for _ in 0..ROUNDS {
             let received = match messages.receive(self.listeners.socket(listener), BATCH) {
                 Ok(received) => received,
@@ -412,8 +442,6 @@ impl Engine {
                 Segments::never()
             },
             is_full: false,
-            answers_at_once: FEW,
-            longest_answer: if matches!(key.client, FlowClient::Inet(_)) { usize::MAX } else { 0 },
             ignored,
             opened: now,
             to_service: 0,
@@ -510,10 +538,10 @@ impl Engine {
                 return self.end_flow(id.index, FlowEnd::Unsendable);
             }
         };
-        let token = Token::Flow { index: id.index, generation: id.generation };
-        if self.epoll.add(socket.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token.into())).is_err() {
-            return self.end_flow(id.index, FlowEnd::Descriptors);
-        }
+        let Some((key, flow)) = self.datagrams.flows.get(id.index) else { return };
+        let way_back = self.datagrams.way_back.as_ref();
+        let opened = way_back.map(|way_back| way_back.open(id, key.clone(), socket, flow.ignored));
+        let Some(Ok(socket)) = opened else { return self.end_flow(id.index, FlowEnd::Descriptors) };
         self.datagrams.set_stage(id.index, FlowStage::Open(socket));
         // The service has the whole time for its answer, however long it was waited for.
         self.datagrams.flows.touch(id.index, Instant::now());
@@ -543,9 +571,12 @@ impl Engine {
         if std::mem::replace(&mut flow.is_full, is_full) == is_full {
             return;
         }
-        let events = if is_full { EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
         let token = Token::Flow { index, generation: flow.generation };
-        let told = self.epoll.modify(socket, &mut EpollEvent::new(events, token.into()));
+        let told = if is_full {
+            self.epoll.add(&socket.socket, EpollEvent::new(EpollFlags::EPOLLOUT, token.into()))
+        } else {
+            self.epoll.delete(&socket.socket)
+        };
         let told = told.and_then(|()| self.listeners.pause(&self.epoll, key.listener, is_full));
         if let Err(errno) = told {
             tracing::debug!(error = errno.desc(), "a full socket cannot be watched");
@@ -561,15 +592,15 @@ impl Engine {
         if flow.ecn != ecn {
             let ipv6 = self.targets[flow.target].address(0).is_some_and(|address| address.is_ipv6());
             let set = if ipv6 {
-                setsockopt(socket, sockopt::Ipv6TClass, &ecn.into())
+                setsockopt(&socket.socket, sockopt::Ipv6TClass, &ecn.into())
             } else {
-                setsockopt(socket, sockopt::Ipv4Tos, &ecn.into())
+                setsockopt(&socket.socket, sockopt::Ipv4Tos, &ecn.into())
             };
             flow.ecn = if set.is_ok() { ecn } else { flow.ecn };
         }
         let mut refused = false;
         let segments = &mut flow.segments;
-        let mut once = || outgoing.send(socket.as_fd(), segments);
+        let mut once = || outgoing.send(socket.socket.as_fd(), segments);
         let tally = &mut self.tallies[key.listener].datagrams;
         let sent = once().or_else(|errno| match errno {
             Errno::EINTR => once(),
@@ -642,132 +673,35 @@ impl Engine {
         }
     }
 
-    /// The service has answered a client, or the kernel for it.
-    pub(super) fn flow_event(&mut self, index: usize, generation: u32, events: EpollFlags) {
+    /// A service whose buffer was full takes more.
+    pub(super) fn flow_event(&mut self, index: usize, generation: u32) {
         let id = FlowId { index, generation };
-        if !self.datagrams.is_there(id) {
-            return;
-        }
-        if events.contains(EpollFlags::EPOLLOUT) {
+        if self.datagrams.is_there(id) {
             self.set_full(index, false);
             self.send_held(id);
         }
-        let mut messages = self.datagrams.messages.take().unwrap_or_else(|| Messages::new(BATCH));
-        let error = self.answer_client(index, &mut messages);
-        self.datagrams.messages = Some(messages);
-        self.datagrams_moved();
-        if let Some(errno) = error {
-            let Some((key, flow)) = self.datagrams.flows.get(index) else { return };
+    }
+
+    /// The kernel has said of flows' sockets that nothing is bound at the target, or worse.
+    pub(super) fn flows_failed_on_their_way(&mut self) {
+        let Some(way_back) = self.datagrams.way_back.clone() else { return };
+        for FlowError { id, socket, errno } in way_back.take_errors() {
+            let Some((key, flow)) = self.datagrams.flows.get(id.index) else { continue };
+            // Not of a socket that it had before.
+            if !matches!(&flow.stage, FlowStage::Open(now) if Arc::ptr_eq(now, &socket)) {
+                continue;
+            }
             tracing::debug!(peer = %peer_of(&key.client), error = errno.desc(), "the service's side says");
             if !nothing_listens(errno) {
-                return;
+                continue;
             }
             let (key, target) = (key.clone(), flow.target);
-            self.tallies[key.listener].datagrams.dropped.add(Dropped::Refused, 1);
             self.tell_undelivered(&key);
             if self.settings.hold_refused {
-                self.end_flow(index, FlowEnd::Refused);
+                self.end_flow(id.index, FlowEnd::Refused);
                 self.target_refused(target);
             }
         }
-    }
-
-    /// Passes on what waits on a flow's socket; returns the error that was there besides.
-    fn answer_client(&mut self, index: usize, messages: &mut Messages) -> Option<Errno> {
-        let mut error = None;
-        for _ in 0..ROUNDS {
-            let (key, flow) = self.datagrams.flows.get_mut(index)?;
-            let FlowStage::Open(socket) = &flow.stage else { return None };
-            let most = flow.answers_at_once;
-            let received = match messages.receive(socket.as_fd(), most) {
-                Ok(received) => received,
-                Err(Errno::EAGAIN) => break,
-                Err(Errno::EINTR) => continue,
-                // An error comes before what was received before it.
-                Err(errno) => {
-                    error = Some(errno);
-                    continue;
-                }
-            };
-            let listener = self.listeners.socket(key.listener);
-            let tally = &mut self.tallies[key.listener].datagrams;
-            let inet;
-            let to: &dyn SockaddrLike = match &key.client {
-                FlowClient::Inet(client) => {
-                    inet = SockaddrStorage::from(*client);
-                    &inet
-                }
-                FlowClient::Unix(name) => &**name,
-                FlowClient::Unbound => {
-                    tally.dropped.add(Dropped::Unsendable, received as u64);
-                    continue;
-                }
-            };
-            let mut answers = Vec::with_capacity(received);
-            for number in 0..received {
-                let Some(message) = messages.get(number) else { break };
-                let Ancillary { ecn, segment, descriptors, .. } = Ancillary::read(message.control);
-                if descriptors {
-                    tally.dropped.add(Dropped::Unsendable, 1);
-                    continue;
-                }
-                answers
-                    .extend(Piece::of(number, message.bytes.len(), segment.into()).map(|piece| (ecn, piece)));
-            }
-            for alike in answers.chunk_by(|(one, _), (next, _)| one == next) {
-                let ecn = alike[0].0;
-                let pieces: Vec<Piece> = alike.iter().map(|(_, piece)| *piece).collect();
-                let mut left = &pieces[..];
-                while let Some(first) = left.first() {
-                    let count = together(left, flow.longest_answer);
-                    let mut control = Ancillary { local: key.local, ecn, ..Ancillary::default() };
-                    let sent = if count > 1 {
-                        control.segment = first.length.try_into().unwrap_or(0);
-                        let control = control.write(&key.client);
-                        messages.send_together(&left[..count], listener, to, &control).map(|()| count)
-                    } else {
-                        messages.send_apart(
-                            apart(left, flow.longest_answer),
-                            listener,
-                            to,
-                            &control.write(&key.client),
-                        )
-                    };
-                    let gone = match sent {
-                        Ok(sent) => {
-                            let bytes = left[..sent].iter().map(|piece| piece.length as u64).sum();
-                            tally.to_clients.add_several(sent as u64, bytes);
-                            flow.to_client += bytes;
-                            sent
-                        }
-                        Err(Errno::EINTR) => 0,
-                        Err(errno) if count > 1 && cannot_be_taken_apart(errno) => {
-                            flow.longest_answer = first.length - 1;
-                            0
-                        }
-                        Err(Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM) => {
-                            tally.dropped.add(Dropped::ClientBuffer, left.len() as u64);
-                            left.len()
-                        }
-                        // Of the first one alone, or of all that were to go as one.
-                        Err(errno) => {
-                            let too_long = errno == Errno::EMSGSIZE;
-                            let why = if too_long { Dropped::TooLong } else { Dropped::Unsendable };
-                            tally.dropped.add(why, count as u64);
-                            count
-                        }
-                    };
-                    left = &left[gone..];
-                }
-            }
-            flow.answers_at_once = (2 * received).clamp(FEW, BATCH);
-            self.datagrams.moved |= !flow.ignored;
-            self.datagrams.flows.touch(index, Instant::now());
-            if received < most {
-                break;
-            }
-        }
-        error
     }
 
     /// By bytes, what has just moved counts, unless it is of a client that is ignored.
@@ -827,12 +761,16 @@ impl Engine {
         if self.datagrams.is_empty() {
             return;
         }
+        self.datagrams.look_back();
         let now = Instant::now();
         let (limit, hold) = (self.datagrams.limit(self.draining), self.settings.hold_limit);
         let hold = hold.saturating_add(TICK * 5).max(limit);
-        let old = self.datagrams.flows.iter().take_while(|(_, _, used, _)| now - *used >= limit);
-        let due =
-            old.filter(|(_, _, used, flow)| matches!(flow.stage, FlowStage::Open(_)) || now - *used >= hold);
+        let datagrams = &self.datagrams;
+        let old = datagrams.flows.iter().take_while(|(_, _, used, _)| now.duration_since(*used) >= limit);
+        let due = old.filter(|(_, _, used, flow)| match &flow.stage {
+            FlowStage::Open(socket) => now.duration_since(datagrams.used(*used, socket)) >= limit,
+            FlowStage::Held | FlowStage::Dialling => now.duration_since(*used) >= hold,
+        });
         let due: Vec<usize> = due.map(|(index, ..)| index).collect();
         for index in due {
             self.end_flow(index, FlowEnd::Idle);
@@ -848,10 +786,20 @@ impl Engine {
     /// A flow is not in the table any more.
     fn flow_ended(&mut self, index: usize, key: &FlowEnds, flow: Flow, end: FlowEnd) {
         let id = FlowId { index, generation: flow.generation };
-        if !matches!(flow.stage, FlowStage::Open(_)) {
-            self.datagrams.waiting -= 1;
-            if let Some(link) = self.targets[flow.target].link() {
-                link.forget_flow(id);
+        let mut to_client = flow.to_client;
+        match &flow.stage {
+            FlowStage::Open(socket) => {
+                to_client += socket.to_client();
+                self.datagrams.way_back.iter().for_each(|way_back| way_back.close(id));
+                if flow.is_full {
+                    self.epoll.delete(&socket.socket).ok();
+                }
+            }
+            FlowStage::Held | FlowStage::Dialling => {
+                self.datagrams.waiting -= 1;
+                if let Some(link) = self.targets[flow.target].link() {
+                    link.forget_flow(id);
+                }
             }
         }
         let left = self.datagrams.held.take(id).len() as u64;
@@ -863,7 +811,7 @@ impl Engine {
             peer = %peer_of(&key.client),
             target = %self.targets[flow.target].name,
             to_service = flow.to_service,
-            to_client = flow.to_client,
+            to_client,
             duration_ms = flow.opened.elapsed().as_millis() as u64,
             dropped = left,
             reason = end.word(),
@@ -879,7 +827,6 @@ impl Engine {
         if flow.is_full {
             self.listeners.pause(&self.epoll, key.listener, false).ok();
         }
-        // The kernel takes a closed socket out of epoll.
         drop(flow);
         self.tell_if_drained();
         self.publish_open();
@@ -892,6 +839,11 @@ impl Engine {
 
     /// What flows are like at this moment.
     pub(super) fn add_flows(&self, figures: &mut Figures) {
+        if let Some(way_back) = &self.datagrams.way_back {
+            for (listener, tally) in figures.tallies.iter_mut().enumerate() {
+                way_back.add_to(listener, &mut tally.datagrams);
+            }
+        }
         for (_, key, _, flow) in self.datagrams.flows.iter() {
             let tally = &mut figures.tallies[key.listener].datagrams;
             tally.open += 1;

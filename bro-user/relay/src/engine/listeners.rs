@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
@@ -42,7 +43,7 @@ pub enum ListenerUse {
 #[derive(Debug)]
 pub(super) struct Listeners {
     /// Each with the index of its target.
-    all: Vec<(Listener, usize)>,
+    all: Vec<(Arc<Listener>, usize)>,
     uses: Vec<ListenerUse>,
     /// How many clients each had of late.
     batches: Vec<AcceptBatch>,
@@ -55,7 +56,7 @@ pub(super) struct Listeners {
 
 impl Listeners {
     /// Nothing is accepted from them yet, and with `adopts` not before they are said to be relayed at.
-    pub(super) fn new(all: Vec<(Listener, usize)>, adopts: bool) -> Self {
+    pub(super) fn new(all: Vec<(Arc<Listener>, usize)>, adopts: bool) -> Self {
         // For clients that connect from now on: what a relay cannot pass on, the kernel refuses to the sender, if it can. A service that
         // accepts at them itself may want it.
         for (listener, _) in all.iter().filter(|_| !adopts) {
@@ -124,7 +125,7 @@ impl Listeners {
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Listener> {
-        self.all.iter().map(|(listener, _)| listener)
+        self.all.iter().map(|(listener, _)| &**listener)
     }
 
     /// The index of a listener's target.

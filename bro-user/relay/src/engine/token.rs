@@ -18,6 +18,8 @@ pub(super) enum Token {
     Mailbox,
     /// The kernel relay's programs.
     Kernel,
+    /// The thread that answers clients' datagrams.
+    WayBack,
 }
 
 /// Generations wrap at this many connections; a batch of events never spans so many.
@@ -39,6 +41,7 @@ impl From<Token> for u64 {
             }
             Token::Mailbox => 3 << 62,
             Token::Kernel => (3 << 62) | 1,
+            Token::WayBack => (3 << 62) | 2,
         }
     }
 }
@@ -59,6 +62,7 @@ impl From<u64> for Token {
                 generation: ((rest >> 32) & ((1 << 24) - 1)) as u32,
             },
             _ if rest == 1 => Self::Kernel,
+            _ if rest == 2 => Self::WayBack,
             _ => Self::Mailbox,
         }
     }
@@ -73,7 +77,7 @@ mod tests {
         #[test]
         fn unpacks_what_it_packs(index in 0usize..1 << 32, generation in 0u32..1 << 29, service: bool) {
             let side = if service { Side::Service } else { Side::Client };
-            for token in [Token::Connection { index, generation, side }, Token::Listener(index), Token::Agent(index), Token::Flow { index, generation: generation % (1 << 24) }, Token::Mailbox, Token::Kernel] {
+            for token in [Token::Connection { index, generation, side }, Token::Listener(index), Token::Agent(index), Token::Flow { index, generation: generation % (1 << 24) }, Token::Mailbox, Token::Kernel, Token::WayBack] {
                 prop_assert_eq!(Token::from(u64::from(token)), token);
             }
         }

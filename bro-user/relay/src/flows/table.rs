@@ -133,9 +133,9 @@ impl<T> FlowTable<T> {
         })
     }
 
-    /// It is the most recently used one from now on.
+    /// It is the most recently used one from now on, unless it is known to have been used later than that.
     pub fn touch(&mut self, index: usize, now: Instant) {
-        if !self.entries.contains(index) {
+        if self.entries.get(index).is_none_or(|entry| entry.used > now) {
             return;
         }
         self.entries[index].used = now;

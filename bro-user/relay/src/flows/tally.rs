@@ -33,7 +33,22 @@ pub enum Dropped {
 }
 
 impl Dropped {
-    /// All reasons, as the figures name them.
+    /// All reasons.
+    pub const ALL: [Self; Self::WORDS.len()] = [
+        Self::Queue,
+        Self::Evicted,
+        Self::StartFailed,
+        Self::WakeIgnored,
+        Self::Leaving,
+        Self::Refused,
+        Self::ServiceBuffer,
+        Self::ClientBuffer,
+        Self::TooLong,
+        Self::Descriptors,
+        Self::Unsendable,
+    ];
+
+    /// The same, as the figures name them.
     pub const WORDS: [&'static str; 11] = [
         "queue",
         "evicted",
@@ -176,6 +191,7 @@ mod tests {
         assert_eq!(json["dropped"], serde_json::json!({ "queue": 2, "unsendable": 4 }));
         assert_eq!(serde_json::from_value::<DatagramTally>(json).unwrap(), twice);
         assert_eq!((Dropped::Queue.word(), Dropped::Unsendable.word()), ("queue", "unsendable"));
+        assert!(Dropped::ALL.into_iter().enumerate().all(|(number, why)| why as usize == number));
         assert_eq!(serde_json::from_str::<DropCounts>(r#"{"x":7}"#).unwrap().total(), 0);
     }
 }

@@ -1,6 +1,7 @@
 //! Datagrams, several with one system call (recvmmsg(2), sendmmsg(2)), with what comes and goes along. nix has both, but forgets to
 //! say anew how much room there is for an address, and reads addresses that sendmmsg(2) never writes.
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::ptr::null_mut;
 
@@ -67,10 +68,31 @@ impl Messages {
     /// recvmmsg(2)'s; EAGAIN where there is none.
     pub fn receive(&mut self, socket: BorrowedFd<'_>, most: usize) -> nix::Result<usize> {
         self.lengths.clear();
-        let parts = self.bytes.chunks_exact_mut(ROOM).take(most);
+        self.receive_more(socket, most).map(|received| received.len())
+    }
+
+    /// For how many more there is room.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.names.len() - self.lengths.len()
+    }
+
+    /// Those that were received are gone.
+    pub fn clear(&mut self) {
+        self.lengths.clear();
+    }
+
+    /// The same as [`Messages::receive`], beside those from before. Returns their numbers.
+    ///
+    /// # Errors
+    /// recvmmsg(2)'s; EAGAIN where there is none.
+    pub fn receive_more(&mut self, socket: BorrowedFd<'_>, most: usize) -> nix::Result<Range<usize>> {
+        let first = self.lengths.len();
+        let parts = self.bytes.chunks_exact_mut(ROOM).skip(first).take(most);
         let mut parts: Vec<libc::iovec> =
             parts.map(|part| libc::iovec { iov_base: part.as_mut_ptr().cast(), iov_len: ROOM }).collect();
-        let places = parts.iter_mut().zip(&mut self.names).zip(&mut self.controls);
+        let names = self.names.iter_mut().skip(first);
+        let places = parts.iter_mut().zip(names).zip(self.controls.iter_mut().skip(first));
         let mut headers: Vec<libc::mmsghdr> = places
             .map(|((part, name), control)| {
                 let parts = std::slice::from_mut(part);
@@ -90,13 +112,13 @@ impl Messages {
             [header.msg_len as usize, inner.msg_namelen as usize, inner.msg_controllen]
         }));
         drop(headers);
-        for ([.., length], control) in self.lengths.iter().zip(&self.controls) {
+        for ([.., length], control) in self.lengths.iter().zip(&self.controls).skip(first) {
             for number in crate::ancillary::descriptors(control.0.get(..*length).unwrap_or_default()) {
                 // SAFETY: the kernel has just made this descriptor for the message, and only this code knows of it.
                 drop(unsafe { OwnedFd::from_raw_fd(number) });
             }
         }
-        Ok(received)
+        Ok(first..first + received)
     }
 
     /// The one with this number, of those that were received last.
@@ -251,6 +273,28 @@ mod tests {
         for length in lengths {
             assert_eq!(other.recv(&mut buffer).unwrap(), length);
         }
+    }
+
+    #[test]
+    fn what_comes_from_several_sockets_lies_side_by_side() {
+        let [one, other, third] = [(); 3].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let mut messages = Messages::new(3);
+        for (socket, marks) in [(&other, &[1u8, 2][..]), (&third, &[3, 4])] {
+            for mark in marks {
+                let _sent = one.send_to(&[*mark; 10], socket.local_addr().unwrap()).unwrap();
+            }
+        }
+        assert_eq!(messages.receive_more(other.as_fd(), 8), Ok(0..2));
+        assert_eq!(messages.receive_more(other.as_fd(), 8), Err(Errno::EAGAIN));
+        assert_eq!((messages.room(), messages.receive_more(third.as_fd(), 8)), (1, Ok(2..3)));
+        for (number, mark) in [1u8, 2, 3].into_iter().enumerate() {
+            let message = messages.get(number).unwrap();
+            assert_eq!(message.bytes, [mark; 10]);
+            assert_eq!(messages.bytes_of(&Piece { message: number, start: 3, length: 2 }), [mark; 2]);
+        }
+        messages.clear();
+        assert_eq!((messages.room(), messages.receive(third.as_fd(), 8)), (3, Ok(1)));
+        assert_eq!(messages.get(0).unwrap().bytes, [4; 10]);
     }
 
     #[test]

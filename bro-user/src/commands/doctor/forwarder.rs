@@ -2,7 +2,7 @@
 
 use super::hints::ManagerOwner;
 use super::{Check, listens, settings};
-use crate::commands::status::{AdoptionReport, ListenerReport, Report, Waiting};
+use crate::commands::status::{AdoptionReport, ListenerReport, Report, UndeliveredReport, Waiting};
 use crate::control_socket::{self, Request};
 use crate::fallback::FallbackKind;
 use crate::installed::Installed;
@@ -66,6 +66,7 @@ pub(super) async fn check(installed: &Installed, service: &str, systemd: &System
             format!("`{systemctl} restart {service}`; before that, `{journal}` may say why"),
         );
     }
+    let mut undelivered = String::new();
     if let ForwarderAnswer::Report(report) = answer {
         if let Some(waiting) = &report.waiting {
             let finding = format!("{service} is full: {waiting}");
@@ -74,6 +75,10 @@ pub(super) async fn check(installed: &Installed, service: &str, systemd: &System
         if let Some(check) = report.listeners.iter().find_map(|listener| not_adopted(installed, listener)) {
             return check;
         }
+        if let Some(check) = report.undelivered.as_ref().and_then(|told| untold(installed, told)) {
+            return check;
+        }
+        undelivered = report.undelivered.map(|told| format!("; {told}")).unwrap_or_default();
     }
     if found.needs_reload {
         return Check::less(
@@ -93,7 +98,7 @@ pub(super) async fn check(installed: &Installed, service: &str, systemd: &System
             ),
         );
     }
-    Check::ok(NAME, format!("{service} is {}", found.active))
+    Check::ok(NAME, format!("{service} is {}{undelivered}", found.active))
 }
 
 /// A socket that the service was to have itself, and has not.
@@ -146,6 +151,23 @@ fn not_adopted(installed: &Installed, listener: &ListenerReport) -> Option<Check
             Some(Check::less(NAME, format!("{name} ({address}) is relayed, not adopted: {why}"), fix))
         }
     }
+}
+
+/// Clients over UDP were to be told what is not received, and are not. Where the forwarder may not tell them, it has failed.
+fn untold(installed: &Installed, told: &UndeliveredReport) -> Option<Check> {
+    let fix = match told {
+        UndeliveredReport::Tells { failed: None, .. } => return None,
+        UndeliveredReport::Tells { failed: Some(_), .. } => {
+            "see whether this host has a route to its clients, and whether a firewall of its own stops what it sends"
+                .to_owned()
+        }
+        UndeliveredReport::NoSocket => format!(
+            "`{} {} --icmp-port-unreachable=false`, or give it a port for UDP",
+            listens::activate(installed),
+            installed.name
+        ),
+    };
+    Some(Check::less(NAME, told.to_string(), fix))
 }
 
 /// What lets the waiting clients in.

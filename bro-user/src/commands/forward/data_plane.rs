@@ -21,7 +21,7 @@ use super::routes::Routes;
 use super::settings;
 use super::undelivered::Teller;
 use crate::cli::{Forward, RelayChoice};
-use crate::commands::status;
+use crate::commands::status::{self, UndeliveredReport};
 use crate::exit::Failure;
 use crate::logging;
 use crate::relay_handle::Handle;
@@ -177,6 +177,12 @@ impl<'a> DataPlane<'a> {
         if let Some(teller) = &mut self.teller {
             teller.tell(about);
         }
+    }
+
+    /// What comes of that, where it is wanted.
+    pub(super) fn undelivered_report(&self) -> Option<UndeliveredReport> {
+        let report = || self.teller.as_ref().map_or(UndeliveredReport::NoSocket, Teller::report);
+        self.options.icmp_port_unreachable.then(report)
     }
 
     /// What a successor gets to tell clients by.

@@ -98,6 +98,7 @@ impl Control<'_> {
             waiting: self.limit.waiting().cloned(),
             predecessor: self.reload.predecessor().cloned(),
             relay: self.plane.describe(),
+            undelivered: self.plane.undelivered_report(),
             listeners: Vec::new(),
             total: Tally::default(),
             own: self.ledger.own(self.life.counts.clone()),

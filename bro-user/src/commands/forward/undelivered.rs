@@ -19,6 +19,7 @@ use nix::sys::socket::{
 };
 
 use crate::cli::Forward;
+use crate::commands::status::UndeliveredReport;
 use crate::exit::Failure;
 use crate::systemd::listen_fds::Passed;
 
@@ -39,6 +40,10 @@ pub(super) struct Teller {
     /// The address of each listener that takes datagrams over UDP.
     listeners: Vec<Option<SocketAddr>>,
     limit: UnreachableLimit,
+    /// How many messages were sent.
+    told: u64,
+    /// Why the last one was not.
+    failed: Option<nix::errno::Errno>,
 }
 
 /// Takes what a predecessor has left out of what it passed; the rest is for clients.
@@ -86,7 +91,13 @@ impl Teller {
             }
         }
         capabilities::give_up(Capability::CAP_NET_RAW);
-        Ok(Some(Self { sockets, listeners: addresses, limit: UnreachableLimit::default() }))
+        Ok(Some(Self {
+            sockets,
+            listeners: addresses,
+            limit: UnreachableLimit::default(),
+            told: 0,
+            failed: None,
+        }))
     }
 
     /// The sockets, which are this process's alone.
@@ -100,6 +111,11 @@ impl Teller {
     /// EMFILE.
     pub(super) fn for_successor(&self) -> std::io::Result<Vec<(&'static str, OwnedFd)>> {
         self.sockets.iter().map(|raw| Ok((NAMES[usize::from(raw.ipv6)], raw.socket.try_clone()?))).collect()
+    }
+
+    /// What came of it.
+    pub(super) fn report(&self) -> UndeliveredReport {
+        UndeliveredReport::Tells { told: self.told, failed: self.failed.map(|errno| errno.desc().to_owned()) }
     }
 
     /// The relay process says that a client's datagram was not received.
@@ -123,7 +139,10 @@ impl Teller {
         }
         let raw = self.sockets.iter().find(|raw| raw.ipv6 == local.is_ipv6());
         let Some(RawSocket { socket, .. }) = raw else { bail!("no socket of that family") };
-        send(socket, about, local.ip(), &message)?;
+        let sent = send(socket, about, local.ip(), &message);
+        self.failed = sent.err();
+        sent?;
+        self.told += 1;
         tracing::debug!(client = %about.client, "told that its datagram was not received");
         Ok(())
     }
