@@ -120,7 +120,10 @@ impl Lifecycle<'_> {
         }
         let (activator, done) = (self.activator.clone(), self.changes.0.clone());
         let waking = async move {
-            sleep(pause).await;
+            if !pause.is_zero() {
+                // The timer's least is what is left of a millisecond.
+                sleep(pause).await;
+            }
             let result = activator.wake(target, &address).await;
             let failed = result.is_err();
             done.send(LifeChange::Woken(target, result)).ok();
