@@ -278,6 +278,21 @@ fn it_stays_while_a_container_has_its_socket_and_leaves_when_idle() -> Result<()
     forwarder.expect_exit(0)
 }
 
+/// Nothing has accepted it.
+#[test]
+fn a_client_that_waits_for_a_slow_service_is_not_left_when_the_idle_time_is_over() -> Result<()> {
+    require_namespaces!();
+    let stage = Stage::new()?;
+    let mut forwarder = stage.forwarder(&["--exit-idle-time=200ms"])?;
+    let early = stage.client()?;
+    says(&forwarder, "for its first client")?;
+    ensure!(forwarder.wait(Duration::from_millis(900))?.is_none(), "it has left a client behind");
+    let _service = stage.service(Profile::Notifies, &["plain", INSIDE])?;
+    expect_greeted(early)?;
+    says(&forwarder, "the idle time is over")?;
+    Ok(())
+}
+
 #[test]
 fn a_client_of_the_service_counts_although_nothing_of_it_passes() -> Result<()> {
     require_namespaces!();

@@ -244,6 +244,11 @@ impl Lifecycle<'_> {
         targets.filter_map(|(target, state)| Some((target, state.waking()?)))
     }
 
+    /// Is a target being woken for clients whose time is not over?
+    pub(super) fn holds_any(&self) -> bool {
+        self.waking().any(|(_, waking)| waking.until.is_some())
+    }
+
     /// Since when a target is being woken, if one is.
     pub(super) fn being_woken(&self) -> Option<Instant> {
         self.waking().map(|(_, waking)| waking.since).min()
