@@ -239,6 +239,7 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "options" => options(place),
         "keeps" => keeps(place),
         "costs" => costs(place),
+        "timed" => timed(place),
         "lies" => lies(place),
         "flood" => flood(place),
         #[cfg(target_arch = "x86_64")]
@@ -254,6 +255,20 @@ fn plain(place: &str) -> Result<()> {
     listen(&listener, Backlog::new(8)?).context("a second time")?;
     let flags = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", listener.as_raw_fd()))?;
     say(&format!("ready {}", flags.lines().find(|line| line.starts_with("flags")).unwrap_or_default()))?;
+    loop {
+        greet(&taken(listener.as_fd())?)?;
+    }
+}
+
+/// Says when it is about to listen, and serves.
+fn timed(place: &str) -> Result<()> {
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    let listens = bro_tests::process::monotonic()?;
+    listen(&listener, Backlog::new(16)?)?;
+    let client = taken(listener.as_fd())?;
+    greet(&client)?;
+    drop(client);
+    say(&format!("listens {}", listens.as_nanos()))?;
     loop {
         greet(&taken(listener.as_fd())?)?;
     }
