@@ -241,7 +241,19 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "costs" => costs(place),
         "timed" => timed(place),
         "lies" => lies(place),
-        "flood" => flood(place),
+        "flood" => {
+            flood();
+            plain(place)
+        }
+        "flood-later" => {
+            let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+            listen(&listener, Backlog::new(16)?)?;
+            flood();
+            say("ready")?;
+            loop {
+                greet(&taken(listener.as_fd())?)?;
+            }
+        }
         #[cfg(target_arch = "x86_64")]
         "foreign" => foreign(place),
         _ => bail!("no such service: {kind}"),
@@ -484,8 +496,8 @@ fn lies(place: &str) -> Result<()> {
     plain(place)
 }
 
-/// Serves, while threads of it make notified calls without a pause.
-fn flood(place: &str) -> Result<()> {
+/// Has threads make notified calls without a pause.
+fn flood() {
     for _ in 0..4 {
         std::thread::spawn(|| {
             let Ok(made) = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None) else {
@@ -498,7 +510,6 @@ fn flood(place: &str) -> Result<()> {
             }
         });
     }
-    plain(place)
 }
 
 /// Calls of i386, at the listener: listen, and what would end systemd's listening.
