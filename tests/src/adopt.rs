@@ -380,6 +380,36 @@ pub fn expect_answered(client: &UdpSocket) -> Result<()> {
     Ok(())
 }
 
+/// What a kernel may not tell of a socket; adoption goes without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tells {
+    /// Its network namespace: SO_NETNS_COOKIE, Linux 5.14.
+    Namespace,
+    /// Which sizes of its buffers were set by hand: SO_BUF_LOCK, Linux 5.14. Where it does not, none is carried over.
+    BufferLocks,
+}
+
+impl Tells {
+    /// Does this kernel?
+    pub fn here(self) -> Result<bool> {
+        let option = match self {
+            Self::Namespace => 71,
+            Self::BufferLocks => 72,
+        };
+        let socket = UdpSocket::bind("127.0.0.1:0")?;
+        // EINVAL of one that has no room for the answer is an answer.
+        let asked = bro_adopt::socket::number(socket.as_fd(), nix::libc::SOL_SOCKET, option);
+        Ok(!asked.is_err_and(|error| error.raw_os_error() == Some(nix::libc::ENOPROTOOPT)))
+    }
+}
+
+/// The first two numbers of this kernel's version, for what nothing else tells.
+pub fn kernel() -> Result<(u32, u32)> {
+    let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    Ok((numbers.next().context("a version")?, numbers.next().context("a version")?))
+}
+
 /// A client of this listener.
 pub fn client(host: &TcpListener) -> Result<TcpStream> {
     let client = TcpStream::connect(host.local_addr()?)?;

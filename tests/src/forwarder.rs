@@ -219,6 +219,8 @@ impl Setup {
         for name in ["WATCHDOG_PID", "JOURNAL_STREAM", "INVOCATION_ID", "RUST_BACKTRACE"] {
             command.env_remove(name);
         }
+        // cargo's, for tests: the loader would look for each library in a hundred folders.
+        command.env_remove("LD_LIBRARY_PATH");
         // Of its own, so that what a killed one leaves there goes with the test.
         command.env("RUNTIME_DIRECTORY", scratch.path());
         command.envs(self.environment);

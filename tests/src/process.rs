@@ -85,6 +85,17 @@ pub fn cpu_time(pid: i32) -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 10))
 }
 
+/// The processor time that the first thread of `pid` has had, to the nanosecond (the first number of its schedstat).
+pub fn first_thread_time(pid: i32) -> Result<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat"))?;
+    Ok(Duration::from_nanos(text.split_whitespace().next().context("a number")?.parse()?))
+}
+
+/// The time of the clock that all processes of this machine share.
+pub fn monotonic() -> Result<Duration> {
+    Ok(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?.into())
+}
+
 /// The fields of /proc/PID/stat from the third (state) on: the name before them may hold anything.
 fn after_name(stat: &str) -> Result<Vec<&str>> {
     let (_, rest) = stat.rsplit_once(')').context("stat without a name")?;

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bro_tests::adopt::{Adoption, Program, client, expect_greeted, told};
+use bro_tests::adopt::{Adoption, Program, Tells, client, expect_greeted, kernel, told};
 use bro_tests::peers::PATIENCE;
 use bro_tests::process::{self, NOBODY};
 use bro_tests::require_namespaces;
@@ -190,8 +190,10 @@ fn options_are_carried_over_and_taken_back() -> Result<()> {
     let service = adoption.service(&["options", INSIDE])?;
     service.says("ready")?;
     let said = told(client(&host)?)?;
-    ensure!(said == "nodelay 1 keepalive 1 idle 77 buffer 60000", "{said}");
-    ensure!(all()? == [1, 1, 77, 60_000], "{:?}", all()?);
+    let carried = Tells::BufferLocks.here()?;
+    let buffer = if carried { 60_000 } else { before[3] };
+    ensure!(said == format!("nodelay 1 keepalive 1 idle 77 buffer {buffer}"), "{said}");
+    ensure!(all()? == [1, 1, 77, buffer], "{:?}", all()?);
     end(service, &agent)?;
     ensure!(all()? == before, "{:?} and not {before:?}", all()?);
     Ok(())
@@ -339,7 +341,9 @@ fn a_flood_of_calls_keeps_no_client_waiting() -> Result<()> {
     require_namespaces!();
     let (host, adoption) = v4()?;
     let agent = adoption.agent(None)?;
-    let service = adoption.service(&["flood", INSIDE])?;
+    // Before Linux 5.19 the newest call is handed out first (“seccomp: Use FIFO semantics to order notifications”), so that a container which floods keeps its own older ones waiting.
+    let kind = if kernel()? >= (5, 19) { "flood" } else { "flood-later" };
+    let service = adoption.service(&[kind, INSIDE])?;
     service.says("ready")?;
     agent.says("Adopted")?;
     for _ in 0..50 {

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bro_tests::adopt::{Adoption, Profile, Program, client};
+use bro_tests::adopt::{Adoption, Profile, Program, client, kernel};
 use bro_tests::adopt_reports::eventually;
 use bro_tests::bro;
 use bro_tests::forwarder::Forwarder;
@@ -77,10 +77,7 @@ fn shortest(spans: &[Duration]) -> Result<Duration> {
 
 /// Whether caller and agent take turns on one processor (SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP, Linux 6.6).
 fn wakes_in_turn() -> Result<bool> {
-    let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
-    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
-    let (major, minor) = (numbers.next().context("a version")?, numbers.next().context("a version")?);
-    Ok((major, minor) >= (6, 6))
+    Ok(kernel()? >= (6, 6))
 }
 
 #[test]

@@ -163,7 +163,7 @@ fn a_service_that_the_socket_does_not_fit_is_relayed() -> Result<()> {
     forwarder.stop()?;
 
     let stage = Stage::new()?;
-    let forwarder = stage.forwarder(&["--start-timeout=600ms"])?;
+    let forwarder = stage.forwarder(&["--start-timeout=2s"])?;
     let early = says_hello(&stage.host)?;
     eventually(&forwarder, is_relayed(FallbackKind::StartTimeout))?;
     let _service = stage.service(&["datagrams", INSIDE])?;

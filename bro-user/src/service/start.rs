@@ -110,7 +110,10 @@ impl ServiceStarter {
         // Before the look at the unit: from here on no other forwarder stops it.
         self.begin_use(unit).await;
         let bus = self.bus().await?;
-        self.follow_runs(&bus, unit).await?;
+        // Both at once: each takes several questions to the bus, and a first client waits for the answers.
+        let (followed, jobs) = tokio::join!(self.follow_runs(&bus, unit), bus.ended_jobs(unit));
+        followed?;
+        let mut jobs = Some(jobs?);
         let before = loop {
             let mut turn = self.runs.turn().await;
             let look = bus.look(unit).await?;
@@ -137,6 +140,8 @@ impl ServiceStarter {
             if bus.thaw_if_frozen(unit).await? {
                 tracing::info!(unit, "thawed the unit, which was frozen");
             }
+            // Nor is the end of a job waited for.
+            jobs = None;
             // There is nothing to order. An order would start the unit against its start limit where its process has just ended and
             // systemd is about to restart it.
             self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
@@ -165,9 +170,13 @@ impl ServiceStarter {
                 findable.notify_one()
             }
         };
+        let jobs = match jobs {
+            Some(jobs) => jobs,
+            None => bus.ended_jobs(unit).await?,
+        };
         let asked = Duration::from(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?);
         let cannot = || format!("cannot start {unit}");
-        let mut result = bus.start_telling(unit, ordered).await.with_context(cannot)?;
+        let mut result = bus.start_telling(unit, jobs, ordered).await.with_context(cannot)?;
         // Its Result= still describes the run before.
         if result == "failed" && bus.last_try(unit).await.is_ok_and(|last| last < asked) {
             let _turn = self.runs.turn().await;

@@ -240,6 +240,9 @@ pub struct Residence {
     pub cgroup: Option<PathBuf>,
 }
 
+/// The ends of a unit's jobs, from a moment on.
+pub struct EndedJobs(JobRemovedStream);
+
 /// The times at which a unit changes.
 pub struct Changes {
     signals: zbus::fdo::PropertiesChangedStream,
@@ -602,7 +605,7 @@ impl SystemdManager {
         Ok(ended_how(&result, code, service.exec_main_status().await?))
     }
 
-    /// The object of the unit's first name, from which its signals come; systemd is asked once.
+    /// The object of the unit's first name, from which its signals come; what systemd says of it is kept.
     async fn first_object(&self, unit: &str) -> anyhow::Result<OwnedObjectPath> {
         let known = || self.objects.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(object) = known().get(unit) {
@@ -628,20 +631,32 @@ impl SystemdManager {
     /// # Errors
     /// When systemd refuses, with its own words.
     pub async fn start(&self, unit: &str) -> anyhow::Result<String> {
-        self.start_telling(unit, || ()).await
+        let jobs = self.ended_jobs(unit).await?;
+        self.start_telling(unit, jobs, || ()).await
     }
 
-    /// As [`SystemdManager::start`]; calls `ordered` once systemd has taken the order.
+    /// Has systemd tell of the ends of this unit's jobs: of its alone, or where many are started at once each forwarder would hear of all of them.
+    ///
+    /// # Errors
+    /// When the bus fails.
+    pub async fn ended_jobs(&self, unit: &str) -> anyhow::Result<EndedJobs> {
+        let id = name_of(&self.first_object(unit).await?);
+        Ok(EndedJobs(self.systemd.receive_job_removed_with_args(&[(2, &id)]).await?))
+    }
+
+    /// As [`SystemdManager::start`], with what tells of the job's end; calls `ordered` once systemd has taken the order.
     ///
     /// # Errors
     /// When systemd refuses, with its own words.
-    pub async fn start_telling(&self, unit: &str, ordered: impl FnOnce()) -> anyhow::Result<String> {
-        // Of this unit's jobs alone: where many are started at once, each forwarder would hear of all of them.
-        let id = name_of(&self.first_object(unit).await?);
-        let mut removed = self.systemd.receive_job_removed_with_args(&[(2, &id)]).await?;
+    pub async fn start_telling(
+        &self,
+        unit: &str,
+        mut jobs: EndedJobs,
+        ordered: impl FnOnce(),
+    ) -> anyhow::Result<String> {
         let job = self.systemd.start_unit(unit, "replace").await.map_err(plain)?;
         ordered();
-        self.ended(&mut removed, &job, unit).await
+        self.ended(&mut jobs.0, &job, unit).await
     }
 
     /// Waits for the end of a job. A service manager that executes itself anew just then (`daemon-reexec`, an upgrade) does not

@@ -82,7 +82,7 @@ fn launch(arguments: Vec<String>) -> Result<()> {
     let mut command = std::process::Command::new(&arguments[split + 1]);
     command.args(&arguments[split + 2..]);
     let own_pid = std::process::id().to_string();
-    let (mut uid, mut without) = (None, None);
+    let (mut uid, mut without, mut clock) = (None, None, None);
     for option in &arguments[..split] {
         let (name, value) = option.split_once('=').context("options are NAME=VALUE")?;
         match name {
@@ -103,6 +103,7 @@ fn launch(arguments: Vec<String>) -> Result<()> {
                 setrlimit(Resource::RLIMIT_NOFILE, soft.parse()?, hard.parse()?)?;
             }
             "uid" => uid = Some(value.parse()?),
+            "clock" => clock = Some(value),
             "netlink-without" => without = Some(value.parse()?),
             _ => bail!("no such option: {option}"),
         }
@@ -119,6 +120,12 @@ fn launch(arguments: Vec<String>) -> Result<()> {
     // user, which clears the death signal.
     nix::unistd::setsid()?;
     set_pdeathsig(Signal::SIGKILL)?;
+    if let Some(path) = clock {
+        // The last thing before execve(2), from which on what happens is the program's.
+        let computed = bro_tests::process::first_thread_time(std::process::id().cast_signed())?.as_nanos();
+        let now = bro_tests::process::monotonic()?.as_nanos();
+        std::fs::write(path, format!("{now} {computed}"))?;
+    }
     Err(command.exec()).with_context(|| format!("starting {}", arguments[split + 1]))
 }
 

@@ -46,8 +46,15 @@ pub struct Image {
 }
 
 /// Those by which the kernel tells of sockets, and those that vsock's loopback consists of, each after what it needs.
-const MODULES: [&str; 6] =
-    ["inet_diag", "tcp_diag", "unix_diag", "vsock", "vmw_vsock_virtio_transport_common", "vsock_loopback"];
+const MODULES: [&str; 7] = [
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "unix_diag",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vsock_loopback",
+];
 
 /// Longer than any download: a server that does not answer is given up by apt itself much sooner.
 const FETCH_SECONDS: &str = "300";
@@ -61,8 +68,10 @@ impl Image {
         let fetching = lock_file(&cache, release.suite())?;
         lock(&fetching, File::try_lock)?;
         let kept = cache.join(release.suite());
-        // One that was fetched before modules were is fetched anew.
-        if !kept.join(MODULES_FOLDER).is_dir() {
+        let modules: Vec<PathBuf> =
+            MODULES.map(|name| kept.join(MODULES_FOLDER).join(format!("{name}.ko"))).into();
+        // One that was fetched when fewer modules were kept is fetched anew.
+        if !modules.iter().all(|module| module.is_file()) {
             let suite = release.suite();
             let fresh = cache.join(format!("{suite}.fresh"));
             remove(&fresh)?;
@@ -73,7 +82,6 @@ impl Image {
             std::fs::rename(&fresh, &kept)?;
         }
         let package = std::fs::read_to_string(kept.join("package"))?;
-        let modules = MODULES.map(|name| kept.join(MODULES_FOLDER).join(format!("{name}.ko"))).into();
         Ok(Self { path: kept.join("vmlinuz"), package, modules })
     }
 

@@ -150,6 +150,11 @@ pub(super) fn is_client(
     Ok(false)
 }
 
+/// Does the kernel tell of these listeners, by the table that has their connections too?
+pub(super) fn are_countable(listeners: &[BorrowedFd<'_>]) -> Result<(), Uncountable> {
+    questions(listeners).iter_mut().try_for_each(|asked| asked.learn_of_others(&super::table(listeners)?))
+}
+
 /// Hands over each that is served.
 pub(super) fn served(
     listeners: &[BorrowedFd<'_>],

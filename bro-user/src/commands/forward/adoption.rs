@@ -33,7 +33,7 @@ use std::time::{Duration, SystemTime};
 use agent_thread::{AgentNews, AgentThread};
 use anyhow::{Context as _, bail};
 use bro_adopt::socket::Place;
-use bro_adopt::{HostListener, Stored, health};
+use bro_adopt::{HostListener, Stored, clients, health};
 use bro_relay::engine::listeners::ListenerUse;
 use bro_relay::engine::protocol::Plain;
 use bro_relay::listener::{Listener, SocketKind};
@@ -481,7 +481,7 @@ impl SocketAdoption {
     /// service, there is to be none that accepts its clients itself: it would never be idle.
     fn watch_the_rest(&mut self) {
         let sockets: Vec<_> = self.listeners.iter().map(|listener| listener.socket.as_fd()).collect();
-        let uncountable = guests::are_countable(&sockets).err().map(|error| error.to_string());
+        let uncountable = clients::are_countable(&sockets).err().map(|error| error.to_string());
         for index in 0..self.listeners.len() {
             match (&self.listeners[index].holder, &uncountable) {
                 (ListenerHolder::NotOffered, _) => {

@@ -67,6 +67,10 @@ impl Lifecycle<'_> {
         if self.options.unit.is_some() && self.being_woken().is_some() {
             return None;
         }
+        // Who waits for a service to accept is in no count of the engine's (`--adopt`), and is not left for as long as it may wait.
+        if self.options.adopt.is_any() && self.holds_any() {
+            return None;
+        }
         let awake = self.awake_since.map(|(since, _)| since + self.options.idle.min_uptime.or_forever());
         [Some(self.idle_since() + limit), Some(self.kept_until), awake, self.busy.again]
             .into_iter()

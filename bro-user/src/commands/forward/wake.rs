@@ -120,7 +120,10 @@ impl Lifecycle<'_> {
         }
         let (activator, done) = (self.activator.clone(), self.changes.0.clone());
         let waking = async move {
-            sleep(pause).await;
+            if !pause.is_zero() {
+                // The timer's least is what is left of a millisecond.
+                sleep(pause).await;
+            }
             let result = activator.wake(target, &address).await;
             let failed = result.is_err();
             done.send(LifeChange::Woken(target, result)).ok();
@@ -239,6 +242,11 @@ impl Lifecycle<'_> {
     fn waking(&self) -> impl Iterator<Item = (usize, &Waking)> {
         let targets = self.targets.iter().enumerate();
         targets.filter_map(|(target, state)| Some((target, state.waking()?)))
+    }
+
+    /// Is a target being woken for clients whose time is not over?
+    pub(super) fn holds_any(&self) -> bool {
+        self.waking().any(|(_, waking)| waking.until.is_some())
     }
 
     /// Since when a target is being woken, if one is.

@@ -240,8 +240,21 @@ fn serve(kind: &str, place: &str) -> Result<()> {
         "options" => options(place),
         "keeps" => keeps(place),
         "costs" => costs(place),
+        "timed" => timed(place),
         "lies" => lies(place),
-        "flood" => flood(place),
+        "flood" => {
+            flood();
+            plain(place)
+        }
+        "flood-later" => {
+            let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+            listen(&listener, Backlog::new(16)?)?;
+            flood();
+            say("ready")?;
+            loop {
+                greet(&taken(listener.as_fd())?)?;
+            }
+        }
         #[cfg(target_arch = "x86_64")]
         "foreign" => foreign(place),
         _ => bail!("no such service: {kind}"),
@@ -255,6 +268,20 @@ fn plain(place: &str) -> Result<()> {
     listen(&listener, Backlog::new(8)?).context("a second time")?;
     let flags = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", listener.as_raw_fd()))?;
     say(&format!("ready {}", flags.lines().find(|line| line.starts_with("flags")).unwrap_or_default()))?;
+    loop {
+        greet(&taken(listener.as_fd())?)?;
+    }
+}
+
+/// Says when it is about to listen, and serves.
+fn timed(place: &str) -> Result<()> {
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    let listens = bro_tests::process::monotonic()?;
+    listen(&listener, Backlog::new(16)?)?;
+    let client = taken(listener.as_fd())?;
+    greet(&client)?;
+    drop(client);
+    say(&format!("listens {}", listens.as_nanos()))?;
     loop {
         greet(&taken(listener.as_fd())?)?;
     }
@@ -511,8 +538,8 @@ fn lies(place: &str) -> Result<()> {
     plain(place)
 }
 
-/// Serves, while threads of it make notified calls without a pause.
-fn flood(place: &str) -> Result<()> {
+/// Has threads make notified calls without a pause.
+fn flood() {
     for _ in 0..4 {
         std::thread::spawn(|| {
             let Ok(made) = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None) else {
@@ -525,7 +552,6 @@ fn flood(place: &str) -> Result<()> {
             }
         });
     }
-    plain(place)
 }
 
 /// Calls of i386, at the listener: listen, and what would end systemd's listening.

@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
 
-use bro_adopt::clients::{self, EndedClient, EndedClients, Uncountable, WithBytes};
+use bro_adopt::clients::{self, EndedClient, EndedClients, Uncountable};
 use tokio::time::Instant;
 
 use super::traffic::TrafficSeen;
@@ -178,9 +178,4 @@ fn what(seen: &TrafficSeen, by_bytes: bool, before: u64, gone: bool) -> Guests {
         Some(until) => Guests::Fresh(Instant::from_std(until)),
         None => Guests::None,
     }
-}
-
-/// Does the kernel tell who their clients are?
-pub(super) fn are_countable(listeners: &[BorrowedFd<'_>]) -> Result<(), Uncountable> {
-    clients::look(listeners, WithBytes::No, &mut |_| ()).map(drop)
 }
