@@ -24,7 +24,8 @@ const SLOWEST_DEBUG: f64 = 12.0;
 /// What a forwarder says that has tried whether the kernel can have the kernel relay.
 const LOOKED: &str = "tried whether this kernel can have the kernel relay";
 
-/// Thirty web servers with the units that wake them, confined as `bro activate` confines a forwarder's. Dropping it stops them.
+/// Thirty web servers with the units that wake them, ordered and confined as `bro activate` orders and confines a forwarder's.
+/// Dropping it stops them.
 struct Crowd<'h> {
     host: &'h Host,
     manager: Manager,
@@ -64,7 +65,7 @@ impl<'h> Crowd<'h> {
             let name = name(number);
             plan.write_quadlet(host, manager, &name)?;
             let service = format!(
-                "[Unit]\nStartLimitIntervalSec=0\n[Service]\nType=notify\nExecStart=/usr/local/bin/bro forward {}\nRuntimeDirectory=bro/%N\n\
+                "[Unit]\nAfter={name}.service\nStartLimitIntervalSec=0\n[Service]\nType=notify\nExecStart=/usr/local/bin/bro forward {}\nRuntimeDirectory=bro/%N\n\
                  {confinement}\n",
                 plan.forward.replace("{name}", &name)
             );
