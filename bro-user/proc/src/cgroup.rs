@@ -2,20 +2,28 @@
 
 use std::io::{self, BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// The folder at which cgroup v2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified beside version 1.
 ///
 /// # Errors
 /// When it is not mounted.
 pub fn mount_point() -> io::Result<PathBuf> {
-    // No further than to it: the kernel makes the table as it is read, and each container that runs has mounts at its end.
+    // Once, and no further than to it: the kernel makes the table as it is read, and each container that runs has mounts in it. In
+    // a service with a /sys of its own (PrivateNetwork=) all of them come first.
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(found) = FOUND.get() {
+        return Ok(found.clone());
+    }
     let mounts = BufReader::new(std::fs::File::open("/proc/self/mounts")?);
     let found = mounts.lines().map_while(Result::ok).find_map(|line| {
         let mut fields = line.split(' ').skip(1);
         let (path, kind) = (fields.next()?, fields.next()?);
         (kind == "cgroup2").then(|| path.replace("\\040", " ").into())
     });
-    found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "cgroup v2 is not mounted"))
+    let found: PathBuf =
+        found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "cgroup v2 is not mounted"))?;
+    Ok(FOUND.get_or_init(|| found).clone())
 }
 
 /// A process's cgroup as /proc shows it, `/system.slice/web.service`; `process` is its directory there. The root is that of this

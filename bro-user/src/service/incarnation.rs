@@ -123,7 +123,7 @@ impl ServiceStarter {
         let start = tokio::time::Instant::now();
         let mut asked = start;
         let mut whereabouts = match &self.unit {
-            Some(unit) => Some(Whereabouts::of(self.bus().await?, unit).await),
+            Some(unit) => Some(Whereabouts::of(self.bus().await?, unit, self.runs.is_ordered()).await),
             None => None,
         };
         loop {

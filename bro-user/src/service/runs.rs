@@ -46,6 +46,17 @@ impl Whose {
         }
     }
 
+    /// The owner once systemd has told that `run` goes on, by the job `job`, where one was ordered and this is another than the one
+    /// before: that one is ours, as in [`Whose::after`], and whatever becomes of it is told after this.
+    fn begun(&self, run: String, job: u32) -> Option<Self> {
+        match self {
+            Self::Ordered { before } if !run.is_empty() && *before != run => {
+                Some(Self::Ours { run, restarting: false, job })
+            }
+            Self::Ordered { .. } | Self::Ours { .. } | Self::Others => None,
+        }
+    }
+
     fn run(&self) -> Option<&str> {
         match self {
             Self::Ours { run, .. } => Some(run),
@@ -75,6 +86,25 @@ impl Runs {
     pub fn order(&self, now: &UnitState) {
         *self.whose.lock().unwrap_or_else(PoisonError::into_inner) =
             Whose::Ordered { before: now.invocation.clone() };
+    }
+
+    /// Has this process told systemd to start the unit, and not seen the run of that?
+    #[must_use]
+    pub fn is_ordered(&self) -> bool {
+        matches!(*self.whose.lock().unwrap_or_else(PoisonError::into_inner), Whose::Ordered { .. })
+    }
+
+    /// The run that was ordered has begun, as systemd has told; says whether that was the one that is waited for.
+    async fn begins(&self, changes: &Changes) -> bool {
+        let (Some(run), Some(job)) = (changes.told_run(), changes.told_job()) else { return false };
+        let _turn = self.turn().await;
+        let mut whose = self.whose.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(begun) = whose.begun(run, job) else { return false };
+        if let Some(run) = begun.run() {
+            use_lock::remember(&self.unit, run);
+        }
+        *whose = begun;
+        true
     }
 
     /// What was ordered has ended, and perhaps never began: no run after this one is ours.
@@ -132,7 +162,8 @@ impl Runs {
     ) -> anyhow::Result<std::convert::Infallible> {
         loop {
             changes.next_step().await?;
-            if self.is_news(&changes) {
+            // A first client waits, and systemd has much to do.
+            if self.is_news(&changes) && !self.begins(&changes).await {
                 self.look(bus).await?;
             }
         }
@@ -187,6 +218,17 @@ mod tests {
         assert_eq!(after(begun, &[look("active", "b"), look("deactivating", "b")]).run(), Some("b"));
         // A unit that never ran.
         assert_eq!(after(ordered(""), &[look("inactive", "")]), ordered(""));
+    }
+
+    #[test]
+    fn the_run_that_was_ordered_is_known_from_what_is_told() {
+        assert_eq!(ordered("a").begun("b".into(), 7).unwrap().run(), Some("b"));
+        // The one before it, or none yet.
+        assert_eq!(ordered("a").begun("a".into(), 7), None);
+        assert_eq!(ordered("").begun(String::new(), 7), None);
+        // None was ordered: that takes a look.
+        assert_eq!(Whose::Others.begun("b".into(), 7), None);
+        assert_eq!(after(ordered(""), &[look("active", "a")]).begun("b".into(), 7), None);
     }
 
     #[test]

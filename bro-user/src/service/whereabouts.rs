@@ -37,11 +37,15 @@ pub struct Whereabouts {
 }
 
 impl Whereabouts {
-    /// Of the unit `unit`.
-    pub async fn of(bus: SystemdManager, unit: &str) -> Self {
+    /// Of the unit `unit`; `ordered`: this process has told systemd to start it, and has not seen that begin.
+    pub async fn of(bus: SystemdManager, unit: &str, ordered: bool) -> Self {
         let changes = bus.changes(unit).await.ok();
         let (residence, since) = (Residence::default(), Instant::now());
-        Self { bus, unit: unit.to_owned(), changes, residence, since, asked: None, active_since: None }
+        // Until then it has neither process nor cgroup, and that it begins is a step that is told of.
+        let is_told =
+            |changes: &Changes| !changes.told_state().is_some_and(crate::systemd::manager::is_running);
+        let asked = (ordered && changes.as_ref().is_some_and(is_told)).then_some(since);
+        Self { bus, unit: unit.to_owned(), changes, residence, since, asked, active_since: None }
     }
 
     /// The main process of its container `name`, if that runs.
@@ -57,8 +61,10 @@ impl Whereabouts {
     async fn ask(&mut self) {
         // Before the question, which may be answered for a later moment: of what happens after a step another one tells.
         let told = self.changes.as_ref().and_then(Changes::told_state).map(str::to_owned);
+        // As long as it is activating, the main process is mostly what starts the container, whose conmon is in the cgroup.
+        let with_main = told.as_deref() != Some("activating") || self.since.elapsed() >= ASK;
         let asked = async {
-            let (residence, state) = tokio::join!(self.bus.residence(&self.unit), async {
+            let (residence, state) = tokio::join!(self.bus.residence(&self.unit, with_main), async {
                 match told {
                     Some(told) => Ok(told),
                     None => self.bus.active_state(&self.unit).await,

@@ -7,15 +7,15 @@ mod unit_files;
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::os::unix::fs::FileTypeExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use bro_proc::cgroup;
 use futures_lite::StreamExt as _;
-use futures_lite::future::poll_once;
+use tokio::sync::watch;
 use zbus::proxy::CacheProperties;
 use zbus::{OwnedObjectPath, Variant};
 
@@ -243,15 +243,18 @@ pub struct Residence {
 /// The ends of a unit's jobs, from a moment on.
 pub struct EndedJobs(JobRemovedStream);
 
-/// The times at which a unit changes.
+/// The times at which a unit changes. One subscription to its signals is for all that follow it.
 pub struct Changes {
-    signals: zbus::fdo::PropertiesChangedStream,
+    told: watch::Receiver<UnitStep>,
     /// What the last one said.
     step: UnitStep,
 }
 
+/// The units that are followed on a connection, each by a task of its own.
+type Followed = Arc<tokio::sync::Mutex<HashMap<String, watch::Sender<UnitStep>>>>;
+
 /// How far a unit is, as its service manager tells at a change, unasked; nothing of what it does not tell.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct UnitStep {
     state: Option<String>,
     invocation: Option<Vec<u8>>,
@@ -282,6 +285,12 @@ impl UnitStep {
 }
 
 impl Changes {
+    fn told_by(teller: &watch::Sender<UnitStep>) -> Self {
+        let mut told = teller.subscribe();
+        let step = told.borrow_and_update().clone();
+        Self { told, step }
+    }
+
     /// Waits for the next one. Those that have been reported with it are taken for one: systemd tells of several steps of a start
     /// at once.
     ///
@@ -298,7 +307,7 @@ impl Changes {
     /// When the bus is closed.
     pub async fn next_step(&mut self) -> anyhow::Result<()> {
         loop {
-            let step = UnitStep::of(&self.next_told().await?);
+            let step = self.next_told().await?;
             let before = std::mem::replace(&mut self.step, step);
             if !self.step.is_still(&before) {
                 return Ok(());
@@ -309,7 +318,13 @@ impl Changes {
     /// Did the last step tell of this run?
     #[must_use]
     pub fn told_of(&self, run: &str) -> bool {
-        self.step.invocation.as_ref().is_some_and(|id| hexadecimal(id) == run)
+        self.told_run().is_some_and(|told| told == run)
+    }
+
+    /// The run that the last step told of, if it told of one; empty when the unit never ran.
+    #[must_use]
+    pub fn told_run(&self) -> Option<String> {
+        self.step.invocation.as_deref().map(hexadecimal)
     }
 
     /// The ActiveState that the last step told of, if it told of that.
@@ -324,12 +339,9 @@ impl Changes {
         self.step.job
     }
 
-    async fn next_told(&mut self) -> anyhow::Result<zbus::fdo::PropertiesChanged> {
-        let mut last = self.signals.next().await.ok_or(Closed)?;
-        while let Some(next) = poll_once(self.signals.next()).await {
-            last = next.ok_or(Closed)?;
-        }
-        Ok(last)
+    async fn next_told(&mut self) -> anyhow::Result<UnitStep> {
+        self.told.changed().await.map_err(|_| Closed)?;
+        Ok(self.told.borrow_and_update().clone())
     }
 }
 
@@ -340,6 +352,7 @@ pub struct SystemdManager {
     /// The objects of units' first names, by whichever name was asked for. A unit that gets another first name while this
     /// connection lives is looked at from time to time, as one that is not told of.
     objects: Arc<Mutex<HashMap<String, OwnedObjectPath>>>,
+    followed: Followed,
 }
 
 /// A socket unit, as the service that it starts knows it.
@@ -376,7 +389,7 @@ impl SystemdManager {
         };
         let systemd = SystemdProxy::new(&connection).await?;
         systemd.subscribe().await.context("no systemd answers on the bus")?;
-        Ok(Self { systemd, objects: Arc::default() })
+        Ok(Self { systemd, objects: Arc::default(), followed: Followed::default() })
     }
 
     /// Connects to the service manager of `owner`, as that user; a caller other than root can only be that user.
@@ -403,7 +416,7 @@ impl SystemdManager {
         };
         let systemd = SystemdProxy::new(&connection).await?;
         systemd.subscribe().await.context("no systemd answers on the bus")?;
-        Ok(Self { systemd, objects: Arc::default() })
+        Ok(Self { systemd, objects: Arc::default(), followed: Followed::default() })
     }
 
     /// The connection itself, for calls that this type does not make.
@@ -474,17 +487,18 @@ impl SystemdManager {
         })
     }
 
-    /// Where the unit's processes are.
+    /// Where the unit's processes are; the main one is asked for only `with_main`.
     ///
     /// # Errors
     /// When the bus fails.
-    pub async fn residence(&self, unit: &str) -> anyhow::Result<Residence> {
+    pub async fn residence(&self, unit: &str, with_main: bool) -> anyhow::Result<Residence> {
         let service = self.service(unit).await?;
-        let (main, cgroup) = tokio::join!(service.main_pid(), service.control_group());
+        let main = async { if with_main { service.main_pid().await } else { Ok(0) } };
+        let (main, cgroup) = tokio::join!(main, service.control_group());
         // Other units than services have no processes.
         let (main, cgroup) = (main.unwrap_or(0), cgroup.unwrap_or_default());
         let cgroup = cgroup.strip_prefix('/').filter(|below| !below.is_empty());
-        let cgroup = cgroup.and_then(|below| Some(cgroups()?.join(below)));
+        let cgroup = cgroup.and_then(|below| Some(cgroup::mount_point().ok()?.join(below)));
         Ok(Residence { main, cgroup })
     }
 
@@ -498,7 +512,7 @@ impl SystemdManager {
         let socket = zbus::Proxy::new(self.connection(), "org.freedesktop.systemd1", path, KIND).await?;
         let group: String = socket.get_property("ControlGroup").await?;
         let below = group.strip_prefix('/').filter(|below| !below.is_empty());
-        Ok(below.and_then(|below| Some(cgroups()?.join(below))))
+        Ok(below.and_then(|below| Some(cgroup::mount_point().ok()?.join(below))))
     }
 
     /// The socket units whose service this is.
@@ -569,13 +583,21 @@ impl SystemdManager {
     /// # Errors
     /// When the bus fails.
     pub async fn changes(&self, unit: &str) -> anyhow::Result<Changes> {
+        let mut followed = self.followed.lock().await;
+        if let Some(teller) = followed.get(unit) {
+            return Ok(Changes::told_by(teller));
+        }
         let path = self.first_object(unit).await?;
         let properties = zbus::fdo::PropertiesProxy::builder(self.connection());
         let properties = properties.destination("org.freedesktop.systemd1").path(path).build().await?;
         // systemd tells of the unit whenever it tells of the service that it is.
         let of_the_unit = [(0, "org.freedesktop.systemd1.Unit")];
         let signals = properties.receive_properties_changed_with_args(&of_the_unit).await?;
-        Ok(Changes { signals, step: UnitStep::default() })
+        let teller = watch::Sender::new(UnitStep::default());
+        let changes = Changes::told_by(&teller);
+        let _first = followed.insert(unit.to_owned(), teller.clone());
+        drop(tokio::spawn(follow(unit.to_owned(), signals, teller, self.followed.clone())));
+        Ok(changes)
     }
 
     /// When systemd last began to start the unit, on the kernel's monotonic clock.
@@ -930,10 +952,31 @@ fn hexadecimal(bytes: &[u8]) -> String {
     })
 }
 
-/// Where all cgroups are: looked for once, since the table of mounts may be long.
-fn cgroups() -> Option<&'static Path> {
-    static MOUNT_POINT: OnceLock<Option<PathBuf>> = OnceLock::new();
-    MOUNT_POINT.get_or_init(|| cgroup::mount_point().ok()).as_deref()
+/// Passes on what systemd tells of a unit, for as long as that is followed and the bus exists.
+async fn follow(
+    unit: String,
+    mut signals: zbus::fdo::PropertiesChangedStream,
+    teller: watch::Sender<UnitStep>,
+    followed: Followed,
+) {
+    loop {
+        tokio::select! {
+            signal = signals.next() => match signal {
+                Some(signal) => drop(teller.send_replace(UnitStep::of(&signal))),
+                None => break,
+            },
+            () = teller.closed() => {
+                // Another one may have begun to follow it.
+                let mut all = followed.lock().await;
+                if teller.receiver_count() == 0 {
+                    drop(all.remove(&unit));
+                    return;
+                }
+            }
+        }
+    }
+    // Those who follow it are told by the end of the last of these.
+    drop(followed.lock().await.remove(&unit));
 }
 
 async fn is_frozen(unit: &UnitProxy<'_>) -> bool {
