@@ -102,8 +102,10 @@ pub(super) fn logging(site: &Site<'_>, file: &str) -> Result<String> {
     Ok(logged(log, &by_udp.name)? + &logged(log, &by_tcp.name)?)
 }
 
-/// One inside finds it by the socket that it had made itself, and its clients are told of the port that they come to.
-pub(super) fn from_inside(site: &Site<'_>) -> Result<()> {
+/// One inside finds it by the socket that it had made itself, and its clients are told of the port that they come to. One inside does not count: the
+/// client that is returned keeps it awake.
+pub(super) fn from_inside(site: &Site<'_>) -> Result<TcpStream> {
+    let client = connect(site)?;
     let question = Question::new("ns.whom.test", false);
     let hex: String = question.message.iter().map(|byte| format!("{byte:02x}")).collect();
     let asks = format!(
@@ -114,7 +116,7 @@ pub(super) fn from_inside(site: &Site<'_>) -> Result<()> {
     ensure!(question.address(&answer).context("inside")? == ANSWER, "another address inside");
     let (said, place) = (site.journal(), format!("address=0.0.0.0:{}/udp", site.port));
     ensure!(said.contains(&place), "no {place}: {said}");
-    Ok(())
+    Ok(client)
 }
 
 /// It answers where the connection's own address and port are those of one of its interfaces: so it is asked at 127.0.0.1, the only one that it has.

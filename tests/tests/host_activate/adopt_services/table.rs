@@ -399,7 +399,7 @@ pub(super) const SERVICES: &[Service] = &[
         outside: Outside::Datagrams,
         ask: name_servers::answering,
         awake: |site| {
-            name_servers::from_inside(site)?;
+            let _awake = name_servers::from_inside(site)?;
             signal(site, "HUP")
         },
     },
@@ -411,7 +411,7 @@ pub(super) const SERVICES: &[Service] = &[
         outside: Outside::Datagrams,
         ask: |site| name_servers::logging(site, "unbound"),
         awake: |site| {
-            name_servers::from_inside(site)?;
+            let _awake = name_servers::from_inside(site)?;
             signal(site, "HUP")
         },
     },
@@ -423,7 +423,7 @@ pub(super) const SERVICES: &[Service] = &[
         outside: Outside::Datagrams,
         ask: |site| name_servers::logging(site, "named"),
         awake: |site| {
-            name_servers::from_inside(site)?;
+            let _awake = name_servers::from_inside(site)?;
             signal(site, "HUP")
         },
     },
