@@ -17,6 +17,8 @@ pub enum Need {
     Packaged,
     /// A program on the PATH (or in a usual system folder), and the Debian package it comes from.
     Program(&'static str, &'static str),
+    /// A file that is no program, by its path, and the Debian package it comes from.
+    File(&'static str, &'static str),
 }
 
 impl Need {
@@ -43,6 +45,8 @@ impl Need {
             Self::Program(program, package) => find_program(program)
                 .is_none()
                 .then(|| format!("needs {program}: run `sudo apt-get install {package}`")),
+            Self::File(path, package) => (!Path::new(path).exists())
+                .then(|| format!("needs {path}: run `sudo apt-get install {package}`")),
         }
     }
 }

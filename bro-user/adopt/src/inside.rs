@@ -202,7 +202,7 @@ pub fn connect_to(listener: BorrowedFd<'_>, client: ClientPlace) -> io::Result<O
     let number = |name| socket::number(listener, libc::SOL_SOCKET, name);
     let host = bro_relay::sys::socket(number(libc::SO_DOMAIN)?, number(libc::SO_TYPE)?, 0)?;
     let address = match bound::place(listener) {
-        Some(Place::Tcp(address)) => SockaddrStorage::from(address),
+        Some(Place::Tcp(address) | Place::Udp(address)) => SockaddrStorage::from(address),
         _ => getsockname::<SockaddrStorage>(listener.as_raw_fd())?,
     };
     let any = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {

@@ -32,7 +32,7 @@ impl Manager {
         let script = "cd /; links=; for link in bin sbin lib lib64; do test ! -L $link || links=\"$links $link\"; done; \
                       tar --create --no-recursion --file \"$0\" $links tmp run usr var var/log var/lib var/tmp etc; \
                       tar --append --file \"$0\" etc/passwd etc/group etc/nsswitch.conf etc/alternatives \
-                      $(ls -d etc/java-* etc/ssl/openssl.cnf 2>/dev/null)";
+                      $(ls -d etc/java-* etc/jetty9 etc/ssl/openssl.cnf 2>/dev/null)";
         let made = Command::new("sh").args(["-euc", script]).arg(host.path(&tar)).output()?;
         ensure!(made.status.success(), "no image of the machine: {}", String::from_utf8_lossy(&made.stderr));
         self.run(host, &["podman", "import", "--quiet", &tar, IMAGE])?;

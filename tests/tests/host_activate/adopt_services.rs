@@ -1,6 +1,7 @@
 //! `--adopt` with services as they are, many of them side by side: each is woken by its first client, sees that client's own address, goes on
 //! doing so over what its administrator does to it, sleeps, and is woken again.
 
+mod name_servers;
 mod table;
 
 use std::mem::ManuallyDrop;
@@ -80,14 +81,19 @@ fn activate<'h>(host: &'h Host, manager: Manager, service: &Service) -> Result<S
     let volumes = format!("Volume={files}:/services:ro\nVolume={BUILT}:/built:ro");
     let plan = Plan::new(&format!("{}\nLogDriver=passthrough\n{volumes}\n{lines}", programs()), "", "");
     plan.write_quadlet(host, manager, service.name)?;
-    let external =
-        if service.outside == Outside::Dual { port.to_string() } else { format!("0.0.0.0:{port}") };
+    let (adopt, external) = match service.outside {
+        Outside::Dual => ("--adopt", port.to_string()),
+        Outside::Datagrams => ("--adopt=all", format!("0.0.0.0:{port}/tcp+udp")),
+        Outside::V4 | Outside::Unix(_) => ("--adopt", format!("0.0.0.0:{port}")),
+    };
     let args = [
         "bro",
         "activate",
         service.name,
-        "--adopt",
+        adopt,
         "--trust-loopback",
+        "--flow-timeout",
+        "500ms",
         "--exit-idle-time",
         "2s",
         "--external-port",
@@ -114,20 +120,24 @@ fn expect_never_relayed(site: &Site<'_>) -> Result<Vec<Value>> {
     Ok(records)
 }
 
-/// In a network of its own a relayed client has its own address too: what is said tells the two apart.
-fn expect_adopted(site: &Site<'_>) -> Result<()> {
+/// In a network of its own a relayed client has its own address too: what is said tells the two apart. So many sockets, each time that it was awake.
+fn expect_adopted(site: &Site<'_>, sockets: usize) -> Result<()> {
     let records = expect_never_relayed(site)?;
     let says = |record: &&Value| {
         text(record, "MESSAGE").contains("adopted: the service accepts the clients of this socket itself")
     };
     let adopted = records.iter().filter(says).count();
-    ensure!(adopted >= 2, "it was adopted {adopted} times");
+    ensure!(adopted >= 2 * sockets, "of its sockets, {sockets}, one was adopted {adopted} times");
     Ok(())
 }
 
 /// From the first client to the one that wakes it again. It goes to sleep once more by itself.
-fn one(host: &Host, manager: Manager, service: &Service) -> Result<()> {
-    let site = ManuallyDrop::new(activate(host, manager, service)?);
+fn one(host: &Host, manager: Manager, service: &Service, activates: &Mutex<()>) -> Result<()> {
+    let site = {
+        // One waits for the other in any case, and has a deadline.
+        let _one = activates.lock().expect("no holder panics");
+        ManuallyDrop::new(activate(host, manager, service)?)
+    };
     let expect_client = || -> Result<()> {
         let said = (service.ask)(&site)?;
         ensure!(said.contains(CLIENT), "it sees another client: {said}");
@@ -139,7 +149,7 @@ fn one(host: &Host, manager: Manager, service: &Service) -> Result<()> {
         expect_client().context("a client afterwards")?;
         expect_asleep(&site)?;
         expect_client().context("the client that wakes it again")?;
-        expect_adopted(&site)
+        expect_adopted(&site, service.outside.sockets())
     };
     both_times().with_context(|| site.journals())
 }
@@ -160,13 +170,13 @@ fn remove_all(host: &Host, manager: Manager) -> Result<()> {
 
 pub fn each(host: &Host, manager: Manager) -> Result<()> {
     prepare(host, manager)?;
-    let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let (next, failed, activates) = (AtomicUsize::new(0), Mutex::new(Vec::new()), Mutex::new(()));
     let tried: Vec<&Service> = SERVICES.iter().filter(|service| met(service.name, service.needs)).collect();
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
                 while let Some(service) = tried.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(error) = one(host, manager, service) {
+                    if let Err(error) = one(host, manager, service, &activates) {
                         let mut failed = failed.lock().expect("no thread panics");
                         failed.push(format!("{}: {error:#}", service.name));
                     }
@@ -217,7 +227,7 @@ pub fn in_a_pod(host: &Host, manager: Manager) -> Result<()> {
         manager.run(host, &["bro", "sleep", "podded"])?;
         site.await_container_gone()?;
         seen()?;
-        expect_adopted(&site)
+        expect_adopted(&site, 1)
     };
     let said = both_times().with_context(|| site.journals());
     manager.systemctl(host, &["stop", "berth-pod.service"])?;

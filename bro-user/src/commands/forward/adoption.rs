@@ -647,9 +647,13 @@ impl SocketAdoption {
 
 /// By the addresses that clients connect to, whatever a service of theirs is told (`bro fence --port`).
 pub(super) fn name_as_clients_know_them(listeners: &mut [(Listener, usize)]) {
-    for (listener, _) in listeners {
-        if let Some(Place::Tcp(address)) = bro_adopt::bound::place(listener.socket.as_fd()) {
-            listener.address = address.to_string();
+    let sockets: Vec<_> = listeners.iter().map(|(listener, _)| listener.socket.as_fd()).collect();
+    let places = bro_adopt::bound::places(&sockets);
+    for ((listener, _), place) in listeners.iter_mut().zip(places) {
+        match place {
+            Some(Place::Tcp(address)) => listener.address = address.to_string(),
+            Some(Place::Udp(address)) => listener.address = format!("{address}/udp"),
+            Some(Place::Path(_) | Place::Abstract(_)) | None => {}
         }
     }
 }

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use anyhow::bail;
+use bro_adopt::socket::Place;
 use bro_relay::listener::{Listener, SocketKind};
 use bro_relay::peer::Peer;
 use bro_relay::sys;
@@ -14,9 +15,7 @@ use bro_relay::unreachable::{self, Undelivered, UnreachableLimit};
 use bro_sockmap::{capabilities, netns_cookie};
 use caps::Capability;
 use nix::libc;
-use nix::sys::socket::{
-    ControlMessage, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, getsockname, sendmsg,
-};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, SockaddrIn6, sendmsg};
 
 use crate::cli::Forward;
 use crate::commands::status::UndeliveredReport;
@@ -66,10 +65,15 @@ impl Teller {
         }
         let of_udp = |listener: &Listener| listener.kind == SocketKind::Datagram;
         let (mut addresses, mut sockets) = (Vec::with_capacity(listeners.len()), Vec::new());
-        for (listener, _) in listeners {
-            let address: Option<SockaddrStorage> = getsockname(listener.socket.as_raw_fd()).ok();
-            let address = address.as_ref().and_then(bro_relay::sockaddr::tcp).filter(|_| of_udp(listener));
-            addresses.push(address);
+        // The port that the client wrote to, whatever a service of its socket is told (`bro fence --port`).
+        let all: Vec<_> = listeners.iter().map(|(listener, _)| listener.socket.as_fd()).collect();
+        for place in bro_adopt::bound::places(&all) {
+            addresses.push(match place {
+                Some(Place::Udp(address)) => {
+                    Some(SocketAddr::new(address.ip().to_canonical(), address.port()))
+                }
+                _ => None,
+            });
         }
         let Some((first, _)) = listeners.iter().find(|(listener, _)| of_udp(listener)) else {
             tracing::warn!(

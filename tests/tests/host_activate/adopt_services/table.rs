@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use bro_tests::host::Manager;
@@ -9,7 +10,7 @@ use bro_tests::host::site::{PATIENCE, Site, ask};
 use bro_tests::process::eventually;
 use bro_tests::tier::Need;
 
-use super::CLIENT;
+use super::{CLIENT, name_servers};
 
 /// What services run, by the name that it has in their containers below /services.
 pub(super) const FILES: &[(&str, &str)] = &[
@@ -17,14 +18,20 @@ pub(super) const FILES: &[(&str, &str)] = &[
     ("apache.conf", include_str!("../../../services/whom/apache.conf")),
     ("dovecot.conf", include_str!("../../../services/whom/dovecot.conf")),
     ("haproxy.cfg", include_str!("../../../services/whom/haproxy.cfg")),
+    ("knot.conf", include_str!("../../../services/whom/knot.conf")),
     ("lighttpd.conf", include_str!("../../../services/whom/lighttpd.conf")),
+    ("named.conf", include_str!("../../../services/whom/named.conf")),
     ("nginx.conf", include_str!("../../../services/whom/nginx.conf")),
     ("prometheus.yml", include_str!("../../../services/whom/prometheus.yml")),
+    ("tomcat/META-INF/context.xml", include_str!("../../../services/whom/tomcat/META-INF/context.xml")),
+    ("tomcat/WEB-INF/rewrite.config", include_str!("../../../services/whom/tomcat/WEB-INF/rewrite.config")),
+    ("unbound.conf", include_str!("../../../services/whom/unbound.conf")),
     ("vsftpd.conf", include_str!("../../../services/whom/vsftpd.conf")),
     ("whom.js", include_str!("../../../services/whom/whom.js")),
     ("whom.sql", "create user if not exists whom;\n"),
     ("whom.py", include_str!("../../../services/whom/whom.py")),
     ("whom.shtml", "<!--#echo var=\"REMOTE_ADDR\" -->\n"),
+    ("whom.zone", include_str!("../../../services/whom/whom.zone")),
 ];
 
 /// What is built once for all managers, and in their containers below /built.
@@ -50,6 +57,18 @@ pub(super) enum Outside {
     Dual,
     /// And a unix socket, for this one of the service's.
     Unix(&'static str),
+    /// Over UDP too.
+    Datagrams,
+}
+
+impl Outside {
+    /// How many of systemd's sockets the service takes.
+    pub(super) const fn sockets(self) -> usize {
+        match self {
+            Self::V4 | Self::Dual => 1,
+            Self::Unix(_) | Self::Datagrams => 2,
+        }
+    }
 }
 
 /// A service as it is, in a container.
@@ -68,6 +87,36 @@ pub(super) struct Service {
 }
 
 pub(super) const SERVICES: &[Service] = &[
+    Service {
+        name: "whom-tomcat",
+        needs: &[
+            Need::Program("java", "default-jdk-headless"),
+            Need::File("/usr/share/tomcat10/bin/catalina.sh", "tomcat10"),
+        ],
+        lines: "Environment=CATALINA_BASE=/tmp/tomcat \"JAVA_OPTS=-Xmx64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1\"\n\
+                Exec=sh -c \"cd /tmp; mkdir -p tomcat/webapps tomcat/temp; cp -r /usr/share/tomcat10/etc tomcat/conf; \
+                cp -r /services/tomcat tomcat/webapps/ROOT; exec sh /usr/share/tomcat10/bin/catalina.sh run\"",
+        inside: Inside::Port(8080),
+        outside: Outside::Dual,
+        ask: http,
+        awake: nothing,
+    },
+    Service {
+        name: "whom-jetty",
+        needs: &[
+            Need::Program("java", "default-jdk-headless"),
+            Need::File("/usr/share/jetty9/start.jar", "jetty9"),
+        ],
+        lines: "Volume={files}/log:/log\n\
+                Exec=sh -c \"mkdir -p /tmp/jetty/webapps /tmp/jetty/lib/ext /tmp/jetty/resources; cd /tmp/jetty; ln -s /log logs; \
+                cp /usr/share/jetty9/start.ini .; cp -r /usr/share/jetty9/default-root webapps/root; \
+                exec /usr/bin/java -Xmx64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Djetty.home=/usr/share/jetty9 \
+                -jar /usr/share/jetty9/start.jar --module=customrequestlog jetty.requestlog.filePath=logs/jetty\"",
+        inside: Inside::Port(8080),
+        outside: Outside::Dual,
+        ask: jetty,
+        awake: nothing,
+    },
     Service {
         name: "whom-java-httpserver",
         needs: &[
@@ -230,7 +279,19 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-uvicorn",
         needs: &[Need::Program("uvicorn", "uvicorn")],
-        lines: "Exec=/usr/bin/python3 -m uvicorn --app-dir /services --host 0.0.0.0 --port 80 --workers 2 whom:asgi",
+        lines: "Exec=/usr/bin/python3 -m uvicorn --app-dir /services --host 0.0.0.0 --port 80 --workers 2 --loop asyncio whom:asgi",
+        inside: Inside::Port(80),
+        outside: Outside::V4,
+        ask: http,
+        awake: nothing,
+    },
+    Service {
+        name: "whom-uvloop",
+        needs: &[
+            Need::Program("uvicorn", "uvicorn"),
+            Need::File("/usr/lib/python3/dist-packages/uvloop/__init__.py", "python3-uvloop"),
+        ],
+        lines: "Exec=/usr/bin/python3 -m uvicorn --app-dir /services --host 0.0.0.0 --port 80 --loop uvloop whom:asgi",
         inside: Inside::Port(80),
         outside: Outside::V4,
         ask: http,
@@ -323,17 +384,53 @@ pub(super) const SERVICES: &[Service] = &[
     Service {
         name: "whom-dnsmasq",
         needs: &[Need::Program("dnsmasq", "dnsmasq-base")],
-        lines: "Exec=dnsmasq -k -u root -C /dev/null --no-resolv --no-hosts --port={port} --pid-file=/tmp/p \
-                --address=/whom.test/192.0.2.9 --log-facility=- --log-queries=extra",
+        lines: "Volume={files}/log:/log\nExec=dnsmasq -k -u root -C /dev/null --no-resolv --no-hosts --port={port} --pid-file=/tmp/p \
+                --address=/whom.test/192.0.2.9 --log-facility=/log/dnsmasq --log-queries=extra",
         inside: Inside::Compared(53),
         outside: Outside::V4,
-        ask: dnsmasq,
+        ask: name_servers::dnsmasq,
         awake: nothing,
+    },
+    Service {
+        name: "whom-knot",
+        needs: &[Need::Program("knotd", "knot")],
+        lines: "Exec=sh -c \"mkdir /tmp/knot; exec knotd -c /services/knot.conf\"",
+        inside: Inside::Port(53),
+        outside: Outside::Datagrams,
+        ask: name_servers::answering,
+        awake: |site| {
+            let _awake = name_servers::from_inside(site)?;
+            signal(site, "HUP")
+        },
+    },
+    Service {
+        name: "whom-unbound",
+        needs: &[Need::Program("unbound", "unbound")],
+        lines: "Volume={files}/log:/log\nExec=unbound -c /services/unbound.conf",
+        inside: Inside::Port(53),
+        outside: Outside::Datagrams,
+        ask: |site| name_servers::logging(site, "unbound"),
+        awake: |site| {
+            let _awake = name_servers::from_inside(site)?;
+            signal(site, "HUP")
+        },
+    },
+    Service {
+        name: "whom-named",
+        needs: &[Need::Program("named", "bind9")],
+        lines: "Volume={files}/log:/log\nExec=named -f -c /services/named.conf",
+        inside: Inside::Port(53),
+        outside: Outside::Datagrams,
+        ask: |site| name_servers::logging(site, "named"),
+        awake: |site| {
+            let _awake = name_servers::from_inside(site)?;
+            signal(site, "HUP")
+        },
     },
 ];
 
 /// A connected client that comes from [`CLIENT`].
-fn connect(site: &Site<'_>) -> Result<TcpStream> {
+pub(super) fn connect(site: &Site<'_>) -> Result<TcpStream> {
     site.host.connect_to(format!("{CLIENT}:{}", site.port).parse()?)
 }
 
@@ -363,7 +460,7 @@ pub(super) fn http(site: &Site<'_>) -> Result<String> {
 }
 
 /// A line that it has logged, with the client's address.
-fn logged(read: impl Fn() -> String, what: &str) -> Result<String> {
+pub(super) fn logged(read: impl Fn() -> String, what: &str) -> Result<String> {
     let mut found = String::new();
     let there = eventually(PATIENCE, || {
         let log = read();
@@ -376,7 +473,7 @@ fn logged(read: impl Fn() -> String, what: &str) -> Result<String> {
 }
 
 /// What it has written into a file of the folder that it has for that.
-fn log_file(site: &Site<'_>, name: &str) -> String {
+pub(super) fn log_file(site: &Site<'_>, name: &str) -> String {
     let path = site.host.path(&format!("{}/log/{name}", services(site.manager)));
     std::fs::read_to_string(path).unwrap_or_default()
 }
@@ -391,17 +488,18 @@ fn postgresql(site: &Site<'_>) -> Result<String> {
     let port = site.port.to_string();
     let query = "select inet_client_addr()";
     let psql = ["psql", "--no-psqlrc", "-At", "-h", CLIENT, "-p", &port, "-U", "postgres", "-c", query];
-    // It listens before it is ready, and says so.
+    // It listens before it is ready, and until it has ended, and says so.
     let mut said = site.host.client_program(&psql);
-    let starts = |said: &Result<String>| {
-        said.as_ref().is_err_and(|error| format!("{error:#}").contains("is starting up"))
+    let not_now = |said: &Result<String>| {
+        let error = said.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
+        error.contains("is starting up") || error.contains("is shutting down")
     };
     ensure!(
         eventually(PATIENCE, || {
-            if starts(&said) {
+            if not_now(&said) {
                 said = site.host.client_program(&psql);
             }
-            !starts(&said)
+            !not_now(&said)
         }),
         "{said:?}"
     );
@@ -454,17 +552,13 @@ fn mosquitto(site: &Site<'_>) -> Result<String> {
     logged(|| log_file(site, "mosquitto"), "New connection from")
 }
 
-/// It answers where the connection's own address and port are those of one of its interfaces: so it is asked at 127.0.0.1, the only one that it has.
-fn dnsmasq(site: &Site<'_>) -> Result<String> {
-    let question =
-        b"\x00\x1b\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04whom\x04test\x00\x00\x01\x00\x01";
-    let (from, to) = (format!("{CLIENT}:0").parse()?, format!("127.0.0.1:{}", site.port).parse()?);
-    let mut client = site.host.connect_between(from, to)?;
-    client.write_all(question)?;
-    let mut answer = [0; 45];
-    client.read_exact(&mut answer).context("no answer to a question over TCP")?;
-    ensure!(answer.ends_with(&[192, 0, 2, 9]), "{answer:?}");
-    logged(|| site.manager.journal(site.host, &site.unit()).unwrap_or_default(), "query[A]")
+/// Of a page that was not asked for before, so that no line of before tells of it.
+fn jetty(site: &Site<'_>) -> Result<String> {
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let page = format!("GET /{} HTTP/1.0", ASKED.fetch_add(1, Ordering::Relaxed));
+    let answer = talk(site, format!("{page}\r\n\r\n").as_bytes(), "")?;
+    ensure!(answer.contains(" 404 "), "{answer}");
+    logged(|| log_file(site, "jetty"), &page)
 }
 
 fn nothing(_: &Site<'_>) -> Result<()> {
@@ -486,7 +580,7 @@ fn renewed(site: &Site<'_>, name: &str) -> Result<()> {
     Ok(())
 }
 
-fn inside(site: &Site<'_>, script: &str) -> Result<String> {
+pub(super) fn inside(site: &Site<'_>, script: &str) -> Result<String> {
     let name = format!("systemd-{}", site.name);
     site.manager.run(site.host, &["podman", "exec", &name, "sh", "-euc", script])
 }
