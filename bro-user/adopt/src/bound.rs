@@ -28,10 +28,11 @@ pub fn place(listener: BorrowedFd<'_>) -> Option<Place> {
 /// The same of each, for which each table is read once.
 #[must_use]
 pub fn places(listeners: &[BorrowedFd<'_>]) -> Vec<Option<Place>> {
-    let told: Vec<_> = listeners.iter().map(|listener| Told::of(*listener)).collect();
+    let told: Vec<_> = listeners.iter().map(|listener| ToldPlace::of(*listener)).collect();
     let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
-    for (table, is_v4) in Table::ALL {
-        let in_it = |told: &&Told| told.table == Some((table, is_v4)) && !found.contains_key(&told.cookie);
+    for (table, is_v4) in PortTable::ALL {
+        let in_it =
+            |told: &&ToldPlace| told.table == Some((table, is_v4)) && !found.contains_key(&told.cookie);
         let missing: BTreeSet<u64> = told.iter().flatten().filter(in_it).map(|told| told.cookie).collect();
         if !missing.is_empty() {
             found.extend(table.tells(&missing, is_v4));
@@ -41,20 +42,20 @@ pub fn places(listeners: &[BorrowedFd<'_>]) -> Vec<Option<Place>> {
 }
 
 /// What getsockname(2) says of a socket.
-struct Told {
+struct ToldPlace {
     place: Place,
     /// 0 where it does not matter.
     cookie: u64,
     /// Where it is to be found, and whether among those of IPv4.
-    table: Option<(Table, bool)>,
+    table: Option<(PortTable, bool)>,
 }
 
-impl Told {
+impl ToldPlace {
     fn of(listener: BorrowedFd<'_>) -> Option<Self> {
         let place = Place::of(listener)?;
         let table = match &place {
-            Place::Tcp(address) => Some((Table::Listeners, address.is_ipv4())),
-            Place::Udp(address) => Some((Table::Datagrams, address.is_ipv4())),
+            Place::Tcp(address) => Some((PortTable::Listeners, address.is_ipv4())),
+            Place::Udp(address) => Some((PortTable::Datagrams, address.is_ipv4())),
             Place::Path(_) | Place::Abstract(_) => None,
         };
         let cookie = table.and_then(|_| socket::cookie(listener).ok());
@@ -73,14 +74,14 @@ impl Told {
 
 /// One of the kernel's tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Table {
+enum PortTable {
     /// Of TCP, those that listen.
     Listeners,
     /// Of UDP, those that are connected to no peer.
     Datagrams,
 }
 
-impl Table {
+impl PortTable {
     /// With whether it is that of IPv4.
     const ALL: [(Self, bool); 4] = [
         (Self::Listeners, true),
@@ -125,7 +126,7 @@ mod tests {
 
     use super::*;
 
-    fn in_table(table: Table, socket: BorrowedFd<'_>, at: SocketAddr) -> Option<u16> {
+    fn in_table(table: PortTable, socket: BorrowedFd<'_>, at: SocketAddr) -> Option<u16> {
         let cookie = socket::cookie(socket).unwrap();
         table.tells(&BTreeSet::from([cookie]), at.is_ipv4()).remove(&cookie)
     }
@@ -135,10 +136,10 @@ mod tests {
         for address in ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0"] {
             let listener = std::net::TcpListener::bind(address).unwrap();
             let at = listener.local_addr().unwrap();
-            assert_eq!(in_table(Table::Listeners, listener.as_fd(), at), Some(at.port()));
+            assert_eq!(in_table(PortTable::Listeners, listener.as_fd(), at), Some(at.port()));
             let datagrams = std::net::UdpSocket::bind(address).unwrap();
             let for_them = datagrams.local_addr().unwrap();
-            assert_eq!(in_table(Table::Datagrams, datagrams.as_fd(), for_them), Some(for_them.port()));
+            assert_eq!(in_table(PortTable::Datagrams, datagrams.as_fd(), for_them), Some(for_them.port()));
             let both = places(&[listener.as_fd(), datagrams.as_fd()]);
             assert_eq!(both, [Some(Place::Tcp(at)), Some(Place::Udp(for_them))]);
         }
