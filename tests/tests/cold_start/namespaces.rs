@@ -91,7 +91,8 @@ fn a_path_that_is_gone_resets_the_client_and_works_again_when_it_is_back() -> Re
     scene.client()?.expect_abort().context("a client while the namespace is gone")?;
     let closings = forwarder.closings(2)?;
     // The first one may still have been closing.
-    let second = closings.iter().find(|closing| closing.conn == 2).context("a line about the second client")?;
+    let second =
+        closings.iter().find(|closing| closing.conn == 2).context("a line about the second client")?;
     ensure!(second.reason.starts_with("start-"), "{closings:?}");
     ensure!(forwarder.is_running()?, "it has ended");
     std::os::unix::fs::symlink(scene.namespace.path(), &path)?;
