@@ -125,16 +125,21 @@ fn fetch(suite: &str, folder: &Path) -> Result<()> {
     // Made for virtual machines: the same kernel with fewer drivers, so a smaller download.
     let image = apt.dependency("linux-image-cloud-amd64", "linux-image-")?;
     let image = image.with_context(|| format!("{suite} names no kernel image"))?;
-    // From Linux 7 on the image's package only names the one that holds the kernel.
-    let package = apt.dependency(&image, "linux-binary-")?.unwrap_or_else(|| image.clone());
-    apt.run("apt-get", &["download", &package])?;
+    // From Linux 7 on the image's package only names those that hold the kernel and its modules.
+    let parts = ["linux-binary-", "linux-modules-"].map(|part| apt.dependency(&image, part));
+    let parts: Vec<String> = parts.into_iter().filter_map(Result::transpose).collect::<Result<_>>()?;
+    for package in if parts.is_empty() { std::slice::from_ref(&image) } else { &parts } {
+        apt.run("apt-get", &["download", package])?;
+    }
     let is_package = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "deb");
-    let package = entries(folder)?.into_iter().find(is_package).context("apt-get downloaded nothing")?;
+    let packages: Vec<PathBuf> = entries(folder)?.into_iter().filter(is_package).collect();
     let unpacked = folder.join("unpacked");
-    let status = Command::new("dpkg-deb").arg("-x").args([&package, &unpacked]).status()?;
-    ensure!(status.success(), "dpkg-deb cannot unpack {}", package.display());
+    for package in &packages {
+        let status = Command::new("dpkg-deb").arg("-x").args([package, &unpacked]).status()?;
+        ensure!(status.success(), "dpkg-deb cannot unpack {}", package.display());
+    }
     let kernel = find(&unpacked, &|name| name.starts_with("vmlinuz"))?;
-    let kernel = kernel.with_context(|| format!("{} holds no kernel", package.display()))?;
+    let kernel = kernel.with_context(|| format!("{image} holds no kernel"))?;
     std::fs::rename(kernel, folder.join("vmlinuz"))?;
     std::fs::create_dir(folder.join(MODULES_FOLDER))?;
     for name in MODULES {
@@ -143,7 +148,7 @@ fn fetch(suite: &str, folder: &Path) -> Result<()> {
     std::fs::write(folder.join("package"), image)?;
     remove(&unpacked)?;
     remove(&folder.join("apt"))?;
-    Ok(std::fs::remove_file(package)?)
+    Ok(packages.iter().try_for_each(std::fs::remove_file)?)
 }
 
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
