@@ -209,6 +209,13 @@ fn bound(place: &str, flags: SockFlag) -> Result<OwnedFd> {
     })
 }
 
+/// Greets one client after the other.
+fn greets_all(listener: &OwnedFd) -> Result<()> {
+    loop {
+        greet(&taken(listener.as_fd())?)?;
+    }
+}
+
 /// Says to the client what address it has.
 fn greet(connection: &OwnedFd) -> Result<()> {
     let peer = getpeername::<SockaddrStorage>(connection.as_raw_fd())?;
@@ -246,15 +253,7 @@ fn serve(kind: &str, place: &str) -> Result<()> {
             flood();
             plain(place)
         }
-        "flood-later" => {
-            let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
-            listen(&listener, Backlog::new(16)?)?;
-            flood();
-            say("ready")?;
-            loop {
-                greet(&taken(listener.as_fd())?)?;
-            }
-        }
+        "flood-later" => flood_later(place),
         #[cfg(target_arch = "x86_64")]
         "foreign" => foreign(place),
         _ => bail!("no such service: {kind}"),
@@ -268,9 +267,7 @@ fn plain(place: &str) -> Result<()> {
     listen(&listener, Backlog::new(8)?).context("a second time")?;
     let flags = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", listener.as_raw_fd()))?;
     say(&format!("ready {}", flags.lines().find(|line| line.starts_with("flags")).unwrap_or_default()))?;
-    loop {
-        greet(&taken(listener.as_fd())?)?;
-    }
+    greets_all(&listener)
 }
 
 /// Says when it is about to listen, and serves.
@@ -282,9 +279,7 @@ fn timed(place: &str) -> Result<()> {
     greet(&client)?;
     drop(client);
     say(&format!("listens {}", listens.as_nanos()))?;
-    loop {
-        greet(&taken(listener.as_fd())?)?;
-    }
+    greets_all(&listener)
 }
 
 /// Takes one client, and answers it when it is told to.
@@ -365,9 +360,7 @@ fn workers(place: &str) -> Result<()> {
         listen(&listener, Backlog::new(16)?)?;
         let flags = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", listener.as_raw_fd()))?;
         say(&format!("ready {}", flags.lines().find(|line| line.starts_with("flags")).unwrap_or_default()))?;
-        loop {
-            greet(&taken(listener.as_fd())?)?;
-        }
+        return greets_all(&listener);
     }
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
@@ -423,9 +416,7 @@ fn callers(place: &str) -> Result<()> {
             .map_err(|_panicked| anyhow::anyhow!("the thread panicked"))??;
     }
     say("each its own")?;
-    loop {
-        greet(&taken(listener.as_fd())?)?;
-    }
+    greets_all(&listener)
 }
 
 /// Shuts one end of each of two connections down, which the other end of that one sees.
@@ -538,6 +529,15 @@ fn lies(place: &str) -> Result<()> {
     plain(place)
 }
 
+/// Listens before its threads begin to make calls.
+fn flood_later(place: &str) -> Result<()> {
+    let listener = bound(place, SockFlag::SOCK_CLOEXEC)?;
+    listen(&listener, Backlog::new(16)?)?;
+    flood();
+    say("ready")?;
+    greets_all(&listener)
+}
+
 /// Has threads make notified calls without a pause.
 fn flood() {
     for _ in 0..4 {
@@ -565,7 +565,5 @@ fn foreign(place: &str) -> Result<()> {
     listen(&listener, Backlog::new(16)?)?;
     say(&format!("shutdown {}", bro_tests::sys::ask_as_i386(SHUTDOWN, [number, 2])))?;
     say("ready")?;
-    loop {
-        greet(&taken(listener.as_fd())?)?;
-    }
+    greets_all(&listener)
 }
