@@ -167,6 +167,66 @@ fn a_service_that_is_slow_loses_nothing() -> Result<()> {
     scene.forwarder.expect_no_panic()
 }
 
+/// As many as there is room for wait in the forwarder, and then the senders: of one flow, or of many.
+#[test]
+fn a_service_that_is_late_loses_nothing() -> Result<()> {
+    require_namespaces!();
+    const COUNT: u32 = 3000;
+    let scene = scene(false, &[])?;
+    for length in [4, 20_000] {
+        let number = |n: u32| {
+            let mut bytes = vec![0; length];
+            bytes[..4].copy_from_slice(&n.to_be_bytes());
+            bytes
+        };
+        let client = scene.client(None)?;
+        let service = std::thread::scope(|threads| -> Result<UnixDatagram> {
+            let sending = threads.spawn(|| (0..COUNT).try_for_each(|n| client.send(&number(n)).map(drop)));
+            scene.forwarder.expect_no_spin(MOMENT)?;
+            ensure!(!sending.is_finished(), "the forwarder takes whatever comes");
+            let service = scene.service()?;
+            for n in 0..COUNT {
+                let _from =
+                    expect(&service, &number(n)).with_context(|| format!("number {n} of {length}"))?;
+            }
+            sending.join().map_err(|_| anyhow::anyhow!("the sender failed"))?.context("sending")?;
+            Ok(service)
+        })?;
+        // Bound senders have a flow each.
+        drop(service);
+        std::fs::remove_file(scene.back.path().context("a path")?)?;
+        let clients: Vec<_> =
+            (0..20).map(|name| scene.client(Some(&format!("{length}-{name}")))).collect::<Result<_>>()?;
+        std::thread::scope(|threads| -> Result<()> {
+            let sending: Vec<_> = clients
+                .iter()
+                .map(|client| {
+                    threads.spawn(|| (0..COUNT / 20).try_for_each(|n| client.send(&number(n)).map(drop)))
+                })
+                .collect();
+            scene.forwarder.expect_no_spin(MOMENT)?;
+            let service = scene.service()?;
+            let mut next = std::collections::HashMap::<_, u32>::new();
+            let mut buffer = vec![0; 1 << 18];
+            for _ in 0..COUNT {
+                let (got, from) = service.recv_from(&mut buffer).context("not all have come")?;
+                let next = next.entry(from.as_abstract_name().map(<[u8]>::to_vec)).or_default();
+                ensure!(buffer[..got] == *number(*next), "not the one after {next} of {length}");
+                *next += 1;
+            }
+            ensure!(next.len() == clients.len(), "{} flows", next.len());
+            let sent: Vec<_> = sending
+                .into_iter()
+                .map(|one| one.join().map_err(|_| anyhow::anyhow!("a sender failed")))
+                .collect();
+            sent.into_iter().try_for_each(|sent| sent?.context("sending"))
+        })?;
+        std::fs::remove_file(scene.back.path().context("a path")?)?;
+    }
+    ensure!(scene.tally()?.dropped.total() == 0, "{:?}", scene.tally()?);
+    scene.forwarder.expect_no_panic()
+}
+
 #[test]
 fn a_service_that_has_gone_is_waited_for() -> Result<()> {
     require_namespaces!();

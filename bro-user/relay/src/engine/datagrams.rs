@@ -45,6 +45,10 @@ const ROUNDS: usize = 4;
 const HELD: usize = 1024;
 const HELD_BYTES: usize = 4 << 20;
 
+/// How much waits of a source's before its clients do, over a unix socket. What one batch still brings has room besides.
+const ROOM: usize = HELD / 4;
+const ROOM_BYTES: usize = HELD_BYTES / 4;
+
 /// How long a flow is left for answers that are on their way, once the forwarder hears no client any more.
 const PARTING: Duration = Duration::from_secs(2);
 
@@ -70,7 +74,8 @@ struct Flow {
     ecn: u8,
     /// How its socket takes apart what is sent to the service.
     segments: Segments,
-    /// The service's buffer is full, over a unix socket: what comes waits until there is room, as the client would.
+    /// Over a unix socket: the service's buffer is full, or much waits already while it has no socket yet. Nothing more is
+    /// received until there is room, so that the client waits where it sends.
     is_full: bool,
     /// It keeps nothing awake (`--idle-ignore`).
     ignored: bool,
@@ -367,7 +372,7 @@ impl Engine {
                 arrived.extend(pieces.map(|piece| Arrived { ends: ends.clone(), flow, ecn, piece }));
             }
             self.pass_to_service(&mut arrived, &mut messages, now);
-            if received < BATCH {
+            if received < BATCH || !self.listeners.is_watched(listener) {
                 break;
             }
         }
@@ -542,6 +547,7 @@ impl Engine {
         let way_back = self.datagrams.way_back.as_ref();
         let opened = way_back.map(|way_back| way_back.open(id, key.clone(), socket, flow.ignored));
         let Some(Ok(socket)) = opened else { return self.end_flow(id.index, FlowEnd::Descriptors) };
+        self.set_full(id.index, false);
         self.datagrams.set_stage(id.index, FlowStage::Open(socket));
         // The service has the whole time for its answer, however long it was waited for.
         self.datagrams.flows.touch(id.index, Instant::now());
@@ -564,18 +570,21 @@ impl Engine {
         }
     }
 
-    /// The service's buffer is full, or has room again. Over a unix socket nothing is lost by that: the client waits where it sends.
+    /// There is no room for what a client sends, or there is again. Over a unix socket nothing is lost by that: the client waits where
+    /// it sends.
     fn set_full(&mut self, index: usize, is_full: bool) {
         let Some((key, flow)) = self.datagrams.flows.get_mut(index) else { return };
-        let FlowStage::Open(socket) = &flow.stage else { return };
         if std::mem::replace(&mut flow.is_full, is_full) == is_full {
             return;
         }
         let token = Token::Flow { index, generation: flow.generation };
-        let told = if is_full {
-            self.epoll.add(&socket.socket, EpollEvent::new(EpollFlags::EPOLLOUT, token.into()))
-        } else {
-            self.epoll.delete(&socket.socket)
+        let told = match &flow.stage {
+            FlowStage::Open(socket) if is_full => {
+                self.epoll.add(&socket.socket, EpollEvent::new(EpollFlags::EPOLLOUT, token.into()))
+            }
+            FlowStage::Open(socket) => self.epoll.delete(&socket.socket),
+            // There is room when it has its socket, or has ended.
+            FlowStage::Held | FlowStage::Dialling => Ok(()),
         };
         let told = told.and_then(|()| self.listeners.pause(&self.epoll, key.listener, is_full));
         if let Err(errno) = told {
@@ -670,6 +679,11 @@ impl Engine {
             if let Some((key, _)) = self.datagrams.flows.get(gone.index) {
                 self.tallies[key.listener].datagrams.dropped.add(Dropped::Queue, 1);
             }
+        }
+        let Some((key, _)) = self.datagrams.flows.get(index) else { return };
+        let (count, bytes) = self.datagrams.held.share(source);
+        if !matches!(key.client, FlowClient::Inet(_)) && (count >= ROOM || bytes >= ROOM_BYTES) {
+            self.set_full(index, true);
         }
     }
 

@@ -97,7 +97,8 @@ impl Listeners {
         Ok(true)
     }
 
-    fn is_watched(&self, listener: usize) -> bool {
+    /// Is what comes to it received?
+    pub(super) fn is_watched(&self, listener: usize) -> bool {
         let accepts = match self.all[listener].0.kind {
             SocketKind::Stream | SocketKind::Vsock | SocketKind::SeqPacket => {
                 self.accepting == Accepting::Open

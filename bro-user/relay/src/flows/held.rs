@@ -59,6 +59,12 @@ impl HeldDatagrams {
         self.waiting.is_empty()
     }
 
+    /// How many of one source wait, and how many bytes.
+    #[must_use]
+    pub fn share(&self, source: Source) -> (usize, usize) {
+        self.sources.get(&source).map_or((0, 0), |share| (share.numbers.len(), share.bytes))
+    }
+
     /// One more waits; returns the flows of those that made room for it, which may be its own.
     pub fn push(&mut self, datagram: HeldDatagram) -> Vec<FlowId> {
         let (mut gone, source, number) = (Vec::new(), datagram.source, self.next);
@@ -141,7 +147,9 @@ mod tests {
             1,
             "the other client's is still there"
         );
+        assert_eq!(held.share(Source::User(2)), (3, 30));
         let left = held.take(FlowId { index: 2, generation: 0 });
+        assert_eq!(held.share(Source::User(2)), (0, 0));
         let marks: Vec<u8> = left.iter().map(|datagram| datagram.bytes[0]).collect();
         assert_eq!(marks, [47, 48, 49]);
         assert_eq!((held.len(), held.bytes), (0, 0));
