@@ -25,6 +25,9 @@ use nix::unistd::Pid;
 /// Where services listen, in the namespace.
 const INSIDE: &str = "127.0.0.1:8080";
 
+/// How long a supervisor inside the container has for starting the service again (`GAP` of the agent).
+const GAP: Duration = Duration::from_secs(10);
+
 /// A listener as systemd passes it: blocking.
 fn listener(address: &str) -> Result<(TcpListener, OwnedFd)> {
     let listener = TcpListener::bind(address)?;
@@ -574,13 +577,23 @@ fn clients_of_a_service_that_has_closed_its_listener_are_reset_until_it_listens_
         input.write_all(b"now\n")?;
         reader.says(answer).map(drop)
     };
+    let is_given_up = |within: Duration| {
+        process::eventually(within, || {
+            forwarder.report().is_ok_and(|report| first(&report) == Some(&AdoptionReport::Closed))
+        })
+    };
     // It is slow to accept, and is not taken for one that has closed it.
-    let slow = process::eventually(Duration::from_millis(2200), || {
-        forwarder.report().is_ok_and(|report| first(&report) == Some(&AdoptionReport::Closed))
-    });
+    let slow = is_given_up(GAP + Duration::from_secs(3));
     ensure!(!slow, "a service that has a listener and does not accept is taken for one that has closed it");
     tell(&service, "closed")?;
     expect_greeted(early)?;
+    // Nor is one that is being started again.
+    let client = stage.client()?;
+    ensure!(!is_given_up(GAP / 2), "the service has no time to listen again");
+    tell(&service, "ready")?;
+    eventually(&forwarder, is_adopted)?;
+    tell(&service, "closed")?;
+    expect_greeted(client)?;
     expect_reset(&stage)?;
     eventually(&forwarder, |report| *report == AdoptionReport::Closed)?;
     // At once, by now.

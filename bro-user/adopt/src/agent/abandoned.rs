@@ -1,8 +1,9 @@
 //! A service that has closed its listener while it lives, or shut it down: systemd's goes on listening, so its clients would wait for ever. Without
 //! adoption they would be refused.
 //!
-//! A listener at which clients wait at two looks in a row, and that no process of another network namespace has, is given up. Only the
-//! socket's own number is looked for: what the container says of itself has no part in it.
+//! A listener at which clients wait, and that no process of another network namespace has had for a while, is given up: a supervisor inside
+//! the container has that long to start the service again. Only the socket's own number is looked for: what the container says of itself
+//! has no part in it.
 
 use std::fs::{read_dir, read_link, read_to_string};
 use std::io::ErrorKind;
@@ -21,6 +22,10 @@ const STEP: Duration = Duration::from_secs(1);
 
 /// How long clients wait before it is asked who has the listener: a service that is busy takes them in this time.
 const PATIENCE: Duration = STEP;
+
+/// How long no process has the listener before it is given up. A supervisor's next process, which may start as slowly as Java does, takes
+/// those that wait meanwhile.
+const GAP: Duration = Duration::from_secs(10);
 
 /// When to look next.
 #[derive(Debug, Default)]
@@ -47,8 +52,17 @@ impl QueueLooks {
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     since: Option<Instant>,
-    /// A descriptor of the listener, in /proc, by which it was held at the last look.
-    holder: Option<PathBuf>,
+    /// Who had it at the last look.
+    holder: QueueHolder,
+}
+
+#[derive(Debug, Default)]
+enum QueueHolder {
+    #[default]
+    Unknown,
+    /// A descriptor of the listener, in /proc.
+    Process(PathBuf),
+    NoneSince(Instant),
 }
 
 impl<S: Surroundings> Agent<S> {
@@ -92,10 +106,17 @@ impl Adoptable {
             return false;
         }
         let Ok(inode) = fstat(&self.socket).map(|status| status.st_ino) else { return false };
-        if !self.queue.holder.as_deref().is_some_and(|path| leads_to(path, inode)) {
-            self.queue.holder = elsewhere(inode);
-        }
-        self.queue.holder.is_none()
+        let holder = match std::mem::take(&mut self.queue.holder) {
+            QueueHolder::Process(path) if leads_to(&path, inode) => QueueHolder::Process(path),
+            before => elsewhere(inode).map(QueueHolder::Process).unwrap_or(match before {
+                QueueHolder::NoneSince(_) => before,
+                QueueHolder::Unknown | QueueHolder::Process(_) => QueueHolder::NoneSince(now),
+            }),
+        };
+        let gone =
+            matches!(holder, QueueHolder::NoneSince(since) if now.saturating_duration_since(since) >= GAP);
+        self.queue.holder = holder;
+        gone
     }
 }
 
