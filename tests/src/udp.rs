@@ -9,11 +9,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
 
 use crate::forwarder::Setup;
 use crate::netns::Namespace;
 use crate::peers::PATIENCE;
+use crate::process;
 
 /// How long a service waits for a datagram before it looks whether it is to end.
 const STEP: Duration = Duration::from_millis(20);
@@ -35,11 +37,16 @@ pub fn loopback(ipv6: bool, port: u16) -> SocketAddr {
     if ipv6 { (Ipv6Addr::LOCALHOST, port).into() } else { (Ipv4Addr::LOCALHOST, port).into() }
 }
 
-/// A socket of the namespace that is bound to `address`.
+/// A socket of the namespace that is bound to `address`. One that was closed there a moment ago may be open still in a process that another
+/// test has just forked, until that executes its program.
 pub fn bound(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket> {
     let socket = namespace.datagram_socket(address.is_ipv6())?;
-    socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))
-        .with_context(|| format!("binding {address}"))?;
+    let mut bound = Ok(());
+    process::eventually(PATIENCE, || {
+        bound = socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address));
+        bound != Err(Errno::EADDRINUSE)
+    });
+    bound.with_context(|| format!("binding {address}"))?;
     let socket = UdpSocket::from(socket);
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)
