@@ -5,6 +5,7 @@ pub mod freeze;
 pub mod incarnation;
 mod kernel_defect;
 pub mod kernel_watch;
+pub mod last_look;
 mod listening;
 pub mod readiness;
 pub mod runs;

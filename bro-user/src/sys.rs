@@ -14,6 +14,17 @@ pub fn watch(fd: OwnedFd, interest: tokio::io::Interest) -> io::Result<tokio::io
     unsafe { tokio::io::unix::AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
+/// pidfd_send_signal(2): sends a signal to the process of a pidfd; with 0, finds out whether that may be done.
+///
+/// # Errors
+/// ESRCH when it has exited; EPERM.
+pub fn signal(process: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()> {
+    let (number, none) = (process.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+    // SAFETY: without a siginfo_t the kernel makes one, as for kill(2); no memory of this process is involved.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, number, signal, none, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// How many bytes, with what the kernel adds, were sent at this unix socket and wait to be read (SIOCOUTQ, `unix_outq_len`).
 ///
 /// # Errors

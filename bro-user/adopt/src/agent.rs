@@ -223,9 +223,9 @@ impl<S: Surroundings> Agent<S> {
             match kind {
                 Kind::Notifier(role) if receiver::tells_of_calls(&descriptor) => {
                     if role == Role::Container {
-                        self.surroundings.tell(Event::Started);
+                        self.surroundings.tell(Event::Started { stop_signal: None });
                     }
-                    let notifier = Notifier { notify: Arc::new(descriptor), role };
+                    let notifier = Notifier { notify: Arc::new(descriptor), role, stop_signal: None };
                     self.notifiers.push(AnsweredNotifier {
                         number,
                         notifier,
@@ -498,14 +498,15 @@ impl<S: Surroundings> Agent<S> {
                     self.surroundings.store(&kind.name(number), notifier.notify.as_fd(), true);
                     self.surroundings.reached(Step::Introduced);
                     sys::wake_in_turn(notifier.notify.as_fd());
-                    let is_container = notifier.role == Role::Container;
+                    let (is_container, stop_signal) =
+                        (notifier.role == Role::Container, notifier.stop_signal);
                     self.notifiers.push(AnsweredNotifier {
                         number,
                         notifier,
                         budget: Budget::new(Instant::now()),
                     });
                     if is_container {
-                        self.surroundings.tell(Event::Started);
+                        self.surroundings.tell(Event::Started { stop_signal });
                     }
                 }
                 Err(refused) => self.surroundings.tell(Event::Refused(refused)),

@@ -45,6 +45,8 @@ pub struct Notifier {
     pub notify: Arc<OwnedFd>,
     /// Whose.
     pub role: Role,
+    /// The signal by which the container's first process is told to stop, where the runtime says it.
+    pub stop_signal: Option<i32>,
 }
 
 /// Why something that was sent is not taken.
@@ -85,6 +87,17 @@ struct ProcessState {
 #[derive(Deserialize)]
 struct OciState {
     status: String,
+    /// Whatever a runtime writes there is no reason to refuse the rest.
+    #[serde(default)]
+    annotations: serde_json::Value,
+}
+
+impl OciState {
+    /// By Podman's annotation, which is a number.
+    fn stop_signal(&self) -> Option<i32> {
+        let said = self.annotations.get("org.opencontainers.image.stopSignal")?.as_str()?;
+        said.parse().ok().filter(|signal| (1..=libc::SIGRTMAX()).contains(signal))
+    }
 }
 
 /// The listening socket at `listenerPath`, and what is arriving there.
@@ -235,7 +248,7 @@ impl Arriving {
         if !tells_of_calls(&notify) {
             return Err(Refused::NoNotifications);
         }
-        Ok(Notifier { notify: Arc::new(notify), role })
+        Ok(Notifier { notify: Arc::new(notify), role, stop_signal: state.state.stop_signal() })
     }
 }
 
@@ -316,6 +329,23 @@ mod tests {
         ];
         for (text, count, expected) in cases {
             assert_eq!(refused(|stream| send(stream, text, count)), expected);
+        }
+    }
+
+    #[test]
+    fn the_stop_signal_is_podmans_annotation() {
+        let of = |annotations: &str| {
+            let text = format!(r#"{{"fds":[],"state":{{"status":"creating"{annotations}}}}}"#);
+            state(text.as_bytes()).unwrap().state.stop_signal()
+        };
+        let said =
+            |value: &str| of(&format!(r#","annotations":{{"org.opencontainers.image.stopSignal":{value}}}"#));
+        assert_eq!(said(r#""3""#), Some(3));
+        for other in [r#""0""#, r#""65""#, r#""SIGTERM""#, "15", "null"] {
+            assert_eq!(said(other), None, "{other}");
+        }
+        for none in ["", r#","annotations":null"#, r#","annotations":[1]"#, r#","annotations":{"a":"b"}"#] {
+            assert_eq!(of(none), None, "{none}");
         }
     }
 

@@ -44,7 +44,10 @@ pub struct Stored {
 #[derive(Debug)]
 pub enum Event {
     /// A container's processes are answered from now on.
-    Started,
+    Started {
+        /// The signal by which its first process is told to stop. None where the runtime does not say it, and of a predecessor's container.
+        stop_signal: Option<i32>,
+    },
     /// Such a container has ended.
     Stopped,
     /// A service has the listener: it is ready, and accepts its clients, or has their datagrams, itself.

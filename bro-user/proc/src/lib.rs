@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 pub mod cgroup;
+pub mod signals;
 
 /// All processes, each with its directory in /proc.
 pub fn processes() -> impl Iterator<Item = (i32, PathBuf)> {

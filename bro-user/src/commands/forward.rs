@@ -87,6 +87,8 @@ pub fn run(
         starter.check(&targets).await?;
         if options.idle.freeze {
             starter.check_freezing().await?;
+        }
+        if options.idle.freeze || reserved.as_ref().is_some_and(Reserved::has_left_any) {
             starter.thaw_what_was_left().await;
         }
         let keep_awake = KeepAwake::of(&options.idle.keep_awake).await?;

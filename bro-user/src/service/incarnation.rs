@@ -208,6 +208,23 @@ impl ContainerNetns {
         }
     }
 
+    /// Does its process do something at this signal, and may this process send it?
+    pub(super) fn heeds(&self, signal: i32) -> bool {
+        let Some((process, pid)) = self.process.as_ref().zip(self.pid) else { return false };
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        // The number is still its own if it has not exited by now.
+        bro_proc::signals::heeds(&status, signal) && crate::sys::signal(process.get_ref().as_fd(), 0).is_ok()
+    }
+
+    /// Sends its process a signal.
+    ///
+    /// # Errors
+    /// ESRCH when it has exited; EPERM.
+    pub(super) fn signal(&self, signal: i32) -> std::io::Result<()> {
+        let process = self.process.as_ref().ok_or(std::io::ErrorKind::NotFound)?;
+        crate::sys::signal(process.get_ref().as_fd(), signal)
+    }
+
     /// Waits until its process has exited. (A namespace's file does not tell when it is replaced; the engine looks at it.)
     pub async fn gone(&self) {
         match &self.process {

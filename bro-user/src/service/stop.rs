@@ -2,7 +2,9 @@
 
 use tokio::time::sleep;
 
+use super::last_look::ToldToStop;
 use super::{LOOK, ServiceStarter, use_lock};
+use crate::systemd::manager::SystemdManager;
 
 /// The result of an attempt to stop the unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +82,23 @@ impl ServiceStarter {
         if let Some(other) = bus.needed_by(unit).await?.filter(|_| !by_force) {
             return Ok(Stopped::Needed(other));
         }
+        self.stop(&bus, unit).await
+    }
+
+    /// Stops the unit of a service that has its stop signal already, once that has ended: it is this forwarder's, as was seen before.
+    ///
+    /// # Errors
+    /// When systemd refuses.
+    pub async fn stop_what_was_told(&self, told: ToldToStop) -> anyhow::Result<Stopped> {
+        let Some(unit) = &self.unit else { return Ok(Stopped::NoUnit) };
+        told.ended().await;
+        // At once: else systemd starts anew what `Restart=` says it is to start.
+        let stopped = self.stop(&self.bus().await?, unit).await;
+        drop(told.alone);
+        stopped
+    }
+
+    async fn stop(&self, bus: &SystemdManager, unit: &str) -> anyhow::Result<Stopped> {
         let result = bus.put_to_sleep(unit).await?;
         self.runs.forget();
         tracing::info!(unit, result, "stopped the unit");

@@ -6,6 +6,7 @@
 
 mod activated;
 mod adopt;
+mod adopt_last_look;
 mod adopt_services;
 mod clients;
 mod crossover;
@@ -62,6 +63,7 @@ const BOTH: &[Case] = &[
     ("adopt: a profile that is older than its source", adopt::older_profile),
     ("adopt: looked after", adopt::looked_after),
     ("adopt: frozen without bytes", adopt::frozen_without_bytes),
+    ("adopt: a client at the last moment", adopt_last_look::last_moment),
     ("adopt: another socket", adopt::another_socket),
     ("adopt: a socket that the container has broken", adopt::damaged),
     ("adopt: to where its container connects", adopt::connects),

@@ -27,7 +27,7 @@ impl Interrupt {
         let mut signals = Vec::new();
         for (number, name) in SIGNALS {
             // nohup(1), and a shell's background: the caller wants bro to go on.
-            if !is_ignored(&status, number) {
+            if !bro_proc::signals::ignores(&status, number) {
                 signals.push((signal(SignalKind::from_raw(number))?, name));
             }
         }
@@ -48,24 +48,5 @@ impl Interrupt {
             work.as_mut().poll(context)
         })
         .await
-    }
-}
-
-/// Reads proc_pid_status(5): a mask in hexadecimal, the lowest bit for signal 1.
-fn is_ignored(status: &str, number: i32) -> bool {
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    mask >> (number - 1) & 1 == 1
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_ignored_stays_ignored() {
-        let status = "Name:\tbro\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000002\n";
-        assert!(is_ignored(status, 1) && is_ignored(status, 13));
-        assert!(!is_ignored(status, 2) && !is_ignored(status, 15) && !is_ignored("", 1));
     }
 }

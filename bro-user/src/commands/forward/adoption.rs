@@ -7,6 +7,7 @@
 //! - `fallback.rs`: why a listener is relayed; `closed.rs`: one that its service has closed; `mend.rs`: one that is damaged
 //! - `guests.rs`, `traffic.rs`: who is connected to a service that accepts itself, and who of them keeps it awake; `relayed_inside.rs`: who is not the host's client
 //! - `datagrams.rs`: what has come to a service that has a socket for datagrams
+//! - `last_look.rs`: the one before the service is stopped
 //! - `passed.rs`, `options.rs`: what is passed for it; what does not go with it
 //! - `heritage.rs`: what a successor gets; `report.rs`: what is said of all that
 
@@ -18,6 +19,7 @@ mod events;
 mod fallback;
 mod guests;
 mod heritage;
+mod last_look;
 mod mend;
 mod options;
 mod passed;
@@ -54,6 +56,7 @@ use crate::relay_handle::Handle;
 
 pub(super) use guests::Guests;
 use guests::ShortGuests;
+pub(super) use last_look::LastLook;
 pub(super) use options::check;
 use passed::{HERITAGE, SECCOMP};
 pub(super) use passed::{Reserved, take};
@@ -160,6 +163,8 @@ pub(super) struct SocketAdoption {
     containers: usize,
     /// When the last one ended.
     ended: Option<Instant>,
+    /// The signal by which the only one is told to stop, where that is known.
+    stop_signal: Option<i32>,
     /// Targets that were found to listen, and when it is to be decided about their listeners.
     decisions: BTreeMap<usize, Instant>,
     /// When to look next who is connected.
@@ -277,6 +282,7 @@ impl SocketAdoption {
             engine: plane.engine().clone(),
             containers: 0,
             ended: None,
+            stop_signal: None,
             decisions: BTreeMap::new(),
             look_at: None,
             looked: None,

@@ -7,6 +7,7 @@ use bro_relay::engine::idle::Leave;
 use bro_relay::engine::protocol::Plain;
 use tokio::time::{Instant, timeout};
 
+use super::adoption::LastLook;
 use super::control::Control;
 use super::freeze::Frost;
 use super::inhibit::Inhibitors;
@@ -197,6 +198,10 @@ impl Control<'_> {
         if let Some(why) = self.why_the_container_goes_on().await.filter(|_| !by_force) {
             return self.stays_with(sleeper, &why);
         }
+        let told_to_stop = match self.last_look(sleeper.is_some(), by_force).await {
+            LastLook::Client => return self.stays_with(sleeper, "clients are connected"),
+            LastLook::None(told_to_stop) => told_to_stop,
+        };
         let why = if sleeper.is_some() { "Told to sleep: stopping" } else { "Idle: stopping" };
         notify::stopping(why, super::drain::EXTEND_BY);
         tracing::info!(
@@ -207,11 +212,15 @@ impl Control<'_> {
                 "no client is connected any more; exiting"
             }
         );
-        let force = sleeper.as_ref().is_some_and(|sleeper| sleeper.force);
         // A wake that goes on would start the unit anew.
         self.life.wakes.shutdown().await;
         let activator = self.life.activator.clone();
-        let stopping = timeout(STOP_LIMIT, activator.stop_what_it_started(force));
+        let stopping = timeout(STOP_LIMIT, async {
+            match told_to_stop {
+                Some(told) => activator.stop_what_was_told(told).await,
+                None => activator.stop_what_it_started(by_force).await,
+            }
+        });
         tokio::pin!(stopping);
         let stopped = loop {
             tokio::select! {

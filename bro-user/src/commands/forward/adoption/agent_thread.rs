@@ -29,7 +29,7 @@ pub(in super::super) enum AgentNews {
 impl AgentNews {
     /// Does it say that there is one container more, or one less?
     pub(super) const fn counts_containers(&self) -> bool {
-        matches!(self, Self::Event(Event::Started | Event::Stopped))
+        matches!(self, Self::Event(Event::Started { .. } | Event::Stopped))
     }
 }
 

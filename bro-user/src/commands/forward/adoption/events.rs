@@ -82,13 +82,16 @@ impl Control<'_> {
     fn agent_says(&mut self, event: Event, found: AdoptedWhen) {
         let Some(adoption) = &mut self.adoption else { return };
         match event {
-            Event::Started => {
+            Event::Started { stop_signal } => {
                 adoption.containers += 1;
+                // Of several it is not known which one has it.
+                adoption.stop_signal = stop_signal.filter(|_| adoption.containers == 1);
                 tracing::debug!("a container's calls are answered");
             }
             Event::Stopped => {
                 adoption.containers = adoption.containers.saturating_sub(1);
                 adoption.ended = Some(Instant::now());
+                adoption.stop_signal = None;
                 if adoption.containers == 0 {
                     // What was found has ended before it was decided about.
                     adoption.decisions.clear();

@@ -35,6 +35,11 @@ pub(super) enum LeftBehind {
 }
 
 impl Reserved {
+    /// Has a forwarder that was killed left containers behind?
+    pub(in super::super) const fn has_left_any(&self) -> bool {
+        matches!(&self.before, LeftBehind::Stored(stored) if !stored.is_empty())
+    }
+
     /// All descriptors, which are this process's alone.
     pub(in super::super) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let before: Vec<BorrowedFd<'_>> = match &self.before {
