@@ -213,7 +213,8 @@ impl ContainerNetns {
         let Some((process, pid)) = self.process.as_ref().zip(self.pid) else { return false };
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         // The number is still its own if it has not exited by now.
-        bro_proc::signals::heeds(&status, signal) && crate::sys::signal(process.get_ref().as_fd(), 0).is_ok()
+        let heeds = signal == libc::SIGKILL || bro_proc::signals::heeds(&status, signal);
+        heeds && crate::sys::signal(process.get_ref().as_fd(), 0).is_ok()
     }
 
     /// Sends its process a signal.
