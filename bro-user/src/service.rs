@@ -198,6 +198,8 @@ impl ServiceStarter {
     /// # Errors
     /// When it cannot be started, or its namespace cannot be entered.
     pub async fn wake(&self, index: usize, target: &Target) -> anyhow::Result<Awake> {
+        // A unit's job has started it. Without a unit there is none to wait for.
+        let (started, is_started) = tokio::sync::watch::channel(self.unit.is_none());
         let prepare = async || {
             let (place, incarnation) = match self.place {
                 NetnsSource::Own => (NetnsRef::Own, None),
@@ -209,7 +211,7 @@ impl ServiceStarter {
             let mut addresses = self.resolve(target).await?;
             let heard = self.watch(index, &place, incarnation.as_deref(), &addresses).await;
             tokio::select! {
-                ready = self.wait_ready(&place, &mut addresses, heard) => ready?,
+                ready = self.wait_ready(&place, &mut addresses, heard, is_started.clone()) => ready?,
                 () = gone(incarnation.as_deref()) => return Ok(None),
             }
             let file = match (&self.place, &incarnation) {
@@ -231,7 +233,7 @@ impl ServiceStarter {
             let ready = ReadyTarget { addresses: inet, guarded, sources, channel };
             anyhow::Ok(Some(Awake { ready, incarnation }))
         };
-        let (findable, started) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
+        let findable = tokio::sync::Notify::new();
         // A container that dies may be started again by its unit's Restart=; systemd says below when it gives up.
         let prepared = async {
             if self.unit.is_some() {
@@ -240,12 +242,15 @@ impl ServiceStarter {
             let mut may_fail = true;
             loop {
                 match prepare().await {
-                    Ok(Some(prepared)) if self.unit.is_none() => return Ok(prepared),
-                    Ok(Some(prepared)) => tokio::select! {
-                        () = started.notified() => return Ok(prepared),
-                        () = gone(prepared.incarnation.as_deref()) => {}
-                        () = sleep(SETTLE) => return Ok(prepared),
-                    },
+                    Ok(Some(prepared)) => {
+                        let mut is_started = is_started.clone();
+                        tokio::select! {
+                            // This function has the sender.
+                            _ = is_started.wait_for(|started| *started) => return Ok(prepared),
+                            () = gone(prepared.incarnation.as_deref()) => {}
+                            () = sleep(SETTLE) => return Ok(prepared),
+                        }
+                    }
                     Ok(None) if self.unit.is_some() => {}
                     Ok(None) => {
                         bail!(Failure::NotFound("the container's process exited before it listened".into()))

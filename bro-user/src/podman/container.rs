@@ -79,45 +79,75 @@ fn find(owner: u32, name: &str) -> Option<i32> {
     bro_proc::processes().find_map(|(pid, _)| of_conmon(pid, owner, name))
 }
 
-/// The main process of this user's running container `name` that the unit has started: its conmon is the unit's main process, or in
-/// the unit's cgroup. bro looks at as many files as the unit has processes, however many the host has.
-#[must_use]
-pub fn running_in(residence: &Residence, name: &str) -> Option<i32> {
-    let owner = nix::unistd::geteuid().as_raw();
-    let main = i32::try_from(residence.main).ok().filter(|&main| main > 0);
-    let found = main.and_then(|main| of_conmon(main, owner, name));
-    found.or_else(|| {
-        processes_in(residence.cgroup.as_deref()?).into_iter().find_map(|pid| of_conmon(pid, owner, name))
-    })
+/// What a look at a unit has shown of its container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sighting {
+    /// Its main process.
+    Running(i32),
+    /// Its own cgroup is there, beside another, or a conmon in the unit's: the container is about to be.
+    Near,
+    /// Nothing.
+    Nothing,
 }
 
-/// The processes in a unit's cgroup and in those right below it: with --cgroups=split conmon has one beside the container's; the
-/// container may make as many as it likes below its own.
-fn processes_in(cgroup: &Path) -> BTreeSet<i32> {
+/// This user's container `name` that the unit has started: its conmon is the unit's main process, or in the unit's cgroup. bro looks
+/// at as many files as the unit has processes, however many the host has.
+#[must_use]
+pub fn sighted_in(residence: &Residence, name: &str) -> Sighting {
+    let owner = nix::unistd::geteuid().as_raw();
+    let main = i32::try_from(residence.main).ok().filter(|&main| main > 0);
+    if let Some(pid) = main.and_then(|main| of_conmon(main, owner, name)) {
+        return Sighting::Running(pid);
+    }
+    let Some(cgroup) = residence.cgroup.as_deref() else { return Sighting::Nothing };
+    let below = cgroups_below(cgroup);
+    let mut near = below.len() > 1;
+    for conmon in processes_in(cgroup).into_iter().filter(|&pid| is_conmon(pid, owner)) {
+        near = true;
+        if let Some(pid) = of_conmon(conmon, owner, name) {
+            return Sighting::Running(pid);
+        }
+    }
+    let found =
+        below.iter().flat_map(|folder| processes_in(folder)).find_map(|pid| of_conmon(pid, owner, name));
+    match found {
+        Some(pid) => Sighting::Running(pid),
+        None if near => Sighting::Near,
+        None => Sighting::Nothing,
+    }
+}
+
+/// The cgroups right below a unit's: with --cgroups=split conmon has one beside the container's; the container may make as many as it
+/// likes below its own.
+fn cgroups_below(cgroup: &Path) -> Vec<PathBuf> {
     // The kernel counts folders below as links, and to list one takes longer than all the rest of a look.
     let is_split = std::fs::metadata(cgroup).is_ok_and(|metadata| metadata.nlink() > 2);
     let below = is_split.then(|| std::fs::read_dir(cgroup)).into_iter().flatten().flatten().flatten();
     let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).take(CGROUPS);
-    let mut pids = BTreeSet::new();
-    for folder in std::iter::once(cgroup.to_owned()).chain(below.map(|entry| entry.path())) {
-        let mut text = String::new();
-        let Ok(list) = std::fs::File::open(folder.join("cgroup.procs")) else { continue };
-        // A cgroup with threads alone has no such list.
-        if list.take(PROCESSES).read_to_string(&mut text).is_ok() {
-            pids.extend(text.lines().filter_map(|pid| pid.parse::<i32>().ok()));
-        }
+    below.map(|entry| entry.path()).collect()
+}
+
+fn processes_in(cgroup: &Path) -> BTreeSet<i32> {
+    let mut text = String::new();
+    let Ok(list) = std::fs::File::open(cgroup.join("cgroup.procs")) else { return BTreeSet::new() };
+    // A cgroup with threads alone has no such list.
+    match list.take(PROCESSES).read_to_string(&mut text) {
+        Ok(_length) => text.lines().filter_map(|pid| pid.parse::<i32>().ok()).collect(),
+        Err(_) => BTreeSet::new(),
     }
-    pids
+}
+
+/// Does a process of this user's call itself conmon?
+fn is_conmon(pid: i32, owner: u32) -> bool {
+    let path = PathBuf::from(format!("/proc/{pid}"));
+    std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n") && owned_by(&path, owner)
 }
 
 /// The container's main process, if `pid` is the conmon of this user's container `name`.
 fn of_conmon(pid: i32, owner: u32, name: &str) -> Option<i32> {
     let path = PathBuf::from(format!("/proc/{pid}"));
     // A process's name and owner are cheap to read; the rest follows only for a conmon of this user's.
-    if !std::fs::read(path.join("comm")).is_ok_and(|comm| comm == b"conmon\n")
-        || !owned_by(&path, owner)
-        || !is_in_own_namespace(&path)
-    {
+    if !is_conmon(pid, owner) || !is_in_own_namespace(&path) {
         return None;
     }
     let conmon = Conmon::parse(&command_line(&path)?).filter(|conmon| conmon.name == name)?;

@@ -92,6 +92,7 @@ impl ServiceStarter {
         place: &NetnsRef,
         addresses: &mut Vec<Address>,
         heard: Option<tokio::sync::watch::Receiver<u64>>,
+        mut started: tokio::sync::watch::Receiver<bool>,
     ) -> anyhow::Result<()> {
         let tcp: Vec<SocketAddr> = addresses.iter().filter_map(Address::tcp).collect();
         let udp: Vec<SocketAddr> = addresses.iter().filter_map(Address::udp).collect();
@@ -99,11 +100,11 @@ impl ServiceStarter {
             Ready::Unchecked => {}
             // No service says over UDP that it is ready, so that the socket is what can be seen.
             Ready::Auto | Ready::Listen | Ready::Connect | Ready::Says(_) if !udp.is_empty() => {
-                let _which = readiness::bound(place, &udp).await?;
+                let _which = readiness::bound(place, &udp, &mut started).await?;
             }
             Ready::Auto | Ready::Listen | Ready::Says(_) if !tcp.is_empty() => {
                 if !self.ready.asks_elsewhere() {
-                    readiness::listening(place, &tcp, heard).await?;
+                    readiness::listening(place, &tcp, heard, &mut started).await?;
                 }
                 if let Some((protocol, strictness)) = self.ready.question(tcp[0].port()) {
                     readiness::answering(place, &tcp, &protocol, strictness).await?;

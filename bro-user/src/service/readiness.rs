@@ -13,6 +13,7 @@ use bro_relay::target::Target;
 use nix::libc;
 use protocol::{HttpPage, Protocol, ReadinessAnswer};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::netns::NetnsRef;
@@ -171,13 +172,39 @@ const LONGEST: Duration = Duration::from_millis(10);
 /// The same for a service that takes half a minute.
 const PATIENT: Duration = Duration::from_millis(20);
 
+/// The same while the service's unit is not started yet: its clients wait for that first (`SETTLE`), and it is told of.
+const UNSTARTED: Duration = Duration::from_millis(100);
+
 fn listen_step(waited: Duration) -> Duration {
     if waited < Duration::from_secs(30) { (waited / PART).clamp(SHORTEST, LONGEST) } else { PATIENT }
 }
 
+/// The pauses between looks at a table.
+struct TableLooks<'a> {
+    /// Whether the service's unit is started.
+    started: &'a mut watch::Receiver<bool>,
+    /// Since it was known to be, or since the first look.
+    since: Instant,
+}
+
+impl<'a> TableLooks<'a> {
+    fn new(started: &'a mut watch::Receiver<bool>) -> Self {
+        Self { started, since: Instant::now() }
+    }
+
+    async fn pause(&mut self) {
+        if *self.started.borrow() {
+            return sleep(listen_step(self.since.elapsed())).await;
+        }
+        if timeout(UNSTARTED, self.started.wait_for(|started| *started)).await.is_ok() {
+            self.since = Instant::now();
+        }
+    }
+}
+
 /// Waits until one of `addresses` has a listener in the table of the namespace at `place`. An address that is not the namespace's
 /// own is in no table of it: then the first client's own connection is the test. Where the kernel relay's programs report listeners
-/// (`heard`), nothing is polled; a rare look guards against an event that was lost. Where this kernel has no such table, connections of bro's own are the
+/// (`heard`), nothing is polled; a rare look guards against an event that was lost. Until the unit is `started` looks are few. Where this kernel has no such table, connections of bro's own are the
 /// test ([`connectable`]).
 ///
 /// # Errors
@@ -185,14 +212,15 @@ fn listen_step(waited: Duration) -> Duration {
 pub async fn listening(
     place: &NetnsRef,
     addresses: &[SocketAddr],
-    mut heard: Option<tokio::sync::watch::Receiver<u64>>,
+    mut heard: Option<watch::Receiver<u64>>,
+    started: &mut watch::Receiver<bool>,
 ) -> io::Result<()> {
     for address in addresses {
         if !place.is_local(address.ip()).await? {
             return Ok(());
         }
     }
-    let start = Instant::now();
+    let mut looks = TableLooks::new(started);
     let table = match Table::open(place).await {
         Ok(table) => table,
         Err(error) => return without_table(place, addresses, error).await,
@@ -208,7 +236,7 @@ pub async fn listening(
         match &mut heard {
             // The sender lives as long as the starter that waits here.
             Some(heard) => drop(timeout(GUARD, heard.changed()).await),
-            None => sleep(listen_step(start.elapsed())).await,
+            None => looks.pause().await,
         }
     }
 }
@@ -232,13 +260,17 @@ async fn without_table(place: &NetnsRef, addresses: &[SocketAddr], error: io::Er
 ///
 /// # Errors
 /// When the namespace cannot be asked.
-pub async fn bound(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<Option<SocketAddr>> {
+pub async fn bound(
+    place: &NetnsRef,
+    addresses: &[SocketAddr],
+    started: &mut watch::Receiver<bool>,
+) -> io::Result<Option<SocketAddr>> {
     for address in addresses {
         if !place.is_local(address.ip()).await? {
             return Ok(None);
         }
     }
-    let start = Instant::now();
+    let mut looks = TableLooks::new(started);
     loop {
         match bound_now(place, addresses).await {
             Ok(Some(found)) => return Ok(Some(found)),
@@ -253,7 +285,7 @@ pub async fn bound(place: &NetnsRef, addresses: &[SocketAddr]) -> io::Result<Opt
             }
             Err(error) => return Err(error),
         }
-        sleep(listen_step(start.elapsed())).await;
+        looks.pause().await;
     }
 }
 

@@ -43,8 +43,9 @@ async fn next_look(changes: &mut Option<Changes>) {
 impl ServiceStarter {
     /// Keeps [`ServiceStarter::progress`] up to date with what the unit does.
     pub(super) async fn follow_progress(&self, unit: &str) -> std::convert::Infallible {
+        let mut pause = progress::FIRST;
         loop {
-            sleep(progress::STEP).await;
+            sleep(std::mem::replace(&mut pause, progress::STEP)).await;
             // A service manager that executes itself anew says nothing for a moment.
             let Ok(bus) = self.bus().await else { continue };
             if let Ok(start) = bus.how_far(unit).await {
@@ -74,7 +75,7 @@ impl ServiceStarter {
         &self,
         unit: &str,
         findable: &tokio::sync::Notify,
-        started: &tokio::sync::Notify,
+        started: &tokio::sync::watch::Sender<bool>,
     ) -> anyhow::Result<std::convert::Infallible> {
         let mut silent_since = None;
         loop {
@@ -103,7 +104,7 @@ impl ServiceStarter {
         &self,
         unit: &str,
         findable: &tokio::sync::Notify,
-        started: &tokio::sync::Notify,
+        started: &tokio::sync::watch::Sender<bool>,
         silent_since: &mut Option<tokio::time::Instant>,
     ) -> anyhow::Result<std::convert::Infallible> {
         self.note_progress(|progress| *progress = Progress::default());
@@ -146,14 +147,13 @@ impl ServiceStarter {
             // systemd is about to restart it.
             self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
             findable.notify_one();
-            started.notify_one();
+            started.send_replace(true);
             let mut changes = bus.changes(unit).await.ok();
             while manager::is_active(&bus.active_state(unit).await?) {
                 *silent_since = None;
                 next_look(&mut changes).await;
             }
-            // Perhaps no task has taken notice of that yet.
-            futures_lite::future::poll_once(started.notified()).await;
+            started.send_replace(false);
         };
         // A container that is left of a unit that is being stopped is not to be found: it would soon be gone, with its clients. Nor
         // does the search begin before systemd has the order: finding the container ends this. Where no process tells that it is
@@ -218,7 +218,7 @@ impl ServiceStarter {
         }
         self.note_progress(|progress| progress.started = Some(tokio::time::Instant::now()));
         findable.notify_one();
-        started.notify_one();
+        started.send_replace(true);
         let mut changes = bus.changes(unit).await.ok();
         loop {
             let state = bus.active_state(unit).await?;

@@ -8,8 +8,8 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -351,7 +351,7 @@ pub struct SystemdManager {
     systemd: SystemdProxy<'static>,
     /// The objects of units' first names, by whichever name was asked for. A unit that gets another first name while this
     /// connection lives is looked at from time to time, as one that is not told of.
-    objects: Arc<Mutex<HashMap<String, OwnedObjectPath>>>,
+    objects: Arc<tokio::sync::Mutex<HashMap<String, OwnedObjectPath>>>,
     followed: Followed,
 }
 
@@ -465,23 +465,25 @@ impl SystemdManager {
     /// # Errors
     /// When the bus fails.
     pub async fn look(&self, name: &str) -> anyhow::Result<UnitState> {
-        let (unit, service) = (self.unit(name).await?, self.service(name).await?);
-        // All at once, since a first client waits for the answers. The first before the others: once a restart has stopped the unit,
-        // its job is one to start it. Other units than services have no restarts.
+        let unit = self.unit(name).await?;
+        // Both at once, since a first client waits for the answers. The first before the other: once a restart has stopped the unit,
+        // its job is one to start it.
         let names = [name];
-        let (listed, invocation, restarts) = tokio::join!(
-            self.systemd.list_units_by_names(&names),
-            unit.invocation_id(),
-            service.n_restarts()
-        );
+        let (listed, invocation) =
+            tokio::join!(self.systemd.list_units_by_names(&names), unit.invocation_id());
         let (_, _, _, state, _, _, _, job, kind, _) =
             listed?.into_iter().next().with_context(|| format!("systemd does not list {name}"))?;
+        // systemd restarts by itself what is to run, and other units than services have no restarts.
+        let restarts = match state.as_str() {
+            "inactive" => 0,
+            _ => self.service(name).await?.n_restarts().await.unwrap_or(0),
+        };
         // A job to restart what does not run is one to start it.
         let runs = !matches!(state.as_str(), "inactive" | "failed");
         Ok(UnitState {
             state,
             invocation: hexadecimal(&invocation?),
-            restarts: restarts.unwrap_or(0),
+            restarts,
             is_restarting: runs && kind.ends_with("restart"),
             job,
         })
@@ -629,12 +631,13 @@ impl SystemdManager {
 
     /// The object of the unit's first name, from which its signals come; what systemd says of it is kept.
     async fn first_object(&self, unit: &str) -> anyhow::Result<OwnedObjectPath> {
-        let known = || self.objects.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(object) = known().get(unit) {
+        // Held during the question, since two want to know at once when a unit is started.
+        let mut known = self.objects.lock().await;
+        if let Some(object) = known.get(unit) {
             return Ok(object.clone());
         }
         let object = self.systemd.load_unit(unit).await?;
-        let _other_name = known().insert(unit.to_owned(), object.clone());
+        let _other_name = known.insert(unit.to_owned(), object.clone());
         Ok(object)
     }
 

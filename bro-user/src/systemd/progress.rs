@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Between two questions to the service manager. A start that ends sooner needs no words.
+/// Before the first questions to the service manager: a start that ends sooner needs no words, and of thirty that are started at once
+/// some take seconds. Each look is six questions.
+pub(crate) const FIRST: Duration = Duration::from_secs(3);
+
+/// Between two looks.
 pub(crate) const STEP: Duration = Duration::from_secs(1);
 
 /// The longest text of a unit's own (STATUS= of sd_notify(3)) that is repeated.

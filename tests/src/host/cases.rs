@@ -14,6 +14,8 @@ use super::{Host, Manager, undo};
 /// A case with its name, for whichever manager the container is under.
 pub type Case = (&'static str, fn(&Host, Manager) -> Result<()>);
 
+const MANAGERS: [(&str, Manager); 2] = [("rootful", Manager::System), ("rootless", Manager::User("test"))];
+
 /// Which cases `BRO_CASE` names: those with `part` in their names, or, one a line, those with just these names.
 #[derive(Debug)]
 enum Wanted {
@@ -125,17 +127,26 @@ impl Cases {
     /// Runs cases under the system's manager and under a user's at once, as on a server: most of the time is spent waiting.
     pub fn both(&self, host: &Host, cases: &[Case]) {
         std::thread::scope(|scope| {
-            for (kind, manager) in [("rootful", Manager::System), ("rootless", Manager::User("test"))] {
-                scope.spawn(move || {
-                    for (name, case) in cases {
-                        self.case(&format!("{kind}: {name}"), || {
-                            // The other manager's case goes on.
-                            undoing(|| case(host, manager), || undo::of(host, manager))
-                        });
-                    }
-                });
+            for manager in MANAGERS {
+                scope.spawn(move || self.under(host, manager, cases));
             }
         });
+    }
+
+    /// Runs cases under the system's manager, and then under a user's: no other case computes beside one of them.
+    pub fn each(&self, host: &Host, cases: &[Case]) {
+        for manager in MANAGERS {
+            self.under(host, manager, cases);
+        }
+    }
+
+    fn under(&self, host: &Host, (kind, manager): (&str, Manager), cases: &[Case]) {
+        for (name, case) in cases {
+            self.case(&format!("{kind}: {name}"), || {
+                // The other manager's case may go on.
+                undoing(|| case(host, manager), || undo::of(host, manager))
+            });
+        }
     }
 
     /// Fails the test when a case failed. Where `BRO_FAILED_CASES` names a file, those that did are listed there, one JSON object

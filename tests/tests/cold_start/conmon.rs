@@ -49,7 +49,7 @@ impl Drop for FalseConmon {
 #[test]
 fn a_conmon_inside_a_container_is_none() -> Result<()> {
     require_namespaces!();
-    use bro_user::podman::container::{running, running_in};
+    use bro_user::podman::container::{Sighting, running, sighted_in};
     use bro_user::systemd::manager::Residence;
     let scene = Scene::new()?;
     let own = format!("bro-test-own-{}", std::process::id());
@@ -62,15 +62,25 @@ fn a_conmon_inside_a_container_is_none() -> Result<()> {
 
     // Where its unit's processes are known, no other counts; and of those the main one is conmon.
     let elsewhere = Residence { main: std::process::id(), cgroup: None };
-    ensure!(running_in(&elsewhere, &own).is_none(), "found outside its unit");
+    ensure!(sighted_in(&elsewhere, &own) == Sighting::Nothing, "found outside its unit");
     let main = Residence { main: outside.process.id(), cgroup: None };
-    ensure!(running_in(&main, &own) == Some(outside.child), "not found as its unit's main process");
+    let found = Sighting::Running(outside.child);
+    ensure!(sighted_in(&main, &own) == found, "not found as its unit's main process");
     // As a cgroup lists it.
-    let cgroup = scene.folder().join("unit/supervisor");
-    std::fs::create_dir_all(&cgroup)?;
-    std::fs::write(cgroup.join("cgroup.procs"), format!("{}\n", outside.process.id()))?;
-    let residence = Residence { main: 0, cgroup: cgroup.parent().map(Into::into) };
-    ensure!(running_in(&residence, &own) == Some(outside.child), "not found in its unit's cgroup");
+    let unit = scene.folder().join("unit");
+    let residence = Residence { main: 0, cgroup: Some(unit.clone()) };
+    let list = format!("{}\n", outside.process.id());
+    std::fs::create_dir_all(unit.join("supervisor"))?;
+    std::fs::write(unit.join("supervisor/cgroup.procs"), &list)?;
+    ensure!(sighted_in(&residence, &own) == found, "not found in its unit's cgroup");
+    // Another container's conmon, beside which there is no container's cgroup yet; then there is.
+    let seen = || sighted_in(&residence, "bro-test-another");
+    ensure!(seen() == Sighting::Nothing, "{:?} of a unit whose conmon has no container yet", seen());
+    std::fs::create_dir(unit.join("libpod-payload-1"))?;
+    ensure!(seen() == Sighting::Near, "{:?} of a unit with a container's cgroup", seen());
+    std::fs::remove_dir(unit.join("libpod-payload-1"))?;
+    std::fs::write(unit.join("cgroup.procs"), &list)?;
+    ensure!(seen() == Sighting::Near, "{:?} of a unit with a conmon in its own cgroup", seen());
     Ok(())
 }
 

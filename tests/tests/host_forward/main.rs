@@ -1,7 +1,7 @@
 //! `bro forward` on a real host: systemd as PID 1 listens, Podman (rootful, and rootless under an ordinary user's manager) runs
 //! quadlet containers with `Network=none`, and real services are behind it. `BRO_CASE=part` runs the cases so named.
 //!
-//! Needs: root, mmdebstrap. Takes: 5 min.
+//! Needs: root, mmdebstrap. Takes: 6 min.
 
 mod doctoring;
 mod failures;
@@ -36,7 +36,6 @@ const BOTH: &[Case] = &[
     ("two sockets with targets of their own", places::two_sockets),
     ("sockets of IPv6 and unix", places::other_listeners),
     ("a hundred clients in the first millisecond", waking::hundred_clients),
-    ("thirty services woken in one moment", thirty::woken_at_once),
     ("clients around the moment of the idle exit", waking::clients_around_idle_exit),
     ("readiness: healthy, exec, connect", waking::other_readiness),
     ("a container that restarts under a running forwarder", life::container_restarts),
@@ -81,6 +80,9 @@ const BOTH: &[Case] = &[
     ("redis and redis-benchmark", services::redis),
 ];
 
+/// Cases that measure: one manager after the other, and no other case beside.
+const ALONE: &[Case] = &[("thirty services woken in one moment", thirty::woken_at_once)];
+
 /// A case that chooses its managers itself.
 type OtherCase = (&'static str, fn(&Host) -> Result<()>);
 
@@ -110,6 +112,7 @@ fn forwarders_on_a_real_host() {
     note(&format!("the host booted in {:.1} s", host.booted_in().as_secs_f64()));
     site::prepare(&host).expect("the host can be prepared");
     cases.both(&host, BOTH);
+    cases.each(&host, ALONE);
     for (name, case) in OTHERS {
         cases.on(&host, name, || case(&host));
     }
