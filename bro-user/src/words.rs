@@ -194,6 +194,8 @@ calls! {
     ) -> ssize_t = SYS_splice;
     fn eventfd(count: c_uint, flags: c_int) -> c_int = SYS_eventfd2;
     fn memfd_create(name: *const c_char, flags: c_uint) -> c_int = SYS_memfd_create;
+    fn inotify_init1(flags: c_int) -> c_int = SYS_inotify_init1;
+    fn inotify_add_watch(inotify: c_int, path: *const c_char, mask: c_uint) -> c_int = SYS_inotify_add_watch;
     fn epoll_create1(flags: c_int) -> c_int = SYS_epoll_create1;
     fn epoll_ctl(epoll: c_int, what: c_int, file: c_int, event: *mut epoll_event) -> c_int = SYS_epoll_ctl;
     fn epoll_wait(epoll: c_int, events: *mut epoll_event, most: c_int, timeout: c_int) -> c_int

@@ -16,7 +16,7 @@ pub fn last_moment(host: &Host, manager: Manager) -> Result<()> {
     const ENOUGH: usize = 2;
     host.write(SLOW, include_str!("../../host/slow.py"))?;
     let container = format!(
-        "Rootfs={}:O\nVolume={SLOW}:{SLOW}:ro\nExec=/usr/bin/python3 {SLOW} {INNER} 0.3",
+        "Rootfs={}:O\nVolume={SLOW}:{SLOW}:ro\nExec=/usr/bin/python3 {SLOW} {INNER} 0.3\n[Service]\nRestart=always",
         manager.image()
     );
     let options = ["--adopt", "--trust-loopback", "--exit-idle-time", "1s"];
