@@ -641,6 +641,8 @@ fn pgbench(site: &Site<'_>) -> Result<()> {
 /// Over the unix socket, which is adopted too, and from inside, where both are where they were.
 fn by_other_ways(site: &Site<'_>) -> Result<()> {
     let query = "select inet_client_addr()";
+    // Those inside keep nothing awake, and podman may take as long as the idle time.
+    let _stays = connect(site)?;
     let folder = site.host.path(&format!("{}/log", services(site.manager))).display().to_string();
     let unix = ["psql", "--no-psqlrc", "-At", "-h", &folder, "-U", "postgres", "-c", query];
     ensure!(site.host.client_program(&unix)?.is_empty(), "it sees another client than one of a unix socket");
