@@ -1,5 +1,6 @@
-//! bro's own part of an adopted service's cold start: what it does between the first client's connection and that client's answer, beside systemd, the
-//! bus and the container. With Podman's own socket activation nothing would be done there.
+//! bro's own part of an adopted service's cold start, as `cargo xtask bench` has it ("the forwarder's own"): from the service's listen(2) to the client's
+//! answer. Beside it what bro computes before it gives the order, in which the container's start has not begun. With Podman's own socket
+//! activation nothing would be done in either.
 
 use super::*;
 
@@ -19,9 +20,12 @@ const INSIDE: &str = "127.0.0.1:8080";
 /// The least of so many is what bro takes: what others do on the machine at the same time is no part of it.
 const TRIES: usize = 10;
 
-/// On a machine of its own; a page fault of a virtual one takes several times as long, and other suites run beside this one.
-const GOAL: Duration = Duration::from_millis(2);
-const SLACK: u32 = 6;
+/// From listen(2) to the answer.
+const OWN_PART: Duration = Duration::from_millis(2);
+
+/// Before the order, in the thread that gives it: mostly to be executed, and page faults. Seen: 4 ms; a page fault of a virtual machine may take several
+/// times as long, and other suites run beside this one.
+const COMPUTED: Duration = Duration::from_millis(12);
 
 /// A debug build computes longer.
 const DEBUG: u32 = 5;
@@ -93,8 +97,11 @@ fn bros_own_part_is_small() -> Result<()> {
     println!(
         "the least of {TRIES}: {until_ordered:?} until the order, of which bro computed {computed:?}; {until_answered:?} from listen(2) to the answer"
     );
-    let (own, most) =
-        (computed + until_answered, GOAL * if bro::is_packaged() { SLACK } else { SLACK * DEBUG });
-    ensure!(own <= most, "{own:?} of bro's own, at most {most:?}: {all:?}");
+    let slower = if bro::is_packaged() { 1 } else { DEBUG };
+    ensure!(
+        until_answered <= OWN_PART * slower,
+        "{until_answered:?} of bro's own, at most {OWN_PART:?}: {all:?}"
+    );
+    ensure!(computed <= COMPUTED * slower, "{computed:?} before the order, at most {COMPUTED:?}: {all:?}");
     Ok(())
 }
