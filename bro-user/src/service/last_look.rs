@@ -100,10 +100,8 @@ impl FrozenForLook {
 
     async fn thaw(&self) {
         for _ in 0..2 {
-            match timeout(FREEZE_LIMIT, self.bus.thaw(&self.unit)).await {
-                Ok(Ok(())) => return,
-                // It was not frozen, or has ended.
-                Ok(Err(_)) if !self.bus.is_frozen(&self.unit).await.unwrap_or(true) => return,
+            match timeout(FREEZE_LIMIT, self.bus.thaw_if_frozen(&self.unit)).await {
+                Ok(Ok(_was_frozen)) => return,
                 Ok(Err(error)) => tracing::warn!("cannot thaw {}: {error:#}", self.unit),
                 Err(_) => tracing::warn!("systemd takes long to thaw {}", self.unit),
             }

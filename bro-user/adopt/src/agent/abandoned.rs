@@ -108,10 +108,11 @@ impl Adoptable {
         let Ok(inode) = fstat(&self.socket).map(|status| status.st_ino) else { return false };
         let holder = match std::mem::take(&mut self.queue.holder) {
             QueueHolder::Process(path) if leads_to(&path, inode) => QueueHolder::Process(path),
-            before => elsewhere(inode).map(QueueHolder::Process).unwrap_or(match before {
-                QueueHolder::NoneSince(_) => before,
-                QueueHolder::Unknown | QueueHolder::Process(_) => QueueHolder::NoneSince(now),
-            }),
+            before => match (elsewhere(inode), before) {
+                (Some(path), _) => QueueHolder::Process(path),
+                (None, QueueHolder::NoneSince(since)) => QueueHolder::NoneSince(since),
+                (None, QueueHolder::Unknown | QueueHolder::Process(_)) => QueueHolder::NoneSince(now),
+            },
         };
         let gone =
             matches!(holder, QueueHolder::NoneSince(since) if now.saturating_duration_since(since) >= GAP);
